@@ -1,0 +1,175 @@
+"""Reads and edits the residual stream of a model through nnsight traces.
+
+The bodies of the traces are written out where they run, use only locals, and hand back nothing but reduced results,
+because nnsight sends them elsewhere as source together with the names they read.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_lens.backend import (
+    BackendError,
+    Edit,
+    ForwardResult,
+    Generation,
+    ModelInfo,
+    Read,
+    Sampling,
+    TokenBatch,
+)
+from persona_lens.backend.blocks import describe, find_blocks, padding_id, residual_of, with_residual
+from persona_lens.backend.edits import check_edits
+from persona_lens.backend.hooked import (
+    editing_blocks,
+    evaluating,
+    forward_inputs,
+    generation_config,
+    response_logprobs,
+)
+from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.reads import check_reads
+from persona_lens.backend.sampling import RowSampler
+from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
+from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, resolve
+from persona_lens_nnsight.library import nnsight
+
+
+class NNsightBackend:
+    """A model wrapped by nnsight; the wrapper leaves the module itself unchanged."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
+        self._model = model
+        self._module = model._module
+        path, self._blocks = find_blocks(self._module)
+        self._envoys = model.get(path)
+        self._lock = threading.Lock()  # nnsight keeps the state of a run on the model
+        self.tokenizer = tokenizer
+        self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(self._module, "generation_config", None))
+        self._pad_id = padding_id(tokenizer, self.end_ids)
+        backend = f"nnsight {version('nnsight')}, transformers {version('transformers')}"
+        self.info: ModelInfo = describe(self._module, self._blocks, name, revision, backend)
+
+    @classmethod
+    def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> NNsightBackend:
+        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
+        source = resolve(model, revision)
+        module, tokenizer = load_model(source, **loading), load_tokenizer(source)
+        wrapped = nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+        return cls(wrapped, tokenizer, source.id, source.identity)
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any) -> NNsightBackend:
+        """Use an nnsight model that is already there; its weights must be loaded."""
+        tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise BackendError("this nnsight model holds no tokenizer; pass tokenizer=...")
+        if any(parameter.is_meta for parameter in model._module.parameters()):
+            raise BackendError("this nnsight model has no weights yet; load it with dispatch=True")
+        return cls(model, tokenizer, model._module.config.name_or_path or type(model._module).__name__, None)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`."""
+        check_edits(edits, self.info.n_layers, self.info.d_model, len(prompts))
+        check_reads(reads, self.info.n_layers, self.info.d_model)
+        sampling.check_rows(len(prompts))
+        tokens = pad_left(TokenBatch.of(prompts), self._pad_id, self._module.device)
+        intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens)
+        config = generation_config(sampling, reads, self.end_ids, self._pad_id)
+        sampler = RowSampler(sampling, self._module.device) if sampling.seeds else None
+        with self._lock, torch.inference_mode(), evaluating(self._module), warnings.catch_warnings():
+            # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
+            warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
+            ids, values = self._traced_generation(tokens, intervention, config, sampler)
+        responses, ended = cut_responses(ids[:, tokens.ids.shape[1] :], self.end_ids, sampling.max_new_tokens)
+        return Generation(responses, ended, values)
+
+    def _traced_generation(
+        self, tokens: PaddedTokens, intervention: Intervention, config: Any, sampler: RowSampler | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        model, blocks, layers = self._model, self._envoys, intervention.layers
+        inputs = {"input_ids": tokens.ids, "attention_mask": tokens.attention.long()}
+        with model.generate(generation_config=config) as tracer:
+            with tracer.invoke(inputs):
+                for _step in tracer.iter[:]:
+                    intervention.begin_pass(model.inputs[1]["input_ids"])
+                    for layer in layers:
+                        output = blocks[layer].output
+                        h = residual_of(output)
+                        changed = intervention.block(layer, h)
+                        if changed is not h:
+                            blocks[layer].output = with_residual(output, changed)
+                    if sampler is not None:
+                        result = model.output
+                        result.logits = sampler(result.logits[:, -1]).unsqueeze(1)
+            # In a block of its own: code after the steps does not run when every row ends early.
+            with tracer.invoke():
+                ids = nnsight.save(tracer.result)
+                values = nnsight.save(intervention.results())
+        return ids, values
+
+    def forward(
+        self,
+        tokens: TokenBatch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+        *,
+        logprobs: bool = False,
+    ) -> ForwardResult:
+        """See `persona_lens.backend.protocol.Backend.forward`."""
+        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
+        check_reads(reads, self.info.n_layers, self.info.d_model)
+        padded = pad_left(tokens, self._pad_id, self._module.device)
+        intervention = self._intervention(padded, edits, reads)
+        if not logprobs and not reads:
+            return ForwardResult()
+        with self._lock, torch.inference_mode(), evaluating(self._module):
+            return self._traced_forward(padded, intervention, logprobs)
+
+    def _traced_forward(self, tokens: PaddedTokens, intervention: Intervention, logprobs: bool) -> ForwardResult:
+        model, blocks = self._model, self._envoys
+        layers = intervention.layers if logprobs else range(intervention.deepest_read + 1)
+        layers = [layer for layer in layers if layer in intervention.layers]
+        with model.trace(forward_inputs(self._module, tokens)) as tracer:
+            intervention.begin_pass(tokens.ids)
+            for layer in layers:
+                output = blocks[layer].output
+                h = residual_of(output)
+                changed = intervention.block(layer, h)
+                if changed is not h:
+                    blocks[layer].output = with_residual(output, changed)
+            values = nnsight.save(intervention.results())
+            chosen = nnsight.save(response_logprobs(model.output.logits, tokens) if logprobs else None)
+            if not logprobs:
+                tracer.stop()
+        return ForwardResult(values, chosen)
+
+    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """See `persona_lens.backend.protocol.Backend.editing`; acts on the plain module inside the wrapper."""
+        return editing_blocks(self._blocks, edits, self.info)
+
+    def _intervention(
+        self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], max_new_tokens: int = 0
+    ) -> Intervention:
+        return Intervention(
+            tokens,
+            edits,
+            reads,
+            n_layers=self.info.n_layers,
+            end_ids=self.end_ids,
+            max_new_tokens=max_new_tokens,
+        )

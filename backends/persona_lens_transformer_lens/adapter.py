@@ -1,0 +1,124 @@
+"""Reads and edits the residual stream through the hooks of a TransformerLens TransformerBridge.
+
+The bridge's hooks sit inside the Hugging Face module that it wraps, so that module's own ``generate`` runs under
+them: the sampler and the end of a turn are the same as in the other backends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+from persona_lens.backend import (
+    BackendError,
+    Edit,
+    ForwardResult,
+    Generation,
+    ModelInfo,
+    Read,
+    Sampling,
+    TokenBatch,
+)
+from persona_lens.backend.blocks import describe, find_blocks, padding_id
+from persona_lens.backend.hooked import BlockHook, HookedModel
+from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, resolve
+
+
+class TransformerLensBackend:
+    """A TransformerBridge, hooked only while a call runs."""
+
+    def __init__(self, bridge: Any, tokenizer: Any, name: str, revision: str | None) -> None:
+        self._bridge = bridge
+        module = bridge.original_model
+        self.tokenizer = tokenizer
+        self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(module, "generation_config", None))
+        backend = f"transformer-lens {version('transformer-lens')}, transformers {version('transformers')}"
+        self.info: ModelInfo = describe(module, find_blocks(module)[1], name, revision, backend, _is_copy)
+        self._hooked = HookedModel(
+            module,
+            self._attach,
+            self.info.n_layers,
+            self.info.d_model,
+            self.end_ids,
+            pad_id=padding_id(tokenizer, self.end_ids),
+        )
+
+    @classmethod
+    def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> TransformerLensBackend:
+        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        source = resolve(model, revision)
+        module, tokenizer = load_model(source, **loading), load_tokenizer(source)
+        bridge = TransformerBridge.boot_transformers(
+            source.location, hf_model=module, tokenizer=tokenizer, dtype=module.dtype, device=module.device
+        )
+        return cls(bridge, tokenizer, source.id, source.identity)
+
+    @classmethod
+    def wrap(cls, bridge: Any, tokenizer: Any) -> TransformerLensBackend:
+        """Use a TransformerBridge that is already there; its own hooks stay as they are."""
+        tokenizer = tokenizer if tokenizer is not None else bridge.tokenizer
+        if tokenizer is None:
+            raise BackendError("this TransformerBridge holds no tokenizer; pass tokenizer=...")
+        if getattr(bridge, "compatibility_mode", False):
+            raise BackendError(
+                "this TransformerBridge is in compatibility mode, which changes the residual stream; boot it anew
+                without"
+            )
+        return cls(bridge, tokenizer, bridge.original_model.config.name_or_path, None)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`."""
+        return self._hooked.generate(prompts, sampling, edits, reads)
+
+    def forward(
+        self,
+        tokens: TokenBatch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+        *,
+        logprobs: bool = False,
+    ) -> ForwardResult:
+        """See `persona_lens.backend.protocol.Backend.forward`."""
+        return self._hooked.forward(tokens, edits, reads, logprobs)
+
+    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """Always refused: PEFT cannot save adapters of the module once a bridge has taken it over."""
+        raise BackendError(
+            "TransformerBridge changes the module it wraps, so that adapters trained on it are saved under wrong
+            names; " "train through the transformers or nnsight backend and use the result here"
+        )
+
+    @contextmanager
+    def _attach(self, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:
+        with self._bridge.hooks(
+            fwd_hooks=[(f"blocks.{layer}.hook_out", _bridge_hook(layer, hook)) for layer in layers]
+        ):
+            yield
+
+
+# Where a model keeps query, key and value (or gate and up projection) in one matrix, a bridge adds them one by one.
+_SPLIT = re.compile(r"(?<!_original_component)\.(q|k|v|gate|in)\._original_component\.")
+
+
+def _is_copy(parameter: str) -> bool:
+    return _SPLIT.search(parameter) is not None
+
+
+def _bridge_hook(layer: int, at_block: BlockHook) -> Any:
+    def on_residual(h: Tensor, hook: Any) -> Tensor:  # TransformerLens passes its hook point by this name
+        return at_block(layer, h)
+
+    return on_residual

@@ -1,0 +1,80 @@
+"""Reads and edits the residual stream of a Hugging Face model through forward hooks on its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from persona_lens.backend import (
+    BackendError,
+    Edit,
+    ForwardResult,
+    Generation,
+    Read,
+    Sampling,
+    TokenBatch,
+)
+from persona_lens.backend.blocks import describe, find_blocks, padding_id
+from persona_lens.backend.hooked import HookedModel, editing_blocks, hooking_blocks
+from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, resolve
+
+
+class TransformersBackend:
+    """A Hugging Face causal language model, hooked only while a call runs."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
+        self._model = model
+        self._blocks = find_blocks(model)[1]
+        self.tokenizer = tokenizer
+        self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(model, "generation_config", None))
+        self.info = describe(model, self._blocks, name, revision, f"transformers {version('transformers')}")
+        self._hooked = HookedModel(
+            model,
+            partial(hooking_blocks, self._blocks),
+            self.info.n_layers,
+            self.info.d_model,
+            self.end_ids,
+            pad_id=padding_id(tokenizer, self.end_ids),
+        )
+
+    @classmethod
+    def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> TransformersBackend:
+        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
+        source = resolve(model, revision)
+        loaded = load_model(source, **loading)
+        return cls(loaded, load_tokenizer(source), source.id, source.identity)
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any) -> TransformersBackend:
+        """Use a model that is already loaded; nothing about it is changed outside a call."""
+        if tokenizer is None:
+            raise BackendError("a Hugging Face model does not hold its tokenizer; pass tokenizer=...")
+        return cls(model, tokenizer, model.config.name_or_path or type(model).__name__, None)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`."""
+        return self._hooked.generate(prompts, sampling, edits, reads)
+
+    def forward(
+        self,
+        tokens: TokenBatch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+        *,
+        logprobs: bool = False,
+    ) -> ForwardResult:
+        """See `persona_lens.backend.protocol.Backend.forward`."""
+        return self._hooked.forward(tokens, edits, reads, logprobs)
+
+    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """See `persona_lens.backend.protocol.Backend.editing`."""
+        return editing_blocks(self._blocks, edits, self.info)

@@ -1,0 +1,63 @@
+"""Find, read and control character traits in language models with persona vectors.
+
+Everything public can be imported from here; a name's module is loaded when the name is first used, so that importing the
+package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from persona_lens.backend import Backend as Backend
+    from persona_lens.backend import Edit as Edit
+    from persona_lens.backend import Positions as Positions
+    from persona_lens.backend import Read as Read
+    from persona_lens.backend import Sampling as Sampling
+    from persona_lens.backend import TokenBatch as TokenBatch
+    from persona_lens.backend import open_backend as open_backend
+    from persona_lens.backend import wrap_model as wrap_model
+    from persona_lens.conversing import chat as chat
+    from persona_lens.errors import PersonaLensError as PersonaLensError
+    from persona_lens.extraction import extract as extract
+    from persona_lens.steering import sweep as sweep
+    from persona_lens.traits import load_trait as load_trait
+    from persona_lens.vectors import PersonaVectors as PersonaVectors
+    from persona_lens.vectors import load_vectors as load_vectors
+
+_HOMES = {
+    "Backend": "backend",
+    "Edit": "backend",
+    "PersonaLensError": "errors",
+    "PersonaVectors": "vectors",
+    "Positions": "backend",
+    "Read": "backend",
+    "Sampling": "backend",
+    "TokenBatch": "backend",
+    "chat": "conversing",
+    "extract": "extraction",
+    "load_trait": "traits",
+    "load_vectors": "vectors",
+    "open_backend": "backend",
+    "sweep": "steering",
+    "wrap_model": "backend",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - the keys are strings
+
+try:
+    __version__ = version("persona-lens")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,36 @@
+"""The contract between the engine and the libraries that run models: what can be read and written, and by whom."""
+
+from persona_lens.backend.edits import Edit, EditError, Operation, Positions
+from persona_lens.backend.protocol import Backend, BackendSpec, ForwardResult, Generation, ModelInfo
+from persona_lens.backend.reads import Read, ReadError, ReadKind
+from persona_lens.backend.registry import (
+    BackendError,
+    backend_statuses,
+    find_backend,
+    open_backend,
+    wrap_model,
+)
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BackendSpec",
+    "Edit",
+    "EditError",
+    "ForwardResult",
+    "Generation",
+    "ModelInfo",
+    "Operation",
+    "Positions",
+    "Read",
+    "ReadError",
+    "ReadKind",
+    "Sampling",
+    "TokenBatch",
+    "TokenError",
+    "backend_statuses",
+    "find_backend",
+    "open_backend",
+    "wrap_model",
+]

@@ -1,0 +1,239 @@
+"""What to write into the residual stream: `Edit`, and the plain functions that do the writing.
+
+An edit is data. It can be compared, hashed, sent to another machine and kept in a record, and it never remembers a
+model. The functions take a tensor and return one; they are differentiable and never change their input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from persona_lens.errors import PersonaLensError
+
+
+class EditError(PersonaLensError):
+    """An edit that cannot mean anything, or that does not fit the model or the batch."""
+
+
+class Operation(StrEnum):
+    """What an edit does to a residual h, given its direction v (unit v̂)."""
+
+    ADD = "add"  # h + coefficient * v, with v raw: its norm matters
+    ABLATE = "ablate"  # h - (h . v̂) v̂
+    CAP = "cap"  # h - max(h . v̂ - threshold, 0) v̂
+
+
+class Positions(StrEnum):
+    """Which tokens of a row an edit applies to; padding is never among them."""
+
+    ALL = "all"
+    PROMPT = "prompt"
+    RESPONSE = "response"
+    GENERATING = "generating"  # the last prompt token and the response: every position that predicts a response token
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change to the residual stream after one block.
+
+    Attributes:
+        layer: Block index l, 0-based; the edit acts on the block's output.
+        direction: Direction v, float [d_model]. Copied, so that a later change of the caller's tensor has no effect;
+            gradients flow through the copy.
+        operation: What to do, see `Operation`.
+        coefficient: Strength of `ADD`, in units of the raw direction: one number, or float [batch] with one for each
+            row, so that one batch can hold a whole sweep.
+        threshold: Largest projection on the unit direction that `CAP` leaves, in residual-stream units.
+        positions: Which tokens, by kind; or a mask, bool [batch, width], over a left-padded batch. In a generation the
+            mask covers the prompt, and no generated token is edited.
+
+    Raises:
+        EditError: If a part is missing, is not used by the operation, or has the wrong shape.
+    """
+
+    layer: int
+    direction: Float[Tensor, " d_model"]
+    operation: Operation = Operation.ADD
+    coefficient: float | Float[Tensor, " batch"] | None = None
+    threshold: float | None = None
+    positions: Positions | Bool[Tensor, "batch width"] = Positions.ALL
+
+    def __post_init__(self) -> None:
+        _check_parts(self)
+        object.__setattr__(self, "direction", self.direction.clone())
+
+    @staticmethod
+    def add(
+        layer: int,
+        direction: Float[Tensor, " d_model"],
+        coefficient: float | Float[Tensor, " batch"] = 1.0,
+        positions: Positions | Bool[Tensor, "batch width"] = Positions.ALL,
+    ) -> Edit:
+        """Add ``coefficient * direction`` (the paper's steering, section 4 of the method)."""
+        return Edit(layer, direction, Operation.ADD, coefficient=coefficient, positions=positions)
+
+    @staticmethod
+    def ablate(
+        layer: int,
+        direction: Float[Tensor, " d_model"],
+        positions: Positions | Bool[Tensor, "batch width"] = Positions.ALL,
+    ) -> Edit:
+        """Remove the component along ``direction``, so that the projection is zero."""
+        return Edit(layer, direction, Operation.ABLATE, positions=positions)
+
+    @staticmethod
+    def cap(
+        layer: int,
+        direction: Float[Tensor, " d_model"],
+        threshold: float,
+        positions: Positions | Bool[Tensor, "batch width"] = Positions.ALL,
+    ) -> Edit:
+        """Keep the projection on the unit direction at or below ``threshold``."""
+        return Edit(layer, direction, Operation.CAP, threshold=threshold, positions=positions)
+
+    def rows(self, start: int, stop: int) -> Edit:
+        """The same edit for rows ``start`` to ``stop`` of the batch it was made for."""
+        changes: dict[str, Tensor] = {}
+        if isinstance(self.coefficient, Tensor):
+            changes["coefficient"] = self.coefficient[start:stop]
+        if isinstance(self.positions, Tensor):
+            changes["positions"] = self.positions[start:stop]
+        return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> Edit:
+        """The same edit with its tensors on ``device``, ready for `apply_edit`."""
+        changes = {
+            name: value.to(device)
+            for name in ("direction", "coefficient", "positions")
+            if isinstance(value := getattr(self, name), Tensor) and value.device != device
+        }
+        return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over everything that determines what the edit does."""
+        digest = hashlib.sha256()
+        for part in (self.layer, self.operation, self.threshold):
+            digest.update(repr(part).encode())
+        for value in (self.direction, self.coefficient, self.positions):
+            digest.update(_bytes_of(value))
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edit) and self.content_hash == other.content_hash
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash)
+
+
+def _bytes_of(value: object) -> bytes:
+    if isinstance(value, Tensor):
+        array = value.detach().to("cpu", torch.float64).contiguous().numpy()
+        return repr(array.shape).encode() + array.tobytes()
+    return repr(value).encode()
+
+
+def _check_parts(edit: Edit) -> None:
+    if isinstance(edit.layer, bool) or not isinstance(edit.layer, int) or edit.layer < 0:
+        raise EditError(f"layer must be a whole number counted from 0, got {edit.layer!r}")
+    direction = edit.direction
+    if direction.ndim != 1 or not direction.is_floating_point():
+        raise EditError(
+            f"direction must be a float tensor of shape [d_model], got {direction.dtype} {list(direction.shape)}; "
+            "pick one layer of the vectors, for example vectors[18]"
+        )
+    if not bool(torch.isfinite(direction).all()):
+        raise EditError("direction holds NaN or infinity; it cannot steer anything")
+    if edit.operation is not Operation.ADD and not bool(direction.detach().any()):
+        raise EditError(f"{edit.operation} needs a direction that is not zero everywhere")
+    _check_strength(edit)
+    if isinstance(edit.positions, Tensor) and (edit.positions.ndim != 2 or edit.positions.dtype != torch.bool):
+        raise EditError(
+            f"a positions mask must be bool [batch, width], got {edit.positions.dtype} {list(edit.positions.shape)}"
+        )
+
+
+def _check_strength(edit: Edit) -> None:
+    if (edit.coefficient is None) == (edit.operation is Operation.ADD):
+        raise EditError(
+            "add needs a coefficient" if edit.coefficient is None else f"{edit.operation} takes no coefficient"
+        )
+    if (edit.threshold is None) == (edit.operation is Operation.CAP):
+        raise EditError("cap needs a threshold" if edit.threshold is None else f"{edit.operation} takes no threshold")
+    if isinstance(edit.coefficient, Tensor) and edit.coefficient.ndim != 1:
+        raise EditError(f"coefficient must be one number or float [batch], got shape {list(edit.coefficient.shape)}")
+    if edit.coefficient is not None and not bool(torch.isfinite(torch.as_tensor(edit.coefficient)).all()):
+        raise EditError("coefficient holds NaN or infinity")
+
+
+def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int | None = None) -> None:
+    """Raise `EditError` for the first edit that does not fit the model, or a batch of that many rows."""
+    for edit in edits:
+        if edit.layer >= n_layers:
+            raise EditError(f"layer {edit.layer} does not exist: the model has layers 0 to {n_layers - 1}")
+        if edit.direction.shape[0] != d_model:
+            raise EditError(f"direction has {edit.direction.shape[0]} entries, the model's d_model is {d_model}")
+        for name, value in (("coefficient", edit.coefficient), ("positions mask", edit.positions)):
+            if isinstance(value, Tensor) and value.shape[0] != batch:
+                raise EditError(f"{name} has {value.shape[0]} rows, the batch has {batch}")
+
+
+def add(
+    h: Float[Tensor, "batch tokens d_model"],
+    direction: Float[Tensor, " d_model"],
+    coefficient: Float[Tensor, "#batch 1 1"],
+) -> Float[Tensor, "batch tokens d_model"]:
+    """H + coefficient * direction, the product taken in the direction's precision."""
+    return h + (coefficient * direction).to(h.dtype)
+
+
+def ablate(
+    h: Float[Tensor, "batch tokens d_model"], direction: Float[Tensor, " d_model"]
+) -> Float[Tensor, "batch tokens d_model"]:
+    """H without its component along the direction; computed in float32 whatever the model's precision."""
+    unit = direction / direction.norm()
+    wide = h.to(unit.dtype)
+    return (wide - (wide @ unit).unsqueeze(-1) * unit).to(h.dtype)
+
+
+def cap(
+    h: Float[Tensor, "batch tokens d_model"], direction: Float[Tensor, " d_model"], threshold: float
+) -> Float[Tensor, "batch tokens d_model"]:
+    """H with its projection on the unit direction limited to ``threshold``; computed in float32."""
+    unit = direction / direction.norm()
+    wide = h.to(unit.dtype)
+    excess = (wide @ unit - threshold).clamp(min=0)
+    return (wide - excess.unsqueeze(-1) * unit).to(h.dtype)
+
+
+def apply_edit(
+    h: Float[Tensor, "batch tokens d_model"], edit: Edit, where: Bool[Tensor, "batch tokens"] | None
+) -> Float[Tensor, "batch tokens d_model"]:
+    """The residual after one edit.
+
+    Args:
+        h: Residual of one layer.
+        edit: What to do; a coefficient for each row must match the batch.
+        where: Positions to change; None changes every position.
+
+    Returns:
+        A new tensor in h's dtype and on its device.
+    """
+    direction = edit.direction.to(h.device, torch.promote_types(edit.direction.dtype, torch.float32))
+    match edit.operation:
+        case Operation.ADD:
+            coefficient = torch.as_tensor(edit.coefficient).to(h.device, direction.dtype)
+            edited = add(h, direction, coefficient.reshape(-1, 1, 1))
+        case Operation.ABLATE:
+            edited = ablate(h, direction)
+        case Operation.CAP:
+            assert edit.threshold is not None  # checked when the edit was made
+            edited = cap(h, direction, edit.threshold)
+    return edited if where is None else torch.where(where.to(h.device).unsqueeze(-1), edited, h)

@@ -1,0 +1,257 @@
+"""Generation and forward passes over a Hugging Face module whose blocks can be hooked.
+
+Shared by adapters whose library leaves such a module in reach: they differ only in how a hook gets to a block, which
+is what they pass as ``attach``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from persona_lens.backend.blocks import residual_of, with_residual
+from persona_lens.backend.edits import Edit, EditError, Positions, apply_edit, check_edits
+from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
+from persona_lens.backend.reads import Read, ReadKind, check_reads
+from persona_lens.backend.sampling import RowSampler
+from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left
+
+BlockHook = Callable[[int, Tensor], Tensor]
+"""Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""
+
+
+class Attach(Protocol):
+    """Hooks ``hook(layer, residual) -> residual`` at the output of the named blocks while the context is open."""
+
+    def __call__(self, layers: Sequence[int], hook: BlockHook) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True)
+class HookedModel:
+    """A Hugging Face causal language model and the way to hook its blocks.
+
+    Attributes:
+        model: The module whose ``generate`` and ``forward`` run.
+        attach: See `Attach`.
+        n_layers: Number of blocks.
+        d_model: Width of the residual stream.
+        end_ids: Ids that end a turn.
+        pad_id: Id to pad with; what it is does not matter, since padding is always masked by position.
+    """
+
+    model: Any
+    attach: Attach
+    n_layers: int
+    d_model: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return torch.device(self.model.device)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`."""
+        check_edits(edits, self.n_layers, self.d_model, len(prompts))
+        check_reads(reads, self.n_layers, self.d_model)
+        sampling.check_rows(len(prompts))
+        tokens = pad_left(TokenBatch.of(prompts), self.pad_id, self.device)
+        intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens)
+        processors = LogitsProcessorList([_Sampler(RowSampler(sampling, self.device))] if sampling.seeds else [])
+        with torch.inference_mode(), evaluating(self.model), self._intervening(intervention, stop_at=None):
+            ids = self.model.generate(
+                input_ids=tokens.ids,
+                attention_mask=tokens.attention.long(),
+                generation_config=generation_config(sampling, reads, self.end_ids, self.pad_id),
+                logits_processor=processors,
+            )
+        generated = ids[:, tokens.ids.shape[1] :]
+        responses, ended = cut_responses(generated, self.end_ids, sampling.max_new_tokens)
+        return Generation(responses, ended, intervention.results())
+
+    def forward(self, batch: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], logprobs: bool) -> ForwardResult:
+        """See `persona_lens.backend.protocol.Backend.forward`."""
+        check_edits(edits, self.n_layers, self.d_model, len(batch))
+        check_reads(reads, self.n_layers, self.d_model)
+        tokens = pad_left(batch, self.pad_id, self.device)
+        intervention = self._intervention(tokens, edits, reads)
+        stop_at = None if logprobs else intervention.deepest_read
+        if stop_at == -1:
+            return ForwardResult()
+        output = None
+        with torch.inference_mode(), evaluating(self.model), self._intervening(intervention, stop_at):
+            output = self.model(**forward_inputs(self.model, tokens))
+        values = None if output is None or not logprobs else response_logprobs(output.logits, tokens)
+        return ForwardResult(intervention.results(), values)
+
+    def _intervention(
+        self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], max_new_tokens: int = 0
+    ) -> Intervention:
+        return Intervention(
+            tokens, edits, reads, n_layers=self.n_layers, end_ids=self.end_ids, max_new_tokens=max_new_tokens
+        )
+
+    @contextmanager
+    def _intervening(self, intervention: Intervention, stop_at: int | None) -> Iterator[None]:
+        def at_block(layer: int, h: Tensor) -> Tensor:
+            h = intervention.block(layer, h)
+            if layer == stop_at:
+                raise _DeepestLayerReached
+            return h
+
+        def before_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            intervention.begin_pass(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+
+        with self.attach(intervention.layers, at_block):
+            handle = self.model.register_forward_pre_hook(before_pass, with_kwargs=True)
+            try:
+                yield
+            except _DeepestLayerReached:
+                pass
+            finally:
+                handle.remove()
+
+
+@contextmanager
+def hooking_blocks(blocks: nn.ModuleList, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:
+    """`Attach` for plain PyTorch blocks; the hooks are gone afterwards, whatever happened inside."""
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(blocks[layer].register_forward_hook(_forward_hook(layer, hook)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward_hook(layer: int, hook: BlockHook) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        h = residual_of(output)
+        changed = hook(layer, h)
+        return None if changed is h else with_residual(output, changed)
+
+    return on_output
+
+
+@contextmanager
+def editing_blocks(blocks: nn.ModuleList, edits: Sequence[Edit], info: ModelInfo) -> Iterator[None]:
+    """While open, every forward pass over the blocks runs edited, in training too.
+
+    Raises:
+        EditError: If an edit does not fit the model, or names positions: a plain forward pass does not know which
+            tokens are a prompt's.
+    """
+    check_edits(edits, info.n_layers, info.d_model)
+    for edit in edits:
+        if edit.positions is not Positions.ALL:
+            raise EditError(f"editing() cannot tell prompt from response; use positions 'all', not {edit.positions!r}")
+
+    def at_block(layer: int, h: Tensor) -> Tensor:
+        for edit in edits:
+            if edit.layer == layer:
+                h = apply_edit(h, edit, None)
+        return h
+
+    with hooking_blocks(blocks, sorted({edit.layer for edit in edits}), at_block):
+        yield
+
+
+class _DeepestLayerReached(Exception):
+    """Ends a forward pass once nothing further is needed."""
+
+
+class _Sampler(LogitsProcessor):
+    def __init__(self, sampler: RowSampler) -> None:
+        self.sampler = sampler
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.sampler(scores)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, and put every submodule back as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def generation_config(
+    sampling: Sampling, reads: Sequence[Read], end_ids: Sequence[int], pad_id: int
+) -> GenerationConfig:
+    """Greedy decoding with every other knob neutral, whatever defaults the model's files bring.
+
+    One step more is run where a read needs the response: the last token of a response that is cut at its limit has an
+    activation only once the model has run over it.
+    """
+    needs_last_token = any(read.kind not in (ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST) for read in reads)
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
+        min_new_tokens=0,
+        max_new_tokens=sampling.max_new_tokens + needs_last_token,
+        eos_token_id=list(end_ids),
+        pad_token_id=pad_id,
+        use_cache=sampling.use_cache,
+        return_dict_in_generate=False,
+    )
+
+
+def forward_inputs(model: nn.Module, tokens: PaddedTokens) -> dict[str, Any]:
+    """Arguments of a plain forward pass over a padded batch, as far as the model's signature has them.
+
+    Positions are given since models count padding otherwise; the vocabulary projection is limited to the positions that
+    predict a response token.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    width = tokens.ids.shape[1]
+    longest_response = int(tokens.response.sum(dim=1).max())
+    inputs: dict[str, Any] = {
+        "input_ids": tokens.ids,
+        "attention_mask": tokens.attention.long(),
+        "position_ids": tokens.position_ids,
+        "use_cache": False,
+        "logits_to_keep": min(longest_response + 1, width),
+    }
+    return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def response_logprobs(logits: Float[Tensor, "batch kept vocab"], tokens: PaddedTokens) -> tuple[Tensor, ...]:
+    """Log-probability of every response token, float32 [response tokens] a row, from the logits of the last
+    positions.""" kept = logits.shape[1]
+    targets = tokens.ids[:, -kept:][:, 1:].to(logits.device)
+    wanted = tokens.response[:, -kept:][:, 1:].to(logits.device)
+    rows = []
+    for row in range(logits.shape[0]):  # row by row: float32 logits of a whole batch can be many gigabytes
+        chosen = logits[row, :-1][wanted[row]].float()
+        picked = chosen.gather(-1, targets[row][wanted[row]].unsqueeze(-1)).squeeze(-1)
+        rows.append((picked - chosen.logsumexp(dim=-1)).cpu().clone())
+    return tuple(rows)

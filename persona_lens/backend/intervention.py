@@ -1,0 +1,213 @@
+"""Carries out the edits and reads of one batch while a model runs over it, block by block.
+
+This is the part that all adapters share. An adapter only has to call `Intervention.begin_pass` before each forward pass
+and `Intervention.block` at each block's output, in whatever way its library lets it. Needs nothing but torch, so that
+it can run where only torch is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from persona_lens.backend.edits import Edit, Positions, apply_edit
+from persona_lens.backend.reads import MEANS, Read, ReadKind
+from persona_lens.backend.tokens import PaddedTokens
+
+
+class Intervention:
+    """Edits and reads of one batch, with the state they need as a generation goes on.
+
+    Args:
+        tokens: The padded batch: existing text, or the prompts of a generation.
+        edits: Applied in the order given where several meet at a layer.
+        reads: Taken after the edits of the layer.
+        n_layers: Number of blocks of the model.
+        end_ids: Token ids that end a response; they are not part of it.
+        max_new_tokens: Responses are read up to this many tokens, whatever the loop runs beyond.
+    """
+
+    def __init__(
+        self,
+        tokens: PaddedTokens,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+        *,
+        n_layers: int,
+        end_ids: Sequence[int] = (),
+        max_new_tokens: int = 0,
+    ) -> None:
+        self.masks = TokenMasks(tokens, end_ids, max_new_tokens)
+        self._edits = {layer: [e for e in edits if e.layer == layer] for layer in {e.layer for e in edits}}
+        self._readers = [_reader(read, n_layers) for read in reads]
+        reading = {layer for reader in self._readers for layer in reader.layers}
+        self.layers = tuple(sorted(reading | set(self._edits)))
+
+    @property
+    def deepest_read(self) -> int:
+        """The last layer that any read needs; -1 without reads."""
+        return max((reader.layers[-1] for reader in self._readers), default=-1)
+
+    def begin_pass(self, ids: Int[Tensor, "batch window"]) -> None:
+        """Tell which token ids the coming forward pass runs over (with a KV cache, only the newest)."""
+        self.masks.begin_pass(ids)
+
+    def block(self, layer: int, h: Float[Tensor, "batch window d_model"]) -> Float[Tensor, "batch window d_model"]:
+        """The output of block ``layer`` after its edits; reads are taken on the way."""
+        for index, edit in enumerate(self._edits.get(layer, ())):
+            placed = self._edits[layer][index] = edit.to(h.device)
+            if self.masks.touches(edit.positions):
+                h = apply_edit(h, placed, self.masks.where(placed.positions))
+        for reader in self._readers:
+            if layer in reader.kept:
+                reader.take(layer, h, self.masks)
+        return h
+
+    def results(self) -> dict[str, Tensor]:
+        """What the reads brought, by the name of their kind; shapes as `Read` says."""
+        return {reader.kind.value: reader.result(self.masks) for reader in self._readers}
+
+
+class TokenMasks:
+    """Which token of a running batch is what; grows by one column with each generated token."""
+
+    def __init__(self, tokens: PaddedTokens, end_ids: Sequence[int], max_new_tokens: int) -> None:
+        self.prompt = tokens.prompt
+        self.response = tokens.response
+        self.last_prompt = tokens.prompt & ~torch.nn.functional.pad(tokens.prompt[:, 1:], (0, 1))
+        self._padded = not bool(tokens.attention.all())
+        self._active = torch.ones_like(tokens.prompt[:, 0])
+        self._end_ids = torch.tensor(list(end_ids), dtype=torch.long, device=tokens.ids.device)
+        self._room = max_new_tokens
+        self._passes = 0
+        self.window = self.fresh = tokens.ids.shape[1]
+
+    def begin_pass(self, ids: Int[Tensor, "batch window"]) -> None:
+        """Note the ids of the coming pass; after the first pass its last column is the newest token."""
+        if self._passes:
+            self._append(ids[:, -1].to(self.prompt.device))
+        self._passes += 1
+        self.window = ids.shape[1]
+        self.fresh = 1 if self._passes > 1 else self.window
+
+    def _append(self, newest: Int[Tensor, " batch"]) -> None:
+        self._active = self._active & ~torch.isin(newest, self._end_ids)
+        column = self._active.unsqueeze(-1) if self._room > 0 else torch.zeros_like(self._active).unsqueeze(-1)
+        self._room -= 1
+        nothing = torch.zeros_like(column)
+        self.prompt = torch.cat([self.prompt, nothing], dim=1)
+        self.last_prompt = torch.cat([self.last_prompt, nothing], dim=1)
+        self.response = torch.cat([self.response, column], dim=1)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the pass runs over one newly generated token a row."""
+        return self._passes > 1 and self.window == 1
+
+    @property
+    def attention(self) -> Bool[Tensor, "batch width"]:
+        """True at the tokens of the prompt and of the response so far."""
+        return self.prompt | self.response
+
+    def touches(self, positions: Positions | Tensor) -> bool:
+        """Whether an edit at these positions can change anything in this pass."""
+        return not self.decoding or (isinstance(positions, Positions) and positions is not Positions.PROMPT)
+
+    def where(self, positions: Positions | Tensor) -> Bool[Tensor, "batch window"] | None:
+        """The positions as a mask over this pass's tokens; None for every one of them.
+
+        A finished row's tokens are changed or not as is cheaper: nothing that is kept depends on them.
+        """
+        if self.decoding or (positions is Positions.ALL and not self._padded):
+            return None
+        return self.mask(positions)[:, -self.window :]
+
+    def mask(self, positions: Positions | Tensor) -> Bool[Tensor, "batch width"]:
+        """The positions as a mask over all tokens so far."""
+        match positions:
+            case Positions.ALL:
+                return self.attention
+            case Positions.PROMPT:
+                return self.prompt
+            case Positions.RESPONSE:
+                return self.response
+            case Positions.GENERATING:
+                return self.response | self.last_prompt
+        assert isinstance(positions, Tensor)
+        grown = self.prompt.shape[1] - positions.shape[1]
+        return torch.nn.functional.pad(positions.to(self.prompt.device), (0, grown))
+
+    def of_mean(self, kind: ReadKind) -> Bool[Tensor, "batch width"]:
+        """The tokens that a mean is taken over."""
+        return {
+            ReadKind.RESPONSE_MEAN: self.response,
+            ReadKind.PROMPT_MEAN: self.prompt,
+            ReadKind.PROMPT_LAST: self.last_prompt,
+        }[kind]
+
+
+def _reader(read: Read, n_layers: int) -> _MeanReader | _TokenReader:
+    return (_MeanReader if read.kind in MEANS else _TokenReader)(read, n_layers)
+
+
+class _MeanReader:
+    """Sums in float32, layer by layer, on the layer's own device."""
+
+    def __init__(self, read: Read, n_layers: int) -> None:
+        self.kind = read.kind
+        self.layers = read.resolved_layers(n_layers)
+        self.kept: dict[int, Tensor | None] = dict.fromkeys(self.layers)
+
+    def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
+        if masks.decoding and self.kind is not ReadKind.RESPONSE_MEAN:
+            return
+        fresh = h[:, -masks.fresh :].float()
+        weights = masks.of_mean(self.kind)[:, -masks.fresh :].to(h.device)
+        if masks.fresh == 1:
+            total = fresh[:, 0] * weights
+        else:
+            # Padding is blanked, not weighted by zero: what a model computes there may be NaN.
+            total = fresh.masked_fill(~weights.unsqueeze(-1), 0).sum(dim=1)
+        so_far = self.kept[layer]
+        self.kept[layer] = total if so_far is None else so_far.add_(total)
+
+    def result(self, masks: TokenMasks) -> Float[Tensor, "batch layers d_model"]:
+        counts = masks.of_mean(self.kind).sum(dim=1).cpu()
+        sums = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=1)
+        return sums / torch.where(counts > 0, counts.float(), torch.nan).reshape(-1, 1, 1)
+
+
+class _TokenReader:
+    """Keeps a value for every token: its projections, or all of its residual."""
+
+    def __init__(self, read: Read, n_layers: int) -> None:
+        self.kind = read.kind
+        self.layers = read.resolved_layers(n_layers)
+        units = read.unit_directions(n_layers) if read.kind is ReadKind.PROJECTIONS else None
+        self._units = dict(zip(self.layers, units, strict=True)) if units is not None else {}
+        self.kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+
+    def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
+        fresh = h[:, -masks.fresh :].float()
+        if self._units:
+            unit = self._units[layer] = self._units[layer].to(h.device)
+            fresh = fresh @ unit.T
+        self.kept[layer].append(fresh)
+
+    def result(self, masks: TokenMasks) -> Float[Tensor, "batch layers width values"]:
+        values = torch.stack([torch.cat(self.kept[layer], dim=1).cpu() for layer in self.layers], dim=1)
+        tokens = masks.attention.cpu()[:, : values.shape[2]]
+        lengths = tokens.sum(dim=1)
+        aligned = values.new_full((*values.shape[:2], int(lengths.max()), values.shape[3]), torch.nan)
+        for row, length in enumerate(lengths.tolist()):
+            aligned[row, :, aligned.shape[2] - length :] = values[row][:, tokens[row]]
+        return aligned
+
+
+def _filled(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise RuntimeError("a layer that was to be read never ran; the adapter did not reach it")
+    return value

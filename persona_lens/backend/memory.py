@@ -1,0 +1,114 @@
+"""Batches of a size that fits: rows are cut into batches, and one that runs out of memory is halved and tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from persona_lens.backend.edits import Edit
+from persona_lens.backend.protocol import Backend, ForwardResult, Generation
+from persona_lens.backend.reads import Read
+from persona_lens.backend.tokens import Sampling, TokenBatch
+from persona_lens.errors import PersonaLensError
+
+Result = TypeVar("Result")
+
+
+class OutOfMemoryError(PersonaLensError):
+    """A single row does not fit into memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def halving(run: Callable[[int, int], Result], rows: int) -> Iterator[Result]:
+    """Run rows ``0`` to ``rows``, in as few pieces as memory allows.
+
+    Args:
+        run: Runs the rows from its first argument to its second.
+        rows: How many there are.
+
+    Raises:
+        OutOfMemoryError: If one row alone does not fit.
+    """
+    pending = [(0, rows)]
+    while pending:
+        start, stop = pending.pop()
+        try:
+            result = run(start, stop)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if stop - start == 1:
+                raise OutOfMemoryError(
+                    "one row alone runs out of memory; use a shorter text, fewer new tokens, or a smaller dtype"
+                ) from error
+            middle = (start + stop) // 2
+            pending += [(middle, stop), (start, middle)]
+        else:
+            yield result
+            continue
+        # Outside the handler: the traceback that kept the failed run's tensors alive is gone by now.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def generate_rows(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    edits: Sequence[Edit] = (),
+    reads: Sequence[Read] = (),
+) -> Iterator[Generation]:
+    """`Backend.generate`, in pieces when the batch does not fit; the pieces come in the order of the rows."""
+    return halving(
+        lambda start, stop: backend.generate(
+            prompts[start:stop], sampling.rows(start, stop), [e.rows(start, stop) for e in edits], reads
+        ),
+        len(prompts),
+    )
+
+
+def forward_rows(
+    backend: Backend,
+    tokens: TokenBatch,
+    edits: Sequence[Edit] = (),
+    reads: Sequence[Read] = (),
+    *,
+    logprobs: bool = False,
+) -> Iterator[ForwardResult]:
+    """`Backend.forward`, in pieces when the batch does not fit; the pieces come in the order of the rows."""
+    return halving(
+        lambda start, stop: backend.forward(
+            tokens.rows(start, stop), [e.rows(start, stop) for e in edits], reads, logprobs=logprobs
+        ),
+        len(tokens),
+    )
+
+
+def batches_by_length(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Cut rows into batches of like length, so that little of a batch is padding.
+
+    Args:
+        lengths: Tokens of each row.
+        max_rows: Rows of a batch at most.
+        max_tokens: Tokens of a batch at most, padding included; a longer row gets a batch of its own.
+
+    Returns:
+        Row indices of each batch, shortest rows first; every index once.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        open_batch = batches[-1] if batches else []
+        if open_batch and len(open_batch) < max_rows and lengths[index] * (len(open_batch) + 1) <= max_tokens:
+            open_batch.append(index)
+        else:
+            batches.append([index])
+    return batches

@@ -1,0 +1,174 @@
+"""The contract between the engine and the backends.
+
+A backend deals in token ids, never text, and in whole batches. The engine knows backends only by what stands here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from persona_lens.backend.edits import Edit
+    from persona_lens.backend.reads import Read
+    from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model a backend runs, and how.
+
+    Attributes:
+        model: Hub id, folder name or embedded name.
+        revision: Commit or content id of the files it was loaded from; None for a model that was handed over loaded.
+        architecture: Class name of the model.
+        n_layers: Number of blocks.
+        d_model: Width of the residual stream.
+        weights: Digest of a sample of the weights, the same in every precision and backend; None where they cannot be
+            read.
+        dtype: Precision of the weights, such as ``bfloat16``.
+        device: Where the first block is.
+        backend: Adapter and versions, such as ``transformers 5.22.2``.
+        remote: Whether the model runs on another machine.
+    """
+
+    model: str
+    revision: str | None
+    architecture: str
+    n_layers: int
+    d_model: int
+    weights: str | None
+    dtype: str
+    device: str
+    backend: str
+    remote: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every field: equal for runs that must give equal numbers."""
+        return "sha256:" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: ModelInfo) -> list[str]:
+        """What makes the other a different model, in words; empty when vectors of one fit the other.
+
+        Weights decide where both are known, then the revision, then the name. Precision, device and backend do not
+        make a different model.
+        """
+        same_size = ("architecture", "n_layers", "d_model")
+        identity = next(
+            (name for name in ("weights", "revision") if getattr(self, name) and getattr(other, name)),
+            "model",
+        )
+        return [
+            f"{name}: {getattr(self, name)} and {getattr(other, name)}"
+            for name in (*same_size, identity)
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `Backend.generate` returns.
+
+    Attributes:
+        responses: Token ids of each row's response, the end-of-turn token left out.
+        ended: Whether the row ended its turn within the length limit.
+        reads: float32 tensors by the name of the read; see `Read` for shapes.
+    """
+
+    responses: tuple[TokenIds, ...]
+    ended: tuple[bool, ...]
+    reads: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What `Backend.forward` returns.
+
+    Attributes:
+        reads: float32 tensors by the name of the read; see `Read` for shapes.
+        logprobs: For each row float32 [response tokens], the log-probability (nats) of every response token given all
+            before it; None when they were not asked for.
+    """
+
+    reads: Mapping[str, Tensor] = field(default_factory=dict)
+    logprobs: tuple[Tensor, ...] | None = None
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A model, opened through one library, that can be read and edited."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Which model this is and where it runs."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer."""
+        ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Token ids that end the model's turn."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """Generate a response to every prompt, edited throughout, and take the reads on the way.
+
+        The reads equal those of a forward pass over the finished text, the last token included.
+        """
+        ...
+
+    def forward(
+        self,
+        tokens: TokenBatch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+        *,
+        logprobs: bool = False,
+    ) -> ForwardResult:
+        """Run over existing text; stops after the deepest layer that is needed."""
+        ...
+
+    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """While open, the underlying Hugging Face module runs edited, gradients included (for training)."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """How a backend presents itself; the object that an entry point of the group ``persona_lens.backends`` names.
+
+    Attributes:
+        name: What users call it.
+        summary: One line for ``backends list``.
+        requires: Distributions that must be installed, such as ``("nnsight",)``.
+        install: The command that installs them.
+        open: Makes a backend of a model's name. Called with the name and the options as keyword arguments; its
+            signature says which options there are.
+        accepts: Whether an object that the user has already loaded can be wrapped; must not import the library.
+        wrap: Makes a backend of such an object, called with the object and a tokenizer or None.
+    """
+
+    name: str
+    summary: str
+    requires: tuple[str, ...]
+    install: str
+    open: Callable[..., Backend]
+    accepts: Callable[[object], bool]
+    wrap: Callable[[Any, Any], Backend]

@@ -1,0 +1,109 @@
+"""What to bring back from the residual stream: `Read`, already reduced where the activations are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.errors import PersonaLensError
+
+
+class ReadError(PersonaLensError):
+    """A read that cannot mean anything, or that does not fit the model."""
+
+
+class ReadKind(StrEnum):
+    """The reductions, each taken in float32 after the edits at the layer."""
+
+    RESPONSE_MEAN = "response_mean"  # mean over response tokens, the end-of-turn token left out
+    PROMPT_MEAN = "prompt_mean"  # mean over prompt tokens, the template's own tokens included
+    PROMPT_LAST = "prompt_last"  # the last prompt token, from which the response begins
+    PROJECTIONS = "projections"  # every token's projection on given directions
+    ACTIVATIONS = "activations"  # everything; large, and only on request
+
+
+MEANS = (ReadKind.RESPONSE_MEAN, ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST)
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One thing to bring back.
+
+    Attributes:
+        kind: The reduction.
+        layers: Block indices, 0-based, ascending; None reads every layer.
+        directions: For `PROJECTIONS`: float [k, d_model], used at every layer, or [layers, k, d_model]. They are made
+            unit vectors, so that a projection is in residual-stream units.
+
+    Shapes of the result, float32 on the CPU, L being the number of layers read:
+        ``response_mean``, ``prompt_mean``, ``prompt_last``: [batch, L, d_model]; NaN where there is no such token.
+        ``projections``: [batch, L, width, k], left-padded with NaN.
+        ``activations``: [batch, L, width, d_model], left-padded with NaN.
+
+    Raises:
+        ReadError: If layers are not ascending, or directions are missing or not wanted.
+    """
+
+    kind: ReadKind
+    layers: tuple[int, ...] | None = None
+    directions: Float[Tensor, "k d_model"] | Float[Tensor, "layers k d_model"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.directions is None) == (self.kind is ReadKind.PROJECTIONS):
+            raise ReadError(f"{self.kind} {'needs' if self.directions is None else 'takes no'} directions")
+        if self.layers is None:
+            return
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ReadError(f"layers must be ascending, without repeats, from 0: got {self.layers}")
+
+    @staticmethod
+    def means(layers: tuple[int, ...] | None = None) -> tuple[Read, ...]:
+        """The three reductions of the method, at the same layers."""
+        return tuple(Read(kind, layers) for kind in MEANS)
+
+    @staticmethod
+    def projections(directions: Tensor, layers: tuple[int, ...] | None = None) -> Read:
+        """Projections of every token on ``directions``, see `Read`."""
+        return Read(ReadKind.PROJECTIONS, layers, directions)
+
+    def resolved_layers(self, n_layers: int) -> tuple[int, ...]:
+        """The layers read in a model of ``n_layers`` blocks."""
+        return tuple(range(n_layers)) if self.layers is None else self.layers
+
+    def unit_directions(self, n_layers: int) -> Float[Tensor, "layers k d_model"]:
+        """The directions of each layer read, of length one, float32."""
+        assert self.directions is not None  # checked when the read was made
+        given = self.directions.detach().to("cpu", torch.float32)
+        layers = len(self.resolved_layers(n_layers))
+        expanded = given.expand(layers, -1, -1) if given.ndim == 2 else given
+        return expanded / expanded.norm(dim=-1, keepdim=True)
+
+
+def check_reads(reads: Sequence[Read], n_layers: int, d_model: int) -> None:
+    """Raise `ReadError` for the first read that does not fit a model of that size, or is asked for twice."""
+    kinds = [read.kind for read in reads]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise ReadError(f"{kind} is asked for twice; put all its layers into one read")
+    for read in reads:
+        layers = read.resolved_layers(n_layers)
+        if layers[-1] >= n_layers:
+            raise ReadError(f"layer {layers[-1]} does not exist: the model has layers 0 to {n_layers - 1}")
+        if read.directions is not None:
+            _check_directions(read.directions, len(layers), d_model)
+
+
+def _check_directions(directions: Tensor, n_read: int, d_model: int) -> None:
+    shape = list(directions.shape)
+    if directions.ndim not in (2, 3) or shape[-1] != d_model or (directions.ndim == 3 and shape[0] != n_read):
+        raise ReadError(
+            f"directions must be [k, {d_model}] or [{n_read}, k, {d_model}] for {n_read} layers, got {shape}"
+        )
+    norms = directions.norm(dim=-1)
+    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+        raise ReadError("directions must be finite and not zero: there is no projection on such a direction")

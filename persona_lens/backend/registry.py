@@ -1,0 +1,145 @@
+"""Finding backends: each is an installed package's entry point in the group ``persona_lens.backends``."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from persona_lens.backend.protocol import Backend, BackendSpec
+from persona_lens.errors import PersonaLensError
+
+GROUP = "persona_lens.backends"
+DEFAULT = "transformers"
+
+
+class BackendError(PersonaLensError):
+    """A backend that is unknown, not installed, or does not take what it was given."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One registered backend and whether it can be used.
+
+    Attributes:
+        name: Name of the entry point.
+        summary: What it is, or why it could not be loaded.
+        versions: Installed version of each distribution it needs; None for one that is missing.
+        install: The command that installs what is missing.
+        broken: Why the adapter itself could not be loaded; None when it could.
+    """
+
+    name: str
+    summary: str
+    versions: dict[str, str | None]
+    install: str
+    broken: str | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether everything it needs is installed."""
+        return self.broken is None and None not in self.versions.values()
+
+
+def backend_specs() -> dict[str, BackendSpec | BackendStatus]:
+    """Every registered backend by name; a status in place of a spec where the adapter fails to load."""
+    found: dict[str, BackendSpec | BackendStatus] = {}
+    for entry in metadata.entry_points(group=GROUP):
+        try:
+            spec = entry.load()
+            if not isinstance(spec, BackendSpec):
+                raise TypeError(f"{entry.value} is a {type(spec).__name__}, not a BackendSpec")
+            found[entry.name] = spec
+        except Exception as error:  # noqa: BLE001 - somebody else's package must not break the others
+            reason = f"{entry.value}: {type(error).__name__}: {error}"
+            found[entry.name] = BackendStatus(entry.name, "failed to load", {}, "", broken=reason)
+    return dict(sorted(found.items()))
+
+
+def backend_statuses() -> list[BackendStatus]:
+    """Every registered backend, installed or not; loads no library."""
+    return [
+        spec
+        if isinstance(spec, BackendStatus)
+        else BackendStatus(spec.name, spec.summary, {d: _version(d) for d in spec.requires}, spec.install)
+        for spec in backend_specs().values()
+    ]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def find_backend(name: str) -> BackendSpec:
+    """The backend of that name, with everything it needs installed.
+
+    Raises:
+        BackendError: If there is none of that name, it fails to load, or a distribution is missing.
+    """
+    specs = backend_specs()
+    if name not in specs:
+        close = difflib.get_close_matches(name, specs, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise BackendError(f"no backend named {name!r}{hint} Installed: {', '.join(specs) or 'none'}")
+    spec = specs[name]
+    if isinstance(spec, BackendStatus):
+        raise BackendError(f"backend {name} cannot be loaded: {spec.broken}")
+    missing = [d for d in spec.requires if _version(d) is None]
+    if missing:
+        raise BackendError(f"backend {name} needs {', '.join(missing)}: {spec.install}")
+    return spec
+
+
+def open_backend(name: str = DEFAULT, model: str = "smollm2-135m", **options: Any) -> Backend:
+    """Open a model through a backend.
+
+    Args:
+        name: A registered backend, see ``persona-lens backends list``.
+        model: Hub id, local folder, or the embedded ``smollm2-135m``.
+        **options: The backend's own options, such as ``dtype`` and ``device``; unknown ones are refused.
+
+    Raises:
+        BackendError: If the backend is unknown or not installed, or an option is not one of its own.
+        ModelError: If the model cannot be found or loaded.
+    """
+    spec = find_backend(name)
+    accepted = list(inspect.signature(spec.open).parameters)[1:]
+    for option in options:
+        if option not in accepted:
+            close = difflib.get_close_matches(option, accepted, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise BackendError(f"backend {name} has no option {option!r}{hint} It takes: {', '.join(accepted)}")
+    return spec.open(model, **options)
+
+
+def wrap_model(model: object, tokenizer: Any = None, backend: str | None = None) -> Backend:
+    """Make a backend of a model that is already loaded, and leave the model as it was.
+
+    Args:
+        model: A Hugging Face causal language model, a TransformerBridge, an nnsight model, or what else an installed
+            backend accepts.
+        tokenizer: Needed where the object does not hold one.
+        backend: Name of the backend to use; None takes the one that accepts the object.
+
+    Raises:
+        BackendError: If no installed backend accepts the object, or a tokenizer is missing.
+    """
+    if backend is not None:
+        spec = find_backend(backend)
+        if not spec.accepts(model):
+            raise BackendError(f"backend {backend} cannot wrap a {type(model).__module__}.{type(model).__name__}")
+        return spec.wrap(model, tokenizer)
+    specs = [spec for spec in backend_specs().values() if isinstance(spec, BackendSpec) and spec.accepts(model)]
+    if not specs:
+        raise BackendError(
+            f"no installed backend can wrap a {type(model).__module__}.{type(model).__name__}; "
+            "give a Hugging Face causal language model, a TransformerBridge or an nnsight model"
+        )
+    # The default comes first where several accept the object, so that the choice does not depend on what is installed.
+    spec = next((s for s in specs if s.name == DEFAULT), specs[0])
+    return find_backend(spec.name).wrap(model, tokenizer)

@@ -1,0 +1,56 @@
+"""One sampler for every backend: seeded row by row, from float32 logits.
+
+It is the Gumbel-max trick: the largest of ``logits / temperature + Gumbel noise`` is a sample of the softmax. The
+noise of a row comes from that row's own generator, so a row gives the same tokens in whatever batch it runs, and any
+generation loop that takes the argmax samples without knowing it.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.backend.tokens import Sampling
+
+
+class RowSampler:
+    """Turns logits into noisy logits whose argmax is the sampled token.
+
+    Args:
+        sampling: Temperature above 0, and a seed for each row.
+        device: Where the logits will be. Noise is drawn there: the same seeds give other tokens on another kind of
+            device.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.temperature = sampling.temperature
+        self.top_p = sampling.top_p
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in sampling.seeds or ()]
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+        """Add the next draw of every row's noise.
+
+        Args:
+            logits: Next-token logits, any float dtype.
+
+        Returns:
+            float32 [batch, vocab].
+        """
+        scaled = logits.float() / self.temperature
+        if self.top_p < 1:
+            scaled = keep_nucleus(scaled, self.top_p)
+        noise = torch.empty_like(scaled)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        # -log of an exponential draw is a Gumbel draw; the clamp keeps a draw of exactly 0 from always winning.
+        return scaled - noise.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+
+
+def keep_nucleus(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tensor, "batch vocab"]:
+    """Logits with every token outside the smallest set of probability ``top_p`` at minus infinity."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probability = ordered.softmax(dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return logits.masked_fill(outside, -torch.inf)

@@ -1,0 +1,169 @@
+"""Token ids in and out: `TokenBatch`, `Sampling`, and the masks of a left-padded batch.
+
+Boundaries between prompt and response are always counted in ids: text that is encoded again can merge tokens across
+the boundary, and a pad id can also be a real one (in many models it is the end-of-turn token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from persona_lens.errors import PersonaLensError
+
+TokenIds = tuple[int, ...]
+
+
+class TokenError(PersonaLensError):
+    """Token ids or sampling settings that cannot be used."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of existing text.
+
+    Attributes:
+        prompts: Token ids of each row's prompt, at least one.
+        responses: Token ids of each row's response, without the end-of-turn token; may be empty.
+
+    Raises:
+        TokenError: If there are no rows, the two differ in number, or a prompt is empty.
+    """
+
+    prompts: tuple[TokenIds, ...]
+    responses: tuple[TokenIds, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise TokenError("the batch has no rows")
+        if len(self.prompts) != len(self.responses):
+            raise TokenError(f"{len(self.prompts)} prompts but {len(self.responses)} responses")
+        for row, prompt in enumerate(self.prompts):
+            if not prompt:
+                raise TokenError(f"row {row} has an empty prompt; a response needs at least one token before it")
+
+    @staticmethod
+    def of(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]] | None = None) -> TokenBatch:
+        """A batch from any sequences of ids; without responses every row has an empty one."""
+        heads = tuple(tuple(row) for row in prompts)
+        tails = tuple(tuple(row) for row in responses) if responses is not None else ((),) * len(heads)
+        return TokenBatch(heads, tails)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, start: int, stop: int) -> TokenBatch:
+        """Rows ``start`` to ``stop`` as a batch of their own."""
+        return TokenBatch(self.prompts[start:stop], self.responses[start:stop])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of tokens of each row."""
+        return tuple(len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate.
+
+    Attributes:
+        max_new_tokens: Length limit of a response in tokens, at least 1.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: Nucleus: sample from the smallest set of tokens that has this probability.
+        seeds: One seed a row, needed when temperature is above 0. A row's tokens depend on its seed alone, never on
+            the other rows of the batch.
+        use_cache: Keep keys and values of earlier tokens. False gives the same tokens, slower; it is there to check
+            that.
+
+    Raises:
+        TokenError: If a value is out of range, or seeds are missing or given in vain.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seeds: tuple[int, ...] | None = None
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise TokenError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise TokenError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise TokenError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.temperature > 0 and self.seeds is None:
+            raise TokenError("sampling at a temperature needs seeds, one for each row")
+        if self.temperature == 0 and (self.seeds is not None or self.top_p != 1):
+            raise TokenError("seeds and top_p do nothing at temperature 0; leave them out, or set a temperature")
+        if any(not 0 <= seed < 2**63 for seed in self.seeds or ()):
+            raise TokenError("seeds must be whole numbers from 0 to 2**63 - 1")
+
+    def rows(self, start: int, stop: int) -> Sampling:
+        """The same settings for rows ``start`` to ``stop``."""
+        return self if self.seeds is None else replace(self, seeds=self.seeds[start:stop])
+
+    def check_rows(self, batch: int) -> None:
+        """Raise `TokenError` unless there is a seed for each of ``batch`` rows."""
+        if self.seeds is not None and len(self.seeds) != batch:
+            raise TokenError(f"{len(self.seeds)} seeds for {batch} prompts; give one for each")
+
+
+@dataclass(frozen=True)
+class PaddedTokens:
+    """A batch as the model takes it, padded on the left.
+
+    Attributes:
+        ids: Token ids, int64 [batch, width].
+        attention: True at tokens, False at padding, bool [batch, width].
+        prompt: True at prompt tokens, bool [batch, width].
+        response: True at response tokens, bool [batch, width].
+    """
+
+    ids: Int[Tensor, "batch width"]
+    attention: Bool[Tensor, "batch width"]
+    prompt: Bool[Tensor, "batch width"]
+    response: Bool[Tensor, "batch width"]
+
+    @property
+    def position_ids(self) -> Int[Tensor, "batch width"]:
+        """Positions counted from each row's first token; padding gets 0."""
+        return (self.attention.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def pad_left(batch: TokenBatch, pad_id: int, device: torch.device | str = "cpu") -> PaddedTokens:
+    """Pad a batch on the left, with masks counted from the rows' lengths."""
+    width = max(batch.lengths)
+    ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
+    prompt = torch.zeros_like(ids, dtype=torch.bool)
+    response = torch.zeros_like(prompt)
+    for row, (head, tail) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
+        start, boundary = width - len(head) - len(tail), width - len(tail)
+        ids[row, start:] = torch.tensor(head + tail, dtype=torch.long)
+        prompt[row, start:boundary] = True
+        response[row, boundary:] = True
+    ids, prompt, response = ids.to(device), prompt.to(device), response.to(device)
+    return PaddedTokens(ids, prompt | response, prompt, response)
+
+
+def cut_responses(
+    generated: Int[Tensor, "batch new"], end_ids: Sequence[int], max_new_tokens: int
+) -> tuple[tuple[TokenIds, ...], tuple[bool, ...]]:
+    """The responses in what a generation loop produced, and whether each row ended its turn in time.
+
+    Args:
+        generated: New token ids; after a row's end the loop pads.
+        end_ids: Ids that end a response; the first one and all after it are cut off.
+        max_new_tokens: Tokens beyond this are cut off too.
+    """
+    ends = set(end_ids)
+    responses, ended = [], []
+    for row in generated[:, :max_new_tokens].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        responses.append(tuple(row[:stop]))
+        ended.append(stop is not None)
+    return tuple(responses), tuple(ended)

@@ -1,0 +1,318 @@
+"""``persona-lens traits``: list, read, check and begin trait files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from persona_lens.errors import PersonaLensError
+
+if TYPE_CHECKING:
+    from persona_lens.traits import Catalogue, Problem, Report, Trait, TraitFile
+
+# The traits package (pydantic, YAML) is imported inside the commands: `--help` has to be instant.
+
+app = typer.Typer(
+    name="traits",
+    help="Find, read, check and write character traits.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+TraitsDirs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--traits-dir",
+        metavar="DIR",
+        help="Another folder of trait files; it comes before all others. Repeatable, the last one wins.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+OneTrait = Annotated[
+    str,
+    typer.Argument(metavar="TRAIT", help="A trait's name, or the path of a YAML file.", show_default=False),
+]
+
+
+class RefusedError(PersonaLensError):
+    """A command would have to destroy something, and does not."""
+
+
+@app.command("list")
+def list_traits(traits_dir: TraitsDirs = None, as_json: AsJson = False) -> None:
+    """List the traits within reach and where each one comes from.
+
+    From far to near: built in, installed packages, your own folder (`PERSONA_LENS_TRAITS_DIR` moves it), `./traits`,
+    and each `--traits-dir`. The nearest definition of a name wins.
+
+    Example: `persona-lens traits list --traits-dir my-traits`
+    """
+    from persona_lens.traits import find_traits
+
+    catalogue = find_traits(traits_dir or ())
+    loaded = [(file, *_read(file)) for file in catalogue.files]
+    if as_json:
+        _print_json(
+            {
+                "traits": [_listed(*row) for row in loaded],
+                "shadowed": [
+                    {
+                        "name": s.used.name,
+                        "used": s.used.path,
+                        "hidden": s.hidden.path,
+                        "identical": s.identical,
+                    }
+                    for s in catalogue.shadowed
+                ],
+                "problems": [str(problem) for problem in catalogue.problems],
+            }
+        )
+        return
+    rows = [(file.name, _summary(trait, error), file.source.label) for file, trait, error in loaded]
+    _print_table(("name", "contrast", "from"), rows)
+    for _, _, error in loaded:
+        if error:
+            typer.echo(f"error: {error}", err=True)
+    _warn(catalogue)
+
+
+@app.command("show")
+def show(trait: OneTrait, traits_dir: TraitsDirs = None, as_json: AsJson = False) -> None:
+    """Show a trait: its contrast, its questions and the rubric of its judge.
+
+    Example: `persona-lens traits show optimistic`
+    """
+    file = _resolve(trait, traits_dir)
+    content = file.read()
+    if as_json:
+        _print_json(
+            {"path": file.path, "content_hash": content.content_hash(), **content.model_dump(mode="json")}
+        )
+    else:
+        typer.echo(_page(content, file))
+
+
+@app.command("path")
+def path(trait: OneTrait, traits_dir: TraitsDirs = None) -> None:
+    """Print the path of the file that defines a trait.
+
+    Example: `cp "$(persona-lens traits path optimistic)" my-traits/`
+    """
+    typer.echo(_resolve(trait, traits_dir).path)
+
+
+@app.command("check")
+def check(
+    traits: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TRAIT]...",
+            help="Names, or paths of YAML files; every trait if none.",
+            show_default=False,
+        ),
+    ] = None,
+    traits_dir: TraitsDirs = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check trait files, and say in which line to change what.
+
+    The exit code is 1 if there are errors.
+
+    Example: `persona-lens traits check my-traits/grumpy.yaml --strict`
+    """
+    from persona_lens.traits import check_file, find_traits
+
+    if traits:
+        files = [_resolve(trait, traits_dir) for trait in traits]
+    else:
+        catalogue = find_traits(traits_dir or ())
+        files = list(catalogue.files)
+        _warn(catalogue)
+    reports = [check_file(file) for file in files]
+    failed = [report for report in reports if report.errors or (strict and report.warnings)]
+    if as_json:
+        _print_json({"ok": not failed, "traits": [_reported(report) for report in reports]})
+    else:
+        for report in reports:
+            typer.echo("\n".join([_verdict(report), *(f"  {p.severity}: {p}" for p in report.problems)]))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("new")
+def new(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The new trait's name, such as grumpy.", show_default=False)
+    ],
+    description: Annotated[
+        str, typer.Option("--description", help="What the trait is.", show_default=False)
+    ] = "",
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The folder to write to.")] = Path(
+        "traits"
+    ),
+) -> None:
+    """Write a commented template of a trait file, NAME.yaml.
+
+    Example: `persona-lens traits new grumpy --description "Complains about everything." --dir my-traits`
+    """
+    from persona_lens.traits import find_traits, trait_template
+
+    text = trait_template(name, description)
+    target = folder / f"{name}.yaml"
+    existing = [file for file in find_traits().files if file.name == name]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with target.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError as error:
+        raise RefusedError(
+            f"{error.filename} exists already: remove it, or choose another name or --dir"
+        ) from error
+    except OSError as error:
+        raise RefusedError(f"{target} cannot be written: {error.strerror}. Choose another --dir") from error
+    for file in existing:
+        typer.echo(f"note: there is a trait {name} already, {file.path} ({file.source.kind})", err=True)
+    option = "" if _is_searched(folder) else f" --traits-dir {folder}"
+    typer.echo(
+        f"Wrote {target}\n"
+        "Next:\n"
+        '  1. Replace every text that says "TODO:".\n'
+        f"  2. See what is left:  persona-lens traits check {target}\n"
+        f"  3. Read it by name:   persona-lens traits show {name}{option}"
+    )
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of trait files, with which an editor completes and checks them.
+
+    Example: `persona-lens traits schema > trait.schema.json`
+    """
+    from persona_lens.traits import json_schema
+
+    _print_json(json_schema())
+
+
+def _resolve(trait: str, traits_dir: Sequence[Path] | None) -> TraitFile:
+    from persona_lens.traits import file_at, find_traits, is_path
+
+    if is_path(trait):
+        return file_at(trait)
+    catalogue = find_traits(traits_dir or ())
+    file = catalogue.find(trait)
+    _warn(catalogue, [trait])
+    return file
+
+
+def _is_searched(folder: Path) -> bool:
+    from persona_lens.traits import user_folder
+
+    return folder.resolve() in {Path("traits").resolve(), user_folder().resolve()}
+
+
+def _read(file: TraitFile) -> tuple[Trait | None, str]:
+    from persona_lens.traits import TraitError
+
+    try:
+        return file.read(), ""
+    except TraitError as error:
+        return None, str(error)
+
+
+def _summary(trait: Trait | None, error: str) -> str:
+    if trait is None:
+        count = len(error.splitlines())
+        return f"broken: {count} {'problem' if count == 1 else 'problems'}"
+    return f"{trait.adjectives.positive} / {trait.adjectives.negative}"
+
+
+def _listed(file: TraitFile, trait: Trait | None, error: str) -> dict[str, Any]:
+    return {
+        "name": file.name,
+        "description": trait.description if trait else None,
+        "content_hash": trait.content_hash() if trait else None,
+        "source": file.source.kind,
+        "from": file.source.label,
+        "path": file.path,
+        "error": error or None,
+    }
+
+
+def _reported(report: Report) -> dict[str, Any]:
+    def items(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+        return [{"line": p.line, "field": p.field, "message": p.message} for p in problems]
+
+    return {
+        "name": report.name,
+        "path": report.path,
+        "errors": items(report.errors),
+        "warnings": items(report.warnings),
+    }
+
+
+def _verdict(report: Report) -> str:
+    if not report.problems:
+        return f"{report.name}: ok"
+    counts = [(len(report.errors), "error"), (len(report.warnings), "warning")]
+    return f"{report.name}: " + ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
+
+
+def _page(trait: Trait, file: TraitFile) -> str:
+    import textwrap
+
+    def wrapped(text: str, lead: str) -> str:
+        return textwrap.fill(text, 100, initial_indent=lead, subsequent_indent=" " * len(lead))
+
+    lines = [trait.name, wrapped(trait.description, "  "), ""]
+    facts = {
+        "contrast": f"{trait.adjectives.positive} / {trait.adjectives.negative}",
+        "file": f"{file.path} ({file.source.kind})",
+        "content": trait.content_hash(),
+        "author": trait.author,
+        "license": trait.license,
+        "tags": ", ".join(trait.tags),
+        "references": "; ".join(trait.references),
+    }
+    lines += [f"  {key + ':':<12}{value}" for key, value in facts.items() if value]
+    lines += ["", "Instructions (+ calls the trait forth, - its opposite)"]
+    for i, pair in enumerate(trait.instructions, 1):
+        lines += [wrapped(pair.positive, f"  {i} + "), wrapped(pair.negative, "    - ")]
+    for title, questions in (
+        ("Extraction questions", trait.extraction_questions),
+        ("Evaluation questions", trait.evaluation_questions),
+    ):
+        lines += ["", title, *(wrapped(question, f"  {i:>2} ") for i, question in enumerate(questions, 1))]
+    return "\n".join([*lines, "", "Judge's rubric", textwrap.indent(trait.judge_rubric, "  ")])
+
+
+def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))  # Text: a folder called [x] is no markup
+        Console().print(table)
+        return
+    # Into a file or a pipe: whole lines whatever the width, and nothing but text.
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _warn(catalogue: Catalogue, names: Sequence[str] | None = None) -> None:
+    for warning in catalogue.warnings(names):
+        typer.echo(f"warning: {warning}", err=True)

@@ -1,0 +1,38 @@
+"""Models: which weights to load, how to get them, and how to talk to them.
+
+Nothing here imports torch or transformers before something is loaded with them.
+"""
+
+from __future__ import annotations
+
+from persona_lens.models.answers import answer_text
+from persona_lens.models.chat import ChatFormat, end_of_turn_ids
+from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, EmbeddedModel, cache_folder, ensure_embedded
+from persona_lens.models.errors import ModelError
+from persona_lens.models.hub import pinned
+from persona_lens.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from persona_lens.models.progress import Progress, rich_progress
+from persona_lens.models.source import ModelSource, resolve
+from persona_lens.models.templates import Message
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "EMBEDDED",
+    "ChatFormat",
+    "EmbeddedModel",
+    "Message",
+    "ModelError",
+    "ModelSource",
+    "Progress",
+    "answer_text",
+    "cache_folder",
+    "end_of_turn_ids",
+    "ensure_embedded",
+    "load_model",
+    "load_tokenizer",
+    "pinned",
+    "resolve",
+    "resolve_device",
+    "resolve_dtype",
+    "rich_progress",
+]

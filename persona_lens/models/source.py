@@ -1,0 +1,194 @@
+"""What to load: an embedded model, a folder on this machine, or a model on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, ensure_embedded
+from persona_lens.models.errors import ModelError
+from persona_lens.models.progress import Progress
+
+__all__ = ["ModelSource", "folder_content", "resolve"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
+_SAMPLE = 512
+_LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """One model, named precisely enough to be loaded, and to be recognised again."""
+
+    id: str
+    """The name to show: an embedded model's name, a folder's own name, or a hub id."""
+    location: str
+    """What ``from_pretrained`` takes: an absolute path or a hub id."""
+    kind: Literal["embedded", "folder", "hub"]
+    """Where the model lives."""
+    revision: str | None = None
+    """Hub only: branch, tag or commit asked for; the commit itself once pinned."""
+    content: str | None = None
+    """What tells these weights from any others: the GGUF's SHA-256 (embedded), `folder_content` (folder), or
+    the commit (hub; None until `persona_lens.models.pinned` has asked the hub)."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on this machine, so that loading needs no network."""
+        return self.kind != "hub"
+
+    @property
+    def identity(self) -> str | None:
+        """The content with its kind before it, for fingerprints; None for a hub model not pinned yet.
+
+        Paths and names are left out: a folder that was moved is still the same model.
+        """
+        return None if self.content is None else f"{self.kind}:{self.content}"
+
+
+def resolve(model: str, revision: str | None = None, *, progress: Progress | None = None) -> ModelSource:
+    """Find out what a model's name stands for.
+
+    An embedded model's name wins over everything; then what exists as a folder, or is written like a path, is
+    a folder; the rest is a hub id. The hub is not asked here. An embedded model is fetched if it never was.
+
+    Args:
+        model: ``smollm2-135m``, a path to a folder, or a hub id such as ``Qwen/Qwen2.5-7B-Instruct``.
+        revision: Branch, tag or commit on the hub.
+        progress: Told how far the download of an embedded model is.
+
+    Returns:
+        The source.
+
+    Raises:
+        ModelError: The name stands for nothing that could be loaded.
+    """
+    if not model.strip():
+        raise ModelError(f"no model given; name one, for example {DEFAULT_MODEL!r}")
+    if model in EMBEDDED:
+        _refuse_revision(model, revision)
+        folder = ensure_embedded(model, progress)
+        return ModelSource(model, str(folder), "embedded", content=EMBEDDED[model].gguf_sha256)
+    path = Path(model).expanduser()
+    written_as_path = path.is_absolute() or model.startswith((".", "~")) or "\\" in model
+    if written_as_path or path.exists():
+        _refuse_revision(model, revision)
+        return _folder_source(model, path.resolve())
+    close = difflib.get_close_matches(model.lower(), EMBEDDED, n=1, cutoff=0.7)
+    if close and "/" not in model:
+        raise ModelError(f"there is no model {model!r}; did you mean {close[0]!r}?")
+    if not _HUB_ID.fullmatch(model):
+        raise ModelError(
+            f"{model!r} is neither a folder here nor a hub id (owner/name), nor one of: {', '.join(EMBEDDED)}"
+        )
+    return ModelSource(model, model, "hub", revision=revision)
+
+
+def _refuse_revision(model: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ModelError(f"a revision ({revision!r}) belongs to a hub model, and {model!r} is not one; leave it out")
+
+
+def _folder_source(model: str, folder: Path) -> ModelSource:
+    if not folder.exists():
+        raise ModelError(f"there is no folder {model!r} (looked for {folder}); a hub model is written owner/name")
+    if not folder.is_dir():
+        raise ModelError(f"{model!r} is a file; give the folder that holds config.json and the .safetensors files")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{model!r} holds a PEFT adapter, not a model; merge it into its base model first "
+                f"(PeftModel.merge_and_unload, then save_pretrained) and give that folder"
+            )
+        raise ModelError(f"{model!r} has no config.json, so it is not a model saved by save_pretrained")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(_no_safetensors(model, any(folder.glob("*.bin"))))
+    return ModelSource(folder.name, str(folder), "folder", content=folder_content(folder))
+
+
+def _no_safetensors(model: str, has_bin: bool) -> str:
+    if not has_bin:
+        return f"{model!r} has a config.json but no .safetensors files: the weights are missing"
+    return (
+        f"{model!r} has its weights only as pickled .bin files, which can run code when they are opened. If "
+        "you "
+        f'trust them, convert them once: python -c "from transformers import AutoModelForCausalLM as M, '
+        f"AutoTokenizer as T; M.from_pretrained('{model}', "
+        "use_safetensors=False).save_pretrained('converted'); "
+        f"T.from_pretrained('{model}').save_pretrained('converted')\", then use ./converted"
+    )
+
+
+def folder_content(folder: Path) -> str:
+    """Digest a model folder without reading all its weights.
+
+    SHA-256 over, in this order: the bytes of ``config.json``; those of ``model.safetensors.index.json`` if
+    there is one; then for each ``*.safetensors`` file by name: its name, its size, its header (names, shapes,
+    types and offsets of the tensors), and of every tensor the first 512 bytes and 512 bytes from its middle.
+    Each part is preceded by its length. The samples are there because a finetuned copy has the same names,
+    sizes and headers as its origin.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The digest in hexadecimal.
+
+    Raises:
+        ModelError: A file cannot be read, or is not a safetensors file.
+    """
+    digest = hashlib.sha256()
+    try:
+        for part in _parts(folder):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    except OSError as error:
+        raise ModelError(f"cannot read the model in {folder}: {error}") from error
+    return digest.hexdigest()
+
+
+def _parts(folder: Path) -> Iterator[bytes]:
+    yield (folder / "config.json").read_bytes()
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        yield index.read_bytes()
+    for file in sorted(folder.glob("*.safetensors")):
+        yield file.name.encode()
+        yield str(file.stat().st_size).encode()
+        yield from _weights_parts(file)
+
+
+def _weights_parts(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= min(size - 8, _LARGEST_HEADER):
+            raise ModelError(_damaged(file))
+        header = stream.read(length)
+        yield header
+        for start, end in _spans(header, file):
+            if not 0 <= start <= end <= size - 8 - length:
+                raise ModelError(_damaged(file))
+            for offset in (start, (start + end) // 2):
+                stream.seek(8 + length + offset)
+                yield stream.read(min(_SAMPLE, end - offset))
+
+
+def _spans(header: bytes, file: Path) -> list[tuple[int, int]]:
+    try:
+        tensors: dict[str, Any] = json.loads(header)
+        offsets = [entry["data_offsets"] for name, entry in tensors.items() if name != "__metadata__"]
+        return sorted((int(start), int(end)) for start, end in offsets)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(_damaged(file)) from error
+
+
+def _damaged(file: Path) -> str:
+    return f"{file.parent.name}{os.sep}{file.name} is not a whole safetensors file; was its download cut short?"

@@ -1,0 +1,178 @@
+"""A tokenizer's chat template with the variables it is rendered with, and what probing it shows."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.models.answers import leaves_thinking_open
+from persona_lens.models.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ChatTemplate", "Message", "SystemProbe", "probe_end_of_turn", "probe_system", "probe_thinking"]
+
+Message = Mapping[str, str]
+"""A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+# Words that no template would write itself, so that finding them shows what became of a message.
+_SYSTEM = "probe of the instruction zebra kettle"
+_USER = "probe of the question walnut ladder"
+_ANSWER = "probe of the answer copper violin"
+
+# Some templates write today's date into every prompt. A run continued tomorrow, or repeated elsewhere, would
+# see other prompts, so the date they are given is always this one (the one that Llama's template falls back
+# on by itself).
+_PINNED_DATE = datetime.date(2024, 7, 26)
+_TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>[^'\"]*)(?P=quote)\s*\)")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja chat template bound to its tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase = field(repr=False, compare=False)
+    """The tokenizer, for its special tokens and for turning text into ids."""
+    source: str
+    """The template's text."""
+    thinking: bool = False
+    """Whether the model is asked to reason before it answers, where the template leaves the choice."""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """Return the text that the messages become.
+
+        Raises:
+            ModelError: The template refuses them.
+        """
+        return str(self._apply(messages, add_generation_prompt, tokenize=False))
+
+    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """Return the token ids that the messages become, special tokens exactly as the template writes them.
+
+        Raises:
+            ModelError: The template refuses them.
+        """
+        ids = self._apply(messages, add_generation_prompt, tokenize=True)
+        return [int(token) for token in ids]
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool, *, tokenize: bool) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self.pinned_source,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=tokenize,
+                return_dict=False,
+                **self.variables,
+            )
+        except Exception as error:  # templates are programs: any error may come out of one
+            raise ModelError(f"the chat template refuses these messages: {error}") from error
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the template is given besides the messages; nothing that it does not mention."""
+        given: dict[str, Any] = {}
+        for switch in ("enable_thinking", "thinking"):
+            if re.search(rf"(?<![\w.'\"]){switch}\b", self.source):
+                given[switch] = self.thinking
+        if "reasoning_effort" in self.source and not self.thinking:
+            given["reasoning_effort"] = "low"
+        return given
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template asks for today's date."""
+        return _TODAY.search(self.source) is not None
+
+    @property
+    def pinned_source(self) -> str:
+        """The template's text as rendered: with a fixed date where it asks for today's."""
+        # In the text, because transformers lets no function be passed in to answer the template's call.
+        return _TODAY.sub(lambda call: repr(_PINNED_DATE.strftime(call["format"])), self.source)
+
+
+@dataclass(frozen=True)
+class SystemProbe:
+    """What a template does with a system message."""
+
+    native: bool
+    """It puts the system message's text into the prompt."""
+    default: str | None
+    """The system text it writes of itself when there is no system message."""
+    note: str | None
+    """For the user, where the template does something surprising."""
+
+
+def probe_system(template: ChatTemplate) -> SystemProbe:
+    """Find out what a template does with a system message, and without one, by rendering some.
+
+    Raises:
+        ModelError: The template cannot even render one user message.
+    """
+    alone = template.render([_message("user", _USER)])
+    if _USER not in alone:
+        raise ModelError("the chat template does not write the user's message as text; pass another template")
+    where = "instructions are put at the head of the first user message instead"
+    try:
+        both = template.render([_message("system", _SYSTEM), _message("user", _USER)])
+    except ModelError as error:
+        reason = str(error.__cause__).strip().rstrip(".")
+        return SystemProbe(False, None, f"the chat template refuses system messages ({reason}): {where}")
+    if _SYSTEM not in both or _USER not in both:
+        return SystemProbe(False, None, f"the chat template silently drops system messages: {where}")
+    default = _default_system(alone, both)
+    note = default and f"without a system message the chat template writes one of its own: {default!r}"
+    return SystemProbe(True, default, note)
+
+
+def _default_system(alone: str, both: str) -> str | None:
+    """Find what stands, without a system message, where the system message would have stood."""
+    before, _, rest = both.partition(_SYSTEM)
+    after = rest.partition(_USER)[0]
+    head = alone.partition(_USER)[0]
+    if not (before and after and head.startswith(before) and head.endswith(after)):
+        return None
+    return head[len(before) : max(len(before), len(head) - len(after))].strip() or None
+
+
+def probe_thinking(make: Callable[[bool], ChatTemplate]) -> tuple[bool, bool]:
+    """Find out how far a template lets reasoning be switched off.
+
+    Args:
+        make: Makes the template with thinking on or off.
+
+    Returns:
+        Whether the two differ, and whether even the one without thinking makes the model think.
+    """
+    messages = [_message("user", _USER)]
+    on, off = make(True).render(messages), make(False).render(messages)
+    unavoidable = leaves_thinking_open(off.rpartition(_USER)[2]) or "reasoning_effort" in make(False).source
+    return on != off, unavoidable
+
+
+def probe_end_of_turn(template: ChatTemplate) -> int | None:
+    """Find the control token that a template writes right after an assistant's message, if it writes one."""
+    turns = [_message("user", _USER), _message("assistant", _ANSWER)]
+    # Some templates end a turn only where another follows, so the second conversation goes on.
+    for conversation in (turns, [*turns, _message("user", _USER)]):
+        try:
+            text = template.render(conversation, add_generation_prompt=False)
+        except ModelError:
+            continue
+        after = text.rpartition(_ANSWER)[2].lstrip()
+        tokens = {
+            str(token.content): index
+            for index, token in template.tokenizer.added_tokens_decoder.items()
+            if str(token.content).strip() and after.startswith(str(token.content))
+        }
+        if tokens:
+            return int(tokens[max(tokens, key=len)])
+    return None
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

@@ -1,0 +1,212 @@
+"""Rollouts: a model's responses to planned requests, saved batch by batch with what was read on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from persona_lens.backend import Backend, Edit, Read, Sampling
+from persona_lens.backend.memory import batches_by_length, generate_rows
+from persona_lens.progress import Progress, no_progress
+from persona_lens.runs import RunFolder
+
+if TYPE_CHECKING:
+    from persona_lens.models import ChatFormat
+
+ROLLOUTS = "rollouts.jsonl"
+ACTIVATIONS = "activations"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to ask for.
+
+    Attributes:
+        system: System prompt, or None for none.
+        question: User message.
+        seed: Seed of the row's sampling.
+        labels: What the request is for, such as its arm and question number; copied into its rollout.
+    """
+
+    system: str | None
+    question: str
+    seed: int
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response with what it answers.
+
+    Attributes:
+        request: What was asked.
+        prompt_tokens: Length of the prompt as sent.
+        response_ids: Token ids of the response, the end-of-turn token left out.
+        ended: Whether the model ended its turn within the length limit.
+        response: The response as text.
+    """
+
+    request: Request
+    prompt_tokens: int
+    response_ids: tuple[int, ...]
+    ended: bool
+    response: str
+
+    def to_row(self) -> dict[str, Any]:
+        """The rollout as one line of ``rollouts.jsonl``."""
+        return {
+            **self.request.labels,
+            "seed": self.request.seed,
+            "system": self.request.system,
+            "question": self.request.question,
+            "prompt_tokens": self.prompt_tokens,
+            "response_ids": list(self.response_ids),
+            "ended": self.ended,
+            "response": self.response,
+        }
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any], request: Request) -> Rollout:
+        """The rollout that `to_row` wrote for this request."""
+        return Rollout(request, row["prompt_tokens"], tuple(row["response_ids"]), row["ended"], row["response"])
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How responses are made; every field is part of a run's configuration.
+
+    Attributes:
+        max_new_tokens: Length limit of a response.
+        temperature: 0 is greedy.
+        top_p: Nucleus.
+        batch_size: Rows that run at once at most. Part of the configuration since sums in other batches round
+            otherwise.
+        batch_tokens: Tokens that run at once at most, responses and padding included.
+    """
+
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 64
+    batch_tokens: int = 32768
+
+    def sampling(self, seeds: Sequence[int]) -> Sampling:
+        """Settings of one batch."""
+        if self.temperature == 0:
+            return Sampling(self.max_new_tokens)
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, tuple(seeds))
+
+
+EditsFor = Callable[[Sequence[Request]], Sequence[Edit]]
+
+
+class Rollouts:
+    """Planned requests and their responses in a run folder.
+
+    Requests are cut into batches once, by the length of their prompts. A batch is saved whole: first what was read,
+    in a file of its own, then its rows; so a batch that was interrupted is simply run again.
+
+    Args:
+        backend: The model.
+        chat: Turns a request into token ids.
+        requests: What to ask, in the order that indices refer to.
+        settings: How.
+        folder: Where to save, under names that begin with ``prefix``; None keeps all in memory.
+        reads: What to read while generating.
+        edits_for: Edits of a batch, given its requests.
+        prefix: Distinguishes several sets of rollouts in a folder.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        chat: ChatFormat,
+        requests: Sequence[Request],
+        settings: RolloutSettings,
+        *,
+        folder: RunFolder | None = None,
+        reads: Sequence[Read] = (),
+        edits_for: EditsFor | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.backend = backend
+        self.chat = chat
+        self.requests = list(requests)
+        self.settings = settings
+        self.folder = folder
+        self.reads = tuple(reads)
+        self.edits_for = edits_for
+        self.prefix = prefix
+        self._prompts = [tuple(chat.encode(r.system, r.question)) for r in self.requests]
+        longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]
+        self.batches = batches_by_length(longest, settings.batch_size, settings.batch_tokens)
+        self._kept: list[tuple[list[Rollout], dict[str, Tensor]]] = []
+
+    def run(self, progress: Progress = no_progress) -> list[Rollout]:
+        """Run what is not there yet, and return every rollout in the order of the requests."""
+        sizes = [len(batch) for batch in self.batches]
+        rows = self.folder.rows(self.prefix + ROLLOUTS, sizes) if self.folder else []
+        finished = len([n for n in _running_totals(sizes) if n <= len(rows)])
+        done = [Rollout.from_row(row, self.requests[i]) for row, i in zip(rows, self._order(), strict=False)]
+        label = f"{self.prefix.rstrip('-') or 'extraction'} rollouts"
+        progress(len(done), len(self.requests), label)
+        for number in range(finished, len(self.batches)):
+            done += self._run_batch(number)
+            progress(len(done), len(self.requests), label)
+        by_index = dict(zip(self._order(), done, strict=True))
+        return [by_index[i] for i in range(len(self.requests))]
+
+    def reductions(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """What was read, batch by batch: indices of requests, and tensors whose first axis follows them."""
+        for number, batch in enumerate(self.batches):
+            if self.folder:
+                yield batch, load_file(self.folder.path / self._shard(number))
+            else:
+                yield batch, self._kept[number][1]
+
+    def _order(self) -> list[int]:
+        return [index for batch in self.batches for index in batch]
+
+    def _shard(self, number: int) -> str:
+        return f"{ACTIVATIONS}/{self.prefix}batch-{number:05d}.safetensors"
+
+    def _run_batch(self, number: int) -> list[Rollout]:
+        batch = self.batches[number]
+        requests = [self.requests[i] for i in batch]
+        prompts = [self._prompts[i] for i in batch]
+        edits = self.edits_for(requests) if self.edits_for else ()
+        sampling = self.settings.sampling([r.seed for r in requests])
+        pieces = list(generate_rows(self.backend, prompts, sampling, edits, self.reads))
+        responses = [ids for piece in pieces for ids in piece.responses]
+        ended = [flag for piece in pieces for flag in piece.ended]
+        tensors = {read.kind.value: torch.cat([p.reads[read.kind.value] for p in pieces]) for read in self.reads}
+        rollouts = [
+            Rollout(request, len(prompt), ids, end, self.chat.decode(ids))
+            for request, prompt, ids, end in zip(requests, prompts, responses, ended, strict=True)
+        ]
+        if self.folder:
+            if tensors:
+                self.folder.write_bytes(self._shard(number), save(tensors))
+            self.folder.append(self.prefix + ROLLOUTS, [rollout.to_row() for rollout in rollouts])
+        else:
+            self._kept.append((rollouts, tensors))
+        return rollouts
+
+
+def _running_totals(sizes: Sequence[int]) -> list[int]:
+    totals, total = [], 0
+    for size in sizes:
+        totals.append(total := total + size)
+    return totals
+
+
+def row_seed(base: int, *parts: object) -> int:
+    """A seed for one row, from the run's seed and what the row is for; the same on every machine."""
+    text = "\0".join(map(str, (base, *parts)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

@@ -1,0 +1,69 @@
+"""Traits: what a YAML file says about a character trait, and where such files are found.
+
+A trait is added by dropping a file called NAME.yaml into one of the folders that `find_traits` searches, or
+by installing a package with an entry point in the group ``persona_lens.traits``. No model is needed here:
+importing this package loads neither torch nor transformers.
+
+Example:
+    >>> from persona_lens.traits import Arm, load_trait
+    >>> load_trait("evil").adjective(Arm.POSITIVE)
+    'evil'
+"""
+
+from __future__ import annotations
+
+from persona_lens.traits.checks import Advice, Report, check_file, check_trait
+from persona_lens.traits.discovery import (
+    Catalogue,
+    Shadowed,
+    TraitFile,
+    file_at,
+    find_traits,
+    is_path,
+    load_trait,
+    resolve_trait,
+)
+from persona_lens.traits.parsing import parse_trait, read_trait
+from persona_lens.traits.problems import Problem, Severity, TraitError
+from persona_lens.traits.schema import Adjectives, Arm, InstructionPair, Trait, json_schema
+from persona_lens.traits.sources import (
+    ENTRY_POINT_GROUP,
+    USER_FOLDER_VARIABLE,
+    Source,
+    SourceKind,
+    SourceProblem,
+    user_folder,
+)
+from persona_lens.traits.template import trait_template
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "USER_FOLDER_VARIABLE",
+    "Adjectives",
+    "Advice",
+    "Arm",
+    "Catalogue",
+    "InstructionPair",
+    "Problem",
+    "Report",
+    "Severity",
+    "Shadowed",
+    "Source",
+    "SourceKind",
+    "SourceProblem",
+    "Trait",
+    "TraitError",
+    "TraitFile",
+    "check_file",
+    "check_trait",
+    "file_at",
+    "find_traits",
+    "is_path",
+    "json_schema",
+    "load_trait",
+    "parse_trait",
+    "read_trait",
+    "resolve_trait",
+    "trait_template",
+    "user_folder",
+]

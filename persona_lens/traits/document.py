@@ -1,0 +1,174 @@
+"""YAML text to plain data that remembers its lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import yaml
+
+from persona_lens.traits.problems import Loc, Problem, TraitError, field_name, printable
+
+MAX_BYTES = 256 * 1024
+"""Largest trait file that is read; a full trait has about 10 KiB."""
+
+# A trait is four levels deep. The limit keeps hostile nesting from exhausting Python's stack.
+_MAX_DEPTH = 16
+
+_YAML_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """How a value was written: YAML's reading of it (``bool``, ``str``, …) and the text in the file."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """The data of a YAML file, with where and how each value was written.
+
+    Attributes:
+        data: Dictionaries, lists, strings and whole numbers. Anything else YAML knows (booleans, dates, null)
+            is None here, since no field of a trait can use it; ``scalars`` tells what it was.
+        lines: The 1-based line of each value, by location.
+        scalars: How each single value was written, by location.
+        problems: What is wrong already: fields that stand twice.
+    """
+
+    data: object
+    lines: Mapping[Loc, int]
+    scalars: Mapping[Loc, Scalar]
+    problems: tuple[Problem, ...]
+
+
+def load_document(text: str, file: str) -> Document:
+    """Read YAML text.
+
+    Args:
+        text: The whole text of the file.
+        file: What to call the file in messages.
+
+    Raises:
+        TraitError: The text is not YAML, is empty, or uses YAML features that a trait has no use for.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # PyYAML lets ValueError and OverflowError through for escapes such as "\UFFFFFFFF".
+        raise TraitError.from_problems([_syntax_problem(error, text, file)]) from error
+    if root is None:
+        message = "the file is empty; `persona-lens traits new NAME` writes a template to start from"
+        raise TraitError.from_problems([Problem(file, None, "", message)])
+    walk = _Walk(file)
+    data = walk.value(root, (), root.start_mark.line + 1)
+    return Document(data, walk.lines, walk.scalars, tuple(walk.problems))
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's composer without aliases, which can build cycles and bombs, and with a limit to nesting."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                "aliases (`*name`) are not accepted; write the value out, or quote it",
+                self._mark(),
+            )
+        if self._depth >= _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply for a trait", self._mark())
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def _mark(self) -> yaml.Mark:
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it bare
+        return cast(yaml.Mark, event.start_mark)
+
+
+@dataclass
+class _Walk:
+    file: str
+    lines: dict[Loc, int] = field(default_factory=dict)
+    scalars: dict[Loc, Scalar] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def value(self, node: yaml.Node, loc: Loc, line: int) -> object:
+        self.lines[loc] = line
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, loc)
+        if isinstance(node, yaml.SequenceNode):
+            return [
+                self.value(item, (*loc, i), item.start_mark.line + 1) for i, item in enumerate(node.value)
+            ]
+        return self._scalar(node, loc)
+
+    def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, object]:
+        data: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                message = "a field's name must be plain text"
+                self.problems.append(Problem(self.file, line, field_name(loc), message))
+                continue
+            key: str = key_node.value
+            here = (*loc, key)
+            if key in data:
+                message = f"stands twice, first in line {self.lines[here]}: keep one of the two"
+                self.problems.append(Problem(self.file, line, field_name(here), message))
+                continue
+            data[key] = self.value(value_node, here, line)
+        return data
+
+    def _scalar(self, node: yaml.Node, loc: Loc) -> object:
+        kind = node.tag.removeprefix(_YAML_TAG)
+        self.scalars[loc] = Scalar(kind, node.value)
+        if kind == "str":
+            return node.value
+        if kind == "int":
+            try:
+                return int(str(node.value))
+            except ValueError:  # 0x1f, 1:30, thousands of digits: numbers, but none a trait has a use for
+                return None
+        return None
+
+
+def _syntax_problem(error: Exception, text: str, file: str) -> Problem:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        message = f"the character {error.character!a} cannot stand in YAML: remove it"
+        return Problem(file, line, "", message)
+    if not isinstance(error, yaml.error.MarkedYAMLError):
+        return Problem(file, None, "", f"not YAML: {printable(str(error), 200)}")
+    mark = error.problem_mark or error.context_mark
+    what = printable(error.problem or error.context or "cannot be read", 200)
+    hint = next((fix for symptom, fix in _SYNTAX_FIXES if symptom in what), "")
+    # The text ends after its last line break; an error "there" belongs to the last line with something on it.
+    last = max(len(text.splitlines()) - 1, 0)
+    return Problem(file, None if mark is None else min(mark.line, last) + 1, "", f"not YAML: {what}{hint}")
+
+
+_SYNTAX_FIXES = (
+    (
+        "mapping values are not allowed",
+        ". A text with ': ' in it needs quotes, or `>-` and a line of its own",
+    ),
+    ("'\\t'", ". Indent with spaces, not tabs"),
+    ("cannot start any token", ". A text that begins with a special character needs quotes"),
+    ("found unexpected end of stream", ". A quote is not closed"),
+    ("expected <block end>", ". Check the indentation here, and that quotes enclose the whole text"),
+    ("expected a single document", ": a trait file holds one document, so remove the `---` in its middle"),
+    ("found undefined tag", ". A text that begins with `!` needs quotes"),
+)

@@ -1,0 +1,104 @@
+"""Tiny random models of many architectures, and a tokenizer for them, made in code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+D_MODEL, N_LAYERS = 32, 3
+
+# What each architecture needs beyond the common sizes.
+EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
+    "phi3": {"pad_token_id": 0},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "gpt_neox": {},
+    "gpt2": {},
+}
+ARCHITECTURES = tuple(EXTRA)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and ChatML."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(SPECIALS + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+    fast.add_special_tokens({"additional_special_tokens": SPECIALS[1:2]})
+    fast.chat_template = CHATML
+    return fast
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A random float32 model of three layers and d_model 32, sharp enough that greedy tokens are not ties."""
+    vocab = len(tiny_tokenizer())
+    common = {
+        "vocab_size": vocab,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if architecture == "gpt2":
+        config: Any = GPT2Config(
+            n_embd=D_MODEL,
+            n_layer=N_LAYERS,
+            n_head=4,
+            n_positions=512,
+            **{k: v for k, v in common.items() if k != "max_position_embeddings"},
+        )
+    elif architecture == "gpt_neox":
+        config = GPTNeoXConfig(
+            hidden_size=D_MODEL,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=4,
+            intermediate_size=64,
+            **common,
+        )
+    else:
+        config = AutoConfig.for_model(
+            architecture,
+            hidden_size=D_MODEL,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            **{**common, **EXTRA[architecture]},
+        )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.config.architectures = [type(model).__name__]  # as a saved model has; TransformerLens looks there
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # the usual initialisation is so small that all logits are nearly equal
+    return model
