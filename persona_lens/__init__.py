@@ -1,7 +1,7 @@
 """Find, read and control character traits in language models with persona vectors.
 
-Everything public can be imported from here; a name's module is loaded when the name is first used, so that importing the
-package costs nothing.
+Everything public can be imported from here; a name's module is loaded when the name is first used, so that importing
+the package costs nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from persona_lens.backend import TokenBatch as TokenBatch
     from persona_lens.backend import open_backend as open_backend
     from persona_lens.backend import wrap_model as wrap_model
-    from persona_lens.conversing import chat as chat
     from persona_lens.errors import PersonaLensError as PersonaLensError
     from persona_lens.extraction import extract as extract
+    from persona_lens.replies import reply as reply
     from persona_lens.steering import sweep as sweep
     from persona_lens.traits import load_trait as load_trait
     from persona_lens.vectors import PersonaVectors as PersonaVectors
@@ -36,7 +36,7 @@ _HOMES = {
     "Read": "backend",
     "Sampling": "backend",
     "TokenBatch": "backend",
-    "chat": "conversing",
+    "reply": "replies",
     "extract": "extraction",
     "load_trait": "traits",
     "load_vectors": "vectors",
@@ -45,7 +45,7 @@ _HOMES = {
     "wrap_model": "backend",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - the keys are strings
+__all__ = ["__version__", *sorted(_HOMES)]
 
 try:
     __version__ = version("persona-lens")

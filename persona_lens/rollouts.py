@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,7 @@ class Rollout:
         prompt_tokens: Length of the prompt as sent.
         response_ids: Token ids of the response, the end-of-turn token left out.
         ended: Whether the model ended its turn within the length limit.
-        response: The response as text.
+        response: The answer as text, without reasoning and control tokens.
     """
 
     request: Request
@@ -152,7 +153,7 @@ class Rollouts:
         """Run what is not there yet, and return every rollout in the order of the requests."""
         sizes = [len(batch) for batch in self.batches]
         rows = self.folder.rows(self.prefix + ROLLOUTS, sizes) if self.folder else []
-        finished = len([n for n in _running_totals(sizes) if n <= len(rows)])
+        finished = sum(total <= len(rows) for total in accumulate(sizes))
         done = [Rollout.from_row(row, self.requests[i]) for row, i in zip(rows, self._order(), strict=False)]
         label = f"{self.prefix.rstrip('-') or 'extraction'} rollouts"
         progress(len(done), len(self.requests), label)
@@ -187,7 +188,7 @@ class Rollouts:
         ended = [flag for piece in pieces for flag in piece.ended]
         tensors = {read.kind.value: torch.cat([p.reads[read.kind.value] for p in pieces]) for read in self.reads}
         rollouts = [
-            Rollout(request, len(prompt), ids, end, self.chat.decode(ids))
+            Rollout(request, len(prompt), ids, end, self.chat.answer(ids))
             for request, prompt, ids, end in zip(requests, prompts, responses, ended, strict=True)
         ]
         if self.folder:
@@ -197,13 +198,6 @@ class Rollouts:
         else:
             self._kept.append((rollouts, tensors))
         return rollouts
-
-
-def _running_totals(sizes: Sequence[int]) -> list[int]:
-    totals, total = [], 0
-    for size in sizes:
-        totals.append(total := total + size)
-    return totals
 
 
 def row_seed(base: int, *parts: object) -> int:

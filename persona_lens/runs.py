@@ -105,13 +105,16 @@ class RunFolder:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         return self.write_bytes(name, (text + "\n").encode())
 
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write a JSONL file whole or not at all."""
+        return self.write_bytes(name, _lines(rows))
+
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file and have them on the disk when this returns."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab") as stream:
-            stream.write(lines.encode())
+            stream.write(_lines(rows))
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -135,6 +138,10 @@ class RunFolder:
         if size < file.stat().st_size:
             os.truncate(file, size)
         return [json.loads(line) for line in kept]
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
 
 
 def _whole_rows(rows: int, batch_sizes: Sequence[int]) -> int:

@@ -58,6 +58,12 @@ DEEPSEEK_V31 = ALWAYS_THINKS.replace(
     "{{ '<|Assistant|><think>\n' }}",
     "{{ '<|Assistant|>' + ('<think>' if thinking is defined and thinking else '</think>') }}",
 )
+CHANNELS = (
+    "{{ '<s>system\nReasoning: ' + (reasoning_effort | default('medium')) + '<|end|>' }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ '<s>assistant<|channel|>final<|message|>' + m['content'] + '<|return|>' }}"
+    "{% else %}{{ '<s>' + m['role'] + '<|message|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
+)
 SPECIALS = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|header|>",
     "<|/header|>", "<|eot_id|>", "<|User|>", "<|Assistant|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>",
@@ -198,6 +204,14 @@ def test_thinking(template: str, asked: bool, state: str, ending: str) -> None:
     assert format.thinking == state
     assert format.rendered_text("Be kind.", "Why?").endswith(ending)
     assert any("cannot switch that off" in note for note in format.notes) == (state == "always")
+
+
+def test_channels_are_thinking_that_can_only_be_kept_short() -> None:
+    format = make_format(CHANNELS)
+    assert format.thinking == "always"
+    assert "Reasoning: low" in format.rendered_text(None, "Why?")
+    assert "Reasoning: medium" in make_format(CHANNELS, thinking=True).rendered_text(None, "Why?")
+    assert format.end_of_turn_ids() == tuple(sorted((token(format, "</s>"), token(format, "<|return|>"))))
 
 
 def test_answer_leaves_out_thinking_and_control_tokens() -> None:

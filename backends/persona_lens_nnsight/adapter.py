@@ -39,7 +39,7 @@ from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
-from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, resolve
+from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.library import nnsight
 
 
@@ -61,7 +61,7 @@ class NNsightBackend:
     @classmethod
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> NNsightBackend:
         """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
-        source = resolve(model, revision)
+        source = pinned(resolve(model, revision))
         module, tokenizer = load_model(source, **loading), load_tokenizer(source)
         wrapped = nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")
         return cls(wrapped, tokenizer, source.id, source.identity)
@@ -142,8 +142,7 @@ class NNsightBackend:
 
     def _traced_forward(self, tokens: PaddedTokens, intervention: Intervention, logprobs: bool) -> ForwardResult:
         model, blocks = self._model, self._envoys
-        layers = intervention.layers if logprobs else range(intervention.deepest_read + 1)
-        layers = [layer for layer in layers if layer in intervention.layers]
+        layers = [layer for layer in intervention.layers if logprobs or layer <= intervention.deepest_read]
         with model.trace(forward_inputs(self._module, tokens)) as tracer:
             intervention.begin_pass(tokens.ids)
             for layer in layers:

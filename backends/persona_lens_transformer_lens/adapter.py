@@ -26,7 +26,7 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.blocks import describe, find_blocks, padding_id
 from persona_lens.backend.hooked import BlockHook, HookedModel
-from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, resolve
+from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, pinned, resolve
 
 
 class TransformerLensBackend:
@@ -53,7 +53,7 @@ class TransformerLensBackend:
         """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
         from transformer_lens.model_bridge import TransformerBridge
 
-        source = resolve(model, revision)
+        source = pinned(resolve(model, revision))
         module, tokenizer = load_model(source, **loading), load_tokenizer(source)
         bridge = TransformerBridge.boot_transformers(
             source.location, hf_model=module, tokenizer=tokenizer, dtype=module.dtype, device=module.device
@@ -68,8 +68,8 @@ class TransformerLensBackend:
             raise BackendError("this TransformerBridge holds no tokenizer; pass tokenizer=...")
         if getattr(bridge, "compatibility_mode", False):
             raise BackendError(
-                "this TransformerBridge is in compatibility mode, which changes the residual stream; boot it anew
-                without"
+                "this TransformerBridge is in compatibility mode, which changes the residual stream; "
+                "boot it anew without"
             )
         return cls(bridge, tokenizer, bridge.original_model.config.name_or_path, None)
 
@@ -97,8 +97,8 @@ class TransformerLensBackend:
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Always refused: PEFT cannot save adapters of the module once a bridge has taken it over."""
         raise BackendError(
-            "TransformerBridge changes the module it wraps, so that adapters trained on it are saved under wrong
-            names; " "train through the transformers or nnsight backend and use the result here"
+            "TransformerBridge changes the module it wraps, so adapters trained on it are saved under wrong names; "
+            "train through the transformers or nnsight backend and use the result here"
         )
 
     @contextmanager

@@ -19,7 +19,7 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.blocks import describe, find_blocks, padding_id
 from persona_lens.backend.hooked import HookedModel, editing_blocks, hooking_blocks
-from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, resolve
+from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, pinned, resolve
 
 
 class TransformersBackend:
@@ -43,7 +43,7 @@ class TransformersBackend:
     @classmethod
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> TransformersBackend:
         """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
-        source = resolve(model, revision)
+        source = pinned(resolve(model, revision))
         loaded = load_model(source, **loading)
         return cls(loaded, load_tokenizer(source), source.id, source.identity)
 

@@ -1,5 +1,4 @@
-"""Facts about a loaded Hugging Face module that every local backend needs: its blocks, its size, a digest of its
-weights."""
+"""What a local backend needs to know of a loaded Hugging Face module: its blocks, its size, a digest of its weights."""
 
 from __future__ import annotations
 
@@ -52,7 +51,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def residual_of(output: Any) -> Tensor:
     """The residual stream in a block's output, which is a tensor or a tuple that begins with one."""
-    return output[0] if isinstance(output, tuple) else output
+    h: Tensor = output[0] if isinstance(output, tuple) else output
+    return h
 
 
 def with_residual(output: Any, h: Tensor) -> Any:

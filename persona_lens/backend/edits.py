@@ -45,8 +45,8 @@ class Edit:
 
     Attributes:
         layer: Block index l, 0-based; the edit acts on the block's output.
-        direction: Direction v, float [d_model]. Copied, so that a later change of the caller's tensor has no effect;
-            gradients flow through the copy.
+        direction: Direction v, float [d_model]. Copied, as the other tensors are, so that a later change of the
+            caller's tensor has no effect; gradients flow through the copy.
         operation: What to do, see `Operation`.
         coefficient: Strength of `ADD`, in units of the raw direction: one number, or float [batch] with one for each
             row, so that one batch can hold a whole sweep.
@@ -67,7 +67,9 @@ class Edit:
 
     def __post_init__(self) -> None:
         _check_parts(self)
-        object.__setattr__(self, "direction", self.direction.clone())
+        for name in ("direction", "coefficient", "positions"):
+            if isinstance(value := getattr(self, name), Tensor):
+                object.__setattr__(self, name, value.clone())
 
     @staticmethod
     def add(
@@ -98,13 +100,21 @@ class Edit:
         """Keep the projection on the unit direction at or below ``threshold``."""
         return Edit(layer, direction, Operation.CAP, threshold=threshold, positions=positions)
 
-    def rows(self, start: int, stop: int) -> Edit:
-        """The same edit for rows ``start`` to ``stop`` of the batch it was made for."""
+    def rows(self, start: int, stop: int, width: int | None = None) -> Edit:
+        """The same edit for rows ``start`` to ``stop`` of the batch it was made for.
+
+        Args:
+            start: First row.
+            stop: One past the last row.
+            width: Tokens of the longest of these rows: in a batch of their own they are padded to that, and a
+                positions mask loses the columns before it. None keeps the mask's width.
+        """
         changes: dict[str, Tensor] = {}
         if isinstance(self.coefficient, Tensor):
             changes["coefficient"] = self.coefficient[start:stop]
         if isinstance(self.positions, Tensor):
-            changes["positions"] = self.positions[start:stop]
+            mask = self.positions[start:stop]
+            changes["positions"] = mask if width is None else mask[:, -width:]
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Edit:
@@ -120,9 +130,9 @@ class Edit:
     def content_hash(self) -> str:
         """SHA-256 over everything that determines what the edit does."""
         digest = hashlib.sha256()
-        for part in (self.layer, self.operation, self.threshold):
+        for part in (self.layer, self.operation):
             digest.update(repr(part).encode())
-        for value in (self.direction, self.coefficient, self.positions):
+        for value in (self.threshold, self.direction, self.coefficient, self.positions):
             digest.update(_bytes_of(value))
         return digest.hexdigest()
 
@@ -137,6 +147,8 @@ def _bytes_of(value: object) -> bytes:
     if isinstance(value, Tensor):
         array = value.detach().to("cpu", torch.float64).contiguous().numpy()
         return repr(array.shape).encode() + array.tobytes()
+    if isinstance(value, int | float):  # 2 and 2.0 do the same
+        return repr(float(value)).encode()
     return repr(value).encode()
 
 
@@ -198,7 +210,7 @@ def ablate(
     h: Float[Tensor, "batch tokens d_model"], direction: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "batch tokens d_model"]:
     """H without its component along the direction; computed in float32 whatever the model's precision."""
-    unit = direction / direction.norm()
+    unit: Tensor = direction / direction.norm()
     wide = h.to(unit.dtype)
     return (wide - (wide @ unit).unsqueeze(-1) * unit).to(h.dtype)
 
@@ -207,7 +219,7 @@ def cap(
     h: Float[Tensor, "batch tokens d_model"], direction: Float[Tensor, " d_model"], threshold: float
 ) -> Float[Tensor, "batch tokens d_model"]:
     """H with its projection on the unit direction limited to ``threshold``; computed in float32."""
-    unit = direction / direction.norm()
+    unit: Tensor = direction / direction.norm()
     wide = h.to(unit.dtype)
     excess = (wide @ unit - threshold).clamp(min=0)
     return (wide - excess.unsqueeze(-1) * unit).to(h.dtype)

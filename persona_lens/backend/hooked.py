@@ -7,10 +7,11 @@ is what they pass as ``attach``.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,16 +24,20 @@ from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind, check_reads
 from persona_lens.backend.sampling import RowSampler
+from persona_lens.backend.shared_prompts import shared_prompt_logprobs, token_logprobs, worth_sharing
 from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left
 
 BlockHook = Callable[[int, Tensor], Tensor]
 """Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""
 
 
+@runtime_checkable
 class Attach(Protocol):
     """Hooks ``hook(layer, residual) -> residual`` at the output of the named blocks while the context is open."""
 
-    def __call__(self, layers: Sequence[int], hook: BlockHook) -> AbstractContextManager[None]: ...
+    def __call__(self, layers: Sequence[int], hook: BlockHook) -> AbstractContextManager[None]:
+        """Open the context."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class HookedModel:
     d_model: int
     end_ids: tuple[int, ...]
     pad_id: int
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +80,7 @@ class HookedModel:
         tokens = pad_left(TokenBatch.of(prompts), self.pad_id, self.device)
         intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens)
         processors = LogitsProcessorList([_Sampler(RowSampler(sampling, self.device))] if sampling.seeds else [])
-        with torch.inference_mode(), evaluating(self.model), self._intervening(intervention, stop_at=None):
+        with self._running(intervention):
             ids = self.model.generate(
                 input_ids=tokens.ids,
                 attention_mask=tokens.attention.long(),
@@ -89,13 +95,18 @@ class HookedModel:
         """See `persona_lens.backend.protocol.Backend.forward`."""
         check_edits(edits, self.n_layers, self.d_model, len(batch))
         check_reads(reads, self.n_layers, self.d_model)
+        if logprobs and not edits and not reads and worth_sharing(batch):
+            with torch.inference_mode(), evaluating(self.model):
+                shared = shared_prompt_logprobs(self.model, batch, self.pad_id)
+            if shared is not None:
+                return ForwardResult(logprobs=shared)
         tokens = pad_left(batch, self.pad_id, self.device)
         intervention = self._intervention(tokens, edits, reads)
         stop_at = None if logprobs else intervention.deepest_read
         if stop_at == -1:
             return ForwardResult()
         output = None
-        with torch.inference_mode(), evaluating(self.model), self._intervening(intervention, stop_at):
+        with self._running(intervention, stop_at):
             output = self.model(**forward_inputs(self.model, tokens))
         values = None if output is None or not logprobs else response_logprobs(output.logits, tokens)
         return ForwardResult(intervention.results(), values)
@@ -106,6 +117,12 @@ class HookedModel:
         return Intervention(
             tokens, edits, reads, n_layers=self.n_layers, end_ids=self.end_ids, max_new_tokens=max_new_tokens
         )
+
+    @contextmanager
+    def _running(self, intervention: Intervention, stop_at: int | None = None) -> Iterator[None]:
+        # One run at a time: hooks belong to the module, so that runs of two threads would edit each other.
+        with self._lock, torch.inference_mode(), evaluating(self.model), self._intervening(intervention, stop_at):
+            yield
 
     @contextmanager
     def _intervening(self, intervention: Intervention, stop_at: int | None) -> Iterator[None]:
@@ -131,14 +148,10 @@ class HookedModel:
 @contextmanager
 def hooking_blocks(blocks: nn.ModuleList, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:
     """`Attach` for plain PyTorch blocks; the hooks are gone afterwards, whatever happened inside."""
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for layer in layers:
-            handles.append(blocks[layer].register_forward_hook(_forward_hook(layer, hook)))
+            hooks.callback(blocks[layer].register_forward_hook(_forward_hook(layer, hook)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _forward_hook(layer: int, hook: BlockHook) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
@@ -173,7 +186,7 @@ def editing_blocks(blocks: nn.ModuleList, edits: Sequence[Edit], info: ModelInfo
         yield
 
 
-class _DeepestLayerReached(Exception):
+class _DeepestLayerReached(Exception):  # noqa: N818 - nothing went wrong
     """Ends a forward pass once nothing further is needed."""
 
 
@@ -187,13 +200,20 @@ class _Sampler(LogitsProcessor):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode, and put every submodule back as it was."""
+    """Run in evaluation mode and without the generation defaults of the model's files, and put all back as it was.
+
+    ``generate`` takes what its configuration leaves open (suppressed tokens, beams, a number of sequences) from the
+    model's own, so that has to be neutral too.
+    """
     training = [module for module in model.modules() if module.training]
+    defaults = getattr(model, "generation_config", None)
     for module in training:
         module.training = False
+    model.generation_config = GenerationConfig()  # type: ignore[assignment, no-untyped-call]
     try:
         yield
     finally:
+        model.generation_config = defaults  # type: ignore[assignment]
         for module in training:
             module.training = True
 
@@ -201,24 +221,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def generation_config(
     sampling: Sampling, reads: Sequence[Read], end_ids: Sequence[int], pad_id: int
 ) -> GenerationConfig:
-    """Greedy decoding with every other knob neutral, whatever defaults the model's files bring.
+    """Greedy decoding; the noise that makes it sampling is in the logits.
 
     One step more is run where a read needs the response: the last token of a response that is cut at its limit has an
     activation only once the model has run over it.
     """
     needs_last_token = any(read.kind not in (ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST) for read in reads)
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-        min_new_tokens=0,
         max_new_tokens=sampling.max_new_tokens + needs_last_token,
-        eos_token_id=list(end_ids),
+        eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
         use_cache=sampling.use_cache,
         return_dict_in_generate=False,
@@ -245,13 +257,11 @@ def forward_inputs(model: nn.Module, tokens: PaddedTokens) -> dict[str, Any]:
 
 
 def response_logprobs(logits: Float[Tensor, "batch kept vocab"], tokens: PaddedTokens) -> tuple[Tensor, ...]:
-    """Log-probability of every response token, float32 [response tokens] a row, from the logits of the last
-    positions.""" kept = logits.shape[1]
+    """Log-probability of every response token, float32 [response tokens] a row, from the last positions' logits."""
+    kept = logits.shape[1]
     targets = tokens.ids[:, -kept:][:, 1:].to(logits.device)
     wanted = tokens.response[:, -kept:][:, 1:].to(logits.device)
-    rows = []
-    for row in range(logits.shape[0]):  # row by row: float32 logits of a whole batch can be many gigabytes
-        chosen = logits[row, :-1][wanted[row]].float()
-        picked = chosen.gather(-1, targets[row][wanted[row]].unsqueeze(-1)).squeeze(-1)
-        rows.append((picked - chosen.logsumexp(dim=-1)).cpu().clone())
-    return tuple(rows)
+    # Row by row: float32 logits of a whole batch can be many gigabytes.
+    return tuple(
+        token_logprobs(logits[row, :-1][wanted[row]], targets[row][wanted[row]]) for row in range(logits.shape[0])
+    )

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_lens.backend.edits import Edit, Positions, apply_edit
+from persona_lens.backend.edits import Edit, EditError, Positions, apply_edit
 from persona_lens.backend.reads import MEANS, Read, ReadKind
 from persona_lens.backend.tokens import PaddedTokens
 
@@ -40,6 +40,7 @@ class Intervention:
         end_ids: Sequence[int] = (),
         max_new_tokens: int = 0,
     ) -> None:
+        _check_masks(edits, tokens.ids.shape[1])
         self.masks = TokenMasks(tokens, end_ids, max_new_tokens)
         self._edits = {layer: [e for e in edits if e.layer == layer] for layer in {e.layer for e in edits}}
         self._readers = [_reader(read, n_layers) for read in reads]
@@ -149,6 +150,15 @@ class TokenMasks:
         }[kind]
 
 
+def _check_masks(edits: Sequence[Edit], width: int) -> None:
+    for edit in edits:
+        if isinstance(edit.positions, Tensor) and edit.positions.shape[1] != width:
+            raise EditError(
+                f"positions mask is {edit.positions.shape[1]} tokens wide, the left-padded batch is {width}; "
+                "in a generation the mask covers the prompts only"
+            )
+
+
 def _reader(read: Read, n_layers: int) -> _MeanReader | _TokenReader:
     return (_MeanReader if read.kind in MEANS else _TokenReader)(read, n_layers)
 
@@ -166,11 +176,8 @@ class _MeanReader:
             return
         fresh = h[:, -masks.fresh :].float()
         weights = masks.of_mean(self.kind)[:, -masks.fresh :].to(h.device)
-        if masks.fresh == 1:
-            total = fresh[:, 0] * weights
-        else:
-            # Padding is blanked, not weighted by zero: what a model computes there may be NaN.
-            total = fresh.masked_fill(~weights.unsqueeze(-1), 0).sum(dim=1)
+        # Padding is blanked, not weighted by zero: what a model computes there may be NaN.
+        total = fresh.masked_fill(~weights.unsqueeze(-1), 0).sum(dim=1)
         so_far = self.kept[layer]
         self.kept[layer] = total if so_far is None else so_far.add_(total)
 

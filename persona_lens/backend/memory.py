@@ -68,9 +68,10 @@ def generate_rows(
     reads: Sequence[Read] = (),
 ) -> Iterator[Generation]:
     """`Backend.generate`, in pieces when the batch does not fit; the pieces come in the order of the rows."""
+    lengths = [len(prompt) for prompt in prompts]
     return halving(
         lambda start, stop: backend.generate(
-            prompts[start:stop], sampling.rows(start, stop), [e.rows(start, stop) for e in edits], reads
+            prompts[start:stop], sampling.rows(start, stop), _edits_of(edits, start, stop, lengths), reads
         ),
         len(prompts),
     )
@@ -87,10 +88,14 @@ def forward_rows(
     """`Backend.forward`, in pieces when the batch does not fit; the pieces come in the order of the rows."""
     return halving(
         lambda start, stop: backend.forward(
-            tokens.rows(start, stop), [e.rows(start, stop) for e in edits], reads, logprobs=logprobs
+            tokens.rows(start, stop), _edits_of(edits, start, stop, tokens.lengths), reads, logprobs=logprobs
         ),
         len(tokens),
     )
+
+
+def _edits_of(edits: Sequence[Edit], start: int, stop: int, lengths: Sequence[int]) -> list[Edit]:
+    return [edit.rows(start, stop, max(lengths[start:stop])) for edit in edits]
 
 
 def batches_by_length(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:

@@ -81,7 +81,8 @@ class Read:
         given = self.directions.detach().to("cpu", torch.float32)
         layers = len(self.resolved_layers(n_layers))
         expanded = given.expand(layers, -1, -1) if given.ndim == 2 else given
-        return expanded / expanded.norm(dim=-1, keepdim=True)
+        unit: Tensor = expanded / expanded.norm(dim=-1, keepdim=True)
+        return unit
 
 
 def check_reads(reads: Sequence[Read], n_layers: int, d_model: int) -> None:

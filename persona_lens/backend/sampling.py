@@ -37,7 +37,9 @@ class RowSampler:
         Returns:
             float32 [batch, vocab].
         """
-        scaled = logits.float() / self.temperature
+        wide = logits.float()
+        # Counted from the largest: divided by a small temperature, large logits would all become infinite.
+        scaled = (wide - wide.amax(dim=-1, keepdim=True)) / self.temperature
         if self.top_p < 1:
             scaled = keep_nucleus(scaled, self.top_p)
         noise = torch.empty_like(scaled)

@@ -48,8 +48,8 @@ class RefusedError(PersonaLensError):
 def list_traits(traits_dir: TraitsDirs = None, as_json: AsJson = False) -> None:
     """List the traits within reach and where each one comes from.
 
-    From far to near: built in, installed packages, your own folder (`PERSONA_LENS_TRAITS_DIR` moves it), `./traits`,
-    and each `--traits-dir`. The nearest definition of a name wins.
+    From far to near: built in, installed packages, your own folder (`PERSONA_LENS_TRAITS_DIR` moves it),
+    `./traits`, and each `--traits-dir`. The nearest definition of a name wins.
 
     Example: `persona-lens traits list --traits-dir my-traits`
     """
@@ -91,9 +91,7 @@ def show(trait: OneTrait, traits_dir: TraitsDirs = None, as_json: AsJson = False
     file = _resolve(trait, traits_dir)
     content = file.read()
     if as_json:
-        _print_json(
-            {"path": file.path, "content_hash": content.content_hash(), **content.model_dump(mode="json")}
-        )
+        _print_json({"path": file.path, "content_hash": content.content_hash(), **content.model_dump(mode="json")})
     else:
         typer.echo(_page(content, file))
 
@@ -151,12 +149,8 @@ def new(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="The new trait's name, such as grumpy.", show_default=False)
     ],
-    description: Annotated[
-        str, typer.Option("--description", help="What the trait is.", show_default=False)
-    ] = "",
-    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The folder to write to.")] = Path(
-        "traits"
-    ),
+    description: Annotated[str, typer.Option("--description", help="What the trait is.", show_default=False)] = "",
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The folder to write to.")] = Path("traits"),
 ) -> None:
     """Write a commented template of a trait file, NAME.yaml.
 
@@ -172,9 +166,7 @@ def new(
         with target.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError as error:
-        raise RefusedError(
-            f"{error.filename} exists already: remove it, or choose another name or --dir"
-        ) from error
+        raise RefusedError(f"{error.filename} exists already: remove it, or choose another name or --dir") from error
     except OSError as error:
         raise RefusedError(f"{target} cannot be written: {error.strerror}. Choose another --dir") from error
     for file in existing:

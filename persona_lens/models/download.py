@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["DownloadError", "RemoteFile", "fetch", "http_client", "sha256_of"]
 
 _ATTEMPTS = 5
-_CHUNK = 1 << 18
 
 
 class DownloadError(ModelError):
@@ -162,7 +161,8 @@ def _one_connection(client: httpx.Client, url: str, file: RemoteFile, part: Path
             have = 0
         with part.open("ab" if have else "wb") as out:
             progress(have, file.size, f"downloading {file.name}")
-            for chunk in response.iter_raw(_CHUNK):
+            # As they come: gathered into larger chunks, what had gathered would be lost with the connection.
+            for chunk in response.iter_raw():
                 out.write(chunk)
                 have += len(chunk)
                 if have > file.size:

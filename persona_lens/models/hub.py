@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from persona_lens.models.errors import ModelError
 from persona_lens.models.source import ModelSource
 
 __all__ = ["hub_error", "pinned"]
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def pinned(source: ModelSource) -> ModelSource:
@@ -30,16 +33,36 @@ def pinned(source: ModelSource) -> ModelSource:
     """
     if source.content is not None or source.is_local:
         return source
-    from huggingface_hub import hf_hub_download
-
+    if source.revision is not None and _COMMIT.fullmatch(source.revision):
+        return replace(source, content=source.revision)
     try:
-        config = hf_hub_download(source.location, "config.json", revision=source.revision)
+        commit = _current_commit(source)
+    except ModelError:
+        raise
     except Exception as error:  # the hub's client raises errors of half a dozen libraries
         raise hub_error(error, source) from error
-    # .../snapshots/<commit>/config.json: the one place where every version of the client tells the commit,
-    # also when it works offline from its cache.
-    commit = Path(config).parent.name
     return replace(source, revision=commit, content=commit)
+
+
+def _current_commit(source: ModelSource) -> str:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    refusals = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
+    url = huggingface_hub.hf_hub_url(source.location, "config.json", revision=source.revision)
+    try:
+        # One question, answered or not: a download would retry for half a minute before it says "no network".
+        answer = huggingface_hub.get_hf_file_metadata(url, timeout=15)
+    except refusals:
+        raise
+    except Exception:  # noqa: BLE001 - out of reach in one of many ways: the cache is what is left
+        cached = huggingface_hub.hf_hub_download(
+            source.location, "config.json", revision=source.revision, local_files_only=True
+        )
+        return Path(cached).parent.name  # .../snapshots/<commit>/config.json
+    if answer.commit_hash is None:
+        raise ModelError(f"what answers at {url} is not a Hugging Face hub; check HF_ENDPOINT and the proxy")
+    return answer.commit_hash
 
 
 def hub_error(error: BaseException, source: ModelSource) -> ModelError:

@@ -79,9 +79,14 @@ class ChatTemplate:
         for switch in ("enable_thinking", "thinking"):
             if re.search(rf"(?<![\w.'\"]){switch}\b", self.source):
                 given[switch] = self.thinking
-        if "reasoning_effort" in self.source and not self.thinking:
-            given["reasoning_effort"] = "low"
+        if self.writes_channels and "reasoning_effort" in self.source and not self.thinking:
+            given["reasoning_effort"] = "low"  # as near to off as such a template goes
         return given
+
+    @property
+    def writes_channels(self) -> bool:
+        """Whether the model reasons in a channel of its own before it answers in another, as gpt-oss does."""
+        return "<|channel|>" in self.source
 
     @property
     def writes_date(self) -> bool:
@@ -150,7 +155,7 @@ def probe_thinking(make: Callable[[bool], ChatTemplate]) -> tuple[bool, bool]:
     """
     messages = [_message("user", _USER)]
     on, off = make(True).render(messages), make(False).render(messages)
-    unavoidable = leaves_thinking_open(off.rpartition(_USER)[2]) or "reasoning_effort" in make(False).source
+    unavoidable = leaves_thinking_open(off.rpartition(_USER)[2]) or make(False).writes_channels
     return on != off, unavoidable
 
 

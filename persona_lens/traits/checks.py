@@ -61,9 +61,7 @@ def check_file(file: TraitFile) -> Report:
     except TraitError as error:
         return Report(file.name, file.path, error.problems or (Problem(file.path, None, "", str(error)),))
     problems = [
-        Problem(
-            file.path, parsed.lines.get(advice.loc), field_name(advice.loc), advice.message, Severity.WARNING
-        )
+        Problem(file.path, parsed.lines.get(advice.loc), field_name(advice.loc), advice.message, Severity.WARNING)
         for advice in check_trait(parsed.trait)
     ]
     return Report(file.name, file.path, tuple(sorted(problems, key=lambda problem: problem.line or 0)))
@@ -83,18 +81,14 @@ def check_trait(trait: Trait) -> list[Advice]:
 
 def _description(trait: Trait) -> Iterator[Advice]:
     if len(trait.description) < MIN_DESCRIPTION_CHARACTERS:
-        yield Advice(
-            ("description",), "says little: a sentence on what the trait is and is not helps its users"
-        )
+        yield Advice(("description",), "says little: a sentence on what the trait is and is not helps its users")
 
 
 def _instructions(trait: Trait) -> Iterator[Advice]:
     for i, pair in enumerate(trait.instructions):
         positive, negative = len(pair.positive.split()), len(pair.negative.split())
         if max(positive, negative) > MAX_LENGTH_RATIO * min(positive, negative):
-            message = (
-                f"is unbalanced: {positive} words against {negative}. The vector would carry length as well"
-            )
+            message = f"is unbalanced: {positive} words against {negative}. The vector would carry length as well"
             yield Advice(("instructions", i), message)
     for (i, one), (j, other) in itertools.combinations(enumerate(trait.instructions), 2):
         for arm in ("positive", "negative"):
@@ -112,9 +106,7 @@ def _long_questions(trait: Trait) -> Iterator[Advice]:
     for loc, question in _questions(trait):
         words = len(question.split())
         if words > MAX_QUESTION_WORDS:
-            yield Advice(
-                loc, f"has {words} words; up to {MAX_QUESTION_WORDS} leave a small model room to answer"
-            )
+            yield Advice(loc, f"has {words} words; up to {MAX_QUESTION_WORDS} leave a small model room to answer")
 
 
 def _leaks(trait: Trait) -> Iterator[Advice]:
@@ -124,9 +116,7 @@ def _leaks(trait: Trait) -> Iterator[Advice]:
     for loc, question in _questions(trait):
         found = next((match for pattern in patterns if (match := pattern.search(question))), None)
         if found:
-            message = (
-                f'names the trait ("{found.group()}"): the answer would echo the question, not show the trait'
-            )
+            message = f'names the trait ("{found.group()}"): the answer would echo the question, not show the trait'
             yield Advice(loc, message)
 
 
@@ -158,9 +148,7 @@ def _rubric(trait: Trait) -> Iterator[Advice]:
     loc: Loc = ("judge_rubric",)
     for slot in ("question", "answer"):
         if not re.search(rf"<([\w-]+)>\s*\{{{slot}\}}\s*</\1>", trait.judge_rubric):
-            message = (
-                f"has {{{slot}}} bare: between tags, such as <{slot}>…</{slot}>, it is plain where it ends"
-            )
+            message = f"has {{{slot}}} bare: between tags, such as <{slot}>…</{slot}>, it is plain where it ends"
             yield Advice(loc, message)
     if not any(_family(word).search(trait.judge_rubric) for word in (trait.name, trait.adjectives.positive)):
         yield Advice(loc, f'never says "{trait.adjectives.positive}": is it the rubric of another trait?')

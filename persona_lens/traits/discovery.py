@@ -151,8 +151,8 @@ def load_trait(name_or_path: str | os.PathLike[str], traits_dirs: Sequence[str |
         TraitError: There is no such trait or file, or it is broken.
 
     Example:
-        >>> load_trait("optimistic").system_prompt(Arm.POSITIVE, 0)[:31]
-        'You are an optimistic assistant'
+        >>> load_trait("optimistic").adjectives.negative
+        'pessimistic'
     """
     return resolve_trait(name_or_path, traits_dirs).read()
 

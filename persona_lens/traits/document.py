@@ -110,9 +110,7 @@ class _Walk:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, loc)
         if isinstance(node, yaml.SequenceNode):
-            return [
-                self.value(item, (*loc, i), item.start_mark.line + 1) for i, item in enumerate(node.value)
-            ]
+            return [self.value(item, (*loc, i), item.start_mark.line + 1) for i, item in enumerate(node.value)]
         return self._scalar(node, loc)
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, object]:
@@ -169,6 +167,6 @@ _SYNTAX_FIXES = (
     ("cannot start any token", ". A text that begins with a special character needs quotes"),
     ("found unexpected end of stream", ". A quote is not closed"),
     ("expected <block end>", ". Check the indentation here, and that quotes enclose the whole text"),
-    ("expected a single document", ": a trait file holds one document, so remove the `---` in its middle"),
+    ("found another document", ": a trait file holds one document, so remove the `---` in its middle"),
     ("found undefined tag", ". A text that begins with `!` needs quotes"),
 )

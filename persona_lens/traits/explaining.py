@@ -61,9 +61,7 @@ def _message(details: ErrorDetails, document: Document) -> str:
         case "string_unicode":
             return "holds half a character (a lone surrogate such as \\ud800): remove it"
         case "too_short" | "too_long":
-            return _wrong_count(
-                context["actual_length"], context.get("min_length", context.get("max_length"))
-            )
+            return _wrong_count(context["actual_length"], context.get("min_length", context.get("max_length")))
         case "literal_error":
             return "is not a version this program knows: write 1, or upgrade persona-lens"
         case "tuple_type":
@@ -117,9 +115,7 @@ def _not_a_slug(loc: Loc, document: Document) -> str:
     written = document.scalars.get(loc)
     slug = "".join(c if c.isascii() and c.isalnum() else "-" for c in written.text.lower()) if written else ""
     slug = slug.strip("-").lstrip("0123456789-")[:MAX_NAME]
-    return "takes lower-case letters, digits, - and _ and begins with a letter" + (
-        f": write {slug}" if slug else ""
-    )
+    return "takes lower-case letters, digits, - and _ and begins with a letter" + (f": write {slug}" if slug else "")
 
 
 def _wrong_count(given: object, needed: object) -> str:

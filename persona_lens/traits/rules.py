@@ -86,14 +86,12 @@ def _same_in_both_arms(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
 
 
 def _repeated_instructions(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
-    seen: dict[tuple[object, str], int] = {}
+    seen: dict[tuple[Loc, str], int] = {}
     for i, pair in _items(fields.get("instructions")):
-        for (arm, *_), text in _texts(pair, ()):
-            first = seen.setdefault((arm, normalised(text)), i)
+        for loc, text in _texts(pair, ("instructions", i)):
+            first = seen.setdefault((loc[2:], normalised(text)), i)
             if first != i:
-                yield BrokenRule(
-                    ("instructions", i, arm), f"repeats pair #{first + 1}: write it from another angle"
-                )
+                yield BrokenRule(loc, f"repeats pair #{first + 1}: write it from another angle")
 
 
 def _repeated_questions(fields: Mapping[object, object]) -> Iterator[BrokenRule]:

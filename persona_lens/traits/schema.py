@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.types import StringConstraints
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from persona_lens.traits import prompts
 from persona_lens.traits.rules import broken_rules
@@ -53,9 +53,7 @@ class Arm(StrEnum):
 
 class _Frozen(BaseModel):
     # str_strip_whitespace: a block scalar's final line break is formatting, not content.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", str_strip_whitespace=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True, use_attribute_docstrings=True)
 
 
 class Adjectives(_Frozen):
@@ -137,10 +135,7 @@ class Trait(_Frozen):
         try:
             trait = handler(data)
         except ValidationError as error:
-            reports += [
-                InitErrorDetails(type=e["type"], loc=e["loc"], input=e["input"], ctx=e.get("ctx", {}))
-                for e in error.errors(include_url=False)
-            ]
+            reports += [_recounted(e) for e in error.errors(include_url=False) if not _is_miscounted(e)]
         if reports:
             raise ValidationError.from_exception_data(cls.__name__, reports)
         return trait
@@ -190,6 +185,19 @@ class Trait(_Frozen):
         content = self.model_dump(mode="json", include=set(_DETERMINING))
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return f"sha256:{hashlib.sha256(canonical.encode('utf-8')).hexdigest()}"
+
+
+def _is_miscounted(error: ErrorDetails) -> bool:
+    # Pydantic counts the valid items only: one bad question of twenty would be reported as a missing one as well.
+    given, needed = error["input"], error.get("ctx", {}).get("min_length")
+    return error["type"] == "too_short" and isinstance(given, list | tuple) and len(given) == needed
+
+
+def _recounted(error: ErrorDetails) -> InitErrorDetails:
+    context = dict(error.get("ctx", {}))
+    if "actual_length" in context and isinstance(error["input"], list | tuple):
+        context["actual_length"] = len(error["input"])
+    return InitErrorDetails(type=error["type"], loc=error["loc"], input=error["input"], ctx=context)
 
 
 def json_schema() -> dict[str, Any]:

@@ -108,9 +108,7 @@ def _built_in() -> Located:
     # Only a checkout has pyproject.toml here; beside an installed package `traits` could be anybody's.
     if (checkout / "pyproject.toml").is_file() and (checkout / "traits").is_dir():
         return _folder(source, checkout / "traits")
-    return Located(
-        source, (), SourceProblem(source, "the built-in traits are missing: reinstall persona-lens")
-    )
+    return Located(source, (), SourceProblem(source, "the built-in traits are missing: reinstall persona-lens"))
 
 
 def _user() -> Located:

@@ -1,0 +1,365 @@
+"""The parity suite: whether a backend keeps the contract, and gives the same numbers as another one.
+
+It knows backends by the contract alone, so it runs over any installed one, and over a user's own model:
+``persona-lens backends check MODEL``. The tests of this project run the very same suite.
+
+In float32 reads agree to a relative 1e-4 (in practice 1e-6) and tokens are identical. In 16 bits the order in which a
+library adds numbers up shows: reads are held to a looser bound, and the share of rows whose tokens differ is reported
+without being an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from persona_lens.backend.edits import Edit, Positions, apply_edit
+from persona_lens.backend.protocol import Backend, ForwardResult, Generation
+from persona_lens.backend.reads import Read, ReadKind
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+
+# Of unlike lengths, so that every batch is padded; the second halves are the responses of the existing text.
+TEXTS = (
+    ("The weather today is", " fine, and I am going outside."),
+    ("Yes", " or no?"),
+    ("Tell me in a few words what you would do with a whole day to yourself", " Nothing."),
+    ("One two three four", " five six seven eight nine ten"),
+)
+EVERYTHING = (*Read.means(), Read(ReadKind.ACTIVATIONS))
+
+
+@dataclass(frozen=True)
+class ParityCheck:
+    """The outcome of one check.
+
+    Attributes:
+        name: What must hold.
+        passed: Whether ``measured`` is within ``tolerance``.
+        measured: Largest relative error of a read, or share of rows that are wrong; infinite where the check could not
+            be carried out.
+        tolerance: What is allowed.
+        detail: Where the largest error is, or what went wrong.
+    """
+
+    name: str
+    passed: bool
+    measured: float
+    tolerance: float
+    detail: str
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is allowed: relative error of a read, and share of rows with other tokens."""
+
+    reads: float
+    tokens: float
+
+
+FULL = Bounds(reads=1e-4, tokens=0.0)
+HALF = {"float16": Bounds(reads=2e-2, tokens=1.0), "bfloat16": Bounds(reads=1e-1, tokens=1.0)}
+
+Measurement = tuple[float, str]
+Check = tuple[str, float, Callable[[], Measurement]]
+"""Name, tolerance, and what carries it out."""
+
+
+def check_parity(
+    backend: Backend,
+    reference: Backend | None = None,
+    *,
+    texts: Sequence[tuple[str, str]] = TEXTS,
+    max_new_tokens: int = 8,
+) -> list[ParityCheck]:
+    """Check a backend against the contract, and against another backend that runs the same model.
+
+    Args:
+        backend: The one to check.
+        reference: What it must agree with; None checks only that the backend agrees with itself.
+        texts: Prompts and responses to run over, at least two, of different lengths.
+        max_new_tokens: Length of the generated responses, in tokens.
+
+    Returns:
+        Every check that was made, failed ones included. A check that raises has failed; the others still run.
+    """
+    bounds = _bounds(backend, reference)
+    compared: Iterator[Check] = iter(())
+    if reference is not None:
+        same = _outcome("the same model", 0.0, lambda: _same_model(backend, reference))
+        if not same.passed:
+            return [same]
+        probe = Probe.of(reference, texts, max_new_tokens)
+        compared = _checks_against(backend, reference, probe, bounds)
+        outcomes = [same]
+    else:
+        probe = Probe.of(backend, texts, max_new_tokens)
+        outcomes = []
+    outcomes += [_outcome(*check) for check in compared]
+    return outcomes + [_outcome(*check) for check in _self_checks(backend, probe, bounds)]
+
+
+def _outcome(name: str, tolerance: float, measure: Callable[[], Measurement]) -> ParityCheck:
+    try:
+        measured, detail = measure()
+    except Exception as error:  # noqa: BLE001 - any failure of a backend is a finding, not the end of the suite
+        measured, detail = float("inf"), f"{type(error).__name__}: {error}"
+    return ParityCheck(name, measured <= tolerance, measured, tolerance, detail)
+
+
+def _bounds(*backends: Backend | None) -> Bounds:
+    dtypes = {backend.info.dtype for backend in backends if backend is not None}
+    if dtypes <= {"float32", "float64"}:
+        return FULL
+    # Of quantised weights only the number format of the arithmetic around them counts, and that is 16 bits.
+    return max((HALF.get(dtype, HALF["bfloat16"]) for dtype in dtypes - {"float32", "float64"}), key=lambda b: b.reads)
+
+
+def _same_model(backend: Backend, reference: Backend) -> Measurement:
+    differences = backend.info.differences(reference.info)
+    return float(len(differences)), "; ".join(differences) or backend.info.architecture
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a suite runs: the same for both backends.
+
+    Attributes:
+        prompts: Token ids to generate from.
+        text: The prompts with given responses.
+        edits: Named sets of edits, strong enough to change the text.
+        layer: Where the single edits act.
+        direction: Float [d_model], as long as the residual is there.
+        new: Length limit of a generation.
+    """
+
+    prompts: tuple[TokenIds, ...]
+    text: TokenBatch
+    edits: Mapping[str, tuple[Edit, ...]]
+    layer: int
+    direction: Tensor
+    new: int
+
+    @staticmethod
+    def of(backend: Backend, texts: Sequence[tuple[str, str]], max_new_tokens: int) -> Probe:
+        """Encode the texts, and scale the edits to the model."""
+        encode = backend.tokenizer.encode
+        text = TokenBatch.of([encode(p) for p, _ in texts], [encode(r, add_special_tokens=False) for _, r in texts])
+        layer = backend.info.n_layers // 2
+        last = backend.forward(text, reads=[Read(ReadKind.PROMPT_LAST, (layer,))]).reads["prompt_last"][:, 0]
+        contrast = last[0] - last[1]
+        direction: Tensor = contrast / contrast.norm() * last.norm(dim=-1).mean()
+        # Between the two prompts that make up the contrast: one is above, so that the cap has something to do.
+        threshold = float(((last[0] + last[1]) / 2) @ direction / direction.norm())
+        edits = _edit_sets(backend, layer, direction, threshold, len(text))
+        return Probe(text.prompts, text, edits, layer, direction, max_new_tokens)
+
+    def sampling(self, seeded: bool = False, use_cache: bool = True) -> Sampling:
+        """Greedy, or with a seed for each prompt."""
+        seeds = tuple(range(11, 11 + len(self.prompts))) if seeded else None
+        return Sampling(self.new, 1.0 if seeded else 0.0, 0.9 if seeded else 1.0, seeds, use_cache)
+
+
+def _edit_sets(
+    backend: Backend, layer: int, direction: Tensor, threshold: float, rows: int
+) -> dict[str, tuple[Edit, ...]]:
+    first, last = 0, backend.info.n_layers - 1
+    return {
+        "no edits": (),
+        "add": (Edit.add(layer, direction),),
+        "ablate": (Edit.ablate(layer, direction),),
+        "cap": (Edit.cap(layer, direction, threshold),),
+        "a coefficient for each row": (Edit.add(layer, direction, torch.linspace(-1.0, 1.0, rows)),),
+        "edits at chosen positions": (
+            Edit.add(first, direction, 0.2, Positions.PROMPT),
+            Edit.add(layer, direction, -1.0, Positions.RESPONSE),
+            Edit.add(last, direction, 0.5, Positions.GENERATING),
+        ),
+    }
+
+
+def _checks_against(backend: Backend, reference: Backend, probe: Probe, bounds: Bounds) -> Iterator[Check]:
+    for name, edits in probe.edits.items():
+        yield f"reads at every layer, {name}", bounds.reads, partial(_same_reads, backend, reference, probe, edits)
+    for name, edits in probe.edits.items():
+        yield f"greedy tokens, {name}", bounds.tokens, partial(_same_tokens, backend, reference, probe, edits)
+    sampled = partial(_same_tokens, backend, reference, probe, probe.edits["add"], seeded=True)
+    yield "seeded samples", bounds.tokens, sampled
+
+
+def _self_checks(backend: Backend, probe: Probe, bounds: Bounds) -> Iterator[Check]:
+    for name in ("no edits", "add", "edits at chosen positions"):
+        what = f"reads while generating equal those of the finished text, {name}"
+        yield what, bounds.reads, partial(_generating_reads, backend, probe, probe.edits[name])
+    for kind in Positions:
+        what = f"an edit of {kind} tokens changes every one of them in every row, and no other"
+        yield what, bounds.reads, partial(_placement, backend, probe, kind)
+    for name, edits in probe.edits.items():
+        yield f"the same tokens without a KV cache, {name}", bounds.tokens, partial(_uncached, backend, probe, edits)
+    for name in ("no edits", "a coefficient for each row"):
+        run = backend, probe, probe.edits[name]
+        yield f"batch equals single rows, reads, {name}", bounds.reads, partial(_single_reads, *run)
+        yield f"batch equals single rows, greedy tokens, {name}", bounds.tokens, partial(_single_tokens, *run)
+    sampled = partial(_single_tokens, backend, probe, probe.edits["add"], seeded=True)
+    yield "samples do not depend on the batch", bounds.tokens, sampled
+    yield "coefficient 0 equals no edit", bounds.reads, partial(_zero, backend, probe)
+    yield "edits are gone after an error", bounds.reads, partial(_after_error, backend, probe)
+
+
+def _forward(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> ForwardResult:
+    return backend.forward(probe.text, edits, EVERYTHING, logprobs=True)
+
+
+def _generate(
+    backend: Backend, probe: Probe, edits: Sequence[Edit], seeded: bool = False, use_cache: bool = True
+) -> Generation:
+    return backend.generate(probe.prompts, probe.sampling(seeded, use_cache), edits)
+
+
+def _same_reads(backend: Backend, reference: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
+    return _forwards_differ(_forward(backend, probe, edits), _forward(reference, probe, edits))
+
+
+def _same_tokens(
+    backend: Backend, reference: Backend, probe: Probe, edits: Sequence[Edit], seeded: bool = False
+) -> Measurement:
+    return _tokens_differ(_generate(backend, probe, edits, seeded), _generate(reference, probe, edits, seeded))
+
+
+def _generating_reads(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
+    generated = backend.generate(probe.prompts, probe.sampling(), edits, EVERYTHING)
+    text = TokenBatch.of(probe.prompts, generated.responses)
+    error, where = _reads_differ(generated.reads, backend.forward(text, edits, EVERYTHING).reads)
+    ended = sum(generated.ended)
+    return error, f"{where}; {len(text) - ended} rows cut at the limit, {ended} ended by the model"
+
+
+def _placement(backend: Backend, probe: Probe, kind: Positions) -> Measurement:
+    """Compare an edited generation's residuals at the edited layer with what the edit makes of plain ones."""
+    edit = Edit.add(probe.layer, probe.direction, 1.0, kind)
+    read = Read(ReadKind.ACTIVATIONS, (probe.layer,))
+    generated = backend.generate(probe.prompts, probe.sampling(), [edit], [read])
+    text = TokenBatch.of(probe.prompts, generated.responses)
+    plain = backend.forward(text, (), [read]).reads["activations"]
+    # An edit reaches other tokens only through later layers: at its own each token stands for itself.
+    expected = apply_edit(plain[:, 0], edit, _mask(text, kind)).unsqueeze(1)
+    return _reads_differ(generated.reads, {"activations": expected})
+
+
+def _mask(text: TokenBatch, kind: Positions) -> Tensor:
+    width = max(text.lengths)
+    mask = torch.zeros(len(text), width, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(text.prompts, text.responses, strict=True)):
+        start, boundary = width - len(prompt) - len(response), width - len(response)
+        first, stop = {
+            Positions.ALL: (start, width),
+            Positions.PROMPT: (start, boundary),
+            Positions.RESPONSE: (boundary, width),
+            Positions.GENERATING: (boundary - 1, width),
+        }[kind]
+        mask[row, first:stop] = True
+    return mask
+
+
+def _uncached(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
+    return _tokens_differ(_generate(backend, probe, edits, use_cache=False), _generate(backend, probe, edits))
+
+
+def _single_reads(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
+    means = Read.means()
+    batch = backend.forward(probe.text, edits, means, logprobs=True)
+    singles = [
+        backend.forward(probe.text.rows(i, i + 1), [e.rows(i, i + 1) for e in edits], means, logprobs=True)
+        for i in range(len(probe.text))
+    ]
+    reads = {name: torch.cat([single.reads[name] for single in singles]) for name in batch.reads}
+    logprobs = tuple(single.logprobs[0] for single in singles if single.logprobs is not None)
+    return _forwards_differ(batch, ForwardResult(reads, logprobs))
+
+
+def _single_tokens(backend: Backend, probe: Probe, edits: Sequence[Edit], seeded: bool = False) -> Measurement:
+    sampling = probe.sampling(seeded)
+    singles = [
+        backend.generate(probe.prompts[i : i + 1], sampling.rows(i, i + 1), [e.rows(i, i + 1) for e in edits])
+        for i in range(len(probe.prompts))
+    ]
+    together = Generation(tuple(s.responses[0] for s in singles), tuple(s.ended[0] for s in singles))
+    return _tokens_differ(_generate(backend, probe, edits, seeded), together)
+
+
+def _zero(backend: Backend, probe: Probe) -> Measurement:
+    zero = Edit.add(probe.layer, probe.direction, 0.0)
+    return _forwards_differ(_forward(backend, probe, [zero]), _forward(backend, probe, ()))
+
+
+class _Failing(Edit):
+    """An edit that raises once the model has reached its layer."""
+
+    def to(self, device: torch.device) -> NoReturn:
+        raise RuntimeError("raised on purpose by the parity suite")
+
+
+def _after_error(backend: Backend, probe: Probe) -> Measurement:
+    before = _forward(backend, probe, ())
+    last = backend.info.n_layers - 1
+    edits = [*probe.edits["add"], _Failing(last, probe.direction, coefficient=1.0)]
+    raised = 0
+    for run in (
+        lambda: backend.generate(probe.prompts, probe.sampling(), edits, EVERYTHING),
+        lambda: backend.forward(probe.text, edits, EVERYTHING, logprobs=True),
+    ):
+        try:
+            run()
+        except Exception:  # noqa: BLE001 - libraries wrap what is raised inside them in errors of their own
+            raised += 1
+    if raised < 2:
+        return float("inf"), "an error inside an edit did not come out"
+    return _forwards_differ(_forward(backend, probe, ()), before)
+
+
+def _tokens_differ(got: Generation, want: Generation) -> Measurement:
+    """Share of rows whose tokens, or whose reason to stop, differ."""
+    rows = list(zip(got.responses, got.ended, strict=True)), list(zip(want.responses, want.ended, strict=True))
+    if len(rows[0]) != len(rows[1]):
+        return float("inf"), f"{len(rows[0])} rows instead of {len(rows[1])}"
+    different = [row for row, (a, b) in enumerate(zip(*rows, strict=True)) if a != b]
+    if not different:
+        return 0.0, f"{sum(map(len, got.responses))} tokens in {len(got.responses)} rows"
+    row = different[0]
+    a, b = got.responses[row], want.responses[row]
+    at = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+    return len(different) / len(rows[0]), f"rows {different} differ, row {row} from token {at} on"
+
+
+def _forwards_differ(got: ForwardResult, want: ForwardResult) -> Measurement:
+    worst = _reads_differ(got.reads, want.reads)
+    for row, (a, b) in enumerate(zip(got.logprobs or (), want.logprobs or (), strict=True)):
+        if a.shape != b.shape:
+            return float("inf"), f"row {row}: {len(a)} log-probabilities instead of {len(b)}"
+        error = float(((a - b).abs() / b.abs().clamp(min=1)).max()) if len(b) else 0.0
+        worst = max(worst, (error, f"log-probabilities of row {row}"), key=lambda measurement: measurement[0])
+    return worst
+
+
+def _reads_differ(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Measurement:
+    """Largest error of a residual, relative to its length, over rows, layers and tokens."""
+    worst, where = 0.0, f"{', '.join(want)} equal"
+    for name, expected in want.items():
+        measured = got.get(name)
+        if measured is None or measured.shape != expected.shape:
+            shape = None if measured is None else list(measured.shape)
+            return float("inf"), f"{name}: shape {shape} instead of {list(expected.shape)}"
+        if not torch.equal(measured.isnan(), expected.isnan()):
+            return float("inf"), f"{name}: missing values stand elsewhere"
+        distance = (measured - expected).nan_to_num().norm(dim=-1)
+        length = expected.nan_to_num().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        errors = (distance / length).flatten(2) if distance.ndim > 2 else (distance / length)
+        error = float(errors.max())
+        if error > worst:
+            row, layer = divmod(int(errors.reshape(*expected.shape[:2], -1).amax(-1).argmax()), expected.shape[1])
+            worst, where = error, f"largest at {name} of row {row}, layer {layer} of those read"
+    return worst, where

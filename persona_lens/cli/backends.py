@@ -1,0 +1,221 @@
+"""``persona-lens backends``: which backends there are, and whether they agree on a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from persona_lens.errors import PersonaLensError
+
+if TYPE_CHECKING:
+    from persona_lens.backend import Backend
+    from persona_lens.backend.parity import ParityCheck
+    from persona_lens.backend.registry import BackendStatus
+
+# Everything that imports torch is imported inside the commands: `--help` has to be instant.
+
+app = typer.Typer(
+    name="backends",
+    help="List the backends, and check that they give the same numbers.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the suite found for one backend.
+
+    Attributes:
+        backend: Its name.
+        runs: What ran, with versions; None where the model could not be opened.
+        error: Why it could not be opened.
+        checks: Outcomes, failed ones included.
+    """
+
+    backend: str
+    runs: str | None
+    error: str | None
+    checks: Sequence[ParityCheck] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was opened and every check held."""
+        return self.error is None and all(check.passed for check in self.checks)
+
+
+@app.command("list")
+def list_backends(as_json: AsJson = False) -> None:
+    """List the backends, with the versions of what each one needs or the command that installs it.
+
+    Example: `persona-lens backends list`
+    """
+    from persona_lens.backend import backend_statuses
+
+    statuses = backend_statuses()
+    if as_json:
+        rows = [{**asdict(status), "available": status.available} for status in statuses]
+        _print_json({"backends": rows})
+        return
+    _print_table(
+        ("backend", "state", "", ""),
+        [(status.name, _state(status), _versions(status), _remark(status)) for status in statuses],
+    )
+
+
+@app.command("check")
+def check(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Hub id, local folder, or smollm2-135m (embedded).", show_default=False),
+    ],
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backend", metavar="NAME", help="Check only this one. Repeatable.", show_default="all that are installed"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16; tokens must be equal in float32 only.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Check on a model of your own that every backend reads, edits and generates as it should.
+
+    Each backend is compared with `transformers` (plain PyTorch hooks) and with itself: batches against single rows, a
+    KV cache against none, reads while generating against reads of the finished text. Two copies of the model are in
+    memory at a time. The exit code is 1 if a check fails.
+
+    Example: `persona-lens backends check smollm2-135m`
+
+    Example: `persona-lens backends check Qwen/Qwen2.5-0.5B-Instruct --backend nnsight --device cuda`
+
+    Example: `persona-lens backends check ./my-model --dtype bfloat16 --json > parity.json`
+    """
+    from persona_lens.backend.registry import DEFAULT
+
+    names = _chosen(backend or ())
+    if not as_json and sys.stderr.isatty():
+        typer.echo(f"checking {', '.join(names)} on {model}, compared with {DEFAULT}", err=True)
+    results = []
+    for result in _results(names, DEFAULT, model, {"dtype": dtype, "device": device}):
+        results.append(result)
+        if not as_json:
+            _print_result(result)
+    if as_json:
+        head = {"model": model, "dtype": dtype, "reference": DEFAULT, "passed": all(r.passed for r in results)}
+        _print_json({**head, "backends": [_as_json(result) for result in results]})
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+def _chosen(asked: Sequence[str]) -> list[str]:
+    """The names asked for, each of which must be usable; or all that are."""
+    from persona_lens.backend import backend_statuses, find_backend
+    from persona_lens.backend.registry import DEFAULT
+
+    if asked:
+        for name in asked:
+            find_backend(name)  # raises for one that cannot be used, before any model is loaded
+        return list(dict.fromkeys(asked))
+    available = [status.name for status in backend_statuses() if status.available]
+    return sorted(available, key=lambda name: (name != DEFAULT, name))
+
+
+def _results(names: Sequence[str], reference_name: str, model: str, options: dict[str, str]) -> Iterator[Checked]:
+    from persona_lens.backend import open_backend
+
+    reference = open_backend(reference_name, model, **options)
+    for name in names:
+        if name == reference_name:
+            yield _checked(name, reference, None)
+            continue
+        try:
+            opened = open_backend(name, model, **options)
+        except PersonaLensError as error:
+            yield Checked(name, None, str(error))
+            continue
+        except Exception as error:  # noqa: BLE001 - a third party's adapter; the others are still checked
+            yield Checked(name, None, f"{type(error).__name__}: {error}")
+            continue
+        yield _checked(name, opened, reference)
+
+
+def _checked(name: str, backend: Backend, reference: Backend | None) -> Checked:
+    from persona_lens.backend.parity import check_parity
+
+    return Checked(name, backend.info.backend, None, check_parity(backend, reference))
+
+
+def _state(status: BackendStatus) -> str:
+    return "ready" if status.available else "broken" if status.broken else "not installed"
+
+
+def _versions(status: BackendStatus) -> str:
+    return ", ".join(f"{name} {version}" for name, version in status.versions.items() if version)
+
+
+def _remark(status: BackendStatus) -> str:
+    if status.broken:
+        return status.broken
+    return status.summary if status.available else status.install
+
+
+def _print_result(result: Checked) -> None:
+    if result.error is not None:
+        typer.echo(f"{result.backend}: could not be opened: {result.error}\n")
+        return
+    failed = sum(not check.passed for check in result.checks)
+    verdict = f"{failed} of {len(result.checks)} checks failed" if failed else f"all {len(result.checks)} checks passed"
+    _print_table(
+        ("", "check", "measured", "allowed", "detail"),
+        [
+            ("ok" if c.passed else "FAILED", c.name, f"{c.measured:.1e}", f"{c.tolerance:.1e}", c.detail)
+            for c in result.checks
+        ],
+    )
+    typer.echo(f"{result.backend} ({result.runs}): {verdict}\n")
+
+
+def _as_json(result: Checked) -> dict[str, Any]:
+    checks = [asdict(check) for check in result.checks]
+    for check in checks:  # JSON has no infinity
+        check["measured"] = check["measured"] if math.isfinite(check["measured"]) else None
+    return {
+        "backend": result.backend,
+        "runs": result.runs,
+        "error": result.error,
+        "passed": result.passed,
+        "checks": checks,
+    }
+
+
+def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for row in rows:
+            style = "red" if row[0] == "FAILED" else ""
+            table.add_row(*(Text(cell) for cell in row), style=style)  # Text: an error message is no markup
+        Console().print(table)
+        return
+    # Into a file or a pipe: whole lines whatever the width.
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))

@@ -1,0 +1,109 @@
+"""Means of the kept responses' activations, and how well the two arms separate on the vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.rollouts import Request
+from persona_lens.statistics import auc, separation
+from persona_lens.traits import Arm
+
+Reductions = Callable[[], Iterator[tuple[list[int], dict[str, Tensor]]]]
+FOLDS = 2
+
+
+@dataclass
+class ArmMeans:
+    """Sums over the kept responses, by arm and by fold of the questions, in float64.
+
+    Attributes:
+        sums: [arm, fold] -> reduction -> float64 [layers, d_model].
+        counts: [arm, fold] -> number of responses.
+    """
+
+    sums: dict[tuple[Arm, int], dict[str, Tensor]]
+    counts: dict[tuple[Arm, int], int]
+
+    def difference(self, folds: Sequence[int] = tuple(range(FOLDS))) -> dict[str, Float[Tensor, "layers d_model"]]:
+        """mean(positive) - mean(negative) over the questions of the folds, by reduction, float32."""
+        means = {}
+        for arm in Arm:
+            count = sum(self.counts.get((arm, fold), 0) for fold in folds)
+            parts = [self.sums[arm, fold] for fold in folds if (arm, fold) in self.sums]
+            means[arm] = {name: sum(part[name] for part in parts) / count for name in parts[0]} if parts else None
+        positive, negative = means[Arm.POSITIVE], means[Arm.NEGATIVE]
+        if positive is None or negative is None:
+            return {}
+        return {name: (positive[name] - negative[name]).float() for name in positive}
+
+
+def arm_means(requests: Sequence[Request], kept: Sequence[bool], reductions: Reductions) -> ArmMeans:
+    """Sum the kept responses' reductions, one shard in memory at a time."""
+    found = ArmMeans({}, {})
+    for indices, tensors in reductions():
+        for position, index in enumerate(indices):
+            if not kept[index]:
+                continue
+            key = (Arm(requests[index].labels["arm"]), fold_of(requests[index]))
+            found.counts[key] = found.counts.get(key, 0) + 1
+            sums = found.sums.setdefault(
+                key, {name: torch.zeros_like(t[0], dtype=torch.float64) for name, t in tensors.items()}
+            )
+            for name, values in tensors.items():
+                sums[name] += values[position].double()
+    return found
+
+
+def fold_of(request: Request) -> int:
+    """The fold of a request's question: even and odd ones."""
+    return int(request.labels["question_number"]) % FOLDS
+
+
+def held_out_separation(
+    requests: Sequence[Request], kept: Sequence[bool], reductions: Reductions, means: ArmMeans, seed: int
+) -> list[dict[str, Any]]:
+    """How well projections tell the arms apart, by layer, on questions that the direction was not made from.
+
+    The direction comes from the even questions and is tested on the odd ones, and the other way round. Beside it
+    stands a random direction.
+
+    Returns:
+        For each layer ``d_prime`` and ``auc`` of the vector, and ``random_d_prime`` and ``random_auc``; empty if a
+        fold has no response of one arm.
+    """
+    directions = [means.difference([1 - fold]).get("response_mean") for fold in range(FOLDS)]
+    if any(direction is None for direction in directions):
+        return []
+    units = torch.stack([_unit(d) for d in directions if d is not None])  # [fold, layers, d_model]
+    random = _unit(torch.randn(units.shape[1:], generator=torch.Generator().manual_seed(seed)))
+    values: dict[tuple[str, Arm], list[Tensor]] = {(kind, arm): [] for kind in ("vector", "random") for arm in Arm}
+    for indices, tensors in reductions():
+        for position, index in enumerate(indices):
+            if kept[index]:
+                arm, h = Arm(requests[index].labels["arm"]), tensors["response_mean"][position]
+                for kind, unit in (("vector", units[fold_of(requests[index])]), ("random", random)):
+                    values[kind, arm].append(einsum(h, unit, "layers d_model, layers d_model -> layers"))
+    columns = {key: rearrange(rows, "rows layers -> layers rows").double().numpy() for key, rows in values.items()}
+    return [_separation_row(layer, columns) for layer in range(units.shape[1])]
+
+
+def _unit(rows: Float[Tensor, "layers d_model"]) -> Float[Tensor, "layers d_model"]:
+    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return unit
+
+
+def _separation_row(layer: int, columns: dict[tuple[str, Arm], np.ndarray[Any, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"layer": layer}
+    for kind, prefix in (("vector", ""), ("random", "random_")):
+        positive, negative = columns[kind, Arm.POSITIVE][layer], columns[kind, Arm.NEGATIVE][layer]
+        row[f"{prefix}d_prime"] = separation(positive, negative) if min(len(positive), len(negative)) > 1 else 0.0
+        row[f"{prefix}auc"] = auc(positive, negative)
+    return row

@@ -1,0 +1,184 @@
+"""From a trait and a model to persona vectors: rollouts, scores, filter, difference of means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from persona_lens.backend import Backend, Read
+from persona_lens.extraction.filtering import Filtered, filter_responses
+from persona_lens.extraction.means import arm_means, held_out_separation
+from persona_lens.extraction.plan import ExtractionSettings, plan_requests
+from persona_lens.judging import Evidence, LikelihoodJudge, Score, fit_calibration, weigh_rollouts
+from persona_lens.models import ChatFormat
+from persona_lens.progress import Progress, no_progress
+from persona_lens.replies import chat_format
+from persona_lens.rollouts import Rollout, Rollouts
+from persona_lens.runs import RunFolder
+from persona_lens.traits import Arm, Trait, load_trait
+from persona_lens.vectors import PersonaVectors
+
+VECTORS = "vectors.safetensors"
+SUMMARY = "summary.json"
+SCORES = "scores.jsonl"
+LIBRARIES = ("persona-lens", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an extraction yields.
+
+    Attributes:
+        vectors: The persona vectors.
+        judge: The judge, calibrated on this extraction.
+        rollouts: Every response.
+        summary: The figures, as they stand in ``summary.json``.
+    """
+
+    vectors: PersonaVectors
+    judge: LikelihoodJudge
+    rollouts: list[Rollout]
+    summary: dict[str, Any]
+
+
+def extract(
+    backend: Backend,
+    trait: str | Trait,
+    folder: Path | str | None = None,
+    *,
+    settings: ExtractionSettings | None = None,
+    chat: ChatFormat | None = None,
+    progress: Progress = no_progress,
+) -> PersonaVectors:
+    """Extract a trait's vectors; see `run_extraction` for what else there is to know.
+
+    Args:
+        backend: The model.
+        trait: A trait, its name, or a path to its YAML file.
+        folder: Run folder, kept and resumed; None keeps everything in memory.
+        settings: See `ExtractionSettings`.
+        chat: Chat format; the model's own by default.
+        progress: Told how far the work is.
+
+    Raises:
+        ExtractionError: If the filter leaves nothing of an arm.
+        RunError: If the folder belongs to another run.
+        TraitError: If the trait cannot be found or read.
+    """
+    return run_extraction(backend, trait, folder, settings=settings, chat=chat, progress=progress).vectors
+
+
+def run_extraction(
+    backend: Backend,
+    trait: str | Trait,
+    folder: Path | str | None = None,
+    *,
+    settings: ExtractionSettings | None = None,
+    chat: ChatFormat | None = None,
+    progress: Progress = no_progress,
+) -> Extraction:
+    """Extract a trait's vectors, and keep the judge and the responses too (arguments as for `extract`)."""
+    trait = load_trait(trait) if isinstance(trait, str) else trait
+    settings = settings or ExtractionSettings()
+    chat = chat or chat_format(backend)
+    config = extraction_config(backend, trait, settings, chat)
+    with RunFolder(folder, config) if folder is not None else nullcontext() as run:
+        return _extract(backend, trait, run, settings, chat, config, progress)
+
+
+def extraction_config(backend: Backend, trait: Trait, settings: ExtractionSettings, chat: ChatFormat) -> dict[str, Any]:
+    """Everything that determines an extraction's result, as JSON values."""
+    return {"kind": "extraction", "settings": settings.to_json(), **subject_config(backend, trait, chat)}
+
+
+def subject_config(backend: Backend, trait: Trait, chat: ChatFormat) -> dict[str, Any]:
+    """The part of a run's configuration that says which model is asked, in what form, about which trait."""
+    return {
+        "model": asdict(backend.info),
+        "chat": {"digest": chat.digest, "system_role": chat.system_role, "thinking": chat.thinking},
+        "versions": {name: version(name) for name in LIBRARIES},
+        "trait": {"content_hash": trait.content_hash(), **trait.model_dump(mode="json")},
+    }
+
+
+def _extract(
+    backend: Backend,
+    trait: Trait,
+    run: RunFolder | None,
+    settings: ExtractionSettings,
+    chat: ChatFormat,
+    config: dict[str, Any],
+    progress: Progress,
+) -> Extraction:
+    requests = plan_requests(trait, settings)
+    collected = Rollouts(backend, chat, requests, settings.rollouts, folder=run, reads=Read.means())
+    rollouts = collected.run(progress)
+    judge, scores = _judge(backend, chat, trait, rollouts, run, progress)
+    filtered = filter_responses(requests, scores, settings.threshold, paired=settings.paired)
+    means = arm_means(requests, filtered.kept, collected.reductions)
+    provenance = {**config, "judge": judge.describe(), "counts": filtered.to_json()}
+    vectors = PersonaVectors(trait.name, backend.info, means.difference(), provenance)
+    separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
+    summary = _summary(vectors, judge, scores, filtered, separations, rollouts)
+    if run is not None:
+        _write(run, vectors, scores, filtered, summary)
+    return Extraction(vectors, judge, rollouts, summary)
+
+
+def _judge(
+    backend: Backend,
+    chat: ChatFormat,
+    trait: Trait,
+    rollouts: Sequence[Rollout],
+    run: RunFolder | None,
+    progress: Progress,
+) -> tuple[LikelihoodJudge, list[Score]]:
+    weighing = LikelihoodJudge(backend, chat, trait)
+    evidence: list[Evidence | None] = weigh_rollouts(weighing, rollouts, run, progress=progress)
+    known = [
+        (e.preference, r.request.labels["arm"] == Arm.POSITIVE) for e, r in zip(evidence, rollouts, strict=True) if e
+    ]
+    calibration = fit_calibration([x for x, _ in known], [y for _, y in known])
+    judge = LikelihoodJudge(backend, chat, trait, calibration)
+    return judge, [judge.score_of(e) for e in evidence]
+
+
+def _summary(
+    vectors: PersonaVectors,
+    judge: LikelihoodJudge,
+    scores: Sequence[Score],
+    filtered: Filtered,
+    separations: list[dict[str, Any]],
+    rollouts: Sequence[Rollout],
+) -> dict[str, Any]:
+    by_arm: dict[str, list[float]] = {arm.value: [] for arm in Arm}
+    for rollout, score in zip(rollouts, scores, strict=True):
+        if score.value is not None:
+            by_arm[rollout.request.labels["arm"]].append(score.value)
+    return {
+        "trait": vectors.trait,
+        "model": asdict(vectors.model),
+        "judge": judge.describe(),
+        "responses": len(rollouts),
+        "tokens": sum(len(rollout.response_ids) for rollout in rollouts),
+        "mean_score": {arm: sum(values) / len(values) for arm, values in by_arm.items() if values},
+        "counts": filtered.to_json(),
+        "norms": {name: vectors.norms(name).tolist() for name in vectors.directions},
+        "separation": separations,
+    }
+
+
+def _write(
+    run: RunFolder, vectors: PersonaVectors, scores: Sequence[Score], filtered: Filtered, summary: dict[str, Any]
+) -> None:
+    rows = [
+        {"row": row, "score": score.value, "reason": score.reason, "kept": kept}
+        for row, (score, kept) in enumerate(zip(scores, filtered.kept, strict=True))
+    ]
+    run.write_lines(SCORES, rows)
+    run.write_bytes(VECTORS, vectors.to_bytes())
+    run.write_json(SUMMARY, summary)

@@ -1,0 +1,70 @@
+"""From a judge's evidence to 0-100: a logistic curve fitted on responses whose arm is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from persona_lens.judging.protocol import JudgingError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Score = 100 / (1 + exp(-(slope * evidence + intercept))).
+
+    Attributes:
+        slope: Per unit of evidence; positive when more evidence means more of the trait.
+        intercept: Log-odds at no evidence.
+    """
+
+    slope: float
+    intercept: float
+
+    def score(self, evidence: float) -> float:
+        """The score of one piece of evidence, 0 to 100."""
+        return 100 * float(expit(self.slope * evidence + self.intercept))
+
+    def to_json(self) -> dict[str, float]:
+        """The parameters by name."""
+        return asdict(self)
+
+
+def fit_calibration(evidence: Sequence[float], positive: Sequence[bool]) -> Calibration:
+    """Fit the curve to responses from both arms, by Platt's method.
+
+    Platt's targets stand a little inside 0 and 1, so that arms which do not overlap still have a finite fit.
+
+    Args:
+        evidence: One number a response.
+        positive: Whether it was written under the trait's positive instruction.
+
+    Raises:
+        JudgingError: If an arm is empty, or the evidence tells nothing, or the wrong way round.
+    """
+    x, y = np.asarray(evidence, dtype=np.float64), np.asarray(positive, dtype=bool)
+    n_positive, n_negative = int(y.sum()), int((~y).sum())
+    if not n_positive or not n_negative:
+        empty = "negative" if n_positive else "positive"
+        raise JudgingError(f"there is no response of the {empty} arm to calibrate the likelihood judge on")
+    spread = float(x.std())
+    if spread == 0:
+        raise JudgingError("all responses have the same evidence; the likelihood judge cannot tell them apart")
+    z = (x - x.mean()) / spread
+    target = np.where(y, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))
+
+    def loss(parameters: np.ndarray) -> float:
+        logits = parameters[0] * z + parameters[1]
+        return float(np.mean(np.logaddexp(0, logits) - target * logits))
+
+    slope, intercept = minimize(loss, np.zeros(2), method="BFGS").x
+    if slope <= 0:
+        raise JudgingError(
+            "responses of the positive arm show less of the trait than those of the negative arm: the model does not "
+            "follow the trait's instructions, or the arms are swapped in the trait file"
+        )
+    # Rounded so that the last bits of the optimiser do not decide whether two runs agree.
+    return Calibration(round(float(slope / spread), 9), round(float(intercept - slope * x.mean() / spread), 9))

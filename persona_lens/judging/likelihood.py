@@ -1,0 +1,143 @@
+"""The judge that needs no second model: is the response likelier under the trait's instruction or under its opposite?
+
+A proxy, and to be reported as one: it measures how the subject model itself ties a response to the trait's
+instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.backend import Backend, TokenBatch
+from persona_lens.backend.memory import forward_rows
+from persona_lens.judging.calibration import Calibration
+from persona_lens.judging.protocol import Exchange, JudgingError, Score
+from persona_lens.traits import Arm, Trait
+
+if TYPE_CHECKING:
+    from persona_lens.models import ChatFormat
+
+PROXY = "likelihood (a proxy: the subject model's own preference between the trait's instructions)"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the subject model says of one response.
+
+    Attributes:
+        preference: Mean over the instruction pairs of log p(response | positive) - log p(response | negative), per
+            response token, in nats.
+        surprise: -log p(response | no instruction) per response token, in nats; the log of its perplexity. It rises
+            when steering makes text incoherent.
+    """
+
+    preference: float
+    surprise: float
+
+    def to_json(self) -> dict[str, float]:
+        """The values by name."""
+        return asdict(self)
+
+
+class LikelihoodJudge:
+    """Scores by the unsteered subject model's log-probabilities.
+
+    Args:
+        backend: The subject model; it runs without edits here.
+        chat: Its chat format.
+        trait: Gives the instruction pairs.
+        calibration: Turns preference into 0-100, see `persona_lens.judging.fit_calibration`; needed to score, not to
+            weigh.
+        batch_tokens: Response tokens that run at once at most.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        chat: ChatFormat,
+        trait: Trait,
+        calibration: Calibration | None = None,
+        *,
+        batch_tokens: int = 8192,
+    ) -> None:
+        self.backend = backend
+        self.chat = chat
+        self.trait = trait
+        self.calibration = calibration
+        self.batch_tokens = batch_tokens
+        pairs = range(len(trait.instructions))
+        self._systems: list[str | None] = [trait.system_prompt(arm, i) for arm in Arm for i in pairs]
+
+    def describe(self) -> dict[str, Any]:
+        """See `persona_lens.judging.Judge.describe`."""
+        calibration = self.calibration.to_json() if self.calibration else None
+        return {"judge": "likelihood", "note": PROXY, "trait": self.trait.content_hash(), "calibration": calibration}
+
+    def score(self, exchanges: Sequence[Exchange]) -> list[Score]:
+        """See `persona_lens.judging.Judge.score`.
+
+        Raises:
+            JudgingError: If the judge has no calibration.
+        """
+        return [self.score_of(evidence) for evidence in self.weigh(exchanges)]
+
+    def score_of(self, evidence: Evidence | None) -> Score:
+        """The score of one piece of evidence."""
+        if self.calibration is None:
+            raise JudgingError(
+                "the likelihood judge needs a calibration; take the one stored with the extracted vectors"
+            )
+        if evidence is None:
+            return Score(None, "empty response")
+        return Score(self.calibration.score(evidence.preference))
+
+    def weigh(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
+        """The evidence of each response; None for an empty one."""
+        answers = [self._ids(exchange) for exchange in exchanges]
+        weighed: list[Evidence | None] = [None] * len(exchanges)
+        for question, chosen in self._batches(exchanges, answers):
+            evidence = self._weigh_question(question, [answers[i] for i in chosen])
+            for index, found in zip(chosen, evidence, strict=True):
+                weighed[index] = found
+        return weighed
+
+    def _ids(self, exchange: Exchange) -> tuple[int, ...]:
+        if exchange.response_ids is not None:
+            return exchange.response_ids
+        return tuple(self.chat.encode_answer(exchange.response))
+
+    def _batches(
+        self, exchanges: Sequence[Exchange], answers: Sequence[tuple[int, ...]]
+    ) -> Iterator[tuple[str, list[int]]]:
+        """Responses to the same question together, since they follow the same eleven prompts; empty ones left out."""
+        present = (i for i, ids in enumerate(answers) if ids)
+        order = sorted(present, key=lambda i: (exchanges[i].question, len(answers[i]), i))
+        for question, group in groupby(order, key=lambda i: exchanges[i].question):
+            batch: list[int] = []
+            for index in group:
+                tokens = (len(batch) + 1) * (len(self._systems) + 1) * len(answers[index])
+                if batch and tokens > self.batch_tokens:
+                    yield question, batch
+                    batch = []
+                batch.append(index)
+            yield question, batch
+
+    def _weigh_question(self, question: str, answers: Sequence[tuple[int, ...]]) -> Iterator[Evidence]:
+        systems = [*self._systems, None]
+        prompts = [self.chat.encode(system, question) for system in systems]
+        tokens = TokenBatch.of(
+            [prompt for prompt in prompts for _ in answers], [ids for _ in prompts for ids in answers]
+        )
+        means = [
+            float(values.mean())
+            for result in forward_rows(self.backend, tokens, logprobs=True)
+            for values in result.logprobs or ()
+        ]
+        pairs = len(self.trait.instructions)
+        for index in range(len(answers)):
+            column = means[index :: len(answers)]
+            positive, negative = sum(column[:pairs]) / pairs, sum(column[pairs : 2 * pairs]) / pairs
+            yield Evidence(preference=positive - negative, surprise=-column[-1])

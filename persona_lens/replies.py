@@ -1,0 +1,45 @@
+"""One question, one answer, with or without edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from persona_lens.backend import Backend, Edit, Sampling
+from persona_lens.models import ChatFormat
+
+
+def chat_format(backend: Backend) -> ChatFormat:
+    """The chat format of a backend's model."""
+    return ChatFormat.from_tokenizer(backend.tokenizer)
+
+
+def reply(
+    backend: Backend,
+    question: str,
+    *,
+    system: str | None = None,
+    edits: Sequence[Edit] = (),
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: ChatFormat | None = None,
+) -> str:
+    """Ask the model one question.
+
+    Args:
+        backend: The model.
+        question: User message.
+        system: System prompt.
+        edits: Applied throughout.
+        max_new_tokens: Length limit in tokens.
+        temperature: 0 is greedy.
+        seed: Of the sampling; of no meaning to greedy replies.
+        chat: Chat format; the model's own by default.
+
+    Returns:
+        The answer as text, without reasoning and control tokens.
+    """
+    chat = chat or chat_format(backend)
+    sampling = Sampling(max_new_tokens, temperature, seeds=(seed,) if temperature else None)
+    generation = backend.generate([chat.encode(system, question)], sampling, edits)
+    return chat.answer(generation.responses[0])

@@ -1,0 +1,73 @@
+"""Intervals and separations: the few statistics that every result here is reported with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95% bootstrap interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end; equal to the mean where there is one unit only.
+        high: Upper end.
+        n: Number of units that were resampled.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return asdict(self)
+
+    def clear_of(self, value: float) -> bool:
+        """Whether the interval excludes a value."""
+        return not self.low <= value <= self.high
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Percentile bootstrap of a mean over independent units (here: questions).
+
+    Args:
+        values: One number a unit; average within a unit first.
+        seed: Of the resampling, so that a report can be repeated exactly.
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    if not len(values):
+        raise ValueError("there is nothing to take the mean of")
+    data = np.asarray(values, dtype=np.float64)
+    mean = float(data.mean())
+    if len(data) == 1 or float(np.ptp(data)) == 0:
+        return Estimate(mean, mean, mean, len(data))
+    result = stats.bootstrap(
+        (data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed), vectorized=True
+    )
+    interval = result.confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high), len(data))
+
+
+def auc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
+    """Probability that a positive value exceeds a negative one, ties counting half."""
+    statistic = stats.mannwhitneyu(positive, negative).statistic
+    return float(statistic) / (len(positive) * len(negative))
+
+
+def separation(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
+    """Difference of means in units of the pooled standard deviation (d')."""
+    pooled = np.sqrt((positive.var(ddof=1) + negative.var(ddof=1)) / 2)
+    return float((positive.mean() - negative.mean()) / pooled) if pooled > 0 else 0.0

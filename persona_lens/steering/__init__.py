@@ -1,0 +1,16 @@
+"""Steering: vectors become edits; sweeps show what they do, beside random directions of the same norm."""
+
+from persona_lens.steering.analysis import CurvePoint, Effect, choose_layer, curve, effect
+from persona_lens.steering.sweep import SteeringError, SweepRow, SweepSettings, sweep
+
+__all__ = [
+    "CurvePoint",
+    "Effect",
+    "SteeringError",
+    "SweepRow",
+    "SweepSettings",
+    "choose_layer",
+    "curve",
+    "effect",
+    "sweep",
+]

@@ -1,0 +1,156 @@
+"""What a sweep shows: the curve over coefficients, the effect beside the null, and the choice of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from persona_lens.statistics import Estimate, bootstrap_mean
+from persona_lens.steering.sweep import NONE, RANDOM, VECTOR, SteeringError, SweepRow
+
+# Nats a token by which steered text may surprise the unsteered model more than its own text does, and still count as
+# coherent.
+COHERENCE_MARGIN = 1.0
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Mean score at one coefficient, with its interval over questions.
+
+    Attributes:
+        coefficient: Multiple of the raw vector.
+        score: Trait score, 0 to 100.
+        surprise: -log p under the unsteered model, nats a token.
+    """
+
+    coefficient: float
+    score: Estimate
+    surprise: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return {
+            "coefficient": self.coefficient,
+            "score": self.score.to_json(),
+            "surprise": self.surprise.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Score at the largest coefficient minus score at the smallest, question by question.
+
+    Attributes:
+        layer: Layer steered.
+        low: Smallest coefficient.
+        high: Largest coefficient.
+        vector: The effect of the vector.
+        random: The same for random directions of equal norm; None without them.
+        difference: Vector minus random; None without them.
+    """
+
+    layer: int
+    low: float
+    high: float
+    vector: Estimate
+    random: Estimate | None
+    difference: Estimate | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return {
+            "layer": self.layer,
+            "low": self.low,
+            "high": self.high,
+            "vector": self.vector.to_json(),
+            "random": self.random.to_json() if self.random else None,
+            "difference": self.difference.to_json() if self.difference else None,
+        }
+
+
+def curve(rows: Sequence[SweepRow], layer: int, direction: str = VECTOR) -> list[CurvePoint]:
+    """Mean score and surprise at each coefficient, 0 included.
+
+    Raises:
+        SteeringError: If there is no scored response at some coefficient.
+    """
+    chosen = [r for r in rows if r.direction == NONE or (r.layer == layer and r.direction == direction)]
+    points = []
+    for coefficient in sorted({row.coefficient for row in chosen}):
+        at = [row for row in chosen if row.coefficient == coefficient]
+        scores = by_question(at, "score")
+        if not scores:
+            raise SteeringError(f"every response at layer {layer}, coefficient {coefficient:g} is empty")
+        surprises = by_question(at, "surprise")
+        points.append(
+            CurvePoint(coefficient, bootstrap_mean(list(scores.values())), bootstrap_mean(list(surprises.values())))
+        )
+    return points
+
+
+def effect(rows: Sequence[SweepRow], layer: int) -> Effect:
+    """The effect of steering at a layer, beside that of random directions.
+
+    Raises:
+        SteeringError: If no question has a scored response at both ends.
+    """
+    coefficients = sorted({r.coefficient for r in rows if r.layer == layer} | {0.0})
+    low, high = coefficients[0], coefficients[-1]
+    vector = _difference_by_question(rows, layer, VECTOR, low, high)
+    if not vector:
+        raise SteeringError(f"no question has a response at both ends of the sweep at layer {layer}")
+    random = _difference_by_question(rows, layer, RANDOM, low, high)
+    both = [vector[question] - random[question] for question in vector if question in random]
+    return Effect(
+        layer,
+        low,
+        high,
+        bootstrap_mean(list(vector.values())),
+        bootstrap_mean(list(random.values())) if random else None,
+        bootstrap_mean(both) if both else None,
+    )
+
+
+def choose_layer(rows: Sequence[SweepRow], margin: float = COHERENCE_MARGIN) -> int:
+    """The layer with the strongest effect whose text stays coherent at both ends (method, section 4).
+
+    Coherent: at either end the mean surprise exceeds that of unsteered text by at most ``margin`` nats a token. Where
+        no
+    layer is, the one with the least surprise is taken.
+    """
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    unsteered = fmean(by_question([r for r in rows if r.direction == NONE], "surprise").values())
+
+    def excess(layer: int) -> float:
+        points = curve(rows, layer)
+        return max(points[0].surprise.mean, points[-1].surprise.mean) - unsteered
+
+    coherent = [layer for layer in layers if excess(layer) <= margin]
+    if not coherent:
+        return min(layers, key=excess)
+    return max(coherent, key=lambda layer: effect(rows, layer).vector.mean)
+
+
+def by_question(rows: Iterable[SweepRow], quantity: str) -> dict[int, float]:
+    """Mean of ``score`` or ``surprise`` for each question, over its samples; questions without a value are left out."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if (value := getattr(row, quantity)) is not None:
+            values.setdefault(row.question, []).append(value)
+    return {question: fmean(found) for question, found in values.items()}
+
+
+def _difference_by_question(
+    rows: Sequence[SweepRow], layer: int, direction: str, low: float, high: float
+) -> dict[int, float]:
+    def at(coefficient: float) -> dict[int, float]:
+        if coefficient == 0:
+            return by_question([r for r in rows if r.direction == NONE], "score")
+        return by_question(
+            [r for r in rows if (r.layer, r.direction, r.coefficient) == (layer, direction, coefficient)], "score"
+        )
+
+    lower, upper = at(low), at(high)
+    return {question: upper[question] - lower[question] for question in upper if question in lower}

@@ -1,0 +1,259 @@
+"""Steered responses over layers and coefficients, with their scores (method, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from persona_lens.backend import Backend, Edit, Positions
+from persona_lens.errors import PersonaLensError
+from persona_lens.extraction.run import subject_config
+from persona_lens.judging import LikelihoodJudge, weigh_rollouts
+from persona_lens.judging.calibration import Calibration
+from persona_lens.models import ChatFormat
+from persona_lens.progress import Progress, no_progress
+from persona_lens.replies import chat_format
+from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
+from persona_lens.runs import RunFolder
+from persona_lens.traits import Trait, load_trait
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+
+VECTOR, RANDOM, NONE = "vector", "random", "none"
+
+
+class SteeringError(PersonaLensError):
+    """A sweep that cannot be run as asked."""
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What a sweep tries.
+
+    Attributes:
+        layers: Layers steered, each alone.
+        coefficients: Multiples of the raw vector; 0 is always run too, once for all layers.
+        questions: How many of the trait's questions are asked.
+        question_set: ``evaluation`` (held out) for results, ``extraction`` for choices such as the layer's.
+        samples: Responses for each question and setting; all settings share their seeds.
+        random_directions: How many random directions of the vector's norm stand beside it; question i is steered along
+            direction i modulo this number. 0 leaves the null out.
+        positions: Tokens that are steered.
+        reduction: Which of the vectors.
+        seed: Base of every row's seed and of the random directions.
+        rollouts: How responses are made.
+    """
+
+    layers: tuple[int, ...]
+    coefficients: tuple[float, ...] = (-2.0, -1.0, 1.0, 2.0)
+    questions: int = 20
+    question_set: Literal["evaluation", "extraction"] = "evaluation"
+    samples: int = 1
+    random_directions: int = 5
+    positions: Positions = Positions.ALL
+    reduction: str = DEFAULT_REDUCTION
+    seed: int = 0
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise SteeringError(f"layers must be given, each once: got {list(self.layers)}")
+        if not any(self.coefficients):
+            raise SteeringError("give at least one coefficient that is not 0")
+        if self.samples < 1 or self.questions < 1 or self.random_directions < 0:
+            raise SteeringError("samples and questions must be at least 1, random_directions at least 0")
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One steered response and its judgement.
+
+    Attributes:
+        direction: ``vector``, ``random``, or ``none`` for the unsteered responses.
+        layer: Layer steered; None for the unsteered.
+        coefficient: Multiple of the raw vector; 0 for the unsteered.
+        question: Number of the question.
+        sample: Number of the sample.
+        score: Trait score, 0 to 100; None if the response is empty.
+        surprise: -log p of the response under the unsteered model, nats a token; None if the response is empty.
+        text: The response.
+    """
+
+    direction: str
+    layer: int | None
+    coefficient: float
+    question: int
+    sample: int
+    score: float | None
+    surprise: float | None
+    text: str
+
+
+def sweep(
+    backend: Backend,
+    vectors: PersonaVectors,
+    settings: SweepSettings,
+    *,
+    trait: str | Trait | None = None,
+    folder: Path | str | None = None,
+    name: str = "sweep",
+    chat: ChatFormat | None = None,
+    allow_other_model: bool = False,
+    progress: Progress = no_progress,
+) -> list[SweepRow]:
+    """Steer along the vectors and score the responses.
+
+    Steered and unsteered rows run in the same batches, through the same path.
+
+    Args:
+        backend: The model; the judge is the same model, unsteered.
+        vectors: What to steer along; their stored calibration makes the judge.
+        settings: See `SweepSettings`.
+        trait: The trait, if it is not the one stored with the vectors.
+        folder: Run folder, kept and resumed; None keeps everything in memory.
+        name: Beginning of the names of the files in the folder.
+        chat: Chat format; the model's own by default.
+        allow_other_model: Steer a model that the vectors were not extracted from.
+        progress: Told how far the work is.
+
+    Raises:
+        SteeringError: If the trait has too few questions, or the vectors carry no calibration.
+        VectorsError: If the vectors belong to another model.
+    """
+    if not allow_other_model:
+        vectors.check_model(backend)
+    trait = _trait_of(vectors) if trait is None else load_trait(trait) if isinstance(trait, str) else trait
+    chat = chat or chat_format(backend)
+    judge = LikelihoodJudge(backend, chat, trait, _calibration_of(vectors))
+    requests = plan_sweep(trait, settings)
+    config = sweep_config(backend, vectors, trait, settings, chat)
+    with RunFolder(folder, config) if folder is not None else nullcontext() as run:
+        collected = Rollouts(
+            backend,
+            chat,
+            requests,
+            settings.rollouts,
+            folder=run,
+            edits_for=edits_of(vectors, settings),
+            prefix=f"{name}-",
+        )
+        rollouts = collected.run(progress)
+        evidence = weigh_rollouts(judge, rollouts, run, prefix=f"{name}-", progress=progress)
+        rows = [
+            _row(rollout, judge.score_of(e).value, e.surprise if e else None)
+            for rollout, e in zip(rollouts, evidence, strict=True)
+        ]
+        if run is not None:
+            run.write_lines(f"{name}-scores.jsonl", [asdict(row) for row in rows])
+    return rows
+
+
+def sweep_config(
+    backend: Backend, vectors: PersonaVectors, trait: Trait, settings: SweepSettings, chat: ChatFormat
+) -> dict[str, Any]:
+    """Everything that determines a sweep's result, as JSON values."""
+    return {
+        "kind": "sweep",
+        "settings": asdict(settings),
+        "vectors": vectors.content_hash,
+        **subject_config(backend, trait, chat),
+    }
+
+
+def plan_sweep(trait: Trait, settings: SweepSettings) -> list[Request]:
+    """One request for each question, sample and setting; rows of a question share their seeds.
+
+    Raises:
+        SteeringError: If more questions are asked for than the trait has.
+    """
+    questions = trait.evaluation_questions if settings.question_set == "evaluation" else trait.extraction_questions
+    if settings.questions > len(questions):
+        raise SteeringError(
+            f"{settings.questions} questions asked for, trait {trait.name} has {len(questions)} for
+            {settings.question_set}"
+        )
+    directions = [VECTOR, RANDOM] if settings.random_directions else [VECTOR]
+    steered: list[tuple[str, int | None, float]] = [
+        (direction, layer, coefficient)
+        for layer in settings.layers
+        for direction in directions
+        for coefficient in sorted(set(settings.coefficients) - {0.0})
+    ]
+    return [
+        Request(
+            system=None,
+            question=questions[number],
+            seed=row_seed(settings.seed, "sweep", settings.question_set, number, sample),
+            labels={
+                "direction": direction,
+                "layer": layer,
+                "coefficient": coefficient,
+                "question_number": number,
+                "sample": sample,
+            },
+        )
+        for number in range(settings.questions)
+        for sample in range(settings.samples)
+        for direction, layer, coefficient in [(NONE, None, 0.0), *steered]
+    ]
+
+
+def edits_of(vectors: PersonaVectors, settings: SweepSettings) -> Callable[[Sequence[Request]], list[Edit]]:
+    """The edits of a batch: one for each layer and direction in it, its coefficient 0 in the rows of the others."""
+    nulls = [vectors.random_like(settings.seed + i) for i in range(settings.random_directions)]
+
+    def source(request: Request) -> PersonaVectors:
+        if request.labels["direction"] == VECTOR:
+            return vectors
+        return nulls[request.labels["question_number"] % len(nulls)]
+
+    def edits_for(requests: Sequence[Request]) -> list[Edit]:
+        coefficients: dict[tuple[int, str], torch.Tensor] = {}
+        sources: dict[tuple[int, str], PersonaVectors] = {}
+        for row, request in enumerate(requests):
+            if request.labels["direction"] == NONE:
+                continue
+            key = (request.labels["layer"], source(request).trait)
+            sources[key] = source(request)
+            coefficients.setdefault(key, torch.zeros(len(requests)))[row] = request.labels["coefficient"]
+        return [
+            sources[key].edit(key[0], coefficients[key], positions=settings.positions, reduction=settings.reduction)
+            for key in sorted(coefficients)
+        ]
+
+    return edits_for
+
+
+def _row(rollout: Rollout, score: float | None, surprise: float | None) -> SweepRow:
+    labels = rollout.request.labels
+    return SweepRow(
+        direction=labels["direction"],
+        layer=labels["layer"],
+        coefficient=labels["coefficient"],
+        question=labels["question_number"],
+        sample=labels["sample"],
+        score=score,
+        surprise=surprise,
+        text=rollout.response,
+    )
+
+
+def _trait_of(vectors: PersonaVectors) -> Trait:
+    stored = dict(vectors.provenance.get("trait", {}))
+    stored.pop("content_hash", None)
+    if not stored:
+        raise SteeringError("these vectors carry no trait; name it with trait=... (--trait)")
+    return Trait.model_validate(stored)
+
+
+def _calibration_of(vectors: PersonaVectors) -> Calibration:
+    stored = vectors.provenance.get("judge", {}).get("calibration")
+    if not stored:
+        raise SteeringError(
+            "these vectors carry no calibration of the likelihood judge, so responses cannot be scored; extract again"
+        )
+    return Calibration(**stored)

@@ -1,0 +1,211 @@
+"""`PersonaVectors`: a trait's directions in one model's residual stream, with where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions
+from persona_lens.errors import PersonaLensError
+
+FORMAT_VERSION = 1
+METADATA = "persona_lens"
+LAYERS = "residual stream after block l, 0-based; the last layer before the final norm"
+DEFAULT_REDUCTION = "response_mean"
+
+
+class VectorsError(PersonaLensError):
+    """Vectors that cannot be read, or do not fit what they are used on."""
+
+
+@dataclass(frozen=True, eq=False)
+class PersonaVectors:
+    """Difference of mean activations between a trait's two arms, for every layer and reduction (method, section 2).
+
+    Attributes:
+        trait: Name of the trait.
+        model: The model they belong to.
+        directions: By reduction (``response_mean``, ``prompt_mean``, ``prompt_last``): float32 [n_layers, d_model], not
+            normalised. Row l belongs to the residual stream after block l.
+        provenance: Everything needed to make them again, as JSON values.
+    """
+
+    trait: str
+    model: ModelInfo
+    directions: Mapping[str, Float[Tensor, "layers d_model"]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (self.model.n_layers, self.model.d_model)
+        for name, rows in self.directions.items():
+            if tuple(rows.shape) != shape or rows.dtype != torch.float32:
+                raise VectorsError(
+                    f"{name} must be float32 {list(shape)} for this model, got {rows.dtype} {list(rows.shape)}"
+                )
+
+    def __getitem__(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The response-mean vector of a layer, which steers best; the others are in `directions`."""
+        return self.vector(layer)
+
+    def vector(self, layer: int, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, " d_model"]:
+        """One layer's vector, not normalised: float32 [d_model].
+
+        Raises:
+            VectorsError: If there is no such layer or reduction.
+        """
+        if reduction not in self.directions:
+            raise VectorsError(f"no reduction {reduction!r}; there are {', '.join(self.directions)}")
+        if not 0 <= layer < self.model.n_layers:
+            raise VectorsError(f"layer {layer} does not exist: the model has layers 0 to {self.model.n_layers - 1}")
+        return self.directions[reduction][layer]
+
+    def norms(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, " layers"]:
+        """Length of the vector at each layer, in residual-stream units."""
+        self.vector(0, reduction)
+        return self.directions[reduction].norm(dim=-1)
+
+    def edit(
+        self,
+        layer: int,
+        coefficient: float | Float[Tensor, " batch"] | None = None,
+        *,
+        operation: Operation | str = Operation.ADD,
+        threshold: float | None = None,
+        positions: Positions | str = Positions.ALL,
+        reduction: str = DEFAULT_REDUCTION,
+    ) -> Edit:
+        """An edit that steers along this trait at one layer.
+
+        Args:
+            layer: Block index, 0-based.
+            coefficient: Multiple of the raw vector that ``add`` adds, 1 if not given; the other operations take none.
+            operation: ``add``, ``ablate`` or ``cap``.
+            threshold: For ``cap``: the largest projection left, in residual-stream units.
+            positions: ``all``, ``prompt``, ``response`` or ``generating``.
+            reduction: Which of the vectors.
+        """
+        chosen = Operation(operation)
+        if chosen is Operation.ADD and coefficient is None:
+            coefficient = 1.0
+        return Edit(
+            layer,
+            self.vector(layer, reduction),
+            chosen,
+            coefficient=coefficient,
+            threshold=threshold,
+            positions=Positions(positions),
+        )
+
+    def random_like(self, seed: int) -> PersonaVectors:
+        """Random directions with the same norm at every layer: the null that a claim about these vectors needs."""
+        generator = torch.Generator().manual_seed(seed)
+        nulls = {}
+        for name, rows in self.directions.items():
+            noise = torch.randn(rows.shape, generator=generator)
+            nulls[name] = noise / noise.norm(dim=-1, keepdim=True) * rows.norm(dim=-1, keepdim=True)
+        return PersonaVectors(f"random({seed})", self.model, nulls, {"random_like": self.trait, "seed": seed})
+
+    def __add__(self, other: PersonaVectors) -> PersonaVectors:
+        return self._combine(other, 1.0)
+
+    def __sub__(self, other: PersonaVectors) -> PersonaVectors:
+        return self._combine(other, -1.0)
+
+    def __mul__(self, factor: float) -> PersonaVectors:
+        scaled = {name: rows * factor for name, rows in self.directions.items()}
+        return PersonaVectors(f"{factor:g}*{self.trait}", self.model, scaled, {"scaled": dict(self.provenance)})
+
+    __rmul__ = __mul__
+
+    def _combine(self, other: PersonaVectors, sign: float) -> PersonaVectors:
+        if different := self.model.differences(other.model):
+            raise VectorsError(f"vectors of two models cannot be combined: {'; '.join(different)}")
+        both = [name for name in self.directions if name in other.directions]
+        combined = {name: self.directions[name] + sign * other.directions[name] for name in both}
+        name = f"{self.trait} {'+' if sign > 0 else '-'} {other.trait}"
+        return PersonaVectors(name, self.model, combined, {"parts": [dict(self.provenance), dict(other.provenance)]})
+
+    def check_model(self, backend: Backend) -> None:
+        """Raise unless the vectors belong to the backend's model.
+
+        Raises:
+            VectorsError: Naming what differs.
+        """
+        if different := self.model.differences(backend.info):
+            raise VectorsError(
+                f"the vectors of {self.trait!r} belong to another model than the one opened: {'; '.join(different)}. "
+                "Extract them on this model, or allow it with allow_other_model (--allow-other-model)."
+            )
+
+    def save(self, path: Path | str) -> Path:
+        """Write a safetensors file; its bytes depend on the content alone.
+
+        Raises:
+            VectorsError: If the file exists and holds something else.
+        """
+        target, content = Path(path), self.to_bytes()
+        if target.exists() and target.read_bytes() != content:
+            raise VectorsError(f"{target} exists and holds something else; choose another name or remove it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return target
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the file's bytes."""
+        return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes."""
+        header = {
+            "format_version": FORMAT_VERSION,
+            "trait": self.trait,
+            "layer_convention": LAYERS,
+            "model": asdict(self.model),
+            "model_fingerprint": self.model.fingerprint,
+            "provenance": dict(self.provenance),
+        }
+        # One metadata entry: safetensors writes several in no fixed order.
+        text = json.dumps(header, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        tensors = {name: rows.contiguous() for name, rows in sorted(self.directions.items())}
+        return save(tensors, {METADATA: text})
+
+
+def load_vectors(path: Path | str) -> PersonaVectors:
+    """Read vectors from a file, or from the run folder that holds one. Nothing is unpickled.
+
+    Raises:
+        VectorsError: If there is no such file, or it is not of this format or version, or damaged.
+    """
+    file = Path(path)
+    file = file / "vectors.safetensors" if file.is_dir() else file
+    if not file.exists():
+        raise VectorsError(f"{file} does not exist; make it with `persona-lens extract MODEL TRAIT`")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = (opened.metadata() or {}).get(METADATA)
+            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+    except (SafetensorError, OSError) as error:
+        raise VectorsError(f"{file} is not a safetensors file, or is damaged: {error}") from error
+    if header is None:
+        raise VectorsError(f"{file} holds tensors but not persona vectors: its header has no {METADATA!r} entry")
+    try:
+        content = json.loads(header)
+        if content["format_version"] != FORMAT_VERSION:
+            raise VectorsError(
+                f"{file} has format version {content['format_version']}, this version of persona-lens reads "
+                f"{FORMAT_VERSION}; use the persona-lens that wrote it, or extract again"
+            )
+        return PersonaVectors(content["trait"], ModelInfo(**content["model"]), tensors, content["provenance"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise VectorsError(f"the header of {file} is damaged: {error!r}") from error

@@ -1,0 +1,42 @@
+"""The ``backend`` fixture: every adapter over tiny models of several architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from persona_lens.backend import Backend
+from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, FEW_ARCHITECTURES, tiny_backend
+
+
+def _combinations(architectures: tuple[str, ...]) -> list[object]:
+    return [pytest.param((a, b), id=f"{a}-{b}") for a in ADAPTERS for b in architectures]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models lose more to handing work between threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=_combinations(ARCHITECTURES))
+def every_backend(request: pytest.FixtureRequest) -> Backend:
+    """Every adapter over every architecture."""
+    return tiny_backend(*request.param)
+
+
+@pytest.fixture(params=_combinations(FEW_ARCHITECTURES))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Every adapter over a few architectures that differ."""
+    return tiny_backend(*request.param)
+
+
+@pytest.fixture(params=ADAPTERS)
+def adapter(request: pytest.FixtureRequest) -> str:
+    """Every adapter's name, for tests that make a model of their own."""
+    return str(request.param)

@@ -1,0 +1,96 @@
+"""Backends over tiny random models, made once a session, and the small batches that the tests run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_lens.backend import Backend, Edit, Generation, Read, ReadKind, Sampling, TokenBatch, wrap_model
+from persona_lens.backend.tokens import TokenIds
+from tests.tiny import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+
+__all__ = ["ARCHITECTURES", "D_MODEL", "N_LAYERS"]
+
+ADAPTERS = ("transformers", "transformer_lens", "nnsight")
+# One with its norm before the block, one with norms around it and soft-capped logits, one with learned positions.
+FEW_ARCHITECTURES = ("llama", "gemma2", "gpt2")
+
+ALL_ACTIVATIONS = Read(ReadKind.ACTIVATIONS)
+
+
+def tokenizer() -> Any:
+    """A fresh tokenizer: tests change theirs."""
+    return tiny_tokenizer()
+
+
+def wrapped_for(adapter: str, module: Any, tok: Any) -> Any:
+    """The object that users of the adapter's library hold, around this very module."""
+    if adapter == "transformer_lens":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(
+            "tiny", hf_model=module, tokenizer=tok, dtype=module.dtype, device="cpu"
+        )
+    if adapter == "nnsight":
+        from persona_lens_nnsight.library import nnsight
+
+        return nnsight.TransformersModel(module, tokenizer=tok, task="text-generation")
+    return module
+
+
+def backend_of(adapter: str, module: Any, tok: Any = None) -> Backend:
+    """The adapter's backend over this very module; TransformerLens changes it, so give each its own."""
+    tok = tok if tok is not None else tokenizer()
+    return wrap_model(wrapped_for(adapter, module, tok), tok, backend=adapter)
+
+
+@cache
+def tiny_backend(adapter: str, architecture: str = "llama") -> Backend:
+    """A shared backend; tests must leave it as they found it."""
+    return backend_of(adapter, tiny_model(architecture))
+
+
+def encode(*texts: str) -> tuple[TokenIds, ...]:
+    """Token ids of texts, a token a byte."""
+    tok = _shared_tokenizer()
+    return tuple(tuple(tok.encode(text)) for text in texts)
+
+
+@cache
+def _shared_tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+# Unlike lengths, so that two of the three rows are padded.
+PROMPTS = encode("hello there", "a", "what is the meaning")
+RESPONSES = encode(" yes", " not at all", " 42")
+TEXT = TokenBatch.of(PROMPTS, RESPONSES)
+
+
+def direction(seed: int = 0, scale: float = 1.0) -> Tensor:
+    """A random direction; at scale 1 as long as the tiny models' residuals or longer."""
+    return torch.randn(D_MODEL, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def greedy(backend: Backend, edits: Sequence[Edit] = (), new: int = 6, **sampling: Any) -> Generation:
+    """Greedy responses to `PROMPTS` with every read."""
+    return backend.generate(PROMPTS, Sampling(new, **sampling), edits, (*Read.means(), ALL_ACTIVATIONS))
+
+
+def activations(backend: Backend, text: TokenBatch = TEXT, edits: Sequence[Edit] = ()) -> Tensor:
+    """Float32 [batch, layers, width, d_model]."""
+    return backend.forward(text, edits, [ALL_ACTIVATIONS]).reads["activations"]
+
+
+def assert_close(got: Mapping[str, Tensor] | Tensor, want: Mapping[str, Tensor] | Tensor, rtol: float = 1e-4) -> None:
+    """Equal up to rounding, missing values included."""
+    if isinstance(got, Tensor) or isinstance(want, Tensor):
+        got, want = {"value": got}, {"value": want}  # type: ignore[dict-item]
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        scale = float(expected.nan_to_num().abs().max()) + 1e-6
+        torch.testing.assert_close(got[name], expected, rtol=rtol, atol=rtol * scale, equal_nan=True, msg=None)
