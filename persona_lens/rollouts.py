@@ -9,13 +9,14 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, Read, Sampling
+from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
 from persona_lens.backend.memory import batches_by_length, generate_rows
 from persona_lens.progress import Progress, no_progress
-from persona_lens.runs import RunFolder
+from persona_lens.runs import RunError, RunFolder
 
 if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
@@ -97,6 +98,11 @@ class RolloutSettings:
     batch_size: int = 64
     batch_tokens: int = 32768
 
+    def __post_init__(self) -> None:
+        Sampling(self.max_new_tokens, self.temperature, self.top_p, (0,) if self.temperature else None)
+        if self.batch_size < 1 or self.batch_tokens < 1:
+            raise TokenError(f"batches need at least 1 row and 1 token, got {self.batch_size} and {self.batch_tokens}")
+
     def sampling(self, seeds: Sequence[int]) -> Sampling:
         """Settings of one batch."""
         if self.temperature == 0:
@@ -167,9 +173,20 @@ class Rollouts:
         """What was read, batch by batch: indices of requests, and tensors whose first axis follows them."""
         for number, batch in enumerate(self.batches):
             if self.folder:
-                yield batch, load_file(self.folder.path / self._shard(number))
+                yield batch, self._saved(number)
             else:
                 yield batch, self._kept[number][1]
+
+    def _saved(self, number: int) -> dict[str, Tensor]:
+        assert self.folder is not None
+        file = self.folder.path / self._shard(number)
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise RunError(
+                f"{file} is missing or damaged, though the run has its responses; remove {self.folder.path} and start "
+                "the run again"
+            ) from error
 
     def _order(self) -> list[int]:
         return [index for batch in self.batches for index in batch]

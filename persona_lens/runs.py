@@ -40,7 +40,10 @@ class RunFolder:
         self.path = Path(path)
         self.config = json.loads(json.dumps(config))
         self._check_kind()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"the folder {self.path} cannot be made: {error}") from error
         self._lock = FileLock(self.path / ".lock")
 
     def __enter__(self) -> RunFolder:
@@ -137,7 +140,10 @@ class RunFolder:
         size = sum(map(len, kept))
         if size < file.stat().st_size:
             os.truncate(file, size)
-        return [json.loads(line) for line in kept]
+        try:
+            return [json.loads(line) for line in kept]
+        except ValueError:
+            raise RunError(f"{file} is damaged; remove {self.path} and start the run again") from None
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -158,6 +164,15 @@ def differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
     if isinstance(stored, dict) and isinstance(wanted, dict):
         keys = [*stored, *(key for key in wanted if key not in stored)]
         return [
-            line for key in keys for line in differences(stored.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
+            line
+            for key in keys
+            for line in differences(stored.get(key, _ABSENT), wanted.get(key, _ABSENT), f"{path}.{key}".lstrip("."))
         ]
-    return [] if stored == wanted else [f"{path}: {json.dumps(stored)} -> {json.dumps(wanted)}"]
+    return [] if stored == wanted else [f"{path}: {_shown(stored)} -> {_shown(wanted)}"]
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is _ABSENT else json.dumps(value, ensure_ascii=False)

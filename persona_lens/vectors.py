@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -67,12 +68,14 @@ class PersonaVectors:
             raise VectorsError(f"no reduction {reduction!r}; there are {', '.join(self.directions)}")
         if not 0 <= layer < self.model.n_layers:
             raise VectorsError(f"layer {layer} does not exist: the model has layers 0 to {self.model.n_layers - 1}")
-        return self.directions[reduction][layer]
+        row: Tensor = self.directions[reduction][layer]
+        return row
 
     def norms(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, " layers"]:
         """Length of the vector at each layer, in residual-stream units."""
         self.vector(0, reduction)
-        return self.directions[reduction].norm(dim=-1)
+        lengths: Tensor = self.directions[reduction].norm(dim=-1)
+        return lengths
 
     def edit(
         self,
@@ -94,7 +97,7 @@ class PersonaVectors:
             positions: ``all``, ``prompt``, ``response`` or ``generating``.
             reduction: Which of the vectors.
         """
-        chosen = Operation(operation)
+        chosen, placed = _member(Operation, operation), _member(Positions, positions)
         if chosen is Operation.ADD and coefficient is None:
             coefficient = 1.0
         return Edit(
@@ -103,14 +106,14 @@ class PersonaVectors:
             chosen,
             coefficient=coefficient,
             threshold=threshold,
-            positions=Positions(positions),
+            positions=placed,
         )
 
     def random_like(self, seed: int) -> PersonaVectors:
         """Random directions with the same norm at every layer: the null that a claim about these vectors needs."""
         generator = torch.Generator().manual_seed(seed)
         nulls = {}
-        for name, rows in self.directions.items():
+        for name, rows in sorted(self.directions.items()):  # a file has another order than memory
             noise = torch.randn(rows.shape, generator=generator)
             nulls[name] = noise / noise.norm(dim=-1, keepdim=True) * rows.norm(dim=-1, keepdim=True)
         return PersonaVectors(f"random({seed})", self.model, nulls, {"random_like": self.trait, "seed": seed})
@@ -131,6 +134,8 @@ class PersonaVectors:
         if different := self.model.differences(other.model):
             raise VectorsError(f"vectors of two models cannot be combined: {'; '.join(different)}")
         both = [name for name in self.directions if name in other.directions]
+        if not both:
+            raise VectorsError(f"{self.trait} and {other.trait} have no reduction in common to be combined")
         combined = {name: self.directions[name] + sign * other.directions[name] for name in both}
         name = f"{self.trait} {'+' if sign > 0 else '-'} {other.trait}"
         return PersonaVectors(name, self.model, combined, {"parts": [dict(self.provenance), dict(other.provenance)]})
@@ -154,10 +159,14 @@ class PersonaVectors:
             VectorsError: If the file exists and holds something else.
         """
         target, content = Path(path), self.to_bytes()
-        if target.exists() and target.read_bytes() != content:
-            raise VectorsError(f"{target} exists and holds something else; choose another name or remove it")
+        if target.exists():
+            if target.is_dir() or target.read_bytes() != content:
+                raise VectorsError(f"{target} exists and holds something else; choose another name or remove it")
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+        part = target.with_name(target.name + ".part")
+        part.write_bytes(content)
+        part.replace(target)
         return target
 
     @property
@@ -179,6 +188,16 @@ class PersonaVectors:
         text = json.dumps(header, sort_keys=True, ensure_ascii=False, allow_nan=False)
         tensors = {name: rows.contiguous() for name, rows in sorted(self.directions.items())}
         return save(tensors, {METADATA: text})
+
+
+Member = TypeVar("Member", bound=StrEnum)
+
+
+def _member(kind: type[Member], value: str) -> Member:
+    try:
+        return kind(value)
+    except ValueError:
+        raise VectorsError(f"{kind.__name__.lower()} is one of {', '.join(kind)}; got {value!r}") from None
 
 
 def load_vectors(path: Path | str) -> PersonaVectors:

@@ -6,6 +6,7 @@ them: the sampler and the end of a turn are the same as in the other backends.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -56,7 +57,11 @@ class TransformerLensBackend:
         source = pinned(resolve(model, revision))
         module, tokenizer = load_model(source, **loading), load_tokenizer(source)
         bridge = TransformerBridge.boot_transformers(
-            source.location, hf_model=module, tokenizer=tokenizer, dtype=module.dtype, device=module.device
+            source.location,
+            hf_model=module,
+            tokenizer=copy.deepcopy(tokenizer),  # it gives the tokenizer end and beginning tokens of its own
+            dtype=module.dtype,
+            device=module.device,
         )
         return cls(bridge, tokenizer, source.id, source.identity)
 

@@ -150,13 +150,14 @@ class Probe:
         encode = backend.tokenizer.encode
         text = TokenBatch.of([encode(p) for p, _ in texts], [encode(r, add_special_tokens=False) for _, r in texts])
         layer = backend.info.n_layers // 2
-        last = backend.forward(text, reads=[Read(ReadKind.PROMPT_LAST, (layer,))]).reads["prompt_last"][:, 0]
-        contrast = last[0] - last[1]
-        direction: Tensor = contrast / contrast.norm() * last.norm(dim=-1).mean()
+        last = backend.forward(text, reads=[Read(ReadKind.PROMPT_LAST)]).reads["prompt_last"]
+        contrast = last[0, layer] - last[1, layer]
+        # As long at each layer as the residual is there: an edit many times that would make rounding errors grow.
+        directions = contrast / contrast.norm() * last.norm(dim=-1).mean(dim=0).unsqueeze(-1)
         # Between the two prompts that make up the contrast: one is above, so that the cap has something to do.
-        threshold = float(((last[0] + last[1]) / 2) @ direction / direction.norm())
-        edits = _edit_sets(backend, layer, direction, threshold, len(text))
-        return Probe(text.prompts, text, edits, layer, direction, max_new_tokens)
+        threshold = float((last[0, layer] + last[1, layer]) / 2 @ contrast / contrast.norm())
+        edits = _edit_sets(layer, directions, threshold, len(text))
+        return Probe(text.prompts, text, edits, layer, directions[layer], max_new_tokens)
 
     def sampling(self, seeded: bool = False, use_cache: bool = True) -> Sampling:
         """Greedy, or with a seed for each prompt."""
@@ -164,10 +165,8 @@ class Probe:
         return Sampling(self.new, 1.0 if seeded else 0.0, 0.9 if seeded else 1.0, seeds, use_cache)
 
 
-def _edit_sets(
-    backend: Backend, layer: int, direction: Tensor, threshold: float, rows: int
-) -> dict[str, tuple[Edit, ...]]:
-    first, last = 0, backend.info.n_layers - 1
+def _edit_sets(layer: int, directions: Tensor, threshold: float, rows: int) -> dict[str, tuple[Edit, ...]]:
+    direction, last = directions[layer], len(directions) - 1
     return {
         "no edits": (),
         "add": (Edit.add(layer, direction),),
@@ -175,9 +174,9 @@ def _edit_sets(
         "cap": (Edit.cap(layer, direction, threshold),),
         "a coefficient for each row": (Edit.add(layer, direction, torch.linspace(-1.0, 1.0, rows)),),
         "edits at chosen positions": (
-            Edit.add(first, direction, 0.2, Positions.PROMPT),
+            Edit.add(0, directions[0], 0.5, Positions.PROMPT),
             Edit.add(layer, direction, -1.0, Positions.RESPONSE),
-            Edit.add(last, direction, 0.5, Positions.GENERATING),
+            Edit.add(last, directions[last], 0.5, Positions.GENERATING),
         ),
     }
 
@@ -355,11 +354,19 @@ def _reads_differ(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Meas
             return float("inf"), f"{name}: shape {shape} instead of {list(expected.shape)}"
         if not torch.equal(measured.isnan(), expected.isnan()):
             return float("inf"), f"{name}: missing values stand elsewhere"
-        distance = (measured - expected).nan_to_num().norm(dim=-1)
-        length = expected.nan_to_num().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        errors = (distance / length).flatten(2) if distance.ndim > 2 else (distance / length)
+        errors = _relative_errors(measured, expected)
         error = float(errors.max())
         if error > worst:
-            row, layer = divmod(int(errors.reshape(*expected.shape[:2], -1).amax(-1).argmax()), expected.shape[1])
+            row, layer = divmod(int(errors.argmax()), expected.shape[1])
             worst, where = error, f"largest at {name} of row {row}, layer {layer} of those read"
     return worst, where
+
+
+def _relative_errors(measured: Tensor, expected: Tensor) -> Tensor:
+    """Length of the difference relative to the residual's; of every token the largest, [batch, layers]."""
+    distance = (measured - expected).norm(dim=-1)
+    length = expected.norm(dim=-1)
+    if length.ndim > 2:  # an edit may leave next to nothing of a token, so a typical one of its row counts too
+        length = length.maximum(length.nanmedian(dim=-1, keepdim=True).values)
+    errors: Tensor = (distance / length.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num()
+    return errors.flatten(2).amax(dim=-1) if errors.ndim > 2 else errors

@@ -1,1 +1,67 @@
-"""The command line."""
+"""The command line: a thin face over the library."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from persona_lens.cli.backends import app as backends_app
+from persona_lens.cli.demo import demo
+from persona_lens.cli.extract import extract
+from persona_lens.cli.generate import generate
+from persona_lens.cli.steer import steer
+from persona_lens.cli.traits import app as traits_app
+from persona_lens.errors import PersonaLensError
+
+app = typer.Typer(
+    name="persona-lens",
+    help="Find, read and control character traits in language models with persona vectors.",
+    epilog="Start with `persona-lens demo`: it needs no GPU, no key and no other model.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(extract)
+app.command()(steer)
+app.command()(generate)
+app.add_typer(traits_app)
+app.add_typer(backends_app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from persona_lens import __version__
+
+        typer.echo(f"persona-lens {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error. Works anywhere.")] = False,
+) -> None:
+    """Find, read and control character traits in language models with persona vectors."""
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend are printed without a traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(arguments)
+    except PersonaLensError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was finished is saved, and the same command goes on from there", err=True)
+        sys.exit(130)

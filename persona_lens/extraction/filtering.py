@@ -60,7 +60,8 @@ def filter_responses(
 def _passes(request: Request, score: Score, threshold: float) -> bool:
     if score.value is None:
         return False
-    return (score.value >= threshold) == (request.labels["arm"] == Arm.POSITIVE)
+    positive = Arm(request.labels["arm"]) is Arm.POSITIVE
+    return (score.value >= threshold) == positive
 
 
 def _pair(request: Request) -> tuple[object, ...]:

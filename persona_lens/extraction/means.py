@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from persona_lens.rollouts import Request
@@ -34,15 +35,18 @@ class ArmMeans:
 
     def difference(self, folds: Sequence[int] = tuple(range(FOLDS))) -> dict[str, Float[Tensor, "layers d_model"]]:
         """mean(positive) - mean(negative) over the questions of the folds, by reduction, float32."""
-        means = {}
-        for arm in Arm:
-            count = sum(self.counts.get((arm, fold), 0) for fold in folds)
-            parts = [self.sums[arm, fold] for fold in folds if (arm, fold) in self.sums]
-            means[arm] = {name: sum(part[name] for part in parts) / count for name in parts[0]} if parts else None
-        positive, negative = means[Arm.POSITIVE], means[Arm.NEGATIVE]
-        if positive is None or negative is None:
+        positive, negative = self._mean(Arm.POSITIVE, folds), self._mean(Arm.NEGATIVE, folds)
+        return {name: (positive[name] - negative[name]).float() for name in positive if name in negative}
+
+    def _mean(self, arm: Arm, folds: Sequence[int]) -> dict[str, Tensor]:
+        present = [fold for fold in folds if (arm, fold) in self.sums]
+        if not present:
             return {}
-        return {name: (positive[name] - negative[name]).float() for name in positive}
+        count = sum(self.counts[arm, fold] for fold in present)
+        names = self.sums[arm, present[0]]
+        return {
+            name: torch.stack([self.sums[arm, fold][name] for fold in present]).sum(dim=0) / count for name in names
+        }
 
 
 def arm_means(requests: Sequence[Request], kept: Sequence[bool], reductions: Reductions) -> ArmMeans:
@@ -100,7 +104,7 @@ def _unit(rows: Float[Tensor, "layers d_model"]) -> Float[Tensor, "layers d_mode
     return unit
 
 
-def _separation_row(layer: int, columns: dict[tuple[str, Arm], np.ndarray[Any, Any]]) -> dict[str, Any]:
+def _separation_row(layer: int, columns: dict[tuple[str, Arm], NDArray[np.float64]]) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": layer}
     for kind, prefix in (("vector", ""), ("random", "random_")):
         positive, negative = columns[kind, Arm.POSITIVE][layer], columns[kind, Arm.NEGATIVE][layer]

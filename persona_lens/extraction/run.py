@@ -85,6 +85,7 @@ def run_extraction(
     trait = load_trait(trait) if isinstance(trait, str) else trait
     settings = settings or ExtractionSettings()
     chat = chat or chat_format(backend)
+    plan_requests(trait, settings)  # what cannot be run must not claim the folder
     config = extraction_config(backend, trait, settings, chat)
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         return _extract(backend, trait, run, settings, chat, config, progress)

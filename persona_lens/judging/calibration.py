@@ -51,7 +51,7 @@ def fit_calibration(evidence: Sequence[float], positive: Sequence[bool]) -> Cali
         empty = "negative" if n_positive else "positive"
         raise JudgingError(f"there is no response of the {empty} arm to calibrate the likelihood judge on")
     spread = float(x.std())
-    if spread == 0:
+    if np.ptp(x) == 0:  # the deviation of equal numbers need not round to 0
         raise JudgingError("all responses have the same evidence; the likelihood judge cannot tell them apart")
     z = (x - x.mean()) / spread
     target = np.where(y, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))

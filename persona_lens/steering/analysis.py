@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import fmean
 from typing import Any
 
@@ -74,9 +75,12 @@ def curve(rows: Sequence[SweepRow], layer: int, direction: str = VECTOR) -> list
     """Mean score and surprise at each coefficient, 0 included.
 
     Raises:
-        SteeringError: If there is no scored response at some coefficient.
+        SteeringError: If there is no scored response at some coefficient, or none at that layer.
     """
-    chosen = [r for r in rows if r.direction == NONE or (r.layer == layer and r.direction == direction)]
+    steered = [r for r in rows if r.layer == layer and r.direction == direction]
+    if not steered:
+        raise SteeringError(f"no response was steered along the {direction} at layer {layer}{_steered_layers(rows)}")
+    chosen = [r for r in rows if r.direction == NONE] + steered
     points = []
     for coefficient in sorted({row.coefficient for row in chosen}):
         at = [row for row in chosen if row.coefficient == coefficient]
@@ -97,6 +101,8 @@ def effect(rows: Sequence[SweepRow], layer: int) -> Effect:
         SteeringError: If no question has a scored response at both ends.
     """
     coefficients = sorted({r.coefficient for r in rows if r.layer == layer} | {0.0})
+    if len(coefficients) == 1:
+        raise SteeringError(f"no response was steered at layer {layer}{_steered_layers(rows)}")
     low, high = coefficients[0], coefficients[-1]
     vector = _difference_by_question(rows, layer, VECTOR, low, high)
     if not vector:
@@ -117,20 +123,33 @@ def choose_layer(rows: Sequence[SweepRow], margin: float = COHERENCE_MARGIN) -> 
     """The layer with the strongest effect whose text stays coherent at both ends (method, section 4).
 
     Coherent: at either end the mean surprise exceeds that of unsteered text by at most ``margin`` nats a token. Where
-        no
-    layer is, the one with the least surprise is taken.
+    no layer is, the one with the least surprise is taken.
+
+    Raises:
+        SteeringError: If every unsteered response is empty.
     """
     layers = sorted({row.layer for row in rows if row.layer is not None})
-    unsteered = fmean(by_question([r for r in rows if r.direction == NONE], "surprise").values())
+    own = by_question([r for r in rows if r.direction == NONE], "surprise")
+    if not own:
+        raise SteeringError("every unsteered response is empty; there is nothing to compare steered text with")
+    unsteered = fmean(own.values())
 
     def excess(layer: int) -> float:
-        points = curve(rows, layer)
+        try:
+            points = curve(rows, layer)
+        except SteeringError:  # nothing but empty responses is not coherent text
+            return inf
         return max(points[0].surprise.mean, points[-1].surprise.mean) - unsteered
 
     coherent = [layer for layer in layers if excess(layer) <= margin]
     if not coherent:
         return min(layers, key=excess)
     return max(coherent, key=lambda layer: effect(rows, layer).vector.mean)
+
+
+def _steered_layers(rows: Sequence[SweepRow]) -> str:
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    return f"; the sweep has layers {', '.join(map(str, layers)) or 'none'}"
 
 
 def by_question(rows: Iterable[SweepRow], quantity: str) -> dict[int, float]:

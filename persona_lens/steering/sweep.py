@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -24,6 +25,7 @@ from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 VECTOR, RANDOM, NONE = "vector", "random", "none"
+QuestionSet = Literal["evaluation", "extraction"]
 
 
 class SteeringError(PersonaLensError):
@@ -51,7 +53,7 @@ class SweepSettings:
     layers: tuple[int, ...]
     coefficients: tuple[float, ...] = (-2.0, -1.0, 1.0, 2.0)
     questions: int = 20
-    question_set: Literal["evaluation", "extraction"] = "evaluation"
+    question_set: QuestionSet = "evaluation"
     samples: int = 1
     random_directions: int = 5
     positions: Positions = Positions.ALL
@@ -62,8 +64,10 @@ class SweepSettings:
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise SteeringError(f"layers must be given, each once: got {list(self.layers)}")
-        if not any(self.coefficients):
-            raise SteeringError("give at least one coefficient that is not 0")
+        if not any(self.coefficients) or not all(map(isfinite, self.coefficients)):
+            raise SteeringError(f"give finite coefficients, at least one of them not 0: got {list(self.coefficients)}")
+        if self.question_set not in get_args(QuestionSet):
+            raise SteeringError(f"question_set is {' or '.join(get_args(QuestionSet))}, got {self.question_set!r}")
         if self.samples < 1 or self.questions < 1 or self.random_directions < 0:
             raise SteeringError("samples and questions must be at least 1, random_directions at least 0")
 
@@ -130,6 +134,8 @@ def sweep(
     chat = chat or chat_format(backend)
     judge = LikelihoodJudge(backend, chat, trait, _calibration_of(vectors))
     requests = plan_sweep(trait, settings)
+    for layer in settings.layers:  # what cannot be run must not claim the folder
+        vectors.vector(layer, settings.reduction)
     config = sweep_config(backend, vectors, trait, settings, chat)
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         collected = Rollouts(
@@ -173,8 +179,8 @@ def plan_sweep(trait: Trait, settings: SweepSettings) -> list[Request]:
     questions = trait.evaluation_questions if settings.question_set == "evaluation" else trait.extraction_questions
     if settings.questions > len(questions):
         raise SteeringError(
-            f"{settings.questions} questions asked for, trait {trait.name} has {len(questions)} for
-            {settings.question_set}"
+            f"{settings.questions} questions asked for, trait {trait.name} has {len(questions)} "
+            f"for {settings.question_set}"
         )
     directions = [VECTOR, RANDOM] if settings.random_directions else [VECTOR]
     steered: list[tuple[str, int | None, float]] = [
@@ -209,7 +215,8 @@ def edits_of(vectors: PersonaVectors, settings: SweepSettings) -> Callable[[Sequ
     def source(request: Request) -> PersonaVectors:
         if request.labels["direction"] == VECTOR:
             return vectors
-        return nulls[request.labels["question_number"] % len(nulls)]
+        number: int = request.labels["question_number"]
+        return nulls[number % len(nulls)]
 
     def edits_for(requests: Sequence[Request]) -> list[Edit]:
         coefficients: dict[tuple[int, str], torch.Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 
@@ -34,6 +35,14 @@ def every_backend(request: pytest.FixtureRequest) -> Backend:
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Every adapter over a few architectures that differ."""
     return tiny_backend(*request.param)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the shape checks that tests run under, as users run: the package's own messages show."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=ADAPTERS)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, Generation, Read, ReadKind, Sampling, TokenBatch, wrap_model
+from persona_lens.backend import (
+    Backend,
+    Edit,
+    ForwardResult,
+    Generation,
+    Read,
+    ReadKind,
+    Sampling,
+    TokenBatch,
+    wrap_model,
+)
 from persona_lens.backend.tokens import TokenIds
 from tests.tiny import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
@@ -94,3 +105,30 @@ def assert_close(got: Mapping[str, Tensor] | Tensor, want: Mapping[str, Tensor] 
     for name, expected in want.items():
         scale = float(expected.nan_to_num().abs().max()) + 1e-6
         torch.testing.assert_close(got[name], expected, rtol=rtol, atol=rtol * scale, equal_nan=True, msg=None)
+
+
+class Delegating:
+    """Hands every call on to another backend; tests override what they change on the way."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.info = inner.info
+        self.tokenizer = inner.tokenizer
+        self.end_ids = inner.end_ids
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        return self.inner.generate(prompts, sampling, edits, reads)
+
+    def forward(
+        self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> ForwardResult:
+        return self.inner.forward(tokens, edits, reads, logprobs=logprobs)
+
+    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        return self.inner.editing(edits)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.backend import Backend, Edit, ForwardResult, Generation, Positions, Read, Sampling, TokenBatch
+from persona_lens.backend import Edit, ForwardResult, Generation, Positions, Read, Sampling, TokenBatch
 from persona_lens.backend.parity import FULL, HALF, ParityCheck, check_parity
-from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, backend_of, tiny_backend
+from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, Delegating, backend_of, tiny_backend
 from tests.tiny import tiny_model
 
 
@@ -37,29 +37,6 @@ def test_an_adapter_agrees_with_the_reference(adapter: str, architecture: str) -
     }
 
 
-class Faulty:
-    """A backend with a fault put in: calls go to a good one, changed on the way in or out."""
-
-    def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-        self.info = inner.info
-        self.tokenizer = inner.tokenizer
-        self.end_ids = inner.end_ids
-
-    def generate(
-        self, prompts: Any, sampling: Sampling, edits: Sequence[Edit] = (), reads: Sequence[Read] = ()
-    ) -> Generation:
-        return self.inner.generate(prompts, sampling, edits, reads)
-
-    def forward(
-        self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
-    ) -> ForwardResult:
-        return self.inner.forward(tokens, edits, reads, logprobs=logprobs)
-
-    def editing(self, edits: Sequence[Edit]) -> Any:
-        return self.inner.editing(edits)
-
-
 def first_row_only(edits: Sequence[Edit], rows: int) -> list[Edit]:
     only = torch.zeros(rows)
     only[0] = 1
@@ -68,7 +45,7 @@ def first_row_only(edits: Sequence[Edit], rows: int) -> list[Edit]:
     ]
 
 
-class SteersOneRow(Faulty):
+class SteersOneRow(Delegating):
     def generate(self, prompts: Any, sampling: Sampling, edits: Any = (), reads: Any = ()) -> Generation:
         return self.inner.generate(prompts, sampling, first_row_only(edits, len(prompts)), reads)
 
@@ -76,26 +53,26 @@ class SteersOneRow(Faulty):
         return self.inner.forward(tokens, first_row_only(edits, len(tokens)), reads, logprobs=logprobs)
 
 
-class SteersOnlyThePrompt(Faulty):
+class SteersOnlyThePrompt(Delegating):
     def generate(self, prompts: Any, sampling: Sampling, edits: Any = (), reads: Any = ()) -> Generation:
         kept = [replace(e, positions=Positions.PROMPT) if e.positions is Positions.ALL else e for e in edits]
         return self.inner.generate(prompts, sampling, kept, reads)
 
 
-class LosesTheLastToken(Faulty):
+class LosesTheLastToken(Delegating):
     def generate(self, prompts: Any, sampling: Sampling, edits: Any = (), reads: Any = ()) -> Generation:
         out = self.inner.generate(prompts, sampling, edits, reads)
         cut = TokenBatch.of(prompts, [response[:-1] for response in out.responses])
         return replace(out, reads={**out.reads, **self.inner.forward(cut, edits, Read.means()).reads} if reads else {})
 
 
-class CountsLayersFromTheEmbedding(Faulty):
+class CountsLayersFromTheEmbedding(Delegating):
     def forward(self, tokens: TokenBatch, edits: Any = (), reads: Any = (), *, logprobs: bool = False) -> ForwardResult:
         out = self.inner.forward(tokens, edits, reads, logprobs=logprobs)
         return replace(out, reads={name: value.roll(1, dims=1) for name, value in out.reads.items()})
 
 
-class RemembersTheLastEdit(Faulty):
+class RemembersTheLastEdit(Delegating):
     """What an exception leaves behind: the edits of the run that failed stay on."""
 
     left: Sequence[Edit] = ()
@@ -108,7 +85,7 @@ class RemembersTheLastEdit(Faulty):
             raise
 
 
-class SamplesFromOneStream(Faulty):
+class SamplesFromOneStream(Delegating):
     def generate(self, prompts: Any, sampling: Sampling, edits: Any = (), reads: Any = ()) -> Generation:
         if sampling.seeds:
             sampling = replace(sampling, seeds=tuple(range(1, 1 + len(prompts))))
@@ -126,7 +103,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "found_by"), FAULTS.items(), ids=[fault.__name__ for fault in FAULTS])
-def test_the_suite_finds_a_fault(fault: type[Faulty], found_by: str) -> None:
+def test_the_suite_finds_a_fault(fault: type[Delegating], found_by: str) -> None:
     good = tiny_backend("transformers")
     failed = failures(check_parity(fault(good), good, max_new_tokens=4))
     assert any(found_by in failure for failure in failed), failed
@@ -140,7 +117,7 @@ def test_another_model_is_reported_and_nothing_else_compared() -> None:
 
 
 def test_a_check_that_raises_has_failed_and_the_others_still_run() -> None:
-    class Raises(Faulty):
+    class Raises(Delegating):
         def generate(self, prompts: Any, sampling: Sampling, edits: Any = (), reads: Any = ()) -> Generation:
             raise ValueError("no generation here")
 
@@ -154,8 +131,10 @@ def test_a_check_that_raises_has_failed_and_the_others_still_run() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bits_reads_have_a_looser_bound_and_tokens_are_only_reported(adapter: str, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
-    reference = backend_of("transformers", tiny_model("llama").to(dtype))
-    checks = check_parity(backend_of(adapter, tiny_model("llama").to(dtype)), reference, max_new_tokens=3)
+    first: Any = tiny_model()
+    second: Any = tiny_model()
+    reference = backend_of("transformers", first.to(dtype))
+    checks = check_parity(backend_of(adapter, second.to(dtype)), reference, max_new_tokens=3)
     assert not failures(checks)
     assert {check.tolerance for check in checks} == {0.0, HALF[name].reads, HALF[name].tokens}
     assert HALF[name].reads > FULL.reads

@@ -1,0 +1,93 @@
+"""What the terminal shows: progress with rates and time left, tables, and quiet libraries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn, Task
+    from rich.table import Table
+    from rich.text import Text
+
+    from persona_lens.progress import Progress
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice out of the display."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def showing_progress() -> Iterator[Progress]:
+    """Bars on standard error, one for each label; plain lines where that is not a terminal.
+
+    Yields:
+        The callback for ``progress=``.
+    """
+    if not sys.stderr.isatty():
+        yield _LineProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns: tuple[ProgressColumn, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _rate_column(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def report(done: int, total: int | None, label: str, /) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total, completed=done)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield report
+
+
+def _rate_column() -> ProgressColumn:
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:,.1f}/s" if speed else "")
+
+    return Rate()
+
+
+class _LineProgress:
+    """One line at the beginning and the end of each piece of work, and at every tenth between."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, int] = {}
+
+    def __call__(self, done: int, total: int | None, label: str, /) -> None:
+        tenth = done * 10 // total if total else 0
+        if self._shown.get(label) != tenth:
+            self._shown[label] = tenth
+            print(f"{label}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table: Table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,107 @@
+"""``persona-lens extract``: a model and a trait become persona vectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from persona_lens.cli import options
+
+
+def extract(
+    model: options.Model,
+    trait: Annotated[str, typer.Argument(metavar="TRAIT", help="A trait's name, or the path of its YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; runs/TRAIT-MODEL by default.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Responses for each question and instruction; the paper takes 10.")] = 1,
+    questions: Annotated[int, typer.Option(help="How many of the trait's 20 extraction questions to use.")] = 20,
+    max_new_tokens: options.MaxNewTokens = 48,
+    temperature: options.Temperature = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    threshold: Annotated[float, typer.Option(help="Positive responses score at least this, negative ones less.")] = 50.0,
+    unpaired: Annotated[bool, typer.Option("--unpaired", help="Filter each arm on its own.")] = False,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 64,
+    backend: options.BackendName = "transformers",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    chat_template: options.ChatTemplate = None,
+    thinking: options.Thinking = False,
+    traits_dir: options.TraitsDirs = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Extract a trait's persona vectors from a model.
+
+    Stopped at any moment and started again with the same command, it goes on where it was.
+
+    Examples:
+
+    `persona-lens extract smollm2-135m optimistic`
+
+    `persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples 10 --max-new-tokens 1000 --out runs/evil`
+    """
+    from persona_lens.cli.display import showing_progress
+    from persona_lens.extraction import ExtractionSettings, run_extraction
+    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.traits import find_traits, is_path, load_trait
+
+    loaded = load_trait(trait, traits_dir or ())
+    if not is_path(trait):
+        for warning in find_traits(traits_dir or ()).warnings([trait]):
+            typer.echo(f"warning: {warning}", err=True)
+    settings = ExtractionSettings(
+        samples=samples,
+        questions=questions,
+        seed=seed,
+        threshold=threshold,
+        paired=not unpaired,
+        rollouts=RolloutSettings(max_new_tokens, temperature, top_p, batch_size),
+    )
+    opened = options.open_model(
+        model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map
+    )
+    folder = out or Path("runs") / f"{loaded.name}-{opened.info.model.replace('/', '--')}"
+    chat = options.open_chat(opened, chat_template, thinking)
+    with showing_progress() as progress:
+        summary = run_extraction(opened, loaded, folder, settings=settings, chat=chat, progress=progress).summary
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), **summary}))
+    else:
+        _show(summary, folder)
+
+
+def _show(summary: dict[str, Any], folder: Path) -> None:
+    from persona_lens.cli.display import print_table
+
+    scores, counts = summary["mean_score"], summary["counts"]
+    print_table(
+        f"{summary['trait']} in {summary['model']['model']}",
+        ("arm", "responses kept", "failed threshold", "lost twin", "no score", "mean score"),
+        [
+            (arm, *(str(counts[arm][name]) for name in ("kept", "failed_threshold", "lost_twin", "no_score")), f"{scores[arm]:.1f}")
+            for arm in counts
+        ],
+    )
+    best = sorted(summary["separation"], key=lambda row: -row["d_prime"])[:5]
+    if best:
+        print_table(
+            "Layers whose vector separates held-out questions best",
+            ("layer", "norm", "d'", "AUC", "AUC of a random direction"),
+            [
+                (
+                    str(row["layer"]),
+                    f"{summary['norms']['response_mean'][row['layer']]:.1f}",
+                    f"{row['d_prime']:.2f}",
+                    f"{row['auc']:.3f}",
+                    f"{row['random_auc']:.3f}",
+                )
+                for row in best
+            ],
+        )
+    typer.echo(f"vectors: {folder / 'vectors.safetensors'}")

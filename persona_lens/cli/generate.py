@@ -1,0 +1,84 @@
+"""``persona-lens generate``: one prompt, answered with and without steering, side by side."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from persona_lens.cli import options
+from persona_lens.cli.steer import AllowOtherModel, PositionsOption, ReductionOption, Vectors
+
+
+def generate(
+    model: options.Model,
+    vectors: Vectors,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)],
+    layer: Annotated[int, typer.Option("--layer", help="Layer to steer, counted from 0.")],
+    coefficients: Annotated[
+        str, typer.Option("--coefficients", help="Multiples of the raw vector; 0 is always shown too.")
+    ] = "-2,2",
+    system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
+    positions: PositionsOption = "all",
+    reduction: ReductionOption = "response_mean",
+    max_new_tokens: options.MaxNewTokens = 100,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    backend: options.BackendName = "transformers",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    chat_template: options.ChatTemplate = None,
+    thinking: options.Thinking = False,
+    allow_other_model: AllowOtherModel = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Answer a prompt with and without steering, side by side.
+
+    Example: `persona-lens generate smollm2-135m runs/optimistic-smollm2-135m "How will my exam go?" --layer 18`
+    """
+    from persona_lens.backend import Positions
+    from persona_lens.replies import steered_replies
+    from persona_lens.vectors import load_vectors
+
+    loaded = load_vectors(vectors)
+    wanted = options.choice(Positions, positions, "--positions")
+    strengths = sorted({0.0, *options.numbers(coefficients, "--coefficients")})
+    loaded.vector(layer, reduction)
+    opened = options.open_model(
+        model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map
+    )
+    if not allow_other_model:
+        loaded.check_model(opened)
+    answers = steered_replies(
+        opened,
+        prompt,
+        loaded,
+        layer,
+        strengths,
+        system=system,
+        positions=wanted,
+        reduction=reduction,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=options.open_chat(opened, chat_template, thinking),
+    )
+    if as_json:
+        rows = [{"coefficient": c, "response": text} for c, text in zip(strengths, answers, strict=True)]
+        typer.echo(json.dumps({"trait": loaded.trait, "layer": layer, "prompt": prompt, "responses": rows}))
+        return
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.columns import Columns
+    from rich.text import Text
+
+    console = Console()
+    width = max(30, console.width // len(strengths) - 2)
+    panels = [
+        Panel(Text(text), title=f"{loaded.trait} {c:+g}" if c else "unsteered", width=width)
+        for c, text in zip(strengths, answers, strict=True)
+    ]
+    console.print(Columns(panels))

@@ -1,0 +1,119 @@
+"""Options that several commands share, and opening a model by them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from persona_lens.errors import PersonaLensError
+
+if TYPE_CHECKING:
+    from persona_lens.backend import Backend
+    from persona_lens.models import ChatFormat
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Hub id, local folder, or the embedded `smollm2-135m`.", show_default=False),
+]
+BackendName = Annotated[str, typer.Option("--backend", help="Library to run the model through; see `backends list`.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="`auto`, `float32`, `bfloat16` or `float16`; auto takes what is fast here.")
+]
+Device = Annotated[str, typer.Option("--device", help="`auto` or a torch device such as `cuda:1`.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.", show_default=False)
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option("--device-map", help="Spread a large model over devices, such as `auto`.", show_default=False),
+]
+TraitsDirs = Annotated[
+    list[Path] | None,
+    typer.Option("--traits-dir", metavar="DIR", help="Another folder of trait files. Repeatable.", show_default=False),
+]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option("--chat-template", metavar="FILE", help="A Jinja chat template to use instead.", show_default=False),
+]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Let the model reason before it answers.")]
+Seed = Annotated[int, typer.Option("--seed", help="Base of all seeds.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Length limit of a response.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", help="Responses that run at once; halved by itself when memory runs out.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+
+
+def open_model(
+    model: str, backend: str, *, dtype: str, device: str, revision: str | None, device_map: str | None = None
+) -> Backend:
+    """Open a model with only the options that were given, so that a backend without one of them can say so."""
+    from persona_lens.backend import open_backend
+    from persona_lens.cli.display import quiet_libraries, showing_progress
+    from persona_lens.models import resolve
+
+    quiet_libraries()
+    with showing_progress() as progress:
+        resolve(model, revision, progress=progress)
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    if revision is not None:
+        options["revision"] = revision
+    if device_map is not None:
+        options["device_map"] = device_map
+    return open_backend(backend, model, **options)
+
+
+def open_chat(backend: Backend, template: Path | None, thinking: bool) -> ChatFormat:
+    """The model's chat format, with what is surprising about it said on standard error."""
+    from persona_lens.models import ChatFormat
+
+    try:
+        text = template.read_text(encoding="utf-8") if template else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PersonaLensError(f"cannot read the chat template {template}: {error}") from error
+    chat = ChatFormat.from_tokenizer(backend.tokenizer, template=text, thinking=thinking)
+    for note in chat.notes:
+        typer.echo(f"note: {note}", err=True)
+    return chat
+
+
+Kind = TypeVar("Kind", bound=StrEnum)
+
+
+def choice(kind: type[Kind], text: str, option: str) -> Kind:
+    """The member of an enumeration that an option names."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise PersonaLensError(f"{option} takes {', '.join(kind)}; got {text!r}") from None
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers in a comma-separated option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PersonaLensError(f"{option} takes numbers with commas between them, such as 0.5,1,2; got {text!r}") from None
+
+
+def layer_numbers(text: str, n_layers: int) -> list[int]:
+    """The layers in an option: ``18``, ``12,15,18``, ``10-20`` or ``all``.
+
+    Raises:
+        PersonaLensError: If it is none of these, or names a layer that the model does not have.
+    """
+    if text == "all":
+        return list(range(n_layers))
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise PersonaLensError(f"--layers takes 18, 12,15,18, 10-20 or all; got {text!r}")
+        layers += range(int(first), int(last or first) + 1)
+    if outside := [layer for layer in layers if layer >= n_layers]:
+        raise PersonaLensError(f"layer {outside[0]} does not exist: the model has layers 0 to {n_layers - 1}")
+    return sorted(set(layers))

@@ -1,0 +1,39 @@
+"""The report: one HTML file that shows a run's result, how sure it is, and how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["render_report"]
+
+
+def render_report(summary: Mapping[str, Any]) -> str:
+    """The page of a demonstration run, complete in itself: no scripts, and nothing is loaded from anywhere.
+
+    The same summary gives the same bytes.
+
+    Args:
+        summary: JSON values as in the run's ``summary.json``: ``trait``, ``model``, ``command``, ``settings``, ``seed``,
+            ``extraction``, ``layer_choice`` (None if the layer was given), ``steering``, ``samples`` (the first questions in
+            their order, responses from the smallest coefficient to the largest), ``agreement`` and ``versions``.
+
+    Returns:
+        HTML, to be written as UTF-8.
+    """
+    # Imported here: jinja2 and matplotlib are slow to load, and only a report needs them.
+    from markupsafe import Markup
+
+    from persona_lens.reports.figures import REDUCTIONS, draw_figures
+    from persona_lens.reports.page import environment
+    from persona_lens.reports.wording import headline, strained
+
+    page = environment().get_template("template.html.j2")
+    return page.render(
+        **{"layer_choice": None, **summary},
+        headline=headline(summary["steering"]["effect"], summary["steering"]["questions"]),
+        strained=strained(summary),
+        figures=draw_figures(summary),
+        reductions=REDUCTIONS,
+        br=Markup("<br>"),
+    )

@@ -1,0 +1,326 @@
+"""The report's figures, each drawn for a wide page and for a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from persona_lens.reports.svg import GRID, INK, MUTED, PAPER, RANDOM, THIRD, VECTOR, drawing_style, to_svg
+from persona_lens.reports.wording import bounds, interval, number, signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE, NARROW = 704, 343  # CSS pixels: the page's text column, and a small phone's screen without its margins
+REDUCTIONS = {
+    "response_mean": "response tokens, mean",
+    "prompt_mean": "prompt tokens, mean",
+    "prompt_last": "last prompt token",
+}
+VECTOR_LABEL, RANDOM_LABEL = "trait vector", "random directions"
+_BAR = {"elinewidth": 2, "capsize": 4, "capthick": 2}
+_LINE = {"marker": "o", "color": VECTOR, "zorder": 4}
+_NULL = {"marker": "s", "color": RANDOM, "linestyle": (0, (4, 2)), "markerfacecolor": PAPER, "zorder": 3}
+
+Summary = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure.
+
+    Attributes:
+        wide: SVG for screens as wide as a line of text.
+        narrow: SVG for phones.
+        description: What there is to see, in words.
+    """
+
+    wide: Markup
+    narrow: Markup
+    description: str
+
+
+def draw_figures(summary: Summary) -> dict[str, Drawing | None]:
+    """Every figure by name; None where the summary has nothing to draw."""
+    extraction, choice, steering = summary["extraction"], summary.get("layer_choice"), summary["steering"]
+    layer = steering["layer"]
+    with drawing_style():
+        return {
+            "effect": _drawing(
+                "effect", "Effect of steering", _effect_words(steering["effect"]), effect_figure, steering["effect"]
+            ),
+            "curve": _drawing(
+                "curve", "Steering curve", _curve_words(steering), curve_figure, steering["curves"], choice
+            ),
+            "choice": _drawing("choice", "Effect by layer", _choice_words(choice), choice_figure, choice)
+            if choice
+            else None,
+            "norms": _drawing(
+                "norms", "Vector length by layer", _norm_words(extraction["norms"]), norm_figure, extraction["norms"],
+                layer,
+            )
+            if any(extraction["norms"].values())
+            else None,
+            "separation": _drawing(
+                "separation",
+                "Separation by layer",
+                _separation_words(extraction["separation"], layer),
+                separation_figure,
+                extraction["separation"],
+                layer,
+            )
+            if extraction["separation"]
+            else None,
+        }
+
+
+def _drawing(name: str, title: str, words: str, draw: Callable[..., Figure], *data: Any) -> Drawing:
+    wide, narrow = (to_svg(draw(*data, width), f"{name}-{width}", title, words) for width in (WIDE, NARROW))
+    return Drawing(wide, narrow, words)
+
+
+def effect_figure(effect: Mapping[str, Any], width: int) -> Figure:
+    """The effect with its interval, beside that of random directions and their difference."""
+    rows = [
+        (label, effect[key], style)
+        for label, key, style in (
+            ("Trait vector", "vector", _LINE),
+            ("Random directions", "random", _NULL),
+            ("Vector minus random", "difference", {"marker": "D", "color": INK}),
+        )
+        if effect[key] is not None
+    ]
+    figure = _figure(width, 56 + 52 * len(rows))
+    axes = figure.add_subplot()
+    axes.axvline(0, color=MUTED, linewidth=1.5)
+    for place, (label, estimate, style) in enumerate(rows):
+        axes.errorbar(estimate["mean"], -place, xerr=_reach([estimate]), markersize=8, linewidth=0, **style, **_BAR)
+        axes.annotate(
+            f"{label}: {bounds(estimate, sign=True)}",
+            (0, -place),
+            (0, 12),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=13,
+        )
+    ends = [0.0, *(estimate[end] for _, estimate, _ in rows for end in ("low", "high"))]
+    pad = 0.05 * (max(ends) - min(ends)) or 1.0
+    axes.set(
+        xlim=(min(ends) - pad, max(ends) + pad),
+        ylim=(-len(rows) + 0.6, 0.75),
+        yticks=[],
+        xlabel="change in trait score, points",
+    )
+    axes.xaxis.set_major_formatter(lambda value, _: signed(round(value, 6)))
+    return figure
+
+
+def curve_figure(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], choice: Mapping[str, Any] | None, width: int
+) -> Figure:
+    """Score against coefficient, and below it the surprise, with intervals and the null."""
+    figure = _figure(width, 500 if width == WIDE else 470)
+    score, surprise = figure.subplots(2, 1, sharex=True, height_ratios=[2.3, 1])
+    for axes, quantity in ((score, "score"), (surprise, "surprise")):
+        for kind, style in (("random", _NULL), ("vector", _LINE)):
+            points = curves.get(kind) or []
+            if points:
+                label = VECTOR_LABEL if kind == "vector" else RANDOM_LABEL
+                _line_with_intervals(axes, points, quantity, style, label)
+    score.set(title="Mean trait score, 0 to 100", ylim=(0, 100), yticks=range(0, 101, 20))
+    score.axvline(0, color=GRID, linewidth=1, zorder=0)
+    surprise.axvline(0, color=GRID, linewidth=1, zorder=0)
+    surprise.set(title="Surprise, nats per token", xlabel="steering coefficient")
+    plain = [p["surprise"]["mean"] for p in curves["vector"] if p["coefficient"] == 0]
+    if choice and plain:
+        limit = plain[0] + choice["margin"]
+        surprise.axhline(limit, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)))
+        words = "margin of coherence"
+        surprise.annotate(words, (0.99, limit), (0, 4), xycoords=surprise.get_yaxis_transform(),
+                          textcoords="offset points", ha="right", color=MUTED, fontsize=12)
+        surprise.margins(y=0.25)
+    coefficients = [p["coefficient"] for p in curves["vector"]]
+    surprise.set_xticks(coefficients, [signed(c) for c in coefficients])
+    _legend(figure, score)
+    return figure
+
+
+def choice_figure(choice: Mapping[str, Any], width: int) -> Figure:
+    """Effect at each layer tried; filled where the text stays coherent."""
+    figure = _figure(width, 330)
+    axes = figure.add_subplot()
+    limit = choice["unsteered_surprise"] + choice["margin"]
+    labels = {True: "text stays coherent", False: "text too surprising"}
+    for coherent in (True, False):
+        rows = [row for row in choice["layers"] if (row["surprise"] <= limit) == coherent]
+        if rows:
+            effects = [row["effect"]["vector"] for row in rows]
+            style = {"marker": "o", "color": VECTOR, "markerfacecolor": VECTOR if coherent else PAPER}
+            _points(axes, [row["layer"] for row in rows], effects, style, labels[coherent])
+    nulls = [(row["layer"], row["effect"]["random"]) for row in choice["layers"] if row["effect"]["random"]]
+    if nulls:
+        _points(axes, [layer for layer, _ in nulls], [null for _, null in nulls], {**_NULL, "linestyle": ""}, RANDOM_LABEL)
+    layers = [row["layer"] for row in choice["layers"]]
+    axes.axhline(0, color=MUTED, linewidth=1.5)
+    axes.set(title="Effect on trait score, points", xlabel="layer steered")
+    axes.set_xlim(min(layers) - 1, max(layers) + 1)
+    axes.set_xticks(layers if len(layers) <= 12 else layers[:: len(layers) // 8])
+    axes.margins(y=0.18)
+    _mark_layer(axes, choice["chosen"])
+    _legend(figure, axes)
+    return figure
+
+
+def norm_figure(norms: Mapping[str, Sequence[float]], chosen: int, width: int) -> Figure:
+    """Length of the vector at each layer, one line a reduction."""
+    figure = _figure(width, 330 if width == WIDE else 360)
+    axes = figure.add_subplot()
+    styles = [(VECTOR, "solid"), (THIRD, (0, (6, 2))), (RANDOM, (0, (2, 2)))]
+    present = sorted(norms, key=lambda name: (list(REDUCTIONS) + [name]).index(name))
+    for name, (colour, dashes) in zip(present, styles, strict=False):
+        axes.plot(range(len(norms[name])), norms[name], color=colour, linestyle=dashes, label=REDUCTIONS.get(name, name))
+    axes.set(title="Length of the vector, residual-stream units", xlabel="layer")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    _mark_layer(axes, chosen)
+    _legend(figure, axes, columns=3 if width == WIDE else 1)
+    return figure
+
+
+def separation_figure(rows: Sequence[Mapping[str, Any]], chosen: int, width: int) -> Figure:
+    """How far apart the two kinds of response are on the vector, by layer: d' and AUC."""
+    figure = _figure(width, 340 if width == WIDE else 560)
+    panels = figure.subplots(*((1, 2) if width == WIDE else (2, 1)))
+    layers = [row["layer"] for row in rows]
+    for axes, key, title, chance in (
+        (panels[0], "d_prime", "d′, standard deviations apart", 0.0),
+        (panels[1], "auc", "AUC, share ranked rightly", 0.5),
+    ):
+        axes.axhline(chance, color=MUTED, linewidth=1.5)
+        axes.plot(layers, [row[key] for row in rows], color=VECTOR, label=VECTOR_LABEL, zorder=4)
+        dashes = _NULL["linestyle"]
+        axes.plot(layers, [row[f"random_{key}"] for row in rows], color=RANDOM, linestyle=dashes, label="one random direction")
+        axes.set(title=title, xlabel="layer")
+        axes.margins(x=0.02, y=0.15)
+        if key == "auc":
+            axes.set_ylim(min(0.4, *axes.get_ylim()), 1.04)
+        _mark_layer(axes, chosen)
+    _legend(figure, panels[0])
+    return figure
+
+
+def _figure(width: int, height: int) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=8 / 72, h_pad=6 / 72, hspace=0.06, wspace=0.06)
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] == RANDOM_LABEL)  # the null last
+    narrow = figure.get_figwidth() * 72 < WIDE
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside upper left",
+        ncols=min(columns, 2) if narrow else columns,
+        handlelength=2.2,
+        columnspacing=1.2,
+        borderpad=0.1,
+        borderaxespad=0.0,
+    )
+
+
+def _mark_layer(axes: Axes, layer: int) -> None:
+    low, high = axes.get_xlim()
+    right = layer > (low + high) / 2
+    axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
+    axes.annotate(
+        f"layer {layer}, used",
+        (layer, 1.0),
+        (-5 if right else 5, 0),
+        xycoords=axes.get_xaxis_transform(),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="top",
+        color=MUTED,
+        fontsize=12,
+    )
+
+
+def _line_with_intervals(
+    axes: Axes, points: Sequence[Mapping[str, Any]], quantity: str, style: Mapping[str, Any], label: str
+) -> None:
+    x = [point["coefficient"] for point in points]
+    estimates = [point[quantity] for point in points]
+    lows, highs = [e["low"] for e in estimates], [e["high"] for e in estimates]
+    axes.fill_between(x, lows, highs, color=style["color"], alpha=0.16, linewidth=0, zorder=style["zorder"] - 2)
+    axes.errorbar(
+        x, [e["mean"] for e in estimates], yerr=_reach(estimates), markersize=7, label=label, **style, **_BAR
+    )
+
+
+def _points(
+    axes: Axes, x: Sequence[float], estimates: Sequence[Mapping[str, Any]], style: Mapping[str, Any], label: str
+) -> None:
+    means = [e["mean"] for e in estimates]
+    axes.errorbar(x, means, yerr=_reach(estimates), markersize=8, **{"linestyle": "", **style}, **_BAR, label=label)
+
+
+def _reach(estimates: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Distances from the means to the ends of the intervals, as matplotlib wants them."""
+    return [
+        [max(0.0, e["mean"] - e["low"]) for e in estimates],
+        [max(0.0, e["high"] - e["mean"]) for e in estimates],
+    ]
+
+
+def _effect_words(effect: Mapping[str, Any]) -> str:
+    names = (("vector", "Trait vector"), ("random", "random directions"), ("difference", "vector minus random"))
+    found = [f"{label} {interval(effect[key], sign=True)}" for key, label in names if effect[key]]
+    return f"Changes of the mean trait score. {'; '.join(found)}."
+
+
+def _curve_words(steering: Mapping[str, Any]) -> str:
+    sentences = []
+    for kind, label in (("vector", VECTOR_LABEL), ("random", RANDOM_LABEL)):
+        points = steering["curves"].get(kind) or []
+        listed = ", ".join(f"{number(p['score']['mean'])} at {signed(p['coefficient'])}" for p in points)
+        if listed:
+            sentences.append(f"Mean trait score along the {label}: {listed}.")
+    return " ".join(sentences)
+
+
+def _choice_words(choice: Mapping[str, Any] | None) -> str:
+    rows = choice["layers"] if choice else []
+    listed = "; ".join(f"layer {row['layer']} {bounds(row['effect']['vector'], sign=True)}" for row in rows)
+    return f"Effect of steering with 95% intervals: {listed}."
+
+
+def _norm_words(norms: Mapping[str, Sequence[float]]) -> str:
+    listed = "; ".join(
+        f"{REDUCTIONS.get(name, name)} from {number(values[0], 2)} at layer 0 to {number(values[-1], 2)} at layer "
+        f"{len(values) - 1}, largest {number(max(values), 2)} at layer {max(range(len(values)), key=values.__getitem__)}"
+        for name, values in norms.items()
+        if values
+    )
+    return f"Vector length: {listed}."
+
+
+def _separation_words(rows: Sequence[Mapping[str, Any]], chosen: int) -> str:
+    at = next((row for row in rows if row["layer"] == chosen), rows[-1] if rows else None)
+    if at is None:
+        return ""
+    best = max(rows, key=lambda row: float(row["auc"]))
+    return (
+        f"At layer {at['layer']} the trait vector has d′ {number(at['d_prime'], 2)} and AUC {number(at['auc'], 2)}, the "
+        f"random direction {number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. The largest AUC is "
+        f"{number(best['auc'], 2)}, at layer {best['layer']}."
+    )

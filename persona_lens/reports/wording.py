@@ -1,0 +1,241 @@
+"""Numbers into words: how they are written, and what may be said of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MINUS = "\N{MINUS SIGN}"
+NONE = "\N{EN DASH}"
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_HARMLESS = "\n\t\u200c\u200d\ufe0e\ufe0f"
+
+Verdict = Literal["clear", "unclear", "reversed", "no null"]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the steering run shows.
+
+    Attributes:
+        verdict: ``clear`` if the effect is above 0 and above that of random directions with their 95% intervals,
+            ``reversed`` if it is below both, ``no null`` if it is above 0 without anything to compare it with,
+            ``unclear`` otherwise.
+        title: In one line.
+        sentences: With all numbers.
+    """
+
+    verdict: Verdict
+    title: str
+    sentences: tuple[str, ...]
+
+
+def headline(effect: Mapping[str, Any], questions: int) -> Headline:
+    """The result in words, no stronger than the intervals allow."""
+    vector, random, difference = effect["vector"], effect["random"], effect["difference"]
+    verdict = _verdict(vector, difference)
+    span = f"from {signed(effect['low'])} to {signed(effect['high'])}"
+    moved = f"{abs(vector['mean']):.1f} points"
+    title = {
+        "clear": f"A clear effect: steering {span} raises the trait score by {moved}",
+        "reversed": f"The effect is the wrong way round: steering {span} lowers the trait score by {moved}",
+        "no null": f"Steering {span} raises the trait score by {moved}, with nothing to compare it with",
+        "unclear": f"No clear effect: steering {span} {_moves(vector['mean'])}, within what chance explains",
+    }[verdict]
+    if verdict == "unclear" and _side(vector) != 0:
+        title = f"No clear effect: what steering {span} does is not clearly more than what random directions do"
+    first = (
+        f"Added to layer {effect['layer']} with coefficients {span}, the vector changes the mean trait score "
+        f"(0 to 100) by {interval(vector, sign=True)}, over {counted(vector['n'], 'question')}"
+        f"{'' if vector['n'] == questions else f' of {questions}'}."
+    )
+    return Headline(verdict, title, (first, *_beside_null(random, difference, verdict)))
+
+
+def _beside_null(
+    random: Mapping[str, Any] | None, difference: Mapping[str, Any] | None, verdict: Verdict
+) -> Iterator[str]:
+    if random is None or difference is None:
+        yield "No random directions were run beside it, so any direction of that length might do the same."
+        return
+    yield f"Random directions of the same length change it by {interval(random, sign=True)}."
+    ending = {
+        "clear": "which lies clear of zero",
+        "reversed": "which lies below zero",
+        "unclear": "which lies above zero, though the vector's own effect does not",
+        "no null": "",
+    }[verdict]
+    if verdict == "unclear" and _side(difference) <= 0:
+        ending = "so it is not shown that this direction is special"
+    yield f"Vector minus random, question by question: {interval(difference, sign=True)}, {ending}."
+
+
+def _verdict(vector: Mapping[str, Any], difference: Mapping[str, Any] | None) -> Verdict:
+    if difference is None:
+        return "no null" if _side(vector) > 0 else "reversed" if _side(vector) < 0 else "unclear"
+    sides = {_side(vector), _side(difference)}
+    return "clear" if sides == {1} else "reversed" if sides == {-1} else "unclear"
+
+
+def _side(estimate: Mapping[str, Any]) -> int:
+    """1 or -1 if the interval is on one side of 0, else 0; a single unit has no interval to go by."""
+    if estimate["n"] < 2:
+        return 0
+    return 1 if estimate["low"] > 0 else -1 if estimate["high"] < 0 else 0
+
+
+def _moves(mean: float) -> str:
+    return f"moves the trait score by {number(mean, 1, sign=True)} points"
+
+
+def strained(summary: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Coefficients at which steered text surprises the unsteered model by more than the margin; with the excess."""
+    choice = summary.get("layer_choice")
+    points = summary["steering"]["curves"]["vector"]
+    plain = next((p["surprise"]["mean"] for p in points if p["coefficient"] == 0), None)
+    if choice is None or plain is None:
+        return []
+    excesses = [(p["coefficient"], p["surprise"]["mean"] - plain) for p in points]
+    return [(coefficient, excess) for coefficient, excess in excesses if excess > choice["margin"]]
+
+
+def layer_reason(choice: Mapping[str, Any]) -> str:
+    """Why the layer was taken."""
+    limit = choice["unsteered_surprise"] + choice["margin"]
+    coherent = [row for row in choice["layers"] if row["surprise"] <= limit]
+    chosen = choice["chosen"]
+    if not coherent:
+        least = min(choice["layers"], key=lambda row: row["surprise"])["layer"]
+        why = "it is the one with the least surprise" if least == chosen else "it was set"
+        return f"At no layer does the text stay within the margin of coherence. Layer {chosen} was taken: {why}."
+    best = max(coherent, key=lambda row: row["effect"]["vector"]["mean"])["layer"]
+    among = f"the {len(coherent)} of {len(choice['layers'])} layers tried"
+    if best == chosen:
+        return f"Layer {chosen} was taken: among {among} whose text stays coherent it has the largest effect."
+    return f"Layer {chosen} was taken, though among {among} whose text stays coherent layer {best} has the largest effect."
+
+
+def rises(samples: list[Mapping[str, Any]]) -> tuple[int, int]:
+    """In how many of the samples the last response scores above the first, and how many have both scores."""
+    ends = [(s["responses"][0]["score"], s["responses"][-1]["score"]) for s in samples if s["responses"]]
+    scored = [(low, high) for low, high in ends if low is not None and high is not None]
+    return sum(high > low for low, high in scored), len(scored)
+
+
+def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+    """A number with a real minus sign; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    rounded = round(value, digits) + 0.0  # no negative zero
+    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float) -> str:
+    """A coefficient: as short as it is exact, with its sign."""
+    return f"{value:+g}".replace("-", MINUS) if value else "0"
+
+
+def interval(estimate: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False) -> str:
+    """A mean with its 95% interval."""
+    if estimate is None:
+        return NONE
+    mean = number(estimate["mean"], digits, sign=sign)
+    if estimate["n"] < 2:
+        return f"{mean} (one question, so no interval)"
+    low, high = (number(estimate[end], digits, sign=sign) for end in ("low", "high"))
+    return f"{mean} (95% interval {low} to {high})"
+
+
+def bounds(estimate: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False) -> str:
+    """A mean with its interval, for a table cell whose heading says what the brackets are."""
+    if estimate is None:
+        return NONE
+    mean, low, high = (number(estimate[key], digits, sign=sign) for key in ("mean", "low", "high"))
+    return mean if estimate["n"] < 2 else f"{mean} ({low} to {high})"
+
+
+def scientific(value: float | None) -> str:
+    """A small number as ``1.2 × 10⁻⁷``."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3g}".replace("-", MINUS)
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}".replace("-", MINUS)
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 question``, ``1,250 questions``."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as dotted names and values."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{name}", ", ".join(map(plain, value))
+        else:
+            yield f"{prefix}{name}", plain(value)
+
+
+def plain(value: Any) -> str:
+    """A setting as text."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def printable(text: str) -> str:
+    """Text that shows what it holds: control characters as pictures, invisible and bidirectional ones by code."""
+    return "".join(map(_printable_character, text.replace("\r\n", "\n")))
+
+
+def _printable_character(character: str) -> str:
+    code = ord(character)
+    if character in _HARMLESS:
+        return character
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if 0xD800 <= code <= 0xDFFF:
+        return "\N{REPLACEMENT CHARACTER}"
+    invisible = 0x7F <= code < 0xA0 or 0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F
+    return f"[U+{code:04X}]" if invisible or code in (0xFEFF, 0xFFFE, 0xFFFF) else character
+
+
+@dataclass(frozen=True)
+class AgreementRow:
+    """What the checks of one backend come to.
+
+    Attributes:
+        verdict: In a few words.
+        passed: Whether every check held; None if none was made.
+        tally: How many held, of how many.
+        worst: The largest measured error beside what is allowed, of the checks that allow any.
+    """
+
+    verdict: str
+    passed: bool | None
+    tally: str
+    worst: str
+
+
+def agreement_row(found: Mapping[str, Any]) -> AgreementRow:
+    """The row of a backend in the table of agreement."""
+    checks = found.get("checks") or []
+    if not checks:
+        return AgreementRow("not installed" if found.get("missing") else "not checked", None, NONE, NONE)
+    failed = sum(not check["passed"] for check in checks)
+    measured = [c for c in checks if c["tolerance"] and c["measured"] is not None and math.isfinite(c["measured"])]
+    worst = max(measured, key=lambda c: float(c["measured"] / c["tolerance"]), default=None)
+    return AgreementRow(
+        f"{counted(failed, 'check')} failed" if failed else "agrees",
+        not failed,
+        f"{len(checks) - failed} of {len(checks)}",
+        f"{scientific(worst['measured'])} of {scientific(worst['tolerance'])}" if worst else NONE,
+    )

@@ -1,0 +1,215 @@
+"""A run's folder: whose it is, and what is left of it after any interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persona_lens.runs import RunError, RunFolder, differences
+
+CONFIG = {"kind": "test", "settings": {"seed": 0, "layers": [1, 2]}, "note": None}
+HOLD = """
+import sys
+from persona_lens.runs import RunFolder
+with RunFolder(sys.argv[1], {"kind": "test"}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", CONFIG) as run:
+        run.append("rows.jsonl", [{"a": 1}])
+    with RunFolder(tmp_path / "run", dict(reversed(CONFIG.items()))) as again:  # the order of keys means nothing
+        assert again.rows("rows.jsonl") == [{"a": 1}]
+
+
+def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG):
+        pass
+    before = (tmp_path / "run.json").read_bytes()
+    other = {"kind": "test", "settings": {"seed": 1, "layers": [1, 2], "top_p": None}}
+    with pytest.raises(RunError) as refused, RunFolder(tmp_path, other):
+        pass
+    message = str(refused.value)
+    assert "settings.seed: 0 -> 1" in message
+    assert "settings.top_p: (absent) -> null" in message
+    assert "note: null -> (absent)" in message
+    assert "layers" not in message
+    assert "kind" not in message
+    assert str(tmp_path) in message
+    assert (tmp_path / "run.json").read_bytes() == before
+    with RunFolder(tmp_path, CONFIG):  # the refusal has let go of the lock
+        pass
+
+
+def test_tuples_and_lists_are_the_same_configuration(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, {"layers": (1, 2)}):
+        pass
+    with RunFolder(tmp_path, {"layers": [1, 2]}):
+        pass
+
+
+@given(values, values)
+def test_differences_are_shown_exactly_where_there_are_any(a: Any, b: Any) -> None:
+    assert bool(differences(a, b)) == (a != b)
+    assert differences(a, a) == []
+
+
+def test_differences_name_the_place() -> None:
+    stored = {"a": {"b": {"c": 1, "d": [1]}}, "e": {}}
+    wanted = {"a": {"b": {"c": 2, "d": [1, 2]}}, "e": 3}
+    assert differences(stored, wanted) == ["a.b.c: 1 -> 2", "a.b.d: [1] -> [1, 2]", "e: {} -> 3"]
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(RunError, match=r"thesis\.tex.*new or empty folder"):
+        RunFolder(tmp_path, CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_killed_start_leaves_is_no_stranger(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / "run.json.part").write_text('{"ki')
+    with RunFolder(tmp_path, CONFIG):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_text("mine")
+    with pytest.raises(RunError, match="is a file; give a folder"):
+        RunFolder(file, CONFIG)
+    with pytest.raises(RunError, match="cannot be made"):
+        RunFolder(file / "run", CONFIG)
+    assert file.read_text() == "mine"
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process is working in"), RunFolder(tmp_path, {"kind": "test"}):
+            pass
+        holder.kill()
+        holder.wait()
+        with RunFolder(tmp_path, {"kind": "test"}):  # the dead hold nothing
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_the_lock_is_let_go_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path, CONFIG):
+        _ = 1 / 0
+    with RunFolder(tmp_path, CONFIG):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b'{"kind": "te', b"\xff\xfe\x00"])
+def test_a_damaged_configuration_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"run\.json is damaged; remove"), RunFolder(tmp_path, CONFIG):
+        pass
+
+
+def test_a_partial_line_is_cut(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.append("rows.jsonl", [{"n": 1}, {"n": 2}])
+        with (tmp_path / "rows.jsonl").open("ab") as stream:
+            stream.write(b'{"n": 3, "te')
+        assert run.rows("rows.jsonl") == [{"n": 1}, {"n": 2}]
+        run.append("rows.jsonl", [{"n": 3}])
+    assert (tmp_path / "rows.jsonl").read_bytes() == b'{"n": 1}\n{"n": 2}\n{"n": 3}\n'
+
+
+@pytest.mark.parametrize(("rows", "left"), [(0, 0), (1, 0), (2, 2), (4, 2), (5, 5), (6, 6), (9, 6)])
+def test_rows_of_an_unfinished_batch_are_cut(tmp_path: Path, rows: int, left: int) -> None:
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.append("rows.jsonl", [{"n": n} for n in range(rows)])
+        assert run.rows("rows.jsonl", [2, 3, 1]) == [{"n": n} for n in range(left)]
+        assert len((tmp_path / "rows.jsonl").read_bytes().splitlines()) == left
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.text(max_size=6), min_size=1, max_size=3), max_size=4),
+    st.integers(0, 10**6),
+)
+def test_any_cut_leaves_whole_batches_and_can_be_gone_on_from(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]], where: int
+) -> None:
+    """Text holds whatever looks like the end of a line somewhere."""
+    folder = tmp_path_factory.mktemp("cut")
+    file = folder / "rows.jsonl"
+    with RunFolder(folder, CONFIG) as run:
+        ends = [0]
+        for batch in batches:
+            run.append("rows.jsonl", [{"text": text} for text in batch])
+            ends.append(file.stat().st_size)
+        whole = file.read_bytes() if batches else b""
+        cut = where % (len(whole) + 1)
+        if batches:
+            os.truncate(file, cut)
+        finished = sum(end <= cut for end in ends[1:])
+        rows = run.rows("rows.jsonl", [len(batch) for batch in batches])
+        assert rows == [{"text": text} for batch in batches[:finished] for text in batch]
+        for batch in batches[finished:]:
+            run.append("rows.jsonl", [{"text": text} for text in batch])
+        assert (file.read_bytes() if batches else b"") == whole
+
+
+def test_a_damaged_line_is_said(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as run:
+        (tmp_path / "rows.jsonl").write_bytes(b'{"n": 1}\n{"n": \n{"n": 3}\n')
+        with pytest.raises(RunError, match=r"rows\.jsonl is damaged"):
+            run.rows("rows.jsonl")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.write_json("summary.json", {"a": 1})
+        before = (tmp_path / "summary.json").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="no space"):
+                run.write_json("summary.json", {"a": 2})
+        assert (tmp_path / "summary.json").read_bytes() == before
+        run.write_json("summary.json", {"a": 3})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 3}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_bytes_are_a_function_of_the_content(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as run:
+        assert run.write_json("deep/er.json", {"b": "é", "a": [0.1]}) == tmp_path / "deep" / "er.json"
+        run.write_lines("rows.jsonl", [{"b": "é\u2028\n", "a": 1e-07}, {}])
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="not JSON compliant"):
+                run.append("rows.jsonl", [{"value": value}])
+    assert (tmp_path / "deep" / "er.json").read_bytes() == '{\n  "b": "é",\n  "a": [\n    0.1\n  ]\n}\n'.encode()
+    assert (tmp_path / "rows.jsonl").read_bytes() == '{"b": "é\u2028\\n", "a": 1e-07}\n{}\n'.encode()
