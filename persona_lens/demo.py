@@ -21,7 +21,7 @@ from persona_lens.traits import Trait, load_trait
 
 LIBRARIES = ("persona-lens", "torch", "transformers", "transformer-lens", "nnsight")
 SHOWN_SAMPLES = 6
-# Where in the depth of a model its layers are tried: persona vectors steer best around the middle and somewhat after it.
+# Where in the depth of a model its layers are tried: persona vectors steer best around the middle and a little after.
 DEPTHS = (0.4, 0.5, 0.6, 0.7)
 
 
@@ -55,7 +55,9 @@ class DemoSettings:
         return self.extraction.rollouts
 
 
-def run_demo(folder: Path | str, settings: DemoSettings | None = None, progress: Progress = no_progress) -> dict[str, Any]:
+def run_demo(
+    folder: Path | str, settings: DemoSettings | None = None, progress: Progress = no_progress
+) -> dict[str, Any]:
     """Extract, choose a layer, steer beside the null, compare the backends, and write ``report.html``.
 
     Args:

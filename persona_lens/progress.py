@@ -15,7 +15,7 @@ class Progress(Protocol):
         Args:
             done: Units done so far, those of an earlier, interrupted run included.
             total: Units in all, or None where nobody knows.
-            label: What is being done. A new label is a new piece of work; a label that ends in " (bytes)" counts bytes.
+            label: What is being done. A new label is a new piece of work.
         """
 
 

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from persona_lens.models import (
     resolve,
     resolve_device,
     resolve_dtype,
-    rich_progress,
 )
 from persona_lens.models.source import folder_content
 
@@ -256,17 +254,6 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ModelError, match="no device 'cuda:2'"):
         resolve_device("cuda:2")
-
-
-def test_progress_bars_are_drawn() -> None:
-    from rich.console import Console
-
-    screen = StringIO()
-    with rich_progress(Console(file=screen, force_terminal=True, width=100)) as report:
-        report(1_000_000, None, "fetching")
-        report(2_000_000, 4_000_000, "fetching")
-    assert "fetching" in screen.getvalue()
-    assert "2.0/4.0 MB" in screen.getvalue()
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

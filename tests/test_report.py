@@ -8,13 +8,16 @@ import math
 import re
 import subprocess
 import sys
+from functools import cache
 from html.parser import HTMLParser
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
 import pytest
 
-from persona_lens.reports import render_report
+from persona_lens.reports import figures, render_report
+from persona_lens.reports.figures import draw_figures
 from persona_lens.reports.wording import (
     agreement_row,
     bounds,
@@ -54,8 +57,12 @@ def effect(layer: int, vector: float, random: float | None, half: float = 9.3, n
     null = None if random is None else estimate(random, 4.1, n)
     difference = None if random is None else estimate(vector - random, half + 1.2, n)
     return {
-        **{"layer": layer, "low": -2.0, "high": 2.0},
-        **{"vector": estimate(vector, half, n), "random": null, "difference": difference},
+        "layer": layer,
+        "low": -2.0,
+        "high": 2.0,
+        "vector": estimate(vector, half, n),
+        "random": null,
+        "difference": difference,
     }
 
 
@@ -141,9 +148,14 @@ def provenance() -> dict[str, Any]:
         },
         "command": "persona-lens demo --out demo-run --seed 0",
         "settings": {
-            **{"model": "smollm2-135m", "trait": "optimistic", "seed": 0, "choice_questions": 6, "questions": 20},
+            "model": "smollm2-135m",
+            "trait": "optimistic",
+            "seed": 0,
+            "choice_questions": 6,
+            "questions": 20,
             "extraction": {"samples": 1, "questions": 20, "threshold": 50.0, "paired": True, "rollouts": rollouts},
-            **{"coefficients": [-2.0, -1.0, 1.0, 2.0], "random_directions": 5},
+            "coefficients": [-2.0, -1.0, 1.0, 2.0],
+            "random_directions": 5,
         },
         "seed": 0,
         "versions": {"persona-lens": "0.1.0", "torch": "2.9.1", "transformers": "5.22.2", "nnsight": "0.8.1"},
@@ -160,7 +172,11 @@ def make_summary() -> dict[str, Any]:
         **provenance(),
         "extraction": extraction(),
         "layer_choice": {
-            **{"question_set": "extraction", "questions": 6, "unsteered_surprise": 2.38, "margin": 1.0, "chosen": 18},
+            "question_set": "extraction",
+            "questions": 6,
+            "unsteered_surprise": 2.38,
+            "margin": 1.0,
+            "chosen": 18,
             "layers": [
                 {"layer": layer, "effect": effect(layer, found, None, 14.0, 6), "surprise": surprise}
                 for layer, found, surprise in tried
@@ -223,15 +239,13 @@ def page() -> Page:
     return Page(render_report(make_summary()))
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    summary = make_summary()
+def change(summary: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = [int(step) if step.isdigit() else step for step in path.split("/")]
     at: Any = summary
     for step in parents:
         at = at[step]
     assert at[last] != value
     at[last] = value
-    return summary
 
 
 def test_the_same_summary_gives_the_same_bytes_whatever_the_users_style() -> None:
@@ -252,7 +266,7 @@ def test_the_structure_is_sound(page: Page) -> None:
     assert set(" ".join(named).split()) <= set(ids)
     assert len(page.all("h1")) == len(page.all("main")) == len(page.all("title")) - len(page.all("svg")) == 1
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False)), levels
+    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
 
 
 def test_every_figure_has_words_for_who_does_not_see_it(page: Page) -> None:
@@ -285,60 +299,67 @@ def test_nothing_is_loaded_from_anywhere() -> None:
     assert "default-src 'none'" in html
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "shown"),
-    [
-        ("steering/effect/vector/mean", 41.7, "41.7 points"),
-        ("steering/effect/vector/low", 33.33, "95% interval +33.3 to"),
-        ("steering/effect/random/mean", -1.23, "change it by −1.2"),
-        ("steering/effect/difference/high", 77.77, "to +77.8)"),
-        ("steering/curves/vector/4/score/mean", 66.66, "66.7 at +2"),
-        ("steering/curves/random/0/surprise/mean", 2.22, "2.22 ("),
-        ("steering/questions", 17, "17 held-out questions"),
-        ("layer_choice/layers/1/effect/vector/mean", 33.33, "layer 15 +33.3"),
-        ("layer_choice/unsteered_surprise", 2.22, "stands at 2.22"),
-        ("extraction/responses", 1234, "1,234 answers"),
-        ("extraction/tokens", 98765, "98,765 tokens"),
-        ("extraction/mean_score/positive", 77.71, "77.7"),
-        ("extraction/counts/negative/lost_twin", 13, "13"),
-        ("extraction/norms/response_mean/7", 12.3456, "12.346"),
-        ("extraction/separation/18/auc", 0.8765, "0.88"),
-        ("extraction/judge/calibration/slope", 12.3456, "12.346"),
-        ("samples/0/responses/2/score", 88.88, "score 88.9"),
-        ("samples/1/responses/0/text", "Something else.", "Something else."),
-        ("agreement/1/checks/1/measured", 4.4e-6, "4.4 × 10⁻⁶ of 1.0 × 10⁻⁴"),
-        ("model/d_model", 577, "577"),
-        ("model/weights", "sha256:0123", "sha256:0123"),
-        ("trait/content_hash", "sha256:4567", "sha256:4567"),
-        ("settings/extraction/rollouts/max_new_tokens", 49, "extraction.rollouts.max_new_tokens 49"),
-        ("versions/torch", "9.9.9", "9.9.9"),
-        ("command", "persona-lens demo --out elsewhere", "--out elsewhere"),
-        ("seed", 12345, "12345"),
-    ],
-)
-def test_what_is_shown_comes_from_the_summary(page: Page, path: str, value: Any, shown: str) -> None:
-    other = Page(render_report(changed(path, value)))
-    assert shown in other.text
-    assert other.text.count(shown) > page.text.count(shown)
+CHANGES: list[tuple[str, Any, str]] = [
+    ("steering/effect/vector/mean", 41.7, "41.7 points"),
+    ("steering/effect/vector/low", 33.33, "95% interval +33.3 to"),
+    ("steering/effect/random/mean", -1.23, "change it by −1.2"),
+    ("steering/effect/difference/high", 77.77, "to +77.8)"),
+    ("steering/curves/vector/4/score/mean", 66.66, "66.7 at +2"),
+    ("steering/curves/random/0/surprise/mean", 2.22, "2.22 ("),
+    ("steering/questions", 17, "17 held-out questions"),
+    ("layer_choice/layers/1/effect/vector/mean", 33.33, "layer 15 +33.3"),
+    ("layer_choice/unsteered_surprise", 2.22, "stands at 2.22"),
+    ("extraction/responses", 1234, "1,234 answers"),
+    ("extraction/tokens", 98765, "98,765 tokens"),
+    ("extraction/mean_score/positive", 77.71, "77.7"),
+    ("extraction/counts/negative/lost_twin", 13, "13"),
+    ("extraction/norms/response_mean/7", 12.3456, "12.346"),
+    ("extraction/separation/18/auc", 0.8765, "0.88"),
+    ("extraction/judge/calibration/slope", 12.3456, "12.346"),
+    ("samples/0/responses/2/score", 88.88, "score 88.9"),
+    ("samples/1/responses/0/text", "Something else.", "Something else."),
+    ("agreement/1/checks/1/measured", 4.4e-6, "4.4 × 10⁻⁶ of 1.0 × 10⁻⁴"),
+    ("model/d_model", 577, "577"),
+    ("model/weights", "sha256:0123", "sha256:0123"),
+    ("trait/content_hash", "sha256:4567", "sha256:4567"),
+    ("settings/extraction/rollouts/max_new_tokens", 49, "extraction.rollouts.max_new_tokens 49"),
+    ("versions/torch", "9.9.9", "9.9.9"),
+    ("command", "persona-lens demo --out elsewhere", "--out elsewhere"),
+    ("seed", 12345, "12345"),
+]
 
 
-@pytest.mark.parametrize(
-    ("path", "moves"),
-    [
-        ("steering/curves/vector/1/score/mean", "curve"),
-        ("layer_choice/layers/2/effect/vector/high", "choice"),
-        ("extraction/norms/prompt_mean/3", "norms"),
-        ("extraction/separation/5/random_auc", "separation"),
-        ("steering/effect/random/low", "effect"),
-    ],
-)
-def test_what_is_drawn_comes_from_the_summary(path: str, moves: str) -> None:
+def test_what_is_shown_comes_from_the_summary(page: Page) -> None:
+    summary = make_summary()
+    for path, value, _ in CHANGES:
+        change(summary, path, value)
+    other = Page(render_report(summary))
+    missing = [(path, shown) for path, _, shown in CHANGES if other.text.count(shown) <= page.text.count(shown)]
+    assert not missing
+
+
+DRAWN = {
+    "steering/effect/random/low": {"effect"},
+    "steering/curves/vector/1/score/mean": {"curve"},
+    "layer_choice/layers/2/effect/vector/high": {"choice"},
+    "extraction/norms/prompt_mean/3": {"norms"},
+    "extraction/separation/5/random_auc": {"separation"},
+    "steering/layer": {"norms", "separation"},
+}
+
+
+def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
-        found = re.findall(r'<figure id="figure-(\w+)">(.*?)<figcaption>', render_report(summary), re.DOTALL)
-        return {name: re.sub(r"<(title|desc) .*?</\1>", "", body) for name, body in found}
+        # The words are left out: what moves has to be the picture.
+        found = {name: drawing.wide + drawing.narrow for name, drawing in draw_figures(summary).items() if drawing}
+        return {name: re.sub(r"<(title|desc) .*?</\1>", "", body) for name, body in found.items()}
 
-    before, after = drawn(make_summary()), drawn(changed(path, 0.437))
-    assert [name for name in before if before[name] != after[name]] == [moves]
+    before = drawn(make_summary())
+    for path, moves in DRAWN.items():
+        summary = make_summary()
+        change(summary, path, 0.437 if path != "steering/layer" else 12)
+        after = drawn(summary)
+        assert {name for name in before if before[name] != after[name]} == moves, path
 
 
 HOSTILE = [
@@ -355,8 +376,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
+def infected(text: str) -> dict[str, Any]:
     summary = make_summary()
     summary["samples"][0]["question"] = text
     summary["samples"][0]["responses"][1]["text"] = text
@@ -364,17 +384,34 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
     summary["model"]["model"] = summary["versions"]["torch"] = text
     summary["agreement"][1]["checks"][0]["detail"] = summary["agreement"][1]["backend"] = text
     summary["agreement"][2]["missing"] = summary["extraction"]["judge"]["note"] = text
-    summary["extraction"]["norms"] = {text: [1.0] * LAYERS}
+    summary["extraction"]["norms"][text] = [1.0] * LAYERS
     summary["settings"][text] = text
-    html = render_report(summary)
+    return summary
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless = draw_cached()
+    monkeypatch.setattr(
+        figures, "draw_figures", lambda summary: harmless
+    )  # it sees none of this, as the next test shows
+    html = render_report(infected(text))
     html.encode()
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b\ufeff]", html)
     found = Page(html)
-    assert [tag for tag, _ in found.tags if tag not in ("use", "path", "g", "text", "defs", "clipPath", "clippath")]
     assert {tag for tag, _ in found.tags} <= {tag for tag, _ in page.tags}
     assert len(found.all("style")) == 1
     assert not [a for _, a in found.tags if any(name.startswith("on") for name in a)]
-    assert " ".join(printable(text).split()) in found.text
+    assert found.text.count(" ".join(printable(text).split())) >= 12
+
+
+@cache
+def draw_cached() -> dict[str, figures.Drawing | None]:
+    return draw_figures(make_summary())
+
+
+def test_no_text_of_others_reaches_a_figure() -> None:
+    assert draw_figures(infected(" ".join(HOSTILE))) == draw_cached()
 
 
 def test_all_that_is_invisible_is_made_visible() -> None:
@@ -393,13 +430,14 @@ def test_a_clear_effect_is_called_one() -> None:
     verdict, words = verdict_of()
     assert verdict == "clear"
     assert words.startswith("A clear effect: steering from −2 to +2 raises the trait score by 52.4 points")
-    assert "+52.4 (95% interval +43.1 to +61.7), over 20 questions." in words
-    assert "Random directions of the same length change it by +2.4 (95% interval −1.7 to +6.5)" in words
-    assert "+50.0 (95% interval +39.5 to +60.5), which lies clear of zero" in words
+    assert "Over 20 held-out questions, going from −2 to +2 at layer 18 changes" in words
+    assert "by 52.4 (95% interval 43.1 to 61.7)." in words
+    assert "Random directions of the same length change it by 2.4 (−1.7 to 6.5)." in words
+    assert "vector minus random is 50.0 (39.5 to 60.5), which lies clear of zero." in words
 
 
 def test_an_effect_within_chance_is_not_called_clear() -> None:
-    verdict, words = verdict_of(**{"vector": estimate(3.0, 6.0), "difference": estimate(0.6, 7.0)})
+    verdict, words = verdict_of(vector=estimate(3.0, 6.0), difference=estimate(0.6, 7.0))
     assert verdict == "unclear"
     assert words.startswith("No clear effect")
     assert "raises" not in words
@@ -407,16 +445,16 @@ def test_an_effect_within_chance_is_not_called_clear() -> None:
 
 
 def test_an_effect_no_larger_than_that_of_random_directions_is_not_called_clear() -> None:
-    verdict, words = verdict_of(**{"vector": estimate(30.0, 6.0), "difference": estimate(4.0, 7.0)})
+    verdict, words = verdict_of(vector=estimate(30.0, 6.0), difference=estimate(4.0, 7.0))
     assert verdict == "unclear"
     assert words.startswith("No clear effect: what steering from −2 to +2 does is not clearly more than")
-    verdict, words = verdict_of(**{"vector": estimate(3.0, 6.0), "difference": estimate(9.0, 7.0)})
+    verdict, words = verdict_of(vector=estimate(3.0, 6.0), difference=estimate(9.0, 7.0))
     assert verdict == "unclear"
     assert "above zero, though the vector's own effect does not" in words
 
 
 def test_an_effect_the_wrong_way_round_is_called_that() -> None:
-    verdict, words = verdict_of(**{"vector": estimate(-30.0, 6.0), "difference": estimate(-28.0, 7.0)})
+    verdict, words = verdict_of(vector=estimate(-30.0, 6.0), difference=estimate(-28.0, 7.0))
     assert verdict == "reversed"
     assert "lowers the trait score by 30.0 points" in words
     assert "−30.0 (95% interval −36.0 to −24.0)" in words
@@ -436,7 +474,7 @@ def test_one_question_has_no_interval_and_shows_nothing() -> None:
 
 
 def test_questions_without_a_score_are_owned_up_to() -> None:
-    assert "over 18 questions of 20" in verdict_of(vector=estimate(52.4, 9.0, 18))[1]
+    assert "Over 18 held-out questions of 20" in verdict_of(vector=estimate(52.4, 9.0, 18))[1]
 
 
 def test_an_unclear_effect_makes_an_unclear_page() -> None:
@@ -512,7 +550,9 @@ def test_strained_text_is_warned_of() -> None:
 
 def test_the_reason_for_the_layer_is_the_true_one() -> None:
     choice = make_summary()["layer_choice"]
-    assert layer_reason(choice).startswith("Layer 18 was taken: among the 3 of 4 layers tried whose text stays coherent")
+    assert layer_reason(choice).startswith(
+        "Layer 18 was taken: among the 3 of 4 layers tried whose text stays coherent"
+    )
     assert "though" in layer_reason({**choice, "chosen": 15})
     assert "least surprise" in layer_reason({**choice, "margin": 0.1, "chosen": 12})
     assert "least surprise" not in layer_reason({**choice, "margin": 0.1, "chosen": 15})

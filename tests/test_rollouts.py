@@ -79,10 +79,11 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_row_seeds_never_change() -> None:
-    assert row_seed(0, "extraction", 0, 0, 0, Arm.POSITIVE) == 2466453475164226653
-    assert row_seed(0, "extraction", 0, 0, 0, "negative") == 5862763480062306757
-    assert row_seed(1, "sweep", "evaluation", 3, 2) == 6141352128293204131
-    assert row_seed(0) == 6895053203567498417
+    """Half the first eight bytes, as ``printf '0' | sha256sum`` has them: runs of other versions stay comparable."""
+    assert row_seed(0, "extraction", 0, 0, 0, Arm.POSITIVE) == 4702157162127364471
+    assert row_seed(0, "extraction", 0, 0, 0, "negative") == 633194317395872383
+    assert row_seed(1, "sweep", "evaluation", 3, 2) == 6799071283549591890
+    assert row_seed(0) == 3456079177858693020
 
 
 def test_row_seeds_are_unlike_and_in_range() -> None:
@@ -267,7 +268,7 @@ def test_empty_responses_are_kept_as_such(tmp_path: Path) -> None:
         means = reductions(rollouts)
     empty = [r.request.seed in silent for r in found]
     assert [r.response == "" and r.response_ids == () and r.ended for r in found] == empty
-    assert means["response_mean"].isnan().all(dim=(1, 2)).tolist() == empty  # type: ignore[arg-type]
+    assert means["response_mean"].isnan().all(dim=(1, 2)).tolist() == empty
     assert not means["prompt_last"].isnan().any()
 
 

@@ -10,7 +10,7 @@ import torch
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read
-from persona_lens.backend.tokens import Sampling, TokenBatch
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.errors import PersonaLensError
 
 Result = TypeVar("Result")
@@ -96,6 +96,43 @@ def forward_rows(
 
 def _edits_of(edits: Sequence[Edit], start: int, stop: int, lengths: Sequence[int]) -> list[Edit]:
     return [edit.rows(start, stop, max(lengths[start:stop])) for edit in edits]
+
+
+def forward_batches(
+    backend: Backend,
+    tokens: TokenBatch,
+    reads: Sequence[Read] = (),
+    *,
+    logprobs: bool = False,
+    max_rows: int = 64,
+    max_tokens: int = 4096,
+) -> Iterator[tuple[list[int], ForwardResult]]:
+    """Read any number of texts, in batches of like length; memory does not grow with their number.
+
+    Args:
+        backend: The model.
+        tokens: The texts.
+        reads: What to bring back.
+        logprobs: Whether to bring back log-probabilities of the responses.
+        max_rows: Texts that run at once at most.
+        max_tokens: Tokens that run at once at most, padding included.
+
+    Yields:
+        The indices of some texts and what was found for them, shortest first; every text once.
+    """
+    if not reads and not logprobs:
+        raise TokenError("nothing is asked for: give reads, or logprobs=True")
+    for batch in batches_by_length(tokens.lengths, max_rows, max_tokens):
+        chosen = TokenBatch(tuple(tokens.prompts[i] for i in batch), tuple(tokens.responses[i] for i in batch))
+        start = 0
+        for result in forward_rows(backend, chosen, (), reads, logprobs=logprobs):
+            rows = _rows_in(result)
+            yield batch[start : start + rows], result
+            start += rows
+
+
+def _rows_in(result: ForwardResult) -> int:
+    return len(result.logprobs) if result.logprobs is not None else len(next(iter(result.reads.values())))
 
 
 def batches_by_length(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:

@@ -45,7 +45,9 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error. Works anywhere.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole traceback of an error. Works anywhere.")
+    ] = False,
 ) -> None:
     """Find, read and control character traits in language models with persona vectors."""
 

@@ -28,8 +28,9 @@ def demo(
 
     quiet_libraries()
     settings = DemoSettings(seed=seed)
-    with showing_progress() as progress:
+    with showing_progress(of_bytes=True) as progress:
         resolve(settings.model, progress=progress)
+    with showing_progress() as progress:
         summary = run_demo(out, settings, progress)
     if as_json:
         typer.echo(json.dumps(summary))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import ProgressColumn, Task
     from rich.table import Table
     from rich.text import Text
@@ -19,32 +20,39 @@ def quiet_libraries() -> None:
     """Keep other libraries' progress bars and advice out of the display."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def showing_progress() -> Iterator[Progress]:
+def showing_progress(*, of_bytes: bool = False, console: Console | None = None) -> Iterator[Progress]:
     """Bars on standard error, one for each label; plain lines where that is not a terminal.
+
+    Args:
+        of_bytes: The units are bytes.
+        console: Where to draw; standard error by default, so that piped output stays clean.
 
     Yields:
         The callback for ``progress=``.
     """
-    if not sys.stderr.isatty():
-        yield _LineProgress()
-        return
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _rate_column(),
-        TimeRemainingColumn(),
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _LineProgress()
+        return
+    amounts: tuple[ProgressColumn, ...] = (rich_progress.MofNCompleteColumn(), _rate_column())
+    if of_bytes:
+        amounts = (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        *amounts,
+        rich_progress.TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=console) as bars:
         tasks = {}
 
         def report(done: int, total: int | None, label: str, /) -> None:

@@ -22,7 +22,9 @@ def extract(
     max_new_tokens: options.MaxNewTokens = 48,
     temperature: options.Temperature = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
-    threshold: Annotated[float, typer.Option(help="Positive responses score at least this, negative ones less.")] = 50.0,
+    threshold: Annotated[
+        float, typer.Option(help="Positive responses score at least this, negative ones less.")
+    ] = 50.0,
     unpaired: Annotated[bool, typer.Option("--unpaired", help="Filter each arm on its own.")] = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
@@ -41,7 +43,6 @@ def extract(
     Stopped at any moment and started again with the same command, it goes on where it was.
 
     Examples:
-
     `persona-lens extract smollm2-135m optimistic`
 
     `persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples 10 --max-new-tokens 1000 --out runs/evil`
@@ -63,9 +64,7 @@ def extract(
         paired=not unpaired,
         rollouts=RolloutSettings(max_new_tokens, temperature, top_p, batch_size),
     )
-    opened = options.open_model(
-        model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map
-    )
+    opened = options.open_model(model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map)
     folder = out or Path("runs") / f"{loaded.name}-{opened.info.model.replace('/', '--')}"
     chat = options.open_chat(opened, chat_template, thinking)
     with showing_progress() as progress:
@@ -84,7 +83,11 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
         f"{summary['trait']} in {summary['model']['model']}",
         ("arm", "responses kept", "failed threshold", "lost twin", "no score", "mean score"),
         [
-            (arm, *(str(counts[arm][name]) for name in ("kept", "failed_threshold", "lost_twin", "no_score")), f"{scores[arm]:.1f}")
+            (
+                arm,
+                *(str(counts[arm][name]) for name in ("kept", "failed_threshold", "lost_twin", "no_score")),
+                f"{scores[arm]:.1f}",
+            )
             for arm in counts
         ],
     )

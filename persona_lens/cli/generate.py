@@ -47,9 +47,7 @@ def generate(
     wanted = options.choice(Positions, positions, "--positions")
     strengths = sorted({0.0, *options.numbers(coefficients, "--coefficients")})
     loaded.vector(layer, reduction)
-    opened = options.open_model(
-        model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map
-    )
+    opened = options.open_model(model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map)
     if not allow_other_model:
         loaded.check_model(opened)
     answers = steered_replies(
@@ -70,9 +68,9 @@ def generate(
         rows = [{"coefficient": c, "response": text} for c, text in zip(strengths, answers, strict=True)]
         typer.echo(json.dumps({"trait": loaded.trait, "layer": layer, "prompt": prompt, "responses": rows}))
         return
+    from rich.columns import Columns
     from rich.console import Console
     from rich.panel import Panel
-    from rich.columns import Columns
     from rich.text import Text
 
     console = Console()

@@ -57,7 +57,7 @@ def open_model(
     from persona_lens.models import resolve
 
     quiet_libraries()
-    with showing_progress() as progress:
+    with showing_progress(of_bytes=True) as progress:
         resolve(model, revision, progress=progress)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     if revision is not None:
@@ -97,7 +97,9 @@ def numbers(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise PersonaLensError(f"{option} takes numbers with commas between them, such as 0.5,1,2; got {text!r}") from None
+        raise PersonaLensError(
+            f"{option} takes numbers with commas between them, such as 0.5,1,2; got {text!r}"
+        ) from None
 
 
 def layer_numbers(text: str, n_layers: int) -> list[int]:

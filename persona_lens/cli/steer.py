@@ -28,9 +28,7 @@ ReductionOption = Annotated[str, typer.Option("--reduction", help="`response_mea
 def steer(
     model: options.Model,
     vectors: Vectors,
-    layers: Annotated[
-        str, typer.Option("--layers", help="`18`, `12,15,18`, `10-20` or `all`; each is steered alone.")
-    ],
+    layers: Annotated[str, typer.Option("--layers", help="`18`, `12,15,18`, `10-20` or `all`; each is steered alone.")],
     coefficients: Annotated[
         str, typer.Option("--coefficients", help="Multiples of the raw vector; 0 is always run too.")
     ] = "-2,-1,1,2",
@@ -58,8 +56,8 @@ def steer(
 ) -> None:
     """Steer along a vector on the trait's held-out questions, and score what comes out.
 
-    Scores are those of the likelihood judge, a proxy that needs no second model. Intervals are 95% bootstrap intervals over
-    questions.
+    Scores are those of the likelihood judge, a proxy that needs no second model. Intervals are 95% bootstrap intervals
+    over questions.
 
     Example: `persona-lens steer smollm2-135m runs/optimistic-smollm2-135m --layers 12,18 --coefficients=-2,-1,1,2`
     """
@@ -82,9 +80,7 @@ def steer(
         seed=seed,
         rollouts=RolloutSettings(max_new_tokens, temperature, batch_size=batch_size),
     )
-    opened = options.open_model(
-        model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map
-    )
+    opened = options.open_model(model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map)
     chat = options.open_chat(opened, chat_template, thinking)
     with showing_progress() as progress:
         rows = sweep(
@@ -112,7 +108,10 @@ def _show(rows: list[SweepRow], layers: tuple[int, ...], with_null: bool, as_jso
             f"Layer {layer}: trait score [95% interval], and surprise under the unsteered model (nats a token)",
             ("coefficient", *(f"{kind} {what}" for kind in directions for what in ("score", "surprise"))),
             [
-                (f"{points[0].coefficient:+g}", *(cell for p in points for cell in (_interval(p.score), f"{p.surprise.mean:.2f}")))
+                (
+                    f"{points[0].coefficient:+g}",
+                    *(cell for p in points for cell in (_interval(p.score), f"{p.surprise.mean:.2f}")),
+                )
                 for points in zip(*(curves[layer, kind] for kind in directions), strict=True)
             ],
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
 from persona_lens.judging.protocol import Exchange
@@ -56,5 +56,5 @@ def _row(index: int, evidence: Evidence | None) -> dict[str, object]:
     return {"row": index, **(evidence.to_json() if evidence else {"reason": "empty response"})}
 
 
-def _evidence(row: dict[str, float]) -> Evidence | None:
+def _evidence(row: dict[str, Any]) -> Evidence | None:
     return None if "reason" in row else Evidence(row["preference"], row["surprise"])

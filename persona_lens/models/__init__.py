@@ -11,7 +11,6 @@ from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, EmbeddedModel,
 from persona_lens.models.errors import ModelError
 from persona_lens.models.hub import pinned
 from persona_lens.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
-from persona_lens.models.progress import Progress, rich_progress
 from persona_lens.models.source import ModelSource, resolve
 from persona_lens.models.templates import Message
 
@@ -23,7 +22,6 @@ __all__ = [
     "Message",
     "ModelError",
     "ModelSource",
-    "Progress",
     "answer_text",
     "cache_folder",
     "end_of_turn_ids",
@@ -34,5 +32,4 @@ __all__ = [
     "resolve",
     "resolve_device",
     "resolve_dtype",
-    "rich_progress",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from persona_lens.models.errors import ModelError
 from persona_lens.models.indexes import without_credentials
-from persona_lens.models.progress import Progress, no_progress
+from persona_lens.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     import httpx

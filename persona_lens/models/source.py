@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, ensure_embedded
 from persona_lens.models.errors import ModelError
-from persona_lens.models.progress import Progress
+from persona_lens.progress import Progress
 
 __all__ = ["ModelSource", "folder_content", "resolve"]
 

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from persona_lens.models.download import DownloadError, RemoteFile, fetch, http_client, sha256_of
 from persona_lens.models.errors import ModelError
 from persona_lens.models.indexes import IndexSettings, file_url, index_settings, without_credentials
-from persona_lens.models.progress import Progress, no_progress
+from persona_lens.progress import Progress, no_progress
 
 __all__ = ["Wheel", "fetch_wheel"]
 

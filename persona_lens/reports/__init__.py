@@ -14,16 +14,18 @@ def render_report(summary: Mapping[str, Any]) -> str:
     The same summary gives the same bytes.
 
     Args:
-        summary: JSON values as in the run's ``summary.json``: ``trait``, ``model``, ``command``, ``settings``, ``seed``,
-            ``extraction``, ``layer_choice`` (None if the layer was given), ``steering``, ``samples`` (the first questions in
-            their order, responses from the smallest coefficient to the largest), ``agreement`` and ``versions``.
+        summary: JSON values as in the run's ``summary.json``: ``trait``, ``model``, ``command``, ``settings``,
+            ``seed``, ``extraction``, ``layer_choice`` (None if the layer was given), ``steering``, ``samples`` (the
+            first questions in their order, responses from the smallest coefficient to the largest), ``agreement`` and
+            ``versions``.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
 
     Returns:
         HTML, to be written as UTF-8.
     """
     # Imported here: jinja2 and matplotlib are slow to load, and only a report needs them.
-    from markupsafe import Markup
-
     from persona_lens.reports.figures import REDUCTIONS, draw_figures
     from persona_lens.reports.page import environment
     from persona_lens.reports.wording import headline, strained
@@ -35,5 +37,4 @@ def render_report(summary: Mapping[str, Any]) -> str:
         strained=strained(summary),
         figures=draw_figures(summary),
         reductions=REDUCTIONS,
-        br=Markup("<br>"),
     )

@@ -22,9 +22,10 @@ REDUCTIONS = {
     "prompt_last": "last prompt token",
 }
 VECTOR_LABEL, RANDOM_LABEL = "trait vector", "random directions"
-_BAR = {"elinewidth": 2, "capsize": 4, "capthick": 2}
-_LINE = {"marker": "o", "color": VECTOR, "zorder": 4}
-_NULL = {"marker": "s", "color": RANDOM, "linestyle": (0, (4, 2)), "markerfacecolor": PAPER, "zorder": 3}
+_BAR: dict[str, Any] = {"elinewidth": 2, "capsize": 4, "capthick": 2}
+_LINE: dict[str, Any] = {"marker": "o", "color": VECTOR, "zorder": 4}
+_DASHES = (0, (4, 2))
+_NULL: dict[str, Any] = {"marker": "s", "color": RANDOM, "linestyle": _DASHES, "markerfacecolor": PAPER, "zorder": 3}
 
 Summary = Mapping[str, Any]
 
@@ -60,10 +61,14 @@ def draw_figures(summary: Summary) -> dict[str, Drawing | None]:
             if choice
             else None,
             "norms": _drawing(
-                "norms", "Vector length by layer", _norm_words(extraction["norms"]), norm_figure, extraction["norms"],
+                "norms",
+                "Vector length by layer",
+                _norm_words(extraction["norms"]),
+                norm_figure,
+                extraction["norms"],
                 layer,
             )
-            if any(extraction["norms"].values())
+            if any(extraction["norms"].get(name) for name in REDUCTIONS)
             else None,
             "separation": _drawing(
                 "separation",
@@ -99,22 +104,21 @@ def effect_figure(effect: Mapping[str, Any], width: int) -> Figure:
     axes.axvline(0, color=MUTED, linewidth=1.5)
     for place, (label, estimate, style) in enumerate(rows):
         axes.errorbar(estimate["mean"], -place, xerr=_reach([estimate]), markersize=8, linewidth=0, **style, **_BAR)
-        axes.annotate(
-            f"{label}: {bounds(estimate, sign=True)}",
-            (0, -place),
-            (0, 12),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=13,
-        )
+        if width == NARROW:
+            text = axes.text(0, 0.36 - place, f"{label}: {bounds(estimate)}", transform=axes.get_yaxis_transform())
+            text.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 2})
     ends = [0.0, *(estimate[end] for _, estimate, _ in rows for end in ("low", "high"))]
     pad = 0.05 * (max(ends) - min(ends)) or 1.0
     axes.set(
         xlim=(min(ends) - pad, max(ends) + pad),
         ylim=(-len(rows) + 0.6, 0.75),
         yticks=[],
-        xlabel="change in trait score, points",
+        xlabel="change in mean trait score, points",
     )
+    if width == WIDE:
+        axes.set_yticks([-i for i in range(len(rows))], [f"{label}\n{bounds(found)}" for label, found, _ in rows])
+        axes.tick_params(axis="y", labelcolor=INK, pad=12)
+        axes.grid(False)
     axes.xaxis.set_major_formatter(lambda value, _: signed(round(value, 6)))
     return figure
 
@@ -140,8 +144,16 @@ def curve_figure(
         limit = plain[0] + choice["margin"]
         surprise.axhline(limit, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)))
         words = "margin of coherence"
-        surprise.annotate(words, (0.99, limit), (0, 4), xycoords=surprise.get_yaxis_transform(),
-                          textcoords="offset points", ha="right", color=MUTED, fontsize=12)
+        surprise.annotate(
+            words,
+            (0.99, limit),
+            (0, 4),
+            xycoords=surprise.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            color=MUTED,
+            fontsize=12,
+        )
         surprise.margins(y=0.25)
     coefficients = [p["coefficient"] for p in curves["vector"]]
     surprise.set_xticks(coefficients, [signed(c) for c in coefficients])
@@ -163,7 +175,9 @@ def choice_figure(choice: Mapping[str, Any], width: int) -> Figure:
             _points(axes, [row["layer"] for row in rows], effects, style, labels[coherent])
     nulls = [(row["layer"], row["effect"]["random"]) for row in choice["layers"] if row["effect"]["random"]]
     if nulls:
-        _points(axes, [layer for layer, _ in nulls], [null for _, null in nulls], {**_NULL, "linestyle": ""}, RANDOM_LABEL)
+        _points(
+            axes, [layer for layer, _ in nulls], [null for _, null in nulls], {**_NULL, "linestyle": ""}, RANDOM_LABEL
+        )
     layers = [row["layer"] for row in choice["layers"]]
     axes.axhline(0, color=MUTED, linewidth=1.5)
     axes.set(title="Effect on trait score, points", xlabel="layer steered")
@@ -180,9 +194,9 @@ def norm_figure(norms: Mapping[str, Sequence[float]], chosen: int, width: int) -
     figure = _figure(width, 330 if width == WIDE else 360)
     axes = figure.add_subplot()
     styles = [(VECTOR, "solid"), (THIRD, (0, (6, 2))), (RANDOM, (0, (2, 2)))]
-    present = sorted(norms, key=lambda name: (list(REDUCTIONS) + [name]).index(name))
-    for name, (colour, dashes) in zip(present, styles, strict=False):
-        axes.plot(range(len(norms[name])), norms[name], color=colour, linestyle=dashes, label=REDUCTIONS.get(name, name))
+    for (name, label), (colour, dashes) in zip(REDUCTIONS.items(), styles, strict=True):
+        if norms.get(name):
+            axes.plot(range(len(norms[name])), norms[name], color=colour, linestyle=dashes, label=label)
     axes.set(title="Length of the vector, residual-stream units", xlabel="layer")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
@@ -198,12 +212,17 @@ def separation_figure(rows: Sequence[Mapping[str, Any]], chosen: int, width: int
     layers = [row["layer"] for row in rows]
     for axes, key, title, chance in (
         (panels[0], "d_prime", "d′, standard deviations apart", 0.0),
-        (panels[1], "auc", "AUC, share ranked rightly", 0.5),
+        (panels[1], "auc", "AUC, pairs in the right order", 0.5),
     ):
         axes.axhline(chance, color=MUTED, linewidth=1.5)
         axes.plot(layers, [row[key] for row in rows], color=VECTOR, label=VECTOR_LABEL, zorder=4)
-        dashes = _NULL["linestyle"]
-        axes.plot(layers, [row[f"random_{key}"] for row in rows], color=RANDOM, linestyle=dashes, label="one random direction")
+        axes.plot(
+            layers,
+            [row[f"random_{key}"] for row in rows],
+            color=RANDOM,
+            linestyle=_DASHES,
+            label="one random direction",
+        )
         axes.set(title=title, xlabel="layer")
         axes.margins(x=0.02, y=0.15)
         if key == "auc":
@@ -240,6 +259,8 @@ def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
 
 def _mark_layer(axes: Axes, layer: int) -> None:
     low, high = axes.get_xlim()
+    if not low <= layer <= high:
+        return
     right = layer > (low + high) / 2
     axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
     axes.annotate(
@@ -262,9 +283,7 @@ def _line_with_intervals(
     estimates = [point[quantity] for point in points]
     lows, highs = [e["low"] for e in estimates], [e["high"] for e in estimates]
     axes.fill_between(x, lows, highs, color=style["color"], alpha=0.16, linewidth=0, zorder=style["zorder"] - 2)
-    axes.errorbar(
-        x, [e["mean"] for e in estimates], yerr=_reach(estimates), markersize=7, label=label, **style, **_BAR
-    )
+    axes.errorbar(x, [e["mean"] for e in estimates], yerr=_reach(estimates), markersize=7, label=label, **style, **_BAR)
 
 
 def _points(
@@ -306,10 +325,10 @@ def _choice_words(choice: Mapping[str, Any] | None) -> str:
 
 def _norm_words(norms: Mapping[str, Sequence[float]]) -> str:
     listed = "; ".join(
-        f"{REDUCTIONS.get(name, name)} from {number(values[0], 2)} at layer 0 to {number(values[-1], 2)} at layer "
-        f"{len(values) - 1}, largest {number(max(values), 2)} at layer {max(range(len(values)), key=values.__getitem__)}"
-        for name, values in norms.items()
-        if values
+        f"{label} from {number(values[0], 2)} at layer 0 to {number(values[-1], 2)} at layer {len(values) - 1}, "
+        f"largest {number(max(values), 2)} at layer {max(range(len(values)), key=values.__getitem__)}"
+        for name, label in REDUCTIONS.items()
+        if (values := norms.get(name))
     )
     return f"Vector length: {listed}."
 
@@ -320,7 +339,7 @@ def _separation_words(rows: Sequence[Mapping[str, Any]], chosen: int) -> str:
         return ""
     best = max(rows, key=lambda row: float(row["auc"]))
     return (
-        f"At layer {at['layer']} the trait vector has d′ {number(at['d_prime'], 2)} and AUC {number(at['auc'], 2)}, the "
-        f"random direction {number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. The largest AUC is "
+        f"At layer {at['layer']} the trait vector has d′ {number(at['d_prime'], 2)} and AUC {number(at['auc'], 2)}, "
+        f"the random direction {number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. The largest AUC is "
         f"{number(best['auc'], 2)}, at layer {best['layer']}."
     )

@@ -33,6 +33,7 @@ def environment() -> Environment:
         wording.plain,
         wording.rises,
         wording.scientific,
+        wording.separates,
         wording.signed,
     ):
         env.filters[function.__name__] = function

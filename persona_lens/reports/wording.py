@@ -47,9 +47,9 @@ def headline(effect: Mapping[str, Any], questions: int) -> Headline:
     if verdict == "unclear" and _side(vector) != 0:
         title = f"No clear effect: what steering {span} does is not clearly more than what random directions do"
     first = (
-        f"Added to layer {effect['layer']} with coefficients {span}, the vector changes the mean trait score "
-        f"(0 to 100) by {interval(vector, sign=True)}, over {counted(vector['n'], 'question')}"
-        f"{'' if vector['n'] == questions else f' of {questions}'}."
+        f"Over {counted(vector['n'], 'held-out question')}{'' if vector['n'] == questions else f' of {questions}'}, "
+        f"going {span} at layer {effect['layer']} changes the mean trait score, on its scale of 0 to 100, by "
+        f"{interval(vector)}."
     )
     return Headline(verdict, title, (first, *_beside_null(random, difference, verdict)))
 
@@ -60,7 +60,7 @@ def _beside_null(
     if random is None or difference is None:
         yield "No random directions were run beside it, so any direction of that length might do the same."
         return
-    yield f"Random directions of the same length change it by {interval(random, sign=True)}."
+    yield f"Random directions of the same length change it by {bounds(random)}."
     ending = {
         "clear": "which lies clear of zero",
         "reversed": "which lies below zero",
@@ -69,7 +69,7 @@ def _beside_null(
     }[verdict]
     if verdict == "unclear" and _side(difference) <= 0:
         ending = "so it is not shown that this direction is special"
-    yield f"Vector minus random, question by question: {interval(difference, sign=True)}, {ending}."
+    yield f"Question by question, vector minus random is {bounds(difference)}, {ending}."
 
 
 def _verdict(vector: Mapping[str, Any], difference: Mapping[str, Any] | None) -> Verdict:
@@ -114,7 +114,27 @@ def layer_reason(choice: Mapping[str, Any]) -> str:
     among = f"the {len(coherent)} of {len(choice['layers'])} layers tried"
     if best == chosen:
         return f"Layer {chosen} was taken: among {among} whose text stays coherent it has the largest effect."
-    return f"Layer {chosen} was taken, though among {among} whose text stays coherent layer {best} has the largest effect."
+    return (
+        f"Layer {chosen} was taken, though among {among} whose text stays coherent layer {best} has the largest effect."
+    )
+
+
+def separates(rows: list[Mapping[str, Any]], layer: int) -> str:
+    """Whether the vector tells the two kinds of answer apart better than the random direction does."""
+    at = next((row for row in rows if row["layer"] == layer), None)
+    if at is None:
+        return ""
+
+    def ahead(row: Mapping[str, Any]) -> bool:
+        # A random direction has no right way round.
+        return float(row["auc"]) - 0.5 > abs(float(row["random_auc"]) - 0.5)
+
+    return (
+        f"At layer {layer} the vector tells the two kinds of answer apart {'better' if ahead(at) else 'no better'} "
+        f"than the random direction does: d′ {number(at['d_prime'], 2)} and AUC {number(at['auc'], 2)} against "
+        f"{number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. Of {counted(len(rows), 'layer')} it "
+        f"does better at {sum(map(ahead, rows))}."
+    )
 
 
 def rises(samples: list[Mapping[str, Any]]) -> tuple[int, int]:

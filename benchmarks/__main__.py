@@ -1,0 +1,110 @@
+"""``python -m benchmarks``: every ratio with its limit; exit code 1 if one does not hold.
+
+Run it on an idle machine. Everything runs on the embedded model, in bfloat16 where the CPU is fast at it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+from benchmarks import workloads as w
+from benchmarks.ratios import Ratio, compare
+from persona_lens import wrap_model
+
+PEAK_LIMIT = 1.05
+
+
+def generation_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
+    model, tokenizer = w.load(dtype)
+    rows = w.prompts(tokenizer)
+    plain = w.plain_generation(model, tokenizer, rows)
+    backend = w.endless(model, tokenizer)
+    reading = w.reading_generation(backend, rows)
+    yield compare("generating with all reads / model.generate", reading, plain, limit=1.05, pairs=pairs)
+    for name, opened in (
+        ("transformers", backend),
+        ("nnsight", w.endless(w.nnsighted(model, tokenizer), tokenizer)),
+    ):
+        steered, unsteered = (w.generation(opened, rows, steered=on) for on in (True, False))
+        yield compare(f"{name}: steered / unsteered", steered, unsteered, limit=1.03, pairs=pairs)
+
+
+def bridge_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
+    bridge, tokenizer = w.bridged(dtype)
+    rows = w.prompts(tokenizer)
+    own = w.bridge_generation(bridge, tokenizer, rows)
+    adapter = w.reading_generation(w.endless(bridge, tokenizer), rows)
+    name = "transformer_lens: generating with all reads / TransformerLens under hooks that sum"
+    yield compare(name, adapter, own, limit=1.05, pairs=pairs)
+
+
+def reading_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
+    model, tokenizer = w.load(dtype)
+    batch = w.texts(len(tokenizer))
+    ours = w.batched_reading(wrap_model(model, tokenizer), batch)
+    reference = w.one_by_one_reading(w.load("float32")[0], batch)
+    yield compare(f"reading 256 texts in {dtype} / one by one in float32", ours, reference, limit=1 / 4, pairs=pairs)
+    equal = w.one_by_one_reading(model, batch)
+    yield compare(f"reading 256 texts in {dtype} / one by one in {dtype}", ours, equal, limit=1 / 2, pairs=pairs)
+
+
+def peak_memory(texts: int) -> float:
+    """Peak resident memory in MiB of a fresh process that reads so many texts."""
+    command = [sys.executable, "-m", "benchmarks", "--read-only", str(texts)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def memory_ratio() -> Ratio:
+    few, many = peak_memory(64), peak_memory(256)
+    ratio = many / few
+    return Ratio("peak memory in MiB, reading 256 texts / 64 texts", ratio, ratio, ratio, many, few, PEAK_LIMIT)
+
+
+def read_only(texts: int) -> None:
+    model, tokenizer = w.load("auto")
+    w.batched_reading(wrap_model(model, tokenizer), w.texts(len(tokenizer), texts))()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+GROUPS: dict[str, Callable[[str, int], Iterator[Ratio]]] = {
+    "generation": generation_ratios,
+    "transformer_lens": bridge_ratios,
+    "reading": reading_ratios,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5, help="counted pairs of each comparison")
+    parser.add_argument("--only", choices=[*GROUPS, "memory"], help="one group")
+    parser.add_argument("--dtype", default=None, help="default: what is fast here")
+    parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    parser.add_argument("--read-only", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.read_only:
+        read_only(arguments.read_only)
+        return 0
+    dtype = arguments.dtype or str(w.load("auto")[0].dtype).removeprefix("torch.")
+    results = []
+    for name, group in GROUPS.items():
+        if arguments.only in (None, name):
+            for ratio in group(dtype, arguments.pairs):
+                results.append(ratio)
+                print(f"{ratio}, {dtype}", flush=True)
+    if arguments.only in (None, "memory"):
+        results.append(memory_ratio())
+        print(results[-1], flush=True)
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as stream:
+            json.dump([asdict(ratio) for ratio in results], stream, indent=2)
+    return 0 if all(ratio.holds for ratio in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Paired timing: two pieces of work in turn, and the median of the ratios pair by pair."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How long one piece of work takes beside another.
+
+    Attributes:
+        name: What was compared.
+        ratio: Median over pairs of time / baseline time.
+        low: Smallest of the ratios.
+        high: Largest of the ratios.
+        seconds: Median of the work: seconds, or what the name says.
+        baseline_seconds: Median of the baseline.
+        limit: What the ratio should be at most.
+    """
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    seconds: float
+    baseline_seconds: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the ratio is within its limit."""
+        return self.ratio <= self.limit
+
+    def __str__(self) -> str:
+        verdict = "ok  " if self.holds else "FAIL"
+        spread = f"at most {self.limit:.2f}; {self.low:.3f} to {self.high:.3f}"
+        return f"{verdict} {self.ratio:.3f} ({spread}; {self.seconds:.2f} / {self.baseline_seconds:.2f}) {self.name}"
+
+
+def compare(
+    name: str, work: Callable[[], object], baseline: Callable[[], object], *, limit: float, pairs: int
+) -> Ratio:
+    """Time two pieces of work in turn, after one uncounted run of each; which goes first alternates."""
+    work()
+    baseline()
+    times: list[tuple[float, float]] = []
+    for pair in range(pairs):
+        if pair % 2:
+            second = _timed(baseline)
+            times.append((_timed(work), second))
+        else:
+            first = _timed(work)
+            times.append((first, _timed(baseline)))
+    ratios = [a / b for a, b in times]
+    return Ratio(
+        name,
+        median(ratios),
+        min(ratios),
+        max(ratios),
+        median(a for a, _ in times),
+        median(b for _, b in times),
+        limit,
+    )
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,159 @@
+"""What is timed, and against what."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch, find_backend, wrap_model
+from persona_lens.backend.memory import forward_batches
+from persona_lens.models import load_model, load_tokenizer, resolve
+from persona_lens.traits import load_trait
+
+ROWS, NEW_TOKENS, LAYER = 64, 64, 18
+TEXTS, SHORTEST, LONGEST = 256, 20, 400
+
+Work = Callable[[], object]
+
+
+def load(dtype: str) -> tuple[Any, Any]:
+    """The embedded model and its tokenizer."""
+    source = resolve("smollm2-135m")
+    return load_model(source, dtype=dtype), load_tokenizer(source)
+
+
+def endless(model: Any, tokenizer: Any) -> Backend:
+    """A backend that never ends a turn early, so that every run generates the same number of tokens."""
+    backend: Any = wrap_model(model, tokenizer)
+    for part in (backend, getattr(backend, "_hooked", None)):
+        if part is not None:
+            object.__setattr__(part, "end_ids", ())
+    return backend  # type: ignore[no-any-return]
+
+
+def prompts(tokenizer: Any, rows: int = ROWS) -> list[list[int]]:
+    """Questions of the demo trait under its instructions, as an extraction sends them."""
+    from persona_lens.models import ChatFormat
+    from persona_lens.traits import Arm
+
+    trait, chat = load_trait("optimistic"), ChatFormat.from_tokenizer(tokenizer)
+    asked = [(arm, pair, q) for q in trait.extraction_questions for pair in range(5) for arm in Arm]
+    return [chat.encode(trait.system_prompt(arm, pair), q) for arm, pair, q in asked[:rows]]
+
+
+def sampling(rows: int = ROWS, new_tokens: int = NEW_TOKENS) -> Sampling:
+    """Seeded sampling at temperature 1."""
+    return Sampling(new_tokens, 1.0, seeds=tuple(range(rows)))
+
+
+def plain_generation(model: Any, tokenizer: Any, rows: list[list[int]], new_tokens: int = NEW_TOKENS) -> Work:
+    """``model.generate`` as one would call it, sampling at temperature 1."""
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="left")
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model.generate(
+                **batch,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+
+    return run
+
+
+def reading_generation(backend: Backend, rows: list[list[int]]) -> Work:
+    """Generation that brings back the three means at every layer."""
+    return lambda: backend.generate(rows, sampling(len(rows)), (), Read.means())
+
+
+def generation(backend: Backend, rows: list[list[int]], *, steered: bool) -> Work:
+    """Generation without reads, with or without one edit."""
+    direction = torch.randn(backend.info.d_model, generator=torch.Generator().manual_seed(0))
+    edits = [Edit.add(LAYER, direction, 0.1)] if steered else []
+    return lambda: backend.generate(rows, sampling(len(rows)), edits)
+
+
+def bridge_generation(bridge: Any, tokenizer: Any, rows: list[list[int]]) -> Work:
+    """TransformerLens' own way to the same: its bridge's module generates under hooks that add up the residuals."""
+    plain = plain_generation(bridge.original_model, tokenizer, rows)
+    sums: dict[str, torch.Tensor] = {}
+
+    def add_up(residual: torch.Tensor, hook: Any) -> None:
+        total = residual.float().sum(dim=1)
+        sums[hook.name] = sums[hook.name] + total if hook.name in sums else total
+
+    def run() -> object:
+        sums.clear()
+        names = [f"blocks.{layer}.hook_out" for layer in range(bridge.cfg.n_layers)]
+        with bridge.hooks(fwd_hooks=[(name, add_up) for name in names]):
+            return plain()
+
+    return run
+
+
+def bridged(dtype: str) -> tuple[Any, Any]:
+    """A TransformerBridge over a module of its own."""
+    find_backend("transformer_lens")
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model, tokenizer = load(dtype)
+    bridge = TransformerBridge.boot_transformers(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        hf_model=model,
+        tokenizer=tokenizer,
+        dtype=model.dtype,
+        device=str(model.device),
+    )
+    return bridge, tokenizer
+
+
+def nnsighted(model: Any, tokenizer: Any) -> Any:
+    """An nnsight model over a module that is already loaded."""
+    find_backend("nnsight")
+    from persona_lens_nnsight.library import nnsight
+
+    return nnsight.TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+
+
+def texts(vocabulary: int, count: int = TEXTS) -> TokenBatch:
+    """Random token ids, 20 to 400 a text; what the tokens say makes no difference to the time."""
+    generator = random.Random(0)
+    lengths = [generator.randint(SHORTEST, LONGEST) for _ in range(count)]
+    rows = [[generator.randrange(100, vocabulary) for _ in range(length)] for length in lengths]
+    return TokenBatch.of([row[: len(row) // 3] for row in rows], [row[len(row) // 3 :] for row in rows])
+
+
+def batched_reading(backend: Backend, batch: TokenBatch) -> Work:
+    """The three means of every text at every layer, in batches of like length."""
+
+    def run() -> object:
+        total = 0.0
+        for _, result in forward_batches(backend, batch, Read.means()):
+            total += float(result.reads["response_mean"].nan_to_num().sum())
+        return total
+
+    return run
+
+
+def one_by_one_reading(model: Any, batch: TokenBatch) -> Work:
+    """The released reference's way: a forward a text, autograd on, logits and all hidden states, means at the end."""
+
+    def run() -> object:
+        kept: list[list[torch.Tensor]] = []
+        for prompt, response in zip(batch.prompts, batch.responses, strict=True):
+            ids = torch.tensor([prompt + response])
+            states = model(ids, output_hidden_states=True).hidden_states
+            kept.append([state[:, len(prompt) :].mean(dim=1).detach().cpu() for state in states])
+            kept[-1] += [state[:, : len(prompt)].mean(dim=1).detach().cpu() for state in states]
+            kept[-1] += [state[:, len(prompt) - 1].detach().cpu() for state in states]
+        return kept
+
+    return run
