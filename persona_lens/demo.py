@@ -23,6 +23,8 @@ LIBRARIES = ("persona-lens", "torch", "transformers", "transformer-lens", "nnsig
 SHOWN_SAMPLES = 6
 # Where in the depth of a model its layers are tried: persona vectors steer best around the middle and a little after.
 DEPTHS = (0.4, 0.5, 0.6, 0.7)
+# A model this small rambles at the paper's temperature of 1.
+EXTRACTION = ExtractionSettings(questions=16, rollouts=RolloutSettings(max_new_tokens=48, temperature=0.6))
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class DemoSettings:
     model: str = "smollm2-135m"
     trait: str = "optimistic"
     seed: int = 0
-    extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
+    extraction: ExtractionSettings = field(default_factory=lambda: EXTRACTION)
     choice_questions: int = 6
     questions: int = 20
     coefficients: tuple[float, ...] = (-2.0, -1.0, 1.0, 2.0)

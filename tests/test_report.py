@@ -322,7 +322,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("model/d_model", 577, "577"),
     ("model/weights", "sha256:0123", "sha256:0123"),
     ("trait/content_hash", "sha256:4567", "sha256:4567"),
-    ("settings/extraction/rollouts/max_new_tokens", 49, "extraction.rollouts.max_new_tokens 49"),
+    ("settings/extraction/rollouts/max_new_tokens", 49, "extraction › rollouts › max_new_tokens 49"),
     ("versions/torch", "9.9.9", "9.9.9"),
     ("command", "persona-lens demo --out elsewhere", "--out elsewhere"),
     ("seed", 12345, "12345"),
@@ -566,7 +566,11 @@ def test_numbers_are_written_as_they_are_read() -> None:
     assert interval(estimate(1.0, 0.5)) == "1.0 (95% interval 0.5 to 1.5)"
     assert bounds(estimate(1.0, 0.0, 1)) == "1.0"
     assert [scientific(v) for v in (0.0, 1.2e-7, 0.01, None)] == ["0", "1.2 × 10⁻⁷", "0.01", "–"]
-    assert list(flat({"a": {"b": [1, 2.0], "c": None}, "d": True})) == [("a.b", "1, 2"), ("a.c", "none"), ("d", "yes")]
+    assert list(flat({"a": {"b": [1, 2.0], "c": None}, "d": True})) == [
+        ("a › b", "1, 2"),
+        ("a › c", "none"),
+        ("d", "yes"),
+    ]
 
 
 def test_importing_the_reports_loads_nothing_heavy() -> None:

@@ -19,13 +19,14 @@ class RowSampler:
 
     Args:
         sampling: Temperature above 0, and a seed for each row.
-        device: Where the logits will be. Noise is drawn there: the same seeds give other tokens on another kind of
-            device.
+        device: Where noise is drawn; logits from elsewhere are brought here. The same seeds give other tokens on another
+            kind of device.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.temperature = sampling.temperature
         self.top_p = sampling.top_p
+        self.device = device
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in sampling.seeds or ()]
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
@@ -37,7 +38,7 @@ class RowSampler:
         Returns:
             float32 [batch, vocab].
         """
-        wide = logits.float()
+        wide = logits.to(self.device).float()
         # Counted from the largest: divided by a small temperature, large logits would all become infinite.
         scaled = (wide - wide.amax(dim=-1, keepdim=True)) / self.temperature
         if self.top_p < 1:

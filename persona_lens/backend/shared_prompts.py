@@ -36,7 +36,8 @@ def shared_prompt_logprobs(model: Any, batch: TokenBatch, pad_id: int) -> tuple[
         The values, or None where this model's cache cannot be shared.
     """
     unique = list(dict.fromkeys(batch.prompts))
-    prompt_of = torch.tensor([unique.index(prompt) for prompt in batch.prompts], device=model.device)
+    # On the CPU, where an index fits tensors on any device: the layers of a large model lie on several.
+    prompt_of = torch.tensor([unique.index(prompt) for prompt in batch.prompts])
     prompts = pad_left(TokenBatch.of(unique), pad_id, model.device)
     start = model(
         input_ids=prompts.ids,

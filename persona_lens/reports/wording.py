@@ -192,10 +192,10 @@ def counted(n: int, noun: str) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as dotted names and values."""
+    """Nested settings as names, with those of the groups they are in, and values."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name} › ")
         elif isinstance(value, list | tuple):
             yield f"{prefix}{name}", ", ".join(map(plain, value))
         else:

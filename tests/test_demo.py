@@ -1,0 +1,87 @@
+"""The demonstration on the embedded model: its claims are in its numbers, and hold by a measure that is not ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.xdist_group("demo")]
+
+
+def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "persona_lens.cli", "demo", "--out", str(folder), "--json"]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    run_demo(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(demo: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def test_steering_moves_the_score_clear_of_zero_and_of_random_directions(summary: dict[str, Any]) -> None:
+    effect = summary["steering"]["effect"]
+    assert (effect["low"], effect["high"]) == (-2, 2)
+    assert effect["vector"]["low"] > 0
+    assert effect["difference"]["low"] > 0
+    assert effect["vector"]["low"] > effect["random"]["high"]
+
+
+def test_a_sentiment_lexicon_sees_the_same_order(demo: Path, summary: dict[str, Any]) -> None:
+    analyzer = SentimentIntensityAnalyzer()
+    lines = (demo / "steering" / "steering-scores.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+
+    def sentiment(coefficient: float) -> float:
+        chosen = [r["text"] for r in rows if r["coefficient"] == coefficient and r["direction"] != "random"]
+        assert len(chosen) == summary["steering"]["questions"]
+        return fmean(analyzer.polarity_scores(text)["compound"] for text in chosen)
+
+    assert sentiment(2) > sentiment(0) > sentiment(-2)
+
+
+def test_the_layer_was_chosen_on_other_questions_than_it_is_shown_on(demo: Path, summary: dict[str, Any]) -> None:
+    def questions(name: str) -> set[str]:
+        text = (demo / name / f"{name}-rollouts.jsonl").read_text(encoding="utf-8")
+        return {json.loads(line)["question"] for line in text.splitlines()}
+
+    assert not questions("layer-choice") & questions("steering")
+    assert summary["layer_choice"]["chosen"] == summary["steering"]["layer"]
+
+
+def test_every_backend_agrees(summary: dict[str, Any]) -> None:
+    assert {row["backend"] for row in summary["agreement"]} == {"transformers", "transformer_lens", "nnsight"}
+    for row in summary["agreement"]:
+        assert [check["name"] for check in row["checks"] if not check["passed"]] == []
+
+
+def test_the_report_shows_the_summary(demo: Path, summary: dict[str, Any]) -> None:
+    page = (demo / "report.html").read_text(encoding="utf-8")
+    assert f"{summary['steering']['effect']['vector']['mean']:.1f}" in page
+    assert summary["trait"]["content_hash"] in page
+    assert 'src="http' not in page
+
+
+def test_a_second_run_changes_no_byte(demo: Path) -> None:
+    before = contents(demo)
+    run_demo(demo)
+    assert contents(demo) == before

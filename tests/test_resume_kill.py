@@ -1,0 +1,225 @@
+"""An extraction killed at any instant ends with the same bytes as one left in peace.
+
+Through the command line, on a tiny random model in a folder. A random model has no character, yet it passes the
+calibration: what it says is sampled after one arm's prompt, and so is a little likelier after that prompt than after
+the other arm's.
+
+Most of the killed processes are forks of one that has already imported everything, so that the moments fall into the
+work and not into the imports; they are killed as hard as any. One test starts whole processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = "from persona_lens.cli import main; main()"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+KILLS = 10
+
+# Reads one request a line, runs the command in a fork of itself, says its process id, and then how it ended. A request
+# may name a write at which the fork kills itself: just before the data reach the disk, with all or half of them there.
+WARM = """
+import json, os, signal, sys
+import torch
+import persona_lens.cli, persona_lens.extraction, persona_lens_transformers.adapter
+from transformers.models.llama import modeling_llama
+torch.set_num_threads(1)
+
+def dying(at, torn):
+    writes = 0
+    def fsync(stream):
+        nonlocal writes
+        writes += 1
+        if writes == at:
+            if torn:
+                size = os.fstat(stream).st_size
+                os.ftruncate(stream, size - min(size, 30))
+            os.kill(os.getpid(), signal.SIGKILL)
+    return fsync
+
+def run(request):
+    out = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    if request["at"]:
+        os.fsync = dying(request["at"], request["torn"])
+    sys.argv = ["persona-lens", *request["arguments"]]
+    try:
+        persona_lens.cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+print("ready", flush=True)
+for line in iter(sys.stdin.readline, ""):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = run(json.loads(line))
+        finally:
+            os._exit(code or 0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Warm:
+    """A process that forks commands."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WARM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def start(self, arguments: list[str], at: int = 0, torn: bool = False) -> int:
+        """Begin a command; its process id."""
+        assert self.process.stdin is not None
+        request = {"arguments": arguments, "at": at, "torn": torn, "log": str(self.log)}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def end(self) -> int:
+        """Wait for the command; minus the signal that killed it, or its exit code."""
+        return int(self._line())
+
+    def finish(self, arguments: list[str]) -> None:
+        """Run a command to its end."""
+        self.start(arguments)
+        assert self.end() == 0, self.log.read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    server = Warm(tmp_path_factory.mktemp("log") / "log.txt")
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def command(model: Path, out: Path, questions: int, max_new_tokens: int) -> list[str]:
+    trait = ROOT / "traits" / "optimistic.yaml"
+    numbers = {"--questions": questions, "--max-new-tokens": max_new_tokens, "--batch-size": 4, "--seed": 0}
+    options = [str(word) for option in numbers.items() for word in option]
+    return ["extract", str(model), str(trait), "--out", str(out), "--unpaired", "--dtype", "float32", *options]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def state(folder: Path) -> tuple[int, ...]:
+    """How far a run is: rows of each file, and which of the last files are there."""
+    rows = [lines(folder / name) for name in ("rollouts.jsonl", "evidence.jsonl", "scores.jsonl")]
+    return (*rows, *((folder / name).exists() for name in ("run.json", "vectors.safetensors", "summary.json")))
+
+
+def test_killed_at_random_moments(warm: Warm, model: Path, tmp_path: Path) -> None:
+    calm, out = tmp_path / "calm", tmp_path / "killed"
+    began = time.monotonic()
+    warm.finish(command(model, calm, questions=6, max_new_tokens=24))
+    duration = time.monotonic() - began
+    expected = contents(calm)
+    assert {"run.json", "rollouts.jsonl", "evidence.jsonl", "vectors.safetensors", "summary.json"} <= expected.keys()
+    moments, killed, states, attempts = random.Random(0), 0, set(), 0
+    while killed < KILLS:
+        attempts += 1
+        assert attempts < 5 * KILLS
+        process = warm.start(command(model, out, questions=6, max_new_tokens=24))
+        time.sleep(moments.uniform(0, duration / 2))
+        os.kill(process, signal.SIGKILL)  # still there, if only as a zombie: nobody has waited for it but the server
+        if warm.end() == -signal.SIGKILL:
+            killed += 1
+            states.add(state(out))
+        else:  # it was quicker; another round
+            assert contents(out) == expected
+            shutil.rmtree(out)
+    warm.finish(command(model, out, questions=6, max_new_tokens=24))
+    assert contents(out) == expected
+    assert len(states) > KILLS // 2, states
+
+
+def test_killed_at_every_write(warm: Warm, model: Path, tmp_path: Path) -> None:
+    """At the n-th write with half of its data there, at the next start's first write, and then left in peace."""
+    calm, out = tmp_path / "calm", tmp_path / "killed"
+    warm.finish(command(model, calm, questions=2, max_new_tokens=8))
+    expected = contents(calm)
+    writes = 0
+    while True:
+        writes += 1
+        warm.start(command(model, out, questions=2, max_new_tokens=8), at=writes, torn=True)
+        if warm.end() == 0:
+            break
+        warm.start(command(model, out, questions=2, max_new_tokens=8), at=1)
+        assert warm.end() == -signal.SIGKILL
+        warm.finish(command(model, out, questions=2, max_new_tokens=8))
+        assert contents(out) == expected, f"after a kill at write {writes}"
+        shutil.rmtree(out)
+    # run.json; five batches, each a shard and rows; two questions judged; scores, vectors and summary.
+    assert writes - 1 == 1 + 5 * 2 + 2 + 3
+    assert contents(out) == expected
+
+
+def test_whole_processes_killed_in_every_phase(warm: Warm, model: Path, tmp_path: Path) -> None:
+    """While importing, at the first responses, and while judging."""
+    calm, out = tmp_path / "calm", tmp_path / "killed"
+    arguments = command(model, out, questions=6, max_new_tokens=24)
+    warm.finish(command(model, calm, questions=6, max_new_tokens=24))
+
+    def killed_when(reached: Callable[[], bool]) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
+        )
+        deadline = time.monotonic() + 120
+        while not reached() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said.decode()
+
+    began = time.monotonic()
+    killed_when(lambda: time.monotonic() > began + 1)
+    assert not out.exists()
+    killed_when((out / "run.json").exists)
+    killed_when(lambda: lines(out / "rollouts.jsonl") >= 20)
+    assert lines(out / "rollouts.jsonl") < 60
+    killed_when(lambda: lines(out / "evidence.jsonl") >= 20)
+    assert lines(out / "evidence.jsonl") < 60
+    assert not (out / "summary.json").exists()
+    subprocess.run([sys.executable, "-c", COMMAND, *arguments], check=True, capture_output=True, env=ENVIRONMENT)
+    assert contents(out) == contents(calm)
