@@ -48,6 +48,7 @@ _HOMES = {
 
 __all__ = ["__version__", *sorted(_HOMES)]
 
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()

@@ -36,7 +36,7 @@ NOT_RUN = {
 
 SMALL = "--questions 2 --max-new-tokens 16"
 SMALL_SETTINGS = "ExtractionSettings(questions=2, rollouts=RolloutSettings(max_new_tokens=16))"
-# Text of an example -> what is run in its place. Each must occur, and only sizes and the model of the parity check differ.
+# Text of an example -> what is run in its place. Only sizes and the model of the parity check may differ.
 SUBSTITUTIONS = {
     "extract smollm2-135m optimistic\n": f"extract smollm2-135m optimistic {SMALL}\n",
     "extract smollm2-135m my-traits/grumpy.yaml\n": f"extract smollm2-135m my-traits/grumpy.yaml {SMALL}\n",

@@ -32,8 +32,9 @@ COMMAND = "from persona_lens.cli import main; main()"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 KILLS = 10
 
-# Reads one request a line, runs the command in a fork of itself, says its process id, and then how it ended. A request
-# may name a write at which the fork kills itself: just before the data reach the disk, with all or half of them there.
+# Reads one request a line, runs the command in a fork of itself, says its process id, and, asked by another line, how
+# it ended: until then the id is nobody else's. A request may name a write at which the fork kills itself: just before
+# the data reach the disk, with all of them written or not the last ones.
 WARM = """
 import json, os, signal, sys
 import torch
@@ -75,6 +76,7 @@ for line in iter(sys.stdin.readline, ""):
         finally:
             os._exit(code or 0)
     print(child, flush=True)
+    sys.stdin.readline()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -103,6 +105,9 @@ class Warm:
 
     def end(self) -> int:
         """Wait for the command; minus the signal that killed it, or its exit code."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
         return int(self._line())
 
     def finish(self, arguments: list[str]) -> None:
@@ -162,7 +167,7 @@ def test_killed_at_random_moments(warm: Warm, model: Path, tmp_path: Path) -> No
         assert attempts < 5 * KILLS
         process = warm.start(command(model, out, questions=6, max_new_tokens=24))
         time.sleep(moments.uniform(0, duration / 2))
-        os.kill(process, signal.SIGKILL)  # still there, if only as a zombie: nobody has waited for it but the server
+        os.kill(process, signal.SIGKILL)
         if warm.end() == -signal.SIGKILL:
             killed += 1
             states.add(state(out))
@@ -175,7 +180,7 @@ def test_killed_at_random_moments(warm: Warm, model: Path, tmp_path: Path) -> No
 
 
 def test_killed_at_every_write(warm: Warm, model: Path, tmp_path: Path) -> None:
-    """At the n-th write with half of its data there, at the next start's first write, and then left in peace."""
+    """At the n-th write without the end of its data, at the next start's first write, and then left in peace."""
     calm, out = tmp_path / "calm", tmp_path / "killed"
     warm.finish(command(model, calm, questions=2, max_new_tokens=8))
     expected = contents(calm)

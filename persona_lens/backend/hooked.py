@@ -96,7 +96,7 @@ class HookedModel:
         check_edits(edits, self.n_layers, self.d_model, len(batch))
         check_reads(reads, self.n_layers, self.d_model)
         if logprobs and not edits and not reads and worth_sharing(batch):
-            with torch.inference_mode(), evaluating(self.model):
+            with self._lock, torch.inference_mode(), evaluating(self.model):
                 shared = shared_prompt_logprobs(self.model, batch, self.pad_id)
             if shared is not None:
                 return ForwardResult(logprobs=shared)

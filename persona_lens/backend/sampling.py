@@ -19,8 +19,8 @@ class RowSampler:
 
     Args:
         sampling: Temperature above 0, and a seed for each row.
-        device: Where noise is drawn; logits from elsewhere are brought here. The same seeds give other tokens on another
-            kind of device.
+        device: Where noise is drawn; logits from elsewhere are brought here. The same seeds give other tokens on
+            another kind of device.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:

@@ -95,7 +95,7 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     if best:
         print_table(
             "Layers whose vector separates held-out questions best",
-            ("layer", "norm", "d'", "AUC", "AUC of a random direction"),
+            ("layer", "norm", "d'", "AUC", "AUC that 19 of 20 random directions stay below"),
             [
                 (
                     str(row["layer"]),

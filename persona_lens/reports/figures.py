@@ -221,7 +221,7 @@ def separation_figure(rows: Sequence[Mapping[str, Any]], chosen: int, width: int
             [row[f"random_{key}"] for row in rows],
             color=RANDOM,
             linestyle=_DASHES,
-            label="one random direction",
+            label="19 of 20 random directions",
         )
         axes.set(title=title, xlabel="layer")
         axes.margins(x=0.02, y=0.15)
@@ -340,6 +340,7 @@ def _separation_words(rows: Sequence[Mapping[str, Any]], chosen: int) -> str:
     best = max(rows, key=lambda row: float(row["auc"]))
     return (
         f"At layer {at['layer']} the trait vector has d′ {number(at['d_prime'], 2)} and AUC {number(at['auc'], 2)}, "
-        f"the random direction {number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. The largest AUC is "
+        f"19 of 20 random directions at most {number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. "
+        f"The largest AUC is "
         f"{number(best['auc'], 2)}, at layer {best['layer']}."
     )
