@@ -96,7 +96,7 @@ class NNsightBackend:
             warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             ids, values = self._traced_generation(tokens, intervention, config, sampler)
         responses, ended = cut_responses(ids[:, tokens.ids.shape[1] :], self.end_ids, sampling.max_new_tokens)
-        return Generation(responses, ended, values)
+        return Generation(responses, ended, _plain(values))
 
     def _traced_generation(
         self, tokens: PaddedTokens, intervention: Intervention, config: Any, sampler: RowSampler | None
@@ -138,9 +138,12 @@ class NNsightBackend:
         if not logprobs and not reads:
             return ForwardResult()
         with self._lock, torch.inference_mode(), evaluating(self._module):
-            return self._traced_forward(padded, intervention, logprobs)
+            values, chosen = self._traced_forward(padded, intervention, logprobs)
+        return ForwardResult(_plain(values), chosen)
 
-    def _traced_forward(self, tokens: PaddedTokens, intervention: Intervention, logprobs: bool) -> ForwardResult:
+    def _traced_forward(
+        self, tokens: PaddedTokens, intervention: Intervention, logprobs: bool
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...] | None]:
         model, blocks = self._model, self._envoys
         layers = [layer for layer in intervention.layers if logprobs or layer <= intervention.deepest_read]
         with model.trace(forward_inputs(self._module, tokens)) as tracer:
@@ -155,7 +158,7 @@ class NNsightBackend:
             chosen = nnsight.save(response_logprobs(model.output.logits, tokens) if logprobs else None)
             if not logprobs:
                 tracer.stop()
-        return ForwardResult(values, chosen)
+        return values, chosen
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`; acts on the plain module inside the wrapper."""
@@ -172,3 +175,8 @@ class NNsightBackend:
             end_ids=self.end_ids,
             max_new_tokens=max_new_tokens,
         )
+
+
+def _plain(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies made outside inference mode, so that a caller may train with them."""
+    return {name: value.clone() for name, value in values.items()}
