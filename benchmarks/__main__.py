@@ -26,12 +26,14 @@ def generation_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
     plain = w.plain_generation(model, tokenizer, rows)
     backend = w.endless(model, tokenizer)
     reading = w.reading_generation(backend, rows)
+    warm_up(reading, plain)
     yield compare("generating with all reads / model.generate", reading, plain, limit=1.05, pairs=pairs)
     for name, opened in (
         ("transformers", backend),
         ("nnsight", w.endless(w.nnsighted(model, tokenizer), tokenizer)),
     ):
         steered, unsteered = (w.generation(opened, rows, steered=on) for on in (True, False))
+        warm_up(steered, unsteered)
         yield compare(f"{name}: steered / unsteered", steered, unsteered, limit=1.03, pairs=pairs)
 
 
@@ -40,18 +42,26 @@ def bridge_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
     rows = w.prompts(tokenizer)
     own = w.bridge_generation(bridge, tokenizer, rows)
     adapter = w.reading_generation(w.endless(bridge, tokenizer), rows)
+    warm_up(adapter, own)
     name = "transformer_lens: generating with all reads / TransformerLens under hooks that sum"
     yield compare(name, adapter, own, limit=1.05, pairs=pairs)
 
 
 def reading_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
     model, tokenizer = w.load(dtype)
-    batch = w.texts(len(tokenizer))
-    ours = w.batched_reading(wrap_model(model, tokenizer), batch)
-    reference = w.one_by_one_reading(w.load("float32")[0], batch)
-    yield compare(f"reading 256 texts in {dtype} / one by one in float32", ours, reference, limit=1 / 4, pairs=pairs)
-    equal = w.one_by_one_reading(model, batch)
-    yield compare(f"reading 256 texts in {dtype} / one by one in {dtype}", ours, equal, limit=1 / 2, pairs=pairs)
+    wide = w.load("float32")[0]
+    backend = wrap_model(model, tokenizer)
+    few, many = w.texts(len(tokenizer), 8), w.texts(len(tokenizer))
+    warm_up(w.batched_reading(backend, few), w.one_by_one_reading(model, few), w.one_by_one_reading(wide, few))
+    ours = w.batched_reading(backend, many)
+    for precision, baseline, limit in (("float32", wide, 1 / 4), (dtype, model, 1 / 2)):
+        name = f"reading {w.TEXTS} texts in {dtype} / one by one in {precision}"
+        yield compare(name, ours, w.one_by_one_reading(baseline, many), limit=limit, pairs=pairs)
+
+
+def warm_up(*work: Callable[[], object]) -> None:
+    for piece in work:
+        piece()
 
 
 def peak_memory(texts: int) -> float:
