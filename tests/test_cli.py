@@ -184,8 +184,7 @@ def test_an_error_is_one_sentence_without_a_traceback() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
-    assert "Did you mean" in done.stderr
-    assert "'evil'" in done.stderr
+    assert "did you mean evil?" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -194,7 +193,7 @@ def test_debug_adds_the_traceback_wherever_it_stands(arguments: tuple[str, ...])
     done = process(*arguments)
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
-    assert "Did you mean" in done.stderr
+    assert "did you mean" in done.stderr
 
 
 def test_an_unknown_trait_is_guessed(model: Path) -> None:
@@ -236,7 +235,7 @@ def test_a_missing_or_wrong_value_is_named(arguments: tuple[str, ...], said: str
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     assert "did you mean 'smollm2-135m'" in refused("extract", "smollm2-135n", "optimistic")
     assert "there is no folder" in refused("extract", str(tmp_path / "none"), "optimistic")
-    assert "neither a folder here nor a hub id" in refused("extract", "nowhere", "optimistic")
+    assert "neither a folder here nor a hub id" in refused("extract", "no model", "optimistic")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from persona_lens.cli.steer import steer
 from persona_lens.cli.traits import app as traits_app
 from persona_lens.errors import PersonaLensError
 
+INTERRUPTED = 130  # what typer exits with after Ctrl-C
+
 app = typer.Typer(
     name="persona-lens",
     help="Find, read and control character traits in language models with persona vectors.",
@@ -64,6 +66,7 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("stopped; what was finished is saved, and the same command goes on from there", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("stopped; what was finished is saved, and the same command goes on from there", err=True)
+        raise

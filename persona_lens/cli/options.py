@@ -113,9 +113,12 @@ def layer_numbers(text: str, n_layers: int) -> list[int]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        found = (
+            range(int(first), int(last or first) + 1) if first.isdecimal() and (last or first).isdecimal() else range(0)
+        )
+        if not found or (dash and not last):
             raise PersonaLensError(f"--layers takes 18, 12,15,18, 10-20 or all; got {text!r}")
-        layers += range(int(first), int(last or first) + 1)
+        layers += found
     if outside := [layer for layer in layers if layer >= n_layers]:
         raise PersonaLensError(f"layer {outside[0]} does not exist: the model has layers 0 to {n_layers - 1}")
     return sorted(set(layers))

@@ -96,6 +96,6 @@ def _refuse_empty(
         hint = "let each arm be filtered on its own (--unpaired), " if paired else ""
         raise ExtractionError(
             f"no response of the {arm} arm is left: its scores were {what}, the threshold is {threshold:g}. "
-            f"Choose another threshold, {hint}take more samples, or see in rollouts.jsonl whether the model follows "
-            "the trait's instructions."
+            f"Choose another threshold, {hint}or take more samples, each with a new folder (--out); "
+            "rollouts.jsonl shows whether the model follows the trait's instructions."
         )

@@ -37,6 +37,8 @@ class ExtractionSettings:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ExtractionError(f"samples must be at least 1, got {self.samples}")
+        if self.samples > 1 and self.rollouts.temperature == 0:
+            raise ExtractionError("at temperature 0 all samples are the same; set samples to 1, or a temperature")
         if self.questions < 2:
             raise ExtractionError(f"questions must be at least 2, got {self.questions}: the separation holds some out")
         if not 0 < self.threshold < 100:
