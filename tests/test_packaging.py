@@ -6,17 +6,20 @@ import ast
 import email
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from persona_lens.backend import Backend, BackendSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "persona_lens"
@@ -259,6 +262,21 @@ def test_the_order_is_the_one_that_contributors_read() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.partition("```text\n")[2].partition("```")[0]
     assert tuple(line.split()[0] for line in section.splitlines()) == ORDER
+
+
+def test_the_specification_that_contributors_read_is_the_one_there_is() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    example = ast.parse(text.partition("```python\n")[2].partition("```")[0])
+    (call,) = (node for node in ast.walk(example) if isinstance(node, ast.Call))
+    assert [keyword.arg for keyword in call.keywords] == [field.name for field in fields(BackendSpec)]
+    members = {name for name in vars(Backend) if name[0] != "_"}
+    table = {
+        name
+        for line in text.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)", line.split("|")[1])
+    }
+    assert members == table
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
