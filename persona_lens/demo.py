@@ -10,6 +10,7 @@ from typing import Any
 
 from persona_lens.backend import Backend, backend_statuses, open_backend
 from persona_lens.backend.parity import check_parity
+from persona_lens.backend.registry import DEFAULT
 from persona_lens.extraction import Extraction, ExtractionSettings, run_extraction
 from persona_lens.progress import Progress, no_progress
 from persona_lens.reports import render_report
@@ -24,7 +25,7 @@ SHOWN_SAMPLES = 6
 # Where in the depth of a model its layers are tried: persona vectors steer best around the middle and a little after.
 DEPTHS = (0.4, 0.5, 0.6, 0.7)
 # A model this small rambles at the paper's temperature of 1.
-EXTRACTION = ExtractionSettings(questions=16, rollouts=RolloutSettings(max_new_tokens=48, temperature=0.6))
+EXTRACTION = ExtractionSettings(questions=14, rollouts=RolloutSettings(max_new_tokens=40, temperature=0.6))
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class DemoSettings:
     trait: str = "optimistic"
     seed: int = 0
     extraction: ExtractionSettings = field(default_factory=lambda: EXTRACTION)
-    choice_questions: int = 6
-    questions: int = 20
+    choice_questions: int = 5
+    questions: int = 16
     coefficients: tuple[float, ...] = (-2.0, -1.0, 1.0, 2.0)
     random_directions: int = 5
 
@@ -73,7 +74,7 @@ def run_demo(
     settings = settings or DemoSettings()
     root = Path(folder)
     trait = load_trait(settings.trait)
-    backend = open_backend("transformers", settings.model)
+    backend = open_backend(DEFAULT, settings.model)
     with RunFolder(root, {"kind": "demo", "settings": asdict(settings), "model": asdict(backend.info)}) as run:
         extraction_settings = replace(settings.extraction, seed=settings.seed)
         extraction = run_extraction(
@@ -184,16 +185,16 @@ def _samples(rows: Sequence[SweepRow], trait: Trait, layer: int, settings: DemoS
 
 def _agreement(model: str, progress: Progress) -> list[dict[str, Any]]:
     """Every backend's numbers beside those of plain PyTorch hooks, in float32, where they must be the same."""
-    reference = open_backend("transformers", model, dtype="float32")
+    reference = open_backend(DEFAULT, model, dtype="float32")
     found: list[dict[str, Any]] = []
-    statuses = [status for status in backend_statuses() if status.broken is None]
+    statuses = [status for status in backend_statuses() if status.broken is None and status.name != DEFAULT]
     for done, status in enumerate(statuses):
         progress(done, len(statuses), "comparing backends")
         if not status.available:
             found.append({"backend": status.name, "version": "", "missing": status.install})
             continue
-        other = reference if status.name == "transformers" else open_backend(status.name, model, dtype="float32")
-        checks = check_parity(other, reference)
+        other = open_backend(status.name, model, dtype="float32")
+        checks = check_parity(other, reference, self_checks=False)
         found.append(
             {"backend": status.name, "version": other.info.backend, "checks": [asdict(check) for check in checks]}
         )

@@ -69,7 +69,7 @@ def test_the_layer_was_chosen_on_other_questions_than_it_is_shown_on(demo: Path,
 
 
 def test_every_backend_agrees(summary: dict[str, Any]) -> None:
-    assert {row["backend"] for row in summary["agreement"]} == {"transformers", "transformer_lens", "nnsight"}
+    assert {row["backend"] for row in summary["agreement"]} == {"transformer_lens", "nnsight"}
     for row in summary["agreement"]:
         assert [check["name"] for check in row["checks"] if not check["passed"]] == []
 

@@ -242,17 +242,19 @@ def test_a_planted_direction_separates() -> None:
 def test_separation_is_that_worked_out_by_hand() -> None:
     """Two dimensions: fold 0 lies along the first axis, fold 1 along the second."""
     requests = [request(arm, question=q, sample=s) for q in (0, 1) for s in (0, 1) for arm in (POSITIVE, NEGATIVE)]
-    points = [(2, 0), (0, 0), (2, 0), (0, 0), (7, 3), (5, 0), (1, 5), (3, 0)]
+    points = [(2, 1), (0, 0), (2, 2), (0, -3), (7, 3), (5, 0), (4, 5), (6, 0)]
     rows = torch.tensor(points, dtype=torch.float32).unsqueeze(1)
     kept = [True] * 8
     means = arm_means(requests, kept, lambda: reductions_of(requests, {"response_mean": rows}))
     (row,) = held_out_separation(requests, kept, lambda: reductions_of(requests, {"response_mean": rows}), means, 0)
-    # Fold 0 is projected on fold 1's direction (0, 4)/4 and gives 0s; fold 1 on (2, 0)/2 and gives its first entry.
-    positive, negative = np.array([0, 0, 7, 1.0]), np.array([0, 0, 5, 3.0])
-    pooled = np.sqrt((positive.var(ddof=1) + negative.var(ddof=1)) / 2)
-    assert row["d_prime"] == pytest.approx((positive.mean() - negative.mean()) / pooled)
-    wins = [(p > n) + (p == n) / 2 for p in positive for n in negative]
-    assert row["auc"] == pytest.approx(np.mean(wins))
+    # Fold 1's direction is (0, 4), so fold 0 gives its second entries; fold 0's is (2, 3), so fold 1 gives (2x + 3y)/√13.
+    folds = [([1.0, 2], [0.0, -3]), ([23.0, 23], [10.0, 12])]
+    d_primes = []
+    for positive, negative in folds:
+        pooled = np.sqrt((np.var(positive, ddof=1) + np.var(negative, ddof=1)) / 2)
+        d_primes.append((np.mean(positive) - np.mean(negative)) / pooled)
+    assert row["d_prime"] == pytest.approx(np.mean(d_primes))
+    assert row["auc"] == 1
 
 
 def test_a_fold_without_an_arm_has_no_separation() -> None:

@@ -26,7 +26,7 @@ from persona_lens.backend import (
     Sampling,
     TokenBatch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, padding_id, residual_of, with_residual
+from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, residual_of, with_residual
 from persona_lens.backend.edits import check_edits
 from persona_lens.backend.hooked import (
     editing_blocks,
@@ -74,7 +74,7 @@ class NNsightBackend:
             raise BackendError("this nnsight model holds no tokenizer; pass tokenizer=...")
         if any(parameter.is_meta for parameter in model._module.parameters()):
             raise BackendError("this nnsight model has no weights yet; load it with dispatch=True")
-        return cls(model, tokenizer, model._module.config.name_or_path or type(model._module).__name__, None)
+        return cls(model, tokenizer, given_name(model._module), None)
 
     def generate(
         self,

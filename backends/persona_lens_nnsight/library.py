@@ -9,8 +9,11 @@ def _import_quietly() -> None:
     """Import nnsight without its two side effects on the process.
 
     It reads ``sys.argv`` and takes a ``-v`` there, meant for us, as its own debug switch; and it adds a ``save``
-    method to every object, on which other libraries' class machinery stumbles.
+    method to every object, on which other libraries' class machinery stumbles. A program that has imported nnsight
+    before us, and so may rely on that method, keeps it.
     """
+    if "nnsight" in sys.modules:
+        return
     arguments, sys.argv = sys.argv, sys.argv[:1]
     try:
         import nnsight

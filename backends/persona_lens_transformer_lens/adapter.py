@@ -25,7 +25,7 @@ from persona_lens.backend import (
     Sampling,
     TokenBatch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, padding_id
+from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.hooked import BlockHook, HookedModel
 from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, pinned, resolve
 
@@ -76,7 +76,7 @@ class TransformerLensBackend:
                 "this TransformerBridge is in compatibility mode, which changes the residual stream; "
                 "boot it anew without"
             )
-        return cls(bridge, tokenizer, bridge.original_model.config.name_or_path, None)
+        return cls(bridge, tokenizer, given_name(bridge.original_model), None)
 
     def generate(
         self,

@@ -17,7 +17,7 @@ from persona_lens.backend import (
     Sampling,
     TokenBatch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, padding_id
+from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.hooked import HookedModel, editing_blocks, hooking_blocks
 from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, pinned, resolve
 
@@ -52,7 +52,7 @@ class TransformersBackend:
         """Use a model that is already loaded; nothing about it is changed outside a call."""
         if tokenizer is None:
             raise BackendError("a Hugging Face model does not hold its tokenizer; pass tokenizer=...")
-        return cls(model, tokenizer, model.config.name_or_path or type(model).__name__, None)
+        return cls(model, tokenizer, given_name(model), None)
 
     def generate(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,14 @@ def describe(
         device=str(parameter.device),
         backend=backend,
     )
+
+
+def given_name(model: Any) -> str:
+    """A name for a model that was handed over loaded: its hub id, the name of its folder, or its class."""
+    name = model.config.name_or_path
+    if name and Path(name).is_dir():
+        return Path(name).name
+    return name or type(model).__name__
 
 
 def padding_id(tokenizer: Any, end_ids: Sequence[int]) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import options
+
+if TYPE_CHECKING:
+    from persona_lens.traits import Trait
 
 
 def extract(
@@ -50,12 +54,8 @@ def extract(
     from persona_lens.cli.display import showing_progress
     from persona_lens.extraction import ExtractionSettings, run_extraction
     from persona_lens.rollouts import RolloutSettings
-    from persona_lens.traits import find_traits, is_path, load_trait
 
-    loaded = load_trait(trait, traits_dir or ())
-    if not is_path(trait):
-        for warning in find_traits(traits_dir or ()).warnings([trait]):
-            typer.echo(f"warning: {warning}", err=True)
+    loaded = _load_trait(trait, traits_dir or ())
     settings = ExtractionSettings(
         samples=samples,
         questions=questions,
@@ -73,6 +73,16 @@ def extract(
         typer.echo(json.dumps({"folder": str(folder), **summary}))
     else:
         _show(summary, folder)
+
+
+def _load_trait(trait: str, traits_dirs: Sequence[Path]) -> Trait:
+    from persona_lens.traits import find_traits, is_path, load_trait
+
+    loaded = load_trait(trait, traits_dirs)
+    if not is_path(trait):
+        for warning in find_traits(traits_dirs).warnings([trait]):
+            typer.echo(f"warning: {warning}", err=True)
+    return loaded
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
@@ -106,5 +116,9 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
                 )
                 for row in best
             ],
+        )
+    else:
+        typer.echo(
+            "too few responses were kept to hold questions out, so the separation by layer is not shown", err=True
         )
     typer.echo(f"vectors: {folder / 'vectors.safetensors'}")

@@ -64,9 +64,13 @@ def generate(
         seed=seed,
         chat=options.open_chat(opened, chat_template, thinking),
     )
+    _show(loaded.trait, layer, prompt, dict(zip(strengths, answers, strict=True)), as_json)
+
+
+def _show(trait: str, layer: int, prompt: str, answers: dict[float, str], as_json: bool) -> None:
     if as_json:
-        rows = [{"coefficient": c, "response": text} for c, text in zip(strengths, answers, strict=True)]
-        typer.echo(json.dumps({"trait": loaded.trait, "layer": layer, "prompt": prompt, "responses": rows}))
+        rows = [{"coefficient": coefficient, "response": text} for coefficient, text in answers.items()]
+        typer.echo(json.dumps({"trait": trait, "layer": layer, "prompt": prompt, "responses": rows}))
         return
     from rich.columns import Columns
     from rich.console import Console
@@ -74,9 +78,9 @@ def generate(
     from rich.text import Text
 
     console = Console()
-    width = max(30, console.width // len(strengths) - 2)
+    width = max(30, console.width // len(answers) - 2)
     panels = [
-        Panel(Text(text), title=f"{loaded.trait} {c:+g}" if c else "unsteered", width=width)
-        for c, text in zip(strengths, answers, strict=True)
+        Panel(Text(text), title=f"{trait} {coefficient:+g}" if coefficient else "unsteered", width=width)
+        for coefficient, text in answers.items()
     ]
     console.print(Columns(panels))

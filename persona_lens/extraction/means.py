@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,31 +77,35 @@ def held_out_separation(
 ) -> list[dict[str, Any]]:
     """How well projections tell the arms apart, by layer, on questions that the direction was not made from.
 
-    The direction comes from the even questions and is tested on the odd ones, and the other way round. Beside it stand
-    random directions: some of them separate the arms quite well by luck, and a vector must do better than those.
+    The direction comes from the even questions and is tested on the odd ones, and the other way round; the two results
+    are averaged. Beside it stand random directions: some of them separate the arms quite well by luck, and a vector
+    must do better than those.
 
     Returns:
         For each layer ``d_prime`` and ``auc`` of the vector, and ``random_d_prime`` and ``random_auc``: what 19 of 20
-        random directions stay below, taken the way round that separates better. Empty if a fold has no response of
-        one arm.
+        random directions stay below, taken the way round that separates better. Empty if a fold has fewer than two
+        responses of one arm.
     """
     directions = [means.difference([1 - fold]).get("response_mean") for fold in range(FOLDS)]
-    if any(direction is None for direction in directions):
+    if any(means.counts.get((arm, fold), 0) < 2 for arm in Arm for fold in range(FOLDS)):
         return []
     units = torch.stack([_unit(d) for d in directions if d is not None])  # [fold, layers, d_model]
     noise = torch.randn(RANDOM_DIRECTIONS, *units.shape[1:], generator=torch.Generator().manual_seed(seed))
     randoms = _unit(noise)
-    values: dict[Arm, list[Tensor]] = {arm: [] for arm in Arm}
+    values: dict[tuple[Arm, int], list[Tensor]] = {(arm, fold): [] for arm in Arm for fold in range(FOLDS)}
     for indices, tensors in reductions():
         for position, index in enumerate(indices):
             if kept[index]:
-                h = tensors["response_mean"][position]
-                tried = torch.cat([units[fold_of(requests[index])].unsqueeze(0), randoms])
+                fold, h = fold_of(requests[index]), tensors["response_mean"][position]
+                tried = torch.cat([units[fold].unsqueeze(0), randoms])
                 found = einsum(h, tried, "layers d_model, directions layers d_model -> layers directions")
-                values[Arm(requests[index].labels["arm"])].append(found)
-    arms = [rearrange(values[arm], "rows layers directions -> layers directions rows").double().numpy() for arm in Arm]
+                values[Arm(requests[index].labels["arm"]), fold].append(found)
+    columns = {
+        key: rearrange(rows, "rows layers directions -> layers directions rows").double().numpy()
+        for key, rows in values.items()
+    }
     return [
-        _separation_row(layer, positive, negative) for layer, (positive, negative) in enumerate(zip(*arms, strict=True))
+        _separation_row(layer, {key: found[layer] for key, found in columns.items()}) for layer in range(units.shape[1])
     ]
 
 
@@ -110,15 +114,22 @@ def _unit(rows: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
     return unit
 
 
-def _separation_row(layer: int, positive: NDArray[np.float64], negative: NDArray[np.float64]) -> dict[str, Any]:
-    enough = min(positive.shape[1], negative.shape[1]) > 1
-    pairs = list(zip(positive, negative, strict=True))  # the vector's projections first, then each random direction's
-    d_primes = [separation(p, n) if enough else 0.0 for p, n in pairs]
-    aucs = [auc(p, n) for p, n in pairs]
+def _separation_row(layer: int, projections: Mapping[tuple[Arm, int], NDArray[np.float64]]) -> dict[str, Any]:
+    """Of one layer's projections, [directions, rows] by arm and fold: first the vector's, then each random one's."""
+
+    def averaged(measure: Callable[[NDArray[np.float64], NDArray[np.float64]], float]) -> NDArray[np.float64]:
+        folds = [
+            [measure(p, n) for p, n in zip(projections[Arm.POSITIVE, f], projections[Arm.NEGATIVE, f], strict=True)]
+            for f in range(FOLDS)
+        ]
+        mean: NDArray[np.float64] = np.mean(folds, axis=0)
+        return mean
+
+    d_primes, aucs = averaged(separation), averaged(auc)
     return {
         "layer": layer,
-        "d_prime": d_primes[0],
-        "auc": aucs[0],
+        "d_prime": float(d_primes[0]),
+        "auc": float(aucs[0]),
         "random_d_prime": float(np.quantile(np.abs(d_primes[1:]), 0.95)),
-        "random_auc": float(np.quantile([max(value, 1 - value) for value in aucs[1:]], 0.95)),
+        "random_auc": float(np.quantile(np.maximum(aucs[1:], 1 - aucs[1:]), 0.95)),
     }
