@@ -13,7 +13,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .

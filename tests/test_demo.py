@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:

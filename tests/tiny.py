@@ -50,7 +50,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    fast: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
     )
     fast.add_special_tokens({"additional_special_tokens": SPECIALS[1:2]})
@@ -61,7 +62,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A random float32 model of three layers and d_model 32, sharp enough that greedy tokens are not ties."""
     vocab = len(tiny_tokenizer())
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocab,
         "max_position_embeddings": 512,
         "bos_token_id": 0,
@@ -95,7 +96,8 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
             **{**common, **EXTRA[architecture]},
         )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    loader: Any = AutoModelForCausalLM
+    model: PreTrainedModel = loader.from_config(config, dtype=torch.float32).eval()
     model.config.architectures = [type(model).__name__]  # as a saved model has; TransformerLens looks there
     with torch.no_grad():
         for parameter in model.parameters():

@@ -43,7 +43,7 @@ class Intervention:
         _check_masks(edits, tokens.ids.shape[1])
         self.masks = TokenMasks(tokens, end_ids, max_new_tokens)
         self._edits = {layer: [e for e in edits if e.layer == layer] for layer in {e.layer for e in edits}}
-        self._readers = [_reader(read, n_layers) for read in reads]
+        self._readers = _readers(reads, n_layers)
         reading = {layer for reader in self._readers for layer in reader.layers}
         self.layers = tuple(sorted(reading | set(self._edits)))
 
@@ -69,7 +69,7 @@ class Intervention:
 
     def results(self) -> dict[str, Tensor]:
         """What the reads brought, by the name of their kind; shapes as `Read` says."""
-        return {reader.kind.value: reader.result(self.masks) for reader in self._readers}
+        return {name: value for reader in self._readers for name, value in reader.result(self.masks).items()}
 
 
 class TokenMasks:
@@ -79,7 +79,7 @@ class TokenMasks:
         self.prompt = tokens.prompt
         self.response = tokens.response
         self.last_prompt = tokens.prompt & ~torch.nn.functional.pad(tokens.prompt[:, 1:], (0, 1))
-        self._padded = not bool(tokens.attention.all())
+        self.padded = not bool(tokens.attention.all())
         self._active = torch.ones_like(tokens.prompt[:, 0])
         self._end_ids = torch.tensor(list(end_ids), dtype=torch.long, device=tokens.ids.device)
         self._room = max_new_tokens
@@ -122,7 +122,7 @@ class TokenMasks:
 
         A finished row's tokens are changed or not as is cheaper: nothing that is kept depends on them.
         """
-        if self.decoding or (positions is Positions.ALL and not self._padded):
+        if self.decoding or (positions is Positions.ALL and not self.padded):
             return None
         return self.mask(positions)[:, -self.window :]
 
@@ -159,32 +159,46 @@ def _check_masks(edits: Sequence[Edit], width: int) -> None:
             )
 
 
-def _reader(read: Read, n_layers: int) -> _MeanReader | _TokenReader:
-    return (_MeanReader if read.kind in MEANS else _TokenReader)(read, n_layers)
+def _readers(reads: Sequence[Read], n_layers: int) -> list[_MeanReader | _TokenReader]:
+    """One reader for each token read, and one for all means at the same layers: they share a pass over the residual."""
+    kinds_at: dict[tuple[int, ...], list[ReadKind]] = {}
+    for read in reads:
+        if read.kind in MEANS:
+            kinds_at.setdefault(read.resolved_layers(n_layers), []).append(read.kind)
+    means = [_MeanReader(kinds, layers) for layers, kinds in kinds_at.items()]
+    return [*means, *(_TokenReader(read, n_layers) for read in reads if read.kind not in MEANS)]
 
 
 class _MeanReader:
-    """Sums in float32, layer by layer, on the layer's own device."""
+    """Sums in float32 of one or more means, layer by layer, on the layer's own device."""
 
-    def __init__(self, read: Read, n_layers: int) -> None:
-        self.kind = read.kind
-        self.layers = read.resolved_layers(n_layers)
-        self.kept: dict[int, Tensor | None] = dict.fromkeys(self.layers)
+    def __init__(self, kinds: Sequence[ReadKind], layers: tuple[int, ...]) -> None:
+        self.kinds = tuple(kinds)
+        self.layers = layers
+        self.kept: dict[int, Tensor | None] = dict.fromkeys(layers)
 
     def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
-        if masks.decoding and self.kind is not ReadKind.RESPONSE_MEAN:
+        if masks.decoding and ReadKind.RESPONSE_MEAN not in self.kinds:
             return
         fresh = h[:, -masks.fresh :].float()
-        weights = masks.of_mean(self.kind)[:, -masks.fresh :].to(h.device)
-        # Padding is blanked, not weighted by zero: what a model computes there may be NaN.
-        total = fresh.masked_fill(~weights.unsqueeze(-1), 0).sum(dim=1)
+        if masks.padded or masks.fresh == 1:
+            # Padding is blanked, not only weighted by zero: what a model computes there may be NaN.
+            fresh = fresh.masked_fill(~masks.attention[:, -masks.fresh :, None].to(h.device), 0)
         so_far = self.kept[layer]
+        if masks.decoding and so_far is not None:
+            so_far[:, self.kinds.index(ReadKind.RESPONSE_MEAN)] += fresh[:, 0]
+            return
+        weights = torch.stack([masks.of_mean(kind)[:, -masks.fresh :] for kind in self.kinds], dim=1)
+        total = torch.bmm(weights.to(h.device, fresh.dtype), fresh)
         self.kept[layer] = total if so_far is None else so_far.add_(total)
 
-    def result(self, masks: TokenMasks) -> Float[Tensor, "batch layers d_model"]:
-        counts = masks.of_mean(self.kind).sum(dim=1).cpu()
-        sums = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=1)
-        return sums / torch.where(counts > 0, counts.float(), torch.nan).reshape(-1, 1, 1)
+    def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers d_model"]]:
+        sums = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=2)
+        means = {}
+        for index, kind in enumerate(self.kinds):
+            counts = masks.of_mean(kind).sum(dim=1).cpu()
+            means[kind.value] = sums[:, index] / torch.where(counts > 0, counts.float(), torch.nan).reshape(-1, 1, 1)
+        return means
 
 
 class _TokenReader:
@@ -204,14 +218,14 @@ class _TokenReader:
             fresh = fresh @ unit.T
         self.kept[layer].append(fresh)
 
-    def result(self, masks: TokenMasks) -> Float[Tensor, "batch layers width values"]:
+    def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers width values"]]:
         values = torch.stack([torch.cat(self.kept[layer], dim=1).cpu() for layer in self.layers], dim=1)
         tokens = masks.attention.cpu()[:, : values.shape[2]]
         lengths = tokens.sum(dim=1)
         aligned = values.new_full((*values.shape[:2], int(lengths.max()), values.shape[3]), torch.nan)
         for row, length in enumerate(lengths.tolist()):
             aligned[row, :, aligned.shape[2] - length :] = values[row][:, tokens[row]]
-        return aligned
+        return {self.kind.value: aligned}
 
 
 def _filled(value: Tensor | None) -> Tensor:
