@@ -247,7 +247,7 @@ def test_separation_is_that_worked_out_by_hand() -> None:
     kept = [True] * 8
     means = arm_means(requests, kept, lambda: reductions_of(requests, {"response_mean": rows}))
     (row,) = held_out_separation(requests, kept, lambda: reductions_of(requests, {"response_mean": rows}), means, 0)
-    # Fold 1's direction is (0, 4), so fold 0 gives its second entries; fold 0's is (2, 3), so fold 1 gives (2x + 3y)/√13.
+    # Fold 1's direction is (0, 4): fold 0 gives its second entries. Fold 0's is (2, 3): fold 1 gives (2x + 3y)/√13.
     folds = [([1.0, 2], [0.0, -3]), ([23.0, 23], [10.0, 12])]
     d_primes = []
     for positive, negative in folds:
