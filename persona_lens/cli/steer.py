@@ -56,8 +56,7 @@ def steer(
 ) -> None:
     """Steer along a vector on the trait's held-out questions, and score what comes out.
 
-    Scores are those of the likelihood judge, a proxy that needs no second model. Intervals are 95% bootstrap intervals
-    over questions.
+    Scores are the likelihood judge's, a proxy. Intervals are 95% bootstrap intervals over questions.
 
     Example: `persona-lens steer smollm2-135m runs/optimistic-smollm2-135m --layers 12,18 --coefficients=-2,-1,1,2`
     """
@@ -68,14 +67,13 @@ def steer(
     from persona_lens.vectors import load_vectors
 
     loaded = load_vectors(vectors)
-    wanted = options.choice(Positions, positions, "--positions")
     settings = SweepSettings(
         layers=tuple(options.layer_numbers(layers, loaded.model.n_layers)),
         coefficients=tuple(options.numbers(coefficients, "--coefficients")),
         questions=questions,
         samples=samples,
         random_directions=random_directions,
-        positions=wanted,
+        positions=options.choice(Positions, positions, "--positions"),
         reduction=reduction,
         seed=seed,
         rollouts=RolloutSettings(max_new_tokens, temperature, batch_size=batch_size),
