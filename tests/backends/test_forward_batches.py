@@ -1,0 +1,36 @@
+"""Reading any number of texts gives what reading them alone gives, each text once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from persona_lens import Read, TokenBatch, wrap_model
+from persona_lens.backend import TokenError
+from persona_lens.backend.memory import forward_batches
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TEXTS = TokenBatch.of([[5] * n for n in (3, 9, 1, 4, 7)], [[6] * n for n in (2, 1, 8, 3, 5)])
+
+
+@pytest.mark.parametrize(("max_rows", "max_tokens"), [(64, None), (2, None), (64, 12), (1, 1)])
+def test_every_text_once_and_as_if_alone(max_rows: int, max_tokens: int | None) -> None:
+    backend = wrap_model(tiny_model(), tiny_tokenizer())
+    seen: list[int] = []
+    batches = forward_batches(backend, TEXTS, Read.means(), logprobs=True, max_rows=max_rows, max_tokens=max_tokens)
+    for indices, result in batches:
+        seen += indices
+        for position, index in enumerate(indices):
+            alone = backend.forward(TEXTS.rows(index, index + 1), reads=Read.means(), logprobs=True)
+            for name, value in alone.reads.items():
+                torch.testing.assert_close(result.reads[name][position], value[0], rtol=1e-4, atol=1e-5)
+            assert result.logprobs is not None
+            assert alone.logprobs is not None
+            torch.testing.assert_close(result.logprobs[position], alone.logprobs[0], rtol=1e-4, atol=1e-5)
+    assert sorted(seen) == list(range(len(TEXTS)))
+
+
+def test_asking_for_nothing_is_refused() -> None:
+    backend = wrap_model(tiny_model(), tiny_tokenizer())
+    with pytest.raises(TokenError, match="nothing is asked for"):
+        next(forward_batches(backend, TEXTS))
