@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from persona_lens.backend import Backend, backend_statuses, open_backend
 from persona_lens.backend.parity import check_parity
-from persona_lens.backend.registry import DEFAULT
+from persona_lens.backend.registry import DEFAULT, installed_version
 from persona_lens.extraction import Extraction, ExtractionSettings, run_extraction
 from persona_lens.progress import Progress, no_progress
 from persona_lens.reports import render_report
@@ -103,7 +102,7 @@ def _subject(trait: Trait, backend: Backend, settings: DemoSettings) -> dict[str
         "command": f"persona-lens demo --out DIR --seed {settings.seed}",
         "settings": asdict(settings),
         "seed": settings.seed,
-        "versions": {name: _version(name) for name in LIBRARIES if _version(name)},
+        "versions": {name: found for name in LIBRARIES if (found := installed_version(name))},
     }
 
 
@@ -200,10 +199,3 @@ def _agreement(model: str, progress: Progress) -> list[dict[str, Any]]:
         )
     progress(len(statuses), len(statuses), "comparing backends")
     return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except ModuleNotFoundError:
-        return None

@@ -26,7 +26,6 @@ class TransformersBackend:
     """A Hugging Face causal language model, hooked only while a call runs."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
-        self._model = model
         self._blocks = find_blocks(model)[1]
         self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(model, "generation_config", None))

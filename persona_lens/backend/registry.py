@@ -63,12 +63,13 @@ def backend_statuses() -> list[BackendStatus]:
     return [
         spec
         if isinstance(spec, BackendStatus)
-        else BackendStatus(spec.name, spec.summary, {d: _version(d) for d in spec.requires}, spec.install)
+        else BackendStatus(spec.name, spec.summary, {d: installed_version(d) for d in spec.requires}, spec.install)
         for spec in backend_specs().values()
     ]
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of a distribution that is installed; None where it is not."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -89,7 +90,7 @@ def find_backend(name: str) -> BackendSpec:
     spec = specs[name]
     if isinstance(spec, BackendStatus):
         raise BackendError(f"backend {name} cannot be loaded: {spec.broken}")
-    missing = [d for d in spec.requires if _version(d) is None]
+    missing = [d for d in spec.requires if installed_version(d) is None]
     if missing:
         raise BackendError(f"backend {name} needs {', '.join(missing)}: {spec.install}")
     return spec

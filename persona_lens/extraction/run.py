@@ -17,7 +17,7 @@ from persona_lens.judging import Evidence, LikelihoodJudge, Score, fit_calibrati
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
-from persona_lens.rollouts import Rollout, Rollouts
+from persona_lens.rollouts import Request, Rollout, Rollouts
 from persona_lens.runs import RunFolder
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
@@ -85,10 +85,10 @@ def run_extraction(
     trait = load_trait(trait) if isinstance(trait, str) else trait
     settings = settings or ExtractionSettings()
     chat = chat or chat_format(backend)
-    plan_requests(trait, settings)  # what cannot be run must not claim the folder
+    requests = plan_requests(trait, settings)  # before the folder: what cannot be run must not claim it
     config = extraction_config(backend, trait, settings, chat)
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        return _extract(backend, trait, run, settings, chat, config, progress)
+        return _extract(backend, trait, requests, run, settings, chat, config, progress)
 
 
 def extraction_config(backend: Backend, trait: Trait, settings: ExtractionSettings, chat: ChatFormat) -> dict[str, Any]:
@@ -109,13 +109,13 @@ def subject_config(backend: Backend, trait: Trait, chat: ChatFormat) -> dict[str
 def _extract(
     backend: Backend,
     trait: Trait,
+    requests: Sequence[Request],
     run: RunFolder | None,
     settings: ExtractionSettings,
     chat: ChatFormat,
     config: dict[str, Any],
     progress: Progress,
 ) -> Extraction:
-    requests = plan_requests(trait, settings)
     collected = Rollouts(backend, chat, requests, settings.rollouts, folder=run, reads=Read.means())
     rollouts = collected.run(progress)
     judge, scores = _judge(backend, chat, trait, rollouts, run, progress)
