@@ -39,7 +39,7 @@ from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
-from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, pinned, resolve
+from persona_lens.models import end_of_turn_ids, load
 from persona_lens_nnsight.library import nnsight
 
 
@@ -60,11 +60,10 @@ class NNsightBackend:
 
     @classmethod
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> NNsightBackend:
-        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
-        source = pinned(resolve(model, revision))
-        module, tokenizer = load_model(source, **loading), load_tokenizer(source)
-        wrapped = nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")
-        return cls(wrapped, tokenizer, source.id, source.identity)
+        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load`."""
+        loaded = load(model, revision, **loading)
+        wrapped = nnsight.TransformersModel(loaded.model, tokenizer=loaded.tokenizer, task="text-generation")
+        return cls(wrapped, loaded.tokenizer, loaded.source.id, loaded.source.identity)
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any) -> NNsightBackend:

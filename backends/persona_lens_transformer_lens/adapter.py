@@ -27,7 +27,7 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.hooked import BlockHook, HookedModel
-from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, pinned, resolve
+from persona_lens.models import end_of_turn_ids, load
 
 
 class TransformerLensBackend:
@@ -51,19 +51,19 @@ class TransformerLensBackend:
 
     @classmethod
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> TransformerLensBackend:
-        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
+        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load`."""
         from transformer_lens.model_bridge import TransformerBridge
 
-        source = pinned(resolve(model, revision))
-        module, tokenizer = load_model(source, **loading), load_tokenizer(source)
+        loaded = load(model, revision, **loading)
         bridge = TransformerBridge.boot_transformers(
-            source.location,
-            hf_model=module,
-            tokenizer=copy.deepcopy(tokenizer),  # it gives the tokenizer end and beginning tokens of its own
-            dtype=module.dtype,
-            device=module.device,
+            loaded.source.location,
+            hf_model=loaded.model,
+            tokenizer=copy.deepcopy(loaded.tokenizer),  # it gives the tokenizer end and beginning tokens of its own
+            dtype=loaded.model.dtype,
+            device=loaded.model.device,
+            trust_remote_code=bool(loading.get("trust_remote_code")),
         )
-        return cls(bridge, tokenizer, source.id, source.identity)
+        return cls(bridge, loaded.tokenizer, loaded.source.id, loaded.source.identity)
 
     @classmethod
     def wrap(cls, bridge: Any, tokenizer: Any) -> TransformerLensBackend:

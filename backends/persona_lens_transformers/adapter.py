@@ -19,7 +19,7 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.hooked import HookedModel, editing_blocks, hooking_blocks
-from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, pinned, resolve
+from persona_lens.models import end_of_turn_ids, load
 
 
 class TransformersBackend:
@@ -41,10 +41,9 @@ class TransformersBackend:
 
     @classmethod
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> TransformersBackend:
-        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load_model`."""
-        source = pinned(resolve(model, revision))
-        loaded = load_model(source, **loading)
-        return cls(loaded, load_tokenizer(source), source.id, source.identity)
+        """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load`."""
+        loaded = load(model, revision, **loading)
+        return cls(loaded.model, loaded.tokenizer, loaded.source.id, loaded.source.identity)
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any) -> TransformersBackend:

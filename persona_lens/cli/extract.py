@@ -36,6 +36,7 @@ def extract(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     revision: options.Revision = None,
     chat_template: options.ChatTemplate = None,
     thinking: options.Thinking = False,
@@ -64,7 +65,15 @@ def extract(
         paired=not unpaired,
         rollouts=RolloutSettings(max_new_tokens, temperature, top_p, batch_size),
     )
-    opened = options.open_model(model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map)
+    opened = options.open_model(
+        model,
+        backend,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
     folder = out or Path("runs") / f"{loaded.name}-{opened.info.model.replace('/', '--')}"
     chat = options.open_chat(opened, chat_template, thinking)
     with showing_progress() as progress:

@@ -29,6 +29,7 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     revision: options.Revision = None,
     chat_template: options.ChatTemplate = None,
     thinking: options.Thinking = False,
@@ -47,7 +48,15 @@ def generate(
     wanted = options.choice(Positions, positions, "--positions")
     strengths = sorted({0.0, *options.numbers(coefficients, "--coefficients")})
     loaded.vector(layer, reduction)
-    opened = options.open_model(model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map)
+    opened = options.open_model(
+        model,
+        backend,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
     if not allow_other_model:
         loaded.check_model(opened)
     answers = steered_replies(

@@ -30,6 +30,9 @@ DeviceMap = Annotated[
     str | None,
     typer.Option("--device-map", help="Spread a large model over devices, such as `auto`.", show_default=False),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")
+]
 TraitsDirs = Annotated[
     list[Path] | None,
     typer.Option("--traits-dir", metavar="DIR", help="Another folder of trait files. Repeatable.", show_default=False),
@@ -48,9 +51,7 @@ BatchSize = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 
 
-def open_model(
-    model: str, backend: str, *, dtype: str, device: str, revision: str | None, device_map: str | None = None
-) -> Backend:
+def open_model(model: str, backend: str, *, revision: str | None, **given: str | bool | None) -> Backend:
     """Open a model with only the options that were given, so that a backend without one of them can say so."""
     from persona_lens.backend import open_backend
     from persona_lens.cli.display import quiet_libraries, showing_progress
@@ -59,12 +60,10 @@ def open_model(
     quiet_libraries()
     with showing_progress(of_bytes=True) as progress:
         resolve(model, revision, progress=progress)
-    options: dict[str, Any] = {"dtype": dtype, "device": device}
-    if revision is not None:
-        options["revision"] = revision
-    if device_map is not None:
-        options["device_map"] = device_map
-    return open_backend(backend, model, **options)
+    options: dict[str, Any] = {"revision": revision, **given}
+    return open_backend(
+        backend, model, **{name: value for name, value in options.items() if value not in (None, False)}
+    )
 
 
 def open_chat(backend: Backend, template: Path | None, thinking: bool) -> ChatFormat:

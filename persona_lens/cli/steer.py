@@ -48,6 +48,7 @@ def steer(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     revision: options.Revision = None,
     chat_template: options.ChatTemplate = None,
     thinking: options.Thinking = False,
@@ -78,7 +79,15 @@ def steer(
         seed=seed,
         rollouts=RolloutSettings(max_new_tokens, temperature, batch_size=batch_size),
     )
-    opened = options.open_model(model, backend, dtype=dtype, device=device, revision=revision, device_map=device_map)
+    opened = options.open_model(
+        model,
+        backend,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
     chat = options.open_chat(opened, chat_template, thinking)
     with showing_progress() as progress:
         rows = sweep(

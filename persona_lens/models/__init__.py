@@ -10,7 +10,7 @@ from persona_lens.models.chat import ChatFormat, end_of_turn_ids
 from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, EmbeddedModel, cache_folder, ensure_embedded
 from persona_lens.models.errors import ModelError
 from persona_lens.models.hub import pinned
-from persona_lens.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from persona_lens.models.loading import Loaded, load, load_model, load_tokenizer, resolve_device, resolve_dtype
 from persona_lens.models.source import ModelSource, resolve
 from persona_lens.models.templates import Message
 
@@ -19,6 +19,7 @@ __all__ = [
     "EMBEDDED",
     "ChatFormat",
     "EmbeddedModel",
+    "Loaded",
     "Message",
     "ModelError",
     "ModelSource",
@@ -26,6 +27,7 @@ __all__ = [
     "cache_folder",
     "end_of_turn_ids",
     "ensure_embedded",
+    "load",
     "load_model",
     "load_tokenizer",
     "pinned",

@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.models.errors import ModelError
 from persona_lens.models.hub import hub_error, pinned
-from persona_lens.models.source import ModelSource
+from persona_lens.models.source import ModelSource, resolve
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "load_tokenizer", "resolve_device", "resolve_dtype"]
+__all__ = ["Loaded", "load", "load_model", "load_tokenizer", "resolve_device", "resolve_dtype"]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer, and where they came from.
+
+    Attributes:
+        source: Pinned, so that it names exactly what was loaded.
+        model: The causal language model, in evaluation mode.
+        tokenizer: Its tokenizer, set to pad on the left.
+    """
+
+    source: ModelSource
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load(model: str, revision: str | None = None, *, trust_remote_code: bool = False, **options: Any) -> Loaded:
+    """Load a model and its tokenizer from one and the same revision.
+
+    Args:
+        model: Hub id, local folder or the embedded model's name.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Run code that the model's repository brings.
+        options: See `load_model`.
+
+    Raises:
+        ModelError: It cannot be loaded; the message says what to do.
+    """
+    source = pinned(resolve(model, revision))
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    return Loaded(source, load_model(source, trust_remote_code=trust_remote_code, **options), tokenizer)
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -14,8 +14,9 @@ import pytest
 
 from persona_lens.backend import BackendError, BackendSpec, backend_statuses, find_backend, open_backend
 from persona_lens.backend.registry import GROUP
+from persona_lens.models import ModelError
 from tests.backends.fixtures import tokenizer
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -299,3 +300,20 @@ def test_the_command_line_lists_a_third_partys_backend(their_site: Path) -> None
     rows = {row["name"]: row for row in json.loads(done.stdout)["backends"]}
     assert rows["theirs"]["available"]
     assert rows["theirs"]["summary"] == "somebody else's"
+
+
+@pytest.mark.parametrize("name", ["transformers", "transformer_lens", "nnsight"])
+def test_code_of_a_models_repository(name: str, tmp_path: Path) -> None:
+    """A tokenizer of its own class is loaded by every backend when it is asked for, and not otherwise."""
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
+    (tmp_path / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    with pytest.raises(ModelError, match="pass trust_remote_code"):
+        open_backend(name, str(tmp_path), dtype="float32", device="cpu")
+    opened = open_backend(name, str(tmp_path), dtype="float32", device="cpu", trust_remote_code=True)
+    assert type(opened.tokenizer).__name__ == "OwnTokenizer"
