@@ -51,12 +51,13 @@ def reading_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
     model, tokenizer = w.load(dtype)
     wide = w.load("float32")[0]
     backend = wrap_model(model, tokenizer)
-    few, many = w.texts(len(tokenizer), 8), w.texts(len(tokenizer))
+    few = w.texts(len(tokenizer), 8)
     warm_up(w.batched_reading(backend, few), w.one_by_one_reading(model, few), w.one_by_one_reading(wide, few))
-    ours = w.batched_reading(backend, many)
-    for precision, baseline, limit in (("float32", wide, 1 / 4), (dtype, model, 1 / 2)):
-        name = f"reading {w.TEXTS} texts in {dtype} / one by one in {precision}"
-        yield compare(name, ours, w.one_by_one_reading(baseline, many), limit=limit, pairs=pairs)
+    for kind, many in (("rollouts", w.rollouts(tokenizer)), ("unrelated texts", w.texts(len(tokenizer)))):
+        ours = w.batched_reading(backend, many)
+        for precision, baseline, limit in (("float32", wide, 1 / 4), (dtype, model, 1 / 2)):
+            name = f"reading {len(many)} {kind} in {dtype} / one by one in {precision}"
+            yield compare(name, ours, w.one_by_one_reading(baseline, many), limit=limit, pairs=pairs)
 
 
 def warm_up(*work: Callable[[], object]) -> None:

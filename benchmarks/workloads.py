@@ -123,8 +123,17 @@ def nnsighted(model: Any, tokenizer: Any) -> Any:
     return nnsight.TransformersModel(model, tokenizer=tokenizer, task="text-generation")
 
 
+def rollouts(tokenizer: Any, count: int = TEXTS) -> TokenBatch:
+    """What an extraction reads: ten responses to each prompt, texts of up to 400 tokens, the responses' ids random."""
+    generator = random.Random(0)
+    asked = prompts(tokenizer, -(-count // 10))
+    rows = [asked[row // 10] for row in range(count)]
+    lengths = [generator.randint(4, LONGEST - len(row)) for row in rows]
+    return TokenBatch.of(rows, [[generator.randrange(100, len(tokenizer)) for _ in range(n)] for n in lengths])
+
+
 def texts(vocabulary: int, count: int = TEXTS) -> TokenBatch:
-    """Random token ids, 20 to 400 a text; what the tokens say makes no difference to the time."""
+    """Texts that share nothing: random token ids, 20 to 400 a text; what they say makes no difference to the time."""
     generator = random.Random(0)
     lengths = [generator.randint(SHORTEST, LONGEST) for _ in range(count)]
     rows = [[generator.randrange(100, vocabulary) for _ in range(length)] for length in lengths]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
-from persona_lens.backend.memory import batches_by_length, generate_rows
+from persona_lens.backend.batches import batches_by_length
+from persona_lens.backend.memory import generate_rows
 from persona_lens.progress import Progress, no_progress
 from persona_lens.runs import RunError, RunFolder
 

@@ -41,6 +41,8 @@ class PlantedBackend:
         respond: Another text for a response, given its leaning.
     """
 
+    shares_prompts = False
+
     def __init__(
         self,
         trait: Trait,

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_lens.backend import Backend, ForwardResult, TokenBatch, hooked
-from persona_lens.backend.shared_prompts import shared_prompt_logprobs
+from persona_lens.backend.shared_prompts import SharedPrompts
 from persona_lens.judging import (
     Calibration,
     Evidence,
@@ -121,11 +121,11 @@ def test_shared_prompts_give_what_plain_passes_give(monkeypatch: pytest.MonkeyPa
     """Several responses to a question share their eleven prompts; one response alone shares nothing."""
     shared: list[int] = []
 
-    def spy(module: Any, batch: TokenBatch, pad_id: int) -> tuple[torch.Tensor, ...] | None:
+    def spy(module: Any, batch: TokenBatch, pad_id: int) -> SharedPrompts:
         shared.append(len(batch))
-        return shared_prompt_logprobs(module, batch, pad_id)
+        return SharedPrompts(module, batch, pad_id)
 
-    monkeypatch.setattr(hooked, "shared_prompt_logprobs", spy)
+    monkeypatch.setattr(hooked, "SharedPrompts", spy)
     judge = judge_of(backend())
     alone = [found for exchange in EXCHANGES for found in judge.weigh([exchange])]
     assert shared == []

@@ -46,6 +46,8 @@ from persona_lens_nnsight.library import nnsight
 class NNsightBackend:
     """A model wrapped by nnsight; the wrapper leaves the module itself unchanged."""
 
+    shares_prompts = False  # a trace is one pass
+
     def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
         self._model = model
         self._module = model._module

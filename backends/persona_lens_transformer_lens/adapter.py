@@ -78,6 +78,11 @@ class TransformerLensBackend:
             )
         return cls(bridge, tokenizer, given_name(bridge.original_model), None)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """See `persona_lens.backend.protocol.Backend.shares_prompts`."""
+        return self._hooked.shares_prompts
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

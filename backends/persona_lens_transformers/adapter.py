@@ -52,6 +52,11 @@ class TransformersBackend:
             raise BackendError("a Hugging Face model does not hold its tokenizer; pass tokenizer=...")
         return cls(model, tokenizer, given_name(model), None)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """See `persona_lens.backend.protocol.Backend.shares_prompts`."""
+        return self._hooked.shares_prompts
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -14,18 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from persona_lens.backend.batches import batches_by_length, repeats_prompts, tokens_at_once
 from persona_lens.backend.blocks import residual_of, with_residual
 from persona_lens.backend.edits import Edit, EditError, Positions, apply_edit, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
-from persona_lens.backend.reads import Read, ReadKind, check_reads
+from persona_lens.backend.reads import MEANS, Read, ReadKind, check_reads
 from persona_lens.backend.sampling import RowSampler
-from persona_lens.backend.shared_prompts import shared_prompt_logprobs, token_logprobs, worth_sharing
-from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left
+from persona_lens.backend.shared_prompts import SharedPrompts, can_share_prompts
+from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left, pad_right
 
 BlockHook = Callable[[int, Tensor], Tensor]
 """Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""
@@ -66,6 +67,11 @@ class HookedModel:
         """Where token ids go."""
         return torch.device(self.model.device)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """See `persona_lens.backend.protocol.Backend.shares_prompts`."""
+        return can_share_prompts(self.model)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -95,21 +101,52 @@ class HookedModel:
         """See `persona_lens.backend.protocol.Backend.forward`."""
         check_edits(edits, self.n_layers, self.d_model, len(batch))
         check_reads(reads, self.n_layers, self.d_model)
-        if logprobs and not edits and not reads and worth_sharing(batch):
-            with self._lock, torch.inference_mode(), evaluating(self.model):
-                shared = shared_prompt_logprobs(self.model, batch, self.pad_id)
-            if shared is not None:
-                return ForwardResult(logprobs=shared)
+        if not reads and not logprobs:
+            return ForwardResult()
+        if not edits and all(read.kind in MEANS for read in reads) and self.shares_prompts and repeats_prompts(batch):
+            return self._forward_sharing(batch, reads, logprobs)
         tokens = pad_left(batch, self.pad_id, self.device)
         intervention = self._intervention(tokens, edits, reads)
         stop_at = None if logprobs else intervention.deepest_read
-        if stop_at == -1:
-            return ForwardResult()
-        output = None
-        with self._running(intervention, stop_at):
-            output = self.model(**forward_inputs(self.model, tokens))
-        values = None if output is None or not logprobs else response_logprobs(output.logits, tokens)
+        output = self._run(intervention, stop_at, forward_inputs(self.model, tokens))
+        values = response_logprobs(output.logits, tokens) if logprobs else None
         return ForwardResult(intervention.results(), values)
+
+    def _forward_sharing(self, batch: TokenBatch, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
+        """`forward` without edits: reads of prompts while the different prompts run, of responses after them."""
+        of_response = [read for read in reads if read.kind is ReadKind.RESPONSE_MEAN]
+        of_prompt = [read for read in reads if read.kind is not ReadKind.RESPONSE_MEAN]
+        stop_at = None if logprobs else max(read.resolved_layers(self.n_layers)[-1] for read in reads)
+        shared = SharedPrompts(self.model, batch, self.pad_id)
+        intervention = self._intervention(shared.tokens, (), of_prompt)
+        begun = self._run(intervention, stop_at, shared.prompt_inputs())
+        found = {name: value[shared.prompt_of] for name, value in intervention.results().items()}
+        chosen: list[Tensor] = [torch.empty(0)] * len(batch)
+        for read in of_response:
+            layers = len(read.resolved_layers(self.n_layers))
+            found[read.kind.value] = torch.full((len(batch), layers, self.d_model), torch.nan)
+        lengths = [len(response) for response in batch.responses]
+        for rows in batches_by_length(lengths, len(batch), tokens_at_once(self.device.type)):
+            if not lengths[rows[-1]] or not (of_response or logprobs):
+                continue
+            tokens = pad_right([batch.responses[row] for row in rows], self.pad_id, self.device)
+            intervention = self._intervention(tokens, (), of_response)
+            output = self._run(intervention, stop_at, shared.response_inputs(rows, tokens))
+            for name, value in intervention.results().items():
+                found[name][rows] = value
+            if logprobs:
+                before = begun.logits[shared.prompt_of[rows], -1:]
+                for row, values in zip(rows, right_padded_logprobs(before, output.logits, tokens), strict=True):
+                    chosen[row] = values
+        return ForwardResult(found, tuple(chosen) if logprobs else None)
+
+    def _run(self, intervention: Intervention, stop_at: int | None, inputs: dict[str, Any]) -> Any:
+        """The model's output, or None if the pass was stopped after a layer."""
+        try:
+            with self._running(intervention, stop_at):
+                return self.model(**inputs)
+        except _DeepestLayerReached:
+            return None
 
     def _intervention(
         self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], max_new_tokens: int = 0
@@ -135,12 +172,11 @@ class HookedModel:
         def before_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             intervention.begin_pass(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
 
-        with self.attach(intervention.layers, at_block):
+        layers = {*intervention.layers, *(() if stop_at is None else (stop_at,))}
+        with self.attach(sorted(layers), at_block):
             handle = self.model.register_forward_pre_hook(before_pass, with_kwargs=True)
             try:
                 yield
-            except _DeepestLayerReached:
-                pass
             finally:
                 handle.remove()
 
@@ -265,3 +301,21 @@ def response_logprobs(logits: Float[Tensor, "batch kept vocab"], tokens: PaddedT
     return tuple(
         token_logprobs(logits[row, :-1][wanted[row]], targets[row][wanted[row]]) for row in range(logits.shape[0])
     )
+
+
+def right_padded_logprobs(
+    before: Float[Tensor, "batch 1 vocab"], logits: Float[Tensor, "batch width vocab"], responses: PaddedTokens
+) -> tuple[Tensor, ...]:
+    """The same for responses padded on the right, from the logits before them and at their own tokens."""
+    picked = []
+    for row, count in enumerate(responses.response.sum(dim=1).tolist()):
+        predicting = torch.cat([before[row].to(logits.device), logits[row, : max(count - 1, 0)]])[:count]
+        picked.append(token_logprobs(predicting, responses.ids[row, :count].to(logits.device)))
+    return tuple(picked)
+
+
+def token_logprobs(logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """Log-probability of each id: float32 on the CPU, from logits of any precision."""
+    wide = logits.float()
+    picked = wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return (picked - wide.logsumexp(dim=-1)).cpu().clone()

@@ -7,6 +7,13 @@ from typing import TypeVar
 
 import torch
 
+from persona_lens.backend.batches import (
+    MAX_TOKENS,
+    batches_by_length,
+    batches_by_prompt,
+    repeats_prompts,
+    tokens_at_once,
+)
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read
@@ -115,17 +122,15 @@ def forward_batches(
         reads: What to bring back.
         logprobs: Whether to bring back log-probabilities of the responses.
         max_rows: Texts that run at once at most.
-        max_tokens: Tokens that run at once at most, padding included; by default 1,024 on a CPU, which gets slower
-            beyond that, and 16,384 elsewhere.
+        max_tokens: Tokens of a batch at most, padding included; by default what the device is fast at.
 
     Yields:
-        The indices of some texts and what was found for them, shortest first; every text once.
+        The indices of some texts and what was found for them; every text once. Texts of like length come together,
+        or, where many texts begin with the same prompts and the backend computes such a prompt once, those of a prompt.
     """
     if not reads and not logprobs:
         raise TokenError("nothing is asked for: give reads, or logprobs=True")
-    if max_tokens is None:
-        max_tokens = 1024 if backend.info.device == "cpu" else 16384
-    for batch in batches_by_length(tokens.lengths, max_rows, max_tokens):
+    for batch in _batches(backend, tokens, max_rows, max_tokens):
         chosen = TokenBatch(tuple(tokens.prompts[i] for i in batch), tuple(tokens.responses[i] for i in batch))
         start = 0
         for result in forward_rows(backend, chosen, (), reads, logprobs=logprobs):
@@ -134,26 +139,11 @@ def forward_batches(
             start += rows
 
 
+def _batches(backend: Backend, tokens: TokenBatch, max_rows: int, max_tokens: int | None) -> list[list[int]]:
+    if backend.shares_prompts and repeats_prompts(tokens):
+        return batches_by_prompt(tokens, max_rows, max_tokens or MAX_TOKENS)
+    return batches_by_length(tokens.lengths, max_rows, max_tokens or tokens_at_once(backend.info.device))
+
+
 def _rows_in(result: ForwardResult) -> int:
     return len(result.logprobs) if result.logprobs is not None else len(next(iter(result.reads.values())))
-
-
-def batches_by_length(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
-    """Cut rows into batches of like length, so that little of a batch is padding.
-
-    Args:
-        lengths: Tokens of each row.
-        max_rows: Rows of a batch at most.
-        max_tokens: Tokens of a batch at most, padding included; a longer row gets a batch of its own.
-
-    Returns:
-        Row indices of each batch, shortest rows first; every index once.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        open_batch = batches[-1] if batches else []
-        if open_batch and len(open_batch) < max_rows and lengths[index] * (len(open_batch) + 1) <= max_tokens:
-            open_batch.append(index)
-        else:
-            batches.append([index])
-    return batches

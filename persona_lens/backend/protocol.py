@@ -121,6 +121,14 @@ class Backend(Protocol):
         """Token ids that end the model's turn."""
         ...
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `forward` computes a prompt that several rows of a batch begin with only once.
+
+        Such a backend cuts a batch by itself into passes that fit its device, and gets rows ordered by prompt.
+        """
+        ...
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -115,7 +115,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class PaddedTokens:
-    """A batch as the model takes it, padded on the left.
+    """A batch as the model takes it, padded on the left (on the right by `pad_right`).
 
     Attributes:
         ids: Token ids, int64 [batch, width].
@@ -148,6 +148,17 @@ def pad_left(batch: TokenBatch, pad_id: int, device: torch.device | str = "cpu")
         response[row, boundary:] = True
     ids, prompt, response = ids.to(device), prompt.to(device), response.to(device)
     return PaddedTokens(ids, prompt | response, prompt, response)
+
+
+def pad_right(responses: Sequence[TokenIds], pad_id: int, device: torch.device | str = "cpu") -> PaddedTokens:
+    """Pad responses alone on the right, where causal attention never sees the padding."""
+    ids = torch.full((len(responses), max(map(len, responses))), pad_id, dtype=torch.long)
+    response = torch.zeros_like(ids, dtype=torch.bool)
+    for row, tokens in enumerate(responses):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        response[row, : len(tokens)] = True
+    ids, response = ids.to(device), response.to(device)
+    return PaddedTokens(ids, response, torch.zeros_like(response), response)
 
 
 def cut_responses(

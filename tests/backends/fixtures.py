@@ -110,6 +110,8 @@ def assert_close(got: Mapping[str, Tensor] | Tensor, want: Mapping[str, Tensor] 
 class Delegating:
     """Hands every call on to another backend; tests override what they change on the way."""
 
+    shares_prompts = False
+
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.info = inner.info

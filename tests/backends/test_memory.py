@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from persona_lens.backend import Backend, Edit, ForwardResult, Generation, Positions, Read, Sampling, TokenBatch
 from persona_lens.backend.memory import (
     OutOfMemoryError,
-    batches_by_length,
     forward_rows,
     generate_rows,
     halving,
@@ -146,18 +145,3 @@ def test_another_error_comes_out_as_it_is_and_nothing_is_tried_again() -> None:
 )
 def test_what_counts_as_out_of_memory(error: BaseException, is_memory: bool) -> None:
     assert is_out_of_memory(error) is is_memory
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 16), st.integers(1, 2000))
-def test_batches_by_length_hold_every_row_once_within_the_limits(
-    lengths: list[int], max_rows: int, max_tokens: int
-) -> None:
-    batches = batches_by_length(lengths, max_rows, max_tokens)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert 0 < len(batch) <= max_rows
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= max_tokens
-    ordered = [lengths[i] for batch in batches for i in batch]
-    assert ordered == sorted(lengths)
-    assert batches == batches_by_length(lengths, max_rows, max_tokens)

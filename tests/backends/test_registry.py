@@ -197,6 +197,8 @@ from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, res
 
 
 class TheirBackend:
+    shares_prompts = True
+
     def __init__(self, name, dtype):
         source = resolve(name)
         model = load_model(source, dtype=dtype, device="cpu")

@@ -1,0 +1,54 @@
+"""Cutting rows into batches: every row once, within the limits, and alike."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persona_lens.backend import TokenBatch
+from persona_lens.backend.batches import batches_by_length, batches_by_prompt, repeats_prompts
+
+ROWS = st.lists(
+    st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=3), st.integers(0, 40)), min_size=1, max_size=60
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 16), st.integers(1, 2000))
+def test_batches_by_length_hold_every_row_once_within_the_limits(
+    lengths: list[int], max_rows: int, max_tokens: int
+) -> None:
+    batches = batches_by_length(lengths, max_rows, max_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert 0 < len(batch) <= max_rows
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= max_tokens
+    ordered = [lengths[i] for batch in batches for i in batch]
+    assert ordered == sorted(lengths)
+    assert batches == batches_by_length(lengths, max_rows, max_tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS, st.integers(1, 16), st.integers(1, 300))
+def test_batches_by_prompt_hold_every_row_once_within_the_limits(
+    rows: list[tuple[list[int], int]], max_rows: int, max_tokens: int
+) -> None:
+    tokens = TokenBatch.of([prompt for prompt, _ in rows], [[7] * length for _, length in rows])
+    batches = batches_by_prompt(tokens, max_rows, max_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    for batch in batches:
+        prompts = {tokens.prompts[i] for i in batch}
+        padded = len(prompts) * max(map(len, prompts)) + len(batch) * max(len(tokens.responses[i]) for i in batch)
+        assert 0 < len(batch) <= max_rows
+        assert len(batch) == 1 or padded <= max_tokens
+    of_rows = [tokens.prompts[i] for batch in batches for i in batch]
+    changes = sum(a != b for a, b in pairwise(of_rows))
+    assert changes == len(set(of_rows)) - 1  # rows of a prompt stand together
+
+
+def test_when_prompts_are_worth_sharing() -> None:
+    assert repeats_prompts(TokenBatch.of([[1], [1], [2], [2]]))
+    assert not repeats_prompts(TokenBatch.of([[1], [1], [2]]))
+    assert not repeats_prompts(TokenBatch.of([[1]]))

@@ -1,0 +1,99 @@
+"""Rows that begin with the same prompt: it is computed once, and nothing else about the result changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from persona_lens.backend import Backend, Edit, ForwardResult, Read, TokenBatch
+from persona_lens.backend.memory import forward_batches
+from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, D_MODEL, tiny_backend
+from tests.tiny import tiny_model
+
+PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [9], [3, 4, 5])
+# Several responses to each of three prompts, not in order; an empty one among them.
+ROWS = [(0, 4), (1, 1), (2, 9), (0, 0), (1, 6), (2, 2), (0, 12), (1, 3)]
+BATCH = TokenBatch.of([PROMPTS[p] for p, _ in ROWS], [[20 + p + i for i in range(n)] for p, n in ROWS])
+
+
+def alone(backend: Backend, row: int, reads: tuple[Read, ...]) -> ForwardResult:
+    return backend.forward(BATCH.rows(row, row + 1), reads=reads, logprobs=True)
+
+
+def assert_as_alone(backend: Backend, found: ForwardResult, rows: list[int], reads: tuple[Read, ...]) -> None:
+    for position, row in enumerate(rows):
+        wanted = alone(backend, row, reads)
+        assert set(found.reads) == set(wanted.reads)
+        for name, value in wanted.reads.items():
+            torch.testing.assert_close(found.reads[name][position], value[0], rtol=1e-4, atol=1e-4, equal_nan=True)
+        if found.logprobs is not None:
+            assert wanted.logprobs is not None
+            torch.testing.assert_close(found.logprobs[position], wanted.logprobs[0], rtol=1e-4, atol=1e-4)
+
+
+def widths(module: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the ids of the passes that the module will run from now on."""
+    shapes: list[tuple[int, ...]] = []
+    module.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_as_if_alone(adapter: str, architecture: str, logprobs: bool) -> None:
+    backend = tiny_backend(adapter, architecture)
+    found = backend.forward(BATCH, reads=Read.means(), logprobs=logprobs)
+    assert (found.logprobs is not None) is logprobs
+    assert_as_alone(backend, found, list(range(len(BATCH))), Read.means())
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 2), None])
+def test_some_layers_and_some_reads(layers: tuple[int, ...] | None) -> None:
+    backend = tiny_backend("transformers")
+    for reads in ((Read.means(layers)[0],), Read.means(layers)[1:], (Read.means((0,))[0], Read.means(layers)[2])):
+        found = backend.forward(BATCH, reads=reads)
+        assert_as_alone(backend, found, list(range(len(BATCH))), reads)
+
+
+def test_a_prompt_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from persona_lens import wrap_model
+    from persona_lens.backend import hooked
+    from tests.tiny import tiny_tokenizer
+
+    module: Any = tiny_model()
+    backend, shapes = wrap_model(module, tiny_tokenizer()), widths(module)
+    found = backend.forward(BATCH, reads=Read.means())
+    assert shapes == [(3, 7), (7, 12)] or shapes == [(3, 7), (8, 12)]
+    shapes.clear()
+    monkeypatch.setattr(hooked, "tokens_at_once", lambda device: 12)
+    in_pieces = backend.forward(BATCH, reads=Read.means())
+    assert shapes[0] == (3, 7)
+    assert len(shapes) > 3
+    assert all(rows * width <= 12 for rows, width in shapes[1:])
+    for name, value in found.reads.items():
+        torch.testing.assert_close(in_pieces.reads[name], value, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_edited_rows_do_not_share() -> None:
+    """An edit may differ from row to row, in the prompt too."""
+    backend = tiny_backend("transformers")
+    edit = Edit.add(0, torch.ones(D_MODEL), torch.arange(float(len(BATCH))))
+    found = backend.forward(BATCH, [edit], Read.means())
+    first, same_prompt = (found.reads["prompt_last"][row] for row in (0, 3))
+    assert not torch.allclose(first, same_prompt, atol=1e-3)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(("max_rows", "max_tokens"), [(64, None), (3, None), (64, 20)])
+def test_forward_batches(adapter: str, max_rows: int, max_tokens: int | None) -> None:
+    backend, seen = tiny_backend(adapter), []
+    for rows, found in forward_batches(backend, BATCH, Read.means(), max_rows=max_rows, max_tokens=max_tokens):
+        seen += rows
+        assert_as_alone(backend, found, rows, Read.means())
+    assert sorted(seen) == list(range(len(BATCH)))
