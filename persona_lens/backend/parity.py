@@ -64,7 +64,9 @@ class Bounds:
 
 
 FULL = Bounds(reads=1e-4, tokens=0.0)
-HALF = {"float16": Bounds(reads=2e-2, tokens=1.0), "bfloat16": Bounds(reads=1e-1, tokens=1.0)}
+# In 16 bits transformers' own two ways to compute attention, eager and sdpa, lie up to 0.26 apart in bfloat16 on a
+# model with outlier channels once it is edited. What these bounds still catch are edits and reads at a wrong place.
+HALF = {"float16": Bounds(reads=5e-2, tokens=1.0), "bfloat16": Bounds(reads=4e-1, tokens=1.0)}
 
 Measurement = tuple[float, str]
 Check = tuple[str, float, Callable[[], Measurement]]
