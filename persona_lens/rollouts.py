@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
 from persona_lens.backend.batches import batches_by_length
 from persona_lens.backend.memory import generate_rows
+from persona_lens.pieces import Pieces, Row
 from persona_lens.progress import Progress, no_progress
 from persona_lens.runs import RunError, RunFolder
 
@@ -154,20 +154,19 @@ class Rollouts:
         self._prompts = [tuple(chat.encode(r.system, r.question)) for r in self.requests]
         longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]
         self.batches = batches_by_length(longest, settings.batch_size, settings.batch_tokens)
-        self._kept: list[tuple[list[Rollout], dict[str, Tensor]]] = []
+        self._kept: dict[int, dict[str, Tensor]] = {}
 
     def run(self, progress: Progress = no_progress) -> list[Rollout]:
         """Run what is not there yet, and return every rollout in the order of the requests."""
-        sizes = [len(batch) for batch in self.batches]
-        rows = self.folder.rows(self.prefix + ROLLOUTS, sizes) if self.folder else []
-        finished = sum(total <= len(rows) for total in accumulate(sizes))
-        done = [Rollout.from_row(row, self.requests[i]) for row, i in zip(rows, self._order(), strict=False)]
         label = f"{self.prefix.rstrip('-') or 'extraction'} rollouts"
-        progress(len(done), len(self.requests), label)
-        for number in range(finished, len(self.batches)):
-            done += self._run_batch(number)
-            progress(len(done), len(self.requests), label)
-        by_index = dict(zip(self._order(), done, strict=True))
+        pieces = Pieces(self.folder, self.prefix + ROLLOUTS, [len(batch) for batch in self.batches])
+        rows = pieces.run(
+            self._run_batch,
+            at_once=self.backend.calls_at_once,
+            report=lambda done: progress(done, len(self.requests), label),
+        )
+        order = [index for batch in self.batches for index in batch]
+        by_index = {i: Rollout.from_row(row, self.requests[i]) for i, row in zip(order, rows, strict=True)}
         return [by_index[i] for i in range(len(self.requests))]
 
     def reductions(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
@@ -176,7 +175,7 @@ class Rollouts:
             if self.folder:
                 yield batch, self._saved(number)
             else:
-                yield batch, self._kept[number][1]
+                yield batch, self._kept[number]
 
     def _saved(self, number: int) -> dict[str, Tensor]:
         assert self.folder is not None
@@ -189,13 +188,11 @@ class Rollouts:
                 "the run again"
             ) from error
 
-    def _order(self) -> list[int]:
-        return [index for batch in self.batches for index in batch]
-
     def _shard(self, number: int) -> str:
         return f"{ACTIVATIONS}/{self.prefix}batch-{number:05d}.safetensors"
 
-    def _run_batch(self, number: int) -> list[Rollout]:
+    def _run_batch(self, number: int) -> list[Row]:
+        """Generate a batch; its tensors are kept before its rows, so that rows never stand there without them."""
         batch = self.batches[number]
         requests = [self.requests[i] for i in batch]
         prompts = [self._prompts[i] for i in batch]
@@ -209,13 +206,11 @@ class Rollouts:
             Rollout(request, len(prompt), ids, end, self.chat.answer(ids))
             for request, prompt, ids, end in zip(requests, prompts, responses, ended, strict=True)
         ]
-        if self.folder:
-            if tensors:
-                self.folder.write_bytes(self._shard(number), save(tensors))
-            self.folder.append(self.prefix + ROLLOUTS, [rollout.to_row() for rollout in rollouts])
-        else:
-            self._kept.append((rollouts, tensors))
-        return rollouts
+        if self.folder is None:
+            self._kept[number] = tensors
+        elif tensors:
+            self.folder.write_bytes(self._shard(number), save(tensors))
+        return [rollout.to_row() for rollout in rollouts]
 
 
 def row_seed(base: int, *parts: object) -> int:

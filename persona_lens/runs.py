@@ -121,6 +121,13 @@ class RunFolder:
             stream.flush()
             os.fsync(stream.fileno())
 
+    def remove(self, name: str) -> None:
+        """Remove a file, and its folder if that is empty then; neither need be there."""
+        target = self.path / name
+        target.unlink(missing_ok=True)
+        if target.parent != self.path and target.parent.is_dir() and not any(target.parent.iterdir()):
+            target.parent.rmdir()
+
     def rows(self, name: str, batch_sizes: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """The rows of a JSONL file, without those of an interrupted write, which are cut from the file.
 

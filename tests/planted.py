@@ -42,6 +42,7 @@ class PlantedBackend:
     """
 
     shares_prompts = False
+    calls_at_once = 1
 
     def __init__(
         self,

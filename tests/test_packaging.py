@@ -29,6 +29,7 @@ ORDER = (
     "errors",
     "progress",
     "runs",
+    "pieces",
     "traits",
     "models",
     "backend",

@@ -47,6 +47,7 @@ class NNsightBackend:
     """A model wrapped by nnsight; the wrapper leaves the module itself unchanged."""
 
     shares_prompts = False  # a trace is one pass
+    calls_at_once = 1
 
     def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
         self._model = model

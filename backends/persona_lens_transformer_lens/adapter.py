@@ -33,6 +33,8 @@ from persona_lens.models import end_of_turn_ids, load
 class TransformerLensBackend:
     """A TransformerBridge, hooked only while a call runs."""
 
+    calls_at_once = 1
+
     def __init__(self, bridge: Any, tokenizer: Any, name: str, revision: str | None) -> None:
         self._bridge = bridge
         module = bridge.original_model

@@ -25,6 +25,8 @@ from persona_lens.models import end_of_turn_ids, load
 class TransformersBackend:
     """A Hugging Face causal language model, hooked only while a call runs."""
 
+    calls_at_once = 1
+
     def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
         self._blocks = find_blocks(model)[1]
         self.tokenizer = tokenizer

@@ -129,6 +129,11 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def calls_at_once(self) -> int:
+        """How many calls may run at the same time, from several threads: 1 for a model in this process."""
+        ...
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

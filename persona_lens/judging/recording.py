@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
 from persona_lens.judging.protocol import Exchange
+from persona_lens.pieces import Pieces, Row
 from persona_lens.progress import Progress, no_progress
 from persona_lens.rollouts import Rollout
 from persona_lens.runs import RunFolder
@@ -29,20 +30,21 @@ def weigh_rollouts(
     groups: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
         groups.setdefault(rollout.request.question, []).append(index)
-    name = prefix + EVIDENCE
-    sizes = [len(group) for group in groups.values()]
-    rows = folder.rows(name, sizes) if folder else []
-    found: dict[int, Evidence | None] = {row["row"]: _evidence(row) for row in rows}
-    label = f"{prefix.rstrip('-') or 'extraction'} judging"
-    progress(len(found), len(rollouts), label)
-    for group in groups.values():
-        if group[0] in found:
-            continue
+    questions = list(groups.values())
+
+    def weigh(number: int) -> list[Row]:
+        group = questions[number]
         evidence = judge.weigh([exchange_of(rollouts[i], judge.chat) for i in group])
-        if folder:
-            folder.append(name, [_row(i, e) for i, e in zip(group, evidence, strict=True)])
-        found.update(zip(group, evidence, strict=True))
-        progress(len(found), len(rollouts), label)
+        return [_row(i, e) for i, e in zip(group, evidence, strict=True)]
+
+    label = f"{prefix.rstrip('-') or 'extraction'} judging"
+    pieces = Pieces(folder, prefix + EVIDENCE, [len(group) for group in questions])
+    rows = pieces.run(
+        weigh,
+        at_once=judge.backend.calls_at_once,
+        report=lambda done: progress(done, len(rollouts), label),
+    )
+    found = {row["row"]: _evidence(row) for row in rows}
     return [found[i] for i in range(len(rollouts))]
 
 
@@ -56,5 +58,5 @@ def _row(index: int, evidence: Evidence | None) -> dict[str, object]:
     return {"row": index, **(evidence.to_json() if evidence else {"reason": "empty response"})}
 
 
-def _evidence(row: dict[str, Any]) -> Evidence | None:
+def _evidence(row: Row) -> Evidence | None:
     return None if "reason" in row else Evidence(row["preference"], row["surprise"])

@@ -111,6 +111,7 @@ class Delegating:
     """Hands every call on to another backend; tests override what they change on the way."""
 
     shares_prompts = False
+    calls_at_once = 1
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner

@@ -198,6 +198,7 @@ from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, res
 
 class TheirBackend:
     shares_prompts = True
+    calls_at_once = 1
 
     def __init__(self, name, dtype):
         source = resolve(name)
