@@ -15,6 +15,7 @@ from torch import Tensor
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
 from persona_lens.backend.batches import batches_by_length
 from persona_lens.backend.memory import generate_rows
+from persona_lens.backend.tokens import TokenIds
 from persona_lens.pieces import Pieces, Row
 from persona_lens.progress import Progress, no_progress
 from persona_lens.runs import RunError, RunFolder
@@ -190,6 +191,14 @@ class Rollouts:
 
     def _shard(self, number: int) -> str:
         return f"{ACTIVATIONS}/{self.prefix}batch-{number:05d}.safetensors"
+
+    def calls(self) -> Iterator[tuple[list[TokenIds], Sampling, Sequence[Edit], tuple[Read, ...]]]:
+        """What `run` would hand to `Backend.generate`, batch by batch."""
+        for batch in self.batches:
+            requests = [self.requests[i] for i in batch]
+            edits = self.edits_for(requests) if self.edits_for else ()
+            sampling = self.settings.sampling([r.seed for r in requests])
+            yield [self._prompts[i] for i in batch], sampling, edits, self.reads
 
     def _run_batch(self, number: int) -> list[Row]:
         """Generate a batch; its tensors are kept before its rows, so that rows never stand there without them."""

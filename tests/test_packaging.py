@@ -35,6 +35,7 @@ ORDER = (
     "backend",
     "rollouts",
     "judging",
+    "workload",
     "vectors",
     "statistics",
     "replies",

@@ -17,6 +17,7 @@ from persona_lens.backend.batches import (
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read
+from persona_lens.backend.remote import RequestTooLargeError
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.errors import PersonaLensError
 
@@ -28,8 +29,8 @@ class OutOfMemoryError(PersonaLensError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    """Whether the error says that memory ran out, on any device, or that a server takes no request of that size."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, RequestTooLargeError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
@@ -52,6 +53,8 @@ def halving(run: Callable[[int, int], Result], rows: int) -> Iterator[Result]:
             result = run(start, stop)
         except Exception as error:
             if not is_out_of_memory(error):
+                raise
+            if stop - start == 1 and isinstance(error, RequestTooLargeError):
                 raise
             if stop - start == 1:
                 raise OutOfMemoryError(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from persona_lens.backend.edits import Edit
     from persona_lens.backend.reads import Read
+    from persona_lens.backend.remote import ServerStatus
     from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 
 
@@ -176,6 +177,7 @@ class BackendSpec:
             signature says which options there are.
         accepts: Whether an object that the user has already loaded can be wrapped; must not import the library.
         wrap: Makes a backend of such an object, called with the object and a tokenizer or None.
+        server: Asks the server on which the backend's remote models run; None where there is no such thing.
     """
 
     name: str
@@ -185,3 +187,4 @@ class BackendSpec:
     open: Callable[..., Backend]
     accepts: Callable[[object], bool]
     wrap: Callable[[Any, Any], Backend]
+    server: Callable[[], ServerStatus] | None = None

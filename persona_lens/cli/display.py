@@ -24,6 +24,21 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
+class _Status:
+    """What a server said last; shown beside the bars."""
+
+    text = ""
+
+
+def show_status(text: str) -> None:
+    """Show what a server says of a request; from any thread."""
+    from rich.console import Console
+
+    changed, _Status.text = text != _Status.text, text
+    if changed and not Console(stderr=True).is_terminal:
+        print(f"server: {text}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def showing_progress(*, of_bytes: bool = False, console: Console | None = None) -> Iterator[Progress]:
     """Bars on standard error, one for each label; plain lines where that is not a terminal.
@@ -51,6 +66,7 @@ def showing_progress(*, of_bytes: bool = False, console: Console | None = None) 
         rich_progress.BarColumn(),
         *amounts,
         rich_progress.TimeRemainingColumn(),
+        _status_column(),
     )
     with Bars(*columns, console=console) as bars:
         tasks = {}
@@ -73,6 +89,19 @@ def _rate_column() -> ProgressColumn:
             return Text(f"{speed:,.1f}/s" if speed else "")
 
     return Rate()
+
+
+def _status_column() -> ProgressColumn:
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Status(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            return Text("" if task.finished else _Status.text, style="dim")
+
+    return Status()
 
 
 class _LineProgress:

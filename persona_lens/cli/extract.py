@@ -38,6 +38,11 @@ def extract(
     device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     revision: options.Revision = None,
+    remote: options.Remote = False,
+    request_timeout: options.RequestTimeout = None,
+    requests_at_once: options.RequestsAtOnce = None,
+    store_host: options.StoreHosts = None,
+    dry_run: options.DryRun = False,
     chat_template: options.ChatTemplate = None,
     thinking: options.Thinking = False,
     traits_dir: options.TraitsDirs = None,
@@ -53,7 +58,7 @@ def extract(
     `persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples 10 --max-new-tokens 1000 --out runs/evil`
     """
     from persona_lens.cli.display import showing_progress
-    from persona_lens.extraction import ExtractionSettings, run_extraction
+    from persona_lens.extraction import ExtractionSettings, extraction_work, run_extraction
     from persona_lens.rollouts import RolloutSettings
 
     loaded = _load_trait(trait, traits_dir or ())
@@ -73,9 +78,17 @@ def extract(
         revision=revision,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        remote=remote,
+        request_timeout=request_timeout,
+        requests_at_once=requests_at_once,
+        store_hosts=store_host,
+        offline=remote and dry_run,
     )
     folder = out or Path("runs") / f"{loaded.name}-{opened.info.model.replace('/', '--')}"
     chat = options.open_chat(opened, chat_template, thinking)
+    if dry_run:
+        options.show_work(extraction_work(opened, loaded, settings, chat), as_json)
+        return
     with showing_progress() as progress:
         summary = run_extraction(opened, loaded, folder, settings=settings, chat=chat, progress=progress).summary
     if as_json:

@@ -31,6 +31,10 @@ def generate(
     device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     revision: options.Revision = None,
+    remote: options.Remote = False,
+    request_timeout: options.RequestTimeout = None,
+    requests_at_once: options.RequestsAtOnce = None,
+    store_host: options.StoreHosts = None,
     chat_template: options.ChatTemplate = None,
     thinking: options.Thinking = False,
     allow_other_model: AllowOtherModel = False,
@@ -56,6 +60,10 @@ def generate(
         revision=revision,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        remote=remote,
+        request_timeout=request_timeout,
+        requests_at_once=requests_at_once,
+        store_hosts=store_host,
     )
     if not allow_other_model:
         loaded.check_model(opened)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -13,6 +16,7 @@ from persona_lens.errors import PersonaLensError
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.models import ChatFormat
+    from persona_lens.workload import Work
 
 Model = Annotated[
     str,
@@ -33,6 +37,29 @@ DeviceMap = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")
 ]
+Remote = Annotated[
+    bool, typer.Option("--remote", help="Run on a server: with `--backend nnsight` the NDIF server in `NDIF_HOST`.")
+]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option("--request-timeout", help="Seconds a remote request may take, queue included.", show_default="3600"),
+]
+RequestsAtOnce = Annotated[
+    int | None,
+    typer.Option("--requests-at-once", help="Remote requests under way at the same time.", show_default="4"),
+]
+StoreHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--store-host",
+        metavar="HOST",
+        help="Also fetch large results from this host; what it sends can run code here. Repeatable.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Run nothing: say what would be asked of the model, or sent to a server.")
+]
 TraitsDirs = Annotated[
     list[Path] | None,
     typer.Option("--traits-dir", metavar="DIR", help="Another folder of trait files. Repeatable.", show_default=False),
@@ -51,18 +78,20 @@ BatchSize = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 
 
-def open_model(model: str, backend: str, *, revision: str | None, **given: str | bool | None) -> Backend:
+def open_model(model: str, backend: str, *, revision: str | None, **given: object) -> Backend:
     """Open a model with only the options that were given, so that a backend without one of them can say so."""
     from persona_lens.backend import open_backend
-    from persona_lens.cli.display import quiet_libraries, showing_progress
+    from persona_lens.cli.display import quiet_libraries, show_status, showing_progress
     from persona_lens.models import resolve
 
     quiet_libraries()
     with showing_progress(of_bytes=True) as progress:
         resolve(model, revision, progress=progress)
     options: dict[str, Any] = {"revision": revision, **given}
+    if given.get("remote"):
+        options["on_status"] = show_status
     return open_backend(
-        backend, model, **{name: value for name, value in options.items() if value not in (None, False)}
+        backend, model, **{name: value for name, value in options.items() if value not in (None, False, [])}
     )
 
 
@@ -78,6 +107,29 @@ def open_chat(backend: Backend, template: Path | None, thinking: bool) -> ChatFo
     for note in chat.notes:
         typer.echo(f"note: {note}", err=True)
     return chat
+
+
+def show_work(work: Sequence[Work], as_json: bool) -> None:
+    """What a run would ask, as a table or as JSON."""
+    if as_json:
+        typer.echo(json.dumps({"work": [asdict(each) for each in work]}))
+        return
+    from persona_lens.cli.display import print_table
+
+    remote = any(each.traffic for each in work)
+    columns = ("", "requests" if remote else "batches", "texts", "tokens at most")
+    print_table(
+        "What the run asks for, if every response is as long as it may be",
+        (*columns, "MB up", "MB down at most") if remote else columns,
+        [_work_row(each) for each in work],
+    )
+
+
+def _work_row(work: Work) -> tuple[str, ...]:
+    amounts = (work.label, f"{work.requests:,}", f"{work.rows:,}", f"{work.tokens:,}")
+    if work.traffic is None:
+        return amounts
+    return (*amounts, f"{work.traffic.bytes_up / 1e6:,.1f}", f"{work.traffic.bytes_down / 1e6:,.1f}")
 
 
 Kind = TypeVar("Kind", bound=StrEnum)

@@ -50,6 +50,11 @@ def steer(
     device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     revision: options.Revision = None,
+    remote: options.Remote = False,
+    request_timeout: options.RequestTimeout = None,
+    requests_at_once: options.RequestsAtOnce = None,
+    store_host: options.StoreHosts = None,
+    dry_run: options.DryRun = False,
     chat_template: options.ChatTemplate = None,
     thinking: options.Thinking = False,
     allow_other_model: AllowOtherModel = False,
@@ -64,7 +69,7 @@ def steer(
     from persona_lens.backend import Positions
     from persona_lens.cli.display import showing_progress
     from persona_lens.rollouts import RolloutSettings
-    from persona_lens.steering import SweepSettings, sweep
+    from persona_lens.steering import SweepSettings, sweep, sweep_work
     from persona_lens.vectors import load_vectors
 
     loaded = load_vectors(vectors)
@@ -87,8 +92,16 @@ def steer(
         revision=revision,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        remote=remote,
+        request_timeout=request_timeout,
+        requests_at_once=requests_at_once,
+        store_hosts=store_host,
+        offline=remote and dry_run,
     )
     chat = options.open_chat(opened, chat_template, thinking)
+    if dry_run:
+        options.show_work(sweep_work(opened, loaded, settings, chat), as_json)
+        return
     with showing_progress() as progress:
         rows = sweep(
             opened, loaded, settings, folder=out, chat=chat, allow_other_model=allow_other_model, progress=progress

@@ -2,7 +2,7 @@
 
 from persona_lens.extraction.filtering import Filtered, filter_responses
 from persona_lens.extraction.plan import ExtractionError, ExtractionSettings, plan_requests
-from persona_lens.extraction.run import Extraction, extract, run_extraction
+from persona_lens.extraction.run import Extraction, extract, extraction_work, run_extraction
 
 __all__ = [
     "Extraction",
@@ -10,6 +10,7 @@ __all__ = [
     "ExtractionSettings",
     "Filtered",
     "extract",
+    "extraction_work",
     "filter_responses",
     "plan_requests",
     "run_extraction",

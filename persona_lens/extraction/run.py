@@ -21,6 +21,7 @@ from persona_lens.rollouts import Request, Rollout, Rollouts
 from persona_lens.runs import RunFolder
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
+from persona_lens.workload import Work, generation_work, judging_work
 
 VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
@@ -89,6 +90,17 @@ def run_extraction(
     config = extraction_config(backend, trait, settings, chat)
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         return _extract(backend, trait, requests, run, settings, chat, config, progress)
+
+
+def extraction_work(backend: Backend, trait: Trait, settings: ExtractionSettings, chat: ChatFormat) -> tuple[Work, ...]:
+    """What `run_extraction` with these arguments would ask of the model; nothing runs."""
+    requests = plan_requests(trait, settings)
+    collected = Rollouts(backend, chat, requests, settings.rollouts, reads=Read.means())
+    judge = LikelihoodJudge(backend, chat, trait)
+    return (
+        generation_work("rollouts", collected),
+        judging_work("judging", judge, requests, settings.rollouts.max_new_tokens),
+    )
 
 
 def extraction_config(backend: Backend, trait: Trait, settings: ExtractionSettings, chat: ChatFormat) -> dict[str, Any]:

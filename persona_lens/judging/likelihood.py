@@ -125,15 +125,20 @@ class LikelihoodJudge:
                 batch.append(index)
             yield question, batch
 
+    def passes(self, exchanges: Sequence[Exchange]) -> Iterator[TokenBatch]:
+        """What `weigh` runs the model over."""
+        answers = [self._ids(exchange) for exchange in exchanges]
+        for question, chosen in self._batches(exchanges, answers):
+            yield self._tokens(question, [answers[i] for i in chosen])
+
+    def _tokens(self, question: str, answers: Sequence[tuple[int, ...]]) -> TokenBatch:
+        prompts = [self.chat.encode(system, question) for system in (*self._systems, None)]
+        return TokenBatch.of([prompt for prompt in prompts for _ in answers], [ids for _ in prompts for ids in answers])
+
     def _weigh_question(self, question: str, answers: Sequence[tuple[int, ...]]) -> Iterator[Evidence]:
-        systems = [*self._systems, None]
-        prompts = [self.chat.encode(system, question) for system in systems]
-        tokens = TokenBatch.of(
-            [prompt for prompt in prompts for _ in answers], [ids for _ in prompts for ids in answers]
-        )
         means = [
             float(values.mean())
-            for result in forward_rows(self.backend, tokens, logprobs=True)
+            for result in forward_rows(self.backend, self._tokens(question, answers), logprobs=True)
             for values in result.logprobs or ()
         ]
         pairs = len(self.trait.instructions)

@@ -1,7 +1,7 @@
 """Steering: vectors become edits; sweeps show what they do, beside random directions of the same norm."""
 
 from persona_lens.steering.analysis import CurvePoint, Effect, choose_layer, curve, effect
-from persona_lens.steering.sweep import SteeringError, SweepRow, SweepSettings, sweep
+from persona_lens.steering.sweep import SteeringError, SweepRow, SweepSettings, sweep, sweep_work
 
 __all__ = [
     "CurvePoint",
@@ -13,4 +13,5 @@ __all__ = [
     "curve",
     "effect",
     "sweep",
+    "sweep_work",
 ]

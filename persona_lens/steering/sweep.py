@@ -23,6 +23,7 @@ from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, r
 from persona_lens.runs import RunFolder
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.workload import Work, generation_work, judging_work
 
 VECTOR, RANDOM, NONE = "vector", "random", "none"
 QuestionSet = Literal["evaluation", "extraction"]
@@ -156,6 +157,20 @@ def sweep(
         if run is not None:
             run.write_lines(f"{name}-scores.jsonl", [asdict(row) for row in rows])
     return rows
+
+
+def sweep_work(
+    backend: Backend, vectors: PersonaVectors, settings: SweepSettings, chat: ChatFormat, trait: Trait | None = None
+) -> tuple[Work, ...]:
+    """What `sweep` with these arguments would ask of the model; nothing runs."""
+    trait = trait or _trait_of(vectors)
+    requests = plan_sweep(trait, settings)
+    collected = Rollouts(backend, chat, requests, settings.rollouts, edits_for=edits_of(vectors, settings))
+    judge = LikelihoodJudge(backend, chat, trait)
+    return (
+        generation_work("rollouts", collected),
+        judging_work("judging", judge, requests, settings.rollouts.max_new_tokens),
+    )
 
 
 def sweep_config(

@@ -1,0 +1,149 @@
+"""What can go wrong between here and an NDIF server, each in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import httpx
+import websocket
+
+from persona_lens.backend.remote import RemoteError, RequestTooLargeError
+from persona_lens_nnsight.library import nnsight
+
+assert nnsight  # before the next line, which would import it otherwise than quietly
+from nnsight.intervention.backends.remote import RemoteError as JobError  # noqa: E402
+
+CONFIGURE = "set NDIF_HOST, or API.HOST in nnsight's configuration"
+STATUS_COMMAND = "`persona-lens remote status` shows what can be used"
+KEY = "get one at https://login.ndif.us and set NDIF_API_KEY, or run `python -c 'import nnsight; nnsight.login()'`"
+
+
+class ServerText(Exception):  # noqa: N818 - not an error of its own, but the text of one
+    """The server's own words, its traceback included; shown by ``--debug``."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt.
+
+    Attributes:
+        error: What to raise.
+        transient: Whether the same request may do better a little later.
+    """
+
+    error: RemoteError
+    transient: bool = False
+
+
+# What a server says of a job that failed, and what it means.
+JOBS: tuple[tuple[str, type[RemoteError], str, bool], ...] = (
+    (
+        r"exceeded the execution timeout",
+        RequestTooLargeError,
+        "a request took longer than the server allows; let fewer rows run at once (--batch-size) or shorten responses",
+        False,
+    ),
+    (
+        r"out of memory|OutOfMemory",
+        RequestTooLargeError,
+        "a request needs more memory than the server has; let fewer rows run at once (--batch-size)",
+        False,
+    ),
+    (
+        r"Could not deploy|Error starting model|CANT_ACCOMMODATE",
+        RemoteError,
+        f"the server cannot run {{model}}: {{last}} ({STATUS_COMMAND})",
+        False,
+    ),
+    (
+        r"ModuleNotFoundError|No module named",
+        RemoteError,
+        "the server lacks a module that the request needs: {last}; the versions here and there do not fit together",
+        False,
+    ),
+    (
+        r"object.?store|Could not connect to the endpoint|EndpointConnectionError",
+        RequestTooLargeError,
+        "a result is larger than the server hands back, and it has no place to store it; let fewer rows run at once "
+        "(--batch-size)",
+        False,
+    ),
+    (
+        r"try again later|evicted|preempted|cancelled|Critical server error|reconnecting",
+        RemoteError,
+        "the server gave the request up: {last}",
+        True,
+    ),
+)
+
+
+def failure_of(error: Exception, host: str, model: str, key: str = "") -> Failure:
+    """What an exception of nnsight, httpx or the web socket means.
+
+    Args:
+        error: What was raised.
+        host: The server.
+        model: The model asked for.
+        key: The key in use, which servers repeat in their messages; it appears in nothing that is returned.
+    """
+    text = _without(str(error), key)
+    if isinstance(error, RemoteError):
+        return Failure(error)
+    if isinstance(error, JobError):
+        cause = error.__cause__
+        if isinstance(cause, httpx.HTTPStatusError):
+            return _refused(cause.response.status_code, text, host)
+        if isinstance(cause, httpx.HTTPError):
+            return Failure(_error(f"{host} does not answer; {CONFIGURE}, or wait until it is back", text), True)
+        return _failed_job(text, model)
+    if isinstance(error, websocket.WebSocketBadStatusException):
+        busy = error.status_code in (502, 503, 504)
+        sentence = f"{host} is busy or restarting" if busy else f"{host} answers, but is no NDIF server; {CONFIGURE}"
+        return Failure(_error(sentence, text), busy)
+    if isinstance(error, (websocket.WebSocketConnectionClosedException, ConnectionResetError, BrokenPipeError)):
+        sentence = f"{host} closed the connection in the middle of a request"
+        return Failure(_error(sentence, text), True)
+    if isinstance(error, websocket.WebSocketAddressException):
+        return Failure(_error(f"the address {host} is not known; {CONFIGURE}", text))
+    if isinstance(error, (OSError, httpx.HTTPError, websocket.WebSocketException)):
+        return Failure(_error(f"nothing answers at {host}; {CONFIGURE}, or wait until it is back", text), True)
+    return Failure(_error(f"a request to {host} failed: {type(error).__name__}: {text}", text))
+
+
+def _refused(status: int, text: str, host: str) -> Failure:
+    if status in (401, 403) or "API key" in text:
+        known = "wants a key" if status == 401 else "does not accept the key"
+        return Failure(_error(f"{host} {known}; {KEY}", text))
+    if status == 413:
+        return Failure(
+            _error(
+                f"a request is larger than {host} takes; let fewer rows run at once (--batch-size)",
+                text,
+                RequestTooLargeError,
+            )
+        )
+    if status in (502, 503, 504):
+        return Failure(_error(f"{host} is busy or restarting; try again in a few minutes", text), True)
+    said = text.removeprefix("Failed to send request: ")
+    if "version" in text:
+        return Failure(_error(f"{host} does not take requests of this client: {said}", text))
+    return Failure(_error(f"{host} refused the request (HTTP {status}): {said}", text))
+
+
+def _failed_job(text: str, model: str) -> Failure:
+    last = (text.strip().splitlines() or ["no reason given"])[-1]
+    for pattern, kind, sentence, transient in JOBS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return Failure(_error(sentence.format(model=model, last=last), text, kind), transient)
+    return Failure(_error(f"a trace failed on the server: {last} (--debug shows the server's traceback)", text))
+
+
+def _error(sentence: str, text: str, kind: type[RemoteError] = RemoteError) -> RemoteError:
+    error = kind(sentence)
+    error.__cause__ = ServerText(text)
+    return error
+
+
+def _without(text: str, key: str) -> str:
+    return text.replace(key, "(the key)") if key else text
