@@ -15,6 +15,7 @@ def _open(
     device: str = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
+    remote: bool = False,
 ) -> Backend:
     from persona_lens_nnsight.adapter import NNsightBackend
 
@@ -25,6 +26,7 @@ def _open(
         device=device,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        on_server=remote,
     )
 
 
@@ -40,7 +42,7 @@ def _wrap(model: Any, tokenizer: Any) -> Backend:
 
 SPEC = BackendSpec(
     name="nnsight",
-    summary="nnsight traces",
+    summary="nnsight traces, here or on an NDIF server",
     requires=("nnsight",),
     install="pip install 'persona-lens[nnsight]'",
     open=_open,

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from persona_lens.backend.blocks import residual_of, with_residual
 from persona_lens.backend.edits import Edit, EditError, Positions, apply_edit, check_edits
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.logprobs import response_logprobs
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind, check_reads
+from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
-from persona_lens.backend.shared_prompts import shared_prompt_logprobs, token_logprobs, worth_sharing
+from persona_lens.backend.shared_prompts import shared_prompt_logprobs, worth_sharing
 from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left
 
 BlockHook = Callable[[int, Tensor], Tensor]
@@ -108,7 +108,9 @@ class HookedModel:
         output = None
         with self._running(intervention, stop_at):
             output = self.model(**forward_inputs(self.model, tokens))
-        values = None if output is None or not logprobs else response_logprobs(output.logits, tokens)
+        values = (
+            None if output is None or not logprobs else response_logprobs(output.logits, tokens.ids, tokens.response)
+        )
         return ForwardResult(intervention.results(), values)
 
     def _intervention(
@@ -254,14 +256,3 @@ def forward_inputs(model: nn.Module, tokens: PaddedTokens) -> dict[str, Any]:
         "logits_to_keep": min(longest_response + 1, width),
     }
     return {name: value for name, value in inputs.items() if name in accepted}
-
-
-def response_logprobs(logits: Float[Tensor, "batch kept vocab"], tokens: PaddedTokens) -> tuple[Tensor, ...]:
-    """Log-probability of every response token, float32 [response tokens] a row, from the last positions' logits."""
-    kept = logits.shape[1]
-    targets = tokens.ids[:, -kept:][:, 1:].to(logits.device)
-    wanted = tokens.response[:, -kept:][:, 1:].to(logits.device)
-    # Row by row: float32 logits of a whole batch can be many gigabytes.
-    return tuple(
-        token_logprobs(logits[row, :-1][wanted[row]], targets[row][wanted[row]]) for row in range(logits.shape[0])
-    )

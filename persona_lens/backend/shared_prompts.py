@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from persona_lens.backend.logprobs import token_logprobs
 from persona_lens.backend.tokens import TokenBatch, pad_left
 
 # A cache of these layers is nothing but keys and values by row; other kinds hold states that cannot be handed out so
@@ -81,10 +82,3 @@ def _picked(logits: Tensor, ids: Tensor, present: Tensor) -> tuple[Tensor, ...]:
         token_logprobs(logits[row, : int(count)], ids[row, : int(count)].to(logits.device))
         for row, count in enumerate(present.sum(dim=1).tolist())
     )
-
-
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of each id: float32 [tokens] on the CPU, from logits [tokens, vocab] of any precision."""
-    wide = logits.float()
-    picked = wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return (picked - wide.logsumexp(dim=-1)).cpu().clone()
