@@ -7,13 +7,24 @@ DEMO ?= demo-run
 # Two test workers with one thread each: two processes that both use all cores stand in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test lint format bench clean
+# The NDIF server of `make test-remote` has an environment of its own, beside the cached models.
+NDIF ?= ndif==0.1.2
+export PERSONA_LENS_NDIF_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/ndif-server
+NDIF_PYTHON := $(PERSONA_LENS_NDIF_ENV)/bin/python
+
+.PHONY: demo test test-remote lint format bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
+test-remote: $(VENV)/.development
+	-@$(MAKE) --no-print-directory $(PERSONA_LENS_NDIF_ENV)/.installed
+	@command -v redis-server >/dev/null || echo "redis-server is missing; on Debian: apt-get install redis-server"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ndif
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -44,4 +55,11 @@ $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.development: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(PERSONA_LENS_NDIF_ENV)/.installed: tests/ndif/requirements.txt
+	$(PYTHON) -m venv --clear $(PERSONA_LENS_NDIF_ENV)
+	$(NDIF_PYTHON) -m pip install --quiet "$$(grep '^torch==' $<)"
+	$(NDIF_PYTHON) -m pip install --quiet --requirement $<
+	$(NDIF_PYTHON) -m pip install --quiet --no-deps --ignore-requires-python $(NDIF)
 	@touch $@

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+# Their source is sent to servers, which have neither jaxtyping nor beartype: they must stay as they are written.
+TRAVELLING = {"intervention", "logprobs", "residual", "sampling"}
+BACKEND = Path(__file__).resolve().parents[1] / "persona_lens" / "backend"
+
 hook = install_import_hook(
     [
-        "persona_lens.backend",
+        *(f"persona_lens.backend.{path.stem}" for path in BACKEND.glob("*.py") if path.stem not in TRAVELLING),
         "persona_lens.vectors",
         "persona_lens.extraction",
         "persona_lens.steering",

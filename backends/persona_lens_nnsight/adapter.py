@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,25 +26,34 @@ from persona_lens.backend import (
     Sampling,
     TokenBatch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, residual_of, with_residual
+from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.edits import check_edits
-from persona_lens.backend.hooked import (
-    editing_blocks,
-    evaluating,
-    forward_inputs,
-    generation_config,
-    response_logprobs,
-)
+from persona_lens.backend.hooked import editing_blocks, evaluating, forward_inputs, generation_config
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.logprobs import response_logprobs
 from persona_lens.backend.reads import check_reads
+from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
 from persona_lens.models import end_of_turn_ids, load
+from persona_lens_nnsight.envoys import embedding_envoy
 from persona_lens_nnsight.library import nnsight
+
+if TYPE_CHECKING:
+    from persona_lens_nnsight.request import Request
+
+TASK = "text-generation"
 
 
 class NNsightBackend:
-    """A model wrapped by nnsight; the wrapper leaves the module itself unchanged."""
+    """A model wrapped by nnsight; the wrapper leaves the module itself unchanged.
+
+    Args:
+        model: The nnsight model.
+        tokenizer: The model's own.
+        name: What to call the model.
+        revision: Commit or content id of its files; None where it is not known.
+    """
 
     shares_prompts = False  # a trace is one pass
     calls_at_once = 1
@@ -54,9 +63,12 @@ class NNsightBackend:
         self._module = model._module
         path, self._blocks = find_blocks(self._module)
         self._envoys = model.get(path)
+        self._embedding = embedding_envoy(model)
+        self._head: Any = None  # where logits may be changed instead of in the model's output
+        self._defaults = getattr(self._module, "generation_config", None)
         self._lock = threading.Lock()  # nnsight keeps the state of a run on the model
         self.tokenizer = tokenizer
-        self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(self._module, "generation_config", None))
+        self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, self._defaults)
         self._pad_id = padding_id(tokenizer, self.end_ids)
         backend = f"nnsight {version('nnsight')}, transformers {version('transformers')}"
         self.info: ModelInfo = describe(self._module, self._blocks, name, revision, backend)
@@ -65,7 +77,7 @@ class NNsightBackend:
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> NNsightBackend:
         """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load`."""
         loaded = load(model, revision, **loading)
-        wrapped = nnsight.TransformersModel(loaded.model, tokenizer=loaded.tokenizer, task="text-generation")
+        wrapped = nnsight.TransformersModel(loaded.model, tokenizer=loaded.tokenizer, task=TASK)
         return cls(wrapped, loaded.tokenizer, loaded.source.id, loaded.source.identity)
 
     @classmethod
@@ -86,43 +98,65 @@ class NNsightBackend:
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`."""
+        request = self._request()
+        saved = self._capture_generation(prompts, sampling, edits, reads, request)
+        if request is not None:
+            saved = request.send()
+        responses, ended = cut_responses(saved["ids"], self.end_ids, sampling.max_new_tokens)
+        return Generation(responses, ended, _plain(saved["values"]))
+
+    def _capture_generation(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        request: Request | None,
+    ) -> dict[str, Any]:
+        """Run a generation here, or leave it with the request, which the saved values come from then."""
         check_edits(edits, self.info.n_layers, self.info.d_model, len(prompts))
         check_reads(reads, self.info.n_layers, self.info.d_model)
         sampling.check_rows(len(prompts))
-        tokens = pad_left(TokenBatch.of(prompts), self._pad_id, self._module.device)
+        tokens = pad_left(TokenBatch.of(prompts), self._pad_id, self._device or "cpu")
         intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens)
-        config = generation_config(sampling, reads, self.end_ids, self._pad_id)
-        sampler = RowSampler(sampling, self._module.device) if sampling.seeds else None
+        config = self._arguments(generation_config(sampling, reads, self.end_ids, self._pad_id))
+        sampler = RowSampler(sampling, self._device) if sampling.seeds else None
         with self._lock, torch.inference_mode(), evaluating(self._module), warnings.catch_warnings():
             # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
             warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
-            ids, values = self._traced_generation(tokens, intervention, config, sampler)
-        responses, ended = cut_responses(ids[:, tokens.ids.shape[1] :], self.end_ids, sampling.max_new_tokens)
-        return Generation(responses, ended, _plain(values))
+            return self._traced_generation(tokens, intervention, config, sampler, request)
 
     def _traced_generation(
-        self, tokens: PaddedTokens, intervention: Intervention, config: Any, sampler: RowSampler | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        tokens: PaddedTokens,
+        intervention: Intervention,
+        config: dict[str, Any],
+        sampler: RowSampler | None,
+        request: Request | None,
+    ) -> dict[str, Any]:
         model, blocks, layers = self._model, self._envoys, intervention.layers
+        embedding, head, width = self._embedding, self._head, tokens.ids.shape[1]
         inputs = {"input_ids": tokens.ids, "attention_mask": tokens.attention.long()}
-        with model.generate(generation_config=config) as tracer:
+        with model.generate(backend=request, **config) as tracer:
             with tracer.invoke(inputs):
                 for _step in tracer.iter[:]:
-                    intervention.begin_pass(model.inputs[1]["input_ids"])
+                    intervention.begin_pass(embedding.input)
                     for layer in layers:
                         output = blocks[layer].output
                         h = residual_of(output)
                         changed = intervention.block(layer, h)
                         if changed is not h:
                             blocks[layer].output = with_residual(output, changed)
-                    if sampler is not None:
+                    if sampler is not None and head is not None:
+                        head.output = sampler(head.output[:, -1]).unsqueeze(1)
+                    elif sampler is not None:
                         result = model.output
                         result.logits = sampler(result.logits[:, -1]).unsqueeze(1)
             # In a block of its own: code after the steps does not run when every row ends early.
             with tracer.invoke():
-                ids = nnsight.save(tracer.result)
+                ids = nnsight.save(tracer.result[:, width:].clone())
                 values = nnsight.save(intervention.results())
-        return ids, values
+        return {} if request is not None else {"ids": ids, "values": values}
 
     def forward(
         self,
@@ -133,23 +167,39 @@ class NNsightBackend:
         logprobs: bool = False,
     ) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
+        request = self._request()
+        if not logprobs and not reads:
+            check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
+            return ForwardResult()
+        saved = self._capture_forward(tokens, edits, reads, logprobs, request)
+        if request is not None:
+            saved = request.send()
+        return ForwardResult(_plain(saved["values"]), saved["chosen"])
+
+    def _capture_forward(
+        self,
+        tokens: TokenBatch,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        logprobs: bool,
+        request: Request | None,
+    ) -> dict[str, Any]:
+        """As `_capture_generation`, for a pass over existing text."""
         check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
         check_reads(reads, self.info.n_layers, self.info.d_model)
-        padded = pad_left(tokens, self._pad_id, self._module.device)
+        padded = pad_left(tokens, self._pad_id, self._device or "cpu")
         intervention = self._intervention(padded, edits, reads)
-        if not logprobs and not reads:
-            return ForwardResult()
         with self._lock, torch.inference_mode(), evaluating(self._module):
-            values, chosen = self._traced_forward(padded, intervention, logprobs)
-        return ForwardResult(_plain(values), chosen)
+            return self._traced_forward(padded, intervention, logprobs, request)
 
     def _traced_forward(
-        self, tokens: PaddedTokens, intervention: Intervention, logprobs: bool
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...] | None]:
-        model, blocks = self._model, self._envoys
+        self, tokens: PaddedTokens, intervention: Intervention, logprobs: bool, request: Request | None
+    ) -> dict[str, Any]:
+        model, blocks, embedding = self._model, self._envoys, self._embedding
+        ids, response = tokens.ids, tokens.response
         layers = [layer for layer in intervention.layers if logprobs or layer <= intervention.deepest_read]
-        with model.trace(forward_inputs(self._module, tokens)) as tracer:
-            intervention.begin_pass(tokens.ids)
+        with model.trace(forward_inputs(self._module, tokens), backend=request) as tracer:
+            intervention.begin_pass(embedding.input)
             for layer in layers:
                 output = blocks[layer].output
                 h = residual_of(output)
@@ -157,14 +207,28 @@ class NNsightBackend:
                 if changed is not h:
                     blocks[layer].output = with_residual(output, changed)
             values = nnsight.save(intervention.results())
-            chosen = nnsight.save(response_logprobs(model.output.logits, tokens) if logprobs else None)
+            chosen = nnsight.save(response_logprobs(model.output.logits, ids, response) if logprobs else None)
             if not logprobs:
                 tracer.stop()
-        return values, chosen
+        return {} if request is not None else {"values": values, "chosen": chosen}
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`; acts on the plain module inside the wrapper."""
         return editing_blocks(self._blocks, edits, self.info)
+
+    @property
+    def _device(self) -> torch.device | None:
+        """Where token ids go and noise is drawn."""
+        device: torch.device = self._module.device
+        return device
+
+    def _request(self) -> Request | None:
+        """What takes a trace elsewhere; None runs it here."""
+        return None
+
+    def _arguments(self, config: Any) -> dict[str, Any]:
+        """Arguments of ``generate``."""
+        return {"generation_config": config}
 
     def _intervention(
         self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], max_new_tokens: int = 0

@@ -50,17 +50,6 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def residual_of(output: Any) -> Tensor:
-    """The residual stream in a block's output, which is a tensor or a tuple that begins with one."""
-    h: Tensor = output[0] if isinstance(output, tuple) else output
-    return h
-
-
-def with_residual(output: Any, h: Tensor) -> Any:
-    """A block's output with the residual replaced."""
-    return (h, *output[1:]) if isinstance(output, tuple) else h
-
-
 def weights_digest(blocks: nn.ModuleList, is_copy: Callable[[str], bool] = lambda name: False) -> str | None:
     """A digest that tells two models apart, base from finetuned included, and costs milliseconds.
 

@@ -1,7 +1,7 @@
-"""What to write into the residual stream: `Edit`, and the plain functions that do the writing.
+"""What to write into the residual stream: `Edit`.
 
 An edit is data. It can be compared, hashed, sent to another machine and kept in a record, and it never remembers a
-model. The functions take a tensor and return one; they are differentiable and never change their input.
+model. `residual` does the writing.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from persona_lens.backend.residual import changed
 from persona_lens.errors import PersonaLensError
 
 
@@ -117,14 +119,24 @@ class Edit:
             changes["positions"] = mask if width is None else mask[:, -width:]
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]
 
-    def to(self, device: torch.device) -> Edit:
-        """The same edit with its tensors on ``device``, ready for `apply_edit`."""
-        changes = {
-            name: value.to(device)
-            for name in ("direction", "coefficient", "positions")
-            if isinstance(value := getattr(self, name), Tensor) and value.device != device
+    def plain(self) -> dict[str, Any]:
+        """The edit as a dictionary of tensors, numbers and strings, which needs no class of this package."""
+        return {
+            "layer": self.layer,
+            "direction": self.direction,
+            "operation": str(self.operation),
+            "coefficient": self.coefficient,
+            "threshold": self.threshold,
+            "positions": self.positions if isinstance(self.positions, Tensor) else str(self.positions),
         }
-        return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+
+    def check_width(self, width: int) -> None:
+        """Raise `EditError` if a positions mask does not cover a left-padded batch of ``width`` tokens."""
+        if isinstance(self.positions, Tensor) and self.positions.shape[1] != width:
+            raise EditError(
+                f"positions mask is {self.positions.shape[1]} tokens wide, the left-padded batch is {width}; "
+                "in a generation the mask covers the prompts only"
+            )
 
     @property
     def content_hash(self) -> str:
@@ -197,34 +209,6 @@ def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int |
                 raise EditError(f"{name} has {value.shape[0]} rows, the batch has {batch}")
 
 
-def add(
-    h: Float[Tensor, "batch tokens d_model"],
-    direction: Float[Tensor, " d_model"],
-    coefficient: Float[Tensor, "#batch 1 1"],
-) -> Float[Tensor, "batch tokens d_model"]:
-    """H + coefficient * direction, the product taken in the direction's precision."""
-    return h + (coefficient * direction).to(h.dtype)
-
-
-def ablate(
-    h: Float[Tensor, "batch tokens d_model"], direction: Float[Tensor, " d_model"]
-) -> Float[Tensor, "batch tokens d_model"]:
-    """H without its component along the direction; computed in float32 whatever the model's precision."""
-    unit: Tensor = direction / direction.norm()
-    wide = h.to(unit.dtype)
-    return (wide - (wide @ unit).unsqueeze(-1) * unit).to(h.dtype)
-
-
-def cap(
-    h: Float[Tensor, "batch tokens d_model"], direction: Float[Tensor, " d_model"], threshold: float
-) -> Float[Tensor, "batch tokens d_model"]:
-    """H with its projection on the unit direction limited to ``threshold``; computed in float32."""
-    unit: Tensor = direction / direction.norm()
-    wide = h.to(unit.dtype)
-    excess = (wide @ unit - threshold).clamp(min=0)
-    return (wide - excess.unsqueeze(-1) * unit).to(h.dtype)
-
-
 def apply_edit(
     h: Float[Tensor, "batch tokens d_model"], edit: Edit, where: Bool[Tensor, "batch tokens"] | None
 ) -> Float[Tensor, "batch tokens d_model"]:
@@ -238,14 +222,4 @@ def apply_edit(
     Returns:
         A new tensor in h's dtype and on its device.
     """
-    direction = edit.direction.to(h.device, torch.promote_types(edit.direction.dtype, torch.float32))
-    match edit.operation:
-        case Operation.ADD:
-            coefficient = torch.as_tensor(edit.coefficient).to(h.device, direction.dtype)
-            edited = add(h, direction, coefficient.reshape(-1, 1, 1))
-        case Operation.ABLATE:
-            edited = ablate(h, direction)
-        case Operation.CAP:
-            assert edit.threshold is not None  # checked when the edit was made
-            edited = cap(h, direction, edit.threshold)
-    return edited if where is None else torch.where(where.to(h.device).unsqueeze(-1), edited, h)
+    return changed(h, edit.plain(), where)

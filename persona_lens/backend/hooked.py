@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from persona_lens.backend.batches import batches_by_length, repeats_prompts, tokens_at_once
-from persona_lens.backend.blocks import residual_of, with_residual
 from persona_lens.backend.edits import Edit, EditError, Positions, apply_edit, check_edits
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.logprobs import response_logprobs, right_padded_logprobs
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import MEANS, Read, ReadKind, check_reads
+from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.shared_prompts import SharedPrompts, can_share_prompts
 from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left, pad_right
@@ -109,7 +109,7 @@ class HookedModel:
         intervention = self._intervention(tokens, edits, reads)
         stop_at = None if logprobs else intervention.deepest_read
         output = self._run(intervention, stop_at, forward_inputs(self.model, tokens))
-        values = response_logprobs(output.logits, tokens) if logprobs else None
+        values = response_logprobs(output.logits, tokens.ids, tokens.response) if logprobs else None
         return ForwardResult(intervention.results(), values)
 
     def _forward_sharing(self, batch: TokenBatch, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
@@ -136,8 +136,9 @@ class HookedModel:
                 found[name][rows] = value
             if logprobs:
                 before = begun.logits[shared.prompt_of[rows], -1:]
-                for row, values in zip(rows, right_padded_logprobs(before, output.logits, tokens), strict=True):
-                    chosen[row] = values
+                values = right_padded_logprobs(before, output.logits, tokens.ids, tokens.response)
+                for row, value in zip(rows, values, strict=True):
+                    chosen[row] = value
         return ForwardResult(found, tuple(chosen) if logprobs else None)
 
     def _run(self, intervention: Intervention, stop_at: int | None, inputs: dict[str, Any]) -> Any:
@@ -290,32 +291,3 @@ def forward_inputs(model: nn.Module, tokens: PaddedTokens) -> dict[str, Any]:
         "logits_to_keep": min(longest_response + 1, width),
     }
     return {name: value for name, value in inputs.items() if name in accepted}
-
-
-def response_logprobs(logits: Float[Tensor, "batch kept vocab"], tokens: PaddedTokens) -> tuple[Tensor, ...]:
-    """Log-probability of every response token, float32 [response tokens] a row, from the last positions' logits."""
-    kept = logits.shape[1]
-    targets = tokens.ids[:, -kept:][:, 1:].to(logits.device)
-    wanted = tokens.response[:, -kept:][:, 1:].to(logits.device)
-    # Row by row: float32 logits of a whole batch can be many gigabytes.
-    return tuple(
-        token_logprobs(logits[row, :-1][wanted[row]], targets[row][wanted[row]]) for row in range(logits.shape[0])
-    )
-
-
-def right_padded_logprobs(
-    before: Float[Tensor, "batch 1 vocab"], logits: Float[Tensor, "batch width vocab"], responses: PaddedTokens
-) -> tuple[Tensor, ...]:
-    """The same for responses padded on the right, from the logits before them and at their own tokens."""
-    picked = []
-    for row, count in enumerate(responses.response.sum(dim=1).tolist()):
-        predicting = torch.cat([before[row].to(logits.device), logits[row, : max(count - 1, 0)]])[:count]
-        picked.append(token_logprobs(predicting, responses.ids[row, :count].to(logits.device)))
-    return tuple(picked)
-
-
-def token_logprobs(logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """Log-probability of each id: float32 on the CPU, from logits of any precision."""
-    wide = logits.float()
-    picked = wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return (picked - wide.logsumexp(dim=-1)).cpu().clone()

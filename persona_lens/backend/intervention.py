@@ -1,21 +1,29 @@
 """Carries out the edits and reads of one batch while a model runs over it, block by block.
 
 This is the part that all adapters share. An adapter only has to call `Intervention.begin_pass` before each forward pass
-and `Intervention.block` at each block's output, in whatever way its library lets it. Needs nothing but torch, so that
-it can run where only torch is.
+and `Intervention.block` at each block's output, in whatever way its library lets it.
+
+Runs where the model runs, see `residual`: edits and reads are held as plain data, and at run time the code uses nothing
+but torch and `residual`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
-from persona_lens.backend.edits import Edit, EditError, Positions, apply_edit
-from persona_lens.backend.reads import MEANS, Read, ReadKind
-from persona_lens.backend.tokens import PaddedTokens
+from persona_lens.backend.residual import changed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from persona_lens.backend.edits import Edit
+    from persona_lens.backend.reads import Read
+    from persona_lens.backend.tokens import PaddedTokens
 
 
 class Intervention:
@@ -40,10 +48,13 @@ class Intervention:
         end_ids: Sequence[int] = (),
         max_new_tokens: int = 0,
     ) -> None:
-        _check_masks(edits, tokens.ids.shape[1])
+        for edit in edits:
+            edit.check_width(tokens.ids.shape[1])
         self.masks = TokenMasks(tokens, end_ids, max_new_tokens)
-        self._edits = {layer: [e for e in edits if e.layer == layer] for layer in {e.layer for e in edits}}
-        self._readers = _readers(reads, n_layers)
+        self._edits: dict[int, list[dict[str, Any]]] = {}
+        for edit in edits:
+            self._edits.setdefault(edit.layer, []).append(_detached(edit.plain()))
+        self._readers = _readers([read.plain(n_layers) for read in reads])
         reading = {layer for reader in self._readers for layer in reader.layers}
         self.layers = tuple(sorted(reading | set(self._edits)))
 
@@ -59,9 +70,9 @@ class Intervention:
     def block(self, layer: int, h: Float[Tensor, "batch window d_model"]) -> Float[Tensor, "batch window d_model"]:
         """The output of block ``layer`` after its edits; reads are taken on the way."""
         for index, edit in enumerate(self._edits.get(layer, ())):
-            placed = self._edits[layer][index] = edit.to(h.device)
-            if self.masks.touches(edit.positions):
-                h = apply_edit(h, placed, self.masks.where(placed.positions))
+            placed = self._edits[layer][index] = _placed(edit, h.device)
+            if self.masks.touches(placed["positions"]):
+                h = changed(h, placed, self.masks.where(placed["positions"]))
         for reader in self._readers:
             if layer in reader.kept:
                 reader.take(layer, h, self.masks)
@@ -90,6 +101,9 @@ class TokenMasks:
         """Note the ids of the coming pass; after the first pass its last column is the newest token."""
         if self._passes:
             self._append(ids[:, -1].to(self.prompt.device))
+        else:  # masks may come from a machine that does not know where the model is
+            for name in ("prompt", "response", "last_prompt", "_active", "_end_ids"):
+                setattr(self, name, getattr(self, name).to(ids.device))
         self._passes += 1
         self.window = ids.shape[1]
         self.fresh = 1 if self._passes > 1 else self.window
@@ -113,72 +127,63 @@ class TokenMasks:
         """True at the tokens of the prompt and of the response so far."""
         return self.prompt | self.response
 
-    def touches(self, positions: Positions | Tensor) -> bool:
+    def touches(self, positions: str | Tensor) -> bool:
         """Whether an edit at these positions can change anything in this pass."""
-        return not self.decoding or (isinstance(positions, Positions) and positions is not Positions.PROMPT)
+        return not self.decoding or (isinstance(positions, str) and positions != "prompt")
 
-    def where(self, positions: Positions | Tensor) -> Bool[Tensor, "batch window"] | None:
+    def where(self, positions: str | Tensor) -> Bool[Tensor, "batch window"] | None:
         """The positions as a mask over this pass's tokens; None for every one of them.
 
         A finished row's tokens are changed or not as is cheaper: nothing that is kept depends on them.
         """
-        if self.decoding or (positions is Positions.ALL and not self.padded):
+        if self.decoding or (isinstance(positions, str) and positions == "all" and not self.padded):
             return None
         return self.mask(positions)[:, -self.window :]
 
-    def mask(self, positions: Positions | Tensor) -> Bool[Tensor, "batch width"]:
-        """The positions as a mask over all tokens so far."""
-        match positions:
-            case Positions.ALL:
-                return self.attention
-            case Positions.PROMPT:
-                return self.prompt
-            case Positions.RESPONSE:
-                return self.response
-            case Positions.GENERATING:
-                return self.response | self.last_prompt
-        assert isinstance(positions, Tensor)
-        grown = self.prompt.shape[1] - positions.shape[1]
-        return torch.nn.functional.pad(positions.to(self.prompt.device), (0, grown))
+    def mask(self, positions: str | Tensor) -> Bool[Tensor, "batch width"]:
+        """The positions, a value of `Positions` or a mask over the prompts, as a mask over all tokens so far."""
+        if not isinstance(positions, str):
+            grown = self.prompt.shape[1] - positions.shape[1]
+            return torch.nn.functional.pad(positions.to(self.prompt.device), (0, grown))
+        if positions == "generating":
+            return self.response | self.last_prompt
+        return {"all": self.attention, "prompt": self.prompt, "response": self.response}[positions]
 
-    def of_mean(self, kind: ReadKind) -> Bool[Tensor, "batch width"]:
-        """The tokens that a mean is taken over."""
-        return {
-            ReadKind.RESPONSE_MEAN: self.response,
-            ReadKind.PROMPT_MEAN: self.prompt,
-            ReadKind.PROMPT_LAST: self.last_prompt,
-        }[kind]
+    def of_mean(self, kind: str) -> Bool[Tensor, "batch width"]:
+        """The tokens that a mean, a value of `ReadKind`, is taken over."""
+        return {"response_mean": self.response, "prompt_mean": self.prompt, "prompt_last": self.last_prompt}[kind]
 
 
-def _check_masks(edits: Sequence[Edit], width: int) -> None:
-    for edit in edits:
-        if isinstance(edit.positions, Tensor) and edit.positions.shape[1] != width:
-            raise EditError(
-                f"positions mask is {edit.positions.shape[1]} tokens wide, the left-padded batch is {width}; "
-                "in a generation the mask covers the prompts only"
-            )
+def _detached(edit: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in edit.items()}
 
 
-def _readers(reads: Sequence[Read], n_layers: int) -> list[_MeanReader | _TokenReader]:
+def _placed(edit: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The edit with its tensors on the device, ready for `changed`; the very same one where they are there."""
+    away = {name: v for name, v in edit.items() if isinstance(v, torch.Tensor) and v.device != device}
+    return {**edit, **{name: value.to(device) for name, value in away.items()}} if away else edit
+
+
+def _readers(reads: Sequence[dict[str, Any]]) -> list[_MeanReader | _TokenReader]:
     """One reader for each token read, and one for all means at the same layers: they share a pass over the residual."""
-    kinds_at: dict[tuple[int, ...], list[ReadKind]] = {}
+    kinds_at: dict[tuple[int, ...], list[str]] = {}
     for read in reads:
-        if read.kind in MEANS:
-            kinds_at.setdefault(read.resolved_layers(n_layers), []).append(read.kind)
+        if read["is_mean"]:
+            kinds_at.setdefault(read["layers"], []).append(read["kind"])
     means = [_MeanReader(kinds, layers) for layers, kinds in kinds_at.items()]
-    return [*means, *(_TokenReader(read, n_layers) for read in reads if read.kind not in MEANS)]
+    return [*means, *(_TokenReader(read) for read in reads if not read["is_mean"])]
 
 
 class _MeanReader:
     """Sums in float32 of one or more means, layer by layer, on the layer's own device."""
 
-    def __init__(self, kinds: Sequence[ReadKind], layers: tuple[int, ...]) -> None:
+    def __init__(self, kinds: Sequence[str], layers: tuple[int, ...]) -> None:
         self.kinds = tuple(kinds)
         self.layers = layers
         self.kept: dict[int, Tensor | None] = dict.fromkeys(layers)
 
     def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
-        if masks.decoding and ReadKind.RESPONSE_MEAN not in self.kinds:
+        if masks.decoding and "response_mean" not in self.kinds:
             return
         fresh = h[:, -masks.fresh :].float()
         if masks.padded or masks.fresh == 1:
@@ -186,7 +191,7 @@ class _MeanReader:
             fresh = fresh.masked_fill(~masks.attention[:, -masks.fresh :, None].to(h.device), 0)
         so_far = self.kept[layer]
         if masks.decoding and so_far is not None:
-            so_far[:, self.kinds.index(ReadKind.RESPONSE_MEAN)] += fresh[:, 0]
+            so_far[:, self.kinds.index("response_mean")] += fresh[:, 0]
             return
         weights = torch.stack([masks.of_mean(kind)[:, -masks.fresh :] for kind in self.kinds], dim=1)
         total = torch.bmm(weights.to(h.device, fresh.dtype), fresh)
@@ -197,17 +202,17 @@ class _MeanReader:
         means = {}
         for index, kind in enumerate(self.kinds):
             counts = masks.of_mean(kind).sum(dim=1).cpu()
-            means[kind.value] = sums[:, index] / torch.where(counts > 0, counts.float(), torch.nan).reshape(-1, 1, 1)
+            means[kind] = sums[:, index] / torch.where(counts > 0, counts.float(), torch.nan).reshape(-1, 1, 1)
         return means
 
 
 class _TokenReader:
     """Keeps a value for every token: its projections, or all of its residual."""
 
-    def __init__(self, read: Read, n_layers: int) -> None:
-        self.kind = read.kind
-        self.layers = read.resolved_layers(n_layers)
-        units = read.unit_directions(n_layers) if read.kind is ReadKind.PROJECTIONS else None
+    def __init__(self, read: dict[str, Any]) -> None:
+        self.kind: str = read["kind"]
+        self.layers: tuple[int, ...] = read["layers"]
+        units: list[Tensor] | None = read["units"]
         self._units = dict(zip(self.layers, units, strict=True)) if units is not None else {}
         self.kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
@@ -225,7 +230,7 @@ class _TokenReader:
         aligned = values.new_full((*values.shape[:2], int(lengths.max()), values.shape[3]), torch.nan)
         for row, length in enumerate(lengths.tolist()):
             aligned[row, :, aligned.shape[2] - length :] = values[row][:, tokens[row]]
-        return {self.kind.value: aligned}
+        return {self.kind: aligned}
 
 
 def _filled(value: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,11 +120,13 @@ def _outcome(name: str, tolerance: float, measure: Callable[[], Measurement]) ->
 
 
 def _bounds(*backends: Backend | None) -> Bounds:
-    dtypes = {backend.info.dtype for backend in backends if backend is not None}
-    if dtypes <= {"float32", "float64"}:
+    # A server does not say what it holds the weights in; it is held to what the other one promises.
+    dtypes = {backend.info.dtype for backend in backends if backend is not None and not backend.info.remote}
+    if dtypes and dtypes <= {"float32", "float64"}:
         return FULL
     # Of quantised weights only the number format of the arithmetic around them counts, and that is 16 bits.
-    return max((HALF.get(dtype, HALF["bfloat16"]) for dtype in dtypes - {"float32", "float64"}), key=lambda b: b.reads)
+    half = (HALF.get(dtype, HALF["bfloat16"]) for dtype in dtypes - {"float32", "float64"})
+    return max(half, key=lambda bounds: bounds.reads, default=HALF["bfloat16"])
 
 
 def _same_model(backend: Backend, reference: Backend) -> Measurement:
@@ -304,10 +306,10 @@ def _zero(backend: Backend, probe: Probe) -> Measurement:
 
 
 class _Failing(Edit):
-    """An edit that raises once the model has reached its layer."""
+    """An edit that raises once the model has reached its layer, wherever that runs."""
 
-    def to(self, device: torch.device) -> NoReturn:
-        raise RuntimeError("raised on purpose by the parity suite")
+    def plain(self) -> dict[str, Any]:
+        return {**super().plain(), "operation": "raise on purpose, for the parity suite"}
 
 
 def _after_error(backend: Backend, probe: Probe) -> Measurement:

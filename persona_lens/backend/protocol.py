@@ -34,8 +34,8 @@ class ModelInfo:
         d_model: Width of the residual stream.
         weights: Digest of a sample of the weights, the same in every precision and backend; None where they cannot be
             read.
-        dtype: Precision of the weights, such as ``bfloat16``.
-        device: Where the first block is.
+        dtype: Precision of the weights, such as ``bfloat16``; ``remote`` where a server keeps that to itself.
+        device: Where the first block is; ``remote`` on a server.
         backend: Adapter and versions, such as ``transformers 5.22.2``.
         remote: Whether the model runs on another machine.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -83,6 +84,20 @@ class Read:
         expanded = given.expand(layers, -1, -1) if given.ndim == 2 else given
         unit: Tensor = expanded / expanded.norm(dim=-1, keepdim=True)
         return unit
+
+    def values_per_row(self, n_layers: int, d_model: int, width: int) -> int:
+        """Numbers that the result holds for each row of a batch ``width`` tokens wide."""
+        layers = len(self.resolved_layers(n_layers))
+        if self.kind in MEANS:
+            return layers * d_model
+        return layers * width * (d_model if self.directions is None else int(self.directions.shape[-2]))
+
+    def plain(self, n_layers: int) -> dict[str, Any]:
+        """The read of a model of ``n_layers`` blocks as a dictionary that needs no class of this package."""
+        # Each layer's directions have memory of their own: a view is sent with all that it is a view of.
+        units = None if self.directions is None else [unit.clone() for unit in self.unit_directions(n_layers)]
+        kind = self.kind.value
+        return {"kind": kind, "is_mean": self.kind in MEANS, "layers": self.resolved_layers(n_layers), "units": units}
 
 
 def check_reads(reads: Sequence[Read], n_layers: int, d_model: int) -> None:

@@ -2,16 +2,20 @@
 
 It is the Gumbel-max trick: the largest of ``logits / temperature + Gumbel noise`` is a sample of the softmax. The
 noise of a row comes from that row's own generator, so a row gives the same tokens in whatever batch it runs, and any
-generation loop that takes the argmax samples without knowing it.
+generation loop that takes the argmax samples without knowing it. Runs where the model runs, see `residual`.
 """
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from persona_lens.backend.tokens import Sampling
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from persona_lens.backend.tokens import Sampling
 
 
 class RowSampler:
@@ -19,15 +23,16 @@ class RowSampler:
 
     Args:
         sampling: Temperature above 0, and a seed for each row.
-        device: Where noise is drawn; logits from elsewhere are brought here. The same seeds give other tokens on
-            another kind of device.
+        device: Where noise is drawn; logits from elsewhere are brought here. None draws it where the first logits
+            are. The same seeds give other tokens on another kind of device.
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, device: torch.device | None = None) -> None:
         self.temperature = sampling.temperature
         self.top_p = sampling.top_p
         self.device = device
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in sampling.seeds or ()]
+        self.seeds = sampling.seeds or ()
+        self.generators: list[torch.Generator] = []  # made when the first logits are there: they cannot be sent
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
         """Add the next draw of every row's noise.
@@ -38,6 +43,9 @@ class RowSampler:
         Returns:
             float32 [batch, vocab].
         """
+        if not self.generators:
+            self.device = self.device or logits.device
+            self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
         wide = logits.to(self.device).float()
         # Counted from the largest: divided by a small temperature, large logits would all become infinite.
         scaled = (wide - wide.amax(dim=-1, keepdim=True)) / self.temperature

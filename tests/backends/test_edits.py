@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, EditError, Operation, Positions, Sampling
-from persona_lens.backend.edits import ablate, add, apply_edit, cap, check_edits
+from persona_lens.backend.edits import apply_edit, check_edits
 from persona_lens.backend.hooked import editing_blocks
+from persona_lens.backend.residual import ablate, add, cap
 from tests.backends.fixtures import D_MODEL, PROMPTS, TEXT, activations, assert_close, backend_of, direction
 from tests.tiny import tiny_model
 

@@ -80,7 +80,7 @@ class RemembersTheLastEdit(Delegating):
     def forward(self, tokens: TokenBatch, edits: Any = (), reads: Any = (), *, logprobs: bool = False) -> ForwardResult:
         try:
             return self.inner.forward(tokens, [*edits, *self.left], reads, logprobs=logprobs)
-        except RuntimeError:
+        except ValueError:
             self.left = [e for e in edits if type(e) is Edit]
             raise
 

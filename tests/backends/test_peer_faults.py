@@ -23,7 +23,8 @@ from persona_lens.backend import (
     backend_statuses,
     open_backend,
 )
-from persona_lens.backend.blocks import find_blocks, residual_of
+from persona_lens.backend.blocks import find_blocks
+from persona_lens.backend.residual import residual_of
 from tests.backends.fixtures import (
     D_MODEL,
     N_LAYERS,
@@ -91,8 +92,8 @@ def test_fault_05_a_changed_vector_is_applied_as_it_is_now(backend: Backend) -> 
 
 
 class FailingEdit(Edit):
-    def to(self, device: torch.device) -> Edit:
-        raise LookupError("inside the steering")
+    def plain(self) -> dict[str, Any]:
+        return {**super().plain(), "operation": "fail inside the steering"}
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])

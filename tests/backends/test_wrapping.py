@@ -58,8 +58,8 @@ def use(backend: Backend) -> None:
     backend.generate(PROMPTS, Sampling(2, 1.0, seeds=(1, 2, 3)), edits, Read.means())
 
     class Failing(Edit):
-        def to(self, device: torch.device) -> Edit:
-            raise LookupError("on purpose")
+        def plain(self) -> dict[str, Any]:
+            return {**super().plain(), "operation": "fail on purpose"}
 
     with pytest.raises(Exception, match="on purpose"):
         backend.generate(PROMPTS, Sampling(2), [Failing(1, direction(), coefficient=1.0)])

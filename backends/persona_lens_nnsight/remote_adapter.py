@@ -1,0 +1,208 @@
+"""The adapter for models on an NDIF server: the same traces, sent as requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from persona_lens.backend import (
+    BackendError,
+    Edit,
+    ForwardResult,
+    Generation,
+    Read,
+    ReadKind,
+    Sampling,
+    TokenBatch,
+)
+from persona_lens.backend.remote import RemoteError, RequestTooLargeError, Traffic
+from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
+from persona_lens_nnsight.adapter import TASK, NNsightBackend
+from persona_lens_nnsight.envoys import logits_envoy
+from persona_lens_nnsight.remote import model_key, plain_config, register_travelling, remote_info, weightless
+from persona_lens_nnsight.request import INLINE_BYTES, Connection, Request
+from persona_lens_nnsight.server import Server, missing_model
+
+FLOAT_BYTES, ID_BYTES = 4, 8
+
+
+class RemoteNNsightBackend(NNsightBackend):
+    """A model on the NDIF server that nnsight is configured for.
+
+    Args:
+        model: The nnsight model, without weights.
+        tokenizer: The model's own.
+        source: Where configuration and tokenizer come from.
+        connection: How requests are sent.
+        requests_at_once: How many may be under way at the same time.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, source: ModelSource, connection: Connection, requests_at_once: int = 1
+    ) -> None:
+        super().__init__(model, tokenizer, source.id, source.identity)
+        self.info = remote_info(self.info)
+        self.calls_at_once = requests_at_once
+        self._head = logits_envoy(model)
+        self._connection = connection
+
+    @classmethod
+    def open_remote(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        request_timeout: float = 3600.0,
+        requests_at_once: int = 4,
+        store_hosts: Sequence[str] = (),
+        on_status: Callable[[str], None] | None = None,
+        offline: bool = False,
+    ) -> RemoteNNsightBackend:
+        """Open a model on the server; here only its configuration and its tokenizer are loaded.
+
+        Args:
+            model: Hub id, or a folder that has the same path on the server.
+            revision: Branch, tag or commit on the hub; must be the one that is deployed.
+            trust_remote_code: Run code that the model's repository brings.
+            request_timeout: Seconds that a request may take, its time in the queue included.
+            requests_at_once: How many requests may be under way at the same time.
+            store_hosts: Hosts that large results may be fetched from. Loading a result can run code, so that only the
+                server itself is trusted without being named.
+            on_status: Told what the server says of a request, such as its place in the queue.
+            offline: Neither ask the server whether it has the model, nor send it a first small request.
+
+        Raises:
+            RemoteError: If the server cannot be used, or does not run the model.
+        """
+        if request_timeout <= 0 or requests_at_once < 1:
+            raise RemoteError("request_timeout must be above 0 and requests_at_once at least 1")
+        server = Server.configured()
+        source = pinned(resolve(model, revision))
+        register_travelling()
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        wrapped = weightless(source, tokenizer, TASK, trust_remote_code)
+        connection = Connection(
+            model=source.id,
+            key=model_key(wrapped, source, TASK, revision),
+            options={"attn_implementation": wrapped.attn_implementation},
+            timeout=request_timeout,
+            store_hosts=tuple(store_hosts),
+        )
+        if on_status is not None:
+            connection.on_status = on_status
+        backend = cls(wrapped, tokenizer, source, connection, requests_at_once)
+        if not offline:
+            backend.check(server, source.location if source.is_local else source.id, revision)
+        return backend
+
+    def check(self, server: Server, name: str, revision: str | None) -> None:
+        """Make sure that the server can be used and runs the model, by asking it and by a request of one token.
+
+        Raises:
+            RemoteError: If not; says which models the server has.
+        """
+        status = server.status()
+        missing = missing_model(name, revision, status)
+        try:
+            self.forward(TokenBatch.of([[self._pad_id]]), reads=(Read(ReadKind.PROMPT_LAST, (0,)),))
+        except RemoteError as error:
+            if missing is None:
+                raise
+            raise RemoteError(f"{missing}. Asked nevertheless, it said: {error}") from error.__cause__
+
+    @property
+    def traffic(self) -> Traffic:
+        """See `persona_lens.backend.remote.RemoteBackend.traffic`."""
+        return self._connection.traffic
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`.
+
+        Raises:
+            RequestTooLargeError: If what several rows bring back is more than the server hands back at once.
+        """
+        width = max(map(len, prompts), default=0) + sampling.max_new_tokens + 1
+        self._check_size(self._result_bytes(reads, len(prompts), width), len(prompts))
+        return super().generate(prompts, sampling, edits, reads)
+
+    def forward(
+        self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> ForwardResult:
+        """See `persona_lens.backend.protocol.Backend.forward`; raises as `generate` does."""
+        self._check_size(self._result_bytes(reads, len(tokens), max(tokens.lengths)), len(tokens))
+        return super().forward(tokens, edits, reads, logprobs=logprobs)
+
+    def generation_traffic(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Traffic:
+        """See `persona_lens.backend.remote.RemoteBackend.generation_traffic`."""
+        longest, width = sampling.max_new_tokens + 1, max(map(len, prompts)) + sampling.max_new_tokens + 1
+        rows = self._rows_at_once(len(prompts), lambda count: self._result_bytes(reads, count, width))
+        request = Request(self._connection)
+        some = [edit.rows(0, rows, max(map(len, prompts[:rows]))) for edit in edits]
+        self._capture_generation(prompts[:rows], sampling.rows(0, rows), some, reads, request)
+        requests = -(-len(prompts) // rows)
+        down = self._result_bytes(reads, len(prompts), width) + len(prompts) * longest * ID_BYTES
+        return Traffic(requests, requests * len(request.payload), down)
+
+    def forward_traffic(
+        self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> Traffic:
+        """See `persona_lens.backend.remote.RemoteBackend.forward_traffic`."""
+        width = max(tokens.lengths)
+        rows = self._rows_at_once(len(tokens), lambda count: self._result_bytes(reads, count, width))
+        request = Request(self._connection)
+        some = [edit.rows(0, rows, max(tokens.lengths[:rows])) for edit in edits]
+        self._capture_forward(tokens.rows(0, rows), some, reads, logprobs, request)
+        requests = -(-len(tokens) // rows)
+        values = sum(map(len, tokens.responses)) * FLOAT_BYTES if logprobs else 0
+        return Traffic(
+            requests, requests * len(request.payload), self._result_bytes(reads, len(tokens), width) + values
+        )
+
+    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """Not possible: the weights are on the server."""
+        raise BackendError("editing() needs the weights, which are on the server; open the model without remote")
+
+    def _result_bytes(self, reads: Sequence[Read], rows: int, width: int) -> int:
+        return (
+            FLOAT_BYTES
+            * rows
+            * sum(read.values_per_row(self.info.n_layers, self.info.d_model, width) for read in reads)
+        )
+
+    def _check_size(self, result: int, rows: int) -> None:
+        if rows > 1 and result > INLINE_BYTES and not self._connection.store_hosts:
+            raise RequestTooLargeError(
+                f"{rows} rows bring back {result / 2**20:.0f} MiB, and a server hands back {INLINE_BYTES / 2**20:.0f} "
+                "at once; fewer rows or layers do, or a store for large results (--store-host)"
+            )
+
+    def _rows_at_once(self, rows: int, result_bytes: Callable[[int], int]) -> int:
+        """Rows of a request once batches are halved until what they bring back fits."""
+        while rows > 1 and result_bytes(rows) > INLINE_BYTES and not self._connection.store_hosts:
+            rows = -(-rows // 2)
+        return rows
+
+    @property
+    def _device(self) -> None:
+        """Left to the server."""
+        return None
+
+    def _request(self) -> Request:
+        return Request(self._connection)
+
+    def _arguments(self, config: Any) -> dict[str, Any]:
+        return plain_config(config, self._defaults)

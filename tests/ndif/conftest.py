@@ -1,0 +1,83 @@
+"""A real NDIF server for the tests of this folder, and the models that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ndif.server import missing, serving
+from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the server runs: sums are taken in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def configured(host: str, key: str = "") -> Iterator[str]:
+    """nnsight configured for this server; it reads the environment only when it is imported."""
+    from persona_lens_nnsight.library import nnsight
+
+    settings = nnsight.CONFIG.API
+    before = settings.HOST, settings.APIKEY
+    settings.HOST, settings.APIKEY = host, key or None
+    try:
+        yield host
+    finally:
+        settings.HOST, settings.APIKEY = before
+
+
+def _running(folder: Path, **settings: str) -> Iterator[str]:
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with serving(folder, settings) as host, configured(host, settings.get("PERSONA_LENS_TEST_KEY", "")):
+        yield host
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server that runs traces in the model's own process, for which nnsight is configured."""
+    yield from _running(tmp_path_factory.mktemp("ndif"))
+
+
+@pytest.fixture(scope="module")
+def sandbox_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One that runs them in a process apart, as it does for users whom it does not know."""
+    settings = {"PERSONA_LENS_TEST_SANDBOX": "yes", "NDIF_SANDBOX_POOL_SIZE": "1"}
+    yield from _running(tmp_path_factory.mktemp("ndif-sandbox"), **settings)
+
+
+KEY = "0b1d2c3e-4f50-4617-8293-a4b5c6d7e8f9"
+
+
+@pytest.fixture(scope="module")
+def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One that takes requests with `KEY` only, and gives each a second."""
+    settings = {"PERSONA_LENS_TEST_KEY": KEY, "NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS": "1"}
+    yield from _running(tmp_path_factory.mktemp("ndif-strict"), **settings)
+
+
+@pytest.fixture(scope="module")
+def later_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One that wants an nnsight that is not there yet."""
+    yield from _running(tmp_path_factory.mktemp("ndif-later"), NDIF_MIN_NNSIGHT_VERSION="99.0")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model of each architecture, by its name."""
+    folder = tmp_path_factory.mktemp("models")
+    for architecture in ARCHITECTURES:
+        tiny_model(architecture).save_pretrained(folder / architecture)
+        tiny_tokenizer().save_pretrained(folder / architecture)
+    return folder
