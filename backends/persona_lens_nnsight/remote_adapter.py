@@ -79,7 +79,7 @@ class RemoteNNsightBackend(NNsightBackend):
         if request_timeout <= 0 or requests_at_once < 1:
             raise RemoteError("request_timeout must be above 0 and requests_at_once at least 1")
         server = Server.configured()
-        source = pinned(resolve(model, revision))
+        source = pinned(resolve(model, revision, weights=False))
         register_travelling()
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         wrapped = weightless(source, tokenizer, TASK, trust_remote_code)

@@ -86,7 +86,7 @@ def open_model(model: str, backend: str, *, revision: str | None, **given: objec
 
     quiet_libraries()
     with showing_progress(of_bytes=True) as progress:
-        resolve(model, revision, progress=progress)
+        resolve(model, revision, progress=progress, weights=not given.get("remote"))
     options: dict[str, Any] = {"revision": revision, **given}
     if given.get("remote"):
         options["on_status"] = show_status

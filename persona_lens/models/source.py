@@ -53,7 +53,9 @@ class ModelSource:
         return None if self.content is None else f"{self.kind}:{self.content}"
 
 
-def resolve(model: str, revision: str | None = None, *, progress: Progress | None = None) -> ModelSource:
+def resolve(
+    model: str, revision: str | None = None, *, progress: Progress | None = None, weights: bool = True
+) -> ModelSource:
     """Find out what a model's name stands for.
 
     An embedded model's name wins over everything; then what exists as a folder, or is written like a path, is
@@ -63,6 +65,7 @@ def resolve(model: str, revision: str | None = None, *, progress: Progress | Non
         model: ``smollm2-135m``, a path to a folder, or a hub id such as ``Qwen/Qwen2.5-7B-Instruct``.
         revision: Branch, tag or commit on the hub.
         progress: Told how far the download of an embedded model is.
+        weights: Whether a folder must hold them; not where the model runs elsewhere.
 
     Returns:
         The source.
@@ -80,7 +83,7 @@ def resolve(model: str, revision: str | None = None, *, progress: Progress | Non
     written_as_path = path.is_absolute() or model.startswith((".", "~")) or "\\" in model
     if written_as_path or path.exists():
         _refuse_revision(model, revision)
-        return _folder_source(model, path.resolve())
+        return _folder_source(model, path.resolve(), weights)
     close = difflib.get_close_matches(model.lower(), EMBEDDED, n=1, cutoff=0.7)
     if close and "/" not in model:
         raise ModelError(f"there is no model {model!r}; did you mean {close[0]!r}?")
@@ -96,7 +99,7 @@ def _refuse_revision(model: str, revision: str | None) -> None:
         raise ModelError(f"a revision ({revision!r}) belongs to a hub model, and {model!r} is not one; leave it out")
 
 
-def _folder_source(model: str, folder: Path) -> ModelSource:
+def _folder_source(model: str, folder: Path, weights: bool) -> ModelSource:
     if not folder.exists():
         raise ModelError(f"there is no folder {model!r} (looked for {folder}); a hub model is written owner/name")
     if not folder.is_dir():
@@ -108,7 +111,10 @@ def _folder_source(model: str, folder: Path) -> ModelSource:
                 f"(PeftModel.merge_and_unload, then save_pretrained) and give that folder"
             )
         raise ModelError(f"{model!r} has no config.json, so it is not a model saved by save_pretrained")
-    if not any(folder.glob("*.safetensors")):
+    here = any(folder.glob("*.safetensors"))
+    if not here and not weights:
+        return ModelSource(folder.name, str(folder), "folder")
+    if not here:
         raise ModelError(_no_safetensors(model, any(folder.glob("*.bin"))))
     return ModelSource(folder.name, str(folder), "folder", content=folder_content(folder))
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch, open_backend
+from persona_lens.backend import Backend, Edit, Operation, Read, Sampling, TokenBatch, open_backend
 from persona_lens.backend.memory import generate_rows
 from persona_lens.backend.remote import RemoteError, RequestTooLargeError
 from persona_lens.cli import app
@@ -100,9 +100,8 @@ def test_a_model_that_the_server_cannot_run(server: str, models: Path, tmp_path:
     remote(models / "qwen2")
     tiny_model().config.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(RemoteError, match=r"is not deployed on http.*models that answer now: .*qwen2") as raised:
+    with pytest.raises(RemoteError, match=r"is not deployed on http.*models that answer now: .*qwen2.* cannot run"):
         remote(tmp_path)
-    assert "Traceback" in str(raised.value.__cause__)
 
 
 def test_a_client_that_is_too_old(later_server: str, models: Path) -> None:
@@ -122,8 +121,7 @@ class Raising(Edit):
 def test_a_block_that_raises(server: str, models: Path) -> None:
     backend: Any = remote(models / "llama")
     before = backend.traffic.requests
-    edit = Raising.add(1, direction())
-    assert isinstance(edit, Raising)
+    edit = Raising(1, direction(), Operation.ADD, 1.0)
     with pytest.raises(RemoteError, match=r"a trace failed on the server: .*explode.* \(--debug") as raised:
         backend.forward(ONE, [edit], Read.means())
     assert "Traceback" in str(raised.value.__cause__)
@@ -139,8 +137,9 @@ def test_a_request_that_takes_too_long_here(server: str, models: Path) -> None:
 
 
 def test_a_request_that_takes_too_long_there_is_split(strict_server: str, models: Path) -> None:
-    """The server's limit is a second; forty rows run into it, and one row does too in the end."""
-    backend = remote(models / "llama")
+    """The server's limit is three seconds; two rows run into it, and one row does too in the end."""
+    backend: Any = remote(models / "llama")
+    backend.end_ids = ()  # it never stops by itself
     rows = [PROMPTS[0]] * 2
     with pytest.raises(RequestTooLargeError, match="took longer than the server allows; let fewer rows"):
         list(generate_rows(backend, rows, Sampling(4000)))
