@@ -46,6 +46,7 @@ class RemoteNNsightBackend(NNsightBackend):
         self.calls_at_once = requests_at_once
         self._head = logits_envoy(model)
         self._connection = connection
+        self._payloads: dict[tuple[object, ...], int] = {}
 
     @classmethod
     def open_remote(
@@ -150,12 +151,14 @@ class RemoteNNsightBackend(NNsightBackend):
         """See `persona_lens.backend.remote.RemoteBackend.generation_traffic`."""
         longest, width = sampling.max_new_tokens + 1, max(map(len, prompts)) + sampling.max_new_tokens + 1
         rows = self._rows_at_once(len(prompts), lambda count: self._result_bytes(reads, count, width))
-        request = Request(self._connection)
         some = [edit.rows(0, rows, max(map(len, prompts[:rows]))) for edit in edits]
-        self._capture_generation(prompts[:rows], sampling.rows(0, rows), some, reads, request)
+        payload = self._payload(
+            (rows, width, len(edits), *(read.kind for read in reads)),
+            lambda request: self._capture_generation(prompts[:rows], sampling.rows(0, rows), some, reads, request),
+        )
         requests = -(-len(prompts) // rows)
         down = self._result_bytes(reads, len(prompts), width) + len(prompts) * longest * ID_BYTES
-        return Traffic(requests, requests * len(request.payload), down)
+        return Traffic(requests, requests * payload, down)
 
     def forward_traffic(
         self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
@@ -163,18 +166,26 @@ class RemoteNNsightBackend(NNsightBackend):
         """See `persona_lens.backend.remote.RemoteBackend.forward_traffic`."""
         width = max(tokens.lengths)
         rows = self._rows_at_once(len(tokens), lambda count: self._result_bytes(reads, count, width))
-        request = Request(self._connection)
         some = [edit.rows(0, rows, max(tokens.lengths[:rows])) for edit in edits]
-        self._capture_forward(tokens.rows(0, rows), some, reads, logprobs, request)
+        payload = self._payload(
+            (rows, width, logprobs, len(edits), *(read.kind for read in reads)),
+            lambda request: self._capture_forward(tokens.rows(0, rows), some, reads, logprobs, request),
+        )
         requests = -(-len(tokens) // rows)
         values = sum(map(len, tokens.responses)) * FLOAT_BYTES if logprobs else 0
-        return Traffic(
-            requests, requests * len(request.payload), self._result_bytes(reads, len(tokens), width) + values
-        )
+        return Traffic(requests, requests * payload, self._result_bytes(reads, len(tokens), width) + values)
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Not possible: the weights are on the server."""
         raise BackendError("editing() needs the weights, which are on the server; open the model without remote")
+
+    def _payload(self, shape: tuple[object, ...], capture: Callable[[Request], object]) -> int:
+        """Bytes of a request; those of another request of the same shape are as good as the same."""
+        if shape not in self._payloads:
+            request = Request(self._connection)
+            capture(request)
+            self._payloads[shape] = len(request.payload)
+        return self._payloads[shape]
 
     def _result_bytes(self, reads: Sequence[Read], rows: int, width: int) -> int:
         return (

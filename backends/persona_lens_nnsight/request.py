@@ -127,6 +127,8 @@ class Request(Transport):  # type: ignore[misc]  # nnsight has no types
                 f"no result after {self.connection.timeout:.0f} s; the server may be busy: try again later, or allow "
                 "more with --request-timeout"
             ) from None
+        if not message:  # what a closed line reads as
+            raise websocket.WebSocketConnectionClosedException("the server closed the connection")
         return message
 
     def note(self, response: Any) -> bool:

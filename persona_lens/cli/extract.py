@@ -91,6 +91,7 @@ def extract(
         return
     with showing_progress() as progress:
         summary = run_extraction(opened, loaded, folder, settings=settings, chat=chat, progress=progress).summary
+    options.say_traffic(opened)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **summary}))
     else:

@@ -81,6 +81,7 @@ def generate(
         seed=seed,
         chat=options.open_chat(opened, chat_template, thinking),
     )
+    options.say_traffic(opened)
     _show(loaded.trait, layer, prompt, dict(zip(strengths, answers, strict=True)), as_json)
 
 

@@ -125,6 +125,16 @@ def show_work(work: Sequence[Work], as_json: bool) -> None:
     )
 
 
+def say_traffic(backend: Backend) -> None:
+    """Say on standard error what a run sent to a server; nothing for a model that is here."""
+    from persona_lens.backend.remote import RemoteBackend
+
+    if isinstance(backend, RemoteBackend):
+        made = backend.traffic
+        up, down = made.bytes_up / 1e6, made.bytes_down / 1e6
+        typer.echo(f"server: {made.requests:,} requests, {up:,.2f} MB up, {down:,.2f} MB down", err=True)
+
+
 def _work_row(work: Work) -> tuple[str, ...]:
     amounts = (work.label, f"{work.requests:,}", f"{work.rows:,}", f"{work.tokens:,}")
     if work.traffic is None:

@@ -106,6 +106,7 @@ def steer(
         rows = sweep(
             opened, loaded, settings, folder=out, chat=chat, allow_other_model=allow_other_model, progress=progress
         )
+    options.say_traffic(opened)
     _show(rows, settings.layers, random_directions > 0, as_json)
 
 
