@@ -18,12 +18,11 @@ demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/ndif
 
 # One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development
 	-@$(MAKE) --no-print-directory $(PERSONA_LENS_NDIF_ENV)/.installed
-	@command -v redis-server >/dev/null || echo "redis-server is missing; on Debian: apt-get install redis-server"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ndif
 
 lint: $(VENV)/.development

@@ -36,6 +36,8 @@ COMMANDS = (
     ("backends",),
     ("backends", "list"),
     ("backends", "check"),
+    ("remote",),
+    ("remote", "status"),
 )
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "scipy", "matplotlib", "rich.progress", "httpx")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -517,3 +519,33 @@ def test_an_interrupted_run_says_that_it_goes_on(model: Path, tmp_path: Path) ->
     assert "stopped; what was finished is saved, and the same command goes on from there" in said
     assert "Traceback" not in said
     assert (out / "rollouts.jsonl").exists()
+
+
+# Plans and servers
+
+
+def test_a_dry_run_says_what_is_asked_for_and_does_nothing(
+    model: Path, extracted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "planned"
+    work = parsed(*extraction(model, out, "--batch-size", "16"), "--dry-run", "--json")["work"]
+    assert not out.exists()
+    rollouts, judging = work
+    # Four questions, five pairs of instructions, two arms; eleven prompts judge each response.
+    assert (rollouts["label"], rollouts["calls"], rollouts["rows"], rollouts["traffic"]) == ("rollouts", 3, 40, None)
+    assert (judging["label"], judging["rows"]) == ("judging", 440)
+    steer = ("steer", str(model), str(extracted[0]), "--layers", "1", "--questions", "2", "--coefficients", "1")
+    work = parsed(*steer, "--random-directions", "1", *TINY, "--dry-run", "--json")["work"]
+    assert [each["rows"] for each in work] == [2 * 3, 2 * 3 * 11]
+    assert "judging" in ok(*steer, *TINY, "--dry-run")
+
+
+def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    from persona_lens_nnsight.library import nnsight
+
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "http://127.0.0.1:9")
+    assert "nothing answers at http://127.0.0.1:9; set NDIF_HOST" in refused("remote", "status")
+    assert "has no server" in refused("remote", "status", "--backend", "transformers")
+    remote = ("extract", str(model), "optimistic", "--backend", "nnsight", "--remote")
+    assert "nothing answers at http://127.0.0.1:9" in refused(*remote)
+    assert "has no option 'remote'" in refused("extract", str(model), "optimistic", "--remote")

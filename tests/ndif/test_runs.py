@@ -17,11 +17,12 @@ import pytest
 from persona_lens.backend import Read, TokenBatch, open_backend
 from persona_lens.vectors import load_vectors
 from tests.ndif.server import PORT, free_ports, missing, serving
+from tests.test_notebooks import REMOTE, assert_runs
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "from persona_lens.cli import main; main()"
-SMALL = ["--questions", "1", "--max-new-tokens", "12", "--unpaired", "--batch-size", "8"]
+SMALL = ["--questions", "2", "--max-new-tokens", "8", "--unpaired", "--batch-size", "8"]
 HERE = ["--backend", "nnsight", "--dtype", "float32", "--device", "cpu"]
 THERE = ["--backend", "nnsight", "--remote"]
 
@@ -61,6 +62,13 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("name", REMOTE)
+def test_the_notebook_runs(server: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NDIF_HOST", server)
+    assert_runs(ROOT / "notebooks" / name, tmp_path, monkeypatch)
+
+
+@pytest.mark.real
 def test_an_extraction_and_a_sweep(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The embedded model's vectors and steered responses are those of the same model here."""
     model, settings = "smollm2-135m", ["--coefficients=-1,1", "--questions", "1", "--random-directions", "1"]
@@ -82,9 +90,9 @@ def test_an_extraction_and_a_sweep(server: str, tmp_path: Path, capsys: pytest.C
             print(f"\n{what}: {requests} requests, {up:.2f} MB up, {down:.2f} MB down", end="")
         print(f"\noverhead a request: {overhead * 1000:.0f} ms (median of 9 of one token, less the same here)")
     requests, up, down = traffic(err)
-    assert requests == 1 + 2 + 1  # a first small one, two batches of ten rows, one question judged
+    assert requests == 1 + 3 + 2  # a first small one, three batches of twenty rows, two questions judged
     # Three means at 30 layers of 576 numbers for each row, and little else.
-    assert down * 1e6 < 1.1 * 3 * 30 * 576 * 4 * 10 + requests * 10_000
+    assert down * 1e6 < 1.1 * 3 * 30 * 576 * 4 * 20 + requests * 10_000
 
 
 def seconds_beyond_the_model(model: str) -> float:
