@@ -168,6 +168,7 @@ def test_a_batch_is_one_request_and_no_more_than_its_result_comes_back(
     server: str, models: Path, traffic: dict[str, list[int]]
 ) -> None:
     backend = remote(models / "llama")
+    traffic.update(up=[], down=[])  # what opening the model took
     wide = direction().repeat(1000, 1)[5]  # a view of something large
     edit, read = Edit.add(1, wide), Read(ReadKind.RESPONSE_MEAN, (1,))
     backend.generate(PROMPTS, Sampling(2), [edit], [read])

@@ -23,7 +23,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "from persona_lens.cli import main; main()"
 SMALL = ["--questions", "2", "--max-new-tokens", "8", "--unpaired", "--batch-size", "8"]
-HERE = ["--backend", "nnsight", "--dtype", "float32", "--device", "cpu"]
+HERE = ["--backend", "transformers", "--dtype", "float32", "--device", "cpu"]
 THERE = ["--backend", "nnsight", "--remote"]
 
 
@@ -80,8 +80,9 @@ def test_an_extraction_and_a_sweep(server: str, tmp_path: Path, capsys: pytest.C
     for reduction in ("response_mean", "prompt_mean", "prompt_last"):
         difference = (there.directions[reduction] - here.directions[reduction]).norm()
         assert float(difference / here.directions[reduction].norm()) < 1e-5
-    for file in ("rollouts.jsonl", "scores.jsonl"):
-        assert lines(tmp_path / "there" / file) == lines(tmp_path / "here" / file)
+    assert lines(tmp_path / "there" / "rollouts.jsonl") == lines(tmp_path / "here" / "rollouts.jsonl")
+    scores = [[row["score"] for row in lines(tmp_path / name / "scores.jsonl")] for name in ("here", "there")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-2)
     texts = [[row["text"] for row in lines(tmp_path / f"{n}-sweep" / "sweep-scores.jsonl")] for n in ("here", "there")]
     assert texts[0] == texts[1]
     overhead = seconds_beyond_the_model(model)
