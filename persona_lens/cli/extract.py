@@ -89,6 +89,8 @@ def extract(
     if dry_run:
         options.show_work(extraction_work(opened, loaded, settings, chat), as_json)
         return
+    if remote:
+        options.say_plan(extraction_work(opened, loaded, settings, chat))
     with showing_progress() as progress:
         summary = run_extraction(opened, loaded, folder, settings=settings, chat=chat, progress=progress).summary
     options.say_traffic(opened)

@@ -109,6 +109,15 @@ def open_chat(backend: Backend, template: Path | None, thinking: bool) -> ChatFo
     return chat
 
 
+def say_plan(work: Sequence[Work]) -> None:
+    """Say on standard error what a run will send to a server; nothing for a model that is here."""
+    planned = [each.traffic for each in work if each.traffic]
+    if planned:
+        requests = sum(each.requests for each in planned)
+        up, down = (sum(sizes) / 1e6 for sizes in zip(*((t.bytes_up, t.bytes_down) for t in planned), strict=True))
+        typer.echo(f"plan: {requests:,} requests, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
+
+
 def show_work(work: Sequence[Work], as_json: bool) -> None:
     """What a run would ask, as a table or as JSON."""
     if as_json:

@@ -102,6 +102,8 @@ def steer(
     if dry_run:
         options.show_work(sweep_work(opened, loaded, settings, chat), as_json)
         return
+    if remote:
+        options.say_plan(sweep_work(opened, loaded, settings, chat))
     with showing_progress() as progress:
         rows = sweep(
             opened, loaded, settings, folder=out, chat=chat, allow_other_model=allow_other_model, progress=progress

@@ -16,6 +16,8 @@ from persona_lens.backend import Backend, Edit, Operation, Read, Sampling, Token
 from persona_lens.backend.memory import generate_rows
 from persona_lens.backend.remote import RemoteError, RequestTooLargeError
 from persona_lens.cli import app
+from persona_lens.extraction import ExtractionSettings, extract
+from persona_lens.rollouts import RolloutSettings
 from tests.backends.fixtures import PROMPTS, direction
 from tests.ndif.conftest import KEY, configured
 from tests.ndif.server import free_ports
@@ -93,6 +95,16 @@ def test_a_key_that_is_accepted(strict_server: str, models: Path) -> None:
     assert '"account": "someone@example.org"' in result.stdout
     assert KEY not in result.output
     remote(models / "llama").forward(ONE, reads=Read.means())
+
+
+def test_the_key_is_in_nothing_that_is_kept(strict_server: str, models: Path, tmp_path: Path) -> None:
+    backend = remote(models / "llama")
+    settings = ExtractionSettings(questions=2, paired=False, rollouts=RolloutSettings(max_new_tokens=4))
+    vectors = extract(backend, "optimistic", tmp_path / "run", settings=settings)
+    kept = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(kept) > 5
+    for text in (*kept, repr(vars(backend)).encode(), vectors.to_bytes()):
+        assert KEY.encode() not in text
 
 
 def test_a_model_that_the_server_cannot_run(server: str, models: Path, tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ def test_an_extraction_and_a_sweep(server: str, tmp_path: Path, capsys: pytest.C
             print(f"\n{what}: {requests} requests, {up:.2f} MB up, {down:.2f} MB down", end="")
         print(f"\noverhead a request: {overhead * 1000:.0f} ms (median of 9 of one token, less the same here)")
     requests, up, down = traffic(err)
+    planned = re.search(r"plan: (\d+) requests, ([\d.]+) MB up, at most ([\d.]+) MB down", err)
+    assert planned, err
+    assert int(planned[1]) == requests - 1
+    assert float(planned[2]) == pytest.approx(up, rel=0.3)
+    assert float(planned[3]) >= 0.9 * down
     assert requests == 1 + 3 + 2  # a first small one, three batches of twenty rows, two questions judged
     # Three means at 30 layers of 576 numbers for each row, and little else.
     assert down * 1e6 < 1.1 * 3 * 30 * 576 * 4 * 20 + requests * 10_000
