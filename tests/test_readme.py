@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What cannot be run inside a test, word for word.
 NOT_RUN = {
     "make demo    # a virtual environment, a small model, one trait; ends with demo-run/report.html\n"
-    "make test    # formatting, lint, strict types, and every test\n",
+    "make test    # formatting, lint, strict types, and every test that needs no server\n",
     "pip install persona-lens                     # the transformers backend\n"
     "pip install 'persona-lens[transformer-lens]'\n"
     "pip install 'persona-lens[nnsight]'\n"
