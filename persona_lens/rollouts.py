@@ -112,6 +112,9 @@ class RolloutSettings:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, tuple(seeds))
 
 
+Call = tuple[list[TokenIds], Sampling, Sequence[Edit], tuple[Read, ...]]
+"""Arguments of `Backend.generate` for one batch."""
+
 EditsFor = Callable[[Sequence[Request]], Sequence[Edit]]
 
 
@@ -192,28 +195,28 @@ class Rollouts:
     def _shard(self, number: int) -> str:
         return f"{ACTIVATIONS}/{self.prefix}batch-{number:05d}.safetensors"
 
-    def calls(self) -> Iterator[tuple[list[TokenIds], Sampling, Sequence[Edit], tuple[Read, ...]]]:
+    def calls(self) -> Iterator[Call]:
         """What `run` would hand to `Backend.generate`, batch by batch."""
-        for batch in self.batches:
-            requests = [self.requests[i] for i in batch]
-            edits = self.edits_for(requests) if self.edits_for else ()
-            sampling = self.settings.sampling([r.seed for r in requests])
-            yield [self._prompts[i] for i in batch], sampling, edits, self.reads
+        return map(self._call, self.batches)
+
+    def _call(self, batch: Sequence[int]) -> Call:
+        requests = [self.requests[i] for i in batch]
+        edits = self.edits_for(requests) if self.edits_for else ()
+        sampling = self.settings.sampling([r.seed for r in requests])
+        return [self._prompts[i] for i in batch], sampling, edits, self.reads
 
     def _run_batch(self, number: int) -> list[Row]:
         """Generate a batch; its tensors are kept before its rows, so that rows never stand there without them."""
         batch = self.batches[number]
         requests = [self.requests[i] for i in batch]
-        prompts = [self._prompts[i] for i in batch]
-        edits = self.edits_for(requests) if self.edits_for else ()
-        sampling = self.settings.sampling([r.seed for r in requests])
-        pieces = list(generate_rows(self.backend, prompts, sampling, edits, self.reads))
+        call = self._call(batch)
+        pieces = list(generate_rows(self.backend, *call))
         responses = [ids for piece in pieces for ids in piece.responses]
         ended = [flag for piece in pieces for flag in piece.ended]
         tensors = {read.kind.value: torch.cat([p.reads[read.kind.value] for p in pieces]) for read in self.reads}
         rollouts = [
             Rollout(request, len(prompt), ids, end, self.chat.answer(ids))
-            for request, prompt, ids, end in zip(requests, prompts, responses, ended, strict=True)
+            for request, prompt, ids, end in zip(requests, call[0], responses, ended, strict=True)
         ]
         if self.folder is None:
             self._kept[number] = tensors

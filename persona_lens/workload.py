@@ -35,15 +35,19 @@ class Work:
         return self.traffic.requests if self.traffic else self.calls
 
 
-def generation_work(label: str, rollouts: Rollouts) -> Work:
-    """What generating these rollouts asks."""
+def run_work(rollouts: Rollouts, judge: LikelihoodJudge) -> tuple[Work, ...]:
+    """What making these rollouts and judging them asks; nothing runs."""
+    return _generation(rollouts), _judging(judge, rollouts.requests, rollouts.settings.max_new_tokens)
+
+
+def _generation(rollouts: Rollouts) -> Work:
     backend, calls = rollouts.backend, list(rollouts.calls())
     traffic = None
     if isinstance(backend, RemoteBackend):
         traffic = sum((backend.generation_traffic(*call) for call in calls), Traffic())
     longest = rollouts.settings.max_new_tokens
     return Work(
-        label,
+        "rollouts",
         calls=len(calls),
         rows=sum(len(prompts) for prompts, *_ in calls),
         tokens=sum(len(prompt) + longest for prompts, *_ in calls for prompt in prompts),
@@ -51,8 +55,7 @@ def generation_work(label: str, rollouts: Rollouts) -> Work:
     )
 
 
-def judging_work(label: str, judge: LikelihoodJudge, requests: Sequence[Request], max_new_tokens: int) -> Work:
-    """What judging the responses to these requests asks, if each is as long as it may be."""
+def _judging(judge: LikelihoodJudge, requests: Sequence[Request], max_new_tokens: int) -> Work:
     backend, asked = judge.backend, dict.fromkeys(request.question for request in requests)
     passes = [
         tokens
@@ -65,7 +68,7 @@ def judging_work(label: str, judge: LikelihoodJudge, requests: Sequence[Request]
     if isinstance(backend, RemoteBackend):
         traffic = sum((backend.forward_traffic(tokens, logprobs=True) for tokens in passes), Traffic())
     return Work(
-        label,
+        "judging",
         calls=len(passes),
         rows=sum(map(len, passes)),
         tokens=sum(sum(tokens.lengths) for tokens in passes),

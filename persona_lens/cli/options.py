@@ -113,9 +113,9 @@ def say_plan(work: Sequence[Work]) -> None:
     """Say on standard error what a run will send to a server; nothing for a model that is here."""
     planned = [each.traffic for each in work if each.traffic]
     if planned:
-        requests = sum(each.requests for each in planned)
-        up, down = (sum(sizes) / 1e6 for sizes in zip(*((t.bytes_up, t.bytes_down) for t in planned), strict=True))
-        typer.echo(f"plan: {requests:,} requests, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
+        total = sum(planned[1:], planned[0])
+        up, down = total.bytes_up / 1e6, total.bytes_down / 1e6
+        typer.echo(f"plan: {total.requests:,} requests, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
 
 
 def show_work(work: Sequence[Work], as_json: bool) -> None:

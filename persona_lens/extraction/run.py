@@ -21,7 +21,7 @@ from persona_lens.rollouts import Request, Rollout, Rollouts
 from persona_lens.runs import RunFolder
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
-from persona_lens.workload import Work, generation_work, judging_work
+from persona_lens.workload import Work, run_work
 
 VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
@@ -97,10 +97,7 @@ def extraction_work(backend: Backend, trait: Trait, settings: ExtractionSettings
     requests = plan_requests(trait, settings)
     collected = Rollouts(backend, chat, requests, settings.rollouts, reads=Read.means())
     judge = LikelihoodJudge(backend, chat, trait)
-    return (
-        generation_work("rollouts", collected),
-        judging_work("judging", judge, requests, settings.rollouts.max_new_tokens),
-    )
+    return run_work(collected, judge)
 
 
 def extraction_config(backend: Backend, trait: Trait, settings: ExtractionSettings, chat: ChatFormat) -> dict[str, Any]:

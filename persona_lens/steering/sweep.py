@@ -23,7 +23,7 @@ from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, r
 from persona_lens.runs import RunFolder
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
-from persona_lens.workload import Work, generation_work, judging_work
+from persona_lens.workload import Work, run_work
 
 VECTOR, RANDOM, NONE = "vector", "random", "none"
 QuestionSet = Literal["evaluation", "extraction"]
@@ -167,10 +167,7 @@ def sweep_work(
     requests = plan_sweep(trait, settings)
     collected = Rollouts(backend, chat, requests, settings.rollouts, edits_for=edits_of(vectors, settings))
     judge = LikelihoodJudge(backend, chat, trait)
-    return (
-        generation_work("rollouts", collected),
-        judging_work("judging", judge, requests, settings.rollouts.max_new_tokens),
-    )
+    return run_work(collected, judge)
 
 
 def sweep_config(
