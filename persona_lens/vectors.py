@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions
+from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
 from persona_lens.errors import PersonaLensError
 
 FORMAT_VERSION = 1
@@ -80,33 +80,37 @@ class PersonaVectors:
     def edit(
         self,
         layer: int,
-        coefficient: float | Float[Tensor, " batch"] | None = None,
+        coefficient: float | Float[Tensor, " batch"] = 1.0,
         *,
         operation: Operation | str = Operation.ADD,
         threshold: float | None = None,
-        positions: Positions | str = Positions.ALL,
+        target: float | None = None,
+        relative: bool = False,
+        positions: Positions | Span | str = Positions.ALL,
         reduction: str = DEFAULT_REDUCTION,
     ) -> Edit:
         """An edit that steers along this trait at one layer.
 
         Args:
             layer: Block index, 0-based.
-            coefficient: Multiple of the raw vector that ``add`` adds, 1 if not given; the other operations take none.
-            operation: ``add``, ``ablate`` or ``cap``.
-            threshold: For ``cap``: the largest projection left, in residual-stream units.
-            positions: ``all``, ``prompt``, ``response`` or ``generating``.
+            coefficient: Multiple of the raw vector that ``add`` adds; for the other operations the fraction of the
+                change that is made.
+            operation: ``add``, ``ablate``, ``cap``, ``floor`` or ``affine``.
+            threshold: For ``cap`` the largest, for ``floor`` the smallest projection left, in residual-stream units.
+            target: For ``affine``: the projection left, in residual-stream units.
+            relative: For ``add``: the coefficient counts norms of the residual at each token, not of the vector.
+            positions: ``all``, ``prompt``, ``response``, ``generating``, or a `Span` of one of these.
             reduction: Which of the vectors.
         """
-        chosen, placed = _member(Operation, operation), _member(Positions, positions)
-        if chosen is Operation.ADD and coefficient is None:
-            coefficient = 1.0
         return Edit(
             layer,
             self.vector(layer, reduction),
-            chosen,
+            _member(Operation, operation),
             coefficient=coefficient,
             threshold=threshold,
-            positions=placed,
+            target=target,
+            relative=relative,
+            positions=positions if isinstance(positions, Span) else _member(Positions, positions),
         )
 
     def random_like(self, seed: int) -> PersonaVectors:

@@ -362,15 +362,17 @@ def test_an_edit_is_what_was_asked_for() -> None:
     assert isinstance(swept.coefficient, Tensor)
     assert swept.coefficient.tolist() == [0.0, 2.0]
     capped = vectors.edit(0, operation="cap", threshold=1.5, positions=Positions.GENERATING)
-    assert (capped.operation, capped.threshold, capped.coefficient) == (Operation.CAP, 1.5, None)
+    assert (capped.operation, capped.threshold, capped.coefficient) == (Operation.CAP, 1.5, 1.0)
     assert vectors.edit(0, operation=Operation.ABLATE).operation is Operation.ABLATE
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"operation": "ablate", "coefficient": 2.0}, "ablate takes no coefficient"),
-        ({"operation": "cap", "coefficient": 2.0, "threshold": 1.0}, "cap takes no coefficient"),
+        ({"operation": "ablate", "coefficient": 2.0}, "coefficient of ablate is the fraction"),
+        ({"operation": "floor"}, "floor needs a threshold"),
+        ({"operation": "affine", "threshold": 1.0}, "affine takes no threshold"),
+        ({"operation": "ablate", "relative": True}, "only add takes a relative coefficient"),
         ({"operation": "cap"}, "cap needs a threshold"),
         ({"threshold": 1.0}, "add takes no threshold"),
         ({"operation": "ablate", "threshold": 1.0}, "ablate takes no threshold"),
@@ -383,7 +385,7 @@ def test_an_option_that_does_nothing_is_an_error(options: dict[str, Any], messag
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(VectorsError, match="operation is one of add, ablate, cap; got 'remove'"):
+    with pytest.raises(VectorsError, match="operation is one of add, ablate, cap, floor, affine; got 'remove'"):
         make().edit(1, operation="remove")
     with pytest.raises(VectorsError, match="positions is one of all, prompt, response, generating; got 'answer'"):
         make().edit(1, positions="answer")

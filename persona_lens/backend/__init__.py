@@ -1,6 +1,8 @@
 """The contract between the engine and the libraries that run models: what can be read and written, and by whom."""
 
-from persona_lens.backend.edits import Edit, EditError, Operation, Positions
+from persona_lens.backend.conditions import Condition
+from persona_lens.backend.edits import Edit, EditError, Operation
+from persona_lens.backend.positions import Positions, Span
 from persona_lens.backend.protocol import Backend, BackendSpec, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
 from persona_lens.backend.registry import (
@@ -10,12 +12,14 @@ from persona_lens.backend.registry import (
     open_backend,
     wrap_model,
 )
+from persona_lens.backend.schedules import Schedule
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 
 __all__ = [
     "Backend",
     "BackendError",
     "BackendSpec",
+    "Condition",
     "Edit",
     "EditError",
     "ForwardResult",
@@ -27,6 +31,8 @@ __all__ = [
     "ReadError",
     "ReadKind",
     "Sampling",
+    "Schedule",
+    "Span",
     "TokenBatch",
     "TokenError",
     "backend_statuses",

@@ -10,13 +10,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import isfinite
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.backend.residual import changed
+from persona_lens.backend.conditions import Condition
+from persona_lens.backend.positions import Positions, Span
+from persona_lens.backend.residual import changed, prepared
+from persona_lens.backend.schedules import Schedule
 from persona_lens.errors import PersonaLensError
 
 
@@ -25,20 +29,16 @@ class EditError(PersonaLensError):
 
 
 class Operation(StrEnum):
-    """What an edit does to a residual h, given its direction v (unit v̂)."""
+    """What an edit does to a residual h, given its direction v (unit v̂), at coefficient 1."""
 
-    ADD = "add"  # h + coefficient * v, with v raw: its norm matters
+    ADD = "add"  # h + v, with v raw: its norm matters; relative: h + |h| v̂
     ABLATE = "ablate"  # h - (h . v̂) v̂
     CAP = "cap"  # h - max(h . v̂ - threshold, 0) v̂
+    FLOOR = "floor"  # h + max(threshold - h . v̂, 0) v̂
+    AFFINE = "affine"  # h - (h . v̂) v̂ + target v̂
 
 
-class Positions(StrEnum):
-    """Which tokens of a row an edit applies to; padding is never among them."""
-
-    ALL = "all"
-    PROMPT = "prompt"
-    RESPONSE = "response"
-    GENERATING = "generating"  # the last prompt token and the response: every position that predicts a response token
+LIMITS = (Operation.CAP, Operation.FLOOR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +50,17 @@ class Edit:
         direction: Direction v, float [d_model]. Copied, as the other tensors are, so that a later change of the
             caller's tensor has no effect; gradients flow through the copy.
         operation: What to do, see `Operation`.
-        coefficient: Strength of `ADD`, in units of the raw direction: one number, or float [batch] with one for each
-            row, so that one batch can hold a whole sweep.
-        threshold: Largest projection on the unit direction that `CAP` leaves, in residual-stream units.
-        positions: Which tokens, by kind; or a mask, bool [batch, width], over a left-padded batch. In a generation the
-            mask covers the prompt, and no generated token is edited.
+        coefficient: Factor on the change: multiples of the raw direction for `ADD`; for the others the fraction of the
+            change that is made, 1 being all of it. One number, or float [batch] with one for each row, so that one
+            batch can hold a whole sweep; a row whose coefficient is 0 stays as it is.
+        threshold: Largest (`CAP`) or smallest (`FLOOR`) projection on the unit direction that is left, in
+            residual-stream units.
+        target: The projection that `AFFINE` leaves, in residual-stream units.
+        relative: For `ADD`: the coefficient counts norms of the residual at that token instead of norms of v.
+        positions: Which tokens, by kind; a part of a kind; or a mask, bool [batch, width], over a left-padded batch. In
+            a generation the mask covers the prompt, and no generated token is edited.
+        schedule: A further factor, by the index of the token; None for 1 everywhere.
+        condition: Leaves out tokens where it is not met.
 
     Raises:
         EditError: If a part is missing, is not used by the operation, or has the wrong shape.
@@ -63,9 +69,13 @@ class Edit:
     layer: int
     direction: Float[Tensor, " d_model"]
     operation: Operation = Operation.ADD
-    coefficient: float | Float[Tensor, " batch"] | None = None
+    coefficient: float | Float[Tensor, " batch"] = 1.0
     threshold: float | None = None
-    positions: Positions | Bool[Tensor, "batch width"] = Positions.ALL
+    target: float | None = None
+    relative: bool = False
+    positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL
+    schedule: Schedule | None = None
+    condition: Condition | None = None
 
     def __post_init__(self) -> None:
         _check_parts(self)
@@ -78,16 +88,18 @@ class Edit:
         layer: int,
         direction: Float[Tensor, " d_model"],
         coefficient: float | Float[Tensor, " batch"] = 1.0,
-        positions: Positions | Bool[Tensor, "batch width"] = Positions.ALL,
+        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
+        *,
+        relative: bool = False,
     ) -> Edit:
         """Add ``coefficient * direction`` (the paper's steering, section 4 of the method)."""
-        return Edit(layer, direction, Operation.ADD, coefficient=coefficient, positions=positions)
+        return Edit(layer, direction, coefficient=coefficient, positions=positions, relative=relative)
 
     @staticmethod
     def ablate(
         layer: int,
         direction: Float[Tensor, " d_model"],
-        positions: Positions | Bool[Tensor, "batch width"] = Positions.ALL,
+        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
     ) -> Edit:
         """Remove the component along ``direction``, so that the projection is zero."""
         return Edit(layer, direction, Operation.ABLATE, positions=positions)
@@ -97,10 +109,30 @@ class Edit:
         layer: int,
         direction: Float[Tensor, " d_model"],
         threshold: float,
-        positions: Positions | Bool[Tensor, "batch width"] = Positions.ALL,
+        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
     ) -> Edit:
         """Keep the projection on the unit direction at or below ``threshold``."""
         return Edit(layer, direction, Operation.CAP, threshold=threshold, positions=positions)
+
+    @staticmethod
+    def floor(
+        layer: int,
+        direction: Float[Tensor, " d_model"],
+        threshold: float,
+        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
+    ) -> Edit:
+        """Keep the projection on the unit direction at or above ``threshold``."""
+        return Edit(layer, direction, Operation.FLOOR, threshold=threshold, positions=positions)
+
+    @staticmethod
+    def affine(
+        layer: int,
+        direction: Float[Tensor, " d_model"],
+        target: float,
+        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
+    ) -> Edit:
+        """Ablate, then set the projection on the unit direction to ``target``."""
+        return Edit(layer, direction, Operation.AFFINE, target=target, positions=positions)
 
     def rows(self, start: int, stop: int, width: int | None = None) -> Edit:
         """The same edit for rows ``start`` to ``stop`` of the batch it was made for.
@@ -121,13 +153,19 @@ class Edit:
 
     def plain(self) -> dict[str, Any]:
         """The edit as a dictionary of tensors, numbers and strings, which needs no class of this package."""
+        span = self.positions if isinstance(self.positions, Span) else None
+        kind = span.kind if span is not None else self.positions
         return {
             "layer": self.layer,
             "direction": self.direction,
             "operation": str(self.operation),
-            "coefficient": self.coefficient,
-            "threshold": self.threshold,
-            "positions": self.positions if isinstance(self.positions, Tensor) else str(self.positions),
+            "coefficient": self.coefficient if isinstance(self.coefficient, Tensor) else float(self.coefficient),
+            "level": self.target if self.threshold is None else self.threshold,
+            "relative": self.relative,
+            "positions": kind if isinstance(kind, Tensor) else str(kind),
+            "span": (span.start, span.stop) if span is not None else None,
+            "schedule": self.schedule.points if self.schedule is not None else None,
+            "condition": self.condition.plain() if self.condition is not None else None,
         }
 
     def check_width(self, width: int) -> None:
@@ -142,10 +180,10 @@ class Edit:
     def content_hash(self) -> str:
         """SHA-256 over everything that determines what the edit does."""
         digest = hashlib.sha256()
-        for part in (self.layer, self.operation):
-            digest.update(repr(part).encode())
-        for value in (self.threshold, self.direction, self.coefficient, self.positions):
-            digest.update(_bytes_of(value))
+        plain = self.plain()
+        for name, value in [*plain.items(), *(plain["condition"] or {}).items()]:
+            if name != "condition":
+                digest.update(name.encode() + _bytes_of(value))
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -161,6 +199,8 @@ def _bytes_of(value: object) -> bytes:
         return repr(array.shape).encode() + array.tobytes()
     if isinstance(value, int | float):  # 2 and 2.0 do the same
         return repr(float(value)).encode()
+    if isinstance(value, tuple):
+        return b"(" + b",".join(map(_bytes_of, value)) + b")"
     return repr(value).encode()
 
 
@@ -175,26 +215,39 @@ def _check_parts(edit: Edit) -> None:
         )
     if not bool(torch.isfinite(direction).all()):
         raise EditError("direction holds NaN or infinity; it cannot steer anything")
-    if edit.operation is not Operation.ADD and not bool(direction.detach().any()):
-        raise EditError(f"{edit.operation} needs a direction that is not zero everywhere")
+    if (edit.operation is not Operation.ADD or edit.relative) and not bool(direction.detach().any()):
+        what = "a relative coefficient" if edit.operation is Operation.ADD else edit.operation
+        raise EditError(f"{what} needs a direction that is not zero everywhere")
     _check_strength(edit)
     if isinstance(edit.positions, Tensor) and (edit.positions.ndim != 2 or edit.positions.dtype != torch.bool):
         raise EditError(
             f"a positions mask must be bool [batch, width], got {edit.positions.dtype} {list(edit.positions.shape)}"
         )
+    if edit.condition is not None and not 0 <= edit.condition.layer <= edit.layer:
+        raise EditError(
+            f"the condition is at layer {edit.condition.layer} and the edit at layer {edit.layer}; it has to be known "
+            "before the edit, so put it at the same layer or an earlier one"
+        )
 
 
 def _check_strength(edit: Edit) -> None:
-    if (edit.coefficient is None) == (edit.operation is Operation.ADD):
-        raise EditError(
-            "add needs a coefficient" if edit.coefficient is None else f"{edit.operation} takes no coefficient"
-        )
-    if (edit.threshold is None) == (edit.operation is Operation.CAP):
-        raise EditError("cap needs a threshold" if edit.threshold is None else f"{edit.operation} takes no threshold")
+    for name, value, wanted in (
+        ("threshold", edit.threshold, edit.operation in LIMITS),
+        ("target", edit.target, edit.operation is Operation.AFFINE),
+    ):
+        if (value is not None) != wanted:
+            raise EditError(f"{edit.operation} {'needs a' if wanted else 'takes no'} {name}")
+        if value is not None and not isfinite(value):
+            raise EditError(f"{name} must be finite, got {value}")
+    if edit.relative and edit.operation is not Operation.ADD:
+        raise EditError(f"only add takes a relative coefficient; {edit.operation} does not depend on the vector's norm")
     if isinstance(edit.coefficient, Tensor) and edit.coefficient.ndim != 1:
         raise EditError(f"coefficient must be one number or float [batch], got shape {list(edit.coefficient.shape)}")
-    if edit.coefficient is not None and not bool(torch.isfinite(torch.as_tensor(edit.coefficient)).all()):
+    coefficient = torch.as_tensor(edit.coefficient)
+    if not bool(torch.isfinite(coefficient).all()):
         raise EditError("coefficient holds NaN or infinity")
+    if edit.operation is not Operation.ADD and not bool(((coefficient >= 0) & (coefficient <= 1)).all()):
+        raise EditError(f"the coefficient of {edit.operation} is the fraction of the change that is made, from 0 to 1")
 
 
 def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int | None = None) -> None:
@@ -202,8 +255,12 @@ def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int |
     for edit in edits:
         if edit.layer >= n_layers:
             raise EditError(f"layer {edit.layer} does not exist: the model has layers 0 to {n_layers - 1}")
-        if edit.direction.shape[0] != d_model:
-            raise EditError(f"direction has {edit.direction.shape[0]} entries, the model's d_model is {d_model}")
+        directions = {"direction": edit.direction}
+        if edit.condition is not None:
+            directions["direction of the condition"] = edit.condition.direction
+        for name, direction in directions.items():
+            if direction.shape[0] != d_model:
+                raise EditError(f"{name} has {direction.shape[0]} entries, the model's d_model is {d_model}")
         for name, value in (("coefficient", edit.coefficient), ("positions mask", edit.positions)):
             if isinstance(value, Tensor) and value.shape[0] != batch:
                 raise EditError(f"{name} has {value.shape[0]} rows, the batch has {batch}")
@@ -212,7 +269,7 @@ def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int |
 def apply_edit(
     h: Float[Tensor, "batch tokens d_model"], edit: Edit, where: Bool[Tensor, "batch tokens"] | None
 ) -> Float[Tensor, "batch tokens d_model"]:
-    """The residual after one edit.
+    """The residual after one edit, whose condition and schedule are the caller's business.
 
     Args:
         h: Residual of one layer.
@@ -222,4 +279,4 @@ def apply_edit(
     Returns:
         A new tensor in h's dtype and on its device.
     """
-    return changed(h, edit.plain(), where)
+    return changed(h, prepared(edit.plain(), h.device), where)

@@ -19,15 +19,17 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from persona_lens.backend.attention import attention_for_reading
 from persona_lens.backend.batches import batches_by_length, repeats_prompts, rows_at_once, tokens_at_once
-from persona_lens.backend.edits import Edit, EditError, Positions, apply_edit, check_edits
+from persona_lens.backend.edits import Edit, EditError, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.logprobs import continued_logprobs, response_logprobs
+from persona_lens.backend.positions import Positions
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import MEANS, Read, ReadKind, check_reads
 from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.shared_prompts import SharedPrompts, can_share_prompts
 from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left, pad_right
+from persona_lens.backend.writing import Writer
 
 BlockHook = Callable[[int, Tensor], Tensor]
 """Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""
@@ -218,14 +220,11 @@ def editing_blocks(blocks: nn.ModuleList, edits: Sequence[Edit], info: ModelInfo
     for edit in edits:
         if edit.positions is not Positions.ALL:
             raise EditError(f"editing() cannot tell prompt from response; use positions 'all', not {edit.positions!r}")
+        if edit.schedule is not None:
+            raise EditError("editing() does not know which token of a row comes first; leave out the schedule")
+    writer = Writer([edit.plain() for edit in edits])
 
-    def at_block(layer: int, h: Tensor) -> Tensor:
-        for edit in edits:
-            if edit.layer == layer:
-                h = apply_edit(h, edit, None)
-        return h
-
-    with hooking_blocks(blocks, sorted({edit.layer for edit in edits}), at_block):
+    with hooking_blocks(blocks, sorted(writer.layers), lambda layer, h: writer.block(layer, h, None)):
         yield
 
 

@@ -4,7 +4,7 @@ This is the part that all adapters share. An adapter only has to call `Intervent
 and `Intervention.block` at each block's output, in whatever way its library lets it.
 
 Runs where the model runs, see `residual`: edits and reads are held as plain data, and at run time the code uses nothing
-but torch and `residual`.
+but torch, `residual` and `writing`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_lens.backend.residual import changed
+from persona_lens.backend.writing import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,12 +51,10 @@ class Intervention:
         for edit in edits:
             edit.check_width(tokens.ids.shape[1])
         self.masks = TokenMasks(tokens, end_ids, max_new_tokens)
-        self._edits: dict[int, list[dict[str, Any]]] = {}
-        for edit in edits:
-            self._edits.setdefault(edit.layer, []).append(_detached(edit.plain()))
+        self._writer = Writer([_detached(edit.plain()) for edit in edits])
         self._readers = _readers([read.plain(n_layers) for read in reads])
         reading = {layer for reader in self._readers for layer in reader.layers}
-        self.layers = tuple(sorted(reading | set(self._edits)))
+        self.layers = tuple(sorted(reading | self._writer.layers))
 
     @property
     def deepest_read(self) -> int:
@@ -69,10 +67,7 @@ class Intervention:
 
     def block(self, layer: int, h: Float[Tensor, "batch window d_model"]) -> Float[Tensor, "batch window d_model"]:
         """The output of block ``layer`` after its edits; reads are taken on the way."""
-        for index, edit in enumerate(self._edits.get(layer, ())):
-            placed = self._edits[layer][index] = _placed(edit, h.device)
-            if self.masks.touches(placed["positions"]):
-                h = changed(h, placed, self.masks.where(placed["positions"]))
+        h = self._writer.block(layer, h, self.masks)
         for reader in self._readers:
             if layer in reader.kept:
                 reader.take(layer, h, self.masks)
@@ -95,6 +90,7 @@ class TokenMasks:
         self._end_ids = torch.tensor(list(end_ids), dtype=torch.long, device=tokens.ids.device)
         self._room = max_new_tokens
         self._passes = 0
+        self._indices: dict[str, Tensor] = {}  # of this pass: every layer asks for the same ones
         self.window = self.fresh = tokens.ids.shape[1]
 
     def begin_pass(self, ids: Int[Tensor, "batch window"]) -> None:
@@ -105,6 +101,7 @@ class TokenMasks:
             for name in ("prompt", "response", "last_prompt", "_active", "_end_ids"):
                 setattr(self, name, getattr(self, name).to(ids.device))
         self._passes += 1
+        self._indices = {}
         self.window = ids.shape[1]
         self.fresh = 1 if self._passes > 1 else self.window
 
@@ -131,14 +128,31 @@ class TokenMasks:
         """Whether an edit at these positions can change anything in this pass."""
         return not self.decoding or (isinstance(positions, str) and positions != "prompt")
 
-    def where(self, positions: str | Tensor) -> Bool[Tensor, "batch window"] | None:
-        """The positions as a mask over this pass's tokens; None for every one of them.
+    def where(
+        self, positions: str | Tensor, span: tuple[int, int | None] | None = None
+    ) -> Bool[Tensor, "batch window"] | None:
+        """The positions, or their part from ``start`` to ``stop``, as a mask over this pass's tokens; None for all.
 
         A finished row's tokens are changed or not as is cheaper: nothing that is kept depends on them.
         """
+        if span is not None:
+            return self._within(positions, *span)
         if self.decoding or (isinstance(positions, str) and positions == "all" and not self.padded):
             return None
         return self.mask(positions)[:, -self.window :]
+
+    def _within(self, positions: str | Tensor, start: int, stop: int | None) -> Bool[Tensor, "batch window"]:
+        mask, index = self.mask(positions), self.index(positions)
+        length = mask.sum(dim=1, keepdim=True)
+        inside = mask[:, -self.window :] & (index >= (start if start >= 0 else length + start))
+        return inside if stop is None else inside & (index < (stop if stop >= 0 else length + stop))
+
+    def index(self, positions: str | Tensor) -> Int[Tensor, "batch window"]:
+        """Number of each token of this pass among the tokens of a kind, from 0; a mask's count as all tokens."""
+        kind = positions if isinstance(positions, str) else "all"
+        if kind not in self._indices:
+            self._indices[kind] = (self.mask(kind).cumsum(dim=1) - 1)[:, -self.window :]
+        return self._indices[kind]
 
     def mask(self, positions: str | Tensor) -> Bool[Tensor, "batch width"]:
         """The positions, a value of `Positions` or a mask over the prompts, as a mask over all tokens so far."""
@@ -158,20 +172,15 @@ def _detached(edit: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in edit.items()}
 
 
-def _placed(edit: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The edit with its tensors on the device, ready for `changed`; the very same one where they are there."""
-    away = {name: v for name, v in edit.items() if isinstance(v, torch.Tensor) and v.device != device}
-    return {**edit, **{name: value.to(device) for name, value in away.items()}} if away else edit
-
-
-def _readers(reads: Sequence[dict[str, Any]]) -> list[_MeanReader | _TokenReader]:
-    """One reader for each token read, and one for all means at the same layers: they share a pass over the residual."""
+def _readers(reads: Sequence[dict[str, Any]]) -> list[_MeanReader | _NormReader | _TokenReader]:
+    """One reader for each read, but one for all means at the same layers: they share a pass over the residual."""
     kinds_at: dict[tuple[int, ...], list[str]] = {}
     for read in reads:
         if read["is_mean"]:
             kinds_at.setdefault(read["layers"], []).append(read["kind"])
     means = [_MeanReader(kinds, layers) for layers, kinds in kinds_at.items()]
-    return [*means, *(_TokenReader(read) for read in reads if not read["is_mean"])]
+    others = [read for read in reads if not read["is_mean"]]
+    return [*means, *(_NormReader(r) if r["kind"] == "response_norm" else _TokenReader(r) for r in others)]
 
 
 class _MeanReader:
@@ -204,6 +213,25 @@ class _MeanReader:
             counts = masks.of_mean(kind).sum(dim=1).cpu()
             means[kind] = sums[:, index] / torch.where(counts > 0, counts.float(), torch.nan).reshape(-1, 1, 1)
         return means
+
+
+class _NormReader:
+    """Sums of the lengths of the response tokens' residuals."""
+
+    def __init__(self, read: dict[str, Any]) -> None:
+        self.layers: tuple[int, ...] = read["layers"]
+        self.kept: dict[int, Tensor | None] = dict.fromkeys(self.layers)
+
+    def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
+        norms = h[:, -masks.fresh :].float().norm(dim=-1)
+        norms = norms.masked_fill(~masks.response[:, -masks.fresh :].to(h.device), 0).sum(dim=1)
+        so_far = self.kept[layer]
+        self.kept[layer] = norms if so_far is None else so_far + norms
+
+    def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers"]]:
+        sums = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=1)
+        counts = masks.response.sum(dim=1, keepdim=True).cpu()
+        return {"response_norm": sums / torch.where(counts > 0, counts.float(), torch.nan)}
 
 
 class _TokenReader:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.backend.edits import Edit, Positions, apply_edit
+from persona_lens.backend.edits import Edit, apply_edit
+from persona_lens.backend.positions import Positions
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds

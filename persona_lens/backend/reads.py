@@ -24,6 +24,7 @@ class ReadKind(StrEnum):
     RESPONSE_MEAN = "response_mean"  # mean over response tokens, the end-of-turn token left out
     PROMPT_MEAN = "prompt_mean"  # mean over prompt tokens, the template's own tokens included
     PROMPT_LAST = "prompt_last"  # the last prompt token, from which the response begins
+    RESPONSE_NORM = "response_norm"  # mean over response tokens of the residual's length
     PROJECTIONS = "projections"  # every token's projection on given directions
     ACTIVATIONS = "activations"  # everything; large, and only on request
 
@@ -43,6 +44,7 @@ class Read:
 
     Shapes of the result, float32 on the CPU, L being the number of layers read:
         ``response_mean``, ``prompt_mean``, ``prompt_last``: [batch, L, d_model]; NaN where there is no such token.
+        ``response_norm``: [batch, L], likewise.
         ``projections``: [batch, L, width, k], left-padded with NaN.
         ``activations``: [batch, L, width, d_model], left-padded with NaN.
 
@@ -90,6 +92,8 @@ class Read:
         layers = len(self.resolved_layers(n_layers))
         if self.kind in MEANS:
             return layers * d_model
+        if self.kind is ReadKind.RESPONSE_NORM:
+            return layers
         return layers * width * (d_model if self.directions is None else int(self.directions.shape[-2]))
 
     def plain(self, n_layers: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The residual stream: where it stands in a block's output, and the arithmetic of edits on it.
 
 The functions take a tensor and return one; they are differentiable and never change their input. They run wherever the
-model runs: like `intervention`, `sampling` and `logprobs`, this module is sent to machines that have torch but not this
-package, so at run time it uses nothing else.
+model runs: like `intervention`, `writing`, `sampling` and `logprobs`, this module is sent to machines that have torch
+but not this package, so at run time it uses nothing else.
 """
 
 from __future__ import annotations
@@ -30,55 +30,91 @@ def with_residual(output: Any, h: Tensor) -> Any:
 def add(
     h: Float[Tensor, "batch tokens d_model"],
     direction: Float[Tensor, " d_model"],
-    coefficient: Float[Tensor, "#batch 1 1"],
+    factor: Float[Tensor, "#batch #tokens"],
 ) -> Float[Tensor, "batch tokens d_model"]:
-    """H + coefficient * direction, the product taken in the direction's precision."""
-    return h + (coefficient * direction).to(h.dtype)
+    """H + factor * direction, the product taken in the direction's precision."""
+    return h + (factor.unsqueeze(-1) * direction).to(h.dtype)
 
 
-def ablate(
-    h: Float[Tensor, "batch tokens d_model"], direction: Float[Tensor, " d_model"]
+def moved(
+    h: Float[Tensor, "batch tokens d_model"],
+    unit: Float[Tensor, " d_model"],
+    amount: Float[Tensor, "batch tokens"],
 ) -> Float[Tensor, "batch tokens d_model"]:
-    """H without its component along the direction; computed in float32 whatever the model's precision."""
-    unit: Tensor = direction / direction.norm()
-    wide = h.to(unit.dtype)
-    return (wide - (wide @ unit).unsqueeze(-1) * unit).to(h.dtype)
+    """H moved along a unit direction, each token by its own amount; computed in the direction's precision."""
+    return (h.to(unit.dtype) + amount.unsqueeze(-1) * unit).to(h.dtype)
 
 
-def cap(
-    h: Float[Tensor, "batch tokens d_model"], direction: Float[Tensor, " d_model"], threshold: float
-) -> Float[Tensor, "batch tokens d_model"]:
-    """H with its projection on the unit direction limited to ``threshold``; computed in float32."""
-    unit: Tensor = direction / direction.norm()
-    wide = h.to(unit.dtype)
-    excess = (wide @ unit - threshold).clamp(min=0)
-    return (wide - excess.unsqueeze(-1) * unit).to(h.dtype)
+def amount_of(
+    operation: str, h: Float[Tensor, "batch tokens d_model"], unit: Float[Tensor, " d_model"], level: float | None
+) -> Float[Tensor, "batch tokens"]:
+    """How far along the unit direction an operation moves each token.
+
+    Args:
+        operation: A value of `Operation`; ``add`` stands for the relative one, which moves by the token's own norm.
+        h: Residual in the direction's precision.
+        unit: Direction of length one.
+        level: The threshold of a cap or floor, the target of an affine edit.
+
+    Raises:
+        ValueError: If there is no such operation.
+    """
+    if operation == "add":
+        norm: Tensor = h.norm(dim=-1)
+        return norm
+    projection: Tensor = h @ unit
+    if operation == "ablate":
+        return -projection
+    assert level is not None  # checked when the edit was made
+    if operation == "cap":
+        return (level - projection).clamp(max=0)
+    if operation == "floor":
+        return (level - projection).clamp(min=0)
+    if operation == "affine":
+        return level - projection
+    raise ValueError(f"there is no operation {operation!r}")
+
+
+def scheduled(index: Float[Tensor, "batch tokens"], points: Float[Tensor, "points 2"]) -> Float[Tensor, "batch tokens"]:
+    """The factor of a schedule at token indices: linear between its points, constant outside."""
+    places, factors = points[:, 0].contiguous(), points[:, 1]
+    index = index.clamp(places[0], places[-1])
+    right = torch.bucketize(index, places).clamp(min=1)
+    share = (index - places[right - 1]) / (places[right] - places[right - 1])
+    return torch.lerp(factors[right - 1], factors[right], share)
+
+
+def prepared(edit: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """An edit, see `persona_lens.backend.edits.Edit.plain`, with what does not depend on the residual computed."""
+    direction = edit["direction"].to(device, torch.promote_types(edit["direction"].dtype, torch.float32))
+    factor = torch.as_tensor(edit["coefficient"]).to(device, direction.dtype).reshape(-1, 1)
+    raw = edit["operation"] == "add" and not edit["relative"]
+    return {**edit, "direction": direction if raw else direction / direction.norm(), "factor": factor, "raw": raw}
 
 
 def changed(
-    h: Float[Tensor, "batch tokens d_model"], edit: dict[str, Any], where: Bool[Tensor, "batch tokens"] | None
+    h: Float[Tensor, "batch tokens d_model"],
+    edit: dict[str, Any],
+    where: Bool[Tensor, "batch tokens"] | None,
+    schedule: Float[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens d_model"]:
     """The residual after one edit.
 
     Args:
         h: Residual of one layer.
-        edit: What to do, as `persona_lens.backend.edits.Edit.plain` has it.
+        edit: What to do, see `prepared`.
         where: Positions to change; None changes every position.
+        schedule: A further factor for each token.
 
     Returns:
         A new tensor in h's dtype and on its device.
-
-    Raises:
-        ValueError: If there is no such operation.
     """
-    direction = edit["direction"].to(h.device, torch.promote_types(edit["direction"].dtype, torch.float32))
-    if edit["operation"] == "add":
-        coefficient = torch.as_tensor(edit["coefficient"]).to(h.device, direction.dtype)
-        edited = add(h, direction, coefficient.reshape(-1, 1, 1))
-    elif edit["operation"] == "ablate":
-        edited = ablate(h, direction)
-    elif edit["operation"] == "cap":
-        edited = cap(h, direction, edit["threshold"])
+    direction, factor = edit["direction"], edit["factor"]
+    if schedule is not None:
+        factor = factor * schedule.to(factor)
+    if edit["raw"]:
+        edited = add(h, direction, factor)
     else:
-        raise ValueError(f"there is no operation {edit['operation']!r}")
+        amount = amount_of(edit["operation"], h.to(direction.dtype), direction, edit["level"])
+        edited = moved(h, direction, factor * amount)
     return edited if where is None else torch.where(where.to(h.device).unsqueeze(-1), edited, h)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, EditError, Operation, Positions, Sampling
+from persona_lens.backend import Backend, Condition, Edit, EditError, Operation, Positions, Sampling, Schedule, Span
 from persona_lens.backend.edits import apply_edit, check_edits
 from persona_lens.backend.hooked import editing_blocks
-from persona_lens.backend.residual import ablate, add, cap
 from tests.backends.fixtures import D_MODEL, PROMPTS, TEXT, activations, assert_close, backend_of, direction
 from tests.tiny import tiny_model
 
@@ -35,50 +35,82 @@ directions = tensors(WIDTH)
 coefficients = st.floats(-10, 10)
 
 
-def column(value: float) -> Tensor:
-    return torch.full((1, 1, 1), value)
+EVERY_OPERATION: dict[str, Callable[[Tensor], Edit]] = {
+    "add": lambda v: Edit.add(0, v, 1.5),
+    "relative add": lambda v: Edit.add(0, v, 0.5, relative=True),
+    "ablate": lambda v: Edit.ablate(0, v),
+    "cap": lambda v: Edit.cap(0, v, -1e6),  # below every projection
+    "floor": lambda v: Edit.floor(0, v, 1e6),  # above every projection
+    "affine": lambda v: Edit.affine(0, v, 1e6),
+}
 
 
 @settings(max_examples=40, deadline=None)
-@given(residuals, directions, coefficients)
-def test_adding_then_subtracting_is_the_identity(h: Tensor, v: Tensor, c: float) -> None:
-    back = add(add(h, v, column(c)), v, column(-c))
-    scale = float(h.abs().max() + abs(c) * v.abs().max())
-    torch.testing.assert_close(back, h, rtol=0, atol=1e-6 * scale)
+@given(residuals, directions, coefficients, st.booleans())
+def test_adding_then_subtracting_is_the_identity(h: Tensor, v: Tensor, c: float, relative: bool) -> None:
+    moved = apply_edit(h, Edit.add(0, v, c, relative=relative), None)
+    if relative:  # the norm it counts in is that of the token as the edit finds it
+        assert_close((moved - h).norm(dim=-1), abs(c) * h.norm(dim=-1))
+        c *= float(h[0, 0].norm() / moved[0, 0].norm())
+    back = apply_edit(moved, Edit.add(0, v, -c, relative=relative), None)
+    scale = float(h.abs().max() + moved.abs().max())
+    torch.testing.assert_close(back[0, 0], h[0, 0], rtol=0, atol=2e-6 * scale)
 
 
 @settings(max_examples=40, deadline=None)
 @given(residuals, directions)
 def test_ablation_leaves_no_projection_and_nothing_else_changes(h: Tensor, v: Tensor) -> None:
     unit = v / v.norm()
-    out = ablate(h, v)
+    out = apply_edit(h, Edit.ablate(0, v), None)
     scale = float(h.norm(dim=-1).max())
     assert float((out @ unit).abs().max()) <= 1e-5 * scale
     torch.testing.assert_close(out + (h @ unit).unsqueeze(-1) * unit, h, rtol=0, atol=1e-5 * scale)
-    torch.testing.assert_close(ablate(out, v), out, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(apply_edit(out, Edit.ablate(0, v), None), out, rtol=0, atol=1e-5 * scale)
+
+
+@settings(max_examples=40, deadline=None)
+@given(residuals, directions, st.floats(-100, 100), st.sampled_from(["cap", "floor"]))
+def test_a_limit_is_kept_and_what_is_within_stays(h: Tensor, v: Tensor, threshold: float, kind: str) -> None:
+    edit = Edit.cap(0, v, threshold) if kind == "cap" else Edit.floor(0, v, threshold)
+    unit = v / v.norm()
+    out = apply_edit(h, edit, None)
+    before, after = h @ unit, out @ unit
+    scale = float(h.norm(dim=-1).max()) + abs(threshold)
+    beyond = (after - threshold) if kind == "cap" else (threshold - after)
+    assert float(beyond.max()) <= 1e-5 * scale
+    within = before <= threshold if kind == "cap" else before >= threshold
+    assert torch.equal(out[within], h[within])
+    torch.testing.assert_close(after[~within], torch.full_like(after[~within], threshold), rtol=0, atol=1e-5 * scale)
 
 
 @settings(max_examples=40, deadline=None)
 @given(residuals, directions, st.floats(-100, 100))
-def test_a_cap_is_never_exceeded_and_what_is_below_stays(h: Tensor, v: Tensor, threshold: float) -> None:
+def test_an_affine_edit_sets_the_projection_and_is_ablation_at_zero(h: Tensor, v: Tensor, target: float) -> None:
     unit = v / v.norm()
-    before, after = h @ unit, cap(h, v, threshold) @ unit
-    scale = float(h.norm(dim=-1).max()) + abs(threshold)
-    assert float(after.max()) <= threshold + 1e-5 * scale
-    below = before <= threshold
-    assert torch.equal(cap(h, v, threshold)[below], h[below])
-    torch.testing.assert_close(after[~below], torch.full_like(after[~below], threshold), rtol=0, atol=1e-5 * scale)
+    out = apply_edit(h, Edit.affine(0, v, target), None)
+    scale = float(h.norm(dim=-1).max()) + abs(target)
+    torch.testing.assert_close(out @ unit, torch.full(h.shape[:2], target), rtol=0, atol=1e-5 * scale)
+    rest = out - target * unit
+    torch.testing.assert_close(rest, apply_edit(h, Edit.ablate(0, v), None), rtol=0, atol=1e-5 * scale)
+    assert torch.equal(apply_edit(h, Edit.affine(0, v, 0.0), None), apply_edit(h, Edit.ablate(0, v), None))
 
 
 @settings(max_examples=40, deadline=None)
-@given(residuals, directions, st.lists(st.booleans(), min_size=10, max_size=10), st.sampled_from(Operation))
-def test_exactly_the_named_positions_change(h: Tensor, v: Tensor, named: list[bool], operation: Operation) -> None:
+@given(residuals, directions, st.floats(0, 1), st.sampled_from([*EVERY_OPERATION][2:]))
+def test_a_fraction_of_a_change_lies_between_none_and_all_of_it(h: Tensor, v: Tensor, part: float, name: str) -> None:
+    edit = EVERY_OPERATION[name](v)
+    whole = apply_edit(h, edit, None)
+    some = apply_edit(h, dataclasses.replace(edit, coefficient=part), None)
+    scale = float(h.abs().max() + whole.abs().max())
+    torch.testing.assert_close(some, torch.lerp(h, whole, part), rtol=0, atol=2e-6 * scale)
+    assert torch.equal(apply_edit(h, dataclasses.replace(edit, coefficient=0.0), None), h)
+
+
+@settings(max_examples=40, deadline=None)
+@given(residuals, directions, st.lists(st.booleans(), min_size=10, max_size=10), st.sampled_from([*EVERY_OPERATION]))
+def test_exactly_the_named_positions_change(h: Tensor, v: Tensor, named: list[bool], name: str) -> None:
     where = torch.tensor(named).reshape(2, 5)
-    edit = {
-        Operation.ADD: Edit.add(0, v, 1.5),
-        Operation.ABLATE: Edit.ablate(0, v),
-        Operation.CAP: Edit.cap(0, v, -1e6),  # below every projection
-    }[operation]
+    edit = EVERY_OPERATION[name](v)
     original = h.clone()
     out = apply_edit(h, edit, where)
     assert torch.equal(h, original)  # the input is left alone
@@ -87,7 +119,18 @@ def test_exactly_the_named_positions_change(h: Tensor, v: Tensor, named: list[bo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("edit", [Edit.add(0, direction()), Edit.ablate(0, direction()), Edit.cap(0, direction(), 0.1)])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Edit.add(0, direction()),
+        Edit.add(0, direction(), 0.5, relative=True),
+        Edit.ablate(0, direction()),
+        Edit.cap(0, direction(), 0.1),
+        Edit.floor(0, direction(), 0.1),
+        Edit.affine(0, direction(), 0.1),
+    ],
+    ids=EVERY_OPERATION,
+)
 def test_the_residual_keeps_its_precision_and_the_arithmetic_is_float32(dtype: torch.dtype, edit: Edit) -> None:
     h = torch.randn(2, 3, D_MODEL, generator=torch.Generator().manual_seed(1)).to(dtype)
     out = apply_edit(h, edit, None)
@@ -98,7 +141,18 @@ def test_the_residual_keeps_its_precision_and_the_arithmetic_is_float32(dtype: t
     torch.testing.assert_close(out.double(), exact, rtol=eps, atol=eps * float(edit.direction.abs().max()) + 1e-6)
 
 
-@pytest.mark.parametrize("make", [Edit.add, Edit.ablate, lambda layer, v: Edit.cap(layer, v, 0.1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Edit.add,
+        lambda layer, v: Edit.add(layer, v, 0.5, relative=True),
+        Edit.ablate,
+        lambda layer, v: Edit.cap(layer, v, 0.1),
+        lambda layer, v: Edit.floor(layer, v, 0.1),
+        lambda layer, v: Edit.affine(layer, v, 0.1),
+    ],
+    ids=EVERY_OPERATION,
+)
 def test_gradients_flow_through_an_edit_to_residual_and_direction(make: Any) -> None:
     h = torch.randn(2, 3, D_MODEL, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     v = direction().double().requires_grad_()
@@ -140,6 +194,18 @@ def variants() -> dict[str, Edit]:
         "ablate": Edit.ablate(1, v),
         "cap": Edit.cap(1, v, 2.0),
         "cap elsewhere": Edit.cap(1, v, 3.0),
+        "floor": Edit.floor(1, v, 2.0),
+        "affine": Edit.affine(1, v, 2.0),
+        "relative": Edit.add(1, v, 2.0, relative=True),
+        "half": dataclasses.replace(Edit.ablate(1, v), coefficient=0.5),
+        "span": Edit.add(1, v, 2.0, Span(Positions.PROMPT, 1)),
+        "other span": Edit.add(1, v, 2.0, Span(Positions.PROMPT, 1, 2)),
+        "schedule": Edit(1, v, schedule=Schedule(((0, 1.0), (2, 0.0)))),
+        "other schedule": Edit(1, v, schedule=Schedule(((0, 1.0), (3, 0.0)))),
+        "condition": Edit(1, v, condition=Condition(1, v, 0.5)),
+        "condition on another": Edit(1, v, condition=Condition(1, direction(1), 0.5)),
+        "condition elsewhere": Edit(1, v, condition=Condition(0, v, 0.5)),
+        "condition below": Edit(1, v, condition=Condition(1, v, 0.5, above=False)),
     }
 
 
@@ -196,16 +262,31 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "nan": ({"direction": torch.tensor([1.0, torch.nan])}, "direction holds NaN or infinity"),
     "infinite": ({"direction": torch.tensor([1.0, torch.inf])}, "direction holds NaN or infinity"),
     "zero ablation": (
-        {"direction": torch.zeros(4), "operation": Operation.ABLATE, "coefficient": None},
+        {"direction": torch.zeros(4), "operation": Operation.ABLATE},
         "ablate needs a direction that is not zero everywhere",
     ),
     "zero cap": (
-        {"direction": torch.zeros(4), "operation": Operation.CAP, "coefficient": None, "threshold": 1.0},
+        {"direction": torch.zeros(4), "operation": Operation.CAP, "threshold": 1.0},
         "cap needs a direction that is not zero everywhere",
     ),
-    "no coefficient": ({"coefficient": None}, "add needs a coefficient"),
-    "a coefficient in vain": ({"operation": Operation.ABLATE}, "ablate takes no coefficient"),
-    "no threshold": ({"operation": Operation.CAP, "coefficient": None}, "cap needs a threshold"),
+    "relative along nothing": (
+        {"direction": torch.zeros(4), "relative": True},
+        "a relative coefficient needs a direction that is not zero everywhere",
+    ),
+    "relative ablation": ({"operation": Operation.ABLATE, "relative": True}, "only add takes a relative coefficient"),
+    "twice an ablation": (
+        {"operation": Operation.ABLATE, "coefficient": 2.0},
+        "coefficient of ablate is the fraction of the change that is made, from 0 to 1",
+    ),
+    "no threshold": ({"operation": Operation.CAP}, "cap needs a threshold"),
+    "no lower threshold": ({"operation": Operation.FLOOR}, "floor needs a threshold"),
+    "no target": ({"operation": Operation.AFFINE}, "affine needs a target"),
+    "a target in vain": ({"operation": Operation.ABLATE, "target": 0.0}, "ablate takes no target"),
+    "infinite threshold": ({"operation": Operation.CAP, "threshold": float("inf")}, "threshold must be finite"),
+    "a condition too late": (
+        {"condition": Condition(2, torch.ones(4), 0.0)},
+        "the condition is at layer 2 and the edit at layer 1",
+    ),
     "a threshold in vain": ({"threshold": 1.0}, "add takes no threshold"),
     "coefficients of two dimensions": (
         {"coefficient": torch.ones(2, 2)},
@@ -240,6 +321,10 @@ def test_a_direction_of_zeros_can_be_added_as_a_baseline() -> None:
 UNFIT: dict[str, tuple[Edit, str]] = {
     "layer": (Edit.add(3, direction()), "layer 3 does not exist: the model has layers 0 to 2"),
     "size": (Edit.add(1, torch.ones(5)), "direction has 5 entries, the model's d_model is 32"),
+    "condition": (
+        Edit(1, direction(), condition=Condition(1, torch.ones(5), 0.0)),
+        "direction of the condition has 5 entries",
+    ),
     "coefficients": (Edit.add(1, direction(), torch.ones(2)), "coefficient has 2 rows, the batch has 3"),
     "mask rows": (
         Edit.ablate(1, direction(), torch.ones(4, 19, dtype=torch.bool)),

@@ -106,6 +106,19 @@ def test_means_are_means_of_the_activations(backend: Backend) -> None:
         assert_close(results["prompt_last"][row], tokens[:, -n - 1])
 
 
+def test_the_norm_is_the_mean_length_over_the_response_as_text_and_while_generating(backend: Backend) -> None:
+    reads = (Read(ReadKind.RESPONSE_NORM), ALL_ACTIVATIONS)
+    generated = backend.generate(PROMPTS, Sampling(5), reads=reads).reads
+    for results, responses in (
+        (backend.forward(TEXT, (), reads).reads, TEXT.responses),
+        (generated, backend.generate(PROMPTS, Sampling(5)).responses),
+    ):
+        assert results["response_norm"].shape == (3, N_LAYERS)
+        for row, response in enumerate(responses):
+            norms = results["activations"][row, :, -len(response) :].norm(dim=-1)
+            assert_close(results["response_norm"][row], norms.mean(dim=1))
+
+
 def test_one_layer_equals_that_layer_of_all(backend: Backend) -> None:
     every = backend.forward(TEXT, (), Read.means()).reads
     for layer in range(N_LAYERS):
