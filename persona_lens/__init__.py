@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from persona_lens.errors import PersonaLensError as PersonaLensError
     from persona_lens.extraction import extract as extract
     from persona_lens.replies import reply as reply
+    from persona_lens.steering import Steering as Steering
+    from persona_lens.steering import load_steering as load_steering
     from persona_lens.steering import sweep as sweep
     from persona_lens.traits import load_trait as load_trait
     from persona_lens.vectors import PersonaVectors as PersonaVectors
@@ -36,9 +38,11 @@ _HOMES = {
     "Positions": "backend",
     "Read": "backend",
     "Sampling": "backend",
+    "Steering": "steering",
     "TokenBatch": "backend",
     "reply": "replies",
     "extract": "extraction",
+    "load_steering": "steering",
     "load_trait": "traits",
     "load_vectors": "vectors",
     "open_backend": "backend",

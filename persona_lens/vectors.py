@@ -29,6 +29,21 @@ class VectorsError(PersonaLensError):
     """Vectors that cannot be read, or do not fit what they are used on."""
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """Where and how strongly to steer, as `persona_lens.steering.tune` found it.
+
+    Attributes:
+        layer: Block index, 0-based.
+        coefficient: Multiple of the raw vector.
+        reduction: Which of the vectors.
+    """
+
+    layer: int
+    coefficient: float
+    reduction: str = DEFAULT_REDUCTION
+
+
 @dataclass(frozen=True, eq=False)
 class PersonaVectors:
     """Difference of mean activations between a trait's two arms, for every layer and reduction (method, section 2).
@@ -77,10 +92,34 @@ class PersonaVectors:
         lengths: Tensor = self.directions[reduction].norm(dim=-1)
         return lengths
 
+    @property
+    def tuned(self) -> Tuned | None:
+        """The layer and coefficient that were tuned for these vectors; None if that was not done."""
+        found = self.provenance.get("tuned")
+        return Tuned(found["layer"], found["coefficient"], found["reduction"]) if found else None
+
+    def tuned_choice(self) -> Tuned:
+        """`tuned`, for where it is needed.
+
+        Raises:
+            VectorsError: If nothing was tuned.
+        """
+        if self.tuned is None:
+            raise VectorsError(
+                f"no layer was tuned for the vectors of {self.trait!r}; name one, or take the vectors that "
+                "`persona-lens steer tune` wrote"
+            )
+        return self.tuned
+
+    def with_tuned(self, tuned: Tuned, found: Mapping[str, Any]) -> PersonaVectors:
+        """The same vectors with a choice of layer and coefficient, and what it rests on, in their provenance."""
+        choice = {**asdict(tuned), **found}
+        return PersonaVectors(self.trait, self.model, self.directions, {**self.provenance, "tuned": choice})
+
     def edit(
         self,
-        layer: int,
-        coefficient: float | Float[Tensor, " batch"] = 1.0,
+        layer: int | None = None,
+        coefficient: float | Float[Tensor, " batch"] | None = None,
         *,
         operation: Operation | str = Operation.ADD,
         threshold: float | None = None,
@@ -92,9 +131,9 @@ class PersonaVectors:
         """An edit that steers along this trait at one layer.
 
         Args:
-            layer: Block index, 0-based.
-            coefficient: Multiple of the raw vector that ``add`` adds; for the other operations the fraction of the
-                change that is made.
+            layer: Block index, 0-based; the one that was tuned if not given.
+            coefficient: Multiple of the raw vector that ``add`` adds, 1 if not given; for the other operations the
+                fraction of the change that is made. With neither layer nor coefficient, ``add`` takes the one tuned.
             operation: ``add``, ``ablate``, ``cap``, ``floor`` or ``affine``.
             threshold: For ``cap`` the largest, for ``floor`` the smallest projection left, in residual-stream units.
             target: For ``affine``: the projection left, in residual-stream units.
@@ -102,11 +141,17 @@ class PersonaVectors:
             positions: ``all``, ``prompt``, ``response``, ``generating``, or a `Span` of one of these.
             reduction: Which of the vectors.
         """
+        chosen = _member(Operation, operation)
+        if layer is None:
+            tuned = self.tuned_choice()
+            layer = tuned.layer
+            if coefficient is None and chosen is Operation.ADD and not relative:
+                coefficient = tuned.coefficient
         return Edit(
             layer,
             self.vector(layer, reduction),
-            _member(Operation, operation),
-            coefficient=coefficient,
+            chosen,
+            coefficient=1.0 if coefficient is None else coefficient,
             threshold=threshold,
             target=target,
             relative=relative,

@@ -49,4 +49,4 @@ class Span:
             raise PositionsError(f"{self} holds no token: it must end after it begins")
 
     def __str__(self) -> str:
-        return f"{self.kind}[{self.start or ''}:{'' if self.stop is None else self.stop}]"
+        return f"{self.kind}[{self.start}:{'' if self.stop is None else self.stop}]"

@@ -85,5 +85,5 @@ class Writer:
 
 def _met(condition: dict[str, Any], h: Float[Tensor, "batch window d_model"]) -> Bool[Tensor, "batch window"]:
     projection: Tensor = h.detach().float() @ condition["direction"].to(h.device)
-    difference = projection - condition["threshold"]
-    return difference > 0 if condition["above"] else difference < 0
+    difference: Tensor = projection - condition["threshold"]
+    return (difference if condition["above"] else -difference).gt(0)

@@ -1,8 +1,12 @@
 """Steering: vectors become edits; sweeps show what they do, beside random directions of the same norm."""
 
 from persona_lens.steering.analysis import CurvePoint, Effect, choose_layer, curve, effect
+from persona_lens.steering.arms import ArmRow, ArmSettings, run_arms
+from persona_lens.steering.files import load_steering
+from persona_lens.steering.notation import NotationError, parse_terms
+from persona_lens.steering.steered import SteeredBackend
+from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.sweep import (
-    SteeringError,
     SweepRow,
     SweepSettings,
     calibration_of,
@@ -12,8 +16,13 @@ from persona_lens.steering.sweep import (
 )
 
 __all__ = [
+    "ArmRow",
+    "ArmSettings",
     "CurvePoint",
     "Effect",
+    "NotationError",
+    "SteeredBackend",
+    "Steering",
     "SteeringError",
     "SweepRow",
     "SweepSettings",
@@ -21,6 +30,9 @@ __all__ = [
     "choose_layer",
     "curve",
     "effect",
+    "load_steering",
+    "parse_terms",
+    "run_arms",
     "sweep",
     "sweep_work",
     "trait_of",

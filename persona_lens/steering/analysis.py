@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from persona_lens.statistics import Estimate, bootstrap_mean
-from persona_lens.steering.sweep import NONE, RANDOM, VECTOR, SteeringError, SweepRow
+from persona_lens.steering.steering import SteeringError
+from persona_lens.steering.sweep import NONE, RANDOM, VECTOR, SweepRow
 
 # Nats a token by which steered text may surprise the unsteered model more than its own text does, and still count as
 # coherent.

@@ -9,10 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from persona_lens.backend import Backend, Edit, Positions
-from persona_lens.errors import PersonaLensError
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts
 from persona_lens.judging.calibration import Calibration
@@ -21,16 +18,13 @@ from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.runs import RunFolder
+from persona_lens.steering.steering import SteeringError, rowwise
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 from persona_lens.workload import Work, run_work
 
 VECTOR, RANDOM, NONE = "vector", "random", "none"
 QuestionSet = Literal["evaluation", "extraction"]
-
-
-class SteeringError(PersonaLensError):
-    """A sweep that cannot be run as asked."""
 
 
 @dataclass(frozen=True)
@@ -232,27 +226,17 @@ def edits_of(vectors: PersonaVectors, settings: SweepSettings) -> Callable[[Sequ
     """The edits of a batch: one for each layer and direction in it, its coefficient 0 in the rows of the others."""
     nulls = [vectors.random_like(settings.seed + i) for i in range(settings.random_directions)]
 
-    def source(request: Request) -> PersonaVectors:
-        if request.labels["direction"] == VECTOR:
-            return vectors
-        number: int = request.labels["question_number"]
-        return nulls[number % len(nulls)]
+    def edit_of(request: Request) -> tuple[Edit, ...]:
+        labels = request.labels
+        if labels["direction"] == NONE:
+            return ()
+        source = vectors if labels["direction"] == VECTOR else nulls[labels["question_number"] % len(nulls)]
+        edit = source.edit(
+            labels["layer"], labels["coefficient"], positions=settings.positions, reduction=settings.reduction
+        )
+        return (edit,)
 
-    def edits_for(requests: Sequence[Request]) -> list[Edit]:
-        coefficients: dict[tuple[int, str], torch.Tensor] = {}
-        sources: dict[tuple[int, str], PersonaVectors] = {}
-        for row, request in enumerate(requests):
-            if request.labels["direction"] == NONE:
-                continue
-            key = (request.labels["layer"], source(request).trait)
-            sources[key] = source(request)
-            coefficients.setdefault(key, torch.zeros(len(requests)))[row] = request.labels["coefficient"]
-        return [
-            sources[key].edit(key[0], coefficients[key], positions=settings.positions, reduction=settings.reduction)
-            for key in sorted(coefficients)
-        ]
-
-    return edits_for
+    return lambda requests: rowwise(map(edit_of, requests))
 
 
 def _row(rollout: Rollout, judgement: Judgement) -> SweepRow:

@@ -1,0 +1,198 @@
+"""Arms: several steerings that answer the same questions with the same seeds, each beside its null."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from persona_lens.backend import Backend, Edit, Read
+from persona_lens.judging import Judge, Judgement, judge_rollouts
+from persona_lens.models import ChatFormat
+from persona_lens.progress import Progress, no_progress
+from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
+from persona_lens.runs import RunFolder
+from persona_lens.steering.steering import Steering, SteeringError, rowwise
+from persona_lens.steering.sweep import NONE, RANDOM, VECTOR, QuestionSet
+from persona_lens.traits import Trait
+
+UNSTEERED = "unsteered"
+
+
+@dataclass(frozen=True)
+class ArmSettings:
+    """What the arms are asked, and how.
+
+    Attributes:
+        questions: Numbers of the trait's questions, from 0.
+        question_set: ``evaluation`` (held out) or ``extraction``.
+        samples: Responses for each question and arm; all arms share their seeds.
+        random_directions: How many random rotations of each steering stand beside it; question i gets rotation i
+            modulo this number. 0 leaves the null out.
+        seed: Base of every row's seed and of the random directions.
+        rollouts: How responses are made.
+    """
+
+    questions: tuple[int, ...] = tuple(range(20))
+    question_set: QuestionSet = "evaluation"
+    samples: int = 1
+    random_directions: int = 5
+    seed: int = 0
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+
+    def __post_init__(self) -> None:
+        if not self.questions or len(set(self.questions)) < len(self.questions) or min(self.questions) < 0:
+            raise SteeringError(f"questions must be given by number, each once: got {list(self.questions)}")
+        if self.question_set not in get_args(QuestionSet):
+            raise SteeringError(f"question_set is {' or '.join(get_args(QuestionSet))}, got {self.question_set!r}")
+        if self.samples < 1 or self.random_directions < 0:
+            raise SteeringError("samples must be at least 1, random_directions at least 0")
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One response and its judgement.
+
+    Attributes:
+        arm: Name of the steering; `UNSTEERED` for the responses without one.
+        direction: ``vector``, ``random``, or ``none`` for the unsteered.
+        question: Number of the question.
+        sample: Number of the sample.
+        score: Trait score, 0 to 100; None if the response is empty.
+        surprise: -log p under the unsteered model, nats a token; None where the judge does not compute it.
+        coherence: 0 to 100; None where the judge does not ask.
+        text: The response.
+    """
+
+    arm: str
+    direction: str
+    question: int
+    sample: int
+    score: float | None
+    surprise: float | None
+    coherence: float | None
+    text: str
+
+
+def plan_arms(trait: Trait, names: Sequence[str], settings: ArmSettings) -> list[Request]:
+    """One request for each question, sample, arm and direction; rows of a question share their seeds.
+
+    Raises:
+        SteeringError: If a question does not exist.
+    """
+    questions = trait.evaluation_questions if settings.question_set == "evaluation" else trait.extraction_questions
+    if max(settings.questions) >= len(questions):
+        raise SteeringError(
+            f"question {max(settings.questions)} asked for, trait {trait.name} has {len(questions)} for "
+            f"{settings.question_set}, counted from 0"
+        )
+    directions = [VECTOR, RANDOM] if settings.random_directions else [VECTOR]
+    arms = [(UNSTEERED, NONE), *((name, direction) for name in names for direction in directions)]
+    return [
+        Request(
+            system=None,
+            question=questions[number],
+            seed=row_seed(settings.seed, "arms", settings.question_set, number, sample),
+            labels={"arm": arm, "direction": direction, "question_number": number, "sample": sample},
+        )
+        for number in settings.questions
+        for sample in range(settings.samples)
+        for arm, direction in arms
+    ]
+
+
+def arm_edits(arms: Mapping[str, Steering], settings: ArmSettings) -> Callable[[Sequence[Request]], list[Edit]]:
+    """The edits of a batch, every row under its own arm's."""
+    found: dict[tuple[str, int | None], tuple[Edit, ...]] = {}
+
+    def edits_of(request: Request) -> tuple[Edit, ...]:
+        labels = request.labels
+        if labels["direction"] == NONE:
+            return ()
+        rotation = None
+        if labels["direction"] == RANDOM:
+            rotation = settings.seed + labels["question_number"] % settings.random_directions
+        key = (labels["arm"], rotation)
+        if key not in found:
+            steering = arms[labels["arm"]]
+            found[key] = steering.edits() if rotation is None else steering.null(rotation)
+        return found[key]
+
+    return lambda requests: rowwise(map(edits_of, requests))
+
+
+def collect_arms(
+    backend: Backend,
+    arms: Mapping[str, Steering],
+    trait: Trait,
+    settings: ArmSettings,
+    chat: ChatFormat,
+    *,
+    folder: RunFolder | None = None,
+    prefix: str = "arms-",
+    reads: Sequence[Read] = (),
+) -> Rollouts:
+    """The responses of all arms, to be run; unsteered and steered rows run in the same batches.
+
+    Raises:
+        SteeringError: If an arm has no name of its own, or a question does not exist.
+    """
+    if UNSTEERED in arms:
+        raise SteeringError(f"an arm cannot be called {UNSTEERED!r}; that one is always there")
+    requests = plan_arms(trait, list(arms), settings)
+    return Rollouts(
+        backend,
+        chat,
+        requests,
+        settings.rollouts,
+        folder=folder,
+        reads=reads,
+        edits_for=arm_edits(arms, settings),
+        prefix=prefix,
+    )
+
+
+def run_arms(
+    backend: Backend,
+    arms: Mapping[str, Steering],
+    trait: Trait,
+    settings: ArmSettings,
+    judge: Judge,
+    chat: ChatFormat,
+    *,
+    folder: RunFolder | None = None,
+    prefix: str = "arms-",
+    progress: Progress = no_progress,
+) -> list[ArmRow]:
+    """Let every arm answer, and judge what comes.
+
+    Args:
+        backend: The model.
+        arms: Steerings by name; the unsteered model is always there too.
+        trait: Whose questions are asked.
+        settings: See `ArmSettings`.
+        judge: Who scores.
+        chat: Chat format.
+        folder: Where responses and judgements are kept, under names that begin with ``prefix``.
+        prefix: Distinguishes several sets in a folder.
+        progress: Told how far the work is.
+    """
+    collected = collect_arms(backend, arms, trait, settings, chat, folder=folder, prefix=prefix)
+    rollouts = collected.run(progress)
+    judged = judge_rollouts(judge, rollouts, chat, folder, prefix=prefix, progress=progress)
+    return [arm_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]
+
+
+def arm_row(rollout: Rollout, judgement: Judgement) -> ArmRow:
+    """A response with its judgement."""
+    labels: Mapping[str, Any] = rollout.request.labels
+    return ArmRow(
+        arm=labels["arm"],
+        direction=labels["direction"],
+        question=labels["question_number"],
+        sample=labels["sample"],
+        score=judgement.trait.value,
+        surprise=judgement.surprise,
+        coherence=judgement.coherence.value if judgement.coherence else None,
+        text=rollout.response,
+    )

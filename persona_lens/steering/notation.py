@@ -1,0 +1,173 @@
+"""The notation of a steering, ``optimistic@18:+1.5, evil@all:ablate``, read into `Term`s."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from lark import Lark, Token, Transformer, UnexpectedInput, UnexpectedToken, v_args
+from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, VisitError
+
+from persona_lens.backend import Operation, Positions, Schedule, Span
+from persona_lens.errors import PersonaLensError
+from persona_lens.steering.terms import Layers, Term, When
+
+# What the grammar's terminals are called in an error.
+WORDS = {
+    "NAME": "a trait's name",
+    "NUMBER": "a number such as +1.5",
+    "INT": "a whole number",
+    "BOUND": "a whole number",
+    "KIND": "all, prompt, response or generating",
+    "SIDE": "> or <",
+    "$END": "the end",
+}
+
+
+class NotationError(PersonaLensError):
+    """A steering that is not written as steerings are; the message points at the character."""
+
+
+def parse_terms(text: str) -> tuple[Term, ...]:
+    """Read what is written.
+
+    Args:
+        text: Terms with commas between them, each
+            ``TRAIT[.REDUCTION][@LAYERS][:ACTION] [on POSITIONS] [if CONDITION] [schedule(POINTS)]``:
+
+            - LAYERS: ``18``, ``10-20``, ``12+15+18`` or ``all``; left out, the layer that was tuned.
+            - ACTION: ``+1.5`` adds 1.5 times the vector, ``+30%`` a step of 0.3 times the residual's own norm;
+              ``increments(+1.5)`` adds at each layer what its vector has beyond the layer before; ``ablate``,
+              ``ablate(0.5)``, ``cap(3)``, ``floor(-1)``, ``affine(0)``. Left out, the coefficient that was tuned.
+            - POSITIONS: ``all``, ``prompt``, ``response`` or ``generating``, or a part such as ``response[5:]``.
+            - CONDITION: ``evil@12>3``, a projection at a layer; without one, at the layer that is edited.
+            - POINTS: ``0:1 20:0``, factors by token index, interpolated.
+
+    Raises:
+        NotationError: With the text, a mark under the character, and what was expected there.
+    """
+    try:
+        tree = _grammar().parse(text)
+        terms: tuple[Term, ...] = _Reader().transform(tree)
+    except UnexpectedInput as error:
+        raise NotationError(_pointing(text, _place(error, text), f"expected {_expected(error)}")) from None
+    except VisitError as error:
+        if not isinstance(error.orig_exc, PersonaLensError):
+            raise
+        meta = getattr(error.obj, "meta", None)
+        raise NotationError(_pointing(text, getattr(meta, "start_pos", 0), str(error.orig_exc))) from None
+    return terms
+
+
+@cache
+def _grammar() -> Lark:
+    grammar = (files("persona_lens.steering") / "notation.lark").read_text(encoding="utf-8")
+    return Lark(grammar, parser="lalr", propagate_positions=True, maybe_placeholders=False)
+
+
+def _place(error: UnexpectedInput, text: str) -> int:
+    at_end = isinstance(error, UnexpectedEOF) or (isinstance(error, UnexpectedToken) and error.token.type == "$END")
+    return len(text) if at_end or error.pos_in_stream is None else error.pos_in_stream
+
+
+def _expected(error: UnexpectedInput) -> str:
+    wanted: set[str] = set()
+    if isinstance(error, UnexpectedCharacters):
+        wanted = set(error.allowed or ())
+    elif isinstance(error, UnexpectedToken | UnexpectedEOF):
+        wanted = set(error.expected)
+    terminals = {terminal.name: terminal for terminal in _grammar().terminals}
+    words = [WORDS.get(name) or f"'{terminals[name].pattern.value}'" for name in sorted(wanted)]
+    ordered = sorted(set(words), key=lambda word: (word.startswith("'"), word))
+    return " or ".join([", ".join(ordered[:-1]), ordered[-1]] if len(ordered) > 1 else ordered)
+
+
+def _pointing(text: str, place: int, message: str) -> str:
+    shown = text.replace("\n", " ").replace("\t", " ")
+    return f"the steering cannot be read:\n  {shown}\n  {' ' * place}^ {message}"
+
+
+@v_args(inline=True)
+class _Reader(Transformer[Token, Any]):
+    """Turns the tree into terms; the methods are named after the grammar's rules."""
+
+    NAME = str
+    KIND = Positions
+    SIDE = str
+    INT = BOUND = int
+
+    def NUMBER(self, token: Token) -> float:  # noqa: N802 - the grammar's name
+        return float(token)
+
+    def start(self, *terms: Term) -> tuple[Term, ...]:
+        return terms
+
+    def term(self, trait: str, *parts: dict[str, Any]) -> Term:
+        found: dict[str, Any] = {}
+        for part in parts:
+            if again := [name for name in part if name in found]:
+                raise NotationError(f"{trait}: {again[0]} is given twice")
+            found.update(part)
+        if "layers" in found and "operation" not in found:
+            raise NotationError(f"{trait} has layers but nothing to do there, such as :+1.5 or :ablate")
+        if found.get("increments") and "layers" not in found:
+            raise NotationError(f"{trait}: increments go from layer to layer, so say which, such as @all")
+        return Term(trait, **found)
+
+    def reduction(self, name: str) -> dict[str, Any]:
+        return {"reduction": name}
+
+    def layers(self, *ranges: tuple[int, int]) -> dict[str, Any]:
+        return {"layers": Layers(ranges)}
+
+    def range(self, first: int, last: int | None = None) -> tuple[int, int]:
+        if last is not None and last < first:
+            raise NotationError(f"the layers {first}-{last} run backwards")
+        return first, first if last is None else last
+
+    def add(self, amount: float) -> dict[str, Any]:
+        return {"operation": Operation.ADD, "amount": amount}
+
+    def relative(self, amount: float) -> dict[str, Any]:
+        return {"operation": Operation.ADD, "amount": amount / 100, "relative": True}
+
+    def increments(self, amount: float) -> dict[str, Any]:
+        return {"operation": Operation.ADD, "amount": amount, "increments": True}
+
+    def ablate(self, amount: float | None = None) -> dict[str, Any]:
+        return {"operation": Operation.ABLATE, "amount": amount}
+
+    def cap(self, amount: float) -> dict[str, Any]:
+        return {"operation": Operation.CAP, "amount": amount}
+
+    def floor(self, amount: float) -> dict[str, Any]:
+        return {"operation": Operation.FLOOR, "amount": amount}
+
+    def affine(self, amount: float) -> dict[str, Any]:
+        return {"operation": Operation.AFFINE, "amount": amount}
+
+    def on(self, kind: Positions, span: tuple[int, int | None] | None = None) -> dict[str, Any]:
+        return {"positions": kind if span is None else Span(kind, *span)}
+
+    def within(self, start: int, stop: int) -> tuple[int, int | None]:
+        return start, stop
+
+    def beginning(self, start: int) -> tuple[int, int | None]:
+        return start, None
+
+    def until(self, stop: int) -> tuple[int, int | None]:
+        return 0, stop
+
+    def point(self, place: int, factor: float) -> tuple[int, float]:
+        return place, factor
+
+    def schedule(self, *points: tuple[int, float]) -> dict[str, Any]:
+        return {"schedule": Schedule(points)}
+
+    def condition_layer(self, layer: int) -> int:
+        return layer
+
+    def when(self, trait: str, *parts: Any) -> dict[str, Any]:
+        *layer, side, threshold = parts
+        return {"when": When(trait, layer[0] if layer else None, threshold, side == ">")}

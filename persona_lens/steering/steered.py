@@ -1,0 +1,84 @@
+"""`SteeredBackend`: a backend under whose calls a steering is always at work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from persona_lens.backend import Backend, Edit, ForwardResult, Generation, ModelInfo, Read, Sampling, TokenBatch
+from persona_lens.backend.context import context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from persona_lens.steering.steering import Steering
+
+
+class SteeredBackend:
+    """A backend whose every call runs under a steering, before the edits of the call itself.
+
+    It is a backend like any other: replies, extraction, judging and evaluation run on it as they are. Its `info` names
+    the steering, so that a run on it is never taken for one on the plain model.
+
+    Args:
+        inner: The plain backend.
+        steering: What is at work.
+    """
+
+    def __init__(self, inner: Backend, steering: Steering) -> None:
+        self.inner = inner
+        self.steering = steering
+        self._edits = steering.edits()
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model, with the steering in the name of the backend."""
+        plain = self.inner.info
+        return replace(plain, backend=f"{plain.backend}, steered {self.steering.content_hash[:19]}")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """See `Backend.tokenizer`."""
+        return self.inner.tokenizer
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """See `Backend.end_ids`."""
+        return self.inner.end_ids
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Never: under edits every row is computed whole."""
+        return False
+
+    @property
+    def calls_at_once(self) -> int:
+        """See `Backend.calls_at_once`."""
+        return self.inner.calls_at_once
+
+    @property
+    def context_length(self) -> int | None:
+        """See `persona_lens.backend.context`."""
+        return context_length(self.inner)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `Backend.generate`."""
+        return self.inner.generate(prompts, sampling, (*self._edits, *edits), reads)
+
+    def forward(
+        self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> ForwardResult:
+        """See `Backend.forward`."""
+        return self.inner.forward(tokens, (*self._edits, *edits), reads, logprobs=logprobs)
+
+    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """See `Backend.editing`."""
+        return self.inner.editing((*self._edits, *edits))

@@ -1,0 +1,258 @@
+"""`Steering`: terms and the vectors they name, which together say what is written where."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.backend import Backend, Condition, Edit, Operation
+from persona_lens.errors import PersonaLensError
+from persona_lens.steering.notation import parse_terms
+from persona_lens.steering.terms import Layers, Term
+from persona_lens.vectors import PersonaVectors
+
+if TYPE_CHECKING:
+    from persona_lens.steering.steered import SteeredBackend
+
+# What is left of a direction, as a share of its norm, when others that are ablated too have been taken out of it: less
+# than this is rounding.
+NEGLIGIBLE = 1e-4
+
+
+class SteeringError(PersonaLensError):
+    """A steering that cannot be carried out as asked."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What to do to the residual stream, in words, with the vectors that the words name.
+
+    Terms act in the order in which they stand where several meet at a layer. Traits that are ablated at the same layer
+    and tokens are ablated together: none of them is left, however alike they are.
+
+    Attributes:
+        terms: What is done.
+        vectors: By the names that the terms use.
+
+    Raises:
+        SteeringError: If a trait has no vectors, a layer does not exist, or the vectors are of different models.
+    """
+
+    terms: tuple[Term, ...]
+    vectors: Mapping[str, PersonaVectors]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(_settled(term, self._vectors_of(term.trait)) for term in self.terms))
+        named = self._used()
+        first = next(iter(named.values()))
+        for other in named.values():
+            if different := first.model.differences(other.model):
+                raise SteeringError(f"the vectors belong to different models: {'; '.join(different)}")
+        object.__setattr__(self, "vectors", named)
+        self.edits()
+
+    @staticmethod
+    def parse(text: str, vectors: PersonaVectors | Iterable[PersonaVectors] | Mapping[str, PersonaVectors]) -> Steering:
+        """Read a steering from its notation.
+
+        Args:
+            text: Such as ``optimistic@18:+1.5, evil@all:ablate``; see `parse_terms`.
+            vectors: Those of the traits that are named: by name, or named after their traits.
+
+        Raises:
+            NotationError: If it is not written so.
+            SteeringError: If it does not fit the vectors.
+        """
+        if isinstance(vectors, PersonaVectors):
+            vectors = [vectors]
+        if not isinstance(vectors, Mapping):
+            vectors = {each.trait: each for each in vectors}
+        return Steering(parse_terms(text), vectors)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.terms))
+
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits, term by term and layer by layer."""
+        return tuple(_ablated_together(edit for term in self.terms for edit in self._edits_of(term)))
+
+    def null(self, seed: int) -> tuple[Edit, ...]:
+        """The same edits in a random direction: what a claim about this steering has to be held against.
+
+        All directions are turned together by one random rotation, so that each keeps its norm, and two keep the angle
+        between them: what increments add up to is as long as it was. Conditions keep their own directions.
+        """
+        edits = self.edits()
+        turned = _turned(torch.stack([edit.direction for edit in edits]), seed)
+        return tuple(replace(edit, direction=direction) for edit, direction in zip(edits, turned, strict=True))
+
+    def scaled(self, factor: float) -> Steering:
+        """The steering with every coefficient of an addition times a factor."""
+        return Steering(tuple(term.scaled(factor) for term in self.terms), self.vectors)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over everything that determines what the steering does."""
+        return "sha256:" + hashlib.sha256("".join(edit.content_hash for edit in self.edits()).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Steering) and self.content_hash == other.content_hash
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the steering with its vectors into one file, see `persona_lens.steering.files`."""
+        from persona_lens.steering.files import save_steering
+
+        return save_steering(self, path)
+
+    def check_model(self, backend: Backend) -> None:
+        """Raise `persona_lens.vectors.VectorsError` unless the vectors belong to the backend's model."""
+        for each in self.vectors.values():
+            each.check_model(backend)
+
+    def on(self, backend: Backend, *, allow_other_model: bool = False) -> SteeredBackend:
+        """The backend, steered: whatever runs on what is returned runs under these edits.
+
+        Args:
+            backend: The model.
+            allow_other_model: Steer a model that the vectors do not belong to.
+        """
+        from persona_lens.steering.steered import SteeredBackend
+
+        if not allow_other_model:
+            self.check_model(backend)
+        return SteeredBackend(backend, self)
+
+    @contextmanager
+    def applied(self, backend: Backend, *, allow_other_model: bool = False) -> Iterator[None]:
+        """While open, your own calls of the model under the backend run steered; see `Backend.editing`.
+
+        Args:
+            backend: The model.
+            allow_other_model: Steer a model that the vectors do not belong to.
+        """
+        if not allow_other_model:
+            self.check_model(backend)
+        with backend.editing(self.edits()):
+            yield
+
+    def describe(self) -> dict[str, Any]:
+        """The steering as JSON values, for the record of a run."""
+        return {
+            "text": str(self),
+            "content_hash": self.content_hash,
+            "vectors": {name: each.content_hash for name, each in sorted(self.vectors.items())},
+        }
+
+    def _vectors_of(self, name: str) -> PersonaVectors:
+        if name not in self.vectors:
+            there = ", ".join(sorted(self.vectors)) or "none"
+            raise SteeringError(f"there are no vectors for {name!r}; there are vectors for: {there}")
+        return self.vectors[name]
+
+    def _used(self) -> dict[str, PersonaVectors]:
+        if not self.terms:
+            raise SteeringError("a steering needs at least one term, such as optimistic@18:+1.5")
+        conditions = [term.when.trait for term in self.terms if term.when is not None]
+        return {name: self._vectors_of(name) for name in dict.fromkeys([t.trait for t in self.terms] + conditions)}
+
+    def _edits_of(self, term: Term) -> Iterator[Edit]:
+        assert term.layers is not None  # settled when this was made
+        source = self.vectors[term.trait]
+        before: Tensor | float = 0.0
+        for layer in term.layers.of(source.model.n_layers):
+            v = source.vector(layer, term.reduction)
+            yield self._edit(term, layer, v - before if term.increments else v)
+            before = v
+
+    def _edit(self, term: Term, layer: int, direction: Tensor) -> Edit:
+        operation, amount = term.operation, term.amount
+        assert operation is not None
+        level = {Operation.CAP: "threshold", Operation.FLOOR: "threshold", Operation.AFFINE: "target"}.get(operation)
+        parts: dict[str, Any] = {level: amount} if level else {"coefficient": 1.0 if amount is None else amount}
+        condition = None
+        if term.when is not None:
+            at = layer if term.when.layer is None else term.when.layer
+            towards = self.vectors[term.when.trait].vector(at)
+            condition = Condition(at, towards, term.when.threshold, term.when.above)
+        return Edit(
+            layer,
+            direction,
+            operation,
+            relative=term.relative,
+            positions=term.positions,
+            schedule=term.schedule,
+            condition=condition,
+            **parts,
+        )
+
+
+def _settled(term: Term, vectors: PersonaVectors) -> Term:
+    """The term with the layer, and the coefficient, that were tuned where none was written."""
+    if term.layers is not None and term.operation is not None:
+        return term
+    tuned = vectors.tuned_choice()
+    settled = replace(term, layers=term.layers or Layers(((tuned.layer, tuned.layer),)))
+    if term.operation is not None:
+        return settled
+    return replace(settled, operation=Operation.ADD, amount=tuned.coefficient, reduction=tuned.reduction)
+
+
+def _turned(directions: Float[Tensor, "k d_model"], seed: int) -> Float[Tensor, "k d_model"]:
+    """The directions after a random rotation; only what it does to their span is ever computed."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, coordinates = torch.linalg.qr(directions.double().T)
+    noise = torch.randn(basis.shape, generator=generator, dtype=torch.float64)
+    frame, scale = torch.linalg.qr(noise)
+    frame = frame * scale.diagonal().sign()  # else the first entry of a frame would always have the same sign
+    turned: Tensor = (frame @ coordinates).T.float()
+    return turned
+
+
+def _ablated_together(edits: Iterable[Edit]) -> Iterator[Edit]:
+    """The edits with each full ablation at right angles to those before it at the same place.
+
+    One after the other, ablations along directions that are alike would each bring back some of the one before.
+    """
+    before: dict[str, list[Tensor]] = {}
+    for edit in edits:
+        if edit.operation is not Operation.ABLATE or edit.coefficient != 1.0 or edit.condition or edit.schedule:
+            yield edit
+            continue
+        others = before.setdefault(f"{edit.layer} {edit.positions}", [])
+        rest = edit.direction
+        for unit in others:
+            rest = rest - (rest @ unit) * unit
+        if float(rest.norm()) <= NEGLIGIBLE * float(edit.direction.norm()):
+            continue
+        others.append(rest / rest.norm())
+        yield replace(edit, direction=rest) if len(others) > 1 else edit
+
+
+def rowwise(rows: Iterable[tuple[Edit, ...]]) -> list[Edit]:
+    """Edits for a batch in which every row has edits of its own.
+
+    Edits that differ only in their coefficient become one, with a coefficient for each row. Each row's edits keep their
+    order.
+
+    Args:
+        rows: For each row its edits, each with one coefficient for all.
+    """
+    listed = list(rows)
+    merged: dict[tuple[int, str], tuple[Edit, Tensor]] = {}
+    for number, edits in enumerate(listed):
+        for place, edit in enumerate(edits):
+            key = (place, replace(edit, coefficient=1.0).content_hash)
+            _, coefficients = merged.setdefault(key, (edit, torch.zeros(len(listed))))
+            coefficients[number] = edit.coefficient
+    return [replace(edit, coefficient=c) for _, (edit, c) in sorted(merged.items(), key=lambda item: item[0][0])]
