@@ -30,6 +30,7 @@ COMMANDS = (
     ("demo",),
     ("extract",),
     ("steer",),
+    ("steer", "sweep"),
     ("generate",),
     ("responses",),
     ("judge",),
@@ -132,9 +133,9 @@ def test_every_command_is_in_the_list() -> None:
     assert named | groups == {command[0] for command in COMMANDS if command}
 
 
-@pytest.mark.parametrize("command", ["extract", "steer", "generate"])
+@pytest.mark.parametrize("command", ["extract", "steer sweep", "generate"])
 def test_options_are_explained(command: str) -> None:
-    said = " ".join(CliRunner(env={"COLUMNS": "300"}).invoke(app, [command, "--help"]).stdout.split())
+    said = " ".join(CliRunner(env={"COLUMNS": "300"}).invoke(app, [*command.split(), "--help"]).stdout.split())
     for option in ("--backend", "--dtype", "--device", "--seed", "--json", "--max-new-tokens", "--temperature"):
         assert option in said
 
@@ -213,7 +214,7 @@ def test_an_unknown_trait_is_guessed(model: Path) -> None:
     ("arguments", "said"),
     [
         (("extract", "M", "optimistic", "--sample", "3"), "--samples"),
-        (("steer", "M", "V", "--layers", "1", "--coefficient", "3"), "--coefficients"),
+        (("steer", "sweep", "M", "V", "--layers", "1", "--coefficient", "3"), "--coefficients"),
         (("generate", "M", "V", "Hi", "--layer", "1", "--positons", "all"), "--positions"),
         (("extrct",), "extract"),
     ],
@@ -228,7 +229,7 @@ def test_a_mistyped_option_or_command_is_refused_with_the_right_one(arguments: t
     ("arguments", "said"),
     [
         (("extract", "M"), "TRAIT"),
-        (("steer", "M", "V"), "--layers"),
+        (("steer", "sweep", "M", "V"), "--layers"),
         (("generate", "M", "V", "Hi"), "--layer"),
         (("extract", "M", "optimistic", "--samples", "many"), "samples"),
     ],
@@ -368,6 +369,7 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(
 def steering(model: Path, out: Path, *more: str) -> tuple[str, ...]:
     return (
         "steer",
+        "sweep",
         str(model),
         str(out),
         "--layers",
@@ -479,7 +481,7 @@ def test_files_that_are_no_vectors(model: Path, tmp_path: Path) -> None:
     backend = wrap_model(tiny_model(), tiny_tokenizer())
     rows = {"response_mean": torch.ones(N_LAYERS, D_MODEL)}
     bare = PersonaVectors("bare", replace(backend.info), rows).save(tmp_path / "bare.safetensors")
-    assert "carry no trait" in refused("steer", str(model), str(bare), "--layers", "1", *TINY)
+    assert "carry no trait" in refused("steer", "sweep", str(model), str(bare), "--layers", "1", *TINY)
     ok(*generate, str(bare), *rest)
 
 
@@ -539,10 +541,21 @@ def test_a_dry_run_says_what_is_asked_for_and_does_nothing(
     # Four questions, five pairs of instructions, two arms; eleven prompts judge each response.
     assert (rollouts["label"], rollouts["calls"], rollouts["rows"], rollouts["traffic"]) == ("rollouts", 3, 40, None)
     assert (judging["label"], judging["rows"]) == ("judging", 440)
-    steer = ("steer", str(model), str(extracted[0]), "--layers", "1", "--questions", "2", "--coefficients", "1")
+    steer = (
+        "steer",
+        "sweep",
+        str(model),
+        str(extracted[0]),
+        "--layers",
+        "1",
+        "--questions",
+        "2",
+        "--coefficients",
+        "1",
+    )
     work = parsed(*steer, "--random-directions", "1", *TINY, "--dry-run", "--json")["work"]
     assert [each["rows"] for each in work] == [2 * 3, 2 * 3 * 11]
-    assert "judging" in ok(*steer, *TINY, "--dry-run")
+    assert "judging" in ok(*steer, "--coefficients", "1", *TINY, "--dry-run")
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:

@@ -80,7 +80,19 @@ def test_extraction_and_steering_by_a_server(model: Path, server: Loopback, tmp_
     again = run(*extraction(model, out, *options(server), "--json"))
     assert json.loads(again.stdout) == summary
     assert sum(server.seen.values()) == asked
-    steering = ("steer", str(model), str(out), "--layers", "1", "--questions", "3", "--random-directions", "0", *TINY)
+    steering = (
+        "steer",
+        "sweep",
+        str(model),
+        str(out),
+        "--layers",
+        "1",
+        "--questions",
+        "3",
+        "--random-directions",
+        "0",
+        *TINY,
+    )
     assert "name another judge (--judge)" in refused(*steering)
     table = run(*steering, *options(server)).stdout
     assert "coherence" in table

@@ -15,7 +15,7 @@ from persona_lens.cli.generate import generate
 from persona_lens.cli.judge import app as judge_app
 from persona_lens.cli.remote import app as remote_app
 from persona_lens.cli.responses import responses
-from persona_lens.cli.steer import steer
+from persona_lens.cli.steer import app as steer_app
 from persona_lens.cli.traits import app as traits_app
 from persona_lens.errors import PersonaLensError
 
@@ -31,9 +31,9 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(extract)
-app.command()(steer)
 app.command()(generate)
 app.command()(responses)
+app.add_typer(steer_app)
 app.add_typer(judge_app)
 app.add_typer(traits_app)
 app.add_typer(backends_app)

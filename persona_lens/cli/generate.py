@@ -9,7 +9,7 @@ import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.grouping import grouped
-from persona_lens.cli.steer import AllowOtherModel, PositionsOption, ReductionOption, Vectors
+from persona_lens.cli.sweep import AllowOtherModel, PositionsOption, ReductionOption, Vectors
 
 
 @grouped

@@ -1,145 +1,32 @@
-"""``persona-lens steer``: what a vector does to the model's answers, layer by layer and coefficient by coefficient."""
+"""``persona-lens steer``: what steering along vectors does, and how strongly to."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from persona_lens.cli import judges, options
-from persona_lens.cli.grouping import grouped
-
-if TYPE_CHECKING:
-    from persona_lens.statistics import Estimate
-    from persona_lens.steering import SweepRow
-
-Vectors = Annotated[
-    Path,
-    typer.Argument(metavar="VECTORS", help="A vectors.safetensors, or the run folder it is in.", show_default=False),
-]
-AllowOtherModel = Annotated[
-    bool, typer.Option("--allow-other-model", help="Use the vectors on a model that they were not extracted from.")
-]
-PositionsOption = Annotated[str, typer.Option("--positions", help="`all`, `prompt`, `response` or `generating`.")]
-ReductionOption = Annotated[str, typer.Option("--reduction", help="`response_mean`, `prompt_mean` or `prompt_last`.")]
+from persona_lens.cli.sweep import sweep_command
 
 
-@grouped
-def steer(
-    model: options.Model,
-    vectors: Vectors,
-    layers: Annotated[str, typer.Option("--layers", help="`18`, `12,15,18`, `10-20` or `all`; each is steered alone.")],
-    coefficients: Annotated[
-        str, typer.Option("--coefficients", help="Multiples of the raw vector; 0 is always run too.")
-    ] = "-2,-1,1,2",
-    questions: Annotated[int, typer.Option(help="How many of the 20 evaluation questions to ask.")] = 20,
-    samples: Annotated[int, typer.Option(help="Responses for each question and setting.")] = 1,
-    random_directions: Annotated[
-        int, typer.Option(help="Random directions of equal norm that stand beside the vector; 0 leaves them out.")
-    ] = 5,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder; kept and resumed.", show_default=False)] = None,
-    positions: PositionsOption = "all",
-    reduction: ReductionOption = "response_mean",
-    max_new_tokens: options.MaxNewTokens = 48,
-    temperature: options.Temperature = 1.0,
-    seed: options.Seed = 0,
-    batch_size: options.BatchSize = 64,
-    dry_run: options.DryRun = False,
-    judge: judges.JudgeName = "likelihood",
-    allow_other_model: AllowOtherModel = False,
-    as_json: options.AsJson = False,
-    *,
-    opening: options.ModelOptions,
-    judging: judges.JudgeOptions,
-) -> None:
-    """Steer along a vector on the trait's held-out questions, and score what comes out.
+class _Commands(TyperGroup):
+    """Says which command was meant where a model stands in its place."""
 
-    Scores are the likelihood judge's, a proxy, unless another judge is named. Intervals are 95% bootstrap intervals
-    over questions.
-
-    Example: `persona-lens steer smollm2-135m runs/optimistic-smollm2-135m --layers 12,18 --coefficients=-2,-1,1,2`
-    """
-    from persona_lens.backend import Positions
-    from persona_lens.cli.display import showing_progress
-    from persona_lens.rollouts import RolloutSettings
-    from persona_lens.steering import SweepSettings, sweep, sweep_work, trait_of
-    from persona_lens.vectors import load_vectors
-
-    loaded = load_vectors(vectors)
-    settings = SweepSettings(
-        layers=tuple(options.layer_numbers(layers, loaded.model.n_layers)),
-        coefficients=tuple(options.numbers(coefficients, "--coefficients")),
-        questions=questions,
-        samples=samples,
-        random_directions=random_directions,
-        positions=options.choice(Positions, positions, "--positions"),
-        reduction=reduction,
-        seed=seed,
-        rollouts=RolloutSettings(max_new_tokens, temperature, batch_size=batch_size),
-    )
-    opened = opening.open(model, offline=dry_run)
-    chat = opening.chat(opened)
-    scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
-    if dry_run:
-        options.show_work(sweep_work(opened, loaded, settings, chat, judge=scoring), as_json)
-        return
-    if opening.remote:
-        options.say_plan(sweep_work(opened, loaded, settings, chat, judge=scoring))
-    with judges.saying_spending(scoring), showing_progress() as progress:
-        rows = sweep(
-            opened,
-            loaded,
-            settings,
-            folder=out,
-            judge=scoring,
-            chat=chat,
-            allow_other_model=allow_other_model,
-            progress=progress,
-        )
-    options.say_traffic(opened)
-    _show(rows, settings.layers, random_directions > 0, as_json)
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            listed = ", ".join(self.commands)
+            ctx.fail(
+                f"there is no command {args[0]!r} but {listed}; for example `persona-lens steer sweep MODEL VECTORS`"
+            )
+        return super().resolve_command(ctx, args)
 
 
-def _show(rows: list[SweepRow], layers: tuple[int, ...], with_null: bool, as_json: bool) -> None:
-    from persona_lens.cli.display import print_table
-    from persona_lens.steering import curve, effect
-
-    directions = ["vector", "random"] if with_null else ["vector"]
-    curves = {(layer, kind): curve(rows, layer, kind) for layer in layers for kind in directions}
-    effects = [effect(rows, layer) for layer in layers]
-    if as_json:
-        listed = [
-            {"layer": layer, "direction": kind, "points": [point.to_json() for point in points]}
-            for (layer, kind), points in curves.items()
-        ]
-        typer.echo(json.dumps({"curves": listed, "effects": [e.to_json() for e in effects]}))
-        return
-    measured = "surprise" if curves[layers[0], "vector"][0].surprise else "coherence"
-    meaning = {"surprise": "surprise under the unsteered model (nats a token)", "coherence": "coherence (0 to 100)"}
-    for layer in layers:
-        print_table(
-            f"Layer {layer}: trait score [95% interval], and {meaning[measured]}",
-            ("coefficient", *(f"{kind} {what}" for kind in directions for what in ("score", measured))),
-            [
-                (
-                    f"{points[0].coefficient:+g}",
-                    *(cell for p in points for cell in (_interval(p.score), _mean(getattr(p, measured)))),
-                )
-                for points in zip(*(curves[layer, kind] for kind in directions), strict=True)
-            ],
-        )
-    print_table(
-        "Effect: score at the largest coefficient minus score at the smallest",
-        ("layer", "vector", "random", "vector - random"),
-        [(str(e.layer), *(_interval(x) if x else "" for x in (e.vector, e.random, e.difference))) for e in effects],
-    )
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.mean:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
-
-
-def _mean(estimate: Estimate | None) -> str:
-    return f"{estimate.mean:.2f}" if estimate else "-"
+app = typer.Typer(
+    name="steer",
+    help="Steer along vectors: sweep, tune, compare, and see what it costs.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    cls=_Commands,
+)
+app.command("sweep")(sweep_command)

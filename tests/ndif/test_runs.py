@@ -75,7 +75,7 @@ def test_an_extraction_and_a_sweep(server: str, tmp_path: Path, capsys: pytest.C
     for name, how in (("here", HERE), ("there", THERE)):
         _, err = run(server, "extract", model, "optimistic", "--out", tmp_path / name, *SMALL, *how)
         sweep = ("--layers", "12", *settings, "--max-new-tokens", "8", "--out", tmp_path / f"{name}-sweep")
-        _, err_sweep = run(server, "steer", model, tmp_path / name, *sweep, *how)
+        _, err_sweep = run(server, "steer", "sweep", model, tmp_path / name, *sweep, *how)
     here, there = (load_vectors(tmp_path / name) for name in ("here", "there"))
     for reduction in ("response_mean", "prompt_mean", "prompt_last"):
         difference = (there.directions[reduction] - here.directions[reduction]).norm()
