@@ -31,6 +31,7 @@ COMMANDS = (
     ("extract",),
     ("steer",),
     ("steer", "sweep"),
+    ("steer", "tune"),
     ("generate",),
     ("responses",),
     ("judge",),

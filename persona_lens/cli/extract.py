@@ -91,7 +91,7 @@ def extract(
         rollouts=RolloutSettings(max_new_tokens, temperature, top_p, batch_size),
     )
     opened = opening.open(model, offline=dry_run)
-    folder = out or Path("runs") / f"{loaded.name}-{opened.info.model.replace('/', '--')}"
+    folder = out or options.run_folder(loaded.name, opened.info.model)
     chat = opening.chat(opened)
     scoring = judging.open(judge, loaded, opened, chat, opening.dtype, opening.device)
     given = _read_responses(opened, chat, loaded, responses, questions, allow_missing)

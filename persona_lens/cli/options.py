@@ -160,6 +160,11 @@ def open_trait(trait: str, traits_dirs: Sequence[Path]) -> Trait:
     return loaded
 
 
+def run_folder(what: str, model: str) -> Path:
+    """Where a run is kept unless `--out` says otherwise."""
+    return Path("runs") / f"{what}-{model.replace('/', '--')}"
+
+
 def say_plan(work: Sequence[Work]) -> None:
     """Say on standard error what a run will send to a server; nothing for a model that is here."""
     planned = [each.traffic for each in work if each.traffic]

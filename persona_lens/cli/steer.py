@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from persona_lens.cli.sweep import sweep_command
+from persona_lens.cli.tune import tune_command
 
 
 class _Commands(TyperGroup):
@@ -30,3 +31,4 @@ app = typer.Typer(
     cls=_Commands,
 )
 app.command("sweep")(sweep_command)
+app.command("tune")(tune_command)

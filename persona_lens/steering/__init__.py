@@ -2,6 +2,7 @@
 
 from persona_lens.steering.analysis import CurvePoint, Effect, choose_layer, curve, effect
 from persona_lens.steering.arms import ArmRow, ArmSettings, run_arms
+from persona_lens.steering.comparison import ArmEffect, arm_effect
 from persona_lens.steering.files import load_steering
 from persona_lens.steering.notation import NotationError, parse_terms
 from persona_lens.steering.steered import SteeredBackend
@@ -14,8 +15,10 @@ from persona_lens.steering.sweep import (
     sweep_work,
     trait_of,
 )
+from persona_lens.steering.tuning import TuneSettings, Tuning, tune
 
 __all__ = [
+    "ArmEffect",
     "ArmRow",
     "ArmSettings",
     "CurvePoint",
@@ -26,6 +29,9 @@ __all__ = [
     "SteeringError",
     "SweepRow",
     "SweepSettings",
+    "TuneSettings",
+    "Tuning",
+    "arm_effect",
     "calibration_of",
     "choose_layer",
     "curve",
@@ -36,4 +42,5 @@ __all__ = [
     "sweep",
     "sweep_work",
     "trait_of",
+    "tune",
 ]

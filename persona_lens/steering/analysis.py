@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from persona_lens.statistics import Estimate, bootstrap_mean
 from persona_lens.steering.steering import SteeringError
@@ -168,7 +168,17 @@ def _steered_layers(rows: Sequence[SweepRow]) -> str:
     return f"; the sweep has layers {', '.join(map(str, layers)) or 'none'}"
 
 
-def by_question(rows: Iterable[SweepRow], quantity: str) -> dict[int, float]:
+@runtime_checkable
+class Answered(Protocol):
+    """A judged response to one of a trait's questions."""
+
+    @property
+    def question(self) -> int:
+        """Number of the question."""
+        ...
+
+
+def by_question(rows: Iterable[Answered], quantity: str) -> dict[int, float]:
     """Mean of ``score``, ``surprise`` or ``coherence`` for each question; questions without a value are left out."""
     values: dict[int, list[float]] = {}
     for row in rows:

@@ -1,0 +1,135 @@
+"""``persona-lens steer tune``: the layer and strength that steer best while the text holds together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from persona_lens.cli import judges, options
+from persona_lens.cli.grouping import grouped
+from persona_lens.cli.sweep import PositionsOption, ReductionOption, Vectors
+
+if TYPE_CHECKING:
+    from persona_lens.statistics import Estimate
+    from persona_lens.steering import Tuning
+
+
+@grouped
+def tune_command(
+    model: options.Model,
+    vectors: Vectors,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="`18`, `12,15,18`, `10-20` or `all`.", show_default="eight at 30% to 85%"),
+    ] = None,
+    pushes: Annotated[
+        str, typer.Option("--pushes", help="Strengths to try: length of the step over that of the residual.")
+    ] = "0.1,0.2,0.3,0.45,0.65,0.9",
+    towards: Annotated[str, typer.Option("--towards", help="`more` of the trait, or `less`.")] = "more",
+    search_questions: Annotated[
+        int, typer.Option(help="Held-out questions to search on; the choice is confirmed on the others.")
+    ] = 8,
+    samples: Annotated[int, typer.Option(help="Responses for each question and place in the search.")] = 1,
+    confirm_samples: Annotated[int, typer.Option(help="The same when the choice is confirmed.")] = 2,
+    random_directions: Annotated[int, typer.Option(help="Random directions of equal norm beside each place.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; kept and resumed.", show_default="runs/tuned-TRAIT-MODEL")
+    ] = None,
+    positions: PositionsOption = "all",
+    reduction: ReductionOption = "response_mean",
+    max_new_tokens: options.MaxNewTokens = 48,
+    temperature: options.Temperature = 1.0,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 64,
+    dry_run: options.DryRun = False,
+    judge: judges.JudgeName = "likelihood",
+    as_json: options.AsJson = False,
+    *,
+    opening: options.ModelOptions,
+    judging: judges.JudgeOptions,
+) -> None:
+    """Find the layer and strength with the strongest effect while the text holds together.
+
+    Searches on some of the held-out questions, beside random directions, and confirms the choice on the others. The
+    folder gets the report, and `vectors.safetensors` with the choice stored in it, for `generate` and others to use.
+
+    Example: `persona-lens steer tune smollm2-135m runs/optimistic-smollm2-135m`
+    """
+    from persona_lens.backend import Positions
+    from persona_lens.cli.display import showing_progress
+    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.steering import TuneSettings, trait_of, tune
+    from persona_lens.steering.tuning import Towards, tune_work
+    from persona_lens.vectors import load_vectors
+
+    loaded = load_vectors(vectors)
+    settings = TuneSettings(
+        layers=tuple(options.layer_numbers(layers, loaded.model.n_layers)) if layers else None,
+        pushes=tuple(options.numbers(pushes, "--pushes")),
+        towards=options.choice(Towards, towards, "--towards"),
+        search_questions=search_questions,
+        samples=samples,
+        confirm_samples=confirm_samples,
+        random_directions=random_directions,
+        positions=options.choice(Positions, positions, "--positions"),
+        reduction=reduction,
+        seed=seed,
+        rollouts=RolloutSettings(max_new_tokens, temperature, batch_size=batch_size),
+    )
+    opened = opening.open(model, offline=dry_run)
+    chat = opening.chat(opened)
+    scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
+    if dry_run or opening.remote:
+        work = tune_work(opened, loaded, settings, chat, scoring)
+        if dry_run:
+            options.show_work(work, as_json)
+            return
+        options.say_plan(work)
+    folder = out or options.run_folder(f"tuned-{loaded.trait}", loaded.model.model)
+    with judges.saying_spending(scoring), showing_progress() as progress:
+        found = tune(opened, loaded, settings, folder=folder, judge=scoring, chat=chat, progress=progress)
+    options.say_traffic(opened)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), **found.summary}))
+        return
+    _show(found, folder)
+
+
+def _show(found: Tuning, folder: Path) -> None:
+    from persona_lens.cli.display import print_table
+
+    print_table(
+        "Change of the trait score [95% interval] on the questions searched",
+        ("layer", "coefficient", "push", "change", "random", "text holds"),
+        [
+            (
+                str(point.place.layer),
+                f"{point.place.coefficient:+g}",
+                f"{point.place.push:.2f}",
+                _interval(point.effect.change) if point.effect else "-",
+                _interval(point.effect.random) if point.effect and point.effect.random else "-",
+                "yes" if point.coherent else "no",
+            )
+            for point in found.points
+        ],
+    )
+    for warning in found.summary["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"chosen: {found.steering}")
+    if found.confirmed is not None:
+        random = found.confirmed.random
+        beside = f", random directions {_interval(random)}" if random else ""
+        clear = "clear of" if found.confirmed.clear else "NOT clear of"
+        against = "the null" if random else "zero"
+        typer.echo(
+            f"on the other {found.summary['confirm_questions']} questions: "
+            f"{_interval(found.confirmed.change)}{beside}; {clear} {against}"
+        )
+    typer.echo(f"{folder}/vectors.safetensors has the choice stored")
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.mean:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"

@@ -1,0 +1,95 @@
+"""What each arm did: its change against the unsteered model, beside the same for random directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from persona_lens.statistics import Estimate, bootstrap_mean
+from persona_lens.steering.analysis import by_question
+from persona_lens.steering.arms import ArmRow
+from persona_lens.steering.steering import SteeringError
+from persona_lens.steering.sweep import NONE, RANDOM, VECTOR
+
+
+@dataclass(frozen=True)
+class ArmEffect:
+    """One arm beside the unsteered model and beside its null, question by question.
+
+    Attributes:
+        arm: Name of the arm.
+        score: Mean trait score, 0 to 100.
+        change: Score minus the unsteered model's.
+        random: The same change along random directions; None without them.
+        difference: ``change`` minus ``random``; None without them.
+        surprise: -log p under the unsteered model, nats a token; None where the judge does not compute it.
+        coherence: 0 to 100; None where the judge does not ask.
+        empty: Share of responses without a score.
+    """
+
+    arm: str
+    score: Estimate
+    change: Estimate
+    random: Estimate | None
+    difference: Estimate | None
+    surprise: Estimate | None
+    coherence: Estimate | None
+    empty: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval of the change lies outside that of the null, and the difference is not zero."""
+        if self.random is None or self.difference is None:
+            return self.change.clear_of(0.0)
+        apart = self.change.low > self.random.high or self.change.high < self.random.low
+        return apart and self.difference.clear_of(0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        estimates = ("score", "change", "random", "difference", "surprise", "coherence")
+        found = {name: getattr(self, name) for name in estimates}
+        values = {name: estimate.to_json() if estimate else None for name, estimate in found.items()}
+        return {"arm": self.arm, **values, "clear": self.clear, "empty": self.empty}
+
+
+def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
+    """The effect of an arm; None if none of its responses has a score.
+
+    Raises:
+        SteeringError: If no unsteered response has a score.
+    """
+    plain = by_question([row for row in rows if row.direction == NONE], "score")
+    if not plain:
+        raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
+    own = [row for row in rows if row.arm == arm and row.direction == VECTOR]
+    null = [row for row in rows if row.arm == arm and row.direction == RANDOM]
+    scores = by_question(own, "score")
+    changes = _changes(scores, plain)
+    if not changes:
+        return None
+    random = _changes(by_question(null, "score"), plain)
+    both = [changes[question] - random[question] for question in changes if question in random]
+    return ArmEffect(
+        arm,
+        score=bootstrap_mean(list(scores.values())),
+        change=bootstrap_mean(list(changes.values())),
+        random=bootstrap_mean(list(random.values())) if random else None,
+        difference=bootstrap_mean(both) if both else None,
+        surprise=_mean(by_question(own, "surprise")),
+        coherence=_mean(by_question(own, "coherence")),
+        empty=sum(row.score is None for row in own) / len(own),
+    )
+
+
+def unsteered_mean(rows: Sequence[ArmRow], quantity: str) -> Estimate | None:
+    """Mean of ``score``, ``surprise`` or ``coherence`` over the unsteered responses; None without any."""
+    return _mean(by_question([row for row in rows if row.direction == NONE], quantity))
+
+
+def _changes(steered: dict[int, float], plain: dict[int, float]) -> dict[int, float]:
+    return {question: steered[question] - plain[question] for question in steered if question in plain}
+
+
+def _mean(values: dict[int, float]) -> Estimate | None:
+    return bootstrap_mean(list(values.values())) if values else None

@@ -1,0 +1,164 @@
+"""The surface that tuning searches: what steering does at each layer and strength, and which point to take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor, log10
+from typing import Any
+
+from persona_lens.statistics import Estimate
+from persona_lens.steering.analysis import COHERENCE_MARGIN, MIN_COHERENCE
+from persona_lens.steering.arms import ArmRow
+from persona_lens.steering.comparison import ArmEffect, arm_effect, unsteered_mean
+from persona_lens.steering.steering import SteeringError
+
+# Where the paper saw text fall apart: the length of the step over that of the residual.
+CLIFF = (1.0, 1.15)
+NEAR_CLIFF = 0.8
+HALF_INTERVAL = 1.96  # standard errors in half of a 95% interval
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer and a strength.
+
+    Attributes:
+        layer: Block index, 0-based.
+        coefficient: Multiple of the raw vector; negative steers away from the trait.
+        push: Length of the step over the mean length of the residual at that layer.
+    """
+
+    layer: int
+    coefficient: float
+    push: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """What steering at a place does.
+
+    Attributes:
+        place: Where.
+        effect: Against the unsteered model and the null; None if no response has a score.
+        coherent: Whether the text holds together.
+    """
+
+    place: Place
+    effect: ArmEffect | None
+    coherent: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        effect = self.effect.to_json() if self.effect else None
+        place = {"layer": self.place.layer, "coefficient": self.place.coefficient, "push": self.place.push}
+        return {**place, "coherent": self.coherent, "effect": effect}
+
+
+def places(
+    layers: Sequence[int], pushes: Sequence[float], towards: int, vector_norms: Sequence[float], norms: Sequence[float]
+) -> list[Place]:
+    """Every layer at every push, as coefficients of two significant digits.
+
+    Args:
+        layers: Layers to try.
+        pushes: Step lengths in residual norms.
+        towards: 1 for more of the trait, -1 for less.
+        vector_norms: Length of the vector at each layer of the model.
+        norms: Mean length of the residual at each layer of the model.
+
+    Raises:
+        SteeringError: If the vector of a layer is zero.
+    """
+    found = []
+    for layer in layers:
+        if not vector_norms[layer]:
+            raise SteeringError(f"the vector at layer {layer} is zero; there is nothing to steer along")
+        unit = norms[layer] / vector_norms[layer]
+        coefficients = dict.fromkeys(_two_digits(push * unit) for push in sorted(pushes))
+        found += [Place(layer, towards * c, c / unit) for c in coefficients]
+    return found
+
+
+def _two_digits(number: float) -> float:
+    return round(number, 1 - floor(log10(number)))
+
+
+def surface(rows: Sequence[ArmRow], arms: dict[str, Place], margin: float = COHERENCE_MARGIN) -> list[Point]:
+    """What the arms did, each at its place.
+
+    Args:
+        rows: Responses of all arms.
+        arms: Where each arm steers, by its name.
+        margin: Nats a token by which text may surprise the unsteered model more than its own does.
+    """
+    plain = unsteered_mean(rows, "surprise")
+    points = []
+    for arm, place in arms.items():
+        effect = arm_effect(rows, arm)
+        points.append(Point(place, effect, effect is not None and is_coherent(effect, plain, margin)))
+    return points
+
+
+def is_coherent(effect: ArmEffect, plain: Estimate | None, margin: float) -> bool:
+    """Whether an arm's text holds together: by its surprise, or by the coherence that a judge gave.
+
+    Raises:
+        SteeringError: If the judge gave neither.
+    """
+    if effect.coherence is not None:
+        return effect.coherence.mean >= MIN_COHERENCE
+    if effect.surprise is None or plain is None:
+        raise SteeringError(
+            "this judge gives neither surprise nor coherence, so that text which falls apart cannot be told; take the "
+            "likelihood judge or a judge of trait and coherence"
+        )
+    return effect.surprise.mean <= plain.mean + margin
+
+
+def choose_point(points: Sequence[Point], towards: int) -> Point:
+    """The gentlest coherent point whose effect is within one standard error of the strongest coherent one.
+
+    Raises:
+        SteeringError: If no point is coherent.
+    """
+    found = [(point, point.effect) for point in points if point.coherent and point.effect is not None]
+    if not found:
+        raise SteeringError("text fell apart at every layer and strength that was tried; try gentler pushes")
+    _, best = max(found, key=lambda each: towards * each[1].change.mean)
+    error = (best.change.high - best.change.low) / 2 / HALF_INTERVAL
+    least = towards * best.change.mean - error
+    near = [(point, effect) for point, effect in found if towards * effect.change.mean >= least]
+    return min(near, key=lambda each: (each[0].place.push, -towards * each[1].change.mean))[0]
+
+
+def warnings_about(points: Sequence[Point], chosen: Point, towards: int) -> list[str]:
+    """What somebody who steers at the chosen place should know."""
+    place, found = chosen.place, []
+    stronger = sorted(
+        (p for p in points if p.place.layer == place.layer and p.place.push > place.push), key=lambda p: p.place.push
+    )
+    if stronger and not stronger[0].coherent:
+        found.append(
+            f"near the coherence cliff: at coefficient {stronger[0].place.coefficient:g}, the next that was tried, "
+            "text no longer holds together"
+        )
+    if place.push >= NEAR_CLIFF:
+        found.append(
+            f"the step is {place.push:.2f} of the residual's length; the paper saw text fall apart near "
+            f"{CLIFF[0]:g} to {CLIFF[1]:g}"
+        )
+    if not stronger:
+        found.append("the strongest push that was tried at this layer was taken; a stronger one may do more")
+    if chosen.effect is not None and towards * chosen.effect.change.low <= 0:
+        found.append("the effect at the chosen place is not clear of zero on the questions that were searched")
+    return found
+
+
+def shown_layers(n_layers: int) -> tuple[int, ...]:
+    """Eight layers between 30% and 85% of the depth, where persona vectors steer; all of them in a shallow model."""
+    first, last = int(0.3 * n_layers), min(n_layers - 1, round(0.85 * n_layers))
+    count = min(8, last - first + 1)
+    if count == 1:
+        return (first,)
+    return tuple(sorted({round(first + i * (last - first) / (count - 1)) for i in range(count)}))

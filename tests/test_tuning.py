@@ -1,0 +1,241 @@
+"""Tuning on a model whose behaviour is planted: what should be chosen is known beforehand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from persona_lens.backend.tokens import TokenIds
+from persona_lens.judging import Calibration, Exchange, Judgement, Score
+from persona_lens.replies import chat_format
+from persona_lens.rollouts import RolloutSettings
+from persona_lens.runs import RunError
+from persona_lens.statistics import Estimate
+from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
+from persona_lens.steering.arms import ArmRow
+from persona_lens.steering.comparison import ArmEffect, arm_effect
+from persona_lens.steering.surface import Place, Point, choose_point, places, shown_layers, warnings_about
+from persona_lens.steering.tuning import Towards, tune_work
+from persona_lens.traits import load_trait
+from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
+from tests.planted import LEANING, PlantedBackend
+from tests.tiny import N_LAYERS
+
+TRAIT = load_trait("optimistic")
+SHORT = RolloutSettings(max_new_tokens=20, batch_size=50)
+NORM = 20.0
+
+
+class Cliff(PlantedBackend):
+    """Responses whose leaning is beyond 2 surprise the unsteered model by 3 nats a token more."""
+
+    def _values(self, name: str, prompts: Any, seeds: Any, leanings: Any, responses: Any) -> Tensor:
+        if name == "response_norm":
+            return torch.full((len(responses), N_LAYERS), NORM)
+        return super()._values(name, prompts, seeds, leanings, responses)
+
+    def _logprobs(self, prompt: TokenIds, response: TokenIds) -> Tensor:
+        said = LEANING.search(self.tokenizer.decode(list(response)))
+        beyond = said is not None and abs(float(said.group(1))) > 2
+        return super()._logprobs(prompt, response) - 3.0 * beyond
+
+
+def model() -> tuple[Cliff, PersonaVectors]:
+    backend = Cliff(TRAIT)
+    provenance = {
+        "trait": {"content_hash": TRAIT.content_hash(), **TRAIT.model_dump(mode="json")},
+        "judge": {"calibration": Calibration(1.0, 0.0).to_json()},
+    }
+    return backend, PersonaVectors("optimistic", backend.info, dict(backend.planted), provenance)
+
+
+def settings(**changes: Any) -> TuneSettings:
+    return TuneSettings(
+        **{"search_questions": 3, "random_directions": 2, "confirm_samples": 1, "rollouts": SHORT, **changes}
+    )
+
+
+@pytest.mark.parametrize("towards", Towards)
+def test_the_strongest_coherent_place_is_taken(towards: Towards, tmp_path: Path) -> None:
+    backend, vectors = model()
+    found = tune(backend, vectors, settings(towards=towards), folder=tmp_path)
+    sign = towards.sign
+    # A push p moves the leaning by p * NORM / |v|, so the coefficient is the leaning.
+    leanings = [sign * point.place.coefficient for point in found.points]
+    assert [point.coherent for point in found.points] == [leaning <= 2 for leaning in leanings]
+    assert {point.coherent for point in found.points} == {True, False}
+    best = max(leaning for leaning in leanings if leaning <= 2)
+    assert sign * found.chosen.place.coefficient == best
+    assert found.confirmed is not None
+    assert found.confirmed.change.n == len(TRAIT.evaluation_questions) - 3
+    expected = 100 / (1 + torch.tensor(-sign * best).exp()) - 50
+    assert found.confirmed.change.mean == pytest.approx(float(expected), abs=0.01)
+    assert found.confirmed.clear
+    assert str(found.steering) == f"optimistic@{found.chosen.place.layer}:{found.chosen.place.coefficient:+g}"
+    assert any("near the coherence cliff" in warning for warning in found.summary["warnings"])
+
+
+def test_the_choice_is_stored_with_the_vectors_and_used(tmp_path: Path) -> None:
+    backend, vectors = model()
+    found = tune(backend, vectors, settings(), folder=tmp_path)
+    stored = load_vectors(tmp_path)
+    assert stored.tuned == found.vectors.tuned
+    assert stored.tuned is not None
+    assert (stored.tuned.layer, stored.tuned.coefficient) == (
+        found.chosen.place.layer,
+        found.chosen.place.coefficient,
+    )
+    assert all(torch.equal(stored.directions[name], vectors.directions[name]) for name in vectors.directions)
+    assert Steering.parse("optimistic", stored) == found.steering
+    assert stored.edit() == found.steering.edits()[0]
+    assert stored.provenance["tuned"]["confirmed"] == found.summary["confirmed"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(found.summary))
+
+
+def test_it_is_gone_on_with_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    backend, vectors = model()
+    tune(backend, vectors, settings(), folder=tmp_path)
+    files = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    for name in ("confirm-judgements.jsonl", "summary.json", "vectors.safetensors", "confirm-rollouts.jsonl"):
+        (tmp_path / name).unlink()
+    (tmp_path / "search-rollouts.jsonl").write_bytes(files["search-rollouts.jsonl"][:-40])
+    tune(backend, vectors, settings(), folder=tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"} == files
+    with pytest.raises(RunError, match=r"settings\.seed: 0 -> 1"):
+        tune(backend, vectors, settings(seed=1), folder=tmp_path)
+
+
+def test_questions_that_were_searched_are_not_those_of_the_result() -> None:
+    backend, vectors = model()
+    asked: list[set[str]] = []
+
+    class Watching:
+        def __init__(self) -> None:
+            self.pieces_at_once = 1
+
+        def describe(self) -> dict[str, Any]:
+            return {"judge": "watching"}
+
+        def pieces(self, exchanges: Sequence[Exchange]) -> list[list[int]]:
+            return [list(range(len(exchanges)))]
+
+        def judge(self, exchanges: Sequence[Exchange], progress: Any = None) -> list[Judgement]:
+            asked.append({exchange.question for exchange in exchanges})
+            return [Judgement(Score(50.0 + len(e.response) % 7), Score(90.0), None) for e in exchanges]
+
+    tune(backend, vectors, settings(), judge=Watching())
+    searched, confirmed = asked[0], asked[-1]
+    assert searched == set(TRAIT.evaluation_questions[:3])
+    assert confirmed == set(TRAIT.evaluation_questions[3:])
+
+
+def test_what_would_be_asked_is_known_beforehand() -> None:
+    backend, vectors = model()
+    work = tune_work(backend, vectors, settings(), chat_format(backend))
+    counted: dict[str, int] = {}
+    for each in work:
+        counted[each.label] = counted.get(each.label, 0) + each.rows
+    backend.generated.clear()
+    tune(backend, vectors, settings())
+    assert counted["rollouts"] + 3 == sum(backend.generated)  # and the three whose length is measured
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search_questions": 20}, "has 20 held-out questions; search on fewer"),
+        ({"layers": ()}, "layers must be given"),
+        ({"pushes": (0.0,)}, "pushes are step lengths in residual norms"),
+        ({"samples": 0}, "must be at least 1"),
+        ({"margin": 0.0}, "margin must be above 0"),
+        ({"pushes": (5.0,)}, "fell apart at every layer and strength"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said(changes: dict[str, Any], message: str) -> None:
+    backend, vectors = model()
+    with pytest.raises(SteeringError, match=message):
+        tune(backend, vectors, settings(**changes))
+
+
+def test_layers_that_do_not_exist_and_other_models_claim_no_folder(tmp_path: Path) -> None:
+    backend, vectors = model()
+    with pytest.raises(VectorsError, match="layer 9 does not exist"):
+        tune(backend, vectors, settings(layers=(1, 9)), folder=tmp_path / "run")
+    with pytest.raises(VectorsError, match="another model"):
+        tune(backend, replace(vectors, model=replace(vectors.model, weights="sha256:x")), folder=tmp_path / "run")
+    with pytest.raises(VectorsError, match="no layer was tuned"):
+        vectors.edit()
+    assert not (tmp_path / "run").exists()
+
+
+# The surface
+
+
+def test_places_are_coefficients_of_two_digits_for_each_push() -> None:
+    found = places((0, 2), (0.1, 0.3), -1, [4.0, 1.0, 0.5], [10.0, 10.0, 20.0])
+    assert [(p.layer, p.coefficient) for p in found] == [(0, -0.25), (0, -0.75), (2, -4.0), (2, -12.0)]
+    assert [p.push for p in found] == pytest.approx([0.1, 0.3, 0.1, 0.3])
+    (rounded,) = places((0,), (0.1,), 1, [3.0], [10.0])
+    assert rounded.coefficient == 0.33
+    assert rounded.push == pytest.approx(0.099)
+    with pytest.raises(SteeringError, match="the vector at layer 1 is zero"):
+        places((1,), (0.1,), 1, [1.0, 0.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(("n_layers", "layers"), [(1, (0,)), (3, (0, 1, 2)), (30, (9, 11, 14, 16, 19, 21, 24, 26))])
+def test_layers_are_spread_over_the_depth_where_vectors_steer(n_layers: int, layers: tuple[int, ...]) -> None:
+    assert shown_layers(n_layers) == layers
+    assert len(shown_layers(80)) == 8
+
+
+def point(layer: int, push: float, change: tuple[float, float, float], coherent: bool = True) -> Point:
+    estimate = Estimate(*change, 8)
+    effect = ArmEffect("arm", estimate, estimate, None, None, None, None, 0.0)
+    return Point(Place(layer, push, push), effect, coherent)
+
+
+def test_the_gentlest_within_one_standard_error_is_chosen() -> None:
+    points = [
+        point(1, 0.9, (40.0, 30.0, 50.0)),  # the strongest; its standard error is 5.1
+        point(1, 0.3, (36.0, 26.0, 46.0)),
+        point(2, 0.2, (30.0, 20.0, 40.0)),  # gentler, but further away than that
+        point(2, 0.1, (90.0, 80.0, 99.0), coherent=False),
+    ]
+    chosen = choose_point(points, 1)
+    assert (chosen.place.layer, chosen.place.push) == (1, 0.3)
+    assert warnings_about(points, chosen, 1) == []
+    assert any("0.90 of the residual's length" in each for each in warnings_about(points, points[0], 1))
+    assert any("strongest push that was tried" in each for each in warnings_about(points, points[0], 1))
+    weak = point(3, 0.1, (1.0, -3.0, 5.0))
+    assert any("not clear of zero" in each for each in warnings_about([weak], weak, 1))
+
+
+def row(arm: str, direction: str, question: int, score: float | None) -> ArmRow:
+    return ArmRow(arm, direction, question, 0, score, 2.0, None, "text")
+
+
+def test_an_arm_is_compared_question_by_question() -> None:
+    rows = [
+        *(row("unsteered", "none", q, s) for q, s in ((0, 10.0), (1, 50.0), (2, None))),
+        *(row("a", "vector", q, s) for q, s in ((0, 40.0), (1, 60.0), (2, 99.0))),
+        *(row("a", "random", q, s) for q, s in ((0, 15.0), (1, 45.0), (2, 0.0))),
+        row("b", "vector", 0, None),
+    ]
+    effect = arm_effect(rows, "a")
+    assert effect is not None
+    assert effect.change.mean == pytest.approx((30 + 10) / 2)  # question 2 has nothing to be compared with
+    assert effect.random is not None
+    assert effect.random.mean == pytest.approx((5 - 5) / 2)
+    assert effect.difference is not None
+    assert effect.difference.mean == pytest.approx((25 + 15) / 2)
+    assert effect.score.n == 3
+    assert arm_effect(rows, "b") is None
+    with pytest.raises(SteeringError, match="no unsteered response has a score"):
+        arm_effect(rows[3:], "a")
