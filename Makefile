@@ -20,8 +20,10 @@ export PERSONA_LENS_LLM_SERVER_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/per
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
 
+# By default xdist begins with the files of many tests; the longest here, the demonstration, has few and would come last.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/ndif --ignore tests/servers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  --ignore tests/ndif --ignore tests/servers
 
 # One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,12 @@ def test_extraction_and_steering_by_a_server(model: Path, server: Loopback, tmp_
 
 def test_a_local_judge(model: Path, tmp_path: Path) -> None:
     """The tiny model says no number: every response has its reason, and the error says so."""
-    said = refused(*extraction(model, tmp_path / "run", "--judge", "local"))
+    said = refused(*extraction(model, tmp_path / "short", "--judge", "local"))
+    assert re.search(r"Why there is no score: the judge's prompt has [\d,]+ tokens, more than 509", said)
+    long = shutil.copytree(model, tmp_path / "long")
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    said = refused(*extraction(long, tmp_path / "run", "--judge", "local"))
     assert "Why there is no score: refusal: numbers have a probability" in said
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_lens.completions import CompletionCache, CompletionServer, ServerSettings
+from persona_lens.completions import CompletionCache, CompletionServer, ServerError, ServerSettings
 from persona_lens.extraction import ExtractionError, ExtractionSettings, run_extraction
 from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method
 from persona_lens.judging.rubrics import COHERENCE, fill_rubric
@@ -107,6 +107,19 @@ def test_servers_without_such_tokens_are_sampled_and_the_record_says_so(respond:
         assert judgement.coherence is None
         with pytest.raises(JudgingError, match=r"cannot judge by log-probabilities.*--judge-method samples"):
             judge_at(loopback, tmp_path, method=Method.LOGPROBS).judge(EXCHANGES[:1])
+
+
+def test_a_model_that_takes_no_temperature_is_not_sampled_instead(tmp_path: Path) -> None:
+    """At temperature 1 it would be another judge."""
+    said = "Unsupported value: 'temperature' does not support 0 with this model."
+
+    def respond(body: dict[str, Any]) -> Any:
+        return whole_numbers(body) if body["temperature"] == 1 else (400, {"error": {"message": said}})
+
+    with serving(respond=respond) as loopback:
+        with pytest.raises(ServerError, match="'judge' does not let temperature be set"):
+            judge_at(loopback, tmp_path).judge(EXCHANGES)
+        assert sum(loopback.seen.values()) == 1
 
 
 def test_one_greedy_number(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from persona_lens.replies import chat_format
 from persona_lens.rollouts import Request, Rollout
 from persona_lens.runs import RunFolder
 from persona_lens.traits import load_trait
-from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend
+from tests.backends.fixtures import ADAPTERS, Delegating, backend_of, tiny_backend
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TRAIT = load_trait("optimistic").model_copy(
@@ -124,6 +124,24 @@ def test_a_prompt_that_is_too_long_has_a_reason() -> None:
     judged = judge.judge([Exchange("What now?", "y" * 400), EXCHANGES[0]])
     assert "more than 150" in str(judged[0].trait.reason)
     assert judged[1].trait.value is not None
+
+
+def test_the_model_says_how_long_a_prompt_may_be() -> None:
+    """With learned positions, a longer one would not run at all."""
+    subject = backend_of("transformers", likely("gpt2"))
+    chat = chat_format(subject)
+    judge = LocalJudge(subject, chat, TRAIT, coherence=False)
+    assert judge.max_tokens == 512 - 3  # 100 is three tokens
+    spare = judge.max_tokens - len(next(judge.passes([Exchange("What now?", "y")])).prompts[0])
+    exchanges = [Exchange("What now?", "y" * (1 + spare + more)) for more in (0, 1)]
+    fits, too_long = judge.judge(exchanges)
+    assert fits.trait.value is not None
+    assert too_long.trait.reason == "the judge's prompt has 510 tokens, more than 509"
+    assert [len(batch.prompts[0]) for batch in judge.passes(exchanges)] == [509]
+    assert LocalJudge(subject, chat, TRAIT, max_tokens=150).max_tokens == 150
+    assert LocalJudge(subject, chat, TRAIT, max_tokens=9000).max_tokens == 509
+    assert LocalJudge(Delegating(subject), chat, TRAIT).max_tokens == 8192  # which says nothing of its context
+    assert LocalJudge(subject, chat, TRAIT, max_tokens=150).describe() != judge.describe()
 
 
 def test_the_rubric_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from persona_lens.backend import Backend
 from persona_lens.backend.context import context_length, context_of
-from persona_lens.judging import Score
+from persona_lens.judging import Judgement, Score
 from persona_lens.replies import chat_format
 from persona_lens.responses import GivenRollouts, ResponsesError, given_rollouts, read_responses
 from persona_lens.rollouts import Request
@@ -83,7 +83,7 @@ def test_a_row_keeps_what_it_says(tmp_path: Path) -> None:
         "seed": 7,
     }
     (found,) = read_responses(write(tmp_path, [row]))
-    assert (found.text, found.ids, found.score, found.ended) == ("Hm.", (5, 6), Score(12.5), False)
+    assert (found.text, found.ids, found.judgement, found.ended) == ("Hm.", (5, 6), Judgement(Score(12.5)), False)
     assert found.labels == {"arm": "negative", "question_number": 3, "system": "Be.", "sample": 2}
     assert found.place == f"{tmp_path / 'rows.jsonl'}:1"
 
@@ -91,15 +91,17 @@ def test_a_row_keeps_what_it_says(tmp_path: Path) -> None:
 def test_cells_of_csv_are_numbers_lists_and_nothing(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(
-        "arm;question;question_number;pair;system;sample;response;response_ids;score;ended\n"
-        'positive;;4;0;;1;;"[1, 2]";55.5;True\n'
-        "negative;;0;1;;;;;;\n"
+        "arm;question;question_number;pair;system;sample;response;response_ids;score;coherence;ended\n"
+        'positive;;4;0;;1;;"[1, 2]";55.5;71;True\n'
+        "negative;;0;1;;;;;;;\n"
     )
     first, second = read_responses(path)
     assert first.labels == {"arm": "positive", "question_number": 4, "pair": 0, "sample": 1}
-    assert (first.text, first.ids, first.score, first.ended) == ("", (1, 2), Score(55.5), True)
+    assert (first.text, first.ids, first.ended) == ("", (1, 2), True)
+    assert first.judgement == Judgement(Score(55.5), Score(71.0))
     assert second.labels == {"arm": "negative", "question_number": 0, "pair": 1}
-    assert (second.text, second.ids, second.score) == ("", None, Score(None, "no score was given"))
+    assert (second.text, second.ids) == ("", None)
+    assert second.judgement == Judgement(Score(None, "no score was given"), Score(None, "no coherence was given"))
     assert (second.file, second.line) == (str(path), 3)
 
 
@@ -346,9 +348,9 @@ def test_the_references_files_are_recognised(tmp_path: Path) -> None:
     assert len(given.rollouts) == 2 * 5 * 2 * 2
     assert given.notes == ()
     assert given.scores is not None
-    for rollout, score in zip(given.rollouts, given.scores.scores, strict=True):
+    for rollout, judgement in zip(given.rollouts, given.scores.judgements, strict=True):
         positive = rollout.request.labels["arm"] == "positive"
-        assert score.value == (91.25 if positive else 3.5)
+        assert judgement == Judgement(Score(91.25 if positive else 3.5), Score(88.0))
         sample = rollout.request.labels["sample"]
         assert rollout.response == f'An answer,\n"{"pos" if positive else "neg"}" {sample}.'
         assert rollout.request.question == QUESTIONS[rollout.request.labels["question_number"]]
@@ -356,12 +358,15 @@ def test_the_references_files_are_recognised(tmp_path: Path) -> None:
     assert len(set(given.digests)) == 2
 
 
-def test_the_references_refusals_and_incoherent_answers_have_no_score(tmp_path: Path) -> None:
-    refusal = load([write_reference(tmp_path, "pos", optimistic=""), write_reference(tmp_path, "neg", coherence=49)])
+def test_the_references_refusals_have_no_score(tmp_path: Path) -> None:
+    refusal = load([write_reference(tmp_path, arm, optimistic="") for arm in ("pos", "neg")])
     assert refusal.scores is None  # not one score in both files
-    given = load([write_reference(tmp_path, "pos"), write_reference(tmp_path, "neg", coherence=49)])
+    given = load([write_reference(tmp_path, "pos"), write_reference(tmp_path, "neg", optimistic="")])
     assert given.scores is not None
-    assert {score.reason for score in given.scores.scores} == {None, "coherence is 49, less than 50"}
+    assert {judgement.trait for judgement in given.scores.judgements} == {
+        Score(91.25),
+        Score(None, "no score was given"),
+    }
 
 
 @pytest.mark.parametrize(

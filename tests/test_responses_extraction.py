@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from persona_lens.backend import Backend, Read
 from persona_lens.cli import app
 from persona_lens.extraction import Extraction, ExtractionSettings, extraction_work, plan_requests, run_extraction
 from persona_lens.extraction.means import arm_means
+from persona_lens.judging import Exchange, Judgement
+from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
 from persona_lens.responses import GivenScores, ReadRollouts, ResponsesError, given_rollouts
 from persona_lens.rollouts import Rollouts, RolloutSettings
@@ -245,23 +247,69 @@ def test_empty_responses_are_rows_without_a_score(
 def test_scores_of_the_file_replace_the_judge(generated: tuple[Extraction, list[Row]], tmp_path: Path) -> None:
     rows = [{**row, "score": 90 if row["arm"] == "positive" else 10, "coherence": 80} for row in generated[1]]
     next(row for row in rows if row["arm"] == "positive")["score"] = None  # a refusal
-    next(row for row in rows if row["arm"] == "negative")["coherence"] = 20
+    incoherent = [row for row in rows if row["arm"] == "negative"][:3]
+    incoherent[0]["coherence"], incoherent[1]["coherence"], incoherent[2]["score"] = 20, None, 70
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     backend = backend_with("transformers", "llama")
     found = read(path, backend, tmp_path / "run")
     assert isinstance(found.judge, GivenScores)
     digest = given_rollouts(backend, chat_format(backend), TRAIT, path, questions=4).digests[0]
     assert found.summary["judge"] == {"judge": "given", "file_sha256": [digest]}
-    assert {arm: found.summary["counts"][arm]["no_score"] for arm in ("positive", "negative")} == {
-        "positive": 1,
-        "negative": 1,
+    assert found.summary["counts"] == {
+        "positive": {"kept": 19, "failed_threshold": 0, "incoherent": 0, "lost_twin": 0, "no_score": 1},
+        "negative": {"kept": 17, "failed_threshold": 1, "incoherent": 2, "lost_twin": 0, "no_score": 0},
     }
     assert not (tmp_path / "run" / "evidence.jsonl").exists()
     scores = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
-    assert {row["reason"] for row in scores} == {None, "no score was given", "coherence is 20, less than 50"}
-    assert {row["score"] for row in scores} == {90.0, 10.0, None}
+    assert {(row["score"], row["reason"]) for row in scores} == {
+        (90.0, None),
+        (10.0, None),
+        (70.0, None),
+        (None, "no score was given"),
+    }
+    assert {row["coherence"] for row in scores} == {80.0, 20.0, None}
     loaded = load_vectors(tmp_path / "run")
     assert loaded.provenance["judge"]["judge"] == "given"
+
+
+def test_coherence_of_the_file_is_filtered_as_a_judges_own_is(
+    generated: tuple[Extraction, list[Row]], tmp_path: Path
+) -> None:
+    """The same scores from a judge and from the file keep the same responses, whatever the threshold."""
+    rows = [
+        {**row, "score": (90 if row["arm"] == "positive" else 10) if i % 7 else 50, "coherence": i * 37 % 101}
+        for i, row in enumerate(generated[1])
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    backend = backend_with("transformers", "llama")
+    given = given_rollouts(backend, chat_format(backend), TRAIT, path, questions=4)
+    assert given.scores is not None
+    for coherence in (0.0, 40.0):
+        settings = replace(SETTINGS, coherence=coherence, paired=True)
+        by_file = read(path, backend, settings=settings)
+        by_judge = read(path, backend, settings=settings, judge=Saying(given.scores.judgements))
+        assert by_file.summary["counts"] == by_judge.summary["counts"]
+        incoherent = sum(counts["incoherent"] for counts in by_file.summary["counts"].values())
+        failed = sum(counts["failed_threshold"] for counts in by_file.summary["counts"].values())
+        assert (incoherent > 0) == (coherence > 0)
+        assert failed > 0
+
+
+@dataclass(frozen=True)
+class Saying:
+    """A judge that says what it was told to, in order."""
+
+    judgements: tuple[Judgement, ...]
+    pieces_at_once = 1
+
+    def describe(self) -> dict[str, Any]:
+        return {"judge": "saying"}
+
+    def pieces(self, exchanges: Sequence[Exchange]) -> list[list[int]]:
+        return [list(range(len(exchanges)))]
+
+    def judge(self, exchanges: Sequence[Exchange], progress: Progress = no_progress) -> list[Judgement]:
+        return list(self.judgements)
 
 
 def test_scores_in_some_rows_only_are_not_used(generated: tuple[Extraction, list[Row]], tmp_path: Path) -> None:

@@ -134,16 +134,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(model: Path, out: Path, questions: int, max_new_tokens: int) -> list[str]:
+def command(model: Path, out: Path, questions: int, max_new_tokens: int, batch_size: int = 4) -> list[str]:
     trait = ROOT / "traits" / "optimistic.yaml"
-    numbers = {"--questions": questions, "--max-new-tokens": max_new_tokens, "--batch-size": 4, "--seed": 0}
+    numbers = {"--questions": questions, "--max-new-tokens": max_new_tokens, "--batch-size": batch_size, "--seed": 0}
     options = [str(word) for option in numbers.items() for word in option]
     return ["extract", str(model), str(trait), "--out", str(out), "--unpaired", "--dtype", "float32", *options]
 
 
 def reading(model: Path, out: Path, responses: Path) -> list[str]:
     """The command that reads responses instead of generating them."""
-    made = command(model, out, questions=2, max_new_tokens=0)
+    made = command(model, out, questions=2, max_new_tokens=0, batch_size=8)
     without = made.index("--max-new-tokens")
     return [*made[:without], *made[without + 2 :], "--responses", str(responses)]
 
@@ -206,21 +206,22 @@ def test_killed_at_random_moments(warm: Warm, model: Path, tmp_path: Path) -> No
 def test_killed_at_every_write(warm: Warm, model: Path, tmp_path: Path) -> None:
     """At the n-th write without the end of its data, at the next start's first write, and then left in peace."""
     calm, out = tmp_path / "calm", tmp_path / "killed"
-    warm.finish(command(model, calm, questions=2, max_new_tokens=8))
+    short = partial(command, model, questions=2, max_new_tokens=8, batch_size=8)
+    warm.finish(short(calm))
     expected = contents(calm)
     writes = 0
     while True:
         writes += 1
-        warm.start(command(model, out, questions=2, max_new_tokens=8), at=writes, torn=True)
+        warm.start(short(out), at=writes, torn=True)
         if warm.end() == 0:
             break
-        warm.start(command(model, out, questions=2, max_new_tokens=8), at=1)
+        warm.start(short(out), at=1)
         assert warm.end() == -signal.SIGKILL
-        warm.finish(command(model, out, questions=2, max_new_tokens=8))
+        warm.finish(short(out))
         assert contents(out) == expected, f"after a kill at write {writes}"
         shutil.rmtree(out)
-    # run.json; five batches, each a shard and rows; two questions judged; scores, vectors and summary.
-    assert writes - 1 == 1 + 5 * 2 + 2 + 3
+    # run.json; three batches, each a shard and rows; two questions judged; scores, vectors and summary.
+    assert writes - 1 == 1 + 3 * 2 + 2 + 3
     assert contents(out) == expected
 
 
@@ -255,13 +256,13 @@ def test_killed_at_every_write_while_reading_responses(warm: Warm, model: Path, 
         assert contents(out) == expected, f"after a kill at write {writes}"
         shutil.rmtree(out)
     shards = len([name for name in expected if name.startswith("activations/")])
-    assert shards >= 10
+    assert shards >= 5
     assert writes - 1 == 1 + 2 * shards + 3
     assert contents(out) == expected
 
 
 def test_whole_processes_killed_in_every_phase(warm: Warm, model: Path, tmp_path: Path) -> None:
-    """While importing, at the first responses, and while judging."""
+    """While importing, while generating, and while judging."""
     calm, out = tmp_path / "calm", tmp_path / "killed"
     arguments = command(model, out, questions=6, max_new_tokens=24)
     warm.finish(command(model, calm, questions=6, max_new_tokens=24))
@@ -278,7 +279,6 @@ def test_whole_processes_killed_in_every_phase(warm: Warm, model: Path, tmp_path
     began = time.monotonic()
     killed_when(lambda: time.monotonic() > began + 1)
     assert not out.exists()
-    killed_when((out / "run.json").exists)
     killed_when(lambda: lines(out / "rollouts.jsonl") >= 20)
     assert lines(out / "rollouts.jsonl") < 60
     killed_when(lambda: lines(out / "evidence.jsonl") >= 20)

@@ -50,7 +50,7 @@ def extract(
         float, typer.Option(help="Positive responses score at least this, negative ones less.")
     ] = 50.0,
     coherence: Annotated[
-        float, typer.Option(help="A response's coherence at least, where the judge gives one.")
+        float, typer.Option(help="A response's coherence at least, where the judge or the file gives one.")
     ] = 50.0,
     unpaired: Annotated[bool, typer.Option("--unpaired", help="Filter each arm on its own.")] = False,
     seed: options.Seed = 0,

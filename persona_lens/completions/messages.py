@@ -6,11 +6,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from persona_lens.completions.spending import Usage
+
+LimitName = Literal["max_tokens", "max_completion_tokens"]
+
+
+@dataclass
+class Wording:
+    """How a server wants a model's requests to be put, as far as its refusals have shown.
+
+    Attributes:
+        limit: Its name for the length limit of an answer. OpenAI's reasoning models want ``max_completion_tokens``,
+            which other servers do not know.
+    """
+
+    limit: LimitName = "max_tokens"
 
 
 @dataclass(frozen=True)
@@ -35,12 +49,17 @@ class CompletionRequest:
     top_logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
 
-    def body(self, model: str) -> dict[str, Any]:
-        """The request as the server gets it."""
+    def body(self, model: str, limit: LimitName = "max_tokens") -> dict[str, Any]:
+        """The request as the server gets it.
+
+        Args:
+            model: The model's name there.
+            limit: What the server calls the length limit.
+        """
         body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": role, "content": content} for role, content in self.messages],
-            "max_tokens": self.max_tokens,
+            limit: self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
         }
@@ -59,7 +78,7 @@ class CompletionRequest:
         return Usage(1, -(-size // 4) + 4 * len(self.messages), self.max_tokens)
 
     def key(self, model: str, server: str) -> str:
-        """A name for the request by its content, as a SHA-256 in hexadecimal digits."""
+        """A name for the request by its content, however it is worded, as a SHA-256 in hexadecimal digits."""
         content = {"server": server, **self.body(model)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 from persona_lens.completions.cache import CompletionCache
-from persona_lens.completions.messages import Completion, CompletionRequest, Refused, read_completion
+from persona_lens.completions.messages import Completion, CompletionRequest, Refused, Wording, read_completion
 from persona_lens.completions.server import NO_KEY, Answer, ServerError, ServerSettings
 from persona_lens.completions.spending import Spending
 
@@ -27,6 +28,11 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 LONGEST_RETRY_AFTER = 600.0
 # Tasks that exist at once for each request that may be under way: the others wait for a second attempt.
 WINDOW = 8
+# What a refusal begins with, after its code: further on it may repeat the request, which says what it likes.
+_WANTS_COMPLETION_TOKENS = re.compile(
+    r"(?:\w+ )?unsupported parameter\W+max_tokens\b.*\buse\b.*\bmax_completion_tokens\b", re.I | re.S
+)
+_UNSUPPORTED_SAMPLING = re.compile(r"(?:\w+ )?unsupported (?:value|parameter)\W+(?P<name>temperature|top_p)\b", re.I)
 
 
 class TransientError(Exception):
@@ -44,12 +50,14 @@ class Sender:
         settings: Where and how.
         cache: Where answers are kept.
         spending: What may be spent.
+        wording: How the server wants to be asked; changed when it says so.
     """
 
-    def __init__(self, settings: ServerSettings, cache: CompletionCache, spending: Spending) -> None:
+    def __init__(self, settings: ServerSettings, cache: CompletionCache, spending: Spending, wording: Wording) -> None:
         self.settings = settings
         self._cache = cache
         self._spending = spending
+        self._wording = wording
         self._key = settings.key()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = False
@@ -155,11 +163,8 @@ class Sender:
             return answer
 
     async def _send(self, request: CompletionRequest) -> Answer:
-        body = request.body(self.settings.model)
         try:
-            # The body is read here, not by the client: what a server sends is checked before it counts as an answer.
-            raw = await self._asking.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
-            return read_completion(raw.content, request)
+            return read_completion(await self._body_of_answer(request), request)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "body"
@@ -176,9 +181,31 @@ class Sender:
         except openai.OpenAIError as error:
             raise ServerError(f"{self.settings.shown}: {self._clean(error)}") from None
 
+    async def _body_of_answer(self, request: CompletionRequest) -> bytes:
+        """What the server answers; it is asked again if it wants the request worded otherwise."""
+        body = request.body(self.settings.model, self._wording.limit)
+        try:
+            return await self._post(body)
+        except openai.APIStatusError as error:
+            if "max_tokens" not in body or not _WANTS_COMPLETION_TOKENS.match(_said(error)):
+                raise
+        self._wording.limit = "max_completion_tokens"
+        return await self._post(request.body(self.settings.model, self._wording.limit))
+
+    async def _post(self, body: dict[str, Any]) -> bytes:
+        # The answer is read by us, not by the client: what a server sends is checked before it counts as one.
+        raw = await self._asking.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
+        return raw.content
+
     def _refusal(self, error: openai.APIStatusError) -> Refused | Exception:
         """What a status other than success means: for this request, for all, or for the moment."""
         said, url, model = self._clean(_said(error)), self.settings.shown, self.settings.model
+        if sampling := _UNSUPPORTED_SAMPLING.match(said):
+            name = sampling["name"]
+            return ServerError(
+                f"{url}: the model {model!r} does not let {name} be set, and with another {name} the answers would be "
+                f"others; choose another model. It says: {said}"
+            )
         if error.status_code in (401, 403):
             return ServerError(f"{url} does not accept the key in {self.settings.key_variable}: {said}")
         if error.status_code == 404:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from persona_lens.completions.cache import CompletionCache
-from persona_lens.completions.messages import Completion, CompletionRequest, Refused
+from persona_lens.completions.messages import Completion, CompletionRequest, Refused, Wording
 from persona_lens.completions.spending import Spending
 from persona_lens.errors import PersonaLensError
 
@@ -102,11 +102,13 @@ class CompletionServer:
         settings: Where and how.
         cache: Answers so far; what is in it is not asked again.
         spending: What was used, and how much may be.
+        wording: How it wants to be asked; found out as it is.
     """
 
     settings: ServerSettings
     cache: CompletionCache = field(default_factory=CompletionCache)
     spending: Spending = field(default_factory=Spending)
+    wording: Wording = field(default_factory=Wording)
 
     def check(self) -> None:
         """Make sure, without asking anything, that something could be asked.
@@ -164,7 +166,7 @@ def _sender(server: CompletionServer) -> Sender:
         if error.name not in ("openai", "tenacity", "aiolimiter"):
             raise
         raise ServerError("asking a server needs more packages: pip install 'persona-lens[openai]'") from None
-    return Sender(server.settings, server.cache, server.spending)
+    return Sender(server.settings, server.cache, server.spending, server.wording)
 
 
 def _in_own_loop(sender: Sender, requests: dict[str, CompletionRequest], settle: Callable[[str, Answer], None]) -> None:

@@ -23,7 +23,7 @@ class ExtractionSettings:
         questions: How many of the trait's extraction questions are used; the paper uses all 20.
         seed: Base of every row's seed.
         threshold: A positive response is kept with a score of at least this, a negative one below it.
-        coherence: A response is kept only if its coherence is at least this, where the judge gives one.
+        coherence: A response is kept only if its coherence is at least this, where the judge or a file gives one.
         paired: Keep a response only if its twin of the other arm is kept too, as the paper's authors do.
         rollouts: How responses are made.
     """

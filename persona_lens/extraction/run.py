@@ -189,7 +189,7 @@ def _extract(
     if judge is not None:
         scoring, judged = judge, judge_rollouts(judge, rollouts, chat, run, progress=progress)
     elif given is not None and given.scores is not None:
-        scoring, judged = given.scores, given.scores.judgements()
+        scoring, judged = given.scores, list(given.scores.judgements)
     else:
         scoring, judged = _judge_by_likelihood(backend, chat, trait, rollouts, run, progress)
     filtered = filter_responses(requests, judged, settings)

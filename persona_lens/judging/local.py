@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, TokenBatch
+from persona_lens.backend.context import context_length
 from persona_lens.backend.memory import forward_rows
 from persona_lens.judging.numbers import NumberTokens, expected_number
 from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, Score
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
 
 TOGETHER = 16  # exchanges; their rubrics begin alike, and that beginning is computed once
+MAX_TOKENS = 8192  # of a prompt, where nothing says what the model takes
 
 
 class LocalJudge:
@@ -30,7 +32,8 @@ class LocalJudge:
         coherence: Whether to ask for coherence too.
         prefill: Words that the judge's answer begins with, such as ``Score: ``. Small models need them to come to the
             number; but then they cannot refuse.
-        max_tokens: A prompt of more tokens gets no score.
+        max_tokens: A response whose prompt has more tokens gets no score. A model that takes fewer has the last word;
+            without a number it is what the model takes, or `MAX_TOKENS` where nothing says how many those are.
     """
 
     def __init__(
@@ -41,17 +44,19 @@ class LocalJudge:
         *,
         coherence: bool = True,
         prefill: str = "",
-        max_tokens: int = 8192,
+        max_tokens: int | None = None,
     ) -> None:
         self.backend = backend
         self.chat = chat
         self.trait = trait
         self.rubrics = (trait.judge_rubric, COHERENCE) if coherence else (trait.judge_rubric,)
         self.prefill = prefill
-        self.max_tokens = max_tokens
         added: Any = chat.tokenizer.get_added_vocab()
         self._marks = (*chat.tokenizer.all_special_tokens, *added)
         self._numbers = NumberTokens(chat.encode_answer)
+        context = context_length(backend)
+        room = None if context is None else context - max(map(len, self._numbers.sequences))
+        self.max_tokens = min((limit for limit in (max_tokens, room) if limit is not None), default=MAX_TOKENS)
 
     @property
     def pieces_at_once(self) -> int:
@@ -67,6 +72,7 @@ class LocalJudge:
             "trait": self.trait.content_hash(),
             "coherence": len(self.rubrics) > 1,
             "prefill": self.prefill,
+            "max_tokens": self.max_tokens,
         }
 
     def pieces(self, exchanges: Sequence[Exchange]) -> list[list[int]]:
@@ -98,7 +104,8 @@ class LocalJudge:
         """What `judge` runs the model over."""
         for piece in self.pieces(exchanges):
             for rubric in self.rubrics:
-                prompts = [self._prompt(rubric, exchanges[i]) for i in piece if exchanges[i].response.strip()]
+                asked = [(exchanges[i], self._prompt(rubric, exchanges[i])) for i in piece]
+                prompts = [prompt for exchange, prompt in asked if self._reason(exchange, prompt) is None]
                 if prompts:
                     yield self._tokens(prompts)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from persona_lens.backend import Backend
 from persona_lens.backend.tokens import TokenBatch, TokenIds
 from persona_lens.judging import Judgement, Score
+from persona_lens.judging.protocol import EMPTY
 from persona_lens.responses.encoding import ResponseEncoder
 from persona_lens.responses.matching import Matched, match_responses
 from persona_lens.responses.reading import read_files
@@ -28,20 +29,16 @@ class GivenScores:
     """Scores that came with the responses, in place of a judge.
 
     Attributes:
-        scores: One for each response.
+        judgements: One for each response.
         digests: SHA-256 of each file.
     """
 
-    scores: tuple[Score, ...]
+    judgements: tuple[Judgement, ...]
     digests: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
         """See `persona_lens.judging.Judge.describe`."""
         return {"judge": "given", "file_sha256": list(self.digests)}
-
-    def judgements(self) -> list[Judgement]:
-        """The scores as judgements."""
-        return [Judgement(score) for score in self.scores]
 
 
 @dataclass(frozen=True)
@@ -117,13 +114,14 @@ def given_rollouts(
 def _scores(
     responses: Sequence[GivenResponse], rollouts: Sequence[Rollout], digests: tuple[str, ...]
 ) -> GivenScores | None:
-    found = [response.score for response in responses if response.score is not None]
-    if len(found) < len(responses) or all(score.value is None for score in found):
+    found = [response.judgement for response in responses if response.judgement is not None]
+    if len(found) < len(responses) or all(judgement.trait.value is None for judgement in found):
         return None
+    empty = Score(None, EMPTY)
     return GivenScores(
         tuple(
-            score if rollout.response else Score(None, "empty response")
-            for score, rollout in zip(found, rollouts, strict=True)
+            judgement if rollout.response else Judgement(empty, empty if judgement.coherence else None)
+            for judgement, rollout in zip(found, rollouts, strict=True)
         ),
         digests,
     )
@@ -131,7 +129,7 @@ def _scores(
 
 def _notes(matched: Matched, scores: GivenScores | None, changed: int) -> tuple[str, ...]:
     total = len(matched.responses)
-    scored = sum(response.score is not None for _, response in matched.responses)
+    scored = sum(response.judgement is not None for _, response in matched.responses)
     notes = [
         f"{matched.missing}; the extraction goes on without them" if matched.missing else None,
         f"{matched.left_out:,} responses belong to questions that are not used, and are left out"

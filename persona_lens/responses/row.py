@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
-from persona_lens.judging import Score
+from persona_lens.judging import Judgement, Score
 from persona_lens.responses.errors import ResponsesError
 from persona_lens.traits import Arm
 
-COHERENT = 50  # as in the reference implementation, whose filter asks this of both arms
 _LISTS = ("response_ids", "prompt_ids")
 _REFERENCE = {"question", "prompt", "answer", "question_id"}
 _REFERENCE_ID = re.compile(r"(?P<trait>.+)_\d+_(?P<arm>pos|neg)_(?P<pair>\d+)")
@@ -28,7 +27,8 @@ class GivenResponse:
     Attributes:
         text: The response as text.
         ids: Its token ids, as generated; at least one of the two is there.
-        score: The trait's score that came with it; None where the row has no such column.
+        judgement: The scores that came with it: the trait's, and coherence where the row has that column too. None
+            where the row has no score column.
         line: Line of the file, counted from 1.
         labels: What it answers, as far as the row says: ``arm``, ``question``, ``question_number``, ``pair``,
             ``system`` and ``sample``.
@@ -40,7 +40,7 @@ class GivenResponse:
 
     text: str | None
     ids: tuple[int, ...] | None
-    score: Score | None
+    judgement: Judgement | None
     line: int
     labels: Mapping[str, Any]
     file: str = ""
@@ -105,7 +105,7 @@ def response_of(row: Mapping[str, Any], file: str, line: int) -> GivenResponse:
     return GivenResponse(
         text=found.response,
         ids=found.response_ids,
-        score=_score(found, row),
+        judgement=_judgement(found, row),
         line=line,
         labels=labels,
         file=file,
@@ -153,15 +153,14 @@ def _check_columns(found: _Row, row: Mapping[str, Any], place: str) -> None:
         raise ResponsesError(f"{place}: the row has no {missing[0]}; its columns are: {columns}")
 
 
-def _score(found: _Row, row: Mapping[str, Any]) -> Score | None:
+def _judgement(found: _Row, row: Mapping[str, Any]) -> Judgement | None:
     if "score" not in row:
         return None
-    if found.score is None:
-        return Score(None, "no score was given")
-    if "coherence" in row and (found.coherence is None or found.coherence < COHERENT):
-        given = "missing" if found.coherence is None else f"{found.coherence:g}"
-        return Score(None, f"coherence is {given}, less than {COHERENT}")
-    return Score(found.score)
+    return Judgement(_score(found.score, "score"), _score(found.coherence, "coherence") if "coherence" in row else None)
+
+
+def _score(value: float | None, name: str) -> Score:
+    return Score(value, f"no {name} was given" if value is None else None)
 
 
 def _from_reference(row: Mapping[str, Any], place: str) -> dict[str, Any]:

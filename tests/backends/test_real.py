@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 import persona_lens
-from persona_lens.backend import Backend, Edit, Positions, Read, ReadKind, Sampling, TokenBatch
+from persona_lens.backend import Backend, Edit, Generation, Positions, Read, ReadKind, Sampling, TokenBatch
 from tests.backends.fixtures import ADAPTERS
 
 pytestmark = pytest.mark.real
 
 OTHERS = [adapter for adapter in ADAPTERS if adapter != "transformers"]
 LAYER = 18
+NEW_TOKENS = 12
 QUESTIONS = (
     "How do you feel about the coming winter?",
     "Say hello.",
@@ -66,6 +67,11 @@ def edit_sets() -> dict[str, list[Edit]]:
     }
 
 
+@cache
+def generated(adapter: str, edits: str) -> Generation:
+    return opened(adapter).generate(prompts(), Sampling(NEW_TOKENS), edit_sets()[edits], Read.means())
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Largest over rows and layers, of the difference's length to the residual's."""
     assert torch.equal(got.isnan(), want.isnan())
@@ -88,25 +94,20 @@ def test_residuals_agree_at_every_layer(adapter_name: str, edits: str) -> None:
 
 @pytest.mark.parametrize("name", ["none", "add", "rows", "ablate", "cap"])
 def test_greedy_tokens_are_identical(name: str) -> None:
-    edits = edit_sets()[name]
-    outs = {
-        adapter: opened(adapter).generate(prompts(), Sampling(16), edits, [Read(ReadKind.RESPONSE_MEAN)])
-        for adapter in ADAPTERS
-    }
-    reference = outs["transformers"]
-    for adapter, out in outs.items():
+    reference = generated("transformers", name)
+    for adapter in OTHERS:
+        out = generated(adapter, name)
         assert out.responses == reference.responses, adapter
         assert out.ended == reference.ended
-        assert relative_error(out.reads["response_mean"], reference.reads["response_mean"]) < 1e-4
-    plain = opened("transformers").generate(prompts(), Sampling(16)).responses
-    assert (reference.responses == plain) is (name == "none")
+        for kind, mean in reference.reads.items():
+            assert relative_error(out.reads[kind], mean) < 1e-4, (adapter, kind)
+    assert name == "none" or reference.responses != generated("transformers", "none").responses
 
 
 @pytest.mark.parametrize("adapter_name", ADAPTERS)
 def test_a_padded_row_equals_the_prompt_alone(adapter_name: str) -> None:
-    backend = opened(adapter_name)
-    batch = backend.generate(prompts(), Sampling(12), edit_sets()["add"], Read.means())
-    alone = backend.generate(prompts()[1:2], Sampling(12), edit_sets()["add"], Read.means())
+    batch = generated(adapter_name, "add")
+    alone = opened(adapter_name).generate(prompts()[1:2], Sampling(NEW_TOKENS), edit_sets()["add"], Read.means())
     assert alone.responses[0] == batch.responses[1]
     for name, value in alone.reads.items():
         assert relative_error(batch.reads[name][1:2], value) < 1e-4

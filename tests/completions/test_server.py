@@ -217,6 +217,75 @@ def test_a_request_that_the_server_does_not_take_does_not_stop_the_others(tmp_pa
     assert all(isinstance(answers[i], Completion) for i in (0, 2))
 
 
+def unsupported(said: str, **more: str) -> tuple[int, dict[str, Any]]:
+    return 400, {"error": {"message": said, "type": "invalid_request_error", **more}}
+
+
+def reasoning(body: dict[str, Any]) -> Any:
+    """As OpenAI's reasoning models answer."""
+    if "max_tokens" in body:
+        return unsupported(
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+            "instead.",
+            param="max_tokens",
+            code="unsupported_parameter",
+        )
+    return scores(body) if body["max_completion_tokens"] == 1 else (500, {"error": {"message": "another limit"}})
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_a_model_that_calls_the_length_limit_otherwise_says_so_once(at_once: int, tmp_path: Path) -> None:
+    asked = requests(60)
+    with serving(delay=0.002, respond=reasoning) as loopback:
+        server = server_at(loopback, tmp_path, concurrency=at_once)
+        answers = server.complete(asked[:40]) + server.complete(asked[40:])
+        assert sum(loopback.served.values()) == 60
+        # Those that were under way before the first refusal came, and no others.
+        assert 1 <= sum(loopback.seen.values()) - 60 <= at_once
+    with serving(respond=scores) as other:  # under the name that it had before, each answer is in the cache
+        again = CompletionServer(server.settings, server.cache)
+        assert again.complete(asked) == answers
+        assert again.complete(asked * 2) == answers * 2
+        assert sum(other.seen.values()) == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        # As vLLM says it, which names both.
+        "'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum context length is 4096.",
+        "Against the rules: \"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'.\"",
+        "Against the rules: \"Unsupported value: 'temperature' does not support 0 with this model.\"",
+    ],
+)
+def test_another_refusal_is_of_its_request_alone(said: str, tmp_path: Path) -> None:
+    """Also where it repeats what a hostile response says."""
+    with serving(respond=lambda _: unsupported(said)) as loopback:
+        [answer] = server_at(loopback, tmp_path).complete(requests(1))
+        assert sum(loopback.seen.values()) == 1
+    assert isinstance(answer, Refused)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        (
+            "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is "
+            "supported.",
+            "temperature",
+        ),
+        ("Unsupported parameter: 'top_p' is not supported with this model.", "top_p"),
+    ],
+)
+def test_a_model_whose_sampling_cannot_be_set_is_refused(said: str, name: str, tmp_path: Path) -> None:
+    with serving(delay=0.005, respond=lambda body: unsupported(said)) as loopback:
+        with pytest.raises(ServerError, match=f"'judge' does not let {name} be set, and with another {name}") as raised:
+            server_at(loopback, tmp_path).complete(requests(200))
+        assert sum(loopback.seen.values()) < 200
+        assert said in str(raised.value)
+        assert {body["temperature"] for body in loopback.bodies} == {0.0}
+
+
 def test_no_server_is_said_in_a_sentence(tmp_path: Path) -> None:
     with serving() as loopback:
         gone = loopback.url
