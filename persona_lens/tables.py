@@ -17,13 +17,15 @@ UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 PARQUET_ROWS = 1024  # that are in memory at once
 
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
+BadRow = Callable[[int, "TableError"], None]
+"""Told of a row that cannot be read: its line, and why."""
 
 
 class TableError(PersonaLensError):
     """A file that is not the table it should be; the message begins with the file and the line."""
 
 
-def read_rows(path: Path | str) -> NumberedRows:
+def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:
     """Read a table row by row; memory does not grow with its length.
 
     Lines that are empty are skipped. A CSV file names its columns in its first line; its cells are text, separated by
@@ -31,6 +33,8 @@ def read_rows(path: Path | str) -> NumberedRows:
 
     Args:
         path: A file whose name ends in ``.jsonl``, ``.ndjson``, ``.csv``, ``.tsv`` or ``.parquet``; text is UTF-8.
+        bad_row: Told of every row that cannot be read by itself; reading goes on behind it. Without it the first such
+            row is an error.
 
     Yields:
         The number of the line on which a row begins, counted from 1 (in a Parquet file the number of the row), and the
@@ -49,13 +53,21 @@ def read_rows(path: Path | str) -> NumberedRows:
     if reader is None:
         accepted = ", ".join(_READERS)
         raise TableError(f"{path}: the kind of file is told by its name, which must end in one of {accepted}")
-    return _checked(path, reader)
+    return _checked(path, reader, bad_row)
 
 
-def _checked(path: Path, reader: Callable[[Path], NumberedRows]) -> NumberedRows:
+def _checked(path: Path, reader: _Reader, bad_row: BadRow | None) -> NumberedRows:
     empty = True
+
+    def report(number: int, error: TableError) -> None:
+        nonlocal empty
+        empty = False
+        if bad_row is None:
+            raise error
+        bad_row(number, error)
+
     try:
-        for numbered in reader(path):
+        for numbered in reader(path, report):
             empty = False
             yield numbered
     except OSError as error:
@@ -65,49 +77,65 @@ def _checked(path: Path, reader: Callable[[Path], NumberedRows]) -> NumberedRows
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their ends. Only a line feed ends one: others may stand inside a text."""
+    """The lines of a file with their ends."""
+    return ((number, _decoded(path, number, raw)) for number, raw in _raw_lines(path))
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The same, undecoded. Only a line feed ends one: others may stand inside a text."""
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
             if number == 1 and raw.startswith(UTF_16_MARKS):
                 raise TableError(f"{path} is encoded as UTF-16; save it as UTF-8")
-            content = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
-            try:
-                yield number, content.decode()
-            except UnicodeDecodeError as error:
-                byte = content[error.start]
-                raise TableError(
-                    f"{path}:{number}: byte {error.start + 1} of the line (0x{byte:02x}) is not UTF-8; "
-                    "save the file as UTF-8"
-                ) from error
+            yield number, raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
 
 
-def _read_jsonl(path: Path) -> NumberedRows:
-    for number, line in _lines(path):
-        if not line.strip():
+def _decoded(path: Path, number: int, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise TableError(
+            f"{path}:{number}: byte {error.start + 1} of the line (0x{byte:02x}) is not UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def _read_jsonl(path: Path, bad_row: BadRow) -> NumberedRows:
+    for number, raw in _raw_lines(path):
+        if not raw.strip():
             continue
         try:
-            row = json.loads(line)
-            if "\\u" in line:  # an escape may be half of a character, which no file could hold later
-                json.dumps(row, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise TableError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-        except UnicodeEncodeError as error:
-            raise TableError(f"{path}:{number}: an escape stands for half of a character: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise TableError(f"{path}:{number}: JSON that cannot be read: {error}") from error
-        if not isinstance(row, dict):
-            raise TableError(
-                f'{path}:{number}: each line must be one JSON object, such as {{"question": …}}, '
-                f"but this is {_in_short(line.strip())}"
-            )
+            row = _json_row(path, number, _decoded(path, number, raw))
+        except TableError as error:
+            bad_row(number, error)
+            continue
         yield number, row
+
+
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if "\\u" in line:  # an escape may be half of a character, which no file could hold later
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise TableError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeEncodeError as error:
+        raise TableError(f"{path}:{number}: an escape stands for half of a character: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{path}:{number}: JSON that cannot be read: {error}") from error
+    if not isinstance(row, dict):
+        raise TableError(
+            f'{path}:{number}: each line must be one JSON object, such as {{"question": …}}, '
+            f"but this is {_in_short(line.strip())}"
+        )
+    return row
 
 
 def _in_short(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _read_csv(path: Path) -> NumberedRows:
+def _read_csv(path: Path, bad_row: BadRow) -> NumberedRows:
     records = _records(path)
     first, header = next(records, (0, []))
     header = [name.strip() for name in header]
@@ -118,10 +146,12 @@ def _read_csv(path: Path) -> NumberedRows:
         )
     for number, cells in records:
         if len(cells) != len(header):
-            raise TableError(
+            error = TableError(
                 f"{path}:{number}: {len(cells)} cells, but the header names {len(header)} columns "
                 f"({_in_short(', '.join(header))}); put cells that hold separators into double quotes"
             )
+            bad_row(number, error)
+            continue
         yield number, dict(zip(header, cells, strict=True))
 
 
@@ -156,7 +186,7 @@ def _separator(head: list[str], suffix: str) -> str:
     return max((usual, *SEPARATORS), key=columns)
 
 
-def _read_parquet(path: Path) -> NumberedRows:
+def _read_parquet(path: Path, _: BadRow) -> NumberedRows:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -178,7 +208,8 @@ def _read_parquet(path: Path) -> NumberedRows:
         raise TableError(f"{place}: not a Parquet file that can be read: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path], NumberedRows]] = {
+_Reader = Callable[[Path, BadRow], NumberedRows]
+_READERS: dict[str, _Reader] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,

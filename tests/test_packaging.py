@@ -29,6 +29,7 @@ ORDER = (
     "errors",
     "folders",
     "progress",
+    "characters",
     "runs",
     "pieces",
     "completions",
@@ -46,6 +47,7 @@ ORDER = (
     "authoring",
     "extraction",
     "steering",
+    "monitoring",
     "agreement",
     "reports",
     "demo",
@@ -124,6 +126,8 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
     assert len(traits) == 7
     assert {
         "persona_lens/py.typed",
+        "persona_lens/monitoring/heatmap.css",
+        "persona_lens/monitoring/heatmap.html.j2",
         "persona_lens/reports/agreement.html.j2",
         "persona_lens/reports/template.html.j2",
         "persona_lens/reports/report.css",

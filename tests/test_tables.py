@@ -148,3 +148,21 @@ def test_without_pyarrow_the_error_says_how_to_get_it(tmp_path: Path, monkeypatc
     path = _write(tmp_path, "rows.parquet", "")
     monkeypatch.setattr(builtins, "__import__", missing)
     assert _error(path) == f"{path}: reading Parquet needs pyarrow: `pip install 'persona-lens[parquet]'`"
+
+
+def test_bad_rows_can_be_reported_instead_of_ending_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"a": 1}\noops\n{"a": "\xff"}\n[]\n{"a": 2}\n')
+    bad: list[tuple[int, str]] = []
+    rows = list(read_rows(path, lambda line, error: bad.append((line, str(error)))))
+    assert rows == [(1, {"a": 1}), (5, {"a": 2})]
+    assert [line for line, _ in bad] == [2, 3, 4]
+    assert all(message.startswith(f"{path}:{line}: ") for line, message in bad)
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,2\n3\n4,5\n", encoding="utf-8")
+    bad.clear()
+    rows = list(read_rows(path, lambda line, error: bad.append((line, str(error)))))
+    assert rows == [(2, {"a": "1", "b": "2"}), (4, {"a": "4", "b": "5"})]
+    assert [line for line, _ in bad] == [3]
+    path.write_text("a,b\n3\n", encoding="utf-8")
+    assert list(read_rows(path, lambda *_: None)) == []

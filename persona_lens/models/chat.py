@@ -124,7 +124,12 @@ class ChatFormat:
         return self.template.encode(placed, add_generation_prompt=add_generation_prompt)
 
     def rendered_text(
-        self, system: str | None, user: str | None = None, *, messages: Sequence[Message] | None = None
+        self,
+        system: str | None,
+        user: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
         """Return a prompt as text: what is really sent, a system message of the template's own included.
 
@@ -132,12 +137,13 @@ class ChatFormat:
             system: The instruction, or None for no system message.
             user: The question.
             messages: A conversation, instead of the two.
+            add_generation_prompt: End with the head of an assistant message, for the model to go on from.
 
         Raises:
             ModelError: The messages are malformed, or the template refuses them.
         """
         chosen = messages if messages is not None else _pair(system, user or "")
-        return self.template.render(self._placed(chosen))
+        return self.template.render(self._placed(chosen), add_generation_prompt=add_generation_prompt)
 
     def encode_answer(self, text: str) -> list[int]:
         """Return the token ids of an answer from elsewhere, to be put after a prompt's ids.

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from persona_lens.characters import printable as printable
+
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_HARMLESS = "\n\t\u200c\u200d\ufe0e\ufe0f"
 
 Verdict = Literal["clear", "unclear", "reversed", "no null"]
 
@@ -208,23 +209,6 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def printable(text: str) -> str:
-    """Text that shows what it holds: control characters as pictures, invisible and bidirectional ones by code."""
-    return "".join(map(_printable_character, text.replace("\r\n", "\n")))
-
-
-def _printable_character(character: str) -> str:
-    code = ord(character)
-    if character in _HARMLESS:
-        return character
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if 0xD800 <= code <= 0xDFFF:
-        return "\N{REPLACEMENT CHARACTER}"
-    invisible = 0x7F <= code < 0xA0 or 0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F
-    return f"[U+{code:04X}]" if invisible or code in (0xFEFF, 0xFFFE, 0xFFFF) else character
 
 
 @dataclass(frozen=True)

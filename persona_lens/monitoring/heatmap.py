@@ -1,0 +1,188 @@
+"""`TokenHeatmap`: a value for each token, shown on the token: in a terminal, in a notebook, and as a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.monitoring.colours import Scale
+from persona_lens.monitoring.direction import Line, lines_of
+from persona_lens.monitoring.errors import MonitoringError
+from persona_lens.monitoring.tokens import TokenPiece
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One value for each token.
+
+    Attributes:
+        values: By token; NaN where there is none.
+        trait: What the values are of; may be empty where there is only one.
+        layer: The layer they were read at; None if there is none to speak of.
+    """
+
+    values: tuple[float, ...]
+    trait: str = ""
+    layer: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The layer, in words."""
+        return "" if self.layer is None else f"layer {self.layer}"
+
+
+@dataclass(frozen=True)
+class TokenHeatmap:
+    """Tokens coloured by their values: blue below a centre, red above it, hatched where there is none.
+
+    A notebook shows it by itself, `rich.print` shows it in a terminal (numbers instead of colours where there are none,
+    as with ``NO_COLOR``), and `html` is a page.
+
+    Attributes:
+        pieces: The tokens, as `persona_lens.monitoring.token_pieces` splits them.
+        strips: One for each trait and layer, those of a trait next to each other.
+        title: What is shown.
+        centre: The value without colour, for all traits or by trait.
+        limit: Distance from the centre at which the colour is fullest. Without it, that of the furthest value of a
+            trait, all its layers together, except that values far from all others do not count.
+
+    Raises:
+        MonitoringError: If pieces and values do not belong together.
+    """
+
+    pieces: tuple[TokenPiece, ...]
+    strips: tuple[Strip, ...]
+    title: str = ""
+    centre: float | Mapping[str, float] = field(default=0.0)
+    limit: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pieces: Sequence[TokenPiece],
+        values: Any,
+        *,
+        layers: Sequence[int] | None = None,
+        title: str = "",
+        centre: float | Mapping[str, float] = 0.0,
+        limit: float | None = None,
+    ) -> TokenHeatmap:
+        """A heat map of tensors, arrays or lists.
+
+        Args:
+            pieces: The tokens.
+            values: [tokens] or [layers, tokens], or a mapping of traits to either. None and NaN are "no value".
+            layers: The layers of [layers, tokens], in their order; one layer of [tokens].
+            title: What is shown.
+            centre: The value without colour, for all traits or by trait.
+            limit: Distance from it at which the colour is fullest.
+
+        Raises:
+            MonitoringError: If the shapes do not fit.
+        """
+        named = values if isinstance(values, Mapping) else {"": values}
+        strips = [strip for trait, rows in named.items() for strip in _strips(str(trait), rows, layers)]
+        return cls(tuple(pieces), tuple(strips), title, centre, limit)
+
+    def __post_init__(self) -> None:
+        if not self.strips:
+            raise MonitoringError("a heat map needs values of at least one trait or layer")
+        expected = 0
+        for piece in self.pieces:
+            if piece.start != expected:
+                raise MonitoringError(
+                    f"the pieces must follow one another from token 0 on, but {piece.text!r} begins at {piece.start} "
+                    f"instead of {expected}; take all that token_pieces returns"
+                )
+            expected = piece.stop
+        for strip in self.strips:
+            if len(strip.values) != expected:
+                which = " ".join(word for word in (strip.trait, strip.label) if word) or "the heat map"
+                raise MonitoringError(
+                    f"{which} has {len(strip.values)} values for {expected} tokens; give one for each"
+                )
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise MonitoringError(f"limit must be above 0, got {self.limit}")
+        if isinstance(self.centre, Mapping):
+            missing = [trait for trait in self.traits if trait not in self.centre]
+            if missing:
+                raise MonitoringError(f"there is no centre for {missing[0]!r}; there are {', '.join(self.centre)}")
+        if not all(math.isfinite(self._centre(trait)) for trait in self.traits):
+            raise MonitoringError(f"the centre must be a number, got {self.centre}")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """Traits in their order."""
+        return tuple(dict.fromkeys(strip.trait for strip in self.strips))
+
+    @cached_property
+    def scales(self) -> Mapping[str, Scale]:
+        """The scale of each trait, the same for all its layers."""
+        return {
+            trait: Scale.of(
+                (value for strip in self.strips_of(trait) for value in strip.values), self._centre(trait), self.limit
+            )
+            for trait in self.traits
+        }
+
+    def strips_of(self, trait: str) -> tuple[Strip, ...]:
+        """The strips of a trait."""
+        return tuple(strip for strip in self.strips if strip.trait == trait)
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        """The pieces as they are laid out."""
+        return tuple(lines_of(self.pieces))
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether any token has no value."""
+        return any(math.isnan(value) for strip in self.strips for value in strip.values)
+
+    @cached_property
+    def has_groups(self) -> bool:
+        """Whether any character takes several tokens."""
+        return any(len(piece.ids) > 1 for piece in self.pieces)
+
+    def html(self) -> str:
+        """A page, complete in itself: no scripts, and nothing is loaded from anywhere; to be written as UTF-8."""
+        from persona_lens.monitoring.markup import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        from persona_lens.monitoring.markup import fragment
+
+        return fragment(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from persona_lens.monitoring.terminal import render
+
+        return render(self, console)
+
+    def _centre(self, trait: str) -> float:
+        return float(self.centre[trait] if isinstance(self.centre, Mapping) else self.centre)
+
+
+def _strips(trait: str, rows: Any, layers: Sequence[int] | None) -> Iterator[Strip]:
+    listed = rows.tolist() if hasattr(rows, "tolist") else list(rows)
+    nested = [row.tolist() if hasattr(row, "tolist") else row for row in listed]
+    deep = bool(nested) and all(isinstance(row, Sequence) and not isinstance(row, str) for row in nested)
+    if deep and layers is None:
+        raise MonitoringError(f"the values are of {len(nested)} layers; say which, in their order (layers=...)")
+    by_layer = nested if deep else [nested]
+    names: Sequence[int | None] = layers if layers is not None else [None]
+    if len(names) != len(by_layer):
+        raise MonitoringError(f"{len(names)} layers for {len(by_layer)} rows of values; give one for each")
+    for layer, row in zip(names, by_layer, strict=True):
+        try:
+            values = tuple(math.nan if value is None else float(value) for value in row)
+        except (TypeError, ValueError) as error:
+            raise MonitoringError("values must be numbers, [tokens] or [layers, tokens]") from error
+        yield Strip(values, trait, None if layer is None else int(layer))
