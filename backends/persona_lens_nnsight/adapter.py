@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,13 @@ from persona_lens.backend import (
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import context_of
 from persona_lens.backend.edits import check_edits
-from persona_lens.backend.hooked import editing_blocks, evaluating, forward_inputs, generation_config
+from persona_lens.backend.hooked import (
+    editing_blocks,
+    evaluating,
+    forward_inputs,
+    generation_config,
+    hooking_blocks,
+)
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.logprobs import response_logprobs
 from persona_lens.backend.reads import check_reads
@@ -217,7 +224,7 @@ class NNsightBackend:
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`; acts on the plain module inside the wrapper."""
-        return editing_blocks(self._blocks, edits, self.info)
+        return editing_blocks(partial(hooking_blocks, self._blocks), edits, self.info)
 
     @property
     def _device(self) -> torch.device | None:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from persona_lens.backend import (
@@ -27,7 +28,7 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import context_of
-from persona_lens.backend.hooked import BlockHook, HookedModel
+from persona_lens.backend.hooked import BlockHook, HookedModel, editing_blocks
 from persona_lens.models import end_of_turn_ids, load
 
 
@@ -109,11 +110,17 @@ class TransformerLensBackend:
         return self._hooked.forward(tokens, edits, reads, logprobs)
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
-        """Always refused: PEFT cannot save adapters of the module once a bridge has taken it over."""
-        raise BackendError(
-            "TransformerBridge changes the module it wraps, so adapters trained on it are saved under wrong names; "
-            "train through the transformers or nnsight backend and use the result here"
-        )
+        """For your own calls of the bridge without gradients.
+
+        With them it is refused: PEFT cannot save adapters of the module once a bridge has taken it over.
+        """
+        if torch.is_grad_enabled():
+            raise BackendError(
+                "TransformerBridge changes the module it wraps, so adapters trained on it are saved under wrong names; "
+                "train through the transformers or nnsight backend and use the result here. To run the bridge edited "
+                "without training, do it inside torch.no_grad()"
+            )
+        return editing_blocks(self._attach, edits, self.info)
 
     @contextmanager
     def _attach(self, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:

@@ -84,4 +84,4 @@ class TransformersBackend:
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`."""
-        return editing_blocks(self._blocks, edits, self.info)
+        return editing_blocks(self._hooked.attach, edits, self.info)

@@ -209,8 +209,8 @@ def _forward_hook(layer: int, hook: BlockHook) -> Callable[[nn.Module, tuple[Any
 
 
 @contextmanager
-def editing_blocks(blocks: nn.ModuleList, edits: Sequence[Edit], info: ModelInfo) -> Iterator[None]:
-    """While open, every forward pass over the blocks runs edited, in training too.
+def editing_blocks(attach: Attach, edits: Sequence[Edit], info: ModelInfo) -> Iterator[None]:
+    """While open, every forward pass over the blocks that ``attach`` reaches runs edited, in training too.
 
     Raises:
         EditError: If an edit does not fit the model, or names positions: a plain forward pass does not know which
@@ -224,7 +224,7 @@ def editing_blocks(blocks: nn.ModuleList, edits: Sequence[Edit], info: ModelInfo
             raise EditError("editing() does not know which token of a row comes first; leave out the schedule")
     writer = Writer([edit.plain() for edit in edits])
 
-    with hooking_blocks(blocks, sorted(writer.layers), lambda layer, h: writer.block(layer, h, None)):
+    with attach(sorted(writer.layers), lambda layer, h: writer.block(layer, h, None)):
         yield
 
 

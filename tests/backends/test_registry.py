@@ -219,7 +219,7 @@ class TheirBackend:
         return self._hooked.forward(tokens, edits, reads, logprobs)
 
     def editing(self, edits):
-        return editing_blocks(self._blocks, edits, self.info)
+        return editing_blocks(self._hooked.attach, edits, self.info)
 """
 
 USER = """
