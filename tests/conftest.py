@@ -20,6 +20,7 @@ hook = install_import_hook(
         "persona_lens.extraction",
         "persona_lens.steering",
         "persona_lens.judging",
+        "persona_lens.capability",
     ],
     "beartype.beartype",
 )

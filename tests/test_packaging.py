@@ -47,6 +47,7 @@ ORDER = (
     "authoring",
     "extraction",
     "steering",
+    "capability",
     "monitoring",
     "agreement",
     "reports",
