@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -32,6 +33,9 @@ from persona_lens.capability.errors import CapabilityError
 from persona_lens.capability.waiting import BatchQueue
 from persona_lens.models import ChatFormat, Message
 from persona_lens.rollouts import row_seed
+from persona_lens.steering import Steering, load_steering
+from persona_lens.steering.files import is_steering_file
+from persona_lens.vectors import load_vectors
 
 MAX_NEW_TOKENS = 2048  # where neither the task nor the command line names a limit
 BATCH_SIZE = 32
@@ -102,8 +106,9 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
         base_url: There is none to give.
         api_key: There is none to give.
         config: Settings of generation.
-        model_args: ``backend`` (a name, or a `Backend` that is open), ``vectors`` and ``edits``, ``batch_size``,
-            ``thinking``, and the backend's own options such as ``dtype`` and ``device``.
+        model_args: ``backend`` (a name, or a `Backend` that is open); ``edits``, a steering in its notation or a
+            steering file, and ``vectors``, the paths of the vectors that it names; ``batch_size``, ``thinking``, and
+            the backend's own options such as ``dtype`` and ``device``.
 
     Raises:
         CapabilityError: If a model argument is unknown.
@@ -233,12 +238,20 @@ def _open(given: Backend | str | None, model: str, options: dict[str, Any]) -> B
 
 def _steering(backend: Backend, vectors: object, edits: object) -> tuple[Edit, ...]:
     """The edits that the model arguments ask for."""
-    if vectors is None and edits is None:
+    if edits is None and vectors is None:
         return ()
-    raise CapabilityError(
-        "steered models are not opened by model arguments; leave out vectors and edits, or hand over a steered "
-        f"backend: get_model('persona-lens/{backend.info.model}', backend=...)"
-    )
+    if not isinstance(edits, str):
+        raise CapabilityError(
+            "vectors are there to be steered along: give edits too, such as -M edits='optimistic@18:+1.5', or the path "
+            f"of a steering file; got {edits!r}"
+        )
+    paths = [] if vectors is None else vectors.split(",") if isinstance(vectors, str) else vectors
+    if not isinstance(paths, list | tuple) or not all(isinstance(path, str | Path) for path in paths):
+        raise CapabilityError(f"vectors are the paths of files or run folders, with commas between; got {vectors!r}")
+    named = {found.trait: found for found in map(load_vectors, paths)}
+    steering = load_steering(edits, named) if is_steering_file(edits) else Steering.parse(edits, named)
+    steering.check_model(backend)
+    return steering.edits()
 
 
 def _batch_size(given: object) -> int:

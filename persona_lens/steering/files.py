@@ -55,6 +55,11 @@ def save_steering(steering: Steering, path: Path | str) -> Path:
     return target
 
 
+def is_steering_file(text: str) -> bool:
+    """Whether a text names a file to load a steering from, rather than being one."""
+    return text.endswith((*YAML_SUFFIXES, ".safetensors"))
+
+
 def load_steering(path: Path | str, vectors: Mapping[str, PersonaVectors] | None = None) -> Steering:
     """Read a steering that `save_steering` wrote, or one written by hand in YAML. Nothing is unpickled.
 

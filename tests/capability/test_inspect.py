@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from persona_lens.backend import Backend, Sampling
 from persona_lens.errors import PersonaLensError
 from persona_lens.models import ChatFormat
+from persona_lens.steering import Steering
+from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import Delegating, backend_of
-from tests.tiny import tiny_model
+from tests.tiny import D_MODEL, N_LAYERS, tiny_model
 
 pytest.importorskip("inspect_ai", reason="needs the extra inspect")
 
@@ -160,13 +164,39 @@ def test_what_a_backend_does_not_have_is_refused(
         ({"backend": "transformer"}, "did you mean transformers"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"base_url": "http://127.0.0.1"}, "takes no base URL"),
-        ({"edits": "optimistic@1:+1.5"}, "leave out vectors and edits"),
+        ({"edits": "optimistic@1:+1.5"}, "no vectors for 'optimistic'"),
+        ({"vectors": "runs/optimistic"}, "give edits too"),
+        ({"vectors": 3, "edits": "optimistic@1:+1.5"}, "vectors are the paths of files or run folders"),
     ],
 )
 def test_model_arguments_are_checked(options: dict[str, Any], words: str) -> None:
     given = {"backend": tiny()} | options
     with pytest.raises(PersonaLensError, match=words):
         PersonaLensAPI("smollm2-135m", **given)
+
+
+def test_edits_and_vectors_steer_it(tmp_path: Path) -> None:
+    rows = torch.randn(N_LAYERS, D_MODEL, generator=torch.Generator().manual_seed(0))
+    vectors = PersonaVectors("kind", tiny().info, {"response_mean": rows})
+    text = "kind@1:+3 on response"
+    vectors.save(tmp_path / "kind.safetensors")
+    steering = Steering.parse(text, vectors)
+    shared = steering.save(tmp_path / "steering.safetensors")
+    prompt = [User(content="Why?")]
+    answers = [
+        asyncio.run(
+            PersonaLensAPI("tiny", backend=backend, **arguments).generate(
+                prompt, [], "none", GenerateConfig(max_tokens=8)
+            )
+        ).completion
+        for backend, arguments in (
+            (tiny(), {"vectors": str(tmp_path / "kind.safetensors"), "edits": text}),
+            (tiny(), {"edits": str(shared)}),
+            (steering.on(tiny()), {}),
+            (tiny(), {}),
+        )
+    ]
+    assert answers[0] == answers[1] == answers[2] != answers[3]
 
 
 def test_several_system_messages_become_one() -> None:
