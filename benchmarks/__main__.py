@@ -29,13 +29,23 @@ def generation_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
     reading = w.reading_generation(backend, rows)
     warm_up(reading, plain)
     yield compare("generating with all reads / model.generate", reading, plain, limit=1.05, pairs=pairs)
+
+
+def steering_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
+    model, tokenizer = w.load(dtype)
+    rows = w.prompts(tokenizer)
     for name, opened in (
-        ("transformers", backend),
+        ("transformers", w.endless(model, tokenizer)),
         ("nnsight", w.endless(w.nnsighted(model, tokenizer), tokenizer)),
     ):
-        steered, unsteered = (w.generation(opened, rows, steered=on) for on in (True, False))
-        warm_up(steered, unsteered)
-        yield compare(f"{name}: steered / unsteered", steered, unsteered, limit=1.03, pairs=pairs)
+        unsteered = w.generation(opened, rows, [])
+        for what, edits, limit in (
+            ("one edit", w.one_edit(opened), 1.05),
+            ("an edit at every layer", w.all_layers(opened), 1.10),
+        ):
+            steered = w.generation(opened, rows, edits)
+            warm_up(steered, unsteered)
+            yield compare(f"{name}: {what} / unsteered", steered, unsteered, limit=limit, pairs=pairs)
 
 
 def bridge_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
@@ -86,6 +96,7 @@ def read_only(texts: int) -> None:
 
 GROUPS: dict[str, Callable[[str, int], Iterator[Ratio]]] = {
     "generation": generation_ratios,
+    "steering": steering_ratios,
     "transformer_lens": bridge_ratios,
     "reading": reading_ratios,
 }

@@ -74,10 +74,23 @@ def reading_generation(backend: Backend, rows: list[list[int]]) -> Work:
     return lambda: backend.generate(rows, sampling(len(rows)), (), Read.means())
 
 
-def generation(backend: Backend, rows: list[list[int]], *, steered: bool) -> Work:
-    """Generation without reads, with or without one edit."""
+def one_edit(backend: Backend) -> list[Edit]:
+    """One vector added at one layer."""
     direction = torch.randn(backend.info.d_model, generator=torch.Generator().manual_seed(0))
-    edits = [Edit.add(LAYER, direction, 0.1)] if steered else []
+    return [Edit.add(LAYER, direction, 0.1)]
+
+
+def all_layers(backend: Backend) -> list[Edit]:
+    """Another vector added at every layer."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Edit.add(layer, torch.randn(backend.info.d_model, generator=generator), 0.01)
+        for layer in range(backend.info.n_layers)
+    ]
+
+
+def generation(backend: Backend, rows: list[list[int]], edits: list[Edit]) -> Work:
+    """Generation without reads, under edits."""
     return lambda: backend.generate(rows, sampling(len(rows)), edits)
 
 
