@@ -21,7 +21,11 @@ from persona_lens import PersonaLensError
 from persona_lens.backend import wrap_model
 from persona_lens.cli import app
 from persona_lens.cli.options import layer_numbers, numbers
-from persona_lens.vectors import PersonaVectors, load_vectors
+from persona_lens.preview import preview_tokens
+from persona_lens.replies import chat_format
+from persona_lens.steering import Steering, steered_replies
+from persona_lens.traits import Arm, load_trait
+from persona_lens.vectors import PersonaVectors, Tuned, load_vectors
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,7 +235,7 @@ def test_a_mistyped_option_or_command_is_refused_with_the_right_one(arguments: t
     [
         (("extract", "M"), "TRAIT"),
         (("steer", "sweep", "M", "V"), "--layers"),
-        (("generate", "M", "V", "Hi"), "--layer"),
+        (("generate", "M", "V"), "PROMPT"),
         (("extract", "M", "optimistic", "--samples", "many"), "samples"),
     ],
 )
@@ -445,8 +449,12 @@ def test_steering_that_cannot_be_done_is_refused(
 def test_replies_stand_side_by_side(model: Path, extracted: tuple[Path, dict[str, Any]]) -> None:
     generate = ("generate", str(model), str(extracted[0]), "What is new?", "--layer", "1", *TINY)
     said = parsed(*generate, "--coefficients", "-3,3,-3", "--json")
-    assert (said["trait"], said["layer"], said["prompt"]) == ("optimistic", 1, "What is new?")
-    assert [row["coefficient"] for row in said["responses"]] == [-3.0, 0.0, 3.0]
+    assert said["prompt"] == "What is new?"
+    assert [(row["coefficient"], row["edits"]) for row in said["responses"]] == [
+        (-3.0, "optimistic@1:-3"),
+        (0.0, None),
+        (3.0, "optimistic@1:+3"),
+    ]
     assert len({row["response"] for row in said["responses"]}) > 1
     backend = wrap_model(tiny_model(), tiny_tokenizer())
     from persona_lens import reply
@@ -456,6 +464,163 @@ def test_replies_stand_side_by_side(model: Path, extracted: tuple[Path, dict[str
         assert row["response"] == reply(backend, "What is new?", edits=[edit], max_new_tokens=8)
     shown = ok(*generate, "--coefficients", "3")
     assert "+3" in shown
+
+
+@pytest.fixture(scope="module")
+def others(extracted: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of more: a run of another trait, vectors with a layer that was tuned, and steerings in files."""
+    folder = tmp_path_factory.mktemp("others")
+    loaded = load_vectors(extracted[0])
+    turned = {name: rows.flip(1).contiguous() for name, rows in loaded.directions.items()}
+    evil = replace(loaded, trait="evil", directions=turned)
+    evil.save(folder / "evil" / "vectors.safetensors")
+    loaded.with_tuned(Tuned(2, 2.5, "prompt_mean"), {}).save(folder / "tuned.safetensors")
+    (folder / "calm.yaml").write_text("format_version: 1\nvectors: {evil: evil}\nedits: [evil@1:-2, optimistic@2:+1]\n")
+    Steering.parse("evil@1:+2 on response", evil).save(folder / "bad.safetensors")
+    return folder
+
+
+def test_steerings_that_are_written_stand_side_by_side(
+    model: Path, extracted: tuple[Path, dict[str, Any]], others: Path
+) -> None:
+    specs = ["optimistic@1:+3, evil@all:ablate", str(others / "calm.yaml"), str(others / "bad.safetensors")]
+    edits = [part for spec in specs for part in ("--edits", spec)]
+    generate = ("generate", str(model), str(extracted[0]), "What is new?", *edits, "--with", str(others / "evil"))
+    rows = parsed(*generate, *TINY, "--json")["responses"]
+    vectors = [load_vectors(extracted[0]), load_vectors(others / "evil")]
+    steerings = [
+        Steering.parse(text, vectors)
+        for text in ("optimistic@1:+3, evil@all:ablate", "evil@1:-2, optimistic@2:+1", "evil@1:+2 on response")
+    ]
+    assert [row["edits"] for row in rows] == [None, *map(str, steerings)]
+    backend = wrap_model(tiny_model(), tiny_tokenizer())
+    answers = steered_replies(backend, "What is new?", [None, *steerings], max_new_tokens=8)
+    assert [row["response"] for row in rows] == answers
+    assert len(set(answers)) > 2
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*generate, *TINY]).stdout
+    assert "optimistic@1:+3, evil@all:ablate" in shown
+    assert "unsteered" in shown
+
+
+def test_vectors_can_go_by_another_name(model: Path, extracted: tuple[Path, dict[str, Any]], others: Path) -> None:
+    generate = ("generate", str(model), str(extracted[0]), "Hi", *TINY, "--json")
+    renamed = parsed(*generate, "--edits", "bad@1:+2", "--with", f"bad={others / 'evil'}")["responses"]
+    plain = parsed(*generate, "--edits", "evil@1:+2", "--with", str(others / "evil" / "vectors.safetensors"))[
+        "responses"
+    ]
+    assert [row["edits"] for row in renamed] == [None, "bad@1:+2"]
+    assert [row["response"] for row in renamed] == [row["response"] for row in plain]
+
+
+def test_what_was_tuned_is_taken_where_nothing_is_given(model: Path, others: Path) -> None:
+    def rows(*more: str) -> list[str | None]:
+        found = parsed("generate", str(model), str(others / "tuned.safetensors"), "Hi", *TINY, *more, "--json")
+        return [row["edits"] for row in found["responses"]]
+
+    assert rows() == [None, "optimistic.prompt_mean@2:+2.5"]
+    assert rows("--coefficients", "1") == [None, "optimistic.prompt_mean@2:+1"]
+    assert rows("--layer", "1", "--positions", "prompt") == [
+        "optimistic@1:-2 on prompt",
+        None,
+        "optimistic@1:+2 on prompt",
+    ]
+    assert rows("--reduction", "prompt_last") == [None, "optimistic.prompt_last@2:+2.5"]
+    assert rows("--edits", "optimistic:-1") == [None, "optimistic@2:-1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "no layer was tuned for the vectors of 'optimistic'; give one with --layer, write --edits"),
+        (("--edits", "optimistic@1:+1", "--layer", "1"), "--edits says everything that --layer would"),
+        (("--edits", "optimistic@1:+1", "--positions", "all"), "--edits says everything that --positions would"),
+        (("--layer", "1", "--with", "{others}/evil"), "--with brings vectors for --edits to name"),
+        (("--edits", "optimistic@1:+1", "--with", "{others}/evil"), "vectors of 'evil', which no --edits names"),
+        (
+            ("--edits", "optimistic@1:+1", "--with", "optimistic={others}/evil"),
+            "two vectors go by the name 'optimistic'; rename one, --with NAME=PATH",
+        ),
+        (("--edits", "a@1:+1", "--with", "a={others}/evil", "--with", "a={others}/evil"), "go by the name 'a'"),
+        (("--edits", "evil@1:+1"), "there are no vectors for 'evil'; there are vectors for: optimistic"),
+        (("--edits", "optimistic@1:+"), "optimistic@1:+\n               ^ expected a number"),
+        (("--edits", "optimistic@9:+1"), "layer 9 does not exist"),
+        (("--edits", "nowhere.yaml"), "there is no steering file nowhere.yaml"),
+        (("--edits", "evil@1:+1", "--with", "nowhere"), "nowhere does not exist"),
+        (("--layer", "1", "--coefficients", "much"), "--coefficients takes numbers"),
+        (("--layer", "1", "--coefficients", ""), "--coefficients takes numbers"),
+        (("--layer", "1", "--coefficients", "inf"), "coefficient holds NaN or infinity"),
+        (("--layer", "1", "--positions", "answer"), "--positions takes all, prompt, response, generating"),
+        (("--layer", "1", "--preview", "--max-new-tokens", "-1"), "0 tokens or more, got -1"),
+    ],
+)
+def test_steerings_that_cannot_be_read_are_refused(
+    model: Path, extracted: tuple[Path, dict[str, Any]], others: Path, given: tuple[str, ...], said: str
+) -> None:
+    arguments = [part.replace("{others}", str(others)) for part in given]
+    assert said in refused("generate", str(model), str(extracted[0]), "Hi", *TINY, *arguments)
+
+
+def test_a_preview_shows_each_steering_and_generates_nothing(
+    model: Path, extracted: tuple[Path, dict[str, Any]], others: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    specs = ("optimistic@1:+3 on response[2:] if evil@0>3", "evil@all:ablate")
+    generate = ("generate", str(model), str(extracted[0]), "Hi", "--with", str(others / "evil"), *TINY, "--preview")
+    edits = [part for spec in specs for part in ("--edits", spec)]
+    previews = parsed(*generate, *edits, "--json")["previews"]
+    assert [each["title"] for each in previews] == list(specs)
+    backend = wrap_model(tiny_model(), tiny_tokenizer())
+    vectors = [load_vectors(extracted[0]), load_vectors(others / "evil")]
+    ids = chat_format(backend).encode(None, "Hi")
+    for spec, each in zip(specs, previews, strict=True):
+        expected = preview_tokens(backend, ids, 8, edits=Steering.parse(spec, vectors)).to_json()
+        assert {"title": spec, **json.loads(json.dumps(expected))} == each
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, [*generate, *edits]).stdout
+    for part in ("<|im_start|>", "+3 if evil@0>3", "ablate", "response token 2", "all layers"):
+        assert part in shown
+
+
+def test_a_preview_of_a_sweep_and_of_an_extraction(
+    model: Path, extracted: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    sweep = steering(model, extracted[0], "--coefficients", "-2,2", "--positions", "generating", "--preview")
+    (preview,) = parsed(*sweep, "--out", str(tmp_path / "sweep"), "--json")["previews"]
+    assert [(edit["text"], edit["layers"]) for edit in preview["edits"]] == [
+        ("vector:-2 on generating", [0, 2]),
+        ("vector:+2 on generating", [0, 2]),
+    ]
+    trait = load_trait("optimistic")
+    assert trait.evaluation_questions[0] in preview["title"]
+    assert [token["factors"] for token in preview["tokens"]][-5:] == [[0, 0], *[[-2, 2]] * 4]
+    found = parsed(*extraction(model, tmp_path / "run"), "--preview", "--json")["previews"]
+    assert [each["title"].split(",")[0] for each in found] == ["positive", "negative"]
+    for arm, each in zip(Arm, found, strict=True):
+        text = "".join(token["text"] for token in each["tokens"] if token["part"] == "prompt")
+        assert trait.system_prompt(arm, 0) in text
+        assert [token["reads"] for token in each["tokens"]][-4:] == [
+            [False, True, True],
+            *[[True, False, False]] * 3,
+        ]
+        assert each["rest"] == 5
+    file = tmp_path / "given.jsonl"
+    rows = [
+        {"arm": arm, "question_number": question, "pair": pair, "response": f"{arm} {question} {pair}"}
+        for arm in Arm
+        for question in range(4)
+        for pair in range(5)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    read = ("extract", str(model), "optimistic", "--responses", str(file), "--questions", "4", *TINY[:4])
+    for each, arm in zip(parsed(*read, "--preview", "--json")["previews"], Arm, strict=True):
+        response = [token for token in each["tokens"] if token["part"] == "response"]
+        assert "".join(token["text"] for token in response) == f"{arm} 0 0"
+        assert [token["reads"] for token in response] == [[True, False, False]] * len(response)
+        assert each["rest"] == 0
+    assert not (tmp_path / "sweep").exists()
+    assert not (tmp_path / "run").exists()
+    for command in (sweep, (*extraction(model, tmp_path / "run"), "--preview")):
+        assert "give one of them" in refused(*command, "--dry-run")
 
 
 def test_vectors_of_another_model_are_refused_unless_allowed(

@@ -47,6 +47,7 @@ ORDER = (
     "authoring",
     "extraction",
     "steering",
+    "preview",
     "capability",
     "monitoring",
     "agreement",

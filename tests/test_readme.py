@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+import torch
 import yaml
 
+from persona_lens.backend import ModelInfo
+from persona_lens.steering import load_steering, parse_terms
 from persona_lens.traits import Trait, TraitError, find_traits, parse_trait, resolve_trait
+from persona_lens.vectors import PersonaVectors
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +58,8 @@ SUBSTITUTIONS = {
     "--out runs/read\n": "--out runs/read --questions 2\n",
     "--layers 18 --out": f"--coefficients=-2,2 --random-directions 1 {SMALL} --layers 18 --out",
     '"How will my exam go?" --layer 18\n': '"How will my exam go?" --layer 18 --max-new-tokens 8\n',
+    'optimistic@all:floor(-40)"\n': 'optimistic@all:floor(-40)" --max-new-tokens 8\n',
+    'steering.on(backend), "How will my exam go?")': 'steering.on(backend), "How will my exam go?", max_new_tokens=8)',
     "backends check smollm2-135m\n": "backends check tiny\n",
     '"runs/optimistic-smollm2-135m")\n': f'"runs/optimistic-smollm2-135m", settings={SMALL_SETTINGS})\n',
     "import persona_lens as pl\n": "import persona_lens as pl\n"
@@ -250,7 +256,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def test_the_trait_shown_is_right_but_for_its_length() -> None:
-    (block,) = blocks("yaml")
+    (block,) = (block for block in blocks("yaml") if "judge_rubric" in block.text)
     required = {name for name, field in Trait.model_fields.items() if field.is_required()}
     assert set(yaml.safe_load(block.text)) == required
     with pytest.raises(TraitError) as caught:
@@ -258,6 +264,28 @@ def test_the_trait_shown_is_right_but_for_its_length() -> None:
     assert len(caught.value.problems) == 3
     for problem, needed in zip(caught.value.problems, (5, 20, 20), strict=True):
         assert re.fullmatch(f"has 1 items, but exactly {needed} are needed: add {needed - 1}", problem.message)
+
+
+def test_the_steering_shown_can_be_read(tmp_path: Path) -> None:
+    (block,) = (block for block in blocks("yaml") if "edits:" in block.text)
+    named = yaml.safe_load(block.text)["vectors"]
+    model = ModelInfo("smollm2-135m", None, "LlamaForCausalLM", 30, 4, None, "float32", "cpu", "transformers")
+    for trait, folder in named.items():
+        rows = {"response_mean": torch.ones(30, 4)}
+        PersonaVectors(trait, model, rows).save(tmp_path / folder / "vectors.safetensors")
+    (tmp_path / "steering.yaml").write_text(block.text)
+    steering = load_steering(tmp_path / "steering.yaml")
+    assert [term.trait for term in steering.terms] == list(named)
+
+
+def test_all_that_the_notation_is_said_to_have_can_be_read() -> None:
+    section = README.partition("| part | written |")[2].partition("\n\n")[0]
+    forms = [form for form in re.findall(r"`([^`]+)`", section) if not form.isalpha()]
+    assert len(forms) > 20
+    for form in forms:
+        head = {"@": f"optimistic{form}:+1", ":": f"optimistic@1{form}"}
+        (term,) = parse_terms(head.get(form[0], f"optimistic@1:+1 {form}"))
+        assert form in str(term) or form in {"on all"}, form
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,4 +1,4 @@
-"""Replies: one question, answered with and without steering."""
+"""Replies: one question, answered with and without edits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from persona_lens import reply
-from persona_lens.backend import Backend, Edit, Positions, Sampling
-from persona_lens.replies import chat_format, steered_replies
+from persona_lens.backend import Backend, Edit, Sampling
+from persona_lens.replies import chat_format
 from persona_lens.traits import load_trait
-from persona_lens.vectors import PersonaVectors, VectorsError
+from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import tiny_backend
 from tests.planted import PlantedBackend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
@@ -65,43 +65,9 @@ def test_edits_reach_the_reply(tiny: Backend) -> None:
     assert steered != reply(tiny, QUESTION, max_new_tokens=NEW)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_each_coefficient_has_the_reply_that_it_has_alone(tiny: Backend, temperature: float) -> None:
-    vectors = vectors_for(tiny)
-    options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": temperature, "seed": 3}
-    coefficients = (-2, 0, 1, 2.5)  # whole numbers too
-    found = steered_replies(tiny, QUESTION, vectors, 1, coefficients, **options)
-    assert found == [reply(tiny, QUESTION, edits=[vectors.edit(1, float(c))], **options) for c in coefficients]
-    assert found[1] == reply(tiny, QUESTION, **options)
-    assert len(set(found)) > 2
-
-
-def test_whole_numbers_alone_are_coefficients_too(tiny: Backend) -> None:
-    vectors = vectors_for(tiny)
-    assert steered_replies(tiny, QUESTION, vectors, 1, [0, 2], max_new_tokens=4) == steered_replies(
-        tiny, QUESTION, vectors, 1, [0.0, 2.0], max_new_tokens=4
-    )
-
-
-def test_options_of_steering_reach_the_edit(tiny: Backend) -> None:
-    vectors = vectors_for(tiny)
-
-    def alone(**options: Any) -> str:
-        return reply(tiny, QUESTION, edits=[vectors.edit(1, 2.0, **options)], max_new_tokens=NEW)
-
-    for options in ({"positions": Positions.PROMPT}, {"positions": Positions.RESPONSE}, {"reduction": "prompt_last"}):
-        chosen: Any = options
-        assert steered_replies(tiny, QUESTION, vectors, 1, [2.0], max_new_tokens=NEW, **chosen) == [alone(**chosen)]
-        assert alone(**chosen) != alone()
-    with pytest.raises(VectorsError, match="layer 9 does not exist"):
-        steered_replies(tiny, QUESTION, vectors, 9, [1.0])
-
-
 def test_reasoning_is_no_part_of_a_reply() -> None:
     trait = load_trait("optimistic")
     backend = PlantedBackend(trait, respond=lambda leaning: f"<think>How strong?</think>\n\nleaning {leaning:+.3f}")
-    vectors = PersonaVectors("optimistic", backend.info, backend.planted)
     assert reply(backend, QUESTION) == "leaning +0.000"
     assert reply(backend, QUESTION, system=trait.instructions[0].negative) == "leaning -1.000"
-    assert steered_replies(backend, QUESTION, vectors, 1, [-1.0, 0.5]) == ["leaning -1.000", "leaning +0.500"]
     assert reply(backend, QUESTION, edits=[Edit.add(1, backend.planted["response_mean"][1], 2.0)]) == "leaning +2.000"

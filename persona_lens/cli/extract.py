@@ -10,11 +10,14 @@ import typer
 
 from persona_lens.cli import judges, options
 from persona_lens.cli.grouping import grouped
+from persona_lens.cli.previews import PreviewOption, check_one_look_ahead, show_previews
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
+    from persona_lens.extraction import ExtractionSettings
     from persona_lens.models import ChatFormat
+    from persona_lens.preview import Preview
     from persona_lens.responses import GivenRollouts
     from persona_lens.traits import Trait
 
@@ -56,6 +59,7 @@ def extract(
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
     dry_run: options.DryRun = False,
+    preview: PreviewOption = False,
     judge: judges.JudgeName = "likelihood",
     traits_dir: options.TraitsDirs = None,
     as_json: options.AsJson = False,
@@ -80,6 +84,7 @@ def extract(
     from persona_lens.rollouts import RolloutSettings
 
     _check_given(context)
+    check_one_look_ahead(preview, dry_run)
     loaded = options.open_trait(trait, traits_dir or ())
     settings = ExtractionSettings(
         samples=samples,
@@ -90,11 +95,14 @@ def extract(
         paired=not unpaired,
         rollouts=RolloutSettings(max_new_tokens, temperature, top_p, batch_size),
     )
-    opened = opening.open(model, offline=dry_run)
+    opened = opening.open(model, offline=dry_run or preview)
     folder = out or options.run_folder(loaded.name, opened.info.model)
     chat = opening.chat(opened)
-    scoring = judging.open(judge, loaded, opened, chat, opening.dtype, opening.device)
     given = _read_responses(opened, chat, loaded, responses, questions, allow_missing)
+    if preview:
+        show_previews(_previews(opened, loaded, settings, chat, given), as_json)
+        return
+    scoring = judging.open(judge, loaded, opened, chat, opening.dtype, opening.device)
     if dry_run:
         options.show_work(extraction_work(opened, loaded, settings, chat, scoring, given), as_json)
         return
@@ -145,6 +153,26 @@ def _read_responses(
     if given.scores:
         typer.echo("note: scores are those of the file; no judge runs", err=True)
     return given
+
+
+def _previews(
+    backend: Backend, trait: Trait, settings: ExtractionSettings, chat: ChatFormat, given: GivenRollouts | None
+) -> dict[str, Preview]:
+    """What is read of the first prompt of each arm, with its response where it is there already."""
+    from persona_lens.backend import Read
+    from persona_lens.extraction.plan import plan_requests
+    from persona_lens.preview import preview_tokens
+
+    requests = given.requests if given else plan_requests(trait, settings)
+    first = {request.labels["arm"]: number for number, request in reversed(list(enumerate(requests)))}
+    previews = {}
+    for arm, number in sorted(first.items(), reverse=True):
+        request = requests[number]
+        prompt = given.prompts[number] if given else chat.encode(request.system, request.question)
+        response = given.rollouts[number].response_ids if given else settings.rollouts.max_new_tokens
+        title = f"{arm}, question {request.labels['question_number']}: {request.question}"
+        previews[title] = preview_tokens(backend, prompt, response, reads=Read.means())
+    return previews
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:

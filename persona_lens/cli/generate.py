@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.grouping import grouped
-from persona_lens.cli.sweep import AllowOtherModel, PositionsOption, ReductionOption, Vectors
+from persona_lens.cli.previews import PreviewOption, show_previews
+from persona_lens.cli.steerings import Candidate, LayerOptions, SteeringOptions, candidates
+from persona_lens.cli.sweep import AllowOtherModel, Vectors
 
 
 @grouped
@@ -17,16 +20,13 @@ def generate(
     model: options.Model,
     vectors: Vectors,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)],
-    layer: Annotated[int, typer.Option("--layer", help="Layer to steer, counted from 0.")],
-    coefficients: Annotated[
-        str, typer.Option("--coefficients", help="Multiples of the raw vector; 0 is always shown too.")
-    ] = "-2,2",
+    written: SteeringOptions,
+    one_layer: LayerOptions,
     system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
-    positions: PositionsOption = "all",
-    reduction: ReductionOption = "response_mean",
     max_new_tokens: options.MaxNewTokens = 100,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
+    preview: PreviewOption = False,
     allow_other_model: AllowOtherModel = False,
     as_json: options.AsJson = False,
     *,
@@ -34,41 +34,59 @@ def generate(
 ) -> None:
     """Answer a prompt with and without steering, side by side.
 
-    Example: `persona-lens generate smollm2-135m runs/optimistic-smollm2-135m "How will my exam go?" --layer 18`
+    Examples:
+    `persona-lens generate smollm2-135m runs/optimistic-smollm2-135m "How will my exam go?" --layer 18`
+
+    `persona-lens generate smollm2-135m runs/optimistic-smollm2-135m "How will my exam go?"
+    --edits "optimistic@18:+1.5, evil@all:ablate" --with runs/evil-smollm2-135m --preview`
     """
-    from persona_lens.backend import Positions
-    from persona_lens.replies import steered_replies
+    from persona_lens.preview import preview_tokens
+    from persona_lens.steering import steered_replies
     from persona_lens.vectors import load_vectors
 
-    loaded = load_vectors(vectors)
-    wanted = options.choice(Positions, positions, "--positions")
-    strengths = sorted({0.0, *options.numbers(coefficients, "--coefficients")})
-    loaded.vector(layer, reduction)
-    opened = opening.open(model)
-    if not allow_other_model:
-        loaded.check_model(opened)
+    shown = candidates(load_vectors(vectors), written, one_layer)
+    opened = opening.open(model, offline=preview)
+    for each in shown:
+        if each.steering is not None and not allow_other_model:
+            each.steering.check_model(opened)
+    chat = opening.chat(opened)
+    if preview:
+        ids = chat.encode(system, prompt)
+        steerings = {each.title: each.steering for each in shown if each.steering is not None}
+        show_previews(
+            {
+                title: preview_tokens(opened, ids, max_new_tokens, edits=steering)
+                for title, steering in steerings.items()
+            },
+            as_json,
+        )
+        return
     answers = steered_replies(
         opened,
         prompt,
-        loaded,
-        layer,
-        strengths,
+        [each.steering for each in shown],
         system=system,
-        positions=wanted,
-        reduction=reduction,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        chat=opening.chat(opened),
+        chat=chat,
+        allow_other_model=allow_other_model,
     )
     options.say_traffic(opened)
-    _show(loaded.trait, layer, prompt, dict(zip(strengths, answers, strict=True)), as_json)
+    _show(prompt, shown, answers, as_json)
 
 
-def _show(trait: str, layer: int, prompt: str, answers: dict[float, str], as_json: bool) -> None:
+def _show(prompt: str, shown: Sequence[Candidate], answers: Sequence[str], as_json: bool) -> None:
     if as_json:
-        rows = [{"coefficient": coefficient, "response": text} for coefficient, text in answers.items()]
-        typer.echo(json.dumps({"trait": trait, "layer": layer, "prompt": prompt, "responses": rows}))
+        rows = [
+            {
+                "edits": None if each.steering is None else str(each.steering),
+                "coefficient": each.coefficient,
+                "response": answer,
+            }
+            for each, answer in zip(shown, answers, strict=True)
+        ]
+        typer.echo(json.dumps({"prompt": prompt, "responses": rows}))
         return
     from rich.columns import Columns
     from rich.console import Console
@@ -78,7 +96,6 @@ def _show(trait: str, layer: int, prompt: str, answers: dict[float, str], as_jso
     console = Console()
     width = max(30, console.width // len(answers) - 2)
     panels = [
-        Panel(Text(text), title=f"{trait} {coefficient:+g}" if coefficient else "unsteered", width=width)
-        for coefficient, text in answers.items()
+        Panel(Text(answer), title=Text(each.title), width=width) for each, answer in zip(shown, answers, strict=True)
     ]
     console.print(Columns(panels))

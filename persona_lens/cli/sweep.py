@@ -10,10 +10,15 @@ import typer
 
 from persona_lens.cli import judges, options
 from persona_lens.cli.grouping import grouped
+from persona_lens.cli.previews import PreviewOption, check_one_look_ahead, show_previews
 
 if TYPE_CHECKING:
+    from persona_lens.backend import Backend
+    from persona_lens.models import ChatFormat
+    from persona_lens.preview import Preview
     from persona_lens.statistics import Estimate
-    from persona_lens.steering import SweepRow
+    from persona_lens.steering import SweepRow, SweepSettings
+    from persona_lens.vectors import PersonaVectors
 
 Vectors = Annotated[
     Path,
@@ -47,6 +52,7 @@ def sweep_command(
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
     dry_run: options.DryRun = False,
+    preview: PreviewOption = False,
     judge: judges.JudgeName = "likelihood",
     allow_other_model: AllowOtherModel = False,
     as_json: options.AsJson = False,
@@ -67,6 +73,7 @@ def sweep_command(
     from persona_lens.steering import SweepSettings, sweep, sweep_work, trait_of
     from persona_lens.vectors import load_vectors
 
+    check_one_look_ahead(preview, dry_run)
     loaded = load_vectors(vectors)
     settings = SweepSettings(
         layers=tuple(options.layer_numbers(layers, loaded.model.n_layers)),
@@ -79,8 +86,13 @@ def sweep_command(
         seed=seed,
         rollouts=RolloutSettings(max_new_tokens, temperature, batch_size=batch_size),
     )
-    opened = opening.open(model, offline=dry_run)
+    opened = opening.open(model, offline=dry_run or preview)
     chat = opening.chat(opened)
+    if preview:
+        if not allow_other_model:
+            loaded.check_model(opened)
+        show_previews(_previews(opened, loaded, settings, chat), as_json)
+        return
     scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
     if dry_run:
         options.show_work(sweep_work(opened, loaded, settings, chat, judge=scoring), as_json)
@@ -100,6 +112,28 @@ def sweep_command(
         )
     options.say_traffic(opened)
     _show(rows, settings.layers, random_directions > 0, as_json)
+
+
+def _previews(
+    backend: Backend, vectors: PersonaVectors, settings: SweepSettings, chat: ChatFormat
+) -> dict[str, Preview]:
+    """The first question under each coefficient."""
+    from persona_lens.preview import preview_tokens
+    from persona_lens.steering import trait_of
+    from persona_lens.steering.sweep import VECTOR, edits_of, plan_sweep
+
+    requests = [
+        request
+        for request in plan_sweep(trait_of(vectors), settings)
+        if (request.labels["question_number"], request.labels["sample"]) == (0, 0)
+        and request.labels["direction"] == VECTOR
+    ]
+    edits_for = edits_of(vectors, settings)
+    edits = [edit for request in requests for edit in edits_for([request])]
+    first = requests[0]
+    title = f"question 0: {first.question} (each layer and coefficient in a response of its own)"
+    ids = chat.encode(first.system, first.question)
+    return {title: preview_tokens(backend, ids, settings.rollouts.max_new_tokens, edits=edits)}
 
 
 def _show(rows: list[SweepRow], layers: tuple[int, ...], with_null: bool, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from persona_lens.steering.arms import ArmRow, ArmSettings, run_arms
 from persona_lens.steering.comparison import ArmEffect, arm_effect
 from persona_lens.steering.files import load_steering
 from persona_lens.steering.notation import NotationError, parse_terms
+from persona_lens.steering.replies import steered_replies
 from persona_lens.steering.steered import SteeredBackend
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.sweep import (
@@ -39,6 +40,7 @@ __all__ = [
     "load_steering",
     "parse_terms",
     "run_arms",
+    "steered_replies",
     "sweep",
     "sweep_work",
     "trait_of",

@@ -82,7 +82,15 @@ class Steering:
 
     def edits(self) -> tuple[Edit, ...]:
         """The edits, term by term and layer by layer."""
-        return tuple(_ablated_together(edit for term in self.terms for edit in self._edits_of(term)))
+        return tuple(edit for _, edits in self.by_term() for edit in edits)
+
+    def by_term(self) -> tuple[tuple[Term, tuple[Edit, ...]], ...]:
+        """The edits of each term; none at a layer where other ablations leave nothing of its direction."""
+        found: list[list[Edit]] = [[] for _ in self.terms]
+        written = ((number, edit) for number, term in enumerate(self.terms) for edit in self._edits_of(term))
+        for number, edit in _ablated_together(written):
+            found[number].append(edit)
+        return tuple((term, tuple(edits)) for term, edits in zip(self.terms, found, strict=True))
 
     def null(self, seed: int) -> tuple[Edit, ...]:
         """The same edits in a random direction: what a claim about this steering has to be held against.
@@ -219,15 +227,15 @@ def _turned(directions: Float[Tensor, "k d_model"], seed: int) -> Float[Tensor, 
     return turned
 
 
-def _ablated_together(edits: Iterable[Edit]) -> Iterator[Edit]:
-    """The edits with each full ablation at right angles to those before it at the same place.
+def _ablated_together(numbered: Iterable[tuple[int, Edit]]) -> Iterator[tuple[int, Edit]]:
+    """The edits, numbered by term, with each full ablation at right angles to those before it at the same place.
 
     One after the other, ablations along directions that are alike would each bring back some of the one before.
     """
     before: dict[str, list[Tensor]] = {}
-    for edit in edits:
+    for number, edit in numbered:
         if edit.operation is not Operation.ABLATE or edit.coefficient != 1.0 or edit.condition or edit.schedule:
-            yield edit
+            yield number, edit
             continue
         others = before.setdefault(f"{edit.layer} {edit.positions}", [])
         rest = edit.direction
@@ -236,7 +244,7 @@ def _ablated_together(edits: Iterable[Edit]) -> Iterator[Edit]:
         if float(rest.norm()) <= NEGLIGIBLE * float(edit.direction.norm()):
             continue
         others.append(rest / rest.norm())
-        yield replace(edit, direction=rest) if len(others) > 1 else edit
+        yield number, replace(edit, direction=rest) if len(others) > 1 else edit
 
 
 def rowwise(rows: Iterable[tuple[Edit, ...]]) -> list[Edit]:

@@ -1,0 +1,49 @@
+"""One question, answered under several steerings side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from persona_lens.backend import Backend, Sampling
+from persona_lens.models import ChatFormat
+from persona_lens.replies import chat_format
+from persona_lens.steering.steering import Steering, rowwise
+
+
+def steered_replies(
+    backend: Backend,
+    question: str,
+    steerings: Sequence[Steering | None],
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: ChatFormat | None = None,
+    allow_other_model: bool = False,
+) -> list[str]:
+    """One answer under each steering, generated in one batch with the same seed.
+
+    Args:
+        backend: The model.
+        question: User message.
+        steerings: What the answers are given under; None is unsteered.
+        system: System prompt.
+        max_new_tokens: Length limit in tokens.
+        temperature: 0 is greedy.
+        seed: Of the sampling, the same for all.
+        chat: Chat format; the model's own by default.
+        allow_other_model: Steer a model that the vectors do not belong to.
+
+    Raises:
+        VectorsError: If vectors belong to another model.
+    """
+    chat = chat or chat_format(backend)
+    rows = len(steerings)
+    for steering in steerings:
+        if steering is not None and not allow_other_model:
+            steering.check_model(backend)
+    edits = rowwise(() if steering is None else steering.edits() for steering in steerings)
+    sampling = Sampling(max_new_tokens, temperature, seeds=(seed,) * rows if temperature else None)
+    generation = backend.generate([chat.encode(system, question)] * rows, sampling, edits)
+    return [chat.answer(ids) for ids in generation.responses]
