@@ -36,6 +36,8 @@ COMMANDS = (
     ("steer",),
     ("steer", "sweep"),
     ("steer", "tune"),
+    ("steer", "compare"),
+    ("steer", "capability"),
     ("generate",),
     ("responses",),
     ("judge",),

@@ -7,6 +7,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from persona_lens.cli.capability import capability_command
+from persona_lens.cli.compare import compare_command
 from persona_lens.cli.sweep import sweep_command
 from persona_lens.cli.tune import tune_command
 
@@ -32,3 +34,5 @@ app = typer.Typer(
 )
 app.command("sweep")(sweep_command)
 app.command("tune")(tune_command)
+app.command("compare")(compare_command)
+app.command("capability")(capability_command)
