@@ -69,7 +69,7 @@ def capability_command(
             {name: steering for name, steering in arms.items() if steering is not None},
             tasks=task,
             include_path=include_path or None,
-            limit=limit,
+            limit=int(limit) if limit is not None and limit.is_integer() else limit,
             num_fewshot=shots,
             batch_size=batch_size,
             seed=seed,
