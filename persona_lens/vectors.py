@@ -274,6 +274,8 @@ def load_vectors(path: Path | str) -> PersonaVectors:
                 f"{file} has format version {content['format_version']}, this version of persona-lens reads "
                 f"{FORMAT_VERSION}; use the persona-lens that wrote it, or extract again"
             )
+        if not isinstance(content["trait"], str) or not isinstance(content["provenance"], dict):
+            raise TypeError("trait is a text and provenance a mapping")
         return PersonaVectors(content["trait"], ModelInfo(**content["model"]), tensors, content["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise VectorsError(f"the header of {file} is damaged: {error!r}") from error

@@ -42,6 +42,7 @@ ORDER = (
     "responses",
     "workload",
     "vectors",
+    "geometry",
     "statistics",
     "replies",
     "authoring",
@@ -131,6 +132,8 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
         "persona_lens/monitoring/heatmap.css",
         "persona_lens/monitoring/heatmap.html.j2",
         "persona_lens/reports/agreement.html.j2",
+        "persona_lens/reports/effects.css",
+        "persona_lens/reports/effects.html.j2",
         "persona_lens/reports/template.html.j2",
         "persona_lens/reports/report.css",
     } <= names

@@ -54,6 +54,9 @@ SMALL_SETTINGS = "ExtractionSettings(questions=2, rollouts=RolloutSettings(max_n
 # Text of an example -> what is run in its place. Only sizes and the model of the parity check may differ.
 SUBSTITUTIONS = {
     "extract smollm2-135m optimistic\n": f"extract smollm2-135m optimistic {SMALL}\n",
+    "extract smollm2-135m impolite\n": f"extract smollm2-135m impolite {SMALL}\n",
+    "--coefficient 2 --out runs/effects\n": "--coefficient 2 --questions 1 --max-new-tokens 16 --random-directions 1"
+    " --out runs/effects\n",
     "extract smollm2-135m my-traits/grumpy.yaml\n": f"extract smollm2-135m my-traits/grumpy.yaml {SMALL}\n",
     "--out runs/read\n": "--out runs/read --questions 2\n",
     "--layers 18 --out": f"--coefficients=-2,2 --random-directions 1 {SMALL} --layers 18 --out",

@@ -17,6 +17,7 @@ from persona_lens.cli.remote import app as remote_app
 from persona_lens.cli.responses import responses
 from persona_lens.cli.steer import app as steer_app
 from persona_lens.cli.traits import app as traits_app
+from persona_lens.cli.vectors import app as vectors_app
 from persona_lens.errors import PersonaLensError
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
@@ -34,6 +35,7 @@ app.command()(extract)
 app.command()(generate)
 app.command()(responses)
 app.add_typer(steer_app)
+app.add_typer(vectors_app)
 app.add_typer(judge_app)
 app.add_typer(traits_app)
 app.add_typer(backends_app)

@@ -117,6 +117,15 @@ class _LineProgress:
             print(f"{label}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
 
 
+def harmless(text: str) -> str:
+    """Text from elsewhere for a table: what looks like markup is none, and control characters are pictures."""
+    from rich.markup import escape
+
+    from persona_lens.reports.wording import printable
+
+    return escape(printable(text))
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; numbers to the right."""
     from rich.console import Console

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -105,6 +105,20 @@ class JudgeOptions:
         if kind == OPENAI and model:
             return self._server(model, trait)
         raise PersonaLensError(f"--judge takes likelihood, local, local:MODEL or openai:MODEL; got {judge!r}")
+
+    def open_each(
+        self, judge: str, traits: Mapping[str, Trait], backend: Backend, chat: ChatFormat, dtype: str, device: str
+    ) -> dict[str, Judge] | None:
+        """As `open`, a judge for each trait by its name; they share a server and its spending limit, or a model."""
+        from persona_lens.judging import LLMJudge, LocalJudge
+
+        first = self.open(judge, next(iter(traits.values())), backend, chat, dtype, device)
+        if first is None:
+            return None
+        if isinstance(first, LLMJudge):
+            return {name: replace(first, trait=trait) for name, trait in traits.items()}
+        assert isinstance(first, LocalJudge)
+        return {name: self._local(first.backend, first.chat, trait) for name, trait in traits.items()}
 
     def open_alone(self, judge: str, trait: Trait, dtype: str, device: str) -> Judge:
         """The judge where there is no subject model: ``openai:MODEL``, ``local:MODEL`` or ``likelihood:VECTORS``.

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from persona_lens.cli.capability import capability_command
 from persona_lens.cli.compare import compare_command
+from persona_lens.cli.effects import effects_command
 from persona_lens.cli.sweep import sweep_command
 from persona_lens.cli.tune import tune_command
 
@@ -36,3 +37,4 @@ app.command("sweep")(sweep_command)
 app.command("tune")(tune_command)
 app.command("compare")(compare_command)
 app.command("capability")(capability_command)
+app.command("effects")(effects_command)

@@ -160,10 +160,17 @@ def extraction_config(
 def subject_config(backend: Backend, trait: Trait, chat: ChatFormat) -> dict[str, Any]:
     """The part of a run's configuration that says which model is asked, in what form, about which trait."""
     return {
+        **model_config(backend, chat),
+        "trait": {"content_hash": trait.content_hash(), **trait.model_dump(mode="json")},
+    }
+
+
+def model_config(backend: Backend, chat: ChatFormat) -> dict[str, Any]:
+    """The part of a run's configuration that says which model is asked, and in what form."""
+    return {
         "model": asdict(backend.info),
         "chat": {"digest": chat.digest, "system_role": chat.system_role, "thinking": chat.thinking},
         "versions": {name: version(name) for name in LIBRARIES},
-        "trait": {"content_hash": trait.content_hash(), **trait.model_dump(mode="json")},
     }
 
 

@@ -2,7 +2,10 @@
 
 from persona_lens.steering.analysis import CurvePoint, Effect, choose_layer, curve, effect
 from persona_lens.steering.arms import ArmRow, ArmSettings, run_arms
+from persona_lens.steering.changes import Change
 from persona_lens.steering.comparison import ArmEffect, arm_effect
+from persona_lens.steering.crossing import CrossSettings, cross_effects, cross_work
+from persona_lens.steering.effects import CrossCell, CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.files import load_steering
 from persona_lens.steering.notation import NotationError, parse_terms
 from persona_lens.steering.replies import steered_replies
@@ -22,6 +25,12 @@ __all__ = [
     "ArmEffect",
     "ArmRow",
     "ArmSettings",
+    "Change",
+    "CrossCell",
+    "CrossEffects",
+    "CrossRow",
+    "CrossSettings",
+    "CrossTrait",
     "CurvePoint",
     "Effect",
     "NotationError",
@@ -35,6 +44,8 @@ __all__ = [
     "arm_effect",
     "calibration_of",
     "choose_layer",
+    "cross_effects",
+    "cross_work",
     "curve",
     "effect",
     "load_steering",

@@ -78,7 +78,7 @@ def plan_arms(trait: Trait, names: Sequence[str], settings: ArmSettings) -> list
     """One request for each question, sample, arm and direction; rows of a question share their seeds.
 
     Raises:
-        SteeringError: If a question does not exist.
+        SteeringError: If a question does not exist, or an arm has no name of its own.
     """
     questions = trait.evaluation_questions if settings.question_set == "evaluation" else trait.extraction_questions
     if max(settings.questions) >= len(questions):
@@ -86,16 +86,35 @@ def plan_arms(trait: Trait, names: Sequence[str], settings: ArmSettings) -> list
             f"question {max(settings.questions)} asked for, trait {trait.name} has {len(questions)} for "
             f"{settings.question_set}, counted from 0"
         )
+    return arm_requests({number: questions[number] for number in settings.questions}, names, settings, "arms")
+
+
+def arm_requests(
+    questions: Mapping[int, str], names: Sequence[str], settings: ArmSettings, purpose: str
+) -> list[Request]:
+    """One request for each question, sample, arm and direction; rows of a question share their seeds.
+
+    Args:
+        questions: By number.
+        names: Of the arms, the unsteered left out.
+        settings: What is said of samples, random directions and seeds is used.
+        purpose: Requests for another purpose have other seeds.
+
+    Raises:
+        SteeringError: If an arm has no name of its own.
+    """
+    if UNSTEERED in names:
+        raise SteeringError(f"an arm cannot be called {UNSTEERED!r}; that one is always there")
     directions = [VECTOR, RANDOM] if settings.random_directions else [VECTOR]
     arms = [(UNSTEERED, NONE), *((name, direction) for name in names for direction in directions)]
     return [
         Request(
             system=None,
-            question=questions[number],
-            seed=row_seed(settings.seed, "arms", settings.question_set, number, sample),
+            question=question,
+            seed=row_seed(settings.seed, purpose, settings.question_set, number, sample),
             labels={"arm": arm, "direction": direction, "question_number": number, "sample": sample},
         )
-        for number in settings.questions
+        for number, question in questions.items()
         for sample in range(settings.samples)
         for arm, direction in arms
     ]
@@ -137,8 +156,6 @@ def collect_arms(
     Raises:
         SteeringError: If an arm has no name of its own, or a question does not exist.
     """
-    if UNSTEERED in arms:
-        raise SteeringError(f"an arm cannot be called {UNSTEERED!r}; that one is always there")
     requests = plan_arms(trait, list(arms), settings)
     return Rollouts(
         backend,

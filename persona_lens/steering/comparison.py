@@ -9,6 +9,7 @@ from typing import Any
 from persona_lens.statistics import Estimate, bootstrap_mean
 from persona_lens.steering.analysis import by_question
 from persona_lens.steering.arms import ArmRow
+from persona_lens.steering.changes import Value, change_of
 from persona_lens.steering.steering import SteeringError
 from persona_lens.steering.sweep import NONE, RANDOM, VECTOR
 
@@ -59,23 +60,21 @@ def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
     Raises:
         SteeringError: If no unsteered response has a score.
     """
-    plain = by_question([row for row in rows if row.direction == NONE], "score")
-    if not plain:
-        raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
     own = [row for row in rows if row.arm == arm and row.direction == VECTOR]
     null = [row for row in rows if row.arm == arm and row.direction == RANDOM]
-    scores = by_question(own, "score")
-    changes = _changes(scores, plain)
-    if not changes:
+    plain = [row for row in rows if row.direction == NONE]
+    if not by_question(plain, "score"):
+        raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
+    found = change_of(_scores(plain), _scores(own), _scores(null))
+    score = _mean(by_question(own, "score"))
+    if found is None or score is None:
         return None
-    random = _changes(by_question(null, "score"), plain)
-    both = [changes[question] - random[question] for question in changes if question in random]
     return ArmEffect(
         arm,
-        score=bootstrap_mean(list(scores.values())),
-        change=bootstrap_mean(list(changes.values())),
-        random=bootstrap_mean(list(random.values())) if random else None,
-        difference=bootstrap_mean(both) if both else None,
+        score=score,
+        change=found.vector,
+        random=found.random,
+        difference=found.difference,
         surprise=_mean(by_question(own, "surprise")),
         coherence=_mean(by_question(own, "coherence")),
         empty=sum(row.score is None for row in own) / len(own),
@@ -87,8 +86,8 @@ def unsteered_mean(rows: Sequence[ArmRow], quantity: str) -> Estimate | None:
     return _mean(by_question([row for row in rows if row.direction == NONE], quantity))
 
 
-def _changes(steered: dict[int, float], plain: dict[int, float]) -> dict[int, float]:
-    return {question: steered[question] - plain[question] for question in steered if question in plain}
+def _scores(rows: Sequence[ArmRow]) -> list[Value]:
+    return [(row.question, row.score) for row in rows]
 
 
 def _mean(values: dict[int, float]) -> Estimate | None:

@@ -9,6 +9,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import ValidationError
+
 from persona_lens.backend import Backend, Edit, Positions
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts
@@ -258,20 +260,26 @@ def trait_of(vectors: PersonaVectors) -> Trait:
     """The trait that the vectors were extracted for, as it is stored with them.
 
     Raises:
-        SteeringError: If none is.
+        SteeringError: If none is, or it is damaged.
     """
     stored = dict(vectors.provenance.get("trait", {}))
     stored.pop("content_hash", None)
     if not stored:
         raise SteeringError("these vectors carry no trait; name it with trait=... (--trait)")
-    return Trait.model_validate(stored)
+    try:
+        return Trait.model_validate(stored)
+    except ValidationError as error:
+        raise SteeringError(
+            f"the trait that the vectors of {vectors.trait!r} carry is damaged: {error.errors()[0]['msg']}; name it "
+            "with trait=... (--trait)"
+        ) from None
 
 
 def calibration_of(vectors: PersonaVectors) -> Calibration:
     """The calibration of the likelihood judge, as it is stored with the vectors.
 
     Raises:
-        SteeringError: If none is.
+        SteeringError: If none is, or it is damaged.
     """
     stored = vectors.provenance.get("judge", {}).get("calibration")
     if not stored:
@@ -279,4 +287,10 @@ def calibration_of(vectors: PersonaVectors) -> Calibration:
             "these vectors carry no calibration of the likelihood judge, so responses cannot be scored by it; name "
             "another judge (--judge), or extract with the likelihood judge"
         )
-    return Calibration(**stored)
+    try:
+        return Calibration(float(stored["slope"]), float(stored["intercept"]))
+    except (KeyError, TypeError, ValueError):
+        raise SteeringError(
+            f"the calibration that the vectors of {vectors.trait!r} carry is damaged: {stored!r}; extract them again, "
+            "or name another judge (--judge)"
+        ) from None

@@ -1,0 +1,213 @@
+"""The page of a crossing: what steering along each trait does to all of them, and how alike their vectors are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
+from persona_lens.reports.page import environment
+from persona_lens.reports.svg import GRID, MUTED, RANDOM, VECTOR, drawing_style
+from persona_lens.reports.wording import bounds, counted, number, printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CHANCE = 2.0  # standard deviations of a random cosine: the band in which about 95% of them lie
+MEASURES = ("score", "text_projection", "steered_projection")
+_STRONGEST = 45  # percent of colour in the strongest cell: more would hide its numbers
+
+Summary = Mapping[str, Any]
+Cell = Mapping[str, Any]
+
+
+def render_effects(summary: Summary, version: str = "") -> str:
+    """A page on a crossing, complete in itself: no scripts, and nothing is loaded from anywhere.
+
+    The same summary gives the same bytes.
+
+    Args:
+        summary: JSON values as in the run's ``summary.json``, see `persona_lens.steering.CrossEffects.to_json`.
+        version: Of persona-lens, to be named on the page.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
+
+    Returns:
+        HTML, to be written as UTF-8.
+    """
+    cells = {(cell["steering"], cell["trait"]): cell for cell in summary["cells"]}
+    env = environment()
+    env.filters["beyond"] = _beyond
+    return env.get_template("effects.html.j2").render(
+        **summary,
+        matrix=cells,
+        tints={measure: _tints(summary["cells"], measure) for measure in MEASURES},
+        cosine_tints=_cosine_tints(summary["cells"]),
+        result=headline(summary),
+        null=any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
+        chance=CHANCE * summary["cosines"]["null_std"],
+        figure=_draw_cosines(summary) if len(summary["cosines"]["traits"]) > 1 else None,
+        version=version,
+    )
+
+
+def _beyond(text: str, name: str) -> str:
+    """What a steering's text says beyond its name: ``@18:+2`` of ``optimistic@18:+2``."""
+    return text.removeprefix(name) or text
+
+
+@dataclass(frozen=True)
+class CrossHeadline:
+    """What the matrix of scores shows.
+
+    Attributes:
+        verdict: ``clear`` if every steering along a measured trait clearly moves that trait, ``no-null`` if there is
+            nothing to hold it against, ``unclear`` otherwise.
+        title: In one line.
+        sentences: With the numbers.
+    """
+
+    verdict: str
+    title: str
+    sentences: tuple[str, ...]
+
+
+def headline(summary: Summary) -> CrossHeadline:
+    """The result in words, no stronger than the intervals allow."""
+    scored = [cell for cell in summary["cells"] if cell["score"]]
+    own, other = ([cell for cell in scored if cell["own"] is mine] for mine in (True, False))
+    asked = counted(len(summary["questions"]), "held-out question")
+    if not any(cell["score"]["difference"] for cell in scored):
+        return CrossHeadline(
+            "no-null",
+            "Nothing to compare it with",
+            (f"{asked} were asked, but no random directions were run: any push of that strength might do the same.",),
+        )
+    moved, spilt = ([cell for cell in cells if cell["score"]["clear"]] for cells in (own, other))
+    parts = []
+    if own:
+        parts.append(f"{len(moved)} of {counted(len(own), 'steering')} clearly {_verb(len(moved))} {_whose(len(own))}")
+    if other:
+        parts.append(f"{len(spilt)} of {counted(len(other), 'other cell')} {_verb(len(spilt))} clearly")
+    sentences = [
+        f"All steerings answered the same {asked}. A change counts as clear if its own 95% interval and that of its "
+        "difference from random directions lie on the same side of zero."
+    ]
+    if spilt:
+        most = max(spilt, key=lambda cell: abs(cell["score"]["vector"]["mean"]))
+        sentences.append(
+            f"The largest clear side effect: steering {most['steering']} changes {most['trait']} by "
+            f"{bounds(most['score']['vector'], sign=True)}, random directions by "
+            f"{bounds(most['score']['random'], sign=True)}."
+        )
+    if other:
+        sentences.append("Of cells in which nothing happens, about one in twenty may look clear by chance.")
+    verdict = "clear" if own and len(moved) == len(own) else "unclear"
+    return CrossHeadline(verdict, "; ".join(parts) or "No response has a score", tuple(sentences))
+
+
+def _verb(count: int) -> str:
+    return "moves" if count == 1 else "move"
+
+
+def _whose(count: int) -> str:
+    return "its own trait" if count == 1 else "their own traits"
+
+
+def _tints(cells: Sequence[Cell], measure: str) -> dict[tuple[str, str], str]:
+    """CSS of each cell's colour: its sign, and its share of the strongest."""
+    means = {(c["steering"], c["trait"]): c[measure]["vector"]["mean"] for c in cells if c[measure]}
+    strongest = max(map(abs, means.values()), default=0.0)
+    return {place: _tint(mean / strongest if strongest else 0.0) for place, mean in means.items()}
+
+
+def _cosine_tints(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
+    return {(c["steering"], c["trait"]): _tint(c["cosine"]) for c in cells if c["cosine"] is not None}
+
+
+def _tint(share: float) -> str:
+    """The CSS variables of a cell, for a share from -1 to 1."""
+    colour = "var(--vector)" if share >= 0 else "var(--third)"
+    return f"--tint:{colour};--share:{abs(share) * _STRONGEST:.0f}%"
+
+
+def _draw_cosines(summary: Summary) -> Drawing:
+    found = summary["cosines"]
+    layers = {trait["name"]: trait["layer"] for trait in summary["traits"]}
+    band = CHANCE * found["null_std"]
+    pairs = _pairs(found)
+    words = "; ".join(
+        f"{one} and {other} from {number(min(known), 2)} to {number(max(known), 2)}"
+        for (one, other), values in pairs
+        if (known := [value for value in values if value is not None])
+    )
+    with drawing_style(), warnings.catch_warnings():
+        # The page's font is used, not the one that measures the text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        return draw(
+            "cosines",
+            "Cosines by layer",
+            f"Cosine of each pair of vectors over {counted(len(found['cosines']), 'layer')}: {printable(words)}. "
+            f"Random directions: within {number(band, 3)} of 0.",
+            cosine_figure,
+            pairs,
+            layers,
+            band,
+        )
+
+
+def _pairs(found: Mapping[str, Any]) -> list[tuple[tuple[str, str], list[float | None]]]:
+    return [
+        ((one, other), [matrix[i][j] for matrix in found["cosines"]])
+        for (i, one), (j, other) in combinations(enumerate(found["traits"]), 2)
+    ]
+
+
+def cosine_figure(
+    pairs: Sequence[tuple[tuple[str, str], Sequence[float | None]]],
+    layers: Mapping[str, int],
+    band: float,
+    width: int,
+) -> Figure:
+    """One panel a pair: its cosine at each layer, the band of random directions, and the layers that were read."""
+    columns = min(len(pairs), 3 if width == WIDE else 2)
+    rows = -(-len(pairs) // columns)
+    figure = new_figure(width, 30 + (190 if width == WIDE else 170) * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    values = [value for _, each in pairs for value in each if value is not None]
+    low, high = min([-1.5 * band, *values]), max([1.5 * band, *values])
+    room = 0.06 * (high - low)
+    for number_, axes in enumerate(panels):
+        if number_ >= len(pairs):
+            axes.set_visible(False)
+            continue
+        (one, other), cosine = pairs[number_]
+        _panel(axes, cosine, sorted({layers[one], layers[other]}), band)
+        axes.set(ylim=(low - room, min(high + room, 1.05)))
+        fit = 15 if width == WIDE else 13
+        axes.set_title(f"{_short(one, fit)}\n{_short(other, fit)}", fontsize=12)
+        if number_ + columns >= len(pairs):
+            axes.set_xlabel("layer")
+            axes.xaxis.set_tick_params(labelbottom=True)
+    return figure
+
+
+def _panel(axes: Axes, cosine: Sequence[float | None], marked: Sequence[int], band: float) -> None:
+    axes.axhspan(-band, band, color=RANDOM, alpha=0.22, linewidth=0)
+    axes.axhline(0, color=MUTED, linewidth=1)
+    for layer in marked:
+        axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
+    axes.plot(range(len(cosine)), [float("nan") if v is None else v for v in cosine], color=VECTOR, zorder=3)
+    axes.set_xlim(-0.5, len(cosine) - 0.5)
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    axes.grid(True, axis="y", color=GRID)
+
+
+def _short(name: str, most: int) -> str:
+    shown = printable(name)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
