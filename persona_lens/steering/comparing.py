@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,21 +86,28 @@ def compare_steerings(
     }
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         rows = run_arms(backend, arms, trait, settings, judge, chat, folder=run, progress=progress)
-        effects = {name: arm_effect(rows, name) for name in arms}
-        plain = {name: unsteered_mean(rows, name) for name in ("score", "surprise", "coherence")}
-        summary = {
-            "trait": trait.name,
-            "questions": len(settings.questions),
-            "samples": settings.samples,
-            "unsteered": {name: found.to_json() if found else None for name, found in plain.items()},
-            "arms": {
-                name: {"steering": str(arms[name]), "effect": effect.to_json() if effect else None}
-                for name, effect in effects.items()
-            },
-        }
+        found = _comparison(rows, arms, trait, settings)
         if run is not None:
             run.write_lines("arms-scores.jsonl", map(asdict, rows))
-            run.write_json("summary.json", summary)
+            run.write_json("summary.json", found.summary)
+    return found
+
+
+def _comparison(
+    rows: Sequence[ArmRow], arms: Mapping[str, Steering], trait: Trait, settings: ArmSettings
+) -> Comparison:
+    effects = {name: arm_effect(rows, name) for name in arms}
+    plain = {name: unsteered_mean(rows, name) for name in ("score", "surprise", "coherence")}
+    summary = {
+        "trait": trait.name,
+        "questions": len(settings.questions),
+        "samples": settings.samples,
+        "unsteered": {name: found.to_json() if found else None for name, found in plain.items()},
+        "arms": {
+            name: {"steering": str(arms[name]), "effect": effect.to_json() if effect else None}
+            for name, effect in effects.items()
+        },
+    }
     return Comparison(tuple(rows), effects, summary)
 
 
