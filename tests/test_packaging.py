@@ -134,7 +134,9 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
         "persona_lens/reports/agreement.html.j2",
         "persona_lens/reports/effects.css",
         "persona_lens/reports/effects.html.j2",
+        "persona_lens/reports/parts.html.j2",
         "persona_lens/reports/template.html.j2",
+        "persona_lens/reports/tuning.html.j2",
         "persona_lens/reports/report.css",
     } <= names
 

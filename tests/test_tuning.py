@@ -15,13 +15,22 @@ from torch import Tensor
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.judging import Calibration, Exchange, Judgement, Score
 from persona_lens.replies import chat_format
+from persona_lens.reports import render_tuning
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
 from persona_lens.statistics import Estimate
 from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
 from persona_lens.steering.arms import ArmRow
 from persona_lens.steering.comparison import ArmEffect, arm_effect
-from persona_lens.steering.surface import Place, Point, choose_point, places, shown_layers, warnings_about
+from persona_lens.steering.surface import (
+    Place,
+    Point,
+    choose_point,
+    places,
+    shown_layers,
+    warnings_about,
+    warnings_confirmed,
+)
 from persona_lens.steering.tuning import Towards, tune_work
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
@@ -239,3 +248,39 @@ def test_an_arm_is_compared_question_by_question() -> None:
     assert arm_effect(rows, "b") is None
     with pytest.raises(SteeringError, match="no unsteered response has a score"):
         arm_effect(rows[3:], "a")
+
+
+def test_one_question_is_never_clear() -> None:
+    rows = [row("unsteered", "none", 0, 10.0), row("a", "vector", 0, 90.0)]
+    effect = arm_effect(rows, "a")
+    assert effect is not None
+    assert effect.change.clear_of(0.0)
+    assert not effect.clear
+    two = arm_effect([*rows, row("unsteered", "none", 1, 10.0), row("a", "vector", 1, 80.0)], "a")
+    assert two is not None
+    assert two.clear
+
+
+def test_what_was_not_confirmed_is_warned_of() -> None:
+    assert warnings_confirmed(point(1, 0.3, (9.0, 8.0, 10.0))) == []
+    (said,) = warnings_confirmed(point(1, 0.3, (9.0, 8.0, 10.0), coherent=False))
+    assert "text does not hold together" in said
+    (said,) = warnings_confirmed(Point(Place(1, 0.3, 0.3), None, False))
+    assert "has a score" in said
+
+
+def test_the_summary_says_how_the_run_is_repeated_and_what_text_was_measured_by() -> None:
+    backend, vectors = model()
+    summary = tune(backend, vectors, settings(), command="persona-lens steer tune").summary
+    assert summary["command"] == "persona-lens steer tune"
+    assert (summary["trait"], summary["trait_hash"]) == (TRAIT.name, TRAIT.content_hash())
+    assert summary["model"]["model"] == "planted"
+    assert summary["vectors"] == vectors.content_hash
+    assert summary["judge"]["judge"] == "likelihood"
+    assert summary["measured"] == "surprise"
+    assert summary["unsteered"]["search"]["limit"] == pytest.approx(2.0 + settings().margin)
+    # What is said of the curve is said of the questions that confirm.
+    assert {each["effect"]["change"]["n"] for each in summary["curve"]} == {summary["confirm_questions"]}
+    assert [each["coherent"] for each in summary["curve"]] == [each["coefficient"] <= 2 for each in summary["curve"]]
+    html = render_tuning(json.loads(json.dumps(summary)))
+    assert "A clear effect: the chosen steering raises" in html

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -163,6 +164,23 @@ def open_trait(trait: str, traits_dirs: Sequence[Path]) -> Trait:
 def run_folder(what: str, model: str) -> Path:
     """Where a run is kept unless `--out` says otherwise."""
     return Path("runs") / f"{what}-{model.replace('/', '--')}"
+
+
+def repeated(context: typer.Context) -> str:
+    """The command under way, as one types it to have the same again: what was given to it, but for ``--json``."""
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE" or "--json" in parameter.opts:
+            continue
+        value = context.params[parameter.name or ""]
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            words += [parameter.opts[0], str(value)]
+    return shlex.join(words)
 
 
 def say_plan(work: Sequence[Work]) -> None:

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from persona_lens.statistics import Estimate
     from persona_lens.steering import Tuning
 
+REPORT = "report.html"
+
 
 @grouped
 def tune_command(
+    context: typer.Context,
     model: options.Model,
     vectors: Vectors,
     layers: Annotated[
@@ -60,6 +63,7 @@ def tune_command(
     """
     from persona_lens.backend import Positions
     from persona_lens.cli.display import showing_progress
+    from persona_lens.reports import render_tuning
     from persona_lens.rollouts import RolloutSettings
     from persona_lens.steering import TuneSettings, trait_of, tune
     from persona_lens.steering.tuning import Towards, tune_work
@@ -90,7 +94,17 @@ def tune_command(
         options.say_plan(work)
     folder = out or options.run_folder(f"tuned-{loaded.trait}", loaded.model.model)
     with judges.saying_spending(scoring), showing_progress() as progress:
-        found = tune(opened, loaded, settings, folder=folder, judge=scoring, chat=chat, progress=progress)
+        found = tune(
+            opened,
+            loaded,
+            settings,
+            folder=folder,
+            judge=scoring,
+            chat=chat,
+            command=options.repeated(context),
+            progress=progress,
+        )
+    _write_report(folder, render_tuning(found.summary))
     options.say_traffic(opened)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))
@@ -98,8 +112,15 @@ def tune_command(
     _show(found, folder)
 
 
+def _write_report(folder: Path, page: str) -> None:
+    part = folder / f"{REPORT}.part"
+    part.write_text(page, encoding="utf-8")
+    part.replace(folder / REPORT)
+
+
 def _show(found: Tuning, folder: Path) -> None:
     from persona_lens.cli.display import print_table
+    from persona_lens.reports.verdict import verdict
 
     print_table(
         "Change of the trait score [95% interval] on the questions searched",
@@ -119,16 +140,15 @@ def _show(found: Tuning, folder: Path) -> None:
     for warning in found.summary["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"chosen: {found.steering}")
+    typer.echo(verdict(found.summary).title)
     if found.confirmed is not None:
         random = found.confirmed.random
         beside = f", random directions {_interval(random)}" if random else ""
-        clear = "clear of" if found.confirmed.clear else "NOT clear of"
-        against = "the null" if random else "zero"
         typer.echo(
-            f"on the other {found.summary['confirm_questions']} questions: "
-            f"{_interval(found.confirmed.change)}{beside}; {clear} {against}"
+            f"on the other {found.summary['confirm_questions']} questions: {_interval(found.confirmed.change)}{beside}"
         )
-    typer.echo(f"{folder}/vectors.safetensors has the choice stored")
+    typer.echo(f"vectors with the choice stored: {folder / 'vectors.safetensors'}")
+    typer.echo(f"report: {folder / REPORT}")
 
 
 def _interval(estimate: Estimate) -> str:

@@ -1,11 +1,11 @@
-"""The report: one HTML file that shows a run's result, how sure it is, and how to repeat it."""
+"""The reports: one HTML file each, that shows a run's result, how sure it is, and how to repeat it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["render_report"]
+__all__ = ["render_report", "render_tuning"]
 
 
 def render_report(summary: Mapping[str, Any]) -> str:
@@ -37,4 +37,35 @@ def render_report(summary: Mapping[str, Any]) -> str:
         strained=strained(summary),
         figures=draw_figures(summary),
         reductions=REDUCTIONS,
+    )
+
+
+def render_tuning(summary: Mapping[str, Any]) -> str:
+    """The page of a tuning run, complete in itself: no scripts, and nothing is loaded from anywhere.
+
+    The same summary gives the same bytes.
+
+    Args:
+        summary: JSON values as in the run's ``summary.json``; see `persona_lens.steering.tune`. It may also have
+            ``capability``: a list of mappings with ``accuracy`` (0 to 1) and ``score`` (0 to 100), both means with
+            their intervals or None, and ``coefficient``, or ``arm`` for what is not a coefficient at the chosen layer.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
+
+    Returns:
+        HTML, to be written as UTF-8.
+    """
+    from persona_lens.reports.heat import heat_maps
+    from persona_lens.reports.page import environment
+    from persona_lens.reports.tuning import draw_tuning, names_of_arms
+    from persona_lens.reports.verdict import verdict
+
+    page = environment().get_template("tuning.html.j2")
+    return page.render(
+        **{"capability": [], **summary},
+        verdict=verdict(summary),
+        maps=heat_maps(summary),
+        figures=draw_tuning(summary),
+        arms=names_of_arms(summary.get("capability") or []),
     )

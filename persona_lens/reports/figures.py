@@ -6,11 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports.drawing import NARROW, WIDE, Drawing, draw, new_figure
+from persona_lens.reports.marks import (
+    BAR,
+    DASHES,
+    LINE,
+    NULL,
+    RANDOM_LABEL,
+    VECTOR_LABEL,
+    legend,
+    line_with_intervals,
+    mark_layer,
+    points_with_intervals,
+    reach,
+)
 from persona_lens.reports.svg import GRID, INK, MUTED, PAPER, RANDOM, THIRD, VECTOR, drawing_style
 from persona_lens.reports.wording import bounds, interval, number, signed
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 REDUCTIONS = {
@@ -18,11 +30,6 @@ REDUCTIONS = {
     "prompt_mean": "prompt tokens, mean",
     "prompt_last": "last prompt token",
 }
-VECTOR_LABEL, RANDOM_LABEL = "trait vector", "random directions"
-_BAR: dict[str, Any] = {"elinewidth": 2, "capsize": 4, "capthick": 2}
-_LINE: dict[str, Any] = {"marker": "o", "color": VECTOR, "zorder": 4}
-_DASHES = (0, (4, 2))
-_NULL: dict[str, Any] = {"marker": "s", "color": RANDOM, "linestyle": _DASHES, "markerfacecolor": PAPER, "zorder": 3}
 
 Summary = Mapping[str, Any]
 
@@ -68,8 +75,8 @@ def effect_figure(effect: Mapping[str, Any], width: int) -> Figure:
     rows = [
         (label, effect[key], style)
         for label, key, style in (
-            ("Trait vector", "vector", _LINE),
-            ("Random directions", "random", _NULL),
+            ("Trait vector", "vector", LINE),
+            ("Random directions", "random", NULL),
             ("Vector minus random", "difference", {"marker": "D", "color": INK}),
         )
         if effect[key] is not None
@@ -78,7 +85,7 @@ def effect_figure(effect: Mapping[str, Any], width: int) -> Figure:
     axes = figure.add_subplot()
     axes.axvline(0, color=MUTED, linewidth=1.5)
     for place, (label, estimate, style) in enumerate(rows):
-        axes.errorbar(estimate["mean"], -place, xerr=_reach([estimate]), markersize=8, linewidth=0, **style, **_BAR)
+        axes.errorbar(estimate["mean"], -place, xerr=reach([estimate]), markersize=8, linewidth=0, **style, **BAR)
         if width == NARROW:
             text = axes.text(0, 0.36 - place, f"{label}: {bounds(estimate)}", transform=axes.get_yaxis_transform())
             text.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 2})
@@ -105,11 +112,11 @@ def curve_figure(
     figure = new_figure(width, 500 if width == WIDE else 470)
     score, surprise = figure.subplots(2, 1, sharex=True, height_ratios=[2.3, 1])
     for axes, quantity in ((score, "score"), (surprise, "surprise")):
-        for kind, style in (("random", _NULL), ("vector", _LINE)):
+        for kind, style in (("random", NULL), ("vector", LINE)):
             points = curves.get(kind) or []
             if points:
                 label = VECTOR_LABEL if kind == "vector" else RANDOM_LABEL
-                _line_with_intervals(axes, points, quantity, style, label)
+                line_with_intervals(axes, points, quantity, style, label)
     score.set(title="Mean trait score, 0 to 100", ylim=(0, 100), yticks=range(0, 101, 20))
     score.axvline(0, color=GRID, linewidth=1, zorder=0)
     surprise.axvline(0, color=GRID, linewidth=1, zorder=0)
@@ -132,7 +139,7 @@ def curve_figure(
         surprise.margins(y=0.25)
     coefficients = [p["coefficient"] for p in curves["vector"]]
     surprise.set_xticks(coefficients, [signed(c) for c in coefficients])
-    _legend(figure, score)
+    legend(figure, score)
     return figure
 
 
@@ -147,11 +154,11 @@ def choice_figure(choice: Mapping[str, Any], width: int) -> Figure:
         if rows:
             effects = [row["effect"]["vector"] for row in rows]
             style = {"marker": "o", "color": VECTOR, "markerfacecolor": VECTOR if coherent else PAPER}
-            _points(axes, [row["layer"] for row in rows], effects, style, labels[coherent])
+            points_with_intervals(axes, [row["layer"] for row in rows], effects, style, labels[coherent])
     nulls = [(row["layer"], row["effect"]["random"]) for row in choice["layers"] if row["effect"]["random"]]
     if nulls:
-        _points(
-            axes, [layer for layer, _ in nulls], [null for _, null in nulls], {**_NULL, "linestyle": ""}, RANDOM_LABEL
+        points_with_intervals(
+            axes, [layer for layer, _ in nulls], [null for _, null in nulls], {**NULL, "linestyle": ""}, RANDOM_LABEL
         )
     layers = [row["layer"] for row in choice["layers"]]
     axes.axhline(0, color=MUTED, linewidth=1.5)
@@ -159,8 +166,8 @@ def choice_figure(choice: Mapping[str, Any], width: int) -> Figure:
     axes.set_xlim(min(layers) - 1, max(layers) + 1)
     axes.set_xticks(layers if len(layers) <= 12 else layers[:: len(layers) // 8])
     axes.margins(y=0.18)
-    _mark_layer(axes, choice["chosen"])
-    _legend(figure, axes)
+    mark_layer(axes, choice["chosen"])
+    legend(figure, axes)
     return figure
 
 
@@ -175,8 +182,8 @@ def norm_figure(norms: Mapping[str, Sequence[float]], chosen: int, width: int) -
     axes.set(title="Length of the vector, residual-stream units", xlabel="layer")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
-    _mark_layer(axes, chosen)
-    _legend(figure, axes, columns=3 if width == WIDE else 1)
+    mark_layer(axes, chosen)
+    legend(figure, axes, columns=3 if width == WIDE else 1)
     return figure
 
 
@@ -195,76 +202,16 @@ def separation_figure(rows: Sequence[Mapping[str, Any]], chosen: int, width: int
             layers,
             [row[f"random_{key}"] for row in rows],
             color=RANDOM,
-            linestyle=_DASHES,
+            linestyle=DASHES,
             label="19 of 20 random directions",
         )
         axes.set(title=title, xlabel="layer")
         axes.margins(x=0.02, y=0.15)
         if key == "auc":
             axes.set_ylim(min(0.4, *axes.get_ylim()), 1.04)
-        _mark_layer(axes, chosen)
-    _legend(figure, panels[0])
+        mark_layer(axes, chosen)
+    legend(figure, panels[0])
     return figure
-
-
-def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: labels[i] == RANDOM_LABEL)  # the null last
-    narrow = figure.get_figwidth() * 72 < WIDE
-    figure.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="outside upper left",
-        ncols=min(columns, 2) if narrow else columns,
-        handlelength=2.2,
-        columnspacing=1.2,
-        borderpad=0.1,
-        borderaxespad=0.0,
-    )
-
-
-def _mark_layer(axes: Axes, layer: int) -> None:
-    low, high = axes.get_xlim()
-    if not low <= layer <= high:
-        return
-    right = layer > (low + high) / 2
-    axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
-    axes.annotate(
-        f"layer {layer}, used",
-        (layer, 1.0),
-        (-5 if right else 5, 0),
-        xycoords=axes.get_xaxis_transform(),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        va="top",
-        color=MUTED,
-        fontsize=12,
-    )
-
-
-def _line_with_intervals(
-    axes: Axes, points: Sequence[Mapping[str, Any]], quantity: str, style: Mapping[str, Any], label: str
-) -> None:
-    x = [point["coefficient"] for point in points]
-    estimates = [point[quantity] for point in points]
-    lows, highs = [e["low"] for e in estimates], [e["high"] for e in estimates]
-    axes.fill_between(x, lows, highs, color=style["color"], alpha=0.16, linewidth=0, zorder=style["zorder"] - 2)
-    axes.errorbar(x, [e["mean"] for e in estimates], yerr=_reach(estimates), markersize=7, label=label, **style, **_BAR)
-
-
-def _points(
-    axes: Axes, x: Sequence[float], estimates: Sequence[Mapping[str, Any]], style: Mapping[str, Any], label: str
-) -> None:
-    means = [e["mean"] for e in estimates]
-    axes.errorbar(x, means, yerr=_reach(estimates), markersize=8, **{"linestyle": "", **style}, **_BAR, label=label)
-
-
-def _reach(estimates: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Distances from the means to the ends of the intervals, as matplotlib wants them."""
-    return [
-        [max(0.0, e["mean"] - e["low"]) for e in estimates],
-        [max(0.0, e["high"] - e["mean"]) for e in estimates],
-    ]
 
 
 def _effect_words(effect: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ def headline(effect: Mapping[str, Any], questions: int) -> Headline:
         "no null": f"Steering {span} raises the trait score by {moved}, with nothing to compare it with",
         "unclear": f"No clear effect: steering {span} {_moves(vector['mean'])}, within what chance explains",
     }[verdict]
-    if verdict == "unclear" and _side(vector) != 0:
+    if verdict == "unclear" and side(vector) != 0:
         title = f"No clear effect: what steering {span} does is not clearly more than what random directions do"
     first = (
         f"Over {counted(vector['n'], 'held-out question')}{'' if vector['n'] == questions else f' of {questions}'}, "
@@ -68,19 +68,19 @@ def _beside_null(
         "unclear": "which lies above zero, though the vector's own effect does not",
         "no null": "",
     }[verdict]
-    if verdict == "unclear" and _side(difference) <= 0:
+    if verdict == "unclear" and side(difference) <= 0:
         ending = "so it is not shown that this direction is special"
     yield f"Question by question, vector minus random is {bounds(difference)}, {ending}."
 
 
 def _verdict(vector: Mapping[str, Any], difference: Mapping[str, Any] | None) -> Verdict:
     if difference is None:
-        return "no null" if _side(vector) > 0 else "reversed" if _side(vector) < 0 else "unclear"
-    sides = {_side(vector), _side(difference)}
+        return "no null" if side(vector) > 0 else "reversed" if side(vector) < 0 else "unclear"
+    sides = {side(vector), side(difference)}
     return "clear" if sides == {1} else "reversed" if sides == {-1} else "unclear"
 
 
-def _side(estimate: Mapping[str, Any]) -> int:
+def side(estimate: Mapping[str, Any]) -> int:
     """1 or -1 if the interval is on one side of 0, else 0; a single unit has no interval to go by."""
     if estimate["n"] < 2:
         return 0

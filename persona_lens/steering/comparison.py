@@ -40,7 +40,12 @@ class ArmEffect:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval of the change lies outside that of the null, and the difference is not zero."""
+        """Whether the interval of the change lies outside that of the null, and the difference is not zero.
+
+        Never on a single question, which has no interval.
+        """
+        if self.change.n < 2:
+            return False
         if self.random is None or self.difference is None:
             return self.change.clear_of(0.0)
         apart = self.change.low > self.random.high or self.change.high < self.random.low

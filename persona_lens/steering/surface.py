@@ -155,6 +155,15 @@ def warnings_about(points: Sequence[Point], chosen: Point, towards: int) -> list
     return found
 
 
+def warnings_confirmed(point: Point) -> list[str]:
+    """The same of what the chosen place did on the questions that it was confirmed on."""
+    if point.effect is None:
+        return ["no steered response to the questions that were to confirm the choice has a score"]
+    if not point.coherent:
+        return ["on the questions that were to confirm the choice, text does not hold together at the chosen place"]
+    return []
+
+
 def shown_layers(n_layers: int) -> tuple[int, ...]:
     """Eight layers between 30% and 85% of the depth, where persona vectors steer; all of them in a shallow model."""
     first, last = int(0.3 * n_layers), min(n_layers - 1, round(0.85 * n_layers))

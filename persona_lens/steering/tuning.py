@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -23,11 +23,20 @@ from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunFolder
-from persona_lens.steering.analysis import COHERENCE_MARGIN
+from persona_lens.steering.analysis import COHERENCE_MARGIN, MIN_COHERENCE
 from persona_lens.steering.arms import ArmRow, ArmSettings, collect_arms, run_arms
 from persona_lens.steering.comparison import ArmEffect, arm_effect, unsteered_mean
 from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.steering.surface import Place, Point, choose_point, places, shown_layers, surface, warnings_about
+from persona_lens.steering.surface import (
+    Place,
+    Point,
+    choose_point,
+    places,
+    shown_layers,
+    surface,
+    warnings_about,
+    warnings_confirmed,
+)
 from persona_lens.steering.sweep import NONE, calibration_of, trait_of
 from persona_lens.steering.terms import Layers, Term
 from persona_lens.traits import Trait, load_trait
@@ -122,6 +131,7 @@ def tune(
     folder: Path | str | None = None,
     judge: Judge | None = None,
     chat: ChatFormat | None = None,
+    command: str | None = None,
     progress: Progress = no_progress,
 ) -> Tuning:
     """Search layers and strengths on some held-out questions, and confirm the choice on the others.
@@ -137,6 +147,7 @@ def tune(
             ``vectors.safetensors``, the vectors with the choice stored in them.
         judge: Who scores; by default the same model, unsteered, by likelihood, as it was calibrated for the vectors.
         chat: Chat format; the model's own by default.
+        command: What repeats the run on the command line, for the report to show.
         progress: Told how far the work is.
 
     Raises:
@@ -151,17 +162,12 @@ def tune(
     settings = replace(settings, layers=settings.layers or shown_layers(backend.info.n_layers))
     search, _ = _split(trait, settings)
     vectors.vector(max(settings.layers or ()), settings.reduction)  # what cannot be run must not claim the folder
-    config = {
-        "kind": "tune",
-        "settings": asdict(settings),
-        "vectors": vectors.content_hash,
-        "judge": judge.describe(),
-        **subject_config(backend, trait, chat),
-    }
+    described = {"vectors": vectors.content_hash, "judge": judge.describe(), **subject_config(backend, trait, chat)}
+    config = {"kind": "tune", "settings": asdict(settings), **described}
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         ask = partial(run_arms, backend, trait=trait, judge=judge, chat=chat, folder=run, progress=progress)
         norms = _residual_norms(backend, trait, search, chat, run, progress)
-        found = _searched(vectors, trait, settings, norms, ask)
+        found = _searched(vectors, trait, settings, norms, ask, {"command": command, **described})
         if run is not None:
             _keep(run, *found)
     return found[0]
@@ -220,6 +226,7 @@ def _searched(
     settings: TuneSettings,
     norms: Float[Tensor, " layers"],
     ask: Callable[..., list[ArmRow]],
+    described: Mapping[str, Any],
 ) -> tuple[Tuning, list[ArmRow], list[ArmRow]]:
     """What was found, with the responses of the search and of the confirmation."""
     search, confirm = _split(trait, settings)
@@ -231,7 +238,7 @@ def _searched(
     chosen = choose_point(points, settings.towards.sign)
     along = {str(each): each for place, each in arms.items() if place.layer == chosen.place.layer}
     confirmed = ask(along, settings=confirm, prefix="confirm-")
-    summary = _summary(vectors, trait, settings, norms, points, chosen, rows, confirmed)
+    summary = {**described, **_summary(vectors, trait, settings, norms, points, chosen, rows, confirmed)}
     effect = arm_effect(confirmed, str(arms[chosen.place]))
     tuned = Tuned(chosen.place.layer, chosen.place.coefficient, settings.reduction)
     stored = {name: summary[name] for name in ("towards", "search_questions", "confirm_questions", "confirmed")}
@@ -271,33 +278,44 @@ def _summary(
 ) -> dict[str, Any]:
     steering = _at(vectors, chosen.place, settings)
     effect = arm_effect(confirmed, str(steering))
-    along = [(p, arm_effect(confirmed, str(_at(vectors, p.place, settings)))) for p in points]
-    curve = [
-        {**point.to_json(), "effect": found.to_json() if found else None}
-        for point, found in along
-        if point.place.layer == chosen.place.layer
-    ]
-    plain, plain_confirm = unsteered_mean(rows, "surprise"), unsteered_mean(confirmed, "score")
+    along = [point.place for point in points if point.place.layer == chosen.place.layer]
+    arms = {str(_at(vectors, place, settings)): place for place in along}
+    curve = surface(confirmed, arms, settings.margin)
     search, confirm = _split(trait, settings)
     return {
         "trait": trait.name,
         "description": trait.description,
-        "model": asdict(vectors.model),
+        "trait_hash": trait.content_hash(),
         "towards": str(settings.towards),
         "settings": json.loads(json.dumps(asdict(settings))),
         "search_questions": len(search.questions),
         "confirm_questions": len(confirm.questions),
         "residual_norms": norms.tolist(),
         "vector_norms": vectors.norms(settings.reduction).tolist(),
-        "unsteered_surprise": plain.to_json() if plain else None,
-        "unsteered_score": plain_confirm.to_json() if plain_confirm else None,
+        "measured": "surprise" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
+        "unsteered": {
+            "search": _unsteered(rows, settings.margin),
+            "confirm": _unsteered(confirmed, settings.margin),
+        },
         "surface": [point.to_json() for point in points],
         "chosen": {"steering": str(steering), **chosen.to_json()},
         "confirmed": effect.to_json() if effect else None,
-        "curve": curve,
-        "warnings": warnings_about(points, chosen, settings.towards.sign),
+        "curve": [point.to_json() for point in curve],
+        "warnings": [
+            *warnings_about(points, chosen, settings.towards.sign),
+            *warnings_confirmed(next(point for point in curve if point.place == chosen.place)),
+        ],
         "samples": _samples(confirmed, trait, str(steering)),
     }
+
+
+def _unsteered(rows: Sequence[ArmRow], margin: float) -> dict[str, Any]:
+    """Means of the unsteered responses, and the surprise, or else the coherence, at which text stops to be coherent."""
+    means = {quantity: unsteered_mean(rows, quantity) for quantity in ("score", "surprise", "coherence")}
+    surprise = means["surprise"]
+    found: dict[str, Any] = {quantity: mean.to_json() if mean else None for quantity, mean in means.items()}
+    limit = MIN_COHERENCE if means["coherence"] else surprise.mean + margin if surprise else None
+    return {**found, "limit": limit}
 
 
 def _samples(rows: Sequence[ArmRow], trait: Trait, arm: str) -> list[dict[str, Any]]:

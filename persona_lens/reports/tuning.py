@@ -1,0 +1,263 @@
+"""The figures of a tuning run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
+from persona_lens.reports.marks import (
+    BAR,
+    LINE,
+    NULL,
+    RANDOM_LABEL,
+    VECTOR_LABEL,
+    legend,
+    line_with_intervals,
+    mark_layer,
+    points_with_intervals,
+    reach,
+)
+from persona_lens.reports.svg import GRID, INK, MUTED, PAPER, RANDOM, VECTOR, drawing_style
+from persona_lens.reports.wording import bounds, number, signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Summary = Mapping[str, Any]
+Point = Mapping[str, Any]
+MEASURED = {"surprise": "surprise, nats per token", "coherence": "coherence, 0 to 100"}
+_DOTS = (0, (1, 2))
+_NOTHING = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 1}
+
+
+def draw_tuning(summary: Summary) -> dict[str, Drawing | None]:
+    """Every figure by name; None where the summary has nothing to draw."""
+    curve = curve_points(summary)
+    everything = summary.get("capability") or []
+    capability = [
+        (name, each)
+        for name, each in zip(names_of_arms(everything), everything, strict=True)
+        if each["accuracy"] and each["score"]
+    ]
+    beside = [point for point in summary["surface"] if point["effect"] and point["effect"][summary["measured"]]]
+    with drawing_style():
+        return {
+            "curve": draw("curve", "Steering curve", _curve_words(curve), curve_figure, curve, summary)
+            if len(curve["vector"]) > 1
+            else None,
+            "tradeoff": draw(
+                "tradeoff",
+                "Effect against what it costs",
+                _tradeoff_words(beside, summary),
+                tradeoff_figure,
+                beside,
+                summary,
+            )
+            if beside
+            else None,
+            "capability": draw(
+                "capability", "Trait against capability", _capability_words(capability), capability_figure, capability
+            )
+            if capability
+            else None,
+            "norms": draw("norms", "Lengths by layer", _norm_words(summary), norm_figure, summary),
+        }
+
+
+def curve_points(summary: Summary) -> dict[str, list[dict[str, Any]]]:
+    """Changes, and surprise or coherence, by coefficient at the chosen layer; 0 among them, where nothing changes."""
+    measured, plain = summary["measured"], summary["unsteered"]["confirm"]
+    found: dict[str, list[dict[str, Any]]] = {"vector": [], "random": []}
+    for point in summary["curve"]:
+        effect = point["effect"]
+        for kind, key in (("vector", "change"), ("random", "random")):
+            if effect and effect[key]:
+                beside = effect[measured] if kind == "vector" else None
+                found[kind].append({"coefficient": point["coefficient"], "change": effect[key], measured: beside})
+    for points in found.values():
+        if points:
+            points.append({"coefficient": 0.0, "change": _NOTHING, measured: plain[measured]})
+            points.sort(key=lambda point: float(point["coefficient"]))
+    return found
+
+
+def curve_figure(curve: Mapping[str, Sequence[Point]], summary: Summary, width: int) -> Figure:
+    """Change of the score against the coefficient with the null, and below it surprise or coherence with its limit."""
+    measured = summary["measured"]
+    figure = new_figure(width, 520 if width == WIDE else 490)
+    score, cost = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, 1])
+    for kind, style, label in (("random", NULL, RANDOM_LABEL), ("vector", LINE, VECTOR_LABEL)):
+        if curve[kind]:
+            line_with_intervals(score, curve[kind], "change", style, label)
+    known = [point for point in curve["vector"] if point[measured]]
+    if known:
+        line_with_intervals(cost, known, measured, LINE, VECTOR_LABEL)
+    score.axhline(0, color=MUTED, linewidth=1.5, zorder=1)
+    score.set(title="Change of the mean trait score, points")
+    score.margins(y=0.12)
+    score.yaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))
+    cost.set(title=MEASURED[measured].capitalize(), xlabel="steering coefficient")
+    limit = summary["unsteered"]["confirm"]["limit"]
+    if limit is not None:
+        cost.axhline(limit, color=MUTED, linewidth=1.5, linestyle=_DOTS)
+        # At the unsteered end of the axis, where the line of the curve is furthest from the limit.
+        words = "text falls apart beyond" if measured == "surprise" else "text falls apart below"
+        _note(cost, limit, words, left=summary["towards"] == "more", above=measured == "surprise")
+        cost.margins(y=0.3)
+    cost.xaxis.set_major_formatter(lambda value, _: signed(round(value, 6)))
+    for axes in (score, cost):
+        axes.axvline(0, color=GRID, linewidth=1, zorder=0)
+        axes.axvline(summary["chosen"]["coefficient"], color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
+    legend(figure, score)
+    return figure
+
+
+def tradeoff_figure(points: Sequence[Point], summary: Summary, width: int) -> Figure:
+    """Change of the score against surprise or coherence, one dot a place."""
+    measured, plain = summary["measured"], summary["unsteered"]["search"]
+    figure = new_figure(width, 400 if width == WIDE else 380)
+    axes = figure.add_subplot()
+    axes.axhline(0, color=MUTED, linewidth=1.5, zorder=1)
+    for coherent, label in ((True, "text holds together"), (False, "text falls apart")):
+        some = [point for point in points if point["coherent"] == coherent]
+        style: dict[str, Any] = {"marker": "o", "color": VECTOR, "markerfacecolor": VECTOR if coherent else PAPER}
+        if some:
+            xs, ys = zip(*(_at(point, measured) for point in some), strict=True)
+            axes.plot(xs, ys, markersize=8, linestyle="", label=label, zorder=3, **style)
+    taken = [point for point in points if _is_chosen(point, summary)]
+    if taken:
+        x, y = _at(taken[0], measured)
+        bars: dict[str, Any] = {
+            "yerr": reach([taken[0]["effect"]["change"]]),
+            "xerr": reach([taken[0]["effect"][measured]]),
+        }
+        style = {"marker": "o", "color": INK, "markerfacecolor": "none", "markeredgewidth": 2}
+        axes.errorbar([x], [y], **bars, markersize=15, linestyle="", label="chosen", zorder=4, **style, **BAR)
+    if plain[measured]:
+        axes.plot([plain[measured]["mean"]], [0], marker="D", color=INK, linestyle="", markersize=8, label="unsteered")
+    if plain["limit"] is not None:
+        axes.axvline(plain["limit"], color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
+    axes.set(title="Change of the mean trait score, points", xlabel=MEASURED[measured])
+    axes.margins(x=0.08, y=0.12)
+    axes.grid(True, axis="both", color=GRID)
+    axes.yaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))
+    legend(figure, axes, columns=4)
+    return figure
+
+
+def norm_figure(summary: Summary, width: int) -> Figure:
+    """Lengths of the residual and of the vector at each layer, on a logarithmic scale."""
+    figure = new_figure(width, 330 if width == WIDE else 350)
+    axes = figure.add_subplot()
+    styles = (("residual_norms", "residual", RANDOM, (0, (6, 2))), ("vector_norms", VECTOR_LABEL, VECTOR, "solid"))
+    for key, label, colour, dashes in styles:
+        known = [(layer, value) for layer, value in enumerate(summary[key]) if value > 0]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=colour, linestyle=dashes, label=label)
+    axes.set(title="Mean length, residual-stream units", xlabel="layer", yscale="log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.tick_params(axis="y", which="minor", size=0)
+    axes.margins(x=0.02)
+    mark_layer(axes, summary["chosen"]["layer"])
+    legend(figure, axes)
+    return figure
+
+
+def names_of_arms(capability: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How each arm is named in the figure: by its coefficient, or else by its number in the table."""
+    return [
+        f"#{place}" if (coefficient := each.get("coefficient")) is None else signed(coefficient)
+        for place, each in enumerate(capability, start=1)
+    ]
+
+
+def capability_figure(capability: Sequence[tuple[str, Mapping[str, Any]]], width: int) -> Figure:
+    """Trait score against accuracy, one dot an arm, with both intervals."""
+    figure = new_figure(width, 380 if width == WIDE else 360)
+    axes = figure.add_subplot()
+    accuracies, scores = [each["accuracy"] for _, each in capability], [each["score"] for _, each in capability]
+    means = [estimate["mean"] for estimate in accuracies]
+    points_with_intervals(axes, means, scores, LINE, VECTOR_LABEL)
+    axes.errorbar(means, [s["mean"] for s in scores], xerr=reach(accuracies), linestyle="", color=VECTOR, **BAR)
+    for (name, _), x, score in zip(capability, means, scores, strict=True):
+        axes.annotate(name, (x, score["mean"]), (8, 8), textcoords="offset points", color=INK, fontsize=12)
+    axes.set(title="Mean trait score, 0 to 100", xlabel="accuracy, share of right answers")
+    axes.margins(x=0.12, y=0.15)
+    axes.grid(True, axis="both", color=GRID)
+    return figure
+
+
+def _at(point: Point, measured: str) -> tuple[float, float]:
+    return float(point["effect"][measured]["mean"]), float(point["effect"]["change"]["mean"])
+
+
+def _is_chosen(point: Point, summary: Summary) -> bool:
+    return all(point[key] == summary["chosen"][key] for key in ("layer", "coefficient"))
+
+
+def _note(axes: Axes, height: float, words: str, *, left: bool, above: bool) -> None:
+    """Words at one end of a horizontal line."""
+    axes.annotate(
+        words,
+        (0.01 if left else 0.99, height),
+        (0, 4 if above else -4),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        va="bottom" if above else "top",
+        color=MUTED,
+        fontsize=12,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+    )
+
+
+def _curve_words(curve: Mapping[str, Sequence[Point]]) -> str:
+    sentences = []
+    for kind, label in (("vector", VECTOR_LABEL), ("random", RANDOM_LABEL)):
+        listed = ", ".join(
+            f"{bounds(point['change'], sign=True)} at {signed(point['coefficient'])}"
+            for point in curve[kind]
+            if point["coefficient"]
+        )
+        if listed:
+            sentences.append(f"Change of the mean trait score along the {label}: {listed}.")
+    return " ".join(sentences)
+
+
+def _tradeoff_words(points: Sequence[Point], summary: Summary) -> str:
+    measured = summary["measured"]
+    holding = sum(bool(point["coherent"]) for point in points)
+    taken = [_at(point, measured) for point in points if _is_chosen(point, summary)]
+    strongest = max(points, key=lambda point: abs(_at(point, measured)[1]))
+    x, y = _at(strongest, measured)
+    digits = 2 if measured == "surprise" else 1
+    chosen = (
+        f" The chosen place changes it by {number(taken[0][1], sign=True)} at {number(taken[0][0], digits)}."
+        if taken
+        else ""
+    )
+    return (
+        f"Change of the mean trait score against {measured} at {len(points)} places, of which {holding} hold together. "
+        f"The largest change, {number(y, sign=True)}, comes at a {measured} of {number(x, digits)}.{chosen}"
+    )
+
+
+def _capability_words(capability: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    listed = "; ".join(
+        f"{name}: accuracy {bounds(each['accuracy'], 3)}, trait score {bounds(each['score'])}"
+        for name, each in capability
+    )
+    return f"Trait score against accuracy with 95% intervals. {listed}."
+
+
+def _norm_words(summary: Summary) -> str:
+    at = summary["chosen"]["layer"]
+    residual, vector = summary["residual_norms"], summary["vector_norms"]
+    return (
+        f"Mean length of the residual from {number(residual[0], 2)} at layer 0 to {number(residual[-1], 2)} at layer "
+        f"{len(residual) - 1}; of the vector from {number(vector[0], 2)} to {number(vector[-1], 2)}. At layer {at}: "
+        f"{number(residual[at], 2)} and {number(vector[at], 2)}."
+    )

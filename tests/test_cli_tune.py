@@ -1,0 +1,143 @@
+"""`steer tune` as its users meet it, on a model of three layers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from persona_lens import PersonaLensError
+from persona_lens.cli import app
+from persona_lens.reports import render_tuning
+from persona_lens.reports.verdict import verdict
+from persona_lens.vectors import load_vectors
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TINY = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
+SMALL = ("--layers", "0,1", "--pushes", "0.05,0.1", "--search-questions", "17", "--confirm-samples", "1")
+FILES = {
+    *("run.json", "norms-rollouts.jsonl", "activations", "summary.json", "vectors.safetensors", "report.html"),
+    *(f"{phase}-{kind}.jsonl" for phase in ("search", "confirm") for kind in ("rollouts", "judgements", "scores")),
+}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments)], prog_name="persona-lens")
+
+
+def ok(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def refused(*arguments: object) -> str:
+    result = run(*arguments)
+    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
+    return str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, and with vectors that were extracted from it."""
+    folder = tmp_path_factory.mktemp("home")
+    tiny_model(seed=0).save_pretrained(folder / "tiny")
+    tiny_tokenizer().save_pretrained(folder / "tiny")
+    ok("extract", folder / "tiny", "optimistic", "--out", folder / "run", "--questions", 4, "--unpaired", *TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(home: Path) -> tuple[Path, str]:
+    """The run folder of a tuning, and what was said."""
+    out = home / "tuned"
+    return out, ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_the_folder_holds_the_choice_and_the_page_and_says_so(tuned: tuple[Path, str]) -> None:
+    out, said = tuned
+    assert {path.name for path in out.iterdir() if path.name != ".lock"} == FILES
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page == render_tuning(summary)
+    stored = load_vectors(out).tuned
+    assert stored is not None
+    assert (stored.layer, stored.coefficient) == (summary["chosen"]["layer"], summary["chosen"]["coefficient"])
+    assert f"chosen: {summary['chosen']['steering']}" in said
+    assert f"report: {out / 'report.html'}" in said
+    assert verdict(summary).title in said
+    assert re.search(r"on the other 3 questions: [+-]\d", said)
+
+
+def test_the_command_on_the_page_is_the_one_that_was_given(home: Path, tuned: tuple[Path, str]) -> None:
+    summary = json.loads((tuned[0] / "summary.json").read_text(encoding="utf-8"))
+    words = str(summary["command"]).split()
+    assert words[:5] == ["persona-lens", "steer", "tune", str(home / "tiny"), str(home / "run")]
+    given = [str(word) for word in ("--out", tuned[0], *SMALL, *TINY)]
+    assert sorted(words[5:]) == sorted(given)
+
+
+def test_it_is_gone_on_with_and_ends_with_the_same_bytes(home: Path, tuned: tuple[Path, str]) -> None:
+    out, _ = tuned
+    before = contents(out)
+    for name in ("report.html", "summary.json", "confirm-judgements.jsonl", "vectors.safetensors"):
+        (out / name).unlink()
+    (out / "search-rollouts.jsonl").write_bytes(before["search-rollouts.jsonl"][:-30])
+    found: dict[str, Any] = json.loads(
+        ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--json")
+    )
+    assert contents(out) == before
+    assert found.pop("folder") == str(out)
+    assert found == json.loads(before["summary.json"])
+
+
+def test_another_tuning_does_not_take_its_folder(home: Path, tuned: tuple[Path, str]) -> None:
+    out, _ = tuned
+    before = contents(out)
+    said = refused("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--seed", 1)
+    assert "settings.seed: 0 -> 1" in said
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--layers", "7"), "layer 7 does not exist: the model has layers 0 to 2"),
+        (("--layers", "one"), "--layers takes 18, 12,15,18, 10-20 or all; got 'one'"),
+        (("--pushes", "much"), "--pushes takes numbers with commas between them"),
+        (("--pushes", "-0.2"), r"pushes are step lengths in residual norms, such as 0.1 to 1: got [-0.2]"),
+        (("--towards", "mor"), "--towards takes more, less; got 'mor'"),
+        (("--search-questions", "20"), "has 20 held-out questions; search on fewer than that"),
+        (("--samples", "0"), "must be at least 1"),
+        (("--judge", "likelyhood"), "got 'likelyhood'"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_and_leaves_nothing(
+    home: Path, tmp_path: Path, options: tuple[str, str], said: str
+) -> None:
+    out = tmp_path / "out"
+    assert said in refused("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, *options)
+    assert not out.exists()
+
+
+def test_vectors_that_are_not_there_are_refused(home: Path, tmp_path: Path) -> None:
+    assert str(tmp_path) in refused("steer", "tune", home / "tiny", tmp_path, *TINY)
+
+
+def test_a_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--dry-run", "--json")
+    assert {"rollouts", "judging"} <= {each["label"] for each in json.loads(said)["work"]}
+    assert not out.exists()
