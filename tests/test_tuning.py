@@ -145,6 +145,24 @@ def test_questions_that_were_searched_are_not_those_of_the_result() -> None:
     assert confirmed == set(TRAIT.evaluation_questions[3:])
 
 
+def test_capability_is_measured_at_every_strength_of_the_chosen_layer() -> None:
+    backend, vectors = model()
+    asked: list[Steering | None] = []
+
+    def accuracy(steering: Steering | None) -> Estimate:
+        asked.append(steering)
+        return Estimate(0.8 - 0.1 * (steering is not None), 0.6, 0.9, 10)
+
+    found = tune(backend, vectors, settings(), capability=accuracy)
+    layer = found.chosen.place.layer
+    strengths = [p.place.coefficient for p in found.points if p.place.layer == layer]
+    assert [each["coefficient"] for each in found.summary["capability"]] == [0.0, *strengths]
+    assert [each and each.edits()[0].layer for each in asked] == [None, *[layer] * len(strengths)]
+    assert found.summary["capability"][1]["accuracy"]["mean"] == pytest.approx(0.7)
+    assert found.summary["capability"][0]["score"] == found.summary["unsteered"]["confirm"]["score"]
+    assert "capability" not in tune(backend, vectors, settings()).summary
+
+
 def test_what_would_be_asked_is_known_beforehand() -> None:
     backend, vectors = model()
     work = tune_work(backend, vectors, settings(), chat_format(backend))

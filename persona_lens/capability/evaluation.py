@@ -15,6 +15,7 @@ from persona_lens.capability.errors import CapabilityError
 from persona_lens.capability.result import CapabilityResult, read_results
 from persona_lens.errors import PersonaLensError
 from persona_lens.progress import Progress, no_progress
+from persona_lens.statistics import Estimate, bootstrap_mean
 
 BUILTIN_TASK = "persona_lens_basics"
 TASKS = Path(__file__).with_name("tasks")
@@ -81,6 +82,30 @@ def evaluate_capability(
     settings |= {"tasks": names, "seed": seed}
     about = {**asdict(backend.info), "edits": [edit.content_hash for edit in edits]}
     return CapabilityResult(read_results(results), about, settings, version("lm_eval"))
+
+
+def check_task(task: str) -> None:
+    """Raise `CapabilityError` unless the harness is here, and has a task of that name with data that can be loaded."""
+    _require_harness()
+    _load(_manager([task], []), task)
+
+
+def accuracy(backend: Backend, task: str, edits: Sequence[Edit] = (), *, seed: int = 0) -> Estimate:
+    """Share of right answers in a task, with its 95% bootstrap interval over samples.
+
+    Args:
+        backend: The model.
+        task: Name of a task whose metric ``acc`` is a mean over samples.
+        edits: Applied in every call.
+        seed: See `evaluate_capability`.
+
+    Raises:
+        CapabilityError: See `evaluate_capability`; or if the task has no such metric.
+    """
+    metric = evaluate_capability(backend, (task,), edits=edits, seed=seed)[task].metric("acc")
+    if not metric.scores:
+        raise CapabilityError(f"task {task} gives no accuracy for each of its samples; take one of its subtasks")
+    return bootstrap_mean(metric.scores)
 
 
 def _check(names: Sequence[str], limit: int | float | None, num_fewshot: int | None, folders: Sequence[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +14,9 @@ from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import PositionsOption, ReductionOption, Vectors
 
 if TYPE_CHECKING:
+    from persona_lens.backend import Backend
     from persona_lens.statistics import Estimate
-    from persona_lens.steering import Tuning
+    from persona_lens.steering import Steering, Tuning
 
 REPORT = "report.html"
 
@@ -47,6 +49,16 @@ def tune_command(
     temperature: options.Temperature = 1.0,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
+    capability: Annotated[
+        str | None,
+        typer.Option(
+            "--capability",
+            metavar="TASK",
+            help="Also measure the accuracy in this task of lm-evaluation-harness at every strength of the chosen "
+            "layer; `persona_lens_basics` needs no hub.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: options.DryRun = False,
     judge: judges.JudgeName = "likelihood",
     as_json: options.AsJson = False,
@@ -102,6 +114,7 @@ def tune_command(
             judge=scoring,
             chat=chat,
             command=options.repeated(context),
+            capability=_accuracy_in(opened, capability, seed) if capability else None,
             progress=progress,
         )
     _write_report(folder, render_tuning(found.summary))
@@ -110,6 +123,14 @@ def tune_command(
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))
         return
     _show(found, folder)
+
+
+def _accuracy_in(backend: Backend, task: str, seed: int) -> Callable[[Steering | None], Estimate]:
+    """What measures the accuracy in a task under a steering, which is refused here already if it cannot be run."""
+    from persona_lens.capability import accuracy, check_task
+
+    check_task(task)
+    return lambda steering: accuracy(backend, task, steering.edits() if steering else (), seed=seed)
 
 
 def _write_report(folder: Path, page: str) -> None:

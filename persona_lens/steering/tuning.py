@@ -23,8 +23,9 @@ from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunFolder
+from persona_lens.statistics import Estimate
 from persona_lens.steering.analysis import COHERENCE_MARGIN, MIN_COHERENCE
-from persona_lens.steering.arms import ArmRow, ArmSettings, collect_arms, run_arms
+from persona_lens.steering.arms import UNSTEERED, ArmRow, ArmSettings, collect_arms, run_arms
 from persona_lens.steering.comparison import ArmEffect, arm_effect, unsteered_mean
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.surface import (
@@ -44,6 +45,7 @@ from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned
 from persona_lens.workload import Work, run_work
 
 SHOWN_SAMPLES = 6
+Capability = Callable[[Steering | None], Estimate]
 
 
 class Towards(StrEnum):
@@ -132,6 +134,7 @@ def tune(
     judge: Judge | None = None,
     chat: ChatFormat | None = None,
     command: str | None = None,
+    capability: Capability | None = None,
     progress: Progress = no_progress,
 ) -> Tuning:
     """Search layers and strengths on some held-out questions, and confirm the choice on the others.
@@ -148,6 +151,8 @@ def tune(
         judge: Who scores; by default the same model, unsteered, by likelihood, as it was calibrated for the vectors.
         chat: Chat format; the model's own by default.
         command: What repeats the run on the command line, for the report to show.
+        capability: Measures what the model can do under a steering, or unsteered under None, as a share of right
+            answers; asked for every strength at the chosen layer, for the report to show the trade-off.
         progress: Told how far the work is.
 
     Raises:
@@ -167,7 +172,7 @@ def tune(
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         ask = partial(run_arms, backend, trait=trait, judge=judge, chat=chat, folder=run, progress=progress)
         norms = _residual_norms(backend, trait, search, chat, run, progress)
-        found = _searched(vectors, trait, settings, norms, ask, {"command": command, **described})
+        found = _searched(vectors, trait, settings, norms, ask, {"command": command, **described}, capability)
         if run is not None:
             _keep(run, *found)
     return found[0]
@@ -227,6 +232,7 @@ def _searched(
     norms: Float[Tensor, " layers"],
     ask: Callable[..., list[ArmRow]],
     described: Mapping[str, Any],
+    capability: Capability | None,
 ) -> tuple[Tuning, list[ArmRow], list[ArmRow]]:
     """What was found, with the responses of the search and of the confirmation."""
     search, confirm = _split(trait, settings)
@@ -239,6 +245,8 @@ def _searched(
     along = {str(each): each for place, each in arms.items() if place.layer == chosen.place.layer}
     confirmed = ask(along, settings=confirm, prefix="confirm-")
     summary = {**described, **_summary(vectors, trait, settings, norms, points, chosen, rows, confirmed)}
+    if capability is not None:
+        summary["capability"] = _trade_off(confirmed, along, capability)
     effect = arm_effect(confirmed, str(arms[chosen.place]))
     tuned = Tuned(chosen.place.layer, chosen.place.coefficient, settings.reduction)
     stored = {name: summary[name] for name in ("towards", "search_questions", "confirm_questions", "confirmed")}
@@ -307,6 +315,19 @@ def _summary(
         ],
         "samples": _samples(confirmed, trait, str(steering)),
     }
+
+
+def _trade_off(rows: Sequence[ArmRow], along: Mapping[str, Steering], capability: Capability) -> list[dict[str, Any]]:
+    """Trait score and capability, unsteered and at every strength of a layer."""
+    found = []
+    for name, steering in {UNSTEERED: None, **along}.items():
+        effect = arm_effect(rows, name) if steering is not None else None
+        score = unsteered_mean(rows, "score") if steering is None else effect.score if effect else None
+        if score is not None:
+            accuracy = capability(steering).to_json()
+            coefficient = steering.terms[0].amount if steering is not None else 0.0
+            found.append({"coefficient": coefficient, "accuracy": accuracy, "score": score.to_json()})
+    return found
 
 
 def _unsteered(rows: Sequence[ArmRow], margin: float) -> dict[str, Any]:
