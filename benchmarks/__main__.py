@@ -48,6 +48,18 @@ def steering_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
             yield compare(f"{name}: {what} / unsteered", steered, unsteered, limit=limit, pairs=pairs)
 
 
+def watching_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
+    model, tokenizer = w.load(dtype)
+    for batch in (8, 32):
+        rows = w.prompts(tokenizer, batch)
+        for name, held in (("transformers", model), ("nnsight", w.nnsighted(model, tokenizer))):
+            backend = w.endless(held, tokenizer)
+            watched, unwatched = w.watching_generation(backend, rows), w.generation(backend, rows, [])
+            warm_up(watched, unwatched)
+            what = f"{name}: streaming {w.TRAITS} traits at all layers / unwatched, batch {batch}"
+            yield compare(what, watched, unwatched, limit=1.03, pairs=pairs)
+
+
 def bridge_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
     bridge, tokenizer = w.bridged(dtype)
     rows = w.prompts(tokenizer)
@@ -97,6 +109,7 @@ def read_only(texts: int) -> None:
 GROUPS: dict[str, Callable[[str, int], Iterator[Ratio]]] = {
     "generation": generation_ratios,
     "steering": steering_ratios,
+    "watching": watching_ratios,
     "transformer_lens": bridge_ratios,
     "reading": reading_ratios,
 }

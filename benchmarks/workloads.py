@@ -8,12 +8,23 @@ from typing import Any
 
 import torch
 
-from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch, find_backend, wrap_model
+from persona_lens.backend import (
+    Backend,
+    Edit,
+    Read,
+    Sampling,
+    TokenBatch,
+    Watch,
+    WatchedTokens,
+    find_backend,
+    watched_generation,
+    wrap_model,
+)
 from persona_lens.backend.memory import forward_batches
 from persona_lens.models import load_model, load_tokenizer, resolve
 from persona_lens.traits import load_trait
 
-ROWS, NEW_TOKENS, LAYER = 64, 64, 18
+ROWS, NEW_TOKENS, LAYER, TRAITS = 64, 64, 18, 7
 TEXTS, SHORTEST, LONGEST = 256, 20, 400
 
 Work = Callable[[], object]
@@ -92,6 +103,20 @@ def all_layers(backend: Backend) -> list[Edit]:
 def generation(backend: Backend, rows: list[list[int]], edits: list[Edit]) -> Work:
     """Generation without reads, under edits."""
     return lambda: backend.generate(rows, sampling(len(rows)), edits)
+
+
+def watching_generation(backend: Backend, rows: list[list[int]], traits: int = TRAITS) -> Work:
+    """Generation whose every token is told, at every layer, on a direction a trait."""
+    info, generator = backend.info, torch.Generator().manual_seed(0)
+    directions = torch.randn(info.n_layers, traits, info.d_model, generator=generator)
+    highest = torch.tensor(-torch.inf)
+
+    def on_tokens(tokens: WatchedTokens) -> None:
+        nonlocal highest
+        highest = torch.maximum(highest, tokens.projections.nan_to_num().max())
+
+    watch = Watch(directions, on_tokens)
+    return lambda: watched_generation(backend, rows, sampling(len(rows)), watch)
 
 
 def bridge_generation(bridge: Any, tokenizer: Any, rows: list[list[int]]) -> Work:

@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 # Their source is sent to servers, which have neither jaxtyping nor beartype: they must stay as they are written.
-TRAVELLING = {"intervention", "logprobs", "residual", "sampling"}
+TRAVELLING = {"intervention", "logprobs", "residual", "sampling", "writing"}
 BACKEND = Path(__file__).resolve().parents[1] / "persona_lens" / "backend"
 
 hook = install_import_hook(

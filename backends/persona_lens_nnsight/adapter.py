@@ -6,7 +6,6 @@ because nnsight sends them elsewhere as source together with the names they read
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +25,7 @@ from persona_lens.backend import (
     Read,
     Sampling,
     TokenBatch,
+    Watch,
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import context_of
@@ -36,12 +36,16 @@ from persona_lens.backend.hooked import (
     forward_inputs,
     generation_config,
     hooking_blocks,
+    stopping_criteria,
+    watcher_of,
 )
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.locks import RunLock
 from persona_lens.backend.logprobs import response_logprobs
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
+from persona_lens.backend.streams import Watcher
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
 from persona_lens.models import end_of_turn_ids, load
 from persona_lens_nnsight.envoys import embedding_envoy
@@ -74,7 +78,7 @@ class NNsightBackend:
         self._embedding = embedding_envoy(model)
         self._head: Any = None  # where logits may be changed instead of in the model's output
         self._defaults = getattr(self._module, "generation_config", None)
-        self._lock = threading.Lock()  # nnsight keeps the state of a run on the model
+        self._lock = RunLock()  # nnsight keeps the state of a run on the model
         self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, self._defaults)
         self.context_length = context_of(self._module.config)
@@ -112,6 +116,23 @@ class NNsightBackend:
         saved = self._capture_generation(prompts, sampling, edits, reads, request)
         if request is not None:
             saved = request.send()
+        return self._generation(saved, sampling)
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
+        watcher = watcher_of(watch, len(prompts), self.info.n_layers, self.info.d_model)
+        assert watcher is not None
+        found = self._generation(self._capture_generation(prompts, sampling, edits, reads, None, watcher), sampling)
+        return Generation(*watcher.listener.cut(found.responses, found.ended), found.reads)
+
+    def _generation(self, saved: dict[str, Any], sampling: Sampling) -> Generation:
         responses, ended = cut_responses(saved["ids"], self.end_ids, sampling.max_new_tokens)
         return Generation(responses, ended, _plain(saved["values"]))
 
@@ -122,14 +143,18 @@ class NNsightBackend:
         edits: Sequence[Edit],
         reads: Sequence[Read],
         request: Request | None,
+        watcher: Watcher | None = None,
     ) -> dict[str, Any]:
         """Run a generation here, or leave it with the request, which the saved values come from then."""
         check_edits(edits, self.info.n_layers, self.info.d_model, len(prompts))
         check_reads(reads, self.info.n_layers, self.info.d_model)
         sampling.check_rows(len(prompts))
         tokens = pad_left(TokenBatch.of(prompts), self._pad_id, self._device or "cpu")
-        intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens)
-        config = self._arguments(generation_config(sampling, reads, self.end_ids, self._pad_id))
+        intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens, watcher)
+        watched = watcher is not None
+        config = self._arguments(generation_config(sampling, reads, self.end_ids, self._pad_id, watched=watched))
+        if watched:  # called by the loop, in the thread of the caller, after the trace's own thread took the values
+            config["stopping_criteria"] = stopping_criteria(watcher)
         sampler = RowSampler(sampling, self._device) if sampling.seeds else None
         with self._lock, torch.inference_mode(), evaluating(self._module), warnings.catch_warnings():
             # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
@@ -241,7 +266,12 @@ class NNsightBackend:
         return {"generation_config": config}
 
     def _intervention(
-        self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], max_new_tokens: int = 0
+        self,
+        tokens: PaddedTokens,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        max_new_tokens: int = 0,
+        watcher: Watcher | None = None,
     ) -> Intervention:
         return Intervention(
             tokens,
@@ -250,6 +280,7 @@ class NNsightBackend:
             n_layers=self.info.n_layers,
             end_ids=self.end_ids,
             max_new_tokens=max_new_tokens,
+            watcher=watcher,
         )
 
 

@@ -9,12 +9,16 @@ from typing import Any
 from persona_lens.backend import (
     BackendError,
     Edit,
+    Generation,
     Read,
+    ReadError,
     ReadKind,
     Sampling,
     TokenBatch,
+    Watch,
 )
 from persona_lens.backend.remote import RemoteError, RequestTooLargeError, Traffic
+from persona_lens.backend.streams import Listener, replay
 from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.adapter import TASK, NNsightBackend
 from persona_lens_nnsight.envoys import logits_envoy
@@ -150,6 +154,30 @@ class RemoteNNsightBackend(NNsightBackend):
         requests = -(-len(tokens) // rows)
         values = sum(map(len, tokens.responses)) * FLOAT_BYTES if logprobs else 0
         return Traffic(requests, requests * payload, self._result_bytes(reads, len(tokens), width) + values)
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`.
+
+        A callback cannot travel: the values come back with the result and are told then, in the order of the passes.
+
+        Raises:
+            ReadError: If projections are asked for beside.
+        """
+        if any(read.kind is ReadKind.PROJECTIONS for read in reads):
+            raise ReadError("a remote generation is watched by a read of projections, and takes no other; leave it out")
+        found = self.generate(prompts, sampling, edits, (*reads, watch.read))
+        values = dict(found.reads)
+        projections = values.pop(ReadKind.PROJECTIONS)
+        listener = Listener(watch, len(prompts))
+        replay(listener, TokenBatch.of(prompts, found.responses), projections)
+        return Generation(*listener.cut(found.responses, found.ended), values)
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Not possible: the weights are on the server."""

@@ -25,6 +25,7 @@ from persona_lens.backend import (
     Read,
     Sampling,
     TokenBatch,
+    Watch,
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import context_of
@@ -97,6 +98,17 @@ class TransformerLensBackend:
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`."""
         return self._hooked.generate(prompts, sampling, edits, reads)
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
+        return self._hooked.generate(prompts, sampling, edits, reads, watch)
 
     def forward(
         self,

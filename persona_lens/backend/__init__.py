@@ -14,6 +14,14 @@ from persona_lens.backend.registry import (
 )
 from persona_lens.backend.schedules import Schedule
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
+from persona_lens.backend.watching import (
+    StopGeneration,
+    Watch,
+    WatchableBackend,
+    WatchedTokens,
+    WatchError,
+    watched_generation,
+)
 
 __all__ = [
     "Backend",
@@ -33,10 +41,16 @@ __all__ = [
     "Sampling",
     "Schedule",
     "Span",
+    "StopGeneration",
     "TokenBatch",
     "TokenError",
+    "Watch",
+    "WatchError",
+    "WatchableBackend",
+    "WatchedTokens",
     "backend_statuses",
     "find_backend",
     "open_backend",
+    "watched_generation",
     "wrap_model",
 ]

@@ -7,7 +7,6 @@ is what they pass as ``attach``.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from persona_lens.backend.attention import attention_for_reading
 from persona_lens.backend.batches import batches_by_length, repeats_prompts, rows_at_once, tokens_at_once
 from persona_lens.backend.edits import Edit, EditError, check_edits
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.locks import RunLock
 from persona_lens.backend.logprobs import continued_logprobs, response_logprobs
 from persona_lens.backend.positions import Positions
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
@@ -28,7 +28,9 @@ from persona_lens.backend.reads import MEANS, Read, ReadKind, check_reads
 from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.shared_prompts import SharedPrompts, can_share_prompts
+from persona_lens.backend.streams import Watcher
 from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left, pad_right
+from persona_lens.backend.watching import Watch
 from persona_lens.backend.writing import Writer
 
 BlockHook = Callable[[int, Tensor], Tensor]
@@ -63,7 +65,7 @@ class HookedModel:
     d_model: int
     end_ids: tuple[int, ...]
     pad_id: int
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    _lock: RunLock = field(default_factory=RunLock, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -81,23 +83,29 @@ class HookedModel:
         sampling: Sampling,
         edits: Sequence[Edit],
         reads: Sequence[Read],
+        watch: Watch | None = None,
     ) -> Generation:
-        """See `persona_lens.backend.protocol.Backend.generate`."""
+        """See `persona_lens.backend.protocol.Backend.generate`, and `generate_watched` in `backend.watching`."""
         check_edits(edits, self.n_layers, self.d_model, len(prompts))
         check_reads(reads, self.n_layers, self.d_model)
         sampling.check_rows(len(prompts))
+        watcher = watcher_of(watch, len(prompts), self.n_layers, self.d_model)
         tokens = pad_left(TokenBatch.of(prompts), self.pad_id, self.device)
-        intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens)
+        intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens, watcher)
         processors = LogitsProcessorList([_Sampler(RowSampler(sampling, self.device))] if sampling.seeds else [])
+        config = generation_config(sampling, reads, self.end_ids, self.pad_id, watched=watch is not None)
         with self._running(intervention):
             ids = self.model.generate(
                 input_ids=tokens.ids,
                 attention_mask=tokens.attention.long(),
-                generation_config=generation_config(sampling, reads, self.end_ids, self.pad_id),
+                generation_config=config,
                 logits_processor=processors,
+                stopping_criteria=stopping_criteria(watcher),
             )
         generated = ids[:, tokens.ids.shape[1] :]
         responses, ended = cut_responses(generated, self.end_ids, sampling.max_new_tokens)
+        if watcher is not None:
+            responses, ended = watcher.listener.cut(responses, ended)
         return Generation(responses, ended, intervention.results())
 
     def forward(self, batch: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], logprobs: bool) -> ForwardResult:
@@ -158,15 +166,25 @@ class HookedModel:
             return None
 
     def _intervention(
-        self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], max_new_tokens: int = 0
+        self,
+        tokens: PaddedTokens,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        max_new_tokens: int = 0,
+        watcher: Watcher | None = None,
     ) -> Intervention:
         return Intervention(
-            tokens, edits, reads, n_layers=self.n_layers, end_ids=self.end_ids, max_new_tokens=max_new_tokens
+            tokens,
+            edits,
+            reads,
+            n_layers=self.n_layers,
+            end_ids=self.end_ids,
+            max_new_tokens=max_new_tokens,
+            watcher=watcher,
         )
 
     @contextmanager
     def _running(self, intervention: Intervention, stop_at: int | None = None) -> Iterator[None]:
-        # One run at a time: hooks belong to the module, so that runs of two threads would edit each other.
         with self._lock, torch.inference_mode(), evaluating(self.model), self._intervening(intervention, stop_at):
             yield
 
@@ -240,6 +258,33 @@ class _Sampler(LogitsProcessor):
         return self.sampler(scores)
 
 
+class _Delivering(StoppingCriteria):
+    """Lets a watcher call back after each step: by then the loop has to wait for the device in any case."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return self.watcher.deliver().to(input_ids.device)
+
+
+def stopping_criteria(watcher: Watcher | None) -> StoppingCriteriaList:
+    """What ends rows of a generation beside its configuration: the callback of a watch."""
+    return StoppingCriteriaList([] if watcher is None else [_Delivering(watcher)])
+
+
+def watcher_of(watch: Watch | None, rows: int, n_layers: int, d_model: int) -> Watcher | None:
+    """What carries out a watch of so many rows.
+
+    Raises:
+        ReadError: If the watch does not fit a model of that size.
+    """
+    if watch is None:
+        return None
+    check_reads([watch.read], n_layers, d_model)
+    return Watcher(watch, rows, n_layers)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run in evaluation mode and without the generation defaults of the model's files, and put all back as it was.
@@ -261,14 +306,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def generation_config(
-    sampling: Sampling, reads: Sequence[Read], end_ids: Sequence[int], pad_id: int
+    sampling: Sampling, reads: Sequence[Read], end_ids: Sequence[int], pad_id: int, *, watched: bool = False
 ) -> GenerationConfig:
     """Greedy decoding; the noise that makes it sampling is in the logits.
 
-    One step more is run where a read needs the response: the last token of a response that is cut at its limit has an
-    activation only once the model has run over it.
+    One step more is run where a read or a watch needs the response: the last token of a response that is cut at its
+    limit has an activation only once the model has run over it.
     """
-    needs_last_token = any(read.kind not in (ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST) for read in reads)
+    needs_last_token = watched or any(read.kind not in (ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST) for read in reads)
     return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=sampling.max_new_tokens + needs_last_token,

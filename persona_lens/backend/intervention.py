@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from persona_lens.backend.edits import Edit
     from persona_lens.backend.reads import Read
+    from persona_lens.backend.streams import Watcher
     from persona_lens.backend.tokens import PaddedTokens
 
 
@@ -36,6 +37,7 @@ class Intervention:
         n_layers: Number of blocks of the model.
         end_ids: Token ids that end a response; they are not part of it.
         max_new_tokens: Responses are read up to this many tokens, whatever the loop runs beyond.
+        watcher: Told of every pass, after the edits; only where the model runs in this process.
     """
 
     def __init__(
@@ -47,14 +49,17 @@ class Intervention:
         n_layers: int,
         end_ids: Sequence[int] = (),
         max_new_tokens: int = 0,
+        watcher: Watcher | None = None,
     ) -> None:
         for edit in edits:
             edit.check_width(tokens.ids.shape[1])
         self.masks = TokenMasks(tokens, end_ids, max_new_tokens)
         self._writer = Writer([_detached(edit.plain()) for edit in edits])
         self._readers = _readers([read.plain(n_layers) for read in reads])
+        self._watcher = watcher
+        self._watched = frozenset(watcher.layers if watcher is not None else ())
         reading = {layer for reader in self._readers for layer in reader.layers}
-        self.layers = tuple(sorted(reading | self._writer.layers))
+        self.layers = tuple(sorted(reading | self._watched | self._writer.layers))
 
     @property
     def deepest_read(self) -> int:
@@ -64,6 +69,8 @@ class Intervention:
     def begin_pass(self, ids: Int[Tensor, "batch window"]) -> None:
         """Tell which token ids the coming forward pass runs over (with a KV cache, only the newest)."""
         self.masks.begin_pass(ids)
+        if self._watcher is not None:
+            self._watcher.begin_pass(ids, self.masks)
 
     def block(self, layer: int, h: Float[Tensor, "batch window d_model"]) -> Float[Tensor, "batch window d_model"]:
         """The output of block ``layer`` after its edits; reads are taken on the way."""
@@ -71,6 +78,8 @@ class Intervention:
         for reader in self._readers:
             if layer in reader.kept:
                 reader.take(layer, h, self.masks)
+        if self._watcher is not None and layer in self._watched:
+            self._watcher.take(layer, h, self.masks)
         return h
 
     def results(self) -> dict[str, Tensor]:
@@ -113,6 +122,10 @@ class TokenMasks:
         self.prompt = torch.cat([self.prompt, nothing], dim=1)
         self.last_prompt = torch.cat([self.last_prompt, nothing], dim=1)
         self.response = torch.cat([self.response, column], dim=1)
+
+    def stop(self, rows: Bool[Tensor, " batch"]) -> None:
+        """End the responses of some rows with the newest token."""
+        self._active = self._active & ~rows.to(self._active.device)
 
     @property
     def decoding(self) -> bool:

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
 from persona_lens.backend.edits import Edit, apply_edit
 from persona_lens.backend.positions import Positions
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
+from persona_lens.backend.streams import joined
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+from persona_lens.backend.watching import Watch, WatchableBackend, WatchedTokens
 
 # Of unlike lengths, so that every batch is padded; the second halves are the responses of the existing text.
 TEXTS = (
@@ -69,7 +72,6 @@ FULL = Bounds(reads=1e-4, tokens=0.0)
 # model with outlier channels once it is edited. What these bounds still catch are edits and reads at a wrong place.
 HALF = {"float16": Bounds(reads=5e-2, tokens=1.0), "bfloat16": Bounds(reads=4e-1, tokens=1.0)}
 
-Measurement = tuple[float, str]
 Check = tuple[str, float, Callable[[], Measurement]]
 """Name, tolerance, and what carries it out."""
 
@@ -205,6 +207,10 @@ def _self_checks(backend: Backend, probe: Probe, bounds: Bounds) -> Iterator[Che
     for name in ("no edits", "add", "edits at chosen positions"):
         what = f"reads while generating equal those of the finished text, {name}"
         yield what, bounds.reads, partial(_generating_reads, backend, probe, probe.edits[name])
+    if isinstance(backend, WatchableBackend):
+        for name in ("no edits", "edits at chosen positions"):
+            what = f"projections streamed while generating equal those of the finished text, {name}"
+            yield what, bounds.reads, partial(_streaming, backend, probe, probe.edits[name])
     for kind in Positions:
         what = f"an edit of {kind} tokens changes every one of them in every row, and no other"
         yield what, bounds.reads, partial(_placement, backend, probe, kind)
@@ -231,21 +237,40 @@ def _generate(
 
 
 def _same_reads(backend: Backend, reference: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
-    return _forwards_differ(_forward(backend, probe, edits), _forward(reference, probe, edits))
+    return forwards_differ(_forward(backend, probe, edits), _forward(reference, probe, edits))
 
 
 def _same_tokens(
     backend: Backend, reference: Backend, probe: Probe, edits: Sequence[Edit], seeded: bool = False
 ) -> Measurement:
-    return _tokens_differ(_generate(backend, probe, edits, seeded), _generate(reference, probe, edits, seeded))
+    return tokens_differ(_generate(backend, probe, edits, seeded), _generate(reference, probe, edits, seeded))
 
 
 def _generating_reads(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
     generated = backend.generate(probe.prompts, probe.sampling(), edits, EVERYTHING)
     text = TokenBatch.of(probe.prompts, generated.responses)
-    error, where = _reads_differ(generated.reads, backend.forward(text, edits, EVERYTHING).reads)
+    error, where = reads_differ(generated.reads, backend.forward(text, edits, EVERYTHING).reads)
     ended = sum(generated.ended)
     return error, f"{where}; {len(text) - ended} rows cut at the limit, {ended} ended by the model"
+
+
+def _streaming(backend: WatchableBackend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
+    """Compare what a callback is told with the residuals of the finished text, projected here."""
+    passes: list[WatchedTokens] = []
+    noise = torch.randn(2, len(probe.direction), generator=torch.Generator().manual_seed(0))
+    watch = Watch(torch.cat([probe.direction[None], noise]), passes.append)
+    generated = backend.generate_watched(probe.prompts, probe.sampling(), watch, edits)
+    text = TokenBatch.of(probe.prompts, generated.responses)
+    residual = backend.forward(text, edits, [Read(ReadKind.ACTIVATIONS)]).reads["activations"]
+    expected = residual @ watch.read.unit_directions(backend.info.n_layers).mT
+    told = joined(passes)
+    if [each.step for each in passes] != list(range(len(passes))) or told.shape != expected.shape:
+        steps = [each.step for each in passes]
+        return float("inf"), f"steps {steps}, shape {list(told.shape)} instead of {list(expected.shape)}"
+    # A small projection of a long residual is as exact as the residual is.
+    errors = (told - expected).norm(dim=-1) / token_lengths(residual)
+    missing = not torch.equal(told.isnan(), expected.isnan())
+    return float("inf") if missing else float(errors.nan_to_num().max()), f"{len(passes)} passes"
 
 
 def _placement(backend: Backend, probe: Probe, kind: Positions) -> Measurement:
@@ -257,7 +282,7 @@ def _placement(backend: Backend, probe: Probe, kind: Positions) -> Measurement:
     plain = backend.forward(text, (), [read]).reads["activations"]
     # An edit reaches other tokens only through later layers: at its own each token stands for itself.
     expected = apply_edit(plain[:, 0], edit, _mask(text, kind)).unsqueeze(1)
-    return _reads_differ(generated.reads, {"activations": expected})
+    return reads_differ(generated.reads, {"activations": expected})
 
 
 def _mask(text: TokenBatch, kind: Positions) -> Tensor:
@@ -276,7 +301,7 @@ def _mask(text: TokenBatch, kind: Positions) -> Tensor:
 
 
 def _uncached(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
-    return _tokens_differ(_generate(backend, probe, edits, use_cache=False), _generate(backend, probe, edits))
+    return tokens_differ(_generate(backend, probe, edits, use_cache=False), _generate(backend, probe, edits))
 
 
 def _single_reads(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
@@ -288,7 +313,7 @@ def _single_reads(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Meas
     ]
     reads = {name: torch.cat([single.reads[name] for single in singles]) for name in batch.reads}
     logprobs = tuple(single.logprobs[0] for single in singles if single.logprobs is not None)
-    return _forwards_differ(batch, ForwardResult(reads, logprobs))
+    return forwards_differ(batch, ForwardResult(reads, logprobs))
 
 
 def _single_tokens(backend: Backend, probe: Probe, edits: Sequence[Edit], seeded: bool = False) -> Measurement:
@@ -298,12 +323,12 @@ def _single_tokens(backend: Backend, probe: Probe, edits: Sequence[Edit], seeded
         for i in range(len(probe.prompts))
     ]
     together = Generation(tuple(s.responses[0] for s in singles), tuple(s.ended[0] for s in singles))
-    return _tokens_differ(_generate(backend, probe, edits, seeded), together)
+    return tokens_differ(_generate(backend, probe, edits, seeded), together)
 
 
 def _zero(backend: Backend, probe: Probe) -> Measurement:
     zero = Edit.add(probe.layer, probe.direction, 0.0)
-    return _forwards_differ(_forward(backend, probe, [zero]), _forward(backend, probe, ()))
+    return forwards_differ(_forward(backend, probe, [zero]), _forward(backend, probe, ()))
 
 
 class _Failing(Edit):
@@ -328,56 +353,4 @@ def _after_error(backend: Backend, probe: Probe) -> Measurement:
             raised += 1
     if raised < 2:
         return float("inf"), "an error inside an edit did not come out"
-    return _forwards_differ(_forward(backend, probe, ()), before)
-
-
-def _tokens_differ(got: Generation, want: Generation) -> Measurement:
-    """Share of rows whose tokens, or whose reason to stop, differ."""
-    rows = list(zip(got.responses, got.ended, strict=True)), list(zip(want.responses, want.ended, strict=True))
-    if len(rows[0]) != len(rows[1]):
-        return float("inf"), f"{len(rows[0])} rows instead of {len(rows[1])}"
-    different = [row for row, (a, b) in enumerate(zip(*rows, strict=True)) if a != b]
-    if not different:
-        return 0.0, f"{sum(map(len, got.responses))} tokens in {len(got.responses)} rows"
-    row = different[0]
-    a, b = got.responses[row], want.responses[row]
-    at = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
-    return len(different) / len(rows[0]), f"rows {different} differ, row {row} from token {at} on"
-
-
-def _forwards_differ(got: ForwardResult, want: ForwardResult) -> Measurement:
-    worst = _reads_differ(got.reads, want.reads)
-    for row, (a, b) in enumerate(zip(got.logprobs or (), want.logprobs or (), strict=True)):
-        if a.shape != b.shape:
-            return float("inf"), f"row {row}: {len(a)} log-probabilities instead of {len(b)}"
-        error = float(((a - b).abs() / b.abs().clamp(min=1)).max()) if len(b) else 0.0
-        worst = max(worst, (error, f"log-probabilities of row {row}"), key=lambda measurement: measurement[0])
-    return worst
-
-
-def _reads_differ(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Measurement:
-    """Largest error of a residual, relative to its length, over rows, layers and tokens."""
-    worst, where = 0.0, f"{', '.join(want)} equal"
-    for name, expected in want.items():
-        measured = got.get(name)
-        if measured is None or measured.shape != expected.shape:
-            shape = None if measured is None else list(measured.shape)
-            return float("inf"), f"{name}: shape {shape} instead of {list(expected.shape)}"
-        if not torch.equal(measured.isnan(), expected.isnan()):
-            return float("inf"), f"{name}: missing values stand elsewhere"
-        errors = _relative_errors(measured, expected)
-        error = float(errors.max())
-        if error > worst:
-            row, layer = divmod(int(errors.argmax()), expected.shape[1])
-            worst, where = error, f"largest at {name} of row {row}, layer {layer} of those read"
-    return worst, where
-
-
-def _relative_errors(measured: Tensor, expected: Tensor) -> Tensor:
-    """Length of the difference relative to the residual's; of every token the largest, [batch, layers]."""
-    distance = (measured - expected).norm(dim=-1)
-    length = expected.norm(dim=-1)
-    if length.ndim > 2:  # an edit may leave next to nothing of a token, so a typical one of its row counts too
-        length = length.maximum(length.nanmedian(dim=-1, keepdim=True).values)
-    errors: Tensor = (distance / length.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num()
-    return errors.flatten(2).amax(dim=-1) if errors.ndim > 2 else errors
+    return forwards_differ(_forward(backend, probe, ()), before)

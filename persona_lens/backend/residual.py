@@ -65,14 +65,13 @@ def amount_of(
     projection: Tensor = h @ unit
     if operation == "ablate":
         return -projection
-    assert level is not None  # checked when the edit was made
+    if operation not in ("cap", "floor", "affine") or level is None:
+        raise ValueError(f"there is no operation {operation!r}")
     if operation == "cap":
         return (level - projection).clamp(max=0)
     if operation == "floor":
         return (level - projection).clamp(min=0)
-    if operation == "affine":
-        return level - projection
-    raise ValueError(f"there is no operation {operation!r}")
+    return level - projection
 
 
 def scheduled(index: Float[Tensor, "batch tokens"], points: Float[Tensor, "points 2"]) -> Float[Tensor, "batch tokens"]:

@@ -1,5 +1,6 @@
-"""Monitoring: what each token of a conversation shows, where it stands, and what its value is."""
+"""Monitoring: traits read off a conversation while it goes on or afterwards, and shown on its tokens."""
 
+from persona_lens.monitoring.conversation import ConversationMonitor, TraitReading, Turn
 from persona_lens.monitoring.encoding import (
     EncodedAnswer,
     EncodedMessage,
@@ -17,19 +18,29 @@ from persona_lens.monitoring.transcripts import (
     TranscriptForm,
     open_transcripts,
 )
+from persona_lens.monitoring.watching import Alarm, AlarmKind, Alert, Gauge, Panel, TokenReading
 
 __all__ = [
+    "Alarm",
+    "AlarmKind",
+    "Alert",
     "BadTranscript",
+    "ConversationMonitor",
     "EncodedAnswer",
     "EncodedMessage",
     "EncodedTranscript",
+    "Gauge",
     "MonitoringError",
+    "Panel",
     "Strip",
     "TokenHeatmap",
     "TokenPiece",
+    "TokenReading",
+    "TraitReading",
     "Transcript",
     "TranscriptFile",
     "TranscriptForm",
+    "Turn",
     "encode_answers",
     "encode_transcript",
     "open_transcripts",

@@ -7,7 +7,18 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from persona_lens.backend import Backend, Edit, ForwardResult, Generation, ModelInfo, Read, Sampling, TokenBatch
+from persona_lens.backend import (
+    Backend,
+    Edit,
+    ForwardResult,
+    Generation,
+    ModelInfo,
+    Read,
+    Sampling,
+    TokenBatch,
+    Watch,
+    watched_generation,
+)
 from persona_lens.backend.context import context_length
 
 if TYPE_CHECKING:
@@ -72,6 +83,17 @@ class SteeredBackend:
     ) -> Generation:
         """See `Backend.generate`."""
         return self.inner.generate(prompts, sampling, (*self._edits, *edits), reads)
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
+        return watched_generation(self.inner, prompts, sampling, watch, (*self._edits, *edits), reads)
 
     def forward(
         self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False

@@ -22,12 +22,18 @@ from persona_lens.backend import (
     Backend,
     BackendError,
     Edit,
+    Generation,
     Positions,
     Read,
+    ReadError,
     ReadKind,
     Sampling,
+    StopGeneration,
     TokenBatch,
+    Watch,
+    WatchedTokens,
     open_backend,
+    watched_generation,
 )
 from persona_lens.backend.parity import EVERYTHING, check_parity
 from tests.backends.fixtures import PROMPTS, RESPONSES, direction
@@ -92,6 +98,32 @@ def test_positions_masks_and_projections(server: str, models: Path) -> None:
     assert got.logprobs is not None
     assert want.logprobs is not None
     assert all(map(torch.equal, got.logprobs, want.logprobs))
+
+
+def test_a_watched_generation_is_told_once_the_result_is_here(server: str, models: Path) -> None:
+    """The same passes as here, and the same stops."""
+    edits = [Edit.add(1, direction(1), -1.0, Positions.GENERATING)]
+    told: dict[str, list[WatchedTokens]] = {"there": [], "here": []}
+
+    def watched(backend: Backend, passes: list[WatchedTokens]) -> Generation:
+        def on_tokens(tokens: WatchedTokens) -> None:
+            passes.append(tokens)
+            if tokens.step == 3:
+                raise StopGeneration([1])
+
+        watch = Watch(direction()[None], on_tokens, (0, 2))
+        return watched_generation(backend, PROMPTS, SEEDED, watch, edits, [Read(ReadKind.PROMPT_LAST)])
+
+    there = watched(remote(models / "llama"), told["there"])
+    here = watched(local(models / "llama"), told["here"])
+    assert (there.responses, there.ended) == (here.responses, here.ended)
+    assert there.reads.keys() == here.reads.keys()
+    for a, b in zip(told["there"], told["here"], strict=True):
+        assert (a.step, a.finished.tolist()) == (b.step, b.finished.tolist())
+        torch.testing.assert_close(a.projections, b.projections, rtol=1e-5, atol=1e-5, equal_nan=True)
+    watch, backend = Watch(direction()[None], print), remote(models / "llama")
+    with pytest.raises(ReadError, match="takes no other; leave it out"):
+        watched_generation(backend, PROMPTS, SEEDED, watch, (), [watch.read])
 
 
 def test_a_model_and_its_remote_copy_are_one_model(server: str, models: Path) -> None:
