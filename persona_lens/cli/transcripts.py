@@ -1,0 +1,146 @@
+"""``persona-lens monitor transcript``: finished conversations, read token by token and turn by turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from persona_lens.cli import options
+from persona_lens.cli.grouping import grouped
+from persona_lens.errors import PersonaLensError
+
+if TYPE_CHECKING:
+    from persona_lens.monitoring import BadTranscript
+    from persona_lens.monitoring.scoring import ScoredTranscript
+
+
+@grouped
+def transcript_command(
+    model: options.Model,
+    transcripts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRANSCRIPTS",
+            help="Conversations: OpenAI messages or ShareGPT as JSONL, or plain text.",
+            show_default=False,
+        ),
+    ],
+    vectors: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="VECTORS...",
+            help="A vectors.safetensors, or the run folder it is in; one a trait.",
+            show_default=False,
+        ),
+    ],
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="`18`, `12,18` or `all`.", show_default="where each was tuned")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--form", help="`openai`, `sharegpt` or `plain`.", show_default="what it looks like")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write every reading here, a conversation a line.")
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="With --out: every token's value too.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="DIR", help="Write a heat map of each conversation here.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Show the heat maps in the terminal.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Conversations at most.")] = None,
+    as_json: options.AsJson = False,
+    *,
+    opening: options.ModelOptions,
+) -> None:
+    """Read traits off finished conversations.
+
+    The value of a token is the projection of its residual on the trait's unit vector. Conversations that cannot be read
+    are reported by line, and the rest is done.
+
+    Example: `persona-lens monitor transcript smollm2-135m chats.jsonl runs/tuned-evil --html heatmaps`
+    """
+    from persona_lens.monitoring import Panel, open_transcripts
+    from persona_lens.monitoring.scoring import ScoredTranscript, score_transcripts
+    from persona_lens.vectors import load_vectors
+
+    if tokens and out is None:
+        raise PersonaLensError("--tokens adds to what --out writes; name a file with --out")
+    for path in (out, html):
+        if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
+            raise PersonaLensError(f"{path} is already there; name another, or remove it")
+    file = open_transcripts(transcripts, form)
+    typer.echo(f"{transcripts}: conversations in the form {file.form}", err=True)
+    loaded = [load_vectors(path) for path in vectors]
+    chosen = options.layer_numbers(layers, loaded[0].model.n_layers) if layers else None
+    panel = Panel.of(loaded, chosen)
+    opened = opening.open(model)
+    chat = opening.chat(opened)
+    good, bad = 0, 0
+    if html is not None:
+        html.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stream = _opened(out, stack)
+        for found in score_transcripts(opened, _first(file, limit), panel, chat):
+            if not isinstance(found, ScoredTranscript):
+                bad += 1
+                _report(found)
+                continue
+            good += 1
+            if stream is not None:
+                stream.write(json.dumps(found.to_json(tokens=tokens), ensure_ascii=False) + "\n")
+            if html is not None:
+                name = f"conversation-{found.transcript.line:06d}.html"
+                (html / name).write_text(found.heatmap(opened.tokenizer).html(), encoding="utf-8")
+            _show(found, opened.tokenizer if show else None, as_json)
+    typer.echo(f"{good} conversations read, {bad} not", err=True)
+    if not good:
+        raise PersonaLensError(f"no conversation of {transcripts} could be read")
+
+
+def _opened(out: Path | None, stack: ExitStack) -> TextIO | None:
+    if out is None:
+        return None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return stack.enter_context(out.open("w", encoding="utf-8"))
+
+
+def _first(file: Any, limit: int | None) -> Iterator[Any]:
+    for number, transcript in enumerate(file):
+        if limit is not None and number >= limit:
+            return
+        yield transcript
+
+
+def _report(bad: BadTranscript) -> None:
+    typer.echo(f"not read: {bad.problem}", err=True)
+
+
+def _show(found: ScoredTranscript, tokenizer: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
+        return
+    from persona_lens.cli.display import harmless, print_table
+
+    print_table(
+        f"Conversation {harmless(found.transcript.id)}: projections of the assistant's turns",
+        ("turn", "trait", "layer", "tokens", "before it", "mean", "highest"),
+        [
+            (
+                str(turn.turn),
+                turn.trait,
+                str(turn.layer),
+                str(turn.tokens),
+                *(f"{value:+.2f}" for value in (turn.prompt_last, turn.mean, turn.highest)),
+            )
+            for turn in found.turns
+        ],
+    )
+    if tokenizer is not None:
+        from rich.console import Console
+
+        Console().print(found.heatmap(tokenizer))
