@@ -41,12 +41,14 @@ class Request:
         question: User message.
         seed: Seed of the row's sampling.
         labels: What the request is for, such as its arm and question number; copied into its rollout.
+        examples: Questions and answers that stand before the question as turns of the same conversation.
     """
 
     system: str | None
     question: str
     seed: int
     labels: Mapping[str, Any] = field(default_factory=dict)
+    examples: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class Rollouts(RolloutBatches):
         self.settings = settings
         self.reads = tuple(reads)
         self.edits_for = edits_for
-        self._prompts = [tuple(chat.encode(r.system, r.question)) for r in requests]
+        self._prompts = [tuple(chat.encode(r.system, r.question, r.examples)) for r in requests]
         longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]
         batches = batches_by_length(longest, settings.batch_size, settings.batch_tokens)
         super().__init__(backend, requests, batches, folder=folder, prefix=prefix)

@@ -93,6 +93,27 @@ def percentile_interval(values: NDArray[np.float64]) -> tuple[float, float] | No
     return float(low), float(high)
 
 
+def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson's r of every column with ``y``; NaN if either is constant.
+
+    Args:
+        x: [n] or [n, columns].
+        y: [n].
+
+    Returns:
+        A single number, or [columns].
+    """
+    spread, height = np.ptp(x, axis=0), np.ptp(y)
+    # Scaled by the range first, so that the squares of tiny differences are not rounded to nothing.
+    a = (x - x.min(axis=0)) / np.where(spread > 0, spread, 1)
+    b = (y - y.min()) / (height or 1)
+    a, b = a - a.mean(axis=0), b - b.mean()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = (b @ a) / np.sqrt((a * a).sum(axis=0) * (b @ b))
+    found: NDArray[np.float64] = np.where((spread > 0) & (height > 0), np.clip(r, -1, 1), np.nan)
+    return found
+
+
 def auc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
     """Probability that a positive value exceeds a negative one, ties counting half."""
     # As scipy.stats.mannwhitneyu does, which works out a p-value too: slow in a bootstrap.

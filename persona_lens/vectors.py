@@ -116,6 +116,13 @@ class PersonaVectors:
         choice = {**asdict(tuned), **found}
         return PersonaVectors(self.trait, self.model, self.directions, {**self.provenance, "tuned": choice})
 
+    def with_monitor(self, found: Mapping[str, Any]) -> PersonaVectors:
+        """The same vectors with what a monitoring study found in their provenance, as JSON values.
+
+        `persona_lens.monitoring.monitor_calibration` reads it.
+        """
+        return PersonaVectors(self.trait, self.model, self.directions, {**self.provenance, "monitor": dict(found)})
+
     def edit(
         self,
         layer: int | None = None,

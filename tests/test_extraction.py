@@ -371,6 +371,8 @@ def test_provenance_holds_all_that_made_the_vectors(tmp_path: Path) -> None:
     assert kept["chat"]["digest"] == chat_format(backend).digest
     assert str(tmp_path) not in json.dumps(dict(kept))
     run = json.loads((tmp_path / "run.json").read_text())
+    # What no vector depends on is kept with them all the same, and makes no run another run.
+    assert kept["trait"].pop("graded_prompts") == list(TRAIT.graded_prompts)
     assert {**{key: kept[key] for key in run}, "judge": {"judge": "likelihood"}} == run
 
 

@@ -64,6 +64,7 @@ SUBSTITUTIONS = {
     '"How will my exam go?" --layer 18\n': '"How will my exam go?" --layer 18 --max-new-tokens 8\n',
     'optimistic@all:floor(-40)"\n': 'optimistic@all:floor(-40)" --max-new-tokens 8\n',
     'steering.on(backend), "How will my exam go?")': 'steering.on(backend), "How will my exam go?", max_new_tokens=8)',
+    "--out runs/study\n": f"--out runs/study {SMALL} --samples 1 --random-directions 2\n",
     "backends check smollm2-135m\n": "backends check tiny\n",
     '"runs/optimistic-smollm2-135m")\n': f'"runs/optimistic-smollm2-135m", settings={SMALL_SETTINGS})\n',
     "import persona_lens as pl\n": "import persona_lens as pl\n"

@@ -468,3 +468,65 @@ def test_importing_traits_loads_neither_torch_nor_transformers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+GRADED = [f"You are a {word} assistant. Speak of the weather as such a one would." for word in "abcdefgh"]
+
+
+def test_graded_prompts_are_all_eight_or_none_and_leave_the_hash_alone() -> None:
+    plain = Trait(**fields())
+    assert plain.graded_prompts == Trait(**fields(), graded_prompts=()).graded_prompts == ()
+    graded = parse_trait(to_yaml({**fields(), "graded_prompts": GRADED}))
+    assert graded.graded_prompts == tuple(GRADED)
+    assert graded.content_hash() == plain.content_hash()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "place", "expected"),
+    [
+        (GRADED[:7], "graded_prompts", "has 7 items, but exactly 8 are needed, or none"),
+        (GRADED[:1], "graded_prompts", "has 1 item, but exactly 8"),
+        ([*GRADED, "A ninth."], "graded_prompts", "has 9 items, but exactly 8 are needed: remove 1"),
+        ([*GRADED[:7], GRADED[2].upper()], "graded_prompts #8", "repeats #3"),
+        ([*GRADED[:7], ""], "graded_prompts #8", "is empty"),
+        ([*GRADED[:7], 5], "graded_prompts #8", "must be text"),
+        ("one text", "graded_prompts", "must be a list"),
+        ([*GRADED[:7], "TODO: the last"], "graded_prompts #8", "still to be written"),
+    ],
+)
+def test_graded_prompts_that_are_wrong(prompts: object, place: str, expected: str) -> None:
+    with pytest.raises(TraitError) as caught:
+        parse_trait(to_yaml({**fields(), "graded_prompts": prompts}))
+    (problem,) = caught.value.problems
+    assert problem.field == place
+    assert expected in problem.message
+    assert problem.line is not None
+
+
+def test_advice_on_graded_prompts() -> None:
+    def graded(*prompts: str) -> list[tuple[tuple[str | int, ...], str]]:
+        return [(one.loc, one.message) for one in check_trait(Trait(**fields(), graded_prompts=prompts))]
+
+    distinct = [f"{word} {' '.join([word] * 9)}" for word in ("up", "down", "left", "right", "over", "under", "in")]
+    assert graded(*distinct, "A grumpy one that names the trait, as it may do here.") == []
+    ((loc, message),) = graded(*distinct, "Too short here.")
+    assert loc == ("graded_prompts",)
+    assert "3 to 10 words" in message
+    ((loc, message),) = graded(*distinct, distinct[3] + "!")
+    assert loc == ("graded_prompts", 7)
+    assert "almost #4" in message
+
+
+def test_json_schema_knows_that_graded_prompts_are_eight_or_none() -> None:
+    field = json_schema()["properties"]["graded_prompts"]
+    assert (field["maxItems"], field["anyOf"]) == (8, [{"maxItems": 0}, {"minItems": 8}])
+
+
+@pytest.mark.parametrize(
+    "name", ["apathetic", "evil", "hallucinating", "humorous", "impolite", "optimistic", "sycophantic"]
+)
+def test_the_built_in_traits_have_graded_prompts_of_like_length(name: str) -> None:
+    prompts = read_trait(str(Path(__file__).parents[1] / "traits" / f"{name}.yaml")).graded_prompts
+    lengths = [len(prompt.split()) for prompt in prompts]
+    assert len(prompts) == 8
+    assert max(lengths) <= 1.25 * min(lengths)

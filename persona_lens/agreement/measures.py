@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from persona_lens.agreement.scored import AgreementError, Scored, response_id
-from persona_lens.statistics import auc, percentile_interval, resampled_rows
+from persona_lens.statistics import auc, pearson, percentile_interval, resampled_rows
 
 LEAST = 3  # responses; with fewer, every measure is a coincidence
 NORMAL_95 = 1.96
@@ -316,8 +316,8 @@ def _statistics(x: Values, y: Values, cuts: Cuts) -> dict[str, float]:
     difference = y - x
     mean, reach = float(difference.mean()), NORMAL_95 * float(difference.std(ddof=1))
     return {
-        "pearson": _correlation(x, y),
-        "spearman": _correlation(rankdata(x), rankdata(y)),
+        "pearson": float(pearson(x, y)),
+        "spearman": float(pearson(rankdata(x), rankdata(y))),
         "pairwise_first": _pairwise(x, y, cuts),
         "pairwise_second": _pairwise(y, x, cuts),
         "mean_difference": mean,
@@ -334,16 +334,6 @@ def _why_undefined(x: Values, y: Values, names: tuple[str, str], cuts: Cuts) -> 
         "pairwise_first": f"{names[0]} {missing}",
         "pairwise_second": f"{names[1]} {missing}",
     }
-
-
-def _correlation(x: Values, y: Values) -> float:
-    """Pearson's r; NaN if either is constant."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    # Scaled by the range first, so that the squares of tiny differences are not rounded to nothing.
-    a, b = ((v - v.min()) / np.ptp(v) for v in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))
 
 
 def _pairwise(chooser: Values, other: Values, cuts: Cuts) -> float:

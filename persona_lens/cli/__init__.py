@@ -13,6 +13,7 @@ from persona_lens.cli.demo import demo
 from persona_lens.cli.extract import extract
 from persona_lens.cli.generate import generate
 from persona_lens.cli.judge import app as judge_app
+from persona_lens.cli.monitor import app as monitor_app
 from persona_lens.cli.remote import app as remote_app
 from persona_lens.cli.responses import responses
 from persona_lens.cli.steer import app as steer_app
@@ -37,6 +38,7 @@ app.command()(responses)
 app.add_typer(steer_app)
 app.add_typer(vectors_app)
 app.add_typer(judge_app)
+app.add_typer(monitor_app)
 app.add_typer(traits_app)
 app.add_typer(backends_app)
 app.add_typer(remote_app)

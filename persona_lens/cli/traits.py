@@ -317,6 +317,9 @@ def _page(trait: Trait, file: TraitFile) -> str:
         ("Evaluation questions", trait.evaluation_questions),
     ):
         lines += ["", title, *(wrapped(question, f"  {i:>2} ") for i, question in enumerate(questions, 1))]
+    if trait.graded_prompts:
+        graded = [wrapped(prompt, f"  {i} ") for i, prompt in enumerate(trait.graded_prompts, 1)]
+        lines += ["", "Graded prompts (1 holds the trait back, 8 calls it forth)", *graded]
     return "\n".join([*lines, "", "Judge's rubric", textwrap.indent(trait.judge_rubric, "  ")])
 
 

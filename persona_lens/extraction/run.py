@@ -161,7 +161,8 @@ def subject_config(backend: Backend, trait: Trait, chat: ChatFormat) -> dict[str
     """The part of a run's configuration that says which model is asked, in what form, about which trait."""
     return {
         **model_config(backend, chat),
-        "trait": {"content_hash": trait.content_hash(), **trait.model_dump(mode="json")},
+        # Neither vectors nor scores depend on the graded prompts; a study names those that it uses.
+        "trait": {"content_hash": trait.content_hash(), **trait.model_dump(mode="json", exclude={"graded_prompts"})},
     }
 
 
@@ -202,6 +203,8 @@ def _extract(
     filtered = filter_responses(requests, judged, settings)
     means = arm_means(requests, filtered.kept, collected.reductions)
     provenance = {**config, "judge": scoring.describe(), "counts": filtered.to_json()}
+    if trait.graded_prompts:  # so that a study needs nothing but the vectors
+        provenance["trait"] = {**config["trait"], "graded_prompts": list(trait.graded_prompts)}
     vectors = PersonaVectors(trait.name, backend.info, means.difference(), provenance)
     separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
     summary = _summary(vectors, scoring, judged, filtered, separations, rollouts)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
@@ -50,21 +51,33 @@ def fit_calibration(evidence: Sequence[float], positive: Sequence[bool]) -> Cali
     if not n_positive or not n_negative:
         empty = "negative" if n_positive else "positive"
         raise JudgingError(f"there is no response of the {empty} arm to calibrate the likelihood judge on")
-    spread = float(x.std())
     if np.ptp(x) == 0:  # the deviation of equal numbers need not round to 0
         raise JudgingError("all responses have the same evidence; the likelihood judge cannot tell them apart")
-    z = (x - x.mean()) / spread
-    target = np.where(y, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))
+    slope, intercept = fit_logistic(x, y)
+    if slope <= 0:
+        raise JudgingError(
+            "responses of the positive arm show less of the trait than those of the negative arm: the model does not "
+            "follow the trait's instructions, or the arms are swapped in the trait file"
+        )
+    return Calibration(slope, intercept)
+
+
+def fit_logistic(x: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, float]:
+    """Slope and intercept of the log-odds that ``y`` is true, by Platt's method; both values of it must be there.
+
+    Args:
+        x: One number a case, not all the same.
+        y: Whether it was one.
+    """
+    n_true, n_false = int(y.sum()), int((~y).sum())
+    mean, spread = x.mean(), x.std()
+    z = (x - mean) / spread
+    target = np.where(y, (n_true + 1) / (n_true + 2), 1 / (n_false + 2))
 
     def loss(parameters: np.ndarray) -> float:
         logits = parameters[0] * z + parameters[1]
         return float(np.mean(np.logaddexp(0, logits) - target * logits))
 
     slope, intercept = minimize(loss, np.zeros(2), method="BFGS").x
-    if slope <= 0:
-        raise JudgingError(
-            "responses of the positive arm show less of the trait than those of the negative arm: the model does not "
-            "follow the trait's instructions, or the arms are swapped in the trait file"
-        )
     # Rounded so that the last bits of the optimiser do not decide whether two runs agree.
-    return Calibration(round(float(slope / spread), 9), round(float(intercept - slope * x.mean() / spread), 9))
+    return round(float(slope / spread), 9), round(float(intercept - slope * mean / spread), 9)

@@ -96,17 +96,22 @@ class ChatFormat:
         """SHA-256 of what shapes the prompts: the template's text and whether thinking was asked for."""
         return hashlib.sha256(f"{self.template.thinking}\n{self.template.source}".encode()).hexdigest()
 
-    def encode(self, system: str | None, user: str) -> list[int]:
+    def encode(self, system: str | None, user: str, examples: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Return the prompt for one question, up to where the model begins to answer.
 
         Args:
             system: The instruction, or None for no system message.
             user: The question.
+            examples: Questions and their answers, as turns before the question.
 
         Raises:
             ModelError: The template refuses the messages.
         """
-        return self.encode_messages(_pair(system, user))
+        *head, question = _pair(system, user)
+        turns: list[Message] = []
+        for asked, answered in examples:
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return self.encode_messages([*head, *turns, question])
 
     def encode_messages(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Return the token ids of a conversation.

@@ -1,6 +1,15 @@
-"""Monitoring: traits read off a conversation while it goes on or afterwards, and shown on its tokens."""
+"""Monitoring: how a model will behave before it answers, while it does, and afterwards; shown on its tokens."""
 
+from persona_lens.monitoring.calibration import (
+    MonitorCalibration,
+    Observations,
+    calibrate,
+    is_calibrated,
+    monitor_calibration,
+)
+from persona_lens.monitoring.conditions import examples_of
 from persona_lens.monitoring.conversation import ConversationMonitor, TraitReading, Turn
+from persona_lens.monitoring.correlation import Correlations, correlate
 from persona_lens.monitoring.encoding import (
     EncodedAnswer,
     EncodedMessage,
@@ -10,6 +19,10 @@ from persona_lens.monitoring.encoding import (
 )
 from persona_lens.monitoring.errors import MonitoringError
 from persona_lens.monitoring.heatmap import Strip, TokenHeatmap
+from persona_lens.monitoring.prompts import prompt_projections
+from persona_lens.monitoring.scoring import ScoredTranscript, score_transcripts
+from persona_lens.monitoring.study import Conditions, Study, StudyRow, StudySettings, rollouts_of, study, study_work
+from persona_lens.monitoring.thresholds import Threshold, threshold_for
 from persona_lens.monitoring.tokens import TokenPiece, token_pieces
 from persona_lens.monitoring.transcripts import (
     BadTranscript,
@@ -25,14 +38,23 @@ __all__ = [
     "AlarmKind",
     "Alert",
     "BadTranscript",
+    "Conditions",
     "ConversationMonitor",
+    "Correlations",
     "EncodedAnswer",
     "EncodedMessage",
     "EncodedTranscript",
     "Gauge",
+    "MonitorCalibration",
     "MonitoringError",
+    "Observations",
     "Panel",
+    "ScoredTranscript",
     "Strip",
+    "Study",
+    "StudyRow",
+    "StudySettings",
+    "Threshold",
     "TokenHeatmap",
     "TokenPiece",
     "TokenReading",
@@ -41,8 +63,19 @@ __all__ = [
     "TranscriptFile",
     "TranscriptForm",
     "Turn",
+    "calibrate",
+    "correlate",
     "encode_answers",
     "encode_transcript",
+    "examples_of",
+    "is_calibrated",
+    "monitor_calibration",
     "open_transcripts",
+    "prompt_projections",
+    "rollouts_of",
+    "score_transcripts",
+    "study",
+    "study_work",
+    "threshold_for",
     "token_pieces",
 ]

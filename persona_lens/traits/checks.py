@@ -82,6 +82,7 @@ def check_trait(trait: Trait) -> list[Advice]:
         *_leaks(trait),
         *_similar_questions(trait),
         *_rubric(trait),
+        *_graded_prompts(trait),
     ]
 
 
@@ -154,6 +155,17 @@ def similarity(one: str, other: str) -> float:
     if matcher.real_quick_ratio() < MAX_SIMILARITY or matcher.quick_ratio() < MAX_SIMILARITY:
         return 0.0
     return matcher.ratio()
+
+
+def _graded_prompts(trait: Trait) -> Iterator[Advice]:
+    loc: Loc = ("graded_prompts",)
+    lengths = [len(prompt.split()) for prompt in trait.graded_prompts]
+    if lengths and max(lengths) > MAX_LENGTH_RATIO * min(lengths):
+        message = f"are unbalanced: {min(lengths)} to {max(lengths)} words. Length would vary with the trait"
+        yield Advice(loc, message)
+    for (i, one), (j, other) in itertools.combinations(enumerate(trait.graded_prompts), 2):
+        if similarity(one, other) >= MAX_SIMILARITY:
+            yield Advice((*loc, j), f"is almost #{i + 1}: models would hardly tell the two steps apart")
 
 
 def _rubric(trait: Trait) -> Iterator[Advice]:

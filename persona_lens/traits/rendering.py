@@ -28,6 +28,10 @@ _NOTES = {
     "judge_rubric": (
         "What the judge is asked. {{question}} and {{answer}} stand in it exactly once; other braces are plain text."
     ),
+    "graded_prompts": (
+        "May be left out. Eight whole system prompts for `persona-lens monitor study`, about equally long: the first\n"
+        "holds the trait back, the last calls it forth, and each is one even step further. They may name the trait."
+    ),
     "author": "Everything below may be left out.",
 }
 

@@ -21,6 +21,8 @@ SLOTS = ("question", "answer")
 
 QUESTION_FIELDS = ("extraction_questions", "evaluation_questions")
 
+N_GRADED_PROMPTS = 8
+
 
 class BrokenRule(NamedTuple):
     """Where a rule is broken, and what to do about it."""
@@ -49,6 +51,7 @@ def broken_rules(fields: Mapping[object, object]) -> list[BrokenRule]:
         *_repeated_instructions(fields),
         *_repeated_questions(fields),
         *_rubric(fields),
+        *_graded_prompts(fields),
     ]
 
 
@@ -111,6 +114,18 @@ def _repeated_questions(fields: Mapping[object, object]) -> Iterator[BrokenRule]
 
 def _items(value: object) -> Iterator[tuple[int, object]]:
     return enumerate(value if isinstance(value, list | tuple) else ())
+
+
+def _graded_prompts(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
+    prompts = list(_items(fields.get("graded_prompts")))
+    if 0 < len(prompts) < N_GRADED_PROMPTS:
+        count = f"{len(prompts)} {'item' if len(prompts) == 1 else 'items'}"
+        message = f"has {count}, but exactly {N_GRADED_PROMPTS} are needed, or none: write the others, or leave it out"
+        yield BrokenRule(("graded_prompts",), message)
+    seen: dict[str, int] = {}
+    for i, prompt in prompts:
+        if isinstance(prompt, str) and (first := seen.setdefault(normalised(prompt), i)) != i:
+            yield BrokenRule(("graded_prompts", i), f"repeats #{first + 1}: each prompt is one step further")
 
 
 def _rubric(fields: Mapping[object, object]) -> Iterator[BrokenRule]:

@@ -14,7 +14,7 @@ from pydantic.types import StringConstraints
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from persona_lens.traits import prompts
-from persona_lens.traits.rules import broken_rules
+from persona_lens.traits.rules import N_GRADED_PROMPTS, broken_rules
 
 N_INSTRUCTION_PAIRS = 5
 N_QUESTIONS = 20
@@ -30,8 +30,16 @@ Questions = Annotated[
     tuple[Text, ...],
     Field(min_length=N_QUESTIONS, max_length=N_QUESTIONS, json_schema_extra={"uniqueItems": True}),
 ]
+# All or none; that they are not fewer is a content rule, since an empty list is as good as no field.
+GradedPrompts = Annotated[
+    tuple[Text, ...],
+    Field(
+        max_length=N_GRADED_PROMPTS,
+        json_schema_extra={"uniqueItems": True, "anyOf": [{"maxItems": 0}, {"minItems": N_GRADED_PROMPTS}]},
+    ),
+]
 
-# What reaches a model or a judge. The rest (name, description, author, …) may change and no result does.
+# What vectors and scores depend on. The rest (name, description, author, …) may change and neither does.
 _DETERMINING = frozenset(
     {
         "format_version",
@@ -107,6 +115,10 @@ class Trait(_Frozen):
     """What the judge is asked, with one slot `{question}` and one slot `{answer}`; other braces are plain.
     It has to name the scale from 0 to 100 and the word REFUSAL."""
 
+    graded_prompts: GradedPrompts = ()
+    """Eight whole system prompts, the first holding the trait back most and the last calling it forth most; may be
+    left out. `persona-lens monitor study` answers under each of them. They may name the trait."""
+
     author: str = ""
     """Who wrote the file."""
 
@@ -180,7 +192,8 @@ class Trait(_Frozen):
 
         Covered are the adjectives, the instructions, both lists of questions (their order too), the rubric
         and the format version. Name, description, author, license, tags and references are not, since no
-        model or judge sees them; nor are comments and YAML style.
+        model or judge sees them; nor are the graded prompts, on which neither a vector nor a score depends;
+        nor are comments and YAML style.
         """
         content = self.model_dump(mode="json", include=set(_DETERMINING))
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -49,6 +49,7 @@ def trait_template(name: str, description: str = "") -> str:
         "instructions": [_pair(i + 1) for i in range(N_INSTRUCTION_PAIRS)],
         **{field: _questions(field) for field in QUESTION_FIELDS},
         "judge_rubric": rubric_text(adjective, _DEFINITION, anchors),
+        "graded_prompts": [],
         "author": "",
         "license": "",
         "tags": [],

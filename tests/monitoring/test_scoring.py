@@ -64,10 +64,8 @@ def test_values_are_projections_of_each_token_and_turns_are_their_means(adapter:
             answer = answers[turn.turn]
             column = scored.values[:, scored.panel.find(turn.trait, turn.layer)]
             said = column[answer.start : answer.stop]
-            assert (
-                backend.tokenizer.decode(ids[answer.start : answer.stop]).strip()
-                == (messages[2 if turn.turn == 0 else 4]["content"])
-            )
+            text = str(backend.tokenizer.decode(list(ids[answer.start : answer.stop])))
+            assert text.strip() == messages[2 if turn.turn == 0 else 4]["content"]
             assert (turn.tokens, turn.mean, turn.highest) == (len(said), float(said.mean()), float(said.max()))
             assert answer.prompt_stop is not None
             assert turn.prompt_last == float(column[answer.prompt_stop - 1])

@@ -1,0 +1,199 @@
+"""Correlation: how far where a prompt ends goes with what its replies show, overall and within each condition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from persona_lens.statistics import pearson, percentile_interval, resampled_rows
+
+LEAST = 3  # prompts; with fewer, every correlation is a coincidence
+LEAST_SD = 1.0  # points: conditions whose scores vary less are left out within conditions (method, section 5)
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with its 95% bootstrap interval over questions; None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Null:
+    """The same number for random directions: its mean, and the range of the middle 95% of them; None where undefined.
+
+    Attributes:
+        mean: Over the directions.
+        low: 2.5th percentile.
+        high: 97.5th percentile.
+        n: Directions.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class LayerCorrelation:
+    """Correlations at one layer.
+
+    Attributes:
+        layer: Block index, 0-based.
+        pearson: Over all prompts.
+        spearman: Over all prompts, of ranks.
+        within_pearson: Mean over conditions of the correlation within each.
+        within_spearman: The same of ranks.
+        null: ``pearson`` of random directions; None if there were none.
+        within_null: ``within_pearson`` of random directions.
+    """
+
+    layer: int
+    pearson: Measured
+    spearman: Measured
+    within_pearson: Measured
+    within_spearman: Measured
+    null: Null | None
+    within_null: Null | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Correlations:
+    """How projections at several layers go with scores.
+
+    Attributes:
+        layers: One entry a layer.
+        prompts: How many prompts they rest on.
+        within: Conditions that count in the means within conditions.
+        left_out: Conditions whose scores vary by less than a standard deviation of `LEAST_SD`, or have too few prompts.
+        best_null: The largest ``pearson`` of each random direction over all layers: what choosing the best of the
+            layers alone gives. None without random directions.
+    """
+
+    layers: tuple[LayerCorrelation, ...]
+    prompts: int
+    within: tuple[str, ...]
+    left_out: tuple[str, ...]
+    best_null: Null | None
+
+    def at(self, layer: int) -> LayerCorrelation:
+        """The entry of a layer."""
+        return next(each for each in self.layers if each.layer == layer)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return asdict(self)
+
+
+def correlate(
+    projections: Values,
+    scores: Values,
+    conditions: Sequence[str],
+    questions: Sequence[int],
+    layers: Sequence[int],
+    null: Values | None = None,
+    *,
+    seed: int = 0,
+) -> Correlations:
+    """Correlate projections with scores, one pair a prompt.
+
+    Args:
+        projections: [prompts, layers].
+        scores: [prompts], the mean score of each prompt's responses.
+        conditions: Name of each prompt's condition.
+        questions: Number of each prompt's question; the bootstrap draws questions.
+        layers: Block indices.
+        null: [prompts, layers, random directions].
+        seed: Of the bootstrap.
+    """
+    groups = {name: np.flatnonzero(np.array([c == name for c in conditions])) for name in dict.fromkeys(conditions)}
+    used = [name for name, rows in groups.items() if len(rows) >= LEAST and scores[rows].std(ddof=1) >= LEAST_SD]
+    code = np.array([used.index(name) if name in used else -1 for name in conditions])
+    measured = _statistics(projections, scores, code, len(used))
+    draws = np.array(
+        [
+            _statistics(projections[rows], scores[rows], code[rows], len(used))
+            for rows in resampled_rows(questions, seed)
+        ]
+        if len(set(questions)) > 1
+        else np.full((1, *measured.shape), np.nan)
+    )
+    nulls = [None, None] if null is None else [_nulls(null, scores, code, len(used), kind) for kind in (0, 1)]
+    found = []
+    for at, layer in enumerate(layers):
+        four = (_measured(measured[kind, at], draws[:, kind, at]) for kind in range(4))
+        beside = (None if each is None else _null(each[at]) for each in nulls)
+        found.append(LayerCorrelation(layer, *four, *beside))  # type: ignore[arg-type]  # a star hides which is which
+    return Correlations(
+        tuple(found),
+        len(scores),
+        tuple(used),
+        tuple(name for name in groups if name not in used),
+        None if nulls[0] is None else _null(_largest(nulls[0])),
+    )
+
+
+def _statistics(x: Values, y: Values, code: NDArray[np.int64], n_used: int) -> Values:
+    """[pearson, spearman, within pearson, within spearman] by layer; NaN where one is not defined."""
+    groups = [np.flatnonzero(code == number) for number in range(n_used)]
+    found = []
+    for ranked in (False, True):
+        within = [_r(x[rows], y[rows], ranked) for rows in groups if len(rows) >= LEAST]
+        overall = _r(x, y, ranked) if len(y) >= LEAST else np.full(x.shape[1], np.nan)
+        found.append((overall, _mean(np.array(within).reshape(len(within), x.shape[1]))))
+    return np.array([found[0][0], found[1][0], found[0][1], found[1][1]])
+
+
+def _r(x: Values, y: Values, ranked: bool) -> Values:
+    return pearson(rankdata(x, axis=0), rankdata(y)) if ranked else pearson(x, y)
+
+
+def _mean(rows: Values) -> Values:
+    """The mean of each column's numbers; NaN in a column without any."""
+    defined = np.isfinite(rows)
+    count = defined.sum(axis=0)
+    mean: Values = np.where(count > 0, np.where(defined, rows, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    return mean
+
+
+def _nulls(null: Values, y: Values, code: NDArray[np.int64], n_used: int, kind: int) -> Values:
+    """[layers, directions], ``pearson`` of each (kind 0) or ``within_pearson`` (kind 1)."""
+    prompts, layers, directions = null.shape
+    found = _statistics(null.reshape(prompts, layers * directions), y, code, n_used)
+    by_layer: Values = found[2 * kind].reshape(layers, directions)
+    return by_layer
+
+
+def _measured(value: float, draws: Values) -> Measured:
+    interval = percentile_interval(draws)
+    if not np.isfinite(value):
+        return Measured(None, None, None)
+    return Measured(float(value), *(interval or (None, None)))
+
+
+def _null(values: Values) -> Null:
+    defined = values[np.isfinite(values)]
+    if not len(defined):
+        return Null(None, None, None, 0)
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return Null(float(defined.mean()), float(low), float(high), len(defined))
+
+
+def _largest(values: Values) -> Values:
+    """Over layers; NaN for a direction without any."""
+    lowest = np.where(np.isfinite(values), values, -np.inf).max(axis=0)
+    return np.where(np.isfinite(lowest), lowest, np.nan)

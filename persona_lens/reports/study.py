@@ -1,0 +1,292 @@
+"""The page of a monitoring study: where prompts end against how strongly their replies show the trait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from persona_lens.reports.drawing import NARROW, WIDE, Drawing, draw, new_figure
+from persona_lens.reports.page import environment
+from persona_lens.reports.svg import GRID, INK, MUTED, PAPER, RANDOM, VECTOR, drawing_style
+from persona_lens.reports.wording import NONE, number, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Summary = Mapping[str, Any]
+GROUPS = {"prompts": "graded system prompts", "shots": "numbers of examples"}
+_MEASURES = {
+    "pearson": "Pearson correlation, all prompts",
+    "spearman": "Spearman correlation of ranks, all prompts",
+    "within_pearson": "Pearson correlation within conditions, mean",
+    "within_spearman": "Spearman correlation within conditions, mean",
+}
+_DASHES, _DOTS = (0, (4, 2)), (0, (1, 2))
+
+
+def render_study(summary: Summary, version: str = "") -> str:
+    """A page on one study, complete in itself: no scripts, and nothing is loaded from anywhere.
+
+    The same summary gives the same bytes.
+
+    Args:
+        summary: As `persona_lens.monitoring.study` has it, or as JSON read from ``summary.json``.
+        version: Of persona-lens, to be named on the page.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
+
+    Returns:
+        HTML, to be written as UTF-8.
+    """
+    env = environment()
+    env.filters["measured"] = measured
+    env.filters["share"] = share
+    group, found = _first(summary)
+    return env.get_template("study.html.j2").render(
+        **summary,
+        at=found,
+        first=group,
+        measures=_MEASURES,
+        group_names=GROUPS,
+        entries={name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
+        verdict=_verdict(summary),
+        title=_title(summary),
+        limits=_limits(summary),
+        figures=_draw_figures(summary),
+        version=version,
+    )
+
+
+def measured(found: Mapping[str, Any], digits: int = 2) -> str:
+    """A number with its interval, in words where there is none."""
+    if found["value"] is None:
+        return "not defined: scores or projections do not vary"
+    if found["low"] is None:
+        return f"{number(found['value'], digits)} (no interval)"
+    return f"{number(found['value'], digits)} ({number(found['low'], digits)} to {number(found['high'], digits)})"
+
+
+def share(found: Mapping[str, Any] | None) -> str:
+    """A share of responses in percent with its interval."""
+    if found is None:
+        return NONE
+    value, low, high = (number(100 * found[name], 0) for name in ("value", "low", "high"))
+    return f"{value}% ({low} to {high}%) of {found['n']:,}"
+
+
+def _first(summary: Summary) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The group that the headline is about, and its entry at the layer shown."""
+    group: Mapping[str, Any] = next(iter(summary["groups"].values()))
+    return group, _entry(group, summary["layer"])
+
+
+def _entry(group: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next(each for each in group["layers"] if each["layer"] == layer)
+    return found
+
+
+def _null(summary: Summary) -> Mapping[str, Any] | None:
+    """The random directions that had the vector's freedom: the best of all layers, if the layer was chosen so."""
+    group, found = _first(summary)
+    null = group["best_null"] if summary["layer_reason"] == "strongest" else found["null"]
+    return null if null is not None and null["high"] is not None else None
+
+
+def _verdict(summary: Summary) -> str:
+    """``clear``, ``reversed``, ``no-null`` or ``unclear``, as the page's style calls them."""
+    r, null = _first(summary)[1]["pearson"], _null(summary)
+    if r["value"] is None or r["low"] is None:
+        return "unclear"
+    if r["high"] < 0:
+        return "reversed"
+    if r["low"] <= 0:
+        return "unclear"
+    if null is None:
+        return "no-null"
+    return "clear" if r["value"] > null["high"] else "unclear"
+
+
+def _title(summary: Summary) -> str:
+    r, null = _first(summary)[1]["pearson"], _null(summary)
+    if r["value"] is None:
+        return "No correlation can be given: scores or projections do not vary"
+    value = f"r = {number(r['value'], 2)}"
+    if _verdict(summary) == "unclear" and r["low"] is not None and r["low"] > 0 and null is not None:
+        return f"Not more than random directions do: {value}, and they reach {number(null['high'], 2)}"
+    return {
+        "clear": f"Where a prompt ends says how its replies will be: {value}",
+        "no-null": f"Where a prompt ends goes with how its replies are: {value}, with nothing to compare it with",
+        "reversed": f"The wrong way round: prompts further along the vector have replies with less of it, {value}",
+        "unclear": f"Where a prompt ends does not clearly say how its replies will be: {value}",
+    }[_verdict(summary)]
+
+
+def _limits(summary: Summary) -> list[str]:
+    """What bounds the correlation whatever is projected on, in sentences."""
+    group, _ = _first(summary)
+    scores = [each["mean_score"] for each in summary["conditions"] if each["mean_score"] is not None]
+    sentences = [
+        f"From condition to condition the mean score goes from {number(min(scores))} to {number(max(scores))}; the "
+        f"number of the condition alone correlates with the score by r = {measured(group['level'])}."
+    ]
+    if group["ceiling"] is not None:
+        sentences.append(
+            f"With {plain(summary['settings']['samples'])} responses a prompt, chance in sampling them keeps every "
+            f"predictor below about r = {number(group['ceiling'], 2)}."
+        )
+    return sentences
+
+
+def _draw_figures(summary: Summary) -> dict[str, Drawing | None]:
+    r = measured(_first(summary)[1]["pearson"])
+    calibration = summary["calibration"]
+    several = len(_first(summary)[0]["layers"]) > 1
+    with drawing_style():
+        return {
+            "scatter": draw(
+                "scatter",
+                "Score by projection",
+                f"Each prompt by the projection of its last token and the mean score of its replies. Pearson r {r}.",
+                scatter_figure,
+                summary,
+            ),
+            "layers": draw(
+                "layers",
+                "Correlation by layer",
+                f"Correlation at every layer read, beside random directions. At layer {summary['layer']}: {r}.",
+                layer_figure,
+                summary,
+            )
+            if several
+            else None,
+            "reliability": draw(
+                "reliability",
+                "Reliability",
+                "Share of replies that show the trait against the probability that was predicted for their prompts.",
+                reliability_figure,
+                calibration,
+            )
+            if "curve" in calibration
+            else None,
+        }
+
+
+def scatter_figure(summary: Summary, width: int) -> Figure:
+    """Prompts by projection and score, in the colours of their conditions, with the line of least squares."""
+    figure = new_figure(width, 460 if width == WIDE else 360)
+    axes = figure.add_subplot()
+    styles = _styles([each["name"] for each in summary["conditions"]])
+    for condition, style in zip(summary["conditions"], styles, strict=True):
+        own = [point for point in summary["points"] if point["condition"] == condition["name"]]
+        axes.plot(
+            [point["projection"] for point in own],
+            [point["score"] for point in own],
+            markersize=7 if width == WIDE else 5.5,
+            **style,
+        )
+    x, y = (np.array([point[name] for point in summary["points"]]) for name in ("projection", "score"))
+    if np.ptp(x) > 0:
+        slope, intercept = np.polyfit(x, y, 1)
+        ends = np.array([x.min(), x.max()])
+        axes.plot(ends, slope * ends + intercept, color=INK, linewidth=1.5, zorder=3)
+    for place, condition in enumerate(summary["conditions"], 1):
+        if condition["mean_score"] is not None:
+            _label(axes, condition["mean_projection"], condition["mean_score"], str(place))
+    threshold = summary["calibration"].get("threshold")
+    if threshold is not None and x.min() <= threshold["value"] <= x.max():
+        axes.axvline(threshold["value"], color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
+    axes.set(
+        title="Mean trait score of the replies",
+        xlabel=f"projection of the prompt’s last token, layer {summary['layer']}",
+        ylim=(-4, 104),
+        yticks=range(0, 101, 20),
+    )
+    axes.grid(True, axis="both", color=GRID)
+    return figure
+
+
+def _styles(names: Sequence[str]) -> list[dict[str, Any]]:
+    """One style a condition: from one colour over pale to the other."""
+    plainest = {"linestyle": "", "marker": "o", "markeredgewidth": 0, "zorder": 2}
+    steps = np.linspace(-1, 1, len(names))
+    return [
+        {**plainest, "color": VECTOR if step > 0 else RANDOM, "alpha": round(0.25 + 0.6 * abs(float(step)), 3)}
+        for step in steps
+    ]
+
+
+def _label(axes: Axes, x: float, y: float, text: str) -> None:
+    box = {"facecolor": PAPER, "edgecolor": MUTED, "pad": 2, "linewidth": 1}
+    axes.text(x, y, text, ha="center", va="center", fontsize=12, zorder=5, bbox=box)
+
+
+def layer_figure(summary: Summary, width: int) -> Figure:
+    """Pearson's r with its interval by layer, and the range of random directions."""
+    figure = new_figure(width, 340 if width == WIDE else 300)
+    axes = figure.add_subplot()
+    rows = [each for each in _first(summary)[0]["layers"] if each["pearson"]["value"] is not None]
+    at = [each["layer"] for each in rows]
+    nulls = [each for each in rows if each["null"] is not None and each["null"]["low"] is not None]
+    if nulls:
+        low, high = ([each["null"][end] for each in nulls] for end in ("low", "high"))
+        band = [each["layer"] for each in nulls]
+        axes.fill_between(band, low, high, color=RANDOM, alpha=0.22, linewidth=0, zorder=1)
+        axes.plot(
+            band, [each["null"]["mean"] for each in nulls], color=RANDOM, linestyle=_DASHES, label="random directions"
+        )
+    values = [each["pearson"]["value"] for each in rows]
+    reach = [
+        [abs(each["pearson"]["value"] - (each["pearson"]["value"] if end is None else end)) for each in rows
+         for end in [each["pearson"][side]]]
+        for side in ("low", "high")
+    ]  # fmt: skip
+    axes.errorbar(
+        at, values, yerr=reach, color=VECTOR, marker="o", markersize=5, elinewidth=1.5, zorder=3, label="trait vector"
+    )
+    axes.axhline(0, color=MUTED, linewidth=1)
+    axes.axvline(summary["layer"], color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=0)
+    lowest = min([*values, *(each["null"]["low"] for each in nulls), 0.0])
+    axes.set(title="Pearson’s r", xlabel="layer", ylim=(max(-1.05, lowest - 0.25), 1.05))
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+def reliability_figure(calibration: Mapping[str, Any], width: int) -> Figure:
+    """What happened against what was predicted, with the line on which both are equal."""
+    figure = new_figure(width, 400 if width == WIDE else NARROW)
+    axes = figure.add_subplot()
+    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1.5)
+    bins = calibration["reliability"]
+    shares = [each["observed"] for each in bins]
+    values = [100 * each["value"] for each in shares]
+    reach = [
+        [max(0.0, 100 * (each["value"] - each["low"])) for each in shares],
+        [max(0.0, 100 * (each["high"] - each["value"])) for each in shares],
+    ]
+    axes.errorbar(
+        [100 * each["predicted"] for each in bins],
+        values,
+        yerr=reach,
+        color=VECTOR,
+        marker="o",
+        markersize=7,
+        linewidth=0,
+        elinewidth=2,
+        capsize=4,
+        zorder=3,
+    )
+    axes.set(
+        title="Replies that show the trait, %",
+        xlabel="probability that was predicted, %",
+        xlim=(-4, 104),
+        ylim=(-4, 104),
+        xticks=range(0, 101, 20),
+        yticks=range(0, 101, 20),
+        aspect="equal",
+    )
+    axes.grid(True, axis="both", color=GRID)
+    return figure

@@ -1,0 +1,175 @@
+"""The commands of ``persona-lens monitor``, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from persona_lens import PersonaLensError, open_backend
+from persona_lens.cli import app
+from persona_lens.judging import Calibration
+from persona_lens.monitoring import monitor_calibration, prompt_projections, threshold_for
+from persona_lens.monitoring.calibration import Observations, calibrate, with_monitor_calibration
+from persona_lens.replies import chat_format
+from persona_lens.traits import load_trait
+from persona_lens.vectors import PersonaVectors, load_vectors
+from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+
+TRAIT = load_trait("optimistic")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    made = tiny_model()
+    made.config.max_position_embeddings = 2048
+    made.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vectors without a calibration, the extraction's responses and scores beside them."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    rows = torch.randn(N_LAYERS, D_MODEL, generator=torch.Generator().manual_seed(0)) * 3
+    provenance = {
+        "trait": {"content_hash": TRAIT.content_hash(), **TRAIT.model_dump(mode="json")},
+        "judge": {"calibration": Calibration(40.0, 0.0).to_json()},
+        "settings": {"rollouts": {"max_new_tokens": 5, "temperature": 0.9}},
+    }
+    info = open_backend("transformers", str(model), dtype="float32").info
+    PersonaVectors("optimistic", info, {"response_mean": rows}, provenance).save(folder / "vectors.safetensors")
+    asked = [(q, arm) for q in range(3) for arm in ("positive", "negative")]
+    rollouts = [
+        {"question_number": q, "pair": 0, "sample": 0, "arm": arm, "question": f"Q{q}?", "response": f"A{q} {arm}."}
+        for q, arm in asked
+    ]
+    for name, written in (("rollouts", rollouts), ("scores", [{"row": i, "score": 60 + i} for i in range(6)])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vectors = load_vectors(plain)
+    x = [float(i) for i in range(-20, 20)]
+    observed = Observations.of(x, [int(v > 0) for v in x], [1] * 40, [i % 5 for i in range(40)])
+    found = with_monitor_calibration(vectors, [calibrate(observed, "optimistic", 1, "response_mean")], 1, {})
+    return found.save(tmp_path_factory.mktemp("kept") / "kept.safetensors")
+
+
+def run(*arguments: object) -> Any:
+    done = CliRunner().invoke(app, ["monitor", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def parsed(*arguments: object) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+SMALL = ("--dtype", "float32", "--questions", 3, "--samples", 2, "--random-directions", 2)
+
+
+def test_a_study_fills_a_folder_that_prompt_can_use(model: Path, plain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    found = parsed("study", model, plain, *SMALL, "--out", out)
+    assert found["folder"] == str(out)
+    assert found["counts"]["responses"] == 3 * 2 * 8
+    assert (found["settings"]["rollouts"]["max_new_tokens"], found["settings"]["rollouts"]["temperature"]) == (5, 0.9)
+    assert {"report.html", "summary.json", "study-scores.jsonl", "vectors.safetensors"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert len((out / "study-scores.jsonl").read_text().splitlines()) == 48
+    shown = run("study", model, plain, *SMALL, "--out", out).stdout
+    for part in ("prompt 8", "Pearson", "no predictor can reach more than", "report:"):
+        assert part in " ".join(shown.split())
+
+
+def test_a_dry_run_says_what_is_asked_and_makes_nothing(model: Path, plain: Path, tmp_path: Path) -> None:
+    planned = parsed("study", model, plain, *SMALL, "--conditions", "both", "--shots", "0,1,3", "--dry-run")["work"]
+    assert planned[0]["rows"] == 3 * 2 * (8 + 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shots", "0,5"), "for --conditions shots or both"),
+        (("--conditions", "all"), "--conditions takes prompts, shots, both; got 'all'"),
+        (("--conditions", "shots", "--shots", "0,1.5"), "--shots takes whole numbers"),
+        (("--conditions", "shots"), "20 examples are asked for, but there are 3"),
+        (("--conditions", "shots", "--examples", "/nowhere"), r"there is no /nowhere/rollouts\.jsonl"),
+        (("--layers", "7"), "layer 7 does not exist"),
+    ],
+)
+def test_what_cannot_be_studied(model: Path, plain: Path, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(PersonaLensError, match=message):
+        run("study", model, plain, "--dtype", "float32", *arguments, "--out", "/nowhere/run")
+
+
+def test_a_prompt_is_projected_and_judged_before_it_is_answered(model: Path, plain: Path, calibrated: Path) -> None:
+    found = parsed(
+        "prompt", model, calibrated, "Will it rain?", "--system", "Be gloomy.", "--dtype", "float32",
+        "--false-alarm-rate", "0.1",
+    )  # fmt: skip
+    ((row,),) = [each["traits"] for each in found["prompts"]]
+    backend, vectors = open_backend("transformers", str(model), dtype="float32"), load_vectors(calibrated)
+    prompt = chat_format(backend).encode("Be gloomy.", "Will it rain?")
+    expected = float(prompt_projections(backend, [prompt], [vectors], [1])[0, 0, 0])
+    calibration = monitor_calibration(vectors)
+    threshold = threshold_for(calibration, 0.1)
+    assert row["projection"] == pytest.approx(expected, abs=1e-4)
+    assert row["probability"] == pytest.approx(calibration.probability(expected), abs=1e-4)
+    assert row["threshold"]["value"] == threshold.value
+    assert row["alarm"] == (expected >= threshold.value)
+    shown = run("prompt", model, calibrated, "Will it rain?", "--dtype", "float32", "--false-alarm-rate", "0.1").stdout
+    assert "optimistic@1" in shown
+    assert "rate of 10%" in " ".join(shown.split())
+    # Several traits at once, each where it belongs; there is no calibration at layer 0.
+    both = parsed("prompt", model, calibrated, plain, "Will it rain?", "--layer", "0", "--dtype", "float32")
+    assert [each["probability"] for each in both["prompts"][0]["traits"]] == [None, None]
+    assert len({each["projection"] for each in both["prompts"][0]["traits"]}) == 1
+
+
+def test_prompts_come_from_a_file(model: Path, calibrated: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    talks = [
+        [{"role": "user", "content": "One?"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two?"},
+         {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Three [3]?"}],
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    found = parsed("prompt", model, calibrated, "--file", file, "--dtype", "float32")["prompts"]
+    assert [each["prompt"] for each in found] == ["One?", "Three [3]?"]
+    assert "[3]" in run("prompt", model, calibrated, "--file", file, "--dtype", "float32").stdout
+    assert found[0]["traits"][0]["projection"] != found[1]["traits"][0]["projection"]
+    file.write_text(json.dumps({"messages": [*talks[0], {"role": "assistant", "content": "Done."}]}) + "\n")
+    with pytest.raises(PersonaLensError, match=r"prompts\.jsonl:1: the conversation must end with the user"):
+        run("prompt", model, calibrated, "--file", file, "--dtype", "float32")
+    file.write_text('{"messages": 5}\n')
+    with pytest.raises(PersonaLensError, match=r"prompts\.jsonl:1"):
+        run("prompt", model, calibrated, "--file", file, "--dtype", "float32")
+
+
+def test_what_cannot_be_asked_of_a_prompt(model: Path, plain: Path, calibrated: Path, tmp_path: Path) -> None:
+    with pytest.raises(PersonaLensError, match=r"give vectors and then the user's message"):
+        run("prompt", model, calibrated)
+    with pytest.raises(PersonaLensError, match=r"neither calibrated .* nor tuned; name a layer"):
+        run("prompt", model, plain, "Hello?")
+    with pytest.raises(PersonaLensError, match=r"--false-alarm-rate needs a calibration"):
+        run("prompt", model, plain, "Hello?", "--layer", "1", "--false-alarm-rate", "0.1")
+    with pytest.raises(PersonaLensError, match="above 0 and below 1"):
+        run("prompt", model, calibrated, "Hello?", "--false-alarm-rate", "10")
+    with pytest.raises(PersonaLensError, match="--system goes with a message"):
+        run("prompt", model, calibrated, "--system", "x", "--file", tmp_path / "prompts.jsonl")
+    with pytest.raises(PersonaLensError, match="layer 9 does not exist"):
+        run("prompt", model, plain, "Hello?", "--layer", "9")
