@@ -139,7 +139,7 @@ def test_the_command_writes_readings_and_heat_maps(made: tuple[str, str], tmp_pa
     done = CliRunner().invoke(app, [*command, "--out", str(out), "--tokens", "--html", str(html), "--show"])
     assert done.exit_code == 0, (done.output, done.exception)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["id"] for row in rows] == ["first", "3"]
+    assert [row["id"] for row in rows] == ["first", "line 3"]
     assert [len(row["turns"]) for row in rows] == [2, 1]
     assert len(rows[0]["ids"]) == len(rows[0]["values"])
     assert sorted(path.name for path in html.iterdir()) == ["conversation-000001.html", "conversation-000003.html"]
