@@ -228,15 +228,16 @@ def point(layer: int, push: float, change: tuple[float, float, float], coherent:
     return Point(Place(layer, push, push), effect, coherent)
 
 
-def test_the_gentlest_within_one_standard_error_is_chosen() -> None:
+def test_the_strongest_coherent_point_is_chosen_and_what_to_know_about_it_is_said() -> None:
     points = [
-        point(1, 0.9, (40.0, 30.0, 50.0)),  # the strongest; its standard error is 5.1
-        point(1, 0.3, (36.0, 26.0, 46.0)),
-        point(2, 0.2, (30.0, 20.0, 40.0)),  # gentler, but further away than that
+        point(1, 0.9, (40.0, 30.0, 50.0)),
+        point(1, 0.3, (40.0, 26.0, 46.0)),  # as strong, and gentler
+        point(2, 0.2, (30.0, 20.0, 40.0)),
         point(2, 0.1, (90.0, 80.0, 99.0), coherent=False),
     ]
     chosen = choose_point(points, 1)
     assert (chosen.place.layer, chosen.place.push) == (1, 0.3)
+    assert choose_point(points, -1) is points[2]
     assert warnings_about(points, chosen, 1) == []
     assert any("0.90 of the residual's length" in each for each in warnings_about(points, points[0], 1))
     assert any("strongest push that was tried" in each for each in warnings_about(points, points[0], 1))

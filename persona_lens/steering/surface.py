@@ -16,7 +16,6 @@ from persona_lens.steering.steering import SteeringError
 # Where the paper saw text fall apart: the length of the step over that of the residual.
 CLIFF = (1.0, 1.15)
 NEAR_CLIFF = 0.8
-HALF_INTERVAL = 1.96  # standard errors in half of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def is_coherent(effect: ArmEffect, plain: Estimate | None, margin: float) -> boo
 
 
 def choose_point(points: Sequence[Point], towards: int) -> Point:
-    """The gentlest coherent point whose effect is within one standard error of the strongest coherent one.
+    """The coherent point with the strongest effect; of equal ones the gentlest.
 
     Raises:
         SteeringError: If no point is coherent.
@@ -125,11 +124,7 @@ def choose_point(points: Sequence[Point], towards: int) -> Point:
     found = [(point, point.effect) for point in points if point.coherent and point.effect is not None]
     if not found:
         raise SteeringError("text fell apart at every layer and strength that was tried; try gentler pushes")
-    _, best = max(found, key=lambda each: towards * each[1].change.mean)
-    error = (best.change.high - best.change.low) / 2 / HALF_INTERVAL
-    least = towards * best.change.mean - error
-    near = [(point, effect) for point, effect in found if towards * effect.change.mean >= least]
-    return min(near, key=lambda each: (each[0].place.push, -towards * each[1].change.mean))[0]
+    return max(found, key=lambda each: (towards * each[1].change.mean, -each[0].place.push))[0]
 
 
 def warnings_about(points: Sequence[Point], chosen: Point, towards: int) -> list[str]:

@@ -139,7 +139,7 @@ def tune(
 ) -> Tuning:
     """Search layers and strengths on some held-out questions, and confirm the choice on the others.
 
-    Of the coherent places, the gentlest is taken whose effect is within one standard error of the strongest.
+    Of the places whose text holds together, the one with the strongest effect is taken.
 
     Args:
         backend: The model.
