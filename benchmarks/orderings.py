@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,36 +32,37 @@ from persona_lens.steering.comparing import Comparison, compare_steerings
 from persona_lens.vectors import PersonaVectors, load_vectors
 
 REDUCTIONS = ("response_mean", "prompt_mean", "prompt_last")
-PUSHES = (15, 25, 35, 50)  # percent of the residual's length, the same for every reduction
-SINGLE = (0.5, 1.0, 1.5, 2.0, 3.0)
-SPREAD = (0.5, 1.0, 1.5, 2.0, 3.0)
+PUSHES = (0.5, 1.0)  # shares of the tuned step, in percent of the residual's length the same for every reduction
+SHARES = (0.25, 0.5, 1.0)  # of the tuned coefficient, for both ways
 
 
 def reductions(backend: Backend, vectors: PersonaVectors, settings: ArmSettings, folder: Path) -> dict[str, Any]:
     """Effect of each reduction at each push, and of pairs of reductions question by question."""
-    layer = vectors.tuned_choice().layer
+    layer, tuned = vectors.tuned_choice().layer, vectors.provenance["tuned"]["push"]
+    pushes = [round(100 * share * tuned) for share in PUSHES]
     arms = {
         f"{name} {push}%": Steering.parse(f"{vectors.trait}.{name}@{layer}:+{push}%", vectors)
         for name in REDUCTIONS
-        for push in PUSHES
+        for push in pushes
     }
     with showing_progress() as progress:
         found = compare_steerings(backend, arms, vectors, settings, folder=folder, progress=progress)
     differences = {
         f"response_mean minus {other} at {push}%": _paired(found.rows, f"response_mean {push}%", f"{other} {push}%")
         for other in REDUCTIONS[1:]
-        for push in PUSHES
+        for push in pushes
     }
     named = {name: estimate.to_json() if estimate else None for name, estimate in differences.items()}
-    return {"layer": layer, "pushes": PUSHES, **found.summary, "differences": named}
+    return {"layer": layer, "pushes": pushes, **found.summary, "differences": named}
 
 
 def increments(backend: Backend, vectors: PersonaVectors, settings: ArmSettings, folder: Path) -> dict[str, Any]:
     """Surprise and capability of both ways of steering, at the strengths where their effects are equal."""
-    layer = vectors.tuned_choice().layer
+    layer, tuned = vectors.tuned_choice().layer, vectors.tuned_choice().coefficient
+    strengths = [share * tuned for share in SHARES]
     ways = {
-        "one layer": {c: Steering.parse(f"{vectors.trait}@{layer}:+{c}", vectors) for c in SINGLE},
-        "all layers": {c: Steering.parse(f"{vectors.trait}@all:increments(+{c})", vectors) for c in SPREAD},
+        "one layer": {c: Steering.parse(f"{vectors.trait}@{layer}:+{c:g}", vectors) for c in strengths},
+        "all layers": {c: Steering.parse(f"{vectors.trait}@all:increments(+{c:g})", vectors) for c in strengths},
     }
     arms = {f"{way} {c:g}": steering for way, each in ways.items() for c, steering in each.items()}
     with showing_progress() as progress:
@@ -108,8 +110,9 @@ def _matched(
     backend: Backend, arms: Mapping[str, Steering], vectors: PersonaVectors, settings: ArmSettings, folder: Path
 ) -> dict[str, Any]:
     """Score, surprise and capability of both ways at equal effect, and of the unsteered model."""
+    beside = replace(settings, random_directions=3)
     with showing_progress() as progress:
-        found = compare_steerings(backend, arms, vectors, settings, folder=folder, progress=progress)
+        found = compare_steerings(backend, arms, vectors, beside, folder=folder, progress=progress)
     accuracy: dict[str, list[float]] = {}
     for name, steering in {"unsteered": None, **arms}.items():
         result = evaluate_capability(backend, edits=steering.edits() if steering else ())
@@ -155,10 +158,11 @@ def main() -> None:
     settings = ArmSettings(
         questions=tuple(range(arguments.questions)),
         samples=arguments.samples,
-        random_directions=3,
+        random_directions=0,  # three for the steerings that are compared at equal effect
         rollouts=RolloutSettings(max_new_tokens=40, temperature=0.6),
     )
     results = {
+        "vectors": vectors.content_hash,
         "reductions": reductions(backend, vectors, settings, arguments.out / "reductions"),
         "increments": increments(backend, vectors, settings, arguments.out / "increments"),
     }
