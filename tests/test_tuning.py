@@ -238,6 +238,8 @@ def test_the_strongest_coherent_point_is_chosen_and_what_to_know_about_it_is_sai
     chosen = choose_point(points, 1)
     assert (chosen.place.layer, chosen.place.push) == (1, 0.3)
     assert choose_point(points, -1) is points[2]
+    sure = replace(point(3, 0.2, (20.0, 10.0, 30.0)), surely=True)
+    assert choose_point([*points, sure], 1) is sure
     assert warnings_about(points, chosen, 1) == []
     assert any("0.90 of the residual's length" in each for each in warnings_about(points, points[0], 1))
     assert any("strongest push that was tried" in each for each in warnings_about(points, points[0], 1))

@@ -40,18 +40,20 @@ class Point:
     Attributes:
         place: Where.
         effect: Against the unsteered model and the null; None if no response has a score.
-        coherent: Whether the text holds together.
+        coherent: Whether the text holds together, by the mean of its surprise or coherence.
+        surely: Whether the whole 95% interval says so.
     """
 
     place: Place
     effect: ArmEffect | None
     coherent: bool
+    surely: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
         effect = self.effect.to_json() if self.effect else None
         place = {"layer": self.place.layer, "coefficient": self.place.coefficient, "push": self.place.push}
-        return {**place, "coherent": self.coherent, "effect": effect}
+        return {**place, "coherent": self.coherent, "surely": self.surely, "effect": effect}
 
 
 def places(
@@ -95,35 +97,43 @@ def surface(rows: Sequence[ArmRow], arms: dict[str, Place], margin: float = COHE
     points = []
     for arm, place in arms.items():
         effect = arm_effect(rows, arm)
-        points.append(Point(place, effect, effect is not None and is_coherent(effect, plain, margin)))
+        coherent, surely = holds_together(effect, plain, margin) if effect is not None else (False, False)
+        points.append(Point(place, effect, coherent, surely))
     return points
 
 
-def is_coherent(effect: ArmEffect, plain: Estimate | None, margin: float) -> bool:
-    """Whether an arm's text holds together: by its surprise, or by the coherence that a judge gave.
+def holds_together(effect: ArmEffect, plain: Estimate | None, margin: float) -> tuple[bool, bool]:
+    """Whether an arm's text holds together, by its surprise or by the coherence that a judge gave.
+
+    Returns:
+        Whether the mean says so, and whether the whole interval does.
 
     Raises:
         SteeringError: If the judge gave neither.
     """
     if effect.coherence is not None:
-        return effect.coherence.mean >= MIN_COHERENCE
+        return effect.coherence.mean >= MIN_COHERENCE, effect.coherence.low >= MIN_COHERENCE
     if effect.surprise is None or plain is None:
         raise SteeringError(
             "this judge gives neither surprise nor coherence, so that text which falls apart cannot be told; take the "
             "likelihood judge or a judge of trait and coherence"
         )
-    return effect.surprise.mean <= plain.mean + margin
+    limit = plain.mean + margin
+    return effect.surprise.mean <= limit, effect.surprise.high <= limit
 
 
 def choose_point(points: Sequence[Point], towards: int) -> Point:
-    """The coherent point with the strongest effect; of equal ones the gentlest.
+    """The point with the strongest effect among those whose text surely holds together; of equal ones the gentlest.
+
+    Where no interval is that narrow, the mean has to do.
 
     Raises:
         SteeringError: If no point is coherent.
     """
-    found = [(point, point.effect) for point in points if point.coherent and point.effect is not None]
-    if not found:
+    coherent = [(point, point.effect) for point in points if point.coherent and point.effect is not None]
+    if not coherent:
         raise SteeringError("text fell apart at every layer and strength that was tried; try gentler pushes")
+    found = [each for each in coherent if each[0].surely] or coherent
     return max(found, key=lambda each: (towards * each[1].change.mean, -each[0].place.push))[0]
 
 

@@ -139,7 +139,7 @@ def tune(
 ) -> Tuning:
     """Search layers and strengths on some held-out questions, and confirm the choice on the others.
 
-    Of the places whose text holds together, the one with the strongest effect is taken.
+    Of the places whose text surely holds together, with its whole interval, that with the strongest effect is taken.
 
     Args:
         backend: The model.
