@@ -33,7 +33,8 @@ from persona_lens.vectors import PersonaVectors, load_vectors
 
 REDUCTIONS = ("response_mean", "prompt_mean", "prompt_last")
 PUSHES = (0.5, 1.0)  # shares of the tuned step, in percent of the residual's length the same for every reduction
-SHARES = (0.25, 0.5, 1.0)  # of the tuned coefficient, for both ways
+# Of the tuned coefficient: what is added at every layer adds up, and does as much with far less.
+SHARES = {"one layer": (0.25, 0.5, 1.0), "all layers": (0.03, 0.06, 0.12, 0.25)}
 
 
 def reductions(backend: Backend, vectors: PersonaVectors, settings: ArmSettings, folder: Path) -> dict[str, Any]:
@@ -59,21 +60,19 @@ def reductions(backend: Backend, vectors: PersonaVectors, settings: ArmSettings,
 def increments(backend: Backend, vectors: PersonaVectors, settings: ArmSettings, folder: Path) -> dict[str, Any]:
     """Surprise and capability of both ways of steering, at the strengths where their effects are equal."""
     layer, tuned = vectors.tuned_choice().layer, vectors.tuned_choice().coefficient
-    strengths = [share * tuned for share in SHARES]
+    written = {
+        "one layer": f"{vectors.trait}@{layer}:+{{:.3g}}",
+        "all layers": f"{vectors.trait}@all:increments(+{{:.3g}})",
+    }
     ways = {
-        "one layer": {c: Steering.parse(f"{vectors.trait}@{layer}:+{c:g}", vectors) for c in strengths},
-        "all layers": {c: Steering.parse(f"{vectors.trait}@all:increments(+{c:g})", vectors) for c in strengths},
+        way: {share * tuned: Steering.parse(written[way].format(share * tuned), vectors) for share in SHARES[way]}
+        for way in written
     }
     arms = {f"{way} {c:g}": steering for way, each in ways.items() for c, steering in each.items()}
     with showing_progress() as progress:
         found = compare_steerings(backend, arms, vectors, settings, folder=folder, progress=progress)
     equal = _equal_effect(found, ways)
-    matched = {
-        way: Steering.parse(f"{vectors.trait}@{layer}:+{c:.3g}", vectors)
-        if way == "one layer"
-        else Steering.parse(f"{vectors.trait}@all:increments(+{c:.3g})", vectors)
-        for way, c in equal["coefficients"].items()
-    }
+    matched = {way: Steering.parse(written[way].format(c), vectors) for way, c in equal["coefficients"].items()}
     return {
         "layer": layer,
         **found.summary,
