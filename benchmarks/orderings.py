@@ -160,7 +160,7 @@ def main() -> None:
         random_directions=0,  # three for the steerings that are compared at equal effect
         rollouts=RolloutSettings(max_new_tokens=40, temperature=0.6),
     )
-    results = {
+    results: dict[str, Any] = {
         "vectors": vectors.content_hash,
         "reductions": reductions(backend, vectors, settings, arguments.out / "reductions"),
         "increments": increments(backend, vectors, settings, arguments.out / "increments"),
