@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -12,10 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from persona_lens.artifacts import Artifact, read_artifact, write_once
 from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
 from persona_lens.errors import PersonaLensError
 
@@ -214,16 +212,7 @@ class PersonaVectors:
         Raises:
             VectorsError: If the file exists and holds something else.
         """
-        target, content = Path(path), self.to_bytes()
-        if target.exists():
-            if target.is_dir() or target.read_bytes() != content:
-                raise VectorsError(f"{target} exists and holds something else; choose another name or remove it")
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        part.write_bytes(content)
-        part.replace(target)
-        return target
+        return write_once(path, self.to_bytes(), VectorsError)
 
     @property
     def content_hash(self) -> str:
@@ -240,10 +229,7 @@ class PersonaVectors:
             "model_fingerprint": self.model.fingerprint,
             "provenance": dict(self.provenance),
         }
-        # One metadata entry: safetensors writes several in no fixed order.
-        text = json.dumps(header, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        tensors = {name: rows.contiguous() for name, rows in sorted(self.directions.items())}
-        return save(tensors, {METADATA: text})
+        return Artifact(header, self.directions).to_bytes(METADATA)
 
 
 Member = TypeVar("Member", bound=StrEnum)
@@ -266,23 +252,12 @@ def load_vectors(path: Path | str) -> PersonaVectors:
     file = file / "vectors.safetensors" if file.is_dir() else file
     if not file.exists():
         raise VectorsError(f"{file} does not exist; make it with `persona-lens extract MODEL TRAIT`")
+    stranger = "holds tensors but not persona vectors"
+    found = read_artifact(file, METADATA, FORMAT_VERSION, stranger=stranger, failed=VectorsError)
     try:
-        with safe_open(file, framework="pt") as opened:
-            header = (opened.metadata() or {}).get(METADATA)
-            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
-    except (SafetensorError, OSError) as error:
-        raise VectorsError(f"{file} is not a safetensors file, or is damaged: {error}") from error
-    if header is None:
-        raise VectorsError(f"{file} holds tensors but not persona vectors: its header has no {METADATA!r} entry")
-    try:
-        content = json.loads(header)
-        if content["format_version"] != FORMAT_VERSION:
-            raise VectorsError(
-                f"{file} has format version {content['format_version']}, this version of persona-lens reads "
-                f"{FORMAT_VERSION}; use the persona-lens that wrote it, or extract again"
-            )
-        if not isinstance(content["trait"], str) or not isinstance(content["provenance"], dict):
+        header = found.header
+        if not isinstance(header["trait"], str) or not isinstance(header["provenance"], dict):
             raise TypeError("trait is a text and provenance a mapping")
-        return PersonaVectors(content["trait"], ModelInfo(**content["model"]), tensors, content["provenance"])
+        return PersonaVectors(header["trait"], ModelInfo(**header["model"]), found.tensors, header["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise VectorsError(f"the header of {file} is damaged: {error!r}") from error

@@ -34,6 +34,7 @@ ORDER = (
     "pieces",
     "completions",
     "tables",
+    "artifacts",
     "traits",
     "models",
     "backend",

@@ -243,7 +243,7 @@ def test_vectors_are_no_steering_and_a_damaged_header_is_said(tmp_path: Path) ->
         load_steering(tmp_path / "nowhere.yaml")
     for header, message in (
         ({"format_version": 9}, "has format version 9, this version of persona-lens reads 1"),
-        ({"format_version": 1}, "is damaged: its header cannot be read"),
+        ({"format_version": 1}, "the header of .* is damaged"),
         ({"format_version": 1, "steering": "kind@1:+1", "vectors": {"kind": 3}}, "is damaged"),
     ):
         save_file({"a": torch.ones(1)}, tmp_path / "bad.safetensors", {"persona_lens_steering": json.dumps(header)})

@@ -88,7 +88,15 @@ def prepared(edit: dict[str, Any], device: torch.device) -> dict[str, Any]:
     direction = edit["direction"].to(device, torch.promote_types(edit["direction"].dtype, torch.float32))
     factor = torch.as_tensor(edit["coefficient"]).to(device, direction.dtype).reshape(-1, 1)
     raw = edit["operation"] == "add" and not edit["relative"]
-    return {**edit, "direction": direction if raw else direction / direction.norm(), "factor": factor, "raw": raw}
+    condition, schedule = edit["condition"], edit["schedule"]
+    return {
+        **edit,
+        "direction": direction if raw else direction / direction.norm(),
+        "factor": factor,
+        "raw": raw,
+        "condition": condition and {**condition, "direction": condition["direction"].to(device)},
+        "schedule": schedule and torch.tensor(schedule, dtype=torch.float32, device=device),
+    }
 
 
 def changed(

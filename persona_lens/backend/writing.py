@@ -58,20 +58,19 @@ class Writer:
             if masks is None or masks.touches(edit["positions"]):
                 h = self._written(number, h, masks)
         for number in self._decided_at.get(layer, ()):
-            self._met[number] = _met(self._edits[number]["condition"], h)
+            self._met[number] = _met(self._prepared(number, h.device)["condition"], h)
         return h
 
     def _written(self, number: int, h: Tensor, masks: TokenMasks | None) -> Tensor:
-        edit = self._edits[number]
+        edit = self._prepared(number, h.device)
         where = masks.where(edit["positions"], edit["span"]) if masks is not None else None
         if edit["condition"] is not None:
             met = _met(edit["condition"], h) if edit["condition"]["layer"] == edit["layer"] else self._met[number]
             where = met.to(h.device) if where is None else where.to(h.device) & met.to(h.device)
         schedule = None
         if edit["schedule"] is not None and masks is not None:
-            points = torch.tensor(edit["schedule"], dtype=torch.float32, device=h.device)
-            schedule = scheduled(masks.index(edit["positions"]).to(h.device, torch.float32), points)
-        return changed(h, self._prepared(number, h.device), where, schedule)
+            schedule = scheduled(masks.index(edit["positions"]).to(h.device, torch.float32), edit["schedule"])
+        return changed(h, edit, where, schedule)
 
     def _prepared(self, number: int, device: torch.device) -> dict[str, Any]:
         """The edit made ready, once for each device; anew each time where it is part of a graph that is trained."""
@@ -84,6 +83,6 @@ class Writer:
 
 
 def _met(condition: dict[str, Any], h: Float[Tensor, "batch window d_model"]) -> Bool[Tensor, "batch window"]:
-    projection: Tensor = h.detach().float() @ condition["direction"].to(h.device)
+    projection: Tensor = h.detach().float() @ condition["direction"]
     difference: Tensor = projection - condition["threshold"]
     return (difference if condition["above"] else -difference).gt(0)

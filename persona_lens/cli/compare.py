@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,12 +71,9 @@ def compare_command(
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
     scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
-    if dry_run or opening.remote:
-        work = comparison_work(opened, arms, loaded, settings, chat, scoring)
-        if dry_run:
-            options.show_work(work, as_json)
-            return
-        options.say_plan(work)
+    work = partial(comparison_work, opened, arms, loaded, settings, chat, scoring)
+    if options.planned(work, opening, dry_run, as_json):
+        return
     with judges.saying_spending(scoring), showing_progress() as progress:
         found = compare_steerings(
             opened, arms, loaded, settings, folder=out, judge=scoring, chat=chat, progress=progress

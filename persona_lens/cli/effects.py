@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +85,9 @@ def effects_command(
     Example: `persona-lens steer effects smollm2-135m runs/optimistic runs/impolite --layer 18 --coefficient 2 --out
     runs/effects`
     """
+    from persona_lens import __version__
     from persona_lens.cli.display import showing_progress
+    from persona_lens.reports.effects import render_effects
     from persona_lens.rollouts import RolloutSettings
     from persona_lens.steering import CrossSettings, cross_effects, cross_work, trait_of
     from persona_lens.vectors import load_vectors
@@ -103,12 +106,9 @@ def effects_command(
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
     scoring = judging.open_each(judge, definitions, opened, chat, opening.dtype, opening.device)
-    if dry_run or opening.remote:
-        work = cross_work(opened, steerings, loaded, settings, judges=scoring, chat=chat)
-        if dry_run:
-            options.show_work(work, as_json)
-            return
-        options.say_plan(work)
+    work = partial(cross_work, opened, steerings, loaded, settings, judges=scoring, chat=chat)
+    if options.planned(work, opening, dry_run, as_json):
+        return
     with judges.saying_spending(next(iter(scoring.values())) if scoring else None), showing_progress() as progress:
         found = cross_effects(
             opened,
@@ -123,7 +123,8 @@ def effects_command(
         )
     options.say_traffic(opened)
     if out is not None:
-        _write_report(found, out / REPORT)
+        options.write_report(out / REPORT, render_effects(found.to_json(), __version__))
+        typer.echo(f"report: {out / REPORT}", err=True)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
     else:
@@ -163,17 +164,6 @@ def _steerings(
     return {
         name: Steering((Term(name, layers, operation, coefficient),), {name: each}) for name, each in loaded.items()
     }
-
-
-def _write_report(found: CrossEffects, file: Path) -> None:
-    from persona_lens import __version__
-    from persona_lens.reports.effects import render_effects
-
-    try:
-        file.write_text(render_effects(found.to_json(), __version__), encoding="utf-8")
-    except OSError as error:
-        raise PersonaLensError(f"the report {file} cannot be written: {error.strerror or error}") from error
-    typer.echo(f"report: {file}", err=True)
 
 
 def _show(found: CrossEffects) -> None:

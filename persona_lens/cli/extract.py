@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,11 +104,9 @@ def extract(
         show_previews(_previews(opened, loaded, settings, chat, given), as_json)
         return
     scoring = judging.open(judge, loaded, opened, chat, opening.dtype, opening.device)
-    if dry_run:
-        options.show_work(extraction_work(opened, loaded, settings, chat, scoring, given), as_json)
+    work = partial(extraction_work, opened, loaded, settings, chat, scoring, given)
+    if options.planned(work, opening, dry_run, as_json):
         return
-    if opening.remote:
-        options.say_plan(extraction_work(opened, loaded, settings, chat, scoring, given))
     with judges.saying_spending(scoring), showing_progress() as progress:
         found = run_extraction(
             opened, loaded, folder, settings=settings, judge=scoring, chat=chat, responses=given, progress=progress

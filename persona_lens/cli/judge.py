@@ -152,10 +152,12 @@ def compare(
 
     `persona-lens judge compare runs/optimistic-smollm2-135m local:smollm2-135m --trait optimistic`
     """
+    from persona_lens import __version__
     from persona_lens.agreement import compare as compare_scores
     from persona_lens.agreement import read_scored
     from persona_lens.agreement.judged import judge_scored
     from persona_lens.cli.display import showing_progress
+    from persona_lens.reports.agreement import render_agreement
     from persona_lens.traits import load_trait
 
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
@@ -173,7 +175,7 @@ def compare(
     names = (_name(first, first_column), _name(second, second_column))
     found = compare_scores(scores, others, names=names, seed=seed)
     if report is not None:
-        _write_report(found, report)
+        options.write_report(report, render_agreement(found, __version__))
     if as_json:
         typer.echo(json.dumps(found.to_json(), allow_nan=False))
     else:
@@ -191,18 +193,6 @@ def _refuse_judging(judging: judges.JudgeOptions, second: str, trait: str | None
 
 def _name(path: str, column: str | None) -> str:
     return path if column is None else f"{path}, {column}"
-
-
-def _write_report(agreement: Agreement, file: Path) -> None:
-    from persona_lens import __version__
-    from persona_lens.reports.agreement import render_agreement
-
-    page = render_agreement(agreement, __version__)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise PersonaLensError(f"the report {file} cannot be written: {error.strerror or error}") from error
 
 
 def _show(agreement: Agreement) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -161,6 +161,17 @@ def open_trait(trait: str, traits_dirs: Sequence[Path]) -> Trait:
     return loaded
 
 
+def write_report(file: Path, page: str) -> None:
+    """Write a report: all of it, or nothing."""
+    part = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(page, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise PersonaLensError(f"the report {file} cannot be written: {error.strerror or error}") from error
+
+
 def run_folder(what: str, model: str) -> Path:
     """Where a run is kept unless `--out` says otherwise."""
     return Path("runs") / f"{what}-{model.replace('/', '--')}"
@@ -181,6 +192,25 @@ def repeated(context: typer.Context) -> str:
         else:
             words += [parameter.opts[0], str(value)]
     return shlex.join(words)
+
+
+def planned(work: Callable[[], Sequence[Work]], opening: ModelOptions, dry_run: bool, as_json: bool) -> bool:
+    """Show what a run would ask for, if that is all that is wanted; say what it will send to a server, if it will.
+
+    Args:
+        work: Counts it; asked only where it is to be said.
+        opening: Where the model is.
+        dry_run: Whether this is all that is wanted.
+        as_json: Whether to show it as JSON.
+
+    Returns:
+        True if the command is to end here.
+    """
+    if dry_run:
+        show_work(work(), as_json)
+    elif opening.remote:
+        say_plan(work())
+    return dry_run
 
 
 def say_plan(work: Sequence[Work]) -> None:

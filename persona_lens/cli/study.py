@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,8 @@ from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.monitoring import Study
+
+REPORT = "report.html"
 
 
 @grouped
@@ -82,8 +85,10 @@ def study_command(
 
     Example: `persona-lens monitor study smollm2-135m runs/optimistic-smollm2-135m`
     """
+    from persona_lens import __version__
     from persona_lens.cli.display import showing_progress
     from persona_lens.monitoring import Conditions, StudySettings, rollouts_of, study, study_work
+    from persona_lens.reports.study import render_study
     from persona_lens.steering import trait_of
     from persona_lens.vectors import load_vectors
 
@@ -114,12 +119,9 @@ def study_command(
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
     scoring = judging.open(judge, asked, opened, chat, opening.dtype, opening.device)
-    if dry_run or opening.remote:
-        work = study_work(opened, loaded, settings, chat, trait=asked, examples=source, judge=scoring)
-        if dry_run:
-            options.show_work(work, as_json)
-            return
-        options.say_plan(work)
+    work = partial(study_work, opened, loaded, settings, chat, trait=asked, examples=source, judge=scoring)
+    if options.planned(work, opening, dry_run, as_json):
+        return
     folder = out or options.run_folder(f"study-{loaded.trait}", loaded.model.model)
     with judges.saying_spending(scoring), showing_progress() as progress:
         found = study(
@@ -134,7 +136,7 @@ def study_command(
             progress=progress,
         )
     options.say_traffic(opened)
-    _write_report(found, folder)
+    options.write_report(folder / REPORT, render_study(found.summary, __version__))
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))
     else:
@@ -146,13 +148,6 @@ def _counts(text: str) -> tuple[int, ...]:
     if not all(number.is_integer() for number in found):
         raise PersonaLensError(f"--shots takes whole numbers with commas between them, such as 0,5,10; got {text!r}")
     return tuple(map(int, found))
-
-
-def _write_report(found: Study, folder: Path) -> None:
-    from persona_lens import __version__
-    from persona_lens.reports.study import render_study
-
-    (folder / "report.html").write_text(render_study(found.summary, __version__), encoding="utf-8")
 
 
 def _show(found: Study, folder: Path) -> None:
@@ -181,7 +176,7 @@ def _show(found: Study, folder: Path) -> None:
         )
     for line in conclusions(summary):
         typer.echo(line)
-    typer.echo(f"report: {folder / 'report.html'}")
+    typer.echo(f"report: {folder / REPORT}")
 
 
 def conclusions(summary: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,11 +95,9 @@ def sweep_command(
         show_previews(_previews(opened, loaded, settings, chat), as_json)
         return
     scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
-    if dry_run:
-        options.show_work(sweep_work(opened, loaded, settings, chat, judge=scoring), as_json)
+    work = partial(sweep_work, opened, loaded, settings, chat, judge=scoring)
+    if options.planned(work, opening, dry_run, as_json):
         return
-    if opening.remote:
-        options.say_plan(sweep_work(opened, loaded, settings, chat, judge=scoring))
     with judges.saying_spending(scoring), showing_progress() as progress:
         rows = sweep(
             opened,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,12 +99,9 @@ def tune_command(
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
     scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
-    if dry_run or opening.remote:
-        work = tune_work(opened, loaded, settings, chat, scoring)
-        if dry_run:
-            options.show_work(work, as_json)
-            return
-        options.say_plan(work)
+    work = partial(tune_work, opened, loaded, settings, chat, scoring)
+    if options.planned(work, opening, dry_run, as_json):
+        return
     folder = out or options.run_folder(f"tuned-{loaded.trait}", loaded.model.model)
     with judges.saying_spending(scoring), showing_progress() as progress:
         found = tune(
@@ -117,7 +115,7 @@ def tune_command(
             capability=_accuracy_in(opened, capability, seed) if capability else None,
             progress=progress,
         )
-    _write_report(folder, render_tuning(found.summary))
+    options.write_report(folder / REPORT, render_tuning(found.summary))
     options.say_traffic(opened)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))
@@ -131,12 +129,6 @@ def _accuracy_in(backend: Backend, task: str, seed: int) -> Callable[[Steering |
 
     check_task(task)
     return lambda steering: accuracy(backend, task, steering.edits() if steering else (), seed=seed)
-
-
-def _write_report(folder: Path, page: str) -> None:
-    part = folder / f"{REPORT}.part"
-    part.write_text(page, encoding="utf-8")
-    part.replace(folder / REPORT)
 
 
 def _show(found: Tuning, folder: Path) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from persona_lens.artifacts import Artifact, read_artifact, write_once
 from persona_lens.backend import ModelInfo
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.vectors import PersonaVectors, load_vectors
@@ -43,16 +41,7 @@ def save_steering(steering: Steering, path: Path | str) -> Path:
     Raises:
         SteeringError: If the file exists and holds something else.
     """
-    target, content = Path(path), _to_bytes(steering)
-    if target.exists():
-        if target.is_dir() or target.read_bytes() != content:
-            raise SteeringError(f"{target} exists and holds something else; choose another name or remove it")
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.write_bytes(content)
-    part.replace(target)
-    return target
+    return write_once(path, _to_bytes(steering), SteeringError)
 
 
 def is_steering_file(text: str) -> bool:
@@ -83,41 +72,25 @@ def load_steering(path: Path | str, vectors: Mapping[str, PersonaVectors] | None
 def _to_bytes(steering: Steering) -> bytes:
     tensors, headers = {}, {}
     for name, each in sorted(steering.vectors.items()):
-        reductions = sorted(each.directions)
-        tensors.update({f"{name}/{reduction}": each.directions[reduction].contiguous() for reduction in reductions})
+        tensors.update({f"{name}/{reduction}": rows for reduction, rows in each.directions.items()})
         headers[name] = {
             "trait": each.trait,
             "model": {field: getattr(each.model, field) for field in ModelInfo.__dataclass_fields__},
             "provenance": dict(each.provenance),
         }
     header = {"format_version": FORMAT_VERSION, "steering": str(steering), "vectors": headers}
-    # One metadata entry: safetensors writes several in no fixed order.
-    return save(tensors, {METADATA: json.dumps(header, sort_keys=True, ensure_ascii=False, allow_nan=False)})
+    return Artifact(header, tensors).to_bytes(METADATA)
 
 
 def _load_safetensors(file: Path) -> Steering:
+    stranger = "holds tensors but no steering (vectors are named beside a steering, not instead of one)"
+    found = read_artifact(file, METADATA, FORMAT_VERSION, stranger=stranger, failed=SteeringError)
     try:
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(METADATA)
-            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
-    except (SafetensorError, OSError) as error:
-        raise SteeringError(f"{file} is not a safetensors file, or is damaged: {error}") from error
-    if text is None:
-        raise SteeringError(
-            f"{file} holds tensors but no steering: its header has no {METADATA!r} entry; vectors are named beside a "
-            "steering, not instead of one"
-        )
-    try:
-        header = json.loads(text)
-        if header["format_version"] != FORMAT_VERSION:
-            raise SteeringError(
-                f"{file} has format version {header['format_version']}, this version of persona-lens reads "
-                f"{FORMAT_VERSION}; use the persona-lens that wrote it"
-            )
-        vectors = {name: _vectors(name, found, tensors) for name, found in header["vectors"].items()}
-        return Steering.parse(header["steering"], vectors)
+        headers = found.header["vectors"].items()
+        vectors = {name: _vectors(name, header, found.tensors) for name, header in headers}
+        return Steering.parse(found.header["steering"], vectors)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SteeringError(f"{file} is damaged: its header cannot be read ({error})") from error
+        raise SteeringError(f"the header of {file} is damaged: {error!r}") from error
 
 
 def _vectors(name: str, found: dict[str, Any], tensors: Mapping[str, Any]) -> PersonaVectors:

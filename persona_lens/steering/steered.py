@@ -42,12 +42,13 @@ class SteeredBackend:
         self.inner = inner
         self.steering = steering
         self._edits = steering.edits()
+        self._name = f"steered {steering.content_hash[:19]}"
 
     @property
     def info(self) -> ModelInfo:
         """The model, with the steering in the name of the backend."""
         plain = self.inner.info
-        return replace(plain, backend=f"{plain.backend}, steered {self.steering.content_hash[:19]}")
+        return replace(plain, backend=f"{plain.backend}, {self._name}")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -257,10 +257,11 @@ def rowwise(rows: Iterable[tuple[Edit, ...]]) -> list[Edit]:
         rows: For each row its edits, each with one coefficient for all.
     """
     listed = list(rows)
+    different = {id(edit): edit for edits in listed for edit in edits}  # most rows share their edits with others
+    kinds = {key: replace(edit, coefficient=1.0).content_hash for key, edit in different.items()}
     merged: dict[tuple[int, str], tuple[Edit, Tensor]] = {}
     for number, edits in enumerate(listed):
         for place, edit in enumerate(edits):
-            key = (place, replace(edit, coefficient=1.0).content_hash)
-            _, coefficients = merged.setdefault(key, (edit, torch.zeros(len(listed))))
+            _, coefficients = merged.setdefault((place, kinds[id(edit)]), (edit, torch.zeros(len(listed))))
             coefficients[number] = edit.coefficient
     return [replace(edit, coefficient=c) for _, (edit, c) in sorted(merged.items(), key=lambda item: item[0][0])]

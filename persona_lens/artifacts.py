@@ -1,0 +1,86 @@
+"""`Artifact`: tensors with one JSON header in a safetensors file, whose bytes depend on the content alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from persona_lens.errors import PersonaLensError
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """What a file holds.
+
+    Attributes:
+        header: JSON values.
+        tensors: By name.
+    """
+
+    header: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def to_bytes(self, kind: str) -> bytes:
+        """The file's bytes; ``kind`` is the name of the header's entry, by which such files know each other."""
+        # One metadata entry: safetensors writes several in no fixed order.
+        text = json.dumps(dict(self.header), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return save({name: tensor.contiguous() for name, tensor in sorted(self.tensors.items())}, {kind: text})
+
+
+def write_once(path: Path | str, content: bytes, failed: type[PersonaLensError]) -> Path:
+    """Write a file as a whole, or leave one that holds the same.
+
+    Raises:
+        PersonaLensError: Of the class ``failed``, if the file exists and holds something else.
+    """
+    target = Path(path)
+    if target.exists():
+        if target.is_dir() or target.read_bytes() != content:
+            raise failed(f"{target} exists and holds something else; choose another name or remove it")
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    part.write_bytes(content)
+    part.replace(target)
+    return target
+
+
+def read_artifact(file: Path, kind: str, version: int, *, stranger: str, failed: type[PersonaLensError]) -> Artifact:
+    """Read what `Artifact.to_bytes` made. Nothing is unpickled.
+
+    Args:
+        file: The file.
+        kind: As it was written.
+        version: The format version that its header has to have.
+        stranger: What to say of a safetensors file without such a header.
+        failed: Class of the errors.
+
+    Raises:
+        PersonaLensError: Of the class ``failed``, if the file is damaged, not of that kind, or of another version.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(kind)
+            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+    except (SafetensorError, OSError) as error:
+        raise failed(f"{file} is not a safetensors file, or is damaged: {error}") from error
+    if text is None:
+        raise failed(f"{file} {stranger}: its header has no {kind!r} entry")
+    try:
+        header = json.loads(text)
+        found = header["format_version"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise failed(f"the header of {file} is damaged: {error!r}") from error
+    if found != version:
+        raise failed(
+            f"{file} has format version {found}, this version of persona-lens reads {version}; use the persona-lens "
+            "that wrote it, or make it again"
+        )
+    return Artifact(header, tensors)
