@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.agreement import Agreement, Measure
 from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
+from persona_lens.reports.marks import square_of_percent
 from persona_lens.reports.page import environment
-from persona_lens.reports.svg import GRID, INK, MUTED, RANDOM, VECTOR, drawing_style
+from persona_lens.reports.svg import INK, MUTED, RANDOM, VECTOR, drawing_style
 from persona_lens.reports.wording import NONE, number, plain, printable
 
 if TYPE_CHECKING:
@@ -115,18 +116,8 @@ def scatter_figure(agreement: Agreement, width: int) -> Figure:
     threshold = agreement.cuts.threshold
     axes.axvline(threshold, color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
     axes.axhline(threshold, color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
-    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1.5, zorder=2)
+    square_of_percent(axes, "Score of the second judge", "score of the first judge")
     _dots(axes, ((pair.first, pair.second) for pair in agreement.pairs), width)
-    axes.set(
-        title="Score of the second judge",
-        xlabel="score of the first judge",
-        xlim=(-4, 104),
-        ylim=(-4, 104),
-        xticks=range(0, 101, 20),
-        yticks=range(0, 101, 20),
-        aspect="equal",
-    )
-    axes.grid(True, axis="both", color=GRID)
     return figure
 
 

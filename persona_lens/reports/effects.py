@@ -51,7 +51,7 @@ def render_effects(summary: Summary, version: str = "") -> str:
         result=headline(summary),
         null=any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
         chance=CHANCE * summary["cosines"]["null_std"],
-        figure=_draw_cosines(summary) if len(summary["cosines"]["traits"]) > 1 else None,
+        figures={"cosines": _draw_cosines(summary) if len(summary["cosines"]["traits"]) > 1 else None},
         version=version,
     )
 

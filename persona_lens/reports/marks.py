@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports.drawing import WIDE
-from persona_lens.reports.svg import MUTED, PAPER, RANDOM, VECTOR
+from persona_lens.reports.svg import GRID, MUTED, PAPER, RANDOM, VECTOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,3 +81,18 @@ def reach(estimates: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         [max(0.0, e["mean"] - e["low"]) for e in estimates],
         [max(0.0, e["high"] - e["mean"]) for e in estimates],
     ]
+
+
+def square_of_percent(axes: Axes, title: str, xlabel: str) -> None:
+    """Two scales from 0 to 100 against each other, with the line on which both are equal."""
+    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1.5, zorder=2)
+    axes.set(
+        title=title,
+        xlabel=xlabel,
+        xlim=(-4, 104),
+        ylim=(-4, 104),
+        xticks=range(0, 101, 20),
+        yticks=range(0, 101, 20),
+        aspect="equal",
+    )
+    axes.grid(True, axis="both", color=GRID)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from persona_lens.reports.drawing import NARROW, WIDE, Drawing, draw, new_figure
+from persona_lens.reports.marks import square_of_percent
 from persona_lens.reports.page import environment
 from persona_lens.reports.svg import GRID, INK, MUTED, PAPER, RANDOM, VECTOR, drawing_style
 from persona_lens.reports.wording import NONE, number, plain
@@ -259,7 +260,7 @@ def reliability_figure(calibration: Mapping[str, Any], width: int) -> Figure:
     """What happened against what was predicted, with the line on which both are equal."""
     figure = new_figure(width, 400 if width == WIDE else NARROW)
     axes = figure.add_subplot()
-    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1.5)
+    square_of_percent(axes, "Replies that show the trait, %", "probability that was predicted, %")
     bins = calibration["reliability"]
     shares = [each["observed"] for each in bins]
     values = [100 * each["value"] for each in shares]
@@ -279,14 +280,4 @@ def reliability_figure(calibration: Mapping[str, Any], width: int) -> Figure:
         capsize=4,
         zorder=3,
     )
-    axes.set(
-        title="Replies that show the trait, %",
-        xlabel="probability that was predicted, %",
-        xlim=(-4, 104),
-        ylim=(-4, 104),
-        xticks=range(0, 101, 20),
-        yticks=range(0, 101, 20),
-        aspect="equal",
-    )
-    axes.grid(True, axis="both", color=GRID)
     return figure
