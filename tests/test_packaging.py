@@ -36,6 +36,7 @@ ORDER = (
     "tables",
     "artifacts",
     "traits",
+    "demonstrations",
     "models",
     "backend",
     "rollouts",
@@ -130,6 +131,8 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
     assert len(traits) == 7
     assert {
         "persona_lens/py.typed",
+        "persona_lens/demonstrations/impolite.jsonl",
+        "persona_lens/demonstrations/optimistic.jsonl",
         "persona_lens/monitoring/heatmap.css",
         "persona_lens/monitoring/heatmap.html.j2",
         "persona_lens/reports/agreement.html.j2",
