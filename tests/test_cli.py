@@ -52,6 +52,7 @@ COMMANDS = (
     ("monitor", "study"),
     ("monitor", "transcript"),
     ("monitor", "prompt"),
+    ("monitor", "chat"),
     ("traits",),
     *(("traits", name) for name in ("list", "show", "path", "check", "new", "import", "schema")),
     ("backends",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from persona_lens.cli.chat import chat_command
 from persona_lens.cli.prompt import prompt_command
 from persona_lens.cli.study import study_command
 from persona_lens.cli.transcripts import transcript_command
@@ -17,3 +18,4 @@ app = typer.Typer(
 app.command("study")(study_command)
 app.command("prompt")(prompt_command)
 app.command("transcript")(transcript_command)
+app.command("chat")(chat_command)

@@ -13,7 +13,13 @@ from typer.testing import CliRunner
 from persona_lens import PersonaLensError, open_backend
 from persona_lens.cli import app
 from persona_lens.judging import Calibration
-from persona_lens.monitoring import monitor_calibration, prompt_projections, threshold_for
+from persona_lens.monitoring import (
+    ConversationMonitor,
+    Panel,
+    monitor_calibration,
+    prompt_projections,
+    threshold_for,
+)
 from persona_lens.monitoring.calibration import Observations, calibrate, with_monitor_calibration
 from persona_lens.replies import chat_format
 from persona_lens.traits import load_trait
@@ -173,3 +179,57 @@ def test_what_cannot_be_asked_of_a_prompt(model: Path, plain: Path, calibrated: 
         run("prompt", model, calibrated, "--system", "x", "--file", tmp_path / "prompts.jsonl")
     with pytest.raises(PersonaLensError, match="layer 9 does not exist"):
         run("prompt", model, plain, "Hello?", "--layer", "9")
+
+
+def chat(*arguments: object, said: str = "Hello\n\nAnd now?\n") -> Any:
+    done = CliRunner().invoke(
+        app, ["monitor", "chat", *map(str, arguments), "--dtype", "float32", "--max-new-tokens", "6"], input=said
+    )
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def test_a_chat_is_read_turn_by_turn_and_alarms_sound(model: Path, plain: Path) -> None:
+    spoken = chat(model, plain, "--layers", "0,1", "--system", "Be brief.", "--json")
+    turns = [json.loads(line) for line in spoken.stdout.splitlines()]
+    assert [turn["turn"] for turn in turns] == [0, 1]
+    backend, vectors = open_backend("transformers", str(model), dtype="float32"), load_vectors(plain)
+    monitor = ConversationMonitor(backend, Panel.of(vectors, [0, 1]), system="Be brief.")
+    for turn, message in zip(turns, ("Hello", "And now?"), strict=True):
+        expected = monitor.reply(message, max_new_tokens=6)
+        assert turn["text"] == expected.text
+        for row, reading in zip(turn["readings"], expected.readings, strict=True):
+            assert (row["trait"], row["layer"]) == (reading.trait, reading.layer)
+            assert row["mean"] == pytest.approx(reading.mean, abs=1e-4)
+    highest = max(row["highest"] for row in turns[0]["readings"] if row["layer"] == 1)
+    warned = chat(model, plain, "--layers", "1", "--system", "Be brief.", "--alarm", f"optimistic>{highest - 0.01:.4f}",
+                  "--stop", "--show", said="Hello\n")  # fmt: skip
+    assert "ALARM optimistic@1" in warned.stderr
+    assert "ended by an alarm" in " ".join(warned.stdout.split())
+    assert "each token with its value" in warned.stdout
+    assert "ALARM" not in chat(model, plain, "--layers", "1", "--alarm", "optimistic>1e6").stderr
+
+
+def test_a_chat_can_be_steered(model: Path, plain: Path) -> None:
+    def mean(*edits: str) -> float:
+        said = chat(model, plain, "--layers", "1", "--json", *edits, said="Hello\n").stdout
+        return float(json.loads(said)["readings"][0]["mean"])
+
+    assert mean("--edits", "optimistic@1:affine(3)") == pytest.approx(3, abs=1e-3)
+    assert mean() != pytest.approx(3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--alarm", "optimistic"), "--alarm takes a trait and a threshold, such as evil>3 or evil@18<-2; got 'optim"),
+        (("--alarm", "optimistic>1.2.3"), "--alarm takes a trait and a threshold"),
+        (("--alarm", "evil>3"), "evil"),
+        (("--alarm", "optimistic>3", "--alarm-on", "word"), "--alarm-on takes prompt_last, token, running_mean"),
+        (("--edits", "optimistic@1:+1", "--edits", "optimistic@1:+2"), "put the terms into one --edits"),
+    ],
+)
+def test_what_a_chat_refuses(model: Path, plain: Path, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(PersonaLensError, match=message):
+        chat(model, plain, "--layers", "1", *arguments)

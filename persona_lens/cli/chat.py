@@ -1,0 +1,237 @@
+"""``persona-lens monitor chat``: a conversation with the model, whose traits are read while it answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from persona_lens.cli import options
+from persona_lens.cli.grouping import grouped
+from persona_lens.cli.steerings import SteeringOptions
+from persona_lens.cli.sweep import AllowOtherModel
+from persona_lens.errors import PersonaLensError
+
+if TYPE_CHECKING:
+    from persona_lens.backend import Backend, Edit
+    from persona_lens.monitoring import Alarm, Alert, TokenReading, Turn
+    from persona_lens.vectors import PersonaVectors
+
+ALARM = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(?:@(\d+))?\s*([<>])\s*([-+]?[0-9.]+(?:e[-+]?\d+)?)")
+
+
+@grouped
+def chat_command(
+    model: options.Model,
+    vectors: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="VECTORS...",
+            help="A vectors.safetensors, or the run folder it is in; one a trait.",
+            show_default=False,
+        ),
+    ],
+    written: SteeringOptions,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="`18`, `12,15,18` or `10-20`.", show_default="the tuned ones")
+    ] = None,
+    alarms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--alarm",
+            metavar="SPEC",
+            help="Say so when a trait goes too far, such as `evil>3` or `evil@18<-2`. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    alarm_on: Annotated[
+        str,
+        typer.Option(
+            "--alarm-on", help="What alarms listen to: `prompt_last`, `token`, `running_mean` or `turn_mean`."
+        ),
+    ] = "token",
+    stop: Annotated[bool, typer.Option("--stop", help="An alarm ends the reply.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)] = None,
+    show: Annotated[bool, typer.Option("--show", help="Show each reply's tokens coloured by their values.")] = False,
+    max_new_tokens: options.MaxNewTokens = 200,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    allow_other_model: AllowOtherModel = False,
+    as_json: options.AsJson = False,
+    *,
+    opening: options.ModelOptions,
+) -> None:
+    """Talk with a model, line by line, and see where its traits stand as it answers.
+
+    Messages come from standard input, one a line, until it ends (Ctrl-D). With `--edits` the model answers steered, and
+    values are those after the edits. `--json` writes a line for every turn.
+
+    Example: `persona-lens monitor chat smollm2-135m runs/tuned-optimistic-smollm2-135m --alarm "optimistic>4" --show`
+    """
+    from persona_lens.monitoring import ConversationMonitor, Panel
+    from persona_lens.vectors import load_vectors
+
+    loaded = [load_vectors(path) for path in vectors]
+    panel = Panel.of(loaded, options.layer_numbers(layers, loaded[0].model.n_layers) if layers else None)
+    listening = [_alarm(text, alarm_on, stop) for text in alarms or ()]
+    opened = opening.open(model)
+    edits = _edits(written, loaded, opened, allow_other_model)
+    says = None if as_json else _Speaker(opened.tokenizer)
+    monitor = ConversationMonitor(
+        opened,
+        panel,
+        chat=opening.chat(opened),
+        system=system,
+        alarms=listening,
+        on_token=says,
+        keep_tokens=show,
+        allow_other_model=allow_other_model,
+    )
+    for number, message in enumerate(_messages()):
+        turn = monitor.reply(
+            message, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + number, edits=edits
+        )
+        if says is not None:
+            says.end()
+            _show(turn)
+        else:
+            typer.echo(json.dumps(_row(turn), ensure_ascii=False))
+        if show and says is not None:
+            says.show(turn)
+    options.say_traffic(opened)
+
+
+def _messages() -> Iterator[str]:
+    """Lines of standard input; empty ones are passed over."""
+    asking = sys.stdin.isatty()
+    while True:
+        if asking:
+            typer.secho("you> ", bold=True, nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _alarm(text: str, kind: str, stop: bool) -> Alarm:
+    from persona_lens.monitoring import Alarm, AlarmKind
+
+    found = ALARM.fullmatch(text.strip())
+    try:
+        trait, layer, sign, threshold = found.groups() if found else ("", "", "", "")
+        value = float(threshold)
+    except ValueError:
+        raise PersonaLensError(
+            f"--alarm takes a trait and a threshold, such as evil>3 or evil@18<-2; got {text!r}"
+        ) from None
+    chosen = options.choice(AlarmKind, kind, "--alarm-on")
+    return Alarm(trait, value, _teller(stop), int(layer) if layer else None, chosen, above=sign == ">")
+
+
+def _teller(stop: bool) -> Callable[[Alert], None]:
+    from persona_lens.backend import StopGeneration
+
+    def tell(alert: Alert) -> None:
+        where = "" if alert.token is None else f" at token {alert.token}"
+        sign = ">" if alert.alarm.above else "<"
+        typer.secho(
+            f"\nALARM {alert.alarm.trait}@{alert.layer} {alert.value:+.2f} {sign} {alert.alarm.threshold:g}{where}",
+            fg="red",
+            err=True,
+        )
+        if stop:
+            raise StopGeneration
+
+    return tell
+
+
+def _edits(
+    written: SteeringOptions, loaded: Sequence[PersonaVectors], backend: Backend, allow_other_model: bool
+) -> tuple[Edit, ...]:
+    steerings = list(written.open(*loaded).values())
+    if len(steerings) > 1:
+        raise PersonaLensError("a chat is steered in one way; put the terms into one --edits, with commas between them")
+    for steering in steerings if not allow_other_model else ():
+        steering.check_model(backend)
+    return steerings[0].edits() if steerings else ()
+
+
+class _Speaker:
+    """Writes the reply as it comes, whole characters at a time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._last: list[int] = []
+        self._said = 0
+
+    def __call__(self, reading: TokenReading) -> None:
+        self._ids.append(reading.id)
+        text = self._text()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._say(text)
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _say(self, text: str) -> None:
+        from persona_lens.characters import printable
+
+        typer.echo(printable(text[self._said :]), nl=False)
+        self._said = len(text)
+
+    def end(self) -> None:
+        """The reply is over."""
+        self._say(self._text())
+        typer.echo()
+        self._ids, self._last, self._said = [], self._ids, 0
+
+    def show(self, turn: Turn) -> None:
+        """The reply's heat map."""
+        from rich.console import Console
+
+        from persona_lens.monitoring import Strip, TokenHeatmap, token_pieces
+
+        assert turn.token_values is not None
+        if not self._last:
+            return
+        strips = [
+            Strip(tuple(column.tolist()), reading.trait, reading.layer)
+            for reading, column in zip(turn.readings, turn.token_values.T, strict=True)
+        ]
+        strips.sort(key=lambda strip: (strip.trait, strip.layer))
+        Console().print(TokenHeatmap(token_pieces(self._tokenizer, self._last), tuple(strips)))
+
+
+def _show(turn: Turn) -> None:
+    from persona_lens.cli.display import print_table
+
+    print_table(
+        f"Turn {turn.number}: projections{', ended by an alarm' if turn.stopped else ''}",
+        ("trait", "layer", "tokens", "before it", "mean", "highest"),
+        [
+            (
+                reading.trait,
+                str(reading.layer),
+                str(reading.tokens),
+                *(f"{value:+.2f}" for value in (reading.prompt_last, reading.mean, reading.highest)),
+            )
+            for reading in turn.readings
+        ],
+    )
+
+
+def _row(turn: Turn) -> dict[str, Any]:
+    readings = [
+        {name: None if isinstance(value, float) and isnan(value) else value for name, value in asdict(reading).items()}
+        for reading in turn.readings
+    ]
+    return {"turn": turn.number, "text": turn.text, "stopped": turn.stopped, "readings": readings}
