@@ -15,7 +15,10 @@ NDIF_PYTHON := $(PERSONA_LENS_NDIF_ENV)/bin/python
 # So has the OpenAI-compatible server of `make test-servers`.
 export PERSONA_LENS_LLM_SERVER_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/llm-server
 
-.PHONY: demo test test-remote test-servers lint format bench clean
+# And so have the programs that exported vectors are tried in by `make test-programs`.
+export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/programs
+
+.PHONY: demo test test-remote test-servers test-programs lint format bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
@@ -23,7 +26,7 @@ demo: $(VENV)/.runtime
 # By default xdist begins with the files of many tests; the longest here, the demonstration, has few and would come last.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  --ignore tests/ndif --ignore tests/servers
+	  --ignore tests/ndif --ignore tests/servers --ignore tests/programs
 
 # One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development
@@ -34,6 +37,11 @@ test-remote: $(VENV)/.development
 test-servers: $(VENV)/.development
 	-@$(MAKE) --no-print-directory $(PERSONA_LENS_LLM_SERVER_ENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/servers
+
+# Exported vectors in the programs they are for.
+test-programs: $(VENV)/.development
+	-@$(MAKE) --no-print-directory $(PERSONA_LENS_PROGRAMS_ENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/programs
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -77,4 +85,11 @@ $(PERSONA_LENS_NDIF_ENV)/.installed: tests/ndif/requirements.txt
 $(PERSONA_LENS_LLM_SERVER_ENV)/.installed: tests/servers/requirements.txt
 	$(PYTHON) -m venv --clear $(PERSONA_LENS_LLM_SERVER_ENV)
 	$(PERSONA_LENS_LLM_SERVER_ENV)/bin/python -m pip install --quiet --only-binary :all: --requirement $<
+	@touch $@
+
+# torch first and on its own, as above.
+$(PERSONA_LENS_PROGRAMS_ENV)/.installed: tests/programs/requirements.txt
+	$(PYTHON) -m venv --clear $(PERSONA_LENS_PROGRAMS_ENV)
+	$(PERSONA_LENS_PROGRAMS_ENV)/bin/python -m pip install --quiet --only-binary :all: "$$(grep '^torch==' $<)"
+	$(PERSONA_LENS_PROGRAMS_ENV)/bin/python -m pip install --quiet --only-binary :all: --requirement $<
 	@touch $@

@@ -27,11 +27,16 @@ class Artifact:
     header: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
-    def to_bytes(self, kind: str) -> bytes:
-        """The file's bytes; ``kind`` is the name of the header's entry, by which such files know each other."""
-        # One metadata entry: safetensors writes several in no fixed order.
-        text = json.dumps(dict(self.header), sort_keys=True, ensure_ascii=False, allow_nan=False)
-        return save({name: tensor.contiguous() for name, tensor in sorted(self.tensors.items())}, {kind: text})
+
+def header_text(header: Mapping[str, Any]) -> str:
+    """A header as it is written."""
+    return json.dumps(dict(header), sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], kind: str, header: str) -> bytes:
+    """The bytes of a file; ``kind`` is the name of the header's entry, by which such files know each other."""
+    # One metadata entry: safetensors writes several in no fixed order.
+    return save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, {kind: header})
 
 
 def write_once(path: Path | str, content: bytes, failed: type[PersonaLensError]) -> Path:
@@ -53,7 +58,7 @@ def write_once(path: Path | str, content: bytes, failed: type[PersonaLensError])
 
 
 def read_artifact(file: Path, kind: str, version: int, *, stranger: str, failed: type[PersonaLensError]) -> Artifact:
-    """Read what `Artifact.to_bytes` made. Nothing is unpickled.
+    """Read what `save_tensors` made. Nothing is unpickled.
 
     Args:
         file: The file.
@@ -73,8 +78,17 @@ def read_artifact(file: Path, kind: str, version: int, *, stranger: str, failed:
         raise failed(f"{file} is not a safetensors file, or is damaged: {error}") from error
     if text is None:
         raise failed(f"{file} {stranger}: its header has no {kind!r} entry")
+    return Artifact(parse_header(text, version, file, failed), tensors)
+
+
+def parse_header(text: str, version: int, file: Path, failed: type[PersonaLensError]) -> dict[str, Any]:
+    """Read what `header_text` wrote.
+
+    Raises:
+        PersonaLensError: Of the class ``failed``, if it is damaged, or of another version.
+    """
     try:
-        header = json.loads(text)
+        header: dict[str, Any] = json.loads(text)
         found = header["format_version"]
     except (KeyError, TypeError, ValueError) as error:
         raise failed(f"the header of {file} is damaged: {error!r}") from error
@@ -83,4 +97,4 @@ def read_artifact(file: Path, kind: str, version: int, *, stranger: str, failed:
             f"{file} has format version {found}, this version of persona-lens reads {version}; use the persona-lens "
             "that wrote it, or make it again"
         )
-    return Artifact(header, tensors)
+    return header

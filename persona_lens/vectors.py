@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.artifacts import Artifact, read_artifact, write_once
+from persona_lens.artifacts import header_text, parse_header, read_artifact, save_tensors, write_once
 from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
 from persona_lens.errors import PersonaLensError
 
@@ -77,17 +77,36 @@ class PersonaVectors:
         Raises:
             VectorsError: If there is no such layer or reduction.
         """
-        if reduction not in self.directions:
-            raise VectorsError(f"no reduction {reduction!r}; there are {', '.join(self.directions)}")
+        rows = self.rows(reduction)
         if not 0 <= layer < self.model.n_layers:
             raise VectorsError(f"layer {layer} does not exist: the model has layers 0 to {self.model.n_layers - 1}")
-        row: Tensor = self.directions[reduction][layer]
+        if layer in self.missing_layers:
+            raise VectorsError(
+                f"the vectors of {self.trait!r} have none for layer {layer}: the file that they were imported from has "
+                "no such row; choose another layer"
+            )
+        row: Tensor = rows[layer]
         return row
+
+    def rows(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, "layers d_model"]:
+        """The vectors of every layer: float32 [n_layers, d_model], zero at `missing_layers`.
+
+        Raises:
+            VectorsError: If there is no such reduction.
+        """
+        if reduction not in self.directions:
+            raise VectorsError(f"no reduction {reduction!r}; there are {', '.join(self.directions)}")
+        found: Tensor = self.directions[reduction]
+        return found
+
+    @property
+    def missing_layers(self) -> tuple[int, ...]:
+        """Layers without a vector, whose rows are zero: what another program's file did not hold."""
+        return tuple(self.provenance.get("missing_layers", ()))
 
     def norms(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, " layers"]:
         """Length of the vector at each layer, in residual-stream units."""
-        self.vector(0, reduction)
-        lengths: Tensor = self.directions[reduction].norm(dim=-1)
+        lengths: Tensor = self.rows(reduction).norm(dim=-1)
         return lengths
 
     @property
@@ -170,7 +189,8 @@ class PersonaVectors:
         for name, rows in sorted(self.directions.items()):  # a file has another order than memory
             noise = torch.randn(rows.shape, generator=generator)
             nulls[name] = noise / noise.norm(dim=-1, keepdim=True) * rows.norm(dim=-1, keepdim=True)
-        return PersonaVectors(f"random({seed})", self.model, nulls, {"random_like": self.trait, "seed": seed})
+        origin = {"random_like": self.trait, "seed": seed, **_missing(self)}
+        return PersonaVectors(f"random({seed})", self.model, nulls, origin)
 
     def __add__(self, other: PersonaVectors) -> PersonaVectors:
         return self._combine(other, 1.0)
@@ -180,7 +200,8 @@ class PersonaVectors:
 
     def __mul__(self, factor: float) -> PersonaVectors:
         scaled = {name: rows * factor for name, rows in self.directions.items()}
-        return PersonaVectors(f"{factor:g}*{self.trait}", self.model, scaled, {"scaled": dict(self.provenance)})
+        origin = {"scaled": dict(self.provenance), **_missing(self)}
+        return PersonaVectors(f"{factor:g}*{self.trait}", self.model, scaled, origin)
 
     __rmul__ = __mul__
 
@@ -192,7 +213,8 @@ class PersonaVectors:
             raise VectorsError(f"{self.trait} and {other.trait} have no reduction in common to be combined")
         combined = {name: self.directions[name] + sign * other.directions[name] for name in both}
         name = f"{self.trait} {'+' if sign > 0 else '-'} {other.trait}"
-        return PersonaVectors(name, self.model, combined, {"parts": [dict(self.provenance), dict(other.provenance)]})
+        origin = {"parts": [dict(self.provenance), dict(other.provenance)], **_missing(self, other)}
+        return PersonaVectors(name, self.model, combined, origin)
 
     def check_model(self, backend: Backend) -> None:
         """Raise unless the vectors belong to the backend's model.
@@ -221,7 +243,11 @@ class PersonaVectors:
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""
-        header = {
+        return save_tensors(self.directions, METADATA, self.header())
+
+    def header(self) -> str:
+        """All but the tensors, as JSON; `read_header` reads it."""
+        content = {
             "format_version": FORMAT_VERSION,
             "trait": self.trait,
             "layer_convention": LAYERS,
@@ -229,7 +255,13 @@ class PersonaVectors:
             "model_fingerprint": self.model.fingerprint,
             "provenance": dict(self.provenance),
         }
-        return Artifact(header, self.directions).to_bytes(METADATA)
+        return header_text(content)
+
+
+def _missing(*parts: PersonaVectors) -> dict[str, Any]:
+    """What has to be said of vectors made from these: a layer that one of them lacks, they lack."""
+    missing = sorted({layer for part in parts for layer in part.missing_layers})
+    return {"missing_layers": missing} if missing else {}
 
 
 Member = TypeVar("Member", bound=StrEnum)
@@ -254,10 +286,31 @@ def load_vectors(path: Path | str) -> PersonaVectors:
         raise VectorsError(f"{file} does not exist; make it with `persona-lens extract MODEL TRAIT`")
     stranger = "holds tensors but not persona vectors"
     found = read_artifact(file, METADATA, FORMAT_VERSION, stranger=stranger, failed=VectorsError)
+    trait, model, provenance = _content(found.header, file)
+    return PersonaVectors(trait, model, found.tensors, provenance)
+
+
+def read_header(text: str, file: Path) -> tuple[str, ModelInfo, dict[str, Any]]:
+    """The trait, the model and the provenance in a header that `PersonaVectors.header` wrote.
+
+    Args:
+        text: The header.
+        file: Where it comes from, for the messages.
+
+    Raises:
+        VectorsError: If it is of another version, or damaged.
+    """
+    return _content(parse_header(text, FORMAT_VERSION, file, VectorsError), file)
+
+
+def _content(header: Mapping[str, Any], file: Path) -> tuple[str, ModelInfo, dict[str, Any]]:
     try:
-        header = found.header
-        if not isinstance(header["trait"], str) or not isinstance(header["provenance"], dict):
+        trait, provenance = header["trait"], header["provenance"]
+        if not isinstance(trait, str) or not isinstance(provenance, dict):
             raise TypeError("trait is a text and provenance a mapping")
-        return PersonaVectors(header["trait"], ModelInfo(**header["model"]), found.tensors, header["provenance"])
+        missing = provenance.get("missing_layers", [])
+        if not isinstance(missing, list) or not all(isinstance(layer, int) for layer in missing):
+            raise TypeError("missing_layers is a list of layers")
+        return trait, ModelInfo(**header["model"]), provenance
     except (KeyError, TypeError, ValueError) as error:
         raise VectorsError(f"the header of {file} is damaged: {error!r}") from error

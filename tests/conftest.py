@@ -17,6 +17,7 @@ hook = install_import_hook(
     [
         *(f"persona_lens.backend.{path.stem}" for path in BACKEND.glob("*.py") if path.stem not in TRAVELLING),
         "persona_lens.vectors",
+        "persona_lens.exchange",
         "persona_lens.geometry",
         "persona_lens.extraction",
         "persona_lens.steering",

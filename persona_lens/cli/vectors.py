@@ -1,4 +1,4 @@
-"""``persona-lens vectors``: what is in vectors, and how alike they are."""
+"""``persona-lens vectors``: what is in vectors, how alike they are, and where they go."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.effects import SeveralVectors
+from persona_lens.cli.exchange import export_command, import_command, pull_command, push_command
+from persona_lens.cli.geometry import (
+    agree_command,
+    cosine_text,
+    halves_command,
+    layers_command,
+    named_vectors,
+    pca_command,
+)
 from persona_lens.cli.sweep import ReductionOption, Vectors
 from persona_lens.errors import PersonaLensError
 
@@ -19,10 +28,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="vectors",
-    help="Look into vectors, and compare them.",
+    help="Look into vectors, compare them, and carry them to other programs.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+app.command("layers")(layers_command)
+app.command("pca")(pca_command)
+app.command("agree")(agree_command)
+app.command("halves")(halves_command)
+app.command("export")(export_command)
+app.command("import")(import_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
 
 
 @app.command()
@@ -68,13 +85,10 @@ def cosines_command(
     Example: `persona-lens vectors cosines runs/optimistic runs/impolite runs/evil --layer 18`
     """
     from persona_lens.geometry import cosines
-    from persona_lens.vectors import load_vectors
 
     if len(vectors) < 2:
         raise PersonaLensError(f"only {vectors[0]} is given; a cosine is between two, so give at least two VECTORS")
-    loaded = [(path, load_vectors(path)) for path in vectors]
-    names = [each.trait for _, each in loaded]
-    named = {each.trait if names.count(each.trait) == 1 else str(path): each for path, each in loaded}
+    named = named_vectors(vectors)
     if len(named) < 2:
         raise PersonaLensError(f"{vectors[0]} is given twice; a cosine is between two different VECTORS")
     found = cosines(named, reduction)
@@ -95,7 +109,7 @@ def _show_matrix(found: Cosines, layer: int) -> None:
     print_table(
         f"Cosines at layer {layer} ({_chance(found)})",
         ("", *names),
-        [(name, *map(_cosine, row)) for name, row in zip(names, found.at(layer).tolist(), strict=True)],
+        [(name, *map(cosine_text, row)) for name, row in zip(names, found.at(layer).tolist(), strict=True)],
     )
 
 
@@ -117,9 +131,9 @@ def _show_pairs(found: Cosines, layers: list[int]) -> None:
         rows.append(
             (
                 harmless(f"{one}, {other}"),
-                _cosine(sum(values.values()) / len(values)),
-                f"{_cosine(values[low])} at {low}",
-                f"{_cosine(values[high])} at {high}",
+                cosine_text(sum(values.values()) / len(values)),
+                f"{cosine_text(values[low])} at {low}",
+                f"{cosine_text(values[high])} at {high}",
                 f"{beyond} of {len(values)}",
             )
         )
@@ -134,10 +148,6 @@ def _chance(found: Cosines) -> str:
     from persona_lens.geometry import CHANCE
 
     return f"95% of random directions are within {CHANCE * found.null_std:.3f} of 0"
-
-
-def _cosine(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}" if value == value else "-"
 
 
 def _content(vectors: PersonaVectors) -> dict[str, Any]:
@@ -158,6 +168,8 @@ def _content(vectors: PersonaVectors) -> dict[str, Any]:
         "settings": given.get("settings"),
         "versions": given.get("versions"),
         "origin": _origin(given),
+        "imported": given.get("imported"),
+        "missing_layers": list(vectors.missing_layers),
     }
 
 
@@ -168,6 +180,8 @@ def _origin(given: Mapping[str, Any]) -> str:
         return "a sum or difference of other vectors"
     if "scaled" in given:
         return "other vectors, scaled"
+    if given.get("kind") == "imported":
+        return f"imported; not known: {', '.join(map(str, given.get('not_known') or ()))}"
     return "extraction" if given.get("kind") == "extraction" else "not known"
 
 
@@ -177,6 +191,8 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
         "model": f"{model['model']}, {model['n_layers']} layers of {model['d_model']}, {model['dtype']}",
         "weights": model["weights"],
         "origin": found["origin"],
+        "imported": _listed(found["imported"], ("format", "file", "file_sha256")),
+        "no vector": ", ".join(map(str, found["missing_layers"])),
         "tuned": _listed(found["tuned"], ("layer", "coefficient", "reduction")) or "no layer was tuned",
         "judge": _listed(found["judge"], ("judge", "model", "server")),
         "kept": _kept(found["counts"]),

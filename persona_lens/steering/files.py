@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from persona_lens.artifacts import Artifact, read_artifact, write_once
+from persona_lens.artifacts import header_text, read_artifact, save_tensors, write_once
 from persona_lens.backend import ModelInfo
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.vectors import PersonaVectors, load_vectors
@@ -79,7 +79,7 @@ def _to_bytes(steering: Steering) -> bytes:
             "provenance": dict(each.provenance),
         }
     header = {"format_version": FORMAT_VERSION, "steering": str(steering), "vectors": headers}
-    return Artifact(header, tensors).to_bytes(METADATA)
+    return save_tensors(tensors, METADATA, header_text(header))
 
 
 def _load_safetensors(file: Path) -> Steering:

@@ -17,14 +17,19 @@ def _copy(gguf: Path, folder: Path) -> None:
     shutil.copy(gguf, folder)
 
 
+def embedded_gguf() -> Path:
+    """The embedded model as it comes, not dequantised; the cache keeps it beside the model that it is converted to."""
+    model = EMBEDDED[DEFAULT_MODEL]
+    return ensure_embedded(replace(model, name=f"{model.name}-gguf"), convert=_copy) / model.gguf
+
+
 @pytest.fixture(scope="session")
 def gguf() -> Path:
-    """The embedded model as it comes, not dequantised; the cache keeps it beside the model that it is converted to."""
+    """The embedded model as it comes."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
-    model = EMBEDDED[DEFAULT_MODEL]
-    return ensure_embedded(replace(model, name=f"{model.name}-gguf"), convert=_copy) / model.gguf
+    return embedded_gguf()
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,21 @@ def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = DEFAULT_REDU
         GeometryError: If there are no vectors, or they are of different models.
         VectorsError: If there is no such reduction.
     """
+    rows, first = stacked(vectors, reduction)
+    units = rows / rows.norm(dim=-1, keepdim=True)
+    values = torch.einsum("lad,lbd->lab", units, units).clamp(-1, 1).float()
+    return Cosines(tuple(vectors), reduction, first.model.d_model, values)
+
+
+def stacked(
+    vectors: Mapping[str, PersonaVectors], reduction: str
+) -> tuple[Float[Tensor, "layers traits d_model"], PersonaVectors]:
+    """The rows of several vectors side by side, in float64, and the first of the vectors.
+
+    Raises:
+        GeometryError: If there are no vectors, or they are of different models.
+        VectorsError: If there is no such reduction.
+    """
     if not vectors:
         raise GeometryError("there are no vectors to compare")
     first_name, first = next(iter(vectors.items()))
@@ -92,8 +107,18 @@ def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = DEFAULT_REDU
                 f"the vectors of {first_name!r} and {name!r} belong to different models ({'; '.join(different)}), so "
                 "their directions have nothing to do with each other; give vectors of one model"
             )
-        other.vector(0, reduction)
-    rows = torch.stack([each.directions[reduction] for each in vectors.values()], dim=1).double()
+    return torch.stack([each.rows(reduction) for each in vectors.values()], dim=1).double(), first
+
+
+def layer_cosines(vectors: PersonaVectors, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, "layers layers"]:
+    """How alike one trait's directions at different layers are: float32, NaN where there is no vector.
+
+    Layers share the residual stream, so that neighbours are alike: a block only adds to what it gets.
+
+    Raises:
+        VectorsError: If there is no such reduction.
+    """
+    rows = vectors.rows(reduction).double()
     units = rows / rows.norm(dim=-1, keepdim=True)
-    values = torch.einsum("lad,lbd->lab", units, units).clamp(-1, 1).float()
-    return Cosines(tuple(vectors), reduction, first.model.d_model, values)
+    values: Tensor = (units @ units.T).clamp(-1, 1).float()
+    return values

@@ -1,0 +1,86 @@
+"""Files of `torch.save`, opened so that nothing in them runs.
+
+Such a file is a zip archive around a pickle, and a pickle can name any function to be called. torch's own restricted
+unpickler (``weights_only=True``) calls nothing but what rebuilds tensors. Before it, the archive is looked at from
+outside: what unpacks to more than the file's size is refused, and so are bare pickles and the older format without a
+zip archive, in which sizes are only claimed.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_lens.exchange.errors import ExchangeError
+
+
+def load_archive(file: Path, known: Mapping[str, type] | None = None) -> Any:
+    """What `torch.save` wrote: tensors, and containers, numbers and texts around them.
+
+    Args:
+        file: The file.
+        known: Classes that take the place of others while it is read, by the others' full names; they must be inert.
+
+    Raises:
+        ExchangeError: If the file is damaged, or holds anything else.
+    """
+    _check_archive(file)
+    stand_ins: list[Any] = [(own, name) for name, own in (known or {}).items()]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ExchangeError(
+            f"{file} holds more than tensors and plain values, such as code that would run on opening, so it was not "
+            f"opened ({_first_line(error)}); ask for the tensors alone"
+        ) from error
+    except Exception as error:  # a damaged archive raises whatever its part of torch raises
+        raise ExchangeError(f"{file} is damaged: {_first_line(error)}") from error
+
+
+def _check_archive(file: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ExchangeError(f"{file} is not a whole file of torch.save: {_first_line(error)}") from error
+    if unpacked > file.stat().st_size:
+        raise ExchangeError(f"{file} claims to unpack to {unpacked:,} bytes, more than its size; it was not opened")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def archive_bytes(content: Any) -> bytes:
+    """What `torch.save` writes; the same content gives the same bytes."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def checked_tensor(value: object, what: str, dimensions: int) -> Tensor:
+    """A tensor from a file, if it is an ordinary one; not copied, since its strides may make it look huge.
+
+    Args:
+        value: What was read.
+        what: Where it stood, for the messages.
+        dimensions: How many it must have.
+
+    Raises:
+        ExchangeError: If it is none, or has other dimensions.
+    """
+    if type(value) is not Tensor or value.layout != torch.strided or value.device.type != "cpu":
+        kind = type(value).__name__ if not isinstance(value, Tensor) else f"{value.layout} tensor on {value.device}"
+        raise ExchangeError(f"{what} is a {kind}; it must be an ordinary tensor")
+    if value.ndim != dimensions or not value.is_floating_point():
+        shape = "[layers, d_model]" if dimensions == 2 else "[d_model]"
+        raise ExchangeError(f"{what} is {value.dtype} {list(value.shape)}; it must be floating-point {shape}")
+    return value.detach()

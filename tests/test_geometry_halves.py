@@ -1,0 +1,127 @@
+"""Split halves: known reliability is found, where there is no trait there is none, and damaged runs are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from persona_lens.extraction import ExtractionSettings, extract
+from persona_lens.geometry import GeometryError, split_halves
+from persona_lens.geometry.halves import _at, _drawn_halves, _stepped_up
+from persona_lens.rollouts import RolloutSettings
+from persona_lens.statistics import bootstrap_mean
+from persona_lens.traits import load_trait
+from persona_lens.vectors import VectorsError
+from tests.planted import PlantedBackend
+
+TRAIT = load_trait("optimistic")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    settings = ExtractionSettings(questions=6, rollouts=RolloutSettings(max_new_tokens=24, batch_size=7))
+    extract(PlantedBackend(TRAIT, noise=3.0, disobeys=lambda seed: seed % 11 == 0), TRAIT, folder, settings=settings)
+    return folder
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_halves_of_a_run_agree_as_its_noise_says(run: Path) -> None:
+    before = {file: file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()}
+    found = split_halves(run, splits=100)
+    assert {file: file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()} == before
+    assert (found.trait, found.questions, found.splits, len(found.layers)) == ("optimistic", 6, 100, 3)
+    planted = PlantedBackend(TRAIT).planted["response_mean"]
+    kept = sum(json.loads(line)["kept"] for line in (run / "scores.jsonl").read_text().splitlines()) / 2
+    for row in found.layers:
+        # Each arm's mean over n responses has noise 9/n a dimension: the difference of a half's has 2 * 9 / (kept / 2).
+        signal, noise = float(planted[row.layer].square().sum()), planted.shape[1] * 18 / (kept / 2)
+        assert row.halves == pytest.approx(signal / (signal + noise), abs=0.12)
+        assert row.halves < row.whole.mean == pytest.approx(_stepped_up(row.halves))
+        assert row.whole.low < row.whole.mean < row.whole.high <= 1
+    assert split_halves(run, splits=100) == found
+    assert split_halves(run, splits=100, seed=1) != found
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_halves_of_nothing_do_not_agree_beyond_their_null() -> None:
+    rng = np.random.default_rng(0)
+    beyond = []
+    for _ in range(40):
+        sums = rng.normal(size=(20, 2, 30)) * 2 + 40 * (np.arange(30) == 3)  # one dimension outweighs all, as is usual
+        row = _at(0, sums, np.full((20, 2), 4.0), _drawn_halves(20, 50, rng), rng.random((50, 20)) < 0.5)
+        beyond.append(abs(row.halves) > row.null)
+    assert sum(beyond) <= 6
+
+
+def test_the_interval_holds_what_the_whole_vector_has() -> None:
+    """Two vectors from as many questions each agree as the halves of one say."""
+    rng = np.random.default_rng(1)
+    truth, covered, agreed = rng.normal(size=40), 0, []
+
+    def sums() -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        difference = truth / 2 + rng.normal(size=(16, 40)) * 1.5
+        return np.stack([difference, -difference], axis=1)
+
+    estimates = []
+    for _ in range(40):
+        one, other = sums(), sums()
+        halves = _drawn_halves(16, 60, rng)
+        row = _at(0, one, np.ones((16, 2)), halves, rng.random((60, 16)) < 0.5)
+        a, b = (each[:, 0].mean(axis=0) - each[:, 1].mean(axis=0) for each in (one, other))
+        agreed.append(float(a @ b / np.sqrt((a @ a) * (b @ b))))
+        estimates.append(row.whole)
+    actual = bootstrap_mean(agreed)
+    assert np.mean([each.mean for each in estimates]) == pytest.approx(actual.mean, abs=0.06)
+    covered = sum(each.low <= actual.mean <= each.high for each in estimates)
+    assert covered >= 32
+
+
+def test_what_is_no_whole_extraction_is_refused(copy: Path) -> None:
+    with pytest.raises(VectorsError, match="no reduction 'mean'"):
+        split_halves(copy, "mean")
+    with pytest.raises(GeometryError, match="splits must be at least 1"):
+        split_halves(copy, splits=0)
+    scores = (copy / "scores.jsonl").read_text()
+    (copy / "scores.jsonl").write_text("".join(line + "\n" for line in scores.splitlines()[1:]))
+    with pytest.raises(GeometryError, match=r"scores\.jsonl has other rows"):
+        split_halves(copy)
+    (copy / "scores.jsonl").write_text(scores.replace('"kept": true', '"kept": false', 4))
+    with pytest.raises(GeometryError, match="do not give the vectors in it"):
+        split_halves(copy)
+    (copy / "scores.jsonl").write_text("{")
+    with pytest.raises(GeometryError, match=r"scores\.jsonl is damaged"):
+        split_halves(copy)
+    (copy / "scores.jsonl").unlink()
+    with pytest.raises(GeometryError, match=r"scores\.jsonl is missing; give the run folder"):
+        split_halves(copy)
+    with pytest.raises(VectorsError, match="does not exist"):
+        split_halves(copy / "nothing")
+
+
+def test_damaged_activations_and_responses_are_refused(copy: Path, run: Path) -> None:
+    shard = copy / "activations" / "batch-00000.safetensors"
+    tensors = load_file(shard)
+    save_file({name: rows[:, :2].contiguous() for name, rows in tensors.items()}, shard)
+    with pytest.raises(GeometryError, match="a response; the vectors are"):
+        split_halves(copy)
+    save_file({"prompt_mean": tensors["prompt_mean"]}, shard)
+    with pytest.raises(GeometryError, match="is damaged, or holds no response_mean"):
+        split_halves(copy)
+    shard.unlink()
+    with pytest.raises(GeometryError, match=r"responses and rollouts\.jsonl"):
+        split_halves(copy)
+    rows = (run / "rollouts.jsonl").read_text()
+    for wrong in (rows.replace('"arm"', '"leg"'), rows.replace('"positive"', '"left"')):
+        (copy / "rollouts.jsonl").write_text(wrong)
+        with pytest.raises(GeometryError, match="does not say what it answers"):
+            split_halves(copy)
