@@ -18,7 +18,11 @@ export PERSONA_LENS_LLM_SERVER_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/per
 # And so have the programs that exported vectors are tried in by `make test-programs`.
 export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/programs
 
-.PHONY: demo test test-remote test-servers test-programs lint format bench clean
+# And so has SAELens, which needs an older TransformerLens than the one pinned here.
+export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
+SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
+
+.PHONY: demo test test-remote test-servers test-programs test-sae lint format bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
@@ -26,7 +30,7 @@ demo: $(VENV)/.runtime
 # By default xdist begins with the files of many tests; the longest here, the demonstration, has few and would come last.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  --ignore tests/ndif --ignore tests/servers --ignore tests/programs
+	  --ignore tests/ndif --ignore tests/servers --ignore tests/programs --ignore tests/sae
 
 # One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development
@@ -42,6 +46,11 @@ test-servers: $(VENV)/.development
 test-programs: $(VENV)/.development
 	-@$(MAKE) --no-print-directory $(PERSONA_LENS_PROGRAMS_ENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/programs
+
+# Autoencoders of SAELens, and the parity suite and the attributions on the TransformerLens that it needs.
+test-sae: $(PERSONA_LENS_SAE_ENV)/.installed
+	$(SAE_PYTHON) -m pip install --quiet --no-deps --editable .
+	OMP_NUM_THREADS=1 $(SAE_PYTHON) -m pytest tests/sae tests/backends/test_parity.py tests/lenses -k 'not nnsight'
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -92,4 +101,12 @@ $(PERSONA_LENS_PROGRAMS_ENV)/.installed: tests/programs/requirements.txt
 	$(PYTHON) -m venv --clear $(PERSONA_LENS_PROGRAMS_ENV)
 	$(PERSONA_LENS_PROGRAMS_ENV)/bin/python -m pip install --quiet --only-binary :all: "$$(grep '^torch==' $<)"
 	$(PERSONA_LENS_PROGRAMS_ENV)/bin/python -m pip install --quiet --only-binary :all: --requirement $<
+	@touch $@
+
+$(PERSONA_LENS_SAE_ENV)/.installed: tests/sae/requirements.txt pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(PERSONA_LENS_SAE_ENV)
+	$(SAE_PYTHON) -m pip install --quiet --constraint constraints.txt torch
+	grep -v '^transformer-lens==' constraints.txt > $(PERSONA_LENS_SAE_ENV)/constraints.txt
+	$(SAE_PYTHON) -m pip install --quiet --constraint $(PERSONA_LENS_SAE_ENV)/constraints.txt \
+	  --requirement $< --editable '.[sae]'
 	@touch $@

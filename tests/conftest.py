@@ -23,6 +23,8 @@ hook = install_import_hook(
         "persona_lens.steering",
         "persona_lens.judging",
         "persona_lens.capability",
+        "persona_lens.lenses",
+        "persona_lens.features",
     ],
     "beartype.beartype",
 )

@@ -38,7 +38,8 @@ NOT_RUN = {
     "pip install 'persona-lens[parquet]'          # to read Parquet files\n"
     "pip install 'persona-lens[all]'              # all of these\n"
     "pip install 'persona-lens[lm-eval]'          # capability by lm-evaluation-harness\n"
-    "pip install 'persona-lens[inspect]'          # evaluations by inspect_ai\n",
+    "pip install 'persona-lens[inspect]'          # evaluations by inspect_ai\n"
+    "pip install 'persona-lens[sae]'              # sparse autoencoders by SAELens; takes TransformerLens 3.9\n",
     "persona-lens steer tune smollm2-135m runs/optimistic-smollm2-135m --out runs/tuned\n",
     "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples 10 --max-new-tokens 1000 \\\n"
     "  --judge openai:gpt-4.1-mini-2025-04-14 --prices 0.4,1.6 --max-spend 5\n",

@@ -72,19 +72,19 @@ class NNsightBackend:
 
     def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
         self._model = model
-        self._module = model._module
-        path, self._blocks = find_blocks(self._module)
+        self.module = model._module
+        path, self._blocks = find_blocks(self.module)
         self._envoys = model.get(path)
         self._embedding = embedding_envoy(model)
         self._head: Any = None  # where logits may be changed instead of in the model's output
-        self._defaults = getattr(self._module, "generation_config", None)
+        self._defaults = getattr(self.module, "generation_config", None)
         self._lock = RunLock()  # nnsight keeps the state of a run on the model
         self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, self._defaults)
-        self.context_length = context_of(self._module.config)
+        self.context_length = context_of(self.module.config)
         self._pad_id = padding_id(tokenizer, self.end_ids)
         backend = f"nnsight {version('nnsight')}, transformers {version('transformers')}"
-        self.info: ModelInfo = describe(self._module, self._blocks, name, revision, backend)
+        self.info: ModelInfo = describe(self.module, self._blocks, name, revision, backend)
 
     @classmethod
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> NNsightBackend:
@@ -156,7 +156,7 @@ class NNsightBackend:
         if watched:  # called by the loop, in the thread of the caller, after the trace's own thread took the values
             config["stopping_criteria"] = stopping_criteria(watcher)
         sampler = RowSampler(sampling, self._device) if sampling.seeds else None
-        with self._lock, torch.inference_mode(), evaluating(self._module), warnings.catch_warnings():
+        with self._lock, torch.inference_mode(), evaluating(self.module), warnings.catch_warnings():
             # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
             warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             return self._traced_generation(tokens, intervention, config, sampler, request)
@@ -224,7 +224,7 @@ class NNsightBackend:
         check_reads(reads, self.info.n_layers, self.info.d_model)
         padded = pad_left(tokens, self._pad_id, self._device or "cpu")
         intervention = self._intervention(padded, edits, reads)
-        with self._lock, torch.inference_mode(), evaluating(self._module):
+        with self._lock, torch.inference_mode(), evaluating(self.module):
             return self._traced_forward(padded, intervention, logprobs, request)
 
     def _traced_forward(
@@ -233,7 +233,7 @@ class NNsightBackend:
         model, blocks, embedding = self._model, self._envoys, self._embedding
         ids, response = tokens.ids, tokens.response
         layers = [layer for layer in intervention.layers if logprobs or layer <= intervention.deepest_read]
-        with model.trace(forward_inputs(self._module, tokens), backend=request) as tracer:
+        with model.trace(forward_inputs(self.module, tokens), backend=request) as tracer:
             intervention.begin_pass(embedding.input)
             for layer in layers:
                 output = blocks[layer].output
@@ -254,7 +254,7 @@ class NNsightBackend:
     @property
     def _device(self) -> torch.device | None:
         """Where token ids go and noise is drawn."""
-        device: torch.device = self._module.device
+        device: torch.device = self.module.device
         return device
 
     def _request(self, reads: Sequence[Read], rows: int, width: int) -> Request | None:

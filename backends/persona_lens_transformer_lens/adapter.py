@@ -40,7 +40,7 @@ class TransformerLensBackend:
 
     def __init__(self, bridge: Any, tokenizer: Any, name: str, revision: str | None) -> None:
         self._bridge = bridge
-        module = bridge.original_model
+        self.module = module = bridge.original_model
         self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(module, "generation_config", None))
         backend = f"transformer-lens {version('transformer-lens')}, transformers {version('transformers')}"

@@ -30,6 +30,7 @@ class TransformersBackend:
     calls_at_once = 1
 
     def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None) -> None:
+        self.module = model
         self._blocks = find_blocks(model)[1]
         self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(model, "generation_config", None))

@@ -10,6 +10,7 @@ import typer
 
 from persona_lens.cli.backends import app as backends_app
 from persona_lens.cli.demo import demo
+from persona_lens.cli.dissect import dissect
 from persona_lens.cli.extract import extract
 from persona_lens.cli.generate import generate
 from persona_lens.cli.judge import app as judge_app
@@ -35,6 +36,7 @@ app.command()(demo)
 app.command()(extract)
 app.command()(generate)
 app.command()(responses)
+app.command()(dissect)
 app.add_typer(steer_app)
 app.add_typer(vectors_app)
 app.add_typer(judge_app)

@@ -19,6 +19,7 @@ from persona_lens.cli.geometry import (
     named_vectors,
     pca_command,
 )
+from persona_lens.cli.lenses import attribute_command, lens_command
 from persona_lens.cli.sweep import ReductionOption, Vectors
 from persona_lens.errors import PersonaLensError
 
@@ -40,6 +41,8 @@ app.command("export")(export_command)
 app.command("import")(import_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)
+app.command("lens")(lens_command)
+app.command("attribute")(attribute_command)
 
 
 @app.command()

@@ -1,0 +1,158 @@
+"""The logit lens of vectors: which tokens they promote and suppress through the unembedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
+from persona_lens.backend.memory import forward_batches
+from persona_lens.backend.module import module_of
+from persona_lens.lenses.readout import LensError, Readout, find_readout
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+
+RANDOM_DIRECTIONS = 20
+
+
+@dataclass(frozen=True)
+class TokenShift:
+    """A token and how far its logit moves.
+
+    Attributes:
+        id: Token id.
+        text: What it stands for.
+        shift: Change of the logit, minus the mean change over the vocabulary, which moves no probability.
+    """
+
+    id: int
+    text: str
+    shift: float
+
+
+@dataclass(frozen=True)
+class LensLayer:
+    """What the vector of one layer says.
+
+    Attributes:
+        layer: Block index, 0-based.
+        norm: Length of the vector.
+        promoted: The tokens whose logits rise most, the first one most.
+        suppressed: Those whose logits fall most.
+        random_most: The largest rise of any token under random directions as long as the vector: the mean over
+            `RANDOM_DIRECTIONS`.
+        random_limit: The largest rise under any of them.
+    """
+
+    layer: int
+    norm: float
+    promoted: tuple[TokenShift, ...]
+    suppressed: tuple[TokenShift, ...]
+    random_most: float
+    random_limit: float
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """The lens of a trait's vectors (the direct path only).
+
+    A shift is what adding the raw vector once to the residual after the last block does to a logit:
+    ``W_U (gain * v) / scale``, with v centred first where the final norm is a LayerNorm. The scale of the norm is held
+    at its mean over the given prompts, so the lens is linear in the vector; factors and soft caps that a model applies
+    to its logits afterwards are left out. For an earlier layer it is what the vector would do if no block in between
+    changed it or answered to it.
+
+    Attributes:
+        trait: Name of the trait.
+        reduction: Which of the vectors.
+        scale: What the final norm divides by; 1 where there is none.
+        layers: Layer by layer.
+    """
+
+    trait: str
+    reduction: str
+    scale: float
+    layers: tuple[LensLayer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return asdict(self)
+
+
+def logit_lens(
+    backend: Backend,
+    vectors: PersonaVectors,
+    layers: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    *,
+    top: int = 10,
+    reduction: str = DEFAULT_REDUCTION,
+    seed: int = 0,
+) -> LogitLens:
+    """What vectors promote and suppress through the final norm and the unembedding.
+
+    Args:
+        backend: The model, in this process.
+        vectors: Of this model.
+        layers: Which layers' vectors.
+        prompts: Token ids of prompts; at their last tokens the scale of the final norm is taken.
+        top: How many tokens on either side.
+        reduction: Which of the vectors.
+        seed: Of the random directions.
+
+    Raises:
+        LensError: If there are no layers or prompts, a vector is zero, or the model has no readout of the usual kind.
+        ModuleError: If the weights are out of reach.
+        VectorsError: If the vectors belong to another model, or there is no such layer.
+    """
+    vectors.check_model(backend)
+    if not layers or not prompts or top < 1:
+        raise LensError("the lens needs at least one layer, one prompt and one token to show")
+    rows = torch.stack([vectors.vector(layer, reduction) for layer in layers])
+    for layer, row in zip(layers, rows, strict=True):
+        if not float(row.norm()) > 0:
+            raise LensError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
+    readout = find_readout(module_of(backend))
+    scale = _scale(backend, readout, prompts)
+    shifts = _centred(readout.shifts(rows, scale))
+    noise = torch.randn(RANDOM_DIRECTIONS, rows.shape[1], generator=torch.Generator().manual_seed(seed))
+    units = noise / noise.norm(dim=-1, keepdim=True)
+    largest = _centred(readout.shifts(units, scale)).amax(dim=1)
+    found = []
+    for layer, row, shift in zip(layers, rows, shifts, strict=True):
+        norm = float(row.norm())
+        promoted, suppressed = (_tokens(backend, shift, top, largest=side) for side in (True, False))
+        most, limit = float(largest.mean()) * norm, float(largest.max()) * norm
+        found.append(LensLayer(layer, norm, promoted, suppressed, most, limit))
+    return LogitLens(vectors.trait, reduction, scale, tuple(found))
+
+
+def _scale(backend: Backend, readout: Readout, prompts: Sequence[Sequence[int]]) -> float:
+    """Mean of what the final norm divides by, at the last tokens of prompts."""
+    if readout.norm is None:
+        return 1.0
+    read = Read(ReadKind.PROMPT_LAST, (backend.info.n_layers - 1,))
+    last = [
+        result.reads[read.kind.value][:, 0] for _, result in forward_batches(backend, TokenBatch.of(prompts), [read])
+    ]
+    return float(readout.norm.scale(torch.cat(last)).mean())
+
+
+def _centred(shifts: Float[Tensor, "k vocabulary"]) -> Float[Tensor, "k vocabulary"]:
+    centred: Tensor = shifts - shifts.mean(dim=1, keepdim=True)
+    return centred
+
+
+def _tokens(
+    backend: Backend, shift: Float[Tensor, " vocabulary"], top: int, *, largest: bool
+) -> tuple[TokenShift, ...]:
+    known = min(len(backend.tokenizer), len(shift))  # unembeddings are often padded
+    values, ids = shift[:known].topk(min(top, known), largest=largest)
+    return tuple(
+        TokenShift(token, str(backend.tokenizer.decode([token])), value)
+        for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+    )

@@ -1,0 +1,186 @@
+"""The page of a dissection: which features a vector is made of, where they are active, and what each does alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
+from persona_lens.reports.marks import BAR, LINE, NULL, legend, reach
+from persona_lens.reports.page import environment
+from persona_lens.reports.svg import INK, MUTED, PAPER, RANDOM, VECTOR, drawing_style
+from persona_lens.reports.wording import bounds, counted, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Summary = Mapping[str, Any]
+TOP_LABEL, RANDOM_LABEL = "top features", "random features"
+
+
+def render_dissection(summary: Summary, version: str = "") -> str:
+    """A page on one dissection, complete in itself: no scripts, and nothing is loaded from anywhere.
+
+    The same summary gives the same bytes.
+
+    Args:
+        summary: JSON values as in the run's ``summary.json``, see `persona_lens.features.dissect`.
+        version: Of persona-lens, to be named on the page.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
+
+    Returns:
+        HTML, to be written as UTF-8.
+    """
+    corpus = summary["corpus"]
+    return (
+        environment()
+        .get_template("dissection.html.j2")
+        .render(
+            **summary,
+            result=headline(summary),
+            places={each["feature"]: each for each in corpus["features"]} if corpus else {},
+            figures=_draw(summary),
+            version=version,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class DissectionHeadline:
+    """What the dissection shows.
+
+    Attributes:
+        verdict: ``clear`` if a top feature steers clear of the random ones, ``unclear`` if none does, ``no-null`` if
+            nothing was steered or nothing stands beside it.
+        title: In one line.
+        sentences: With the numbers.
+    """
+
+    verdict: str
+    title: str
+    sentences: tuple[str, ...]
+
+
+def headline(summary: Summary) -> DissectionHeadline:
+    """The result in words, no stronger than the intervals allow."""
+    alike = _alike(summary)
+    steering = summary["steering"]
+    if steering is None:
+        return DissectionHeadline("no-null", "Nothing was steered: only directions were compared", alike)
+    effects = steering["effects"]
+    top = [each for i in steering["top"] if (each := effects[f"feature_{i}"])]
+    if not steering["random"] or not top:
+        return DissectionHeadline("no-null", "The top features were steered with nothing to compare them with", alike)
+    clear = steering["clear"]
+    best = max(top, key=lambda each: each["change"]["vector"]["mean"] * (1 if steering["coefficient"] > 0 else -1))
+    change = best["change"]
+    sentences = [
+        *alike,
+        f"Of the top features feature {best['feature']} changes the score most, by "
+        f"{bounds(change['vector'], sign=True)}. Of {counted(len(steering['random']), 'random feature')} as long, "
+        f"which change it by {bounds(change['random'], sign=True)} on average, {best['beyond']} move it less.",
+    ]
+    whole = effects.get("vector")
+    if whole:
+        sentences.append(f"The whole vector changes it by {bounds(whole['change']['vector'], sign=True)}.")
+    if len(top) > 1 and clear:
+        sentences.append(f"It is the best of {len(top)} that were tried, which flatters it a little.")
+    if not clear:
+        title = f"None of {counted(len(top), 'top feature')} steers the trait clear of random features"
+        return DissectionHeadline("unclear", title, tuple(sentences))
+    steer = "steers" if len(clear) == 1 else "steer"
+    title = f"{len(clear)} of {counted(len(top), 'top feature')} {steer} the trait, clear of random features"
+    return DissectionHeadline("clear", title, tuple(sentences))
+
+
+def _alike(summary: Summary) -> tuple[str, ...]:
+    """How alike the vector and the dictionary are, in two sentences."""
+    ranking, pursuit = summary["ranking"], summary["pursuit"]
+    first = ranking["top"][0]
+    beside = (
+        f" Random directions reach {number(max(ranking['random_top']), 2)} at most, among the same features."
+        if ranking["random_top"]
+        else ""
+    )
+    taken = min(len(pursuit["shares"]), 16)
+    share = number(100 * pursuit["shares"][taken - 1], 0)
+    return (
+        f"The feature most like the vector is {first['feature']}, with a cosine of {number(first['cosine'], 2)}."
+        + beside,
+        f"The best {counted(taken, 'feature')} together carry {share}% of its squared length.",
+    )
+
+
+def _draw(summary: Summary) -> dict[str, Drawing | None]:
+    with drawing_style():
+        return {
+            "pursuit": draw(
+                "pursuit",
+                "Sparse reconstruction",
+                "Share of the squared length that the best k features carry, for the vector and for random directions.",
+                pursuit_figure,
+                summary["pursuit"],
+            ),
+            "effects": draw(
+                "effects",
+                "Features steered alone",
+                "Change of the trait score under each top feature alone, the whole vector, and random features.",
+                effect_figure,
+                summary["steering"],
+            )
+            if summary["steering"]
+            else None,
+        }
+
+
+def pursuit_figure(pursuit: Mapping[str, Any], width: int) -> Figure:
+    """Share of the squared length against the number of features."""
+    figure = new_figure(width, 340 if width == WIDE else 330)
+    axes = figure.add_subplot()
+    counts = range(1, len(pursuit["shares"]) + 1)
+    axes.plot(counts, [100 * share for share in pursuit["shares"]], color=VECTOR, label="trait vector")
+    null = pursuit["random"]
+    if null:
+        at = [each["features"] for each in null]
+        lows, highs = ([100 * pick(each["shares"]) for each in null] for pick in (min, max))
+        axes.fill_between(at, lows, highs, color=RANDOM, alpha=0.25, linewidth=0)
+        means = [100 * sum(each["shares"]) / len(each["shares"]) for each in null]
+        axes.plot(at, means, color=RANDOM, linestyle=NULL["linestyle"], label="random directions")
+    axes.set(title="Share of the squared length, %", xlabel="features", ylim=(0, 102))
+    axes.margins(x=0.02)
+    legend(figure, axes)
+    return figure
+
+
+def effect_figure(steering: Mapping[str, Any], width: int) -> Figure:
+    """Change of the score with its interval: the vector, the top features, the random ones."""
+    effects = steering["effects"]
+    groups: list[tuple[str, Sequence[str], dict[str, Any]]] = [
+        ("whole vector", ["vector"], {"marker": "D", "color": INK}),
+        (TOP_LABEL, [f"feature_{i}" for i in steering["top"]], {"marker": "o", "color": VECTOR}),
+        (RANDOM_LABEL, [f"feature_{i}" for i in steering["random"]], {**NULL, "linestyle": ""}),
+    ]
+    shown = [(label, name, style) for label, names, style in groups for name in names if effects.get(name)]
+    figure = new_figure(width, 130 + 24 * len(shown))
+    axes = figure.add_subplot()
+    labelled: set[str] = set()
+    for place, (label, name, style) in enumerate(shown):
+        change = effects[name]["change"]["vector"]
+        fill = PAPER if label == RANDOM_LABEL else style["color"]
+        drawn: dict[str, Any] = {**style, **BAR, "linestyle": "", "markerfacecolor": fill, "zorder": LINE["zorder"]}
+        axes.errorbar(
+            [change["mean"]], [place], xerr=reach([change]), **drawn, label=None if label in labelled else label
+        )
+        labelled.add(label)
+    axes.axvline(0, color=MUTED, linewidth=1.5, zorder=1)
+    axes.set(xlabel="change of the mean trait score, points")
+    axes.set_yticks(range(len(shown)), [name.replace("_", " ") for _, name, _ in shown])
+    axes.invert_yaxis()
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    axes.xaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))
+    legend(figure, axes)
+    return figure
