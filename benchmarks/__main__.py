@@ -83,6 +83,16 @@ def reading_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
             yield compare(name, ours, w.one_by_one_reading(baseline, many), limit=limit, pairs=pairs)
 
 
+def training_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
+    model, tokenizer = w.load("float32")
+    edits = w.one_edit(wrap_model(model, tokenizer))
+    edited = w.training_step(model, tokenizer, edits)
+    other, _ = w.load("float32")
+    plain = w.training_step(other, tokenizer, [])
+    warm_up(edited, plain)
+    yield compare("a training step under one edit / a plain step, float32", edited, plain, limit=1.03, pairs=pairs)
+
+
 def warm_up(*work: Callable[[], object]) -> None:
     for piece in work:
         piece()
@@ -112,6 +122,7 @@ GROUPS: dict[str, Callable[[str, int], Iterator[Ratio]]] = {
     "watching": watching_ratios,
     "transformer_lens": bridge_ratios,
     "reading": reading_ratios,
+    "training": training_ratios,
 }
 
 

@@ -204,3 +204,25 @@ def one_by_one_reading(model: Any, batch: TokenBatch) -> Work:
         return kept
 
     return run
+
+
+def training_step(model: Any, tokenizer: Any, edits: list[Edit], rows: int = 8, width: int = 96) -> Work:
+    """An optimizer step of a LoRA adapter over a batch, under edits."""
+    from peft import LoraConfig, get_peft_model
+
+    from persona_lens.finetuning import TrainingEdits
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    adapted.train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.0)
+    ids = torch.randint(100, len(tokenizer), (rows, width), generator=torch.Generator().manual_seed(0))
+
+    def run() -> object:
+        with TrainingEdits(adapted, edits):
+            adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return None
+
+    return run

@@ -36,6 +36,7 @@ NOT_RUN = {
     "pip install 'persona-lens[nnsight]'\n"
     "pip install 'persona-lens[openai]'           # judges and authors behind a server\n"
     "pip install 'persona-lens[parquet]'          # to read Parquet files\n"
+    "pip install 'persona-lens[finetune]'         # training\n"
     "pip install 'persona-lens[all]'              # all of these\n"
     "pip install 'persona-lens[lm-eval]'          # capability by lm-evaluation-harness\n"
     "pip install 'persona-lens[inspect]'          # evaluations by inspect_ai\n"

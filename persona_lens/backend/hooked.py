@@ -234,16 +234,23 @@ def editing_blocks(attach: Attach, edits: Sequence[Edit], info: ModelInfo) -> It
         EditError: If an edit does not fit the model, or names positions: a plain forward pass does not know which
             tokens are a prompt's.
     """
-    check_edits(edits, info.n_layers, info.d_model)
-    for edit in edits:
-        if edit.positions is not Positions.ALL:
-            raise EditError(f"editing() cannot tell prompt from response; use positions 'all', not {edit.positions!r}")
-        if edit.schedule is not None:
-            raise EditError("editing() does not know which token of a row comes first; leave out the schedule")
+    check_everywhere(edits, info.n_layers, info.d_model)
+    if scheduled := next((edit for edit in edits if edit.schedule is not None), None):
+        raise EditError(
+            f"editing() does not know which token of a row comes first; leave out the schedule({scheduled.schedule})"
+        )
     writer = Writer([edit.plain() for edit in edits])
 
     with attach(sorted(writer.layers), lambda layer, h: writer.block(layer, h, None)):
         yield
+
+
+def check_everywhere(edits: Sequence[Edit], n_layers: int, d_model: int) -> None:
+    """Raise `EditError` for the first edit that does not fit the model, or is not made at every token."""
+    check_edits(edits, n_layers, d_model)
+    for edit in edits:
+        if edit.positions is not Positions.ALL:
+            raise EditError(f"editing() cannot tell prompt from response; use positions 'all', not {edit.positions!r}")
 
 
 class _DeepestLayerReached(Exception):  # noqa: N818 - nothing went wrong

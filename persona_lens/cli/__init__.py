@@ -12,11 +12,14 @@ from persona_lens.cli.backends import app as backends_app
 from persona_lens.cli.demo import demo
 from persona_lens.cli.dissect import dissect
 from persona_lens.cli.extract import extract
+from persona_lens.cli.finetune import finetune_command
+from persona_lens.cli.finetune_study import finetune_study_command
 from persona_lens.cli.generate import generate
 from persona_lens.cli.judge import app as judge_app
 from persona_lens.cli.monitor import app as monitor_app
 from persona_lens.cli.remote import app as remote_app
 from persona_lens.cli.responses import responses
+from persona_lens.cli.shift import shift_command
 from persona_lens.cli.steer import app as steer_app
 from persona_lens.cli.traits import app as traits_app
 from persona_lens.cli.vectors import app as vectors_app
@@ -37,6 +40,9 @@ app.command()(extract)
 app.command()(generate)
 app.command()(responses)
 app.command()(dissect)
+app.command("finetune")(finetune_command)
+app.command("finetune-study")(finetune_study_command)
+app.command("shift")(shift_command)
 app.add_typer(steer_app)
 app.add_typer(vectors_app)
 app.add_typer(judge_app)

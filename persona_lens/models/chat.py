@@ -159,6 +159,23 @@ class ChatFormat:
         encoded: Any = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return [int(token) for token in encoded["input_ids"]]
 
+    def encode_marked(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
+        """Return the token ids of a whole conversation, and which of them the template marks as the assistant's.
+
+        None where the template marks nothing (it has no ``{% generation %}``) or the tokenizer cannot tell.
+
+        Raises:
+            ModelError: The messages are malformed, or the template refuses them.
+        """
+        found = self.template.encode_marked(self._placed(messages))
+        return found if found is not None and any(found[1]) else None
+
+    def closing_ids(self) -> tuple[int, ...]:
+        """Return what ends an assistant's turn: the template's control token, or else the tokenizer's end."""
+        probed = probe_end_of_turn(self.template)
+        end: Any = probed if probed is not None else self.tokenizer.eos_token_id
+        return () if end is None else (int(end),)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without control tokens, spaces exactly as the model wrote them."""
         return self._text(ids, skip_special_tokens=True)

@@ -20,7 +20,8 @@ def pinned(source: ModelSource) -> ModelSource:
     """Tie a hub model to the commit its revision stands for now.
 
     Weights, configuration and tokenizer are then of one commit even if the repository changes in between, and
-    the commit is the model's identity. Local models are returned as they are, and so is a pinned one.
+    the commit is the model's identity. Local models are returned as they are, and so is a pinned one. Of an adapter the
+    base is pinned.
 
     Args:
         source: The source.
@@ -31,6 +32,8 @@ def pinned(source: ModelSource) -> ModelSource:
     Raises:
         ModelError: The hub cannot be reached or does not give the model out; the message says what to do.
     """
+    if source.base is not None:
+        return replace(source, base=pinned(source.base))
     if source.content is not None or source.is_local:
         return source
     if source.revision is not None and _COMMIT.fullmatch(source.revision):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_lens.models.adapters import put_on, require_peft
 from persona_lens.models.errors import ModelError
 from persona_lens.models.hub import hub_error, pinned
 from persona_lens.models.source import ModelSource, resolve
@@ -69,6 +71,9 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     from transformers import AutoTokenizer
 
     source = pinned(source)
+    if source.base is not None:
+        own = (Path(source.location) / "tokenizer_config.json").is_file()
+        source = replace(source, kind="folder", base=None) if own else source.base
     try:
         # padding_side is not among what save_pretrained keeps, so it is given every time.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -92,7 +97,7 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode.
+    """Load a causal language model in evaluation mode, with its adapter on it where the source is one.
 
     Only safetensors are read: nothing is unpickled.
 
@@ -114,6 +119,17 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = pinned(source)
+    if source.base is not None:
+        require_peft()
+        base = load_model(
+            source.base,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        return put_on(base, Path(source.location))
     where = resolve_device(device)
     place = _place(source, trust_remote_code)
     try:

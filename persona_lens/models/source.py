@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from persona_lens.models.adapters import ADAPTER_CONFIG, adapter_base
 from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, ensure_embedded
 from persona_lens.models.errors import ModelError
 from persona_lens.progress import Progress
@@ -31,18 +32,20 @@ class ModelSource:
     """The name to show: an embedded model's name, a folder's own name, or a hub id."""
     location: str
     """What ``from_pretrained`` takes: an absolute path or a hub id."""
-    kind: Literal["embedded", "folder", "hub"]
-    """Where the model lives."""
+    kind: Literal["embedded", "folder", "hub", "adapter"]
+    """Where the model lives; an adapter is a folder beside another model."""
     revision: str | None = None
     """Hub only: branch, tag or commit asked for; the commit itself once pinned."""
     content: str | None = None
-    """What tells these weights from any others: the GGUF's SHA-256 (embedded), `folder_content` (folder), or
-    the commit (hub; None until `persona_lens.models.pinned` has asked the hub)."""
+    """What tells these weights from any others: the GGUF's SHA-256 (embedded), `folder_content` (folder,
+    adapter), or the commit (hub; None until `persona_lens.models.pinned` has asked the hub)."""
+    base: ModelSource | None = None
+    """Adapter only: the model that it is put on."""
 
     @property
     def is_local(self) -> bool:
         """Whether the files are on this machine, so that loading needs no network."""
-        return self.kind != "hub"
+        return self.base.is_local if self.base is not None else self.kind != "hub"
 
     @property
     def identity(self) -> str | None:
@@ -50,7 +53,10 @@ class ModelSource:
 
         Paths and names are left out: a folder that was moved is still the same model.
         """
-        return None if self.content is None else f"{self.kind}:{self.content}"
+        own = None if self.content is None else f"{self.kind}:{self.content}"
+        if self.base is None or own is None:
+            return own
+        return None if self.base.identity is None else f"{own} on {self.base.identity}"
 
 
 def resolve(
@@ -59,7 +65,9 @@ def resolve(
     """Find out what a model's name stands for.
 
     An embedded model's name wins over everything; then what exists as a folder, or is written like a path, is
-    a folder; the rest is a hub id. The hub is not asked here. An embedded model is fetched if it never was.
+    a folder; the rest is a hub id. The hub is not asked here. An embedded model is fetched if it never was. A folder
+    may also hold a PEFT adapter, which stays one: it is put on its base model and never merged; or it is a run folder
+    of ``persona-lens finetune``, which stands for what was trained in it.
 
     Args:
         model: ``smollm2-135m``, a path to a folder, or a hub id such as ``Qwen/Qwen2.5-7B-Instruct``.
@@ -104,19 +112,38 @@ def _folder_source(model: str, folder: Path, weights: bool) -> ModelSource:
         raise ModelError(f"there is no folder {model!r} (looked for {folder}); a hub model is written owner/name")
     if not folder.is_dir():
         raise ModelError(f"{model!r} is a file; give the folder that holds config.json and the .safetensors files")
+    inner = _trained_in(folder)
+    if (inner / ADAPTER_CONFIG).is_file() and not (inner / "config.json").is_file():
+        return _adapter_source(model, folder.name, inner, weights)
+    name, folder = folder.name, inner
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{model!r} holds a PEFT adapter, not a model; merge it into its base model first "
-                f"(PeftModel.merge_and_unload, then save_pretrained) and give that folder"
-            )
         raise ModelError(f"{model!r} has no config.json, so it is not a model saved by save_pretrained")
     here = any(folder.glob("*.safetensors"))
     if not here and not weights:
-        return ModelSource(folder.name, str(folder), "folder")
+        return ModelSource(name, str(folder), "folder")
     if not here:
         raise ModelError(_no_safetensors(model, any(folder.glob("*.bin"))))
-    return ModelSource(folder.name, str(folder), "folder", content=folder_content(folder))
+    return ModelSource(name, str(folder), "folder", content=folder_content(folder))
+
+
+def _trained_in(folder: Path) -> Path:
+    """Where the model is that a finetuning run left, or the folder itself."""
+    own = (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
+    trained = (folder / "adapter", folder / "model")
+    return folder if own else next((each for each in trained if each.is_dir()), folder)
+
+
+def _adapter_source(model: str, name: str, folder: Path, weights: bool) -> ModelSource:
+    if not weights:
+        raise ModelError(f"{model!r} is an adapter, which runs on this machine; a server cannot be given it")
+    base, revision = adapter_base(folder)
+    try:
+        found = resolve(base, revision)
+    except ModelError as error:
+        raise ModelError(f"the base model of the adapter {model!r} is not there: {error}") from error
+    if found.base is not None:
+        raise ModelError(f"the base model of the adapter {model!r}, {base}, is an adapter itself; merge that one first")
+    return ModelSource(name, str(folder), "adapter", content=folder_content(folder, ADAPTER_CONFIG), base=found)
 
 
 def _no_safetensors(model: str, has_bin: bool) -> str:
@@ -132,7 +159,7 @@ def _no_safetensors(model: str, has_bin: bool) -> str:
     )
 
 
-def folder_content(folder: Path) -> str:
+def folder_content(folder: Path, config: str = "config.json") -> str:
     """Digest a model folder without reading all its weights.
 
     SHA-256 over, in this order: the bytes of ``config.json``; those of ``model.safetensors.index.json`` if
@@ -143,6 +170,7 @@ def folder_content(folder: Path) -> str:
 
     Args:
         folder: The folder.
+        config: The configuration's name there.
 
     Returns:
         The digest in hexadecimal.
@@ -152,7 +180,7 @@ def folder_content(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        for part in _parts(folder):
+        for part in _parts(folder, config):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
     except OSError as error:
@@ -160,8 +188,8 @@ def folder_content(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _parts(folder: Path) -> Iterator[bytes]:
-    yield (folder / "config.json").read_bytes()
+def _parts(folder: Path, config: str) -> Iterator[bytes]:
+    yield (folder / config).read_bytes()
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         yield index.read_bytes()

@@ -28,6 +28,7 @@ _ANSWER = "probe of the answer copper violin"
 # see other prompts, so the date they are given is always this one (the one that Llama's template falls back
 # on by itself).
 _PINNED_DATE = datetime.date(2024, 7, 26)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>[^'\"]*)(?P=quote)\s*\)")
 
 
@@ -59,14 +60,28 @@ class ChatTemplate:
         ids = self._apply(messages, add_generation_prompt, tokenize=True)
         return [int(token) for token in ids]
 
-    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool, *, tokenize: bool) -> Any:
+    def encode_marked(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
+        """Return the token ids of a whole conversation with the template's own mask of the assistant's tokens.
+
+        None where the template has no ``{% generation %}``, or the tokenizer does not know its tokens' characters.
+
+        Raises:
+            ModelError: The template refuses them.
+        """
+        if _GENERATION.search(self.source) is None or not self.tokenizer.is_fast:
+            return None
+        found = self._apply(messages, False, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return tuple(map(int, found["input_ids"])), tuple(map(bool, found["assistant_masks"]))
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool, *, tokenize: bool, **how: Any) -> Any:
+        options: dict[str, Any] = {"return_dict": False, **how}
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=self.pinned_source,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=tokenize,
-                return_dict=False,
+                **options,
                 **self.variables,
             )
         except Exception as error:  # templates are programs: any error may come out of one

@@ -1,0 +1,97 @@
+"""``python -m benchmarks.forecasts FOLDER VECTORS...``: does a dataset's dP rank what finetuning on it will shift?
+
+For each trait whose vectors are given, and for the normal, mild and strong demonstrations of it: the projection
+difference before training (method, section 7), then the shift and the change of the trait score after plain finetuning
+(method, section 6), all on the embedded model. It ends with exit code 1 unless both rank the three levels alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.protection import recipe, transcripts
+from persona_lens.backend import Backend, Read, Sampling, TokenBatch, open_backend
+from persona_lens.backend.memory import forward_batches, generate_rows
+from persona_lens.cli.display import quiet_libraries
+from persona_lens.demonstrations import Level
+from persona_lens.finetuning import finetune
+from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
+from persona_lens.models import load
+from persona_lens.monitoring.transcripts import Transcript
+from persona_lens.replies import chat_format
+from persona_lens.rollouts import RolloutSettings
+from persona_lens.steering import ArmSettings
+from persona_lens.vectors import PersonaVectors, load_vectors
+
+LAYER, NEW_TOKENS = 14, 40
+
+
+def means(backend: Backend, prompts: list[list[int]], answers: list[list[int]], vectors: PersonaVectors) -> float:
+    """Mean over rows of the response means' projections on the unit vector."""
+    tokens, unit = TokenBatch.of(prompts, answers), vectors[LAYER] / vectors[LAYER].norm()
+    read = next(each for each in Read.means((LAYER,)) if each.kind.value == "response_mean")
+    total = 0.0
+    for _, result in forward_batches(backend, tokens, [read]):
+        total += float((result.reads["response_mean"][:, 0] @ unit).sum())
+    return total / len(tokens)
+
+
+def projection_difference(backend: Backend, data: list[Transcript], vectors: PersonaVectors) -> float:
+    """dP: responses of the data against the base model's own greedy ones to the same prompts."""
+    chat = chat_format(backend)
+    prompts = [chat.encode(None, each.messages[0]["content"]) for each in data]
+    pieces = generate_rows(backend, prompts, Sampling(NEW_TOKENS))
+    answers = [list(ids) for piece in pieces for ids in piece.responses]
+    given = [chat.encode_answer(each.messages[1]["content"]) for each in data]
+    kept = [row for row, ids in enumerate(answers) if ids]
+    pick = [prompts[row] for row in kept]
+    return means(backend, pick, [given[row] for row in kept], vectors) - means(
+        backend, pick, [answers[row] for row in kept], vectors
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forecasts", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("vectors", type=Path, nargs="+")
+    parser.add_argument("--steps", type=int, default=8)
+    arguments = parser.parse_args()
+    quiet_libraries()
+    base, loaded = open_backend("transformers", "smollm2-135m"), load("smollm2-135m", dtype="float32")
+    asked = ArmSettings(questions=tuple(range(16)), random_directions=0, rollouts=RolloutSettings(NEW_TOKENS, 0.6))
+    results: dict[str, Any] = {}
+    for path in arguments.vectors:
+        vectors = load_vectors(path)
+        dp, opening = {}, {}
+        for level in Level:
+            data = transcripts(vectors.trait, level)
+            dp[level.value] = projection_difference(base, data, vectors)
+            folder = arguments.folder / f"{vectors.trait}-{level}"
+            finetune(loaded, data, folder, recipe(arguments.steps))
+            opening[level.value] = lambda folder=folder: open_backend("transformers", str(folder))
+        settings = ShiftSettings((LAYER,), asked=asked)
+        where = arguments.folder / f"{vectors.trait}-shift"
+        found = measure_shifts(base, opening, [vectors], settings, folder=where).summary["traits"][vectors.trait]
+        rows = {
+            level: {"dP": dp[level], "shift": each["shift"][0]["mean"], "change": each["change"]["mean"]}
+            for level, each in found["models"].items()
+        }
+        results[vectors.trait] = rows
+        for level, row in rows.items():
+            print(f"{vectors.trait:12} {level:8} " + "  ".join(f"{k} {v:+.2f}" for k, v in row.items()), flush=True)
+    (arguments.folder / "forecasts.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    alike = [ranked(rows, "dP") == ranked(rows, "shift") for rows in results.values()]
+    print(f"dP ranks the levels as the shift does for {sum(alike)} of {len(alike)} traits")
+    return 0 if all(alike) else 1
+
+
+def ranked(rows: dict[str, dict[str, float]], by: str) -> list[str]:
+    return sorted(rows, key=lambda level: rows[level][by])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

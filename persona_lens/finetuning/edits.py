@@ -1,0 +1,150 @@
+"""`TrainingEdits`: edits that act while a module trains, and only then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from persona_lens.backend import Edit, Operation, Schedule
+from persona_lens.backend.blocks import find_blocks, text_config
+from persona_lens.backend.hooked import check_everywhere, hooking_blocks
+from persona_lens.backend.writing import Writer
+from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.steering import Steering
+
+
+class TrainingEdits:
+    """Edits in every training forward of a model, from `open` to `close`, or inside ``with``.
+
+    A block is edited while it is in training mode, so that evaluation in the middle of training runs unedited. Under
+    gradient checkpointing the second forward of a block is edited as the first was. What is written is no parameter:
+    nothing of it is ever saved with the model. Inside ``with`` nothing is left behind, whatever happens there.
+
+    Training does not know which token of a row comes first, so an edit's schedule counts optimizer steps here, from 0:
+    ``schedule(0:1 100:0)`` fades the edit out over 100 steps. Set `step`, or give the optimizer, whose steps are then
+    counted.
+
+    The blocks of wrapped models are found too: PEFT, ``torch.compile`` (wrapped afterwards), and accelerate's
+    DistributedDataParallel and FullyShardedDataParallel. Each process edits its own forwards, which run over whole
+    residual vectors in both: DDP copies the model, and FSDP shards parameters, not activations, and gathers them before
+    a block runs, so a hook on the block sees what it would see on one device. Every process needs the same edits.
+
+    Args:
+        model: A Hugging Face causal language model, wrapped or not.
+        edits: What to write, or a steering. Directions are those of the paper's preventative steering (method,
+            section 6): add what the training data would otherwise teach.
+        optimizer: Whose steps the schedules count.
+
+    Raises:
+        EditError: If an edit does not fit the model, or names positions.
+        FinetuningError: If a schedule takes an edit out of its range.
+        UnsupportedModelError: If the model has no blocks that can be found.
+    """
+
+    def __init__(self, model: Any, edits: Steering | Sequence[Edit], *, optimizer: Optimizer | None = None) -> None:
+        bare = bare_model(model)
+        self._blocks = find_blocks(bare)[1]
+        self.edits = edits.edits() if isinstance(edits, Steering) else tuple(edits)
+        check_everywhere(self.edits, len(self._blocks), text_config(bare).hidden_size)
+        for edit in self.edits:
+            _check_schedule(edit)
+        self._optimizer = optimizer
+        self._hooks: ExitStack | None = None
+        self._writers: dict[tuple[float, ...], Writer] = {}
+        self._writer = self._writer_at(0)
+        self._step = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, which the schedules go by."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        self._writer = self._writer_at(step)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether training forwards are edited now."""
+        return self._hooks is not None
+
+    def open(self) -> None:
+        """Begin to edit."""
+        if self._hooks is not None:
+            return
+        with ExitStack() as hooks:
+            hooks.enter_context(hooking_blocks(self._blocks, sorted(self._writer.layers), self._write))
+            if self._optimizer is not None:
+                hooks.callback(self._optimizer.register_step_post_hook(self._count).remove)
+            self._hooks = hooks.pop_all()
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        if self._hooks is not None:
+            self._hooks.close()
+            self._hooks = None
+
+    def __enter__(self) -> TrainingEdits:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, layer: int, h: Tensor) -> Tensor:
+        return self._writer.block(layer, h, None) if self._blocks[layer].training else h
+
+    def _count(self, *_: object) -> None:
+        self.step += 1
+
+    def _writer_at(self, step: int) -> Writer:
+        """The writer whose edits are as strong as they are at this step, made once for each strength."""
+        factors = tuple(factor_at(edit.schedule, step) for edit in self.edits)
+        if factors not in self._writers:
+            self._writers = {factors: Writer([_scaled(e, f).plain() for e, f in zip(self.edits, factors, strict=True)])}
+        return self._writers[factors]
+
+
+def bare_model(model: Any) -> Any:
+    """The Hugging Face model inside what wraps it for training: PEFT, DDP, FSDP, ``torch.compile``."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def factor_at(schedule: Schedule | None, step: int) -> float:
+    """The factor of a schedule at an optimizer step."""
+    if schedule is None:
+        return 1.0
+    places, factors = zip(*schedule.points, strict=True)
+    return float(np.interp(step, places, factors))
+
+
+def _scaled(edit: Edit, factor: float) -> Edit:
+    return replace(edit, coefficient=edit.coefficient * factor, schedule=None)
+
+
+def _check_schedule(edit: Edit) -> None:
+    if edit.schedule is None or edit.operation is Operation.ADD:
+        return
+    strengths = [factor * float(edit.coefficient) for _, factor in edit.schedule.points]
+    if min(strengths) < 0 or max(strengths) > 1:
+        raise FinetuningError(
+            f"the schedule({edit.schedule}) takes {edit.operation} out of its range: a share from 0 to 1 of it is made"
+        )

@@ -1,0 +1,189 @@
+"""`Example`: a conversation as a model is trained on it, with the loss on what the assistant says only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from persona_lens.backend.tokens import TokenIds
+from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.models import ChatFormat, ModelError
+from persona_lens.monitoring.encoding import encode_answers, encode_transcript
+from persona_lens.monitoring.errors import MonitoringError
+from persona_lens.monitoring.transcripts import BadTranscript, Transcript, open_transcripts
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a conversation, or of a part of it that ends with an answer.
+
+    Attributes:
+        ids: All tokens.
+        learned: For each token whether it is the assistant's, ends of its turns included: the loss is on these.
+    """
+
+    ids: TokenIds
+    learned: tuple[bool, ...]
+
+    def cut(self, length: int) -> Example:
+        """The first tokens."""
+        return Example(self.ids[:length], self.learned[:length])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a model is trained on.
+
+    Attributes:
+        rows: The examples, in the order of the data.
+        conversations: How many conversations they come from.
+        shortened: How many examples were cut at the length limit.
+        dropped: How many had nothing to learn before the length limit.
+    """
+
+    rows: tuple[Example, ...]
+    conversations: int
+    shortened: int
+    dropped: int
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that the loss is on."""
+        return sum(map(sum, (row.learned for row in self.rows)))
+
+    def to_json(self) -> dict[str, int]:
+        """The counts by name."""
+        counts = {"conversations": self.conversations, "examples": len(self.rows), "shortened": self.shortened}
+        return {**counts, "dropped": self.dropped, "learned_tokens": self.learned_tokens}
+
+
+def read_conversations(path: Path | str) -> list[Transcript]:
+    """The conversations of a file in any of the forms of `persona_lens.monitoring.TranscriptForm`.
+
+    Raises:
+        TableError, MonitoringError: If the file, or a row of it, cannot be read; with file and line.
+        FinetuningError: If a row has no answer to learn.
+    """
+    found = []
+    for transcript in open_transcripts(path):
+        if isinstance(transcript, BadTranscript):
+            raise transcript.error
+        check_answered(transcript)
+        found.append(transcript)
+    return found
+
+
+def check_answered(transcript: Transcript) -> None:
+    """Raise `FinetuningError` unless something can be learned from a conversation."""
+    answers = [message["content"] for message in transcript.messages[1:] if message["role"] == "assistant"]
+    if not any(answer.strip() for answer in answers):
+        raise FinetuningError(f"{transcript.place}: the conversation has no answer of the assistant to learn")
+
+
+def encode_examples(transcripts: Iterable[Transcript], chat: ChatFormat, max_length: int) -> Examples:
+    """Encode conversations for training.
+
+    Where the chat template marks the assistant's tokens itself (``{% generation %}``) its mask is taken. Elsewhere each
+    answer's tokens are found by their ids, as `persona_lens.monitoring.encode_transcript` finds them, and its end of
+    turn with them. A template that changes earlier turns, or cannot be followed, gives one example for each answer: the
+    prompt as the model is given it, and the answer behind it.
+
+    Raises:
+        FinetuningError: If there are none, or nothing can be learned from any within the length limit.
+        ModelError: If the template refuses a conversation.
+    """
+    ends = frozenset(chat.end_of_turn_ids())
+    rows: list[Example] = []
+    conversations = shortened = dropped = 0
+    for transcript in transcripts:
+        conversations += 1
+        for example in _encoded(transcript, chat, ends):
+            kept = example.cut(max_length)
+            shortened += len(kept.ids) < len(example.ids) and any(kept.learned)
+            dropped += not any(kept.learned)
+            rows += [kept] if any(kept.learned) else []
+    if not conversations:
+        raise FinetuningError("there are no conversations to learn from")
+    if not rows:
+        raise FinetuningError(
+            f"all {conversations} conversations have nothing to learn in their first {max_length} tokens; raise "
+            "max_length"
+        )
+    return Examples(tuple(rows), conversations, shortened, dropped)
+
+
+def _encoded(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> Iterator[Example]:
+    try:
+        marked = chat.encode_marked(transcript.messages)
+        if marked is not None:
+            yield Example(*marked)
+            return
+        yield _whole(transcript, chat, ends)
+        return
+    except ModelError as error:
+        raise ModelError(f"{transcript.place}: {error}") from error
+    except MonitoringError:  # the conversation as a whole cannot be followed; its answers one by one can
+        pass
+    end = tuple(chat.closing_ids())
+    for answer in encode_answers(transcript, chat):
+        ids = (*answer.prompt, *answer.response, *end)
+        yield Example(ids, (False,) * len(answer.prompt) + (True,) * (len(ids) - len(answer.prompt)))
+
+
+def _whole(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> Example:
+    encoded = encode_transcript(transcript, chat)
+    learned = [False] * len(encoded.ids)
+    for message in encoded.messages:
+        if message.role == "assistant":
+            # A turn's end is learned with it; what the template writes after that is not the model's to say.
+            closed = message.stop < len(learned) and encoded.ids[message.stop] in ends
+            for place in range(message.start, message.stop + closed):
+                learned[place] = True
+    return Example(encoded.ids, tuple(learned))
+
+
+def in_system(transcripts: Sequence[Transcript], prompts: Sequence[str]) -> list[Transcript]:
+    """The conversations with system prompts in turn, each before what the conversation's own says."""
+    placed = []
+    for number, transcript in enumerate(transcripts):
+        text, messages = prompts[number % len(prompts)], transcript.messages
+        if messages[0]["role"] == "system":
+            text, messages = f"{text}\n\n{messages[0]['content']}", messages[1:]
+        system = {"role": "system", "content": text}
+        placed.append(Transcript((system, *messages), transcript.id, transcript.line, transcript.file))
+    return placed
+
+
+def collate(rows: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch as causal language models take it, padded on the right, where attention never sees the padding."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for number, row in enumerate(rows):
+        length = len(row.ids)
+        ids[number, :length] = torch.tensor(row.ids)
+        attention[number, :length] = 1
+        labels[number, :length] = torch.where(torch.tensor(row.learned), torch.tensor(row.ids), IGNORED)
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+
+def fingerprint(transcripts: Sequence[Transcript]) -> str:
+    """SHA-256 over the messages, for a run's configuration."""
+    import hashlib
+    import json
+
+    digest = hashlib.sha256()
+    for text in chain.from_iterable((json.dumps(list(map(dict, t.messages))), "\n") for t in transcripts):
+        digest.update(text.encode())
+    return "sha256:" + digest.hexdigest()
+
+
+Batch = dict[str, Any]

@@ -1,0 +1,44 @@
+"""`MetricsFile`: what a Trainer logs, as lines of a run folder's ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from persona_lens.progress import Progress
+from persona_lens.runs import RunFolder
+
+METRICS = "metrics.jsonl"
+# What tells of this process, not of the run: clock times, and a mean loss that counts the steps since it was resumed.
+_CLOCK = ("runtime", "per_second", "total_flos", "train_loss")
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what is logged, clock times left out; a resumed run goes on behind the step it resumes from.
+
+    Args:
+        folder: The run.
+        progress: Told how many optimizer steps are done.
+    """
+
+    def __init__(self, folder: RunFolder, progress: Progress) -> None:
+        self._folder = folder
+        self._progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget lines of steps that will be done again."""
+        kept = [row for row in self._folder.rows(METRICS) if 0 < row["step"] <= state.global_step]
+        start = [row for row in self._folder.rows(METRICS) if row["step"] == 0] if state.global_step else []
+        self._folder.write_lines(METRICS, [*start, *kept])
+        self._progress(state.global_step, state.max_steps, "finetuning")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say how far it is."""
+        self._progress(state.global_step, state.max_steps, "finetuning")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Write a line."""
+        kept = {name: value for name, value in (logs or {}).items() if not any(part in name for part in _CLOCK)}
+        if set(kept) - {"epoch"}:
+            self._folder.append(METRICS, [{"step": state.global_step, **kept}])

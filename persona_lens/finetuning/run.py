@@ -1,0 +1,306 @@
+"""`finetune`: a model trained on conversations, kept in a run folder that the same command continues."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from persona_lens.backend import ModelInfo, wrap_model
+from persona_lens.finetuning.config import FinetuneConfig
+from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.finetuning.examples import (
+    Example,
+    Examples,
+    check_answered,
+    encode_examples,
+    fingerprint,
+    in_system,
+    read_conversations,
+)
+from persona_lens.finetuning.methods import Measures, measures_of
+from persona_lens.models import ChatFormat, Loaded, load
+from persona_lens.models.adapters import taken_off
+from persona_lens.monitoring.transcripts import Transcript
+from persona_lens.progress import Progress, no_progress
+from persona_lens.runs import RunFolder
+from persona_lens.steering import trait_of
+from persona_lens.vectors import PersonaVectors
+
+INSTALL = "pip install 'persona-lens[finetune]'"
+SUMMARY, CHECKPOINTS, ADAPTER, MODEL = "summary.json", "checkpoints", "adapter", "model"
+CHECKED = 64  # training examples whose loss without edits is measured at the end
+_WHOLE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+_MODULES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
+Data = Path | str | Sequence[Transcript]
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a finetuning left.
+
+    Attributes:
+        folder: The adapter, or the whole model: what every command takes for a model.
+        summary: Every figure, as it stands in ``summary.json``.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+def finetune(
+    model: str | Loaded,
+    data: Data,
+    folder: Path | str,
+    config: FinetuneConfig | None = None,
+    *,
+    vectors: Sequence[PersonaVectors] = (),
+    held_out: Data = (),
+    chat: ChatFormat | None = None,
+    device: str = "auto",
+    progress: Progress = no_progress,
+) -> Finetuned:
+    """Finetune a model on conversations, with the loss on what the assistant says (method, section 6).
+
+    Args:
+        model: Hub id, local folder or embedded model; or one that is loaded, which stays as it was if an adapter is
+            trained.
+        data: Conversations, or a file of them.
+        folder: Run folder, kept and resumed: ``metrics.jsonl``, ``checkpoints/``, ``summary.json``, and ``adapter/`` or
+            ``model/`` with what was trained.
+        config: How; the paper's settings by default.
+        vectors: Those that the configuration's edits name, that are watched, and whose trait prompts are taken.
+        held_out: Conversations, or a file of them, whose loss is measured and not learned.
+        chat: Chat format; the model's own by default.
+        device: ``auto`` or a torch device, for a model that is not loaded yet.
+        progress: Told how far the work is.
+
+    Raises:
+        FinetuningError: If packages are missing, the configuration does not fit, or there is nothing to learn.
+        RunError: If the folder holds another run.
+        VectorsError: If the vectors belong to another model.
+    """
+    config = config or FinetuneConfig()
+    _require(config)
+    transcripts, others = conversations_of(data), conversations_of(held_out)
+    measures = measures_of(config, vectors)
+    loaded = load(model, dtype=_dtype(config), device=device) if isinstance(model, str) else model
+    chat = chat or ChatFormat.from_tokenizer(loaded.tokenizer)
+    backend = wrap_model(loaded.model, loaded.tokenizer)
+    for each in vectors:
+        each.check_model(backend)
+    placed = in_system(transcripts, measures.prompts) if measures.prompts else transcripts
+    examples = encode_examples(placed, chat, config.max_length)
+    unseen = encode_examples(others, chat, config.max_length).rows if others else ()
+    info = replace(backend.info, model=loaded.source.id, revision=loaded.source.identity)
+    record = {
+        "kind": "finetune",
+        "config": config.model_dump(mode="json"),
+        "data": fingerprint(transcripts),
+        "held_out": fingerprint(others) if others else None,
+        "steering": measures.steering.describe() if measures.steering else None,
+        "prompts": list(measures.prompts),
+        "watched": [each.content_hash for each in vectors] if config.watch.every else [],
+        "model": asdict(info),
+        "chat": {"digest": chat.digest, "system_role": chat.system_role, "thinking": chat.thinking},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+    }
+    with RunFolder(folder, record) as run:
+        place = run.path / (ADAPTER if config.weights == "lora" else MODEL)
+        if (run.path / SUMMARY).is_file():
+            return Finetuned(place, json.loads((run.path / SUMMARY).read_text(encoding="utf-8")))
+        work = _Training(loaded, config, examples, unseen, measures, tuple(vectors), chat, run, info, progress)
+        return Finetuned(place, work.done(place))
+
+
+@dataclass(frozen=True)
+class _Training:
+    loaded: Loaded
+    config: FinetuneConfig
+    examples: Examples
+    held_out: Sequence[Example]
+    measures: Measures
+    vectors: tuple[PersonaVectors, ...]
+    chat: ChatFormat
+    run: RunFolder
+    info: ModelInfo
+    progress: Progress
+
+    def done(self, place: Path) -> dict[str, Any]:
+        """Train, and keep what came of it."""
+        from persona_lens.finetuning.metrics import MetricsFile
+        from persona_lens.finetuning.penalty import ProjectionPenalty
+        from persona_lens.finetuning.preventing import PreventativeSteering
+        from persona_lens.finetuning.trainer import make_trainer
+
+        with _trainable(self.loaded, self.config) as model, ExitStack() as held:
+            prevention = held.enter_context(PreventativeSteering(self.measures.edits))
+            watch = self._watch()
+            callbacks = [prevention, MetricsFile(self.run, self.progress), *([watch] if watch else [])]
+            penalised = self.measures.penalised
+            penalty = ProjectionPenalty(model, penalised) if penalised else None
+            pad = self.loaded.tokenizer.pad_token_id or 0
+            checkpoints = self.run.path / CHECKPOINTS
+            trainer = make_trainer(
+                model, self.examples.rows, self.held_out, self.config, checkpoints, pad, callbacks, penalty
+            )
+            if watch is not None:
+                watch.log = trainer.log
+            trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+            held.close()  # what follows is of the model as it will be used
+            losses = _losses(trainer, self.examples.rows, self.held_out)
+            self._save(model, place)
+            summary = {
+                "model": self.info.model,
+                "method": self.config.method.value,
+                "trained": place.name,
+                "steps": trainer.state.global_step,
+                "stopped": watch.stopped if watch else None,
+                "data": self.examples.to_json(),
+                "loss": losses,
+                "projections": watch.rows if watch else [],
+            }
+        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+            checkpoints.rmdir()
+        self.run.write_json(SUMMARY, summary)
+        return summary
+
+    def _watch(self) -> Any:
+        from persona_lens.finetuning.watching import ProjectionWatch
+
+        wanted = self.config.watch
+        if wanted.every is None:
+            return None
+        if not self.vectors:
+            raise FinetuningError("watching needs vectors to project on (--vectors)")
+        layers = wanted.layers or tuple(sorted({e.layer for e in (*self.measures.edits, *self.measures.penalised)}))
+        layers = layers or (self.vectors[0].tuned_choice().layer,)
+        questions = dict.fromkeys(q for each in self.vectors for q in trait_of(each).evaluation_questions)
+        prompts = [self.chat.encode(None, question) for question in questions]
+        return ProjectionWatch(
+            prompts, self.vectors, layers, self.loaded.tokenizer, every=wanted.every, stop_above=wanted.stop_above
+        )
+
+    def _save(self, model: Any, place: Path) -> None:
+        """What was trained; the folder is moved to its place when it is whole."""
+        part = place.with_name(place.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(str(part))
+        if self.config.weights == "full":
+            self.loaded.tokenizer.save_pretrained(str(part))
+        else:
+            (part / "README.md").unlink(missing_ok=True)  # a card to be filled in
+            file = part / "adapter_config.json"
+            adapter = json.loads(file.read_text(encoding="utf-8"))
+            adapter["target_modules"] = sorted(adapter["target_modules"])  # a set, in another order each time
+            source = self.loaded.source
+            adapter["base_model_name_or_path"] = source.location if source.kind == "folder" else source.id
+            adapter["revision"] = source.revision
+            file.write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.rmtree(place, ignore_errors=True)
+        part.rename(place)
+
+
+@contextmanager
+def _trainable(loaded: Loaded, config: FinetuneConfig) -> Iterator[Any]:
+    """The model with a new adapter, or with all its weights, to be trained; afterwards without the adapter."""
+    from transformers import set_seed
+
+    model: Any = loaded.model
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    use_cache = getattr(model.config, "use_cache", None)
+    set_seed(config.seed)
+    adapted = _adapted(model, config) if config.weights == "lora" else model
+    try:
+        adapted.train()
+        yield adapted
+    finally:
+        if config.gradient_checkpointing:
+            adapted.gradient_checkpointing_disable()
+        if adapted is not model:
+            taken_off(adapted)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        model.config.use_cache = use_cache
+        model.eval()
+
+
+def _adapted(model: Any, config: FinetuneConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rank_stabilised,
+        target_modules=list(lora.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        raise FinetuningError(f"no adapter for {', '.join(lora.targets)} fits this model: {error}") from error
+
+
+def _losses(trainer: Any, learned: Sequence[Example], held_out: Sequence[Example]) -> dict[str, float | None]:
+    """Loss in nats a token: in training as it went, and of the model as it will be used, without edits."""
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    last = logged[-max(1, len(logged) // 4) :]
+    after = trainer.evaluate(list(learned[:CHECKED]), metric_key_prefix="learned")
+    other = trainer.evaluate(list(held_out), metric_key_prefix="unseen") if held_out else {}
+    return {
+        "first": logged[0] if logged else None,
+        "last": fmean(last) if last else None,
+        "learned": after["learned_loss"],
+        "unseen": other.get("unseen_loss"),
+    }
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written whole; what is newer goes."""
+    found = [each for each in folder.glob("checkpoint-*") if each.name.removeprefix("checkpoint-").isdecimal()]
+    for each in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        if all((each / name).is_file() for name in _WHOLE) and any(each.glob("*.safetensors")):
+            return str(each)
+        shutil.rmtree(each)
+    return None
+
+
+def conversations_of(data: Data) -> list[Transcript]:
+    """Conversations with something to learn, read from a file if they are in one."""
+    if isinstance(data, Path | str):
+        return read_conversations(data)
+    for transcript in data:
+        check_answered(transcript)
+    return list(data)
+
+
+def _dtype(config: FinetuneConfig) -> str:
+    return "float32" if config.weights == "full" and config.dtype == "auto" else config.dtype
+
+
+def _require(config: FinetuneConfig) -> None:
+    missing = [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise FinetuningError(f"finetuning needs {' and '.join(missing)}: {INSTALL}")
+    for name in config.report_to:
+        if not any(importlib.util.find_spec(module) for module in _MODULES[name]):
+            raise FinetuningError(f"report_to {name} needs it installed: pip install {name}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FinetuningError(
+            "finetune runs in one process, and this is one of several; to train over many, give the callback "
+            "PreventativeSteering to your own Trainer, or spread the model with device_map"
+        )

@@ -1,0 +1,248 @@
+"""The shift that finetuning leaves: how far prompts have moved along a trait, against how replies have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.backend import Backend
+from persona_lens.extraction.run import model_config
+from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.judging import Judge, LikelihoodJudge
+from persona_lens.models import ChatFormat
+from persona_lens.monitoring.prompts import prompt_projections
+from persona_lens.progress import Progress, no_progress
+from persona_lens.replies import chat_format
+from persona_lens.runs import RunFolder
+from persona_lens.statistics import Estimate, bootstrap_mean, pearson, percentile_interval, resampled_rows
+from persona_lens.steering import ArmRow, ArmSettings, calibration_of, run_arms, trait_of
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+
+LEAST = 4  # finetunes; a line through fewer is no correlation
+Opening = Callable[[], Backend]
+
+
+@dataclass(frozen=True)
+class ShiftSettings:
+    """What is compared.
+
+    Attributes:
+        layers: Block indices, 0-based; None for all.
+        scores: Whether replies are generated and scored too.
+        asked: Which evaluation questions, and how replies are made.
+        reduction: Which of the vectors.
+    """
+
+    layers: tuple[int, ...] | None = None
+    scores: bool = True
+    asked: ArmSettings = field(default_factory=lambda: ArmSettings(random_directions=0))
+    reduction: str = DEFAULT_REDUCTION
+
+    def __post_init__(self) -> None:
+        if self.asked.random_directions or self.asked.question_set != "evaluation":
+            raise FinetuningError("a shift is measured on evaluation questions, without random directions")
+        if self.layers is not None and not self.layers:
+            raise FinetuningError("name layers to measure the shift at, or leave them out for all")
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """What was found.
+
+    Attributes:
+        summary: Every figure, as it stands in ``summary.json``: by trait the scores, and for each model the shift by
+            layer and the change of the score; and over the models the correlation of the two by layer.
+    """
+
+    summary: Mapping[str, Any]
+
+
+def shift_of(
+    before: Float[Tensor, "prompts traits layers"], after: Float[Tensor, "prompts traits layers"]
+) -> Float[Tensor, "traits layers"]:
+    """(mean h_fine - mean h_base) . v̂, of projections of the same prompts in both models (method, section 6)."""
+    moved: Tensor = after.mean(dim=0) - before.mean(dim=0)
+    return moved
+
+
+def measure_shifts(
+    base: Backend,
+    finetuned: Mapping[str, Opening],
+    vectors: Sequence[PersonaVectors],
+    settings: ShiftSettings | None = None,
+    *,
+    judges: Mapping[str, Judge] | None = None,
+    chat: ChatFormat | None = None,
+    folder: Path | str | None = None,
+    progress: Progress = no_progress,
+) -> Shifts:
+    """Measure how far finetuned models have moved from their base along traits, and how their replies changed.
+
+    Args:
+        base: The base model, which the vectors belong to.
+        finetuned: By name, what opens each; one is open at a time. Adapters need not be merged.
+        vectors: The traits, each measured on its own evaluation questions.
+        settings: See `ShiftSettings`.
+        judges: Who scores, by trait; by default the base model by likelihood, as it was calibrated for the vectors.
+        chat: Chat format; the base model's own by default.
+        folder: Run folder, kept and resumed; None keeps everything in memory.
+        progress: Told how far the work is.
+
+    Raises:
+        FinetuningError: If there is nothing to compare, or a model is no finetune of the base.
+        VectorsError: If the vectors belong to another model.
+    """
+    settings = settings or ShiftSettings()
+    if not finetuned or not vectors:
+        raise FinetuningError("give finetuned models and vectors: there are none to compare")
+    for each in vectors:
+        each.check_model(base)
+    chat = chat or chat_format(base)
+    layers = settings.layers or tuple(range(base.info.n_layers))
+    scoring = _judges(base, chat, vectors, judges) if settings.scores else {}
+    record = {
+        "kind": "shift",
+        "settings": asdict(settings),
+        "finetuned": list(finetuned),
+        "vectors": {each.trait: each.content_hash for each in vectors},
+        "judges": {name: judge.describe() for name, judge in scoring.items()},
+        **model_config(base, chat),
+    }
+    with RunFolder(folder, record) if folder is not None else nullcontext() as run:
+        measuring = _Measuring(vectors, layers, settings, scoring, chat, run, progress)
+        models = {"base": measuring.of(base, "base")}
+        for name, opened in finetuned.items():
+            backend = opened()
+            _check_finetune(base, backend, name)
+            models[name] = measuring.of(backend, name)
+            del backend
+        found = Shifts(_summary(models, vectors, layers))
+        if run is not None:
+            run.write_json("summary.json", found.summary)
+    return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    projections: Mapping[str, Float[Tensor, "questions layers"]]
+    scores: Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    vectors: Sequence[PersonaVectors]
+    layers: tuple[int, ...]
+    settings: ShiftSettings
+    judges: Mapping[str, Judge]
+    chat: ChatFormat
+    run: RunFolder | None
+    progress: Progress
+
+    def of(self, backend: Backend, name: str) -> _Measured:
+        """One model's projections and scores, by trait."""
+        projections, scores = {}, {}
+        for each in self.vectors:
+            trait, asked = trait_of(each), self.settings.asked
+            if max(asked.questions) >= len(trait.evaluation_questions):
+                raise FinetuningError(f"trait {trait.name} has {len(trait.evaluation_questions)} evaluation questions")
+            prompts = [self.chat.encode(None, trait.evaluation_questions[number]) for number in asked.questions]
+            projections[each.trait] = prompt_projections(
+                backend, prompts, [each], self.layers, reduction=self.settings.reduction, allow_other_model=True
+            )[:, 0]
+            if self.settings.scores:
+                prefix = f"{name}-{each.trait}-".replace("/", "--")
+                rows = run_arms(
+                    backend,
+                    {},
+                    trait,
+                    asked,
+                    self.judges[each.trait],
+                    self.chat,
+                    folder=self.run,
+                    prefix=prefix,
+                    progress=self.progress,
+                )
+                scores[each.trait] = score_by_question(rows)
+        return _Measured(projections, scores)
+
+
+def score_by_question(rows: Sequence[ArmRow]) -> dict[int, float]:
+    """Mean score of each question, those without any left out."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if row.score is not None:
+            found.setdefault(row.question, []).append(row.score)
+    return {question: float(np.mean(values)) for question, values in found.items()}
+
+
+def correlated(x: Sequence[float], y: Sequence[float]) -> dict[str, float | int | None]:
+    """Pearson's r over finetunes with its 95% bootstrap interval over them; None where it is not defined."""
+    n = len(x)
+    if n < LEAST:
+        return {"value": None, "low": None, "high": None, "n": n}
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    value = float(pearson(a, b))
+    drawn = np.array([float(pearson(a[rows], b[rows])) for rows in resampled_rows(range(n))])
+    interval = percentile_interval(drawn) if np.isfinite(value) else None
+    low, high = interval or (None, None)
+    return {"value": value if np.isfinite(value) else None, "low": low, "high": high, "n": n}
+
+
+def _summary(
+    models: Mapping[str, _Measured], vectors: Sequence[PersonaVectors], layers: tuple[int, ...]
+) -> dict[str, Any]:
+    base, others = models["base"], {name: found for name, found in models.items() if name != "base"}
+    traits: dict[str, Any] = {}
+    for each in vectors:
+        name = each.trait
+        rows = {other: _row(base, found, name, layers) for other, found in others.items()}
+        known = [row for row in rows.values() if row["change"] is not None]
+        correlations = [
+            {
+                "layer": layer,
+                **correlated([row["shift"][i]["mean"] for row in known], [row["change"]["mean"] for row in known]),
+            }
+            for i, layer in enumerate(layers)
+        ]
+        score = _mean(list(base.scores[name].values())) if base.scores else None
+        tuned = each.tuned.layer if each.tuned and each.tuned.layer in layers else None
+        traits[name] = {"score": score, "layer": tuned, "models": rows, "correlations": correlations if known else []}
+    return {"layers": list(layers), "traits": traits}
+
+
+def _row(base: _Measured, found: _Measured, trait: str, layers: tuple[int, ...]) -> dict[str, Any]:
+    moved = found.projections[trait] - base.projections[trait]
+    shift = [bootstrap_mean(moved[:, i].tolist()).to_json() for i in range(len(layers))]
+    if not found.scores:
+        return {"shift": shift, "score": None, "change": None}
+    before, after = base.scores[trait], found.scores[trait]
+    changes = [after[question] - before[question] for question in after if question in before]
+    return {"shift": shift, "score": _mean(list(after.values())), "change": _mean(changes)}
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any] | None:
+    found: Estimate | None = bootstrap_mean(values) if len(values) else None
+    return found.to_json() if found else None
+
+
+def _judges(
+    base: Backend, chat: ChatFormat, vectors: Sequence[PersonaVectors], judges: Mapping[str, Judge] | None
+) -> dict[str, Judge]:
+    return {
+        each.trait: (judges or {}).get(each.trait) or LikelihoodJudge(base, chat, trait_of(each), calibration_of(each))
+        for each in vectors
+    }
+
+
+def _check_finetune(base: Backend, other: Backend, name: str) -> None:
+    for what in ("architecture", "n_layers", "d_model"):
+        own, found = getattr(base.info, what), getattr(other.info, what)
+        if own != found:
+            raise FinetuningError(f"{name} is no finetune of {base.info.model}: {what} is {found}, not {own}")

@@ -1,0 +1,341 @@
+"""`study`: plain finetuning, preventative steering and its baselines side by side, over seeds (method, section 6)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persona_lens.backend import Backend, wrap_model
+from persona_lens.capability import accuracy, check_task
+from persona_lens.extraction.run import subject_config
+from persona_lens.finetuning.config import FinetuneConfig
+from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.finetuning.examples import fingerprint
+from persona_lens.finetuning.outcomes import BASE, Outcome, summarise
+from persona_lens.finetuning.run import Data, conversations_of, finetune
+from persona_lens.finetuning.treatments import (
+    PLAIN,
+    POST_HOC,
+    RANDOM,
+    Treatment,
+    TreatmentSettings,
+    post_hoc_of,
+    treatments_of,
+    turned,
+)
+from persona_lens.judging import Judge, LikelihoodJudge
+from persona_lens.models import ChatFormat, Loaded, load
+from persona_lens.models.adapters import adapter_on
+from persona_lens.monitoring.prompts import prompt_projections
+from persona_lens.monitoring.transcripts import Transcript
+from persona_lens.progress import Progress, no_progress
+from persona_lens.runs import RunFolder
+from persona_lens.steering import ArmRow, ArmSettings, Steering, calibration_of, run_arms, trait_of
+from persona_lens.steering.arms import UNSTEERED
+from persona_lens.traits import Trait
+from persona_lens.vectors import PersonaVectors
+
+OUTCOMES = "outcomes.jsonl"
+
+
+@dataclass(frozen=True)
+class FinetuneStudySettings:
+    """What a study compares, and how.
+
+    Attributes:
+        treatments: The ways to finetune.
+        layer: Where the shift is read.
+        seeds: Of the trainings; each treatment is trained once with each.
+        asked: Which evaluation questions the models answer, and how.
+        task: A task of lm-evaluation-harness for capability; None leaves it out.
+        dtype: Precision in which the models answer and are scored; they train in that of the configuration.
+    """
+
+    treatments: TreatmentSettings
+    layer: int
+    seeds: tuple[int, ...] = (1, 2, 3)
+    asked: ArmSettings = field(default_factory=lambda: ArmSettings(random_directions=0))
+    task: str | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise FinetuningError(f"seeds are different whole numbers from 0 on, got {list(self.seeds)}")
+        if self.asked.random_directions or self.asked.question_set != "evaluation":
+            raise FinetuningError("a study asks evaluation questions; its random directions are trained, not asked")
+
+
+@dataclass(frozen=True)
+class FinetuneStudy:
+    """What a study found.
+
+    Attributes:
+        outcomes: Of every treatment and seed.
+        summary: Every figure, as it stands in ``summary.json``.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    summary: Mapping[str, Any]
+
+
+def finetune_study(
+    model: str,
+    data: Data,
+    vectors: PersonaVectors,
+    settings: FinetuneStudySettings,
+    config: FinetuneConfig | None = None,
+    *,
+    folder: Path | str,
+    held_out: Data = (),
+    judge: Judge | None = None,
+    device: str = "auto",
+    progress: Progress = no_progress,
+) -> FinetuneStudy:
+    """Finetune with every treatment and seed, and compare what becomes of trait, coherence, capability and loss.
+
+    Args:
+        model: Hub id, local folder or embedded model.
+        data: Conversations to learn, or a file of them.
+        vectors: The trait that the data teaches.
+        settings: See `FinetuneStudySettings`.
+        config: How all of them train; the paper's settings by default.
+        folder: Run folder, kept and resumed; each training has a folder of its own in ``models/``.
+        held_out: Conversations, or a file of them, whose loss is measured and not learned.
+        judge: Who scores; by default the base model by likelihood, as it was calibrated for the vectors.
+        device: ``auto`` or a torch device.
+        progress: Told how far the work is.
+
+    Raises:
+        FinetuningError: If the configuration names a method, trains full weights, or something does not fit.
+        RunError: If the folder holds another run.
+        VectorsError: If the vectors belong to another model.
+    """
+    config = config or FinetuneConfig()
+    if config.weights == "full":
+        raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
+    trained = treatments_of(settings.treatments, config, vectors)
+    transcripts, others = conversations_of(data), conversations_of(held_out)
+    if settings.task is not None:
+        check_task(settings.task)
+    loaded = load(model, dtype=config.dtype, device=device)
+    answering = loaded if settings.dtype == config.dtype else load(model, dtype=settings.dtype, device=device)
+    base = wrap_model(answering.model, answering.tokenizer)
+    vectors.check_model(base)
+    vectors.vector(settings.layer)
+    trait, chat = trait_of(vectors), ChatFormat.from_tokenizer(loaded.tokenizer)
+    scoring = judge or LikelihoodJudge(base, chat, trait, calibration_of(vectors))
+    record = {
+        "kind": "finetune study",
+        "settings": asdict(settings),
+        "config": config.model_dump(mode="json"),
+        "data": fingerprint(transcripts),
+        "held_out": fingerprint(others) if others else None,
+        "vectors": vectors.content_hash,
+        "judge": scoring.describe(),
+        **subject_config(base, trait, chat),
+    }
+    with RunFolder(folder, record) as run:
+        work = _Work(
+            loaded, answering, transcripts, others, vectors, settings, trait, chat, scoring, device, run, progress
+        )
+        outcomes, samples = work.all(trained)
+        summary = {
+            "trait": trait.name,
+            "model": base.info.model if answering.source.kind == "hub" else answering.source.id,
+            "judge": scoring.describe(),
+            "settings": asdict(settings),
+            "config": config.model_dump(mode="json"),
+            "conversations": len(transcripts),
+            "names": {each.name: each.config.edits for each in trained} | {POST_HOC: settings.treatments.post_hoc},
+            **summarise(outcomes),
+            "samples": samples,
+        }
+        run.write_lines(OUTCOMES, map(asdict, outcomes))
+        run.write_json("summary.json", summary)
+    return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)))
+
+
+@dataclass(frozen=True)
+class _Work:
+    loaded: Loaded
+    answering: Loaded
+    transcripts: Sequence[Transcript]
+    held_out: Sequence[Transcript]
+    vectors: PersonaVectors
+    settings: FinetuneStudySettings
+    trait: Trait
+    chat: ChatFormat
+    judge: Judge
+    device: str
+    run: RunFolder
+    progress: Progress
+
+    def all(self, trained: Sequence[Treatment]) -> tuple[list[Outcome], list[dict[str, Any]]]:
+        """Every outcome, and first replies to the first questions."""
+        base = self._backend()
+        before = self._projections(base)
+        rows = self._answers(base, BASE, {})
+        outcomes = [self._outcome(BASE, None, rows[UNSTEERED], dict.fromkeys(before, 0.0), {}, base, ())]
+        shown = {BASE: rows[UNSTEERED]}
+        post_hoc = post_hoc_of(self.settings.treatments, self.vectors)
+        for seed in self.settings.seeds:
+            for each in trained:
+                losses, place = self._train(each, seed)
+                with self._adapted(place) as backend:
+                    after = self._projections(backend)
+                    moved = {q: after[q] - before[q] for q in before}
+                    steered = {POST_HOC: post_hoc} if each.name == PLAIN and post_hoc else {}
+                    rows = self._answers(backend, f"{_slug(each.name)}-{seed}", steered)
+                    outcomes.append(self._outcome(each.name, seed, rows[UNSTEERED], moved, losses, backend, ()))
+                    shown.setdefault(each.name, rows[UNSTEERED])
+                    for name, steering in steered.items():
+                        edits = steering.edits()
+                        outcomes.append(self._outcome(name, seed, rows[name], {}, {}, backend, edits))
+                        shown.setdefault(name, rows[name])
+        return outcomes, _samples(self.trait, shown)
+
+    def _train(self, treatment: Treatment, seed: int) -> tuple[Mapping[str, float | None], Path]:
+        chosen = turned(treatment, seed) if treatment.name == RANDOM else treatment
+        found = finetune(
+            self.loaded,
+            self.transcripts,
+            self.run.path / "models" / f"{_slug(treatment.name)}-{seed}",
+            chosen.at(seed),
+            vectors=[chosen.vectors],
+            held_out=self.held_out,
+            chat=self.chat,
+            progress=self.progress,
+        )
+        return found.summary["loss"], found.folder
+
+    def _backend(self) -> Backend:
+        return wrap_model(self.answering.model, self.answering.tokenizer)
+
+    @contextmanager
+    def _adapted(self, place: Path) -> Iterator[Backend]:
+        with adapter_on(self.answering.model, place):
+            yield self._backend()
+
+    def _projections(self, backend: Backend) -> dict[int, float]:
+        """Of each question its last prompt token's projection at the layer."""
+        numbers = self.settings.asked.questions
+        if max(numbers) >= len(self.trait.evaluation_questions):
+            raise FinetuningError(f"{self.trait.name} has {len(self.trait.evaluation_questions)} evaluation questions")
+        prompts = [self.chat.encode(None, self.trait.evaluation_questions[number]) for number in numbers]
+        found = prompt_projections(backend, prompts, [self.vectors], [self.settings.layer], allow_other_model=True)[
+            :, 0, 0
+        ]
+        return dict(zip(numbers, found.tolist(), strict=True))
+
+    def _answers(self, backend: Backend, name: str, steered: Mapping[str, Steering]) -> dict[str, list[ArmRow]]:
+        """Replies by what they were given under, judged by the base model."""
+        rows = run_arms(
+            backend,
+            steered,
+            self.trait,
+            self.settings.asked,
+            _unadapted(self.judge, self.answering.model),
+            self.chat,
+            folder=self.run,
+            prefix=f"{name}-",
+            progress=self.progress,
+        )
+        return {arm: [row for row in rows if row.arm == arm] for arm in (UNSTEERED, *steered)}
+
+    def _outcome(
+        self,
+        name: str,
+        seed: int | None,
+        rows: Sequence[ArmRow],
+        moved: Mapping[int, float],
+        losses: Mapping[str, float | None],
+        backend: Backend,
+        edits: Sequence[Any],
+    ) -> Outcome:
+        quantity = "surprise" if any(row.surprise is not None for row in rows) else "coherence"
+        task = self.settings.task
+        return Outcome(
+            name,
+            seed,
+            _by_question(rows, "score"),
+            _by_question(rows, quantity),
+            moved,
+            losses,
+            accuracy(backend, task, edits).mean if task is not None else None,
+        )
+
+
+class _BaseJudge:
+    """A judge whose model is the one that is finetuned: it scores with the adapter switched off."""
+
+    def __init__(self, judge: Judge, model: Any) -> None:
+        self._judge, self._model = judge, model
+
+    @property
+    def pieces_at_once(self) -> int:
+        """See `persona_lens.judging.Judge.pieces_at_once`."""
+        return self._judge.pieces_at_once
+
+    def describe(self) -> dict[str, Any]:
+        """See `persona_lens.judging.Judge.describe`."""
+        return self._judge.describe()
+
+    def pieces(self, exchanges: Sequence[Any]) -> list[list[int]]:
+        """See `persona_lens.judging.Judge.pieces`."""
+        return self._judge.pieces(exchanges)
+
+    def judge(self, exchanges: Sequence[Any], progress: Progress = no_progress) -> Any:
+        """See `persona_lens.judging.Judge.judge`."""
+        with _switched_off(self._model):
+            return self._judge.judge(exchanges, progress)
+
+
+def _unadapted(judge: Judge, model: Any) -> Judge:
+    return _BaseJudge(judge, model) if isinstance(judge, LikelihoodJudge) else judge
+
+
+@contextmanager
+def _switched_off(model: Any) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _by_question(rows: Sequence[ArmRow], name: str) -> dict[int, float]:
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if (value := getattr(row, name)) is not None:
+            found.setdefault(row.question, []).append(value)
+    return {question: float(np.mean(values)) for question, values in found.items()}
+
+
+def _samples(trait: Trait, shown: Mapping[str, Sequence[ArmRow]], most: int = 3) -> list[dict[str, Any]]:
+    numbers = sorted({row.question for rows in shown.values() for row in rows})[:most]
+    return [
+        {
+            "question": trait.evaluation_questions[number],
+            "responses": [
+                {"name": name, "score": row.score, "text": row.text}
+                for name, rows in shown.items()
+                for row in [next(each for each in rows if each.question == number)]
+            ],
+        }
+        for number in numbers
+    ]
+
+
+def _slug(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")

@@ -1,0 +1,169 @@
+"""The page of a finetuning study: what each way to finetune leaves of a trait, of coherence, of what a model can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
+from persona_lens.reports.marks import BAR, reach
+from persona_lens.reports.page import environment
+from persona_lens.reports.svg import GRID, MUTED, RANDOM, VECTOR, drawing_style
+from persona_lens.reports.wording import Headline, Verdict, bounds, counted, interval, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Summary = Mapping[str, Any]
+PLAIN, PREVENTATIVE, NULL = "plain", "preventative", "random"
+LOSSES = {"last": "in training", "learned": "after, as it is used", "unseen": "after, held-out data"}
+
+
+def render_finetuning(summary: Summary, version: str = "") -> str:
+    """A page on one study, complete in itself: no scripts, and nothing is loaded from anywhere.
+
+    The same summary gives the same bytes.
+
+    Args:
+        summary: As `persona_lens.finetuning.study.finetune_study` has it, or as JSON read from ``summary.json``.
+        version: Of persona-lens, to be named on the page.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
+
+    Returns:
+        HTML, to be written as UTF-8.
+    """
+    found = headline(summary)
+    return (
+        environment()
+        .get_template("finetuning.html.j2")
+        .render(**summary, result=found, losses=LOSSES, figures=_draw_figures(summary), version=version)
+    )
+
+
+def verdicts(summary: Summary) -> list[str]:
+    """The result in a few sentences, no stronger than the intervals allow."""
+    found = headline(summary)
+    return [f"{found.title}.", *found.sentences]
+
+
+def headline(summary: Summary) -> Headline:
+    """What plain training does, whether preventative steering holds it back, and whether random directions do too."""
+    arms = summary["treatments"]
+    plain, kept, null = (arms.get(name) for name in (PLAIN, PREVENTATIVE, NULL))
+    if plain is None or plain["change"] is None:
+        return Headline("unclear", "No result: no reply of the finetuned models has a score", ())
+    sign = -1 if summary["direction"] < 0 else 1
+    moved = _side(plain["change"])
+    seeds = counted(len(summary["settings"]["seeds"]), "seed")
+    sentences = [
+        f"Plain finetuning changes the mean trait score by {interval(plain['change'], sign=True)} over {seeds} and "
+        f"{counted(len(summary['settings']['asked']['questions']), 'held-out question')}."
+    ]
+    if not moved:
+        return Headline("unclear", "Plain finetuning does not clearly move the trait", tuple(sentences))
+    if kept is None or kept["against_plain"] is None:
+        return Headline("no null", "Plain finetuning moves the trait; nothing was done against it", tuple(sentences))
+    held = kept["against_plain"]["high"] < 0
+    sentences.append(
+        f"Under preventative steering it changes by {interval(kept['change'], sign=True)}; towards the trait that is "
+        f"{interval(kept['against_plain'], sign=True)} beside plain finetuning. Its loss in training was "
+        f"{_loss(kept)}, that of plain finetuning {_loss(plain)}."
+    )
+    verdict, title = _protected(held, null, kept)
+    sentences += _beside_null(null, kept)
+    if sign < 0:
+        sentences.append("The data teaches less of the trait, so protecting means that the score falls less.")
+    return Headline(verdict, title, tuple(sentences))
+
+
+def _protected(held: bool, null: Summary | None, kept: Summary) -> tuple[Verdict, str]:
+    if not held:
+        return "unclear", "Preventative steering does not clearly hold the trait back"
+    if null is None or kept["against_random"] is None:
+        return "no null", "Preventative steering holds the trait back, with nothing to compare it with"
+    if kept["against_random"]["high"] < 0:
+        return "clear", "Preventative steering holds the trait back, and random directions do not as much"
+    return "unclear", "Preventative steering holds the trait back, but not clearly more than random directions"
+
+
+def _beside_null(null: Summary | None, kept: Summary) -> list[str]:
+    if null is None or null["against_plain"] is None or kept["against_random"] is None:
+        return []
+    alone = null["against_plain"]
+    protects = "protects" if alone["high"] < 0 else "does not clearly protect"
+    return [
+        f"A random direction of equal norm {protects}: {interval(alone, sign=True)} beside plain finetuning. "
+        f"Preventative steering differs from it by {interval(kept['against_random'], sign=True)}."
+    ]
+
+
+def _side(estimate: Summary) -> int:
+    return 1 if estimate["low"] > 0 else -1 if estimate["high"] < 0 else 0
+
+
+def _loss(found: Summary) -> str:
+    spread = found["losses"]["last"]
+    if spread is None:
+        return "not measured"
+    return f"{number(spread['mean'], 2)} ({number(spread['low'], 2)} to {number(spread['high'], 2)} over seeds)"
+
+
+def _draw_figures(summary: Summary) -> dict[str, Drawing]:
+    with drawing_style():
+        found = {"scores": draw("scores", "Trait score by treatment", _words(summary), _scores_figure, summary)}
+        if len(summary["points"]) > 1:
+            words = f"{len(summary['points'])} finetuned models: shift along the vector, and change of the score."
+            found["shift"] = draw("shift", "Shift and change of the trait score", words, _shift_figure, summary)
+    return found
+
+
+def _words(summary: Summary) -> str:
+    parts = (f"{name} {bounds(each['score'])}" for name, each in summary["treatments"].items())
+    return f"Mean trait score, base model {number(summary['base']['score'])}: " + "; ".join(parts) + "."
+
+
+def _scores_figure(summary: Summary, width: int) -> Figure:
+    arms = {name: each for name, each in summary["treatments"].items() if each["score"] is not None}
+    figure = new_figure(width, 70 + 46 * len(arms))
+    axes = figure.add_subplot()
+    for place, (name, found) in enumerate(arms.items()):
+        colour = RANDOM if name == NULL else VECTOR
+        span = [[ends[0]] for ends in reach([found["score"]])]
+        axes.errorbar(
+            [found["score"]["mean"]], [place], xerr=span, marker="o", markersize=9, color=colour, zorder=4, **BAR
+        )
+        seeds = [value for value in found["seeds"] if value is not None]
+        axes.plot(seeds, [place + 0.28] * len(seeds), linestyle="", marker="|", markersize=9, color=MUTED, zorder=3)
+    if summary["base"]["score"] is not None:
+        axes.axvline(summary["base"]["score"], color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
+    axes.set(
+        title=f"Trait score of {summary['trait']}; dotted: before finetuning",
+        yticks=range(len(arms)),
+        xlim=(-3, 103),
+        ylim=(len(arms) - 0.4, -0.6),
+    )
+    axes.set_yticklabels([name if width == WIDE else name.replace(", ", ",\n") for name in arms])
+    axes.grid(True, axis="x", color=GRID)
+    axes.grid(False, axis="y")
+    return figure
+
+
+def _shift_figure(summary: Summary, width: int) -> Figure:
+    figure = new_figure(width, 340)
+    axes = figure.add_subplot()
+    for point in summary["points"]:
+        name = point["treatment"]
+        axes.plot(
+            [point["shift"]],
+            [point["change"]],
+            linestyle="",
+            marker="s" if name == NULL else "D" if name == PLAIN else "o",
+            markersize=8,
+            color=RANDOM if name == NULL else VECTOR,
+            zorder=3,
+        )
+    axes.set(title="Change of the trait score", xlabel=f"shift at layer {summary['settings']['layer']}")
+    axes.grid(True, axis="both", color=GRID)
+    return figure
