@@ -16,6 +16,7 @@ from dataclasses import asdict
 from benchmarks import workloads as w
 from benchmarks.judging import judging_ratio
 from benchmarks.ratios import Ratio, compare
+from benchmarks.screening import screening_memory, screening_ratios
 from persona_lens import wrap_model
 
 PEAK_LIMIT = 1.05
@@ -123,13 +124,14 @@ GROUPS: dict[str, Callable[[str, int], Iterator[Ratio]]] = {
     "transformer_lens": bridge_ratios,
     "reading": reading_ratios,
     "training": training_ratios,
+    "screening": screening_ratios,
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5, help="counted pairs of each comparison")
-    parser.add_argument("--only", choices=[*GROUPS, "memory", "judging"], help="one group")
+    parser.add_argument("--only", choices=[*GROUPS, "memory", "screening-memory", "judging"], help="one group")
     parser.add_argument("--dtype", default=None, help="default: what is fast here")
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     parser.add_argument("--read-only", type=int, help=argparse.SUPPRESS)
@@ -146,6 +148,9 @@ def main() -> int:
                 print(f"{ratio}, {dtype}", flush=True)
     if arguments.only in (None, "memory"):
         results.append(memory_ratio())
+        print(results[-1], flush=True)
+    if arguments.only in (None, "screening", "screening-memory"):
+        results.append(screening_memory())
         print(results[-1], flush=True)
     if arguments.only in (None, "judging"):
         results.append(judging_ratio(arguments.pairs))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -93,15 +94,21 @@ class RunFolder:
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write a file whole or not at all."""
+        with self.writing(name) as stream:
+            stream.write(content)
+        return self.path / name
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """Write a file bit by bit; it is there, whole, once the context ends without an error."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
         with part.open("wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(target)
-        return target
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file whole or not at all, its bytes a function of the value."""
@@ -151,6 +158,25 @@ class RunFolder:
             return [json.loads(line) for line in kept]
         except ValueError:
             raise RunError(f"{file} is damaged; remove {self.path} and start the run again") from None
+
+    def each_row(self, name: str) -> Iterator[dict[str, Any]]:
+        """The rows of a JSONL file one at a time, as `rows` has them; memory does not grow with their number."""
+        file = self.path / name
+        if not file.exists():
+            return
+        whole = 0
+        with file.open("rb") as stream:
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    raise RunError(f"{file} is damaged; remove {self.path} and start the run again") from None
+                yield row
+        if whole < file.stat().st_size:
+            os.truncate(file, whole)
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

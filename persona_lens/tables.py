@@ -76,13 +76,8 @@ def _checked(path: Path, reader: _Reader, bad_row: BadRow | None) -> NumberedRow
         raise TableError(f"{path} holds no rows")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their ends."""
-    return ((number, _decoded(path, number, raw)) for number, raw in _raw_lines(path))
-
-
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The same, undecoded. Only a line feed ends one: others may stand inside a text."""
+    """The lines of a file with their ends, undecoded. Only a line feed ends one: others may stand inside a text."""
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
             if number == 1 and raw.startswith(UTF_16_MARKS):
@@ -136,7 +131,7 @@ def _in_short(text: str, limit: int = 60) -> str:
 
 
 def _read_csv(path: Path, bad_row: BadRow) -> NumberedRows:
-    records = _records(path)
+    records = _records(path, bad_row)
     first, header = next(records, (0, []))
     header = [name.strip() for name in header]
     repeated = sorted({name for name in header if header.count(name) > 1})
@@ -155,11 +150,16 @@ def _read_csv(path: Path, bad_row: BadRow) -> NumberedRows:
         yield number, dict(zip(header, cells, strict=True))
 
 
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line on which it begins: a cell in quotes may go over several."""
+def _records(path: Path, bad_row: BadRow) -> Iterator[tuple[int, list[str]]]:
+    """Each record with the line on which it begins: a cell in quotes may go over several.
+
+    The bad row is told of lines that are not UTF-8 and of records that are not CSV.
+    """
     # A limit of the whole process, and by default smaller than a long response.
     csv.field_size_limit(2**31 - 1)
-    lines = (line for _, line in _lines(path))
+    faults: list[TableError] = []
+    header = True
+    lines = _csv_lines(path, faults)
     head: list[str] = []
     for line in lines:
         head.append(line)
@@ -167,13 +167,37 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
             break
     number = 1
     try:
-        reader = csv.reader(chain(head, lines), delimiter=_separator(head, path.suffix), strict=True)
-        for record in reader:
-            if record:
-                yield number, record
-            number = reader.line_num + 1
+        separator = _separator(head, path.suffix)
     except csv.Error as error:
         raise TableError(f"{path}:{number}: not CSV: {error}") from error
+    reader = csv.reader(chain(head, lines), delimiter=separator, strict=True)
+    while True:
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader begins anew on the next line
+            faults.insert(0, TableError(f"{path}:{number}: not CSV: {error}"))
+            record = []
+        if faults and header:
+            raise faults[0]
+        if faults:
+            bad_row(number, faults[0])
+            faults.clear()
+        elif record:
+            header = False
+            yield number, record
+        number = reader.line_num + 1
+
+
+def _csv_lines(path: Path, faults: list[TableError]) -> Iterator[str]:
+    """The lines of a CSV file; one that is not UTF-8 is noted, and still read, so that cells end rightly."""
+    for number, raw in _raw_lines(path):
+        try:
+            yield _decoded(path, number, raw)
+        except TableError as error:
+            faults.append(error)
+            yield raw.decode(errors="replace")
 
 
 def _separator(head: list[str], suffix: str) -> str:

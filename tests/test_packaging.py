@@ -56,6 +56,7 @@ ORDER = (
     "preview",
     "capability",
     "monitoring",
+    "screening",
     "agreement",
     "finetuning",
     "reports",
@@ -149,6 +150,7 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
         "persona_lens/reports/template.html.j2",
         "persona_lens/reports/tuning.html.j2",
         "persona_lens/reports/report.css",
+        "persona_lens/reports/screening.html.j2",
         "persona_lens/reports/study.html.j2",
     } <= names
 

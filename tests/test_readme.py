@@ -35,11 +35,13 @@ NOT_RUN = {
     "pip install 'persona-lens[transformer-lens]'\n"
     "pip install 'persona-lens[nnsight]'\n"
     "pip install 'persona-lens[openai]'           # judges and authors behind a server\n"
-    "pip install 'persona-lens[parquet]'          # to read Parquet files\n"
+    "pip install 'persona-lens[parquet]'          # Parquet files\n"
+    "pip install 'persona-lens[datasets]'         # datasets of the Hugging Face hub\n"
     "pip install 'persona-lens[finetune]'         # training\n"
     "pip install 'persona-lens[all]'              # all of these\n"
     "pip install 'persona-lens[lm-eval]'          # capability by lm-evaluation-harness\n"
     "pip install 'persona-lens[inspect]'          # evaluations by inspect_ai\n"
+    "pip install 'persona-lens[ray]'              # screening over several processes or machines\n"
     "pip install 'persona-lens[sae]'              # sparse autoencoders by SAELens; takes TransformerLens 3.9\n",
     "persona-lens steer tune smollm2-135m runs/optimistic-smollm2-135m --out runs/tuned\n",
     "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples 10 --max-new-tokens 1000 \\\n"

@@ -19,6 +19,7 @@ from persona_lens.cli.judge import app as judge_app
 from persona_lens.cli.monitor import app as monitor_app
 from persona_lens.cli.remote import app as remote_app
 from persona_lens.cli.responses import responses
+from persona_lens.cli.screen import screen
 from persona_lens.cli.shift import shift_command
 from persona_lens.cli.steer import app as steer_app
 from persona_lens.cli.traits import app as traits_app
@@ -43,6 +44,7 @@ app.command()(dissect)
 app.command("finetune")(finetune_command)
 app.command("finetune-study")(finetune_study_command)
 app.command("shift")(shift_command)
+app.command()(screen)
 app.add_typer(steer_app)
 app.add_typer(vectors_app)
 app.add_typer(judge_app)

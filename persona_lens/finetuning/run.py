@@ -302,5 +302,5 @@ def _require(config: FinetuneConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise FinetuningError(
             "finetune runs in one process, and this is one of several; to train over many, give the callback "
-            "PreventativeSteering to your own Trainer, or spread the model with device_map"
+            "PreventativeSteering to your own Trainer"
         )

@@ -29,6 +29,7 @@ from persona_lens.monitoring.transcripts import (
     Transcript,
     TranscriptFile,
     TranscriptForm,
+    messages_of,
     open_transcripts,
 )
 from persona_lens.monitoring.watching import Alarm, AlarmKind, Alert, Gauge, Panel, TokenReading
@@ -69,6 +70,7 @@ __all__ = [
     "encode_transcript",
     "examples_of",
     "is_calibrated",
+    "messages_of",
     "monitor_calibration",
     "open_transcripts",
     "prompt_projections",

@@ -138,6 +138,24 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
     return TranscriptFile(path, chosen or _form_of(path, rows))
 
 
+def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Message, ...]:
+    """The conversation in a row of a table.
+
+    Args:
+        row: The row's values by column.
+        form: ``openai`` or ``sharegpt``.
+
+    Raises:
+        MonitoringError: If the row has none; the message does not name the row's place.
+    """
+    try:
+        messages = _OF_ROW[TranscriptForm(form)](row)
+        _check(messages)
+    except _FaultError as fault:
+        raise MonitoringError(str(fault)) from None
+    return messages
+
+
 def _form_of(path: Path, rows: Iterator[tuple[int, dict[str, Any]]]) -> TranscriptForm:
     seen: dict[str, None] = {}
     for _, row in islice(rows, _LOOKED_AT):

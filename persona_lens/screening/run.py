@@ -1,0 +1,256 @@
+"""`screen`: datasets are scored row by row into a run folder, and then summed up, flagged and split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.backend import Backend, Read, ReadKind, Sampling, TokenBatch
+from persona_lens.backend.remote import RemoteBackend, Traffic
+from persona_lens.judging import Judge
+from persona_lens.monitoring import Gauge, Panel
+from persona_lens.progress import Progress, no_progress
+from persona_lens.replies import chat_format
+from persona_lens.runs import RunFolder
+from persona_lens.screening.crews import Crew, Job, OneProcess
+from persona_lens.screening.datasets import Dataset
+from persona_lens.screening.errors import ScreeningError
+from persona_lens.screening.findings import Findings, find, write_rows
+from persona_lens.screening.flagging import Flagging
+from persona_lens.screening.scored import SCORES
+from persona_lens.screening.scoring import Scorer, Unit
+from persona_lens.screening.settings import BaseResponses, ScreeningSettings
+from persona_lens.screening.windows import windows_of
+from persona_lens.workload import Work
+
+if TYPE_CHECKING:
+    from persona_lens.models import ChatFormat
+
+SUMMARY = "summary.json"
+ROWS, TOKENS = "screening rows", "tokens read"
+
+
+@dataclass(frozen=True)
+class Screening:
+    """A finished screening.
+
+    Attributes:
+        folder: The run folder, with ``results.parquet``, ``rejects.jsonl`` and the split files.
+        summary: Every figure that is shown, as JSON values.
+        rows: Rows that were scored or rejected by this call; those of an earlier, interrupted one are left out.
+        tokens: Tokens that the model ran over for them.
+        seconds: How long that took.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+    rows: int
+    tokens: int
+    seconds: float
+
+
+def screen(
+    backend: Backend,
+    datasets: Sequence[Dataset],
+    panel: Panel,
+    settings: ScreeningSettings | None = None,
+    *,
+    folder: Path | str,
+    reference: Sequence[Dataset] = (),
+    flagging: Flagging | None = None,
+    judges: Mapping[str, Judge] | None = None,
+    chat: ChatFormat | None = None,
+    crew: Crew | None = None,
+    progress: Progress = no_progress,
+) -> Screening:
+    """Say what datasets would do to a model's character (method, section 7).
+
+    Memory does not grow with the number of rows, but for 8 bytes for each value of a reference or labelled row. A run
+    that was stopped goes on with the same call, and ends with the same bytes.
+
+    Args:
+        backend: The model, before it is trained on any of this.
+        datasets: What is screened.
+        panel: The traits, each at its layers.
+        settings: How rows are scored; by default raw projections of the last answer.
+        folder: Run folder.
+        reference: Clean datasets, from which thresholds are taken.
+        flagging: How rows are ranked and flagged.
+        judges: By trait: asked for a second opinion on the flagged rows.
+        chat: Chat format; by default the model's own.
+        crew: Who scores; by default this process.
+        progress: Told the rows that are done, and the tokens that were run over.
+
+    Raises:
+        ScreeningError: If something asked for cannot be done, or a dataset cannot be read at all.
+        VectorsError: If vectors belong to another model.
+        RunError: If the folder holds another run.
+    """
+    settings, flagging = settings or ScreeningSettings(), flagging or Flagging()
+    flagging = replace(flagging, score=flagging.resolved_score(settings))
+    everything = _checked(backend, datasets, reference, panel, settings, judges)
+    chat = chat or chat_format(backend)
+    whole = with_random_directions(panel, _random_directions(everything, flagging))
+    scorer = Scorer(backend, chat, whole, settings)
+    config = {
+        **_config(scorer),
+        "datasets": [dataset.describe() for dataset in everything],
+        "reference": len(reference),
+        "flagging": flagging.to_json(),
+        "judges": {trait: judge.describe() for trait, judge in (judges or {}).items()},
+    }
+    with RunFolder(folder, config) as run:
+        rows, tokens, seconds = _score(run, scorer, everything, crew or OneProcess(), progress)
+        findings = find(run, everything, len(reference), panel, whole, flagging, judges or {}, progress)
+        write_rows(run, everything, whole, findings, generated=settings.base is BaseResponses.GENERATE)
+        summary = _summary(backend, settings, flagging, judges, findings)
+        run.write_json(SUMMARY, summary)
+    return Screening(Path(folder), summary, rows, tokens, seconds)
+
+
+def _config(scorer: Scorer) -> dict[str, Any]:
+    return {
+        "kind": "screening",
+        "model": scorer.backend.info.fingerprint,
+        "chat": scorer.chat.digest,
+        "gauges": [[str(gauge), gauge.vectors.content_hash, gauge.reduction] for gauge in scorer.panel.gauges],
+        "settings": scorer.settings.to_json(),
+    }
+
+
+def screening_work(
+    backend: Backend,
+    datasets: Sequence[Dataset],
+    panel: Panel,
+    settings: ScreeningSettings | None = None,
+    *,
+    reference: Sequence[Dataset] = (),
+    chat: ChatFormat | None = None,
+) -> tuple[Work, ...]:
+    """What a screening would ask of the model; the datasets are read and encoded, nothing runs."""
+    settings = settings or ScreeningSettings()
+    everything = _checked(backend, datasets, reference, panel, settings, None)
+    scorer = Scorer(backend, chat or chat_format(backend), panel, settings)
+    remote = backend if isinstance(backend, RemoteBackend) else None
+    reading, generating = Work("reading", 0, 0, 0), Work("base responses", 0, 0, 0)
+    for window in windows_of(everything, settings.look_ahead):
+        plan = scorer.plan(window)
+        for texts, batches in ((plan.texts, plan.own), (plan.supplied, plan.base)):
+            for batch in batches:
+                tokens = TokenBatch.of([texts[index][1].ids for index in batch])
+                traffic = remote.forward_traffic(tokens, (), [panel.read]) if remote else None
+                reading = _more(reading, len(batch), sum(tokens.lengths), traffic)
+        for batch in plan.generated:
+            prompts = [plan.prompts[index][1] for index in batch]
+            sampling, reads = Sampling(settings.max_new_tokens), [Read(ReadKind.RESPONSE_MEAN, panel.layers)]
+            traffic = remote.generation_traffic(prompts, sampling, (), reads) if remote else None
+            most = sum(map(len, prompts)) + len(prompts) * settings.max_new_tokens
+            generating = _more(generating, len(batch), most, traffic)
+    return (reading, generating) if generating.calls else (reading,)
+
+
+def with_random_directions(panel: Panel, count: int) -> Panel:
+    """The panel with so many random directions behind it at each of its layers."""
+    first = {gauge.layer: gauge for gauge in reversed(panel.gauges)}
+    nulls = [
+        Gauge(first[layer].vectors.random_like(seed), layer, first[layer].reduction)
+        for seed in range(count)
+        for layer in panel.layers
+    ]
+    return Panel((*panel.gauges, *nulls))
+
+
+def _checked(
+    backend: Backend,
+    datasets: Sequence[Dataset],
+    reference: Sequence[Dataset],
+    panel: Panel,
+    settings: ScreeningSettings,
+    judges: Mapping[str, Judge] | None,
+) -> tuple[Dataset, ...]:
+    """The datasets, those of the reference behind the others."""
+    if not datasets:
+        raise ScreeningError("there is no dataset to screen; give at least one")
+    for gauge in panel.gauges:
+        gauge.vectors.check_model(backend)
+    supplied = settings.base is BaseResponses.SUPPLIED
+    for dataset in (*datasets, *reference):
+        if supplied != (dataset.base is not None):
+            raise ScreeningError(
+                f"{dataset.name} {'has no' if supplied else 'comes with'} base responses, though they are "
+                f"{'to be supplied' if supplied else 'not asked for'}"
+            )
+    if judges and not reference:
+        raise ScreeningError("a judge is asked about flagged rows, and nothing is flagged without a reference set")
+    return (*datasets, *reference)
+
+
+def _random_directions(datasets: Sequence[Dataset], flagging: Flagging) -> int:
+    return flagging.random_directions if any(dataset.label for dataset in datasets) else 0
+
+
+def _score(
+    run: RunFolder, scorer: Scorer, datasets: Sequence[Dataset], crew: Crew, progress: Progress
+) -> tuple[int, int, float]:
+    """Score what is not scored yet; rows, tokens and seconds of that."""
+    done, ran, last = 0, 0, None
+    for unit in run.each_row(SCORES):
+        done += _finished(unit, scorer.settings)
+        ran += unit["ran"]
+        last = unit
+    counts = [dataset.count() for dataset in datasets]
+    total = None if None in counts else sum(count for count in counts if count is not None)
+    rows, tokens, begun = 0, 0, time.perf_counter()
+    progress(done, total, ROWS)
+    for units in crew.units(scorer, _jobs(datasets, scorer.settings.look_ahead, last)):
+        for unit in units:
+            run.append(SCORES, [unit])
+            rows += _finished(unit, scorer.settings)
+            tokens += unit["ran"]
+            progress(done + rows, total, ROWS)
+            progress(ran + tokens, None, TOKENS)
+    return rows, tokens, time.perf_counter() - begun
+
+
+def _finished(unit: Unit, settings: ScreeningSettings) -> int:
+    """How many rows a unit finishes; base responses come last of all."""
+    if unit["kind"] == "rows":
+        return sum("problem" in row for row in unit["rows"])
+    return len({row["row"] for row in unit["rows"]}) if unit["kind"] == "own" else 0
+
+
+def _jobs(datasets: Sequence[Dataset], size: int, last: Unit | None) -> Iterator[Job]:
+    """Every window but for those that are whole; the first may be there in part."""
+    if last is None:
+        start, skip = (0, 0), 0
+    elif last["unit"] + 1 == last["of"]:
+        start, skip = (last["dataset"], last["window"] + 1), 0
+    else:
+        start, skip = (last["dataset"], last["window"]), last["unit"] + 1
+    for window in windows_of(datasets, size, start):
+        yield window, skip
+        skip = 0
+
+
+def _summary(
+    backend: Backend,
+    settings: ScreeningSettings,
+    flagging: Flagging,
+    judges: Mapping[str, Judge] | None,
+    findings: Findings,
+) -> dict[str, Any]:
+    return {
+        "model": asdict(backend.info),
+        "settings": settings.to_json(),
+        "flagging": flagging.to_json(),
+        "judges": {trait: judge.describe() for trait, judge in (judges or {}).items()},
+        **findings.to_json(),
+    }
+
+
+def _more(work: Work, rows: int, tokens: int, traffic: Traffic | None) -> Work:
+    total = work.traffic + traffic if work.traffic and traffic else traffic
+    return replace(work, calls=work.calls + 1, rows=work.rows + rows, tokens=work.tokens + tokens, traffic=total)

@@ -1,0 +1,122 @@
+"""Two Ray workers give the same scores as one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persona_lens import open_backend
+from persona_lens.monitoring import Gauge, Panel
+from persona_lens.screening import OpenedBy, RayCrew, ScreeningError, ScreeningSettings, open_dataset, rays, screen
+from persona_lens.vectors import PersonaVectors
+from tests.screening import made
+from tests.screening.made import jsonl, pairs
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ScreeningSettings(look_ahead=8, batch_tokens=300)
+
+
+def opened(folder: Path) -> tuple[Any, Panel, OpenedBy]:
+    """The tiny model in a folder, as every process opens it."""
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    backend = open_backend("transformers", str(folder), dtype="float32", device="cpu")
+    vectors = PersonaVectors("kind", backend.info, made.vectors("kind").directions)
+    by = OpenedBy(str(folder), options={"dtype": "float32", "device": "cpu"})
+    return backend, Panel((Gauge(vectors, 1),)), by
+
+
+def test_two_workers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'persona-lens[ray]'")
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("OMP_NUM_THREADS", "1"), ("PYTHONPATH", _path())):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    backend, panel, by = opened(tmp_path / "model")
+    data = [open_dataset(jsonl(tmp_path / "rows.jsonl", [*pairs(70), {"x": 1}, *pairs(9, 1)]))]
+    screen(backend, data, panel, SETTINGS, folder=tmp_path / "one")
+    crew = RayCrew("local", by, workers=2, threads=1)
+    done = screen(backend, data, panel, SETTINGS, folder=tmp_path / "two", crew=crew)
+    assert done.rows == 80
+    for name in ("scores.jsonl", "results.parquet", "rejects.jsonl", "summary.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def _path() -> str:
+    return os.pathsep.join([str(ROOT), str(ROOT / "backends"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'persona-lens[ray]'")
+    backend, panel, by = opened(tmp_path / "model")
+    data = [open_dataset(jsonl(tmp_path / "rows.jsonl", pairs(3)))]
+    with pytest.raises(ScreeningError, match=r"no Ray cluster answers at 'ray://127\.0\.0\.1:9'"):
+        screen(backend, data, panel, SETTINGS, folder=tmp_path / "r", crew=RayCrew("ray://127.0.0.1:9", by))
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    backend, panel, by = opened(tmp_path / "model")
+    data = [open_dataset(jsonl(tmp_path / "rows.jsonl", pairs(3)))]
+    with pytest.raises(ScreeningError, match=r"pip install 'persona-lens\[ray\]'"):
+        screen(backend, data, panel, SETTINGS, folder=tmp_path / "r", crew=RayCrew("local", by))
+
+
+def test_importing_screening_does_not_load_ray() -> None:
+    code = "import sys, persona_lens.screening; print('ray' in sys.modules or 'datasets' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": _path()}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "False"
+
+
+def test_work_is_handed_out_in_turn_and_comes_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray itself: a stand-in that answers late."""
+
+    class Handle:
+        def __init__(self, worker: Any) -> None:
+            self.worker = worker
+
+        def remote(self, window: Any, skip: int) -> Any:
+            return (self.worker, window, skip)
+
+    class Stand:
+        made = 0
+
+        def __init__(self) -> None:
+            Stand.made += 1
+            self.units = Handle(Stand.made)
+
+    class Ray:
+        def is_initialized(self) -> bool:
+            return True
+
+        def cluster_resources(self) -> dict[str, float]:
+            return {"CPU": 2}
+
+        def nodes(self) -> list[str]:
+            return ["a", "b"]
+
+        def put(self, value: Any) -> Any:
+            return value
+
+        def remote(self, **needs: float) -> Any:
+            assert needs == {"num_cpus": 1, "num_gpus": 0}
+            return lambda cls: type("Actor", (), {"remote": staticmethod(lambda *_: Stand())})
+
+        def get(self, waiting: Any) -> Any:
+            return [waiting]
+
+    ray = Ray()
+    monkeypatch.setattr(rays, "_ray", lambda: ray)
+    crew = RayCrew("auto", OpenedBy("model"))
+    scorer: Any = type("S", (), {"panel": None, "settings": None})
+    jobs: Any = [(number, int(number == 3)) for number in range(7)]
+    found: list[Any] = [unit for units in crew.units(scorer, jobs) for unit in units]
+    assert [unit[1] for unit in found] == list(range(7))
+    assert [unit[0] for unit in found] == [1, 2, 1, 2, 1, 2, 1]
+    assert found[3][2] == 1
