@@ -89,27 +89,6 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     changes = {name: minus(_of(runs, "scores"), base.scores) for name, runs in by_name.items()}
     whole = crossed_mean(changes[PLAIN]) if PLAIN in changes else None
     sign = -1.0 if whole is not None and whole.mean < 0 else 1.0
-    treatments = {}
-    for name, runs in by_name.items():
-        change = crossed_mean(changes[name])
-        against = {
-            f"against_{other}": _json(crossed_mean(_times(sign, minus(changes[name], changes[other]))))
-            if other in changes and name != other
-            else None
-            for other in (PLAIN, RANDOM)
-        }
-        held = 1 - change.mean / whole.mean if name != PLAIN and change and whole and whole.mean else None
-        treatments[name] = {
-            "score": _json(crossed_mean(_of(runs, "scores"))),
-            "seeds": [fmean(each.scores.values()) if each.scores else None for each in runs.values()],
-            "change": _json(change),
-            **against,
-            "held_back": held,
-            "measured": _json(crossed_mean(_of(runs, "measured"))),
-            "losses": _spread_losses(list(runs.values())),
-            "capability": _spread([each.capability for each in runs.values()]),
-            "shift": _json(crossed_mean(_of(runs, "moved"))),
-        }
     trained = [each for runs in by_name.values() for each in runs.values() if each.losses and each.scores]
     return {
         BASE: {
@@ -117,7 +96,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "measured": fmean(base.measured.values()) if base.measured else None,
             "capability": base.capability,
         },
-        "treatments": treatments,
+        "treatments": {name: _treatment(name, runs, changes, whole, sign) for name, runs in by_name.items()},
         "direction": sign,
         "shift_correlation": correlated(
             [fmean(each.moved.values()) for each in trained],
@@ -132,6 +111,35 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             }
             for each in trained
         ],
+    }
+
+
+def _treatment(
+    name: str,
+    runs: Mapping[int, Outcome],
+    changes: Mapping[str, Crossed],
+    whole: Estimate | None,
+    sign: float,
+) -> dict[str, Any]:
+    """One treatment's figures; ``whole`` is plain training's change, ``sign`` its direction."""
+    change = crossed_mean(changes[name])
+    against = {
+        f"against_{other}": _json(crossed_mean(_times(sign, minus(changes[name], changes[other]))))
+        if other in changes and name != other
+        else None
+        for other in (PLAIN, RANDOM)
+    }
+    held = 1 - change.mean / whole.mean if name != PLAIN and change and whole and whole.mean else None
+    return {
+        "score": _json(crossed_mean(_of(runs, "scores"))),
+        "seeds": [fmean(each.scores.values()) if each.scores else None for each in runs.values()],
+        "change": _json(change),
+        **against,
+        "held_back": held,
+        "measured": _json(crossed_mean(_of(runs, "measured"))),
+        "losses": _spread_losses(list(runs.values())),
+        "capability": _spread([each.capability for each in runs.values()]),
+        "shift": _json(crossed_mean(_of(runs, "moved"))),
     }
 
 

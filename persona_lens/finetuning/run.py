@@ -102,16 +102,10 @@ def finetune(
     unseen = encode_examples(others, chat, config.max_length).rows if others else ()
     info = replace(backend.info, model=loaded.source.id, revision=loaded.source.identity)
     record = {
-        "kind": "finetune",
-        "config": config.model_dump(mode="json"),
         "data": fingerprint(transcripts),
         "held_out": fingerprint(others) if others else None,
-        "steering": measures.steering.describe() if measures.steering else None,
-        "prompts": list(measures.prompts),
-        "watched": [each.content_hash for each in vectors] if config.watch.every else [],
         "model": asdict(info),
-        "chat": {"digest": chat.digest, "system_role": chat.system_role, "thinking": chat.thinking},
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        **_described(config, measures, vectors, chat),
     }
     with RunFolder(folder, record) as run:
         place = run.path / (ADAPTER if config.weights == "lora" else MODEL)
@@ -119,6 +113,20 @@ def finetune(
             return Finetuned(place, json.loads((run.path / SUMMARY).read_text(encoding="utf-8")))
         work = _Training(loaded, config, examples, unseen, measures, tuple(vectors), chat, run, info, progress)
         return Finetuned(place, work.done(place))
+
+
+def _described(
+    config: FinetuneConfig, measures: Measures, vectors: Sequence[PersonaVectors], chat: ChatFormat
+) -> dict[str, Any]:
+    return {
+        "kind": "finetune",
+        "config": config.model_dump(mode="json"),
+        "steering": measures.steering.describe() if measures.steering else None,
+        "prompts": list(measures.prompts),
+        "watched": [each.content_hash for each in vectors] if config.watch.every else [],
+        "chat": {"digest": chat.digest, "system_role": chat.system_role, "thinking": chat.thinking},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+    }
 
 
 @dataclass(frozen=True)

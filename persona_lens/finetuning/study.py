@@ -117,27 +117,21 @@ def finetune_study(
         VectorsError: If the vectors belong to another model.
     """
     config = config or FinetuneConfig()
-    if config.weights == "full":
-        raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
+    _check(config, settings)
     trained = treatments_of(settings.treatments, config, vectors)
     transcripts, others = conversations_of(data), conversations_of(held_out)
-    if settings.task is not None:
-        check_task(settings.task)
-    loaded = load(model, dtype=config.dtype, device=device)
-    answering = loaded if settings.dtype == config.dtype else load(model, dtype=settings.dtype, device=device)
+    loaded, answering = _opened(model, config, settings.dtype, device)
     base = wrap_model(answering.model, answering.tokenizer)
     vectors.check_model(base)
     vectors.vector(settings.layer)
     trait, chat = trait_of(vectors), ChatFormat.from_tokenizer(loaded.tokenizer)
     scoring = judge or LikelihoodJudge(base, chat, trait, calibration_of(vectors))
+    described = {"settings": asdict(settings), "config": config.model_dump(mode="json"), "judge": scoring.describe()}
     record = {
         "kind": "finetune study",
-        "settings": asdict(settings),
-        "config": config.model_dump(mode="json"),
-        "data": fingerprint(transcripts),
-        "held_out": fingerprint(others) if others else None,
+        "data": [fingerprint(each) if each else None for each in (transcripts, others)],
         "vectors": vectors.content_hash,
-        "judge": scoring.describe(),
+        **described,
         **subject_config(base, trait, chat),
     }
     with RunFolder(folder, record) as run:
@@ -145,20 +139,25 @@ def finetune_study(
             loaded, answering, transcripts, others, vectors, settings, trait, chat, scoring, device, run, progress
         )
         outcomes, samples = work.all(trained)
-        summary = {
-            "trait": trait.name,
-            "model": base.info.model if answering.source.kind == "hub" else answering.source.id,
-            "judge": scoring.describe(),
-            "settings": asdict(settings),
-            "config": config.model_dump(mode="json"),
-            "conversations": len(transcripts),
-            "names": {each.name: each.config.edits for each in trained} | {POST_HOC: settings.treatments.post_hoc},
-            **summarise(outcomes),
-            "samples": samples,
-        }
+        names = {each.name: each.config.edits for each in trained} | {POST_HOC: settings.treatments.post_hoc}
+        summary = {**work.named(), "names": names, **described, **summarise(outcomes), "samples": samples}
         run.write_lines(OUTCOMES, map(asdict, outcomes))
         run.write_json("summary.json", summary)
     return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)))
+
+
+def _check(config: FinetuneConfig, settings: FinetuneStudySettings) -> None:
+    """Refuse what would fail after hours of training."""
+    if config.weights == "full":
+        raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
+    if settings.task is not None:
+        check_task(settings.task)
+
+
+def _opened(model: str, config: FinetuneConfig, dtype: str, device: str) -> tuple[Loaded, Loaded]:
+    """The model that is trained, and the one that answers: the same, unless they differ in precision."""
+    loaded = load(model, dtype=config.dtype, device=device)
+    return loaded, loaded if dtype == config.dtype else load(model, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,12 @@ class _Work:
     device: str
     run: RunFolder
     progress: Progress
+
+    def named(self) -> dict[str, Any]:
+        """What was studied, in words."""
+        source = self.answering.source
+        model = self._backend().info.model if source.kind == "hub" else source.id
+        return {"trait": self.trait.name, "model": model, "conversations": len(self.transcripts)}
 
     def all(self, trained: Sequence[Treatment]) -> tuple[list[Outcome], list[dict[str, Any]]]:
         """Every outcome, and first replies to the first questions."""

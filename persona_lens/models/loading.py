@@ -116,36 +116,26 @@ def load_model(
     Raises:
         ModelError: It cannot be loaded, is not a causal language model, or its checkpoint lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     source = pinned(source)
     if source.base is not None:
         require_peft()
-        base = load_model(
-            source.base,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
+        same: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        base = load_model(source.base, dtype=dtype, device=device, device_map=device_map, **same)
         return put_on(base, Path(source.location))
     where = resolve_device(device)
     place = _place(source, trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(source.location, **place)
-    except Exception as error:  # configurations are third-party code
-        raise _explained(error, source, "the configuration of ") from error
-    _require_causal(config, source)
+    config = _configuration(source, place)
     if device_map is None and getattr(config, "quantization_config", None) is not None:
         device_map = {"": str(where)}  # quantised weights cannot be moved after loading
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise ModelError("device maps and quantised models need accelerate: `pip install accelerate`")
-    options: dict[str, Any] = {"dtype": resolve_dtype(dtype, where.type, _checkpoint_dtype(config))}
-    if device_map is not None:
-        options["device_map"] = device_map
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
+    _require_accelerate(device_map)
+    given = {
+        "dtype": resolve_dtype(dtype, where.type, _checkpoint_dtype(config)),
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+    }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     loader: Any = AutoModelForCausalLM  # what it returns depends on output_loading_info, unseen by type checkers
     try:
         model, report = loader.from_pretrained(
@@ -158,6 +148,22 @@ def load_model(
         model = model.to(where)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _configuration(source: ModelSource, place: dict[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **place)
+    except Exception as error:  # configurations are third-party code
+        raise _explained(error, source, "the configuration of ") from error
+    _require_causal(config, source)
+    return config
+
+
+def _require_accelerate(device_map: object) -> None:
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("device maps and quantised models need accelerate: `pip install accelerate`")
 
 
 def resolve_device(device: str) -> torch.device:
