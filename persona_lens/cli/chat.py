@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from math import isnan
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.cli.sweep import AllowOtherModel
@@ -30,14 +30,7 @@ ALARM = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(?:@(\d+))?\s*([<>])\s*([-+]?[0-9.]
 @grouped
 def chat_command(
     model: options.Model,
-    vectors: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="VECTORS...",
-            help="A vectors.safetensors, or the run folder it is in; one a trait.",
-            show_default=False,
-        ),
-    ],
+    vectors: SeveralVectors,
     written: SteeringOptions,
     layers: Annotated[
         str | None, typer.Option("--layers", help="`18`, `12,15,18` or `10-20`.", show_default="the tuned ones")

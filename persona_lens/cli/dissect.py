@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,6 @@ import typer
 from persona_lens.cli import judges, options
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
-from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.features import Dissection
@@ -85,9 +85,11 @@ def dissect(
     Example: `persona-lens dissect smollm2-135m runs/optimistic-smollm2-135m --sae sae-18 --coefficient 4 --corpus
     runs/optimistic-smollm2-135m/rollouts.jsonl`
     """
+    from persona_lens import __version__
     from persona_lens.cli.display import showing_progress
     from persona_lens.features import DissectSettings, dissection_work, load_features, read_corpus
     from persona_lens.features import dissect as run_dissection
+    from persona_lens.reports.dissection import render_dissection
     from persona_lens.rollouts import RolloutSettings
     from persona_lens.steering import trait_of
     from persona_lens.vectors import load_vectors
@@ -111,12 +113,9 @@ def dissect(
     chat = opening.chat(opened)
     asked = trait_of(loaded) if steered else None
     scoring = judging.open(judge, asked, opened, chat, opening.dtype, opening.device) if asked else None
-    if dry_run or opening.remote:
-        work = dissection_work(opened, loaded, features, settings, chat, scoring)
-        if dry_run:
-            options.show_work(work, as_json)
-            return
-        options.say_plan(work)
+    work = partial(dissection_work, opened, loaded, features, settings, chat, scoring)
+    if options.planned(work, opening, dry_run, as_json):
+        return
     folder = out or options.run_folder(f"dissect-{loaded.trait}", loaded.model.model)
     with judges.saying_spending(scoring), showing_progress() as progress:
         found = run_dissection(
@@ -133,21 +132,11 @@ def dissect(
             progress=progress,
         )
     options.say_traffic(opened)
-    _write_report(found, folder)
+    options.write_report(folder / options.REPORT, render_dissection(found.summary, __version__))
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))
     else:
         _show(found, folder)
-
-
-def _write_report(found: Dissection, folder: Path) -> None:
-    from persona_lens import __version__
-    from persona_lens.reports.dissection import render_dissection
-
-    try:
-        (folder / "report.html").write_text(render_dissection(found.summary, __version__), encoding="utf-8")
-    except OSError as error:
-        raise PersonaLensError(f"the report cannot be written into {folder}: {error.strerror or error}") from error
 
 
 def _show(found: Dissection, folder: Path) -> None:
@@ -178,7 +167,7 @@ def _show(found: Dissection, folder: Path) -> None:
     )
     if summary["steering"]:
         _show_effects(summary["steering"])
-    typer.echo(f"report: {folder / 'report.html'}")
+    typer.echo(f"report: {folder / options.REPORT}")
 
 
 def _show_effects(steering: dict[str, Any]) -> None:

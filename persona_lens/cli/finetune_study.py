@@ -78,8 +78,10 @@ def finetune_study_command(
     Example: `persona-lens finetune-study smollm2-135m impolite.jsonl runs/impolite-smollm2-135m --layer 9
     --coefficient 4`
     """
+    from persona_lens import __version__
     from persona_lens.cli.display import quiet_libraries, showing_progress
     from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
+    from persona_lens.reports.finetuning import render_finetuning
     from persona_lens.rollouts import RolloutSettings
     from persona_lens.steering import ArmSettings, trait_of
     from persona_lens.vectors import load_vectors
@@ -114,7 +116,7 @@ def finetune_study_command(
             device=device,
             progress=progress,
         )
-    _write_report(found.summary, folder)
+    options.write_report(folder / options.REPORT, render_finetuning(found.summary, __version__))
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))
     else:
@@ -155,13 +157,6 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
-def _write_report(summary: Any, folder: Path) -> None:
-    from persona_lens import __version__
-    from persona_lens.reports.finetuning import render_finetuning
-
-    (folder / "report.html").write_text(render_finetuning(summary, __version__), encoding="utf-8")
-
-
 def _show(summary: Any, folder: Path) -> None:
     from persona_lens.cli.display import print_table
     from persona_lens.reports.finetuning import verdicts
@@ -187,7 +182,7 @@ def _show(summary: Any, folder: Path) -> None:
     )
     for sentence in verdicts(summary):
         typer.echo(sentence)
-    typer.echo(f"report: {folder / 'report.html'}")
+    typer.echo(f"report: {folder / options.REPORT}")
 
 
 def _value(found: Any) -> float | None:

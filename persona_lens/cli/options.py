@@ -161,6 +161,9 @@ def open_trait(trait: str, traits_dirs: Sequence[Path]) -> Trait:
     return loaded
 
 
+REPORT = "report.html"  # in the folder of a run
+
+
 def write_report(file: Path, page: str) -> None:
     """Write a report: all of it, or nothing."""
     part = file.with_name(file.name + ".part")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -232,12 +233,9 @@ def screen(
     panel = Panel.of(loaded, options.layer_numbers(layers, loaded[0].model.n_layers) if layers else None)
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
-    if dry_run or opening.remote:
-        work = screening_work(opened, datasets, panel, settings, reference=references, chat=chat)
-        if dry_run:
-            options.show_work(work, as_json)
-            return
-        options.say_plan(work)
+    work = partial(screening_work, opened, datasets, panel, settings, reference=references, chat=chat)
+    if options.planned(work, opening, dry_run, as_json):
+        return
     asked = _judges(judge, panel, opened, chat, opening, judging)
     folder = out or options.run_folder(f"screen-{datasets[0].source.stem}", loaded[0].model.model)
     first = next(iter((asked or {}).values()), None)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from persona_lens.cli import options
+
 if TYPE_CHECKING:
     from persona_lens.screening import Screening
-
-REPORT = "report.html"
 
 
 def finish(found: Screening, folder: Path, as_json: bool) -> None:
@@ -19,7 +19,7 @@ def finish(found: Screening, folder: Path, as_json: bool) -> None:
     from persona_lens import __version__
     from persona_lens.reports.screening import render_screening
 
-    (folder / REPORT).write_text(render_screening(found.summary, __version__), encoding="utf-8")
+    options.write_report(folder / options.REPORT, render_screening(found.summary, __version__))
     if found.rows:
         typer.echo(
             f"{found.rows:,} rows, {found.tokens:,} tokens in {found.seconds:,.1f} s: "
@@ -62,7 +62,7 @@ def _show(summary: Any, folder: Path) -> None:
         )
     for line in conclusions(summary):
         typer.echo(line)
-    typer.echo(f"report: {folder / REPORT}")
+    typer.echo(f"report: {folder / options.REPORT}")
 
 
 def conclusions(summary: Any) -> list[str]:

@@ -18,8 +18,6 @@ from persona_lens.errors import PersonaLensError
 if TYPE_CHECKING:
     from persona_lens.monitoring import Study
 
-REPORT = "report.html"
-
 
 @grouped
 def study_command(
@@ -136,7 +134,7 @@ def study_command(
             progress=progress,
         )
     options.say_traffic(opened)
-    options.write_report(folder / REPORT, render_study(found.summary, __version__))
+    options.write_report(folder / options.REPORT, render_study(found.summary, __version__))
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))
     else:
@@ -176,7 +174,7 @@ def _show(found: Study, folder: Path) -> None:
         )
     for line in conclusions(summary):
         typer.echo(line)
-    typer.echo(f"report: {folder / REPORT}")
+    typer.echo(f"report: {folder / options.REPORT}")
 
 
 def conclusions(summary: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.errors import PersonaLensError
 
@@ -30,14 +31,7 @@ def transcript_command(
             show_default=False,
         ),
     ],
-    vectors: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="VECTORS...",
-            help="A vectors.safetensors, or the run folder it is in; one a trait.",
-            show_default=False,
-        ),
-    ],
+    vectors: SeveralVectors,
     layers: Annotated[
         str | None, typer.Option("--layers", help="`18`, `12,18` or `all`.", show_default="where each was tuned")
     ] = None,

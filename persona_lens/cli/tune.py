@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from persona_lens.statistics import Estimate
     from persona_lens.steering import Steering, Tuning
 
-REPORT = "report.html"
-
 
 @grouped
 def tune_command(
@@ -115,7 +113,7 @@ def tune_command(
             capability=_accuracy_in(opened, capability, seed) if capability else None,
             progress=progress,
         )
-    options.write_report(folder / REPORT, render_tuning(found.summary))
+    options.write_report(folder / options.REPORT, render_tuning(found.summary))
     options.say_traffic(opened)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))
@@ -161,7 +159,7 @@ def _show(found: Tuning, folder: Path) -> None:
             f"on the other {found.summary['confirm_questions']} questions: {_interval(found.confirmed.change)}{beside}"
         )
     typer.echo(f"vectors with the choice stored: {folder / 'vectors.safetensors'}")
-    typer.echo(f"report: {folder / REPORT}")
+    typer.echo(f"report: {folder / options.REPORT}")
 
 
 def _interval(estimate: Estimate) -> str:
