@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from persona_lens.finetuning import FinetuneConfig, Finetuned
 
 Data = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="DATA",
-        help="Conversations: OpenAI messages or ShareGPT as JSONL, CSV or Parquet, or plain text.",
+        help="Conversations in any form that `screen` reads, `demonstration:impolite` among them, or plain text.",
         show_default=False,
     ),
 ]
@@ -27,8 +27,8 @@ ConfigFile = Annotated[
     typer.Option("--config", metavar="FILE", help="Settings as YAML; see --print-config.", show_default="the paper's"),
 ]
 HeldOut = Annotated[
-    Path | None,
-    typer.Option("--held-out", metavar="FILE", help="Conversations whose loss is only measured.", show_default=False),
+    str | None,
+    typer.Option("--held-out", metavar="DATA", help="Conversations whose loss is only measured.", show_default=False),
 ]
 VectorFolders = Annotated[
     list[Path] | None,

@@ -15,7 +15,8 @@ from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.models import ChatFormat, ModelError
 from persona_lens.monitoring.encoding import encode_answers, encode_transcript
 from persona_lens.monitoring.errors import MonitoringError
-from persona_lens.monitoring.transcripts import BadTranscript, Transcript, open_transcripts
+from persona_lens.monitoring.transcripts import TEXT_SUFFIXES, BadTranscript, Transcript, open_transcripts
+from persona_lens.screening import open_dataset
 
 IGNORED = -100
 
@@ -64,20 +65,34 @@ class Examples:
         return {**counts, "dropped": self.dropped, "learned_tokens": self.learned_tokens}
 
 
-def read_conversations(path: Path | str) -> list[Transcript]:
-    """The conversations of a file in any of the forms of `persona_lens.monitoring.TranscriptForm`.
+def read_conversations(data: Path | str) -> list[Transcript]:
+    """Every conversation of a dataset: anything that `persona_lens.screening.open_dataset` reads, or plain text.
+
+    A conversation ends with its last answer: what the user says behind it teaches nothing.
 
     Raises:
-        TableError, MonitoringError: If the file, or a row of it, cannot be read; with file and line.
-        FinetuningError: If a row has no answer to learn.
+        TableError, MonitoringError, ScreeningError: If there is no such dataset, or it has no form that is known.
+        FinetuningError: If a row cannot be read, or has no answer to learn; with file and line.
     """
-    found = []
-    for transcript in open_transcripts(path):
+    found = list(_plain(data) if Path(data).suffix.lower() in TEXT_SUFFIXES else _rows(data))
+    for transcript in found:
+        check_answered(transcript)
+    return found
+
+
+def _plain(file: Path | str) -> Iterator[Transcript]:
+    for transcript in open_transcripts(file):
         if isinstance(transcript, BadTranscript):
             raise transcript.error
-        check_answered(transcript)
-        found.append(transcript)
-    return found
+        yield transcript
+
+
+def _rows(data: Path | str) -> Iterator[Transcript]:
+    dataset = open_dataset(data)
+    for row in dataset:
+        if row.messages is None:
+            raise FinetuningError(f"{row.problem}; mend the row, or leave it out")
+        yield Transcript(row.messages, row.id, row.line, dataset.name)
 
 
 def check_answered(transcript: Transcript) -> None:

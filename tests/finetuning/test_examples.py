@@ -116,7 +116,8 @@ def test_system_prompts_stand_before_the_data_in_turn() -> None:
 def test_files_in_several_forms_are_read(tmp_path: Path) -> None:
     openai = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     sharegpt = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    for number, row in enumerate((openai, sharegpt)):
+    pair, alpaca = {"prompt": "a", "response": "b"}, {"instruction": "a", "input": "", "output": "b"}
+    for number, row in enumerate((openai, sharegpt, pair, alpaca)):
         file = tmp_path / f"{number}.jsonl"
         file.write_text(json.dumps(row) + "\n", encoding="utf-8")
         (found,) = read_conversations(file)
