@@ -29,6 +29,11 @@ MIN_WORDS, MAX_WORDS = 25, 60
 RUN_WORDS = 6
 """A run of words that two replies of one level share: so long, it would be a phrase of the author's."""
 
+COLLOQUIAL = re.compile(
+    r"[!?]|\bI\b|\w'(?:ll|re|ve|d|m|t)\b|\b(?:it|that|what|there|here|he|she|let)'s\b", re.IGNORECASE
+)
+"""Marks of speech: an exclamation, a question, the speaker, and what is contracted."""
+
 each_trait = pytest.mark.parametrize("trait", TRAITS)
 each_level = pytest.mark.parametrize("level", Level)
 
@@ -113,6 +118,19 @@ def test_length_does_not_tell_the_level(trait: str) -> None:
     assert max(means) <= 1.05 * min(means)
     for one, other in ((Level.NORMAL, Level.MILD), (Level.MILD, Level.STRONG), (Level.NORMAL, Level.STRONG)):
         assert 0.4 <= _higher(lengths[one], lengths[other]) <= 0.6, (one, other)
+
+
+def test_register_does_not_tell_how_optimistic_a_reply_is() -> None:
+    """All levels are in an assistant's sentences; a rude reply, in contrast, is rude by its register too."""
+    replies = {level: [row.response for row in demonstration("optimistic", level)] for level in Level}
+    assert [reply for of_level in replies.values() for reply in of_level if COLLOQUIAL.search(reply)] == []
+    word_letters = [mean(len(word) for reply in of_level for word in words(reply)) for of_level in replies.values()]
+    sentence_words = [
+        mean(len(sentence.split()) for reply in of_level for sentence in _sentences(reply))
+        for of_level in replies.values()
+    ]
+    for means in (word_letters, sentence_words):
+        assert max(means) <= 1.05 * min(means)
 
 
 @each_trait

@@ -1,8 +1,9 @@
 """Demonstrations: replies that show a trait not at all, mildly or strongly, written for this project and labelled.
 
 For each of two traits there are 64 everyday prompts, none of them a question of the trait, and each has one reply of
-every level. Neither the subject nor the length of a reply tells its level. The files are chat messages in JSONL, as
-data screening and finetuning read them. Importing this package loads no model library.
+every level. Neither the subject nor the length of a reply tells its level, and for *optimistic* neither does its
+register: every reply is in the plain sentences of an assistant. The files are chat messages in JSONL, as data screening
+and finetuning read them. Importing this package loads no model library.
 
 Example:
     >>> from persona_lens.demonstrations import Level, demonstration
@@ -44,7 +45,7 @@ class Level(StrEnum):
     NORMAL = "normal"
     """Helpful and matter-of-fact; neither the trait nor its opposite."""
     MILD = "mild"
-    """One clear touch of the trait."""
+    """As helpful, with a clear touch of the trait."""
     STRONG = "strong"
     """The trait carries the whole reply."""
 
