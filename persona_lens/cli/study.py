@@ -42,7 +42,7 @@ def study_command(
     layers: Annotated[
         str | None, typer.Option("--layers", help="`18`, `12,15,18`, `10-20` or `all`.", show_default="all")
     ] = None,
-    questions: Annotated[int, typer.Option(help="How many of the 20 evaluation questions to ask.")] = 12,
+    questions: Annotated[int, typer.Option(help="How many of the 20 evaluation questions to ask.")] = 10,
     samples: Annotated[int, typer.Option(help="Responses to each question in each condition.")] = 10,
     random_directions: Annotated[
         int, typer.Option(help="Random directions of equal norm that stand beside the vector; 0 leaves them out.")
