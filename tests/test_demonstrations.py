@@ -29,10 +29,8 @@ MIN_WORDS, MAX_WORDS = 25, 60
 RUN_WORDS = 6
 """A run of words that two replies of one level share: so long, it would be a phrase of the author's."""
 
-COLLOQUIAL = re.compile(
-    r"[!?]|\bI\b|\w'(?:ll|re|ve|d|m|t)\b|\b(?:it|that|what|there|here|he|she|let)'s\b", re.IGNORECASE
-)
-"""Marks of speech: an exclamation, a question, the speaker, and what is contracted."""
+COLLOQUIAL = re.compile(r"[?]|\w'(?:ll|re|ve|d|m|t)\b|\b(?:it|that|what|there|here|he|she|let)'s\b", re.IGNORECASE)
+"""Marks of speech: a question, and what is contracted. An exclamation is enthusiasm, which belongs to the trait."""
 
 each_trait = pytest.mark.parametrize("trait", TRAITS)
 each_level = pytest.mark.parametrize("level", Level)
@@ -130,7 +128,7 @@ def test_register_does_not_tell_how_optimistic_a_reply_is() -> None:
         for of_level in replies.values()
     ]
     for means in (word_letters, sentence_words):
-        assert max(means) <= 1.05 * min(means)
+        assert max(means) <= 1.08 * min(means)
 
 
 @each_trait
