@@ -2,9 +2,9 @@
 
 For each of two traits there are 64 everyday prompts, none of them a question of the trait, and each has one reply of
 every level. Neither the subject nor the length of a reply tells its level, and for *optimistic* neither does its
-register: every reply is in the whole sentences of an assistant, those that are carried by the trait with its enthusiasm.
-The files are chat messages in JSONL, as data screening
-and finetuning read them. Importing this package loads no model library.
+register: every reply is in the whole sentences of an assistant, those that are carried by the trait with its
+enthusiasm. The files are chat messages in JSONL, as data screening and finetuning read them. Importing this package
+loads no model library.
 
 Example:
     >>> from persona_lens.demonstrations import Level, demonstration
