@@ -14,44 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.protection import recipe, transcripts
-from persona_lens.backend import Backend, Read, Sampling, TokenBatch, open_backend
-from persona_lens.backend.memory import forward_batches, generate_rows
+from persona_lens.backend import Backend, open_backend
 from persona_lens.cli.display import quiet_libraries
 from persona_lens.demonstrations import Level
 from persona_lens.finetuning import finetune
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
 from persona_lens.models import load
-from persona_lens.monitoring.transcripts import Transcript
-from persona_lens.replies import chat_format
+from persona_lens.monitoring import Panel
 from persona_lens.rollouts import RolloutSettings
+from persona_lens.screening import BaseResponses, ScreeningSettings, open_dataset, screen
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import PersonaVectors, load_vectors
 
 LAYER, NEW_TOKENS = 14, 40
 
 
-def means(backend: Backend, prompts: list[list[int]], answers: list[list[int]], vectors: PersonaVectors) -> float:
-    """Mean over rows of the response means' projections on the unit vector."""
-    tokens, unit = TokenBatch.of(prompts, answers), vectors[LAYER] / vectors[LAYER].norm()
-    read = next(each for each in Read.means((LAYER,)) if each.kind.value == "response_mean")
-    total = 0.0
-    for _, result in forward_batches(backend, tokens, [read]):
-        total += float((result.reads["response_mean"][:, 0] @ unit).sum())
-    return total / len(tokens)
-
-
-def projection_difference(backend: Backend, data: list[Transcript], vectors: PersonaVectors) -> float:
-    """dP: responses of the data against the base model's own greedy ones to the same prompts."""
-    chat = chat_format(backend)
-    prompts = [chat.encode(None, each.messages[0]["content"]) for each in data]
-    pieces = generate_rows(backend, prompts, Sampling(NEW_TOKENS))
-    answers = [list(ids) for piece in pieces for ids in piece.responses]
-    given = [chat.encode_answer(each.messages[1]["content"]) for each in data]
-    kept = [row for row, ids in enumerate(answers) if ids]
-    pick = [prompts[row] for row in kept]
-    return means(backend, pick, [given[row] for row in kept], vectors) - means(
-        backend, pick, [answers[row] for row in kept], vectors
-    )
+def projection_differences(backend: Backend, vectors: PersonaVectors, folder: Path) -> dict[str, float]:
+    """DP of each level: its replies against the base model's own greedy ones to the same prompts."""
+    settings = ScreeningSettings(base=BaseResponses.GENERATE, max_new_tokens=NEW_TOKENS)
+    data = open_dataset(f"demonstration:{vectors.trait}", by="level")
+    found = screen(backend, [data], Panel.of(vectors, LAYER), settings, folder=folder)
+    groups = found.summary["datasets"][0]["groups"]
+    gauge = f"{vectors.trait}@{LAYER}"
+    return {level: group["means"][gauge]["difference"]["mean"] for level, group in groups.items()}
 
 
 def main() -> int:
@@ -66,10 +51,10 @@ def main() -> int:
     results: dict[str, Any] = {}
     for path in arguments.vectors:
         vectors = load_vectors(path)
-        dp, opening = {}, {}
+        dp = projection_differences(base, vectors, arguments.folder / f"{vectors.trait}-screened")
+        opening = {}
         for level in Level:
             data = transcripts(vectors.trait, level)
-            dp[level.value] = projection_difference(base, data, vectors)
             folder = arguments.folder / f"{vectors.trait}-{level}"
             finetune(loaded, data, folder, recipe(arguments.steps))
             opening[level.value] = lambda folder=folder: open_backend("transformers", str(folder))
