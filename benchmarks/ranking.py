@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from persona_lens.features.decoder import FileDecoder
-from persona_lens.features.ranking import decoder_cosines, random_directions, rank
+from persona_lens.features.ranking import decoder_cosines, rank
+from persona_lens.vectors import random_directions
 
 FEATURES, WIDTH = 131_072, 3_584
 SECONDS, BYTES = 10.0, 2_000_000_000

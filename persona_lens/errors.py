@@ -1,4 +1,4 @@
-"""The one base class of every error this package raises on purpose."""
+"""The one base class of every error this package raises on purpose, and the words of the errors of others."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ class PersonaLensError(Exception):
     The command line prints the message without a traceback (``--debug`` adds it). Anything else that escapes is a
     bug of this package.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line: the first of its message, or else its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

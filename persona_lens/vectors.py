@@ -264,6 +264,13 @@ def _missing(*parts: PersonaVectors) -> dict[str, Any]:
     return {"missing_layers": missing} if missing else {}
 
 
+def random_directions(d_model: int, count: int, seed: int) -> Float[Tensor, "count d_model"]:
+    """Random unit vectors."""
+    noise = torch.randn(count, d_model, generator=torch.Generator().manual_seed(seed))
+    units: Tensor = noise / noise.norm(dim=-1, keepdim=True)
+    return units
+
+
 Member = TypeVar("Member", bound=StrEnum)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from persona_lens.backend import Backend, Edit
 from persona_lens.capability.errors import CapabilityError
 from persona_lens.capability.result import CapabilityResult, read_results
-from persona_lens.errors import PersonaLensError
+from persona_lens.errors import PersonaLensError, first_line
 from persona_lens.progress import Progress, no_progress
 from persona_lens.statistics import Estimate, bootstrap_mean
 
@@ -157,7 +157,7 @@ def _load(manager: Any, name: str) -> list[Any]:
     except PersonaLensError:
         raise
     except Exception as error:  # a task's file can name any code and any data set
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CapabilityError(
             f"task {name} cannot be loaded, most likely since its data set is not here and cannot be fetched: "
             f"{type(error).__name__}: {reason}"

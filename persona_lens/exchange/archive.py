@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persona_lens.errors import first_line
 from persona_lens.exchange.errors import ExchangeError
 
 
@@ -39,10 +40,10 @@ def load_archive(file: Path, known: Mapping[str, type] | None = None) -> Any:
     except pickle.UnpicklingError as error:
         raise ExchangeError(
             f"{file} holds more than tensors and plain values, such as code that would run on opening, so it was not "
-            f"opened ({_first_line(error)}); ask for the tensors alone"
+            f"opened ({first_line(error)[:200]}); ask for the tensors alone"
         ) from error
     except Exception as error:  # a damaged archive raises whatever its part of torch raises
-        raise ExchangeError(f"{file} is damaged: {_first_line(error)}") from error
+        raise ExchangeError(f"{file} is damaged: {first_line(error)[:200]}") from error
 
 
 def _check_archive(file: Path) -> None:
@@ -50,13 +51,9 @@ def _check_archive(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ExchangeError(f"{file} is not a whole file of torch.save: {_first_line(error)}") from error
+        raise ExchangeError(f"{file} is not a whole file of torch.save: {first_line(error)[:200]}") from error
     if unpacked > file.stat().st_size:
         raise ExchangeError(f"{file} claims to unpack to {unpacked:,} bytes, more than its size; it was not opened")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def archive_bytes(content: Any) -> bytes:

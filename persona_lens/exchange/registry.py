@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from persona_lens.artifacts import write_once
 from persona_lens.exchange import arrays, assistant_axis, llama_cpp, reference, steering_vectors
 from persona_lens.exchange.archive import load_archive
 from persona_lens.exchange.errors import ExchangeError
@@ -143,9 +144,6 @@ def write_new(made: Exported) -> None:
             raise ExchangeError(f"{name} exists and holds something else; choose another name (--out) or remove it")
     try:
         for name, content in made.files.items():
-            part = Path(f"{name}.part")
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            part.replace(name)
+            write_once(name, content, ExchangeError)
     except OSError as error:
         raise ExchangeError(f"{error.filename or 'a file'} cannot be written: {error}") from error

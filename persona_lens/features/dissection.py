@@ -19,7 +19,7 @@ from persona_lens.extraction.run import model_config, subject_config
 from persona_lens.features.dictionary import Features, FeaturesError
 from persona_lens.features.examples import find_examples
 from persona_lens.features.pursuit import pursue
-from persona_lens.features.ranking import RankedFeature, chance, decoder_cosines, random_directions, rank
+from persona_lens.features.ranking import RankedFeature, chance, decoder_cosines, rank
 from persona_lens.features.singles import WHOLE, FeatureEffect, arm_name, feature_effects, feature_steering
 from persona_lens.judging import Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat
@@ -31,7 +31,7 @@ from persona_lens.steering import ArmRow, ArmSettings, Steering, calibration_of,
 from persona_lens.steering.arms import UNSTEERED, collect_arms
 from persona_lens.steering.comparison import unsteered_mean
 from persona_lens.traits import Trait, load_trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
 from persona_lens.workload import Work, run_work
 
 DECOMPOSITION = "decomposition.json"

@@ -121,13 +121,6 @@ def rank(cosines: Float[Tensor, " features"], count: int, random: Float[Tensor, 
     return Ranking(ends(True), ends(False), len(cosines), int((~known).sum()), beside)
 
 
-def random_directions(d_model: int, count: int, seed: int) -> Float[Tensor, "count d_model"]:
-    """Random unit vectors."""
-    noise = torch.randn(count, d_model, generator=torch.Generator().manual_seed(seed))
-    units: Tensor = noise / noise.norm(dim=-1, keepdim=True)
-    return units
-
-
 def chance(d_model: int) -> float:
     """Standard deviation of the cosine of two random directions."""
     return 1 / sqrt(d_model)

@@ -37,9 +37,10 @@ class ProjectionPenalty:
             )
         self._model = model
         self._blocks = find_blocks(bare_model(model))[1]
-        self._directions: dict[int, list[Tensor]] = {}
+        at: dict[int, list[Tensor]] = {}
         for edit in edits:
-            self._directions.setdefault(edit.layer, []).append(edit.direction.float())
+            at.setdefault(edit.layer, []).append(edit.direction.float() / edit.direction.float().square().sum())
+        self._directions = {layer: torch.stack(directions) for layer, directions in at.items()}
         self._taken: dict[int, Tensor] | None = None
 
     @contextmanager
@@ -48,8 +49,8 @@ class ProjectionPenalty:
         taken: dict[int, Tensor] = {}
 
         def take(layer: int, h: Tensor) -> Tensor:
-            directions = torch.stack(self._directions[layer]).to(h.device)
-            taken[layer] = h.float() @ (directions / directions.square().sum(dim=-1, keepdim=True)).T
+            directions = self._directions[layer] = self._directions[layer].to(h.device)  # moved once
+            taken[layer] = h.float() @ directions.T
             return h
 
         with hooking_blocks(self._blocks, sorted(self._directions), take):

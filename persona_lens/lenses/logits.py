@@ -14,7 +14,7 @@ from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.memory import forward_batches
 from persona_lens.backend.module import module_of
 from persona_lens.lenses.readout import LensError, Readout, find_readout
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
 
 RANDOM_DIRECTIONS = 20
 
@@ -119,8 +119,7 @@ def logit_lens(
     readout = find_readout(module_of(backend))
     scale = _scale(backend, readout, prompts)
     shifts = _centred(readout.shifts(rows, scale))
-    noise = torch.randn(RANDOM_DIRECTIONS, rows.shape[1], generator=torch.Generator().manual_seed(seed))
-    units = noise / noise.norm(dim=-1, keepdim=True)
+    units = random_directions(rows.shape[1], RANDOM_DIRECTIONS, seed)
     largest = _centred(readout.shifts(units, scale)).amax(dim=1)
     found = []
     for layer, row, shift in zip(layers, rows, shifts, strict=True):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_lens.errors import first_line
 from persona_lens.models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -103,5 +104,5 @@ def _adapted(model: PreTrainedModel, folder: Path) -> Any:
     except ModelError:
         raise
     except Exception as error:  # shapes, names and versions that do not fit fail in many ways
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise ModelError(f"the adapter in {folder} does not fit its base model: {first}") from error

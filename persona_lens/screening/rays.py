@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from persona_lens.errors import first_line
 from persona_lens.screening.crews import Job
 from persona_lens.screening.errors import ScreeningError
 from persona_lens.screening.scoring import Scorer, Unit
@@ -91,7 +92,7 @@ class RayCrew:
             else:
                 ray.init(address=self.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            said = first_line(error)
             raise ScreeningError(
                 f"no Ray cluster answers at {self.address!r}: {said}; start one with `ray start --head`"
             ) from error

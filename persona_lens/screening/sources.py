@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from persona_lens.errors import first_line
 from persona_lens.screening.errors import ScreeningError
 from persona_lens.tables import TableError, read_rows
 
@@ -17,7 +18,6 @@ HUB = "hf:"
 DEMONSTRATION = "demonstration:"
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,8 @@ class FileSource:
 
     @cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256()
         with self.path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-        return digest.hexdigest()
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ class LibrarySource:
             return found[self.split] if isinstance(found, library.DatasetDict) else found
         except Exception as error:
             raise ScreeningError(
-                f"{self.name} cannot be opened by the library datasets: {_first_line(error)}"
+                f"{self.name} cannot be opened by the library datasets: {first_line(error)}"
             ) from error
 
     def rows(self) -> Iterator[RawRow]:
@@ -179,7 +176,7 @@ class LibrarySource:
         except (GeneratorExit, ScreeningError):
             raise
         except Exception as error:
-            raise ScreeningError(f"{self.name}: after row {number + 1}: {_first_line(error)}") from error
+            raise ScreeningError(f"{self.name}: after row {number + 1}: {first_line(error)}") from error
 
     def count(self) -> int | None:
         """See `Source`; None where the library does not know."""
@@ -241,7 +238,3 @@ def _library(name: str) -> Any:
             "`pip install 'persona-lens[datasets]'`"
         ) from error
     return datasets
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
