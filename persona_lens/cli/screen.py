@@ -18,9 +18,50 @@ from persona_lens.errors import PersonaLensError
 if TYPE_CHECKING:
     from persona_lens.judging import Judge
     from persona_lens.monitoring import Panel
-    from persona_lens.screening import Dataset, Flagging, ScreeningSettings
+    from persona_lens.screening import Dataset, Flagging
 
-_FILE_BASES = ("none", "generate")
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """Where base responses come from."""
+
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base",
+            metavar="none|generate|FILE",
+            help="The base model's own responses: `generate` has the model answer every prompt; a file has a "
+            "column `response` (or lists, `responses`), rows in the order of DATA.",
+        ),
+    ] = "none"
+    share: Annotated[
+        float, typer.Option("--base-share", help="Share of the rows, drawn at random, that get a base response.")
+    ] = 1.0
+    samples: Annotated[
+        int,
+        typer.Option("--base-samples", help="Responses to a prompt; their mean holds less noise. Needs --temperature."),
+    ] = 1
+    temperature: Annotated[float, typer.Option("--temperature", help="Of generated base responses; 0 is greedy.")] = 0.0
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Length limit of a generated base response.")
+    ] = 128
+
+    @property
+    def supplied(self) -> str | None:
+        """The file."""
+        return None if self.base in ("none", "generate") else self.base
+
+    def settings(self) -> dict[str, Any]:
+        """The same, by the names that `ScreeningSettings` has for it."""
+        from persona_lens.screening import BaseResponses
+
+        return {
+            "base": BaseResponses.SUPPLIED if self.supplied else BaseResponses(self.base),
+            "base_share": self.share,
+            "base_samples": self.samples,
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
 
 @dataclass(frozen=True)
@@ -57,21 +98,11 @@ class DataOptions:
     by: Annotated[
         str | None, typer.Option("--by", metavar="COLUMN", help="Give means for each value.", show_default=False)
     ] = None
-    base: Annotated[
-        str,
-        typer.Option(
-            "--base",
-            metavar="none|generate|FILE",
-            help="The base model's own responses: `generate` has the model answer every prompt, greedily; a file has a "
-            "column `response`, rows in the order of DATA.",
-        ),
-    ] = "none"
 
-    def open(self, data: str) -> tuple[list[Dataset], list[Dataset]]:
+    def open(self, data: str, supplied: str | None) -> tuple[list[Dataset], list[Dataset]]:
         """The datasets, and the clean references; how each is read is said on standard error."""
         from persona_lens.screening import open_dataset
 
-        supplied = None if self.base in _FILE_BASES else self.base
         if supplied and (self.also or self.reference):
             raise PersonaLensError("--base FILE goes with one dataset; with --also or --reference take --base generate")
         found: list[list[Dataset]] = [[], []]
@@ -163,12 +194,6 @@ def screen(
     turns: Annotated[
         str, typer.Option("--turns", help="Answers of a conversation that count: `last` or `all`.")
     ] = "last",
-    base_share: Annotated[
-        float, typer.Option("--base-share", help="Share of the rows, drawn at random, that get a base response.")
-    ] = 1.0,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Length limit of a generated base response.")
-    ] = 128,
     max_tokens: Annotated[
         int | None,
         typer.Option("--max-tokens", help="Longer rows are rejected.", show_default="what the model takes"),
@@ -206,6 +231,7 @@ def screen(
     as_json: options.AsJson = False,
     *,
     reading: DataOptions,
+    base: BaseOptions,
     flags: FlagOptions,
     opening: options.ModelOptions,
     judging: judges.JudgeOptions,
@@ -220,15 +246,22 @@ def screen(
     """
     from persona_lens.cli.display import showing_progress
     from persona_lens.monitoring import Panel
+    from persona_lens.screening import ScreeningSettings, Turns, screening_work
     from persona_lens.screening import screen as run_screening
-    from persona_lens.screening import screening_work
     from persona_lens.vectors import load_vectors
 
-    settings = _settings(turns, reading.base, base_share, max_new_tokens, max_tokens, batch_tokens, batch_size, seed)
+    settings = ScreeningSettings(
+        options.choice(Turns, turns, "--turns"),
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        **base.settings(),
+    )
     flagging = flags.flagging(judged)
     if workers and ray is None:
         raise PersonaLensError("--workers is for --ray; give an address, or `--ray local`")
-    datasets, references = reading.open(data)
+    datasets, references = reading.open(data, base.supplied)
     loaded = [load_vectors(path) for path in vectors]
     panel = Panel.of(loaded, options.layer_numbers(layers, loaded[0].model.n_layers) if layers else None)
     opened = opening.open(model, offline=dry_run)
@@ -255,31 +288,6 @@ def screen(
         )
     options.say_traffic(opened)
     finish(found, folder, as_json)
-
-
-def _settings(
-    turns: str,
-    base: str,
-    share: float,
-    new: int,
-    most: int | None,
-    batch_tokens: int | None,
-    batch_size: int,
-    seed: int,
-) -> ScreeningSettings:
-    from persona_lens.screening import BaseResponses, ScreeningSettings, Turns
-
-    kind = BaseResponses(base) if base in _FILE_BASES else BaseResponses.SUPPLIED
-    return ScreeningSettings(
-        options.choice(Turns, turns, "--turns"),
-        kind,
-        share,
-        new,
-        most,
-        batch_tokens=batch_tokens,
-        batch_size=batch_size,
-        seed=seed,
-    )
 
 
 def _judges(

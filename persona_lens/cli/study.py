@@ -170,7 +170,7 @@ def _show(found: Study, folder: Path) -> None:
         print_table(
             f"Correlation of projection and score [95% interval], {kind}: {group['prompts']} prompts",
             ("layer", "Pearson", "Spearman", "within conditions", "random directions"),
-            [_layer_row(row) for row in _shown_layers(group["layers"], summary["layer"])],
+            [_layer_row(row) for row in _shown_layers(group["layers"], {summary["layer"], summary["tuned_layer"]})],
         )
     for line in conclusions(summary):
         typer.echo(line)
@@ -203,10 +203,10 @@ def conclusions(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _shown_layers(rows: list[dict[str, Any]], chosen: int) -> list[dict[str, Any]]:
-    """The five with the largest correlation, and the one chosen, in their order."""
+def _shown_layers(rows: list[dict[str, Any]], named: set[int | None]) -> list[dict[str, Any]]:
+    """The five with the largest correlation, and those named, in their order."""
     best = sorted(rows, key=lambda row: -(row["pearson"]["value"] or -2))[:5]
-    return [row for row in rows if row in best or row["layer"] == chosen]
+    return [row for row in rows if row in best or row["layer"] in named]
 
 
 def _layer_row(row: dict[str, Any]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 SHOWN_QUESTIONS = 3
-TUNED, STRONGEST, ONLY = "tuned", "strongest", "only"
+STRONGEST, ONLY = "strongest", "only"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def findings(
         kind: _correlate([p for p in scored if p.kind is kind], layers, settings)
         for kind in dict.fromkeys(condition.kind for condition in conditions)
     }
-    layer, reason = _layer(vectors, next(iter(groups.values())), layers)
+    layer, reason = _layer(next(iter(groups.values())), layers)
     at = list(layers).index(layer)
     kept, calibration = _calibrated(vectors, scored, layers, layer, settings)
     summary = {
@@ -99,6 +99,7 @@ def findings(
         },
         "layer": layer,
         "layer_reason": reason,
+        "tuned_layer": vectors.tuned.layer if vectors.tuned is not None else None,
         "groups": {
             kind.value: {**found.to_json(), **_limits([p for p in scored if p.kind is kind], conditions, settings)}
             for kind, found in groups.items()
@@ -132,12 +133,14 @@ def _correlate(prompts: Sequence[PromptRow], layers: Sequence[int], settings: St
     )
 
 
-def _layer(vectors: PersonaVectors, found: Correlations, layers: Sequence[int]) -> tuple[int, str]:
-    """The layer that is shown, and why: the only one, the one tuned, or the one with the largest correlation."""
+def _layer(found: Correlations, layers: Sequence[int]) -> tuple[int, str]:
+    """The layer that is calibrated, and why: the only one, or the one with the largest correlation.
+
+    The layer that was tuned for steering is no better guess than others: where a vector is best written, it may not be
+    read before the reply.
+    """
     if len(layers) == 1:
         return layers[0], ONLY
-    if vectors.tuned is not None and vectors.tuned.layer in layers:
-        return vectors.tuned.layer, TUNED
     values = [-np.inf if each.pearson.value is None else each.pearson.value for each in found.layers]
     return layers[int(np.argmax(values))], STRONGEST
 

@@ -54,6 +54,7 @@ def render_study(summary: Summary, version: str = "") -> str:
         measures=_MEASURES,
         group_names=GROUPS,
         entries={name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
+        tuned=_tuned(summary),
         verdict=_verdict(summary),
         title=_title(summary),
         limits=_limits(summary),
@@ -83,6 +84,13 @@ def _first(summary: Summary) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The group that the headline is about, and its entry at the layer shown."""
     group: Mapping[str, Any] = next(iter(summary["groups"].values()))
     return group, _entry(group, summary["layer"])
+
+
+def _tuned(summary: Summary) -> Mapping[str, Any] | None:
+    """The entry at the layer tuned for steering, if it is read and is another one."""
+    at = summary["tuned_layer"]
+    entries = next(iter(summary["groups"].values()))["layers"] if at != summary["layer"] else ()
+    return next((each for each in entries if each["layer"] == at), None)
 
 
 def _entry(group: Mapping[str, Any], layer: int) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.screening.errors import ScreeningError
-from persona_lens.screening.forms import SampleForm, conversation_of, detect_form, response_of
+from persona_lens.screening.forms import SampleForm, conversation_of, detect_form, responses_of
 from persona_lens.screening.sources import RawRow, Source, find_source
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class GivenRow:
         problem: Why there is none, in a sentence that begins with file and line.
         label: Its value in the column of labels, as text.
         group: Its value in the column by which results are grouped, as text.
-        base: The base model's response that was supplied for it.
+        base: The base model's responses that were supplied for it.
     """
 
     number: int
@@ -40,7 +40,7 @@ class GivenRow:
     problem: str | None = None
     label: str | None = None
     group: str | None = None
-    base: str | None = None
+    base: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Dataset:
                     f"{self.base.name} must have one row for each of {self.name}, in the same order, but it has "
                     f"{'more' if row is None else 'fewer'}"
                 )
-            yield self._given(row, self._response_of(row, supplied))
+            yield self._given(row, self._responses_of(row, supplied))
 
     def count(self) -> int | None:
         """How many rows there are, if that is quickly told."""
@@ -98,7 +98,7 @@ class Dataset:
             "base": self.base.describe() if self.base else None,
         }
 
-    def _given(self, row: RawRow, base: str | None = None) -> GivenRow:
+    def _given(self, row: RawRow, base: tuple[str, ...] = ()) -> GivenRow:
         place = f"{self.name}:{row.line}"
         if row.values is None:
             return GivenRow(row.number, row.line, f"line {row.line}", None, row.problem)
@@ -116,11 +116,11 @@ class Dataset:
         except ScreeningError as error:
             return GivenRow(row.number, row.line, messages=None, problem=f"{place}: {error}", **about)
 
-    def _response_of(self, row: RawRow, supplied: RawRow) -> str | None:
-        """The base response beside a row; where both have an id of their own, these must agree."""
+    def _responses_of(self, row: RawRow, supplied: RawRow) -> tuple[str, ...]:
+        """The base responses beside a row; where both have an id of their own, these must agree."""
         assert self.base is not None
         if supplied.values is None or row.values is None:
-            return None
+            return ()
         own, other = (
             next((str(values[name]) for name in IDS if values.get(name) not in (None, "")), None)
             for values in (row.values, supplied.values)
@@ -130,7 +130,7 @@ class Dataset:
                 f"{self.base.name}:{supplied.line}: the base response belongs to the row {other!r}, but stands beside "
                 f"the row {own!r} of {self.name}; put them into the same order"
             )
-        return response_of(supplied.values)
+        return responses_of(supplied.values)
 
 
 def open_dataset(

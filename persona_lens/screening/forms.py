@@ -98,11 +98,12 @@ def conversation_of(row: Mapping[str, Any], form: SampleForm) -> tuple[Message, 
     return messages[: last + 1]
 
 
-def response_of(row: Mapping[str, Any]) -> str | None:
-    """The text in a row's column of responses, as files of base responses have it; None where there is none."""
-    column = _first(row, RESPONSES)
-    value = row[column] if column is not None else None
-    return value if isinstance(value, str) and value.strip() else None
+def responses_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The texts of a file of base responses: a list in ``responses``, or one text in a column of responses."""
+    column = "responses" if isinstance(row.get("responses"), list) else _first(row, RESPONSES)
+    found = row[column] if column is not None else ()
+    texts = found if isinstance(found, list) else [found]
+    return tuple(text for text in texts if isinstance(text, str) and text.strip())
 
 
 def _of_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:

@@ -104,7 +104,9 @@ def reject_of(row: ScoredRow, name: str) -> dict[str, Any]:
 
 def base_of(row: ScoredRow) -> dict[str, Any]:
     """A line of a dataset's base responses, which another screening can be given."""
-    return {"row": row.number, "id": row.id, "response": "\n\n".join(row.responses)}
+    samples = ["\n\n".join(answers) for answers in zip(*row.responses, strict=True)]
+    said = {"responses": samples} if len(samples) > 1 else {"response": "".join(samples)}
+    return {"row": row.number, "id": row.id, **said}
 
 
 def _appending(stream: BinaryIO) -> Callable[[Iterable[Mapping[str, Any]]], None]:

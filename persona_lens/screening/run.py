@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.backend import Backend, Read, ReadKind, Sampling, TokenBatch
+from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.remote import RemoteBackend, Traffic
 from persona_lens.judging import Judge
 from persona_lens.monitoring import Gauge, Panel
@@ -144,11 +144,11 @@ def screening_work(
                 traffic = remote.forward_traffic(tokens, (), [panel.read]) if remote else None
                 reading = _more(reading, len(batch), sum(tokens.lengths), traffic)
         for batch in plan.generated:
-            prompts = [plan.prompts[index][1] for index in batch]
-            sampling, reads = Sampling(settings.max_new_tokens), [Read(ReadKind.RESPONSE_MEAN, panel.layers)]
+            prompts, sampling = scorer.asked([plan.prompts[index][1] for index in batch])
+            reads = [Read(ReadKind.RESPONSE_MEAN, panel.layers)]
             traffic = remote.generation_traffic(prompts, sampling, (), reads) if remote else None
             most = sum(map(len, prompts)) + len(prompts) * settings.max_new_tokens
-            generating = _more(generating, len(batch), most, traffic)
+            generating = _more(generating, len(prompts), most, traffic)
     return (reading, generating) if generating.calls else (reading,)
 
 

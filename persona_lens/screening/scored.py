@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -44,7 +44,7 @@ class ScoredRow:
         values: float64 [quantities, gauges], in the order of `Quantity`; NaN where there is none.
         prompt: float64 [gauges]: projection of the last prompt token.
         base: float64 [gauges]: projection of the base model's response; NaN where there is none.
-        responses: The base model's responses that were generated, one for each answer.
+        responses: The base model's responses that were generated: for each answer, the samples.
     """
 
     dataset: int
@@ -58,7 +58,7 @@ class ScoredRow:
     values: NDArray[np.float64]
     prompt: NDArray[np.float64]
     base: NDArray[np.float64]
-    responses: tuple[str, ...] = ()
+    responses: tuple[tuple[str, ...], ...] = ()
 
     def value(self, quantity: Quantity, gauge: int) -> float:
         """One number; NaN where there is none."""
@@ -80,29 +80,32 @@ def scored_windows(folder: RunFolder, gauges: int, dataset: int | None = None) -
 
 
 def _merged(dataset: int, units: Sequence[Unit], gauges: int) -> list[ScoredRow]:
-    own: dict[int, list[dict[str, Any]]] = {}
-    base: dict[int, list[dict[str, Any]]] = {}
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {"own": {}, "base": {}, "supplied": {}}
     for unit in units:
         for entry in unit["rows"] if unit["kind"] != "rows" else ():
-            (own if unit["kind"] == "own" else base).setdefault(entry["row"], []).append(entry)
+            found[unit["kind"]].setdefault(entry["row"], []).append(entry)
     heads = next(unit["rows"] for unit in units if unit["kind"] == "rows")
-    return [_row(dataset, head, own.get(head["number"], []), base.get(head["number"], []), gauges) for head in heads]
+    return [
+        _row(dataset, head, {kind: rows.get(head["number"], []) for kind, rows in found.items()}, gauges)
+        for head in heads
+    ]
 
 
-def _row(
-    dataset: int, head: dict[str, Any], own: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], gauges: int
-) -> ScoredRow:
-    raw = _mean(own, "values", "tokens", gauges)
-    prompt = _mean(own, "prompt", "answers", gauges)
-    beside = _mean([entry for entry in base if entry["values"] is not None], "values", "tokens", gauges)
+def _row(dataset: int, head: dict[str, Any], found: Mapping[str, Sequence[dict[str, Any]]], gauges: int) -> ScoredRow:
+    raw = _mean(found["own"], "values", "tokens", gauges)
+    prompt = _mean(found["own"], "prompt", "answers", gauges)
+    if found["supplied"]:  # responses to one prompt: each counts alike
+        beside = _mean(found["supplied"], "values", "answers", gauges)
+    else:
+        beside = _mean([entry for entry in found["base"] if entry["values"] is not None], "values", "tokens", gauges)
     return ScoredRow(
         dataset=dataset,
         problem=head.get("problem"),
-        tokens=sum(entry["tokens"] for entry in own),
+        tokens=sum(entry["tokens"] for entry in found["own"]),
         values=np.stack([raw, raw - beside, raw - prompt]),
         prompt=prompt,
         base=beside,
-        responses=tuple(entry["text"] for entry in base if "text" in entry),
+        responses=tuple(tuple(entry["texts"]) for entry in found["base"]),
         **{name: head[name] for name in ("number", "line", "id", "label", "group")},
     )
 

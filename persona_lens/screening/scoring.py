@@ -89,7 +89,7 @@ class Scorer:
             partial(_rows_unit, window, plan),
             *(partial(self._read, plan.texts, batch, "own") for batch in plan.own),
             *(partial(self._generate, plan.prompts, batch) for batch in plan.generated),
-            *(partial(self._read, plan.supplied, batch, "base") for batch in plan.base),
+            *(partial(self._read, plan.supplied, batch, "supplied") for batch in plan.base),
         ]
         place = {"dataset": window.dataset, "window": window.number}
         for number, make in enumerate(makers[skip:], skip):
@@ -108,23 +108,21 @@ class Scorer:
                 problems[row.number] = f"{window.name}:{row.line}: {error}"
         texts = tuple((sample.row.number, text) for sample in samples for text in sample.texts)
         with_base = [sample for sample in samples if self._has_base(window.dataset, sample)]
-        asked: dict[TokenIds, list[int]] = {}  # greedy: the same prompt has the same response
+        asked: dict[TokenIds, list[int]] = {}  # seeds are the prompt's: the same prompt has the same responses
         supplied: tuple[tuple[int, Text], ...] = ()
         if self.settings.base is BaseResponses.GENERATE:
             for sample in with_base:
                 for prompt in (prompt for text in sample.texts for prompt in text.prompts):
                     asked.setdefault(prompt, []).append(sample.row.number)
         elif self.settings.base is BaseResponses.SUPPLIED:
-            supplied = tuple((s.row.number, self._base_text(s)) for s in with_base if s.row.base is not None)
-            supplied = tuple((row, text) for row, text in supplied if self._fits(text))
-        lengths = [len(prompt) + self.settings.max_new_tokens for prompt in asked]
+            supplied = tuple((s.row.number, text) for s in with_base for text in self._base_texts(s))
         return Plan(
             tuple(samples),
             problems,
             texts,
             self._cut(texts),
             tuple((tuple(rows), prompt) for prompt, rows in asked.items()),
-            tuple(batches_by_length(lengths, self.settings.batch_size, GENERATED_TOKENS)),
+            self._cut_prompts(list(asked)),
             supplied,
             self._cut(supplied),
         )
@@ -145,8 +143,10 @@ class Scorer:
         drawn = row_seed(self.settings.seed, "base", dataset, sample.row.number)
         return drawn < self.settings.base_share * 2**63
 
-    def _base_text(self, sample: Sample) -> Text:
-        return text_of(sample.texts[-1].prompts[-1], self.chat.encode_answer(sample.row.base or ""))
+    def _base_texts(self, sample: Sample) -> list[Text]:
+        prompt = sample.texts[-1].prompts[-1]
+        texts = (text_of(prompt, self.chat.encode_answer(response)) for response in sample.row.base)
+        return [text for text in texts if self._fits(text)]
 
     def _fits(self, text: Text) -> bool:
         longest = self._longest
@@ -158,6 +158,14 @@ class Scorer:
         tokens = TokenBatch.of([text.ids for _, text in texts])
         return tuple(forward_plan(self.backend, tokens, self.settings.batch_size, self.settings.batch_tokens))
 
+    def _cut_prompts(self, prompts: Sequence[TokenIds]) -> tuple[list[int], ...]:
+        lengths, samples = (
+            [len(prompt) + self.settings.max_new_tokens for prompt in prompts],
+            self.settings.base_samples,
+        )
+        at_once = max(1, self.settings.batch_size // samples)
+        return tuple(batches_by_length(lengths, at_once, GENERATED_TOKENS // samples))
+
     def _read(self, texts: Sequence[tuple[int, Text]], batch: Sequence[int], kind: str) -> Unit:
         tokens = TokenBatch.of([texts[index][1].ids for index in batch])
         rows, at = [], 0
@@ -168,21 +176,40 @@ class Scorer:
                 at += 1
         return {"kind": kind, "rows": rows, "ran": sum(tokens.lengths)}
 
+    def asked(self, prompts: Sequence[TokenIds]) -> tuple[list[TokenIds], Sampling]:
+        """What is generated for base responses to prompts: each as often as there are samples, side by side."""
+        samples, settings = range(self.settings.base_samples), self.settings
+        seeds = None
+        if settings.temperature:
+            seeds = tuple(row_seed(settings.seed, "base response", n, *prompt) for prompt in prompts for n in samples)
+        sampling = Sampling(settings.max_new_tokens, settings.temperature, seeds=seeds)
+        return [prompt for prompt in prompts for _ in samples], sampling
+
     def _generate(self, prompts: Sequence[tuple[tuple[int, ...], TokenIds]], batch: Sequence[int]) -> Unit:
-        """Base responses, read while they are generated (method, section 7: greedy)."""
+        """Base responses, read while they are generated (method, section 7)."""
         read = Read(ReadKind.RESPONSE_MEAN, self.panel.layers)
         places, units = self._units_at
+        asked, sampling = self.asked([prompts[index][1] for index in batch])
+        responses: list[TokenIds] = []
+        values: list[Tensor] = []
+        for piece in generate_rows(self.backend, asked, sampling, (), [read]):
+            responses += piece.responses
+            values += torch.einsum("bgd,gd->bg", piece.reads["response_mean"][:, places], units)
         rows: list[dict[str, Any]] = []
-        asked = [prompts[index][1] for index in batch]
-        needing = iter([prompts[index][0] for index in batch])
-        made = 0
-        for piece in generate_rows(self.backend, asked, Sampling(self.settings.max_new_tokens), (), [read]):
-            values = torch.einsum("bgd,gd->bg", piece.reads["response_mean"][:, places], units)
-            for ids, own in zip(piece.responses, values, strict=True):
-                made += len(ids)
-                entry = {"text": self.chat.decode(ids), "tokens": len(ids), "values": _numbers(own) if ids else None}
-                rows += [{"row": row, **entry} for row in next(needing)]
-        return {"kind": "base", "rows": rows, "ran": sum(map(len, asked)) + made}
+        for number, index in enumerate(batch):
+            own = slice(number * self.settings.base_samples, (number + 1) * self.settings.base_samples)
+            entry = self._base_entry(responses[own], values[own])
+            rows += [{"row": row, **entry} for row in prompts[index][0]]
+        return {"kind": "base", "rows": rows, "ran": sum(map(len, asked)) + sum(map(len, responses))}
+
+    def _base_entry(self, responses: Sequence[TokenIds], values: Sequence[Tensor]) -> dict[str, Any]:
+        """The responses to one prompt; the values are the mean over those that are not empty."""
+        said = [own for ids, own in zip(responses, values, strict=True) if ids]
+        return {
+            "texts": [self.chat.decode(ids) for ids in responses],
+            "tokens": sum(map(len, responses)) / max(1, len(said)),
+            "values": _numbers(torch.stack(said).mean(dim=0)) if said else None,
+        }
 
 
 def _rows_unit(window: Window, plan: Plan) -> Unit:

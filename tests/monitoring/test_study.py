@@ -34,7 +34,7 @@ from persona_lens.reports.study import render_study
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
 from persona_lens.traits import Trait, load_trait
-from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
+from persona_lens.vectors import PersonaVectors, Tuned, VectorsError, load_vectors
 from tests.planted import PlantedBackend
 from tests.tiny import N_LAYERS
 
@@ -326,6 +326,12 @@ def test_the_page_shows_every_part_and_makes_hostile_text_harmless(tmp_path: Pat
     assert "<script>" not in hostile
     assert "<img" not in hostile
     assert "\u202e" not in hostile
+    other = next(layer for layer in range(backend.info.n_layers) if layer != summary["layer"])
+    tuned = vectors.with_tuned(Tuned(other, 1.0), {})
+    with_tuned = study(backend, tuned, settings()).summary
+    assert (with_tuned["layer"], with_tuned["layer_reason"]) == (summary["layer"], "strongest")
+    assert f"At layer {other}, which was tuned for steering" in render_study(with_tuned)
+    assert "tuned for steering" not in page
     one = study(backend, vectors, settings(layers=(1,), random_directions=0, samples=1)).summary
     assert one["layer_reason"] == "only"
     assert "figure-layers" not in render_study(one)

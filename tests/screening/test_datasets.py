@@ -119,7 +119,7 @@ def test_base_responses_stand_beside_their_rows(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", rows)
     base = [{"id": row["id"], "response": f"base {row['id']}"} for row in rows]
     assert [row.base for row in open_dataset(path, base=jsonl(tmp_path / "base.jsonl", base))] == [
-        each["response"] for each in base
+        (each["response"],) for each in base
     ]
     with pytest.raises(ScreeningError, match=r"base\.jsonl:1: the base response belongs to the row 'row-0-2'"):
         list(open_dataset(path, base=jsonl(tmp_path / "base.jsonl", base[::-1])))

@@ -18,6 +18,7 @@ import torch
 from persona_lens.backend import Read, ReadKind, Sampling, TokenBatch
 from persona_lens.errors import PersonaLensError
 from persona_lens.monitoring import Gauge, Panel
+from persona_lens.rollouts import row_seed
 from persona_lens.runs import RunFolder
 from persona_lens.screening import (
     Band,
@@ -151,6 +152,44 @@ def test_supplied_base_responses_give_the_difference_that_generated_ones_give(tm
             compared += 1
             assert other["kind@1.base"][number] == pytest.approx(one["kind@1.base"][number], abs=2e-3)
     assert compared or all("\ufffd" in text or not text for text in texts)
+
+
+def test_several_base_responses_are_drawn_and_averaged(tmp_path: Path) -> None:
+    rows = pairs(12)
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    settings = replace(GENERATED, base_samples=3, temperature=0.9, max_new_tokens=4)
+    done = run(tmp_path / "made", path, settings)
+    run(tmp_path / "other", path, replace(settings, look_ahead=5, batch_size=4))
+    found, other = table(tmp_path / "made"), table(tmp_path / "other")
+    for number, row in enumerate(rows):
+        prompt = made.chat().encode(None, row["prompt"])
+        seeds = tuple(row_seed(0, "base response", sample, *prompt) for sample in range(3))
+        drawn = made.backend().generate([prompt] * 3, Sampling(4, 0.9, seeds=seeds)).responses
+        bases = [projections([*prompt, *ids], len(prompt), len(prompt) + len(ids)) for ids in drawn if ids]
+        for place, gauge in enumerate(map(str, panel().gauges)):
+            expected = np.mean(bases, axis=0)[place]
+            assert found[f"{gauge}.base"][number] == pytest.approx(expected, abs=2e-4)
+            assert other[f"{gauge}.base"][number] == pytest.approx(expected, abs=2e-4)
+    lines = [json.loads(line) for line in (tmp_path / "made" / "base" / "rows.jsonl").read_text().splitlines()]
+    assert all(len(line["responses"]) == 3 for line in lines)
+    assert any(len(set(line["responses"])) > 1 for line in lines)
+    planned = screening_work(made.backend(), [open_dataset(path)], panel(), settings)
+    assert planned[1].rows == 3 * len({row["prompt"] for row in rows})
+    assert sum(work.tokens for work in planned) >= done.tokens
+
+
+def test_supplied_base_responses_may_be_several_and_count_alike(tmp_path: Path) -> None:
+    rows = pairs(3)
+    said = [["good tea", "rain or sun or rain"], ["odd"], ["", "later"]]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    base = jsonl(tmp_path / "base.jsonl", [{"responses": each} for each in said])
+    run(tmp_path / "run", [open_dataset(path, base=base)], replace(SMALL, base=BaseResponses.SUPPLIED))
+    found = table(tmp_path / "run")
+    for number, (row, texts) in enumerate(zip(rows, said, strict=True)):
+        prompt = made.chat().encode(None, row["prompt"])
+        answers = [made.chat().encode_answer(text) for text in texts if text]
+        means = [projections([*prompt, *ids], len(prompt), len(prompt) + len(ids)) for ids in answers]
+        assert found["kind@1.base"][number] == pytest.approx(np.mean(means, axis=0)[0], abs=2e-4)
 
 
 def test_a_random_share_of_base_responses_estimates_the_mean(tmp_path: Path) -> None:
@@ -379,6 +418,10 @@ def test_rows_do_not_depend_on_who_is_screened_beside_them(tmp_path: Path) -> No
     ("given", "said"),
     [
         ({"settings": {"base_share": 0.5}}, "asks for base responses"),
+        ({"settings": {"base_samples": 2, "temperature": 1.0}}, "for base responses that are generated"),
+        ({"settings": {"base": BaseResponses.GENERATE, "base_samples": 2}}, "set a temperature for several"),
+        ({"settings": {"base": BaseResponses.GENERATE, "base_samples": 0}}, "base_samples must be at least 1, got 0"),
+        ({"settings": {"base": BaseResponses.GENERATE, "temperature": -1.0}}, r"0 \(greedy\) or more, got -1"),
         ({"settings": {"base_share": 0.0}}, "above 0 and at most 1"),
         ({"settings": {"base": BaseResponses.SUPPLIED, "turns": Turns.ALL}}, "take turns 'last' with them"),
         ({"settings": {"look_ahead": 0}}, "look_ahead must be at least 1"),

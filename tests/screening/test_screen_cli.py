@@ -60,7 +60,8 @@ def test_everything_at_once(model: Path, vectors: Path, tmp_path: Path) -> None:
         jsonl(tmp_path / "clean.jsonl", pairs(20, 1)),
     )
     command = (
-        model, data, vectors, *SMALL, "--also", other, "--reference", clean, "--base", "generate", "--label", "level",
+        model, data, vectors, *SMALL, "--also", other, "--reference", clean, "--base", "generate", "--base-samples", 2,
+        "--temperature", 0.8, "--label", "level",
         "--by", "level", "--false-positive-rate", 0.2, "--undecided", 0.4, "--top-k", 2, "--random-directions", 3,
         "--out", tmp_path / "run",
     )  # fmt: skip
@@ -78,6 +79,9 @@ def test_everything_at_once(model: Path, vectors: Path, tmp_path: Path) -> None:
         "base/rows.jsonl", "split/rows-kept.jsonl", "split/rows-flagged.jsonl", "split/other-undecided.jsonl",
     } <= names  # fmt: skip
     assert not [name for name in names if name.startswith("split/clean") or name.endswith(".part")]
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "the mean of 2 base responses" in report
+    assert "drawn at temperature 0.8" in report
     shown = " ".join(run(*command).stdout.split())
     for part in ("impolite@1: means", "(reference)", "strong against normal, difference", "flagged above"):
         assert part in shown
