@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -143,21 +144,13 @@ class RunFolder:
             batch_sizes: Rows of each batch, in the order they were to be appended: rows of an unfinished batch are
                 cut too.
         """
-        file = self.path / name
-        if not file.exists():
-            return []
-        lines = file.read_bytes().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        whole = len(lines) if batch_sizes is None else _whole_rows(len(lines), batch_sizes)
-        kept = lines[:whole]
-        size = sum(map(len, kept))
-        if size < file.stat().st_size:
-            os.truncate(file, size)
-        try:
-            return [json.loads(line) for line in kept]
-        except ValueError:
-            raise RunError(f"{file} is damaged; remove {self.path} and start the run again") from None
+        found = list(self.each_row(name))
+        whole = len(found) if batch_sizes is None else _whole_rows(len(found), batch_sizes)
+        if whole < len(found):
+            with (self.path / name).open("rb") as stream:
+                size = sum(map(len, islice(stream, whole)))
+            os.truncate(self.path / name, size)
+        return found[:whole]
 
     def each_row(self, name: str) -> Iterator[dict[str, Any]]:
         """The rows of a JSONL file one at a time, as `rows` has them; memory does not grow with their number."""

@@ -289,15 +289,14 @@ def _summary(
     along = [point.place for point in points if point.place.layer == chosen.place.layer]
     arms = {str(_at(vectors, place, settings)): place for place in along}
     curve = surface(confirmed, arms, settings.margin)
-    search, confirm = _split(trait, settings)
     return {
         "trait": trait.name,
         "description": trait.description,
         "trait_hash": trait.content_hash(),
         "towards": str(settings.towards),
         "settings": json.loads(json.dumps(asdict(settings))),
-        "search_questions": len(search.questions),
-        "confirm_questions": len(confirm.questions),
+        "search_questions": settings.search_questions,
+        "confirm_questions": len(trait.evaluation_questions) - settings.search_questions,
         "residual_norms": norms.tolist(),
         "vector_norms": vectors.norms(settings.reduction).tolist(),
         "measured": "surprise" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
