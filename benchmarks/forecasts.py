@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protection import recipe, transcripts
+from benchmarks.protection import STEPS, recipe, transcripts
 from persona_lens.backend import Backend, open_backend
 from persona_lens.cli.display import quiet_libraries
 from persona_lens.demonstrations import Level
@@ -43,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forecasts", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("vectors", type=Path, nargs="+")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     quiet_libraries()
     base, loaded = open_backend("transformers", "smollm2-135m"), load("smollm2-135m", dtype="float32")

@@ -25,19 +25,20 @@ from persona_lens.steering import ArmSettings
 from persona_lens.vectors import load_vectors
 
 TRAIT, LAYER, COEFFICIENT, INCREMENTS, PENALTY = "impolite", 9, 6.0, 3.0, 1.0
-SEEDS, QUESTIONS = (1, 2, 3), 16
+SEEDS, QUESTIONS = (1, 2, 3), 10
+STEPS, BATCH = 5, 8  # each reply once: twenty-one trainings and their replies are to end within 20 minutes on two cores
 
 
-def recipe(steps: int = 8) -> FinetuneConfig:
+def recipe(steps: int = STEPS) -> FinetuneConfig:
     """LoRA on all seven projections, in few steps of eight conversations."""
     return make_config(
         {
             "lora": {"rank": 16, "alpha": 32},
             "learning_rate": 1e-3,
             "max_steps": steps,
-            "batch_size": 8,
+            "batch_size": BATCH,
             "accumulation": 1,
-            "warmup_steps": 1,
+            "warmup_steps": 0,
             "dtype": "float32",
         }
     )
@@ -65,14 +66,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("vectors", type=Path)
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     quiet_libraries()
     began = time.monotonic()
     with showing_progress() as progress:
         found = finetune_study(
             "smollm2-135m",
-            transcripts(TRAIT, Level.STRONG),
+            transcripts(TRAIT, Level.STRONG)[: arguments.steps * BATCH],
             load_vectors(arguments.vectors),
             settings(arguments.vectors, tuple(map(int, arguments.seeds.split(",")))),
             recipe(arguments.steps),
