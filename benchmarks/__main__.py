@@ -55,7 +55,8 @@ def watching_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
         rows = w.prompts(tokenizer, batch)
         for name, held in (("transformers", model), ("nnsight", w.nnsighted(model, tokenizer))):
             backend = w.endless(held, tokenizer)
-            watched, unwatched = w.watching_generation(backend, rows), w.generation(backend, rows, [])
+            watched = w.watching_generation(backend, rows)
+            unwatched = w.generation(backend, rows, [], w.WATCHED_TOKENS)
             warm_up(watched, unwatched)
             what = f"{name}: streaming {w.TRAITS} traits at all layers / unwatched, batch {batch}"
             yield compare(what, watched, unwatched, limit=1.03, pairs=pairs)

@@ -25,6 +25,7 @@ from persona_lens.models import load_model, load_tokenizer, resolve
 from persona_lens.traits import load_trait
 
 ROWS, NEW_TOKENS, LAYER, TRAITS = 64, 64, 18, 7
+WATCHED_TOKENS = 128  # a short reply of a chat; a watch runs one pass more, over the last token
 TEXTS, SHORTEST, LONGEST = 256, 20, 400
 
 Work = Callable[[], object]
@@ -100,9 +101,9 @@ def all_layers(backend: Backend) -> list[Edit]:
     ]
 
 
-def generation(backend: Backend, rows: list[list[int]], edits: list[Edit]) -> Work:
+def generation(backend: Backend, rows: list[list[int]], edits: list[Edit], new_tokens: int = NEW_TOKENS) -> Work:
     """Generation without reads, under edits."""
-    return lambda: backend.generate(rows, sampling(len(rows)), edits)
+    return lambda: backend.generate(rows, sampling(len(rows), new_tokens), edits)
 
 
 def watching_generation(backend: Backend, rows: list[list[int]], traits: int = TRAITS) -> Work:
@@ -116,7 +117,7 @@ def watching_generation(backend: Backend, rows: list[list[int]], traits: int = T
         highest = torch.maximum(highest, tokens.projections.nan_to_num().max())
 
     watch = Watch(directions, on_tokens)
-    return lambda: watched_generation(backend, rows, sampling(len(rows)), watch)
+    return lambda: watched_generation(backend, rows, sampling(len(rows), WATCHED_TOKENS), watch)
 
 
 def bridge_generation(bridge: Any, tokenizer: Any, rows: list[list[int]]) -> Work:

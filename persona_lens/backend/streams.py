@@ -72,7 +72,7 @@ class Watcher:
         self.listener = Listener(watch, rows)
         self._units = dict(zip(self.layers, watch.read.unit_directions(n_layers), strict=True))
         self._values: dict[int, Float[Tensor, "batch new k"]] = {}
-        self._newest: dict[int, Float[Tensor, "batch d_model"]] = {}
+        self._newest: list[Float[Tensor, "batch 1 d_model"]] = []
         self._together: Float[Tensor, "layers k d_model"] | None = None
         self._step = -1
         self._ids: Tensor | None = None
@@ -87,7 +87,7 @@ class Watcher:
     def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
         """Take the values of a layer; at the last one all leave for the CPU in one transfer."""
         if masks.decoding:  # many small products take longer than one; until then a token a layer is held
-            self._newest[layer] = h[:, -1]
+            self._newest.append(h)
         else:
             unit = self._units[layer] = self._units[layer].to(h.device)
             self._values[layer] = h[:, -masks.fresh :].float() @ unit.T
@@ -100,11 +100,11 @@ class Watcher:
     def _projected(self, device: torch.device) -> Float[Tensor, "batch layers new k"]:
         """What was taken in this pass, which is forgotten."""
         if self._newest:
-            newest = torch.stack([value.to(device) for value in self._newest.values()]).float()
-            self._newest = {}
+            newest = torch.cat([value.to(device) for value in self._newest], dim=1).float()
+            self._newest = []
             if self._together is None:
                 self._together = torch.stack([unit.to(device) for unit in self._units.values()])
-            return torch.bmm(self._together, newest.mT).permute(2, 0, 1).unsqueeze(2)
+            return torch.bmm(self._together, newest.permute(1, 2, 0)).permute(2, 0, 1).unsqueeze(2)
         values = torch.stack([value.to(device) for value in self._values.values()], dim=1)
         self._values = {}
         return values
