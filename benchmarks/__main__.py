@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from dataclasses import asdict
 
 from benchmarks import workloads as w
 from benchmarks.judging import judging_ratio
+from benchmarks.memory import peak_bytes
 from benchmarks.ratios import Ratio, compare
 from benchmarks.screening import screening_memory, screening_ratios
 from persona_lens import wrap_model
@@ -115,7 +115,7 @@ def memory_ratio() -> Ratio:
 def read_only(texts: int) -> None:
     model, tokenizer = w.load("auto")
     w.batched_reading(wrap_model(model, tokenizer), w.texts(len(tokenizer), texts))()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_bytes() / 2**20)
 
 
 GROUPS: dict[str, Callable[[str, int], Iterator[Ratio]]] = {

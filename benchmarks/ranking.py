@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import struct
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.memory import peak_bytes
 from persona_lens.features.decoder import FileDecoder
 from persona_lens.features.ranking import decoder_cosines, rank
 from persona_lens.vectors import random_directions
@@ -28,7 +28,6 @@ FEATURES, WIDTH = 131_072, 3_584
 SECONDS, BYTES = 10.0, 2_000_000_000
 BYTES_EACH = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 ROWS = 4096  # written at once
-KIBIBYTE = 1024  # the unit of a peak on Linux
 
 
 def write(file: Path, dtype: str) -> None:
@@ -55,7 +54,7 @@ def measure(file: Path) -> dict[str, float]:
     cosines = decoder_cosines(FileDecoder(file), directions)
     rank(cosines[0], 20, cosines[1:])
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE}
+    return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 
 def main() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import workloads as w
+from benchmarks.memory import peak_bytes
 from benchmarks.ratios import Ratio
 from persona_lens import wrap_model
 from persona_lens.backend import Backend
@@ -138,7 +138,7 @@ def screen_only(samples: int) -> None:
         path = Path(folder) / "samples.jsonl"
         write_samples(path, tokenizer, samples, longest=100)
         screen(backend, [open_dataset(path)], panel_of(backend), folder=Path(folder) / "run")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_bytes() / 2**20)
 
 
 if __name__ == "__main__":
