@@ -2,7 +2,8 @@
 
 For each trait whose vectors are given, and for the normal, mild and strong demonstrations of it: the projection
 difference before training (method, section 7), then the shift and the change of the trait score after plain finetuning
-(method, section 6), all on the embedded model. It ends with exit code 1 unless both rank the three levels alike.
+(method, section 6), at three layers, all on the embedded model. It ends with exit code 1 unless both rank the three
+levels alike everywhere.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from persona_lens.screening import BaseResponses, ScreeningSettings, open_datase
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import PersonaVectors, load_vectors
 
-LAYER, NEW_TOKENS = 14, 40
+LAYERS, NEW_TOKENS = (14, 18, 22), 40
 
 
-def projection_differences(backend: Backend, vectors: PersonaVectors, folder: Path) -> dict[str, float]:
-    """DP of each level: its replies against the base model's own greedy ones to the same prompts."""
+def projection_differences(backend: Backend, vectors: PersonaVectors, folder: Path) -> dict[str, list[float]]:
+    """DP of each level at each layer: its replies against the base model's own greedy ones to the same prompts."""
     settings = ScreeningSettings(base=BaseResponses.GENERATE, max_new_tokens=NEW_TOKENS)
     data = open_dataset(f"demonstration:{vectors.trait}", by="level")
-    found = screen(backend, [data], Panel.of(vectors, LAYER), settings, folder=folder)
+    found = screen(backend, [data], Panel.of(vectors, LAYERS), settings, folder=folder)
     groups = found.summary["datasets"][0]["groups"]
-    gauge = f"{vectors.trait}@{LAYER}"
-    return {level: group["means"][gauge]["difference"]["mean"] for level, group in groups.items()}
+    gauges = [f"{vectors.trait}@{layer}" for layer in LAYERS]
+    return {level: [group["means"][gauge]["difference"]["mean"] for gauge in gauges] for level, group in groups.items()}
 
 
 def main() -> int:
@@ -58,24 +59,33 @@ def main() -> int:
             folder = arguments.folder / f"{vectors.trait}-{level}"
             finetune(loaded, data, folder, recipe(arguments.steps))
             opening[level.value] = lambda folder=folder: open_backend("transformers", str(folder))
-        settings = ShiftSettings((LAYER,), asked=asked)
+        settings = ShiftSettings(LAYERS, asked=asked)
         where = arguments.folder / f"{vectors.trait}-shift"
         found = measure_shifts(base, opening, [vectors], settings, folder=where).summary["traits"][vectors.trait]
         rows = {
-            level: {"dP": dp[level], "shift": each["shift"][0]["mean"], "change": each["change"]["mean"]}
+            level: {"dP": dp[level], "shift": [at["mean"] for at in each["shift"]], "change": each["change"]["mean"]}
             for level, each in found["models"].items()
         }
         results[vectors.trait] = rows
         for level, row in rows.items():
-            print(f"{vectors.trait:12} {level:8} " + "  ".join(f"{k} {v:+.2f}" for k, v in row.items()), flush=True)
+            of_layers = (
+                f"layer {layer}: dP {before:+.2f}, shift {after:+.2f}"
+                for layer, before, after in zip(LAYERS, row["dP"], row["shift"], strict=True)
+            )
+            print(f"{vectors.trait} {level}: {'; '.join(of_layers)}; score {row['change']:+.1f}", flush=True)
     (arguments.folder / "forecasts.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    alike = [ranked(rows, "dP") == ranked(rows, "shift") for rows in results.values()]
-    print(f"dP ranks the levels as the shift does for {sum(alike)} of {len(alike)} traits")
-    return 0 if all(alike) else 1
+    alike = {
+        f"{trait}@{layer}": ranked(rows, "dP", place) == ranked(rows, "shift", place)
+        for trait, rows in results.items()
+        for place, layer in enumerate(LAYERS)
+    }
+    print(f"dP ranks the levels as the shift does at {', '.join(name for name, same in alike.items() if same)}")
+    print(f"and otherwise at {', '.join(name for name, same in alike.items() if not same) or 'none'}")
+    return 0 if all(alike.values()) else 1
 
 
-def ranked(rows: dict[str, dict[str, float]], by: str) -> list[str]:
-    return sorted(rows, key=lambda level: rows[level][by])
+def ranked(rows: dict[str, dict[str, Any]], by: str, place: int) -> list[str]:
+    return sorted(rows, key=lambda level: rows[level][by][place])
 
 
 if __name__ == "__main__":
