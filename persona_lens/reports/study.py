@@ -88,9 +88,8 @@ def _first(summary: Summary) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 def _tuned(summary: Summary) -> Mapping[str, Any] | None:
     """The entry at the layer tuned for steering, if it is read and is another one."""
-    at = summary["tuned_layer"]
-    entries = next(iter(summary["groups"].values()))["layers"] if at != summary["layer"] else ()
-    return next((each for each in entries if each["layer"] == at), None)
+    at, entries = summary["tuned_layer"], _first(summary)[0]["layers"]
+    return next((each for each in entries if each["layer"] == at != summary["layer"]), None)
 
 
 def _entry(group: Mapping[str, Any], layer: int) -> Mapping[str, Any]:

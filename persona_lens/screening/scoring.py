@@ -159,10 +159,8 @@ class Scorer:
         return tuple(forward_plan(self.backend, tokens, self.settings.batch_size, self.settings.batch_tokens))
 
     def _cut_prompts(self, prompts: Sequence[TokenIds]) -> tuple[list[int], ...]:
-        lengths, samples = (
-            [len(prompt) + self.settings.max_new_tokens for prompt in prompts],
-            self.settings.base_samples,
-        )
+        lengths = [len(prompt) + self.settings.max_new_tokens for prompt in prompts]
+        samples = self.settings.base_samples  # those of a prompt run together
         at_once = max(1, self.settings.batch_size // samples)
         return tuple(batches_by_length(lengths, at_once, GENERATED_TOKENS // samples))
 

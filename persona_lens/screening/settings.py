@@ -34,7 +34,7 @@ class ScreeningSettings:
         max_tokens: Rows with a longer text are rejected; None takes what the model takes.
         look_ahead: Rows that are encoded before the first of them is scored, so that those of like length run together.
         batch_tokens: Tokens that run at once at most, padding included; None takes what the device is fast at.
-        batch_size: Rows that run at once at most.
+        batch_size: Rows that run at once at most; base responses to one prompt always run together.
         seed: Of every random choice.
 
     Raises:

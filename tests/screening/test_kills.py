@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,8 @@ def run(folder: Path, data: Path, clean: Path) -> None:
     )
 
 
-def killed(folder: Path, data: Path, clean: Path, after: float) -> int:
-    """Run in a fork, kill it after some seconds; how it ended."""
+def killed(folder: Path, data: Path, clean: Path, when: Callable[[], bool]) -> int:
+    """Run in a fork, kill it as soon as `when` says so; how it ended."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -48,9 +49,25 @@ def killed(folder: Path, data: Path, clean: Path, after: float) -> int:
             code = 0
         finally:
             os._exit(code)
-    time.sleep(after)
+    while not when() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def scored(folder: Path) -> int:
+    """Bytes of scores that a run has written."""
+    file = folder / "scores.jsonl"
+    return file.stat().st_size if file.exists() else 0
+
+
+def moment(folder: Path, chance: random.Random, whole: int, seconds: float, by_time: bool) -> Callable[[], bool]:
+    """A random instant: of the time that a run takes, or of the work that is left, which surely meets it."""
+    if by_time:
+        end = time.perf_counter() + chance.uniform(0.02, 0.35) * seconds
+        return lambda: time.perf_counter() > end
+    size = scored(folder) + chance.uniform(0.1, 0.4) * whole
+    return lambda: scored(folder) >= size
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -78,17 +95,20 @@ def _kill_ten_times(tmp_path: Path) -> None:
     seconds = time.perf_counter() - start
     expected = contents(tmp_path / "whole")
     assert len(expected) > 8
-    chance, kills = random.Random(0), 0
-    sizes: list[int] = []
-    while kills < KILLS:
-        folder = tmp_path / f"killed-{len(sizes)}"
+    whole = len(expected["scores.jsonl"])
+    chance, sizes = random.Random(0), list[int]()
+    for attempt in range(2 * KILLS):
+        folder = tmp_path / f"killed-{attempt}"
         for _ in range(KILLS):
-            ended = killed(folder, data, clean, chance.uniform(0.02, 0.35) * seconds)
+            when = moment(folder, chance, whole, seconds, by_time=len(sizes) % 2 == 0)
+            ended = killed(folder, data, clean, when)
             assert ended in (0, -signal.SIGKILL)
             if ended == 0:
                 break
-            kills += 1
-            sizes.append((folder / "scores.jsonl").stat().st_size if (folder / "scores.jsonl").exists() else 0)
+            sizes.append(scored(folder))
         run(folder, data, clean)
         assert contents(folder) == expected
-    assert len({size for size in sizes if 0 < size < len(expected["scores.jsonl"])}) > 2, "no kill met the work"
+        if len(sizes) >= KILLS:
+            break
+    assert len(sizes) >= KILLS
+    assert len({size for size in sizes if 0 < size < whole}) > 2, "no kill met the work"
