@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from persona_lens.backend.attention import attention_for_reading
-from persona_lens.backend.batches import batches_by_length, repeats_prompts, rows_at_once, tokens_at_once
+from persona_lens.backend.batches import batches_of_passes, repeats_prompts, rows_at_once
 from persona_lens.backend.edits import Edit, EditError, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.locks import RunLock
@@ -141,7 +141,7 @@ class HookedModel:
         pending = shared.continuations(batch, whole=bool(of_response)) if of_response or logprobs else []
         most = rows_at_once(self.device.type, max(map(len, batch.prompts)))
         lengths = [len(each.tokens) for each in pending]
-        for numbers in batches_by_length(lengths, most, tokens_at_once(self.device.type)):
+        for numbers in batches_of_passes(lengths, most, self.device.type):
             together = [pending[number] for number in numbers]
             output = None
             if together[-1].tokens:  # the longest

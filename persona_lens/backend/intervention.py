@@ -207,10 +207,12 @@ class _MeanReader:
     def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
         if masks.decoding and "response_mean" not in self.kinds:
             return
-        fresh = h[:, -masks.fresh :].float()
+        fresh = h[:, -masks.fresh :]
         if masks.padded or masks.fresh == 1:
             # Padding is blanked, not only weighted by zero: what a model computes there may be NaN.
-            fresh = fresh.masked_fill(~masks.attention[:, -masks.fresh :, None].to(h.device), 0)
+            padding = ~masks.attention[:, -masks.fresh :, None].to(h.device)
+            fresh = fresh.to(torch.float32, copy=True).masked_fill_(padding, 0)
+        fresh = fresh.float()
         so_far = self.kept[layer]
         if masks.decoding and so_far is not None:
             so_far[:, self.kinds.index("response_mean")] += fresh[:, 0]

@@ -9,10 +9,9 @@ import torch
 
 from persona_lens.backend.batches import (
     MAX_TOKENS,
-    batches_by_length,
     batches_by_prompt,
+    batches_of_passes,
     repeats_prompts,
-    tokens_at_once,
 )
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
@@ -152,7 +151,7 @@ def forward_plan(
     """
     if backend.shares_prompts and repeats_prompts(tokens):
         return batches_by_prompt(tokens, max_rows, max_tokens or MAX_TOKENS)
-    return batches_by_length(tokens.lengths, max_rows, max_tokens or tokens_at_once(backend.info.device))
+    return batches_of_passes(tokens.lengths, max_rows, backend.info.device, max_tokens)
 
 
 def _rows_in(result: ForwardResult) -> int:

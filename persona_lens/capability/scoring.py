@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona_lens.backend import Backend, Edit, Sampling, TokenBatch
-from persona_lens.backend.batches import batches_by_length, tokens_at_once
+from persona_lens.backend.batches import batches_by_length, batches_of_passes, tokens_at_once
 from persona_lens.backend.memory import forward_plan, forward_rows, generate_rows
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.capability.errors import CapabilityError
@@ -79,7 +79,7 @@ def continuation_logprobs(
 
 def _plan(backend: Backend, tokens: TokenBatch, edits: Sequence[Edit], max_rows: int) -> list[list[int]]:
     if edits:  # under which no prompt is shared
-        return batches_by_length(tokens.lengths, max_rows, tokens_at_once(backend.info.device))
+        return batches_of_passes(tokens.lengths, max_rows, backend.info.device)
     return forward_plan(backend, tokens, max_rows)
 
 

@@ -101,7 +101,7 @@ def test_some_layers_and_some_reads(layers: tuple[int, ...] | None) -> None:
 
 def test_a_prompt_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from persona_lens import wrap_model
-    from persona_lens.backend import hooked
+    from persona_lens.backend import batches
     from tests.tiny import tiny_tokenizer
 
     module: Any = tiny_model()
@@ -109,7 +109,7 @@ def test_a_prompt_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = backend.forward(BATCH, reads=Read.means())
     assert shapes == [(3, 7), (7, 12)] or shapes == [(3, 7), (8, 12)]
     shapes.clear()
-    monkeypatch.setattr(hooked, "tokens_at_once", lambda device: 12)
+    monkeypatch.setattr(batches, "tokens_at_once", lambda device: 12)
     in_pieces = backend.forward(BATCH, reads=Read.means())
     assert shapes[0] == (3, 7)
     assert len(shapes) > 3
