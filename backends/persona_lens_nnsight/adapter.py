@@ -159,7 +159,9 @@ class NNsightBackend:
         with self._lock, torch.inference_mode(), evaluating(self.module), warnings.catch_warnings():
             # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
             warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
-            return self._traced_generation(tokens, intervention, config, sampler, request)
+            # A hook costs less than a stop of the trace does, and a watch looks at every layer of every token.
+            with hooking_blocks(self._blocks, intervention.only_watched, intervention.block):
+                return self._traced_generation(tokens, intervention, config, sampler, request)
 
     def _traced_generation(
         self,
@@ -169,7 +171,7 @@ class NNsightBackend:
         sampler: RowSampler | None,
         request: Request | None,
     ) -> dict[str, Any]:
-        model, blocks, layers = self._model, self._envoys, intervention.layers
+        model, blocks, layers = self._model, self._envoys, intervention.read_or_edited
         embedding, head, width = self._embedding, self._head, tokens.ids.shape[1]
         inputs = {"input_ids": tokens.ids, "attention_mask": tokens.attention.long()}
         with model.generate(backend=request, **config) as tracer:
