@@ -89,14 +89,15 @@ def repeats_prompts(tokens: TokenBatch) -> bool:
     return 2 * len(set(tokens.prompts)) <= len(tokens)
 
 
-def batches_by_prompt(tokens: TokenBatch, max_rows: int, max_tokens: int) -> list[list[int]]:
+def batches_by_prompt(tokens: TokenBatch, max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
     """Cut rows into batches that hold few different prompts.
 
     Args:
         tokens: The rows.
         max_rows: Rows of a batch at most.
         max_tokens: Tokens of a batch at most, its different prompts and its responses each padded to the longest; a
-            longer row gets a batch of its own.
+            longer row gets a batch of its own. By default only the prompts are bounded, whose keys and values stay in
+            memory all the while: a backend that shares prompts cuts the responses by itself.
 
     Returns:
         Row indices of each batch, shortest prompts first; every index once.
@@ -110,8 +111,8 @@ def batches_by_prompt(tokens: TokenBatch, max_rows: int, max_tokens: int) -> lis
         together, longest_together = different | {prompts[index]}, max(longest, len(responses[index]))
         rows = len(batches[-1]) + 1 if batches else 1
         # Prompts come in order of length, so that this row's is the longest.
-        needed = len(together) * len(prompts[index]) + rows * longest_together
-        if batches and rows <= max_rows and needed <= max_tokens:
+        needed = len(together) * len(prompts[index]) + (rows * longest_together if max_tokens else 0)
+        if batches and rows <= max_rows and needed <= (max_tokens or MAX_TOKENS):
             batches[-1].append(index)
             different, longest = together, longest_together
         else:

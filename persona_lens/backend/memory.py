@@ -8,14 +8,13 @@ from typing import TypeVar
 import torch
 
 from persona_lens.backend.batches import (
-    MAX_TOKENS,
     batches_by_prompt,
     batches_of_passes,
     repeats_prompts,
 )
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
-from persona_lens.backend.reads import Read
+from persona_lens.backend.reads import Read, only_means
 from persona_lens.backend.remote import RequestTooLargeError
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.errors import PersonaLensError
@@ -113,7 +112,7 @@ def forward_batches(
     reads: Sequence[Read] = (),
     *,
     logprobs: bool = False,
-    max_rows: int = 64,
+    max_rows: int = 256,
     max_tokens: int | None = None,
 ) -> Iterator[tuple[list[int], ForwardResult]]:
     """Read any number of texts, in batches of like length; memory does not grow with their number.
@@ -123,7 +122,7 @@ def forward_batches(
         tokens: The texts.
         reads: What to bring back.
         logprobs: Whether to bring back log-probabilities of the responses.
-        max_rows: Texts that run at once at most.
+        max_rows: Texts whose results come together at most; fewer run at once where they are long.
         max_tokens: Tokens of a batch at most, padding included; by default what the device is fast at.
 
     Yields:
@@ -132,7 +131,7 @@ def forward_batches(
     """
     if not reads and not logprobs:
         raise TokenError("nothing is asked for: give reads, or logprobs=True")
-    for batch in forward_plan(backend, tokens, max_rows, max_tokens):
+    for batch in forward_plan(backend, tokens, reads, max_rows, max_tokens):
         chosen = TokenBatch(tuple(tokens.prompts[i] for i in batch), tuple(tokens.responses[i] for i in batch))
         start = 0
         for result in forward_rows(backend, chosen, (), reads, logprobs=logprobs):
@@ -142,15 +141,19 @@ def forward_batches(
 
 
 def forward_plan(
-    backend: Backend, tokens: TokenBatch, max_rows: int = 64, max_tokens: int | None = None
+    backend: Backend,
+    tokens: TokenBatch,
+    reads: Sequence[Read] = (),
+    max_rows: int = 256,
+    max_tokens: int | None = None,
 ) -> list[list[int]]:
     """Which texts run together in a forward pass (arguments as for `forward_batches`).
 
     Returns:
         Indices of each batch's texts; every index once.
     """
-    if backend.shares_prompts and repeats_prompts(tokens):
-        return batches_by_prompt(tokens, max_rows, max_tokens or MAX_TOKENS)
+    if backend.shares_prompts and only_means(reads) and repeats_prompts(tokens):
+        return batches_by_prompt(tokens, max_rows, max_tokens)
     return batches_of_passes(tokens.lengths, max_rows, backend.info.device, max_tokens)
 
 

@@ -80,7 +80,7 @@ def continuation_logprobs(
 def _plan(backend: Backend, tokens: TokenBatch, edits: Sequence[Edit], max_rows: int) -> list[list[int]]:
     if edits:  # under which no prompt is shared
         return batches_of_passes(tokens.lengths, max_rows, backend.info.device)
-    return forward_plan(backend, tokens, max_rows)
+    return forward_plan(backend, tokens, max_rows=max_rows)
 
 
 def greedy_flags(
