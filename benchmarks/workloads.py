@@ -191,6 +191,14 @@ def batched_reading(backend: Backend, batch: TokenBatch) -> Work:
     return run
 
 
+def seconds_in_products(work: Work) -> float:
+    """How long the linear layers take of some work in this process: what no way of batching can save."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    found = (e.self_cpu_time_total for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm"))
+    return float(sum(found)) / 1e6
+
+
 def one_by_one_reading(model: Any, batch: TokenBatch) -> Work:
     """The released reference's way: a forward a text, autograd on, logits and all hidden states, means at the end."""
 
