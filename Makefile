@@ -7,6 +7,9 @@ DEMO ?= demo-run
 # Two test workers with one thread each: two processes that both use all cores stand in each other's way.
 WORKERS ?= 2
 
+# An environment that is broken, as by two runs of make at once, is then an error instead of installing for the user.
+export PIP_REQUIRE_VIRTUALENV := 1
+
 # The NDIF server of `make test-remote` has an environment of its own, beside the cached models.
 NDIF ?= ndif==0.1.2
 export PERSONA_LENS_NDIF_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/ndif-server
