@@ -83,7 +83,7 @@ def reading_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:
         for precision, baseline, limit in (("float32", wide, 1 / 4), (dtype, model, 1 / 2)):
             name = f"reading {len(many)} {kind} in {dtype} / one by one in {precision}"
             yield compare(name, ours, w.one_by_one_reading(baseline, many), limit=limit, pairs=pairs)
-        print(f"     the linear layers of these {kind} alone take {w.seconds_in_products(ours):.1f} s", flush=True)
+        print(f"     the linear layers of these {kind} alone take {w.seconds_in_linear_layers(ours):.1f} s", flush=True)
 
 
 def training_ratios(dtype: str, pairs: int) -> Iterator[Ratio]:

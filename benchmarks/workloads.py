@@ -191,8 +191,8 @@ def batched_reading(backend: Backend, batch: TokenBatch) -> Work:
     return run
 
 
-def seconds_in_products(work: Work) -> float:
-    """How long the linear layers take of some work in this process: what no way of batching can save."""
+def seconds_in_linear_layers(work: Work) -> float:
+    """How long the linear layers take while some work runs: what no way of batching can save."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     found = (e.self_cpu_time_total for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from persona_lens.backend.edits import Edit
+from persona_lens.backend.reads import Read, only_means
 from persona_lens.backend.tokens import TokenBatch
 
 MAX_TOKENS = 16384  # of a batch, where nothing else limits it
@@ -87,6 +89,11 @@ def batches_of_passes(
 def repeats_prompts(tokens: TokenBatch) -> bool:
     """Whether the rows repeat their prompts enough for computing each only once to pay."""
     return 2 * len(set(tokens.prompts)) <= len(tokens)
+
+
+def can_run_prompts_once(tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> bool:
+    """Whether a backend that shares prompts computes those of these rows only once."""
+    return not edits and only_means(reads) and repeats_prompts(tokens)
 
 
 def batches_by_prompt(tokens: TokenBatch, max_rows: int, max_tokens: int | None = None) -> list[list[int]]:

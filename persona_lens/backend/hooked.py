@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from persona_lens.backend.attention import attention_for_reading
-from persona_lens.backend.batches import batches_of_passes, repeats_prompts, rows_at_once
+from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, rows_at_once
 from persona_lens.backend.edits import Edit, EditError, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.locks import RunLock
 from persona_lens.backend.logprobs import continued_logprobs, response_logprobs
 from persona_lens.backend.positions import Positions
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
-from persona_lens.backend.reads import Read, ReadKind, check_reads, only_means
+from persona_lens.backend.reads import Read, ReadKind, check_reads
 from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.shared_prompts import SharedPrompts, can_share_prompts
@@ -114,7 +114,7 @@ class HookedModel:
         check_reads(reads, self.n_layers, self.d_model)
         if not reads and not logprobs:
             return ForwardResult()
-        if not edits and self.shares_prompts and only_means(reads) and repeats_prompts(batch):
+        if self.shares_prompts and can_run_prompts_once(batch, edits, reads):
             return self._forward_sharing(batch, reads, logprobs)
         tokens = pad_left(batch, self.pad_id, self.device)
         intervention = self._intervention(tokens, edits, reads)

@@ -58,11 +58,8 @@ class Intervention:
         self._readers = _readers([read.plain(n_layers) for read in reads])
         self._watcher = watcher
         self._watched = frozenset(watcher.layers if watcher is not None else ())
-        self._readers_at: dict[int, list[_MeanReader | _NormReader | _TokenReader]] = {}
-        for reader in self._readers:
-            for layer in reader.layers:
-                self._readers_at.setdefault(layer, []).append(reader)
-        self.read_or_edited = tuple(sorted(self._writer.layers | set(self._readers_at)))
+        reading = {layer for reader in self._readers for layer in reader.layers}
+        self.read_or_edited = tuple(sorted(reading | self._writer.layers))
         self.only_watched = tuple(sorted(self._watched.difference(self.read_or_edited)))
 
     @property
@@ -84,8 +81,9 @@ class Intervention:
     def block(self, layer: int, h: Float[Tensor, "batch window d_model"]) -> Float[Tensor, "batch window d_model"]:
         """The output of block ``layer`` after its edits; reads are taken on the way."""
         h = self._writer.block(layer, h, self.masks)
-        for reader in self._readers_at.get(layer, ()):
-            reader.take(layer, h, self.masks)
+        for reader in self._readers:
+            if layer in reader.kept:
+                reader.take(layer, h, self.masks)
         if self._watcher is not None and layer in self._watched:
             self._watcher.take(layer, h, self.masks)
         return h
@@ -109,7 +107,6 @@ class TokenMasks:
         self._passes = 0
         self._indices: dict[str, Tensor] = {}  # of this pass: every layer asks for the same ones
         self.window = self.fresh = tokens.ids.shape[1]
-        self.decoding = False  # whether the pass runs over one newly generated token a row
 
     def begin_pass(self, ids: Int[Tensor, "batch window"]) -> None:
         """Note the ids of the coming pass; after the first pass its last column is the newest token."""
@@ -122,7 +119,6 @@ class TokenMasks:
         self._indices = {}
         self.window = ids.shape[1]
         self.fresh = 1 if self._passes > 1 else self.window
-        self.decoding = self._passes > 1 and self.window == 1
 
     def _append(self, newest: Int[Tensor, " batch"]) -> None:
         self._active = self._active & ~torch.isin(newest, self._end_ids)
@@ -136,6 +132,11 @@ class TokenMasks:
     def stop(self, rows: Bool[Tensor, " batch"]) -> None:
         """End the responses of some rows with the newest token."""
         self._active = self._active & ~rows.to(self._active.device)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the pass runs over one newly generated token a row."""
+        return self._passes > 1 and self.window == 1
 
     @property
     def attention(self) -> Bool[Tensor, "batch width"]:

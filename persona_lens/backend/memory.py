@@ -7,14 +7,10 @@ from typing import TypeVar
 
 import torch
 
-from persona_lens.backend.batches import (
-    batches_by_prompt,
-    batches_of_passes,
-    repeats_prompts,
-)
+from persona_lens.backend.batches import batches_by_prompt, batches_of_passes, can_run_prompts_once
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
-from persona_lens.backend.reads import Read, only_means
+from persona_lens.backend.reads import Read
 from persona_lens.backend.remote import RequestTooLargeError
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.errors import PersonaLensError
@@ -131,7 +127,7 @@ def forward_batches(
     """
     if not reads and not logprobs:
         raise TokenError("nothing is asked for: give reads, or logprobs=True")
-    for batch in forward_plan(backend, tokens, reads, max_rows, max_tokens):
+    for batch in forward_plan(backend, tokens, (), reads, max_rows=max_rows, max_tokens=max_tokens):
         chosen = TokenBatch(tuple(tokens.prompts[i] for i in batch), tuple(tokens.responses[i] for i in batch))
         start = 0
         for result in forward_rows(backend, chosen, (), reads, logprobs=logprobs):
@@ -143,16 +139,18 @@ def forward_batches(
 def forward_plan(
     backend: Backend,
     tokens: TokenBatch,
+    edits: Sequence[Edit] = (),
     reads: Sequence[Read] = (),
+    *,
     max_rows: int = 256,
     max_tokens: int | None = None,
 ) -> list[list[int]]:
-    """Which texts run together in a forward pass (arguments as for `forward_batches`).
+    """Which texts run together in a forward pass (arguments as for `forward_batches`, and the edits to run under).
 
     Returns:
         Indices of each batch's texts; every index once.
     """
-    if backend.shares_prompts and only_means(reads) and repeats_prompts(tokens):
+    if backend.shares_prompts and can_run_prompts_once(tokens, edits, reads):
         return batches_by_prompt(tokens, max_rows, max_tokens)
     return batches_of_passes(tokens.lengths, max_rows, backend.info.device, max_tokens)
 

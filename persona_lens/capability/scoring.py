@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona_lens.backend import Backend, Edit, Sampling, TokenBatch
-from persona_lens.backend.batches import batches_by_length, batches_of_passes, tokens_at_once
+from persona_lens.backend.batches import batches_by_length, tokens_at_once
 from persona_lens.backend.memory import forward_plan, forward_rows, generate_rows
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.capability.errors import CapabilityError
@@ -65,7 +65,7 @@ def continuation_logprobs(
     tokens = TokenBatch.of([row.context for row in rows], [row.tokens for row in rows])
     found: list[list[float]] = [[] for _ in rows]
     done = 0
-    for batch in _plan(backend, tokens, edits, max_rows):
+    for batch in forward_plan(backend, tokens, edits, max_rows=max_rows):
         chosen = TokenBatch(tuple(tokens.prompts[i] for i in batch), tuple(tokens.responses[i] for i in batch))
         values = (
             row.tolist() for part in forward_rows(backend, chosen, edits, logprobs=True) for row in part.logprobs or ()
@@ -75,12 +75,6 @@ def continuation_logprobs(
         done += len(batch)
         progress(done, len(rows), "log-likelihoods")
     return found
-
-
-def _plan(backend: Backend, tokens: TokenBatch, edits: Sequence[Edit], max_rows: int) -> list[list[int]]:
-    if edits:  # under which no prompt is shared
-        return batches_of_passes(tokens.lengths, max_rows, backend.info.device)
-    return forward_plan(backend, tokens, max_rows=max_rows)
 
 
 def greedy_flags(

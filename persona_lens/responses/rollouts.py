@@ -47,7 +47,7 @@ class ReadRollouts(RolloutBatches):
         self.reads = tuple(reads)
         # Above the most that any device is fast at, the limit says nothing.
         limit = settings.batch_tokens if settings.batch_tokens < MAX_TOKENS else None
-        batches = forward_plan(backend, given.tokens, reads, settings.batch_size, limit)
+        batches = forward_plan(backend, given.tokens, (), reads, max_rows=settings.batch_size, max_tokens=limit)
         super().__init__(backend, given.requests, batches, folder=folder, prefix=prefix)
 
     def calls(self) -> Iterator[TokenBatch]:

@@ -156,9 +156,8 @@ class Scorer:
         if not texts:
             return ()
         tokens = TokenBatch.of([text.ids for _, text in texts])
-        return tuple(
-            forward_plan(self.backend, tokens, [self.panel.read], self.settings.batch_size, self.settings.batch_tokens)
-        )
+        rows, most = self.settings.batch_size, self.settings.batch_tokens
+        return tuple(forward_plan(self.backend, tokens, (), [self.panel.read], max_rows=rows, max_tokens=most))
 
     def _cut_prompts(self, prompts: Sequence[TokenIds]) -> tuple[list[int], ...]:
         lengths = [len(prompt) + self.settings.max_new_tokens for prompt in prompts]

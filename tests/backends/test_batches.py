@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,6 +91,12 @@ def test_batches_by_prompt_hold_every_row_once_within_the_limits(
     of_rows = [tokens.prompts[i] for batch in batches for i in batch]
     changes = sum(a != b for a, b in pairwise(of_rows))
     assert changes == len(set(of_rows)) - 1  # rows of a prompt stand together
+
+
+def test_by_default_the_prompts_bound_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persona_lens.backend.batches.MAX_TOKENS", 25)
+    tokens = TokenBatch.of([[row // 2] * 10 for row in range(8)], [[7] * 500] * 8)
+    assert batches_by_prompt(tokens, 64) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_when_prompts_are_worth_sharing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from persona_lens import Read, TokenBatch, wrap_model
+from persona_lens import Edit, Read, TokenBatch, wrap_model
 from persona_lens.backend import TokenError
 from persona_lens.backend.batches import tokens_at_once
 from persona_lens.backend.memory import forward_batches, forward_plan
@@ -36,12 +36,13 @@ def test_shared_prompts_set_the_plan_only_where_a_backend_shares_them() -> None:
     """Under a read of every token all rows of a batch run in one pass, so that it must not be larger than a pass."""
     backend = wrap_model(tiny_model(), tiny_tokenizer())
     tokens = TokenBatch.of([[5] * 700] * 12, [[6] * 300] * 12)
-    assert forward_plan(backend, tokens, Read.means()) == [list(range(12))]
+    assert forward_plan(backend, tokens, (), Read.means()) == [list(range(12))]
     assert forward_plan(backend, tokens) == [list(range(12))]
     for reads in ([Read.projections(torch.ones(1, 16))], [*Read.means(), Read(ReadKind.RESPONSE_NORM)]):
-        plan = forward_plan(backend, tokens, reads)
+        plan = forward_plan(backend, tokens, (), reads)
         assert all(len(batch) * 1000 <= tokens_at_once("cpu") for batch in plan)
         assert sorted(row for batch in plan for row in batch) == list(range(12))
+    assert forward_plan(backend, tokens, [Edit.add(0, torch.ones(16), 1.0)]) == plan
 
 
 def test_asking_for_nothing_is_refused() -> None:
