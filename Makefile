@@ -25,7 +25,7 @@ export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/perso
 export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
 SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
 
-.PHONY: demo test test-remote test-servers test-programs test-sae lint format bench clean
+.PHONY: demo test test-remote test-servers test-programs test-sae campaign lint format bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
@@ -54,6 +54,10 @@ test-programs: $(VENV)/.development
 test-sae: $(PERSONA_LENS_SAE_ENV)/.installed
 	$(SAE_PYTHON) -m pip install --quiet --no-deps --editable .
 	OMP_NUM_THREADS=1 $(SAE_PYTHON) -m pytest tests/sae tests/backends/test_parity.py tests/lenses -k 'not nnsight'
+
+# Kills, failing disks, fuzzed inputs and servers that lie; docs/reliability.md says what was counted last.
+campaign: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .

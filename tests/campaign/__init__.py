@@ -1,0 +1,1 @@
+"""Attacks that anyone can repeat: `make campaign`; what they found last is in docs/reliability.md."""
