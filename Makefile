@@ -25,15 +25,21 @@ export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/perso
 export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
 SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
 
-.PHONY: demo test test-remote test-servers test-programs test-sae campaign lint format bench clean
+.PHONY: demo test test-all test-remote test-servers test-programs test-sae campaign lint format bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
 
-# By default xdist begins with the files of many tests; the longest here, the demonstration, has few and would come last.
+# By default xdist begins with the files of many tests; the longest here have few and would come last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+  --ignore tests/ndif --ignore tests/servers --ignore tests/programs --ignore tests/sae
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  --ignore tests/ndif --ignore tests/servers --ignore tests/programs --ignore tests/sae
+	$(PYTEST)
+
+# Those too of which `make test` runs a few: every architecture on every adapter, the demonstration as it is.
+test-all: lint
+	$(PYTEST) --all
 
 # One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development
@@ -53,7 +59,7 @@ test-programs: $(VENV)/.development
 # Autoencoders of SAELens, and the parity suite and the attributions on the TransformerLens that it needs.
 test-sae: $(PERSONA_LENS_SAE_ENV)/.installed
 	$(SAE_PYTHON) -m pip install --quiet --no-deps --editable .
-	OMP_NUM_THREADS=1 $(SAE_PYTHON) -m pytest tests/sae tests/backends/test_parity.py tests/lenses -k 'not nnsight'
+	OMP_NUM_THREADS=1 $(SAE_PYTHON) -m pytest --all tests/sae tests/backends/test_parity.py tests/lenses -k 'not nnsight'
 
 # Kills, failing disks, fuzzed inputs and servers that lie; docs/reliability.md says what was counted last.
 campaign: $(VENV)/.development

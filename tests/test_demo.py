@@ -15,9 +15,29 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
-def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "persona_lens.cli", "demo", "--out", str(folder), "--json"]
-    return subprocess.run(command, capture_output=True, text=True, check=True)
+# The same command at a size that still shows what is claimed: fewer questions, fewer coefficients, shorter replies.
+SMALLER = """
+from dataclasses import replace
+from functools import partial
+from persona_lens import demo
+from persona_lens.rollouts import RolloutSettings
+short = replace(demo.EXTRACTION, questions=6, rollouts=RolloutSettings(max_new_tokens=32, temperature=0.6))
+demo.DemoSettings = partial(
+    demo.DemoSettings, extraction=short, choice_questions=2, questions=8, coefficients=(-2.0, 2.0), random_directions=2
+)
+"""
+COMMAND = "from persona_lens.cli import main; main()"
+
+
+def run_demo(folder: Path, size: str) -> None:
+    code = (SMALLER if size == "smaller" else "") + COMMAND
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--out", str(folder), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -25,10 +45,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.fixture(scope="module", params=["smaller", pytest.param("as it is", marks=pytest.mark.exhaustive)])
+def size(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(size: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
-    run_demo(folder)
+    run_demo(folder, size)
     return folder
 
 
@@ -81,7 +106,7 @@ def test_the_report_shows_the_summary(demo: Path, summary: dict[str, Any]) -> No
     assert 'src="http' not in page
 
 
-def test_a_second_run_changes_no_byte(demo: Path) -> None:
+def test_a_second_run_changes_no_byte(demo: Path, size: str) -> None:
     before = contents(demo)
-    run_demo(demo)
+    run_demo(demo, size)
     assert contents(demo) == before

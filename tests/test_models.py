@@ -229,10 +229,16 @@ def test_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         assert resolve_dtype(name, "cpu", None) == getattr(torch, name)
     assert resolve_dtype("auto", "cuda", torch.float16) == torch.float16
     assert resolve_dtype("auto", "mps", None) == torch.float32
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for amx, avx, expected in ((False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx, raising=False)
         assert resolve_dtype("auto", "cpu", torch.float16) == getattr(torch, expected)
+    # The CPU has them, but torch was told not to use them.
+    for capability in ("AVX2", "DEFAULT"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert resolve_dtype("auto", "cpu", torch.bfloat16) == torch.float32
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert resolve_dtype("auto", "cpu", torch.bfloat16) == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,24 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 REMOTE = ("05_remote.ipynb",)  # run in tests/ndif, where there is a server
+# Text of a cell -> what is run in its place: sizes only, and none that a notebook's own checks rest on.
+SMALLER = {
+    "ExtractionSettings(questions=6,": "ExtractionSettings(questions=2,",
+    "ExtractionSettings(questions=10,": "ExtractionSettings(questions=4,",
+    "RolloutSettings(max_new_tokens=24": "RolloutSettings(max_new_tokens=8",
+    "RolloutSettings(max_new_tokens=32,": "RolloutSettings(max_new_tokens=12,",
+    "RolloutSettings(24": "RolloutSettings(8",
+    "max_new_tokens=40)": "max_new_tokens=8)",
+    "max_new_tokens=32)": "max_new_tokens=8)",
+    "max_new_tokens=30)": "max_new_tokens=8)",
+    "rows[:96]": "rows[:36]",
+    "rows[96:]": "rows[132:]",
+    "Level.STRONG)][:24]": "Level.STRONG)][:8]",
+    '"batch_size": 8,': '"batch_size": 2,',
+    "questions=(0, 1, 2, 3)": "questions=(0, 1)",
+    "random_features=3, coefficient=4, questions=3,": "random_features=1, coefficient=4, questions=2,",
+    "questions=4, samples=1,": "questions=2, samples=1,",
+}
 
 
 def read(path: Path) -> Any:
@@ -36,17 +55,26 @@ def test_it_is_kept_clean(path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.parametrize("size", ["smaller", pytest.param("as it is", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.name not in REMOTE], ids=lambda path: path.name)
-def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(path: Path, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, as a reader who has installed the package would run it."""
-    assert_runs(path, tmp_path, monkeypatch)
+    assert_runs(path, tmp_path, monkeypatch, SMALLER if size == "smaller" else {})
 
 
-def assert_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shown", SMALLER)
+def test_every_substitution_matches(shown: str) -> None:
+    assert any(shown in cell.source for path in NOTEBOOKS for cell in read(path).cells)
+
+
+def assert_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smaller: Mapping[str, str]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = read(path)
+    for cell in notebook.cells:
+        for shown, run in smaller.items():
+            cell.source = cell.source.replace(shown, run)
     workplace = tmp_path / "workplace"
     workplace.mkdir()
     client = NotebookClient(

@@ -220,6 +220,9 @@ def resolve_dtype(dtype: str, device_type: str, checkpoint: torch.dtype | None) 
 def _cpu_has_bfloat16() -> bool:
     import torch
 
+    # Where torch was told to use less of the CPU (ATEN_CPU_CAPABILITY), 16 bits are emulated, whatever the CPU has.
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
     # Private names of torch, so any of them may be missing in another version: that means no.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jaxtyping
 import pytest
 import torch
 
 from persona_lens.backend import Backend
-from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, FEW_ARCHITECTURES, tiny_backend
+from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, FEW_ARCHITECTURES, matrix, tiny_backend
 
 
-def _combinations(architectures: tuple[str, ...]) -> list[object]:
-    return [pytest.param((a, b), id=f"{a}-{b}") for a in ADAPTERS for b in architectures]
+def _pairs(architectures: Sequence[str]) -> list[object]:
+    """The matrix for a fixture, which takes one parameter."""
+    return [pytest.param(each.values, id=each.id, marks=each.marks) for each in matrix(architectures)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,13 +26,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=_combinations(ARCHITECTURES))
+@pytest.fixture(params=_pairs(ARCHITECTURES))
 def every_backend(request: pytest.FixtureRequest) -> Backend:
     """Every adapter over every architecture."""
     return tiny_backend(*request.param)
 
 
-@pytest.fixture(params=_combinations(FEW_ARCHITECTURES))
+@pytest.fixture(params=_pairs(FEW_ARCHITECTURES))
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Every adapter over a few architectures that differ."""
     return tiny_backend(*request.param)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,8 +30,24 @@ __all__ = ["ARCHITECTURES", "D_MODEL", "N_LAYERS"]
 ADAPTERS = ("transformers", "transformer_lens", "nnsight")
 # One with its norm before the block, one with norms around it and soft-capped logits, one with learned positions.
 FEW_ARCHITECTURES = ("llama", "gemma2", "gpt2")
+# What adapters over a library of their own run; the reference runs them all, and so do they in `make test-all`.
+OWN_ARCHITECTURES = (*FEW_ARCHITECTURES, "qwen2_moe")
 
 ALL_ACTIVATIONS = Read(ReadKind.ACTIVATIONS)
+
+
+def matrix(architectures: Sequence[str] = ARCHITECTURES, adapters: Sequence[str] = ADAPTERS) -> list[Any]:
+    """Every adapter over every architecture, as parameters; most of what others stand for is exhaustive."""
+    return [
+        pytest.param(
+            adapter,
+            architecture,
+            id=f"{adapter}-{architecture}",
+            marks=[] if adapter == ADAPTERS[0] or architecture in OWN_ARCHITECTURES else pytest.mark.exhaustive,
+        )
+        for adapter in adapters
+        for architecture in architectures
+    ]
 
 
 def tokenizer() -> Any:

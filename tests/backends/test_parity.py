@@ -11,7 +11,7 @@ import torch
 
 from persona_lens.backend import Edit, ForwardResult, Generation, Positions, Read, Sampling, TokenBatch
 from persona_lens.backend.parity import FULL, HALF, ParityCheck, check_parity
-from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, Delegating, backend_of, tiny_backend
+from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, Delegating, backend_of, matrix, tiny_backend
 from tests.tiny import tiny_model
 
 
@@ -26,8 +26,7 @@ def test_the_reference_agrees_with_itself(architecture: str) -> None:
     assert len(checks) >= 20
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("adapter", [a for a in ADAPTERS if a != "transformers"])
+@pytest.mark.parametrize(("adapter", "architecture"), matrix(adapters=ADAPTERS[1:]))
 def test_an_adapter_agrees_with_the_reference(adapter: str, architecture: str) -> None:
     reference = tiny_backend("transformers", architecture)
     checks = check_parity(tiny_backend(adapter, architecture), reference, max_new_tokens=4)
@@ -128,7 +127,14 @@ def test_a_check_that_raises_has_failed_and_the_others_still_run() -> None:
     assert "ValueError: no generation here" in failed[0].detail
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("adapter", "dtype"),
+    [
+        *((adapter, torch.bfloat16) for adapter in ADAPTERS),
+        ("transformers", torch.float16),
+        *(pytest.param(adapter, torch.float16, marks=pytest.mark.exhaustive) for adapter in ADAPTERS[1:]),
+    ],
+)
 def test_in_16_bits_reads_have_a_looser_bound_and_tokens_are_only_reported(adapter: str, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     first: Any = tiny_model()

@@ -13,7 +13,8 @@ import persona_lens
 from persona_lens.backend import Backend, Edit, Generation, Positions, Read, ReadKind, Sampling, TokenBatch
 from tests.backends.fixtures import ADAPTERS
 
-pytestmark = pytest.mark.real
+# The demonstration runs the parity suite on this model every time, which looks at all of this and more.
+pytestmark = [pytest.mark.real, pytest.mark.exhaustive]
 
 OTHERS = [adapter for adapter in ADAPTERS if adapter != "transformers"]
 LAYER = 18

@@ -12,7 +12,7 @@ from persona_lens.backend import Backend, Edit, ForwardResult, Read, TokenBatch
 from persona_lens.backend.memory import forward_batches
 from persona_lens.backend.reads import ReadKind
 from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
-from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, D_MODEL, tiny_backend
+from tests.backends.fixtures import ADAPTERS, D_MODEL, matrix, tiny_backend
 from tests.tiny import tiny_model
 
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [9], [3, 4, 5])
@@ -46,8 +46,7 @@ def widths(module: nn.Module) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("logprobs", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(("adapter", "architecture"), matrix())
 def test_as_if_alone(adapter: str, architecture: str, logprobs: bool) -> None:
     backend = tiny_backend(adapter, architecture)
     found = backend.forward(BATCH, reads=Read.means(), logprobs=logprobs)
@@ -59,8 +58,7 @@ COMMON = [3 + i % 40 for i in range(SHORTEST_BEGINNING + 3)]
 RUBRIC = TokenBatch.of([COMMON + PROMPTS[p] for p, _ in ROWS], [[20 + p + i for i in range(n)] for p, n in ROWS])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(("adapter", "architecture"), matrix())
 def test_a_common_beginning_changes_nothing(adapter: str, architecture: str) -> None:
     backend, reads = tiny_backend(adapter, architecture), Read.means()[:1]
     found = backend.forward(RUBRIC, reads=reads, logprobs=True)

@@ -16,11 +16,10 @@ from persona_lens.backend.residual import residual_of
 from persona_lens.lenses import Attribution, LensError, Part, attribute
 from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors, VectorsError
-from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, Delegating, backend_of, tiny_backend, wrapped_for
+from tests.backends.fixtures import Delegating, backend_of, matrix, tiny_backend, wrapped_for
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 IDS = tuple(range(5, 30))
-COMBINATIONS = [(adapter, architecture) for adapter in ADAPTERS for architecture in ARCHITECTURES]
 
 
 def vectors_of(backend: Backend) -> PersonaVectors:
@@ -32,7 +31,7 @@ def by_name(found: Attribution) -> dict[str, Tensor]:
     return {str(part): part.values for part in found.parts}
 
 
-@pytest.mark.parametrize(("adapter", "architecture"), COMBINATIONS)
+@pytest.mark.parametrize(("adapter", "architecture"), matrix())
 @pytest.mark.parametrize("layer", [0, N_LAYERS - 1])
 def test_the_parts_sum_to_the_projection_that_the_backend_reads(adapter: str, architecture: str, layer: int) -> None:
     backend = tiny_backend(adapter, architecture)
@@ -98,8 +97,7 @@ def test_they_are_what_transformer_lens_calls_attention_and_mlp_out(architecture
         torch.testing.assert_close(parts[name].float(), value[0] @ unit, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(("adapter", "architecture"), matrix(["llama", "qwen3", "gpt2", "gpt_neox"]))
 def test_heads_sum_to_their_attention(adapter: str, architecture: str) -> None:
     backend = tiny_backend(adapter, architecture)
     found = attribute(backend, vectors_of(backend), 2, IDS, heads=True)

@@ -65,7 +65,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", REMOTE)
 def test_the_notebook_runs(server: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NDIF_HOST", server)
-    assert_runs(ROOT / "notebooks" / name, tmp_path, monkeypatch)
+    assert_runs(ROOT / "notebooks" / name, tmp_path, monkeypatch, {})
 
 
 @pytest.mark.real
