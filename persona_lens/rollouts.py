@@ -19,6 +19,7 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
 from persona_lens.backend.batches import batches_by_length
+from persona_lens.backend.context import check_fits, context_length
 from persona_lens.backend.memory import generate_rows
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.pieces import Pieces, Row
@@ -218,6 +219,9 @@ class Rollouts(RolloutBatches):
         reads: What to read while generating.
         edits_for: Edits of a batch, given its requests.
         prefix: Distinguishes several sets of rollouts in a folder.
+
+    Raises:
+        ContextError: If a prompt and its response would not fit the model.
     """
 
     def __init__(
@@ -237,6 +241,7 @@ class Rollouts(RolloutBatches):
         self.reads = tuple(reads)
         self.edits_for = edits_for
         self._prompts = [tuple(chat.encode(r.system, r.question, r.examples)) for r in requests]
+        check_fits(context_length(backend), map(len, self._prompts), settings.max_new_tokens)
         longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]
         batches = batches_by_length(longest, settings.batch_size, settings.batch_tokens)
         super().__init__(backend, requests, batches, folder=folder, prefix=prefix)

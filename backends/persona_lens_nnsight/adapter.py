@@ -28,7 +28,7 @@ from persona_lens.backend import (
     Watch,
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
-from persona_lens.backend.context import context_of
+from persona_lens.backend.context import check_fits, context_of
 from persona_lens.backend.edits import check_edits
 from persona_lens.backend.hooked import (
     editing_blocks,
@@ -149,6 +149,7 @@ class NNsightBackend:
         check_edits(edits, self.info.n_layers, self.info.d_model, len(prompts))
         check_reads(reads, self.info.n_layers, self.info.d_model)
         sampling.check_rows(len(prompts))
+        check_fits(self.context_length, map(len, prompts), sampling.max_new_tokens)
         tokens = pad_left(TokenBatch.of(prompts), self._pad_id, self._device or "cpu")
         intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens, watcher)
         watched = watcher is not None
@@ -224,6 +225,7 @@ class NNsightBackend:
         """As `_capture_generation`, for a pass over existing text."""
         check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
         check_reads(reads, self.info.n_layers, self.info.d_model)
+        check_fits(self.context_length, tokens.lengths)
         padded = pad_left(tokens, self._pad_id, self._device or "cpu")
         intervention = self._intervention(padded, edits, reads)
         with self._lock, torch.inference_mode(), evaluating(self.module):

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from persona_lens.backend.attention import attention_for_reading
 from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, rows_at_once
+from persona_lens.backend.context import check_fits, context_of
 from persona_lens.backend.edits import Edit, EditError, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.locks import RunLock
@@ -89,6 +90,7 @@ class HookedModel:
         check_edits(edits, self.n_layers, self.d_model, len(prompts))
         check_reads(reads, self.n_layers, self.d_model)
         sampling.check_rows(len(prompts))
+        check_fits(context_of(self.model.config), map(len, prompts), sampling.max_new_tokens)
         watcher = watcher_of(watch, len(prompts), self.n_layers, self.d_model)
         tokens = pad_left(TokenBatch.of(prompts), self.pad_id, self.device)
         intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens, watcher)
@@ -114,6 +116,7 @@ class HookedModel:
         check_reads(reads, self.n_layers, self.d_model)
         if not reads and not logprobs:
             return ForwardResult()
+        check_fits(context_of(self.model.config), batch.lengths)
         if self.shares_prompts and can_run_prompts_once(batch, edits, reads):
             return self._forward_sharing(batch, reads, logprobs)
         tokens = pad_left(batch, self.pad_id, self.device)

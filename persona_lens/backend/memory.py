@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from persona_lens.backend.batches import batches_by_prompt, batches_of_passes, can_run_prompts_once
+from persona_lens.backend.context import check_fits, context_length
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read
@@ -124,7 +125,11 @@ def forward_batches(
     Yields:
         The indices of some texts and what was found for them; every text once. Texts of like length come together,
         or, where many texts begin with the same prompts and the backend computes such a prompt once, those of a prompt.
+
+    Raises:
+        ContextError: Before anything runs, if a text does not fit the model.
     """
+    check_fits(context_length(backend), tokens.lengths)
     if not reads and not logprobs:
         raise TokenError("nothing is asked for: give reads, or logprobs=True")
     for batch in forward_plan(backend, tokens, (), reads, max_rows=max_rows, max_tokens=max_tokens):

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, TokenBatch
+from persona_lens.backend.context import context_length
 from persona_lens.backend.memory import forward_rows
 from persona_lens.judging.calibration import Calibration
 from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score
@@ -95,7 +96,11 @@ class LikelihoodJudge:
         Raises:
             JudgingError: If the judge has no calibration.
         """
-        judged = [self.judgement_of(evidence) for evidence in self.weigh(exchanges)]
+        reasons = [self._reason(exchange) for exchange in exchanges]
+        weighed = iter(self.weigh([e for e, reason in zip(exchanges, reasons, strict=True) if reason is None]))
+        judged = [
+            self.judgement_of(next(weighed)) if reason is None else Judgement(Score(None, reason)) for reason in reasons
+        ]
         progress(len(exchanges), len(exchanges), "judging")
         return judged
 
@@ -122,6 +127,14 @@ class LikelihoodJudge:
             for index, found in zip(chosen, evidence, strict=True):
                 weighed[index] = found
         return weighed
+
+    def _reason(self, exchange: Exchange) -> str | None:
+        """Why a response cannot be weighed behind the longest of its prompts."""
+        limit, response = context_length(self.backend), len(self._ids(exchange))
+        if limit is None or not response:
+            return None
+        longest = max(map(len, self._prompts(exchange.question))) + response
+        return None if longest <= limit else f"the judge reads {longest:,} tokens, and the model takes {limit:,}"
 
     def _ids(self, exchange: Exchange) -> tuple[int, ...]:
         if exchange.response_ids is not None:
@@ -151,8 +164,11 @@ class LikelihoodJudge:
             yield self._tokens(question, [answers[i] for i in chosen])
 
     def _tokens(self, question: str, answers: Sequence[tuple[int, ...]]) -> TokenBatch:
-        prompts = [self.chat.encode(system, question) for system in (*self._systems, None)]
+        prompts = self._prompts(question)
         return TokenBatch.of([prompt for prompt in prompts for _ in answers], [ids for _ in prompts for ids in answers])
+
+    def _prompts(self, question: str) -> list[list[int]]:
+        return [self.chat.encode(system, question) for system in (*self._systems, None)]
 
     def _weigh_question(self, question: str, answers: Sequence[tuple[int, ...]]) -> Iterator[Evidence]:
         means = [
