@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from persona_lens.artifacts import header_text, parse_header, read_artifact, save_tensors, write_once
 from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
+from persona_lens.backend.origin import base_weights_of
 from persona_lens.errors import PersonaLensError
+from persona_lens.notes import note
 
 FORMAT_VERSION = 1
 METADATA = "persona_lens"
@@ -217,16 +219,28 @@ class PersonaVectors:
         return PersonaVectors(name, self.model, combined, origin)
 
     def check_model(self, backend: Backend) -> None:
-        """Raise unless the vectors belong to the backend's model.
+        """Raise unless the vectors belong to the backend's model, or to the one that it was finetuned from.
+
+        The latter is told by a note: the vectors were not measured on this model.
 
         Raises:
             VectorsError: Naming what differs.
         """
-        if different := self.model.differences(backend.info):
-            raise VectorsError(
-                f"the vectors of {self.trait!r} belong to another model than the one opened: {'; '.join(different)}. "
-                "Extract them on this model, or allow it with allow_other_model (--allow-other-model)."
+        different = self.model.differences(backend.info)
+        if not different:
+            return
+        base = base_weights_of(backend)
+        if base is not None and not self.model.differences(replace(backend.info, weights=base)):
+            note(
+                f"the vectors of {self.trait!r} belong to the model that {backend.info.model} was finetuned from "
+                f"({self.model.model}); they are used as they are"
             )
+            return
+        raise VectorsError(
+            f"the vectors of {self.trait!r} belong to another model than the one opened: {'; '.join(different)}. "
+            "Extract them on this model, or, where a command or a function takes it, allow it with "
+            "--allow-other-model (allow_other_model)."
+        )
 
     def save(self, path: Path | str) -> Path:
         """Write a safetensors file; its bytes depend on the content alone.

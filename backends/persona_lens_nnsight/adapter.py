@@ -42,6 +42,7 @@ from persona_lens.backend.hooked import (
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.locks import RunLock
 from persona_lens.backend.logprobs import response_logprobs
+from persona_lens.backend.origin import find_base_weights
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
@@ -82,6 +83,7 @@ class NNsightBackend:
         self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, self._defaults)
         self.context_length = context_of(self.module.config)
+        self.base_weights = find_base_weights(self.module, self._blocks)
         self._pad_id = padding_id(tokenizer, self.end_ids)
         backend = f"nnsight {version('nnsight')}, transformers {version('transformers')}"
         self.info: ModelInfo = describe(self.module, self._blocks, name, revision, backend)

@@ -30,6 +30,7 @@ from persona_lens.backend import (
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import context_of
 from persona_lens.backend.hooked import BlockHook, HookedModel, editing_blocks
+from persona_lens.backend.origin import find_base_weights
 from persona_lens.models import end_of_turn_ids, load
 
 
@@ -44,8 +45,10 @@ class TransformerLensBackend:
         self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(module, "generation_config", None))
         backend = f"transformer-lens {version('transformer-lens')}, transformers {version('transformers')}"
-        self.info: ModelInfo = describe(module, find_blocks(module)[1], name, revision, backend, _is_copy)
+        blocks = find_blocks(module)[1]
+        self.info: ModelInfo = describe(module, blocks, name, revision, backend, _is_copy)
         self.context_length = context_of(module.config)
+        self.base_weights = find_base_weights(module, blocks, _is_copy)
         self._hooked = HookedModel(
             module,
             self._attach,

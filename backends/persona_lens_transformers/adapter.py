@@ -21,6 +21,7 @@ from persona_lens.backend import (
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import context_of
 from persona_lens.backend.hooked import HookedModel, editing_blocks, hooking_blocks
+from persona_lens.backend.origin import find_base_weights
 from persona_lens.models import end_of_turn_ids, load
 
 
@@ -36,6 +37,7 @@ class TransformersBackend:
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(model, "generation_config", None))
         self.info = describe(model, self._blocks, name, revision, f"transformers {version('transformers')}")
         self.context_length = context_of(model.config)
+        self.base_weights = find_base_weights(model, self._blocks)
         self._hooked = HookedModel(
             model,
             partial(hooking_blocks, self._blocks),

@@ -25,6 +25,7 @@ from persona_lens.cli.steer import app as steer_app
 from persona_lens.cli.traits import app as traits_app
 from persona_lens.cli.vectors import app as vectors_app
 from persona_lens.errors import PersonaLensError
+from persona_lens.notes import show_plainly
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
@@ -79,6 +80,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    show_plainly()
     try:
         app(arguments)
     except PersonaLensError as error:

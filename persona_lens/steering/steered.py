@@ -20,6 +20,7 @@ from persona_lens.backend import (
     watched_generation,
 )
 from persona_lens.backend.context import context_length
+from persona_lens.backend.origin import base_weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +75,11 @@ class SteeredBackend:
     def context_length(self) -> int | None:
         """See `persona_lens.backend.context`."""
         return context_length(self.inner)
+
+    @property
+    def base_weights(self) -> str | None:
+        """See `persona_lens.backend.origin`."""
+        return base_weights_of(self.inner)
 
     def generate(
         self,

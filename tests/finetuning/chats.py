@@ -49,9 +49,9 @@ def small(**changes: Any) -> FinetuneConfig:
     return make_config({**SMALL, **changes})
 
 
-def saved_model(folder: Path) -> Path:
+def saved_model(folder: Path, seed: int = 0) -> Path:
     """A tiny model with its tokenizer, as a folder that can be loaded."""
-    tiny_model().save_pretrained(str(folder))
+    tiny_model(seed=seed).save_pretrained(str(folder))
     tiny_tokenizer().save_pretrained(str(folder))
     return folder
 
