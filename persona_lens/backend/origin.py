@@ -36,8 +36,8 @@ def find_base_weights(
 ) -> str | None:
     """Digest of the weights that a loaded model was finetuned from.
 
-    An adapter that is not merged stands beside its base model's weights, which are digested without it. Of a whole model
-    the run folder that ``persona-lens finetune`` left it in says what it came from.
+    An adapter that is not merged stands beside its base model's weights, which are digested without it. Of a whole
+    model the run folder that ``persona-lens finetune`` left it in says what it came from.
 
     Args:
         model: The module.

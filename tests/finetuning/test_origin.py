@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.finetuning.chats import conversations, saved_model, small, vectors_of
 
-OPENING = {"dtype": "float32", "device": "cpu"}
+OPENING: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
@@ -25,7 +26,7 @@ def test_vectors_of_the_base_are_taken_on_what_was_trained_from_it(
     loaded: Loaded, vectors: PersonaVectors, tmp_path: Path, weights: str
 ) -> None:
     run = tmp_path / "run"
-    how = {"weights": weights} | ({"lora": {}} if weights == "full" else {})
+    how: dict[str, Any] = {"weights": weights} | ({"lora": {}} if weights == "full" else {})
     trained = finetune(loaded, conversations(), run, small(**how)).folder
     for name in (run, trained):
         backend = open_backend("transformers", str(name), **OPENING)
