@@ -254,6 +254,43 @@ def test_answer_text_when_the_prompt_opened_the_block() -> None:
     assert answer_text("still going", opened_by_prompt=True) == ""
 
 
+@pytest.mark.parametrize(
+    ("opens", "closes"),
+    [
+        ("<think>", "</think>"),
+        ("[THINK]", "[/THINK]"),
+        ("<seed:think>", "</seed:think>"),
+        ("◁think▷", "◁/think▷"),
+        ("<reasoning>", "</reasoning>"),
+        ("<ponder>", "</ponder>"),  # no list has these
+        ("<|ponder_start|>", "<|ponder_end|>"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ],
+)
+def test_the_marks_that_a_template_opens_are_found_by_rendering_a_prompt(opens: str, closes: str) -> None:
+    format = make_format(ALWAYS_THINKS.replace("<think>", opens).replace("</think>", closes))
+    assert format.thinking == "always"
+
+    def answer(text: str) -> str:
+        ids: list[int] = format.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return format.answer(ids)
+
+    assert answer(f"They ask.{closes}Hi.") == "Hi."
+    assert answer(f"{opens}They ask.{closes}Hi.") == "Hi."  # models repeat what the template wrote
+    assert answer(f"{opens}They ask") == answer("They ask") == ""
+
+
+def test_the_head_of_a_turn_is_no_reasoning() -> None:
+    tagged = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</' + m['role'] + '>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    for template in (tagged, CHATML, GEMMA, LLAMA3):
+        format = make_format(template)
+        assert format.thinking == "none"
+        assert format.opened_reasoning is None
+
+
 def test_conversations() -> None:
     format = make_format(GEMMA)
     turns = [

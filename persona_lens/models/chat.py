@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from persona_lens.models.answers import answer_text, leaves_thinking_open
+from persona_lens.models.answers import Marks, answer_text
 from persona_lens.models.errors import ModelError
 from persona_lens.models.templates import (
     ChatTemplate,
     Message,
     probe_end_of_turn,
+    probe_opened,
     probe_system,
     probe_thinking,
 )
@@ -186,7 +187,8 @@ class ChatFormat:
         Empty where the model was still reasoning when its tokens ran out.
         """
         raw = self._text(ids, skip_special_tokens=False)
-        answer = answer_text(raw, opened_by_prompt=self._prompt_opens_thinking)
+        opened = self.opened_reasoning
+        answer = answer_text(raw, opened_by_prompt=opened is not None, marks=(opened,) if opened else ())
         if answer == raw:
             return self.decode(ids)
         for token in self.tokenizer.all_special_tokens:
@@ -198,11 +200,9 @@ class ChatFormat:
         return _end_of_turn_ids(self.tokenizer, generation_config, self.template)
 
     @cached_property
-    def _prompt_opens_thinking(self) -> bool:
-        if self.thinking not in ("always", "on"):
-            return False
-        question = "?"
-        return leaves_thinking_open(self.rendered_text(None, question).rpartition(question)[2])
+    def opened_reasoning(self) -> Marks | None:
+        """What opens and what closes the reasoning that a prompt ends in; None where a response begins outside any."""
+        return probe_opened(self.template)
 
     def _text(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(

@@ -8,13 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.models.answers import leaves_thinking_open
+from persona_lens.models.answers import Marks, opened_marks
 from persona_lens.models.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatTemplate", "Message", "SystemProbe", "probe_end_of_turn", "probe_system", "probe_thinking"]
+__all__ = [
+    "ChatTemplate",
+    "Message",
+    "SystemProbe",
+    "probe_end_of_turn",
+    "probe_opened",
+    "probe_system",
+    "probe_thinking",
+]
 
 Message = Mapping[str, str]
 """A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -170,8 +178,19 @@ def probe_thinking(make: Callable[[bool], ChatTemplate]) -> tuple[bool, bool]:
     """
     messages = [_message("user", _USER)]
     on, off = make(True).render(messages), make(False).render(messages)
-    unavoidable = leaves_thinking_open(off.rpartition(_USER)[2]) or make(False).writes_channels
+    unavoidable = probe_opened(make(False)) is not None or make(False).writes_channels
     return on != off, unavoidable
+
+
+def probe_opened(template: ChatTemplate) -> Marks | None:
+    """Find the marks of the reasoning that a template opens at the end of a prompt, if it opens any."""
+    question = _message("user", _USER)
+    try:
+        text = template.render([question, _message("assistant", _ANSWER)], add_generation_prompt=False)
+        finished = text.partition(_USER)[2].partition(_ANSWER)[0]
+    except ModelError:
+        finished = ""
+    return opened_marks(template.render([question]).rpartition(_USER)[2], finished)
 
 
 def probe_end_of_turn(template: ChatTemplate) -> int | None:

@@ -45,7 +45,8 @@ class ResponseEncoder:
         tokenizer = backend.tokenizer
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
-        reasoning = {i for i in special if tokenizer.convert_ids_to_tokens(i) in REASONING_TOKENS}
+        marks = REASONING_TOKENS.union(chat.opened_reasoning or ())
+        reasoning = {i for i in special if tokenizer.convert_ids_to_tokens(i) in marks}
         end_ids = frozenset(backend.end_ids)
         return cls(
             chat=chat,
