@@ -1,44 +1,77 @@
-"""`Pieces`: the parts of a long run, several of them at a time if wanted, saved in order as they come."""
+"""`Pieces`: the parts of a long run, several of them at a time if wanted, saved as they come.
+
+Every row that is saved carries its number in the run's plan and a checksum over itself and what it is for. So a row is
+known by what it says, not by where it stands: rows that moved are put back, those that are gone are made again, and one
+that is damaged, doubled or of something else is an error.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any
 
 from persona_lens.runs import RunFolder
 
 Row = Mapping[str, Any]
-WAITING = "waiting"
+ROW, CHECK = "row", "check"
+
+
+def signed(row: Row, purpose: str) -> dict[str, Any]:
+    """A row with a checksum over itself and what it is for."""
+    return {**row, CHECK: _digest(row, purpose)}
+
+
+def is_signed(row: Row, purpose: str) -> bool:
+    """Whether a row is what `signed` made for that purpose."""
+    return row.get(CHECK) == _digest({name: value for name, value in row.items() if name != CHECK}, purpose)
+
+
+def _digest(row: Row, purpose: str) -> str:
+    text = json.dumps([row, purpose], ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Pieces:
-    """Pieces of known sizes whose rows go into one JSONL file, in the order of the pieces.
+    """Pieces of a run's rows, which go into one JSONL file.
 
-    A piece that is done before one in front of it is kept in a file of its own until its turn, so that nothing that is
-    done is ever done again, and the finished folder is the same in whatever order the pieces came.
+    While the work lasts the file is in the order in which pieces were done; once all are, in that of the plan, so that
+    the finished folder is the same in whatever order they came.
 
     Args:
         folder: Where to save; None keeps everything in memory.
         name: The JSONL file.
-        sizes: Rows of each piece.
+        cut: Numbers of the rows of each piece; every number from 0 on once.
+        purposes: What each row is for, by its number, in any words that tell it from others.
+        whole: Says of a piece whose rows are there whether all that belongs to them is too.
+
+    Raises:
+        RunError: If a line of the file is damaged, or there twice, or not what this run wrote.
     """
 
-    def __init__(self, folder: RunFolder | None, name: str, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder | None,
+        name: str,
+        cut: Sequence[Sequence[int]],
+        purposes: Sequence[str],
+        whole: Callable[[int], bool] = lambda piece: True,
+    ) -> None:
         self._folder = folder
         self._name = name
-        self._sizes = tuple(sizes)
-        self.rows: dict[int, list[Row]] = {}
-        self._saved = 0
+        self._cut = [tuple(piece) for piece in cut]
+        self._purposes = purposes
+        self._rows: dict[int, dict[str, Any]] = {}  # in the order of the file
         if folder is not None:
-            self._load(folder)
+            self._load(folder, whole)
 
     @property
     def done(self) -> int:
         """Rows done so far."""
-        return sum(map(len, self.rows.values()))
+        return len(self._rows)
 
     def run(
         self, work: Callable[[int], list[Row]], *, at_once: int = 1, report: Callable[[int], None] = lambda done: None
@@ -51,52 +84,50 @@ class Pieces:
             report: Told the number of rows done, at the start and after each piece.
 
         Returns:
-            All rows, in the order of the pieces.
+            All rows, in the order of the plan, with their numbers as ``row``.
 
         Raises:
             Exception: The first that ``work`` raised; what was running then is still finished and saved.
         """
         report(self.done)
-        missing = [number for number in range(len(self._sizes)) if number not in self.rows]
+        missing = [number for number, piece in enumerate(self._cut) if not self._rows.keys() >= set(piece)]
         finished = _in_threads(work, missing, at_once) if at_once > 1 else ((n, work(n)) for n in missing)
         for number, rows in finished:
-            self.rows[number] = rows
-            self._save(number)
+            self._save(number, rows)
             report(self.done)
-        return [row for number in range(len(self._sizes)) for row in self.rows[number]]
+        order = range(len(self._purposes))
+        if self._folder is not None and list(self._rows) != list(order):
+            self._rows = {number: self._rows[number] for number in order}
+            self._folder.write_lines(self._name, self._rows.values(), replace=True)
+        return [{name: value for name, value in self._rows[number].items() if name != CHECK} for number in order]
 
-    def _load(self, folder: RunFolder) -> None:
-        rows = folder.rows(self._name, self._sizes)
-        stops = list(accumulate(self._sizes))
-        self._saved = sum(stop <= len(rows) for stop in stops)
-        for number in range(self._saved):
-            self.rows[number] = list(rows[stops[number] - self._sizes[number] : stops[number]])
-        for number in range(len(self._sizes)):
-            waiting = self._waiting(number)
-            if number < self._saved:
-                folder.remove(waiting)
-            elif len(kept := folder.rows(waiting)) == self._sizes[number]:
-                self.rows[number] = list(kept)
-        self._append()
+    def _load(self, folder: RunFolder, whole: Callable[[int], bool]) -> None:
+        found: dict[int, dict[str, Any]] = {}
+        for line, row in folder.each_line(self._name):
+            number = row.get(ROW)
+            if type(number) is not int or not 0 <= number < len(self._purposes) or number in found:
+                raise folder.damaged(self._name, line)
+            if not is_signed(row, self._purposes[number]):
+                raise folder.damaged(self._name, line)
+            found[number] = row
+        kept = {
+            number
+            for place, piece in enumerate(self._cut)
+            if found.keys() >= set(piece) and whole(place)
+            for number in piece
+        }
+        self._rows = {number: row for number, row in found.items() if number in kept}
+        if len(self._rows) < len(found):
+            folder.write_lines(self._name, self._rows.values(), replace=True)
 
-    def _save(self, number: int) -> None:
-        if self._folder is None:
-            return
-        if number != self._saved:
-            self._folder.write_lines(self._waiting(number), self.rows[number])
-        self._append()
-
-    def _append(self) -> None:
-        """Move the pieces whose turn it is into the file."""
-        assert self._folder is not None
-        while self._saved < len(self._sizes) and self._saved in self.rows:
-            number = self._saved
-            self._folder.append(self._name, self.rows[number])
-            self._saved += 1
-            self._folder.remove(self._waiting(number))
-
-    def _waiting(self, number: int) -> str:
-        return f"{WAITING}/{self._name}-{number:05d}"
+    def _save(self, number: int, rows: list[Row]) -> None:
+        made = {
+            row: signed({ROW: row, **json.loads(json.dumps(made))}, self._purposes[row])
+            for row, made in zip(self._cut[number], rows, strict=True)
+        }
+        self._rows.update(made)
+        if self._folder is not None:
+            self._folder.append(self._name, made.values())
 
 
 def _in_threads(

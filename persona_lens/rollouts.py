@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
@@ -24,7 +23,8 @@ from persona_lens.backend.memory import generate_rows
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.pieces import Pieces, Row
 from persona_lens.progress import Progress, no_progress
-from persona_lens.runs import RunError, RunFolder
+from persona_lens.runs import RunFolder
+from persona_lens.shards import load_shard, pack_shard
 
 if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
@@ -136,6 +136,7 @@ class RolloutBatches(ABC):
         backend: The model.
         requests: What is asked, in the order that indices refer to.
         batches: Indices of the requests that run together; every index once.
+        reads: What is read.
         folder: Where to save, under names that begin with ``prefix``; None keeps all in memory.
         prefix: Distinguishes several sets of rollouts in a folder.
     """
@@ -146,12 +147,14 @@ class RolloutBatches(ABC):
         requests: Sequence[Request],
         batches: Sequence[list[int]],
         *,
+        reads: Sequence[Read] = (),
         folder: RunFolder | None = None,
         prefix: str = "",
     ) -> None:
         self.backend = backend
         self.requests = list(requests)
         self.batches = list(batches)
+        self.reads = tuple(reads)
         self.folder = folder
         self.prefix = prefix
         self._kept: dict[int, dict[str, Tensor]] = {}
@@ -159,15 +162,14 @@ class RolloutBatches(ABC):
     def run(self, progress: Progress = no_progress) -> list[Rollout]:
         """Run what is not there yet, and return every rollout in the order of the requests."""
         label = f"{self.prefix.rstrip('-') or 'extraction'} rollouts"
-        pieces = Pieces(self.folder, self.prefix + ROLLOUTS, [len(batch) for batch in self.batches])
+        purposes = list(map(self._purpose, range(len(self.requests))))
+        pieces = Pieces(self.folder, self.prefix + ROLLOUTS, self.batches, purposes, self._has_tensors)
         rows = pieces.run(
             self._run_batch,
             at_once=self.backend.calls_at_once,
             report=lambda done: progress(done, len(self.requests), label),
         )
-        order = [index for batch in self.batches for index in batch]
-        by_index = {i: Rollout.from_row(row, self.requests[i]) for i, row in zip(order, rows, strict=True)}
-        return [by_index[i] for i in range(len(self.requests))]
+        return [Rollout.from_row(row, request) for row, request in zip(rows, self.requests, strict=True)]
 
     def reductions(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """What was read, batch by batch: indices of requests, and tensors whose first axis follows them."""
@@ -181,25 +183,34 @@ class RolloutBatches(ABC):
     def _make(self, batch: Sequence[int]) -> tuple[list[Row], dict[str, Tensor]]:
         """The rows of a batch's rollouts, and what was read."""
 
+    def _purpose(self, index: int) -> str:
+        """What a row is for, in words that tell it from all others."""
+        asked = self.requests[index]
+        return json.dumps([asked.system, asked.question, asked.seed, dict(asked.labels), asked.examples])
+
     def _run_batch(self, number: int) -> list[Row]:
         """Make a batch; its tensors are kept before its rows, so that rows never stand there without them."""
         rows, tensors = self._make(self.batches[number])
         if self.folder is None:
             self._kept[number] = tensors
         elif tensors:
-            self.folder.write_bytes(self._shard(number), save(tensors))
+            self.folder.write_bytes(self._shard(number), pack_shard(tensors, self._identity(number)), replace=True)
         return rows
+
+    def _has_tensors(self, number: int) -> bool:
+        """Whether what was read in a batch is there; without, the batch is run again."""
+        assert self.folder is not None
+        return not self.reads or (self.folder.path / self._shard(number)).exists()
+
+    def _identity(self, number: int) -> dict[str, Any]:
+        """What a batch's tensors are of."""
+        batch = self.batches[number]
+        purposes = json.dumps([self._purpose(index) for index in batch])
+        return {"rows": list(batch), "purposes": hashlib.sha256(purposes.encode()).hexdigest()}
 
     def _saved(self, number: int) -> dict[str, Tensor]:
         assert self.folder is not None
-        file = self.folder.path / self._shard(number)
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise RunError(
-                f"{file} is missing or damaged, though the run has its responses; remove {self.folder.path} and start "
-                "the run again"
-            ) from error
+        return load_shard(self.folder.path / self._shard(number), self._identity(number))
 
     def _shard(self, number: int) -> str:
         return f"{ACTIVATIONS}/{self.prefix}batch-{number:05d}.safetensors"
@@ -238,13 +249,12 @@ class Rollouts(RolloutBatches):
     ) -> None:
         self.chat = chat
         self.settings = settings
-        self.reads = tuple(reads)
         self.edits_for = edits_for
         self._prompts = [tuple(chat.encode(r.system, r.question, r.examples)) for r in requests]
         check_fits(context_length(backend), map(len, self._prompts), settings.max_new_tokens)
         longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]
         batches = batches_by_length(longest, settings.batch_size, settings.batch_tokens)
-        super().__init__(backend, requests, batches, folder=folder, prefix=prefix)
+        super().__init__(backend, requests, batches, reads=reads, folder=folder, prefix=prefix)
 
     def calls(self) -> Iterator[Call]:
         """What `run` would hand to `Backend.generate`, batch by batch."""

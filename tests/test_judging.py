@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from persona_lens.judging.recording import exchange_of
 from persona_lens.models import ChatFormat
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import Request, Rollout
-from persona_lens.runs import RunFolder
+from persona_lens.runs import RunError, RunFolder
 from persona_lens.traits import Arm, load_trait
 from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend
 from tests.planted import PlantedBackend
@@ -314,7 +315,11 @@ def test_judging_goes_on_where_it_was(tmp_path: Path, kept: int) -> None:
     whole, _ = weigh_in(tmp_path, rollouts)
     file = tmp_path / "evidence.jsonl"
     content = file.read_bytes()
-    os.truncate(file, sum(map(len, content.splitlines(keepends=True)[:kept])) + (5 if kept < 32 else 0))
+    asked = list(dict.fromkeys(each.request.question for each in rollouts))
+    lines = zip(content.splitlines(keepends=True), rollouts, strict=True)
+    unfinished = sorted(lines, key=lambda each: asked.index(each[1].request.question))  # as a run under way has them
+    file.write_bytes(b"".join(line for line, _ in unfinished))
+    os.truncate(file, sum(len(line) for line, _ in unfinished[:kept]) + (5 if kept < 32 else 0))
     again, passes = weigh_in(tmp_path, rollouts)
     assert again == whole
     assert len(passes) == 4 - kept // 8
@@ -326,8 +331,15 @@ def test_empty_responses_are_recorded_with_their_reason(tmp_path: Path) -> None:
     weigh_in(tmp_path, rollouts)
     rows = [json.loads(line) for line in (tmp_path / "evidence.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(8))
-    assert rows[3] == {"row": 3, "reason": "empty response"}
-    assert rows[4].keys() == {"row", "preference", "surprise"}
+    assert {**rows[3], "check": ""} == {"row": 3, "reason": "empty response", "check": ""}
+    assert rows[4].keys() == {"row", "preference", "surprise", "check"}
+
+
+def test_evidence_of_other_responses_is_not_believed(tmp_path: Path) -> None:
+    weigh_in(tmp_path, planted_rollouts(1))
+    others = [replace(each, response=each.response + "!") for each in planted_rollouts(1)]
+    with pytest.raises(RunError, match=r"line 1 of .*evidence\.jsonl is damaged, or not what this run wrote"):
+        weigh_in(tmp_path, others)
 
 
 def test_the_judge_sees_neither_system_prompt_nor_reasoning() -> None:

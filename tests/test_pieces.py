@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from persona_lens.pieces import Pieces, Row
-from persona_lens.runs import RunFolder
+from persona_lens.runs import RunError, RunFolder
 
-SIZES = (2, 1, 3, 1, 2)
+CUT = ((0, 2), (1,), (5, 6, 3), (4,), (7, 8))
+COUNT = 9
+PURPOSES = [f"row {number}" for number in range(COUNT)]
 CONFIG = {"kind": "test"}
 
 
 def rows_of(number: int) -> list[Row]:
-    return [{"piece": number, "row": row} for row in range(SIZES[number])]
+    return [{"piece": number, "value": row / 7} for row in CUT[number]]
 
 
-ALL = [row for number in range(len(SIZES)) for row in rows_of(number)]
+ALL = [
+    {"row": row, "piece": number, "value": row / 7}
+    for row in range(COUNT)
+    for number, piece in enumerate(CUT)
+    if row in piece
+]
+
+
+def pieces(folder: RunFolder | None, **options: Any) -> Pieces:
+    return Pieces(folder, "rows.jsonl", CUT, PURPOSES, **options)
 
 
 class Latecomer:
     """Does all pieces at once but the first, which waits until all others are done."""
 
     def __init__(self) -> None:
-        self.others = threading.Barrier(len(SIZES))
+        self.others = threading.Barrier(len(CUT))
         self.done: list[int] = []
 
     def __call__(self, number: int) -> list[Row]:
@@ -42,26 +54,24 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 10])
-def test_rows_come_in_the_order_of_the_pieces(tmp_path: Path, at_once: int) -> None:
+def test_rows_come_in_the_order_of_the_plan(tmp_path: Path, at_once: int) -> None:
     reported: list[int] = []
     with RunFolder(tmp_path / "run", CONFIG) as folder:
-        rows = Pieces(folder, "rows.jsonl", SIZES).run(rows_of, at_once=at_once, report=reported.append)
-        assert rows == ALL
-        assert folder.rows("rows.jsonl") == ALL
+        assert pieces(folder).run(rows_of, at_once=at_once, report=reported.append) == ALL
+        assert [{k: v for k, v in row.items() if k != "check"} for row in folder.rows("rows.jsonl")] == ALL
     assert reported[0] == 0
     assert reported == sorted(reported)
     assert reported[-1] == len(ALL)
     assert sorted(files(tmp_path / "run")) == ["rows.jsonl", "run.json"]
-    assert not (tmp_path / "run" / "waiting").exists()
-    assert Pieces(None, "rows.jsonl", SIZES).run(rows_of, at_once=at_once) == ALL
+    assert pieces(None).run(rows_of, at_once=at_once) == ALL
 
 
 def test_a_late_first_piece_changes_nothing(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "calm", CONFIG) as folder:
-        Pieces(folder, "rows.jsonl", SIZES).run(rows_of)
+        pieces(folder).run(rows_of)
     with RunFolder(tmp_path / "late", CONFIG) as folder:
         work = Latecomer()
-        assert Pieces(folder, "rows.jsonl", SIZES).run(work, at_once=len(SIZES)) == ALL
+        assert pieces(folder).run(work, at_once=len(CUT)) == ALL
     assert sorted(work.done) == [1, 2, 3, 4]
     assert files(tmp_path / "late") == files(tmp_path / "calm")
 
@@ -76,10 +86,8 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
             raise ConnectionError("the line went dead")
         return rows_of(number)
 
-    with RunFolder(tmp_path, CONFIG) as folder:
-        with pytest.raises(ConnectionError, match="went dead"):
-            Pieces(folder, "rows.jsonl", SIZES).run(failing, at_once=3)
-        assert folder.rows("rows.jsonl") == []
+    with RunFolder(tmp_path, CONFIG) as folder, pytest.raises(ConnectionError, match="went dead"):
+        pieces(folder).run(failing, at_once=3)
     again: list[int] = []
 
     def counting(number: int) -> list[Row]:
@@ -87,20 +95,32 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
         return rows_of(number)
 
     with RunFolder(tmp_path, CONFIG) as folder:
-        pieces = Pieces(folder, "rows.jsonl", SIZES)
-        assert pieces.done == SIZES[1] + SIZES[2]
-        assert pieces.run(counting) == ALL
+        kept = pieces(folder)
+        assert kept.done == len(CUT[1]) + len(CUT[2])
+        assert kept.run(counting) == ALL
     assert again == [0, 3, 4]
     assert sorted(files(tmp_path)) == ["rows.jsonl", "run.json"]
 
 
-@pytest.mark.parametrize("saved", range(len(SIZES) + 1))
-def test_killed_between_the_move_of_a_piece_and_its_removal(tmp_path: Path, saved: int) -> None:
+def test_a_piece_that_lacks_what_belongs_to_it_is_done_again(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
-        for number in range(saved):
-            folder.append("rows.jsonl", rows_of(number))
-        for number in range(len(SIZES)):  # as if none of them had been removed
-            folder.write_lines(f"waiting/rows.jsonl-{number:05d}", rows_of(number))
+        pieces(folder).run(rows_of)
+        before = files(tmp_path)
+        again: list[int] = []
+
+        def counting(number: int) -> list[Row]:
+            again.append(number)
+            return rows_of(number)
+
+        assert pieces(folder, whole=lambda number: number != 2).run(counting) == ALL
+    assert again == [2]
+    assert files(tmp_path) == before
+
+
+def test_rows_for_something_else_are_said(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
-        assert Pieces(folder, "rows.jsonl", SIZES).run(lambda number: pytest.fail(f"piece {number} again")) == ALL
-    assert sorted(files(tmp_path)) == ["rows.jsonl", "run.json"]
+        pieces(folder).run(rows_of)
+        with pytest.raises(RunError, match=r"line 5 of .*rows\.jsonl is damaged, or not what this run wrote there"):
+            Pieces(folder, "rows.jsonl", CUT, [*PURPOSES[:4], "another", *PURPOSES[5:]])
+        with pytest.raises(RunError, match=r"line 9 of .*rows\.jsonl"):
+            Pieces(folder, "rows.jsonl", [range(8)], PURPOSES[:8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -176,6 +177,14 @@ def test_rows_can_be_read_back() -> None:
     assert Rollout.from_row(row, request) == rollout
 
 
+def unsort(folder: Path) -> None:
+    """The rows as they stand while a run is under way: batch by batch."""
+    file = folder / "rollouts.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    batches = rollouts_of(tiny_backend("transformers")).batches
+    file.write_bytes(b"".join(lines[index] for batch in batches for index in batch))
+
+
 def resume(folder: Path) -> list[int]:
     """Go on in a folder; the sizes of the batches that were run again."""
     sizes = []
@@ -197,14 +206,53 @@ def test_nothing_is_run_again_when_all_is_there(copy: Path, finished: Path) -> N
 @pytest.mark.parametrize("lines", [0, 1, 3, 5, 9, 11])
 def test_a_run_goes_on_after_its_last_whole_batch(copy: Path, finished: Path, lines: int) -> None:
     file = copy / "rollouts.jsonl"
+    unsort(copy)
     kept = b"".join(file.read_bytes().splitlines(keepends=True)[:lines])
     os.truncate(file, len(kept) + 5)  # and a part of the next line
     assert resume(copy) == [3] * (4 - lines // 3)
     assert contents(copy) == contents(finished)
 
 
+def test_the_rows_are_numbered_in_the_order_of_the_plan(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(12))
+    assert [row["question"] for row in rows] == [request.question for request in REQUESTS]
+
+
+def swap(lines: list[bytes]) -> list[bytes]:
+    return [lines[5], *lines[1:5], lines[0], *lines[6:]]
+
+
+@pytest.mark.parametrize("spoil", [swap, lambda lines: [*lines[:4], *lines[5:]], lambda lines: lines[::-1]])
+def test_lines_that_moved_or_are_gone_are_put_right(copy: Path, finished: Path, spoil: Any) -> None:
+    file = copy / "rollouts.jsonl"
+    before = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(spoil(before)))
+    assert resume(copy) == [3] * (len(spoil(before)) < len(before))
+    assert contents(copy) == contents(finished)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lines: [*lines[:3], lines[1], *lines[3:]],  # doubled
+        lambda lines: [*lines[:3], lines[3].replace(b'"row": 3', b'"row": 5'), *lines[4:5], *lines[6:]],  # of another
+        lambda lines: [*lines[:3], lines[3].replace(b'"response": "', b'"response": "Not '), *lines[4:]],  # changed
+        lambda lines: [*lines[:3], b"[]\n", *lines[4:]],
+    ],
+)
+def test_lines_that_are_not_the_runs_are_said(copy: Path, spoil: Any) -> None:
+    file = copy / "rollouts.jsonl"
+    spoilt = b"".join(spoil(file.read_bytes().splitlines(keepends=True)))
+    file.write_bytes(spoilt)
+    with pytest.raises(RunError, match=r"line 4 of .*rollouts\.jsonl is damaged, or not what this run wrote"):
+        resume(copy)
+    assert file.read_bytes() == spoilt
+
+
 def test_a_shard_without_rows_is_made_again(copy: Path, finished: Path) -> None:
     """Killed after the activations were written and before the rows were."""
+    unsort(copy)
     file = copy / "rollouts.jsonl"
     os.truncate(file, sum(map(len, file.read_bytes().splitlines(keepends=True)[:9])))
     (copy / "activations" / "batch-00003.safetensors").write_bytes(b"half of it")
@@ -213,14 +261,33 @@ def test_a_shard_without_rows_is_made_again(copy: Path, finished: Path) -> None:
     assert contents(copy) == contents(finished)
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"\x80\x04 pickled")])
-def test_rows_without_their_shard_are_said(copy: Path, spoil: Any) -> None:
-    spoil(copy / "activations" / "batch-00001.safetensors")
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.write_bytes(b"\x80\x04 pickled"), "is missing or damaged"),
+        (flip, "is damaged; remove it, and the same command makes it again"),
+        (lambda file: shutil.copy(file.with_name("batch-00002.safetensors"), file), "is of another batch; remove it"),
+    ],
+)
+def test_a_shard_that_is_not_the_batchs_is_said_and_made_again(
+    copy: Path, finished: Path, spoil: Any, message: str
+) -> None:
+    shard = copy / "activations" / "batch-00001.safetensors"
+    spoil(shard)
     with RunFolder(copy, CONFIG) as run:
         rollouts = rollouts_of(tiny_backend("transformers"), run)
         rollouts.run()
-        with pytest.raises(RunError, match=r"batch-00001\.safetensors is missing or damaged"):
+        with pytest.raises(RunError, match=rf"batch-00001\.safetensors {message}"):
             list(rollouts.reductions())
+    shard.unlink()  # as the message says
+    assert resume(copy) == [3]
+    assert contents(copy) == contents(finished)
 
 
 def test_sets_of_rollouts_in_one_folder_do_not_meet(tiny: Backend, tmp_path: Path) -> None:
@@ -234,6 +301,7 @@ def test_sets_of_rollouts_in_one_folder_do_not_meet(tiny: Backend, tmp_path: Pat
 
 def test_progress_counts_what_was_there_before(tiny: Backend, copy: Path) -> None:
     file = copy / "rollouts.jsonl"
+    unsort(copy)
     os.truncate(file, sum(map(len, file.read_bytes().splitlines(keepends=True)[:6])))
     seen: list[tuple[int, int | None, str]] = []
     with RunFolder(copy, CONFIG) as run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_lens.runs import RunError, RunFolder, differences
+from persona_lens.runs import RunError, RunFolder, accepting_changes, differences, file_prefix
 
 CONFIG = {"kind": "test", "settings": {"seed": 0, "layers": [1, 2]}, "note": None}
 HOLD = """
@@ -144,64 +145,172 @@ def test_a_partial_line_is_cut(tmp_path: Path) -> None:
     assert (tmp_path / "rows.jsonl").read_bytes() == b'{"n": 1}\n{"n": 2}\n{"n": 3}\n'
 
 
-@pytest.mark.parametrize(("rows", "left"), [(0, 0), (1, 0), (2, 2), (4, 2), (5, 5), (6, 6), (9, 6)])
-def test_rows_of_an_unfinished_batch_are_cut(tmp_path: Path, rows: int, left: int) -> None:
-    with RunFolder(tmp_path, CONFIG) as run:
-        run.append("rows.jsonl", [{"n": n} for n in range(rows)])
-        assert run.rows("rows.jsonl", [2, 3, 1]) == [{"n": n} for n in range(left)]
-        assert len((tmp_path / "rows.jsonl").read_bytes().splitlines()) == left
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.lists(st.text(max_size=6), min_size=1, max_size=3), max_size=4),
     st.integers(0, 10**6),
 )
-def test_any_cut_leaves_whole_batches_and_can_be_gone_on_from(
+def test_any_cut_leaves_whole_rows_and_can_be_gone_on_from(
     tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]], where: int
 ) -> None:
     """Text holds whatever looks like the end of a line somewhere."""
     folder = tmp_path_factory.mktemp("cut")
     file = folder / "rows.jsonl"
+    texts = [text for batch in batches for text in batch]
     with RunFolder(folder, CONFIG) as run:
         ends = [0]
-        for batch in batches:
-            run.append("rows.jsonl", [{"text": text} for text in batch])
+        for text in texts:
+            run.append("rows.jsonl", [{"text": text}])
             ends.append(file.stat().st_size)
-        whole = file.read_bytes() if batches else b""
+        whole = file.read_bytes() if texts else b""
         cut = where % (len(whole) + 1)
-        if batches:
+        if texts:
             os.truncate(file, cut)
         finished = sum(end <= cut for end in ends[1:])
-        rows = run.rows("rows.jsonl", [len(batch) for batch in batches])
-        assert rows == [{"text": text} for batch in batches[:finished] for text in batch]
-        for batch in batches[finished:]:
-            run.append("rows.jsonl", [{"text": text} for text in batch])
-        assert (file.read_bytes() if batches else b"") == whole
+        assert run.rows("rows.jsonl") == [{"text": text} for text in texts[:finished]]
+        run.append("rows.jsonl", [{"text": text} for text in texts[finished:]])
+        assert (file.read_bytes() if texts else b"") == whole
 
 
 def test_a_damaged_line_is_said(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as run:
         (tmp_path / "rows.jsonl").write_bytes(b'{"n": 1}\n{"n": \n{"n": 3}\n')
-        with pytest.raises(RunError, match=r"rows\.jsonl is damaged"):
+        with pytest.raises(RunError, match=r"line 2 of .*rows\.jsonl is damaged"):
             run.rows("rows.jsonl")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with RunFolder(tmp_path, CONFIG) as run:
-        run.write_json("summary.json", {"a": 1})
-        before = (tmp_path / "summary.json").read_bytes()
+        run.write_lines("rows.jsonl", [{"a": 1}])
+        before = (tmp_path / "rows.jsonl").read_bytes()
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(OSError, match="no space"):
-                run.write_json("summary.json", {"a": 2})
-        assert (tmp_path / "summary.json").read_bytes() == before
-        run.write_json("summary.json", {"a": 3})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 3}
+            with pytest.raises(RunError, match=r"rows\.jsonl cannot be written: No space left on device; make room"):
+                run.write_lines("rows.jsonl", [{"a": 2}], replace=True)
+            with pytest.raises(RunError, match=r"rows\.jsonl cannot be written: No space left"):
+                run.append("rows.jsonl", [{"a": 2}])
+        assert (tmp_path / "rows.jsonl").read_bytes() == before
+        run.write_lines("rows.jsonl", [{"a": 3}], replace=True)
+        assert run.rows("rows.jsonl") == [{"a": 3}]
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_a_run_wrote_is_not_replaced_by_something_else(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.write_json("summary.json", {"mean": 1.5, "model": {"device": "cuda:0"}, "command": "a"})
+        before = (tmp_path / "summary.json").read_bytes()
+        run.write_json("summary.json", {"mean": 1.5, "model": {"device": "cuda:3"}, "command": "b"}, free=("command",))
+        assert (tmp_path / "summary.json").read_bytes() == before
+        with pytest.raises(RunError, match=r"summary\.json is there, and what this run gives now is something else"):
+            run.write_json("summary.json", {"mean": 2.5, "model": {"device": "cuda:0"}, "command": "a"})
+        assert (tmp_path / "summary.json").read_bytes() == before
+        with accepting_changes():
+            run.write_json("summary.json", {"mean": 2.5})
+        assert run.read_json("summary.json") == {"mean": 2.5}
+
+
+def versions(torch: str, device: str, seed: int = 0) -> dict[str, Any]:
+    return {
+        "kind": "test",
+        "seed": seed,
+        "model": {"device": device, "backend": f"transformers {torch}"},
+        "versions": {"torch": torch},
+    }
+
+
+def test_what_cannot_change_a_result_binds_no_run(tmp_path: Path) -> None:
+    begun = versions("2.13.0", "cuda:0")
+    with RunFolder(tmp_path, begun):
+        pass
+    before = (tmp_path / "run.json").read_bytes()
+    with RunFolder(tmp_path, versions("2.13.1+cu128", "cuda:1")) as run:
+        assert run.config == begun
+    assert (tmp_path / "run.json").read_bytes() == before
+    with pytest.raises(RunError) as refused, RunFolder(tmp_path, versions("2.14.0", "cpu")):
+        pass
+    for line in ('versions.torch: "2.13.0" -> "2.14.0"', 'model.device: "cuda:0" -> "cpu"', "--accept-changes"):
+        assert line in str(refused.value)
+
+
+def test_other_changes_are_accepted_by_name_and_noted(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, versions("2.13.0", "cpu")):
+        pass
+    changed = versions("2.14.0", "cpu")
+    noted = ['model.backend: "transformers 2.13.0" -> "transformers 2.14.0"', 'versions.torch: "2.13.0" -> "2.14.0"']
+    with accepting_changes(), RunFolder(tmp_path, changed) as run:
+        assert run.config == {**versions("2.13.0", "cpu"), "accepted_changes": noted}
+    with RunFolder(tmp_path, changed):  # accepted once
+        pass
+    with pytest.raises(RunError, match="seed: 0 -> 1"), RunFolder(tmp_path, versions("2.14.0", "cpu", seed=1)):
+        pass
+    other = {**changed, "kind": "another"}
+    with pytest.raises(RunError, match="another configuration"), accepting_changes(), RunFolder(tmp_path, other):
+        pass
+
+
+def test_what_is_known_late_binds_too(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.bind("tuned/a", {"weights": "1", "device": "cuda:0"})
+        run.bind("tuned--a", {"weights": "2"})
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.bind("tuned/a", {"weights": "1", "device": "cuda:1"})
+        with pytest.raises(RunError, match=r'tuned--a\.weights: "2" -> "3"'):
+            run.bind("tuned--a", {"weights": "3"})
+
+
+def test_a_finished_run_can_be_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.write_json("summary.json", {"a": 1})
+    (tmp_path / ".lock").unlink()
+
+    def refused(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opening(path, flags, *more, **options)
+
+    opening = os.open
+    monkeypatch.setattr(os, "open", refused)
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.write_json("summary.json", {"a": 1})
+        with pytest.raises(RunError, match=r"new\.json cannot be written: the folder .* can only be read"):
+            run.write_json("new.json", {})
+    with pytest.raises(RunError, match="Read-only file system; choose a place"), RunFolder(tmp_path / "new", CONFIG):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "run.json", "summary.json"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine\n")
+    (tmp_path / "elsewhere").mkdir()
+    with RunFolder(tmp_path / "run", CONFIG) as run:
+        for name in ("rows.jsonl", "summary.json"):
+            (run.path / name).symlink_to(tmp_path / "precious")
+        (run.path / "run.json.part").symlink_to(tmp_path / "precious")
+        (run.path / "shards").symlink_to(tmp_path / "elsewhere")
+        for write in (
+            lambda: run.append("rows.jsonl", [{}]),
+            lambda: run.write_json("summary.json", {}),
+            lambda: run.write_bytes("shards/one", b""),
+        ):
+            with pytest.raises(RunError, match="is a symbolic link"):
+                write()
+        run.bind("a", 1)  # its part was a link
+    assert (tmp_path / "precious").read_text() == "mine\n"
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "names", [("a/b", "a--b"), ("a/b", "a_b"), ("A", "a"), ("x" * 300, "x" * 301), ("é" * 90, "ü" * 90)]
+)
+def test_prefixes_made_of_names_never_meet(names: tuple[str, str]) -> None:
+    made = [file_prefix(number, name, "trait") for number, name in enumerate(names)]
+    assert len({each.casefold() for each in made}) == 2
+    assert all(len(f"{each}judgements.jsonl.part".encode()) < 200 and "/" not in each for each in made)
 
 
 def test_bytes_are_a_function_of_the_content(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from persona_lens.backend import Backend, Read
+from persona_lens.backend import Backend, ModelInfo, Read
 from persona_lens.extraction.filtering import Filtered, filter_responses
 from persona_lens.extraction.means import arm_means, held_out_separation
 from persona_lens.extraction.plan import ExtractionSettings, plan_requests
@@ -119,7 +119,8 @@ def run_extraction(
     requests = plan_requests(trait, settings) if given is None else given.requests
     config = extraction_config(backend, trait, settings, chat, judge, given)
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        return _extract(backend, trait, requests, given, run, settings, judge, chat, config, progress)
+        begun = run.config if run is not None else config
+        return _extract(backend, trait, requests, given, run, settings, judge, chat, begun, progress)
 
 
 def extraction_work(
@@ -205,7 +206,8 @@ def _extract(
     provenance = {**config, "judge": scoring.describe(), "counts": filtered.to_json()}
     if trait.graded_prompts:  # so that a study needs nothing but the vectors
         provenance["trait"] = {**config["trait"], "graded_prompts": list(trait.graded_prompts)}
-    vectors = PersonaVectors(trait.name, backend.info, means.difference(), provenance)
+    # As the run began with it: a device of another number makes no other vectors.
+    vectors = PersonaVectors(trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
     separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
     summary = _summary(vectors, scoring, judged, filtered, separations, rollouts)
     if run is not None:
@@ -259,16 +261,12 @@ def _summary(
 def _write(
     run: RunFolder, vectors: PersonaVectors, judged: Sequence[Judgement], filtered: Filtered, summary: dict[str, Any]
 ) -> None:
-    rows = [
-        _score_row(row, judgement, kept)
-        for row, (judgement, kept) in enumerate(zip(judged, filtered.kept, strict=True))
-    ]
-    run.write_lines(SCORES, rows)
+    run.write_rows(SCORES, map(_score_row, judged, filtered.kept))
     run.write_bytes(VECTORS, vectors.to_bytes())
     run.write_json(SUMMARY, summary)
 
 
-def _score_row(row: int, judgement: Judgement, kept: bool) -> dict[str, Any]:
+def _score_row(judgement: Judgement, kept: bool) -> dict[str, Any]:
     trait, coherence = judgement.trait, judgement.coherence
-    scored = {"row": row, "score": trait.value, "reason": trait.reason, "kept": kept}
+    scored = {"score": trait.value, "reason": trait.reason, "kept": kept}
     return {**scored, "coherence": coherence.value} if coherence else scored

@@ -23,10 +23,11 @@ from persona_lens.features.ranking import RankedFeature, chance, decoder_cosines
 from persona_lens.features.singles import WHOLE, FeatureEffect, arm_name, feature_effects, feature_steering
 from persona_lens.judging import Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat
+from persona_lens.pieces import CHECK, is_signed, signed
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import RolloutSettings
-from persona_lens.runs import RunFolder
+from persona_lens.runs import RunError, RunFolder
 from persona_lens.steering import ArmRow, ArmSettings, Steering, calibration_of, run_arms, trait_of
 from persona_lens.steering.arms import UNSTEERED, collect_arms
 from persona_lens.steering.comparison import unsteered_mean
@@ -145,12 +146,13 @@ def dissect(
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         found = _kept_decomposition(run) or decompose(backend, vectors, features, settings, corpus, progress)
         if run is not None:
-            run.write_json(DECOMPOSITION, found)
+            run.write_json(DECOMPOSITION, signed(found, DECOMPOSITION))
         rows: list[ArmRow] = []
         if asked is not None and judge is not None:
             arms = steered_arms(vectors, features, settings, found)
             rows = run_arms(backend, arms, asked, _arm_settings(settings), judge, chat, folder=run, progress=progress)
-        dissection = _dissection(rows, found, vectors, features, settings, config)
+        begun = run.config if run is not None else config
+        dissection = _dissection(rows, found, vectors, features, settings, begun)
         if run is not None:
             run.write_json("summary.json", dissection.summary)
     return dissection
@@ -335,11 +337,10 @@ def _kept_decomposition(run: RunFolder | None) -> dict[str, Any] | None:
     """What an interrupted run of the same configuration had found."""
     if run is None or not (run.path / DECOMPOSITION).exists():
         return None
-    try:
-        found: dict[str, Any] = json.loads((run.path / DECOMPOSITION).read_text(encoding="utf-8"))
-    except ValueError:
-        raise FeaturesError(f"{run.path / DECOMPOSITION} is damaged; remove it, and it is made again") from None
-    return found
+    found = run.read_json(DECOMPOSITION)
+    if not is_signed(found, DECOMPOSITION):
+        raise RunError(f"{run.path / DECOMPOSITION} is damaged; remove it, and the same command makes it again")
+    return {name: value for name, value in found.items() if name != CHECK}
 
 
 def _hash(texts: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ class MetricsFile(TrainerCallback):
         """Forget lines of steps that will be done again."""
         kept = [row for row in self._folder.rows(METRICS) if 0 < row["step"] <= state.global_step]
         start = [row for row in self._folder.rows(METRICS) if row["step"] == 0] if state.global_step else []
-        self._folder.write_lines(METRICS, [*start, *kept])
+        self._folder.write_lines(METRICS, [*start, *kept], replace=True)
         self._progress(state.global_step, state.max_steps, "finetuning")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +37,6 @@ from persona_lens.vectors import PersonaVectors
 INSTALL = "pip install 'persona-lens[finetune]'"
 SUMMARY, CHECKPOINTS, ADAPTER, MODEL = "summary.json", "checkpoints", "adapter", "model"
 CHECKED = 64  # training examples whose loss without edits is measured at the end
-_WHOLE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 _MODULES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
 Data = Path | str | Sequence[Transcript]
 
@@ -110,7 +108,7 @@ def finetune(
     with RunFolder(folder, record) as run:
         place = run.path / (ADAPTER if config.weights == "lora" else MODEL)
         if (run.path / SUMMARY).is_file():
-            return Finetuned(place, json.loads((run.path / SUMMARY).read_text(encoding="utf-8")))
+            return Finetuned(place, run.read_json(SUMMARY))
         work = _Training(loaded, config, examples, unseen, measures, tuple(vectors), chat, run, info, progress)
         return Finetuned(place, work.done(place))
 
@@ -144,6 +142,7 @@ class _Training:
 
     def done(self, place: Path) -> dict[str, Any]:
         """Train, and keep what came of it."""
+        from persona_lens.finetuning.checkpoints import CheckedCheckpoints, last_checkpoint, named_writes
         from persona_lens.finetuning.metrics import MetricsFile
         from persona_lens.finetuning.penalty import ProjectionPenalty
         from persona_lens.finetuning.preventing import PreventativeSteering
@@ -152,7 +151,8 @@ class _Training:
         with _trainable(self.loaded, self.config) as model, ExitStack() as held:
             prevention = held.enter_context(PreventativeSteering(self.measures.edits))
             watch = self._watch()
-            callbacks = [prevention, MetricsFile(self.run, self.progress), *([watch] if watch else [])]
+            kept = [MetricsFile(self.run, self.progress), CheckedCheckpoints()]
+            callbacks = [prevention, *kept, *([watch] if watch else [])]
             penalised = self.measures.penalised
             penalty = ProjectionPenalty(model, penalised) if penalised else None
             pad = self.loaded.tokenizer.pad_token_id or 0
@@ -162,7 +162,8 @@ class _Training:
             )
             if watch is not None:
                 watch.log = trainer.log
-            trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+            with named_writes(checkpoints):
+                trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             held.close()  # what follows is of the model as it will be used
             losses = _losses(trainer, self.examples.rows, self.held_out)
             self._save(model, place)
@@ -199,12 +200,13 @@ class _Training:
 
     def _save(self, model: Any, place: Path) -> None:
         """What was trained; the folder is moved to its place when it is whole."""
-        part = place.with_name(place.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(str(part))
-        if self.config.weights == "full":
-            self.loaded.tokenizer.save_pretrained(str(part))
-        else:
+        from persona_lens.finetuning.checkpoints import named_writes
+
+        with self.run.writing_folder(place.name) as part, named_writes(place):
+            model.save_pretrained(str(part))
+            if self.config.weights == "full":
+                self.loaded.tokenizer.save_pretrained(str(part))
+                return
             (part / "README.md").unlink(missing_ok=True)  # a card to be filled in
             file = part / "adapter_config.json"
             adapter = json.loads(file.read_text(encoding="utf-8"))
@@ -213,8 +215,6 @@ class _Training:
             adapter["base_model_name_or_path"] = source.location if source.kind == "folder" else source.id
             adapter["revision"] = source.revision
             file.write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        part.rename(place)
 
 
 @contextmanager
@@ -275,16 +275,6 @@ def _losses(trainer: Any, learned: Sequence[Example], held_out: Sequence[Example
         "learned": after["learned_loss"],
         "unseen": other.get("unseen_loss"),
     }
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole; what is newer goes."""
-    found = [each for each in folder.glob("checkpoint-*") if each.name.removeprefix("checkpoint-").isdecimal()]
-    for each in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        if all((each / name).is_file() for name in _WHOLE) and any(each.glob("*.safetensors")):
-            return str(each)
-        shutil.rmtree(each)
-    return None
 
 
 def conversations_of(data: Data) -> list[Transcript]:

@@ -17,10 +17,10 @@ from persona_lens.extraction.run import model_config
 from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.judging import Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat
-from persona_lens.monitoring.prompts import prompt_projections
+from persona_lens.monitoring.prompts import kept_projections
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
-from persona_lens.runs import RunFolder
+from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.statistics import Estimate, bootstrap_mean, pearson, percentile_interval, resampled_rows
 from persona_lens.steering import ArmRow, ArmSettings, calibration_of, run_arms, trait_of
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
@@ -117,11 +117,13 @@ def measure_shifts(
     }
     with RunFolder(folder, record) if folder is not None else nullcontext() as run:
         measuring = _Measuring(vectors, layers, settings, scoring, chat, run, progress)
-        models = {"base": measuring.of(base, "base")}
-        for name, opened in finetuned.items():
+        models = {"base": measuring.of(base, "base", 0)}
+        for number, (name, opened) in enumerate(finetuned.items(), start=1):
             backend = opened()
             _check_finetune(base, backend, name)
-            models[name] = measuring.of(backend, name)
+            if run is not None:  # a folder of the same name may hold another model by now
+                run.bind(name, asdict(backend.info))
+            models[name] = measuring.of(backend, name, number)
             del backend
         found = Shifts(_summary(models, vectors, layers))
         if run is not None:
@@ -145,19 +147,20 @@ class _Measuring:
     run: RunFolder | None
     progress: Progress
 
-    def of(self, backend: Backend, name: str) -> _Measured:
-        """One model's projections and scores, by trait."""
+    def of(self, backend: Backend, name: str, model: int) -> _Measured:
+        """One model's projections and scores, by trait; models have numbers, the base 0."""
         projections, scores = {}, {}
-        for each in self.vectors:
+        for number, each in enumerate(self.vectors, start=model * len(self.vectors)):
+            prefix = file_prefix(number, name, each.trait)
             trait, asked = trait_of(each), self.settings.asked
             if max(asked.questions) >= len(trait.evaluation_questions):
                 raise FinetuningError(f"trait {trait.name} has {len(trait.evaluation_questions)} evaluation questions")
-            prompts = [self.chat.encode(None, trait.evaluation_questions[number]) for number in asked.questions]
-            projections[each.trait] = prompt_projections(
-                backend, prompts, [each], self.layers, reduction=self.settings.reduction, allow_other_model=True
-            )[:, 0]
+            texts = [trait.evaluation_questions[question] for question in asked.questions]
+            prompts = [self.chat.encode(None, text) for text in texts]
+            projections[each.trait] = kept_projections(
+                backend, prompts, each, self.layers, texts, self.run, prefix, reduction=self.settings.reduction
+            )
             if self.settings.scores:
-                prefix = f"{name}-{each.trait}-".replace("/", "--")
                 rows = run_arms(
                     backend,
                     {},

@@ -32,7 +32,7 @@ from persona_lens.finetuning.treatments import (
 from persona_lens.judging import Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.adapters import adapter_on
-from persona_lens.monitoring.prompts import prompt_projections
+from persona_lens.monitoring.prompts import kept_projections
 from persona_lens.monitoring.transcripts import Transcript
 from persona_lens.progress import Progress, no_progress
 from persona_lens.runs import RunFolder
@@ -184,7 +184,7 @@ class _Work:
     def all(self, trained: Sequence[Treatment]) -> tuple[list[Outcome], list[dict[str, Any]]]:
         """Every outcome, and first replies to the first questions."""
         base = self._backend()
-        before = self._projections(base)
+        before = self._projections(base, BASE)
         rows = self._answers(base, BASE, {})
         outcomes = [self._outcome(BASE, None, rows[UNSTEERED], dict.fromkeys(before, 0.0), {}, base, ())]
         shown = {BASE: rows[UNSTEERED]}
@@ -193,7 +193,7 @@ class _Work:
             for each in trained:
                 losses, place = self._train(each, seed)
                 with self._adapted(place) as backend:
-                    after = self._projections(backend)
+                    after = self._projections(backend, f"{_slug(each.name)}-{seed}")
                     moved = {q: after[q] - before[q] for q in before}
                     steered = {POST_HOC: post_hoc} if each.name == PLAIN and post_hoc else {}
                     rows = self._answers(backend, f"{_slug(each.name)}-{seed}", steered)
@@ -227,16 +227,17 @@ class _Work:
         with adapter_on(self.answering.model, place):
             yield self._backend()
 
-    def _projections(self, backend: Backend) -> dict[int, float]:
+    def _projections(self, backend: Backend, name: str) -> dict[int, float]:
         """Of each question its last prompt token's projection at the layer."""
         numbers = self.settings.asked.questions
         if max(numbers) >= len(self.trait.evaluation_questions):
             raise FinetuningError(f"{self.trait.name} has {len(self.trait.evaluation_questions)} evaluation questions")
-        prompts = [self.chat.encode(None, self.trait.evaluation_questions[number]) for number in numbers]
-        found = prompt_projections(backend, prompts, [self.vectors], [self.settings.layer], allow_other_model=True)[
-            :, 0, 0
-        ]
-        return dict(zip(numbers, found.tolist(), strict=True))
+        texts = [self.trait.evaluation_questions[number] for number in numbers]
+        prompts = [self.chat.encode(None, text) for text in texts]
+        found = kept_projections(
+            backend, prompts, self.vectors, [self.settings.layer], texts, self.run, f"{name}-"
+        )
+        return dict(zip(numbers, found[:, 0].tolist(), strict=True))
 
     def _answers(self, backend: Backend, name: str, steered: Mapping[str, Steering]) -> dict[str, list[ArmRow]]:
         """Replies by what they were given under, judged by the base model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -93,13 +94,11 @@ def _in_pieces(
             progress(done, total, label)
 
     def run(number: int) -> list[Row]:
-        rows = work([exchanges[i] for i in cut[number]], within)
-        return [{"row": i, **row} for i, row in zip(cut[number], rows, strict=True)]
+        return work([exchanges[i] for i in cut[number]], within)
 
-    pieces = Pieces(folder, name, [len(piece) for piece in cut])
-    rows = pieces.run(run, at_once=judge.pieces_at_once, report=lambda done: progress(done, len(exchanges), label))
-    found = {row["row"]: {k: v for k, v in row.items() if k != "row"} for row in rows}
-    return [found[i] for i in range(len(exchanges))]
+    purposes = [json.dumps([each.question, each.response, each.response_ids]) for each in exchanges]
+    pieces = Pieces(folder, name, cut, purposes)
+    return pieces.run(run, at_once=judge.pieces_at_once, report=lambda done: progress(done, len(exchanges), label))
 
 
 def _exchanges(rollouts: Sequence[Rollout], chat: ChatFormat) -> list[Exchange]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.memory import forward_batches
 from persona_lens.monitoring.errors import MonitoringError
+from persona_lens.pieces import Pieces, Row
+from persona_lens.runs import RunFolder
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+
+PROJECTIONS = "projections.jsonl"
 
 
 def prompt_projections(
@@ -56,6 +61,41 @@ def prompt_projections(
         found[rows] = projected(result.reads[ReadKind.PROMPT_LAST.value], units).transpose(1, 2)
     order = [ascending.index(layer) for layer in layers]
     return found[:, :, order]
+
+
+def kept_projections(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    vectors: PersonaVectors,
+    layers: Sequence[int],
+    texts: Sequence[str],
+    folder: RunFolder | None,
+    prefix: str,
+    *,
+    reduction: str = DEFAULT_REDUCTION,
+) -> Float[Tensor, "prompts layers"]:
+    """`prompt_projections` on one trait in any model, kept in a run folder and read from there by the next call.
+
+    Args:
+        backend: The model.
+        prompts: Token ids.
+        vectors: The trait.
+        layers: Block indices, 0-based.
+        texts: What each prompt asks.
+        folder: Where to keep them; None keeps nothing.
+        prefix: What the file's name begins with.
+        reduction: Which of the vectors.
+    """
+
+    def work(_: int) -> list[Row]:
+        found = prompt_projections(backend, prompts, [vectors], layers, reduction=reduction, allow_other_model=True)
+        return [
+            {"question": text, "projections": row.tolist()} for text, row in zip(texts, found[:, 0], strict=True)
+        ]
+
+    purposes = [json.dumps([text, list(prompt)]) for text, prompt in zip(texts, prompts, strict=True)]
+    rows = Pieces(folder, prefix + PROJECTIONS, [range(len(prompts))], purposes).run(work)
+    return torch.tensor([row["projections"] for row in rows])
 
 
 def unit_vectors(

@@ -187,7 +187,7 @@ def study(
         rows, read = _collect(backend, chat, requests, settings, vectors, units, judge, run, progress)
         prompts = _prompts(rows, read, conditions)
         kept, figures = findings(vectors, chosen, conditions, rows, prompts, _layers(vectors, settings), settings)
-        made = {"judge": judge.describe(), "sampling": asdict(settings.rollouts)}
+        made = {"judge": run.config["judge"] if run is not None else judge.describe(), "sampling": asdict(settings.rollouts)}
         if kept is not vectors:
             kept = kept.with_monitor({**kept.provenance["monitor"], **made})
         found = Study(kept, rows, prompts, {**_head(vectors, chosen, settings), **made, **figures})
@@ -359,7 +359,7 @@ def _head(vectors: PersonaVectors, trait: Trait, settings: StudySettings) -> dic
 
 
 def _keep(run: RunFolder, found: Study) -> None:
-    run.write_lines(f"{PREFIX}scores.jsonl", map(asdict, found.rows))
+    run.write_rows(f"{PREFIX}scores.jsonl", map(asdict, found.rows))
     run.write_lines(f"{PREFIX}prompts.jsonl", (each.to_json() for each in found.prompts))
     run.write_bytes("vectors.safetensors", found.vectors.to_bytes())
     run.write_json("summary.json", found.summary)

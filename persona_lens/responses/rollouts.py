@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -44,11 +45,10 @@ class ReadRollouts(RolloutBatches):
     ) -> None:
         self.given = given
         self.settings = settings
-        self.reads = tuple(reads)
         # Above the most that any device is fast at, the limit says nothing.
         limit = settings.batch_tokens if settings.batch_tokens < MAX_TOKENS else None
         batches = forward_plan(backend, given.tokens, (), reads, max_rows=settings.batch_size, max_tokens=limit)
-        super().__init__(backend, given.requests, batches, folder=folder, prefix=prefix)
+        super().__init__(backend, given.requests, batches, reads=reads, folder=folder, prefix=prefix)
 
     def calls(self) -> Iterator[TokenBatch]:
         """What `run` would hand to `Backend.forward`, batch by batch."""
@@ -58,6 +58,10 @@ class ReadRollouts(RolloutBatches):
         return TokenBatch(
             tuple(self.given.prompts[i] for i in batch), tuple(self.given.rollouts[i].response_ids for i in batch)
         )
+
+    def _purpose(self, index: int) -> str:
+        given = self.given.rollouts[index]
+        return json.dumps([super()._purpose(index), given.response_ids, given.response])
 
     def _make(self, batch: Sequence[int]) -> tuple[list[Row], dict[str, Tensor]]:
         pieces = list(forward_rows(self.backend, self._tokens(batch), (), self.reads))

@@ -10,7 +10,7 @@ from typing import Any
 from persona_lens.judging import Exchange, Judge, Judgement, judge_exchanges
 from persona_lens.monitoring import Panel
 from persona_lens.progress import Progress
-from persona_lens.runs import RunFolder
+from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.screening.datasets import Dataset
 from persona_lens.screening.excerpts import Excerpt, Key, excerpts_of
 from persona_lens.screening.flagging import Flagging, Flags
@@ -196,9 +196,8 @@ def write_rows(
                 ]
             )
             rejects(reject_of(row, name) for row in rows if row.problem is not None)
-    stems = [dataset.source.stem for dataset in datasets]
-    for number, dataset in enumerate(datasets):
-        stem = stems[number] if stems.count(stems[number]) == 1 else f"{stems[number]}-{number}"
+    stems = _stems([dataset.source.stem for dataset in datasets])
+    for number, (dataset, stem) in enumerate(zip(datasets, stems, strict=True)):
         own = partial(scored_windows, run, len(whole.gauges), number)
         if generated:
             with writing_lines(run, f"{BASE}/{stem}.jsonl") as base:
@@ -206,6 +205,13 @@ def write_rows(
                     base(map(base_of, rows))
         if flags.thresholds and number not in findings.references:
             split(dataset, (flags.decide(row) for rows in own() for row in rows), run, stem)
+
+
+def _stems(names: Sequence[str]) -> list[str]:
+    """What files of each dataset begin with: its name where all are different, on any file system."""
+    if len({name.casefold() for name in names}) == len(names):
+        return list(names)
+    return [f"{name}-{number}" if len(set(names)) == 1 else f"{number}-{name}" for number, name in enumerate(names)]
 
 
 def _thresholds(survey: Survey, gauges: Sequence[str], flagging: Flagging) -> tuple[RowThreshold, ...]:
@@ -226,13 +232,15 @@ def _opinions(
 ) -> dict[str, dict[Key, Judgement]]:
     """Second opinions on the flagged rows, by trait: of a trait at several layers, on what any of them flagged."""
     found: dict[str, dict[Key, Judgement]] = {}
-    for trait, judge in judges.items():
+    for number, (trait, judge) in enumerate(judges.items()):
         own = [heap for gauge, heap in zip(panel.gauges, flags.flagged, strict=True) if gauge.trait == trait]
         keys = sorted({(-dataset, -row) for heap in own for _, dataset, row in heap})
         exchanges = [Exchange(excerpts[key].prompt, excerpts[key].response) for key in keys]
         label = f"second opinions on {trait}"
         said = (
-            judge_exchanges(judge, exchanges, run, prefix=f"{trait}-", label=label, progress=progress) if keys else []
+            judge_exchanges(judge, exchanges, run, prefix=file_prefix(number, trait), label=label, progress=progress)
+            if keys
+            else []
         )
         found[trait] = dict(zip(keys, said, strict=True))
     return found

@@ -12,6 +12,7 @@ from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.remote import RemoteBackend, Traffic
 from persona_lens.judging import Judge
 from persona_lens.monitoring import Gauge, Panel
+from persona_lens.pieces import is_signed, signed
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
 from persona_lens.runs import RunFolder
@@ -114,7 +115,7 @@ def screen(
 def _config(scorer: Scorer) -> dict[str, Any]:
     return {
         "kind": "screening",
-        "model": scorer.backend.info.fingerprint,
+        "model": asdict(scorer.backend.info),
         "chat": scorer.chat.digest,
         "gauges": [[str(gauge), gauge.vectors.content_hash, gauge.reduction] for gauge in scorer.panel.gauges],
         "settings": scorer.settings.to_json(),
@@ -197,7 +198,9 @@ def _score(
 ) -> tuple[int, int, float]:
     """Score what is not scored yet; rows, tokens and seconds of that."""
     done, ran, last = 0, 0, None
-    for unit in run.each_row(SCORES):
+    for line, unit in run.each_line(SCORES):
+        if not is_signed(unit, SCORES) or not _follows(unit, last):
+            raise run.damaged(SCORES, line, below=True)
         done += _finished(unit, scorer.settings)
         ran += unit["ran"]
         last = unit
@@ -207,12 +210,22 @@ def _score(
     progress(done, total, ROWS)
     for units in crew.units(scorer, _jobs(datasets, scorer.settings.look_ahead, last)):
         for unit in units:
-            run.append(SCORES, [unit])
+            run.append(SCORES, [signed(unit, SCORES)])
             rows += _finished(unit, scorer.settings)
             tokens += unit["ran"]
             progress(done + rows, total, ROWS)
             progress(ran + tokens, None, TOKENS)
     return rows, tokens, time.perf_counter() - begun
+
+
+def _follows(unit: Unit, last: Unit | None) -> bool:
+    """Whether a unit is the one that was to be saved behind another; a dataset may have no rows at all."""
+    place = (unit["dataset"], unit["window"], unit["unit"])
+    if last is None:
+        return place[1:] == (0, 0)
+    if last["unit"] + 1 < last["of"]:
+        return place == (last["dataset"], last["window"], last["unit"] + 1)
+    return place == (last["dataset"], last["window"] + 1, 0) or (place[0] > last["dataset"] and place[1:] == (0, 0))
 
 
 def _finished(unit: Unit, settings: ScreeningSettings) -> int:

@@ -91,7 +91,9 @@ def _split_saved(source: LibrarySource, placed: Iterable[Placed], folder: RunFol
             rows[decision].append(row.number)
     names = [f"{FOLDER}/{stem}-{decision}" for decision in Decision]
     for name, chosen in zip(names, rows.values(), strict=True):
-        source.loaded.select(chosen).save_to_disk(str(folder.path / name))
+        if not folder.keeps(name):
+            with folder.writing_folder(name) as part:
+                source.loaded.select(chosen).save_to_disk(str(part))
     return names
 
 

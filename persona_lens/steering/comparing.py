@@ -88,7 +88,7 @@ def compare_steerings(
         rows = run_arms(backend, arms, trait, settings, judge, chat, folder=run, progress=progress)
         found = _comparison(rows, arms, trait, settings)
         if run is not None:
-            run.write_lines("arms-scores.jsonl", map(asdict, rows))
+            run.write_rows("arms-scores.jsonl", map(asdict, rows))
             run.write_json("summary.json", found.summary)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
 from persona_lens.responses import GivenRollouts, ReadRollouts
 from persona_lens.rollouts import Rollout, RolloutBatches, Rollouts, RolloutSettings
-from persona_lens.runs import RunFolder
+from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.steering.arms import ArmSettings, arm_edits, arm_requests
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
@@ -112,7 +111,7 @@ def cross_effects(
             config=crossing.config(),
         )
         if run is not None:
-            run.write_lines(SCORES, [asdict(row) for row in rows])
+            run.write_rows(SCORES, map(asdict, rows))
             run.write_json("summary.json", effects.to_json())
     return effects
 
@@ -249,9 +248,7 @@ class Crossing:
     def _judge(
         self, name: str, rollouts: Sequence[Rollout], run: RunFolder | None, progress: Progress
     ) -> list[Judgement]:
-        # The number keeps apart what the file system might take for the same; a name may be anything.
-        number, plain = list(self.vectors).index(name), re.sub(r"[^\w-]+", "_", name)[:40]
-        prefix = f"{STEERED}{number:02d}-{plain}-"
+        prefix = STEERED + file_prefix(list(self.vectors).index(name), name)
         return judge_rollouts(self.judges[name], rollouts, self.chat, run, prefix=prefix, progress=progress)
 
     def _projections(self, batches: RolloutBatches) -> dict[int, dict[str, float | None]]:

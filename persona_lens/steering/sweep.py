@@ -154,7 +154,7 @@ def sweep(
         judged = judge_rollouts(judge, rollouts, chat, run, prefix=f"{name}-", progress=progress)
         rows = [_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]
         if run is not None:
-            run.write_lines(f"{name}-scores.jsonl", [asdict(row) for row in rows])
+            run.write_rows(f"{name}-scores.jsonl", map(asdict, rows))
     return rows
 
 

@@ -172,7 +172,8 @@ def tune(
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         ask = partial(run_arms, backend, trait=trait, judge=judge, chat=chat, folder=run, progress=progress)
         norms = _residual_norms(backend, trait, search, chat, run, progress)
-        found = _searched(vectors, trait, settings, norms, ask, {"command": command, **described}, capability)
+        begun = {name: run.config[name] for name in described} if run is not None else described
+        found = _searched(vectors, trait, settings, norms, ask, {"command": command, **begun}, capability)
         if run is not None:
             _keep(run, *found)
     return found[0]
@@ -355,7 +356,7 @@ def _samples(rows: Sequence[ArmRow], trait: Trait, arm: str) -> list[dict[str, A
 
 
 def _keep(run: RunFolder, found: Tuning, rows: Sequence[ArmRow], confirmed: Sequence[ArmRow]) -> None:
-    run.write_lines("search-scores.jsonl", map(asdict, rows))
-    run.write_lines("confirm-scores.jsonl", map(asdict, confirmed))
+    run.write_rows("search-scores.jsonl", map(asdict, rows))
+    run.write_rows("confirm-scores.jsonl", map(asdict, confirmed))
     run.write_bytes("vectors.safetensors", found.vectors.to_bytes())
-    run.write_json("summary.json", found.summary)
+    run.write_json("summary.json", found.summary, free=("command",))

@@ -238,10 +238,10 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatc
     given: dict[str, Any] = {"reference": clean, "flagging": Flagging(Quantity.RAW, 0.2), "judges": None}
     run(tmp_path / "whole", path, settings, **given)
     expected = contents(tmp_path / "whole")
-    write, chance = RunFolder.append, random.Random(0)
+    write, chance = RunFolder.append, random.Random(2)
 
     def tearing(folder: RunFolder, name: str, rows: Any) -> None:
-        if chance.random() < 0.12:
+        if chance.random() < 0.2:
             line = json.dumps(next(iter(rows))).encode()
             with (folder.path / name).open("ab") as stream:
                 stream.write(line[: chance.randrange(len(line))])
