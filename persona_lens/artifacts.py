@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from persona_lens import files
 from persona_lens.errors import PersonaLensError
 
 
@@ -43,18 +44,16 @@ def write_once(path: Path | str, content: bytes, failed: type[PersonaLensError])
     """Write a file as a whole, or leave one that holds the same.
 
     Raises:
-        PersonaLensError: Of the class ``failed``, if the file exists and holds something else.
+        PersonaLensError: Of the class ``failed``, if the file exists and holds something else, or cannot be written.
     """
     target = Path(path)
-    if target.exists():
-        if target.is_dir() or target.read_bytes() != content:
+    with files.named(target, failed):
+        there = target.exists()
+    if there:
+        if target.is_dir() or files.read_bytes(target, failed) != content:
             raise failed(f"{target} exists and holds something else; choose another name or remove it")
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.write_bytes(content)
-    part.replace(target)
-    return target
+    return files.write_bytes(target, content, failed=failed)
 
 
 def read_artifact(file: Path, kind: str, version: int, *, stranger: str, failed: type[PersonaLensError]) -> Artifact:

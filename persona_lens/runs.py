@@ -115,20 +115,22 @@ class RunFolder:
         stored = self._stored()
         accepted, bound = stored.pop(ACCEPTED, []), stored.pop(BOUND, {})
         lines = [line for line in differences(stored, self.config) if line not in accepted]
-        if lines and not self._accepts(stored):
-            shown = "\n  ".join(lines)
-            raise RunError(
-                f"{self.path} holds a run with another configuration:\n  {shown}\n"
-                "Choose another folder, or repeat the command that began this one; --accept-changes goes on all the "
-                "same, and notes it."
-            )
+        if lines:
+            self._accept(lines, stored)
         accepted += lines
         self.config = {**stored, **({ACCEPTED: accepted} if accepted else {})}
         if lines:
             self._write(CONFIG, json_bytes({**self.config, **({BOUND: bound} if bound else {})}))
 
-    def _accepts(self, stored: Mapping[str, Any]) -> bool:
-        return _ACCEPTING.get() and stored.get("kind") == self.config.get("kind")
+    def _accept(self, lines: Sequence[str], stored: Mapping[str, Any]) -> None:
+        """Refuse a configuration that differs, unless changes are accepted and it is the same kind of run."""
+        if _ACCEPTING.get() and stored.get("kind") == self.config.get("kind"):
+            return
+        shown = "\n  ".join(lines)
+        raise RunError(
+            f"{self.path} holds a run with another configuration:\n  {shown}\nChoose another folder, or repeat the "
+            "command that began this one; --accept-changes goes on all the same, and notes it."
+        )
 
     def _stored(self) -> dict[str, Any]:
         return self.read_json(CONFIG, f"remove {self.path} and start the run again")
@@ -154,13 +156,15 @@ class RunFolder:
         value, whole = json.loads(json.dumps(value)), self._stored()
         bound = whole.setdefault(BOUND, {})
         if name in bound:
-            lines = [line for line in differences({name: bound[name]}, {name: value})]
-            lines = [line for line in lines if line not in whole.get(ACCEPTED, [])]
+            accepted = whole.get(ACCEPTED, [])
+            lines = [line for line in differences({name: bound[name]}, {name: value}) if line not in accepted]
             if not lines:
                 return
             if not self._accepts(whole):
                 raise RunError(
-                    f"{self.path} holds a run with another configuration:\n  " + "\n  ".join(lines) + "\nChoose another "
+                    f"{self.path} holds a run with another configuration:\n  "
+                    + "\n  ".join(lines)
+                    + "\nChoose another "
                     "folder; --accept-changes goes on all the same, and notes it."
                 )
             self.config[ACCEPTED] = whole[ACCEPTED] = [*whole.get(ACCEPTED, []), *lines]

@@ -27,6 +27,7 @@ ADAPTERS = ("persona_lens_nnsight", "persona_lens_transformer_lens", "persona_le
 # As in CONTRIBUTING.md: data flows one way, and nothing imports what stands further down.
 ORDER = (
     "errors",
+    "files",
     "folders",
     "progress",
     "characters",
@@ -35,6 +36,7 @@ ORDER = (
     "completions",
     "tables",
     "artifacts",
+    "shards",
     "traits",
     "demonstrations",
     "models",

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_lens import files
 from persona_lens.agreement.scored import AgreementError, Scored
 
 if TYPE_CHECKING:
@@ -72,17 +73,13 @@ def write_blinded(
         raise AgreementError("there is nothing to rate: every response is empty")
     if existing := next((file for file in (path, beside) if file.exists()), None):
         raise AgreementError(f"{existing} exists already and may hold ratings; choose another name or move it away")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The mark tells Excel that this is UTF-8.
-        with path.open("x", encoding="utf-8-sig", newline="") as stream:
-            writer = csv.writer(stream, quoting=csv.QUOTE_ALL)
-            writer.writerow(COLUMNS)
-            writer.writerows((each.id, to_cell(each.question), to_cell(each.response), "") for each in drawn)
-        with beside.open("x", encoding="utf-8") as stream:
-            stream.write(_instructions(path, len(drawn), trait))
-    except OSError as error:
-        raise AgreementError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, quoting=csv.QUOTE_ALL)
+    writer.writerow(COLUMNS)
+    writer.writerows((each.id, to_cell(each.question), to_cell(each.response), "") for each in drawn)
+    # The mark tells Excel that this is UTF-8.
+    files.write_bytes(path, table.getvalue().encode("utf-8-sig"), new=True, failed=AgreementError)
+    files.write_text(beside, _instructions(path, len(drawn), trait), new=True, failed=AgreementError)
     return len(drawn)
 
 

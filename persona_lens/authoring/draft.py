@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from persona_lens import files
 from persona_lens.authoring.parsing import NamesReply, PairReply, RubricReply, Sentence
 from persona_lens.authoring.protocol import AuthoringError
 from persona_lens.traits.parsing import read_text
@@ -79,9 +80,7 @@ class Draft(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the draft to a file, whole or not at all."""
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        files.write_text(path, self.model_dump_json(indent=2) + "\n")
 
     def continues(self, other: Draft) -> None:
         """Make sure that this draft, from an earlier run, is what another begins.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -26,8 +30,11 @@ from persona_lens.cli.traits import app as traits_app
 from persona_lens.cli.vectors import app as vectors_app
 from persona_lens.errors import PersonaLensError
 from persona_lens.notes import show_plainly
+from persona_lens.files import sentence
+from persona_lens.runs import accepting_changes
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
+TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="persona-lens",
@@ -71,6 +78,14 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the whole traceback of an error. Works anywhere.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes",
+            help="Go on with a run that began with other settings or versions, and note it in its folder. Works "
+            "anywhere.",
+        ),
+    ] = False,
 ) -> None:
     """Find, read and control character traits in language models with persona vectors."""
 
@@ -78,17 +93,42 @@ def _options(
 def main() -> None:
     """Run the command line; errors that the user can mend are printed without a traceback."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--debug", "--accept-changes")]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_plainly()
+    accepting = accepting_changes() if "--accept-changes" in sys.argv else nullcontext()
     try:
-        app(arguments)
+        with _stopping() as stopped, accepting:
+            app(arguments)
     except PersonaLensError as error:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except OSError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {sentence(error, error.filename or 'a file', 'used')}", err=True)
+        sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo("stopped; what was finished is saved, and the same command goes on from there", err=True)
+        if stop.code == INTERRUPTED and stopped:
+            sys.exit(TERMINATED)
         raise
+
+
+@contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """While open, SIGTERM does what Ctrl-C does; the list says whether it came."""
+    came: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from persona_lens import files
 from persona_lens.cli import options
 from persona_lens.cli.grouping import given_options
 from persona_lens.cli.judges import PricesOption, open_server, say_usage
@@ -276,19 +277,8 @@ def write_new(target: Path, text: str) -> None:
     Raises:
         RefusedError: It is there, or cannot be written.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError as error:
-        raise RefusedError(f"{error.filename} exists already: remove it, or choose another name or folder") from error
-    except OSError as error:
-        raise RefusedError(f"{target} cannot be written: {error.strerror}. Choose another folder") from error
+    files.write_text(target, text, new=True, failed=RefusedError)
 
 
 def _save(draft: Draft, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.save(path)
-    except OSError as error:
-        raise RefusedError(f"{path} cannot be written: {error.strerror}. Choose another --dir") from error
+    draft.save(path)

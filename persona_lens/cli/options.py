@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from persona_lens import files
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -165,14 +166,9 @@ REPORT = "report.html"  # in the folder of a run
 
 
 def write_report(file: Path, page: str) -> None:
-    """Write a report: all of it, or nothing."""
-    part = file.with_name(file.name + ".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        raise PersonaLensError(f"the report {file} cannot be written: {error.strerror or error}") from error
+    """Write a report: all of it, or nothing; one that is there as it would be written stays."""
+    if not (file.is_file() and files.read_bytes(file) == page.encode()):
+        files.write_text(file, page)
 
 
 def run_folder(what: str, model: str) -> Path:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from persona_lens import files
 from persona_lens.cli import options
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
@@ -86,21 +87,18 @@ def transcript_command(
                 continue
             good += 1
             if stream is not None:
-                stream.write(json.dumps(found.to_json(tokens=tokens), ensure_ascii=False) + "\n")
+                stream.write((json.dumps(found.to_json(tokens=tokens), ensure_ascii=False) + "\n").encode())
             if html is not None:
                 name = f"conversation-{found.transcript.line:06d}.html"
-                (html / name).write_text(found.heatmap(opened.tokenizer).html(), encoding="utf-8")
+                files.write_text(html / name, found.heatmap(opened.tokenizer).html())
             _show(found, opened.tokenizer if show else None, as_json)
     typer.echo(f"{good} conversations read, {bad} not", err=True)
     if not good:
         raise PersonaLensError(f"no conversation of {transcripts} could be read")
 
 
-def _opened(out: Path | None, stack: ExitStack) -> TextIO | None:
-    if out is None:
-        return None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(out.open("w", encoding="utf-8"))
+def _opened(out: Path | None, stack: ExitStack) -> BinaryIO | None:
+    return stack.enter_context(files.writing(out)) if out is not None else None
 
 
 def _first(file: Any, limit: int | None) -> Iterator[Any]:

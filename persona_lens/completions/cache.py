@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from pathlib import Path
 
+from persona_lens import files
 from persona_lens.completions.messages import Completion
 from persona_lens.errors import PersonaLensError
 from persona_lens.folders import cache_folder
@@ -28,7 +27,6 @@ class CompletionCache:
 
     def __init__(self, folder: Path | str | None = None) -> None:
         self.folder = Path(folder) if folder is not None else default_cache()
-        self._made: set[Path] = set()
 
     def get(self, key: str) -> Completion | None:
         """The answer of that key, or None if there is none; a damaged file counts as none."""
@@ -41,16 +39,7 @@ class CompletionCache:
 
     def put(self, key: str, completion: Completion) -> None:
         """Keep an answer."""
-        file = self._file(key)
-        try:
-            if file.parent not in self._made:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                self._made.add(file.parent)
-            part = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
-            part.write_text(json.dumps(completion.to_json()), encoding="utf-8")
-            part.replace(file)
-        except OSError as error:
-            raise PersonaLensError(f"cannot keep answers in {self.folder}: {error}") from error
+        files.write_bytes(self._file(key), json.dumps(completion.to_json()).encode(), shared=True)
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

@@ -234,9 +234,7 @@ class _Work:
             raise FinetuningError(f"{self.trait.name} has {len(self.trait.evaluation_questions)} evaluation questions")
         texts = [self.trait.evaluation_questions[number] for number in numbers]
         prompts = [self.chat.encode(None, text) for text in texts]
-        found = kept_projections(
-            backend, prompts, self.vectors, [self.settings.layer], texts, self.run, f"{name}-"
-        )
+        found = kept_projections(backend, prompts, self.vectors, [self.settings.layer], texts, self.run, f"{name}-")
         return dict(zip(numbers, found[:, 0].tolist(), strict=True))
 
     def _answers(self, backend: Backend, name: str, steered: Mapping[str, Steering]) -> dict[str, list[ArmRow]]:

@@ -89,9 +89,7 @@ def kept_projections(
 
     def work(_: int) -> list[Row]:
         found = prompt_projections(backend, prompts, [vectors], layers, reduction=reduction, allow_other_model=True)
-        return [
-            {"question": text, "projections": row.tolist()} for text, row in zip(texts, found[:, 0], strict=True)
-        ]
+        return [{"question": text, "projections": row.tolist()} for text, row in zip(texts, found[:, 0], strict=True)]
 
     purposes = [json.dumps([text, list(prompt)]) for text, prompt in zip(texts, prompts, strict=True)]
     rows = Pieces(folder, prefix + PROJECTIONS, [range(len(prompts))], purposes).run(work)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lens import files
 from persona_lens.completions import Completion, CompletionRequest, CompletionServer, Refused, Usage
 from persona_lens.progress import Progress, no_progress
 from persona_lens.responses.errors import ResponsesError
@@ -194,19 +194,9 @@ def _check_folder(out: Path) -> None:
 
 
 def _write(out: Path, content: bytes) -> None:
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        with part.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if out.exists():  # which it was not when the work began
-            part.unlink()
-            raise _other(out)
-        part.replace(out)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise _unwritable(out, error) from error
+    if out.exists():  # which it was not when the work began
+        raise _other(out)
+    files.write_bytes(out, content, new=True, failed=ResponsesError)
 
 
 def _unwritable(out: Path, error: OSError) -> ResponsesError:
