@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from persona_lens import files
 from persona_lens.errors import PersonaLensError
+from persona_lens.files import named, read_bytes, write_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,13 @@ def write_once(path: Path | str, content: bytes, failed: type[PersonaLensError])
         PersonaLensError: Of the class ``failed``, if the file exists and holds something else, or cannot be written.
     """
     target = Path(path)
-    with files.named(target, failed):
+    with named(target, failed):
         there = target.exists()
     if there:
-        if target.is_dir() or files.read_bytes(target, failed) != content:
+        if target.is_dir() or read_bytes(target, failed) != content:
             raise failed(f"{target} exists and holds something else; choose another name or remove it")
         return target
-    return files.write_bytes(target, content, failed=failed)
+    return write_bytes(target, content, failed=failed)
 
 
 def read_artifact(file: Path, kind: str, version: int, *, stranger: str, failed: type[PersonaLensError]) -> Artifact:

@@ -20,9 +20,21 @@ from typing import Any, BinaryIO, cast
 
 from filelock import FileLock, Timeout
 
-from persona_lens import files
 from persona_lens.errors import PersonaLensError
-from persona_lens.files import Comparison
+from persona_lens.files import (
+    PART,
+    Comparison,
+    append,
+    cut,
+    make_folder,
+    named,
+    read_bytes,
+    remove,
+    sentence,
+    write_bytes,
+    writing,
+    writing_folder,
+)
 
 CONFIG = "run.json"
 ACCEPTED, BOUND = "accepted_changes", "bound"
@@ -67,9 +79,9 @@ class RunFolder:
         self.path = Path(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config))
         self._readable_only = False
-        with files.named(self.path, RunError, "used"):
+        with named(self.path, RunError, "used"):
             self._check_kind()
-        files.make_folder(self.path, RunError)
+        make_folder(self.path, RunError)
         self._lock = FileLock(self.path / ".lock")
 
     def __enter__(self) -> RunFolder:
@@ -81,7 +93,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             if error.errno not in _READ_ONLY or not (self.path / CONFIG).exists():
-                raise RunError(files.sentence(error, self.path)) from error
+                raise RunError(sentence(error, self.path)) from error
             self._readable_only = True  # enough for a run that is finished
         try:
             self._claim()
@@ -101,7 +113,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; give a folder for the run")
         if self.path.is_dir() and not (self.path / CONFIG).exists():
-            strangers = [p.name for p in self.path.iterdir() if p.name != ".lock" and not p.name.endswith(files.PART)]
+            strangers = [p.name for p in self.path.iterdir() if p.name != ".lock" and not p.name.endswith(PART)]
             if strangers:
                 raise RunError(
                     f"{self.path} holds other files ({strangers[0]}, …) and no run; give a new or empty folder"
@@ -142,10 +154,10 @@ class RunFolder:
             if here != self.path and CONFIG in names:
                 inner.clear()
                 continue
-            for name in [each for each in (*inner, *names) if each.endswith(files.PART)]:
-                with files.named(here / name, RunError, "removed"):
-                    files.remove(here / name)
-            inner[:] = [each for each in inner if not each.endswith(files.PART)]
+            for name in [each for each in (*inner, *names) if each.endswith(PART)]:
+                with named(here / name, RunError, "removed"):
+                    remove(here / name)
+            inner[:] = [each for each in inner if not each.endswith(PART)]
 
     def bind(self, name: str, value: Any) -> None:
         """Make something part of the configuration that is known only now, such as a model that was just opened.
@@ -160,14 +172,8 @@ class RunFolder:
             lines = [line for line in differences({name: bound[name]}, {name: value}) if line not in accepted]
             if not lines:
                 return
-            if not self._accepts(whole):
-                raise RunError(
-                    f"{self.path} holds a run with another configuration:\n  "
-                    + "\n  ".join(lines)
-                    + "\nChoose another "
-                    "folder; --accept-changes goes on all the same, and notes it."
-                )
-            self.config[ACCEPTED] = whole[ACCEPTED] = [*whole.get(ACCEPTED, []), *lines]
+            self._accept(lines, whole)
+            self.config[ACCEPTED] = whole[ACCEPTED] = [*accepted, *lines]
         else:
             bound[name] = value
         self._write(CONFIG, json_bytes(whole))
@@ -193,7 +199,7 @@ class RunFolder:
         """
         target = self.path / name
         if not (replace or _ACCEPTING.get()) and target.is_file() and not target.is_symlink():
-            with files.named(target, RunError, "read"):
+            with named(target, RunError, "read"):
                 comparison = Comparison(target)
             with comparison:
                 yield cast(BinaryIO, comparison)
@@ -205,19 +211,19 @@ class RunFolder:
                     )
             return
         self._check_writable(name)
-        with files.writing(target, failed=RunError) as stream:
+        with writing(target, failed=RunError) as stream:
             yield stream
 
     @contextmanager
     def writing_folder(self, name: str) -> Iterator[Path]:
         """A folder to fill, that takes its place once the context ends without an error."""
         self._check_writable(name)
-        with files.writing_folder(self.path / name, RunError) as part:
+        with writing_folder(self.path / name, RunError) as part:
             yield part
 
     def _write(self, name: str, content: bytes) -> None:
         self._check_writable(name)
-        files.write_bytes(self.path / name, content, failed=RunError)
+        write_bytes(self.path / name, content, failed=RunError)
 
     def _check_writable(self, name: str) -> None:
         if self._readable_only:
@@ -254,7 +260,7 @@ class RunFolder:
         """
         file = self.path / name
         try:
-            found = json.loads(files.read_bytes(file, RunError))
+            found = json.loads(read_bytes(file, RunError))
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
@@ -272,12 +278,12 @@ class RunFolder:
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file and have them on the disk when this returns."""
         self._check_writable(name)
-        files.append(self.path / name, _lines(rows), RunError)
+        append(self.path / name, _lines(rows), RunError)
 
     def remove(self, name: str) -> None:
         """Remove a file, and its folder if that is empty then; neither need be there."""
         target = self.path / name
-        with files.named(target, RunError, "removed"):
+        with named(target, RunError, "removed"):
             target.unlink(missing_ok=True)
             if target.parent != self.path and target.parent.is_dir() and not any(target.parent.iterdir()):
                 target.parent.rmdir()
@@ -296,7 +302,7 @@ class RunFolder:
         if not file.exists():
             return
         whole = 0
-        with files.named(file, RunError, "read"), file.open("rb") as stream:
+        with named(file, RunError, "read"), file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if not line.endswith(b"\n"):
                     break
@@ -311,7 +317,7 @@ class RunFolder:
             size = os.fstat(stream.fileno()).st_size
         if whole < size:
             self._check_writable(name)
-            files.cut(file, whole, RunError)
+            cut(file, whole, RunError)
 
     def damaged(self, name: str, line: int, *, below: bool = False) -> RunError:
         """The error about a line that is not what this run wrote; ``below`` if those below it rest on it."""

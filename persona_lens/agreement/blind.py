@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens import files
 from persona_lens.agreement.scored import AgreementError, Scored
+from persona_lens.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from persona_lens.traits import Trait
@@ -78,8 +78,8 @@ def write_blinded(
     writer.writerow(COLUMNS)
     writer.writerows((each.id, to_cell(each.question), to_cell(each.response), "") for each in drawn)
     # The mark tells Excel that this is UTF-8.
-    files.write_bytes(path, table.getvalue().encode("utf-8-sig"), new=True, failed=AgreementError)
-    files.write_text(beside, _instructions(path, len(drawn), trait), new=True, failed=AgreementError)
+    write_bytes(path, table.getvalue().encode("utf-8-sig"), new=True, failed=AgreementError)
+    write_text(beside, _instructions(path, len(drawn), trait), new=True, failed=AgreementError)
     return len(drawn)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from persona_lens import files
 from persona_lens.authoring.parsing import NamesReply, PairReply, RubricReply, Sentence
 from persona_lens.authoring.protocol import AuthoringError
+from persona_lens.files import write_text
 from persona_lens.traits.parsing import read_text
 from persona_lens.traits.problems import TraitError, printable
 from persona_lens.traits.rubric import ANCHORS, rubric_text
@@ -80,7 +80,7 @@ class Draft(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the draft to a file, whole or not at all."""
-        files.write_text(path, self.model_dump_json(indent=2) + "\n")
+        write_text(path, self.model_dump_json(indent=2) + "\n")
 
     def continues(self, other: Draft) -> None:
         """Make sure that this draft, from an earlier run, is what another begins.

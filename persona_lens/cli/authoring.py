@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens import files
 from persona_lens.cli import options
 from persona_lens.cli.grouping import given_options
 from persona_lens.cli.judges import PricesOption, open_server, say_usage
 from persona_lens.errors import PersonaLensError
+from persona_lens.files import write_text
 
 if TYPE_CHECKING:
     from persona_lens.authoring import Author, Draft, Written
@@ -277,7 +277,7 @@ def write_new(target: Path, text: str) -> None:
     Raises:
         RefusedError: It is there, or cannot be written.
     """
-    files.write_text(target, text, new=True, failed=RefusedError)
+    write_text(target, text, new=True, failed=RefusedError)
 
 
 def _save(draft: Draft, path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_lens import files
 from persona_lens.cli import options
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.steerings import LayerOptions, SteeringOptions, candidates
 from persona_lens.cli.sweep import AllowOtherModel, Vectors
+from persona_lens.files import write_text
 
 if TYPE_CHECKING:
     from persona_lens.capability.change import CapabilityChange
@@ -79,7 +79,7 @@ def capability_command(
     figures = {"model": opened.info.model, "changes": [change.to_json() for change in found]}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(out, json.dumps(figures, indent=2) + "\n")
+        write_text(out, json.dumps(figures, indent=2) + "\n")
     if as_json:
         typer.echo(json.dumps(figures))
     else:

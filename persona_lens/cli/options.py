@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from persona_lens import files
 from persona_lens.errors import PersonaLensError
+from persona_lens.files import read_bytes, write_text
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
@@ -167,8 +167,8 @@ REPORT = "report.html"  # in the folder of a run
 
 def write_report(file: Path, page: str) -> None:
     """Write a report: all of it, or nothing; one that is there as it would be written stays."""
-    if not (file.is_file() and files.read_bytes(file) == page.encode()):
-        files.write_text(file, page)
+    if not (file.is_file() and read_bytes(file) == page.encode()):
+        write_text(file, page)
 
 
 def run_folder(what: str, model: str) -> Path:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from persona_lens import files
 from persona_lens.cli import options
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.errors import PersonaLensError
+from persona_lens.files import write_text, writing
 
 if TYPE_CHECKING:
     from persona_lens.monitoring import BadTranscript
@@ -90,7 +90,7 @@ def transcript_command(
                 stream.write((json.dumps(found.to_json(tokens=tokens), ensure_ascii=False) + "\n").encode())
             if html is not None:
                 name = f"conversation-{found.transcript.line:06d}.html"
-                files.write_text(html / name, found.heatmap(opened.tokenizer).html())
+                write_text(html / name, found.heatmap(opened.tokenizer).html())
             _show(found, opened.tokenizer if show else None, as_json)
     typer.echo(f"{good} conversations read, {bad} not", err=True)
     if not good:
@@ -98,7 +98,7 @@ def transcript_command(
 
 
 def _opened(out: Path | None, stack: ExitStack) -> BinaryIO | None:
-    return stack.enter_context(files.writing(out)) if out is not None else None
+    return stack.enter_context(writing(out)) if out is not None else None
 
 
 def _first(file: Any, limit: int | None) -> Iterator[Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from persona_lens import files
 from persona_lens.completions.messages import Completion
 from persona_lens.errors import PersonaLensError
+from persona_lens.files import write_bytes
 from persona_lens.folders import cache_folder
 
 
@@ -39,7 +39,7 @@ class CompletionCache:
 
     def put(self, key: str, completion: Completion) -> None:
         """Keep an answer."""
-        files.write_bytes(self._file(key), json.dumps(completion.to_json()).encode(), shared=True)
+        write_bytes(self._file(key), json.dumps(completion.to_json()).encode(), shared=True)
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from persona_lens import files
+from persona_lens.files import PART, named, remove, sentence, sync_folder, write_text
 from persona_lens.finetuning.errors import FinetuningError
 
 CHECKSUMS = "checksums.json"
@@ -26,8 +26,8 @@ class CheckedCheckpoints(TrainerCallback):
         """A checkpoint has been saved."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for file in sorted(folder.rglob("*")):
-            files.sync_folder(file)
-        files.write_text(folder / CHECKSUMS, json.dumps(_checksums(folder), indent=1) + "\n", failed=FinetuningError)
+            sync_folder(file)
+        write_text(folder / CHECKSUMS, json.dumps(_checksums(folder), indent=1) + "\n", failed=FinetuningError)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -38,8 +38,8 @@ def last_checkpoint(folder: Path) -> str | None:
             return str(each)
         if (each / CHECKSUMS).exists():  # without, it was merely interrupted
             warnings.warn(f"{each} is damaged; training goes on from the checkpoint before it", stacklevel=2)
-        with files.named(each, FinetuningError, "removed"):
-            files.remove(each)
+        with named(each, FinetuningError, "removed"):
+            remove(each)
     return None
 
 
@@ -49,7 +49,7 @@ def named_writes(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FinetuningError(files.sentence(error, error.filename or folder)) from error
+        raise FinetuningError(sentence(error, error.filename or folder)) from error
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "file write" in str(error):
             raise FinetuningError(f"{folder} cannot be written: {error}; make room there") from error
@@ -67,7 +67,7 @@ def _is_whole(checkpoint: Path) -> bool:
 def _checksums(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != CHECKSUMS and not file.name.endswith(files.PART):
+        if file.is_file() and file.name != CHECKSUMS and not file.name.endswith(PART):
             with file.open("rb") as stream:
                 found[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found

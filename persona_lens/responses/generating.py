@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_lens import files
 from persona_lens.completions import Completion, CompletionRequest, CompletionServer, Refused, Usage
+from persona_lens.files import write_bytes
 from persona_lens.progress import Progress, no_progress
 from persona_lens.responses.errors import ResponsesError
 from persona_lens.rollouts import Request, RolloutSettings
@@ -196,7 +196,7 @@ def _check_folder(out: Path) -> None:
 def _write(out: Path, content: bytes) -> None:
     if out.exists():  # which it was not when the work began
         raise _other(out)
-    files.write_bytes(out, content, new=True, failed=ResponsesError)
+    write_bytes(out, content, new=True, failed=ResponsesError)
 
 
 def _unwritable(out: Path, error: OSError) -> ResponsesError:
