@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -690,7 +691,8 @@ def test_progress_and_results_do_not_mix(model: Path, tmp_path: Path) -> None:
     assert "extraction judging: 40 of 40" in done.stderr
 
 
-def test_an_interrupted_run_says_that_it_goes_on(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_that_it_goes_on(model: Path, tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "run"
     arguments = extraction(model, out, "--samples", "20", "--batch-size", "4")
     running = subprocess.Popen(
@@ -703,12 +705,31 @@ def test_an_interrupted_run_says_that_it_goes_on(model: Path, tmp_path: Path) ->
     deadline = time.monotonic() + 120
     while not (out / "rollouts.jsonl").exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
+    assert running.returncode == code, said
     assert "stopped; what was finished is saved, and the same command goes on from there" in said
     assert "Traceback" not in said
     assert (out / "rollouts.jsonl").exists()
+
+
+def test_errors_of_the_system_are_sentences(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from persona_lens import cli
+
+    def full(arguments: list[str]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/checkpoint")
+
+    monkeypatch.setattr(cli, "app", full)
+    monkeypatch.setattr(sys, "argv", ["persona-lens", "extract"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said == (
+        "error: runs/a/checkpoint cannot be used: No space left on device; make room there, or choose another place\n"
+    )
 
 
 # Plans and servers

@@ -27,6 +27,7 @@ ADAPTERS = ("persona_lens_nnsight", "persona_lens_transformer_lens", "persona_le
 # As in CONTRIBUTING.md: data flows one way, and nothing imports what stands further down.
 ORDER = (
     "errors",
+    "notes",
     "files",
     "folders",
     "progress",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 
 from persona_lens.files import PART, named, remove, sentence, sync_folder, write_text
 from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.notes import note
 
 CHECKSUMS = "checksums.json"
 
@@ -37,7 +37,7 @@ def last_checkpoint(folder: Path) -> str | None:
         if _is_whole(each):
             return str(each)
         if (each / CHECKSUMS).exists():  # without, it was merely interrupted
-            warnings.warn(f"{each} is damaged; training goes on from the checkpoint before it", stacklevel=2)
+            note(f"{each} is damaged; training goes on from the checkpoint before it")
         with named(each, FinetuningError, "removed"):
             remove(each)
     return None

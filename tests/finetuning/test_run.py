@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +182,24 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     (damaged / "trainer_state.json").write_text("{")
     run(tmp_path / "stopped")
     assert everything(tmp_path / "stopped") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str) -> None:
+    from persona_lens.finetuning.checkpoints import CheckedCheckpoints, last_checkpoint
+
+    for number in (9, 10):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        for file in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json"):
+            (folder / file).write_bytes(b"content of it")
+        arguments, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=number)
+        CheckedCheckpoints().on_save(arguments, state, None)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / name).write_bytes(b"content of it!"[1:])
+    with pytest.warns(UserWarning, match="checkpoint-10 is damaged; training goes on from the checkpoint before it"):
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert not (tmp_path / "checkpoint-10").exists()
 
 
 @pytest.mark.parametrize(

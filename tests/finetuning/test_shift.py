@@ -16,9 +16,10 @@ from persona_lens.finetuning.shift import ShiftSettings, correlated, measure_shi
 from persona_lens.models import load
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import RolloutSettings
+from persona_lens.runs import RunError
 from persona_lens.steering import ArmSettings, trait_of
 from tests.finetuning.chats import conversations, small, vectors_of
-from tests.tiny import D_MODEL, N_LAYERS
+from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 ASKED = ArmSettings(questions=(0, 1, 2), random_directions=0, rollouts=RolloutSettings(4))
 
@@ -82,6 +83,20 @@ def test_adapters_are_measured_unmerged_as_merged(base_folder: Path, tmp_path: P
     assert again["traits"]["impolite"] == found
 
 
+def test_a_model_that_was_trained_again_is_another(base_folder: Path, tmp_path: Path) -> None:
+    """Under the same name, so that only its weights tell."""
+    base = open_backend("transformers", str(base_folder), dtype="float32", device="cpu")
+    vectors = vectors_of(load(str(base_folder), dtype="float32", device="cpu"))
+    settings = ShiftSettings(layers=(1,), asked=ASKED)
+    models = [wrap_model(tiny_model(seed=seed), tiny_tokenizer()) for seed in (1, 2)]
+    both = {"a/b": lambda: models[0], "a--b": lambda: models[1]}
+    found = measure_shifts(base, both, [vectors], settings, folder=tmp_path / "run").summary["traits"]["impolite"]
+    scores = [found["models"][name]["score"]["mean"] for name in both]
+    assert scores[0] != scores[1]
+    with pytest.raises(RunError, match=r"(?s)a/b\.weights: .*--accept-changes"):
+        measure_shifts(base, {**both, "a/b": lambda: models[1]}, [vectors], settings, folder=tmp_path / "run")
+
+
 def test_correlation_with_its_interval() -> None:
     generator = np.random.default_rng(0)
     x = generator.normal(size=24)
@@ -99,8 +114,6 @@ def test_what_cannot_be_compared(base_folder: Path) -> None:
     vectors = vectors_of(load(str(base_folder), dtype="float32", device="cpu"))
     with pytest.raises(FinetuningError, match="there are none to compare"):
         measure_shifts(base, {}, [vectors])
-    from tests.tiny import tiny_model, tiny_tokenizer
-
     other = wrap_model(tiny_model("qwen2"), tiny_tokenizer())
     with pytest.raises(FinetuningError, match="qwen is no finetune of tiny-base: architecture is Qwen2ForCausalLM"):
         measure_shifts(base, {"qwen": lambda: other}, [vectors], ShiftSettings(scores=False, asked=ASKED))

@@ -1,0 +1,177 @@
+"""The long pieces of work that are killed and starved: each on tiny models, in a folder, in a second or less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from persona_lens.agreement.judged import judge_scored
+from persona_lens.agreement.scored import Scored
+from persona_lens.backend import wrap_model
+from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.features import DissectSettings, dissect
+from persona_lens.finetuning import finetune
+from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
+from persona_lens.models import Loaded
+from persona_lens.monitoring.study import StudySettings, study
+from persona_lens.rollouts import RolloutSettings
+from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, open_dataset, screen
+from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep
+from persona_lens.steering.comparing import compare_steerings
+from persona_lens.steering.crossing import CrossSettings, cross_effects
+from persona_lens.steering.tuning import TuneSettings, tune
+from persona_lens.traits import load_trait
+from persona_lens.vectors import PersonaVectors
+from tests.features.dictionaries import dictionary
+from tests.finetuning.chats import conversations, loaded_model, small
+from tests.planted import PlantedBackend
+from tests.screening import made
+from tests.tiny import tiny_model, tiny_tokenizer
+
+Run = Callable[[Path], Any]
+SMALL = RolloutSettings(12, batch_size=6)
+TRAIT = load_trait("optimistic")
+
+
+@cache
+def planted() -> PlantedBackend:
+    """A backend that takes no time."""
+    return PlantedBackend(TRAIT)
+
+
+@cache
+def vectors() -> PersonaVectors:
+    """The planted vector, with what the likelihood judge needs."""
+    provenance = {
+        "trait": TRAIT.model_dump(mode="json"),
+        "judge": {"calibration": {"slope": 1.0, "intercept": 0.0}},
+    }
+    return PersonaVectors(TRAIT.name, planted().info, {"response_mean": planted().planted["response_mean"]}, provenance)
+
+
+@cache
+def inputs() -> Path:
+    """A folder for what the runs read."""
+    return Path(mkdtemp(prefix="campaign-"))
+
+
+@cache
+def loaded() -> Loaded:
+    """A model that can be trained."""
+    return loaded_model(inputs() / "base")
+
+
+@cache
+def tiny_vectors() -> PersonaVectors:
+    """Random vectors of the tiny model."""
+    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    return PersonaVectors(TRAIT.name, made.backend().info, {"response_mean": rows}, dict(vectors().provenance))
+
+
+def _extract(folder: Path) -> None:
+    run_extraction(planted(), TRAIT, folder, settings=ExtractionSettings(questions=2, paired=False, rollouts=SMALL))
+
+
+def _sweep(folder: Path) -> None:
+    settings = SweepSettings((1,), (-1.0, 1.0), questions=3, random_directions=2, rollouts=SMALL)
+    sweep(planted(), vectors(), settings, folder=folder)
+
+
+def _compare(folder: Path) -> None:
+    arms = {"up": Steering.parse(f"{TRAIT.name}@1:+1", vectors())}
+    compare_steerings(planted(), arms, vectors(), ArmSettings((0, 1, 2), random_directions=2, rollouts=SMALL),
+                      folder=folder)  # fmt: skip
+
+
+def _effects(folder: Path) -> None:
+    arms = {TRAIT.name: Steering.parse(f"{TRAIT.name}@1:+1", tiny_vectors())}
+    settings = CrossSettings(questions=2, random_directions=1, rollouts=RolloutSettings(4, batch_size=4))
+    cross_effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder)
+
+
+def _tune(folder: Path) -> None:
+    settings = TuneSettings((1,), pushes=(0.1, 0.2), search_questions=3, random_directions=1, rollouts=SMALL)
+    tune(Normed(TRAIT), vectors(), settings, folder=folder)
+
+
+def _study(folder: Path) -> None:
+    study(planted(), vectors(), StudySettings(questions=3, rollouts=SMALL), trait="optimistic", folder=folder)
+
+
+def _screen(folder: Path) -> None:
+    data, clean = inputs() / "rows.jsonl", inputs() / "clean.jsonl"
+    if not clean.exists():
+        made.jsonl(data, [*made.pairs(30), {"oh": 1}])
+        made.jsonl(clean, made.pairs(12, 4))
+    settings = ScreeningSettings(
+        base=BaseResponses.GENERATE, base_share=0.5, look_ahead=16, batch_tokens=400, max_new_tokens=4
+    )
+    flagging = Flagging(Quantity.RAW, 0.2)
+    screen(made.backend(), [open_dataset(data)], made.panel(), settings, folder=folder,
+           reference=[open_dataset(clean)], flagging=flagging, chat=made.chat())  # fmt: skip
+
+
+def _shift(folder: Path) -> None:
+    others = {
+        name: partial(wrap_model, tiny_model(seed=seed), tiny_tokenizer()) for seed, name in ((1, "a/b"), (2, "a--b"))
+    }
+    asked = ArmSettings((0, 1), random_directions=0, rollouts=RolloutSettings(4))
+    measure_shifts(made.backend(), others, [tiny_vectors()], ShiftSettings(asked=asked), folder=folder)
+
+
+def _finetune(folder: Path) -> None:
+    finetune(loaded(), conversations(), folder, small(save_every=1, keep_checkpoints=2, max_steps=3))
+
+
+def _dissect(folder: Path) -> None:
+    settings = DissectSettings(
+        show=4, pursuit=4, steered=2, random_features=2, coefficient=2.0, questions=2, rollouts=SMALL
+    )
+    dissect(planted(), vectors(), dictionary(model="planted"), settings, folder=folder)
+
+
+def _judge(folder: Path) -> None:
+    said = [Scored(f"id-{number}", "Why?", "w" * number, None, None, {}) for number in range(8)]
+    if not (folder / "judged.jsonl").exists():
+        judge_scored(made.LengthJudge(), said, folder / "judged.jsonl")
+
+
+class Normed(PlantedBackend):
+    """Also reads norms."""
+
+    def _values(self, name: str, *more: Any) -> Any:
+        if name == "response_norm":
+            return torch.full((len(more[0]), 3), 10.0)
+        return super()._values(name, *more)
+
+
+TARGETS: dict[str, Run] = {
+    "extract": _extract,
+    "steer sweep": _sweep,
+    "steer compare": _compare,
+    "steer effects": _effects,
+    "steer tune": _tune,
+    "monitor study": _study,
+    "screen": _screen,
+    "shift": _shift,
+    "finetune": _finetune,
+    "dissect": _dissect,
+    "judge score": _judge,
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a run leaves: all files, but for the lock and the checkpoints, which hold clock times."""
+    apart = (".lock", "checkpoints")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not set(path.parts) & set(apart))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> Sequence[str]:
+    """Names of the files that are not the same in both."""
+    return [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
