@@ -18,8 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
-from filelock import FileLock, Timeout
-
 from persona_lens.errors import PersonaLensError
 from persona_lens.files import (
     PART,
@@ -82,9 +80,13 @@ class RunFolder:
         with named(self.path, RunError, "used"):
             self._check_kind()
         make_folder(self.path, RunError)
+        from filelock import FileLock  # here: `--help` does without
+
         self._lock = FileLock(self.path / ".lock")
 
     def __enter__(self) -> RunFolder:
+        from filelock import Timeout
+
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

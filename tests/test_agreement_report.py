@@ -208,4 +208,4 @@ def test_what_cannot_be_done_is_refused(source: Path, tmp_path: Path) -> None:
     assert "nosuch" in refused("sample", source, "--out", tmp_path / "r.csv", "--trait", "nosuch")
     assert not (tmp_path / "r.csv").exists()
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused("compare", source, source, "--report", tmp_path / "file" / "x.html")
+    assert "cannot be made" in refused("compare", source, source, "--report", tmp_path / "file" / "x.html")

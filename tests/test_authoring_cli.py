@@ -173,7 +173,7 @@ def test_what_cannot_be_done_is_said_first(elsewhere: Path, monkeypatch: pytest.
     (elsewhere / "taken").write_text("")
     author = ScriptedAuthor(Good())
     given(monkeypatch, author)
-    assert "cannot be written" in refused(*NEW, "--description", DESCRIPTION, "--dir", "taken")
+    assert "the folder taken cannot be made" in refused(*NEW, "--description", DESCRIPTION, "--dir", "taken")
     assert author.requests == []
     (elsewhere / "traits").mkdir()
     (elsewhere / "traits/grumpy.partial.json").write_text("[]")

@@ -151,8 +151,7 @@ def dissect(
         if asked is not None and judge is not None:
             arms = steered_arms(vectors, features, settings, found)
             rows = run_arms(backend, arms, asked, _arm_settings(settings), judge, chat, folder=run, progress=progress)
-        begun = run.config if run is not None else config
-        dissection = _dissection(rows, found, vectors, features, settings, begun)
+        dissection = _dissection(rows, found, vectors, features, settings, run.config if run else config)
         if run is not None:
             run.write_json("summary.json", dissection.summary)
     return dissection

@@ -187,10 +187,7 @@ def study(
         rows, read = _collect(backend, chat, requests, settings, vectors, units, judge, run, progress)
         prompts = _prompts(rows, read, conditions)
         kept, figures = findings(vectors, chosen, conditions, rows, prompts, _layers(vectors, settings), settings)
-        made = {
-            "judge": run.config["judge"] if run is not None else judge.describe(),
-            "sampling": asdict(settings.rollouts),
-        }
+        made = {"judge": judge.describe(), "sampling": asdict(settings.rollouts)}
         if kept is not vectors:
             kept = kept.with_monitor({**kept.provenance["monitor"], **made})
         found = Study(kept, rows, prompts, {**_head(vectors, chosen, settings), **made, **figures})

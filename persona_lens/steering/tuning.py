@@ -172,8 +172,7 @@ def tune(
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         ask = partial(run_arms, backend, trait=trait, judge=judge, chat=chat, folder=run, progress=progress)
         norms = _residual_norms(backend, trait, search, chat, run, progress)
-        begun = {name: run.config[name] for name in described} if run is not None else described
-        found = _searched(vectors, trait, settings, norms, ask, {"command": command, **begun}, capability)
+        found = _searched(vectors, trait, settings, norms, ask, {"command": command, **described}, capability)
         if run is not None:
             _keep(run, *found)
     return found[0]
