@@ -175,7 +175,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AgreementError, match=r"does not end in \.csv"):
         write_blinded([response("x")], tmp_path / "r.xlsx", 5)
     (tmp_path / "file").write_text("")
-    with pytest.raises(AgreementError, match="the folder .* cannot be made"):
+    with pytest.raises(AgreementError, match=r"the folder .* cannot be made"):
         write_blinded([response("x")], tmp_path / "file" / "r.csv", 5)
 
 
