@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from persona_lens.agreement.scored import AgreementError, Scored
+from persona_lens.files import PART, named, read_bytes, remove, write_bytes
 from persona_lens.judging import Exchange, Judge, judge_exchanges
 from persona_lens.progress import Progress, no_progress
 from persona_lens.runs import RunFolder
@@ -33,11 +33,14 @@ def judge_scored(
     Raises:
         AgreementError: If the file is there already.
     """
-    if file is not None and file.exists():
-        raise AgreementError(f"{file} is there already; choose another file, or remove it to judge again")
+    working = file.with_name(file.name + WORKING) if file is not None else None
+    if working is not None:
+        with named(working, AgreementError, "removed"):
+            remove(working.with_name(working.name + PART))  # of a call that was stopped at its very end
+    if file is not None and file.exists() and not (working is not None and working.exists()):
+        raise _there_already(file)
     unique = list({each.id: each for each in responses}.values())
     exchanges = [Exchange(each.question, each.response) for each in unique]
-    working = file.with_name(file.name + WORKING) if file is not None else None
     config = {"kind": "judging", "judge": judge.describe(), "responses": [each.id for each in unique]}
     with RunFolder(working, config) if working is not None else nullcontext() as run:
         judged = judge_exchanges(judge, exchanges, run, progress=progress)
@@ -53,10 +56,19 @@ def judge_scored(
             for each, judgement in zip(unique, judged, strict=True)
         ]
         if run is not None and file is not None:
-            run.write_lines(file.name, rows).replace(file)
+            content = read_bytes(run.write_lines(file.name, rows), AgreementError)
+            if not file.exists():
+                write_bytes(file, content, new=True, failed=AgreementError)
+            elif read_bytes(file, AgreementError) != content:
+                raise _there_already(file)
     if working is not None:
-        shutil.rmtree(working)
+        with named(working, AgreementError, "removed"):
+            remove(working.rename(working.with_name(working.name + PART)))
     return [
         Scored(each.id, each.question, each.response, judgement.trait.value, judgement.trait.reason, each.labels)
         for each, judgement in zip(unique, judged, strict=True)
     ]
+
+
+def _there_already(file: Path) -> AgreementError:
+    return AgreementError(f"{file} is there already; choose another file, or remove it to judge again")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from persona_lens.agreement.judged import judge_scored
-from persona_lens.agreement.scored import Scored
+from persona_lens.agreement.scored import AgreementError, Scored
 from persona_lens.backend import wrap_model
 from persona_lens.extraction import ExtractionSettings, run_extraction
 from persona_lens.features import DissectSettings, dissect
@@ -137,8 +137,11 @@ def _dissect(folder: Path) -> None:
 
 def _judge(folder: Path) -> None:
     said = [Scored(f"id-{number}", "Why?", "w" * number, None, None, {}) for number in range(8)]
-    if not (folder / "judged.jsonl").exists():
+    try:
         judge_scored(made.LengthJudge(), said, folder / "judged.jsonl")
+    except AgreementError as error:  # killed at the very end
+        if "is there already" not in str(error):
+            raise
 
 
 class Normed(PlantedBackend):
