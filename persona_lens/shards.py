@@ -15,6 +15,7 @@ from persona_lens.artifacts import header_text, save_tensors
 from persona_lens.runs import RunError
 
 KIND = "persona_lens_batch"
+ADVICE = "remove it, and the same command makes it again"
 
 
 def pack_shard(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> bytes:
@@ -28,23 +29,32 @@ def pack_shard(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> by
 
 
 def load_shard(file: Path, identity: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `pack_shard` packed.
+    """What `pack_shard` packed with that identity.
 
     Raises:
         RunError: If the file is missing or damaged, or of another batch.
     """
-    advice = "remove it, and the same command makes it again"
+    header, tensors = open_shard(file)
+    if header != json.loads(json.dumps(identity)):
+        raise RunError(f"{file} is of another batch; {ADVICE}")
+    return tensors
+
+
+def open_shard(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `pack_shard` packed: the identity of the batch, and the tensors.
+
+    Raises:
+        RunError: If the file is missing or damaged.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             header = json.loads((opened.metadata() or {}).get(KIND, "null"))
             tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file} is missing or damaged ({error}); {advice}") from error
-    expected = {**json.loads(json.dumps(identity)), "sha256": _checksum(tensors)}
-    if header != expected:
-        stranger = isinstance(header, dict) and any(header.get(name) != expected[name] for name in identity)
-        raise RunError(f"{file} is {'of another batch' if stranger else 'damaged'}; {advice}")
-    return tensors
+        raise RunError(f"{file} is missing or damaged ({error}); {ADVICE}") from error
+    if not isinstance(header, dict) or header.pop("sha256", None) != _checksum(tensors):
+        raise RunError(f"{file} is damaged; {ADVICE}")
+    return header, tensors
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -377,7 +377,7 @@ def test_the_folder_holds_the_figures_and_refuses_another_run(planted: PlantedPa
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == json.loads(json.dumps(found.to_json()))
     rows = [json.loads(line) for line in (tmp_path / "effects-scores.jsonl").read_text().splitlines()]
-    assert rows == [asdict(row) for row in found.rows]
+    assert rows == [{"row": number, **asdict(row)} for number, row in enumerate(found.rows)]
     assert summary["cells"][0]["score"]["vector"]["mean"] == pytest.approx(20.0)
     assert [s["text"] for s in summary["steerings"]] == ["optimistic@1:+2", "impolite@1:-1"]
     assert summary["steerings"][0]["surprise"]["vector"]["mean"] == 0

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.geometry import GeometryError, split_halves
 from persona_lens.geometry.halves import _at, _drawn_halves, _stepped_up
 from persona_lens.rollouts import RolloutSettings
+from persona_lens.shards import open_shard, pack_shard
 from persona_lens.statistics import bootstrap_mean
 from persona_lens.traits import load_trait
 from persona_lens.vectors import VectorsError
@@ -110,11 +110,11 @@ def test_what_is_no_whole_extraction_is_refused(copy: Path) -> None:
 
 def test_damaged_activations_and_responses_are_refused(copy: Path, run: Path) -> None:
     shard = copy / "activations" / "batch-00000.safetensors"
-    tensors = load_file(shard)
-    save_file({name: rows[:, :2].contiguous() for name, rows in tensors.items()}, shard)
+    header, tensors = open_shard(shard)
+    shard.write_bytes(pack_shard({name: rows[:, :2].contiguous() for name, rows in tensors.items()}, header))
     with pytest.raises(GeometryError, match="a response; the vectors are"):
         split_halves(copy)
-    save_file({"prompt_mean": tensors["prompt_mean"]}, shard)
+    shard.write_bytes(pack_shard({"prompt_mean": tensors["prompt_mean"]}, header))
     with pytest.raises(GeometryError, match="is damaged, or holds no response_mean"):
         split_halves(copy)
     shard.unlink()

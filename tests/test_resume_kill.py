@@ -38,7 +38,7 @@ KILLS = 10
 # it ended: until then the id is nobody else's. A request may name a write at which the fork kills itself: just before
 # the data reach the disk, with all of them written or not the last ones.
 WARM = """
-import json, os, signal, sys
+import json, os, signal, stat, sys
 import torch
 import persona_lens.cli, persona_lens.extraction, persona_lens_transformers.adapter
 from transformers.models.llama import modeling_llama
@@ -50,9 +50,9 @@ def dying(at, torn):
         nonlocal writes
         writes += 1
         if writes == at:
-            if torn:
-                size = os.fstat(stream).st_size
-                os.ftruncate(stream, size - min(size, 30))
+            found = os.fstat(stream)
+            if torn and stat.S_ISREG(found.st_mode):  # and no folder
+                os.ftruncate(stream, found.st_size - min(found.st_size, 30))
             os.kill(os.getpid(), signal.SIGKILL)
     return fsync
 
@@ -220,8 +220,8 @@ def test_killed_at_every_write(warm: Warm, model: Path, tmp_path: Path) -> None:
         warm.finish(short(out))
         assert contents(out) == expected, f"after a kill at write {writes}"
         shutil.rmtree(out)
-    # run.json; three batches, each a shard and rows; two questions judged; scores, vectors and summary.
-    assert writes - 1 == 1 + 3 * 2 + 2 + 3
+    # run.json; three batches, each a shard and rows; two questions judged; scores, vectors and summary; and folders.
+    assert writes - 1 > 1 + 3 * 2 + 2 + 3
     assert contents(out) == expected
 
 
@@ -257,7 +257,7 @@ def test_killed_at_every_write_while_reading_responses(warm: Warm, model: Path, 
         shutil.rmtree(out)
     shards = len([name for name in expected if name.startswith("activations/")])
     assert shards >= 5
-    assert writes - 1 == 1 + 2 * shards + 3
+    assert writes - 1 > 1 + 2 * shards + 3
     assert contents(out) == expected
 
 

@@ -217,7 +217,7 @@ def test_a_sweep_is_kept_and_gone_on_with(tiny: Backend, tmp_path: Path) -> None
     rows = sweep(tiny, vectors, settings, folder=tmp_path)
     assert rows == in_memory
     kept = [json.loads(line) for line in (tmp_path / "sweep-scores.jsonl").read_text().splitlines()]
-    assert kept == [asdict(row) for row in rows]
+    assert kept == [{"row": number, **asdict(row)} for number, row in enumerate(rows)]
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"}
     assert files.keys() == {"run.json", "sweep-rollouts.jsonl", "sweep-judgements.jsonl", "sweep-scores.jsonl"}
     os.truncate(tmp_path / "sweep-rollouts.jsonl", len(files["sweep-rollouts.jsonl"]) // 2)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from persona_lens.geometry.cosines import GeometryError
 from persona_lens.rollouts import ACTIVATIONS, ROLLOUTS
+from persona_lens.runs import RunError
+from persona_lens.shards import open_shard
 from persona_lens.statistics import Estimate
 from persona_lens.traits import Arm
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, load_vectors
@@ -197,14 +197,14 @@ def _sums(run: Path, vectors: PersonaVectors, reduction: str) -> tuple[Array, Ar
     Questions of which nothing was kept are left out.
     """
     rows = _rows(run / ROLLOUTS)
-    order = sorted(range(len(rows)), key=lambda at: _place(run, rows[at]))
+    if sorted(rows, key=lambda row: _place(run, row)) != rows:
+        raise GeometryError(f"{run / ROLLOUTS} is not in order: the run is not finished, or damaged")
     kept = _kept(run, len(rows))
-    request = {at: place for place, at in enumerate(order)}
     questions = sorted({int(row["question_number"]) for row in rows})
     shape = (len(questions), len(Arm), vectors.model.n_layers, vectors.model.d_model)
     sums, counts = np.zeros(shape), np.zeros(shape[:2])
     for at, values in _activations(run, reduction, len(rows), shape[2:]):
-        if kept[request[at]]:
+        if kept[at]:
             place = questions.index(int(rows[at]["question_number"])), list(Arm).index(Arm(rows[at]["arm"]))
             sums[place] += values
             counts[place] += 1
@@ -253,16 +253,19 @@ def _kept(run: Path, count: int) -> list[bool]:
 
 def _activations(run: Path, reduction: str, count: int, shape: tuple[int, ...]) -> Iterator[tuple[int, Array]]:
     """Every response's reduction, by its row in the file of responses."""
-    at = 0
+    seen: list[int] = []
     for file in sorted((run / ACTIVATIONS).glob("batch-*.safetensors")):
         try:
-            values = load_file(file)[reduction]
-        except (SafetensorError, OSError, KeyError) as error:
+            header, tensors = open_shard(file)
+            values, places = tensors[reduction], [int(place) for place in header["rows"]]
+        except (RunError, KeyError, TypeError, ValueError) as error:
             raise GeometryError(f"{file} is damaged, or holds no {reduction}: {error}") from error
         if tuple(values.shape[1:]) != shape:
             raise GeometryError(f"{file} holds {list(values.shape[1:])} a response; the vectors are {list(shape)}")
-        for row in values.to(torch.float64).numpy():
-            yield at, row
-            at += 1
-    if at != count:
-        raise GeometryError(f"{run / ACTIVATIONS} holds {at} responses and {ROLLOUTS} {count}; the run is not whole")
+        seen += places
+        if max(places, default=0) < count:
+            yield from zip(places, values.to(torch.float64).numpy(), strict=True)
+    if sorted(seen) != list(range(count)):
+        raise GeometryError(
+            f"{run / ACTIVATIONS} holds {len(seen)} responses and {ROLLOUTS} {count}; the run is not whole"
+        )

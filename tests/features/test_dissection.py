@@ -168,8 +168,12 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(backend: PlantedBackend
     with pytest.raises(RunError, match=r"settings\.seed: 0 -> 1"):
         run(backend, cut, seed=1)
     (whole / "decomposition.json").write_text("{")
-    with pytest.raises(FeaturesError, match=r"decomposition\.json is damaged"):
+    with pytest.raises(RunError, match=r"decomposition\.json is damaged"):
         run(backend, whole)
+    changed = (cut / "decomposition.json").read_text().replace('"norm": ', '"norm": 1')
+    (cut / "decomposition.json").write_text(changed)
+    with pytest.raises(RunError, match=r"decomposition\.json is damaged; remove it, and the same command makes it"):
+        run(backend, cut)
 
 
 def test_without_steering_no_model_runs_and_no_trait_is_needed(backend: PlantedBackend) -> None:
