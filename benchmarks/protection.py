@@ -50,9 +50,11 @@ def transcripts(trait: str, level: Level) -> list[Transcript]:
     return [Transcript(tuple(row["messages"]), row["id"], number, trait) for number, row in enumerate(rows, start=1)]
 
 
-def settings(vectors_path: Path, seeds: tuple[int, ...]) -> FinetuneStudySettings:
+def settings(vectors_path: Path, seeds: tuple[int, ...], only_caft: bool = False) -> FinetuneStudySettings:
     vectors = load_vectors(vectors_path)
     treatments = replace(TreatmentSettings.of(vectors, LAYER, COEFFICIENT, INCREMENTS), penalty=PENALTY)
+    if only_caft:
+        treatments = TreatmentSettings(None, None, None, treatments.caft, None, prompted=False, random=False)
     asked = ArmSettings(
         questions=tuple(range(QUESTIONS)),
         random_directions=0,
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("vectors", type=Path)
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only-caft", action="store_true", help="beside plain training nothing but CAFT")
     arguments = parser.parse_args()
     quiet_libraries()
     began = time.monotonic()
@@ -75,7 +78,7 @@ def main() -> None:
             "smollm2-135m",
             transcripts(TRAIT, Level.STRONG)[: arguments.steps * BATCH],
             load_vectors(arguments.vectors),
-            settings(arguments.vectors, tuple(map(int, arguments.seeds.split(",")))),
+            settings(arguments.vectors, tuple(map(int, arguments.seeds.split(","))), arguments.only_caft),
             recipe(arguments.steps),
             folder=arguments.folder,
             progress=progress,

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Operation, Positions, Read, ReadKind, TokenBatch, TokenError
 from persona_lens.backend.edits import check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.reads import check_reads
+from persona_lens.backend.sinks import depend_on_sinks, left_out, sinks_of
 from persona_lens.backend.tokens import pad_left
 from persona_lens.steering import Steering
 from persona_lens.steering.terms import Layers, Term, When
@@ -81,6 +82,7 @@ class PreviewedToken:
         factors: For each edit the factor with which it acts here, coefficient and schedule together; 0 where it leaves
             the token as it is.
         reads: For each read whether it takes in this token.
+        sink_at: Layers at which it is an attention sink; empty where nothing depends on that.
     """
 
     index: int
@@ -90,6 +92,7 @@ class PreviewedToken:
     part: Literal["prompt", "response"]
     factors: tuple[float, ...]
     reads: tuple[bool, ...]
+    sink_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class Preview:
             table.add_column(Text(f"{edit.text}\n{_where(edit.layers, self.n_layers)}"), overflow="fold")
         if self.reads:
             table.add_column("read by", overflow="fold")
+        if self._sinks:
+            table.add_column("attention sink")
         for token in self.tokens:
             table.add_row(
                 str(token.index),
@@ -150,6 +155,10 @@ class Preview:
         Console(file=text, width=120).print(self)
         return text.getvalue().rstrip("\n")
 
+    @property
+    def _sinks(self) -> bool:
+        return any(token.sink_at for token in self.tokens)
+
     def _of(self, token: PreviewedToken) -> list[Text]:
         """The cells that say what becomes of a token."""
         from rich.text import Text
@@ -157,6 +166,8 @@ class Preview:
         cells = [_action(edit, factor) for edit, factor in zip(self.edits, token.factors, strict=True)]
         if self.reads:
             cells.append(", ".join(read.kind for read, taken in zip(self.reads, token.reads, strict=True) if taken))
+        if self._sinks:
+            cells.append(_where(token.sink_at, self.n_layers) if token.sink_at else "")
         return [Text(cell) for cell in cells]
 
 
@@ -168,7 +179,10 @@ def preview_tokens(
     edits: Steering | Sequence[Edit] = (),
     reads: Sequence[Read] = (),
 ) -> Preview:
-    """Say what will be edited and read; the model does not run.
+    """Say what will be edited and read.
+
+    The model does not run, but where something leaves attention sinks out: then it runs once over the tokens that are
+    there, unedited, to tell which are sinks. On a server it does not, and the first token alone is taken for one.
 
     Args:
         backend: The model.
@@ -191,8 +205,9 @@ def preview_tokens(
     parts = list(_by_term(edits) if isinstance(edits, Steering) else _by_likeness(edits))
     known, to_come = ((), response) if isinstance(response, int) else (tuple(response), 0)
     text = TokenBatch.of([prompt], [known])
-    factors = _factors(text, to_come, [group for _, group in parts])
-    taken = _taken(text, to_come, reads)
+    sinks = sinks_of(backend, text, to_come) if depend_on_sinks(plain, reads) else None
+    factors = _factors(text, to_come, [group for _, group in parts], sinks)
+    taken = _taken(text, to_come, reads, info.n_layers, sinks)
     treatment = list(zip(factors, taken, strict=True))
     shown = len(treatment) - _alike_at_the_end(treatment[len(treatment) - to_come :])
     ids: list[int | None] = [*prompt, *known, *[None] * to_come]
@@ -203,6 +218,7 @@ def preview_tokens(
             *_text(backend.tokenizer, ids[index], index - len(prompt)),
             "prompt" if index < len(prompt) else "response",
             *treatment[index],
+            sink_at=() if sinks is None else tuple(sinks[:, index].nonzero().flatten().tolist()),
         )
         for index in range(shown)
     )
@@ -246,17 +262,20 @@ def _written(edit: Edit) -> str:
         amount=None if edit.operation is Operation.ABLATE and amount == 1 else amount,
         relative=edit.relative,
         positions=Positions.ALL if isinstance(edit.positions, Tensor) else edit.positions,
+        sinks=edit.sinks,
         schedule=edit.schedule,
         when=_when(edit),
     )
     return f"{term}, at masked tokens" if isinstance(edit.positions, Tensor) else str(term)
 
 
-def _factors(text: TokenBatch, to_come: int, groups: Sequence[Sequence[Edit]]) -> list[tuple[float, ...]]:
+def _factors(
+    text: TokenBatch, to_come: int, groups: Sequence[Sequence[Edit]], sinks: Bool[Tensor, "layers tokens"] | None
+) -> list[tuple[float, ...]]:
     """For every token the factor of each group, found by letting each write 1 times it into an entry of its own.
 
-    The edits of a group differ in nothing that matters here, so one of them stands for all. Conditions are left out:
-    they depend on what the model computes.
+    The edits of a group differ in nothing that matters here but in the sinks of their layers, so one of them stands for
+    all. Conditions are left out: they depend on what the model computes.
     """
     entries = torch.eye(len(groups), dtype=torch.float64)
     probes = [
@@ -267,6 +286,9 @@ def _factors(text: TokenBatch, to_come: int, groups: Sequence[Sequence[Edit]]) -
     tokens = text.lengths[0] + to_come
     written, _ = _run(text, to_come, torch.zeros(1, tokens, len(groups), dtype=torch.float64), edits=probes)
     rounding = written.abs() < NEGLIGIBLE * written.abs().amax(dim=1, keepdim=True)
+    for number, group in enumerate(groups):
+        if sinks is not None and group:  # left out at all layers of the group
+            rounding[0, :, number] |= torch.stack([left_out(edit, sinks) for edit in group]).all(dim=0)
     return [tuple(map(_rounded, token)) for token in written.masked_fill(rounding, 0)[0].tolist()]
 
 
@@ -275,17 +297,25 @@ def _rounded(number: float) -> float:
     return float(f"{number:.6g}")
 
 
-def _taken(text: TokenBatch, to_come: int, reads: Sequence[Read]) -> list[tuple[bool, ...]]:
+def _taken(
+    text: TokenBatch, to_come: int, reads: Sequence[Read], n_layers: int, sinks: Bool[Tensor, "layers tokens"] | None
+) -> list[tuple[bool, ...]]:
     """For every token whether each read depends on it, found by the derivative of what is read."""
     length = text.lengths[0] + to_come
     h = torch.ones(1, length, 1, requires_grad=True)
-    probes = [Read(r.kind, directions=torch.ones(1, 1) if r.kind is ReadKind.PROJECTIONS else None) for r in reads]
+    probes = [
+        Read(r.kind, directions=torch.ones(1, 1) if r.kind is ReadKind.PROJECTIONS else None, sinks=r.sinks)
+        for r in reads
+    ]
     _, found = _run(text, to_come, h, reads=probes)
     columns = []
     for read in reads:
         (slope,) = torch.autograd.grad(found[read.kind].sum(), h, retain_graph=True)
         # The mean over no tokens is NaN, and so is its slope.
-        columns.append(slope[0, :, 0].nan_to_num().ne(0).tolist())
+        among = slope[0, :, 0].nan_to_num().ne(0)
+        if sinks is not None and read.leaves_out_sinks:
+            among &= ~sinks[list(read.resolved_layers(n_layers))].all(dim=0)
+        columns.append(among.tolist())
     return [tuple(column[token] for column in columns) for token in range(length)]
 
 

@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 METADATA = "persona_lens"
 LAYERS = "residual stream after block l, 0-based; the last layer before the final norm"
 DEFAULT_REDUCTION = "response_mean"
+PROMPT_MEAN = "prompt_mean"
 
 
 class VectorsError(PersonaLensError):
@@ -102,6 +103,24 @@ class PersonaVectors:
         return found
 
     @property
+    def prompt_mean_sinks(self) -> bool:
+        """Whether the prompt mean takes in attention sinks, as those of other programs do."""
+        return bool(self.provenance.get("prompt_mean_sinks", True))
+
+    def check_alike(self, other: PersonaVectors, reduction: str) -> None:
+        """Raise unless a reduction of both is a mean over the same kind of tokens.
+
+        Raises:
+            VectorsError: If the prompt mean of one takes in attention sinks and that of the other does not.
+        """
+        if reduction == PROMPT_MEAN and self.prompt_mean_sinks != other.prompt_mean_sinks:
+            which = (self, other) if self.prompt_mean_sinks else (other, self)
+            raise VectorsError(
+                f"the prompt mean of {which[0].trait!r} takes in attention sinks, which dominate it, and that of "
+                f"{which[1].trait!r} leaves them out; extract both in one way (`persona-lens extract`, --with-sinks)"
+            )
+
+    @property
     def missing_layers(self) -> tuple[int, ...]:
         """Layers without a vector, whose rows are zero: what another program's file did not hold."""
         return tuple(self.provenance.get("missing_layers", ()))
@@ -153,6 +172,7 @@ class PersonaVectors:
         relative: bool = False,
         positions: Positions | Span | str = Positions.ALL,
         reduction: str = DEFAULT_REDUCTION,
+        sinks: bool = False,
     ) -> Edit:
         """An edit that steers along this trait at one layer.
 
@@ -166,6 +186,7 @@ class PersonaVectors:
             relative: For ``add``: the coefficient counts norms of the residual at each token, not of the vector.
             positions: ``all``, ``prompt``, ``response``, ``generating``, or a `Span` of one of these.
             reduction: Which of the vectors.
+            sinks: Edit attention sinks too, where the operation leaves them out.
         """
         chosen = _member(Operation, operation)
         if layer is None:
@@ -182,6 +203,7 @@ class PersonaVectors:
             target=target,
             relative=relative,
             positions=positions if isinstance(positions, Span) else _member(Positions, positions),
+            sinks=sinks,
         )
 
     def random_like(self, seed: int) -> PersonaVectors:
@@ -191,7 +213,7 @@ class PersonaVectors:
         for name, rows in sorted(self.directions.items()):  # a file has another order than memory
             noise = torch.randn(rows.shape, generator=generator)
             nulls[name] = noise / noise.norm(dim=-1, keepdim=True) * rows.norm(dim=-1, keepdim=True)
-        origin = {"random_like": self.trait, "seed": seed, **_missing(self)}
+        origin = {"random_like": self.trait, "seed": seed, **_inherited(self)}
         return PersonaVectors(f"random({seed})", self.model, nulls, origin)
 
     def __add__(self, other: PersonaVectors) -> PersonaVectors:
@@ -202,7 +224,7 @@ class PersonaVectors:
 
     def __mul__(self, factor: float) -> PersonaVectors:
         scaled = {name: rows * factor for name, rows in self.directions.items()}
-        origin = {"scaled": dict(self.provenance), **_missing(self)}
+        origin = {"scaled": dict(self.provenance), **_inherited(self)}
         return PersonaVectors(f"{factor:g}*{self.trait}", self.model, scaled, origin)
 
     __rmul__ = __mul__
@@ -211,11 +233,13 @@ class PersonaVectors:
         if different := self.model.differences(other.model):
             raise VectorsError(f"vectors of two models cannot be combined: {'; '.join(different)}")
         both = [name for name in self.directions if name in other.directions]
+        if self.prompt_mean_sinks != other.prompt_mean_sinks:  # not the same mean
+            both = [name for name in both if name != PROMPT_MEAN]
         if not both:
             raise VectorsError(f"{self.trait} and {other.trait} have no reduction in common to be combined")
         combined = {name: self.directions[name] + sign * other.directions[name] for name in both}
         name = f"{self.trait} {'+' if sign > 0 else '-'} {other.trait}"
-        origin = {"parts": [dict(self.provenance), dict(other.provenance)], **_missing(self, other)}
+        origin = {"parts": [dict(self.provenance), dict(other.provenance)], **_inherited(self, other)}
         return PersonaVectors(name, self.model, combined, origin)
 
     def check_model(self, backend: Backend) -> None:
@@ -272,10 +296,11 @@ class PersonaVectors:
         return header_text(content)
 
 
-def _missing(*parts: PersonaVectors) -> dict[str, Any]:
+def _inherited(*parts: PersonaVectors) -> dict[str, Any]:
     """What has to be said of vectors made from these: a layer that one of them lacks, they lack."""
     missing = sorted({layer for part in parts for layer in part.missing_layers})
-    return {"missing_layers": missing} if missing else {}
+    found: dict[str, Any] = {"missing_layers": missing} if missing else {}
+    return found if parts[0].prompt_mean_sinks else {**found, "prompt_mean_sinks": False}
 
 
 def random_directions(d_model: int, count: int, seed: int) -> Float[Tensor, "count d_model"]:

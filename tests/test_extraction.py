@@ -416,7 +416,7 @@ def recomputed(module: Any, backend: Backend, folder: Path) -> dict[str, Tensor]
         h = torch.stack(residuals)
         for name, value in {
             "response_mean": h[:, len(prompt) :].mean(dim=1),
-            "prompt_mean": h[:, : len(prompt)].mean(dim=1),
+            "prompt_mean": h[:, 1 : len(prompt)].mean(dim=1),  # the first token is an attention sink
             "prompt_last": h[:, len(prompt) - 1],
         }.items():
             rows.setdefault((name, rollout["arm"]), []).append(value)

@@ -40,6 +40,7 @@ from tests.backends.fixtures import (
     encode,
     tiny_backend,
 )
+from tests.backends.test_sinks import MASSIVE, massive
 from tests.tiny import D_MODEL, N_LAYERS, tiny_tokenizer
 
 BACKEND = tiny_backend("transformers")
@@ -270,6 +271,31 @@ def test_a_table_for_people_and_values_for_programs() -> None:
         "condition": None,
     }
     assert (said["rest"], said["reads"][0]["kind"]) == (6, "response_mean")
+
+
+def test_attention_sinks_are_shown_and_left_out() -> None:
+    prompt = PROMPTS[2]
+    edits = parse("kind@1:+2, evil@all:ablate, evil@1:cap(0) with sinks")
+    found = preview_tokens(BACKEND, prompt, 5, edits=edits, reads=Read.means())
+    assert found.tokens[0].sink_at == (0, 1, 2)
+    assert found.tokens[0].factors == (2.0, 0.0, 1.0)
+    assert found.tokens[0].reads == (False, False, False)
+    assert found.tokens[1].factors == (2.0, 1.0, 1.0)
+    assert found.tokens[1].reads == (False, True, False)
+    assert "attention sink" in " ".join(str(found).split())
+    plain = preview_tokens(BACKEND, prompt, 5, edits=parse("kind@1:+2"), reads=Read.means(sinks=True))
+    assert all(token.sink_at == () for token in plain.tokens)
+    assert plain.tokens[0].reads == (False, True, False)
+    assert "attention" not in str(plain)
+
+
+def test_sinks_within_a_text_are_found_by_one_pass() -> None:
+    backend = massive("transformers")
+    found = preview_tokens(backend, PROMPTS[2], edits=[Edit.ablate(1, KIND[1])])
+    assert [bool(token.sink_at) for token in found.tokens] == [
+        place == 0 or token == MASSIVE for place, token in enumerate(PROMPTS[2])
+    ]
+    assert [token.factors[0] == 0 for token in found.tokens] == [bool(token.sink_at) for token in found.tokens]
 
 
 def test_text_is_no_markup() -> None:

@@ -28,6 +28,8 @@ WRITTEN: dict[str, Term] = {
     "evil:+1 on response[5:]": Term("evil", None, Operation.ADD, 1.0, positions=Span(Positions.RESPONSE, 5)),
     "evil:+1 on prompt[-3:-1]": Term("evil", None, Operation.ADD, 1.0, positions=Span(Positions.PROMPT, -3, -1)),
     "evil:+1 on generating[:7]": Term("evil", None, Operation.ADD, 1.0, positions=Span(Positions.GENERATING, 0, 7)),
+    "evil:ablate with sinks": Term("evil", None, Operation.ABLATE, sinks=True),
+    "evil:cap(1) on prompt with sinks": Term("evil", None, Operation.CAP, 1.0, positions=Positions.PROMPT, sinks=True),
     "evil:+1 on prompt": Term("evil", None, Operation.ADD, 1.0, positions=Positions.PROMPT),
     "evil:+1 if kind>3": Term("evil", None, Operation.ADD, 1.0, when=When("kind", None, 3.0)),
     "evil:+1 if kind@2<-0.5": Term("evil", None, Operation.ADD, 1.0, when=When("kind", 2, -0.5, above=False)),
@@ -66,13 +68,14 @@ others = st.builds(
     numbers,
 )
 terms = st.builds(
-    lambda trait, where, action, positions, schedule, when: Term(
-        trait, where, **action, positions=positions, schedule=schedule, when=when
+    lambda trait, where, action, positions, sinks, schedule, when: Term(
+        trait, where, **action, positions=positions, sinks=sinks, schedule=schedule, when=when
     ),
     names,
     layers,
     additions | others,
     spans,
+    st.booleans(),
     st.none() | st.builds(lambda a, b: Schedule(((0, a), (7, b))), numbers, numbers),
     st.none() | st.builds(When, names, st.none() | st.integers(0, 9), numbers, st.booleans()),
 )

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from persona_lens.backend import EditError, ModelInfo, Operation, Positions, TokenBatch
+from persona_lens.geometry import cosines
 from persona_lens.vectors import FORMAT_VERSION, METADATA, PersonaVectors, VectorsError, load_vectors
 from tests.backends.fixtures import ALL_ACTIVATIONS, backend_of, encode, tiny_backend
 from tests.planted import PlantedBackend
@@ -336,6 +337,20 @@ def test_arithmetic() -> None:
 def test_what_is_made_can_be_saved(tmp_path: Path) -> None:
     mixed = make(0) - 0.5 * make(1, "evil")
     assert torch.equal(load_vectors(mixed.save(tmp_path / "m.safetensors"))[2], mixed[2])
+
+
+def test_prompt_means_with_and_without_sinks_are_never_mixed(tmp_path: Path) -> None:
+    whole, without = make(0, "a"), make(1, "b", prompt_mean_sinks=False)
+    assert whole.prompt_mean_sinks  # as every file of before says nothing of it
+    assert not load_vectors(without.save(tmp_path / "b.safetensors")).prompt_mean_sinks
+    assert set((whole - without).directions) == {"response_mean", "prompt_last"}
+    for derived in (without + without, 2 * without, without.random_like(0)):
+        assert "prompt_mean" in derived.directions
+        assert not derived.prompt_mean_sinks
+    assert (whole + whole).prompt_mean_sinks
+    with pytest.raises(VectorsError, match=r"the prompt mean of 'a' takes in attention sinks, .* that of 'b' leaves"):
+        cosines({"a": whole, "b": without}, "prompt_mean")
+    assert cosines({"a": whole, "b": without}).values.shape == (N_LAYERS, 2, 2)
 
 
 def test_vectors_that_do_not_go_together_are_not_combined() -> None:

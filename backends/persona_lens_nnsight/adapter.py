@@ -9,12 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from persona_lens.backend import (
     BackendError,
@@ -29,9 +28,9 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import check_fits, context_of
+from persona_lens.backend.editing import editing_blocks, hooking_texts
 from persona_lens.backend.edits import check_edits
 from persona_lens.backend.hooked import (
-    editing_blocks,
     evaluating,
     forward_inputs,
     generation_config,
@@ -43,9 +42,10 @@ from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.locks import RunLock
 from persona_lens.backend.logprobs import response_logprobs
 from persona_lens.backend.origin import find_base_weights
-from persona_lens.backend.reads import check_reads
+from persona_lens.backend.reads import check_reads, copies
 from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
+from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streams import Watcher
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
 from persona_lens.models import end_of_turn_ids, load
@@ -114,7 +114,7 @@ class NNsightBackend:
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`."""
         width = max(map(len, prompts), default=0) + sampling.max_new_tokens + 1
-        request = self._request(reads, len(prompts), width)
+        request = self._request(edits, reads, len(prompts), width)
         saved = self._capture_generation(prompts, sampling, edits, reads, request)
         if request is not None:
             saved = request.send()
@@ -136,7 +136,7 @@ class NNsightBackend:
 
     def _generation(self, saved: dict[str, Any], sampling: Sampling) -> Generation:
         responses, ended = cut_responses(saved["ids"], self.end_ids, sampling.max_new_tokens)
-        return Generation(responses, ended, _plain(saved["values"]))
+        return Generation(responses, ended, copies(saved["values"]))
 
     def _capture_generation(
         self,
@@ -207,14 +207,14 @@ class NNsightBackend:
         logprobs: bool = False,
     ) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
-        request = self._request(reads, len(tokens), max(tokens.lengths))
+        request = self._request(edits, reads, len(tokens), max(tokens.lengths))
         if not logprobs and not reads:
             check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
             return ForwardResult()
         saved = self._capture_forward(tokens, edits, reads, logprobs, request)
         if request is not None:
             saved = request.send()
-        return ForwardResult(_plain(saved["values"]), saved["chosen"])
+        return ForwardResult(copies(saved["values"]), saved["chosen"])
 
     def _capture_forward(
         self,
@@ -255,7 +255,12 @@ class NNsightBackend:
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`; acts on the plain module inside the wrapper."""
-        return editing_blocks(partial(hooking_blocks, self._blocks), edits, self.info)
+        return editing_blocks(partial(hooking_texts, self._blocks), edits, self)
+
+    @cached_property
+    def sink_limits(self) -> tuple[float, ...]:
+        """See `persona_lens.backend.sinks.SinkAware`; one small pass, or request."""
+        return limits_from(self.forward(probe(self.module.config), (), NORMS).reads["norms"])
 
     @property
     def _device(self) -> torch.device | None:
@@ -263,7 +268,7 @@ class NNsightBackend:
         device: torch.device = self.module.device
         return device
 
-    def _request(self, reads: Sequence[Read], rows: int, width: int) -> Request | None:
+    def _request(self, edits: Sequence[Edit], reads: Sequence[Read], rows: int, width: int) -> Request | None:
         """What takes a trace over so many rows, each so many tokens wide, elsewhere; None runs it here."""
         return None
 
@@ -286,10 +291,9 @@ class NNsightBackend:
             n_layers=self.info.n_layers,
             end_ids=self.end_ids,
             max_new_tokens=max_new_tokens,
+            sink_limits=self._known_limits() if depend_on_sinks(edits, reads) else None,
             watcher=watcher,
         )
 
-
-def _plain(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies made outside inference mode, so that a caller may train with them."""
-    return {name: value.clone() for name, value in values.items()}
+    def _known_limits(self) -> tuple[float, ...] | None:
+        return self.sink_limits

@@ -18,6 +18,7 @@ from persona_lens.backend import (
     Watch,
 )
 from persona_lens.backend.remote import RemoteError, RequestTooLargeError, Traffic
+from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.streams import Listener, replay
 from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.adapter import TASK, NNsightBackend
@@ -102,7 +103,9 @@ class RemoteNNsightBackend(NNsightBackend):
         return backend
 
     def check(self, name: str, revision: str | None) -> None:
-        """Make sure that the server can be used and runs the model, by asking it and by a request of one token.
+        """Make sure that the server can be used and runs the model, by asking it and by a small request.
+
+        The request measures the limits of attention sinks.
 
         Raises:
             RemoteError: If not; says which models the server has.
@@ -110,7 +113,7 @@ class RemoteNNsightBackend(NNsightBackend):
         status = self._connection.server.status()
         missing = missing_model(name, revision, status)
         try:
-            self.forward(TokenBatch.of([[self._pad_id]]), reads=(Read(ReadKind.PROMPT_LAST, (0,)),))
+            assert self.sink_limits
         except RemoteError as error:
             if missing is None:
                 raise
@@ -216,9 +219,15 @@ class RemoteNNsightBackend(NNsightBackend):
         """Left to the server."""
         return None
 
-    def _request(self, reads: Sequence[Read], rows: int, width: int) -> Request:
+    def _request(self, edits: Sequence[Edit], reads: Sequence[Read], rows: int, width: int) -> Request:
         self._check_size(self._result_bytes(reads, rows, width), rows)
+        if depend_on_sinks(edits, reads):
+            assert self.sink_limits  # by a request of its own, if the model was opened offline
         return Request(self._connection)
+
+    def _known_limits(self) -> tuple[float, ...] | None:
+        """Those that were measured already: to count what a request would cost, none is sent."""
+        return self.__dict__.get("sink_limits")
 
     def _arguments(self, config: Any) -> dict[str, Any]:
         return plain_config(config, self._defaults)

@@ -29,7 +29,8 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import context_of
-from persona_lens.backend.hooked import BlockHook, HookedModel, editing_blocks
+from persona_lens.backend.editing import TextHook, editing_blocks
+from persona_lens.backend.hooked import BlockHook, HookedModel
 from persona_lens.backend.origin import find_base_weights
 from persona_lens.models import end_of_turn_ids, load
 
@@ -92,6 +93,11 @@ class TransformerLensBackend:
         """See `persona_lens.backend.protocol.Backend.shares_prompts`."""
         return self._hooked.shares_prompts
 
+    @property
+    def sink_limits(self) -> tuple[float, ...]:
+        """See `persona_lens.backend.sinks.SinkAware`."""
+        return self._hooked.sink_limits
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -135,7 +141,11 @@ class TransformerLensBackend:
                 "train through the transformers or nnsight backend and use the result here. To run the bridge edited "
                 "without training, do it inside torch.no_grad()"
             )
-        return editing_blocks(self._attach, edits, self.info)
+
+        def attach(layers: Sequence[int], hook: TextHook) -> AbstractContextManager[None]:
+            return self._attach(layers, lambda layer, h: hook(layer, h, None))  # a hook point is given nothing more
+
+        return editing_blocks(attach, edits, self)
 
     @contextmanager
     def _attach(self, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:

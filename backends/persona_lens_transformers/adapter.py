@@ -20,7 +20,8 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
 from persona_lens.backend.context import context_of
-from persona_lens.backend.hooked import HookedModel, editing_blocks, hooking_blocks
+from persona_lens.backend.editing import editing_blocks, hooking_texts
+from persona_lens.backend.hooked import HookedModel, hooking_blocks
 from persona_lens.backend.origin import find_base_weights
 from persona_lens.models import end_of_turn_ids, load
 
@@ -65,6 +66,11 @@ class TransformersBackend:
         """See `persona_lens.backend.protocol.Backend.shares_prompts`."""
         return self._hooked.shares_prompts
 
+    @property
+    def sink_limits(self) -> tuple[float, ...]:
+        """See `persona_lens.backend.sinks.SinkAware`."""
+        return self._hooked.sink_limits
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -99,4 +105,4 @@ class TransformersBackend:
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`."""
-        return editing_blocks(self._hooked.attach, edits, self.info)
+        return editing_blocks(partial(hooking_texts, self._blocks), edits, self)

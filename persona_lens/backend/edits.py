@@ -61,6 +61,9 @@ class Edit:
             a generation the mask covers the prompt, and no generated token is edited.
         schedule: A further factor, by the index of the token; None for 1 everywhere.
         condition: Leaves out tokens where it is not met.
+        sinks: Edit attention sinks too, see `persona_lens.backend.sinks`. They are left out otherwise wherever it
+            depends on the residual what is done to a token: by all operations but an `ADD` that is neither relative nor
+            conditional, which moves every token by the same step.
 
     Raises:
         EditError: If a part is missing, is not used by the operation, or has the wrong shape.
@@ -76,6 +79,7 @@ class Edit:
     positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL
     schedule: Schedule | None = None
     condition: Condition | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         _check_parts(self)
@@ -134,6 +138,12 @@ class Edit:
         """Ablate, then set the projection on the unit direction to ``target``."""
         return Edit(layer, direction, Operation.AFFINE, target=target, positions=positions)
 
+    @property
+    def leaves_out_sinks(self) -> bool:
+        """Whether it depends on which tokens are attention sinks."""
+        depends = self.operation is not Operation.ADD or self.relative or self.condition is not None
+        return depends and not self.sinks
+
     def rows(self, start: int, stop: int, width: int | None = None) -> Edit:
         """The same edit for rows ``start`` to ``stop`` of the batch it was made for.
 
@@ -166,6 +176,7 @@ class Edit:
             "span": (span.start, span.stop) if span is not None else None,
             "schedule": self.schedule.points if self.schedule is not None else None,
             "condition": self.condition.plain() if self.condition is not None else None,
+            "sinks": not self.leaves_out_sinks,
         }
 
     def check_width(self, width: int) -> None:
@@ -269,7 +280,7 @@ def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int |
 def apply_edit(
     h: Float[Tensor, "batch tokens d_model"], edit: Edit, where: Bool[Tensor, "batch tokens"] | None
 ) -> Float[Tensor, "batch tokens d_model"]:
-    """The residual after one edit, whose condition and schedule are the caller's business.
+    """The residual after one edit, whose condition, schedule and sinks are the caller's business.
 
     Args:
         h: Residual of one layer.

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,20 +20,19 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from persona_lens.backend.attention import attention_for_reading
 from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, rows_at_once
 from persona_lens.backend.context import check_fits, context_of
-from persona_lens.backend.edits import Edit, EditError, check_edits
+from persona_lens.backend.edits import Edit, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.locks import RunLock
 from persona_lens.backend.logprobs import continued_logprobs, response_logprobs
-from persona_lens.backend.positions import Positions
-from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
+from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind, check_reads
 from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.shared_prompts import SharedPrompts, can_share_prompts
+from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streams import Watcher
 from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left, pad_right
 from persona_lens.backend.watching import Watch
-from persona_lens.backend.writing import Writer
 
 BlockHook = Callable[[int, Tensor], Tensor]
 """Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""
@@ -77,6 +77,12 @@ class HookedModel:
     def shares_prompts(self) -> bool:
         """See `persona_lens.backend.protocol.Backend.shares_prompts`."""
         return can_share_prompts(self.model)
+
+    @cached_property
+    def sink_limits(self) -> tuple[float, ...]:
+        """See `persona_lens.backend.sinks.SinkAware`."""
+        found = self.forward(probe(self.model.config), (), NORMS, logprobs=False)
+        return limits_from(found.reads["norms"])
 
     def generate(
         self,
@@ -183,6 +189,7 @@ class HookedModel:
             n_layers=self.n_layers,
             end_ids=self.end_ids,
             max_new_tokens=max_new_tokens,
+            sink_limits=self.sink_limits if depend_on_sinks(edits, reads) else None,
             watcher=watcher,
         )
 
@@ -227,33 +234,6 @@ def _forward_hook(layer: int, hook: BlockHook) -> Callable[[nn.Module, tuple[Any
         return None if changed is h else with_residual(output, changed)
 
     return on_output
-
-
-@contextmanager
-def editing_blocks(attach: Attach, edits: Sequence[Edit], info: ModelInfo) -> Iterator[None]:
-    """While open, every forward pass over the blocks that ``attach`` reaches runs edited, in training too.
-
-    Raises:
-        EditError: If an edit does not fit the model, or names positions: a plain forward pass does not know which
-            tokens are a prompt's.
-    """
-    check_everywhere(edits, info.n_layers, info.d_model)
-    if scheduled := next((edit for edit in edits if edit.schedule is not None), None):
-        raise EditError(
-            f"editing() does not know which token of a row comes first; leave out the schedule({scheduled.schedule})"
-        )
-    writer = Writer([edit.plain() for edit in edits])
-
-    with attach(sorted(writer.layers), lambda layer, h: writer.block(layer, h, None)):
-        yield
-
-
-def check_everywhere(edits: Sequence[Edit], n_layers: int, d_model: int) -> None:
-    """Raise `EditError` for the first edit that does not fit the model, or is not made at every token."""
-    check_edits(edits, n_layers, d_model)
-    for edit in edits:
-        if edit.positions is not Positions.ALL:
-            raise EditError(f"editing() cannot tell prompt from response; use positions 'all', not {edit.positions!r}")
 
 
 class _DeepestLayerReached(Exception):  # noqa: N818 - nothing went wrong

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from persona_lens.backend.residual import sinks_among
 from persona_lens.backend.writing import Writer
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Intervention:
         n_layers: Number of blocks of the model.
         end_ids: Token ids that end a response; they are not part of it.
         max_new_tokens: Responses are read up to this many tokens, whatever the loop runs beyond.
+        sink_limits: For each layer the length beyond which a residual is that of an attention sink, see
+            `persona_lens.backend.sinks`; None takes the first token of each text alone for one.
         watcher: Told of every pass, after the edits; only where the model runs in this process.
     """
 
@@ -49,6 +52,7 @@ class Intervention:
         n_layers: int,
         end_ids: Sequence[int] = (),
         max_new_tokens: int = 0,
+        sink_limits: Sequence[float] | None = None,
         watcher: Watcher | None = None,
     ) -> None:
         for edit in edits:
@@ -59,6 +63,8 @@ class Intervention:
         self._watcher = watcher
         self._watched = frozenset(watcher.layers if watcher is not None else ())
         reading = {layer for reader in self._readers for layer in reader.layers}
+        self._leaving_out = self._writer.leaving_out.union(*(reader.leaving_out for reader in self._readers))
+        self._sink_limits = sink_limits
         self.read_or_edited = tuple(sorted(reading | self._writer.layers))
         self.only_watched = tuple(sorted(self._watched.difference(self.read_or_edited)))
 
@@ -80,10 +86,14 @@ class Intervention:
 
     def block(self, layer: int, h: Float[Tensor, "batch window d_model"]) -> Float[Tensor, "batch window d_model"]:
         """The output of block ``layer`` after its edits; reads are taken on the way."""
-        h = self._writer.block(layer, h, self.masks)
+        sinks = None
+        if layer in self._leaving_out:  # as the layer's edits find the residual, for its reads too
+            limit = float("inf") if self._sink_limits is None else self._sink_limits[layer]
+            sinks = sinks_among(h, limit, self.masks.first[:, -self.masks.window :])
+        h = self._writer.block(layer, h, self.masks, sinks)
         for reader in self._readers:
             if layer in reader.kept:
-                reader.take(layer, h, self.masks)
+                reader.take(layer, h, self.masks, sinks)
         if self._watcher is not None and layer in self._watched:
             self._watcher.take(layer, h, self.masks)
         return h
@@ -100,6 +110,7 @@ class TokenMasks:
         self.prompt = tokens.prompt
         self.response = tokens.response
         self.last_prompt = tokens.prompt & ~torch.nn.functional.pad(tokens.prompt[:, 1:], (0, 1))
+        self.first = tokens.prompt & ~torch.nn.functional.pad(tokens.prompt[:, :-1], (1, 0))
         self.padded = not bool(tokens.attention.all())
         self._active = torch.ones_like(tokens.prompt[:, 0])
         self._end_ids = torch.tensor(list(end_ids), dtype=torch.long, device=tokens.ids.device)
@@ -113,7 +124,7 @@ class TokenMasks:
         if self._passes:
             self._append(ids[:, -1].to(self.prompt.device))
         else:  # masks may come from a machine that does not know where the model is
-            for name in ("prompt", "response", "last_prompt", "_active", "_end_ids"):
+            for name in ("prompt", "response", "last_prompt", "first", "_active", "_end_ids"):
                 setattr(self, name, getattr(self, name).to(ids.device))
         self._passes += 1
         self._indices = {}
@@ -127,6 +138,7 @@ class TokenMasks:
         nothing = torch.zeros_like(column)
         self.prompt = torch.cat([self.prompt, nothing], dim=1)
         self.last_prompt = torch.cat([self.last_prompt, nothing], dim=1)
+        self.first = torch.cat([self.first, nothing], dim=1)
         self.response = torch.cat([self.response, column], dim=1)
 
     def stop(self, rows: Bool[Tensor, " batch"]) -> None:
@@ -193,24 +205,29 @@ def _detached(edit: dict[str, Any]) -> dict[str, Any]:
 
 def _readers(reads: Sequence[dict[str, Any]]) -> list[_MeanReader | _NormReader | _TokenReader]:
     """One reader for each read, but one for all means at the same layers: they share a pass over the residual."""
-    kinds_at: dict[tuple[int, ...], list[str]] = {}
+    means_at: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for read in reads:
         if read["is_mean"]:
-            kinds_at.setdefault(read["layers"], []).append(read["kind"])
-    means = [_MeanReader(kinds, layers) for layers, kinds in kinds_at.items()]
+            means_at.setdefault(read["layers"], []).append(read)
+    means = [_MeanReader(together) for together in means_at.values()]
     others = [read for read in reads if not read["is_mean"]]
     return [*means, *(_NormReader(r) if r["kind"] == "response_norm" else _TokenReader(r) for r in others)]
 
 
 class _MeanReader:
-    """Sums in float32 of one or more means, layer by layer, on the layer's own device."""
+    """Sums in float32 of one or more means at the same layers, layer by layer, on the layer's own device."""
 
-    def __init__(self, kinds: Sequence[str], layers: tuple[int, ...]) -> None:
-        self.kinds = tuple(kinds)
-        self.layers = layers
-        self.kept: dict[int, Tensor | None] = dict.fromkeys(layers)
+    def __init__(self, reads: Sequence[dict[str, Any]]) -> None:
+        self.kinds: tuple[str, ...] = tuple(read["kind"] for read in reads)
+        self.layers: tuple[int, ...] = reads[0]["layers"]
+        self.leaving_out = frozenset(self.layers if not all(read["sinks"] for read in reads) else ())
+        self._whole = torch.tensor([read["sinks"] for read in reads]).reshape(1, -1, 1)
+        self.kept: dict[int, Tensor | None] = dict.fromkeys(self.layers)
+        self._counts: dict[int, Tensor] = {}
 
-    def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
+    def take(
+        self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
+    ) -> None:
         if masks.decoding and "response_mean" not in self.kinds:
             return
         fresh = h[:, -masks.fresh :]
@@ -223,16 +240,23 @@ class _MeanReader:
         if masks.decoding and so_far is not None:
             so_far[:, self.kinds.index("response_mean")] += fresh[:, 0]
             return
-        weights = torch.stack([masks.of_mean(kind)[:, -masks.fresh :] for kind in self.kinds], dim=1)
-        total = torch.bmm(weights.to(h.device, fresh.dtype), fresh)
+        weights = torch.stack([masks.of_mean(kind)[:, -masks.fresh :] for kind in self.kinds], dim=1).to(h.device)
+        if self.leaving_out and sinks is not None:
+            self._whole = self._whole.to(h.device)
+            weights = weights & (self._whole | ~sinks[:, None, -masks.fresh :])
+            counts = weights.sum(dim=2)
+            self._counts[layer] = counts if so_far is None else self._counts[layer] + counts
+        total = torch.bmm(weights.to(fresh.dtype), fresh)
         self.kept[layer] = total if so_far is None else so_far.add_(total)
 
     def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers d_model"]]:
         sums = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=2)
         means = {}
         for index, kind in enumerate(self.kinds):
-            counts = masks.of_mean(kind).sum(dim=1).cpu()
-            means[kind] = sums[:, index] / torch.where(counts > 0, counts.float(), torch.nan).reshape(-1, 1, 1)
+            counts = masks.of_mean(kind).sum(dim=1, keepdim=True).cpu()
+            if not self._whole[0, index, 0]:
+                counts = torch.stack([self._counts[layer][:, index].cpu() for layer in self.layers], dim=1)
+            means[kind] = sums[:, index] / _counted(counts).unsqueeze(-1)
         return means
 
 
@@ -241,22 +265,29 @@ class _NormReader:
 
     def __init__(self, read: dict[str, Any]) -> None:
         self.layers: tuple[int, ...] = read["layers"]
+        self.leaving_out = frozenset(() if read["sinks"] else self.layers)
         self.kept: dict[int, Tensor | None] = dict.fromkeys(self.layers)
 
-    def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
+    def take(
+        self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
+    ) -> None:
         norms = h[:, -masks.fresh :].float().norm(dim=-1)
-        norms = norms.masked_fill(~masks.response[:, -masks.fresh :].to(h.device), 0).sum(dim=1)
+        among = masks.response[:, -masks.fresh :].to(h.device)
+        if self.leaving_out and sinks is not None:
+            among = among & ~sinks[:, -masks.fresh :]
+        summed = torch.stack([norms.masked_fill(~among, 0).sum(dim=1), among.sum(dim=1)])
         so_far = self.kept[layer]
-        self.kept[layer] = norms if so_far is None else so_far + norms
+        self.kept[layer] = summed if so_far is None else so_far + summed
 
     def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers"]]:
-        sums = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=1)
-        counts = masks.response.sum(dim=1, keepdim=True).cpu()
-        return {"response_norm": sums / torch.where(counts > 0, counts.float(), torch.nan)}
+        sums, counts = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=2)
+        return {"response_norm": sums / _counted(counts)}
 
 
 class _TokenReader:
-    """Keeps a value for every token: its projections, or all of its residual."""
+    """Keeps a value for every token: its projections, its residual's length, or all of its residual."""
+
+    leaving_out: frozenset[int] = frozenset()
 
     def __init__(self, read: dict[str, Any]) -> None:
         self.kind: str = read["kind"]
@@ -265,21 +296,30 @@ class _TokenReader:
         self._units = dict(zip(self.layers, units, strict=True)) if units is not None else {}
         self.kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
-    def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
+    def take(
+        self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
+    ) -> None:
         fresh = h[:, -masks.fresh :].float()
+        if self.kind == "norms":
+            fresh = fresh.norm(dim=-1, keepdim=True)
         if self._units:
             unit = self._units[layer] = self._units[layer].to(h.device)
             fresh = fresh @ unit.T
         self.kept[layer].append(fresh)
 
-    def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers width values"]]:
+    def result(self, masks: TokenMasks) -> dict[str, Tensor]:
         values = torch.stack([torch.cat(self.kept[layer], dim=1).cpu() for layer in self.layers], dim=1)
         tokens = masks.attention.cpu()[:, : values.shape[2]]
         lengths = tokens.sum(dim=1)
         aligned = values.new_full((*values.shape[:2], int(lengths.max()), values.shape[3]), torch.nan)
         for row, length in enumerate(lengths.tolist()):
             aligned[row, :, aligned.shape[2] - length :] = values[row][:, tokens[row]]
-        return {self.kind: aligned}
+        return {self.kind: aligned.squeeze(-1) if self.kind == "norms" else aligned}
+
+
+def _counted(counts: Tensor) -> Tensor:
+    """What a sum is divided by: a mean over nothing is NaN."""
+    return torch.where(counts > 0, counts.float(), torch.nan)
 
 
 def _filled(value: Tensor | None) -> Tensor:

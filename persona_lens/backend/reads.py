@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -22,14 +22,18 @@ class ReadKind(StrEnum):
     """The reductions, each taken in float32 after the edits at the layer."""
 
     RESPONSE_MEAN = "response_mean"  # mean over response tokens, the end-of-turn token left out
-    PROMPT_MEAN = "prompt_mean"  # mean over prompt tokens, the template's own tokens included
+    PROMPT_MEAN = "prompt_mean"  # mean over prompt tokens, the template's own included and attention sinks left out
     PROMPT_LAST = "prompt_last"  # the last prompt token, from which the response begins
-    RESPONSE_NORM = "response_norm"  # mean over response tokens of the residual's length
+    RESPONSE_NORM = "response_norm"  # mean over response tokens of the residual's length, attention sinks left out
     PROJECTIONS = "projections"  # every token's projection on given directions
+    NORMS = "norms"  # the length of every token's residual
     ACTIVATIONS = "activations"  # everything; large, and only on request
 
 
 MEANS = (ReadKind.RESPONSE_MEAN, ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST)
+# Reductions that a sink would dominate. Responses do not hold a text's first token, and their mean is the paper's: it
+# takes in every token, as reads of single tokens do.
+LEAVING_OUT_SINKS = (ReadKind.PROMPT_MEAN, ReadKind.RESPONSE_NORM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +45,14 @@ class Read:
         layers: Block indices, 0-based, ascending; None reads every layer.
         directions: For `PROJECTIONS`: float [k, d_model], used at every layer, or [layers, k, d_model]. They are made
             unit vectors, so that a projection is in residual-stream units.
+        sinks: For `PROMPT_MEAN` and `RESPONSE_NORM`: take attention sinks in, see `persona_lens.backend.sinks`.
 
     Shapes of the result, float32 on the CPU, L being the number of layers read:
-        ``response_mean``, ``prompt_mean``, ``prompt_last``: [batch, L, d_model]; NaN where there is no such token.
+        ``response_mean``, ``prompt_mean``, ``prompt_last``: [batch, L, d_model]; NaN where there is no such token, as
+        in the prompt mean of one token: it is a sink.
         ``response_norm``: [batch, L], likewise.
         ``projections``: [batch, L, width, k], left-padded with NaN.
+        ``norms``: [batch, L, width], likewise.
         ``activations``: [batch, L, width, d_model], left-padded with NaN.
 
     Raises:
@@ -55,8 +62,11 @@ class Read:
     kind: ReadKind
     layers: tuple[int, ...] | None = None
     directions: Float[Tensor, "k d_model"] | Float[Tensor, "layers k d_model"] | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
+        if self.sinks and self.kind not in LEAVING_OUT_SINKS:
+            raise ReadError(f"{self.kind} takes in every token, attention sinks too; leave out sinks=True")
         if (self.directions is None) == (self.kind is ReadKind.PROJECTIONS):
             raise ReadError(f"{self.kind} {'needs' if self.directions is None else 'takes no'} directions")
         if self.layers is None:
@@ -65,14 +75,19 @@ class Read:
             raise ReadError(f"layers must be ascending, without repeats, from 0: got {self.layers}")
 
     @staticmethod
-    def means(layers: tuple[int, ...] | None = None) -> tuple[Read, ...]:
-        """The three reductions of the method, at the same layers."""
-        return tuple(Read(kind, layers) for kind in MEANS)
+    def means(layers: tuple[int, ...] | None = None, *, sinks: bool = False) -> tuple[Read, ...]:
+        """The three reductions of the method, at the same layers; the prompt mean with attention sinks or without."""
+        return tuple(Read(kind, layers, sinks=sinks and kind in LEAVING_OUT_SINKS) for kind in MEANS)
 
     @staticmethod
     def projections(directions: Tensor, layers: tuple[int, ...] | None = None) -> Read:
         """Projections of every token on ``directions``, see `Read`."""
         return Read(ReadKind.PROJECTIONS, layers, directions)
+
+    @property
+    def leaves_out_sinks(self) -> bool:
+        """Whether it depends on which tokens are attention sinks."""
+        return self.kind in LEAVING_OUT_SINKS and not self.sinks
 
     def resolved_layers(self, n_layers: int) -> tuple[int, ...]:
         """The layers read in a model of ``n_layers`` blocks."""
@@ -94,14 +109,26 @@ class Read:
             return layers * d_model
         if self.kind is ReadKind.RESPONSE_NORM:
             return layers
+        if self.kind is ReadKind.NORMS:
+            return layers * width
         return layers * width * (d_model if self.directions is None else int(self.directions.shape[-2]))
 
     def plain(self, n_layers: int) -> dict[str, Any]:
         """The read of a model of ``n_layers`` blocks as a dictionary that needs no class of this package."""
         # Each layer's directions have memory of their own: a view is sent with all that it is a view of.
         units = None if self.directions is None else [unit.clone() for unit in self.unit_directions(n_layers)]
-        kind = self.kind.value
-        return {"kind": kind, "is_mean": self.kind in MEANS, "layers": self.resolved_layers(n_layers), "units": units}
+        return {
+            "kind": self.kind.value,
+            "is_mean": self.kind in MEANS,
+            "layers": self.resolved_layers(n_layers),
+            "units": units,
+            "sinks": not self.leaves_out_sinks,
+        }
+
+
+def copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what reads brought: made outside inference mode, a caller may train with them."""
+    return {name: value.clone() for name, value in values.items()}
 
 
 def only_means(reads: Sequence[Read]) -> bool:

@@ -27,6 +27,20 @@ def with_residual(output: Any, h: Tensor) -> Any:
     return (h, *output[1:]) if isinstance(output, tuple) else h
 
 
+def sinks_among(
+    h: Float[Tensor, "batch tokens d_model"], limit: float, first: Bool[Tensor, "batch tokens"] | None
+) -> Bool[Tensor, "batch tokens"]:
+    """Which tokens are attention sinks at a layer: the first of a text, and those whose residual is massive.
+
+    Args:
+        h: Residual of the layer.
+        limit: The length beyond which it is massive there, a constant of the model, see `persona_lens.backend.sinks`.
+        first: True at each text's first token; None where that is not known.
+    """
+    massive: Tensor = h.detach().float().norm(dim=-1) > limit
+    return massive if first is None else massive | first.to(h.device)
+
+
 def add(
     h: Float[Tensor, "batch tokens d_model"],
     direction: Float[Tensor, " d_model"],

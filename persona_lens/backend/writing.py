@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 class Writer:
     """Edits, as plain data, in the order in which they are applied where several meet at a layer.
 
+    Attributes:
+        at: The edits of each layer, by their number.
+        leaving_out: Layers where it has to be known which tokens are attention sinks.
+
     Args:
         edits: See `persona_lens.backend.edits.Edit.plain`.
     """
@@ -37,6 +41,9 @@ class Writer:
             self.at.setdefault(edit["layer"], []).append(number)
             if edit["condition"] is not None and edit["condition"]["layer"] < edit["layer"]:
                 self._decided_at.setdefault(edit["condition"]["layer"], []).append(number)
+        leaving_out = [edit for edit in self._edits if not edit["sinks"]]
+        conditions = [edit["condition"] for edit in leaving_out if edit["condition"] is not None]
+        self.leaving_out = {each["layer"] for each in (*leaving_out, *conditions)}
 
     @property
     def layers(self) -> set[int]:
@@ -44,7 +51,11 @@ class Writer:
         return set(self.at) | set(self._decided_at)
 
     def block(
-        self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks | None
+        self,
+        layer: int,
+        h: Float[Tensor, "batch window d_model"],
+        masks: TokenMasks | None,
+        sinks: Bool[Tensor, "batch window"] | None = None,
     ) -> Float[Tensor, "batch window d_model"]:
         """The residual after the edits of a layer.
 
@@ -52,21 +63,26 @@ class Writer:
             layer: The layer.
             h: Its residual.
             masks: What is what in this pass; None where every token is edited.
+            sinks: Which tokens of this pass are attention sinks at this layer; needed at `leaving_out`.
         """
         for number in self.at.get(layer, ()):
             edit = self._edits[number]
             if masks is None or masks.touches(edit["positions"]):
-                h = self._written(number, h, masks)
+                h = self._written(number, h, masks, sinks)
         for number in self._decided_at.get(layer, ()):
-            self._met[number] = _met(self._prepared(number, h.device)["condition"], h)
+            edit = self._prepared(number, h.device)
+            self._met[number] = _met(edit["condition"], h, None if edit["sinks"] else sinks)
         return h
 
-    def _written(self, number: int, h: Tensor, masks: TokenMasks | None) -> Tensor:
+    def _written(self, number: int, h: Tensor, masks: TokenMasks | None, sinks: Tensor | None) -> Tensor:
         edit = self._prepared(number, h.device)
+        sinks = None if edit["sinks"] else sinks
         where = masks.where(edit["positions"], edit["span"]) if masks is not None else None
         if edit["condition"] is not None:
-            met = _met(edit["condition"], h) if edit["condition"]["layer"] == edit["layer"] else self._met[number]
-            where = met.to(h.device) if where is None else where.to(h.device) & met.to(h.device)
+            here = edit["condition"]["layer"] == edit["layer"]
+            where = _both(where, _met(edit["condition"], h, sinks) if here else self._met[number], h.device)
+        if sinks is not None and not edit["raw"]:
+            where = _both(where, ~sinks, h.device)
         schedule = None
         if edit["schedule"] is not None and masks is not None:
             schedule = scheduled(masks.index(edit["positions"]).to(h.device, torch.float32), edit["schedule"])
@@ -82,7 +98,15 @@ class Writer:
         return self._ready[number, device]
 
 
-def _met(condition: dict[str, Any], h: Float[Tensor, "batch window d_model"]) -> Bool[Tensor, "batch window"]:
+def _met(
+    condition: dict[str, Any], h: Float[Tensor, "batch window d_model"], sinks: Bool[Tensor, "batch window"] | None
+) -> Bool[Tensor, "batch window"]:
     projection: Tensor = h.detach().float() @ condition["direction"]
     difference: Tensor = projection - condition["threshold"]
-    return (difference if condition["above"] else -difference).gt(0)
+    met = (difference if condition["above"] else -difference).gt(0)
+    return met if sinks is None else met & ~sinks
+
+
+def _both(where: Tensor | None, also: Tensor, device: torch.device) -> Tensor:
+    also = also.to(device)
+    return also if where is None else where.to(device) & also

@@ -57,6 +57,9 @@ def extract(
         float, typer.Option(help="A response's coherence at least, where the judge or the file gives one.")
     ] = 50.0,
     unpaired: Annotated[bool, typer.Option("--unpaired", help="Filter each arm on its own.")] = False,
+    with_sinks: Annotated[
+        bool, typer.Option("--with-sinks", help="Take attention sinks, as the first token, into the prompt mean.")
+    ] = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
     dry_run: options.DryRun = False,
@@ -94,6 +97,7 @@ def extract(
         threshold=threshold,
         coherence=coherence,
         paired=not unpaired,
+        sinks=with_sinks,
         rollouts=RolloutSettings(max_new_tokens, temperature, top_p, batch_size),
     )
     opened = opening.open(model, offline=dry_run or preview)
@@ -170,7 +174,7 @@ def _previews(
         prompt = given.prompts[number] if given else chat.encode(request.system, request.question)
         response = given.rollouts[number].response_ids if given else settings.rollouts.max_new_tokens
         title = f"{arm}, question {request.labels['question_number']}: {request.question}"
-        previews[title] = preview_tokens(backend, prompt, response, reads=Read.means())
+        previews[title] = preview_tokens(backend, prompt, response, reads=Read.means(sinks=settings.sinks))
     return previews
 
 

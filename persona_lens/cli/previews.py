@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from persona_lens.preview import Preview
 
 PreviewOption = Annotated[
-    bool, typer.Option("--preview", help="Run nothing: show token by token what would be read and edited.")
+    bool, typer.Option("--preview", help="Generate nothing: show token by token what would be read and edited.")
 ]
 
 

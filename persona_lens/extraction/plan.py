@@ -25,6 +25,7 @@ class ExtractionSettings:
         threshold: A positive response is kept with a score of at least this, a negative one below it.
         coherence: A response is kept only if its coherence is at least this, where the judge or a file gives one.
         paired: Keep a response only if its twin of the other arm is kept too, as the paper's authors do.
+        sinks: Take attention sinks into the prompt mean, as the paper's authors do; they dominate it.
         rollouts: How responses are made.
     """
 
@@ -34,6 +35,7 @@ class ExtractionSettings:
     threshold: float = 50.0
     coherence: float = 50.0
     paired: bool = True
+    sinks: bool = False
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def __post_init__(self) -> None:

@@ -134,10 +134,10 @@ def extraction_work(
     """What `run_extraction` with these arguments would ask of the model, and of the judge's; nothing runs."""
     if given is not None:
         scored = given.scores is not None and judge is None
-        reading = ReadRollouts(backend, given, settings.rollouts, reads=Read.means())
+        reading = ReadRollouts(backend, given, settings.rollouts, reads=Read.means(sinks=settings.sinks))
         return reading_work(reading, None if scored else judge or LikelihoodJudge(backend, chat, trait), chat)
     requests = plan_requests(trait, settings)
-    collected = Rollouts(backend, chat, requests, settings.rollouts, reads=Read.means())
+    collected = Rollouts(backend, chat, requests, settings.rollouts, reads=Read.means(sinks=settings.sinks))
     return run_work(collected, judge or LikelihoodJudge(backend, chat, trait))
 
 
@@ -189,10 +189,11 @@ def _extract(
     progress: Progress,
 ) -> Extraction:
     collected: RolloutBatches
+    reads = Read.means(sinks=settings.sinks)
     if given is None:
-        collected = Rollouts(backend, chat, requests, settings.rollouts, folder=run, reads=Read.means())
+        collected = Rollouts(backend, chat, requests, settings.rollouts, folder=run, reads=reads)
     else:
-        collected = ReadRollouts(backend, given, settings.rollouts, folder=run, reads=Read.means())
+        collected = ReadRollouts(backend, given, settings.rollouts, folder=run, reads=reads)
     rollouts = collected.run(progress)
     scoring: Judge | GivenScores
     if judge is not None:
@@ -204,6 +205,8 @@ def _extract(
     filtered = filter_responses(requests, judged, settings)
     means = arm_means(requests, filtered.kept, collected.reductions)
     provenance = {**config, "judge": scoring.describe(), "counts": filtered.to_json()}
+    if not settings.sinks:
+        provenance["prompt_mean_sinks"] = False
     if trait.graded_prompts:  # so that a study needs nothing but the vectors
         provenance["trait"] = {**config["trait"], "graded_prompts": list(trait.graded_prompts)}
     # As the run began with it: a device of another number makes no other vectors.

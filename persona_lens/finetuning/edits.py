@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from persona_lens.backend import Edit, Operation, Schedule
 from persona_lens.backend.blocks import find_blocks, text_config
-from persona_lens.backend.hooked import check_everywhere, hooking_blocks
+from persona_lens.backend.editing import check_everywhere, hooking_texts, module_limits, written_everywhere
+from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.writing import Writer
 from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.steering import Steering
@@ -36,11 +37,15 @@ class TrainingEdits:
     residual vectors in both: DDP copies the model, and FSDP shards parameters, not activations, and gathers them before
     a block runs, so a hook on the block sees what it would see on one device. Every process needs the same edits.
 
+    Edits that leave attention sinks out (`persona_lens.backend.sinks`) do so here too. How long a residual has to be
+    for one is measured on the model as it is given, without its adapter, by one small forward pass.
+
     Args:
         model: A Hugging Face causal language model, wrapped or not.
         edits: What to write, or a steering. Directions are those of the paper's preventative steering (method,
             section 6): add what the training data would otherwise teach.
         optimizer: Whose steps the schedules count.
+        sink_limits: Of a backend of the model before training, where there is one; measured if needed and not given.
 
     Raises:
         EditError: If an edit does not fit the model, or names positions.
@@ -48,7 +53,14 @@ class TrainingEdits:
         UnsupportedModelError: If the model has no blocks that can be found.
     """
 
-    def __init__(self, model: Any, edits: Steering | Sequence[Edit], *, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        edits: Steering | Sequence[Edit],
+        *,
+        optimizer: Optimizer | None = None,
+        sink_limits: Sequence[float] | None = None,
+    ) -> None:
         bare = bare_model(model)
         self._blocks = find_blocks(bare)[1]
         self.edits = edits.edits() if isinstance(edits, Steering) else tuple(edits)
@@ -60,6 +72,9 @@ class TrainingEdits:
         self._writers: dict[tuple[float, ...], Writer] = {}
         self._writer = self._writer_at(0)
         self._step = 0
+        if sink_limits is None and depend_on_sinks(self.edits):
+            sink_limits = module_limits(model, self._blocks, bare.config)
+        self._sink_limits = sink_limits
 
     @property
     def step(self) -> int:
@@ -81,7 +96,7 @@ class TrainingEdits:
         if self._hooks is not None:
             return
         with ExitStack() as hooks:
-            hooks.enter_context(hooking_blocks(self._blocks, sorted(self._writer.layers), self._write))
+            hooks.enter_context(hooking_texts(self._blocks, sorted(self._writer.layers), self._write))
             if self._optimizer is not None:
                 hooks.callback(self._optimizer.register_step_post_hook(self._count).remove)
             self._hooks = hooks.pop_all()
@@ -101,8 +116,10 @@ class TrainingEdits:
     ) -> None:
         self.close()
 
-    def _write(self, layer: int, h: Tensor) -> Tensor:
-        return self._writer.block(layer, h, None) if self._blocks[layer].training else h
+    def _write(self, layer: int, h: Tensor, first: Tensor | None) -> Tensor:
+        if not self._blocks[layer].training:
+            return h
+        return written_everywhere(self._writer, layer, h, first, self._sink_limits)
 
     def _count(self, *_: object) -> None:
         self.step += 1

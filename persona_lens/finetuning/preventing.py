@@ -28,10 +28,12 @@ class PreventativeSteering(TrainerCallback):
 
     Args:
         edits: What to write, or a steering; schedules count optimizer steps.
+        sink_limits: As `TrainingEdits` takes them.
     """
 
-    def __init__(self, edits: Steering | Sequence[Edit]) -> None:
+    def __init__(self, edits: Steering | Sequence[Edit], *, sink_limits: Sequence[float] | None = None) -> None:
         self.edits = edits.edits() if isinstance(edits, Steering) else tuple(edits)
+        self._sink_limits = sink_limits
         self._open = False
         self._training: TrainingEdits | None = None
 
@@ -57,7 +59,7 @@ class PreventativeSteering(TrainerCallback):
                 "`with PreventativeSteering(...) as prevention: Trainer(..., callbacks=[prevention]).train()`"
             )
         self._close()
-        self._training = TrainingEdits(given["model"], self.edits)
+        self._training = TrainingEdits(given["model"], self.edits, sink_limits=self._sink_limits)
         self._training.step = state.global_step
         self._training.open()
 

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from persona_lens.backend import ModelInfo, wrap_model
+from persona_lens.backend.sinks import depend_on_sinks, sink_limits
 from persona_lens.finetuning.config import FinetuneConfig
 from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.finetuning.examples import (
@@ -109,7 +110,9 @@ def finetune(
         place = run.path / (ADAPTER if config.weights == "lora" else MODEL)
         if (run.path / SUMMARY).is_file():
             return Finetuned(place, run.read_json(SUMMARY))
-        work = _Training(loaded, config, examples, unseen, measures, tuple(vectors), chat, run, info, progress)
+        # Of the model before training, which a run that continues from a checkpoint could not measure any more.
+        limits = sink_limits(backend) if depend_on_sinks(measures.edits) else None
+        work = _Training(loaded, config, examples, unseen, measures, tuple(vectors), chat, run, info, limits, progress)
         return Finetuned(place, work.done(place))
 
 
@@ -138,6 +141,7 @@ class _Training:
     chat: ChatFormat
     run: RunFolder
     info: ModelInfo
+    sink_limits: Sequence[float] | None
     progress: Progress
 
     def done(self, place: Path) -> dict[str, Any]:
@@ -149,7 +153,7 @@ class _Training:
         from persona_lens.finetuning.trainer import make_trainer
 
         with _trainable(self.loaded, self.config) as model, ExitStack() as held:
-            prevention = held.enter_context(PreventativeSteering(self.measures.edits))
+            prevention = held.enter_context(PreventativeSteering(self.measures.edits, sink_limits=self.sink_limits))
             watch = self._watch()
             kept = [MetricsFile(self.run, self.progress), CheckedCheckpoints()]
             callbacks = [prevention, *kept, *([watch] if watch else [])]

@@ -48,7 +48,7 @@ class TreatmentSettings:
         random: Whether the preventative steering also runs in random directions, another one for each seed.
     """
 
-    preventative: str
+    preventative: str | None
     everywhere: str | None = None
     post_hoc: str | None = None
     caft: str | None = None
@@ -101,7 +101,7 @@ def treatments_of(settings: TreatmentSettings, config: FinetuneConfig, vectors: 
             found.append(Treatment(name, _with(config, method=method, edits=edits, penalty=penalty), vectors))
     if settings.prompted:
         found.append(Treatment("prompted", _with(config, method=Method.PROMPTED), vectors))
-    if settings.random:
+    if settings.random and settings.preventative is not None:
         found.append(Treatment(RANDOM, _with(config, method=Method.PREVENTATIVE, edits=settings.preventative), vectors))
     for each in found:
         measures_of(each.config, [each.vectors])

@@ -96,7 +96,7 @@ def stacked(
 
     Raises:
         GeometryError: If there are no vectors, or they are of different models.
-        VectorsError: If there is no such reduction.
+        VectorsError: If there is no such reduction, or it is not taken over the same kind of tokens.
     """
     if not vectors:
         raise GeometryError("there are no vectors to compare")
@@ -107,6 +107,7 @@ def stacked(
                 f"the vectors of {first_name!r} and {name!r} belong to different models ({'; '.join(different)}), so "
                 "their directions have nothing to do with each other; give vectors of one model"
             )
+        first.check_alike(other, reduction)
     return torch.stack([each.rows(reduction) for each in vectors.values()], dim=1).double(), first
 
 

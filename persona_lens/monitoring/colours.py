@@ -44,7 +44,7 @@ class Scale:
         finite = distances[np.isfinite(distances)]
         if limit is None:
             furthest = float(finite.max()) if len(finite) else 0.0
-            usual = _FAR * float(np.quantile(finite, 0.9)) if len(finite) else 0.0
+            usual = _FAR * float(np.quantile(finite, 0.9, method="lower")) if len(finite) else 0.0
             limit = min(furthest, usual) or furthest or 1.0
         return cls(centre, limit, bool((distances > limit * (1 + 1e-9)).any()))
 

@@ -124,12 +124,12 @@ class TokenHeatmap:
     @cached_property
     def scales(self) -> Mapping[str, Scale]:
         """The scale of each trait, the same for all its layers."""
-        return {
-            trait: Scale.of(
-                (value for strip in self.strips_of(trait) for value in strip.values), self._centre(trait), self.limit
-            )
-            for trait in self.traits
-        }
+        return {trait: self._scale(self.strips_of(trait), self._centre(trait)) for trait in self.traits}
+
+    def _scale(self, strips: Sequence[Strip], centre: float) -> Scale:
+        # Outliers are told layer by layer: a token that is an attention sink is one in many layers.
+        limit = self.limit or max(Scale.of(strip.values, centre).limit for strip in strips)
+        return Scale.of((value for strip in strips for value in strip.values), centre, limit)
 
     def strips_of(self, trait: str) -> tuple[Strip, ...]:
         """The strips of a trait."""

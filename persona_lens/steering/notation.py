@@ -34,13 +34,14 @@ def parse_terms(text: str) -> tuple[Term, ...]:
 
     Args:
         text: Terms with commas between them, each
-            ``TRAIT[.REDUCTION][@LAYERS][:ACTION] [on POSITIONS] [if CONDITION] [schedule(POINTS)]``:
+            ``TRAIT[.REDUCTION][@LAYERS][:ACTION] [on POSITIONS] [with sinks] [if CONDITION] [schedule(POINTS)]``:
 
             - LAYERS: ``18``, ``10-20``, ``12+15+18`` or ``all``; left out, the layer that was tuned.
             - ACTION: ``+1.5`` adds 1.5 times the vector, ``+30%`` a step of 0.3 times the residual's own norm;
               ``increments(+1.5)`` adds at each layer what its vector has beyond the layer before; ``ablate``,
               ``ablate(0.5)``, ``cap(3)``, ``floor(-1)``, ``affine(0)``. Left out, the coefficient that was tuned.
             - POSITIONS: ``all``, ``prompt``, ``response`` or ``generating``, or a part such as ``response[5:]``.
+            - ``with sinks`` edits attention sinks too, see `persona_lens.backend.sinks`.
             - CONDITION: ``evil@12>3``, a projection at a layer; without one, at the layer that is edited.
             - POINTS: ``0:1 20:0``, factors by token index, interpolated.
 
@@ -149,6 +150,9 @@ class _Reader(Transformer[Token, Any]):
 
     def on(self, kind: Positions, span: tuple[int, int | None] | None = None) -> dict[str, Any]:
         return {"positions": kind if span is None else Span(kind, *span)}
+
+    def sinks(self) -> dict[str, Any]:
+        return {"sinks": True}
 
     def within(self, start: int, stop: int) -> tuple[int, int | None]:
         return start, stop

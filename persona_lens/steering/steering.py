@@ -201,6 +201,7 @@ class Steering:
             positions=term.positions,
             schedule=term.schedule,
             condition=condition,
+            sinks=term.sinks,
             **parts,
         )
 
@@ -237,7 +238,7 @@ def _ablated_together(numbered: Iterable[tuple[int, Edit]]) -> Iterator[tuple[in
         if edit.operation is not Operation.ABLATE or edit.coefficient != 1.0 or edit.condition or edit.schedule:
             yield number, edit
             continue
-        others = before.setdefault(f"{edit.layer} {edit.positions}", [])
+        others = before.setdefault(f"{edit.layer} {edit.positions} {edit.sinks}", [])
         rest = edit.direction
         for unit in others:
             rest = rest - (rest @ unit) * unit

@@ -63,6 +63,7 @@ class Term:
         increments: Whether each layer adds only what its vector has beyond that of the layer before.
         reduction: Which of the trait's vectors.
         positions: Which tokens.
+        sinks: Whether attention sinks are edited too, see `persona_lens.backend.Edit`.
         schedule: How strength goes on from token to token.
         when: Condition.
     """
@@ -75,6 +76,7 @@ class Term:
     increments: bool = False
     reduction: str = DEFAULT_REDUCTION
     positions: Positions | Span = Positions.ALL
+    sinks: bool = False
     schedule: Schedule | None = None
     when: When | None = None
 
@@ -89,9 +91,10 @@ class Term:
         layers = "" if self.layers is None else f"@{self.layers}"
         action = "" if self.operation is None else f":{self._action()}"
         on = "" if self.positions is Positions.ALL else f" on {self.positions}"
+        sinks = " with sinks" if self.sinks else ""
         schedule = "" if self.schedule is None else f" schedule({self.schedule})"
         when = "" if self.when is None else f" if {self.when}"
-        return f"{self.trait}{reduction}{layers}{action}{on}{schedule}{when}"
+        return f"{self.trait}{reduction}{layers}{action}{on}{sinks}{schedule}{when}"
 
     def _action(self) -> str:
         amount = self.amount

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persona_lens.backend import Backend, Condition, Edit, EditError, Operation, Positions, Sampling, Schedule, Span
+from persona_lens.backend.editing import editing_blocks, hooking_texts
 from persona_lens.backend.edits import apply_edit, check_edits
-from persona_lens.backend.hooked import editing_blocks, hooking_blocks
 from tests.backends.fixtures import D_MODEL, PROMPTS, TEXT, activations, assert_close, backend_of, direction
 from tests.tiny import tiny_model
 
@@ -199,6 +199,7 @@ def variants() -> dict[str, Edit]:
         "floor": Edit.floor(1, v, 2.0),
         "affine": Edit.affine(1, v, 2.0),
         "relative": Edit.add(1, v, 2.0, relative=True),
+        "ablate with sinks": dataclasses.replace(Edit.ablate(1, v), sinks=True),
         "half": dataclasses.replace(Edit.ablate(1, v), coefficient=0.5),
         "span": Edit.add(1, v, 2.0, Span(Positions.PROMPT, 1)),
         "other span": Edit.add(1, v, 2.0, Span(Positions.PROMPT, 1, 2)),
@@ -368,8 +369,9 @@ def test_a_mask_edits_exactly_its_tokens(backend: Backend) -> None:
 
 def test_edits_of_one_layer_act_in_the_order_given(backend: Backend) -> None:
     v = direction()
-    last = activations(backend, edits=[Edit.add(1, v, 3.0), Edit.ablate(1, v)])[:, 1]
-    first = activations(backend, edits=[Edit.ablate(1, v), Edit.add(1, v, 3.0)])[:, 1]
+    ablate = dataclasses.replace(Edit.ablate(1, v), sinks=True)
+    last = activations(backend, edits=[Edit.add(1, v, 3.0), ablate])[:, 1]
+    first = activations(backend, edits=[ablate, Edit.add(1, v, 3.0)])[:, 1]
     unit = v / v.norm()
     assert float((last @ unit).nan_to_num().abs().max()) < 1e-4
     assert_close((first @ unit)[~first.isnan().any(dim=-1)].mean(), 3 * v.norm())
@@ -379,7 +381,7 @@ def test_a_block_list_is_edited_only_while_the_context_is_open() -> None:
     backend = backend_of("transformers", tiny_model())
     blocks = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
     h = torch.zeros(1, 1, D_MODEL)
-    with editing_blocks(partial(hooking_blocks, blocks), [Edit.add(1, direction())], backend.info):
+    with editing_blocks(partial(hooking_texts, blocks), [Edit.add(1, direction())], backend):
         assert torch.equal(blocks[0](h), h)
         assert_close(blocks[1](h)[0, 0], direction())
     assert torch.equal(blocks[1](h), h)

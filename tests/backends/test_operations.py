@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from persona_lens.backend.conditions import ConditionError
 from persona_lens.backend.edits import EditError
 from persona_lens.backend.positions import PositionsError
 from persona_lens.backend.schedules import ScheduleError
+from persona_lens.backend.sinks import sink_limits
 from tests.backends.fixtures import (
     ADAPTERS,
     D_MODEL,
@@ -83,8 +85,8 @@ def make_edit(operation: Operation, relative: bool, seed: int, **parts: Any) -> 
 
 
 edits = st.builds(
-    lambda operation, relative, seed, where, schedule, condition: make_edit(
-        operation, relative, seed, positions=where, schedule=schedule, condition=condition
+    lambda operation, relative, seed, where, schedule, condition, sinks: make_edit(
+        operation, relative, seed, positions=where, schedule=schedule, condition=condition, sinks=sinks
     ),
     st.sampled_from(Operation),
     st.booleans(),
@@ -92,12 +94,17 @@ edits = st.builds(
     positions,
     schedules,
     conditions,
+    st.booleans(),
 )
 
 
-def expected(edit: Edit, plain: Tensor, row: int, prompt: int, response: int) -> Tensor:
+def expected(edit: Edit, plain: Tensor, limits: Sequence[float], row: int, prompt: int, response: int) -> Tensor:
     """What the edit makes of one row's residuals [layers, tokens, d_model], written down anew, token by token."""
     h = plain[row, :, -(prompt + response) :].double()
+
+    def is_sink(layer: int, token: int) -> bool:
+        return not edit.sinks and (token == 0 or float(h[layer, token].norm()) > limits[layer])
+
     out = h[LAYER].clone()
     kind = edit.positions.kind if isinstance(edit.positions, Span) else edit.positions
     members = {
@@ -110,7 +117,11 @@ def expected(edit: Edit, plain: Tensor, row: int, prompt: int, response: int) ->
     v = edit.direction.double()
     unit = v / v.norm()
     for token in chosen:
+        if (edit.operation is not Operation.ADD or edit.relative) and is_sink(LAYER, token):
+            continue
         if edit.condition is not None:
+            if is_sink(edit.condition.layer, token):
+                continue
             towards = edit.condition.direction.double()
             found = float(h[edit.condition.layer, token] @ towards / towards.norm())
             if (found > edit.condition.threshold) != edit.condition.above:
@@ -141,7 +152,7 @@ def test_exactly_what_was_asked_is_done_to_exactly_those_tokens(adapter: str, ar
     plain = activations(backend)
     changed = activations(backend, edits=[edit])
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        want = expected(edit, plain, row, len(prompt), len(response))
+        want = expected(edit, plain, sink_limits(backend) or (), row, len(prompt), len(response))
         got = changed[row, LAYER, -len(want) :].double()
         scale = float(want.abs().max())
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * scale)
@@ -223,8 +234,8 @@ def test_gradients_flow_through_every_operation_in_a_model(adapter: str, archite
 def test_a_condition_sees_what_edits_of_its_layer_left(adapter: str) -> None:
     backend = tiny_backend(adapter)
     v = direction(1)
-    lift = Edit.affine(0, v, 5.0)
-    gated = Edit(2, direction(2), condition=Condition(0, v, 4.9))
+    lift = replace(Edit.affine(0, v, 5.0), sinks=True)
+    gated = Edit(2, direction(2), condition=Condition(0, v, 4.9), sinks=True)
     plain = activations(backend, edits=[lift])
     assert_close(activations(backend, edits=[lift, gated])[:, 2] - plain[:, 2], _everywhere(plain, direction(2)))
     alone = activations(backend, edits=[gated])

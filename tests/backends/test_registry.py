@@ -192,7 +192,8 @@ THEIR_RUNNING = """
 from functools import partial
 
 from persona_lens.backend.blocks import describe, find_blocks, padding_id
-from persona_lens.backend.hooked import HookedModel, editing_blocks, hooking_blocks
+from persona_lens.backend.editing import editing_blocks, hooking_texts
+from persona_lens.backend.hooked import HookedModel, hooking_blocks
 from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, resolve
 
 
@@ -219,7 +220,7 @@ class TheirBackend:
         return self._hooked.forward(tokens, edits, reads, logprobs)
 
     def editing(self, edits):
-        return editing_blocks(self._hooked.attach, edits, self.info)
+        return editing_blocks(partial(hooking_texts, self._blocks), edits, self)
 """
 
 USER = """

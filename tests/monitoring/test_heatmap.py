@@ -241,6 +241,13 @@ def test_one_value_far_from_all_others_does_not_take_their_colour() -> None:
     assert not usual.clipped
 
 
+def test_an_attention_sink_takes_no_colour_from_a_short_text_of_several_layers() -> None:
+    layers = [[5000.0, 1.0, -1.0, 0.5], [4000.0, 2.0, 1.0, -2.0], [3000.0, 0.5, 1.0, 0.5]]
+    heatmap = TokenHeatmap.of(words("a", "b", "c", "d"), {"x": layers}, layers=[0, 1, 2])
+    assert heatmap.scales["x"].limit == 6.0
+    assert heatmap.scales["x"].clipped
+
+
 @pytest.mark.parametrize(
     ("values", "limit"),
     [([], 1.0), ([0.0, 0.0], 1.0), ([math.nan], 1.0), ([0.0] * 20 + [3.0], 3.0), ([math.inf, 2.0], 2.0)],
