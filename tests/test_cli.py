@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationMixin
 from typer.testing import CliRunner, Result
 
 from persona_lens import PersonaLensError
@@ -581,7 +582,7 @@ def test_steerings_that_cannot_be_read_are_refused(
 def test_a_preview_shows_each_steering_and_generates_nothing(
     model: Path, extracted: tuple[Path, dict[str, Any]], others: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    monkeypatch.setattr(GenerationMixin, "generate", None)
     specs = ("optimistic@1:+3 on response[2:] if evil@0>3", "evil@all:ablate")
     generate = ("generate", str(model), str(extracted[0]), "Hi", "--with", str(others / "evil"), *TINY, "--preview")
     edits = [part for spec in specs for part in ("--edits", spec)]
@@ -594,7 +595,7 @@ def test_a_preview_shows_each_steering_and_generates_nothing(
         expected = preview_tokens(backend, ids, 8, edits=Steering.parse(spec, vectors)).to_json()
         assert {"title": spec, **json.loads(json.dumps(expected))} == each
     shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, [*generate, *edits]).stdout
-    for part in ("<|im_start|>", "+3 if evil@0>3", "ablate", "response token 2", "all layers"):
+    for part in ("<|im_start|>", "+3 if evil@0>3", "ablate", "response token 2", "all layers", "attention"):
         assert part in shown
 
 
@@ -608,6 +609,8 @@ def test_a_preview_of_a_sweep_and_of_an_extraction(
         ("vector:-2 on generating", [0, 2]),
         ("vector:+2 on generating", [0, 2]),
     ]
+    monkeypatch.undo()
+    monkeypatch.setattr(GenerationMixin, "generate", None)  # one pass tells attention sinks
     trait = load_trait("optimistic")
     assert trait.evaluation_questions[0] in preview["title"]
     assert [token["factors"] for token in preview["tokens"]][-5:] == [[0, 0], *[[-2, 2]] * 4]

@@ -13,7 +13,7 @@ limits are constants of the model, `MULTIPLE` times the typical length of a resi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,19 +57,19 @@ def depend_on_sinks(edits: Sequence[Edit], reads: Sequence[Read] = ()) -> bool:
     return any(edit.leaves_out_sinks for edit in edits) or any(read.leaves_out_sinks for read in reads)
 
 
-@runtime_checkable
 class SinkAware(Protocol):
     """A backend that tells sinks by their length too. Backends need not; those of this package all do."""
 
     @property
-    def sink_limits(self) -> tuple[float, ...]:
+    def sink_limits(self) -> tuple[float, ...] | None:
         """For each layer the length beyond which a residual is a sink's; measured when it is first asked for."""
         ...
 
 
 def sink_limits(backend: Backend) -> tuple[float, ...] | None:
     """The limits of a backend's model; None where the backend takes the first token of each text alone for a sink."""
-    return backend.sink_limits if isinstance(backend, SinkAware) else None
+    found: tuple[float, ...] | None = getattr(backend, "sink_limits", None)
+    return found
 
 
 def sinks_of(backend: Backend, text: TokenBatch, to_come: int = 0) -> Bool[Tensor, "layers tokens"]:

@@ -20,6 +20,7 @@ from persona_lens.backend import (
     watched_generation,
 )
 from persona_lens.backend.context import context_length
+from persona_lens.backend.sinks import sink_limits
 from persona_lens.backend.origin import base_weights_of
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class SteeredBackend:
     def base_weights(self) -> str | None:
         """See `persona_lens.backend.origin`."""
         return base_weights_of(self.inner)
+
+    @property
+    def sink_limits(self) -> tuple[float, ...] | None:
+        """See `persona_lens.backend.sinks`."""
+        return sink_limits(self.inner)
 
     def generate(
         self,

@@ -262,7 +262,7 @@ def _residual_norms(
     run: RunFolder | None,
     progress: Progress,
 ) -> Float[Tensor, " layers"]:
-    """Mean length of the residual over the tokens of unsteered responses, at every layer."""
+    """Mean length of the residual over the tokens of unsteered responses, sinks left out, at every layer."""
     collected = collect_arms(
         backend, {}, trait, settings, chat, folder=run, prefix="norms-", reads=[Read(ReadKind.RESPONSE_NORM)]
     )

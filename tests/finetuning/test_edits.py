@@ -61,7 +61,9 @@ def test_several_signed_edits_act_in_their_order() -> None:
         after = residuals(model, 0)
     moved = before + 1.5 * direction() - 0.5 * direction(1)
     unit = direction(2) / direction(2).norm()
-    torch.testing.assert_close(after, moved - (moved @ unit).unsqueeze(-1) * unit, rtol=1e-4, atol=1e-4)
+    ablated = moved - (moved @ unit).unsqueeze(-1) * unit
+    torch.testing.assert_close(after[:, 1:], ablated[:, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[:, 0], moved[:, 0], rtol=1e-4, atol=1e-4)  # an attention sink
 
 
 def test_increments_at_all_layers_add_up(vectors: Any) -> None:
