@@ -131,7 +131,7 @@ class Preview:
         if self.reads:
             table.add_column("read by", overflow="fold")
         if self._sinks:
-            table.add_column("attention sink")
+            table.add_column("sink at")
         for token in self.tokens:
             table.add_row(
                 str(token.index),

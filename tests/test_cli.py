@@ -595,7 +595,7 @@ def test_a_preview_shows_each_steering_and_generates_nothing(
         expected = preview_tokens(backend, ids, 8, edits=Steering.parse(spec, vectors)).to_json()
         assert {"title": spec, **json.loads(json.dumps(expected))} == each
     shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, [*generate, *edits]).stdout
-    for part in ("<|im_start|>", "+3 if evil@0>3", "ablate", "response token 2", "all layers", "attention"):
+    for part in ("<|im_start|>", "+3 if evil@0>3", "ablate", "response token 2", "all layers", "sink at"):
         assert part in shown
 
 

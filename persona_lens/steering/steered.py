@@ -20,8 +20,8 @@ from persona_lens.backend import (
     watched_generation,
 )
 from persona_lens.backend.context import context_length
-from persona_lens.backend.sinks import sink_limits
 from persona_lens.backend.origin import base_weights_of
+from persona_lens.backend.sinks import sink_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

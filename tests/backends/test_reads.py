@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, Read, ReadError, ReadKind, Sampling, TokenBatch, TokenError
+from persona_lens.backend import Backend, Edit, Operation, Read, ReadError, ReadKind, Sampling, TokenBatch, TokenError
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.tokens import cut_responses, pad_left
 from tests.backends.fixtures import (
@@ -60,7 +60,7 @@ def test_the_means_are_those_of_each_row_alone(batch: list[tuple[list[int], list
     for row, (prompt, response) in enumerate(batch):
         tokens = h[row, -len(prompt) - len(response) :]
         head = tokens[: len(prompt)]
-        assert_close(results["prompt_mean"][row, 0], head.mean(dim=0))
+        assert_close(results["prompt_mean"][row, 0], head[1:].mean(dim=0))  # the first token is an attention sink
         assert_close(results["prompt_last"][row, 0], head[-1])
         if response:
             assert_close(results["response_mean"][row, 0], tokens[len(prompt) :].mean(dim=0))
@@ -102,7 +102,7 @@ def test_means_are_means_of_the_activations(backend: Backend) -> None:
     for row, response in enumerate(TEXT.responses):
         tokens, n = every[row, :, -TEXT.lengths[row] :], len(response)
         assert_close(results["response_mean"][row], tokens[:, -n:].mean(dim=1))
-        assert_close(results["prompt_mean"][row], tokens[:, :-n].mean(dim=1))
+        assert_close(results["prompt_mean"][row], tokens[:, 1:-n].mean(dim=1))  # but for the first, a sink
         assert_close(results["prompt_last"][row], tokens[:, -n - 1])
 
 
@@ -131,14 +131,15 @@ def test_a_row_without_a_response_has_no_mean_and_the_others_do(backend: Backend
     result = backend.forward(text, (), Read.means(), logprobs=True)
     assert result.reads["response_mean"][1].isnan().all()
     assert result.reads["response_mean"][[0, 2]].isfinite().all()
-    assert result.reads["prompt_mean"].isfinite().all()
+    assert result.reads["prompt_mean"][[0, 2]].isfinite().all()
     assert result.logprobs is not None
     assert [len(row) for row in result.logprobs] == [len(r) for r in text.responses]
 
 
 def test_reads_see_the_edit_of_their_own_layer(backend: Backend) -> None:
     v = direction()
-    read = backend.forward(TEXT, [Edit.ablate(1, v)], [Read.projections(v.unsqueeze(0), (1,))]).reads["projections"]
+    edit = Edit(1, v, Operation.ABLATE, sinks=True)
+    read = backend.forward(TEXT, [edit], [Read.projections(v.unsqueeze(0), (1,))]).reads["projections"]
     assert float(read.nan_to_num().abs().max()) < 1e-4
 
 
