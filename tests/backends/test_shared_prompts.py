@@ -12,6 +12,7 @@ from persona_lens.backend import Backend, Edit, ForwardResult, Read, TokenBatch
 from persona_lens.backend.memory import forward_batches
 from persona_lens.backend.reads import ReadKind
 from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
+from persona_lens.backend.sinks import sink_limits
 from tests.backends.fixtures import ADAPTERS, D_MODEL, matrix, tiny_backend
 from tests.tiny import tiny_model
 
@@ -77,7 +78,9 @@ def test_a_common_beginning_runs_once() -> None:
     from tests.tiny import tiny_tokenizer
 
     module: Any = tiny_model()
-    backend, shapes = wrap_model(module, tiny_tokenizer()), widths(module)
+    backend = wrap_model(module, tiny_tokenizer())
+    assert sink_limits(backend)  # measured by a pass of its own
+    shapes = widths(module)
     backend.forward(RUBRIC, logprobs=True)
     assert shapes[:2] == [(1, len(COMMON)), (3, 7)]
     shapes.clear()
@@ -103,7 +106,9 @@ def test_a_prompt_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.tiny import tiny_tokenizer
 
     module: Any = tiny_model()
-    backend, shapes = wrap_model(module, tiny_tokenizer()), widths(module)
+    backend = wrap_model(module, tiny_tokenizer())
+    assert sink_limits(backend)  # measured by a pass of its own
+    shapes = widths(module)
     found = backend.forward(BATCH, reads=Read.means())
     assert shapes == [(3, 7), (7, 12)] or shapes == [(3, 7), (8, 12)]
     shapes.clear()
