@@ -344,7 +344,7 @@ def test_prompt_means_with_and_without_sinks_are_never_mixed(tmp_path: Path) -> 
     assert whole.prompt_mean_sinks  # as every file of before says nothing of it
     assert not load_vectors(without.save(tmp_path / "b.safetensors")).prompt_mean_sinks
     assert set((whole - without).directions) == {"response_mean", "prompt_last"}
-    for derived in (without + without, 2 * without, without.random_like(0)):
+    for derived in (without + without, 2.0 * without, without.random_like(0)):
         assert "prompt_mean" in derived.directions
         assert not derived.prompt_mean_sinks
     assert (whole + whole).prompt_mean_sinks
