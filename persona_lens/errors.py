@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from persona_lens.addresses import shown
+
 
 class PersonaLensError(Exception):
     """Something the caller can put right; the message says how.
 
     The command line prints the message without a traceback (``--debug`` adds it). Anything else that escapes is a
-    bug of this package.
+    bug of this package. Addresses in it are shown without the passwords and keys that may stand in them.
     """
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 def first_line(error: BaseException) -> str:

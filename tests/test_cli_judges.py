@@ -103,12 +103,12 @@ def test_extraction_and_steering_by_a_server(model: Path, server: Loopback, tmp_
 def test_a_local_judge(model: Path, tmp_path: Path) -> None:
     """The tiny model says no number: every response has its reason, and the error says so."""
     said = refused(*extraction(model, tmp_path / "short", "--judge", "local"))
-    assert re.search(r"Why there is no score: the judge's prompt has [\d,]+ tokens, more than 509", said)
+    assert re.search(r"none of 40 responses got a score: the judge's prompt has [\d,]+ tokens, more than 509", said)
     long = shutil.copytree(model, tmp_path / "long")
     config = json.loads((long / "config.json").read_text())
     (long / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
     said = refused(*extraction(long, tmp_path / "run", "--judge", "local"))
-    assert "Why there is no score: refusal: numbers have a probability" in said
+    assert "got a score: refusal: numbers have a probability" in said
 
 
 def test_a_dry_run_says_what_judging_costs_at_most(model: Path, server: Loopback, tmp_path: Path) -> None:
@@ -205,13 +205,17 @@ def test_a_comparison_with_a_judge_that_scores_now(table: Path, server: Loopback
 def test_the_likelihood_judge_of_an_extraction_scores_other_responses(
     model: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors name their model; a local folder is found by that name from where it is."""
+    """Vectors name their model; a local folder is found by that name from where it is, or where one says it is."""
     out = tmp_path / "run"
     run(*extraction(model, out))
-    monkeypatch.chdir(model.parent)
-    compared = run(
-        *("judge", "compare", str(table), f"likelihood:{out}", "--trait", "optimistic", "--json", "--dtype", "float32")
-    )
+    command = ("judge", "compare", str(table), f"likelihood:{out}", "--trait", "optimistic", "--json")
+    assert "say where it is (--judge-model FOLDER)" in refused(*command)
+    compared = run(*command, "--judge-model", str(model), "--dtype", "float32")
     assert json.loads(compared.stdout)["counts"]["scored"] == 24
+    monkeypatch.chdir(model.parent)
+    assert run(*command, "--dtype", "float32").stdout == compared.stdout
+    assert "--judge-model: only for --judge likelihood:VECTORS" in refused(
+        *("judge", "compare", str(table), "openai:x", "--trait", "evil", "--judge-model", "x")
+    )
     said = refused("judge", "compare", str(table), f"likelihood:{out}", "--trait", "evil")
     assert "is for the trait optimistic" in said

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_lens.completions import CompletionCache, CompletionServer, ServerError, ServerSettings
+from persona_lens.completions import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.extraction import ExtractionError, ExtractionSettings, run_extraction
 from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method
 from persona_lens.judging.rubrics import COHERENCE, fill_rubric
+from persona_lens.monitoring import study
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
-from persona_lens.steering import SweepSettings, choose_layer, curve, sweep
+from persona_lens.steering import Steering, SweepSettings, choose_layer, cross_effects, curve, sweep, tune
+from persona_lens.steering.comparing import compare_steerings
 from persona_lens.traits import load_trait
 from tests.completions.loopback import Loopback, completion, serving
 from tests.planted import PlantedBackend
@@ -68,10 +70,9 @@ def test_it_asks_as_the_paper_does(tmp_path: Path) -> None:
         assert progress[0] == (0, 5, "judging")
         assert progress[-1] == (5, 5, "judging")
         body = loopback.bodies[-1]
-        assert {name: body[name] for name in ("max_tokens", "temperature", "seed", "logprobs", "top_logprobs")} == {
+        assert {name: value for name, value in body.items() if name not in ("model", "messages")} == {
             "max_tokens": 1,
             "temperature": 0.0,
-            "seed": 0,
             "logprobs": True,
             "top_logprobs": 20,
         }
@@ -82,8 +83,8 @@ def test_it_asks_as_the_paper_does(tmp_path: Path) -> None:
 
 def digits(body: dict[str, Any]) -> dict[str, Any]:
     """A server whose tokens are single digits."""
-    if body.get("logprobs"):
-        return completion("57", {"5": 0.7, "8": 0.3})
+    if "57" in prompt_of(body):
+        return completion("57", {"5": 0.7, "8": 0.3} if body.get("logprobs") else None)
     assert body["temperature"] == 1.0
     return completion(("70", "Score: 80", "REFUSAL", "90", "?")[body["seed"]])
 
@@ -109,24 +110,77 @@ def test_servers_without_such_tokens_are_sampled_and_the_record_says_so(respond:
             judge_at(loopback, tmp_path, method=Method.LOGPROBS).judge(EXCHANGES[:1])
 
 
-def test_a_model_that_takes_no_temperature_is_not_sampled_instead(tmp_path: Path) -> None:
-    """At temperature 1 it would be another judge."""
-    said = "Unsupported value: 'temperature' does not support 0 with this model."
+def reasoning(body: dict[str, Any]) -> Any:
+    """As OpenAI's reasoning models answer: nothing may be set, and what it thinks uses up a small limit."""
+    for name in ("max_tokens", "logprobs", "temperature", "seed", "top_p"):
+        if name in body:
+            more = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
+            return 400, {
+                "error": {"message": f"Unsupported parameter: '{name}' is not supported.{more}", "param": name}
+            }
+    number = "57" if "57" in prompt_of(body) else "70"
+    return completion(number if body["max_completion_tokens"] > 1000 else "")
 
+
+def test_a_reasoning_model_of_which_nothing_can_be_set_is_sampled_with_room(tmp_path: Path) -> None:
+    with serving(respond=reasoning) as loopback:
+        [judgement] = judge_at(loopback, tmp_path, coherence=False).judge(EXCHANGES[:1])
+        assert (judgement.trait.value, judgement.trait.method) == (70, "samples: 5 of 5")
+        asked = sum(loopback.seen.values())
+        # Who names one answer gets one, with a word that it was not greedy; and the record is read from the cache too.
+        for _ in range(2):
+            one = judge_at(loopback, tmp_path, coherence=False, method=Method.NUMBER)
+            [judgement] = one.judge(EXCHANGES[:1])
+            assert judgement.trait.method == "number, at the server's temperature"
+        assert asked <= 4 + 2 + 5
+
+
+def thinking(body: dict[str, Any]) -> dict[str, Any]:
+    """Its first token is `<think>`, whatever it is asked."""
+    number = "57" if "57" in prompt_of(body) else "70"
+    whole = body["max_tokens"] > 1000
+    text = f"<think>12? No.</think>\n{number}" if whole else "<think>12? No, they"
+    return completion(text, {"<think>": 0.98} if body.get("logprobs") else None)
+
+
+def test_the_first_token_of_reasoning_is_no_refusal(tmp_path: Path) -> None:
+    with serving(respond=thinking) as loopback:
+        [judgement] = judge_at(loopback, tmp_path, coherence=False).judge(EXCHANGES[:1])
+        assert judgement.trait.value == 70
+        with pytest.raises(JudgingError, match=r"asked for the number 57, it begins with '<think>'"):
+            judge_at(loopback, tmp_path, method=Method.LOGPROBS).judge(EXCHANGES[:1])
+
+
+def test_a_judge_that_does_not_give_the_number_it_is_asked_for_stops_at_once(tmp_path: Path) -> None:
+    with serving(respond=lambda body: completion("I would rather not.", {"I": 0.9})) as loopback:
+        for method in (Method.AUTO, Method.NUMBER):
+            with pytest.raises(JudgingError, match="cannot judge: asked for the number 57, it answers 'I would rather"):
+                judge_at(loopback, tmp_path, method=method).judge(EXCHANGES)
+        assert sum(loopback.seen.values()) <= 4
+        # What it said instead is not kept: the model may be another one tomorrow.
+        loopback.respond = whole_numbers
+        assert judge_at(loopback, tmp_path).judge(EXCHANGES[:2])[1].trait.value is not None
+
+
+def test_a_server_that_refuses_everything_but_the_probe_is_left_early(tmp_path: Path) -> None:
     def respond(body: dict[str, Any]) -> Any:
-        return whole_numbers(body) if body["temperature"] == 1 else (400, {"error": {"message": said}})
+        return whole_numbers(body) if "57" in prompt_of(body) else (400, {"error": {"message": "out of scope"}})
 
     with serving(respond=respond) as loopback:
-        with pytest.raises(ServerError, match="'judge' does not let temperature be set"):
-            judge_at(loopback, tmp_path).judge(EXCHANGES)
-        assert sum(loopback.seen.values()) == 1
+        many = [Exchange("What now?", f"Answer {i % 9}, {i}.") for i in range(200)]
+        with pytest.raises(JudgingError, match=r"no score in any of its first 20 answers: .*out of scope"):
+            judge_at(loopback, tmp_path).judge(many)
+        assert sum(loopback.seen.values()) < 100
+        with pytest.raises(JudgingError, match=r"no score in any of 3 responses: .*out of scope"):
+            judge_at(loopback, tmp_path).judge(many[:3])
+    assert len(list(tmp_path.rglob("*.json"))) == 1  # the probe's answer
 
 
 def test_one_greedy_number(tmp_path: Path) -> None:
     def respond(body: dict[str, Any]) -> dict[str, Any]:
         assert "logprobs" not in body
         assert (body["temperature"], body["max_tokens"]) == (0.0, 8)
-        return completion("Score: 64")
+        return completion("57" if "57" in prompt_of(body) else "Score: 64")
 
     with serving(respond=respond) as loopback:
         [judgement] = judge_at(loopback, tmp_path, coherence=False, method=Method.NUMBER).judge(EXCHANGES[:1])
@@ -211,6 +265,47 @@ def test_an_ordinary_text_stands_as_it_is() -> None:
 
 
 # Through the engine
+
+
+class Unready:
+    """A judge that finds out that it cannot judge."""
+
+    pieces_at_once = 1
+
+    def describe(self) -> dict[str, Any]:
+        return {"judge": "unready"}
+
+    def pieces(self, exchanges: Any) -> list[list[int]]:
+        return [list(range(len(exchanges)))]
+
+    def judge(self, exchanges: Any, progress: Any = None) -> Any:
+        raise AssertionError("asked although it is not ready")
+
+    def prepare(self) -> None:
+        raise JudgingError("not ready")
+
+
+def test_nothing_is_generated_for_a_judge_that_cannot_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = PlantedBackend(TRAIT)
+    vectors = run_extraction(backend, TRAIT, settings=SMALL).vectors
+    steering = Steering.parse("optimistic@1:+1", vectors)
+    asked: list[Any] = []
+    monkeypatch.setattr(backend, "generate", lambda *given, **more: asked.append(given))
+    judge = Unready()
+    for work in (
+        lambda: run_extraction(backend, TRAIT, tmp_path / "a", settings=SMALL, judge=judge),
+        lambda: sweep(backend, vectors, SweepSettings(layers=(1,)), folder=tmp_path / "b", judge=judge),
+        lambda: compare_steerings(backend, {"one": steering}, vectors, folder=tmp_path / "c", judge=judge),
+        lambda: tune(backend, vectors, folder=tmp_path / "d", judge=judge),
+        lambda: study(backend, vectors, trait=TRAIT, folder=tmp_path / "e", judge=judge),
+        lambda: cross_effects(
+            backend, {TRAIT.name: steering}, {TRAIT.name: vectors}, folder=tmp_path / "f", judges={TRAIT.name: judge}
+        ),
+    ):
+        with pytest.raises(JudgingError, match="not ready"):
+            work()
+    assert asked == []
+
 
 SMALL = ExtractionSettings(questions=3, rollouts=RolloutSettings(max_new_tokens=20))
 

@@ -26,6 +26,7 @@ ENGINE = ROOT / "persona_lens"
 ADAPTERS = ("persona_lens_nnsight", "persona_lens_transformer_lens", "persona_lens_transformers")
 # As in CONTRIBUTING.md: data flows one way, and nothing imports what stands further down.
 ORDER = (
+    "addresses",
     "errors",
     "notes",
     "files",
@@ -34,6 +35,7 @@ ORDER = (
     "characters",
     "runs",
     "pieces",
+    "transport",
     "completions",
     "tables",
     "artifacts",

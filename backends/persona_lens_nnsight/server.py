@@ -8,11 +8,14 @@ from typing import Any
 
 import httpx
 
+from persona_lens.addresses import without_credentials
 from persona_lens.backend.remote import Deployment, RemoteError, ServerStatus
+from persona_lens.transport import BoundedClient, Bounds
 from persona_lens_nnsight.failures import CONFIGURE, STATUS_COMMAND, failure_of, key_failure, without_key
 from persona_lens_nnsight.library import nnsight
 
 TIMEOUT = httpx.Timeout(10.0, read=60.0)
+BOUNDS = Bounds(90.0)
 DEPLOYED = ("HOT", "WARM")
 
 
@@ -42,7 +45,7 @@ class Server:
         return Server(host, settings.APIKEY or "")
 
     def __repr__(self) -> str:
-        return f"Server({self.host!r}, key={'set' if self.key else 'not set'})"
+        return f"Server({without_credentials(self.host)!r}, key={'set' if self.key else 'not set'})"
 
     def status(self) -> ServerStatus:
         """What runs there.
@@ -59,7 +62,7 @@ class Server:
         if not listed.is_success:
             raise RemoteError(f"{self.host} does not say which models it has (HTTP {listed.status_code})")
         account = self._get("/whoami").json().get("email")
-        return ServerStatus(self.host, bool(self.key), account, _deployments(listed.json()))
+        return ServerStatus(without_credentials(self.host), bool(self.key), account, _deployments(listed.json()))
 
     def _check_key(self) -> None:
         """Send a request without a payload: it is refused either for its key or for the payload, and does nothing."""
@@ -74,7 +77,8 @@ class Server:
     def _call(self, method: str, path: str, **content: Any) -> httpx.Response:
         headers = {"ndif-api-key": self.key} if self.key else {}
         try:
-            return httpx.request(method, self.host + path, headers=headers, timeout=TIMEOUT, **content)
+            with BoundedClient(BOUNDS, timeout=TIMEOUT) as client:
+                return client.request(method, self.host + path, headers=headers, **content)
         except httpx.HTTPError as error:
             failure = failure_of(error, self.host, "", self.key)
             raise failure.error from failure.error.__cause__

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from persona_lens.agreement.scored import AgreementError, Scored
 from persona_lens.files import PART, named, read_bytes, remove, write_bytes
-from persona_lens.judging import Exchange, Judge, judge_exchanges
+from persona_lens.judging import Exchange, Judge, check_scored, judge_exchanges
 from persona_lens.progress import Progress, no_progress
 from persona_lens.runs import RunFolder
 
@@ -32,6 +32,7 @@ def judge_scored(
 
     Raises:
         AgreementError: If the file is there already.
+        JudgingError: If no response got a score.
     """
     working = file.with_name(file.name + WORKING) if file is not None else None
     if working is not None:
@@ -44,6 +45,7 @@ def judge_scored(
     config = {"kind": "judging", "judge": judge.describe(), "responses": [each.id for each in unique]}
     with RunFolder(working, config) if working is not None else nullcontext() as run:
         judged = judge_exchanges(judge, exchanges, run, progress=progress)
+        check_scored(judged)
         rows = [
             {
                 "question": each.question,

@@ -116,6 +116,8 @@ def score(
     with judges.saying_spending(opened), showing_progress() as progress:
         scored = judge_scored(opened, responses, out, progress)
     found = [each.score for each in scored if each.score is not None]
+    if scored and not found:
+        raise PersonaLensError(f"none of {len(scored):,} responses has a score: {scored[0].reason} ({out})")
     typer.echo(f"{len(found)} of {len(scored)} responses have a score: {out}")
 
 

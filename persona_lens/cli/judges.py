@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from persona_lens.judging import Judge
     from persona_lens.models import ChatFormat
     from persona_lens.traits import Trait
+    from persona_lens.vectors import PersonaVectors
 
 LIKELIHOOD, LOCAL, OPENAI = "likelihood", "local", "openai"
 
@@ -63,6 +64,15 @@ JudgeRate = Annotated[
     str | None,
     typer.Option("--judge-rate", metavar="REQUESTS[,TOKENS]", help="At most so many a minute.", show_default=False),
 ]
+JudgeModel = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-model",
+        metavar="MODEL",
+        help="Where the model of `likelihood:VECTORS` is, if it came from a folder that is elsewhere.",
+        show_default="by its name",
+    ),
+]
 PricesOption = Annotated[
     str | None,
     typer.Option(
@@ -86,6 +96,7 @@ class JudgeOptions:
     prices: PricesOption = None
     max_spend: MaxSpend = None
     judge_prefill: JudgePrefill = None
+    judge_model: JudgeModel = None
 
     def open(
         self, judge: str, trait: Trait, backend: Backend, chat: ChatFormat, dtype: str, device: str
@@ -136,16 +147,20 @@ class JudgeOptions:
             return self._server(what, trait)
         if kind == LOCAL:
             return self._local(*_model_and_chat(what, dtype, device), trait)
-        return _likelihood(Path(what), trait, dtype, device)
+        return _likelihood(Path(what), self.judge_model, trait, dtype, device)
 
     def refuse_useless(self, judge: str) -> None:
         """Raise an error for options that this judge has no use for."""
-        kind = judge.partition(":")[0]
-        given = given_options(self)
-        for of, names in (
-            (f"{LOCAL} or {LOCAL}:MODEL", [name for name in given if name == "--judge-prefill" and kind != LOCAL]),
-            (f"{OPENAI}:MODEL", [name for name in given if name != "--judge-prefill" and kind != OPENAI]),
+        kind, _, what = judge.partition(":")
+        own = {"--judge-prefill": LOCAL, "--judge-model": LIKELIHOOD}
+        given = {name: own.get(name, OPENAI) for name in given_options(self)}
+        for use, of in (
+            (LOCAL, f"{LOCAL} or {LOCAL}:MODEL"),
+            (LIKELIHOOD, f"{LIKELIHOOD}:VECTORS"),
+            (OPENAI, f"{OPENAI}:MODEL"),
         ):
+            here = kind == use and (what or use != LIKELIHOOD)
+            names = [name for name, wanted in given.items() if wanted == use and not here]
             if names:
                 raise PersonaLensError(f"{', '.join(names)}: only for --judge {of}, this is {judge!r}")
 
@@ -218,7 +233,7 @@ def say_usage(server: CompletionServer, label: str) -> None:
     )
 
 
-def _likelihood(vectors: Path, trait: Trait, dtype: str, device: str) -> Judge:
+def _likelihood(vectors: Path, model: str | None, trait: Trait, dtype: str, device: str) -> Judge:
     """The likelihood judge as it was calibrated when vectors were extracted."""
     from persona_lens.judging import LikelihoodJudge
     from persona_lens.steering import calibration_of, trait_of
@@ -228,9 +243,23 @@ def _likelihood(vectors: Path, trait: Trait, dtype: str, device: str) -> Judge:
     if trait_of(loaded).content_hash() != trait.content_hash():
         raise PersonaLensError(f"{vectors} is for the trait {loaded.trait}, or for another version of {trait.name}")
     calibration = calibration_of(loaded)
-    backend, chat = _model_and_chat(loaded.model.model, dtype, device)
+    backend, chat = _model_and_chat(model or _place_of(loaded, vectors), dtype, device)
     loaded.check_model(backend)
     return LikelihoodJudge(backend, chat, trait, calibration)
+
+
+def _place_of(vectors: PersonaVectors, path: Path) -> str:
+    """What opens the vectors' model: its name, or a folder of that name here, beside the vectors or above them."""
+    name, revision = vectors.model.model, vectors.model.revision or ""
+    if not revision.startswith(("folder:", "adapter:")) or Path(name).exists():
+        return name
+    found = next((folder / name for folder in path.resolve().parents if (folder / name).is_dir()), None)
+    if found is None:
+        raise PersonaLensError(
+            f"the vectors in {path} were extracted on the model {name!r} in a folder of that name, and there is none "
+            "here or beside the vectors; say where it is (--judge-model FOLDER)"
+        )
+    return str(found)
 
 
 def _model_and_chat(model: str, dtype: str, device: str) -> tuple[Backend, ChatFormat]:

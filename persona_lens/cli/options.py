@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from persona_lens.addresses import shown
 from persona_lens.errors import PersonaLensError
 from persona_lens.files import read_bytes, write_text
 
@@ -185,11 +186,11 @@ def repeated(context: typer.Context) -> str:
             continue
         value = context.params[parameter.name or ""]
         if parameter.param_type_name == "argument":
-            words.append(str(value))
+            words.append(shown(value))
         elif isinstance(value, bool):
             words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
         else:
-            words += [parameter.opts[0], str(value)]
+            words += [parameter.opts[0], shown(value)]
     return shlex.join(words)
 
 

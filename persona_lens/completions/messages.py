@@ -6,25 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from persona_lens.completions.spending import Usage
 
-LimitName = Literal["max_tokens", "max_completion_tokens"]
-
-
-@dataclass
-class Wording:
-    """How a server wants a model's requests to be put, as far as its refusals have shown.
-
-    Attributes:
-        limit: Its name for the length limit of an answer. OpenAI's reasoning models want ``max_completion_tokens``,
-            which other servers do not know.
-    """
-
-    limit: LimitName = "max_tokens"
+SAMPLING = ("temperature", "top_p")
+"""Parameters without which a model samples otherwise."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +26,8 @@ class CompletionRequest:
         seed: Seed of the sampling; None leaves it to the server.
         top_logprobs: How many of the likeliest tokens are reported at each position; None for none.
         schema: JSON Schema that the answer has to follow, for servers with structured output.
+        firm: Sample in this way or not at all: a server that does not let temperature or nucleus be set is not asked
+            without them, unless they are what it does anyway.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -48,18 +37,29 @@ class CompletionRequest:
     seed: int | None = 0
     top_logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
+    firm: bool = False
 
-    def body(self, model: str, limit: LimitName = "max_tokens") -> dict[str, Any]:
-        """The request as the server gets it.
+    def body(self, model: str) -> dict[str, Any]:
+        """The request as the server gets it, with nothing that cannot matter.
+
+        What is greedy has no nucleus and no seed; and a nucleus of all tokens goes without saying where the sampling
+        need not be exact.
 
         Args:
             model: The model's name there.
-            limit: What the server calls the length limit.
         """
+        body = self._content(model)
+        if not self.temperature or (self.top_p == 1.0 and not self.firm):
+            del body["top_p"]
+        if not self.temperature:
+            body.pop("seed", None)
+        return body
+
+    def _content(self, model: str) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": role, "content": content} for role, content in self.messages],
-            limit: self.max_tokens,
+            "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
         }
@@ -79,7 +79,7 @@ class CompletionRequest:
 
     def key(self, model: str, server: str) -> str:
         """A name for the request by its content, however it is worded, as a SHA-256 in hexadecimal digits."""
-        content = {"server": server, **self.body(model)}
+        content = {"server": server, **self._content(model)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -105,10 +105,12 @@ class Completion:
     Attributes:
         choices: At least one.
         usage: Tokens as the server counts them, or an estimate where it does not.
+        without: Parameters of the request that the server did not take, so that it was asked without them.
     """
 
     choices: tuple[Sampled, ...]
     usage: Usage
+    without: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The completion as JSON values."""
@@ -125,7 +127,11 @@ class Completion:
             )
             for c in value["choices"]
         )
-        return Completion(choices, Usage(**value["usage"]))
+        return Completion(choices, Usage(**value["usage"]), tuple(value.get("without", ())))
+
+    def fits(self, request: CompletionRequest) -> bool:
+        """Whether this may stand for an answer to the request: it was sampled as that has to be."""
+        return not request.firm or not any(name in self.without and getattr(request, name) != 1.0 for name in SAMPLING)
 
 
 @dataclass(frozen=True)
@@ -133,63 +139,3 @@ class Refused:
     """A request that the server will not take, however often it is asked: too long, say, or against its rules."""
 
     reason: str
-
-
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class _Token(_Wire):
-    token: str
-    logprob: float = Field(le=1e-3)  # a little above 0 is rounding
-
-
-class _Position(_Wire):
-    top_logprobs: list[_Token] = []
-
-
-class _Logprobs(_Wire):
-    content: list[_Position] | None = None
-
-
-class _Message(_Wire):
-    content: str | None = None
-
-
-class _Choice(_Wire):
-    message: _Message
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class _Usage(_Wire):
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(ge=0)
-
-
-class _Body(_Wire):
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
-
-
-def read_completion(body: bytes, request: CompletionRequest) -> Completion:
-    """The completion in a server's answer.
-
-    Raises:
-        pydantic.ValidationError: If the body is no chat completion.
-    """
-    found = _Body.model_validate_json(body)
-    usage = request.tokens()
-    if found.usage is not None:
-        usage = Usage(1, found.usage.prompt_tokens, found.usage.completion_tokens)
-    return Completion(tuple(map(_sampled, found.choices)), usage)
-
-
-def _sampled(choice: _Choice) -> Sampled:
-    positions = choice.logprobs.content if choice.logprobs else None
-    first = positions[0].top_logprobs if positions else []
-    return Sampled(
-        choice.message.content or "",
-        tuple((t.token, t.logprob) for t in first) or None,
-        None if choice.finish_reason is None else choice.finish_reason == "stop",
-    )

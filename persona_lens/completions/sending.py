@@ -7,32 +7,46 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
+from math import isfinite
 from time import time
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import openai
 from aiolimiter import AsyncLimiter
-from pydantic import ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
+from persona_lens.addresses import forms_of, hide, secrets_in, shown
+from persona_lens.characters import printable
 from persona_lens.completions.cache import CompletionCache
-from persona_lens.completions.messages import Completion, CompletionRequest, Refused, Wording, read_completion
-from persona_lens.completions.server import NO_KEY, Answer, ServerError, ServerSettings
+from persona_lens.completions.messages import SAMPLING, Completion, CompletionRequest, Refused, Sampled
+from persona_lens.completions.reading import ReportedError, UnusableError, read_completion, words_of
+from persona_lens.completions.server import NO_KEY, Answer, Keep, ServerError, ServerSettings
 from persona_lens.completions.spending import Spending
+from persona_lens.completions.wording import Refusal, Wording, must_be_set
+from persona_lens.transport import MIB, AnswerError, AsyncBoundedClient, Bounds
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 LONGEST_RETRY_AFTER = 600.0
 # Tasks that exist at once for each request that may be under way: the others wait for a second attempt.
 WINDOW = 8
-# What a refusal begins with, after its code: further on it may repeat the request, which says what it likes.
-_WANTS_COMPLETION_TOKENS = re.compile(
-    r"(?:\w+ )?unsupported parameter\W+max_tokens\b.*\buse\b.*\bmax_completion_tokens\b", re.I | re.S
-)
-_UNSUPPORTED_SAMPLING = re.compile(r"(?:\w+ )?unsupported (?:value|parameter)\W+(?P<name>temperature|top_p)\b", re.I)
+# Refusals that named a parameter and came again without it: from then on they are of their requests alone.
+MOST_TRIALS = 3
+# Bytes of an answer for each of its tokens, and for each with the likeliest tokens beside it.
+TOKEN_BYTES, LISTED_TOKEN_BYTES = 256, 8192
+
+
+class RefusalError(Exception):
+    """A request that the server did not take."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.said)
+        self.refusal = refusal
 
 
 class TransientError(Exception):
@@ -50,15 +64,21 @@ class Sender:
         settings: Where and how.
         cache: Where answers are kept.
         spending: What may be spent.
-        wording: How the server wants to be asked; changed when it says so.
+        wording: How the server wants to be asked, as far as it has said; `wording` afterwards.
+        keep: Which answers are worth to be kept.
     """
 
-    def __init__(self, settings: ServerSettings, cache: CompletionCache, spending: Spending, wording: Wording) -> None:
+    def __init__(
+        self, settings: ServerSettings, cache: CompletionCache, spending: Spending, wording: Wording, keep: Keep
+    ) -> None:
         self.settings = settings
+        self.wording = wording
         self._cache = cache
         self._spending = spending
-        self._wording = wording
+        self._worth = keep
         self._key = settings.key()
+        self._secrets = forms_of([self._key] if self._key != NO_KEY else []) + secrets_in(settings.url)
+        self._trials: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -90,7 +110,7 @@ class Sender:
         async def run(key: str, request: CompletionRequest) -> None:
             try:
                 answer = await self._answer(request)
-                if isinstance(answer, Completion):
+                if isinstance(answer, Completion) and self._worth(request, answer):
                     await self._keep(key, answer)
                 settle(key, answer)
             except Exception as error:  # noqa: BLE001 - the first is raised below
@@ -101,7 +121,8 @@ class Sender:
             self._tasks.discard(task)
             window.release()
 
-        async with self._client() as self._asking, asyncio.TaskGroup() as group:
+        size = max(map(_most_bytes, requests.values()), default=MIB)
+        async with self._client(size) as self._asking, asyncio.TaskGroup() as group:
             for key, request in requests.items():
                 await window.acquire()
                 if self._stopped:
@@ -126,10 +147,18 @@ class Sender:
         finally:
             self._sending.discard(task)
 
-    def _client(self) -> openai.AsyncOpenAI:
+    def _client(self, size: int) -> openai.AsyncOpenAI:
+        parts = urlsplit(self.settings.url)
+        # An address that redirects is shown instead: what is asked goes nowhere that nobody named.
+        client: Any = AsyncBoundedClient(Bounds(self.settings.timeout, size), follow_redirects=False)
         # Attempts are counted here, so that a request that waits for its next one leaves its place to another.
         return openai.AsyncOpenAI(
-            base_url=self.settings.url, api_key=self._key, timeout=self.settings.timeout, max_retries=0
+            base_url=urlunsplit(parts._replace(query="", fragment="")),
+            default_query=dict(parse_qsl(parts.query)),
+            api_key=self._key,
+            timeout=self.settings.timeout,
+            max_retries=0,
+            http_client=client,
         )
 
     async def _answer(self, request: CompletionRequest) -> Answer:
@@ -164,64 +193,117 @@ class Sender:
 
     async def _send(self, request: CompletionRequest) -> Answer:
         try:
-            return read_completion(await self._body_of_answer(request), request)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or "body"
-            raise TransientError(f"its answer is no chat completion ({place}: {first['msg']})") from error
+            return await self._completion(request)
+        except RefusalError as error:
+            meant = self._meaning(error.refusal, request)
+            if isinstance(meant, Refused):
+                return meant
+            raise meant from None
+        except UnusableError as error:
+            raise TransientError(f"its answer is no chat completion: {self._clean(error)}") from None
         except openai.APITimeoutError as error:
             raise TransientError(f"no answer within {self.settings.timeout:g} seconds") from error
         except openai.APIConnectionError as error:
-            raise TransientError(f"no connection ({self._clean(error.__cause__ or error)})") from error
-        except openai.APIStatusError as error:
-            refused = self._refusal(error)
-            if isinstance(refused, Refused):
-                return refused
-            raise refused from None
+            said = self._clean(error.__cause__ or error)
+            known = isinstance(error.__cause__, AnswerError)
+            raise TransientError(said if known else f"no connection ({said})") from None
         except openai.OpenAIError as error:
             raise ServerError(f"{self.settings.shown}: {self._clean(error)}") from None
 
-    async def _body_of_answer(self, request: CompletionRequest) -> bytes:
-        """What the server answers; it is asked again if it wants the request worded otherwise."""
-        body = request.body(self.settings.model, self._wording.limit)
+    async def _completion(self, request: CompletionRequest) -> Completion:
+        """The server's answer; it is asked again where its refusal shows how it wants to be asked."""
+        model, wording = self.settings.model, self.wording
+        tried: list[str] = []
+        while True:
+            try:
+                completion = await self._once(request, wording)
+            except RefusalError as error:
+                other = wording.after(error.refusal, request, model)
+                name = _change(wording, other) if other else ""
+                if other is None or self._trials[name] >= MOST_TRIALS:
+                    self._trials.update(tried)
+                    raise
+                wording = other
+                tried.append(name)
+                continue
+            self.wording = self.wording.and_also(wording)
+            return replace(completion, without=wording.left_out(request, model))
+
+    async def _once(self, request: CompletionRequest, wording: Wording) -> Completion:
+        body = wording.body(request, self.settings.model)
         try:
-            return await self._post(body)
+            # The answer is read by us, not by the client: what a server sends is checked before it counts as one.
+            raw = await self._asking.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
+            found = read_completion(raw.content, request)
         except openai.APIStatusError as error:
-            if "max_tokens" not in body or not _WANTS_COMPLETION_TOKENS.match(_said(error)):
-                raise
-        self._wording.limit = "max_completion_tokens"
-        return await self._post(request.body(self.settings.model, self._wording.limit))
+            entries = error.body if isinstance(error.body, Mapping) else {}
+            parameter = entries.get("param")
+            raise RefusalError(
+                Refusal(
+                    error.status_code,
+                    self._clean(_said(error)),
+                    parameter if isinstance(parameter, str) else None,
+                    error.response.headers,
+                )
+            ) from None
+        except ReportedError as error:
+            if error.status is None:
+                raise TransientError(f"its answer is an error: {self._clean(error)}") from None
+            raise RefusalError(Refusal(error.status, self._clean(error.said), error.parameter)) from None
+        return replace(found, choices=tuple(map(self._without_secrets, found.choices)))
 
-    async def _post(self, body: dict[str, Any]) -> bytes:
-        # The answer is read by us, not by the client: what a server sends is checked before it counts as one.
-        raw = await self._asking.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
-        return raw.content
+    def _without_secrets(self, sampled: Sampled) -> Sampled:
+        top = sampled.top_logprobs
+        hidden = tuple((hide(token, self._secrets), value) for token, value in top) if top is not None else None
+        return replace(sampled, text=hide(sampled.text, self._secrets), top_logprobs=hidden)
 
-    def _refusal(self, error: openai.APIStatusError) -> Refused | Exception:
-        """What a status other than success means: for this request, for all, or for the moment."""
-        said, url, model = self._clean(_said(error)), self.settings.shown, self.settings.model
-        if sampling := _UNSUPPORTED_SAMPLING.match(said):
-            name = sampling["name"]
-            return ServerError(
-                f"{url}: the model {model!r} does not let {name} be set, and with another {name} the answers would be "
-                f"others; choose another model. It says: {said}"
-            )
-        if error.status_code in (401, 403):
+    def _meaning(self, refusal: Refusal, request: CompletionRequest) -> Refused | Exception:
+        """What a refusal means: for this request, for all, or for the moment."""
+        status, said, url, model = refusal.status, refusal.said, self.settings.shown, self.settings.model
+        if status in (400, 422):
+            found = next((name for name in SAMPLING if must_be_set(name, request) and refusal.names(name)), None)
+            if found is not None:
+                return ServerError(
+                    f"{url}: the model {model!r} does not let {found} be set to {getattr(request, found):g}, and with "
+                    f"another the answers would be others; set it to 1, or choose another model. It says: {said}"
+                )
+        if 300 <= status < 400:
+            place = shown(refusal.headers.get("location", "somewhere else"))
+            return ServerError(f"{url} sends on to {self._clean(place)}; give the address that answers itself")
+        if status in (401, 403):
             return ServerError(f"{url} does not accept the key in {self.settings.key_variable}: {said}")
-        if error.status_code == 404:
+        if status == 404:
             return ServerError(f"{url} has no chat completions by the model {model!r}: {said}")
-        if error.status_code == 429 and "insufficient_quota" in said:
+        if status == 402 or (status == 429 and "insufficient_quota" in said):
             return ServerError(f"{url}: the account has no quota left: {said}")
-        if error.status_code in (408, 409, 425, 429) or error.status_code >= 500:
-            return TransientError(f"status {error.status_code}: {said}", _retry_after(error.response.headers))
-        return Refused(f"the server does not take the request (status {error.status_code}): {said}")
+        if status in (408, 409, 425, 429) or status >= 500:
+            return self._later(refusal)
+        return Refused(f"the server does not take the request (status {status}): {said}")
+
+    def _later(self, refusal: Refusal) -> Exception:
+        seconds = _retry_after(refusal.headers)
+        if seconds is not None and seconds > LONGEST_RETRY_AFTER:
+            return ServerError(
+                f"{self.settings.shown} takes no requests for the next {seconds / 60:,.0f} minutes (status "
+                f"{refusal.status}: {refusal.said}). All answers so far are kept; the same command goes on then."
+            )
+        return TransientError(f"status {refusal.status}: {refusal.said}", seconds)
 
     def _clean(self, text: object) -> str:
-        """A server's words in one line of reasonable length, without the key, which some servers repeat."""
-        line = " ".join(str(text).split())
-        if self._key != NO_KEY:
-            line = line.replace(self._key, "…")
+        """A server's words in one harmless line of reasonable length, without what is secret, which some repeat."""
+        line = printable(" ".join(shown(hide(str(text), self._secrets)).split()))
         return line if len(line) <= 300 else line[:300] + " …"
+
+
+def _change(wording: Wording, other: Wording) -> str:
+    """What the second leaves out or names otherwise."""
+    return next((name for name in other.refused if name not in wording.refused), other.limit)
+
+
+def _most_bytes(request: CompletionRequest) -> int:
+    """Bytes that an answer to the request may have."""
+    each = TOKEN_BYTES if request.top_logprobs is None else LISTED_TOKEN_BYTES
+    return MIB + min(request.max_tokens * each, 64 * MIB)
 
 
 def _limiters(settings: ServerSettings) -> list[tuple[AsyncLimiter, Callable[[CompletionRequest], float]]]:
@@ -248,21 +330,18 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait for, as a number or until a date."""
+    """Seconds that the server asks to wait for, as a number or until a date; None where it says nothing sensible."""
     text = headers.get("retry-after", "").strip()
     try:
         seconds = float(text)
     except ValueError:
         try:
             seconds = parsedate_to_datetime(text).timestamp() - time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
-    return min(seconds, LONGEST_RETRY_AFTER) if seconds > 0 else None
+    return seconds if isfinite(seconds) and seconds > 0 else None
 
 
 def _said(error: openai.APIStatusError) -> str:
     """The server's own words."""
-    body = error.body
-    if isinstance(body, Mapping):
-        return " ".join(str(body[name]) for name in ("code", "message", "detail") if body.get(name))
-    return error.response.text or error.message
+    return words_of(error.body) if isinstance(error.body, Mapping) else error.response.text or error.message

@@ -14,7 +14,15 @@ from persona_lens.backend import Backend, ModelInfo, Read
 from persona_lens.extraction.filtering import Filtered, filter_responses
 from persona_lens.extraction.means import arm_means, held_out_separation
 from persona_lens.extraction.plan import ExtractionSettings, plan_requests
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, fit_calibration, judge_rollouts, weigh_rollouts
+from persona_lens.judging import (
+    Judge,
+    Judgement,
+    LikelihoodJudge,
+    fit_calibration,
+    judge_rollouts,
+    prepare_judge,
+    weigh_rollouts,
+)
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
@@ -194,6 +202,8 @@ def _extract(
         collected = Rollouts(backend, chat, requests, settings.rollouts, folder=run, reads=reads)
     else:
         collected = ReadRollouts(backend, given, settings.rollouts, folder=run, reads=reads)
+    if judge is not None:
+        prepare_judge(judge, run)
     rollouts = collected.run(progress)
     scoring: Judge | GivenScores
     if judge is not None:

@@ -21,7 +21,7 @@ from persona_lens.features.examples import find_examples
 from persona_lens.features.pursuit import pursue
 from persona_lens.features.ranking import RankedFeature, chance, decoder_cosines, rank
 from persona_lens.features.singles import WHOLE, FeatureEffect, arm_name, feature_effects, feature_steering
-from persona_lens.judging import Judge, LikelihoodJudge
+from persona_lens.judging import Judge, LikelihoodJudge, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.pieces import CHECK, is_signed, signed
 from persona_lens.progress import Progress, no_progress
@@ -29,7 +29,7 @@ from persona_lens.replies import chat_format
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.steering import ArmRow, ArmSettings, Steering, calibration_of, run_arms, trait_of
-from persona_lens.steering.arms import UNSTEERED, collect_arms
+from persona_lens.steering.arms import ARMS, UNSTEERED, collect_arms
 from persona_lens.steering.comparison import unsteered_mean
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
@@ -144,6 +144,8 @@ def dissect(
         judge = judge or LikelihoodJudge(backend, chat, asked, calibration_of(vectors))
         config |= {"judge": judge.describe(), **subject_config(backend, asked, chat)}
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
+        if asked is not None and judge is not None:
+            prepare_judge(judge, run, ARMS)
         found = _kept_decomposition(run) or decompose(backend, vectors, features, settings, corpus, progress)
         if run is not None:
             run.write_json(DECOMPOSITION, signed(found, DECOMPOSITION))

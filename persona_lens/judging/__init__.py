@@ -4,8 +4,15 @@ from persona_lens.judging.calibration import Calibration, fit_calibration
 from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
 from persona_lens.judging.llm import LLMJudge, Method
 from persona_lens.judging.local import LocalJudge
-from persona_lens.judging.protocol import Exchange, Judge, Judgement, JudgingError, Score
-from persona_lens.judging.recording import exchange_of, judge_exchanges, judge_rollouts, weigh_rollouts
+from persona_lens.judging.protocol import Exchange, Judge, Judgement, JudgingError, PreparedJudge, Score
+from persona_lens.judging.recording import (
+    check_scored,
+    exchange_of,
+    judge_exchanges,
+    judge_rollouts,
+    prepare_judge,
+    weigh_rollouts,
+)
 
 __all__ = [
     "Calibration",
@@ -18,10 +25,13 @@ __all__ = [
     "LikelihoodJudge",
     "LocalJudge",
     "Method",
+    "PreparedJudge",
     "Score",
+    "check_scored",
     "exchange_of",
     "fit_calibration",
     "judge_exchanges",
     "judge_rollouts",
+    "prepare_judge",
     "weigh_rollouts",
 ]

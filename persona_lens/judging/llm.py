@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
 from typing import Any
 
 from persona_lens.completions import Completion, CompletionRequest, CompletionServer, Refused, Usage
@@ -14,12 +13,17 @@ from persona_lens.completions.server import Answer
 from persona_lens.judging import numbers
 from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score
 from persona_lens.judging.rubrics import COHERENCE, fill_rubric
+from persona_lens.models.answers import answer_text
 from persona_lens.progress import Progress, no_progress
 from persona_lens.traits import Trait
 
 TOP_LOGPROBS = 20
 NUMBER_TOKENS = 8
-PROBE = "Reply with the number 57 and nothing else."
+REASONING_TOKENS = 2048  # room for what a model writes before its number
+WANTED = 57
+PROBE = f"Reply with the number {WANTED} and nothing else."
+MOST_FAILURES = 20
+"""Responses in a row, from the first on, that get nothing which could be a score, before the work stops."""
 
 
 class Method(StrEnum):
@@ -33,6 +37,19 @@ class Method(StrEnum):
     """Mean of several sampled answers: for servers without log-probabilities, or whose tokens are single digits."""
     NUMBER = numbers.NUMBER
     """The number of one greedy answer."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a server is asked, as one question has shown.
+
+    Attributes:
+        method: How a number is had.
+        room: Tokens that an answer in words may have.
+    """
+
+    method: Method
+    room: int = NUMBER_TOKENS
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,7 @@ class LLMJudge:
     method: Method = Method.AUTO
     samples: int = 5
     max_characters: int = 200_000
+    _known: list[Asking] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_characters < 1:
@@ -92,33 +110,42 @@ class LLMJudge:
         asked = [index for index, exchange in enumerate(exchanges) if self._reason(exchange) is None]
         if not asked:
             return [self._unasked(exchange) for exchange in exchanges]
-        method = self._settled_method
-        each = [self._requests(exchanges[index], method) for index in asked]
+        asking = self.prepare()
+        each = [self._requests(exchanges[index], asking) for index in asked]
         flat = [request for requests in each for request in requests]
-        left = [len(requests) for requests in each]
         owner = [number for number, requests in enumerate(each) for _ in requests]
-        label, done = "judging", len(exchanges) - len(asked)
-        progress(done, len(exchanges), label)
-
-        def take(index: int, answer: Answer) -> None:
-            nonlocal done
-            left[owner[index]] -= 1
-            if not left[owner[index]]:
-                done += 1
-                progress(done, len(exchanges), label)
-
-        answers = iter(self.server.complete(flat, take))
+        counted = _Counted(exchanges, asked, each, progress)
+        given = iter(
+            self.server.complete(flat, lambda index, answer: counted.take(owner[index], answer), keep=_is_usable)
+        )
         judged = {
-            index: self._judgement([next(answers) for _ in requests], method)
+            index: self._judgement([next(given) for _ in requests], asking.method)
             for index, requests in zip(asked, each, strict=True)
         }
+        without = [found.trait.reason or "" for found in judged.values() if found.trait.value is None]
+        if len(without) == len(judged) and not any(reason.startswith(numbers.REFUSED) for reason in without):
+            raise JudgingError(_none_of(f"{len(judged):,} responses", without[0]))
         return [judged.get(i) or self._unasked(exchange) for i, exchange in enumerate(exchanges)]
+
+    def prepare(self) -> Asking:
+        """Find out whether the server can judge, and how; one question, the first time.
+
+        Raises:
+            JudgingError: If it does not give the number that it is asked for, or does not allow the method.
+            ServerError: If it cannot be asked.
+            SpendingLimitError: If the spending limit is reached.
+        """
+        if not self._known:
+            self.server.check()
+            self._known.append(self._found())
+        return self._known[0]
 
     def estimate(self, exchanges: Sequence[Exchange]) -> Usage:
         """About what `judge` would use, if nothing were in the cache; nothing is asked."""
-        method = Method.LOGPROBS if self.method is Method.AUTO else self.method
+        supposed = Asking(Method.LOGPROBS if self.method is Method.AUTO else self.method)
+        asking = self._known[0] if self._known else supposed
         asked = (exchange for exchange in exchanges if self._reason(exchange) is None)
-        return sum((r.tokens() for exchange in asked for r in self._requests(exchange, method)), Usage())
+        return sum((r.tokens() for exchange in asked for r in self._requests(exchange, asking)), Usage())
 
     def _reason(self, exchange: Exchange) -> str | None:
         """Why there is nothing to ask."""
@@ -132,17 +159,17 @@ class LLMJudge:
         score = Score(None, self._reason(exchange))
         return Judgement(score, score if self.coherence else None)
 
-    def _requests(self, exchange: Exchange, method: Method) -> list[CompletionRequest]:
+    def _requests(self, exchange: Exchange, asking: Asking) -> list[CompletionRequest]:
         rubrics = (self.trait.judge_rubric, COHERENCE) if self.coherence else (self.trait.judge_rubric,)
-        return [request for rubric in rubrics for request in self._of_prompt(fill_rubric(rubric, exchange), method)]
+        return [request for rubric in rubrics for request in self._of_prompt(fill_rubric(rubric, exchange), asking)]
 
-    def _of_prompt(self, prompt: str, method: Method) -> list[CompletionRequest]:
+    def _of_prompt(self, prompt: str, asking: Asking) -> list[CompletionRequest]:
         messages = (("user", prompt),)
-        if method is Method.LOGPROBS:
+        if asking.method is Method.LOGPROBS:
             return [CompletionRequest(messages, 1, top_logprobs=TOP_LOGPROBS)]
-        if method is Method.NUMBER:
-            return [CompletionRequest(messages, NUMBER_TOKENS)]
-        return [CompletionRequest(messages, NUMBER_TOKENS, 1.0, seed=seed) for seed in range(self.samples)]
+        if asking.method is Method.NUMBER:
+            return [CompletionRequest(messages, asking.room)]
+        return [CompletionRequest(messages, asking.room, 1.0, seed=seed) for seed in range(self.samples)]
 
     def _judgement(self, answers: Sequence[Answer], method: Method) -> Judgement:
         if not self.coherence:
@@ -150,35 +177,110 @@ class LLMJudge:
         half = len(answers) // 2
         return Judgement(_score(answers[:half], method), _score(answers[half:], method))
 
-    @cached_property
-    def _settled_method(self) -> Method:
-        """The method that is used; one question, whose answer is known, shows what the server allows."""
-        if self.method not in (Method.AUTO, Method.LOGPROBS):
-            return self.method
-        messages = (("user", PROBE),)
-        [answer] = self.server.complete([CompletionRequest(messages, NUMBER_TOKENS, top_logprobs=TOP_LOGPROBS)])
-        lack = _lack(answer)
-        if lack is None:
-            return Method.LOGPROBS
+    def _found(self) -> Asking:
+        """How the server can be asked; its answer to one question, whose answer is known, shows that."""
+        words = Method.SAMPLES if self.method is Method.AUTO else self.method
+        wants_logprobs = self.method in (Method.AUTO, Method.LOGPROBS)
+        answer = self._probe(NUMBER_TOKENS, TOP_LOGPROBS if wants_logprobs else None)
+        lack = _lack(answer, self.server.wording.refused.get("logprobs"))
+        if wants_logprobs and lack is None:
+            return Asking(Method.LOGPROBS)
         if self.method is Method.LOGPROBS:
             raise JudgingError(
                 f"the server {self.server.settings.shown} cannot judge by log-probabilities: {lack}. Let it give "
                 "several samples instead (--judge-method samples)"
             )
-        return Method.SAMPLES
+        if isinstance(answer, Refused) and wants_logprobs:
+            answer = self._probe(NUMBER_TOKENS)
+        if _says_number(answer):
+            return Asking(words)
+        if isinstance(answer, Completion) and _reasons(answer):
+            answer = self._probe(REASONING_TOKENS)
+            if _says_number(answer):
+                return Asking(words, REASONING_TOKENS)
+        settings = self.server.settings
+        said = answer.reason if isinstance(answer, Refused) else f"it answers {numbers.shown(answer.choices[0].text)}"
+        raise JudgingError(
+            f"the model {settings.model!r} on {settings.shown} cannot judge: asked for the number {WANTED}, {said}. "
+            "Choose another model"
+        )
+
+    def _probe(self, room: int, top_logprobs: int | None = None) -> Answer:
+        asked = CompletionRequest((("user", PROBE),), room, top_logprobs=top_logprobs)
+        # Whatever else it says is no answer that anyone would want again.
+        [answer] = self.server.complete([asked], keep=lambda request, completion: _says_number(completion))
+        return answer
 
 
-def _lack(answer: Answer) -> str | None:
-    """What the answer to `PROBE` lacks for judging by the first token; None if nothing."""
+class _Counted:
+    """Answers as they come, counted by response for the progress; work that yields nothing ends early."""
+
+    def __init__(
+        self,
+        exchanges: Sequence[Exchange],
+        asked: Sequence[int],
+        each: Sequence[Sequence[CompletionRequest]],
+        progress: Progress,
+    ) -> None:
+        self._total, self._done, self._progress = len(exchanges), len(exchanges) - len(asked), progress
+        self._left = [len(requests) for requests in each]
+        self._failures: int | None = 0  # None after the first success
+        progress(self._done, self._total, "judging")
+
+    def take(self, owner: int, answer: Answer) -> None:
+        self._left[owner] -= 1
+        if not self._left[owner]:
+            self._done += 1
+            self._progress(self._done, self._total, "judging")
+        if isinstance(answer, Completion) and _is_usable(None, answer):
+            self._failures = None
+        elif self._failures is not None:
+            self._failures += 1
+            if self._failures >= MOST_FAILURES:
+                said = answer.reason if isinstance(answer, Refused) else numbers.shown(answer.choices[0].text)
+                raise JudgingError(_none_of(f"its first {self._failures:,} answers", said))
+
+
+def _none_of(what: str, reason: str) -> str:
+    return f"the judge gave no score in any of {what}: {reason}. Choose another one (--judge, --judge-method)"
+
+
+def _is_usable(_: CompletionRequest | None, completion: Completion) -> bool:
+    """Whether the answer is a judgement, so that it is kept: a number, numbers' probabilities, or a refusal to rate."""
+    sampled = completion.choices[0]
+    text = answer_text(sampled.text)
+    known = numbers.says_refusal(text) or numbers.score_of_text(text).value is not None
+    return known or sampled.top_logprobs is not None
+
+
+def _reasons(answer: Completion) -> bool:
+    """Whether the answer is not there yet because the model thinks first."""
+    sampled = answer.choices[0]
+    return not answer_text(sampled.text).strip() or sampled.finished is False
+
+
+def _says_number(answer: Answer) -> bool:
+    return isinstance(answer, Completion) and numbers.score_of_text(answer_text(answer.choices[0].text)).value == WANTED
+
+
+def _lack(answer: Answer, refused: str | None) -> str | None:
+    """What the answer to `PROBE` lacks for judging by the first token; None if nothing.
+
+    Args:
+        answer: The answer.
+        refused: What the server said when it refused log-probabilities.
+    """
     if isinstance(answer, Refused):
         return answer.reason
     top = answer.choices[0].top_logprobs
     if not top:
-        return "it reports none"
+        return refused or "it reports none"
     found = [number for token, _ in top if (number := numbers.whole_number(token)) is not None]
-    if any(number > 9 for number in found):
+    if WANTED in found and numbers.score_of_tokens(top).value is not None:
         return None
-    return "its tokens are single digits, so that a first token is no number" if found else "no first token is a number"
+    if found and all(number <= 9 for number in found):
+        return "its tokens are single digits, so that a first token is no number"
+    return f"asked for the number {WANTED}, it begins with {numbers.shown(max(top, key=lambda pair: pair[1])[0])}"
 
 
 def _score(answers: Sequence[Answer], method: Method) -> Score:
@@ -187,10 +289,12 @@ def _score(answers: Sequence[Answer], method: Method) -> Score:
         return Score(None, refused.reason, str(method))
     completions = [answer for answer in answers if isinstance(answer, Completion)]
     if method is Method.SAMPLES:
-        return numbers.score_of_samples([completion.choices[0].text for completion in completions])
+        return numbers.score_of_samples([answer_text(completion.choices[0].text) for completion in completions])
     [completion] = completions
     if method is Method.NUMBER:
-        return numbers.score_of_text(completion.choices[0].text)
+        found = numbers.score_of_text(answer_text(completion.choices[0].text))
+        greedy = "temperature" not in completion.without
+        return found if greedy else replace(found, method=f"{found.method}, at the server's temperature")
     top = completion.choices[0].top_logprobs
     if top is None:
         return Score(None, "the server reported no log-probabilities", str(method))

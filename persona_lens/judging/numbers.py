@@ -12,6 +12,8 @@ HIGHEST = 100
 MIN_MASS = 0.25
 """Probability that all numbers together must have for a score; below it the judge meant something else."""
 LOGPROBS, SAMPLES, NUMBER = "logprobs", "samples", "number"
+REFUSED = "refusal"
+"""Begins the reason where the judge would not rate."""
 
 # ASCII on purpose: Python's int() also takes digits of other scripts, underscores and signs.
 _WHOLE = re.compile(r"\s*([0-9]{1,3})\s*")
@@ -38,7 +40,7 @@ def expected_number(probabilities: Iterable[tuple[int, float]], method: str = LO
     pairs = list(probabilities)
     mass = math.fsum(p for _, p in pairs)
     if mass < MIN_MASS - 1e-9:  # a sum that is exactly the limit may round to less
-        return Score(None, f"refusal: numbers have a probability of {mass:.2f} together", method)
+        return Score(None, f"{REFUSED}: numbers have a probability of {mass:.2f} together", method)
     value = math.fsum(k * p for k, p in pairs) / mass
     return Score(min(max(value, 0.0), float(HIGHEST)), method=method)
 
@@ -59,15 +61,15 @@ def score_of_text(text: str) -> Score:
     Returns:
         The number; no score where there is none from 0 to 100, or more than one.
     """
-    if _REFUSAL.search(text):
-        return Score(None, "refusal", NUMBER)
+    if says_refusal(text):
+        return Score(None, REFUSED, NUMBER)
     found = {float(match[1]) for match in _IN_TEXT.finditer(text)}
     if len(found) != 1:
         what = "several numbers" if found else "no number"
-        return Score(None, f"the judge's answer holds {what}: {_shown(text)}", NUMBER)
+        return Score(None, f"the judge's answer holds {what}: {shown(text)}", NUMBER)
     value = found.pop()
     if value > HIGHEST:
-        return Score(None, f"the judge's answer is beyond {HIGHEST}: {_shown(text)}", NUMBER)
+        return Score(None, f"the judge's answer is beyond {HIGHEST}: {shown(text)}", NUMBER)
     return Score(value, method=NUMBER)
 
 
@@ -117,6 +119,12 @@ class NumberTokens:
         return [(number, max(alone[ids], 0.0)) for ids, number in self._numbers.items()]
 
 
-def _shown(text: str) -> str:
+def says_refusal(text: str) -> bool:
+    """Whether an answer refuses to rate, in the word that rubrics ask for."""
+    return _REFUSAL.search(text) is not None
+
+
+def shown(text: str) -> str:
+    """An answer in quotation marks, on a line of reasonable length."""
     line = " ".join(text.split())
-    return repr(line if len(line) <= 60 else line[:60] + "…")
+    return repr(line if len(line) <= 60 else line[:60] + "…") if line else "nothing"

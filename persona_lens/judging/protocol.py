@@ -97,3 +97,16 @@ class Judge(Protocol):
             progress: Told how many are done.
         """
         ...
+
+
+@runtime_checkable
+class PreparedJudge(Protocol):
+    """A judge that can find out whether it can work before there is anything to judge."""
+
+    def prepare(self) -> Any:
+        """Find out, at little cost, everything that would keep it from judging.
+
+        Raises:
+            PersonaLensError: If something does.
+        """
+        ...

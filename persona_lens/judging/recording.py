@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
-from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement
+from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement, JudgingError, PreparedJudge
 from persona_lens.pieces import Pieces, Row
 from persona_lens.progress import Progress, no_progress
 from persona_lens.rollouts import Rollout
@@ -18,6 +18,34 @@ if TYPE_CHECKING:
 
 EVIDENCE = "evidence.jsonl"
 JUDGEMENTS = "judgements.jsonl"
+
+
+def prepare_judge(judge: Judge, folder: RunFolder | None, prefix: str = "") -> None:
+    """Let a judge find out whether it can work, before anything is generated for it.
+
+    Args:
+        judge: Any judge; one without `PreparedJudge.prepare` is taken to be ready.
+        folder: Where its judgements will be; if they are there already it is not needed.
+        prefix: As for `judge_rollouts`.
+
+    Raises:
+        PersonaLensError: If something keeps it from judging.
+    """
+    there = folder is not None and (folder.path / (prefix + JUDGEMENTS)).exists()
+    if isinstance(judge, PreparedJudge) and not there:
+        judge.prepare()
+
+
+def check_scored(judged: Sequence[Judgement]) -> None:
+    """Refuse judgements of which none is a score.
+
+    Raises:
+        JudgingError: If there is none, although there was text to judge.
+    """
+    reasons = [found.trait.reason for found in judged if found.trait.value is None]
+    first = next((reason for reason in reasons if reason != EMPTY), None)
+    if first is not None and len(reasons) == len(judged):
+        raise JudgingError(f"none of {len(judged):,} responses got a score: {first}. Choose another judge (--judge)")
 
 
 def weigh_rollouts(
@@ -54,9 +82,15 @@ def judge_rollouts(
         folder: Where to save, under names that begin with ``prefix``; None keeps all in memory.
         prefix: Distinguishes several sets of rollouts in a folder.
         progress: Told how far the work is.
+
+    Raises:
+        JudgingError: If no response got a score, and not because all of them are empty.
     """
     label = f"{prefix.rstrip('-') or 'extraction'} judging"
-    return judge_exchanges(judge, _exchanges(rollouts, chat), folder, prefix=prefix, label=label, progress=progress)
+    exchanges = _exchanges(rollouts, chat)
+    judged = judge_exchanges(judge, exchanges, folder, prefix=prefix, label=label, progress=progress)
+    check_scored(judged)
+    return judged
 
 
 def judge_exchanges(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from persona_lens.models.errors import ModelError
-from persona_lens.models.indexes import without_credentials
 from persona_lens.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -20,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["DownloadError", "RemoteFile", "fetch", "http_client", "sha256_of"]
 
 _ATTEMPTS = 5
+_SECONDS = 60.0
+"""Until an answer begins; and how often a download has to have brought `_LEAST_BYTES` more."""
+_LEAST_BYTES = 2**14
+_LEAST_OF_CONNECTION = 2**10  # bytes, below which a connection counts as failed
 
 
 class DownloadError(ModelError):
@@ -57,8 +60,10 @@ def http_client(certificates: str | None = None, proxy: str | None = None) -> ht
             context.load_verify_locations(**{"capath" if Path(extra).is_dir() else "cafile": extra})
         except (OSError, ssl.SSLError) as error:
             raise DownloadError(f"cannot read the certificates in {extra}: {error}") from error
-    timeout = httpx.Timeout(60.0, connect=15.0)
-    return httpx.Client(verify=context, proxy=proxy, follow_redirects=True, timeout=timeout)
+    from persona_lens.transport import BoundedClient, Bounds
+
+    timeout = httpx.Timeout(_SECONDS, connect=15.0)
+    return BoundedClient(Bounds(_SECONDS), verify=context, proxy=proxy, follow_redirects=True, timeout=timeout)
 
 
 def sha256_of(path: Path) -> str:
@@ -105,7 +110,7 @@ def fetch(
     if found != file.sha256:
         part.unlink()
         raise DownloadError(
-            f"{file.name} from {without_credentials(url)} is not the file expected (SHA-256 {found[:12]}…, "
+            f"{file.name} from {url} is not the file expected (SHA-256 {found[:12]}…, "
             f"expected {file.sha256[:12]}…); it was deleted"
         )
     finished = folder / file.name
@@ -132,14 +137,14 @@ def _complete(client: httpx.Client, url: str, file: RemoteFile, part: Path, prog
             if code == 416:
                 part.unlink(missing_ok=True)  # longer than what the server has: not a part of this file
             if code not in (408, 429) and code < 500:
-                raise DownloadError(f"{without_credentials(url)} answered {code}") from error
+                raise DownloadError(f"{url} answered {code}") from error
             reason = f"the server answered {code}"
         if (after := _size(part)) >= file.size:
             return
-        # A connection that brought bytes is not a failed one: a slow, flaky line gets there in the end.
-        failures = 0 if after > before else failures + 1
+        # A connection that brought something is not a failed one: a slow, flaky line gets there in the end.
+        failures = 0 if after - before >= _LEAST_OF_CONNECTION else failures + 1
         if failures >= _ATTEMPTS:
-            raise DownloadError(f"the download of {without_credentials(url)} failed ({reason})")
+            raise DownloadError(f"the download of {url} failed ({reason})")
         time.sleep(pause * 2**failures)
 
 
@@ -159,6 +164,7 @@ def _one_connection(client: httpx.Client, url: str, file: RemoteFile, part: Path
         response.raise_for_status()
         if not (response.status_code == 206 and _starts_at(response, have)):
             have = 0
+        begun, had = time.monotonic(), have
         with part.open("ab" if have else "wb") as out:
             progress(have, file.size, f"downloading {file.name}")
             # As they come: gathered into larger chunks, what had gathered would be lost with the connection.
@@ -168,6 +174,10 @@ def _one_connection(client: httpx.Client, url: str, file: RemoteFile, part: Path
                 if have > file.size:
                     # Not the file: the checksum will say so, and an endless answer must not fill the disk.
                     break
+                if time.monotonic() - begun > _SECONDS:
+                    if have - had < _LEAST_BYTES:
+                        return
+                    begun, had = time.monotonic(), have
                 progress(have, file.size, f"downloading {file.name}")
 
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
-from urllib.parse import urldefrag, urljoin, urlsplit, urlunsplit
+from urllib.parse import urldefrag, urljoin, urlsplit
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["DEFAULT_INDEX", "IndexSettings", "file_url", "index_settings", "without_credentials"]
+__all__ = ["DEFAULT_INDEX", "IndexSettings", "file_url", "index_settings"]
 
 DEFAULT_INDEX = "https://pypi.org/simple"
 _JSON_PAGE = "application/vnd.pypi.simple.v1+json"
@@ -121,9 +121,9 @@ def file_url(client: httpx.Client, index: str, package: str, filename: str) -> s
 def _url_in_json(text: str, base: str, filename: str) -> str | None:
     try:
         files = json.loads(text)["files"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    for entry in files:
+    for entry in files if isinstance(files, list) else ():
         if isinstance(entry, dict) and entry.get("filename") == filename:
             return urljoin(base, str(entry.get("url", "")))
     return None
@@ -152,13 +152,3 @@ def _url_in_html(text: str, base: str, filename: str) -> str | None:
         if urlsplit(address).path.rpartition("/")[2] == filename:
             return address
     return None
-
-
-def without_credentials(address: str) -> str:
-    """Return an address without the user name and password it may hold, for messages.
-
-    >>> without_credentials("https://me:secret@example.org/simple")
-    'https://example.org/simple'
-    """
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from persona_lens.models.download import DownloadError, RemoteFile, fetch, http_client, sha256_of
 from persona_lens.models.errors import ModelError
-from persona_lens.models.indexes import IndexSettings, file_url, index_settings, without_credentials
+from persona_lens.models.indexes import IndexSettings, file_url, index_settings
 from persona_lens.progress import Progress, no_progress
 
 __all__ = ["Wheel", "fetch_wheel"]
@@ -106,16 +106,15 @@ def _from_indexes(
         return None
     with client:
         for index in settings.indexes:
-            shown = without_credentials(index)
             try:
                 url = file_url(client, index, wheel.package, wheel.file.name)
                 if url is not None:
                     return fetch(client, url, wheel.file, folder, progress)
-                failures.append(f"{shown}: has no {wheel.file.name}")
+                failures.append(f"{index}: has no {wheel.file.name}")
             except DownloadError as error:
-                failures.append(f"{shown}: {error}")
+                failures.append(f"{index}: {error}")
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failures.append(f"{shown}: {type(error).__name__}: {error}")
+                failures.append(f"{index}: {type(error).__name__}: {error}")
     return None
 
 

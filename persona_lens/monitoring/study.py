@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts
+from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring.conditions import (
     Condition,
@@ -307,6 +307,7 @@ def _collect(
 ) -> tuple[tuple[StudyRow, ...], NDArray[np.float64]]:
     """Every response with its score, and where its prompt ends: [responses, layers, directions]."""
     collected = _collected(backend, chat, requests, settings, vectors, run)
+    prepare_judge(judge, run, PREFIX)
     rollouts = collected.run(progress)
     judged = judge_rollouts(judge, rollouts, chat, run, prefix=PREFIX, progress=progress)
     read = np.full((len(requests), *units.shape[:2]), np.nan)

@@ -112,6 +112,7 @@ def _asked(request: Request, settings: RolloutSettings) -> CompletionRequest:
         settings.temperature,
         settings.top_p,
         request.seed % SEEDS,
+        firm=True,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.remote import RemoteBackend, Traffic
-from persona_lens.judging import Judge
+from persona_lens.judging import Judge, prepare_judge
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.pieces import is_signed, signed
 from persona_lens.progress import Progress, no_progress
@@ -104,6 +104,9 @@ def screen(
         "judges": {trait: judge.describe() for trait, judge in (judges or {}).items()},
     }
     with RunFolder(folder, config) as run:
+        if not (run.path / SUMMARY).exists():
+            for trait, judge in (judges or {}).items():
+                prepare_judge(judge, run, f"{trait}-")
         rows, tokens, seconds = _score(run, scorer, everything, crew or OneProcess(), progress)
         findings = find(run, everything, len(reference), panel, whole, flagging, judges or {}, progress)
         write_rows(run, everything, whole, findings, generated=settings.base is BaseResponses.GENERATE)

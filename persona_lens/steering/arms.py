@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from persona_lens.backend import Backend, Edit, Read
-from persona_lens.judging import Judge, Judgement, judge_rollouts
+from persona_lens.judging import Judge, Judgement, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, no_progress
 from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
@@ -17,6 +17,7 @@ from persona_lens.steering.sweep import NONE, RANDOM, VECTOR, QuestionSet
 from persona_lens.traits import Trait
 
 UNSTEERED = "unsteered"
+ARMS = "arms-"  # begins the names of their files
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def collect_arms(
     chat: ChatFormat,
     *,
     folder: RunFolder | None = None,
-    prefix: str = "arms-",
+    prefix: str = ARMS,
     reads: Sequence[Read] = (),
 ) -> Rollouts:
     """The responses of all arms, to be run; unsteered and steered rows run in the same batches.
@@ -178,7 +179,7 @@ def run_arms(
     chat: ChatFormat,
     *,
     folder: RunFolder | None = None,
-    prefix: str = "arms-",
+    prefix: str = ARMS,
     progress: Progress = no_progress,
 ) -> list[ArmRow]:
     """Let every arm answer, and judge what comes.
@@ -195,6 +196,7 @@ def run_arms(
         progress: Told how far the work is.
     """
     collected = collect_arms(backend, arms, trait, settings, chat, folder=folder, prefix=prefix)
+    prepare_judge(judge, folder, prefix)
     rollouts = collected.run(progress)
     judged = judge_rollouts(judge, rollouts, chat, folder, prefix=prefix, progress=progress)
     return [arm_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]

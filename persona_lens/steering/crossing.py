@@ -12,7 +12,7 @@ import torch
 
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.extraction.run import model_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts
+from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
@@ -230,6 +230,8 @@ class Crossing:
     def rows(self, run: RunFolder | None, progress: Progress) -> list[CrossRow]:
         """Run what is not there yet: generate, read again, judge."""
         collected = self.collected(run)
+        for name in self.vectors:
+            prepare_judge(self.judges[name], run, self._prefix(name))
         rollouts = collected.run(progress)
         again = self.reread(rollouts, run)
         again.run(progress)
@@ -248,8 +250,11 @@ class Crossing:
     def _judge(
         self, name: str, rollouts: Sequence[Rollout], run: RunFolder | None, progress: Progress
     ) -> list[Judgement]:
-        prefix = STEERED + file_prefix(list(self.vectors).index(name), name)
+        prefix = self._prefix(name)
         return judge_rollouts(self.judges[name], rollouts, self.chat, run, prefix=prefix, progress=progress)
+
+    def _prefix(self, name: str) -> str:
+        return STEERED + file_prefix(list(self.vectors).index(name), name)
 
     def _projections(self, batches: RolloutBatches) -> dict[int, dict[str, float | None]]:
         """Of each row the mean response token's projection on each unit vector, in residual-stream units."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from persona_lens.backend import Backend, Edit, Positions
 from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts
+from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
 from persona_lens.judging.calibration import Calibration
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, no_progress
@@ -150,6 +150,7 @@ def sweep(
             edits_for=edits_of(vectors, settings),
             prefix=f"{name}-",
         )
+        prepare_judge(judge, run, f"{name}-")
         rollouts = collected.run(progress)
         judged = judge_rollouts(judge, rollouts, chat, run, prefix=f"{name}-", progress=progress)
         rows = [_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]

@@ -38,6 +38,7 @@ class Loopback:
         headers: Of the last request.
         busy: Most requests that were there at the same time.
         bodies: The last requests.
+        paths: Where they went.
         url: Address up to ``/v1``, once it runs.
     """
 
@@ -50,6 +51,7 @@ class Loopback:
     seen: Counter[str] = field(default_factory=Counter)
     headers: dict[str, str] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     busy: int = 0
     url: str = ""
     _now: int = 0
@@ -72,6 +74,7 @@ class Loopback:
             return _send(writer, 200, json.dumps({"served": self.served, "seen": self.seen, "busy": self.busy}))
         body = json.loads(raw)
         self.headers, self.bodies = headers, [*self.bodies[-20:], body]
+        self.paths = [*self.paths[-20:], head[0].split(" ")[1]]
         key = hashlib.sha256(raw).hexdigest()
         self.seen[key] += 1
         self._now += 1
@@ -127,7 +130,7 @@ def completion(text: str, top: dict[str, float] | None = None, **more: Any) -> d
 def scores(body: dict[str, Any]) -> dict[str, Any]:
     """A judge's answer whose number depends on the prompt alone."""
     digest = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()
-    number = digest[0] % 100
+    number = 57 if "57" in str(body["messages"][-1]["content"]) else digest[0] % 100  # what a probe asks for
     return completion(str(number), {str(number): 0.75, str(number + 1): 0.25} if body.get("logprobs") else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from persona_lens.completions import (
     Usage,
 )
 from persona_lens.completions.sending import _retry_after
+from persona_lens.completions.wording import Wording
 from persona_lens.errors import PersonaLensError
 from tests.completions.loopback import Loopback, completion, scores, serving
 
@@ -259,11 +261,19 @@ def test_a_model_that_calls_the_length_limit_otherwise_says_so_once(at_once: int
     ],
 )
 def test_another_refusal_is_of_its_request_alone(said: str, tmp_path: Path) -> None:
-    """Also where it repeats what a hostile response says."""
-    with serving(respond=lambda _: unsupported(said)) as loopback:
-        [answer] = server_at(loopback, tmp_path).complete(requests(1))
-        assert sum(loopback.seen.values()) == 1
-    assert isinstance(answer, Refused)
+    """Also where it repeats what a hostile response says: what it seems to ask for is tried, and not believed."""
+
+    def respond(body: dict[str, Any]) -> Any:
+        return unsupported(said) if "answer 0." in body["messages"][0]["content"] else scores(body)
+
+    with serving(respond=respond) as loopback:
+        server = server_at(loopback, tmp_path, concurrency=1)
+        answers = server.complete(requests(2))
+        assert sum(loopback.seen.values()) <= 3
+        assert {"max_tokens", "temperature", "logprobs"} <= set(loopback.bodies[-1])
+    assert server.wording == Wording()
+    assert isinstance(answers[0], Refused)
+    assert said[:20] in answers[0].reason
 
 
 @pytest.mark.parametrize(
@@ -277,13 +287,48 @@ def test_another_refusal_is_of_its_request_alone(said: str, tmp_path: Path) -> N
         ("Unsupported parameter: 'top_p' is not supported with this model.", "top_p"),
     ],
 )
-def test_a_model_whose_sampling_cannot_be_set_is_refused(said: str, name: str, tmp_path: Path) -> None:
+def test_a_model_whose_sampling_cannot_be_set_is_refused_where_it_matters(said: str, name: str, tmp_path: Path) -> None:
+    asked = [replace(request, temperature=0.7, top_p=0.9, firm=True) for request in requests(200)]
     with serving(delay=0.005, respond=lambda body: unsupported(said)) as loopback:
-        with pytest.raises(ServerError, match=f"'judge' does not let {name} be set, and with another {name}") as raised:
-            server_at(loopback, tmp_path).complete(requests(200))
+        with pytest.raises(ServerError, match=f"'judge' does not let {name} be set to 0.[79], and") as raised:
+            server_at(loopback, tmp_path).complete(asked)
         assert sum(loopback.seen.values()) < 200
         assert said in str(raised.value)
-        assert {body["temperature"] for body in loopback.bodies} == {0.0}
+        assert {body["temperature"] for body in loopback.bodies} == {0.7}
+
+
+PICKY = {
+    "both": ("top_p", "`temperature` and `top_p` cannot both be specified for this model. Please use only one.", {}),
+    "seed": ("seed", "Extra inputs are not permitted", {"param": "seed"}),
+    "temperature": ("temperature", "Unsupported value: 'temperature' does not support 0.5.", {"param": "temperature"}),
+    "logprobs": ("logprobs", "This model does not support logprobs", {}),
+}
+
+
+@pytest.mark.parametrize("kind", PICKY)
+def test_what_a_server_refuses_is_left_out_from_then_on(kind: str, tmp_path: Path) -> None:
+    name, said, more = PICKY[kind]
+    with serving(respond=lambda body: unsupported(said, **more) if name in body else scores(body)) as loopback:
+        server = server_at(loopback, tmp_path, concurrency=1)
+        asked = [replace(request, temperature=0.5, top_p=0.9) for request in requests(5)]
+        answers = server.complete(asked) + server.complete([replace(request, seed=1) for request in asked])
+        assert sum(loopback.seen.values()) == 11
+    assert all(isinstance(answer, Completion) and name in answer.without for answer in answers)
+    assert said in server.wording.refused[name]
+    # Where the sampling has to be as it is asked for, such an answer is none, not even from the cache.
+    kept = server.cache.get(asked[0].key("judge", loopback.url))
+    assert kept == answers[0]
+    assert kept is not None
+    assert kept.fits(asked[0])
+    assert kept.fits(replace(asked[0], firm=True)) == (kind in ("seed", "logprobs"))
+
+
+def test_nothing_is_sent_that_cannot_matter() -> None:
+    greedy, sampled = requests(1)[0], replace(requests(1)[0], temperature=1.0)
+    assert not {"top_p", "seed"} & set(greedy.body("judge"))
+    assert (sampled.body("judge")["temperature"], sampled.body("judge")["seed"]) == (1.0, 0)
+    assert "top_p" not in sampled.body("judge")
+    assert replace(sampled, firm=True).body("judge")["top_p"] == 1.0  # servers differ in what they do without it
 
 
 def test_no_server_is_said_in_a_sentence(tmp_path: Path) -> None:
@@ -317,7 +362,7 @@ def test_a_server_that_asks_for_time_gets_it(tmp_path: Path) -> None:
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
-    for text, seconds in (("3", 3), ("0.5", 0.5), ("900", 600)):
+    for text, seconds in (("3", 3), ("0.5", 0.5), ("900", 900)):
         assert _retry_after({"retry-after": text}) == seconds
     found = _retry_after({"retry-after": formatdate(time.time() + 90, usegmt=True)})
     assert found is not None
@@ -326,7 +371,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "-4", "nan", "inf", formatdate(0, usegmt=True)])
 def test_a_retry_after_that_says_nothing_is_left_out(text: str) -> None:
-    assert _retry_after({"retry-after": text}) is None or text == "inf"
+    assert _retry_after({"retry-after": text}) is None
 
 
 def test_requests_a_minute_are_kept(tmp_path: Path) -> None:
@@ -379,6 +424,8 @@ def test_costs_are_tokens_times_prices() -> None:
     [
         ({"model": ""}, "name the server's model"),
         ({"base_url": "127.0.0.1:8000"}, "looks like http://127.0.0.1:8000/v1, got '127.0.0.1:8000'"),
+        ({"base_url": "http://127.0.0.1:99999/v1"}, "looks like http://127.0.0.1:8000/v1"),
+        ({"key_variable": "sk-a-key"}, "such as OPENAI_API_KEY, not the key$"),
         ({"concurrency": 0}, "at least 1"),
         ({"timeout": 0.0}, "timeout must be above 0"),
         ({"tokens_per_minute": float("nan")}, "tokens_per_minute must be above 0"),
@@ -393,14 +440,31 @@ def test_openai_itself_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     server = CompletionServer(ServerSettings("gpt"), CompletionCache(tmp_path))
     with pytest.raises(ServerError, match="needs a key: set OPENAI_API_KEY"):
         server.complete(requests(1))
+    named = CompletionServer(ServerSettings("gpt", "http://127.0.0.1:1/v1", "NOT_SET"), CompletionCache(tmp_path))
+    with pytest.raises(ServerError, match="no environment variable of the name that was given"):
+        named.check()
     monkeypatch.setenv("OPENAI_API_KEY", "k\u00e9y")
     with pytest.raises(ServerError, match="characters that no key has"):
         server.complete(requests(1))
 
 
-def test_a_password_in_the_address_is_not_shown() -> None:
-    settings = ServerSettings("judge", "http://me:secret@127.0.0.1:9/v1")
-    assert settings.shown == "http://127.0.0.1:9/v1"
+def test_a_password_in_the_address_is_not_shown(tmp_path: Path) -> None:
+    settings = ServerSettings("judge", "http://me:secret@127.0.0.1:9/v1?api-version=1&key=other")
+    assert settings.shown == "http://127.0.0.1:9/v1?api-version=1&key=…"
+    with pytest.raises(ServerError) as raised:
+        ServerSettings("judge", "ftp://me:secret@127.0.0.1/v1")
+    assert "secret" not in str(raised.value)
+
+    def echo(body: dict[str, Any]) -> Any:
+        basic = base64.b64encode(b"me:secret").decode()
+        return 400, {"error": {"message": f"bad {loopback.headers['authorization']} {basic} secret other"}}
+
+    with serving(respond=echo) as loopback:
+        url = loopback.url.replace("//", "//me:secret@") + "?api-version=1&key=other"
+        [answer] = server_at(url, tmp_path).complete(requests(1))
+        assert loopback.paths[-1] == "/v1/chat/completions?api-version=1&key=other"
+    assert isinstance(answer, Refused)
+    assert answer.reason.endswith("bad Basic … … … …")
 
 
 def test_nothing_that_is_kept_holds_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,134 @@
+"""What a server's answer holds, as far as it can be used: servers differ in everything but the answer's place."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from persona_lens.completions.messages import Completion, CompletionRequest, Sampled
+from persona_lens.completions.spending import Usage
+
+MOST_TOKENS = 10**7
+"""Tokens of one answer that a server may say it used; more is no count."""
+_ROUNDING = 1e-3  # by which a log-probability may be above 0
+_MOST_MASS = 1.02  # of all probabilities together, in rounded numbers
+
+
+class UnusableError(Exception):
+    """An answer that is no chat completion; the text says why."""
+
+
+class ReportedError(Exception):
+    """An error that a server reports in an answer which says that all is well.
+
+    Attributes:
+        status: The code that it gives; None if that is no status of HTTP.
+        said: Its words.
+        parameter: The parameter that it names; None if it names none.
+    """
+
+    def __init__(self, error: object) -> None:
+        entries = error if isinstance(error, Mapping) else {}
+        code, parameter = entries.get("code"), entries.get("param")
+        self.status = code if isinstance(code, int) and 400 <= code < 600 else None
+        self.parameter = parameter if isinstance(parameter, str) else None
+        self.said = words_of(error)
+        super().__init__(self.said)
+
+
+def words_of(error: object) -> str:
+    """A server's own words, in whatever form it has them."""
+    if isinstance(error, Mapping):
+        found = [error.get(name) for name in ("code", "message", "detail", "error") if error.get(name)]
+        return " ".join(map(words_of, found)) or json.dumps(error, default=str)[:1000]
+    return whole_characters(str(error))
+
+
+def whole_characters(text: str) -> str:
+    """A text without halves of characters, which fit into no file."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_completion(body: bytes, request: CompletionRequest) -> Completion:
+    """The completion in a server's answer; what is missing or senseless beside the answer itself is left out.
+
+    Raises:
+        ReportedError: If it is an error under another status.
+        UnusableError: If it is no chat completion.
+    """
+    found = _json(body)
+    if not isinstance(found, Mapping):
+        raise UnusableError("it is no JSON object")
+    choices = found.get("choices")
+    if found.get("error") and not choices:
+        raise ReportedError(found["error"])
+    if not isinstance(choices, list) or not choices:
+        raise UnusableError("it has no choices")
+    return Completion((_sampled(choices[0]),), _usage(found.get("usage"), request))
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode(json.detect_encoding(body), "replace"))
+    except (ValueError, RecursionError) as error:
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(": ")[0]
+        raise UnusableError(f"it is no JSON: {said}" if body.strip() else "it is empty") from None
+
+
+def _sampled(choice: Any) -> Sampled:
+    if not isinstance(choice, Mapping) or not isinstance(choice.get("message"), Mapping):
+        raise UnusableError("its first choice has no message")
+    reason = choice.get("finish_reason")
+    if choice.get("error") or reason == "error":
+        raise ReportedError(choice.get("error") or "it ended its answer with an error")
+    message = choice["message"]
+    text = _text(message.get("content")) or _text(message.get("refusal"))
+    return Sampled(text, _first_tokens(choice.get("logprobs")), reason == "stop" if isinstance(reason, str) else None)
+
+
+def _text(content: object) -> str:
+    """The text of a message's content, which may come in chunks of several kinds."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return whole_characters(content)
+    if isinstance(content, list) and all(isinstance(chunk, (str, Mapping)) for chunk in content):
+        texts = (chunk if isinstance(chunk, str) else chunk.get("text") for chunk in content)
+        return "".join(whole_characters(text) for text in texts if isinstance(text, str))
+    raise UnusableError("its content is no text")
+
+
+def _first_tokens(logprobs: object) -> tuple[tuple[str, float], ...] | None:
+    """The likeliest first tokens that have a log-probability; None if there are none, or no distribution at all."""
+    positions = logprobs.get("content") if isinstance(logprobs, Mapping) else None
+    first = positions[0] if isinstance(positions, list) and positions else None
+    listed = first.get("top_logprobs") if isinstance(first, Mapping) else None
+    entries = [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []
+    found = []
+    for each in entries:
+        token, value = each.get("token"), each.get("logprob")
+        if isinstance(token, str) and isinstance(value, int | float) and value == value:
+            if value > _ROUNDING:
+                return None
+            found.append((whole_characters(token), min(float(value), 0.0) if value > -1e300 else -math.inf))
+    mass = math.fsum(math.exp(value) for _, value in found)
+    return tuple(found) if found and mass <= _MOST_MASS else None
+
+
+def _usage(usage: object, request: CompletionRequest) -> Usage:
+    """What the server counted, and an estimate of what it did not."""
+    expected = request.tokens()
+    counts = usage if isinstance(usage, Mapping) else {}
+
+    def counted(name: str, otherwise: int) -> int:
+        value = counts.get(name)
+        usable = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
+        return value if isinstance(value, int) and usable else otherwise
+
+    return Usage(
+        1,
+        counted("prompt_tokens", expected.prompt_tokens),
+        counted("completion_tokens", expected.completion_tokens),
+    )
