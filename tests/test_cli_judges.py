@@ -8,13 +8,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
+from persona_lens.cli.options import repeated
 from tests.completions.loopback import Loopback, completion, serving
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -219,3 +221,15 @@ def test_the_likelihood_judge_of_an_extraction_scores_other_responses(
     )
     said = refused("judge", "compare", str(table), f"likelihood:{out}", "--trait", "evil")
     assert "is for the trait optimistic" in said
+
+
+def test_a_command_is_repeated_without_what_is_secret_in_it() -> None:
+    """As it stands on a report's page, and in summary.json."""
+    asked = typer.Typer()
+
+    @asked.command()
+    def tune(context: typer.Context, judge_url: Annotated[str, typer.Option("--judge-url")]) -> None:
+        typer.echo(repeated(context))
+
+    said = CliRunner().invoke(asked, ["--judge-url", "https://me:s3cret@host/v1?key=s3cret&a=b"]).output
+    assert said == "tune --judge-url 'https://host/v1?key=…&a=b'\n"

@@ -40,6 +40,8 @@ def chatting(body: Body) -> Body:
     """Answers by the system prompt, and a number by the seed; also a judge that looks for "sunny"."""
     if body["messages"][0]["role"] != "system":
         prompt = body["messages"][0]["content"]
+        if prompt.startswith("Reply with the number 57"):
+            return completion("57")
         number = "95" if "sunny" in prompt or "coheren" in prompt else "5"
         return completion(number)
     mood = "sunny" if body["messages"][0]["content"] in POSITIVE else "grey"

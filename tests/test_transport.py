@@ -10,7 +10,7 @@ import pytest
 from persona_lens.transport import AnswerError, BoundedClient, Bounds
 from tests.completions.liars import LIES, lying
 
-BODY = {"messages": [{"role": "user", "content": "57"}], "logprobs": True}
+BODY = {"messages": [{"role": "user", "content": "the number 57"}], "logprobs": True}
 
 
 @pytest.mark.parametrize("name", ["a byte at a time", "headers a byte at a time", "provisional answers without end"])

@@ -137,7 +137,7 @@ def _complete(client: httpx.Client, url: str, file: RemoteFile, part: Path, prog
             if code == 416:
                 part.unlink(missing_ok=True)  # longer than what the server has: not a part of this file
             if code not in (408, 429) and code < 500:
-                raise DownloadError(f"{url} answered {code}") from error
+                raise DownloadError(f"{url} answered {code}") from None  # its text has the whole address
             reason = f"the server answered {code}"
         if (after := _size(part)) >= file.size:
             return

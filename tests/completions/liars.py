@@ -37,7 +37,7 @@ class Asked:
     @property
     def number(self) -> str:
         prompt = str(self.body["messages"][-1]["content"])
-        return "57" if "57" in prompt else "90" if "how coherent" in prompt else "80"
+        return "57" if "number 57" in prompt else "90" if "how coherent" in prompt else "80"
 
     def truth(self, text: str | None = None, **more: Any) -> dict[str, Any]:
         """An honest answer, with other words or entries if they are given."""

@@ -130,7 +130,8 @@ def completion(text: str, top: dict[str, float] | None = None, **more: Any) -> d
 def scores(body: dict[str, Any]) -> dict[str, Any]:
     """A judge's answer whose number depends on the prompt alone."""
     digest = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()
-    number = 57 if "57" in str(body["messages"][-1]["content"]) else digest[0] % 100  # what a probe asks for
+    probed = str(body["messages"][-1]["content"]).startswith("Reply with the number 57")
+    number = 57 if probed else digest[0] % 100
     return completion(str(number), {str(number): 0.75, str(number + 1): 0.25} if body.get("logprobs") else None)
 
 
