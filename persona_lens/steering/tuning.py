@@ -17,7 +17,7 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
 from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, LikelihoodJudge
+from persona_lens.judging import Judge, LikelihoodJudge, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
@@ -45,6 +45,7 @@ from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned
 from persona_lens.workload import Work, run_work
 
 SHOWN_SAMPLES = 6
+SEARCH = "search-"  # begins the names of its files
 Capability = Callable[[Steering | None], Estimate]
 
 
@@ -171,6 +172,7 @@ def tune(
     config = {"kind": "tune", "settings": asdict(settings), **described}
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         ask = partial(run_arms, backend, trait=trait, judge=judge, chat=chat, folder=run, progress=progress)
+        prepare_judge(judge, run, SEARCH)
         norms = _residual_norms(backend, trait, search, chat, run, progress)
         found = _searched(vectors, trait, settings, norms, ask, {"command": command, **described}, capability)
         if run is not None:
@@ -239,7 +241,7 @@ def _searched(
     lengths = vectors.norms(settings.reduction).tolist()
     tried = places(settings.layers or (), settings.pushes, settings.towards.sign, lengths, norms.tolist())
     arms = {place: _at(vectors, place, settings) for place in tried}
-    rows = ask({str(each): each for each in arms.values()}, settings=search, prefix="search-")
+    rows = ask({str(each): each for each in arms.values()}, settings=search, prefix=SEARCH)
     points = surface(rows, {str(each): place for place, each in arms.items()}, settings.margin)
     chosen = choose_point(points, settings.towards.sign)
     along = {str(each): each for place, each in arms.items() if place.layer == chosen.place.layer}
