@@ -233,3 +233,13 @@ def test_a_command_is_repeated_without_what_is_secret_in_it() -> None:
 
     said = CliRunner().invoke(asked, ["--judge-url", "https://me:s3cret@host/v1?key=s3cret&a=b"]).output
     assert said == "tune --judge-url 'https://host/v1?key=…&a=b'\n"
+
+
+def test_a_missing_key_is_found_out_before_anything_is_generated(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    said = refused(*extraction(model, tmp_path / "run", "--judge", "openai:gpt"))
+    assert "needs a key: set OPENAI_API_KEY" in said
+    assert not (tmp_path / "run" / "rollouts.jsonl").exists()
