@@ -12,10 +12,12 @@ from persona_lens.completions import (
     CompletionCache,
     CompletionRequest,
     CompletionServer,
+    Refused,
     ServerError,
     ServerSettings,
 )
 from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method
+from persona_lens.judging.rubrics import fill_rubric
 from persona_lens.traits import load_trait
 from tests.servers.server import LlmServer
 
@@ -47,36 +49,23 @@ def test_log_probabilities_come_through(server: CompletionServer) -> None:
     assert server.spending.used.prompt_tokens > 10
 
 
-def test_digits_are_noticed_and_sampled(server: CompletionServer) -> None:
-    """This model writes numbers digit by digit, so that a first token's probability is no number's."""
-    with pytest.raises(JudgingError, match="single digits"):
+def test_a_model_that_does_not_do_as_it_is_asked_is_no_judge(server: CompletionServer) -> None:
+    """It apologises where it is asked for a number, and it writes numbers digit by digit."""
+    with pytest.raises(JudgingError, match="cannot judge by log-probabilities"):
         LLMJudge(server, TRAIT, method=Method.LOGPROBS).judge(EXCHANGES[:1])
-    judge = LLMJudge(server, TRAIT, samples=2)
-    judged = judge.judge(EXCHANGES)
-    assert judged[2].trait.reason == "empty response"
-    for judgement in (judged[0], judged[1], judged[3]):
-        for score in (judgement.trait, judgement.coherence):
-            assert score is not None
-            assert str(score.method).startswith("samples: ")
-            assert (score.value is None) == (score.reason is not None)
-            assert score.value is None or 0 <= score.value <= 100
-    asked = server.spending.used.requests
-    assert asked == 1 + 3 * 2 * 2
-    assert LLMJudge(server, TRAIT, samples=2).judge(EXCHANGES) == judged
-    assert server.spending.used.requests == asked
-
-
-def test_one_greedy_number(server: CompletionServer) -> None:
-    judged = LLMJudge(server, TRAIT, coherence=False, method=Method.NUMBER).judge(EXCHANGES[:2])
-    assert [j.trait.method for j in judged] == ["number", "number"]
+    for method in (Method.AUTO, Method.NUMBER):
+        with pytest.raises(JudgingError, match="cannot judge: asked for the number 57, it answers"):
+            LLMJudge(server, TRAIT, method=method).judge(EXCHANGES)
+    assert server.spending.used.requests <= 4
 
 
 def test_a_text_longer_than_the_context_has_a_reason(server: CompletionServer) -> None:
-    long = Exchange("And then?", "and then " * 5000)
-    judged = LLMJudge(server, TRAIT, coherence=False, method=Method.NUMBER).judge([EXCHANGES[0], long])
-    assert judged[1].trait.value is None
-    assert "context size" in str(judged[1].trait.reason)
-    assert judged[0].trait.method == "number"
+    long = fill_rubric(TRAIT.judge_rubric, Exchange("And then?", "and then " * 5000))
+    short = fill_rubric(TRAIT.judge_rubric, EXCHANGES[3])
+    refused, answer = server.complete([CompletionRequest((("user", text),), 8) for text in (long, short)])
+    assert isinstance(refused, Refused)
+    assert "context size" in refused.reason
+    assert isinstance(answer, Completion)
 
 
 def test_structured_output(server: CompletionServer) -> None:
