@@ -37,6 +37,7 @@ LONGEST_RETRY_AFTER = 600.0
 WINDOW = 8
 # Refusals that named a parameter and came again without it: from then on they are of their requests alone.
 MOST_TRIALS = 3
+LEAST_SECRET = 12  # characters of a key that is looked for in answers
 # Bytes of an answer for each of its tokens, and for each with the likeliest tokens beside it.
 TOKEN_BYTES, LISTED_TOKEN_BYTES = 256, 8192
 
@@ -253,9 +254,11 @@ class Sender:
         return replace(found, choices=tuple(map(self._without_secrets, found.choices)))
 
     def _without_secrets(self, sampled: Sampled) -> Sampled:
+        """The choice without what is secret; a key such as "test" is none, and stands in many an honest answer."""
+        secrets = [secret for secret in self._secrets if len(secret) >= LEAST_SECRET]
         top = sampled.top_logprobs
-        hidden = tuple((hide(token, self._secrets), value) for token, value in top) if top is not None else None
-        return replace(sampled, text=hide(sampled.text, self._secrets), top_logprobs=hidden)
+        hidden = tuple((hide(token, secrets), value) for token, value in top) if top is not None else None
+        return replace(sampled, text=hide(sampled.text, secrets), top_logprobs=hidden)
 
     def _meaning(self, refusal: Refusal, request: CompletionRequest) -> Refused | Exception:
         """What a refusal means: for this request, for all, or for the moment."""

@@ -477,6 +477,16 @@ def test_nothing_that_is_kept_holds_the_key(tmp_path: Path, monkeypatch: pytest.
     assert all(KEY not in file.read_text() for file in files)
 
 
+@pytest.mark.parametrize(("key", "kept"), [(KEY, "the … and a test"), ("test", f"the {KEY} and a test")])
+def test_a_key_that_an_answer_repeats_is_left_out_of_it(
+    key: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for keys that are none: servers of one's own take any word."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with serving(respond=lambda body: completion(f"the {KEY} and a test")) as loopback:
+        assert text_of(server_at(loopback, tmp_path).complete(requests(1))[0]) == kept
+
+
 def test_a_damaged_file_of_the_cache_is_asked_again(tmp_path: Path) -> None:
     with serving() as loopback:
         answers = server_at(loopback, tmp_path).complete(requests(3))
