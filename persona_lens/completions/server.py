@@ -92,13 +92,13 @@ class ServerSettings:
         Raises:
             ServerError: If there is none, and OpenAI itself is asked or the variable was named.
         """
-        if self.key_variable != OPENAI_KEY and self.key_variable not in os.environ:
-            raise ServerError(f"{self.shown}: no environment variable of the name that was given for the key is set")
         found = os.environ.get(self.key_variable, "").strip()
         if not (found.isascii() and found.isprintable()):
             raise ServerError(f"the key in {self.key_variable} has characters that no key has; set it again")
         if not found and urlsplit(self.url).hostname == urlsplit(OPENAI).hostname:
             raise ServerError(f"{self.shown} needs a key: set {self.key_variable}")
+        if self.key_variable != OPENAI_KEY and self.key_variable not in os.environ:
+            raise ServerError(f"{self.shown}: no environment variable of the name that was given for the key is set")
         return found or NO_KEY
 
 
