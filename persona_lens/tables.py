@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from persona_lens.errors import PersonaLensError
 
 SEPARATORS = (",", ";", "\t")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+LONGEST_LINE = 2**27  # bytes, decompressed: a small file can hold a line without end
+LARGEST_JSON = 2**30  # bytes: it is read at once
 PARQUET_ROWS = 1024  # that are in memory at once
 
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
@@ -32,7 +38,8 @@ def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:
     commas, semicolons or tabs, whichever cut the first line into most columns.
 
     Args:
-        path: A file whose name ends in ``.jsonl``, ``.ndjson``, ``.csv``, ``.tsv`` or ``.parquet``; text is UTF-8.
+        path: A file whose name ends in ``.jsonl``, ``.ndjson``, ``.json`` (a list of rows), ``.csv``, ``.tsv`` or
+            ``.parquet``; text is UTF-8. The first two may be compressed: ``.jsonl.gz``, ``.jsonl.zst``.
         bad_row: Told of every row that cannot be read by itself; reading goes on behind it. Without it the first such
             row is an error.
 
@@ -49,7 +56,8 @@ def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:
         raise TableError(f"{path} is a folder; give one file of it")
     if not path.exists():
         raise TableError(f"there is no file {path}")
-    reader = _READERS.get(path.suffix.lower())
+    kind = "".join(path.suffixes[-2:]).lower()
+    reader = _READERS.get(kind) or _READERS.get(path.suffix.lower())
     if reader is None:
         accepted = ", ".join(_READERS)
         raise TableError(f"{path}: the kind of file is told by its name, which must end in one of {accepted}")
@@ -78,11 +86,38 @@ def _checked(path: Path, reader: _Reader, bad_row: BadRow | None) -> NumberedRow
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file with their ends, undecoded. Only a line feed ends one: others may stand inside a text."""
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
+    with _opened(path) as stream:
+        for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
+            if len(raw) > LONGEST_LINE:
+                raise TableError(f"{path}:{number}: the line has more than {LONGEST_LINE:,} bytes")
             if number == 1 and raw.startswith(UTF_16_MARKS):
                 raise TableError(f"{path} is encoded as UTF-16; save it as UTF-8")
             yield number, raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed as they are read."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".gz":
+            with gzip.open(path, "rb") as packed:
+                yield cast(BinaryIO, packed)
+        elif suffix == ".zst":
+            try:
+                import zstandard
+            except ImportError as error:
+                raise TableError(f"{path}: reading .zst needs zstandard: `pip install zstandard`") from error
+            try:
+                with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as reader:
+                    yield cast(BinaryIO, io.BufferedReader(cast(Any, reader)))
+            except zstandard.ZstdError as error:
+                raise TableError(f"{path} is damaged, or not compressed by zstd: {error}") from error
+        else:
+            with path.open("rb") as stream:
+                yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TableError(f"{path} is damaged, or not compressed by gzip: {error}") from error
 
 
 def _decoded(path: Path, number: int, content: bytes) -> str:
@@ -105,6 +140,26 @@ def _read_jsonl(path: Path, bad_row: BadRow) -> NumberedRows:
             bad_row(number, error)
             continue
         yield number, row
+
+
+def _read_json(path: Path, bad_row: BadRow) -> NumberedRows:
+    """A list of rows; where it stands in the file is not known, so that rows count from 1."""
+    if path.stat().st_size > LARGEST_JSON:
+        raise TableError(f"{path} has more than {LARGEST_JSON:,} bytes; write it as JSONL, a row a line")
+    content = _decoded(path, 1, path.read_bytes().removeprefix(BYTE_ORDER_MARK))
+    try:
+        found = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise TableError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{path}: JSON that cannot be read: {error}") from error
+    if not isinstance(found, list):
+        raise TableError(f"{path}: a .json file must be one list of rows; for a row a line name it .jsonl")
+    for number, row in enumerate(found, start=1):
+        try:
+            yield number, _json_row(path, number, json.dumps(row))
+        except TableError as error:
+            bad_row(number, error)
 
 
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -236,6 +291,11 @@ _Reader = Callable[[Path, BadRow], NumberedRows]
 _READERS: dict[str, _Reader] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".jsonl.gz": _read_jsonl,
+    ".ndjson.gz": _read_jsonl,
+    ".jsonl.zst": _read_jsonl,
+    ".ndjson.zst": _read_jsonl,
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".parquet": _read_parquet,

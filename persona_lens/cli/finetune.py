@@ -85,6 +85,9 @@ def finetune_command(
     report_to: Annotated[
         list[str] | None, typer.Option("--report-to", help="`wandb` or `tensorboard`. Repeatable.", show_default=False)
     ] = None,
+    side: Annotated[
+        str | None, typer.Option("--side", help="Of preference pairs: `chosen` or `rejected`.", show_default=False)
+    ] = None,
     seed: Seed = None,
     device: options.Device = "auto",
     out: Annotated[
@@ -126,7 +129,15 @@ def finetune_command(
     quiet_libraries()
     with showing_progress() as progress:
         found = finetune(
-            model, data, folder, chosen, vectors=loaded, held_out=held_out or (), device=device, progress=progress
+            model,
+            data,
+            folder,
+            chosen,
+            vectors=loaded,
+            held_out=held_out or (),
+            side=side,
+            device=device,
+            progress=progress,
         )
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **found.summary}))

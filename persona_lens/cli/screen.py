@@ -82,12 +82,18 @@ class DataOptions:
     form: Annotated[
         str | None,
         typer.Option(
-            "--form", help="`messages`, `sharegpt`, `prompt-response` or `alpaca`.", show_default="what it looks like"
+            "--form",
+            help="`messages`, `sharegpt`, `prompt-response`, `alpaca` or `preference`.",
+            show_default="what it looks like",
         ),
     ] = None
     split: Annotated[str, typer.Option("--split", help="Of a folder or a dataset of the hub.")] = "train"
     subset: Annotated[
         str | None, typer.Option("--subset", help="Configuration of such a dataset.", show_default=False)
+    ] = None
+    side: Annotated[
+        str | None,
+        typer.Option("--side", help="Of preference pairs: `chosen` or `rejected`.", show_default=False),
     ] = None
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Rows of each dataset at most.", show_default=False)
@@ -118,6 +124,7 @@ class DataOptions:
                     base=supplied,
                     split=self.split,
                     subset=self.subset,
+                    side=self.side if screened else None,
                 )
                 typer.echo(f"{dataset.name}: rows in the form {dataset.form}", err=True)
                 found[place].append(dataset)

@@ -15,7 +15,7 @@ from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.models import ChatFormat, ModelError
 from persona_lens.monitoring.encoding import encode_answers, encode_transcript
 from persona_lens.monitoring.errors import MonitoringError
-from persona_lens.monitoring.transcripts import TEXT_SUFFIXES, BadTranscript, Transcript, open_transcripts
+from persona_lens.monitoring.transcripts import TEXT_SUFFIXES, BadTranscript, Transcript, is_counted, open_transcripts
 from persona_lens.screening import open_dataset
 
 IGNORED = -100
@@ -65,16 +65,21 @@ class Examples:
         return {**counts, "dropped": self.dropped, "learned_tokens": self.learned_tokens}
 
 
-def read_conversations(data: Path | str) -> list[Transcript]:
+def read_conversations(data: Path | str, side: str | None = None) -> list[Transcript]:
     """Every conversation of a dataset: anything that `persona_lens.screening.open_dataset` reads, or plain text.
 
-    A conversation ends with its last answer: what the user says behind it teaches nothing.
+    A conversation ends with its last answer: what the user says behind it teaches nothing. Neither does an answer of
+    weight 0.
+
+    Args:
+        data: The dataset.
+        side: Of preference pairs: ``chosen`` or ``rejected``.
 
     Raises:
         TableError, MonitoringError, ScreeningError: If there is no such dataset, or it has no form that is known.
         FinetuningError: If a row cannot be read, or has no answer to learn; with file and line.
     """
-    found = list(_plain(data) if Path(data).suffix.lower() in TEXT_SUFFIXES else _rows(data))
+    found = list(_plain(data) if Path(data).suffix.lower() in TEXT_SUFFIXES else _rows(data, side))
     for transcript in found:
         check_answered(transcript)
     return found
@@ -87,8 +92,8 @@ def _plain(file: Path | str) -> Iterator[Transcript]:
         yield transcript
 
 
-def _rows(data: Path | str) -> Iterator[Transcript]:
-    dataset = open_dataset(data)
+def _rows(data: Path | str, side: str | None) -> Iterator[Transcript]:
+    dataset = open_dataset(data, side=side)
     for row in dataset:
         if row.messages is None:
             raise FinetuningError(f"{row.problem}; mend the row, or leave it out")
@@ -97,7 +102,7 @@ def _rows(data: Path | str) -> Iterator[Transcript]:
 
 def check_answered(transcript: Transcript) -> None:
     """Raise `FinetuningError` unless something can be learned from a conversation."""
-    answers = [message["content"] for message in transcript.messages[1:] if message["role"] == "assistant"]
+    answers = [message["content"] for message in transcript.messages[1:] if is_counted(message)]
     if not any(answer.strip() for answer in answers):
         raise FinetuningError(f"{transcript.place}: the conversation has no answer of the assistant to learn")
 
@@ -136,7 +141,8 @@ def encode_examples(transcripts: Iterable[Transcript], chat: ChatFormat, max_len
 
 def _encoded(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> Iterator[Example]:
     try:
-        marked = chat.encode_marked(transcript.messages)
+        every = all(is_counted(message) for message in transcript.messages if message["role"] == "assistant")
+        marked = chat.encode_marked(transcript.messages) if every else None
         if marked is not None:
             yield Example(*marked)
             return
@@ -148,6 +154,8 @@ def _encoded(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> 
         pass
     end = tuple(chat.closing_ids())
     for answer in encode_answers(transcript, chat):
+        if not is_counted(transcript.messages[answer.index]):
+            continue
         ids = (*answer.prompt, *answer.response, *end)
         yield Example(ids, (False,) * len(answer.prompt) + (True,) * (len(ids) - len(answer.prompt)))
 
@@ -155,8 +163,8 @@ def _encoded(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> 
 def _whole(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> Example:
     encoded = encode_transcript(transcript, chat)
     learned = [False] * len(encoded.ids)
-    for message in encoded.messages:
-        if message.role == "assistant":
+    for message, given in zip(encoded.messages, transcript.messages, strict=True):
+        if is_counted(given):
             # A turn's end is learned with it; what the template writes after that is not the model's to say.
             closed = message.stop < len(learned) and encoded.ids[message.stop] in ends
             for place in range(message.start, message.stop + closed):

@@ -64,6 +64,7 @@ def finetune(
     vectors: Sequence[PersonaVectors] = (),
     held_out: Data = (),
     chat: ChatFormat | None = None,
+    side: str | None = None,
     device: str = "auto",
     progress: Progress = no_progress,
 ) -> Finetuned:
@@ -79,6 +80,7 @@ def finetune(
         vectors: Those that the configuration's edits name, that are watched, and whose trait prompts are taken.
         held_out: Conversations, or a file of them, whose loss is measured and not learned.
         chat: Chat format; the model's own by default.
+        side: Of preference pairs: ``chosen`` or ``rejected``.
         device: ``auto`` or a torch device, for a model that is not loaded yet.
         progress: Told how far the work is.
 
@@ -89,7 +91,7 @@ def finetune(
     """
     config = config or FinetuneConfig()
     _require(config)
-    transcripts, others = conversations_of(data), conversations_of(held_out)
+    transcripts, others = conversations_of(data, side), conversations_of(held_out, side)
     measures = measures_of(config, vectors)
     loaded = load(model, dtype=_dtype(config), device=device) if isinstance(model, str) else model
     chat = chat or ChatFormat.from_tokenizer(loaded.tokenizer)
@@ -281,10 +283,10 @@ def _losses(trainer: Any, learned: Sequence[Example], held_out: Sequence[Example
     }
 
 
-def conversations_of(data: Data) -> list[Transcript]:
+def conversations_of(data: Data, side: str | None = None) -> list[Transcript]:
     """Conversations with something to learn, read from a file if they are in one."""
     if isinstance(data, Path | str):
-        return read_conversations(data)
+        return read_conversations(data, side)
     for transcript in data:
         check_answered(transcript)
     return list(data)

@@ -25,7 +25,8 @@ __all__ = [
 ]
 
 Message = Mapping[str, str]
-"""A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+"""A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``; ``"weight": "0"`` beside them
+says of an answer that it is there to be read, not learned or screened."""
 
 # Words that no template would write itself, so that finding them shows what became of a message.
 _SYSTEM = "probe of the instruction zebra kettle"
@@ -85,7 +86,7 @@ class ChatTemplate:
         options: dict[str, Any] = {"return_dict": False, **how}
         try:
             return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                [{"role": message["role"], "content": message["content"]} for message in messages],
                 chat_template=self.pinned_source,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=tokenize,

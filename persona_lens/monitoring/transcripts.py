@@ -198,11 +198,28 @@ def _check(messages: Sequence[Message]) -> None:
             raise _FaultError(f"message {place} is a system message; only the first, message 0, may be one")
 
 
+def is_counted(message: Message) -> bool:
+    """Whether a message is an answer that counts: OpenAI's finetuning format gives others ``"weight": 0``."""
+    return message["role"] == "assistant" and message.get("weight") != "0"
+
+
 def _of_openai(row: Mapping[str, Any]) -> tuple[Message, ...]:
     return tuple(
-        {"role": _role(message, "role", _ROLES, place), "content": _content(message.get("content"), place)}
+        {
+            "role": _role(message, "role", _ROLES, place),
+            "content": _content(message.get("content"), place),
+            **_weight(message.get("weight"), place),
+        }
         for place, message in enumerate(_messages(row, "messages"))
     )
+
+
+def _weight(given: Any, place: int) -> dict[str, str]:
+    if given in (None, 1):
+        return {}
+    if given == 0:
+        return {"weight": "0"}
+    raise _FaultError(f"message {place} has weight {_short(given)}; it can be 0 or 1")
 
 
 def _of_sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:

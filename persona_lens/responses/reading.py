@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
+from persona_lens.characters import printable
+from persona_lens.notes import note
 from persona_lens.responses.errors import ResponsesError
-from persona_lens.responses.row import GivenResponse, response_of
+from persona_lens.responses.row import GivenResponse, ignored_columns, response_of
 from persona_lens.tables import read_rows
 
 
@@ -19,8 +22,8 @@ def read_responses(path: Path | str) -> list[GivenResponse]:
             ``question_number``; ``pair`` (number of the instruction pair) or ``system`` (the system prompt);
             ``response`` (text), ``response_ids`` (token ids) or both. They may be joined by ``sample`` (otherwise
             counted), ``prompt`` or ``prompt_ids`` (the whole prompt, to be checked), ``ended``, ``score`` and
-            ``coherence``; other columns are ignored. Numbers count from 0. The reference implementation's
-            per-response CSV files are read too.
+            ``coherence``; other columns are ignored, and named once. Numbers count from 0. The reference
+            implementation's per-response CSV files are read too.
 
     Returns:
         The responses, in the order of the file.
@@ -29,7 +32,13 @@ def read_responses(path: Path | str) -> list[GivenResponse]:
         TableError: If the file cannot be read.
         ResponsesError: If a row is none.
     """
-    return [response_of(row, str(path), line) for line, row in read_rows(path)]
+    found, ignored = [], dict[str, None]()
+    for line, row in read_rows(path):
+        found.append(response_of(row, str(path), line))
+        ignored |= dict.fromkeys(ignored_columns(row))
+    if ignored:
+        note(f"{path}: columns that are not read: {', '.join(printable(str(name)) for name in islice(ignored, 8))}")
+    return found
 
 
 def digest(path: Path) -> str:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_lens.characters import printable
+from persona_lens.notes import note
 from persona_lens.screening.errors import ScreeningError
-from persona_lens.screening.forms import SampleForm, conversation_of, detect_form, responses_of
+from persona_lens.screening.forms import (
+    LOOKED_AT,
+    SIDES,
+    SampleForm,
+    conversation_of,
+    detect_form,
+    ignored_columns,
+    responses_of,
+)
 from persona_lens.screening.sources import RawRow, Source, find_source
 
 if TYPE_CHECKING:
     from persona_lens.models import Message
 
+_SHOWN = 8
 IDS = ("id", "conversation_id", "uuid")
 
 
@@ -54,6 +65,7 @@ class Dataset:
         by: Column by which results are grouped.
         limit: Rows that are taken at most.
         base: Where base responses come from, in the same order.
+        side: Of preference pairs: which answer is taken.
     """
 
     source: Source
@@ -62,6 +74,7 @@ class Dataset:
     by: str | None = None
     limit: int | None = None
     base: Source | None = None
+    side: str | None = None
 
     @property
     def name(self) -> str:
@@ -96,6 +109,7 @@ class Dataset:
             "by": self.by,
             "limit": self.limit,
             "base": self.base.describe() if self.base else None,
+            **({"side": self.side} if self.side else {}),
         }
 
     def _given(self, row: RawRow, base: tuple[str, ...] = ()) -> GivenRow:
@@ -109,7 +123,7 @@ class Dataset:
             "base": base,
         }
         try:
-            messages = conversation_of(row.values, self.form)
+            messages = conversation_of(row.values, self.form, self.side)
             if any("\ud800" <= c <= "\udfff" for message in messages for c in message["content"]):
                 raise ScreeningError("a text holds half of a character")
             return GivenRow(row.number, row.line, messages=messages, **about)
@@ -143,6 +157,7 @@ def open_dataset(
     base: str | Path | None = None,
     split: str = "train",
     subset: str | None = None,
+    side: str | None = None,
 ) -> Dataset:
     """Find a dataset and how it writes conversations; `Dataset.form` shows what was found.
 
@@ -155,6 +170,7 @@ def open_dataset(
         base: A file of base responses, one row for each of the dataset's, in their order.
         split: Of a folder or a dataset of the hub.
         subset: Configuration, of the same.
+        side: Of preference pairs: ``chosen`` or ``rejected``; it has to be said.
 
     Raises:
         ScreeningError: If there is no such dataset or column, or it has none of the forms.
@@ -171,7 +187,24 @@ def open_dataset(
             raise ScreeningError(
                 f"{source.name} has no column {column!r} to take for {option}; its columns are: {', '.join(first)}"
             )
-    return Dataset(source, found, label, by, limit, find_source(base) if base is not None else None)
+    if found is SampleForm.PREFERENCE and side not in SIDES:
+        raise ScreeningError(
+            f"{source.name} holds preference pairs; say which side of them is meant: chosen or rejected (--side)"
+        )
+    if found is not SampleForm.PREFERENCE and side is not None:
+        raise ScreeningError(f"{source.name} holds no preference pairs, so that it has no side {side!r}")
+    _name_ignored(source, found, {*IDS, label, by})
+    return Dataset(source, found, label, by, limit, find_source(base) if base is not None else None, side)
+
+
+def _name_ignored(source: Source, form: SampleForm, used: Collection[str | None]) -> None:
+    """Say which columns of text the first rows have that are not read."""
+    rows = (row.values for row in islice(source.rows(), LOOKED_AT) if row.values is not None)
+    columns = dict.fromkeys(name for row in rows for name in ignored_columns(row, form) if name not in used)
+    if columns:
+        shown = ", ".join(printable(name) for name in islice(columns, _SHOWN))
+        more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
+        note(f"{source.name}: columns that are no part of a conversation are not read: {shown}{more}")
 
 
 def id_of(values: Mapping[str, Any], line: int) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.characters import printable
 from persona_lens.monitoring import MonitoringError, TranscriptForm, messages_of
+from persona_lens.monitoring.transcripts import is_counted
 from persona_lens.screening.errors import ScreeningError
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ LOOKED_AT = 100  # rows, to tell the form
 TURNS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "instruction")
 RESPONSES = ("response", "completion", "answer", "output", "chosen")
+SIDES = ("chosen", "rejected")
+SYSTEMS = ("system", "system_prompt", "system_message")
+ADDED = ("input", "context")  # texts that belong to the question
+HISTORY = "history"
 _SHOWN = 8
 
 
@@ -28,19 +33,24 @@ class SampleForm(StrEnum):
 
     ``sharegpt``: a column ``conversations`` (or ``conversation``), a list of ``{"from", "value"}``.
 
-    ``prompt-response``: a text in ``prompt``, ``question`` or ``query``, and one in ``response``, ``completion`` or
-    ``answer``.
+    ``prompt-response``: a text in ``prompt``, ``question``, ``query`` or ``instruction``, and one in ``response``,
+    ``completion`` or ``answer``; or both are lists of ``{"role", "content"}``.
 
-    ``alpaca``: a text in ``instruction``, one in ``output``, and where it is not empty one in ``input``, which follows
-    the instruction after an empty line.
+    ``alpaca``: a text in ``instruction``, and one in ``output``.
 
-    In all of them a text in a column ``system`` is the system message where the conversation has none of its own.
+    ``preference``: two answers, ``chosen`` and ``rejected``, of which one side is taken: texts or lists of messages,
+    behind a ``prompt`` or with the prompt in them.
+
+    In all of them a text in a column ``system``, ``system_prompt`` or ``system_message`` is the system message where
+    the conversation has none of its own. Where there is one question, a text in ``input`` or ``context`` follows it
+    after an empty line, and the pairs (or messages) in ``history`` come before it.
     """
 
     MESSAGES = "messages"
     SHAREGPT = "sharegpt"
     PROMPT_RESPONSE = "prompt-response"
     ALPACA = "alpaca"
+    PREFERENCE = "preference"
 
 
 def detect_form(rows: Iterable[Mapping[str, Any]], place: str) -> SampleForm:
@@ -73,6 +83,8 @@ def _form_of(row: Mapping[str, Any]) -> SampleForm | None:
         said = '"from"' in value if isinstance(value, str) else first is not None and "from" in first
         usual = column != "messages" and first is None and not isinstance(value, str)
         return SampleForm.SHAREGPT if said or usual else SampleForm.MESSAGES
+    if all(side in row for side in SIDES):
+        return SampleForm.PREFERENCE
     if "instruction" in row and "output" in row:
         return SampleForm.ALPACA
     if _first(row, PROMPTS) is not None and _first(row, RESPONSES) is not None:
@@ -80,15 +92,20 @@ def _form_of(row: Mapping[str, Any]) -> SampleForm | None:
     return None
 
 
-def conversation_of(row: Mapping[str, Any], form: SampleForm) -> tuple[Message, ...]:
-    """The messages of a row, up to the last answer, which there is.
+def conversation_of(row: Mapping[str, Any], form: SampleForm, side: str | None = None) -> tuple[Message, ...]:
+    """The messages of a row, up to the last answer that counts, which there is.
+
+    Args:
+        row: Its values by column.
+        form: How it writes a conversation.
+        side: Of preference pairs: which answer is taken.
 
     Raises:
         ScreeningError: If the row lacks what its form asks for, has no answer, or an empty one at its end; the message
             does not name the row's place.
     """
-    messages = _MESSAGES[form](row)
-    last = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    messages = _of_side(row, side) if form is SampleForm.PREFERENCE else _MESSAGES[form](row)
+    last = max((place for place, message in enumerate(messages) if is_counted(message)), default=None)
     if last is None:
         raise ScreeningError("the conversation has no answer of an assistant")
     if last == 0 or all(message["role"] == "system" for message in messages[:last]):
@@ -122,14 +139,60 @@ def _read(given: Mapping[str, Any], form: TranscriptForm, row: Mapping[str, Any]
 
 
 def _of_pair(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    return _under_system(_asked(_text(row, PROMPTS), _text(row, RESPONSES)), row)
+    return _answered(row, PROMPTS, RESPONSES)
 
 
 def _of_alpaca(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    instruction, response = _text(row, ("instruction",)), _text(row, ("output",))
-    given = row.get("input")
-    asked = f"{instruction}\n\n{given}" if isinstance(given, str) and given.strip() else instruction
-    return _under_system(_asked(asked, response), row)
+    return _answered(row, ("instruction",), ("output",))
+
+
+def _of_side(row: Mapping[str, Any], side: str | None) -> tuple[Message, ...]:
+    chosen = side or SIDES[0]
+    if _first(row, PROMPTS) is None:  # the prompt stands in the answers
+        return _read({"messages": row[_needed(row, (chosen,))]}, TranscriptForm.OPENAI, row)
+    return _answered(row, PROMPTS, (chosen,))
+
+
+def _answered(row: Mapping[str, Any], prompts: tuple[str, ...], responses: tuple[str, ...]) -> tuple[Message, ...]:
+    """A question and its answer, each a text or a list of messages."""
+    prompt, response = row[_needed(row, prompts)], row[_needed(row, responses)]
+    if isinstance(prompt, list) or isinstance(response, list):
+        head = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        tail = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
+        own = tail[: len(head)] == head  # some repeat the prompt in the answer
+        return _read({"messages": tail if own else [*head, *tail]}, TranscriptForm.OPENAI, row)
+    asked, answer = _text(row, prompts), _text(row, responses)
+    added = [row[name] for name in ADDED if isinstance(row.get(name), str) and row[name].strip()]
+    return _under_system((*_history(row), *_asked("\n\n".join((asked, *added)) if added else asked, answer)), row)
+
+
+def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The turns before the question."""
+    given = row.get(HISTORY)
+    if given is None or (isinstance(given, list | str) and not given):
+        return ()
+    if isinstance(given, list) and all(isinstance(each, Mapping) for each in given):
+        return _read({"messages": given}, TranscriptForm.OPENAI, {})
+    turns: list[Message] = []
+    for pair in given if isinstance(given, list) else [given]:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise ScreeningError("history must be a list of [question, answer] or of messages")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return tuple(turns)
+
+
+def ignored_columns(row: Mapping[str, Any], form: SampleForm) -> tuple[str, ...]:
+    """Columns of a row that hold text, or lists, and are no part of its conversation."""
+    used: set[str] = {*SYSTEMS}
+    if form in (SampleForm.MESSAGES, SampleForm.SHAREGPT):
+        used.add(_first(row, TURNS if form is SampleForm.MESSAGES else TURNS[1:]) or "")
+    else:
+        prompts, responses = (("instruction",), ("output",)) if form is SampleForm.ALPACA else (PROMPTS, RESPONSES)
+        answers = SIDES if form is SampleForm.PREFERENCE else (_first(row, responses),)
+        used |= {HISTORY, *ADDED, *(name for name in (_first(row, prompts), *answers) if name)}
+    return tuple(
+        name for name, value in row.items() if name not in used and isinstance(value, str | list) and len(value)
+    )
 
 
 _MESSAGES = {
@@ -147,8 +210,9 @@ def _asked(prompt: str, response: str) -> tuple[Message, ...]:
 
 
 def _under_system(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple[Message, ...]:
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+    given = (row.get(name) for name in SYSTEMS)
+    system = next((text for text in given if isinstance(text, str) and text.strip()), None)
+    if system is not None and messages[0]["role"] != "system":
         return {"role": "system", "content": system}, *messages
     return messages
 

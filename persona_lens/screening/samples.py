@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from persona_lens.errors import PersonaLensError
 from persona_lens.monitoring import EncodedTranscript, Transcript, encode_answers, encode_transcript
+from persona_lens.monitoring.transcripts import is_counted
 from persona_lens.screening.datasets import GivenRow
 from persona_lens.screening.errors import ScreeningError
 
@@ -103,18 +104,23 @@ def text_of(prompt: Sequence[int], response: Sequence[int]) -> Text:
 def _texts(row: GivenRow, chat: ChatFormat, turns: Turns) -> tuple[Text, ...]:
     assert row.messages is not None
     *before, last = row.messages
-    answers = [message for message in row.messages[1:] if message["role"] == "assistant"]
+    answers = [message for message in row.messages[1:] if is_counted(message)]
     if turns is Turns.LAST or len(answers) == 1:
         return (text_of(chat.encode_messages(before), chat.encode_answer(last["content"])),)
     transcript = Transcript(row.messages, row.id, row.line)
     try:
         return (_together(encode_transcript(transcript, chat)),)
     except PersonaLensError:  # the template changes earlier turns: each answer as it was when it was given
-        return tuple(text_of(each.prompt, each.response) for each in encode_answers(transcript, chat))
+        return tuple(
+            text_of(each.prompt, each.response)
+            for each in encode_answers(transcript, chat)
+            if is_counted(row.messages[each.index])
+        )
 
 
 def _together(encoded: EncodedTranscript) -> Text:
-    said = [message for message in encoded.messages[1:] if message.role == "assistant"]
+    pairs = zip(encoded.messages[1:], encoded.transcript.messages[1:], strict=True)
+    said = [message for message, given in pairs if is_counted(given)]
     if any(message.prompt_stop is None for message in said):
         raise ScreeningError("a prompt does not end as the conversation goes on")
     answers = tuple(Answer(m.prompt_stop, m.start, m.stop) for m in said if m.prompt_stop and m.stop > m.start)

@@ -16,7 +16,7 @@ from persona_lens.tables import TableError, read_rows
 
 HUB = "hf:"
 DEMONSTRATION = "demonstration:"
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".gz", ".zst", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -66,7 +66,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """A JSONL, CSV or Parquet file.
+    """A JSONL, JSON, CSV or Parquet file.
 
     Attributes:
         path: The file.
@@ -102,7 +102,7 @@ class FileSource:
             number += 1
 
     def count(self) -> int | None:
-        """See `Source`; None for CSV, whose lines are not rows."""
+        """See `Source`; None where lines are not rows, or are not quickly counted."""
         suffix = self.path.suffix.lower()
         if suffix == ".parquet":
             from pyarrow.parquet import read_metadata
