@@ -102,7 +102,7 @@ def test_csv_keeps_long_cells_the_index_column_and_quotes_within_cells(tmp_path:
         ("rows.jsonl", "\n\n", "rows.jsonl holds no rows"),
         ("rows.parquet", "nonsense" * 9, "rows.parquet: not a Parquet file that can be read"),
         ("rows.parquet", "", "rows.parquet"),
-        ("rows.xlsx", "", "must end in one of .jsonl, .ndjson, .csv, .tsv, .parquet"),
+        ("rows.xlsx", "", "must end in one of .jsonl, .ndjson, .json, .jsonl.gz"),
         ("rows", "", "must end in one of .jsonl"),
     ],
 )

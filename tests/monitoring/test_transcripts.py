@@ -154,7 +154,7 @@ def test_the_form_can_be_set_and_is_checked(tmp_path: Path) -> None:
         with pytest.raises(PersonaLensError, match=f"there is no file .*{missing}"):
             open_transcripts(tmp_path / missing)
     with pytest.raises(PersonaLensError, match="must end in one of"):
-        open_transcripts(jsonl(tmp_path / "t.json", {}))
+        open_transcripts(jsonl(tmp_path / "t.xlsx", {}))
     (tmp_path / "x.txt").write_text("User: Hi", encoding="utf-8")
     with pytest.raises(PersonaLensError, match="its form cannot be openai"):
         open_transcripts(tmp_path / "x.txt", "openai")
