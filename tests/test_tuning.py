@@ -277,9 +277,13 @@ def test_one_question_is_never_clear() -> None:
     assert effect is not None
     assert effect.change.clear_of(0.0)
     assert not effect.clear
-    two = arm_effect([*rows, row("unsteered", "none", 1, 10.0), row("a", "vector", 1, 80.0)], "a")
+    rows += [row("unsteered", "none", 1, 10.0), row("a", "vector", 1, 90.0)]
+    bare = arm_effect(rows, "a")
+    assert bare is not None
+    assert bare.clear == 0, "without a null nothing is clear"
+    two = arm_effect([*rows, *(row("a", "random", question, 20.0) for question in (0, 1))], "a")
     assert two is not None
-    assert two.clear
+    assert (two.clear, two.to_json()["clear"]) == (1, 1)
 
 
 def test_what_was_not_confirmed_is_warned_of() -> None:

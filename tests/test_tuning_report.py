@@ -43,7 +43,7 @@ def point(layer: int, number: int, n: int = 8, sign: int = 1) -> dict[str, Any]:
         "difference": estimate(gain - null, 9.7, n),
         "surprise": estimate(surprise, 0.21, n),
         "coherence": None,
-        "clear": gain - null > 14,
+        "clear": int(gain - null > 14),
         "empty": 0.125 * (number == 5),
     }
     return {
@@ -63,7 +63,7 @@ def make_tuning(sign: int = 1) -> dict[str, Any]:
     (chosen,) = (each for each in surface if (each["layer"], each["coefficient"]) == (layer, coefficient))
     (confirmed,) = (each for each in curve if each["coefficient"] == coefficient)
     confirmed["effect"] |= {"change": estimate(sign * 24.6, 6.1, 12), "random": estimate(-1.9, 4.4, 12)}
-    confirmed["effect"] |= {"difference": estimate(sign * 26.5, 7.2, 12), "clear": True}
+    confirmed["effect"] |= {"difference": estimate(sign * 26.5, 7.2, 12), "clear": sign}
     plain = {"score": estimate(61.3, 7.7, 8), "surprise": estimate(PLAIN, 0.1, 8), "coherence": None}
     return {
         "command": "persona-lens steer tune smollm2-135m runs/optimistic",
@@ -317,11 +317,11 @@ def test_a_clear_effect_is_called_one_in_either_direction() -> None:
 @pytest.mark.parametrize(
     ("changes", "shown", "said"),
     [
-        ({"clear": False}, "unclear", "not clearly more than what random directions do"),
-        ({"clear": False}, "unclear", "though the intervals of the two are not clear of one another"),
-        ({"clear": False, "change": estimate(2.0, 6.1)}, "unclear", "not clearly more than what chance explains"),
-        ({"clear": False, "change": estimate(2.0, 6.1)}, "unclear", "though the vector's own effect does not"),
-        ({"clear": False, "difference": estimate(2.0, 6.1)}, "unclear", "not shown that this direction is special"),
+        ({"difference": estimate(2.0, 6.1)}, "unclear", "not clearly more than what random directions do"),
+        ({"random": estimate(20.0, 9.0)}, "clear", "which lies clear of zero"),
+        ({"change": estimate(2.0, 6.1)}, "unclear", "not clearly more than what chance explains"),
+        ({"change": estimate(2.0, 6.1)}, "unclear", "though the vector's own effect does not"),
+        ({"difference": estimate(2.0, 6.1)}, "unclear", "not shown that this direction is special"),
         ({"change": estimate(-1.0, 2.0)}, "unclear", "not clearly more than what chance explains"),
         (
             {"change": estimate(24.6, 0, 1), "difference": estimate(26.5, 0, 1)},

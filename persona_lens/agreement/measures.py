@@ -12,20 +12,21 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from persona_lens.agreement.scored import AgreementError, Scored, response_id
-from persona_lens.statistics import auc, pearson, percentile_interval, resampled_rows
+from persona_lens.statistics import CORRELATION, PLAIN, SHARE, Ends, Scale, auc, jackknifed, pearson
 
 LEAST = 3  # responses; with fewer, every measure is a coincidence
 NORMAL_95 = 1.96
-MEASURES = (
-    "pearson",
-    "spearman",
-    "pairwise_first",
-    "pairwise_second",
-    "mean_difference",
-    "lower_limit",
-    "upper_limit",
-    "same_side",
-)
+SCALES: dict[str, Scale] = {
+    "pearson": CORRELATION,
+    "spearman": CORRELATION,
+    "pairwise_first": SHARE,
+    "pairwise_second": SHARE,
+    "mean_difference": PLAIN,
+    "lower_limit": PLAIN,
+    "upper_limit": PLAIN,
+    "same_side": SHARE,
+}
+MEASURES = tuple(SCALES)
 
 Values = NDArray[np.float64]
 
@@ -54,7 +55,7 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number with its 95% bootstrap interval.
+    """A number with its 95% interval.
 
     Attributes:
         value: The number; None where it is not defined.
@@ -145,7 +146,7 @@ class Agreement:
         names: What the two sources are called.
         counts: What was matched and what was not.
         pairs: The responses with both scores, in the order of the first source.
-        questions: Different questions among them; the bootstrap draws questions, each with all its responses.
+        questions: Different questions among them; intervals are over questions, each with all its responses.
         cuts: What counts as above, high and low.
         pearson: Correlation of the scores.
         spearman: Correlation of their ranks.
@@ -195,15 +196,15 @@ def compare(
 ) -> Agreement:
     """Compare two judges' scores of the same responses.
 
-    Responses are matched by their id. Intervals are 95% percentile intervals of a bootstrap over questions: responses
-    to one question resemble each other, so they are drawn together.
+    Responses are matched by their id. 95% intervals are over questions (`jackknifed`): responses to one question
+    resemble each other, so they are taken together.
 
     Args:
         first: One judge's scores.
         second: The other's.
         names: What to call the two.
         cuts: What counts as above, high and low; see `Cuts`.
-        seed: Of the bootstrap.
+        seed: Of the resampling.
 
     Raises:
         AgreementError: If no response is in both, or none of them has both scores.
@@ -296,11 +297,11 @@ def _measure(
         why = f"only {len(x)} of the responses {'has' if len(x) == 1 else 'have'} both scores; {LEAST} are needed"
         return {key: Measure(None, None, None, n, why) for key, n in sizes.items()}
     several = len(set(questions)) > 1
-    resamples = [_statistics(x[rows], y[rows], cuts) for rows in resampled_rows(questions, seed)] if several else []
+    intervals = _intervals(x, y, questions, cuts, seed)
     undefined = _why_undefined(x, y, names, cuts)
     measures = {}
     for key, value in _statistics(x, y, cuts).items():
-        interval = percentile_interval(np.array([found[key] for found in resamples])) if several else None
+        interval = intervals[key]
         if not np.isfinite(value):
             measures[key] = Measure(None, None, None, sizes[key], undefined[key])
         elif interval is None:
@@ -311,10 +312,24 @@ def _measure(
     return measures
 
 
+def _intervals(x: Values, y: Values, questions: Sequence[str], cuts: Cuts, seed: int) -> dict[str, Ends | None]:
+    found: dict[str, Ends | None] = {}
+    for scale in (CORRELATION, SHARE, PLAIN):
+        names = [name for name, own in SCALES.items() if own is scale]
+
+        def chosen(rows: NDArray[np.intp], names: list[str] = names) -> Values:
+            values = _statistics(x[rows], y[rows], cuts)
+            return np.array([values[name] for name in names])
+
+        found |= zip(names, jackknifed(chosen, questions, scale, seed), strict=True)
+    return found
+
+
 def _statistics(x: Values, y: Values, cuts: Cuts) -> dict[str, float]:
     """Every measure of some responses; NaN where one is not defined."""
     difference = y - x
-    mean, reach = float(difference.mean()), NORMAL_95 * float(difference.std(ddof=1))
+    mean = float(difference.mean())
+    reach = NORMAL_95 * float(difference.std(ddof=1)) if len(difference) > 1 else float("nan")
     return {
         "pearson": float(pearson(x, y)),
         "spearman": float(pearson(rankdata(x), rankdata(y))),

@@ -15,7 +15,7 @@ from persona_lens.capability.errors import CapabilityError
 from persona_lens.capability.result import CapabilityResult, read_results
 from persona_lens.errors import PersonaLensError, first_line
 from persona_lens.progress import Progress, no_progress
-from persona_lens.statistics import Estimate, bootstrap_mean
+from persona_lens.statistics import SHARES, Estimate, bootstrap_mean
 
 BUILTIN_TASK = "persona_lens_basics"
 TASKS = Path(__file__).with_name("tasks")
@@ -91,7 +91,7 @@ def check_task(task: str) -> None:
 
 
 def accuracy(backend: Backend, task: str, edits: Sequence[Edit] = (), *, seed: int = 0) -> Estimate:
-    """Share of right answers in a task, with its 95% bootstrap interval over samples.
+    """Share of right answers in a task, with its 95% interval over samples.
 
     Args:
         backend: The model.
@@ -105,7 +105,7 @@ def accuracy(backend: Backend, task: str, edits: Sequence[Edit] = (), *, seed: i
     metric = evaluate_capability(backend, (task,), edits=edits, seed=seed)[task].metric("acc")
     if not metric.scores:
         raise CapabilityError(f"task {task} gives no accuracy for each of its samples; take one of its subtasks")
-    return bootstrap_mean(metric.scores)
+    return bootstrap_mean(metric.scores, within=SHARES)
 
 
 def _check(names: Sequence[str], limit: int | float | None, num_fewshot: int | None, folders: Sequence[Path]) -> None:

@@ -51,7 +51,7 @@ def capability_command(
 ) -> None:
     """Measure what the model can do, unsteered and steered, on tasks of lm-evaluation-harness.
 
-    Needs `pip install 'persona-lens[lm-eval]'`. Changes are taken question by question, with 95% bootstrap intervals.
+    Needs `pip install 'persona-lens[lm-eval]'`. Changes are taken question by question, with 95% intervals.
 
     Example: `persona-lens steer capability smollm2-135m runs/optimistic-smollm2-135m --layer 18 --coefficients=1,2`
     """
@@ -87,7 +87,7 @@ def capability_command(
 
 
 def _show(found: list[CapabilityChange]) -> None:
-    from persona_lens.cli.display import print_table
+    from persona_lens.cli.display import interval_text, print_table
 
     print_table(
         "Capability, and its change against the unsteered model [95% interval]",
@@ -98,8 +98,8 @@ def _show(found: list[CapabilityChange]) -> None:
                 each.metric,
                 each.arm,
                 f"{each.value:.3f}",
-                f"{each.change.mean:+.3f} [{each.change.low:+.3f}, {each.change.high:+.3f}]" if each.change else "",
-                f"{each.random.mean:+.3f} [{each.random.low:+.3f}, {each.random.high:+.3f}]" if each.random else "",
+                interval_text(each.change, 3) if each.change else "",
+                interval_text(each.random, 3) if each.random else "",
             )
             for each in found
         ],

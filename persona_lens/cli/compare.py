@@ -16,7 +16,6 @@ from persona_lens.cli.sweep import Vectors
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
-    from persona_lens.statistics import Estimate
     from persona_lens.steering.comparing import Comparison
 
 
@@ -86,23 +85,24 @@ def compare_command(
 
 
 def _show(found: Comparison) -> None:
-    from persona_lens.cli.display import print_table
+    from persona_lens.cli.display import interval_text, print_table
 
     effects = [(name, effect) for name, effect in found.effects.items() if effect is not None]
     measured = "surprise" if any(effect.surprise for _, effect in effects) else "coherence"
     plain = found.summary["unsteered"]
     print_table(
         f"Trait score of {found.summary['trait']}, its change [95% interval], and {measured}",
-        ("steering", "score", "change", "random", "difference", measured),
+        ("steering", "score", "change", "random", "difference", "clear", measured),
         [
-            ("unsteered", f"{plain['score']['mean']:.1f}", "", "", "", _plain(plain[measured])),
+            ("unsteered", f"{plain['score']['mean']:.1f}", "", "", "", "", _plain(plain[measured])),
             *(
                 (
                     name,
                     f"{effect.score.mean:.1f}",
-                    _interval(effect.change),
-                    _interval(effect.random),
-                    _interval(effect.difference),
+                    interval_text(effect.change),
+                    interval_text(effect.random),
+                    interval_text(effect.difference),
+                    "yes" if effect.clear else "no",
                     f"{value.mean:.2f}" if (value := getattr(effect, measured)) else "-",
                 )
                 for name, effect in effects
@@ -112,10 +112,6 @@ def _show(found: Comparison) -> None:
     for name, effect in found.effects.items():
         if effect is None:
             typer.echo(f"warning: no response under {name} has a score", err=True)
-
-
-def _interval(estimate: Estimate | None) -> str:
-    return f"{estimate.mean:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]" if estimate else ""
 
 
 def _plain(estimate: dict[str, float] | None) -> str:

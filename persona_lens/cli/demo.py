@@ -22,9 +22,10 @@ def demo(
 
     Example: `persona-lens demo --out demo-run`
     """
-    from persona_lens.cli.display import quiet_libraries, showing_progress
+    from persona_lens.cli.display import interval_text, quiet_libraries, showing_progress
     from persona_lens.demo import DemoSettings, run_demo
     from persona_lens.models import resolve
+    from persona_lens.reports.wording import headline
 
     quiet_libraries()
     settings = DemoSettings(seed=seed)
@@ -36,11 +37,11 @@ def demo(
         typer.echo(json.dumps(summary))
         return
     found = summary["steering"]["effect"]
-    vector, random = found["vector"], found["random"]
     typer.echo(
         f"Steering along {summary['trait']['name']!r} at layer {found['layer']} of {summary['model']['model']}, from "
-        f"{found['low']:+g} to {found['high']:+g}, moves the score by {vector['mean']:.1f} points "
-        f"[{vector['low']:.1f}, {vector['high']:.1f}]; random directions of the same norm: {random['mean']:.1f} "
-        f"[{random['low']:.1f}, {random['high']:.1f}]."
+        f"{found['low']:+g} to {found['high']:+g}, moves the score by "
+        f"{interval_text(found['vector'], sign=False)}; random directions of the same norm: "
+        f"{interval_text(found['random'], sign=False)}."
     )
+    typer.echo(headline(found, summary["steering"]["questions"]).title)
     typer.echo(f"report: {out / 'report.html'}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from persona_lens.progress import Progress
+    from persona_lens.statistics import Estimate
 
 
 def quiet_libraries() -> None:
@@ -137,3 +138,25 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def interval_text(
+    found: Estimate | Mapping[str, Any] | None, digits: int = 1, *, sign: bool = True, noun: str = "question"
+) -> str:
+    """A mean with its 95% interval for a table's cell, and beside it that it rests on few questions, if it does.
+
+    Args:
+        found: An `Estimate`, or its JSON values; None is a dash.
+        digits: Decimals.
+        sign: Whether a plus is written.
+        noun: What the interval is over.
+    """
+    from persona_lens.statistics import few
+
+    if found is None:
+        return "-"
+    values = found if isinstance(found, Mapping) else found.to_json()
+    form = f"{'+' if sign else ''}.{digits}f"
+    mean, low, high = (format(values[name], form) for name in ("mean", "low", "high"))
+    said = few(values["n"], noun)
+    return f"{mean} [{low}, {high}]{f' ({said})' if said else ''}"

@@ -171,7 +171,7 @@ def _show(found: Dissection, folder: Path) -> None:
 
 
 def _show_effects(steering: dict[str, Any]) -> None:
-    from persona_lens.cli.display import print_table
+    from persona_lens.cli.display import interval_text, print_table
 
     rows = []
     for name, each in steering["effects"].items():
@@ -180,10 +180,16 @@ def _show_effects(steering: dict[str, Any]) -> None:
             continue
         change, random = each["change"], each["feature"] in steering["random"]
         beyond = "-" if each["beyond"] is None else f"{each['beyond']} of {each['random_features']}"
-        verdict = "" if random else "clear" if each["clear"] else "not clear"
+        verdict = "" if random else "stands out" if each["stands_out"] else "clear" if change["clear"] else "not clear"
         title = f"random {name}" if random else name
         rows.append(
-            (title.replace("_", " "), _interval(change["vector"]), _interval(change["difference"]), beyond, verdict)
+            (
+                title.replace("_", " "),
+                interval_text(change["vector"]),
+                interval_text(change["difference"]),
+                beyond,
+                verdict,
+            )
         )
     print_table(
         f"Change of the trait score, each steered alone at {steering['coefficient']:+g} [95% interval]",
@@ -201,9 +207,3 @@ def _place(found: dict[str, Any] | None) -> str:
         return "nothing in this corpus"
     example = found["examples"][0]
     return harmless(f"{example['before'][-30:]}«{example['token']}»{example['after'][:20]}".replace("\n", " "))
-
-
-def _interval(estimate: dict[str, float] | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate['mean']:+.1f} \\[{estimate['low']:+.1f}, {estimate['high']:+.1f}]"

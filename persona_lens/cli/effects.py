@@ -192,7 +192,7 @@ def _show(found: CrossEffects) -> None:
                 for steering in found.steerings
             ],
         )
-    typer.echo("* the change and its difference from that of random directions are both clear of 0")
+    typer.echo("* clear: the change and its difference from that of random directions lie on the same side of 0")
     for title, digits, strain in (
         ("Change of surprise, nats a token: what it does to the text", 2, found.surprise),
         ("Change of coherence, points: what it does to the text", 1, found.coherence),
@@ -207,9 +207,12 @@ def _cell(change: Change | None, digits: int) -> str:
     if change is None:
         return "-"
 
+    from persona_lens.statistics import FEW, few
+
     def write(value: float) -> str:
         return f"{round(value, digits) + 0.0:+.{digits}f}"  # no negative zero
 
     vector, random = change.vector, change.random
-    first = f"{write(vector.mean)}{'*' if change.clear else ''} \\[{write(vector.low)}, {write(vector.high)}]"
+    said = f" ({few(vector.n)})" if vector.n < FEW else ""
+    first = f"{write(vector.mean)}{'*' if change.clear else ''} \\[{write(vector.low)}, {write(vector.high)}]{said}"
     return first if random is None else f"{first}\nrandom {write(random.mean)}"

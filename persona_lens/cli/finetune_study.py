@@ -158,7 +158,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _show(summary: Any, folder: Path) -> None:
-    from persona_lens.cli.display import print_table
+    from persona_lens.cli.display import interval_text, print_table
     from persona_lens.reports.finetuning import verdicts
 
     base = summary["base"]
@@ -171,8 +171,8 @@ def _show(summary: Any, folder: Path) -> None:
                 (
                     name,
                     _plain(_value(found["score"]), 1),
-                    _interval(found["change"]),
-                    _interval(found["against_plain"]),
+                    interval_text(found["change"]),
+                    interval_text(found["against_plain"]),
                     _plain(_value(found["losses"]["last"]), 2),
                     _plain(_value(found["shift"]), 2),
                 )
@@ -187,10 +187,6 @@ def _show(summary: Any, folder: Path) -> None:
 
 def _value(found: Any) -> float | None:
     return None if found is None else found["mean"]
-
-
-def _interval(found: Any) -> str:
-    return "" if found is None else f"{found['mean']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]"
 
 
 def _plain(value: float | None, digits: int) -> str:

@@ -147,7 +147,7 @@ def compare(
     """See how far two judges agree on the responses that both of them scored.
 
     Responses are matched by question and response, or by the id that `judge sample` gave them. Intervals are 95%
-    bootstrap intervals over questions.
+    intervals over questions.
 
     Examples:
     `persona-lens judge compare runs/optimistic-smollm2-135m ratings.csv --report agreement.html`

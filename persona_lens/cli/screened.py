@@ -103,7 +103,9 @@ def _beside(random: list[float]) -> str:
 
 
 def _interval(found: Any) -> str:
-    return "-" if found is None else f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    from persona_lens.cli.display import interval_text
+
+    return interval_text(found, 2, noun="row")
 
 
 def _named(dataset: Any) -> list[tuple[str, Any]]:

@@ -125,7 +125,8 @@ def _names(finetuned: list[str]) -> dict[str, str]:
 
 
 def _show(summary: dict[str, Any]) -> None:
-    from persona_lens.cli.display import print_table
+    from persona_lens.cli.display import interval_text, print_table
+    from persona_lens.statistics import few
 
     layers = summary["layers"]
     for trait, found in summary["traits"].items():
@@ -139,24 +140,19 @@ def _show(summary: dict[str, Any]) -> None:
             [
                 *([("base", "", f"{found['score']['mean']:.1f}", "")] if found["score"] else []),
                 *(
-                    (name, _interval(row["shift"][place], 2), _mean(row["score"]), _interval(row["change"], 1))
+                    (name, interval_text(row["shift"][place], 2), _mean(row["score"]), interval_text(row["change"]))
                     for name, row in found["models"].items()
                 ),
             ],
         )
         if found["correlations"] and (r := found["correlations"][place])["value"] is not None:
             interval = "" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]"
-            typer.echo(f"{trait}: correlation of shift and change over {r['n']} models: {r['value']:.2f}{interval}")
+            over = few(r["n"], "model") or f"{r['n']} models"
+            typer.echo(f"{trait}: correlation of shift and change over {over}: {r['value']:.2f}{interval}")
 
 
 def _largest(shifts: list[dict[str, float]]) -> int:
     return max(range(len(shifts)), key=lambda place: abs(shifts[place]["mean"]))
-
-
-def _interval(estimate: dict[str, float] | None, digits: int) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate['mean']:+.{digits}f} [{estimate['low']:+.{digits}f}, {estimate['high']:+.{digits}f}]"
 
 
 def _mean(estimate: dict[str, float] | None) -> str:

@@ -63,8 +63,8 @@ def sweep_command(
 ) -> None:
     """Steer along a vector on the trait's held-out questions, and score what comes out.
 
-    Scores are the likelihood judge's, a proxy, unless another judge is named. Intervals are 95% bootstrap intervals
-    over questions.
+    Scores are the likelihood judge's, a proxy, unless another judge is named. Intervals are 95% intervals over
+    questions.
 
     Example: `persona-lens steer sweep smollm2-135m runs/optimistic-smollm2-135m --layers 12,18`
     """
@@ -136,7 +136,8 @@ def _previews(
 
 
 def _show(rows: list[SweepRow], layers: tuple[int, ...], with_null: bool, as_json: bool) -> None:
-    from persona_lens.cli.display import print_table
+    from persona_lens.cli.display import interval_text, print_table
+    from persona_lens.statistics import verdict_of
     from persona_lens.steering import curve, effect
 
     directions = ["vector", "random"] if with_null else ["vector"]
@@ -158,20 +159,27 @@ def _show(rows: list[SweepRow], layers: tuple[int, ...], with_null: bool, as_jso
             [
                 (
                     f"{points[0].coefficient:+g}",
-                    *(cell for p in points for cell in (_interval(p.score), _mean(getattr(p, measured)))),
+                    *(
+                        cell
+                        for p in points
+                        for cell in (interval_text(p.score, sign=False), _mean(getattr(p, measured)))
+                    ),
                 )
                 for points in zip(*(curves[layer, kind] for kind in directions), strict=True)
             ],
         )
     print_table(
         "Effect: score at the largest coefficient minus score at the smallest",
-        ("layer", "vector", "random", "vector - random"),
-        [(str(e.layer), *(_interval(x) if x else "" for x in (e.vector, e.random, e.difference))) for e in effects],
+        ("layer", "vector", "random", "vector - random", "verdict"),
+        [
+            (
+                str(e.layer),
+                *(interval_text(x, sign=False) if x else "" for x in (e.vector, e.random, e.difference)),
+                verdict_of(e.vector, e.difference),
+            )
+            for e in effects
+        ],
     )
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.mean:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
 
 
 def _mean(estimate: Estimate | None) -> str:

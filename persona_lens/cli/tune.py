@@ -130,7 +130,7 @@ def _accuracy_in(backend: Backend, task: str, seed: int) -> Callable[[Steering |
 
 
 def _show(found: Tuning, folder: Path) -> None:
-    from persona_lens.cli.display import print_table
+    from persona_lens.cli.display import interval_text, print_table
     from persona_lens.reports.verdict import verdict
 
     print_table(
@@ -141,8 +141,8 @@ def _show(found: Tuning, folder: Path) -> None:
                 str(point.place.layer),
                 f"{point.place.coefficient:+g}",
                 f"{point.place.push:.2f}",
-                _interval(point.effect.change) if point.effect else "-",
-                _interval(point.effect.random) if point.effect and point.effect.random else "-",
+                interval_text(point.effect.change) if point.effect else "-",
+                interval_text(point.effect.random) if point.effect and point.effect.random else "-",
                 "yes" if point.coherent else "no",
             )
             for point in found.points
@@ -154,13 +154,8 @@ def _show(found: Tuning, folder: Path) -> None:
     typer.echo(verdict(found.summary).title)
     if found.confirmed is not None:
         random = found.confirmed.random
-        beside = f", random directions {_interval(random)}" if random else ""
-        typer.echo(
-            f"on the other {found.summary['confirm_questions']} questions: {_interval(found.confirmed.change)}{beside}"
-        )
+        beside = f", random directions {interval_text(random)}" if random else ""
+        change = interval_text(found.confirmed.change)
+        typer.echo(f"on the other {found.summary['confirm_questions']} questions: {change}{beside}")
     typer.echo(f"vectors with the choice stored: {folder / 'vectors.safetensors'}")
     typer.echo(f"report: {folder / options.REPORT}")
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"

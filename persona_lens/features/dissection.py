@@ -285,7 +285,7 @@ def _dissection(
             "random": random,
             "unsteered": {name: each.to_json() if each else None for name, each in plain.items()},
             "effects": {name: each.to_json() if each else None for name, each in effects.items()},
-            "clear": [i for i in top if (each := effects[arm_name(i)]) is not None and each.clear],
+            "stand_out": [i for i in top if (each := effects[arm_name(i)]) is not None and each.stands_out],
             "samples": _samples(rows, [UNSTEERED, WHOLE, *map(arm_name, top)]),
         }
     return Dissection(tuple(rows), effects, json.loads(json.dumps(summary)))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from persona_lens.features.dictionary import Features
+from persona_lens.statistics import CHANGES
 from persona_lens.steering import ArmRow, Change, Steering
 from persona_lens.steering.arms import UNSTEERED
 from persona_lens.steering.changes import Value, change_of
@@ -40,11 +41,8 @@ class FeatureEffect:
     towards: int
 
     @property
-    def clear(self) -> bool:
-        """Whether the score moves with the coefficient, further than under every single random feature.
-
-        The change and its difference from the random features' mean must have intervals on that side of 0 too.
-        """
+    def stands_out(self) -> bool:
+        """Whether the change is clear, goes with the coefficient, and beats that of every single random feature."""
         return self.random_features > 0 and self.beyond == self.random_features and self.change.clear == self.towards
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +53,7 @@ class FeatureEffect:
             "surprise": self.surprise.to_json() if self.surprise else None,
             "beyond": self.beyond,
             "random_features": self.random_features,
-            "clear": self.clear,
+            "stands_out": self.stands_out,
         }
 
 
@@ -116,7 +114,8 @@ def feature_effects(
         del names[WHOLE]
 
     def change(own: Sequence[ArmRow], null: Sequence[ArmRow], quantity: str) -> Change | None:
-        return change_of(*(_values(each, quantity) for each in (plain, own, null)))
+        within = CHANGES if quantity == "score" else None
+        return change_of(*(_values(each, quantity) for each in (plain, own, null)), within=within)
 
     moved = {
         feature: found.vector.mean * towards

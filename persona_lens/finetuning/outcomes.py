@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from persona_lens.finetuning.shift import correlated
 from persona_lens.finetuning.treatments import PLAIN, RANDOM
-from persona_lens.statistics import RESAMPLES, Estimate
+from persona_lens.statistics import CHANGES, SCORES, Ends, Estimate, crossed_interval
 
 BASE = "base"
 Crossed = Mapping[int, Mapping[int, float]]
@@ -42,25 +42,22 @@ class Outcome:
     capability: float | None = None
 
 
-def crossed_mean(values: Crossed, seed: int = 0) -> Estimate | None:
-    """Mean over seeds and questions, with a 95% bootstrap interval in which both are drawn anew; None without values.
+def crossed_mean(values: Crossed, seed: int = 0, *, within: Ends | None = None) -> Estimate | None:
+    """Mean over seeds and questions with a 95% interval that holds for others of both; None without values.
 
-    Each resample draws as many seeds and as many questions, with replacement, and takes every pair of the two: so the
-    interval holds for other seeds of the training as well as for other questions. Questions that a seed lacks are left
-    out.
+    Questions that a seed lacks are left out.
+
+    Args:
+        values: By seed and question.
+        seed: Of the resampling.
+        within: See `persona_lens.statistics.bootstrap_mean`.
     """
     common = sorted(set.intersection(*(set(each) for each in values.values()))) if values else []
     if not common:
         return None
     table: NDArray[np.float64] = np.array([[each[question] for question in common] for each in values.values()])
-    seeds, questions = table.shape
-    rng = np.random.default_rng(seed)
-    drawn = [
-        float(table[np.ix_(rng.integers(seeds, size=seeds), rng.integers(questions, size=questions))].mean())
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(float(table.mean()), float(low), float(high), table.size)
+    low, high = crossed_interval(table, seed, within=within)
+    return Estimate(float(table.mean()), low, high, table.size)
 
 
 def minus(these: Crossed, those: Crossed | Mapping[int, float]) -> dict[int, dict[int, float]]:
@@ -87,7 +84,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         if each.treatment != BASE and each.seed is not None:
             by_name.setdefault(each.treatment, {})[each.seed] = each
     changes = {name: minus(_of(runs, "scores"), base.scores) for name, runs in by_name.items()}
-    whole = crossed_mean(changes[PLAIN]) if PLAIN in changes else None
+    whole = crossed_mean(changes[PLAIN], within=CHANGES) if PLAIN in changes else None
     sign = -1.0 if whole is not None and whole.mean < 0 else 1.0
     trained = [each for runs in by_name.values() for each in runs.values() if each.losses and each.scores]
     return {
@@ -122,16 +119,16 @@ def _treatment(
     sign: float,
 ) -> dict[str, Any]:
     """One treatment's figures; ``whole`` is plain training's change, ``sign`` its direction."""
-    change = crossed_mean(changes[name])
+    change = crossed_mean(changes[name], within=CHANGES)
     against = {
-        f"against_{other}": _json(crossed_mean(_times(sign, minus(changes[name], changes[other]))))
+        f"against_{other}": _json(crossed_mean(_times(sign, minus(changes[name], changes[other])), within=CHANGES))
         if other in changes and name != other
         else None
         for other in (PLAIN, RANDOM)
     }
     held = 1 - change.mean / whole.mean if name != PLAIN and change and whole and whole.mean else None
     return {
-        "score": _json(crossed_mean(_of(runs, "scores"))),
+        "score": _json(crossed_mean(_of(runs, "scores"), within=SCORES)),
         "seeds": [fmean(each.scores.values()) if each.scores else None for each in runs.values()],
         "change": _json(change),
         **against,

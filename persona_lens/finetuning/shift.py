@@ -21,7 +21,7 @@ from persona_lens.monitoring.prompts import kept_projections
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import chat_format
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.statistics import Estimate, bootstrap_mean, pearson, percentile_interval, resampled_rows
+from persona_lens.statistics import CHANGES, CORRELATION, SCORES, Ends, bootstrap_mean, jackknifed, pearson
 from persona_lens.steering import ArmRow, ArmSettings, calibration_of, run_arms, trait_of
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
@@ -186,14 +186,13 @@ def score_by_question(rows: Sequence[ArmRow]) -> dict[int, float]:
 
 
 def correlated(x: Sequence[float], y: Sequence[float]) -> dict[str, float | int | None]:
-    """Pearson's r over finetunes with its 95% bootstrap interval over them; None where it is not defined."""
+    """Pearson's r over finetunes with its 95% interval over them; None where it is not defined."""
     n = len(x)
     if n < LEAST:
         return {"value": None, "low": None, "high": None, "n": n}
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     value = float(pearson(a, b))
-    drawn = np.array([float(pearson(a[rows], b[rows])) for rows in resampled_rows(range(n))])
-    interval = percentile_interval(drawn) if np.isfinite(value) else None
+    (interval,) = jackknifed(lambda rows: pearson(a[rows], b[rows])[None], range(n), CORRELATION)
     low, high = interval or (None, None)
     return {"value": value if np.isfinite(value) else None, "low": low, "high": high, "n": n}
 
@@ -214,7 +213,7 @@ def _summary(
             }
             for i, layer in enumerate(layers)
         ]
-        score = _mean(list(base.scores[name].values())) if base.scores else None
+        score = _mean(list(base.scores[name].values()), SCORES) if base.scores else None
         tuned = each.tuned.layer if each.tuned and each.tuned.layer in layers else None
         traits[name] = {"score": score, "layer": tuned, "models": rows, "correlations": correlations if known else []}
     return {"layers": list(layers), "traits": traits}
@@ -227,12 +226,11 @@ def _row(base: _Measured, found: _Measured, trait: str, layers: tuple[int, ...])
         return {"shift": shift, "score": None, "change": None}
     before, after = base.scores[trait], found.scores[trait]
     changes = [after[question] - before[question] for question in after if question in before]
-    return {"shift": shift, "score": _mean(list(after.values())), "change": _mean(changes)}
+    return {"shift": shift, "score": _mean(list(after.values()), SCORES), "change": _mean(changes, CHANGES)}
 
 
-def _mean(values: Sequence[float]) -> dict[str, Any] | None:
-    found: Estimate | None = bootstrap_mean(values) if len(values) else None
-    return found.to_json() if found else None
+def _mean(values: Sequence[float], within: Ends) -> dict[str, Any] | None:
+    return bootstrap_mean(values, within=within).to_json() if len(values) else None
 
 
 def _judges(

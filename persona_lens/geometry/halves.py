@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from persona_lens.geometry.cosines import GeometryError
 from persona_lens.rollouts import ACTIVATIONS, ROLLOUTS
 from persona_lens.runs import RunError
 from persona_lens.shards import open_shard
-from persona_lens.statistics import Estimate
+from persona_lens.statistics import CORRELATION, Estimate, jackknife_interval
 from persona_lens.traits import Arm
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, load_vectors
 
@@ -160,9 +160,8 @@ def _jackknife(whole: float, products: Array, counts: Array, halves: NDArray[np.
         present = np.arange(n) != left_out
         found = _cosines(products, counts * present[:, None], halves, np.zeros_like(halves), present)
         without.append(_stepped_up(float(np.nanmean(found))))
-    spread = np.asarray(without)
-    error = float(np.sqrt((n - 1) / n * ((spread - spread.mean()) ** 2).sum()))
-    return Estimate(whole, max(-1.0, whole - 1.96 * error), min(1.0, whole + 1.96 * error), n)
+    low, high = jackknife_interval(whole, np.asarray(without), CORRELATION) or (nan, nan)
+    return Estimate(whole, low, high, n)
 
 
 def _cosines(

@@ -128,7 +128,7 @@ class MonitorCalibration:
         log_loss: Cross-validated, nats a response, by the kind of curve, and of the base rate (``base``).
         brier: Cross-validated Brier score of the curve taken.
         base_brier: That of the share of all other questions' responses that show the trait.
-        gain: How much smaller the former is, with its 95% bootstrap interval over questions, as an `Estimate`'s values.
+        gain: How much smaller the former is, with its 95% interval over questions, as an `Estimate`'s values.
         reliability: Cross-validated, from the smallest probability to the largest.
     """
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from persona_lens.statistics import pearson, percentile_interval, resampled_rows
+from persona_lens.statistics import CORRELATION, Ends, jackknifed, pearson
 
 LEAST = 3  # prompts; with fewer, every correlation is a coincidence
 LEAST_SD = 1.0  # points: conditions whose scores vary less are left out within conditions (method, section 5)
@@ -20,7 +20,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measured:
-    """A number with its 95% bootstrap interval over questions; None where it is not defined."""
+    """A number with its 95% interval over questions (`persona_lens.statistics.jackknifed`); None where undefined."""
 
     value: float | None
     low: float | None
@@ -115,27 +115,26 @@ def correlate(
         projections: [prompts, layers].
         scores: [prompts], the mean score of each prompt's responses.
         conditions: Name of each prompt's condition.
-        questions: Number of each prompt's question; the bootstrap draws questions.
+        questions: Number of each prompt's question; intervals are over questions.
         layers: Block indices.
         null: [prompts, layers, random directions].
-        seed: Of the bootstrap.
+        seed: Of the resampling.
     """
     groups = {name: np.flatnonzero(np.array([c == name for c in conditions])) for name in dict.fromkeys(conditions)}
     used = [name for name, rows in groups.items() if len(rows) >= LEAST and scores[rows].std(ddof=1) >= LEAST_SD]
     code = np.array([used.index(name) if name in used else -1 for name in conditions])
     measured = _statistics(projections, scores, code, len(used))
-    draws = np.array(
-        [
-            _statistics(projections[rows], scores[rows], code[rows], len(used))
-            for rows in resampled_rows(questions, seed)
-        ]
-        if len(set(questions)) > 1
-        else np.full((1, *measured.shape), np.nan)
+    ends = jackknifed(
+        lambda rows: _statistics(projections[rows], scores[rows], code[rows], len(used)).ravel(),
+        questions,
+        CORRELATION,
+        seed,
     )
+    intervals = [ends[kind * len(layers) : (kind + 1) * len(layers)] for kind in range(4)]
     nulls = [None, None] if null is None else [_nulls(null, scores, code, len(used), kind) for kind in (0, 1)]
     found = []
     for at, layer in enumerate(layers):
-        four = (_measured(measured[kind, at], draws[:, kind, at]) for kind in range(4))
+        four = (_measured(measured[kind, at], intervals[kind][at]) for kind in range(4))
         beside = (None if each is None else _null(each[at]) for each in nulls)
         found.append(LayerCorrelation(layer, *four, *beside))  # type: ignore[arg-type]  # a star hides which is which
     return Correlations(
@@ -178,8 +177,7 @@ def _nulls(null: Values, y: Values, code: NDArray[np.int64], n_used: int, kind: 
     return by_layer
 
 
-def _measured(value: float, draws: Values) -> Measured:
-    interval = percentile_interval(draws)
+def _measured(value: float, interval: Ends | None) -> Measured:
     if not np.isfinite(value):
         return Measured(None, None, None)
     return Measured(float(value), *(interval or (None, None)))

@@ -53,7 +53,7 @@ class DissectionHeadline:
     """What the dissection shows.
 
     Attributes:
-        verdict: ``clear`` if a top feature steers clear of the random ones, ``unclear`` if none does, ``no-null`` if
+        verdict: ``clear`` if a top feature stands out from the random ones, ``unclear`` if none does, ``no-null`` if
             nothing was steered or nothing stands beside it.
         title: In one line.
         sentences: With the numbers.
@@ -74,7 +74,7 @@ def headline(summary: Summary) -> DissectionHeadline:
     top = [each for i in steering["top"] if (each := effects[f"feature_{i}"])]
     if not steering["random"] or not top:
         return DissectionHeadline("no-null", "The top features were steered with nothing to compare them with", alike)
-    clear = steering["clear"]
+    outstanding = steering["stand_out"]
     best = max(top, key=lambda each: each["change"]["vector"]["mean"] * (1 if steering["coefficient"] > 0 else -1))
     change = best["change"]
     sentences = [
@@ -86,13 +86,13 @@ def headline(summary: Summary) -> DissectionHeadline:
     whole = effects.get("vector")
     if whole:
         sentences.append(f"The whole vector changes it by {bounds(whole['change']['vector'], sign=True)}.")
-    if len(top) > 1 and clear:
+    if len(top) > 1 and outstanding:
         sentences.append(f"It is the best of {len(top)} that were tried, which flatters it a little.")
-    if not clear:
-        title = f"None of {counted(len(top), 'top feature')} steers the trait clear of random features"
+    if not outstanding:
+        title = f"None of {counted(len(top), 'top feature')} stands out from the random features"
         return DissectionHeadline("unclear", title, tuple(sentences))
-    steer = "steers" if len(clear) == 1 else "steer"
-    title = f"{len(clear)} of {counted(len(top), 'top feature')} {steer} the trait, clear of random features"
+    stand = "stands" if len(outstanding) == 1 else "stand"
+    title = f"{len(outstanding)} of {counted(len(top), 'top feature')} {stand} out from the random features"
     return DissectionHeadline("clear", title, tuple(sentences))
 
 

@@ -9,7 +9,8 @@ from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
 from persona_lens.reports.marks import BAR, reach
 from persona_lens.reports.page import environment
 from persona_lens.reports.svg import GRID, MUTED, RANDOM, VECTOR, drawing_style
-from persona_lens.reports.wording import Headline, Verdict, bounds, counted, interval, number
+from persona_lens.reports.wording import Headline, bounds, counted, interval, number
+from persona_lens.statistics import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

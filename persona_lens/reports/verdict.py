@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from persona_lens.reports.wording import Headline, Verdict, bounds, counted, interval, number, side
+from persona_lens.reports.wording import Headline, bounds, counted, estimate, interval, number, side
+from persona_lens.statistics import Verdict, verdict_of
 
 
 def verdict(summary: Mapping[str, Any]) -> Headline:
     """The effect of the chosen steering on the questions that it was not chosen on.
 
-    It is ``clear`` if the change and what it has more than random directions lie on the side that was asked for, and
-    its interval lies outside theirs; ``reversed`` if all that is so on the other side; ``no null`` if it lies on the
-    side asked for with nothing to compare it with; and ``unclear`` otherwise, and wherever the text falls apart.
+    The verdict is that of `persona_lens.statistics.verdict_of`, but ``unclear`` wherever the text falls apart.
     """
     effect, sign = summary["confirmed"], -1 if summary["towards"] == "less" else 1
     if effect is None:
         title = "No result: no steered response to the questions kept for confirmation has a score"
         return Headline("unclear", title, ("What the search found on the other questions is not confirmed.",))
-    shown = _shown(effect, sign)
+    shown = verdict_of(
+        estimate(effect["change"]), estimate(effect["difference"]) if effect["difference"] else None, sign
+    )
     moved = f"{'raises' if effect['change']['mean'] > 0 else 'lowers'} the trait score by "
     moved += f"{number(abs(effect['change']['mean']))} points"
     title = {
@@ -47,15 +48,6 @@ def held(summary: Mapping[str, Any]) -> bool:
     return bool(chosen["coherent"] and all(point["coherent"] for point in same if point["effect"]))
 
 
-def _shown(effect: Mapping[str, Any], sign: int) -> Verdict:
-    change, difference = side(effect["change"]), effect["difference"]
-    if difference is None:
-        return "no null" if change == sign else "reversed" if change == -sign else "unclear"
-    if not effect["clear"] or side(difference) != change:
-        return "unclear"
-    return "clear" if change == sign else "reversed" if change == -sign else "unclear"
-
-
 def _change(summary: Mapping[str, Any], effect: Mapping[str, Any]) -> str:
     asked, change = summary["confirm_questions"], effect["change"]
     plain = summary["unsteered"]["confirm"]["score"]
@@ -77,11 +69,9 @@ def _beside_null(effect: Mapping[str, Any], shown: Verdict, sign: int) -> Iterat
     yield f"Random directions of the same length change it by {bounds(random, sign=True)}."
     ending = "so it is not shown that this direction is special"
     if shown == "clear":
-        ending = "which lies clear of zero, and the two intervals lie apart"
+        ending = "which lies clear of zero"
     elif shown == "reversed":
         ending = "which lies on the other side of zero from the one that was asked for"
     elif side(difference) == sign:
-        ending = "which lies clear of zero, though the intervals of the two are not clear of one another"
-        if side(effect["change"]) != sign:
-            ending = "which lies clear of zero, though the vector's own effect does not"
+        ending = "which lies clear of zero, though the vector's own effect does not"
     yield f"Question by question, vector minus random is {bounds(difference, sign=True)}, {ending}."

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from persona_lens.characters import printable as printable
+from persona_lens.statistics import Estimate, Verdict, few, verdict_of
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-Verdict = Literal["clear", "unclear", "reversed", "no null"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,7 @@ class Headline:
     """What the steering run shows.
 
     Attributes:
-        verdict: ``clear`` if the effect is above 0 and above that of random directions with their 95% intervals,
-            ``reversed`` if it is below both, ``no null`` if it is above 0 without anything to compare it with,
-            ``unclear`` otherwise.
+        verdict: See `persona_lens.statistics.verdict_of`.
         title: In one line.
         sentences: With all numbers.
     """
@@ -36,7 +33,7 @@ class Headline:
 def headline(effect: Mapping[str, Any], questions: int) -> Headline:
     """The result in words, no stronger than the intervals allow."""
     vector, random, difference = effect["vector"], effect["random"], effect["difference"]
-    verdict = _verdict(vector, difference)
+    verdict = verdict_of(estimate(vector), estimate(difference) if difference else None)
     span = f"from {signed(effect['low'])} to {signed(effect['high'])}"
     moved = f"{abs(vector['mean']):.1f} points"
     title = {
@@ -73,18 +70,14 @@ def _beside_null(
     yield f"Question by question, vector minus random is {bounds(difference)}, {ending}."
 
 
-def _verdict(vector: Mapping[str, Any], difference: Mapping[str, Any] | None) -> Verdict:
-    if difference is None:
-        return "no null" if side(vector) > 0 else "reversed" if side(vector) < 0 else "unclear"
-    sides = {side(vector), side(difference)}
-    return "clear" if sides == {1} else "reversed" if sides == {-1} else "unclear"
+def estimate(found: Mapping[str, Any]) -> Estimate:
+    """What `Estimate.to_json` wrote."""
+    return Estimate(found["mean"], found["low"], found["high"], found["n"])
 
 
-def side(estimate: Mapping[str, Any]) -> int:
-    """1 or -1 if the interval is on one side of 0, else 0; a single unit has no interval to go by."""
-    if estimate["n"] < 2:
-        return 0
-    return 1 if estimate["low"] > 0 else -1 if estimate["high"] < 0 else 0
+def side(found: Mapping[str, Any]) -> int:
+    """See `Estimate.side`."""
+    return estimate(found).side
 
 
 def _moves(mean: float) -> str:
@@ -157,23 +150,28 @@ def signed(value: float) -> str:
     return f"{value:+g}".replace("-", MINUS) if value else "0"
 
 
-def interval(estimate: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False) -> str:
-    """A mean with its 95% interval."""
-    if estimate is None:
+def interval(found: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False) -> str:
+    """A mean with its 95% interval, and beside it that it rests on few questions, if it does."""
+    if found is None:
         return NONE
-    mean = number(estimate["mean"], digits, sign=sign)
-    if estimate["n"] < 2:
+    mean = number(found["mean"], digits, sign=sign)
+    if found["n"] < 2:
         return f"{mean} (one question, so no interval)"
-    low, high = (number(estimate[end], digits, sign=sign) for end in ("low", "high"))
-    return f"{mean} (95% interval {low} to {high})"
+    low, high = (number(found[end], digits, sign=sign) for end in ("low", "high"))
+    return f"{mean} (95% interval {low} to {high}{_few(found)})"
 
 
-def bounds(estimate: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False) -> str:
+def bounds(found: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False) -> str:
     """A mean with its interval, for a table cell whose heading says what the brackets are."""
-    if estimate is None:
+    if found is None:
         return NONE
-    mean, low, high = (number(estimate[key], digits, sign=sign) for key in ("mean", "low", "high"))
-    return mean if estimate["n"] < 2 else f"{mean} ({low} to {high})"
+    mean, low, high = (number(found[key], digits, sign=sign) for key in ("mean", "low", "high"))
+    return f"{mean} ({few(1)})" if found["n"] < 2 else f"{mean} ({low} to {high}{_few(found)})"
+
+
+def _few(found: Mapping[str, Any]) -> str:
+    said = few(found["n"])
+    return f"; {said}" if said else ""
 
 
 def scientific(value: float | None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_lens.screening.errors import ScreeningError
-from persona_lens.statistics import RESAMPLES, auc, percentile_interval
+from persona_lens.statistics import auc, auc_interval
 
 CLEAN = ("normal", "clean", "none", "0", "false", "False", "no")
 _POINTS = 100
@@ -24,7 +24,7 @@ class Separation:
 
     Attributes:
         auc: Probability that a labelled row has a larger value than a clean one, ties counting half.
-        low: Lower end of its 95% bootstrap interval over rows, both kinds resampled by themselves.
+        low: Lower end of its 95% interval over rows (`persona_lens.statistics.auc_interval`).
         high: Upper end.
         labelled: How many rows have the label.
         clean: How many are clean.
@@ -43,34 +43,21 @@ class Separation:
         return asdict(self)
 
 
-def separation_of(labelled: NDArray[np.float64], clean: NDArray[np.float64], seed: int = 0) -> Separation | None:
+def separation_of(labelled: NDArray[np.float64], clean: NDArray[np.float64]) -> Separation | None:
     """ROC and AUC; None if either kind has no row with a value.
 
     Args:
         labelled: Values of the rows with a label; NaN is left out.
         clean: Those of the clean rows.
-        seed: Of the bootstrap.
     """
     labelled, clean = (values[np.isfinite(values)] for values in (labelled, clean))
     if not len(labelled) or not len(clean):
         return None
     places, where = np.unique(np.concatenate([labelled, clean]), return_inverse=True)
     positive, negative = where[: len(labelled)], where[len(labelled) :]
-    random = np.random.default_rng(seed)
-    resampled = np.array([_resampled_auc(positive, negative, len(places), random) for _ in range(RESAMPLES)])
     found = auc(labelled, clean)
-    low, high = percentile_interval(resampled) or (found, found)
+    low, high = auc_interval(labelled, clean)
     return Separation(found, low, high, len(labelled), len(clean), _roc(positive, negative, len(places)))
-
-
-def _resampled_auc(
-    positive: NDArray[np.intp], negative: NDArray[np.intp], places: int, random: np.random.Generator
-) -> float:
-    up, down = (
-        np.bincount(each[random.integers(len(each), size=len(each))], minlength=places) for each in (positive, negative)
-    )
-    below = down.cumsum() - down
-    return float(up @ (below + down / 2) / (len(positive) * len(negative)))
 
 
 def _roc(positive: NDArray[np.intp], negative: NDArray[np.intp], places: int) -> tuple[tuple[float, float], ...]:

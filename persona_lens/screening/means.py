@@ -1,18 +1,18 @@
-"""`StreamedMeans`: means of many quantities with bootstrap intervals, in memory that does not grow with the rows."""
+"""`StreamedMeans`: means of many quantities with intervals, in memory that does not grow with the rows."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_lens.statistics import RESAMPLES, Estimate, percentile_interval
+from persona_lens.statistics import Estimate, bootstrap_mean, large_mean
+
+KEPT = 1000
+"""Rows up to which all are kept and resampled; of more, the mean is as good as normal."""
 
 
 class StreamedMeans:
     """Means over rows that come in pieces.
-
-    The interval is that of the Poisson bootstrap: in each resample a row counts as often as a Poisson variable of mean
-    1 says, which for more than a few rows is the bootstrap that draws rows with replacement, and needs no row twice.
 
     Args:
         columns: How many quantities a row has.
@@ -20,21 +20,29 @@ class StreamedMeans:
     """
 
     def __init__(self, columns: int, seed: int = 0) -> None:
-        self._random = np.random.default_rng(seed)
-        self._sums = np.zeros((RESAMPLES, columns))
-        self._counts = np.zeros((RESAMPLES, columns))
-        self._total = np.zeros(columns)
+        self._seed = seed
+        self._first: list[NDArray[np.float64]] = []
+        self._rows = 0
         self._n = np.zeros(columns, dtype=np.int64)
+        self._mean = np.zeros(columns)
+        self._squares = np.zeros(columns)
 
     def add(self, values: NDArray[np.float64]) -> None:
         """Take in rows: float64 [rows, columns], NaN where a row lacks a quantity."""
-        weights = self._random.poisson(1.0, (RESAMPLES, len(values))).astype(np.float64)
+        self._rows += len(values)
+        if self._rows <= KEPT:
+            self._first.append(np.array(values, dtype=np.float64))
+        else:
+            self._first = []
         there = np.isfinite(values)
-        known = np.where(there, values, 0.0)
-        self._sums += weights @ known
-        self._counts += weights @ there
-        self._total += known.sum(axis=0)
-        self._n += there.sum(axis=0)
+        count = there.sum(axis=0)
+        mean = np.where(there, values, 0.0).sum(axis=0) / np.maximum(count, 1)
+        squares = (np.where(there, values - mean, 0.0) ** 2).sum(axis=0)
+        # Chan's update: sums of squares about the mean so far, so that a large mean does not swallow a small spread.
+        total = np.maximum(self._n + count, 1)
+        self._squares += squares + (mean - self._mean) ** 2 * self._n * count / total
+        self._mean += (mean - self._mean) * count / total
+        self._n += count
 
     def estimates(self) -> list[Estimate | None]:
         """The mean of each quantity with its 95% interval; None where no row has it."""
@@ -44,8 +52,7 @@ class StreamedMeans:
         n = int(self._n[column])
         if not n:
             return None
-        mean = float(self._total[column] / n)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            resampled = self._sums[:, column] / self._counts[:, column]
-        low, high = (percentile_interval(resampled) if n > 1 else None) or (mean, mean)
-        return Estimate(mean, low, high, n)
+        if self._rows <= KEPT:
+            known = np.concatenate([rows[:, column] for rows in self._first])
+            return bootstrap_mean(known[np.isfinite(known)].tolist(), self._seed)
+        return large_mean(float(self._mean[column]), float(self._squares[column]), n)

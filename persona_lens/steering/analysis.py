@@ -8,7 +8,7 @@ from math import inf
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
-from persona_lens.statistics import Estimate, bootstrap_mean
+from persona_lens.statistics import CHANGES, SCORES, Estimate, bootstrap_mean, clear_side
 from persona_lens.steering.steering import SteeringError
 from persona_lens.steering.sweep import NONE, RANDOM, VECTOR, SweepRow
 
@@ -65,6 +65,11 @@ class Effect:
     random: Estimate | None
     difference: Estimate | None
 
+    @property
+    def clear(self) -> int:
+        """1 or -1 if the effect is clear, else 0: see `persona_lens.statistics.clear_side`."""
+        return clear_side(self.vector, self.difference)
+
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
         return {
@@ -74,6 +79,7 @@ class Effect:
             "vector": self.vector.to_json(),
             "random": self.random.to_json() if self.random else None,
             "difference": self.difference.to_json() if self.difference else None,
+            "clear": self.clear,
         }
 
 
@@ -90,10 +96,10 @@ def curve(rows: Sequence[SweepRow], layer: int, direction: str = VECTOR) -> list
     points = []
     for coefficient in sorted({row.coefficient for row in chosen}):
         at = [row for row in chosen if row.coefficient == coefficient]
-        score = _mean(at, "score")
+        score = mean_of(at, "score")
         if score is None:
             raise SteeringError(f"no response at layer {layer}, coefficient {coefficient:g} has a score")
-        points.append(CurvePoint(coefficient, score, _mean(at, "surprise"), _mean(at, "coherence")))
+        points.append(CurvePoint(coefficient, score, mean_of(at, "surprise"), mean_of(at, "coherence")))
     return points
 
 
@@ -112,14 +118,10 @@ def effect(rows: Sequence[SweepRow], layer: int) -> Effect:
         raise SteeringError(f"no question has a response at both ends of the sweep at layer {layer}")
     random = _difference_by_question(rows, layer, RANDOM, low, high)
     both = [vector[question] - random[question] for question in vector if question in random]
-    return Effect(
-        layer,
-        low,
-        high,
-        bootstrap_mean(list(vector.values())),
-        bootstrap_mean(list(random.values())) if random else None,
-        bootstrap_mean(both) if both else None,
+    null, difference = (
+        bootstrap_mean(each, within=CHANGES) if each else None for each in (list(random.values()), both)
     )
+    return Effect(layer, low, high, bootstrap_mean(list(vector.values()), within=CHANGES), null, difference)
 
 
 def choose_layer(rows: Sequence[SweepRow], margin: float = COHERENCE_MARGIN) -> int:
@@ -158,11 +160,6 @@ def _incoherence(point: CurvePoint) -> float:
     return -point.coherence.mean if point.coherence is not None else inf
 
 
-def _mean(rows: Iterable[SweepRow], quantity: str) -> Estimate | None:
-    values = by_question(rows, quantity)
-    return bootstrap_mean(list(values.values())) if values else None
-
-
 def _steered_layers(rows: Sequence[SweepRow]) -> str:
     layers = sorted({row.layer for row in rows if row.layer is not None})
     return f"; the sweep has layers {', '.join(map(str, layers)) or 'none'}"
@@ -185,6 +182,13 @@ def by_question(rows: Iterable[Answered], quantity: str) -> dict[int, float]:
         if (value := getattr(row, quantity)) is not None:
             values.setdefault(row.question, []).append(value)
     return {question: fmean(found) for question, found in values.items()}
+
+
+def mean_of(rows: Iterable[Answered], quantity: str) -> Estimate | None:
+    """Mean of ``score``, ``surprise`` or ``coherence`` over questions; None without any value."""
+    values = by_question(rows, quantity)
+    within = None if quantity == "surprise" else SCORES
+    return bootstrap_mean(list(values.values()), within=within) if values else None
 
 
 def _difference_by_question(

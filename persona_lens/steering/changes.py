@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from persona_lens.statistics import Estimate, bootstrap_mean
+from persona_lens.statistics import Ends, Estimate, bootstrap_mean, clear_side
 
 
 @dataclass(frozen=True)
 class Change:
-    """Steered minus unsteered, with 95% bootstrap intervals over questions.
+    """Steered minus unsteered, with 95% intervals over questions.
 
     Attributes:
         vector: Under the steering.
@@ -26,12 +26,8 @@ class Change:
 
     @property
     def clear(self) -> int:
-        """1 or -1 if the change and its difference from the null's have intervals on the same side of 0; else 0.
-
-        Without a null, and with a single question, nothing is clear.
-        """
-        side = _side(self.vector)
-        return side if self.difference is not None and side == _side(self.difference) else 0
+        """1 or -1 if it is clear, else 0: see `persona_lens.statistics.clear_side`."""
+        return clear_side(self.vector, self.difference)
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
@@ -47,20 +43,24 @@ Value = tuple[int, float | None]
 """Number of a question, and what was measured of one response to it; None where there is nothing to measure."""
 
 
-def change_of(unsteered: Iterable[Value], steered: Iterable[Value], random: Iterable[Value] = ()) -> Change | None:
+def change_of(
+    unsteered: Iterable[Value], steered: Iterable[Value], random: Iterable[Value] = (), *, within: Ends | None = None
+) -> Change | None:
     """The change of a quantity; None where no question has it both steered and unsteered.
 
     Args:
         unsteered: Values of the unsteered responses.
         steered: Those under the steering.
         random: Those under its random rotations.
+        within: Ends of what a change can be, such as `persona_lens.statistics.CHANGES` of scores.
     """
     base = _by_question(unsteered)
     moved, null = _minus(_by_question(steered), base), _minus(_by_question(random), base)
     if not moved:
         return None
     both = _minus(moved, null)
-    return Change(_estimate(moved), _estimate(null) if null else None, _estimate(both) if both else None)
+    estimates = [_estimate(each, within) if each else None for each in (null, both)]
+    return Change(_estimate(moved, within), *estimates)
 
 
 def _by_question(values: Iterable[Value]) -> dict[int, float]:
@@ -75,11 +75,5 @@ def _minus(these: Mapping[int, float], those: Mapping[int, float]) -> dict[int, 
     return {question: value - those[question] for question, value in these.items() if question in those}
 
 
-def _estimate(values: Mapping[int, float]) -> Estimate:
-    return bootstrap_mean([value for _, value in sorted(values.items())])
-
-
-def _side(estimate: Estimate) -> int:
-    if estimate.n < 2:
-        return 0
-    return 1 if estimate.low > 0 else -1 if estimate.high < 0 else 0
+def _estimate(values: Mapping[int, float], within: Ends | None) -> Estimate:
+    return bootstrap_mean([value for _, value in sorted(values.items())], within=within)

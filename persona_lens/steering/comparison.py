@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persona_lens.statistics import Estimate, bootstrap_mean
-from persona_lens.steering.analysis import by_question
+from persona_lens.statistics import CHANGES, Estimate, clear_side
+from persona_lens.steering.analysis import by_question, mean_of
 from persona_lens.steering.arms import ArmRow
 from persona_lens.steering.changes import Value, change_of
 from persona_lens.steering.steering import SteeringError
@@ -39,17 +39,9 @@ class ArmEffect:
     empty: float
 
     @property
-    def clear(self) -> bool:
-        """Whether the interval of the change lies outside that of the null, and the difference is not zero.
-
-        Never on a single question, which has no interval.
-        """
-        if self.change.n < 2:
-            return False
-        if self.random is None or self.difference is None:
-            return self.change.clear_of(0.0)
-        apart = self.change.low > self.random.high or self.change.high < self.random.low
-        return apart and self.difference.clear_of(0.0)
+    def clear(self) -> int:
+        """1 or -1 if the change is clear, else 0: see `persona_lens.statistics.clear_side`."""
+        return clear_side(self.change, self.difference)
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
@@ -70,8 +62,8 @@ def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
     plain = [row for row in rows if row.direction == NONE]
     if not by_question(plain, "score"):
         raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
-    found = change_of(_scores(plain), _scores(own), _scores(null))
-    score = _mean(by_question(own, "score"))
+    found = change_of(_scores(plain), _scores(own), _scores(null), within=CHANGES)
+    score = mean_of(own, "score")
     if found is None or score is None:
         return None
     return ArmEffect(
@@ -80,20 +72,16 @@ def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
         change=found.vector,
         random=found.random,
         difference=found.difference,
-        surprise=_mean(by_question(own, "surprise")),
-        coherence=_mean(by_question(own, "coherence")),
+        surprise=mean_of(own, "surprise"),
+        coherence=mean_of(own, "coherence"),
         empty=sum(row.score is None for row in own) / len(own),
     )
 
 
 def unsteered_mean(rows: Sequence[ArmRow], quantity: str) -> Estimate | None:
     """Mean of ``score``, ``surprise`` or ``coherence`` over the unsteered responses; None without any."""
-    return _mean(by_question([row for row in rows if row.direction == NONE], quantity))
+    return mean_of([row for row in rows if row.direction == NONE], quantity)
 
 
 def _scores(rows: Sequence[ArmRow]) -> list[Value]:
     return [(row.question, row.score) for row in rows]
-
-
-def _mean(values: dict[int, float]) -> Estimate | None:
-    return bootstrap_mean(list(values.values())) if values else None

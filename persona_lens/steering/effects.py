@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from persona_lens.geometry import Cosines, cosines
+from persona_lens.statistics import CHANGES, Ends
 from persona_lens.steering.arms import UNSTEERED
 from persona_lens.steering.changes import Change, change_of
 from persona_lens.steering.steering import Steering
@@ -147,7 +148,7 @@ class CrossEffects:
 
     def coherence(self, steering: str) -> Change | None:
         """How coherence changes under a steering, points of 100; None if no judge asks for it."""
-        return self._change(steering, lambda row: row.coherence)
+        return self._change(steering, lambda row: row.coherence, CHANGES)
 
     def to_json(self) -> dict[str, Any]:
         """Every figure that is shown, as in ``summary.json``."""
@@ -173,7 +174,7 @@ class CrossEffects:
             name,
             of,
             any(self.vectors[of].content_hash == self._edited(name, term.trait) for term in self.steerings[name].terms),
-            self._change(name, lambda row: row.scores[of]),
+            self._change(name, lambda row: row.scores[of], CHANGES),
             self._change(name, lambda row: lengths(row.text_projections[of])),
             self._change(name, lambda row: lengths(row.steered_projections[of])),
             self._cosine(name, of),
@@ -190,11 +191,13 @@ class CrossEffects:
         value = float(torch.nn.functional.cosine_similarity(edits[0].direction.double(), other.double(), dim=0))
         return value if float(other.norm()) else None
 
-    def _change(self, steering: str, value: Callable[[CrossRow], float | None]) -> Change | None:
+    def _change(
+        self, steering: str, value: Callable[[CrossRow], float | None], within: Ends | None = None
+    ) -> Change | None:
         def of(arm: str, direction: str) -> list[tuple[int, float | None]]:
             return [(r.question, value(r)) for r in self.rows if (r.arm, r.direction) == (arm, direction)]
 
-        return change_of(of(UNSTEERED, NONE), of(steering, VECTOR), of(steering, RANDOM))
+        return change_of(of(UNSTEERED, NONE), of(steering, VECTOR), of(steering, RANDOM), within=within)
 
     def _steering(self, name: str) -> dict[str, Any]:
         surprise, coherence = self.surprise(name), self.coherence(name)

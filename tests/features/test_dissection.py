@@ -74,19 +74,19 @@ def test_the_feature_that_is_the_vector_steers_as_it_does_and_clear_of_the_other
     found = run(backend)
     steering = found.summary["steering"]
     assert found.summary["ranking"]["top"][0] == {"feature": OWN, "cosine": pytest.approx(1)}
-    assert steering["clear"] == [OWN]
+    assert steering["stand_out"] == [OWN]
     whole, own = found.effects["vector"], found.effects[f"feature_{OWN}"]
     assert whole is not None
     assert own is not None
     # Leaning 2 against 0, scored 100 / (1 + exp(-leaning)).
     assert own.change.vector.mean == pytest.approx(100 / (1 + 2.718281828**-2) - 50, abs=0.05)
     assert whole.change.vector.mean == pytest.approx(own.change.vector.mean)
-    assert (own.beyond, own.random_features, own.clear) == (3, 3, True)
+    assert (own.beyond, own.random_features, own.stands_out) == (3, 3, True)
     assert own.change.random is not None
     assert own.change.random.mean == pytest.approx(0, abs=0.1)
     second = found.effects[f"feature_{steering['top'][1]}"]
     assert second is not None
-    assert not second.clear
+    assert not second.stands_out
     for feature in steering["random"]:
         effect = found.effects[f"feature_{feature}"]
         assert effect is not None
@@ -102,8 +102,8 @@ def test_towards_less_the_same_feature_is_clear_the_other_way(backend: PlantedBa
     own = found.effects[f"feature_{OWN}"]
     assert own is not None
     assert own.change.vector.mean < -30
-    assert own.clear
-    assert found.summary["steering"]["clear"] == [OWN]
+    assert own.stands_out
+    assert found.summary["steering"]["stand_out"] == [OWN]
 
 
 def row(arm: str, question: int, score: float | None) -> ArmRow:
@@ -122,18 +122,18 @@ def test_one_random_feature_that_moves_the_score_as_far_is_enough_not_to_be_clea
     scores = {"unsteered": 50.0, "feature_1": 60.0, "feature_7": 50.0, "feature_8": 51.0}
     clear = feature_effects(rows_of(**scores), [1], [7, 8], 1.0)["feature_1"]
     assert clear is not None
-    assert (clear.beyond, clear.clear) == (2, True)
+    assert (clear.beyond, clear.stands_out) == (2, True)
     assert clear.change.difference is not None
     assert clear.change.difference.mean == pytest.approx(9.5)
     rival = feature_effects(rows_of(**{**scores, "feature_8": 61.0}), [1], [7, 8], 1.0)["feature_1"]
     assert rival is not None
-    assert (rival.beyond, rival.clear) == (1, False)
+    assert (rival.beyond, rival.stands_out) == (1, False)
     wrong_way = feature_effects(rows_of(**{**scores, "feature_1": 30.0}), [1], [7, 8], 1.0)["feature_1"]
     assert wrong_way is not None
-    assert (wrong_way.beyond, wrong_way.clear) == (0, False)
+    assert (wrong_way.beyond, wrong_way.stands_out) == (0, False)
     alone = feature_effects(rows_of(unsteered=50.0, feature_1=60.0), [1], [], 1.0)["feature_1"]
     assert alone is not None
-    assert (alone.beyond, alone.clear) == (None, False)
+    assert (alone.beyond, alone.stands_out) == (None, False)
     silent = feature_effects(rows_of(**{**scores, "feature_1": None}), [1], [7, 8], 1.0)
     assert silent["feature_1"] is None
 
@@ -240,13 +240,13 @@ def test_a_dry_run_says_how_many_responses_there_will_be(backend: PlantedBackend
 def test_the_report_says_what_was_found_and_no_more(backend: PlantedBackend) -> None:
     summary: dict[str, Any] = dict(run(backend).summary)
     page = render_dissection(summary, "1.0")
-    assert "1 of 2 top features steers the trait, clear of random features" in page
+    assert "1 of 2 top features stands out from the random features" in page
     assert "What is the vector of “optimistic” made of?" in page
     assert page == render_dissection(json.loads(json.dumps(summary)), "1.0")
     assert "<script" not in page
     steering = dict(summary["steering"])
-    unclear = render_dissection({**summary, "steering": {**steering, "clear": []}}, "1.0")
-    assert "None of 2 top features steers the trait clear of random features" in unclear
+    unclear = render_dissection({**summary, "steering": {**steering, "stand_out": []}}, "1.0")
+    assert "None of 2 top features stands out from the random features" in unclear
     plain = render_dissection({**summary, "steering": None}, "1.0")
     assert "Nothing was steered" in plain
     hostile = {**summary["features"], "name": "<script>alert(1)</script>"}

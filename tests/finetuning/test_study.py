@@ -15,6 +15,7 @@ from persona_lens.finetuning.treatments import TreatmentSettings, treatments_of,
 from persona_lens.models import Loaded, load
 from persona_lens.reports.finetuning import headline, render_finetuning
 from persona_lens.rollouts import RolloutSettings
+from persona_lens.statistics import SCORES
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import PersonaVectors
 from tests.finetuning.chats import conversations, small, vectors_of, write_conversations
@@ -86,7 +87,7 @@ def test_where_the_data_teaches_less_of_the_trait_protection_is_counted_that_way
 def test_the_interval_is_over_seeds_and_questions() -> None:
     """Seeds that disagree widen it, however many questions there are."""
     apart = {1: dict.fromkeys(range(100), 0.0), 2: dict.fromkeys(range(100), 100.0)}
-    found = crossed_mean(apart)
+    found = crossed_mean(apart, within=SCORES)
     assert found is not None
     assert (found.mean, found.low, found.high) == (50, 0, 100)
     assert crossed_mean({}) is None

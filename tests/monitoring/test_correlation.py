@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from persona_lens.monitoring.correlation import Measured, correlate
-from persona_lens.statistics import pearson
+from persona_lens.statistics import bootstrap_mean, pearson
 
 X = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 Y = np.array([2.0, 1.0, 4.0, 3.0, 5.0])  # r by hand: deviations multiply to 8, squares sum to 10 and 10
@@ -50,20 +50,20 @@ def test_conditions_whose_scores_hardly_vary_are_left_out_and_named() -> None:
     )
 
 
-def test_the_bootstrap_draws_questions_with_all_their_conditions() -> None:
+def test_intervals_are_over_questions_with_all_their_conditions() -> None:
     rng = np.random.default_rng(3)
     questions = [0, 1, 2, 3, 4, 5] * 2
     effect = np.repeat([0.0, 30.0], 6)
     y = effect + rng.normal(0, 5, 12)
     x = effect + rng.normal(0, 5, 12)
     found = correlate(x[:, None], y, ["a"] * 6 + ["b"] * 6, questions, [0], seed=1).at(0).pearson
-    draws = []
-    again = np.random.default_rng(1)
-    for _ in range(2000):
-        drawn = again.integers(6, size=6)
-        rows = np.concatenate([[q, q + 6] for q in drawn])
-        draws.append(float(pearson(x[rows], y[rows])))
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
+    # By hand: Fisher's z with each question left out, in both of its conditions.
+    kept = [np.array([row for row in range(12) if questions[row] != left]) for left in range(6)]
+    z = np.arctanh(float(pearson(x, y)))
+    pseudo = 6 * z - 5 * np.arctanh([float(pearson(x[rows], y[rows])) for rows in kept])
+    of = bootstrap_mean(pseudo.tolist(), seed=1)
+    assert found.low == pytest.approx(np.tanh(z + of.low - of.mean))
+    assert found.high == pytest.approx(np.tanh(z + of.high - of.mean))
     assert correlate(x[:, None], y, ["a"] * 12, [0] * 12, [0]).at(0).pearson.low is None
 
 

@@ -93,12 +93,13 @@ def test_a_reference_without_values() -> None:
 
 def test_auc_has_an_interval_that_covers_it() -> None:
     random = np.random.default_rng(0)
-    found = [separation_of(random.normal(1, 1, 60), random.normal(0, 1, 60), seed) for seed in range(12)]
+    found = [separation_of(random.normal(1, 1, 60), random.normal(0, 1, 60)) for _ in range(12)]
     truth = 0.7602  # Phi(1 / sqrt 2)
     assert sum(each is not None and each.low <= truth <= each.high for each in found) >= 10
     apart = separation_of(np.array([2.0, 3.0, np.nan]), np.array([0.0, 1.0]))
     assert apart is not None
-    assert (apart.auc, apart.low, apart.high, apart.labelled, apart.clean) == (1, 1, 1, 2, 2)
+    assert (apart.auc, apart.high, apart.labelled, apart.clean) == (1, 1, 2, 2)
+    assert apart.low == pytest.approx(0.05**0.5)  # two rows of a kind may well have missed a half of it
     assert (apart.roc[0], apart.roc[-1]) == ((0, 0), (1, 1))
     assert (0.0, 1.0) in apart.roc
     assert separation_of(np.array([np.nan]), np.array([0.0])) is None
