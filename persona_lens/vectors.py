@@ -55,6 +55,9 @@ class PersonaVectors:
         directions: By reduction (``response_mean``, ``prompt_mean``, ``prompt_last``): float32 [n_layers, d_model], not
             normalised. Row l belongs to the residual stream after block l.
         provenance: Everything needed to make them again, as JSON values.
+
+    Raises:
+        VectorsError: If a vector has another shape than the model's, holds NaN or infinity, or all are zero.
     """
 
     trait: str
@@ -69,6 +72,13 @@ class PersonaVectors:
                 raise VectorsError(
                     f"{name} must be float32 {list(shape)} for this model, got {rows.dtype} {list(rows.shape)}"
                 )
+            if len(broken := (~rows.isfinite().all(dim=-1)).nonzero().flatten()):
+                raise VectorsError(
+                    f"the {name} vectors of {self.trait!r} hold NaN or infinity at layer {int(broken[0])}; make them "
+                    "again, since nothing can be computed with them"
+                )
+        if self.directions and not any(bool(rows.any()) for rows in self.directions.values()):
+            raise VectorsError(f"the vectors of {self.trait!r} are zero at every layer: they point nowhere")
 
     def __getitem__(self, layer: int) -> Float[Tensor, " d_model"]:
         """The response-mean vector of a layer, which steers best; the others are in `directions`."""
@@ -78,7 +88,7 @@ class PersonaVectors:
         """One layer's vector, not normalised: float32 [d_model].
 
         Raises:
-            VectorsError: If there is no such layer or reduction.
+            VectorsError: If there is no such layer or reduction, or the vector is zero there.
         """
         rows = self.rows(reduction)
         if not 0 <= layer < self.model.n_layers:
@@ -89,6 +99,11 @@ class PersonaVectors:
                 "no such row; choose another layer"
             )
         row: Tensor = rows[layer]
+        if not bool(row.any()):
+            raise VectorsError(
+                f"the {reduction} vector of {self.trait!r} at layer {layer} is zero: it points nowhere; choose another "
+                "layer"
+            )
         return row
 
     def rows(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, "layers d_model"]:

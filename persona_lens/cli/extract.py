@@ -199,14 +199,15 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     if best:
         print_table(
             "Layers whose vector separates held-out questions best",
-            ("layer", "norm", "d'", "AUC", "AUC that 19 of 20 random directions stay below"),
+            ("layer", "norm", "d'", "AUC", "d' and AUC that 19 of 20 random directions stay below", "better"),
             [
                 (
                     str(row["layer"]),
                     f"{summary['norms']['response_mean'][row['layer']]:.1f}",
                     f"{row['d_prime']:.2f}",
                     f"{row['auc']:.3f}",
-                    f"{row['random_auc']:.3f}",
+                    f"{row['random_d_prime']:.2f}, {row['random_auc']:.3f}",
+                    "yes" if row["better"] else "no",
                 )
                 for row in best
             ],

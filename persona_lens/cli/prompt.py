@@ -211,6 +211,7 @@ def _row(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"trait": trait, "layer": layer, "projection": value}
     row["probability"] = calibration.probability(value) if calibration else None
+    row["caveat"] = calibration.caveat if calibration else None
     if threshold is not None:
         row |= {"threshold": threshold.to_json(), "alarm": value >= threshold.value}
     return row
@@ -240,6 +241,8 @@ def _show(names: list[str], found: list[list[dict[str, Any]]], rate: float | Non
             for row in rows
         ],
     )
+    for caveat in dict.fromkeys(row["caveat"] for rows in found for row in rows if row["caveat"]):
+        typer.echo(f"note: {printable(caveat)}", err=True)
 
 
 def _in_short(text: str) -> str:

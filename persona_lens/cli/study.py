@@ -150,6 +150,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _show(found: Study, folder: Path) -> None:
     from persona_lens.cli.display import print_table
+    from persona_lens.reports.study import title
 
     summary = found.summary
     print_table(
@@ -172,6 +173,7 @@ def _show(found: Study, folder: Path) -> None:
             ("layer", "Pearson", "Spearman", "within conditions", "random directions"),
             [_layer_row(row) for row in _shown_layers(group["layers"], {summary["layer"], summary["tuned_layer"]})],
         )
+    typer.echo(title(summary))
     for line in conclusions(summary):
         typer.echo(line)
     typer.echo(f"report: {folder / options.REPORT}")
@@ -179,7 +181,9 @@ def _show(found: Study, folder: Path) -> None:
 
 def conclusions(summary: dict[str, Any]) -> list[str]:
     """What the study comes to, in a few lines."""
-    lines = []
+    from persona_lens.statistics import few
+
+    lines = [f"intervals rest on {said}"] if (said := few(summary["settings"]["questions"])) else []
     for kind, group in summary["groups"].items():
         if group["ceiling"] is not None:
             lines.append(

@@ -83,8 +83,8 @@ def held_out_separation(
 
     Returns:
         For each layer ``d_prime`` and ``auc`` of the vector, and ``random_d_prime`` and ``random_auc``: what 19 of 20
-        random directions stay below, taken the way round that separates better. Empty if a fold has fewer than two
-        responses of one arm.
+        random directions stay below, taken the way round that separates better; and ``better``: whether the vector
+        exceeds both. Empty if a fold has fewer than two responses of one arm.
     """
     directions = [means.difference([1 - fold]).get("response_mean") for fold in range(FOLDS)]
     if any(means.counts.get((arm, fold), 0) < 2 for arm in Arm for fold in range(FOLDS)):
@@ -126,10 +126,11 @@ def _separation_row(layer: int, projections: Mapping[tuple[Arm, int], NDArray[np
         return mean
 
     d_primes, aucs = averaged(separation), averaged(auc)
-    return {
-        "layer": layer,
+    found = {
         "d_prime": float(d_primes[0]),
         "auc": float(aucs[0]),
         "random_d_prime": float(np.quantile(np.abs(d_primes[1:]), 0.95)),
         "random_auc": float(np.quantile(np.maximum(aucs[1:], 1 - aucs[1:]), 0.95)),
     }
+    better = found["d_prime"] > found["random_d_prime"] and found["auc"] > found["random_auc"]
+    return {"layer": layer, **found, "better": better}

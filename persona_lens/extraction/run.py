@@ -18,6 +18,7 @@ from persona_lens.judging import (
     Judge,
     Judgement,
     LikelihoodJudge,
+    as_used,
     fit_calibration,
     judge_rollouts,
     prepare_judge,
@@ -214,15 +215,16 @@ def _extract(
         scoring, judged = _judge_by_likelihood(backend, chat, trait, rollouts, run, progress)
     filtered = filter_responses(requests, judged, settings)
     means = arm_means(requests, filtered.kept, collected.reductions)
-    provenance = {**config, "judge": scoring.describe(), "counts": filtered.to_json()}
+    separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
+    described = as_used(scoring.describe(), judged)
+    provenance = {**config, "judge": described, "counts": filtered.to_json(), "separation": separations}
     if not settings.sinks:
         provenance["prompt_mean_sinks"] = False
     if trait.graded_prompts:  # so that a study needs nothing but the vectors
         provenance["trait"] = {**config["trait"], "graded_prompts": list(trait.graded_prompts)}
     # As the run began with it: a device of another number makes no other vectors.
     vectors = PersonaVectors(trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
-    separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
-    summary = _summary(vectors, scoring, judged, filtered, separations, rollouts)
+    summary = _summary(vectors, judged, filtered, rollouts)
     if run is not None:
         _write(run, vectors, judged, filtered, summary)
     return Extraction(vectors, scoring, rollouts, summary)
@@ -247,12 +249,7 @@ def _judge_by_likelihood(
 
 
 def _summary(
-    vectors: PersonaVectors,
-    judge: Judge | GivenScores,
-    judged: Sequence[Judgement],
-    filtered: Filtered,
-    separations: list[dict[str, Any]],
-    rollouts: Sequence[Rollout],
+    vectors: PersonaVectors, judged: Sequence[Judgement], filtered: Filtered, rollouts: Sequence[Rollout]
 ) -> dict[str, Any]:
     by_arm: dict[str, list[float]] = {arm.value: [] for arm in Arm}
     for rollout, judgement in zip(rollouts, judged, strict=True):
@@ -261,13 +258,13 @@ def _summary(
     return {
         "trait": vectors.trait,
         "model": asdict(vectors.model),
-        "judge": judge.describe(),
+        "judge": vectors.provenance["judge"],
         "responses": len(rollouts),
         "tokens": sum(len(rollout.response_ids) for rollout in rollouts),
         "mean_score": {arm: sum(values) / len(values) for arm, values in by_arm.items() if values},
         "counts": filtered.to_json(),
         "norms": {name: vectors.norms(name).tolist() for name in vectors.directions},
-        "separation": separations,
+        "separation": vectors.provenance["separation"],
     }
 
 

@@ -6,6 +6,7 @@ from persona_lens.judging.llm import LLMJudge, Method
 from persona_lens.judging.local import LocalJudge
 from persona_lens.judging.protocol import Exchange, Judge, Judgement, JudgingError, PreparedJudge, Score
 from persona_lens.judging.recording import (
+    as_used,
     check_scored,
     exchange_of,
     judge_exchanges,
@@ -27,6 +28,7 @@ __all__ = [
     "Method",
     "PreparedJudge",
     "Score",
+    "as_used",
     "check_scored",
     "exchange_of",
     "fit_calibration",

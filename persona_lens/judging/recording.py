@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
 from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement, JudgingError, PreparedJudge
@@ -91,6 +91,18 @@ def judge_rollouts(
     judged = judge_exchanges(judge, exchanges, folder, prefix=prefix, label=label, progress=progress)
     check_scored(judged)
     return judged
+
+
+def as_used(described: Mapping[str, Any], judged: Sequence[Judgement]) -> dict[str, Any]:
+    """A judge's description, with the method that scores were found by where the choice of one was left to the judge.
+
+    Args:
+        described: See `Judge.describe`.
+        judged: What it said.
+    """
+    scores = [score for each in judged for score in (each.trait, each.coherence) if score is not None]
+    methods = sorted({score.method for score in scores if score.method})
+    return {**described, "method": " and ".join(methods)} if "method" in described and methods else dict(described)
 
 
 def judge_exchanges(

@@ -24,7 +24,7 @@ from persona_lens.monitoring.curves import (
     share_shown,
 )
 from persona_lens.monitoring.errors import MonitoringError
-from persona_lens.statistics import bootstrap_mean
+from persona_lens.statistics import Verdict, bootstrap_mean
 from persona_lens.vectors import PersonaVectors
 
 SHOWN_FROM = 50.0
@@ -130,6 +130,7 @@ class MonitorCalibration:
         base_brier: That of the share of all other questions' responses that show the trait.
         gain: How much smaller the former is, with its 95% interval over questions, as an `Estimate`'s values.
         reliability: Cross-validated, from the smallest probability to the largest.
+        verdict: Of the study that it was made in, see `LayerCorrelation.verdict`; None if there was none.
     """
 
     trait: str
@@ -142,6 +143,21 @@ class MonitorCalibration:
     base_brier: float
     gain: Mapping[str, Any]
     reliability: tuple[Bin, ...]
+    verdict: Verdict | None = None
+
+    @property
+    def caveat(self) -> str | None:
+        """What has to be said beside every probability and alarm; None if nothing has."""
+        said = {
+            "clear": None,
+            "no null": "was compared with no random directions in its study",
+            "reversed": "went the wrong way round in its study: prompts further along it had replies with less of it",
+            "unclear": "did not clearly do better than random directions in its study",
+            None: "was not held against random directions when it was calibrated",
+        }[self.verdict]
+        worse = "predicts replies no better than the base rate" if self.gain["low"] <= 0 else None
+        both = " and ".join(each for each in (said, worse) if each)
+        return f"the projection on {self.trait} at layer {self.layer} {both}" if both else None
 
     def probability(self, projection: float) -> float:
         """That a reply to a prompt with this projection shows the trait."""
@@ -157,6 +173,7 @@ class MonitorCalibration:
             "base_brier": self.base_brier,
             "gain": dict(self.gain),
             "reliability": [asdict(each) for each in self.reliability],
+            "verdict": self.verdict,
         }
 
 
@@ -313,6 +330,7 @@ def monitor_calibration(vectors: PersonaVectors, layer: int | None = None) -> Mo
             entry["base_brier"],
             entry["gain"],
             tuple(bins),
+            entry.get("verdict"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MonitoringError(f"the calibration stored with {vectors.trait!r} is damaged: {error!r}") from error

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from persona_lens.statistics import CORRELATION, Ends, jackknifed, pearson
+from persona_lens.statistics import CORRELATION, Ends, Verdict, jackknifed, pearson
 
 LEAST = 3  # prompts; with fewer, every correlation is a coincidence
 LEAST_SD = 1.0  # points: conditions whose scores vary less are left out within conditions (method, section 5)
@@ -65,6 +65,24 @@ class LayerCorrelation:
     within_spearman: Measured
     null: Null | None
     within_null: Null | None
+
+    def verdict(self, null: Null | None) -> Verdict:
+        """What may be said of where prompts end, and how their replies will be.
+
+        ``reversed`` if the interval of ``pearson`` lies below 0, ``no null`` or ``clear`` if it lies above; ``clear``
+        only if the value also exceeds what 97.5% of random directions have; ``unclear`` otherwise.
+
+        Args:
+            null: Random directions that had the vector's freedom: those of this layer, or the best of all layers.
+        """
+        r = self.pearson
+        if r.value is None or r.low is None or r.high is None:
+            return "unclear"
+        if r.high < 0 or r.low <= 0:
+            return "reversed" if r.high < 0 else "unclear"
+        if null is None or null.high is None:
+            return "no null"
+        return "clear" if r.value > null.high else "unclear"
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""

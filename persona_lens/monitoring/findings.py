@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from persona_lens.monitoring.conditions import Condition, Kind
 from persona_lens.monitoring.correlation import Correlations, correlate
 from persona_lens.monitoring.errors import MonitoringError
 from persona_lens.monitoring.thresholds import threshold_for
+from persona_lens.statistics import Verdict
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
@@ -89,7 +90,11 @@ def findings(
     }
     layer, reason = _layer(next(iter(groups.values())), layers)
     at = list(layers).index(layer)
-    kept, calibration = _calibrated(vectors, scored, layers, layer, settings)
+    first = next(iter(groups.values()))
+    verdicts = {each.layer: each.verdict(each.null) for each in first.layers}
+    if reason == STRONGEST:
+        verdicts[layer] = first.at(layer).verdict(first.best_null)
+    kept, calibration = _calibrated(vectors, scored, layers, layer, settings, verdicts)
     summary = {
         "counts": {
             "responses": len(rows),
@@ -99,6 +104,7 @@ def findings(
         },
         "layer": layer,
         "layer_reason": reason,
+        "verdict": verdicts[layer],
         "tuned_layer": vectors.tuned.layer if vectors.tuned is not None else None,
         "groups": {
             kind.value: {**found.to_json(), **_limits([p for p in scored if p.kind is kind], conditions, settings)}
@@ -168,17 +174,21 @@ def _calibrated(
     layers: Sequence[int],
     layer: int,
     settings: StudySettings,
+    verdicts: Mapping[int, Verdict],
 ) -> tuple[PersonaVectors, dict[str, Any]]:
     shown = [sum(score >= SHOWN_FROM for score in prompt.scores) for prompt in prompts]
     counted = (shown, [len(prompt.scores) for prompt in prompts], [prompt.question for prompt in prompts])
     try:
         made = {
-            each: calibrate(
-                Observations.of([float(prompt.projections[at, 0]) for prompt in prompts], *counted),
-                vectors.trait,
-                each,
-                settings.reduction,
-                seed=settings.seed,
+            each: replace(
+                calibrate(
+                    Observations.of([float(prompt.projections[at, 0]) for prompt in prompts], *counted),
+                    vectors.trait,
+                    each,
+                    settings.reduction,
+                    seed=settings.seed,
+                ),
+                verdict=verdicts[each],
             )
             for at, each in enumerate(layers)
         }

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
+from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring.conditions import (
     Condition,
@@ -184,10 +184,10 @@ def study(
         **subject_config(backend, chosen, chat),
     }
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        rows, read = _collect(backend, chat, requests, settings, vectors, units, judge, run, progress)
+        rows, read, judged = _collect(backend, chat, requests, settings, vectors, units, judge, run, progress)
         prompts = _prompts(rows, read, conditions)
         kept, figures = findings(vectors, chosen, conditions, rows, prompts, _layers(vectors, settings), settings)
-        made = {"judge": judge.describe(), "sampling": asdict(settings.rollouts)}
+        made = {"judge": as_used(judge.describe(), judged), "sampling": asdict(settings.rollouts)}
         if kept is not vectors:
             kept = kept.with_monitor({**kept.provenance["monitor"], **made})
         found = Study(kept, rows, prompts, {**_head(vectors, chosen, settings), **made, **figures})
@@ -304,7 +304,7 @@ def _collect(
     judge: Judge,
     run: RunFolder | None,
     progress: Progress,
-) -> tuple[tuple[StudyRow, ...], NDArray[np.float64]]:
+) -> tuple[tuple[StudyRow, ...], NDArray[np.float64], list[Judgement]]:
     """Every response with its score, and where its prompt ends: [responses, layers, directions]."""
     collected = _collected(backend, chat, requests, settings, vectors, run)
     prepare_judge(judge, run, PREFIX)
@@ -313,7 +313,8 @@ def _collect(
     read = np.full((len(requests), *units.shape[:2]), np.nan)
     for batch, tensors in collected.reductions():
         read[batch] = projected(tensors[ReadKind.PROMPT_LAST.value], units).double().numpy()
-    return tuple(_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)), read
+    rows = tuple(_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True))
+    return rows, read, judged
 
 
 def _row(rollout: Rollout, judgement: Judgement) -> StudyRow:

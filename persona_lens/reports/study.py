@@ -55,8 +55,8 @@ def render_study(summary: Summary, version: str = "") -> str:
         group_names=GROUPS,
         entries={name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
         tuned=_tuned(summary),
-        verdict=_verdict(summary),
-        title=_title(summary),
+        verdict=summary["verdict"].replace(" ", "-"),
+        title=title(summary),
         limits=_limits(summary),
         figures=_draw_figures(summary),
         version=version,
@@ -104,33 +104,20 @@ def _null(summary: Summary) -> Mapping[str, Any] | None:
     return null if null is not None and null["high"] is not None else None
 
 
-def _verdict(summary: Summary) -> str:
-    """``clear``, ``reversed``, ``no-null`` or ``unclear``, as the page's style calls them."""
-    r, null = _first(summary)[1]["pearson"], _null(summary)
-    if r["value"] is None or r["low"] is None:
-        return "unclear"
-    if r["high"] < 0:
-        return "reversed"
-    if r["low"] <= 0:
-        return "unclear"
-    if null is None:
-        return "no-null"
-    return "clear" if r["value"] > null["high"] else "unclear"
-
-
-def _title(summary: Summary) -> str:
+def title(summary: Summary) -> str:
+    """What the study comes to, in one line."""
     r, null = _first(summary)[1]["pearson"], _null(summary)
     if r["value"] is None:
         return "No correlation can be given: scores or projections do not vary"
     value = f"r = {number(r['value'], 2)}"
-    if _verdict(summary) == "unclear" and r["low"] is not None and r["low"] > 0 and null is not None:
+    if summary["verdict"] == "unclear" and r["low"] is not None and r["low"] > 0 and null is not None:
         return f"Not more than random directions do: {value}, and they reach {number(null['high'], 2)}"
     return {
         "clear": f"Where a prompt ends says how its replies will be: {value}",
-        "no-null": f"Where a prompt ends goes with how its replies are: {value}, with nothing to compare it with",
+        "no null": f"Where a prompt ends goes with how its replies are: {value}, with nothing to compare it with",
         "reversed": f"The wrong way round: prompts further along the vector have replies with less of it, {value}",
         "unclear": f"Where a prompt ends does not clearly say how its replies will be: {value}",
-    }[_verdict(summary)]
+    }[summary["verdict"]]
 
 
 def _limits(summary: Summary) -> list[str]:

@@ -70,6 +70,7 @@ def compare_steerings(
     """
     if not arms:
         raise SteeringError("there is nothing to compare; give at least one steering")
+    vectors.check_model(backend)
     for steering in arms.values():
         steering.check_model(backend)
     settings = settings or ArmSettings()
