@@ -22,7 +22,7 @@ from persona_lens.extraction import (
     plan_requests,
     run_extraction,
 )
-from persona_lens.extraction.means import arm_means, held_out_separation
+from persona_lens.extraction.means import _separation_row, arm_means, held_out_separation
 from persona_lens.judging import Judgement, JudgingError, Score
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import Request, RolloutSettings
@@ -262,6 +262,19 @@ def test_a_planted_direction_separates() -> None:
         assert row["d_prime"] > 2.5
         assert row["random_auc"] < row["auc"]
         assert row["random_d_prime"] < row["d_prime"] / 2
+        assert row["better"]
+
+
+def test_a_layer_does_better_only_by_both_measures() -> None:
+    rng = np.random.default_rng(0)
+    shown = {(arm, fold): rng.normal(size=(21, 30)) for arm in (POSITIVE, NEGATIVE) for fold in (0, 1)}
+    for fold in (0, 1):
+        shown[POSITIVE, fold][0] = np.r_[np.full(26, 1.0), np.full(4, -40.0)]  # mostly above, and far below on average
+        shown[NEGATIVE, fold][0] = 0.0
+    row = _separation_row(0, shown)
+    assert row["auc"] > row["random_auc"]
+    assert row["d_prime"] < row["random_d_prime"]
+    assert not row["better"]
 
 
 def test_separation_is_that_worked_out_by_hand() -> None:

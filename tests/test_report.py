@@ -97,6 +97,7 @@ def extraction() -> dict[str, Any]:
                 "auc": 0.6 + 0.29 * bump[layer],
                 "random_d_prime": 0.31 * math.sin(1.7 * layer),
                 "random_auc": 0.5 + 0.09 * math.sin(1.7 * layer),
+                "better": layer != 3,
             }
             for layer in range(LAYERS)
         ],
@@ -565,7 +566,8 @@ def test_numbers_are_written_as_they_are_read() -> None:
     assert number(None) == number(math.nan) == number(math.inf) == "–"
     assert [signed(c) for c in (-2.0, 0.0, 0.5, -0.0)] == ["−2", "0", "+0.5", "0"]
     assert interval(estimate(1.0, 0.5)) == "1.0 (95% interval 0.5 to 1.5)"
-    assert bounds(estimate(1.0, 0.0, 1)) == "1.0"
+    assert bounds(estimate(1.0, 0.0, 1)) == "1.0 (only 1 question)"
+    assert bounds(estimate(1.0, 0.5, 4)) == "1.0 (0.5 to 1.5; only 4 questions)"
     assert [scientific(v) for v in (0.0, 1.2e-7, 0.01, None)] == ["0", "1.2 × 10⁻⁷", "0.01", "–"]
     assert list(flat({"a": {"b": [1, 2.0], "c": None}, "d": True})) == [
         ("a › b", "1, 2"),

@@ -19,7 +19,7 @@ from persona_lens.reports import render_tuning
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
 from persona_lens.statistics import Estimate
-from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
+from persona_lens.steering import Steering, SteeringError, TuneSettings, compare_steerings, tune
 from persona_lens.steering.arms import ArmRow
 from persona_lens.steering.comparison import ArmEffect, arm_effect
 from persona_lens.steering.surface import (
@@ -197,6 +197,10 @@ def test_layers_that_do_not_exist_and_other_models_claim_no_folder(tmp_path: Pat
         tune(backend, vectors, settings(layers=(1, 9)), folder=tmp_path / "run")
     with pytest.raises(VectorsError, match="another model"):
         tune(backend, replace(vectors, model=replace(vectors.model, weights="sha256:x")), folder=tmp_path / "run")
+    scoring = replace(vectors, model=replace(vectors.model, weights="sha256:x"))
+    arms = {"a": Steering.parse(f"{vectors.trait}@1:+1", vectors)}
+    with pytest.raises(VectorsError, match="another model"):
+        compare_steerings(backend, arms, scoring, folder=tmp_path / "run")
     with pytest.raises(VectorsError, match="no layer was tuned"):
         vectors.edit()
     assert not (tmp_path / "run").exists()

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from persona_lens.artifacts import save_tensors
 from persona_lens.backend import EditError, ModelInfo, Operation, Positions, TokenBatch
 from persona_lens.geometry import cosines
 from persona_lens.vectors import FORMAT_VERSION, METADATA, PersonaVectors, VectorsError, load_vectors
@@ -288,6 +289,39 @@ def test_norms() -> None:
 def test_rows_must_fit_the_model() -> None:
     with pytest.raises(VectorsError, match=r"must be float32 \[3, 32\]"):
         PersonaVectors("t", MODEL, {"response_mean": torch.zeros(3, 31)})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "response_mean vectors of 'optimistic' hold NaN or infinity at layer 1"),
+        (float("inf"), "hold NaN or infinity at layer 1"),
+        (0.0, "zero at every layer: they point nowhere"),
+    ],
+)
+def test_vectors_that_nothing_can_be_done_with_are_refused_wherever_they_come_from(
+    value: float, message: str, tmp_path: Path
+) -> None:
+    rows = torch.ones(MODEL.n_layers, MODEL.d_model)
+    rows[1] = value
+    if not value:
+        rows = torch.zeros_like(rows)
+    with pytest.raises(VectorsError, match=message):
+        PersonaVectors("optimistic", MODEL, {"response_mean": rows})
+    good = make()
+    (tmp_path / "broken.safetensors").write_bytes(save_tensors({"response_mean": rows}, METADATA, good.header()))
+    with pytest.raises(VectorsError, match=message):
+        load_vectors(tmp_path / "broken.safetensors")
+
+
+def test_a_layer_that_is_zero_is_refused_where_it_is_used() -> None:
+    rows = torch.ones(MODEL.n_layers, MODEL.d_model)
+    rows[1] = 0
+    vectors = PersonaVectors("optimistic", MODEL, {"response_mean": rows})
+    for use in (vectors.vector, vectors.edit):
+        with pytest.raises(VectorsError, match="at layer 1 is zero: it points nowhere"):
+            use(1)
+    assert vectors.norms()[1] == 0
 
 
 def test_random_directions_have_the_norms_and_nothing_else() -> None:

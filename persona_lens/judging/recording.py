@@ -101,7 +101,7 @@ def as_used(described: Mapping[str, Any], judged: Sequence[Judgement]) -> dict[s
         judged: What it said.
     """
     scores = [score for each in judged for score in (each.trait, each.coherence) if score is not None]
-    methods = sorted({score.method for score in scores if score.method})
+    methods = sorted({score.method.partition(":")[0] for score in scores if score.method})
     return {**described, "method": " and ".join(methods)} if "method" in described and methods else dict(described)
 
 

@@ -22,6 +22,7 @@ from persona_lens.monitoring import (
 )
 from persona_lens.monitoring.calibration import Observations, calibrate, with_monitor_calibration
 from persona_lens.replies import chat_format
+from persona_lens.reports.study import title
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, load_vectors
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
@@ -96,7 +97,8 @@ def test_a_study_fills_a_folder_that_prompt_can_use(model: Path, plain: Path, tm
     }
     assert len((out / "study-scores.jsonl").read_text().splitlines()) == 48
     shown = run("study", model, plain, *SMALL, "--out", out).stdout
-    for part in ("prompt 8", "Pearson", "no predictor can reach more than", "report:"):
+    said = title(json.loads((out / "summary.json").read_text()))
+    for part in ("prompt 8", "Pearson", "no predictor can reach more than", "only 3 questions", "report:", said):
         assert part in " ".join(shown.split())
 
 
@@ -137,7 +139,11 @@ def test_a_prompt_is_projected_and_judged_before_it_is_answered(model: Path, pla
     assert row["probability"] == pytest.approx(calibration.probability(expected), abs=1e-4)
     assert row["threshold"]["value"] == threshold.value
     assert row["alarm"] == (expected >= threshold.value)
-    shown = run("prompt", model, calibrated, "Will it rain?", "--dtype", "float32", "--false-alarm-rate", "0.1").stdout
+    assert row["caveat"] == calibration.caveat
+    assert "was not held against random directions" in row["caveat"]
+    said = run("prompt", model, calibrated, "Will it rain?", "--dtype", "float32", "--false-alarm-rate", "0.1")
+    assert "note: the projection on optimistic at layer 1 was not held against" in " ".join(said.stderr.split())
+    shown = said.stdout
     assert "optimistic@1" in shown
     assert "rate of 10%" in " ".join(shown.split())
     # Several traits at once, each where it belongs; there is no calibration at layer 0.

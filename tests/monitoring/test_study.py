@@ -30,7 +30,7 @@ from persona_lens.monitoring import (
     threshold_for,
 )
 from persona_lens.replies import chat_format
-from persona_lens.reports.study import render_study
+from persona_lens.reports.study import render_study, title
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
 from persona_lens.traits import Trait, load_trait
@@ -114,6 +114,15 @@ def test_correlations_are_those_of_the_planted_values(tmp_path: Path) -> None:
         signs = [float(torch.sign(vectors.random_like(i).vector(layer) @ vectors.vector(layer))) for i in range(3)]
         assert each["null"]["mean"] == pytest.approx(r * np.mean(signs), abs=1e-3)
     assert group["ceiling"] == pytest.approx(1)
+    # Random directions see the same here, so that the vector does no better, and whoever uses it is told.
+    assert found.summary["verdict"] == "unclear"
+    assert title(found.summary).startswith("Not more than random directions do: r = ")
+    caveat = monitor_calibration(found.vectors).caveat
+    assert caveat is not None
+    assert "did not clearly do better than random directions in its study" in caveat
+    bare = study(backend, vectors, settings(random_directions=0, layers=(1,)))
+    assert bare.summary["verdict"] == "no null"
+    assert "compared with no random directions" in str(monitor_calibration(bare.vectors).caveat)
     assert found.summary["counts"] == {"responses": 80, "scored": 80, "prompts": 40, "prompts_scored": 40}
     for i, each in enumerate(found.summary["conditions"]):
         assert each["mean_score"] == pytest.approx(score[i::8].mean(), abs=0.01)
