@@ -19,8 +19,9 @@ from persona_lens.reports import render_tuning
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
 from persona_lens.statistics import Estimate
-from persona_lens.steering import Steering, SteeringError, TuneSettings, compare_steerings, tune
+from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
 from persona_lens.steering.arms import ArmRow
+from persona_lens.steering.comparing import compare_steerings
 from persona_lens.steering.comparison import ArmEffect, arm_effect
 from persona_lens.steering.surface import (
     Place,

@@ -201,6 +201,7 @@ def _show(agreement: Agreement) -> None:
     from rich.markup import escape
 
     from persona_lens.cli.display import print_table
+    from persona_lens.statistics import few
 
     counts, cuts, sides = agreement.counts, agreement.cuts, agreement.sides
     first, second = map(escape, agreement.names)
@@ -226,7 +227,7 @@ def _show(agreement: Agreement) -> None:
         ("upper limit of agreement", agreement.upper_limit, 1),
     )
     print_table(
-        f"Agreement [95% interval over {agreement.questions} questions]",
+        f"Agreement [95% interval over {few(agreement.questions) or f'{agreement.questions} questions'}]",
         ("measure", "value", "of"),
         [(name, _measured(measure, digits), f"{measure.n:,}") for name, measure, digits in rows],
     )

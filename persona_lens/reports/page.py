@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from persona_lens.reports import wording
+from persona_lens.statistics import few
 
 
 def environment() -> Environment:
@@ -26,6 +27,7 @@ def environment() -> Environment:
         wording.agreement_row,
         wording.bounds,
         wording.counted,
+        few,
         wording.flat,
         wording.interval,
         wording.layer_reason,
