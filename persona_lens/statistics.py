@@ -254,7 +254,7 @@ def crossed_interval(table: Values, seed: int = 0, *, within: Ends | None = None
     if variance == 0:
         return over[0].low, over[0].high
     weights = sum(part**2 / (len(each) - 1) for part, each in zip(parts, (rows, columns), strict=True))
-    reach = float(special.stdtrit(sum(parts) ** 2 / weights, 0.5 + LEVEL / 2)) * np.sqrt(variance)
+    reach = float(special.stdtrit(sum(parts) ** 2 / weights, 0.5 + LEVEL / 2) * np.sqrt(variance))
     mean = float(table.mean())
     return _clipped((min(over[0].low, mean - reach), max(over[0].high, mean + reach)), within)
 
@@ -272,7 +272,7 @@ def _reach(data: Values, seed: int) -> Ends:
         for start in range(0, RESAMPLES, at_once)
     ]
     low, high = np.quantile(np.concatenate(drawn), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    least = float(special.stdtrit(n - 1, 0.5 + LEVEL / 2)) / np.sqrt(n)
+    least = float(special.stdtrit(n - 1, 0.5 + LEVEL / 2) / np.sqrt(n))
     return width * spread * max(float(high), least), width * spread * max(-float(low), least)
 
 

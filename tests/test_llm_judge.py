@@ -326,7 +326,7 @@ def test_an_extraction_by_a_server_goes_on_without_asking_twice(tmp_path: Path) 
         judge = judge_at(loopback, tmp_path / "cache")
         found = run_extraction(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
         assert found.summary["counts"]["positive"]["kept"] == 15
-        assert found.vectors.provenance["judge"] == judge.describe()
+        assert found.vectors.provenance["judge"] == {**judge.describe(), "method": "logprobs"}
         asked = sum(loopback.seen.values())
         files = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")}
         rows = [json.loads(line) for line in files["scores.jsonl"].splitlines()]

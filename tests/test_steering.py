@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, EditError, Positions, TokenError
+from persona_lens.backend import Backend, Edit, Positions, TokenError
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.judging import Calibration, Exchange, LikelihoodJudge
 from persona_lens.replies import chat_format
@@ -261,7 +261,7 @@ def test_a_sweep_that_cannot_be_run_claims_no_folder(tiny: Backend, tmp_path: Pa
 def test_a_vector_with_nan_steers_nothing(tiny: Backend) -> None:
     vectors = vectors_for(tiny)
     vectors.directions["response_mean"][1, 0] = torch.nan
-    with pytest.raises(EditError, match="NaN"):
+    with pytest.raises(VectorsError, match="NaN"):
         sweep(tiny, vectors, SweepSettings(layers=(1,), questions=1, rollouts=SHORT))
 
 

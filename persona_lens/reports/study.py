@@ -48,14 +48,13 @@ def render_study(summary: Summary, version: str = "") -> str:
     env.filters["share"] = share
     group, found = _first(summary)
     return env.get_template("study.html.j2").render(
-        **summary,
+        **{**summary, "verdict": summary["verdict"].replace(" ", "-")},
         at=found,
         first=group,
         measures=_MEASURES,
         group_names=GROUPS,
         entries={name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
         tuned=_tuned(summary),
-        verdict=summary["verdict"].replace(" ", "-"),
         title=title(summary),
         limits=_limits(summary),
         figures=_draw_figures(summary),

@@ -145,7 +145,9 @@ def test_a_single_feature_is_as_long_as_the_vectors_step(backend: PlantedBackend
     assert float(edit.direction.norm()) == pytest.approx(float(vectors[LAYER].norm()), rel=1e-5)
     assert float(torch.as_tensor(edit.coefficient)) == pytest.approx(-1.5)
     torch.testing.assert_close(edit.direction / edit.direction.norm(), features.unit(5))
-    zero = PersonaVectors("none", backend.info, {"response_mean": torch.zeros(N_LAYERS, D_MODEL)})
+    rows = torch.ones(N_LAYERS, D_MODEL)
+    rows[1] = 0
+    zero = PersonaVectors("none", backend.info, {"response_mean": rows})
     with pytest.raises(VectorsError, match="'none' at layer 1 is zero"):
         feature_steering(zero, features, 5, 1.0)
 
