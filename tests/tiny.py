@@ -42,6 +42,47 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 ARCHITECTURES = tuple(EXTRA)
 
+WINDOW = 16  # tokens; less than most texts of the tests have
+SLIDING, FULL = "sliding_attention", "full_attention"
+# Architectures whose layers look back over a window, or by distance, and hybrids of attention and recurrent layers;
+# only the reference runs over all of them.
+EXTRA |= {
+    "mistral/window": {"sliding_window": WINDOW},
+    "gemma3_text/window": {"head_dim": 8, "sliding_window": WINDOW, "layer_types": [SLIDING, SLIDING, FULL]},
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": [SLIDING, FULL, SLIDING],
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "attention_chunk_size": WINDOW,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 64,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0, 1],
+        "layer_types": ["chunked_attention", FULL, "chunked_attention"],
+    },
+    "gpt_neo": {
+        "num_layers": N_LAYERS,
+        "num_heads": 4,
+        "attention_types": [[["local", "global", "local"], 1]],
+        "window_size": WINDOW,
+    },
+    "mpt": {"d_model": D_MODEL, "n_heads": 4, "n_layers": N_LAYERS, "max_seq_len": 512},  # distances
+    "qwen3_5_text": {
+        "head_dim": 8,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", FULL, "linear_attention"],
+    },
+}
+WINDOWED = tuple(name for name in EXTRA if name not in ARCHITECTURES)
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and ChatML."""
@@ -60,7 +101,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """A random float32 model of three layers and d_model 32, sharp enough that greedy tokens are not ties."""
+    """A random float32 model of three layers and d_model 32, sharp enough that greedy tokens are not ties.
+
+    What stands after a slash in the name says how it differs from others of that architecture.
+    """
     vocab = len(tiny_tokenizer())
     common: dict[str, Any] = {
         "vocab_size": vocab,
@@ -87,7 +131,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
         )
     else:
         config = AutoConfig.for_model(
-            architecture,
+            architecture.partition("/")[0],
             hidden_size=D_MODEL,
             num_hidden_layers=N_LAYERS,
             num_attention_heads=4,

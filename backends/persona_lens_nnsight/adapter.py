@@ -26,11 +26,12 @@ from persona_lens.backend import (
     TokenBatch,
     Watch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
+from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, require_reached, vocabulary_size
 from persona_lens.backend.context import check_fits, context_of
 from persona_lens.backend.editing import editing_blocks, hooking_texts
 from persona_lens.backend.edits import check_edits
 from persona_lens.backend.hooked import (
+    deepest_layer,
     evaluating,
     forward_inputs,
     generation_config,
@@ -49,7 +50,7 @@ from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, prob
 from persona_lens.backend.streams import Watcher
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
 from persona_lens.models import end_of_turn_ids, load
-from persona_lens_nnsight.envoys import embedding_envoy
+from persona_lens_nnsight.envoys import embedding_envoy, reaching_blocks
 from persona_lens_nnsight.library import nnsight
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class NNsightBackend:
         self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, self._defaults)
         self.context_length = context_of(self.module.config)
         self.base_weights = find_base_weights(self.module, self._blocks)
-        self._pad_id = padding_id(tokenizer, self.end_ids)
+        self._vocabulary = vocabulary_size(self.module)
+        self._pad_id = padding_id(tokenizer, self.end_ids, self._vocabulary)
         backend = f"nnsight {version('nnsight')}, transformers {version('transformers')}"
         self.info: ModelInfo = describe(self.module, self._blocks, name, revision, backend)
 
@@ -135,6 +137,7 @@ class NNsightBackend:
         return Generation(*watcher.listener.cut(found.responses, found.ended), found.reads)
 
     def _generation(self, saved: dict[str, Any], sampling: Sampling) -> Generation:
+        require_reached(saved["missed"])
         responses, ended = cut_responses(saved["ids"], self.end_ids, sampling.max_new_tokens)
         return Generation(responses, ended, copies(saved["values"]))
 
@@ -152,8 +155,11 @@ class NNsightBackend:
         check_reads(reads, self.info.n_layers, self.info.d_model)
         sampling.check_rows(len(prompts))
         check_fits(self.context_length, map(len, prompts), sampling.max_new_tokens)
-        tokens = pad_left(TokenBatch.of(prompts), self._pad_id, self._device or "cpu")
-        intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens, watcher)
+        batch = TokenBatch.of(prompts)
+        batch.check_vocabulary(self._vocabulary)
+        tokens = pad_left(batch, self._pad_id, self._device or "cpu")
+        room = sampling.max_new_tokens
+        intervention = self._intervention(tokens, edits, reads, max_new_tokens=room, watcher=watcher)
         watched = watcher is not None
         config = self._arguments(generation_config(sampling, reads, self.end_ids, self._pad_id, watched=watched))
         if watched:  # called by the loop, in the thread of the caller, after the trace's own thread took the values
@@ -163,7 +169,7 @@ class NNsightBackend:
             # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
             warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             # A hook costs less than a stop of the trace does, and a watch looks at every layer of every token.
-            with hooking_blocks(self._blocks, intervention.only_watched, intervention.block):
+            with hooking_blocks(self._blocks, intervention.only_watched, intervention.block), reaching_blocks():
                 return self._traced_generation(tokens, intervention, config, sampler, request)
 
     def _traced_generation(
@@ -195,8 +201,9 @@ class NNsightBackend:
             # In a block of its own: code after the steps does not run when every row ends early.
             with tracer.invoke():
                 ids = nnsight.save(tracer.result[:, width:].clone())
-                values = nnsight.save(intervention.results())
-        return {} if request is not None else {"ids": ids, "values": values}
+                missed = nnsight.save(intervention.missed)
+                values = nnsight.save({} if missed else intervention.results())
+        return {} if request is not None else {"ids": ids, "values": values, "missed": missed}
 
     def forward(
         self,
@@ -214,6 +221,7 @@ class NNsightBackend:
         saved = self._capture_forward(tokens, edits, reads, logprobs, request)
         if request is not None:
             saved = request.send()
+        require_reached(saved["missed"])
         return ForwardResult(copies(saved["values"]), saved["chosen"])
 
     def _capture_forward(
@@ -228,9 +236,11 @@ class NNsightBackend:
         check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
         check_reads(reads, self.info.n_layers, self.info.d_model)
         check_fits(self.context_length, tokens.lengths)
+        tokens.check_vocabulary(self._vocabulary)
         padded = pad_left(tokens, self._pad_id, self._device or "cpu")
-        intervention = self._intervention(padded, edits, reads)
-        with self._lock, torch.inference_mode(), evaluating(self.module):
+        until = None if logprobs else deepest_layer(reads, self.info.n_layers)
+        intervention = self._intervention(padded, edits, reads, until=until)
+        with self._lock, torch.inference_mode(), evaluating(self.module), reaching_blocks():
             return self._traced_forward(padded, intervention, logprobs, request)
 
     def _traced_forward(
@@ -238,7 +248,7 @@ class NNsightBackend:
     ) -> dict[str, Any]:
         model, blocks, embedding = self._model, self._envoys, self._embedding
         ids, response = tokens.ids, tokens.response
-        layers = [layer for layer in intervention.layers if logprobs or layer <= intervention.deepest_read]
+        layers = intervention.to_reach
         with model.trace(forward_inputs(self.module, tokens), backend=request) as tracer:
             intervention.begin_pass(embedding.input)
             for layer in layers:
@@ -247,11 +257,12 @@ class NNsightBackend:
                 changed = intervention.block(layer, h)
                 if changed is not h:
                     blocks[layer].output = with_residual(output, changed)
-            values = nnsight.save(intervention.results())
+            missed = nnsight.save(intervention.missed)
+            values = nnsight.save({} if missed else intervention.results())
             chosen = nnsight.save(response_logprobs(model.output.logits, ids, response) if logprobs else None)
             if not logprobs:
                 tracer.stop()
-        return {} if request is not None else {"values": values, "chosen": chosen}
+        return {} if request is not None else {"values": values, "chosen": chosen, "missed": missed}
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`; acts on the plain module inside the wrapper."""
@@ -277,23 +288,11 @@ class NNsightBackend:
         return {"generation_config": config}
 
     def _intervention(
-        self,
-        tokens: PaddedTokens,
-        edits: Sequence[Edit],
-        reads: Sequence[Read],
-        max_new_tokens: int = 0,
-        watcher: Watcher | None = None,
+        self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], **run: Any
     ) -> Intervention:
-        return Intervention(
-            tokens,
-            edits,
-            reads,
-            n_layers=self.info.n_layers,
-            end_ids=self.end_ids,
-            max_new_tokens=max_new_tokens,
-            sink_limits=self._known_limits() if depend_on_sinks(edits, reads) else None,
-            watcher=watcher,
-        )
+        limits = self._known_limits() if depend_on_sinks(edits, reads) else None
+        known: dict[str, Any] = {"n_layers": self.info.n_layers, "end_ids": self.end_ids, "sink_limits": limits}
+        return Intervention(tokens, edits, reads, **known, **run)
 
     def _known_limits(self) -> tuple[float, ...] | None:
         return self.sink_limits

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from persona_lens.backend import BackendError
+from persona_lens.backend.blocks import require_reached
+from persona_lens_nnsight.library import nnsight
+
+assert nnsight  # before the next line, which would import it otherwise than quietly
+from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
+
+
+@contextmanager
+def reaching_blocks() -> Iterator[None]:
+    """Say in words that a trace waited for a block that never ran.
+
+    Raises:
+        UnsupportedModelError: If one did.
+    """
+    try:
+        yield
+    except OutOfOrderError as error:
+        if number := re.search(r"\.(\d+)\.output", str(error)):
+            require_reached([int(number[1])])
+        raise
 
 
 def embedding_envoy(model: Any) -> Any:

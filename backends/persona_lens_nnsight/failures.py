@@ -57,6 +57,12 @@ JOBS: tuple[tuple[str, type[RemoteError], str, bool], ...] = (
         False,
     ),
     (
+        r"OutOfOrderError|already ran past",
+        RemoteError,
+        "{model} ran on the server without a block that was to be read or edited: {last}; choose other layers",
+        False,
+    ),
+    (
         r"ModuleNotFoundError|No module named",
         RemoteError,
         "the server lacks a module that the request needs: {last}; the versions here and there do not fit together",

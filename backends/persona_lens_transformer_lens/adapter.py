@@ -27,7 +27,7 @@ from persona_lens.backend import (
     TokenBatch,
     Watch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
+from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, vocabulary_size
 from persona_lens.backend.context import context_of
 from persona_lens.backend.editing import TextHook, editing_blocks
 from persona_lens.backend.hooked import BlockHook, HookedModel
@@ -56,7 +56,7 @@ class TransformerLensBackend:
             self.info.n_layers,
             self.info.d_model,
             self.end_ids,
-            pad_id=padding_id(tokenizer, self.end_ids),
+            pad_id=padding_id(tokenizer, self.end_ids, vocabulary_size(module)),
         )
 
     @classmethod

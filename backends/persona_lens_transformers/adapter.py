@@ -18,7 +18,7 @@ from persona_lens.backend import (
     TokenBatch,
     Watch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id
+from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, vocabulary_size
 from persona_lens.backend.context import context_of
 from persona_lens.backend.editing import editing_blocks, hooking_texts
 from persona_lens.backend.hooked import HookedModel, hooking_blocks
@@ -45,7 +45,7 @@ class TransformersBackend:
             self.info.n_layers,
             self.info.d_model,
             self.end_ids,
-            pad_id=padding_id(tokenizer, self.end_ids),
+            pad_id=padding_id(tokenizer, self.end_ids, vocabulary_size(model)),
         )
 
     @classmethod

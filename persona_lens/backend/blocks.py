@@ -1,24 +1,34 @@
-"""What a local backend needs to know of a loaded Hugging Face module: its blocks, its size, a digest of its weights."""
+"""What a local backend needs to know of a loaded Hugging Face module: its blocks, its size, which model it is."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from persona_lens.backend.digests import weights_digest
 from persona_lens.backend.protocol import ModelInfo
 from persona_lens.errors import PersonaLensError
 
-SAMPLES_PER_PARAMETER = 16
+# Parts of a multimodal model that have blocks of their own, and no residual stream of text.
+TOWERS = ("vision", "visual", "image", "audio", "video", "speech", "projector")
 
 
 class UnsupportedModelError(PersonaLensError):
-    """A model whose residual stream cannot be found."""
+    """A model whose residual stream cannot be found, or that does not run through it."""
+
+
+def require_reached(missed: Sequence[int]) -> None:
+    """Raise `UnsupportedModelError` if blocks that were to be read or edited never ran in a pass."""
+    if missed:
+        raise UnsupportedModelError(
+            f"the model ran without its block{'s' * (len(missed) > 1)} {', '.join(map(str, missed))}, so that nothing "
+            "was read or edited there; give the model that really runs, not a copy, and neither compiled nor replayed "
+            "from a graph, or choose other layers"
+        )
 
 
 def text_config(model: Any) -> Any:
@@ -27,8 +37,24 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def bare_model(model: Any) -> Any:
+    """The Hugging Face model inside what wraps it for training: PEFT, DDP, FSDP, ``torch.compile``."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder blocks and their dotted path: the shallowest ``ModuleList`` with one entry a layer.
+
+    They are looked for in the language model first, and never where images or sounds are encoded, which may take as
+    many blocks.
 
     Raises:
         UnsupportedModelError: If there is none, or the model is not decoder-only.
@@ -38,43 +64,27 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; persona vectors need a decoder-only chat model"
         )
-    queue: deque[tuple[str, nn.Module]] = deque([("", model)])
+    queue: deque[tuple[str, nn.Module]] = deque([_decoder(model), ("", model)])
     while queue:
         path, module = queue.popleft()
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return path, module
-        queue.extend((f"{path}.{name}".lstrip("."), child) for name, child in module.named_children())
+        queue.extend(
+            (f"{path}.{name}".lstrip("."), child)
+            for name, child in module.named_children()
+            if not any(tower in name.lower() for tower in TOWERS)
+        )
     raise UnsupportedModelError(
         f"no list of {config.num_hidden_layers} blocks was found in {type(model).__name__}; "
         "persona-lens reads models whose decoder blocks stand in one ModuleList"
     )
 
 
-def weights_digest(blocks: nn.ModuleList, is_copy: Callable[[str], bool] = lambda name: False) -> str | None:
-    """A digest that tells two models apart, base from finetuned included, and costs milliseconds.
-
-    Sixteen values spread over each parameter, rounded to bfloat16 so that precision does not matter, and put in an
-    order that does not depend on the parameters' names, which libraries change. None where weights are offloaded to
-    disk.
-
-    Args:
-        blocks: The decoder blocks.
-        is_copy: Says of a parameter's name whether a library added it as a copy of a part of another one.
-    """
-    if any(parameter.is_meta for parameter in blocks.parameters()):
-        return None
-    whole = hashlib.sha256()
-    for block in blocks:
-        parts = sorted(_parameter_digest(p) for name, p in block.named_parameters() if not is_copy(name))
-        whole.update(b"".join(parts))
-    return "sha256:" + whole.hexdigest()[:32]
-
-
-def _parameter_digest(parameter: Tensor) -> bytes:
-    flat = parameter.detach().reshape(-1)
-    step = max(1, (flat.numel() - 1) // (SAMPLES_PER_PARAMETER - 1))
-    sample = flat[::step][:SAMPLES_PER_PARAMETER].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-    return hashlib.sha256(repr(tuple(parameter.shape)).encode() + sample).digest()
+def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """The language model within a model and its dotted path; the model itself where it says nothing of one."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else model
+    return next(((path, module) for path, module in model.named_modules() if module is decoder), ("", model))
 
 
 def describe(
@@ -85,7 +95,15 @@ def describe(
     backend: str,
     is_copy: Callable[[str], bool] = lambda name: False,
 ) -> ModelInfo:
-    """What is known of a loaded Hugging Face model; ``is_copy`` as in `weights_digest`."""
+    """What is known of a loaded Hugging Face model; ``is_copy`` as in `weights_digest`.
+
+    Raises:
+        UnsupportedModelError: If the model does not predict tokens.
+    """
+    if not model.can_generate() and model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no head that predicts tokens; load it with transformers' AutoModelForCausalLM"
+        )
     parameter = next(blocks[0].parameters())
     return ModelInfo(
         model=name,
@@ -108,6 +126,19 @@ def given_name(model: Any) -> str:
     return name or type(model).__name__
 
 
-def padding_id(tokenizer: Any, end_ids: Sequence[int]) -> int:
-    """Any valid id will do: padding is masked by position, never recognised by its id."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids[0] if end_ids else 0)
+def padding_id(tokenizer: Any, end_ids: Sequence[int], vocabulary: int | None = None) -> int:
+    """Any id that the model knows will do: padding is masked by position, never recognised by its id.
+
+    Args:
+        tokenizer: The model's own, or one that has been given a token for padding that the model does not know.
+        end_ids: Ids that end a turn.
+        vocabulary: How many ids the model knows, from 0; None where any will do.
+    """
+    known = (i for i in (tokenizer.pad_token_id, *end_ids) if i is not None and (vocabulary is None or i < vocabulary))
+    return next(known, 0)
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many token ids a Hugging Face model has an embedding for."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else int(text_config(model).vocab_size)

@@ -34,6 +34,24 @@ def context_length(backend: Backend) -> int | None:
     return int(limit) if limit is not None and limit < UNLIMITED else None
 
 
+# What transformers' configurations call the number of tokens that attention looks back over.
+_WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "attention_window_size",
+    "local_attention",
+    "keep_window_size",
+    "window_size",
+)
+
+
+def window_of(config: Any) -> int | None:
+    """Tokens that some layer's attention looks back over at most, the smallest; None where nothing says so."""
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in _WINDOWS]
+    return min((each for each in found if isinstance(each, int) and each > 0), default=None)
+
+
 def context_of(config: Any) -> int | None:
     """The context length in a Hugging Face model's configuration, stretched as its rotary positions are.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from persona_lens.backend.blocks import require_reached
 from persona_lens.backend.edits import Edit, EditError, check_edits
 from persona_lens.backend.hooked import hooking_blocks
 from persona_lens.backend.positions import Positions
@@ -74,6 +75,8 @@ def editing_blocks(
     Raises:
         EditError: If an edit does not fit the model, or names positions: a plain forward pass does not know which
             tokens are a prompt's.
+        UnsupportedModelError: When it is closed, if no pass ran over the blocks in the meantime: what ran was another
+            model than this.
     """
     check_everywhere(edits, backend.info.n_layers, backend.info.d_model)
     if scheduled := next((edit for edit in edits if edit.schedule is not None), None):
@@ -82,12 +85,15 @@ def editing_blocks(
         )
     writer = Writer([edit.plain() for edit in edits])
     limits = sink_limits(backend) if depend_on_sinks(edits) else None
+    reached: set[int] = set()
 
     def at_block(layer: int, h: Tensor, first: Tensor | None) -> Tensor:
+        reached.add(layer)
         return written_everywhere(writer, layer, h, first, limits)
 
     with attach(sorted(writer.layers), at_block):
         yield
+    require_reached(sorted(writer.layers - reached))
 
 
 def written_everywhere(

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from persona_lens.backend.attention import attention_for_reading
 from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, rows_at_once
+from persona_lens.backend.blocks import require_reached, vocabulary_size
 from persona_lens.backend.context import check_fits, context_of
 from persona_lens.backend.edits import Edit, check_edits
 from persona_lens.backend.intervention import Intervention
@@ -98,7 +99,9 @@ class HookedModel:
         sampling.check_rows(len(prompts))
         check_fits(context_of(self.model.config), map(len, prompts), sampling.max_new_tokens)
         watcher = watcher_of(watch, len(prompts), self.n_layers, self.d_model)
-        tokens = pad_left(TokenBatch.of(prompts), self.pad_id, self.device)
+        batch = TokenBatch.of(prompts)
+        batch.check_vocabulary(vocabulary_size(self.model))
+        tokens = pad_left(batch, self.pad_id, self.device)
         intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens, watcher)
         processors = LogitsProcessorList([_Sampler(RowSampler(sampling, self.device))] if sampling.seeds else [])
         config = generation_config(sampling, reads, self.end_ids, self.pad_id, watched=watch is not None)
@@ -114,35 +117,36 @@ class HookedModel:
         responses, ended = cut_responses(generated, self.end_ids, sampling.max_new_tokens)
         if watcher is not None:
             responses, ended = watcher.listener.cut(responses, ended)
-        return Generation(responses, ended, intervention.results())
+        return Generation(responses, ended, results_of(intervention))
 
     def forward(self, batch: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], logprobs: bool) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
         check_edits(edits, self.n_layers, self.d_model, len(batch))
         check_reads(reads, self.n_layers, self.d_model)
+        batch.check_vocabulary(vocabulary_size(self.model))
         if not reads and not logprobs:
             return ForwardResult()
         check_fits(context_of(self.model.config), batch.lengths)
         if self.shares_prompts and can_run_prompts_once(batch, edits, reads):
             return self._forward_sharing(batch, reads, logprobs)
         tokens = pad_left(batch, self.pad_id, self.device)
-        intervention = self._intervention(tokens, edits, reads)
-        stop_at = None if logprobs else intervention.deepest_read
+        stop_at = None if logprobs else deepest_layer(reads, self.n_layers)
+        intervention = self._intervention(tokens, edits, reads, until=stop_at)
         output = self._run(intervention, stop_at, forward_inputs(self.model, tokens))
         values = response_logprobs(output.logits, tokens.ids, tokens.response) if logprobs else None
-        return ForwardResult(intervention.results(), values)
+        return ForwardResult(results_of(intervention), values)
 
     def _forward_sharing(self, batch: TokenBatch, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
         """`forward` without edits: reads of prompts while the different prompts run, of responses after them."""
         of_response = [read for read in reads if read.kind is ReadKind.RESPONSE_MEAN]
         of_prompt = [read for read in reads if read.kind is not ReadKind.RESPONSE_MEAN]
-        stop_at = None if logprobs else max(read.resolved_layers(self.n_layers)[-1] for read in reads)
+        stop_at = None if logprobs else deepest_layer(reads, self.n_layers)
         shared = SharedPrompts(self.model, batch, self.pad_id, split=not of_prompt)
         if (beginning := shared.beginning_inputs()) is not None:
             self._run(self._intervention(shared.tokens, (), ()), stop_at, beginning)
         intervention = self._intervention(shared.tokens, (), of_prompt)
         begun = self._run(intervention, stop_at, shared.prompt_inputs())
-        found = {name: value[shared.prompt_of] for name, value in intervention.results().items()}
+        found = {name: value[shared.prompt_of] for name, value in results_of(intervention).items()}
         chosen: list[Tensor] = [torch.empty(0)] * len(batch)
         for read in of_response:
             layers = len(read.resolved_layers(self.n_layers))
@@ -157,7 +161,7 @@ class HookedModel:
                 tokens = pad_right([each.tokens for each in together], self.pad_id, self.device)
                 intervention = self._intervention(tokens, (), of_response)
                 output = self._run(intervention, stop_at, shared.response_inputs(together, tokens))
-                for name, value in intervention.results().items():
+                for name, value in results_of(intervention).items():
                     found[name][[each.rows[0] for each in together]] = value
             for position, each in enumerate(together if logprobs else ()):
                 before = begun.logits[each.prompt, -1:]
@@ -181,6 +185,7 @@ class HookedModel:
         reads: Sequence[Read],
         max_new_tokens: int = 0,
         watcher: Watcher | None = None,
+        until: int | None = None,
     ) -> Intervention:
         return Intervention(
             tokens,
@@ -191,6 +196,7 @@ class HookedModel:
             max_new_tokens=max_new_tokens,
             sink_limits=self.sink_limits if depend_on_sinks(edits, reads) else None,
             watcher=watcher,
+            until=until,
         )
 
     @contextmanager
@@ -216,6 +222,21 @@ class HookedModel:
                 yield
             finally:
                 handle.remove()
+
+
+def results_of(intervention: Intervention) -> dict[str, Tensor]:
+    """What the reads of a finished run brought.
+
+    Raises:
+        UnsupportedModelError: If a block that was to be read or edited never ran in a pass.
+    """
+    require_reached(intervention.missed)
+    return intervention.results()
+
+
+def deepest_layer(reads: Sequence[Read], n_layers: int) -> int:
+    """The last layer that any of the reads needs."""
+    return max(read.resolved_layers(n_layers)[-1] for read in reads)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Intervention:
         sink_limits: For each layer the length beyond which a residual is that of an attention sink, see
             `persona_lens.backend.sinks`; None takes the first token of each text alone for one.
         watcher: Told of every pass, after the edits; only where the model runs in this process.
+        until: Layer after which passes over existing text are stopped; None where they run to the end.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Intervention:
         max_new_tokens: int = 0,
         sink_limits: Sequence[float] | None = None,
         watcher: Watcher | None = None,
+        until: int | None = None,
     ) -> None:
         for edit in edits:
             edit.check_width(tokens.ids.shape[1])
@@ -67,25 +69,28 @@ class Intervention:
         self._sink_limits = sink_limits
         self.read_or_edited = tuple(sorted(reading | self._writer.layers))
         self.only_watched = tuple(sorted(self._watched.difference(self.read_or_edited)))
+        self.to_reach = tuple(layer for layer in self.layers if until is None or layer <= until)
+        self._reached: set[int] | None = None  # in the pass that runs; None before the first
+        self._missed: set[int] = set()
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Where `block` has something to do, ascending."""
         return tuple(sorted(self.read_or_edited + self.only_watched))
 
-    @property
-    def deepest_read(self) -> int:
-        """The last layer that any read needs; -1 without reads."""
-        return max((reader.layers[-1] for reader in self._readers), default=-1)
-
     def begin_pass(self, ids: Int[Tensor, "batch window"]) -> None:
         """Tell which token ids the coming forward pass runs over (with a KV cache, only the newest)."""
+        if self._reached is not None:
+            self._missed.update(self.missed)
+        self._reached = set()
         self.masks.begin_pass(ids)
         if self._watcher is not None:
             self._watcher.begin_pass(ids, self.masks)
 
     def block(self, layer: int, h: Float[Tensor, "batch window d_model"]) -> Float[Tensor, "batch window d_model"]:
         """The output of block ``layer`` after its edits; reads are taken on the way."""
+        if self._reached is not None:
+            self._reached.add(layer)
         sinks = None
         if layer in self._leaving_out:  # as the layer's edits find the residual, for its reads too
             limit = float("inf") if self._sink_limits is None else self._sink_limits[layer]
@@ -98,8 +103,15 @@ class Intervention:
             self._watcher.take(layer, h, self.masks)
         return h
 
+    @property
+    def missed(self) -> tuple[int, ...]:
+        """Layers that were to be read or edited and did not run in some pass, the last one included, ascending."""
+        return tuple(sorted(self._missed | set(self.to_reach).difference(self._reached or ())))
+
     def results(self) -> dict[str, Tensor]:
         """What the reads brought, by the name of their kind; shapes as `Read` says."""
+        if self.missed:  # whoever can say it in words asks first
+            raise RuntimeError(f"layers that were to be read or edited never ran: {self.missed}")
         return {name: value for reader in self._readers for name, value in reader.result(self.masks).items()}
 
 

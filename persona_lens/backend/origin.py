@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from persona_lens.backend.blocks import weights_digest
+from persona_lens.backend.digests import weights_digest
 from persona_lens.backend.protocol import Backend
 from persona_lens.runs import CONFIG
 
@@ -42,7 +42,7 @@ def find_base_weights(
     Args:
         model: The module.
         blocks: Its decoder blocks.
-        is_copy: As `persona_lens.backend.blocks.weights_digest` takes it.
+        is_copy: As `persona_lens.backend.digests.weights_digest` takes it.
     """
     added = {part for module in blocks.modules() for part in getattr(module, "adapter_layer_names", ())}
     if not added:

@@ -13,15 +13,18 @@ SmolLM2 the strongest set, edits at chosen positions, exceeds the bound between 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from persona_lens.backend.alone import LongTexts, forward_alone
+from persona_lens.backend.context import window_of
 from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
 from persona_lens.backend.edits import Edit, apply_edit
+from persona_lens.backend.module import ModuleBackend
 from persona_lens.backend.positions import Positions
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
@@ -37,6 +40,7 @@ TEXTS = (
     ("One two three four", " five six seven eight nine ten"),
 )
 EVERYTHING = (*Read.means(), Read(ReadKind.ACTIVATIONS))
+LONGEST_WINDOW = 1024  # tokens; texts that are longer than a larger window would take minutes
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Probe:
         layer: Where the single edits act.
         direction: Float [d_model], as long as the residual is there.
         new: Length limit of a generation.
+        long: Texts that share beginnings, and are longer than the model's window where that is small enough.
     """
 
     prompts: tuple[TokenIds, ...]
@@ -156,6 +161,7 @@ class Probe:
     layer: int
     direction: Tensor
     new: int
+    long: LongTexts
 
     @staticmethod
     def of(backend: Backend, texts: Sequence[tuple[str, str]], max_new_tokens: int) -> Probe:
@@ -170,7 +176,14 @@ class Probe:
         # Between the two prompts that make up the contrast: one is above, so that the cap has something to do.
         threshold = float((last[0, layer] + last[1, layer]) / 2 @ contrast / contrast.norm())
         edits = _edit_sets(layer, directions, threshold, len(text))
-        return Probe(text.prompts, text, edits, layer, directions[layer], max_new_tokens)
+        window = window_of(backend.module.config) if isinstance(backend, ModuleBackend) else None
+        ids = [token for prompt, _ in texts for token in encode(prompt, add_special_tokens=False)]
+        long = LongTexts.of(ids, longer_than=window if window is not None and window <= LONGEST_WINDOW else 0)
+        return Probe(text.prompts, text, edits, layer, directions[layer], max_new_tokens, long)
+
+    def on_long_texts(self) -> Probe:
+        """The same over long texts, of prompts that do not begin alike."""
+        return replace(self, prompts=self.long.unlike.prompts, text=self.long.unlike)
 
     def sampling(self, seeded: bool = False, use_cache: bool = True) -> Sampling:
         """Greedy, or with a seed for each prompt."""
@@ -220,10 +233,22 @@ def _self_checks(backend: Backend, probe: Probe, bounds: Bounds) -> Iterator[Che
         run = backend, probe, probe.edits[name]
         yield f"batch equals single rows, reads, {name}", bounds.reads, partial(_single_reads, *run)
         yield f"batch equals single rows, greedy tokens, {name}", bounds.tokens, partial(_single_tokens, *run)
+    yield from _long_checks(backend, probe, bounds)
     sampled = partial(_single_tokens, backend, probe, probe.edits["add"], seeded=True)
     yield "samples do not depend on the batch", bounds.tokens, sampled
     yield "coefficient 0 equals no edit", bounds.reads, partial(_zero, backend, probe)
     yield "edits are gone after an error", bounds.reads, partial(_after_error, backend, probe)
+
+
+def _long_checks(backend: Backend, probe: Probe, bounds: Bounds) -> Iterator[Check]:
+    long = probe.on_long_texts()
+    for what, means in (("reads of responses", Read.means()[:1]), ("reads", Read.means())):
+        together = partial(_together, backend, probe.long.alike, means)
+        yield f"prompts that begin alike equal single rows, {what}", bounds.reads, together
+    yield "long texts equal single rows", bounds.reads, partial(_single_reads, backend, long, ())
+    what = "reads while generating equal those of the finished text, long prompts"
+    yield what, bounds.reads, partial(_generating_reads, backend, long, ())
+    yield "the same tokens without a KV cache, long prompts", bounds.tokens, partial(_uncached, backend, long, ())
 
 
 def _forward(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> ForwardResult:
@@ -305,15 +330,12 @@ def _uncached(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurem
 
 
 def _single_reads(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
-    means = Read.means()
-    batch = backend.forward(probe.text, edits, means, logprobs=True)
-    singles = [
-        backend.forward(probe.text.rows(i, i + 1), [e.rows(i, i + 1) for e in edits], means, logprobs=True)
-        for i in range(len(probe.text))
-    ]
-    reads = {name: torch.cat([single.reads[name] for single in singles]) for name in batch.reads}
-    logprobs = tuple(single.logprobs[0] for single in singles if single.logprobs is not None)
-    return forwards_differ(batch, ForwardResult(reads, logprobs))
+    return _together(backend, probe.text, Read.means(), edits)
+
+
+def _together(backend: Backend, text: TokenBatch, means: Sequence[Read], edits: Sequence[Edit] = ()) -> Measurement:
+    batch = backend.forward(text, edits, means, logprobs=True)
+    return forwards_differ(batch, forward_alone(backend, text, edits, means, logprobs=True))
 
 
 def _single_tokens(backend: Backend, probe: Probe, edits: Sequence[Edit], seeded: bool = False) -> Measurement:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 
 
+DIGEST_SHOWN = 39  # characters of a weights' digest that tell most models apart
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """Which model a backend runs, and how.
@@ -32,8 +35,8 @@ class ModelInfo:
         architecture: Class name of the model.
         n_layers: Number of blocks.
         d_model: Width of the residual stream.
-        weights: Digest of a sample of the weights, the same in every precision and backend; None where they cannot be
-            read.
+        weights: Digest of a sample of the weights, the same in every backend, and in every precision in the sense of
+            `persona_lens.backend.digests.same_weights`; None where they cannot be read.
         dtype: Precision of the weights, such as ``bfloat16``; ``remote`` where a server keeps that to itself.
         device: Where the first block is; ``remote`` on a server.
         backend: Adapter and versions, such as ``transformers 5.22.2``.
@@ -62,16 +65,21 @@ class ModelInfo:
         Weights decide where both are known, then the revision, then the name. Precision, device and backend do not
         make a different model.
         """
-        same_size = ("architecture", "n_layers", "d_model")
-        identity = next(
-            (name for name in ("weights", "revision") if getattr(self, name) and getattr(other, name)),
-            "model",
-        )
-        return [
+        found = [
             f"{name}: {getattr(self, name)} and {getattr(other, name)}"
-            for name in (*same_size, identity)
+            for name in ("architecture", "n_layers", "d_model")
             if getattr(self, name) != getattr(other, name)
         ]
+        if self.weights and other.weights:
+            from persona_lens.backend.digests import same_weights  # which imports torch
+
+            if not same_weights(self.weights, other.weights):
+                found.append(f"weights: {self.weights[:DIGEST_SHOWN]} and {other.weights[:DIGEST_SHOWN]}")
+            return found
+        name = "revision" if self.revision and other.revision else "model"
+        if getattr(self, name) != getattr(other, name):
+            found.append(f"{name}: {getattr(self, name)} and {getattr(other, name)}")
+        return found
 
 
 @dataclass(frozen=True)

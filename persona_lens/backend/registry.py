@@ -115,7 +115,13 @@ def open_backend(name: str = DEFAULT, model: str = "smollm2-135m", **options: An
             close = difflib.get_close_matches(option, accepted, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise BackendError(f"backend {name} has no option {option!r}{hint} It takes: {', '.join(accepted)}")
-    return spec.open(model, **options)
+    return _sound(spec.open(model, **options))
+
+
+def _sound(backend: Backend) -> Backend:
+    from persona_lens.backend.soundness import sound  # which imports torch
+
+    return sound(backend)
 
 
 def wrap_model(model: object, tokenizer: Any = None, backend: str | None = None) -> Backend:
@@ -123,24 +129,51 @@ def wrap_model(model: object, tokenizer: Any = None, backend: str | None = None)
 
     Args:
         model: A Hugging Face causal language model, a TransformerBridge, an nnsight model, or what else an installed
-            backend accepts.
+            backend accepts. Of what PEFT, ``torch.compile`` or data parallelism wrap, the model inside is used, with
+            PEFT's layers in it.
         tokenizer: Needed where the object does not hold one.
         backend: Name of the backend to use; None takes the one that accepts the object.
 
     Raises:
         BackendError: If no installed backend accepts the object, or a tokenizer is missing.
     """
-    if backend is not None:
-        spec = find_backend(backend)
-        if not spec.accepts(model):
-            raise BackendError(f"backend {backend} cannot wrap a {type(model).__module__}.{type(model).__name__}")
-        return spec.wrap(model, tokenizer)
-    specs = [spec for spec in backend_specs().values() if isinstance(spec, BackendSpec) and spec.accepts(model)]
-    if not specs:
+    specs = [find_backend(backend)] if backend is not None else _specs()
+    accepting = [spec for spec in specs if spec.accepts(model)]
+    if not accepting:
+        model = _inner(model)
+        accepting = [spec for spec in specs if spec.accepts(model)]
+    if not accepting:
+        who = f"backend {backend}" if backend is not None else "no installed backend"
         raise BackendError(
-            f"no installed backend can wrap a {type(model).__module__}.{type(model).__name__}; "
-            "give a Hugging Face causal language model, a TransformerBridge or an nnsight model"
+            f"{who} can{'not' if backend is not None else ''} wrap a {type(model).__module__}.{type(model).__name__}; "
+            f"{_advice(model)}"
         )
     # The default comes first where several accept the object, so that the choice does not depend on what is installed.
-    spec = next((s for s in specs if s.name == DEFAULT), specs[0])
-    return find_backend(spec.name).wrap(model, tokenizer)
+    spec = next((s for s in accepting if s.name == DEFAULT), accepting[0])
+    return _sound(find_backend(spec.name).wrap(model, tokenizer))
+
+
+def _specs() -> list[BackendSpec]:
+    return [spec for spec in backend_specs().values() if isinstance(spec, BackendSpec)]
+
+
+def _inner(model: Any) -> Any:
+    """The model inside of what wraps it for training or speed."""
+    from persona_lens.backend.blocks import bare_model
+
+    adapters = getattr(model, "peft_config", None)
+    if isinstance(adapters, dict) and any(getattr(a, "is_prompt_learning", False) for a in adapters.values()):
+        raise BackendError(
+            "this PEFT adapter puts tokens or prefixes of its own before a text, which only its own wrapper does; "
+            "give the base model, or one with an adapter that changes layers, such as LoRA"
+        )
+    return bare_model(model)
+
+
+def _advice(model: object) -> str:
+    if any(base.__name__ == "HookedTransformer" for base in type(model).__mro__):
+        return (
+            "its weights are changed, and with them the residual stream: boot the model as a TransformerBridge "
+            "(TransformerBridge.boot_transformers), or give the Hugging Face model"
+        )
+    return "give a Hugging Face causal language model, a TransformerBridge or an nnsight model"

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 
 
 def residual_of(output: Any) -> Tensor:
-    """The residual stream in a block's output, which is a tensor or a tuple that begins with one."""
+    """The residual stream in a block's output, which is a tensor or a tuple that begins with one.
+
+    Raises:
+        ValueError: If it is no [batch, tokens, d_model].
+    """
     h: Tensor = output[0] if isinstance(output, tuple) else output
+    if h.ndim != 3:
+        raise ValueError(f"a block's output is {list(h.shape)}, and no residual stream [batch, tokens, d_model]")
     return h
 
 

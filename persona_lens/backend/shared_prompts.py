@@ -51,10 +51,12 @@ class SharedPrompts:
     """What a model takes to run over a batch's different prompts, and then over responses to them.
 
     Where all prompts begin alike, as those of one rubric do, and nothing is read of them, that beginning is computed
-    once too.
+    once too. The rows stand as a batch padded on the left does, all padding before the first token: attention within
+    a window, or by distance, counts places in the cache, and padding between two tokens of a row would move them apart.
 
     Attributes:
-        tokens: The different prompts, without their common beginning where it is computed by itself.
+        tokens: The different prompts; where their common beginning is computed by itself, as much of the end of each
+            as of the longest is left.
         prompt_of: For each row of the batch the index of its prompt, int64 [rows]; on the CPU, where an index fits
             tensors on any device, since the layers of a large model lie on several.
     """
@@ -64,10 +66,15 @@ class SharedPrompts:
         self.prompt_of = torch.tensor([index[prompt] for prompt in batch.prompts])
         beginning = _beginning(list(index)) if split else ()
         self._beginning = torch.tensor([beginning], dtype=torch.long, device=model.device)
-        self.tokens = pad_left(TokenBatch.of([prompt[len(beginning) :] for prompt in index]), pad_id, model.device)
-        seen = torch.ones(len(index), len(beginning), dtype=torch.bool, device=model.device)
-        self._attention = torch.cat([seen, self.tokens.attention], dim=1)
-        self._cache = DynamicCache(config=model.config)
+        longest = max(map(len, index))
+        rest = longest - len(beginning)
+        self.tokens = pad_left(TokenBatch.of([prompt[-rest:] for prompt in index]), pad_id, model.device)
+        # For each prompt and each place of the beginning in the cache, which of its tokens stands there.
+        padding = torch.tensor([longest - len(prompt) for prompt in index]).unsqueeze(1)
+        self._places = torch.arange(len(beginning)) - padding
+        self._attention = torch.cat([(self._places >= 0).to(model.device), self.tokens.attention], dim=1)
+        # A beginning is moved to where each prompt needs it, for which a cache cut to a window keeps too little of it.
+        self._cache = DynamicCache() if beginning else DynamicCache(config=model.config)
 
     def beginning_inputs(self) -> dict[str, Any] | None:
         """Arguments of the pass over the common beginning, which must come first; None if there is none."""
@@ -85,17 +92,27 @@ class SharedPrompts:
 
     def prompt_inputs(self) -> dict[str, Any]:
         """Arguments of the pass over the prompts, which must come next."""
-        before = self._beginning.shape[1]
-        if before:
-            self._cache.batch_select_indices(torch.zeros(len(self.tokens.ids), dtype=torch.long))
+        if self._beginning.shape[1]:
+            self._hand_out_beginning()
+        positions = (self._attention.long().cumsum(dim=1) - 1).clamp(min=0)
         return {
             "input_ids": self.tokens.ids,
             "attention_mask": self._attention.long(),
-            "position_ids": self.tokens.position_ids + before,
+            "position_ids": positions[:, -self.tokens.ids.shape[1] :],
             "past_key_values": self._cache,
             "use_cache": True,
             "logits_to_keep": 1,
         }
+
+    def _hand_out_beginning(self) -> None:
+        """Put the beginning's keys and values where they stand in each prompt; padding gets any, and is masked."""
+        places = self._places.clamp(min=0)
+        layers: list[Any] = list(self._cache.layers)
+        for layer in layers:
+            if layer.get_seq_length():
+                for name in ("keys", "values"):
+                    once = getattr(layer, name)[0]
+                    setattr(layer, name, once[:, places.to(once.device)].transpose(0, 1).contiguous())
 
     def continuations(self, batch: TokenBatch, *, whole: bool) -> list[Continuation]:
         """What has to run after the prompts.

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from persona_lens.backend.blocks import require_reached
 from persona_lens.backend.intervention import TokenMasks
 from persona_lens.backend.tokens import TokenBatch, TokenIds
 from persona_lens.backend.watching import StopGeneration, Watch, WatchedTokens, WatchError
@@ -116,7 +117,9 @@ class Watcher:
             True for rows that are to say no more, on the CPU.
         """
         if self._leaving is None or self._masks is None:
-            raise RuntimeError("a layer that was to be watched never ran; the adapter did not reach it")
+            require_reached(self.layers)
+        assert self._leaving is not None
+        assert self._masks is not None
         leaving, self._leaving = self._leaving, None
         # What a callback keeps is to be as any tensor, and what it computes as anywhere else.
         with torch.inference_mode(False):

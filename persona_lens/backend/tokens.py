@@ -60,6 +60,17 @@ class TokenBatch:
         """Rows ``start`` to ``stop`` as a batch of their own."""
         return TokenBatch(self.prompts[start:stop], self.responses[start:stop])
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise `TokenError` for an id that a model of ``size`` token ids does not know."""
+        for row, parts in enumerate(zip(self.prompts, self.responses, strict=True)):
+            for ids in parts:
+                if ids and not (min(ids) >= 0 and max(ids) < size):
+                    wrong = next(token for token in ids if not 0 <= token < size)
+                    raise TokenError(
+                        f"row {row} holds the token id {wrong}, and the model knows only 0 to {size - 1}; "
+                        "give ids of the model's own tokenizer"
+                    )
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Number of tokens of each row."""

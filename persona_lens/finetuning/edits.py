@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from persona_lens.backend import Edit, Operation, Schedule
-from persona_lens.backend.blocks import find_blocks, text_config
+from persona_lens.backend.blocks import bare_model, find_blocks, require_reached, text_config
 from persona_lens.backend.editing import check_everywhere, hooking_texts, module_limits, written_everywhere
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.writing import Writer
@@ -69,6 +69,8 @@ class TrainingEdits:
             _check_schedule(edit)
         self._optimizer = optimizer
         self._hooks: ExitStack | None = None
+        self._reached: set[int] = set()
+        self._trained = False
         self._writers: dict[tuple[float, ...], Writer] = {}
         self._writer = self._writer_at(0)
         self._step = 0
@@ -95,6 +97,7 @@ class TrainingEdits:
         """Begin to edit."""
         if self._hooks is not None:
             return
+        self._reached, self._trained = set(), False
         with ExitStack() as hooks:
             hooks.enter_context(hooking_texts(self._blocks, sorted(self._writer.layers), self._write))
             if self._optimizer is not None:
@@ -102,10 +105,16 @@ class TrainingEdits:
             self._hooks = hooks.pop_all()
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was.
+
+        Raises:
+            UnsupportedModelError: If a block to be edited never ran, while others did or the optimizer stepped.
+        """
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None
+            if self._reached or self._trained:
+                require_reached(sorted(self._writer.layers - self._reached))
 
     def __enter__(self) -> TrainingEdits:
         self.open()
@@ -114,14 +123,18 @@ class TrainingEdits:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._reached, self._trained = set(), False  # what went wrong is more to the point than what never ran
         self.close()
 
     def _write(self, layer: int, h: Tensor, first: Tensor | None) -> Tensor:
+        self._reached.add(layer)
         if not self._blocks[layer].training:
             return h
         return written_everywhere(self._writer, layer, h, first, self._sink_limits)
 
     def _count(self, *_: object) -> None:
+        self._trained = True
         self.step += 1
 
     def _writer_at(self, step: int) -> Writer:
@@ -130,19 +143,6 @@ class TrainingEdits:
         if factors not in self._writers:
             self._writers = {factors: Writer([_scaled(e, f).plain() for e, f in zip(self.edits, factors, strict=True)])}
         return self._writers[factors]
-
-
-def bare_model(model: Any) -> Any:
-    """The Hugging Face model inside what wraps it for training: PEFT, DDP, FSDP, ``torch.compile``."""
-    while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
 
 
 def factor_at(schedule: Schedule | None, step: int) -> float:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import Edit
-from persona_lens.backend.blocks import find_blocks
+from persona_lens.backend.blocks import bare_model, find_blocks
 from persona_lens.backend.hooked import hooking_blocks
-from persona_lens.finetuning.edits import bare_model
 from persona_lens.finetuning.errors import FinetuningError
 
 

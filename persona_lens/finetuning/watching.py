@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from persona_lens.backend import wrap_model
-from persona_lens.finetuning.edits import bare_model
+from persona_lens.backend.blocks import bare_model
 from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.monitoring.prompts import prompt_projections
 from persona_lens.vectors import PersonaVectors

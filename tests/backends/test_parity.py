@@ -12,15 +12,16 @@ import torch
 from persona_lens.backend import Edit, ForwardResult, Generation, Positions, Read, Sampling, TokenBatch
 from persona_lens.backend.parity import FULL, HALF, ParityCheck, check_parity
 from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, Delegating, backend_of, matrix, tiny_backend
-from tests.tiny import tiny_model
+from tests.tiny import WINDOWED, tiny_model
 
 
 def failures(checks: Sequence[ParityCheck]) -> list[str]:
     return [f"{c.name}: {c.measured:.2g} > {c.tolerance:.2g}: {c.detail}" for c in checks if not c.passed]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *WINDOWED])
 def test_the_reference_agrees_with_itself(architecture: str) -> None:
+    """Where attention has a window, it is smaller than the texts."""
     checks = check_parity(tiny_backend("transformers", architecture), max_new_tokens=4)
     assert not failures(checks)
     assert len(checks) >= 20

@@ -275,7 +275,7 @@ def test_an_unreached_layer_is_an_error_and_not_a_zero() -> None:
     intervention = Intervention(padded, (), Read.means((0, 1)), n_layers=2)
     intervention.begin_pass(padded.ids)
     intervention.block(0, torch.zeros(*padded.ids.shape, 4))
-    with pytest.raises(RuntimeError, match="a layer that was to be read never ran"):
+    with pytest.raises(RuntimeError, match="layers that were to be read or edited never ran"):
         intervention.results()
 
 

@@ -13,7 +13,7 @@ from persona_lens.backend.memory import forward_batches
 from persona_lens.backend.reads import ReadKind
 from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
 from persona_lens.backend.sinks import sink_limits
-from tests.backends.fixtures import ADAPTERS, D_MODEL, matrix, tiny_backend
+from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, D_MODEL, matrix, tiny_backend
 from tests.tiny import tiny_model
 
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [9], [3, 4, 5])
@@ -59,8 +59,9 @@ COMMON = [3 + i % 40 for i in range(SHORTEST_BEGINNING + 3)]
 RUBRIC = TokenBatch.of([COMMON + PROMPTS[p] for p, _ in ROWS], [[20 + p + i for i in range(n)] for p, n in ROWS])
 
 
-@pytest.mark.parametrize(("adapter", "architecture"), matrix())
+@pytest.mark.parametrize(("adapter", "architecture"), matrix((*ARCHITECTURES, "gemma3_text/window")))
 def test_a_common_beginning_changes_nothing(adapter: str, architecture: str) -> None:
+    """Also where attention looks back over a window, which padding between two tokens would use up."""
     backend, reads = tiny_backend(adapter, architecture), Read.means()[:1]
     found = backend.forward(RUBRIC, reads=reads, logprobs=True)
     assert reads[0].kind is ReadKind.RESPONSE_MEAN

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from persona_lens.backend import Edit, EditError, Operation, Positions, Schedule
-from persona_lens.backend.blocks import find_blocks
+from persona_lens.backend.blocks import UnsupportedModelError, find_blocks
 from persona_lens.finetuning import FinetuningError, PreventativeSteering, TrainingEdits, bare_model
 from tests.tiny import D_MODEL, tiny_model
 
@@ -289,4 +289,17 @@ def test_trl_trains_under_the_edits(tmp_path: Path) -> None:
         )
         trainer.train()
     assert [hooked for hooked, _ in looking.seen] == [1, 1]
+    assert hooks(model) == 0
+
+
+def test_a_block_that_training_never_ran_is_an_error() -> None:
+    model: Any = tiny_model().train()
+    with TrainingEdits(model, [Edit.add(1, direction())]):
+        pass  # nothing was trained, nothing is missing
+    training = TrainingEdits(model, [Edit.add(0, direction()), Edit.add(1, direction())])
+    model.model.layers = nn.ModuleList([model.model.layers[0], model.model.layers[2]])
+    training.open()
+    model(input_ids=IDS)
+    with pytest.raises(UnsupportedModelError, match="without its block 1"):
+        training.close()
     assert hooks(model) == 0
