@@ -71,8 +71,7 @@ def finetune(
     """Finetune a model on conversations, with the loss on what the assistant says (method, section 6).
 
     Args:
-        model: Hub id, local folder or embedded model; or one that is loaded, which stays as it was if an adapter is
-            trained.
+        model: Hub id, local folder or embedded model; or a loaded one, which stays as it was if an adapter is trained.
         data: Conversations, or a file of them.
         folder: Run folder, kept and resumed: ``metrics.jsonl``, ``checkpoints/``, ``summary.json``, and ``adapter/`` or
             ``model/`` with what was trained.
