@@ -137,10 +137,8 @@ def dissect(
     vectors.check_model(backend)
     features.check(vectors, allow_other_model=allow_other_model)
     config = {**_config(vectors, features, settings, corpus), **model_config(backend, chat)}
-    asked: Trait | None = None
-    if settings.steered:
-        coefficient_of(vectors, features, settings)  # what cannot be run must not claim the folder
-        asked = trait_of(vectors) if trait is None else load_trait(trait) if isinstance(trait, str) else trait
+    asked = _steered_trait(vectors, features, settings, trait)
+    if asked is not None:
         judge = judge or LikelihoodJudge(backend, chat, asked, calibration_of(vectors))
         config |= {"judge": judge.describe(), **subject_config(backend, asked, chat)}
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
@@ -157,6 +155,18 @@ def dissect(
         if run is not None:
             run.write_json("summary.json", dissection.summary)
     return dissection
+
+
+def _steered_trait(
+    vectors: PersonaVectors, features: Features, settings: DissectSettings, trait: str | Trait | None
+) -> Trait | None:
+    """The trait whose questions are asked under steering, if any are."""
+    if not settings.steered:
+        return None
+    coefficient_of(vectors, features, settings)  # what cannot be run must not claim the folder
+    if trait is None:
+        return trait_of(vectors)
+    return load_trait(trait) if isinstance(trait, str) else trait
 
 
 def _config(
