@@ -249,8 +249,9 @@ def _is_usable(_: CompletionRequest | None, completion: Completion) -> bool:
     """Whether the answer is a judgement, so that it is kept: a number, numbers' probabilities, or a refusal to rate."""
     sampled = completion.choices[0]
     text = answer_text(sampled.text)
-    known = numbers.says_refusal(text) or numbers.score_of_text(text).value is not None
-    return known or sampled.top_logprobs is not None
+    if numbers.says_refusal(text) or numbers.score_of_text(text).value is not None:
+        return True
+    return sampled.top_logprobs is not None and numbers.score_of_tokens(sampled.top_logprobs).value is not None
 
 
 def _reasons(answer: Completion) -> bool:

@@ -120,8 +120,8 @@ class NumberTokens:
 
 
 def says_refusal(text: str) -> bool:
-    """Whether an answer refuses to rate, in the word that rubrics ask for."""
-    return _REFUSAL.search(text) is not None
+    """Whether an answer refuses to rate, in the word that rubrics ask for, or its first token alone."""
+    return _REFUSAL.search(text) is not None or (len(text.strip()) > 1 and "REFUSAL".startswith(text.strip()))
 
 
 def shown(text: str) -> str:

@@ -40,7 +40,7 @@ def attack(seed: int, size: float) -> Counts:
         for number, (name, lie) in enumerate(LIES.items()):
             if number >= max(1, round(size * len(LIES))):
                 break
-            for honest in (0, draw.randint(1, 2 * RESPONSES)):
+            for honest in (0, draw.randint(1, 2 * RESPONSES))[: 1 + lie.late]:
                 failure = score_with(lie, honest, Path(scratch) / f"{number}-{honest}")
                 again = f" ({name!r} after {honest} honest answers, seed {seed})"
                 counts.add("from the first answer on" if honest == 0 else "later", failure and failure + again)

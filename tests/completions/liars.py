@@ -80,10 +80,12 @@ class Lie:
     Attributes:
         tell: Answers a request.
         quoted: What the refusal says; None where the scores come out right.
+        late: Whether it can be known for a lie after honest answers, too.
     """
 
     tell: Callable[[Asked], None]
     quoted: str | None = None
+    late: bool = True
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -204,7 +206,7 @@ LIES: dict[str, Lie] = {
     "a thinking model": Lie(_thinking),
     "refusals of parameters": Lie(_picky),
     "another number than it was asked for": Lie(
-        lambda a: a.send(completion("42", {"42": 1.0})), "asked for the number 57, it answers '42'"
+        lambda a: a.send(completion("42", {"42": 1.0})), "asked for the number 57, it answers '42'", late=False
     ),
     "no HTTP": Lie(_wrong_lines, "no connection"),
 }
