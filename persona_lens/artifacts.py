@@ -12,8 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from persona_lens.characters import in_short, shown
+from persona_lens.documents import DocumentError, checked_depth, parse_json
 from persona_lens.errors import PersonaLensError
 from persona_lens.files import named, read_bytes, write_bytes
+
+MAX_BYTES = 2**31  # of a file; vectors of the largest models have less than a hundredth
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +34,12 @@ class Artifact:
 
 
 def header_text(header: Mapping[str, Any]) -> str:
-    """A header as it is written."""
+    """A header as it is written.
+
+    Raises:
+        DocumentError: If it is nested so deep that it could not be read.
+    """
+    checked_depth(dict(header))
     return json.dumps(dict(header), sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
@@ -70,14 +79,23 @@ def read_artifact(file: Path, kind: str, version: int, *, stranger: str, failed:
         PersonaLensError: Of the class ``failed``, if the file is damaged, not of that kind, or of another version.
     """
     try:
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise failed(
+                f"{file} is {size / 1e9:.1f} GB; nothing that this program writes has over {MAX_BYTES / 1e9:.1f} GB"
+            )
         with safe_open(file, framework="pt") as opened:
             text = (opened.metadata() or {}).get(kind)
-            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
-    except (SafetensorError, OSError) as error:
-        raise failed(f"{file} is not a safetensors file, or is damaged: {error}") from error
-    if text is None:
-        raise failed(f"{file} {stranger}: its header has no {kind!r} entry")
-    return Artifact(parse_header(text, version, file, failed), tensors)
+            if text is None:
+                raise failed(f"{file} {stranger}: its header has no {kind!r} entry")
+            header = parse_header(text, version, file, failed)
+            return Artifact(header, {name: opened.get_tensor(name) for name in sorted(opened.keys())})
+    except PersonaLensError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise failed(f"{file} is not a safetensors file, or is damaged: {in_short(str(error), 200)}") from error
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:  # a kind of tensor that torch does not know
+        raise failed(f"{file} holds a tensor that cannot be read: {in_short(str(error), 200)}") from error
 
 
 def parse_header(text: str, version: int, file: Path, failed: type[PersonaLensError]) -> dict[str, Any]:
@@ -87,13 +105,13 @@ def parse_header(text: str, version: int, file: Path, failed: type[PersonaLensEr
         PersonaLensError: Of the class ``failed``, if it is damaged, or of another version.
     """
     try:
-        header: dict[str, Any] = json.loads(text)
+        header: dict[str, Any] = parse_json(text)
         found = header["format_version"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, DocumentError) as error:
         raise failed(f"the header of {file} is damaged: {error!r}") from error
-    if found != version:
+    if type(found) is not int or found != version:
         raise failed(
-            f"{file} has format version {found}, this version of persona-lens reads {version}; use the persona-lens "
-            "that wrote it, or make it again"
+            f"{file} has format version {shown(found)}, this version of persona-lens reads {version}; use the "
+            "persona-lens that wrote it, or make it again"
         )
     return header

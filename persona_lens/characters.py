@@ -1,13 +1,51 @@
-"""Text of others, shown so that nothing in it hides or acts."""
+"""Text of others, shown so that nothing in it hides or acts: in a terminal, in a page, in a figure, in JSON.
+
+Whatever a person, a model or a file said goes through here before anybody sees it. The command line's one console and
+its `say` do so for the terminal; the reports' and heat maps' templates and figures do so for HTML and SVG.
+"""
 
 from __future__ import annotations
 
-_HARMLESS = "\n\t\u200c\u200d\ufe0e\ufe0f"
+import re
+import reprlib
+import unicodedata
+
+# Whatever acts on a terminal, is forbidden in XML, turns text around, or cannot be seen: control characters, halves of
+# surrogate pairs, bidirectional and other format characters, fillers, selectors, tags, and what is no character. Line
+# feed, tab, and the joiners and selectors that scripts and emoji need are left out.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ud800-\udfff\ufdd0-\ufdef\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+    + "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0x10000, 0x110000, 0x10000))
+    + "]"
+)
+_TO_THE_RIGHT = ("R", "AL", "AN", "RLE", "RLO", "RLI")
+ISOLATE, END_ISOLATE = "\u2068", "\u2069"
 
 
 def printable(text: str) -> str:
     """Text that shows what it holds: control characters as pictures, invisible and bidirectional ones by code."""
-    return "".join(map(_printable_character, text.replace("\r\n", "\n")))
+    return _UNSAFE.sub(_shown, text.replace("\r\n", "\n"))
+
+
+def in_short(text: str, limit: int = 60) -> str:
+    """Text on one line, of so many characters at most, that shows what it holds."""
+    line = " ".join(text[: 40 * limit].split())
+    cut = len(line) > limit or len(text) > 40 * limit
+    return printable(line[: limit - 1].rstrip() + "…" if cut else line)
+
+
+def isolated(text: str) -> str:
+    """Text that leaves the order of what stands beside it alone, though it be written from right to left."""
+    if text.isascii() or not any(unicodedata.bidirectional(sign) in _TO_THE_RIGHT for sign in text):
+        return text
+    return f"{ISOLATE}{text}{END_ISOLATE}"
+
+
+def escaped(json_text: str) -> str:
+    """JSON whose texts are escaped wherever a terminal would do something else than show them; the same values."""
+    return _UNSAFE.sub(_json_escape, json_text)
 
 
 def code_of(character: str) -> str:
@@ -15,13 +53,31 @@ def code_of(character: str) -> str:
     return f"[U+{ord(character):04X}]"
 
 
-def _printable_character(character: str) -> str:
-    code = ord(character)
-    if character in _HARMLESS:
-        return character
+def _shown(match: re.Match[str]) -> str:
+    code = ord(match[0])
     if code < 0x20:
         return chr(0x2400 + code)
-    if 0xD800 <= code <= 0xDFFF:
-        return "\N{REPLACEMENT CHARACTER}"
-    invisible = 0x7F <= code < 0xA0 or 0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F
-    return code_of(character) if invisible or code in (0x061C, 0xFEFF, 0xFFFE, 0xFFFF) else character
+    return "\N{REPLACEMENT CHARACTER}" if 0xD800 <= code <= 0xDFFF else code_of(match[0])
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+
+
+class _Short(reprlib.Repr):
+    """Looks at no more of a value than it shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 6
+        self.maxlevel = 3
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value that somebody gave, for a message: short, whatever it holds, and harmless on a terminal."""
+    try:
+        return in_short(_Short().repr(value), limit)
+    except (ValueError, RecursionError):  # thousands of digits
+        return type(value).__name__

@@ -6,6 +6,8 @@ import sys
 import warnings
 from typing import Any
 
+from persona_lens.characters import printable
+
 
 class PersonaLensNote(UserWarning):
     """What is said; filters of the module `warnings` show or silence it as they do any warning."""
@@ -22,7 +24,7 @@ def show_plainly() -> None:
 
     def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
         if issubclass(category, PersonaLensNote):
-            print(f"note: {message}", file=sys.stderr)
+            print(f"note: {printable(str(message))}", file=sys.stderr)
         else:
             usual(message, category, *place, **more)
 

@@ -152,7 +152,7 @@ class Preview:
         from rich.console import Console
 
         text = StringIO()
-        Console(file=text, width=120).print(self)
+        Console(file=text, width=120, markup=False, emoji=False).print(self)
         return text.getvalue().rstrip("\n")
 
     @property

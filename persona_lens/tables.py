@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from persona_lens.characters import in_short
+from persona_lens.documents import MAX_DEPTH, DocumentError, checked_depth
 from persona_lens.errors import PersonaLensError
 
 SEPARATORS = (",", ";", "\t")
@@ -165,13 +167,15 @@ def _read_json(path: Path, bad_row: BadRow) -> NumberedRows:
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        if line.count("[") + line.count("{") > MAX_DEPTH:
+            checked_depth(row)
         if "\\u" in line:  # an escape may be half of a character, which no file could hold later
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise TableError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
     except UnicodeEncodeError as error:
         raise TableError(f"{path}:{number}: an escape stands for half of a character: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, DocumentError) as error:
         raise TableError(f"{path}:{number}: JSON that cannot be read: {error}") from error
     if not isinstance(row, dict):
         raise TableError(
@@ -282,9 +286,9 @@ def _read_parquet(path: Path, _: BadRow) -> NumberedRows:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (ArrowException, UnicodeDecodeError) as error:
+    except (ArrowException, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         place = f"{path}: after row {number}" if number else str(path)
-        raise TableError(f"{place}: not a Parquet file that can be read: {error}") from error
+        raise TableError(f"{place}: not a Parquet file that can be read: {in_short(str(error), 200)}") from error
 
 
 _Reader = Callable[[Path, BadRow], NumberedRows]

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from persona_lens.artifacts import header_text, parse_header, read_artifact, save_tensors, write_once
 from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
 from persona_lens.backend.origin import base_weights_of
+from persona_lens.characters import in_short
 from persona_lens.errors import PersonaLensError
 from persona_lens.notes import note
 
@@ -117,6 +119,11 @@ class PersonaVectors:
         found: Tensor = self.directions[reduction]
         return found
 
+    def stored(self, name: str) -> Mapping[str, Any]:
+        """What the provenance holds under a name, if that is a mapping; else nothing."""
+        found = self.provenance.get(name)
+        return found if isinstance(found, Mapping) else {}
+
     @property
     def prompt_mean_sinks(self) -> bool:
         """Whether the prompt mean takes in attention sinks, as those of other programs do."""
@@ -149,7 +156,7 @@ class PersonaVectors:
     def tuned(self) -> Tuned | None:
         """The layer and coefficient that were tuned for these vectors; None if that was not done."""
         found = self.provenance.get("tuned")
-        return Tuned(found["layer"], found["coefficient"], found["reduction"]) if found else None
+        return _tuned(found) if found else None
 
     def tuned_choice(self) -> Tuned:
         """`tuned`, for where it is needed.
@@ -342,8 +349,12 @@ def load_vectors(path: Path | str) -> PersonaVectors:
         VectorsError: If there is no such file, or it is not of this format or version, or damaged.
     """
     file = Path(path)
-    file = file / "vectors.safetensors" if file.is_dir() else file
-    if not file.exists():
+    try:
+        file = file / "vectors.safetensors" if file.is_dir() else file
+        there = file.exists()
+    except (OSError, ValueError) as error:  # a name too long, or with a null byte
+        raise VectorsError(f"{in_short(str(file), 200)} cannot be read: {error}") from error
+    if not there:
         raise VectorsError(f"{file} does not exist; make it with `persona-lens extract MODEL TRAIT`")
     stranger = "holds tensors but not persona vectors"
     found = read_artifact(file, METADATA, FORMAT_VERSION, stranger=stranger, failed=VectorsError)
@@ -370,8 +381,19 @@ def _content(header: Mapping[str, Any], file: Path) -> tuple[str, ModelInfo, dic
         if not isinstance(trait, str) or not isinstance(provenance, dict):
             raise TypeError("trait is a text and provenance a mapping")
         missing = provenance.get("missing_layers", [])
-        if not isinstance(missing, list) or not all(isinstance(layer, int) for layer in missing):
+        if not isinstance(missing, list) or not all(type(layer) is int for layer in missing):
             raise TypeError("missing_layers is a list of layers")
-        return trait, ModelInfo(**header["model"]), provenance
+        if provenance.get("tuned"):
+            _tuned(provenance["tuned"])
+        return trait, ModelInfo.from_json(header["model"]), provenance
     except (KeyError, TypeError, ValueError) as error:
-        raise VectorsError(f"the header of {file} is damaged: {error!r}") from error
+        raise VectorsError(f"the header of {file} is damaged: {in_short(repr(error), 200)}") from error
+
+
+def _tuned(found: Any) -> Tuned:
+    """The choice in a header; raises KeyError, TypeError or ValueError if it is none."""
+    layer, coefficient, reduction = found["layer"], found["coefficient"], found["reduction"]
+    whole, number = type(layer) is int, isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+    if not (whole and number and isinstance(reduction, str)) or layer < 0 or not isfinite(coefficient):
+        raise ValueError("tuned is a layer, a coefficient and a reduction")
+    return Tuned(layer, coefficient, reduction)

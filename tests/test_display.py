@@ -14,7 +14,7 @@ from persona_lens.cli.display import showing_progress
 def test_bars_are_drawn_in_a_terminal(of_bytes: bool, amount: str) -> None:
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    with showing_progress(of_bytes=of_bytes, console=console) as report:
+    with showing_progress(of_bytes=of_bytes, screen=console) as report:
         report(1_000_000, None, "fetching")
         report(2_000_000, 4_000_000, "fetching")
     assert "fetching" in screen.getvalue()
@@ -22,7 +22,7 @@ def test_bars_are_drawn_in_a_terminal(of_bytes: bool, amount: str) -> None:
 
 
 def test_without_a_terminal_there_are_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with showing_progress(console=Console(file=StringIO())) as report:
+    with showing_progress(screen=Console(file=StringIO())) as report:
         for done in range(1001):
             report(done, 1000, "rollouts")
     lines = capsys.readouterr().err.splitlines()

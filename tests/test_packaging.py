@@ -28,11 +28,12 @@ ADAPTERS = ("persona_lens_nnsight", "persona_lens_transformer_lens", "persona_le
 ORDER = (
     "addresses",
     "errors",
-    "notes",
     "files",
     "folders",
     "progress",
     "characters",
+    "notes",
+    "documents",
     "runs",
     "pieces",
     "transport",

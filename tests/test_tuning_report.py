@@ -464,7 +464,8 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str, monkeypat
     undrawn(monkeypatch)
     html = render_tuning(infected(text))
     html.encode()
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b\ufeff]", html)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\u200b\ufeff]", html)
+    assert html.count("\u2068") == html.count("\u2069")  # what isolates, of the report itself
     found = Page(html)
     assert {tag for tag, _ in found.tags} <= {tag for tag, _ in page.tags}
     assert len(found.all("style")) == 1

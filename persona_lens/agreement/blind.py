@@ -203,16 +203,20 @@ def _decoded(raw: bytes) -> str:
         return raw.decode("cp1252", errors="replace")
 
 
+def _cells(line: str, separator: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=separator), []))
+    except csv.Error:
+        return 0
+
+
 def _records(path: Path, lines: list[str], head: int) -> Iterator[tuple[int, list[str]]]:
     """Records from line index ``head`` on, each with the line on which it begins."""
     announced = re.fullmatch(r"sep=([,;\t])\s*", lines[head])  # a line that Excel understands, and some tools write
     if announced:
         separator, head = announced[1], head + 1
     else:
-        try:
-            separator = csv.Sniffer().sniff(lines[head].strip(), delimiters=",;\t").delimiter
-        except csv.Error:
-            separator = ","
+        separator = max(",;\t", key=lambda sign: _cells(lines[head], sign))
     # A limit of the whole process, and by default smaller than a long response.
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO("".join(lines[head:]), newline=""), delimiter=separator)

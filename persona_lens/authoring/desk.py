@@ -12,8 +12,8 @@ from persona_lens.authoring.draft import Draft
 from persona_lens.authoring.parsing import found_json, reply_schema
 from persona_lens.authoring.plan import Limits
 from persona_lens.authoring.protocol import Author, AuthoringError
+from persona_lens.characters import in_short
 from persona_lens.progress import Progress
-from persona_lens.traits.problems import printable
 
 _SHOWN_COMPLAINTS = 6
 
@@ -57,7 +57,7 @@ class Desk:
         try:
             text = self.author.write(wording.SYSTEM, request, reply_schema(reply))
         except Exception as error:  # an author may be anybody's code; what is written already must outlast it
-            reason = printable(str(error), 400).rstrip(".") or type(error).__name__
+            reason = in_short(str(error), 400).rstrip(".") or type(error).__name__
             raise AuthoringError(
                 f"the author model failed in request {self.draft.requests}, for the {what}: {reason}. "
                 f"Still missing: {', '.join(self.draft.missing) or 'nothing'}"
@@ -83,7 +83,7 @@ class Desk:
             AuthoringError: It is not.
         """
         if count < needed:
-            last = f" (the last reply: {printable('; '.join(self.complaints), 300)})" if self.complaints else ""
+            last = f" (the last reply: {in_short('; '.join(self.complaints), 300)})" if self.complaints else ""
             raise AuthoringError(
                 f"the author model wrote {count} of {needed} {what} that can be used{last}, after "
                 f"{self.draft.requests} requests. Still missing: {', '.join(self.draft.missing)}. A larger "

@@ -6,7 +6,7 @@ import textwrap
 from typing import Any
 
 from persona_lens.authoring.draft import Draft
-from persona_lens.traits.problems import printable
+from persona_lens.characters import in_short
 from persona_lens.traits.rendering import trait_text
 
 _WIDTH = 108
@@ -28,9 +28,9 @@ def written_text(draft: Draft, version: str) -> str:
     head = [
         f"{draft.name}: a character trait for persona-lens, written by a model. Read it before you rely on it.",
         "",
-        *(f"{name}: {printable(str(value), 200)}" for name, value in facts.items() if value is not None),
+        *(f"{name}: {in_short(str(value), 200)}" for name, value in facts.items() if value is not None),
         "",
-        *textwrap.wrap(f"The description given: {printable(draft.description, 5000)}", _WIDTH),
+        *textwrap.wrap(f"The description given: {in_short(draft.description, 5000)}", _WIDTH),
     ]
     fields = {**draft.fields(), "license": "", "tags": [], "references": []}
     return trait_text(fields, head)

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from persona_lens.authoring.parsing import NamesReply, PairReply, RubricReply, Sentence
 from persona_lens.authoring.protocol import AuthoringError
+from persona_lens.characters import in_short
 from persona_lens.files import write_text
 from persona_lens.traits.parsing import read_text
-from persona_lens.traits.problems import TraitError, printable
+from persona_lens.traits.problems import TraitError
 from persona_lens.traits.rubric import ANCHORS, rubric_text
 from persona_lens.traits.rules import PLACEHOLDER
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS
@@ -95,7 +96,7 @@ class Draft(BaseModel):
         changed = [key for key in new if old.get(key) != new[key]]  # the older may know more: what replies have shown
         if changed:
             shown = "; ".join(
-                f"{key}: {printable(str(old.get(key)))!r} there, {printable(str(new[key]))!r} now" for key in changed
+                f"{key}: {in_short(str(old.get(key)))!r} there, {in_short(str(new[key]))!r} now" for key in changed
             )
             raise AuthoringError(f"was begun otherwise ({shown}): remove it, or repeat the command that began it")
 
@@ -117,7 +118,7 @@ def new_draft(name: str, description: str, origin: Mapping[str, Any]) -> Draft:
         raise AuthoringError("an author model needs a description (--description): say what the trait is, and is not")
     if len(line) > MAX_DESCRIPTION or not line.isprintable() or PLACEHOLDER in line:
         raise AuthoringError(
-            f'the description "{printable(line)}" cannot be used: write up to {MAX_DESCRIPTION:,} plain characters, '
+            f'the description "{in_short(line)}" cannot be used: write up to {MAX_DESCRIPTION:,} plain characters, '
             f'without "{PLACEHOLDER}"'
         )
     return Draft(name=name, description=line, origin=dict(origin))

@@ -11,7 +11,7 @@ import pydantic_core
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.types import StringConstraints
 
-from persona_lens.traits.problems import printable
+from persona_lens.characters import in_short
 from persona_lens.traits.rules import PLACEHOLDER, SLOTS
 
 MAX_REPLY = 200_000
@@ -129,7 +129,7 @@ def found_json(text: str) -> object:
     """
     found = max(_values(text[:MAX_REPLY]), key=lambda value: value[0], default=None)
     if found is None:
-        raise ValueError(f'holds no JSON object; it begins "{printable(text, 60)}"')
+        raise ValueError(f'holds no JSON object; it begins "{in_short(text, 60)}"')
     return found[1]
 
 

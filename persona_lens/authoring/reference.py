@@ -12,11 +12,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from persona_lens.authoring.protocol import AuthoringError
+from persona_lens.characters import in_short
 from persona_lens.traits import Trait, TraitError
 from persona_lens.traits.document import Document
 from persona_lens.traits.explaining import explain
 from persona_lens.traits.parsing import read_text
-from persona_lens.traits.problems import Loc, printable
+from persona_lens.traits.problems import Loc
 from persona_lens.traits.rendering import trait_text
 from persona_lens.traits.rules import SLOTS
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, is_slug
@@ -67,7 +68,7 @@ def import_reference(
     name = name or extraction.stem
     if not is_slug(name):
         raise AuthoringError(
-            f"{printable(name)!r} cannot name a trait: give --name, with lower-case letters, digits, - and _"
+            f"{in_short(name)!r} cannot name a trait: give --name, with lower-case letters, digits, - and _"
         )
     given = _object(extraction)
     problems = [*_missing(given, extraction, ("instruction", "questions", "eval_prompt"))]
@@ -93,7 +94,7 @@ def import_reference(
     }
     trait = _valid(fields, extraction, evaluation)
     notes = _notes(given, held_out, extraction, evaluation)
-    sources = " and ".join(printable(path.name) for path in (extraction, evaluation) if path)
+    sources = " and ".join(in_short(path.name) for path in (extraction, evaluation) if path)
     head = [f"{name}: a character trait for persona-lens, imported from {sources}.", *notes]
     rest = {"author": "", "license": "", "tags": [], "references": []}
     return Imported(trait, trait_text({**trait.model_dump(mode="json"), **rest}, head), tuple(notes))
@@ -108,7 +109,7 @@ def _object(path: Path) -> Mapping[str, Any]:
         message = f"{path}:{error.lineno}: not JSON: {error.msg}, in column {error.colno}"
         raise AuthoringError(f"{message}. Give a file of the folder trait_data_extract or trait_data_eval") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits; hostile nesting
-        raise AuthoringError(f"{path}: not the JSON of a trait: {printable(str(error), 100)}") from error
+        raise AuthoringError(f"{path}: not the JSON of a trait: {in_short(str(error), 100)}") from error
     if not isinstance(data, dict):
         raise AuthoringError(f"{path}: holds {_kind(data)}, but a trait is an object with the key `instruction`")
     return data
@@ -119,7 +120,7 @@ def _kind(value: object) -> str:
 
 
 def _missing(given: Mapping[str, Any], path: Path, keys: Sequence[str]) -> list[str]:
-    there = ", ".join(printable(key, 30) for key in list(given)[:8]) or "nothing"
+    there = ", ".join(in_short(key, 30) for key in list(given)[:8]) or "nothing"
     return [f"{path}: {key}: is missing: add it (the file holds {there})" for key in keys if key not in given]
 
 
@@ -220,5 +221,5 @@ def _notes(
         return [f"The first {N_QUESTIONS} questions are for extraction, the others for evaluation."]
     differing = [k for k in ("instruction", "eval_prompt") if k in held_out and held_out[k] != given[k]]
     both = " and ".join(f"`{key}`" for key in differing)
-    names = printable(extraction.name), printable(evaluation.name)
+    names = in_short(extraction.name), in_short(evaluation.name)
     return [f"{both} of {names[1]} is left out, and differs from that of {names[0]}."] if differing else []

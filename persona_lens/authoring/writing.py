@@ -23,12 +23,13 @@ from persona_lens.authoring.parsing import (
 )
 from persona_lens.authoring.plan import ALL_QUESTIONS, Limits
 from persona_lens.authoring.protocol import Author, AuthoringError
+from persona_lens.characters import in_short
 from persona_lens.progress import Progress, no_progress
 from persona_lens.traits import Advice, Severity, Trait, check_deeply
 from persona_lens.traits.checks import MAX_QUESTION_WORDS, MAX_SIMILARITY, similarity
 from persona_lens.traits.deep import SAME_QUESTION
 from persona_lens.traits.likeness import likenesses
-from persona_lens.traits.problems import field_name, printable
+from persona_lens.traits.problems import field_name
 from persona_lens.traits.rules import QUESTION_FIELDS, normalised
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS
 
@@ -185,22 +186,22 @@ def _ask_for_questions(desk: Desk, missing: int, known: Sequence[str]) -> str:
 
 def _pair_fault(pair: PairReply, known: Sequence[PairReply]) -> str:
     if normalised(pair.positive) == normalised(pair.negative):
-        return f'both arms say "{printable(pair.positive)}"'
+        return f'both arms say "{in_short(pair.positive)}"'
     for other in known:
         for text, there in ((pair.positive, other.positive), (pair.negative, other.negative)):
             if similarity(there, text) >= MAX_SIMILARITY or normalised(text) == normalised(there):
-                return f'"{printable(text)}" is there already'
+                return f'"{in_short(text)}" is there already'
     return ""
 
 
 def _question_fault(question: str, known: Sequence[str]) -> str:
     if len(question.split()) > MAX_QUESTION_WORDS:
-        return f'"{printable(question)}" is too long'
+        return f'"{in_short(question)}" is too long'
     last = len(known)
     likeness = {i: cosine for i, j, cosine in likenesses([*known, question]) if j == last}
     for i, other in enumerate(known):
         if likeness[i] >= SAME_QUESTION or similarity(other, question) >= MAX_SIMILARITY:
-            return f'"{printable(question)}" asks the same as "{printable(other)}"'
+            return f'"{in_short(question)}" asks the same as "{in_short(other)}"'
     return ""
 
 
@@ -254,7 +255,7 @@ def _replace(desk: Desk, part: _Part, faults: Mapping[int, str]) -> None:
     faulty = [old[index] for index in faults]
     setattr(desk.draft, part.key, [item for index, item in enumerate(old) if index not in faults])
     desk.complaints = [
-        f'"{printable(getattr(old[index], "positive", old[index]), 100)}": {message}'
+        f'"{in_short(getattr(old[index], "positive", old[index]), 100)}": {message}'
         for index, message in faults.items()
     ]
     try:

@@ -7,6 +7,8 @@ from enum import StrEnum
 
 from persona_lens.errors import PersonaLensError
 
+FURTHEST = 2**31
+
 
 class PositionsError(PersonaLensError):
     """Positions that name no tokens, or tokens that cannot be known."""
@@ -39,6 +41,8 @@ class Span:
     stop: int | None = None
 
     def __post_init__(self) -> None:
+        if any(abs(bound or 0) >= FURTHEST for bound in (self.start, self.stop)):
+            raise PositionsError(f"no text has {FURTHEST:,} tokens to count")
         if self.kind is not Positions.PROMPT and (self.start < 0 or (self.stop or 0) < 0):
             raise PositionsError(
                 f"{self} counts from the end, which only a prompt has before it is generated; use prompt[-3:], or "

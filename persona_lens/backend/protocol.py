@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 DIGEST_SHOWN = 39  # characters of a weights' digest that tell most models apart
+MAX_NUMBERS = 2**26  # in one direction for every layer; the largest models have a thirtieth
+_KINDS = {"str": (str,), "str | None": (str, type(None)), "int": (int,), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,22 @@ class ModelInfo:
     device: str
     backend: str
     remote: bool = False
+
+    @staticmethod
+    def from_json(found: Any) -> ModelInfo:
+        """The model that a header names, which `dataclasses.asdict` wrote there.
+
+        Raises:
+            TypeError, ValueError: If it names none, or one larger than there are.
+        """
+        info = ModelInfo(**found)
+        for each in fields(info):
+            value, kinds = getattr(info, each.name), _KINDS[str(each.type)]
+            if type(value) not in kinds:
+                raise TypeError(f"{each.name} of the model is a {type(value).__name__}")
+        if min(info.n_layers, info.d_model) < 1 or info.n_layers * info.d_model > MAX_NUMBERS:
+            raise ValueError("no model has so many layers of such a width")
+        return info
 
     @property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 
+from persona_lens.backend.positions import FURTHEST
 from persona_lens.errors import PersonaLensError
 
 
@@ -34,6 +35,8 @@ class Schedule:
         places = [place for place, _ in self.points]
         if len(places) < 2:
             raise ScheduleError("a schedule needs at least two points, such as 0:1 20:0; one is only a coefficient")
+        if places[-1] >= FURTHEST:
+            raise ScheduleError(f"no text has {FURTHEST:,} tokens to count")
         if places != sorted(set(places)) or places[0] < 0:
             raise ScheduleError(f"the token indices of a schedule must ascend from 0 or more, got {places}")
         if not all(isfinite(factor) for _, factor in self.points):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from io import TextIOWrapper
 from types import FrameType
 from typing import Annotated
 
@@ -14,6 +16,7 @@ import typer
 
 from persona_lens.cli.backends import app as backends_app
 from persona_lens.cli.demo import demo
+from persona_lens.cli.display import say
 from persona_lens.cli.dissect import dissect
 from persona_lens.cli.extract import extract
 from persona_lens.cli.finetune import finetune_command
@@ -66,7 +69,7 @@ def _version(value: bool) -> None:
     if value:
         from persona_lens import __version__
 
-        typer.echo(f"persona-lens {__version__}")
+        say(f"persona-lens {__version__}")
         raise typer.Exit
 
 
@@ -97,22 +100,26 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_plainly()
     accepting = accepting_changes() if "--accept-changes" in sys.argv else nullcontext()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what the terminal's encoding lacks is shown by code
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _stopping() as stopped, accepting:
             app(arguments)
     except PersonaLensError as error:
         if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
+            say("".join(traceback.format_exception(error)), err=True, nl=False)
+            sys.exit(1)
+        say(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:
         if debug:
             raise
-        typer.echo(f"error: {sentence(error, error.filename or 'a file', 'used')}", err=True)
+        say(f"error: {sentence(error, error.filename or 'a file', 'used')}", err=True)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("stopped; what was finished is saved, and the same command goes on from there", err=True)
+            say("stopped; what was finished is saved, and the same command goes on from there", err=True)
         if stop.code == INTERRUPTED and stopped:
             sys.exit(TERMINATED)
         raise

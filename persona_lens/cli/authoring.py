@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import given_options
 from persona_lens.cli.judges import PricesOption, open_server, say_usage
 from persona_lens.errors import PersonaLensError
@@ -132,7 +133,7 @@ def show_plan(order: Order, as_json: bool) -> None:
     least, most = sum(step.at_least for step in steps), sum(step.at_most for step in steps)
     if as_json:
         total = {"at_least": least, "at_most": most}
-        typer.echo(json.dumps({"model": order.model, "steps": [asdict(step) for step in steps], "total": total}))
+        say_json({"model": order.model, "steps": [asdict(step) for step in steps], "total": total})
         return
     from persona_lens.cli.display import print_table
 
@@ -165,7 +166,7 @@ def author_trait(order: Order, as_json: bool) -> None:
             earlier.continues(draft)
         except AuthoringError as error:
             raise RefusedError(f"{order.partial} {error}") from error
-        typer.echo(f"note: going on from {order.partial}, after {earlier.requests} requests", err=True)
+        say(f"note: going on from {order.partial}, after {earlier.requests} requests", err=True)
         draft = earlier
     _finish(order, draft, _write(author, draft, order.partial), as_json)
 
@@ -200,13 +201,13 @@ def _finish(order: Order, draft: Draft, written: Written, as_json: bool) -> None
     if as_json:
         warnings = [{"line": p.line, "field": p.field, "message": p.message} for p in report.warnings]
         content = {"path": str(order.target), "content_hash": written.trait.content_hash(), **draft.origin}
-        typer.echo(json.dumps({**content, "requests": written.requests, "warnings": warnings}, ensure_ascii=False))
+        say_json({**content, "requests": written.requests, "warnings": warnings})
         return
     for problem in report.problems:
-        typer.echo(f"{problem.severity}: {problem}", err=True)
+        say(f"{problem.severity}: {problem}", err=True)
     count = len(report.problems)
     warned = f"{count or 'no'} {'warning' if count == 1 else 'warnings'}"
-    typer.echo(
+    say(
         f"Wrote {order.target} in {written.requests} requests, with {warned}\n"
         "Next:\n"
         "  1. Read it: a model wrote it, and the checks compare words, not meanings.\n"
@@ -262,13 +263,13 @@ def import_trait(
     if as_json:
         content: dict[str, Any] = {"path": str(target), "content_hash": imported.trait.content_hash()}
         content["warnings"] = [{"line": p.line, "field": p.field, "message": p.message} for p in warnings]
-        typer.echo(json.dumps({**content, "notes": imported.notes}, ensure_ascii=False))
+        say_json({**content, "notes": imported.notes})
         return
     for note in imported.notes:
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(f"Wrote {target}")
+        say(f"note: {note}", err=True)
+    say(f"Wrote {target}")
     if warnings:
-        typer.echo(f"{len(warnings)} of its texts could be better:  persona-lens traits check {target} --deep")
+        say(f"{len(warnings)} of its texts could be better:  persona-lens traits check {target} --deep")
 
 
 def write_new(target: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from persona_lens.cli.display import console, say, say_json
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def check(
 
     names = _chosen(backend or ())
     if not as_json and sys.stderr.isatty():
-        typer.echo(f"checking {', '.join(names)} on {model}, compared with {DEFAULT}", err=True)
+        say(f"checking {', '.join(names)} on {model}, compared with {DEFAULT}", err=True)
     results = []
     for result in _results(names, DEFAULT, model, {"dtype": dtype, "device": device}):
         results.append(result)
@@ -172,7 +172,7 @@ def _remark(status: BackendStatus) -> str:
 
 def _print_result(result: Checked) -> None:
     if result.error is not None:
-        typer.echo(f"{result.backend}: could not be opened: {result.error}\n")
+        say(f"{result.backend}: could not be opened: {result.error}\n")
         return
     failed = sum(not check.passed for check in result.checks)
     verdict = f"{failed} of {len(result.checks)} checks failed" if failed else f"all {len(result.checks)} checks passed"
@@ -183,7 +183,7 @@ def _print_result(result: Checked) -> None:
             for c in result.checks
         ],
     )
-    typer.echo(f"{result.backend} ({result.runs}): {verdict}\n")
+    say(f"{result.backend} ({result.runs}): {verdict}\n")
 
 
 def _as_json(result: Checked) -> dict[str, Any]:
@@ -201,7 +201,6 @@ def _as_json(result: Checked) -> dict[str, Any]:
 
 def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     if sys.stdout.isatty():
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -209,13 +208,13 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None
         for row in rows:
             style = "red" if row[0] == "FAILED" else ""
             table.add_row(*(Text(cell) for cell in row), style=style)  # Text: an error message is no markup
-        Console().print(table)
+        console().print(table)
         return
     # Into a file or a pipe: whole lines whatever the width.
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    say_json(data, indent=2)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.steerings import LayerOptions, SteeringOptions, candidates
 from persona_lens.cli.sweep import AllowOtherModel, Vectors
@@ -81,7 +82,7 @@ def capability_command(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, json.dumps(figures, indent=2) + "\n")
     if as_json:
-        typer.echo(json.dumps(figures))
+        say_json(figures)
     else:
         _show(found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import console, say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.steerings import SteeringOptions
@@ -95,7 +95,7 @@ def chat_command(
             says.end()
             _show(turn)
         else:
-            typer.echo(json.dumps(_row(turn), ensure_ascii=False))
+            say_json(_row(turn))
         if show and says is not None:
             says.show(turn)
     options.say_traffic(opened)
@@ -106,7 +106,7 @@ def _messages() -> Iterator[str]:
     asking = sys.stdin.isatty()
     while True:
         if asking:
-            typer.secho("you> ", bold=True, nl=False, err=True)
+            say("you> ", bold=True, nl=False, err=True)
         line = sys.stdin.readline()
         if not line:
             return
@@ -135,7 +135,7 @@ def _teller(stop: bool) -> Callable[[Alert], None]:
     def tell(alert: Alert) -> None:
         where = "" if alert.token is None else f" at token {alert.token}"
         sign = ">" if alert.alarm.above else "<"
-        typer.secho(
+        say(
             f"\nALARM {alert.alarm.trait}@{alert.layer} {alert.value:+.2f} {sign} {alert.alarm.threshold:g}{where}",
             fg="red",
             err=True,
@@ -178,19 +178,17 @@ class _Speaker:
     def _say(self, text: str) -> None:
         from persona_lens.characters import printable
 
-        typer.echo(printable(text[self._said :]), nl=False)
+        say(printable(text[self._said :]), nl=False)
         self._said = len(text)
 
     def end(self) -> None:
         """The reply is over."""
         self._say(self._text())
-        typer.echo()
+        say()
         self._ids, self._last, self._said = [], self._ids, 0
 
     def show(self, turn: Turn) -> None:
         """The reply's heat map."""
-        from rich.console import Console
-
         from persona_lens.monitoring import Strip, TokenHeatmap, token_pieces
 
         assert turn.token_values is not None
@@ -201,7 +199,7 @@ class _Speaker:
             for reading, column in zip(turn.readings, turn.token_values.T, strict=True)
         ]
         strips.sort(key=lambda strip: (strip.trait, strip.layer))
-        Console().print(TokenHeatmap(token_pieces(self._tokenizer, self._last), tuple(strips)))
+        console().print(TokenHeatmap(token_pieces(self._tokenizer, self._last), tuple(strips)))
 
 
 def _show(turn: Turn) -> None:

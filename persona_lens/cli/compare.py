@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.cli.sweep import Vectors
@@ -79,7 +79,7 @@ def compare_command(
         )
     options.say_traffic(opened)
     if as_json:
-        typer.echo(json.dumps(found.summary))
+        say_json(found.summary)
     else:
         _show(found)
 
@@ -111,7 +111,7 @@ def _show(found: Comparison) -> None:
     )
     for name, effect in found.effects.items():
         if effect is None:
-            typer.echo(f"warning: no response under {name} has a score", err=True)
+            say(f"warning: no response under {name} has a score", err=True)
 
 
 def _plain(estimate: dict[str, float] | None) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 
 
 def demo(
@@ -34,14 +34,14 @@ def demo(
     with showing_progress() as progress:
         summary = run_demo(out, settings, progress)
     if as_json:
-        typer.echo(json.dumps(summary))
+        say_json(summary)
         return
     found = summary["steering"]["effect"]
-    typer.echo(
+    say(
         f"Steering along {summary['trait']['name']!r} at layer {found['layer']} of {summary['model']['model']}, from "
         f"{found['low']:+g} to {found['high']:+g}, moves the score by "
         f"{interval_text(found['vector'], sign=False)}; random directions of the same norm: "
         f"{interval_text(found['random'], sign=False)}."
     )
-    typer.echo(headline(found, summary["steering"]["questions"]).title)
-    typer.echo(f"report: {out / 'report.html'}")
+    say(headline(found, summary["steering"]["questions"]).title)
+    say(f"report: {out / 'report.html'}")

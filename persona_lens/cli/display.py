@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import typer
+
+from persona_lens.characters import escaped, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,48 +39,46 @@ class _Status:
 
 def show_status(text: str) -> None:
     """Show what a server says of a request; from any thread."""
-    from rich.console import Console
-
+    text = printable(text)
     changed, _Status.text = text != _Status.text, text
-    if changed and not Console(stderr=True).is_terminal:
+    if changed and not console(stderr=True).is_terminal:
         print(f"server: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def showing_progress(*, of_bytes: bool = False, console: Console | None = None) -> Iterator[Progress]:
+def showing_progress(*, of_bytes: bool = False, screen: Console | None = None) -> Iterator[Progress]:
     """Bars on standard error, one for each label; plain lines where that is not a terminal.
 
     Args:
         of_bytes: The units are bytes.
-        console: Where to draw; standard error by default, so that piped output stays clean.
+        screen: Where to draw; standard error by default, so that piped output stays clean.
 
     Yields:
         The callback for ``progress=``.
     """
     from rich import progress as rich_progress
-    from rich.console import Console
     from rich.progress import Progress as Bars
 
-    console = console or Console(stderr=True)
-    if not console.is_terminal:
+    screen = screen or console(stderr=True)
+    if not screen.is_terminal:
         yield _LineProgress()
         return
     amounts: tuple[ProgressColumn, ...] = (rich_progress.MofNCompleteColumn(), _rate_column())
     if of_bytes:
         amounts = (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
     columns = (
-        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
         *amounts,
         rich_progress.TimeRemainingColumn(),
         _status_column(),
     )
-    with Bars(*columns, console=console) as bars:
+    with Bars(*columns, console=screen) as bars:
         tasks = {}
 
         def report(done: int, total: int | None, label: str, /) -> None:
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total, completed=done)
+                tasks[label] = bars.add_task(printable(label), total=total, completed=done)
             bars.update(tasks[label], completed=done, total=total)
 
         yield report
@@ -115,29 +119,50 @@ class _LineProgress:
         tenth = done * 10 // total if total else 0
         if self._shown.get(label) != tenth:
             self._shown[label] = tenth
-            print(f"{label}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
+            print(f"{printable(label)}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
 
 
-def harmless(text: str) -> str:
-    """Text from elsewhere for a table: what looks like markup is none, and control characters are pictures."""
-    from rich.markup import escape
+def say(text: str = "", *, err: bool = False, nl: bool = True, **style: Any) -> None:
+    """A line on standard output or error, whatever it holds; styles are those of `typer.secho`."""
+    typer.secho(printable(text), err=err, nl=nl, **style)
 
-    from persona_lens.reports.wording import printable
 
-    return escape(printable(text))
+def say_json(value: object, *, indent: int | None = None) -> None:
+    """JSON on standard output, with escapes for what a terminal would not show."""
+    plain = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") != "utf8"
+    typer.echo(escaped(json.dumps(value, indent=indent, ensure_ascii=plain)))
+
+
+@cache
+def _console_class() -> type[Console]:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Harmless(Console):
+        """Takes nothing in a text for markup or emoji, and shows what would act on the terminal."""
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    return Harmless
+
+
+def console(*, stderr: bool = False, **options: Any) -> Console:
+    """Where tables, panels and heat maps are printed, with whatever texts of others are in them."""
+    return _console_class()(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; numbers to the right."""
-    from rich.console import Console
     from rich.table import Table
 
-    table: Table = Table(title=title, title_justify="left")
+    table: Table = Table(title=printable(title), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(printable(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(printable, row))
+    console().print(table)
 
 
 def interval_text(

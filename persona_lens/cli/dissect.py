@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
 
@@ -134,19 +134,19 @@ def dissect(
     options.say_traffic(opened)
     options.write_report(folder / options.REPORT, render_dissection(found.summary, __version__))
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), **found.summary}))
+        say_json({"folder": str(folder), **found.summary})
     else:
         _show(found, folder)
 
 
 def _show(found: Dissection, folder: Path) -> None:
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
 
     summary = found.summary
     places = {each["feature"]: each for each in summary["corpus"]["features"]} if summary["corpus"] else {}
     reached = max(summary["ranking"]["random_top"])
     print_table(
-        f"Features most like the vector of {harmless(summary['trait'])} at layer {summary['layer']} "
+        f"Features most like the vector of {summary['trait']} at layer {summary['layer']} "
         f"(random directions reach a cosine of {reached:.2f})",
         ("feature", "cosine", "most active on"),
         [
@@ -167,7 +167,7 @@ def _show(found: Dissection, folder: Path) -> None:
     )
     if summary["steering"]:
         _show_effects(summary["steering"])
-    typer.echo(f"report: {folder / options.REPORT}")
+    say(f"report: {folder / options.REPORT}")
 
 
 def _show_effects(steering: dict[str, Any]) -> None:
@@ -199,11 +199,10 @@ def _show_effects(steering: dict[str, Any]) -> None:
 
 
 def _place(found: dict[str, Any] | None) -> str:
-    from persona_lens.cli.display import harmless
 
     if found is None:
         return "-"
     if not found["examples"]:
         return "nothing in this corpus"
     example = found["examples"][0]
-    return harmless(f"{example['before'][-30:]}«{example['token']}»{example['after'][:20]}".replace("\n", " "))
+    return f"{example['before'][-30:]}«{example['token']}»{example['after'][:20]}".replace("\n", " ")

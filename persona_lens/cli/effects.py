@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import AllowOtherModel
 from persona_lens.errors import PersonaLensError
@@ -124,9 +124,9 @@ def effects_command(
     options.say_traffic(opened)
     if out is not None:
         options.write_report(out / REPORT, render_effects(found.to_json(), __version__))
-        typer.echo(f"report: {out / REPORT}", err=True)
+        say(f"report: {out / REPORT}", err=True)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        say_json(found.to_json())
     else:
         _show(found)
 
@@ -167,7 +167,7 @@ def _steerings(
 
 
 def _show(found: CrossEffects) -> None:
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
 
     changes: tuple[tuple[str, int, Callable[[CrossCell], Change | None]], ...] = (
         ("Change of the trait score, points", 1, lambda cell: cell.score),
@@ -182,24 +182,24 @@ def _show(found: CrossEffects) -> None:
             lambda cell: cell.steered_projection,
         ),
     )
-    names = [harmless(trait.name) for trait in found.traits]
+    names = [trait.name for trait in found.traits]
     for title, digits, change_in in changes:
         print_table(
             f"{title} [95% interval over {len(found.questions)} questions]",
             ("steering", *(f"on {name}" for name in names)),
             [
-                (harmless(steering), *(_cell(change_in(found.cell(steering, t.name)), digits) for t in found.traits))
+                (steering, *(_cell(change_in(found.cell(steering, t.name)), digits) for t in found.traits))
                 for steering in found.steerings
             ],
         )
-    typer.echo("* clear: the change and its difference from that of random directions lie on the same side of 0")
+    say("* clear: the change and its difference from that of random directions lie on the same side of 0")
     for title, digits, strain in (
         ("Change of surprise, nats a token: what it does to the text", 2, found.surprise),
         ("Change of coherence, points: what it does to the text", 1, found.coherence),
     ):
         strained = {name: strain(name) for name in found.steerings}
         if any(strained.values()):
-            rows = [(harmless(name), _cell(change, digits)) for name, change in strained.items()]
+            rows = [(name, _cell(change, digits)) for name, change in strained.items()]
             print_table(title, ("steering", "change"), rows)
 
 
@@ -214,5 +214,5 @@ def _cell(change: Change | None, digits: int) -> str:
 
     vector, random = change.vector, change.random
     said = f" ({few(vector.n)})" if vector.n < FEW else ""
-    first = f"{write(vector.mean)}{'*' if change.clear else ''} \\[{write(vector.low)}, {write(vector.high)}]{said}"
+    first = f"{write(vector.mean)}{'*' if change.clear else ''} [{write(vector.low)}, {write(vector.high)}]{said}"
     return first if random is None else f"{first}\nrandom {write(random.mean)}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
 from persona_lens.errors import PersonaLensError
@@ -63,10 +63,10 @@ def export_command(
     chosen = tuple(options.layer_numbers(layers, loaded.model.n_layers)) if layers is not None else None
     files, notes = export_vectors(loaded, to, out, Chosen(chosen, reduction))
     if as_json:
-        typer.echo(json.dumps({"files": [str(file) for file in files], "notes": list(notes)}))
+        say_json({"files": [str(file) for file in files], "notes": list(notes)})
         return
     for file in files:
-        typer.echo(str(file))
+        say(str(file))
     _say(notes)
 
 
@@ -124,9 +124,9 @@ def import_command(
     made = found.vectors.save(out)
     if as_json:
         kept = [layer for layer in range(found.vectors.model.n_layers) if layer not in found.vectors.missing_layers]
-        typer.echo(json.dumps({"file": str(made), "layers": kept, "notes": list(found.notes)}))
+        say_json({"file": str(made), "layers": kept, "notes": list(found.notes)})
         return
-    typer.echo(str(made))
+    say(str(made))
     _say(found.notes)
 
 
@@ -149,7 +149,7 @@ def push_command(
     from persona_lens.vectors import load_vectors
 
     pushed = push_vectors(load_vectors(vectors), repo, licence=licence, private=private)
-    typer.echo(pushed.place if pushed.commit is None else f"{pushed.place} (commit {pushed.commit})")
+    say(pushed.place if pushed.commit is None else f"{pushed.place} (commit {pushed.commit})")
 
 
 def pull_command(repo: Repository, out: OutVectors, revision: options.Revision = None) -> None:
@@ -159,7 +159,7 @@ def pull_command(repo: Repository, out: OutVectors, revision: options.Revision =
     """
     from persona_lens.exchange import pull_vectors
 
-    typer.echo(str(pull_vectors(repo, revision=revision).save(out)))
+    say(str(pull_vectors(repo, revision=revision).save(out)))
 
 
 def _model_of(vectors: Path) -> ModelInfo:
@@ -172,4 +172,4 @@ def _say(notes: tuple[str, ...]) -> None:
     from persona_lens.characters import printable
 
     for note in notes:
-        typer.echo(f"note: {printable(note)}", err=True)
+        say(f"note: {printable(note)}", err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.previews import PreviewOption, check_one_look_ahead, show_previews
 from persona_lens.errors import PersonaLensError
@@ -118,7 +118,7 @@ def extract(
     summary = found.summary
     options.say_traffic(opened)
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), **summary}))
+        say_json({"folder": str(folder), **summary})
     else:
         _show(summary, folder)
 
@@ -152,9 +152,9 @@ def _read_responses(
 
     given = given_rollouts(backend, chat, trait, files, questions=questions, allow_missing=allow_missing)
     for note in given.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     if given.scores:
-        typer.echo("note: scores are those of the file; no judge runs", err=True)
+        say("note: scores are those of the file; no judge runs", err=True)
     return given
 
 
@@ -213,7 +213,5 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
             ],
         )
     else:
-        typer.echo(
-            "too few responses were kept to hold questions out, so the separation by layer is not shown", err=True
-        )
-    typer.echo(f"vectors: {folder / 'vectors.safetensors'}")
+        say("too few responses were kept to hold questions out, so the separation by layer is not shown", err=True)
+    say(f"vectors: {folder / 'vectors.safetensors'}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -39,14 +39,17 @@ VectorFolders = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of the adapter and the order of the data.", show_default="0")]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="Of the adapter and the order of the data.", show_default="0"),
+]
 
 
 def _print_config(asked: bool) -> None:
     if asked:
         from persona_lens.finetuning import documented
 
-        typer.echo(documented(), nl=False)
+        say(documented(), nl=False)
         raise typer.Exit
 
 
@@ -140,7 +143,7 @@ def finetune_command(
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), **found.summary}))
+        say_json({"folder": str(folder), **found.summary})
     else:
         _show(found, folder)
 
@@ -162,20 +165,20 @@ def open_config(file: Path | None, given: dict[str, Any], watched: dict[str, Any
 def _show(found: Finetuned, folder: Path) -> None:
     summary, loss = found.summary, found.summary["loss"]
     counts = summary["data"]
-    typer.echo(
+    say(
         f"{summary['method']}: {summary['steps']} steps over {counts['examples']} examples, "
         f"{counts['learned_tokens']:,} tokens to learn"
     )
     for name, text in (("shortened", "cut at max_length"), ("dropped", "left out: nothing to learn in max_length")):
         if counts[name]:
-            typer.echo(f"note: {counts[name]} {text}", err=True)
-    typer.echo(
+            say(f"note: {counts[name]} {text}", err=True)
+    say(
         f"loss, nats a token: {_number(loss['first'])} at first, {_number(loss['last'])} in the last quarter; "
         f"without edits {_number(loss['learned'])} on what was learned, {_number(loss['unseen'])} on held-out data"
     )
     if summary["stopped"]:
-        typer.echo(f"stopped: {summary['stopped']}")
-    typer.echo(f"{summary['trained']}: {found.folder}; take {folder} for the model")
+        say(f"stopped: {summary['stopped']}")
+    say(f"{summary['trained']}: {found.folder}; take {folder} for the model")
 
 
 def _number(value: float | None) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from persona_lens.characters import shown
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.finetune import ConfigFile, Data, HeldOut, open_config
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import Vectors
@@ -60,7 +61,7 @@ def finetune_study_command(
     ] = None,
     max_new_tokens: options.MaxNewTokens = 48,
     temperature: options.Temperature = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Base of the replies' seeds.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Base of the replies' seeds.")] = 0,
     batch_size: options.BatchSize = 64,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -118,7 +119,7 @@ def finetune_study_command(
         )
     options.write_report(folder / options.REPORT, render_finetuning(found.summary, __version__))
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), **found.summary}))
+        say_json({"folder": str(folder), **found.summary})
     else:
         _show(found.summary, folder)
 
@@ -152,8 +153,10 @@ def _treatments(
 
 def _seeds(text: str) -> tuple[int, ...]:
     found = options.numbers(text, "--seeds")
-    if not all(number.is_integer() and number >= 0 for number in found):
-        raise PersonaLensError(f"--seeds takes whole numbers with commas between them, such as 1,2,3; got {text!r}")
+    if not all(number.is_integer() and 0 <= number < 2**32 for number in found):
+        raise PersonaLensError(
+            f"--seeds takes whole numbers below 2**32 with commas between them, such as 1,2,3; got {shown(text)}"
+        )
     return tuple(map(int, found))
 
 
@@ -181,8 +184,8 @@ def _show(summary: Any, folder: Path) -> None:
         ],
     )
     for sentence in verdicts(summary):
-        typer.echo(sentence)
-    typer.echo(f"report: {folder / options.REPORT}")
+        say(sentence)
+    say(f"report: {folder / options.REPORT}")
 
 
 def _value(found: Any) -> float | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+from persona_lens.characters import printable
 from persona_lens.cli import options
+from persona_lens.cli.display import console, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.previews import PreviewOption, show_previews
 from persona_lens.cli.steerings import Candidate, LayerOptions, SteeringOptions, candidates
@@ -86,16 +87,16 @@ def _show(prompt: str, shown: Sequence[Candidate], answers: Sequence[str], as_js
             }
             for each, answer in zip(shown, answers, strict=True)
         ]
-        typer.echo(json.dumps({"prompt": prompt, "responses": rows}))
+        say_json({"prompt": prompt, "responses": rows})
         return
     from rich.columns import Columns
-    from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
 
-    console = Console()
-    width = max(30, console.width // len(answers) - 2)
+    screen = console()
+    width = max(30, screen.width // len(answers) - 2)
     panels = [
-        Panel(Text(answer), title=Text(each.title), width=width) for each, answer in zip(shown, answers, strict=True)
+        Panel(Text(printable(answer)), title=Text(printable(each.title)), width=width)
+        for each, answer in zip(shown, answers, strict=True)
     ]
-    console.print(Columns(panels))
+    screen.print(Columns(panels))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.sweep import ReductionOption, Vectors
 from persona_lens.errors import PersonaLensError
@@ -40,7 +40,7 @@ def layers_command(
     matrix = layer_cosines(loaded, reduction)[chosen][:, chosen].tolist()
     if as_json:
         cosines = [[_finite(value) for value in row] for row in matrix]
-        typer.echo(json.dumps({"trait": loaded.trait, "reduction": reduction, "layers": chosen, "cosines": cosines}))
+        say_json({"trait": loaded.trait, "reduction": reduction, "layers": chosen, "cosines": cosines})
         return
     rows = [(str(layer), *map(cosine_text, row)) for layer, row in zip(chosen, matrix, strict=True)]
     print_table("Cosines between layers", ("layer", *map(str, chosen)), rows)
@@ -61,12 +61,12 @@ def pca_command(
 
     Example: `persona-lens vectors pca runs/optimistic runs/impolite runs/sycophantic --layer 18`
     """
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
     from persona_lens.geometry import principal_components
 
     found = principal_components(named_vectors(vectors), layer, reduction, normalised=not raw, centred=not uncentred)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        say_json(found.to_json())
         return
     if components < 1:
         raise PersonaLensError(f"--components must be at least 1, got {components}")
@@ -74,10 +74,7 @@ def pca_command(
     rows = [
         ("share of the variance", *(f"{found.explained[at]:.0%}" for at in shown)),
         ("95% of random ones: below", *(f"{found.random_explained[at]:.0%}" for at in shown)),
-        *(
-            (harmless(name), *(f"{found.coordinates[row, at]:+.2f}" for at in shown))
-            for row, name in enumerate(found.names)
-        ),
+        *((name, *(f"{found.coordinates[row, at]:+.2f}" for at in shown)) for row, name in enumerate(found.names)),
     ]
     print_table(f"Components at layer {layer}", ("", *(f"{at + 1}" for at in shown)), rows)
 
@@ -108,10 +105,10 @@ def agree_command(
     if as_json:
         written = found.to_json()
         picked = {name: [written[name][at] for at in chosen] for name in ("cosines", "lengths")}
-        typer.echo(json.dumps({**written, "layers": chosen, **picked}))
+        say_json({**written, "layers": chosen, **picked})
         return
     for difference in found.differences:
-        typer.echo(f"note: different models: {difference}", err=True)
+        say(f"note: different models: {difference}", err=True)
     print_table(
         f"Agreement (95% of random directions are within {CHANCE * found.null_std:.3f} of 0)",
         ("layer", "cosine", "length of the second / first"),
@@ -141,7 +138,7 @@ def halves_command(
     chosen = options.layer_numbers(layers, len(found.layers))
     if as_json:
         written = found.to_json()
-        typer.echo(json.dumps({**written, "layers": [written["layers"][at] for at in chosen]}))
+        say_json({**written, "layers": [written["layers"][at] for at in chosen]})
         return
     print_table(
         f"{found.questions} questions, {found.splits} splits into halves",

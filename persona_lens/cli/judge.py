@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.errors import PersonaLensError
 
@@ -68,9 +68,9 @@ def sample(
     loaded = load_trait(trait, traits_dir or ()) if trait is not None else None
     responses = read_scored(source, column=column, scores_required=column is not None)
     if all(each.score is None for each in responses):
-        typer.echo(f"note: {source} has no scores to draw by, so all responses are equally likely", err=True)
+        say(f"note: {source} has no scores to draw by, so all responses are equally likely", err=True)
     written = write_blinded(responses, out, n, seed, trait=loaded)
-    typer.echo(f"{written} of {len(responses)} responses: {out}\ninstructions for the raters: {out}.instructions.txt")
+    say(f"{written} of {len(responses)} responses: {out}\ninstructions for the raters: {out}.instructions.txt")
 
 
 @app.command("score")
@@ -118,7 +118,7 @@ def score(
     found = [each.score for each in scored if each.score is not None]
     if scored and not found:
         raise PersonaLensError(f"none of {len(scored):,} responses has a score: {scored[0].reason} ({out})")
-    typer.echo(f"{len(found)} of {len(scored)} responses have a score: {out}")
+    say(f"{len(found)} of {len(scored)} responses have a score: {out}")
 
 
 @app.command("compare")
@@ -179,11 +179,11 @@ def compare(
     if report is not None:
         options.write_report(report, render_agreement(found, __version__))
     if as_json:
-        typer.echo(json.dumps(found.to_json(), allow_nan=False))
+        say_json(found.to_json())
     else:
         _show(found)
     if report is not None:
-        typer.echo(f"report: {report}", err=True)
+        say(f"report: {report}", err=True)
 
 
 def _refuse_judging(judging: judges.JudgeOptions, second: str, trait: str | None) -> None:
@@ -198,13 +198,12 @@ def _name(path: str, column: str | None) -> str:
 
 
 def _show(agreement: Agreement) -> None:
-    from rich.markup import escape
 
     from persona_lens.cli.display import print_table
     from persona_lens.statistics import few
 
     counts, cuts, sides = agreement.counts, agreement.cuts, agreement.sides
-    first, second = map(escape, agreement.names)
+    first, second = agreement.names
     print_table(
         f"First: {first}\nSecond: {second}",
         ("responses", "both", "first only", "second only"),
@@ -234,12 +233,11 @@ def _show(agreement: Agreement) -> None:
 
 
 def _measured(measure: Measure, digits: int) -> str:
-    from rich.markup import escape
 
     def write(value: float) -> str:
         return f"{round(value, digits) + 0.0:.{digits}f}"  # no negative zero
 
     value = "" if measure.value is None else f"{write(measure.value)} "
     if measure.low is None or measure.high is None:
-        return f"{value}({escape(measure.reason or '')})"
+        return f"{value}({measure.reason or ''})"
     return f"{value}[{write(measure.low)}, {write(measure.high)}]"

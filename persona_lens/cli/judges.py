@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from persona_lens.cli.display import say
 from persona_lens.cli.grouping import given_options
 from persona_lens.errors import PersonaLensError
 
@@ -226,7 +227,7 @@ def say_usage(server: CompletionServer, label: str) -> None:
     """Say on standard error what a server was asked and what that cost."""
     spending = server.spending
     cost = f", ${spending.cost:,.4f}" if spending.cost is not None else ""
-    typer.echo(
+    say(
         f"{label}: {spending.used.requests:,} answers and {spending.cached.requests:,} from the cache, "
         f"{spending.used.tokens:,} tokens{cost}",
         err=True,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
 from persona_lens.errors import PersonaLensError
@@ -55,7 +55,7 @@ def lens_command(
     prompts = [chat.encode(None, question) for question in trait.evaluation_questions[:PROMPTS]]
     found = logit_lens(opened, loaded, chosen, prompts, top=top, reduction=reduction)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        say_json(found.to_json())
     else:
         _show_lens(found)
 
@@ -97,22 +97,22 @@ def attribute_command(
     ids = [*chat.encode(system, prompt), *(chat.encode_answer(response) if response else [])]
     found = attribute(opened, loaded, at, ids, reduction=reduction, heads=heads)
     if as_json:
-        typer.echo(json.dumps({"trait": loaded.trait, "reduction": reduction, **found.to_json()}))
+        say_json({"trait": loaded.trait, "reduction": reduction, **found.to_json()})
     else:
         _show_attribution(found, opened, loaded.trait, top)
 
 
 def _show_lens(found: LogitLens) -> None:
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
 
     print_table(
-        f"What the {found.reduction} vectors of {harmless(found.trait)} do to logits (norm held at {found.scale:.3g})",
+        f"What the {found.reduction} vectors of {found.trait} do to logits (norm held at {found.scale:.3g})",
         ("layer", "promoted", "suppressed", "strongest", "random"),
         [
             (
                 str(each.layer),
-                harmless(" ".join(repr(token.text) for token in each.promoted)),
-                harmless(" ".join(repr(token.text) for token in each.suppressed)),
+                " ".join(repr(token.text) for token in each.promoted),
+                " ".join(repr(token.text) for token in each.suppressed),
                 f"{each.promoted[0].shift:+.2f}, {each.suppressed[0].shift:+.2f}",
                 f"±{each.random_most:.2f} (up to {each.random_limit:.2f})",
             )
@@ -122,12 +122,12 @@ def _show_lens(found: LogitLens) -> None:
 
 
 def _show_attribution(found: Attribution, backend: Backend, trait: str, top: int) -> None:
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
 
     token = str(backend.tokenizer.decode([found.ids[-1]]))
     total = float(found.projection[-1])
     print_table(
-        f"Projection of {harmless(repr(token))} on {harmless(trait)} after layer {found.layer}: {total:+.3f}",
+        f"Projection of {token!r} on {trait} after layer {found.layer}: {total:+.3f}",
         ("written by", "projection", "share"),
         [
             (
@@ -141,7 +141,7 @@ def _show_attribution(found: Attribution, backend: Backend, trait: str, top: int
     if found.heads:
         strongest = sorted(found.heads, key=lambda each: -abs(float(each.values[-1])))[:top]
         print_table("Heads", ("head", "projection"), [(str(h), f"{float(h.values[-1]):+.3f}") for h in strongest])
-    typer.echo(
+    say(
         f"all {len(found.parts)} parts sum to it but for {float(found.remainder[-1]):+.2g}, which is rounding in "
         f"{backend.info.dtype}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from persona_lens.addresses import shown
+from persona_lens.characters import in_short
+from persona_lens.cli.display import say, say_json
 from persona_lens.errors import PersonaLensError
 from persona_lens.files import read_bytes, write_text
 
@@ -73,7 +75,7 @@ ChatTemplate = Annotated[
     typer.Option("--chat-template", metavar="FILE", help="A Jinja chat template to use instead.", show_default=False),
 ]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Let the model reason before it answers.")]
-Seed = Annotated[int, typer.Option("--seed", help="Base of all seeds.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Base of all seeds.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Length limit of a response.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 BatchSize = Annotated[
@@ -148,7 +150,7 @@ def open_chat(backend: Backend, template: Path | None, thinking: bool) -> ChatFo
         raise PersonaLensError(f"cannot read the chat template {template}: {error}") from error
     chat = ChatFormat.from_tokenizer(backend.tokenizer, template=text, thinking=thinking)
     for note in chat.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     return chat
 
 
@@ -159,7 +161,7 @@ def open_trait(trait: str, traits_dirs: Sequence[Path]) -> Trait:
     loaded = load_trait(trait, traits_dirs)
     if not is_path(trait):
         for warning in find_traits(traits_dirs).warnings([trait]):
-            typer.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", err=True)
     return loaded
 
 
@@ -219,13 +221,13 @@ def say_plan(work: Sequence[Work]) -> None:
     if planned:
         total = sum(planned[1:], planned[0])
         up, down = total.bytes_up / 1e6, total.bytes_down / 1e6
-        typer.echo(f"plan: {total.requests:,} requests, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
+        say(f"plan: {total.requests:,} requests, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
 
 
 def show_work(work: Sequence[Work], as_json: bool, *, asked: str = "batches") -> None:
     """What a run would ask, as a table or as JSON; ``asked`` is what it is asked in where the model is here."""
     if as_json:
-        typer.echo(json.dumps({"work": [asdict(each) for each in work]}))
+        say_json({"work": [asdict(each) for each in work]})
         return
     from persona_lens.cli.display import print_table
 
@@ -245,7 +247,7 @@ def say_traffic(backend: Backend) -> None:
     if isinstance(backend, RemoteBackend):
         made = backend.traffic
         up, down = made.bytes_up / 1e6, made.bytes_down / 1e6
-        typer.echo(f"server: {made.requests:,} requests, {up:,.2f} MB up, {down:,.2f} MB down", err=True)
+        say(f"server: {made.requests:,} requests, {up:,.2f} MB up, {down:,.2f} MB down", err=True)
 
 
 def _work_row(work: Work, remote: bool, paid: bool) -> tuple[str, ...]:
@@ -275,7 +277,7 @@ def numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise PersonaLensError(
-            f"{option} takes numbers with commas between them, such as 0.5,1,2; got {text!r}"
+            f"{option} takes numbers with commas between them, such as 0.5,1,2; got {in_short(text)!r}"
         ) from None
 
 
@@ -287,15 +289,17 @@ def layer_numbers(text: str, n_layers: int) -> list[int]:
     """
     if text == "all":
         return list(range(n_layers))
-    layers: list[int] = []
+    layers: set[int] = set()
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        found = (
-            range(int(first), int(last or first) + 1) if first.isdecimal() and (last or first).isdecimal() else range(0)
-        )
-        if not found or (dash and not last):
-            raise PersonaLensError(f"--layers takes 18, 12,15,18, 10-20 or all; got {text!r}")
-        layers += found
-    if outside := [layer for layer in layers if layer >= n_layers]:
-        raise PersonaLensError(f"layer {outside[0]} does not exist: the model has layers 0 to {n_layers - 1}")
-    return sorted(set(layers))
+        found = _LAYERS.fullmatch(part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise PersonaLensError(f"--layers takes 18, 12,15,18, 10-20 or all; got {in_short(text)!r}")
+        if last >= n_layers:
+            outside = max(first, n_layers)
+            raise PersonaLensError(f"layer {outside} does not exist: the model has layers 0 to {n_layers - 1}")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+
+_LAYERS = re.compile(r"\s*([0-9]{1,15})(?:-([0-9]{1,15}))?\s*")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from persona_lens.characters import printable
+from persona_lens.cli.display import console, say_json
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -28,12 +29,11 @@ def show_previews(previews: Mapping[str, Preview], as_json: bool) -> None:
     """Previews under their titles, as tables or as JSON."""
     if as_json:
         listed = [{"title": title, **preview.to_json()} for title, preview in previews.items()]
-        typer.echo(json.dumps({"previews": listed}))
+        say_json({"previews": listed})
         return
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    screen = console()
     for title, preview in previews.items():
-        console.print(Text(title, style="italic"))
-        console.print(preview)
+        screen.print(Text(printable(title), style="italic"))
+        screen.print(preview)

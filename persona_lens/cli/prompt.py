@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import AllowOtherModel
 from persona_lens.errors import PersonaLensError
@@ -96,7 +96,7 @@ def prompt_command(
     options.say_traffic(opened)
     if as_json:
         rows = [{"prompt": name, "traits": traits} for name, traits in zip(names, found, strict=True)]
-        typer.echo(json.dumps({"prompts": rows}, ensure_ascii=False))
+        say_json({"prompts": rows})
     else:
         _show(names, found, false_alarm_rate)
 
@@ -218,7 +218,6 @@ def _row(
 
 
 def _show(names: list[str], found: list[list[dict[str, Any]]], rate: float | None) -> None:
-    from rich.markup import escape
 
     from persona_lens.characters import printable
     from persona_lens.cli.display import print_table
@@ -231,8 +230,8 @@ def _show(names: list[str], found: list[list[dict[str, Any]]], rate: float | Non
         (*(("prompt",) if several else ()), "trait", "projection", "probability", *alarms),
         [
             (
-                *((escape(_in_short(printable(" ".join(name.split())))),) if several else ()),
-                escape(f"{row['trait']}@{row['layer']}"),
+                *((_in_short(printable(" ".join(name.split()))),) if several else ()),
+                f"{row['trait']}@{row['layer']}",
                 f"{row['projection']:.3f}",
                 "-" if row["probability"] is None else f"{row['probability']:.2f}",
                 *(() if rate is None else (f"{row['threshold']['value']:.3f}", "ALARM" if row["alarm"] else "")),
@@ -242,7 +241,7 @@ def _show(names: list[str], found: list[list[dict[str, Any]]], rate: float | Non
         ],
     )
     for caveat in dict.fromkeys(row["caveat"] for rows in found for row in rows if row["caveat"]):
-        typer.echo(f"note: {printable(caveat)}", err=True)
+        say(f"note: {printable(caveat)}", err=True)
 
 
 def _in_short(text: str) -> str:

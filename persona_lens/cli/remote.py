@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def status(backend: options.BackendName = "nnsight", as_json: options.AsJson = F
         raise PersonaLensError(f"backend {backend} runs models here only; it has no server")
     found = spec.server()
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        say_json(asdict(found))
     else:
         _show(found)
 
@@ -51,9 +51,9 @@ def _show(found: ServerStatus) -> None:
     from persona_lens.cli.display import print_table
 
     key = "accepted" if found.key else "none; the server wants none"
-    typer.echo(f"{found.host} can be used (key: {key}{f', of {found.account}' if found.account else ''})")
+    say(f"{found.host} can be used (key: {key}{f', of {found.account}' if found.account else ''})")
     if not found.deployments:
-        typer.echo("no model is loaded there at the moment")
+        say("no model is loaded there at the moment")
         return
     rows = [(d.model, d.revision, d.state.lower(), "yes" if d.usable else "no") for d in found.deployments]
     print_table("Models", ("model", "revision", "state", "answers now"), rows)

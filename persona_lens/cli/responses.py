@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 
 if TYPE_CHECKING:
     from persona_lens.completions import CompletionServer
@@ -108,9 +108,9 @@ def responses(
         judges.say_usage(server, "server")
     _say_gaps(made)
     if as_json:
-        typer.echo(json.dumps({"file": str(out), **asdict(made), "cost": server.spending.cost}))
+        say_json({"file": str(out), **asdict(made), "cost": server.spending.cost})
     else:
-        typer.echo(
+        say(
             f"{made.rows:,} responses: {out}\n"
             f"read them:  {_reading(trait, out, questions, traits_dir or ())}\n"
             f"MODEL is the model that the server calls {server_model}: its hub id, or a folder with its weights"
@@ -129,13 +129,13 @@ def _show_plan(server: CompletionServer, requests: Sequence[Request], settings: 
 def _say_gaps(made: Generated) -> None:
     """Say on standard error which responses have no text, and why."""
     if made.refused:
-        typer.echo(
+        say(
             f"note: the server refused {made.refused:,} of {made.rows:,} requests, which count as responses without a "
             f"score; the first: {made.reason}",
             err=True,
         )
     if made.empty:
-        typer.echo(
+        say(
             f"note: {made.empty:,} of {made.rows:,} responses are empty; a model that reasons first needs more "
             "--max-new-tokens",
             err=True,

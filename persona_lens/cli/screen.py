@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.screened import finish
@@ -126,7 +127,7 @@ class DataOptions:
                     subset=self.subset,
                     side=self.side if screened else None,
                 )
-                typer.echo(f"{dataset.name}: rows in the form {dataset.form}", err=True)
+                say(f"{dataset.name}: rows in the form {dataset.form}", err=True)
                 found[place].append(dataset)
         return found[0], found[1]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 
 if TYPE_CHECKING:
     from persona_lens.screening import Screening
@@ -21,26 +19,26 @@ def finish(found: Screening, folder: Path, as_json: bool) -> None:
 
     options.write_report(folder / options.REPORT, render_screening(found.summary, __version__))
     if found.rows:
-        typer.echo(
+        say(
             f"{found.rows:,} rows, {found.tokens:,} tokens in {found.seconds:,.1f} s: "
             f"{found.rows / found.seconds:,.1f} rows and {found.tokens / found.seconds:,.0f} tokens a second",
             err=True,
         )
     for dataset in found.summary["datasets"]:
         if dataset["rejected"]:
-            typer.echo(
+            say(
                 f"{dataset['name']}: {dataset['rejected']:,} of {dataset['rows']:,} rows could not be read; "
                 f"{folder / 'rejects.jsonl'} says which",
                 err=True,
             )
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), **found.summary}, ensure_ascii=False))
+        say_json({"folder": str(folder), **found.summary})
     else:
         _show(found.summary, folder)
 
 
 def _show(summary: Any, folder: Path) -> None:
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
 
     for gauge in summary["gauges"]:
         known = [each["means"][gauge] for each in summary["datasets"] if each["means"]]
@@ -50,7 +48,7 @@ def _show(summary: Any, folder: Path) -> None:
             ("dataset", "rows", "raw", against.replace("_", " "), "flagged"),
             [
                 (
-                    harmless(name),
+                    name,
                     f"{each['rows'] - each['rejected']:,}",
                     *(_interval(each["means"][gauge][quantity]) for quantity in ("raw", against)),
                     f"{each['flagged'][gauge]:,}" if each.get("flagged") else "-",
@@ -61,8 +59,8 @@ def _show(summary: Any, folder: Path) -> None:
             ],
         )
     for line in conclusions(summary):
-        typer.echo(line)
-    typer.echo(f"report: {folder / options.REPORT}")
+        say(line)
+    say(f"report: {folder / options.REPORT}")
 
 
 def conclusions(summary: Any) -> list[str]:

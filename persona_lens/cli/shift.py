@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import Vectors
 from persona_lens.errors import PersonaLensError
@@ -106,7 +106,7 @@ def shift_command(
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps(found.summary))
+        say_json(found.summary)
     else:
         _show(dict(found.summary))
 
@@ -148,7 +148,7 @@ def _show(summary: dict[str, Any]) -> None:
         if found["correlations"] and (r := found["correlations"][place])["value"] is not None:
             interval = "" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]"
             over = few(r["n"], "model") or f"{r['n']} models"
-            typer.echo(f"{trait}: correlation of shift and change over {over}: {r['value']:.2f}{interval}")
+            say(f"{trait}: correlation of shift and change over {over}: {r['value']:.2f}{interval}")
 
 
 def _largest(shifts: list[dict[str, float]]) -> int:

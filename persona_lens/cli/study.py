@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
 from persona_lens.errors import PersonaLensError
@@ -136,7 +136,7 @@ def study_command(
     options.say_traffic(opened)
     options.write_report(folder / options.REPORT, render_study(found.summary, __version__))
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), **found.summary}))
+        say_json({"folder": str(folder), **found.summary})
     else:
         _show(found, folder)
 
@@ -173,10 +173,10 @@ def _show(found: Study, folder: Path) -> None:
             ("layer", "Pearson", "Spearman", "within conditions", "random directions"),
             [_layer_row(row) for row in _shown_layers(group["layers"], {summary["layer"], summary["tuned_layer"]})],
         )
-    typer.echo(title(summary))
+    say(title(summary))
     for line in conclusions(summary):
-        typer.echo(line)
-    typer.echo(f"report: {folder / options.REPORT}")
+        say(line)
+    say(f"report: {folder / options.REPORT}")
 
 
 def conclusions(summary: dict[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.previews import PreviewOption, check_one_look_ahead, show_previews
 
@@ -148,7 +148,7 @@ def _show(rows: list[SweepRow], layers: tuple[int, ...], with_null: bool, as_jso
             {"layer": layer, "direction": kind, "points": [point.to_json() for point in points]}
             for (layer, kind), points in curves.items()
         ]
-        typer.echo(json.dumps({"curves": listed, "effects": [e.to_json() for e in effects]}))
+        say_json({"curves": listed, "effects": [e.to_json() for e in effects]})
         return
     measured = "surprise" if curves[layers[0], "vector"][0].surprise else "coherence"
     meaning = {"surprise": "surprise under the unsteered model (nats a token)", "coherence": "coherence (0 to 100)"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli.authoring import AuthorModel, Order, Place, author_trait, import_trait, show_plan, write_new
+from persona_lens.cli.display import console, say, say_json
 from persona_lens.cli.grouping import given_options, grouped
 from persona_lens.errors import PersonaLensError
 
@@ -80,7 +80,7 @@ def list_traits(traits_dir: TraitsDirs = None, as_json: AsJson = False) -> None:
     _print_table(("name", "contrast", "from"), rows)
     for _, _, error in loaded:
         if error:
-            typer.echo(f"error: {error}", err=True)
+            say(f"error: {error}", err=True)
     _warn(catalogue)
 
 
@@ -95,7 +95,7 @@ def show(trait: OneTrait, traits_dir: TraitsDirs = None, as_json: AsJson = False
     if as_json:
         _print_json({"path": file.path, "content_hash": content.content_hash(), **content.model_dump(mode="json")})
     else:
-        typer.echo(_page(content, file))
+        say(_page(content, file))
 
 
 @app.command("path")
@@ -104,7 +104,7 @@ def path(trait: OneTrait, traits_dir: TraitsDirs = None) -> None:
 
     Example: `cp "$(persona-lens traits path optimistic)" my-traits/`
     """
-    typer.echo(_resolve(trait, traits_dir).path)
+    say(_resolve(trait, traits_dir).path)
 
 
 @app.command("check")
@@ -144,7 +144,7 @@ def check(
         _print_json({"ok": not failed, "traits": [_reported(report) for report in reports]})
     else:
         for report in reports:
-            typer.echo("\n".join([_verdict(report), *(f"  {p.severity}: {p}" for p in report.problems)]))
+            say("\n".join([_verdict(report), *(f"  {p.severity}: {p}" for p in report.problems)]))
     if failed:
         raise typer.Exit(1)
 
@@ -158,7 +158,9 @@ def new(
     description: Annotated[str, typer.Option("--description", help="What the trait is.", show_default=False)] = "",
     folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The folder to write to.")] = Path("traits"),
     author_model: AuthorModel = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the author model.", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**62, help="Of the author model.", show_default="0")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="Of the author model; 0 is greedy.", show_default="0.8")
     ] = None,
@@ -193,12 +195,12 @@ def new(
     existing = [file for file in find_traits().files if file.name == name]
     write_new(target, text)
     for file in existing:
-        typer.echo(f"note: there is a trait {name} already, {file.path} ({file.source.kind})", err=True)
+        say(f"note: there is a trait {name} already, {file.path} ({file.source.kind})", err=True)
     if as_json:
         _print_json({"path": str(target)})
         return
     option = "" if _is_searched(folder) else f" --traits-dir {folder}"
-    typer.echo(
+    say(
         f"Wrote {target}\n"
         "Next:\n"
         '  1. Replace every text that says "TODO:".\n'
@@ -325,25 +327,24 @@ def _page(trait: Trait, file: TraitFile) -> str:
 
 def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     if sys.stdout.isatty():
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
         table = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))  # Text: a folder called [x] is no markup
-        Console().print(table)
+        console().print(table)
         return
     # Into a file or a pipe: whole lines whatever the width, and nothing but text.
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    say_json(data, indent=2)
 
 
 def _warn(catalogue: Catalogue, names: Sequence[str] | None = None) -> None:
     for warning in catalogue.warnings(names):
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)

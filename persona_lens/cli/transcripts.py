@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import console, say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.errors import PersonaLensError
@@ -69,7 +70,7 @@ def transcript_command(
         if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
             raise PersonaLensError(f"{path} is already there; name another, or remove it")
     file = open_transcripts(transcripts, form)
-    typer.echo(f"{transcripts}: conversations in the form {file.form}", err=True)
+    say(f"{transcripts}: conversations in the form {file.form}", err=True)
     loaded = [load_vectors(path) for path in vectors]
     chosen = options.layer_numbers(layers, loaded[0].model.n_layers) if layers else None
     panel = Panel.of(loaded, chosen)
@@ -92,7 +93,7 @@ def transcript_command(
                 name = f"conversation-{found.transcript.line:06d}.html"
                 write_text(html / name, found.heatmap(opened.tokenizer).html())
             _show(found, opened.tokenizer if show else None, as_json)
-    typer.echo(f"{good} conversations read, {bad} not", err=True)
+    say(f"{good} conversations read, {bad} not", err=True)
     if not good:
         raise PersonaLensError(f"no conversation of {transcripts} could be read")
 
@@ -109,17 +110,17 @@ def _first(file: Any, limit: int | None) -> Iterator[Any]:
 
 
 def _report(bad: BadTranscript) -> None:
-    typer.echo(f"not read: {bad.problem}", err=True)
+    say(f"not read: {bad.problem}", err=True)
 
 
 def _show(found: ScoredTranscript, tokenizer: Any, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
+        say_json(found.to_json())
         return
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
 
     print_table(
-        f"Conversation {harmless(found.transcript.id)}: projections of the assistant's turns",
+        f"Conversation {found.transcript.id}: projections of the assistant's turns",
         ("turn", "trait", "layer", "tokens", "before it", "mean", "highest"),
         [
             (
@@ -133,6 +134,4 @@ def _show(found: ScoredTranscript, tokenizer: Any, as_json: bool) -> None:
         ],
     )
     if tokenizer is not None:
-        from rich.console import Console
-
-        Console().print(found.heatmap(tokenizer))
+        console().print(found.heatmap(tokenizer))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli import judges, options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import PositionsOption, ReductionOption, Vectors
 
@@ -116,7 +116,7 @@ def tune_command(
     options.write_report(folder / options.REPORT, render_tuning(found.summary))
     options.say_traffic(opened)
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), **found.summary}))
+        say_json({"folder": str(folder), **found.summary})
         return
     _show(found, folder)
 
@@ -149,13 +149,13 @@ def _show(found: Tuning, folder: Path) -> None:
         ],
     )
     for warning in found.summary["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"chosen: {found.steering}")
-    typer.echo(verdict(found.summary).title)
+        say(f"warning: {warning}", err=True)
+    say(f"chosen: {found.steering}")
+    say(verdict(found.summary).title)
     if found.confirmed is not None:
         random = found.confirmed.random
         beside = f", random directions {interval_text(random)}" if random else ""
         change = interval_text(found.confirmed.change)
-        typer.echo(f"on the other {found.summary['confirm_questions']} questions: {change}{beside}")
-    typer.echo(f"vectors with the choice stored: {folder / 'vectors.safetensors'}")
-    typer.echo(f"report: {folder / options.REPORT}")
+        say(f"on the other {found.summary['confirm_questions']} questions: {change}{beside}")
+    say(f"vectors with the choice stored: {folder / 'vectors.safetensors'}")
+    say(f"report: {folder / options.REPORT}")

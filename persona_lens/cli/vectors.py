@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import options
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.exchange import export_command, import_command, pull_command, push_command
 from persona_lens.cli.geometry import (
@@ -58,11 +58,11 @@ def show(vectors: Vectors, as_json: options.AsJson = False) -> None:
     loaded = load_vectors(vectors)
     found = _content(loaded)
     if as_json:
-        typer.echo(json.dumps(found))
+        say_json(found)
         return
-    typer.echo(printable(loaded.trait))
+    say(printable(loaded.trait))
     for name, value in _facts(found).items():
-        typer.echo(f"  {name + ':':<12}{printable(value)}")
+        say(f"  {name + ':':<12}{printable(value)}")
     norms: Mapping[str, list[float]] = found["norms"]
     print_table(
         "Length at each layer, residual-stream units",
@@ -98,7 +98,7 @@ def cosines_command(
     chosen = options.layer_numbers(layers, len(found.values))
     if as_json:
         written = found.to_json()
-        typer.echo(json.dumps({**written, "layers": chosen, "cosines": [written["cosines"][at] for at in chosen]}))
+        say_json({**written, "layers": chosen, "cosines": [written["cosines"][at] for at in chosen]})
     elif len(chosen) == 1:
         _show_matrix(found, chosen[0])
     else:
@@ -106,9 +106,9 @@ def cosines_command(
 
 
 def _show_matrix(found: Cosines, layer: int) -> None:
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
 
-    names = [harmless(name) for name in found.names]
+    names = list(found.names)
     print_table(
         f"Cosines at layer {layer} ({_chance(found)})",
         ("", *names),
@@ -120,20 +120,20 @@ def _show_pairs(found: Cosines, layers: list[int]) -> None:
     """Of each pair the extremes and the mean; all numbers are in the JSON, and a layer's in its matrix."""
     from itertools import combinations
 
-    from persona_lens.cli.display import harmless, print_table
+    from persona_lens.cli.display import print_table
     from persona_lens.geometry import CHANCE
 
     rows = []
     for (i, one), (j, other) in combinations(enumerate(found.names), 2):
         values = {layer: value for layer in layers if (value := float(found.values[layer, i, j])) == value}
         if not values:
-            rows.append((harmless(f"{one}, {other}"), *["-"] * 4))
+            rows.append((f"{one}, {other}", *["-"] * 4))
             continue
         low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
         beyond = sum(abs(value) > CHANCE * found.null_std for value in values.values())
         rows.append(
             (
-                harmless(f"{one}, {other}"),
+                f"{one}, {other}",
                 cosine_text(sum(values.values()) / len(values)),
                 f"{cosine_text(values[low])} at {low}",
                 f"{cosine_text(values[high])} at {high}",

@@ -32,7 +32,7 @@ class CompletionCache:
         """The answer of that key, or None if there is none; a damaged file counts as none."""
         try:
             return Completion.from_json(json.loads(self._file(key).read_bytes()))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
         except OSError as error:
             raise PersonaLensError(f"cannot read the cache of answers in {self.folder}: {error}") from error

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from persona_lens.backend import ModelInfo
+from persona_lens.characters import in_short
 from persona_lens.exchange.errors import ExchangeError
 from persona_lens.exchange.form import (
     HEADER,
@@ -44,6 +46,7 @@ from persona_lens.exchange.form import (
 from persona_lens.vectors import PersonaVectors
 
 MAX_TEXT = 2**24  # characters of the header
+MOST_PACKED = 50  # times that anything like vectors shrinks
 EPOCH = (1980, 1, 1, 0, 0, 0)
 Stream = Any
 """A file opened for reading bytes, or one in a zip archive; they have no class in common that type checkers know."""
@@ -58,6 +61,7 @@ def _read_npy(file: Path, content: Any, stated: Stated) -> Imported:
 def _read_npz(file: Path, content: Any, stated: Stated) -> Imported:
     try:
         with zipfile.ZipFile(file) as archive:
+            _check_entries(file, archive)
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             tables = [name for name in names if name in REDUCTIONS] or [name for name in names if name != HEADER]
             if stated.reduction is not None and stated.reduction in tables:
@@ -76,11 +80,21 @@ def _read_npz(file: Path, content: Any, stated: Stated) -> Imported:
                 with archive.open(f"{name}.npy") as stream:
                     array = _array(file, stream, f"the array {name!r}", model)
                 rows[name if name in REDUCTIONS else reduction_of(stated)] = _table(array)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ExchangeError(f"{file} is damaged: {error}") from error
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, KeyError, ValueError, zlib.error) as error:
+        raise ExchangeError(f"{file} is damaged: {in_short(str(error), 200)}") from error
     except OSError as error:
         raise ExchangeError(f"{file} cannot be read: {error}") from error
     return assemble(file, NPZ.name, rows, stated, header=header)
+
+
+def _check_entries(file: Path, archive: zipfile.ZipFile) -> None:
+    """Raise for what unpacks to far more than it is, or would take memory for other reasons."""
+    entries = archive.infolist()
+    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+        raise ExchangeError(f"{file} is packed in a way that NumPy does not pack; it was not opened")
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > MOST_PACKED * file.stat().st_size:
+        raise ExchangeError(f"{file} claims to unpack to {unpacked:,} bytes, far more than its size; it was not opened")
 
 
 def _header(file: Path, stream: Stream, what: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -110,10 +124,19 @@ def _array(file: Path, stream: Stream, what: str, model: ModelInfo) -> NDArray[A
             f"{what} in {file} is {list(shape)}, and {model.model} has {model.n_layers} layers of {model.d_model}: it "
             "belongs to another model"
         )
+    begin = stream.tell()
+    if stream.seek(0, io.SEEK_END) - begin < kind.itemsize * shape[0] * shape[1]:
+        raise ExchangeError(
+            f"{what} in {file} announces {list(shape)} numbers and has fewer: it is damaged or cut short"
+        )
     stream.seek(start)
     with suppress(ValueError):
         return np.lib.format.read_array(stream, allow_pickle=False)
-    raise ExchangeError(f"{what} in {file} announces {list(shape)} numbers and has fewer: it is damaged or cut short")
+    raise ExchangeError(_cut_short(file, what, shape))
+
+
+def _cut_short(file: Path, what: str, shape: tuple[int, ...]) -> str:
+    return f"{what} in {file} announces {list(shape)} numbers and has fewer: it is damaged or cut short"
 
 
 def _text(file: Path, stream: Stream) -> str:

@@ -85,6 +85,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _described(given: Mapping[str, Any]) -> str:
     description = _mapping(given.get("trait")).get("description")
     return description if isinstance(description, str) else ""
@@ -102,7 +106,7 @@ def _tuned(vectors: PersonaVectors) -> dict[str, Any] | None:
         "questions": found.get("confirm_questions", "some"),
         "change": _estimate(confirmed.get("change")),
         "random": _estimate(confirmed.get("random")) or "an amount that was not measured",
-        "warnings": [warning for warning in found.get("warnings") or [] if isinstance(warning, str)],
+        "warnings": [each for each in _listed(found.get("warnings")) if isinstance(each, str)],
     }
 
 

@@ -13,8 +13,9 @@ from persona_lens.exchange.errors import ExchangeError
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by the type of a value
 STRING, ARRAY = 8, 9
-MAX_FILE = 2**31
+MAX_FILE = 2**28
 MAX_ENTRIES = 4096
+MAX_VALUES = 2**18  # of all arrays together
 MAX_DIMENSIONS = 4
 
 
@@ -23,6 +24,7 @@ class _Walk:
 
     def __init__(self, file: Path, content: bytes) -> None:
         self.file, self.content, self.at = file, content, 4
+        self.values = 0
 
     def skip(self, size: int) -> None:
         if size > len(self.content) - self.at:
@@ -44,6 +46,9 @@ class _Walk:
         return found
 
     def value(self, kind: int) -> None:
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise ExchangeError(f"{self.file} has over {MAX_VALUES:,} values; a control vector has a few")
         if kind == STRING:
             self.skip(self.number(8))
         elif kind in SIZES:

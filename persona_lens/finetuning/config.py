@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from persona_lens.characters import shown
+from persona_lens.documents import DocumentError, read_yaml
 from persona_lens.finetuning.errors import FinetuningError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -156,11 +158,9 @@ def read_config(path: Path | str) -> dict[str, Any]:
         FinetuningError: If there is no such file, or it is not YAML with fields.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise FinetuningError(f"the configuration {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise FinetuningError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        found = read_yaml(path)
+    except DocumentError as error:
+        raise FinetuningError(f"the configuration {error}") from error
     if not isinstance(found, dict | None):
         raise FinetuningError(f"{path} must hold fields such as learning_rate: 1.0e-5, but is a {type(found).__name__}")
     return found or {}
@@ -188,7 +188,7 @@ def _problem(error: Any) -> str:
         inside: Any = {"lora": LoraSettings, "watch": WatchSettings}.get(where.partition(".")[0], FinetuneConfig)
         return f"there is no field {where}; there are {', '.join(inside.model_fields)}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}, got {error['input']!r}" if where and "input" in error else message
+    return f"{where}: {message}, got {shown(error['input'])}" if where and "input" in error else message
 
 
 def documented(config: FinetuneConfig | None = None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from persona_lens.backend import ModelInfo, wrap_model
 from persona_lens.backend.sinks import depend_on_sinks, sink_limits
+from persona_lens.documents import read_json
 from persona_lens.finetuning.config import FinetuneConfig
 from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.finetuning.examples import (
@@ -214,7 +215,7 @@ class _Training:
                 return
             (part / "README.md").unlink(missing_ok=True)  # a card to be filled in
             file = part / "adapter_config.json"
-            adapter = json.loads(file.read_text(encoding="utf-8"))
+            adapter = read_json(file)
             adapter["target_modules"] = sorted(adapter["target_modules"])  # a set, in another order each time
             source = self.loaded.source
             adapter["base_model_name_or_path"] = source.location if source.kind == "folder" else source.id

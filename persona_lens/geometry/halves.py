@@ -6,7 +6,6 @@ half. Two halves that share nothing but the trait agree as far as the vector is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from persona_lens.documents import DocumentError, parse_json
 from persona_lens.geometry.cosines import GeometryError
 from persona_lens.rollouts import ACTIVATIONS, ROLLOUTS
 from persona_lens.runs import RunError
@@ -224,10 +224,10 @@ def _check(run: Path, vectors: PersonaVectors, reduction: str, sums: Array, coun
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     try:
-        found = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        found = [parse_json(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except FileNotFoundError:
         raise GeometryError(f"{file} is missing; give the run folder of a finished extraction") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DocumentError) as error:
         raise GeometryError(f"{file} is damaged: {error}") from error
     if not found or not all(isinstance(row, dict) for row in found):
         raise GeometryError(f"{file} is damaged: every line is to be an object")
@@ -239,7 +239,7 @@ def _place(run: Path, row: Mapping[str, Any]) -> tuple[int, int, int, int]:
     try:
         question, pair, sample, arm = (row[name] for name in LABELS)
         return int(question), int(pair), int(sample), list(Arm).index(Arm(arm))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise GeometryError(f"a row of {run / ROLLOUTS} does not say what it answers ({error!r})") from error
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_lens.documents import DocumentError, read_json
 from persona_lens.errors import first_line
 from persona_lens.models.errors import ModelError
 
@@ -30,9 +30,9 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     """
     file = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
+        config = read_json(file)
+    except DocumentError as error:
+        raise ModelError(str(error)) from error
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     revision = config.get("revision") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base.strip() or not isinstance(revision, str | None):

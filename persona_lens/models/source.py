@@ -220,7 +220,7 @@ def _spans(header: bytes, file: Path) -> list[tuple[int, int]]:
         tensors: dict[str, Any] = json.loads(header)
         offsets = [entry["data_offsets"] for name, entry in tensors.items() if name != "__metadata__"]
         return sorted((int(start), int(end)) for start, end in offsets)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(_damaged(file)) from error
 
 

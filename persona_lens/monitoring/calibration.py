@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from persona_lens.characters import in_short
 from persona_lens.monitoring.curves import (
     Counts,
     Curve,
@@ -332,5 +333,7 @@ def monitor_calibration(vectors: PersonaVectors, layer: int | None = None) -> Mo
             tuple(bins),
             entry.get("verdict"),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MonitoringError(f"the calibration stored with {vectors.trait!r} is damaged: {error!r}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise MonitoringError(
+            f"the calibration stored with {vectors.trait!r} is damaged: {in_short(repr(error), 200)}"
+        ) from error

@@ -260,9 +260,16 @@ def plan_study(trait: Trait, settings: StudySettings, conditions: Sequence[Condi
 
 def rollouts_of(vectors: PersonaVectors) -> RolloutSettings:
     """How responses were made when the vectors were extracted, as far as that is stored with them."""
-    stored = vectors.provenance.get("settings", {}).get("rollouts", {})
+    stored = vectors.stored("settings").get("rollouts")
+    if not isinstance(stored, Mapping):
+        return RolloutSettings()
     given = {name: stored[name] for name in ("max_new_tokens", "temperature", "top_p") if name in stored}
-    return RolloutSettings(**given)
+    try:
+        return RolloutSettings(**given)
+    except (TypeError, ValueError) as error:
+        raise MonitoringError(
+            f"the settings that the vectors of {vectors.trait!r} carry are damaged: {error}"
+        ) from error
 
 
 def _trait(vectors: PersonaVectors, trait: str | Trait | None) -> Trait:

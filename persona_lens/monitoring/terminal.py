@@ -39,7 +39,7 @@ def render(heatmap: TokenHeatmap, console: Console) -> Iterator[RenderableType]:
         grid.add_column(ratio=1, overflow="fold")
         for strip in heatmap.strips_of(trait):
             tokens = _coloured(heatmap, strip, scale) if coloured else _numbered(heatmap, strip, scale)
-            grid.add_row(strip.label, tokens)
+            grid.add_row(Text(printable(strip.label)), tokens)
         yield grid
     notes = [
         "without colour: no value" if heatmap.has_gaps and coloured else "",

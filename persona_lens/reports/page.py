@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from persona_lens.characters import isolated, printable
 from persona_lens.reports import wording
 from persona_lens.statistics import few
 
+LONGEST = 50_000  # characters of one text; the files of a run have the whole
+
 
 def environment() -> Environment:
-    """Autoescaping, strict about missing values, and printing no control characters."""
+    """Autoescaping, strict about missing values; prints no control characters, and isolates what runs to the left."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -39,10 +42,20 @@ def environment() -> Environment:
         wording.signed,
     ):
         env.filters[function.__name__] = function
+    env.filters["text"] = _text
     return env
 
 
 def _finalize(value: Any) -> Any:
     if value is None:
         return wording.NONE
-    return wording.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return isolated(_shown(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _text(value: str) -> Markup:
+    """A text that is an element's only content: the element (``dir="auto"``) isolates it, and takes its direction."""
+    return escape(_shown(value))
+
+
+def _shown(value: str) -> str:
+    return printable(value if len(value) <= LONGEST else f"{value[:LONGEST]} […]")

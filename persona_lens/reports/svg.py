@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
+
+from persona_lens.characters import isolated, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +68,7 @@ _SETTINGS: dict[Any, Any] = {
     "ytick.labelsize": 13,
     "ytick.major.size": 0,
 }
+MAX_LABEL = 200  # characters
 _UNIQUE = re.compile(r"#(\w+)")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 _FAMILY = re.compile(r"font-family: [^;]*;? ?")
@@ -92,8 +97,11 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     """
     written = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(written, format="svg", transparent=True, metadata=nothing)
-    root = ElementTree.fromstring(written.getvalue())
+    _shorten(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font has others
+        figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+    root = ElementTree.fromstring(printable(written.getvalue()))  # XML knows no control characters
     _localise(root, name)
     for unwanted in [e for e in root if e.tag == "metadata" or e.find("style") is not None]:
         root.remove(unwanted)
@@ -104,10 +112,35 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     )
     for position, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        element.text = text
+        element.text = isolated(printable(text))
         root.insert(position, element)
     # ElementTree has escaped every text and attribute.
     return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _shorten(figure: Figure) -> None:
+    """Cut labels that no figure has room for, and make them such as fonts can measure."""
+    from matplotlib.ticker import FixedFormatter, FuncFormatter
+
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formatter: Any = axis.get_major_formatter()
+            if isinstance(formatter, FixedFormatter):
+                formatter.seq = [_label(str(label)) for label in formatter.seq]
+            elif isinstance(formatter, FuncFormatter):  # which has the labels that were set with their places
+                formatter.func = partial(_labelled, formatter.func)
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
+        found: Any = text
+        found.set_text(_label(found.get_text()))
+
+
+def _labelled(label: Callable[[Any, Any], str], value: Any, place: Any = None) -> str:
+    return _label(str(label(value, place)))
+
+
+def _label(text: str) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= MAX_LABEL else f"{shown[: MAX_LABEL - 1]}…"
 
 
 def _localise(root: ElementTree.Element, name: str) -> None:
@@ -116,8 +149,7 @@ def _localise(root: ElementTree.Element, name: str) -> None:
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.tail = None
-        if element.tag != "text":
-            element.text = None
+        element.text = isolated(element.text or "") if element.tag == "text" else None
         attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
         if attributes.get("id") not in used:
             attributes.pop("id", None)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+from persona_lens.characters import shown
 from persona_lens.judging import Judgement, Score
 from persona_lens.responses.errors import ResponsesError
 from persona_lens.traits import Arm
@@ -54,7 +55,7 @@ class GivenResponse:
         return f"{self.file}:{self.line}"
 
 
-Ids = tuple[Annotated[int, Strict(), Field(ge=0)], ...]
+Ids = tuple[Annotated[int, Strict(), Field(ge=0, lt=2**31)], ...]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -139,8 +140,7 @@ def _value(name: str, value: Any) -> Any:
 def _first(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"]))
-    given = repr(first["input"])
-    return f"{where}: {first['msg']}; got {given if len(given) <= 80 else given[:79] + '…'}"
+    return f"{where}: {first['msg']}; got {shown(first['input'])}"
 
 
 def _check_columns(found: _Row, row: Mapping[str, Any], place: str) -> None:

@@ -153,7 +153,7 @@ def forecasts_of(vectors: PersonaVectors) -> tuple[ShiftForecast, ...]:
     stored = vectors.provenance.get(KEY, [])
     try:
         return tuple(_of_json(each) for each in stored)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ScreeningError(
             f"the forecasts that the vectors of {vectors.trait!r} carry are damaged: {error}"
         ) from error
@@ -161,4 +161,11 @@ def forecasts_of(vectors: PersonaVectors) -> tuple[ShiftForecast, ...]:
 
 def _of_json(given: Mapping[str, Any]) -> ShiftForecast:
     Quantity(given["quantity"])
-    return ShiftForecast(**given)
+    found = ShiftForecast(**given)
+    for name, value in given.items():
+        kinds = (
+            (str,) if name in ("trait", "quantity", "source") else (int,) if name in ("layer", "n") else (int, float)
+        )
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}")
+    return found

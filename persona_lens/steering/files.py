@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from persona_lens.artifacts import header_text, read_artifact, save_tensors, write_once
 from persona_lens.backend import ModelInfo
+from persona_lens.characters import in_short
+from persona_lens.documents import DocumentError, read_yaml
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.vectors import PersonaVectors, load_vectors
 
@@ -88,24 +89,29 @@ def _load_safetensors(file: Path) -> Steering:
     try:
         headers = found.header["vectors"].items()
         vectors = {name: _vectors(name, header, found.tensors) for name, header in headers}
-        return Steering.parse(found.header["steering"], vectors)
+        text = found.header["steering"]
+        if not isinstance(text, str):
+            raise TypeError("steering is a text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SteeringError(f"the header of {file} is damaged: {error!r}") from error
+        raise SteeringError(f"the header of {file} is damaged: {in_short(repr(error), 200)}") from error
+    return Steering.parse(text, vectors)
 
 
 def _vectors(name: str, found: dict[str, Any], tensors: Mapping[str, Any]) -> PersonaVectors:
     own = {key.partition("/")[2]: value for key, value in tensors.items() if key.partition("/")[0] == name}
-    return PersonaVectors(found["trait"], ModelInfo(**found["model"]), own, found["provenance"])
+    if not isinstance(found["trait"], str) or not isinstance(found["provenance"], dict):
+        raise TypeError("trait is a text and provenance a mapping")
+    return PersonaVectors(found["trait"], ModelInfo.from_json(found["model"]), own, found["provenance"])
 
 
 def _load_yaml(file: Path, vectors: Mapping[str, PersonaVectors]) -> Steering:
     try:
-        document = SteeringDocument.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SteeringError(f"{file} cannot be read as YAML: {error}") from error
+        document = SteeringDocument.model_validate(read_yaml(file))
+    except DocumentError as error:
+        raise SteeringError(str(error)) from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the document"
+        place = in_short(".".join(map(str, first["loc"]))) or "the document"
         raise SteeringError(
             f"{file}: {place}: {first['msg']}; a steering has format_version: 1, edits: [optimistic@18:+1.5] and, "
             "where they are not given beside it, vectors: {optimistic: FOLDER}"

@@ -10,6 +10,7 @@ from lark import Lark, Token, Transformer, UnexpectedInput, UnexpectedToken, v_a
 from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, VisitError
 
 from persona_lens.backend import Operation, Positions, Schedule, Span
+from persona_lens.characters import printable
 from persona_lens.errors import PersonaLensError
 from persona_lens.steering.terms import Layers, Term, When
 
@@ -23,6 +24,11 @@ WORDS = {
     "SIDE": "> or <",
     "$END": "the end",
 }
+
+
+MAX_CHARACTERS = 2**14
+MAX_DIGITS = 9  # of a layer or a token's index
+SHOWN = 100  # characters on both sides of a mistake
 
 
 class NotationError(PersonaLensError):
@@ -48,6 +54,8 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     Raises:
         NotationError: With the text, a mark under the character, and what was expected there.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise NotationError(f"a steering has at most {MAX_CHARACTERS:,} characters, this has {len(text):,}")
     try:
         tree = _grammar().parse(text)
         terms: tuple[Term, ...] = _Reader().transform(tree)
@@ -56,8 +64,8 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     except VisitError as error:
         if not isinstance(error.orig_exc, PersonaLensError):
             raise
-        meta = getattr(error.obj, "meta", None)
-        raise NotationError(_pointing(text, getattr(meta, "start_pos", 0), str(error.orig_exc))) from None
+        found = getattr(error.obj, "meta", error.obj)  # of a rule; a token has its place itself
+        raise NotationError(_pointing(text, getattr(found, "start_pos", None) or 0, str(error.orig_exc))) from None
     return terms
 
 
@@ -85,8 +93,11 @@ def _expected(error: UnexpectedInput) -> str:
 
 
 def _pointing(text: str, place: int, message: str) -> str:
-    shown = text.replace("\n", " ").replace("\t", " ")
-    return f"the steering cannot be read:\n  {shown}\n  {' ' * place}^ {message}"
+    begin = max(0, place - SHOWN) if len(text) > 2 * SHOWN else 0
+    before, behind = (
+        printable(part.replace("\n", " ").replace("\t", " ")) for part in (text[begin:place], text[place:][: 2 * SHOWN])
+    )
+    return f"the steering cannot be read:\n  {before}{behind}\n  {' ' * len(before)}^ {message}"
 
 
 @v_args(inline=True)
@@ -96,7 +107,13 @@ class _Reader(Transformer[Token, Any]):
     NAME = str
     KIND = Positions
     SIDE = str
-    INT = BOUND = int
+
+    def INT(self, token: Token) -> int:  # noqa: N802 - the grammar's name
+        if len(token) > MAX_DIGITS:
+            raise NotationError(f"a number of layers or tokens has at most {MAX_DIGITS} digits")
+        return int(token)
+
+    BOUND = INT
 
     def NUMBER(self, token: Token) -> float:  # noqa: N802 - the grammar's name
         return float(token)

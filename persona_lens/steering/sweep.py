@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from persona_lens.backend import Backend, Edit, Positions
+from persona_lens.characters import shown
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
 from persona_lens.judging.calibration import Calibration
@@ -263,7 +264,7 @@ def trait_of(vectors: PersonaVectors) -> Trait:
     Raises:
         SteeringError: If none is, or it is damaged.
     """
-    stored = dict(vectors.provenance.get("trait", {}))
+    stored = dict(vectors.stored("trait"))
     stored.pop("content_hash", None)
     if not stored:
         raise SteeringError("these vectors carry no trait; name it with trait=... (--trait)")
@@ -282,16 +283,19 @@ def calibration_of(vectors: PersonaVectors) -> Calibration:
     Raises:
         SteeringError: If none is, or it is damaged.
     """
-    stored = vectors.provenance.get("judge", {}).get("calibration")
+    stored = vectors.stored("judge").get("calibration")
     if not stored:
         raise SteeringError(
             "these vectors carry no calibration of the likelihood judge, so responses cannot be scored by it; name "
             "another judge (--judge), or extract with the likelihood judge"
         )
     try:
-        return Calibration(float(stored["slope"]), float(stored["intercept"]))
-    except (KeyError, TypeError, ValueError):
+        slope, intercept = float(stored["slope"]), float(stored["intercept"])
+        if not (isfinite(slope) and isfinite(intercept)):
+            raise ValueError("not finite")
+        return Calibration(slope, intercept)
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise SteeringError(
-            f"the calibration that the vectors of {vectors.trait!r} carry is damaged: {stored!r}; extract them again, "
-            "or name another judge (--judge)"
+            f"the calibration that the vectors of {vectors.trait!r} carry is damaged: {shown(stored)}; extract them "
+            "again, or name another judge (--judge)"
         ) from None

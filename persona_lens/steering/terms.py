@@ -19,10 +19,11 @@ class Layers:
     ranges: tuple[tuple[int, int], ...] = ()
 
     def of(self, n_layers: int) -> tuple[int, ...]:
-        """The layers, ascending, in a model that has so many; they may lie beyond it."""
+        """The layers, ascending, in a model that has so many; of a range that goes beyond it, one layer beyond."""
         if not self.ranges:
             return tuple(range(n_layers))
-        return tuple(sorted({layer for first, last in self.ranges for layer in range(first, last + 1)}))
+        inside = (range(first, min(last, max(first, n_layers)) + 1) for first, last in self.ranges)
+        return tuple(sorted({layer for layers in inside for layer in layers}))
 
     def __str__(self) -> str:
         return "+".join(f"{a}" if a == b else f"{a}-{b}" for a, b in self.ranges) or "all"

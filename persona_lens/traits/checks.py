@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from persona_lens.characters import in_short
 from persona_lens.traits.discovery import TraitFile
 from persona_lens.traits.parsing import read_with_lines
-from persona_lens.traits.problems import Loc, Problem, Severity, TraitError, field_name, printable
+from persona_lens.traits.problems import Loc, Problem, Severity, TraitError, field_name
 from persona_lens.traits.rules import QUESTION_FIELDS, normalised
 from persona_lens.traits.schema import Trait
 
@@ -144,7 +145,7 @@ def family(word: str) -> re.Pattern[str]:
 def _similar_questions(trait: Trait) -> Iterator[Advice]:
     for (first, one), (second, other) in itertools.combinations(questions(trait), 2):
         if similarity(one, other) >= MAX_SIMILARITY:
-            message = f'is almost {field_name(first)} ("{printable(one, 40)}"): ask something else'
+            message = f'is almost {field_name(first)} ("{in_short(one, 40)}"): ask something else'
             yield Advice(second, message)
 
 

@@ -7,9 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from persona_lens.characters import in_short
 from persona_lens.traits.checks import Advice, check_trait, family, names, questions
 from persona_lens.traits.likeness import content_words, likenesses, roots, shared_run, stem, words
-from persona_lens.traits.problems import Loc, Severity, field_name, printable
+from persona_lens.traits.problems import Loc, Severity, field_name
 from persona_lens.traits.schema import Trait
 
 # The seven built-in traits set the scale: their most alike questions reach 0.34, rewordings of one begin at 0.47.
@@ -79,7 +80,7 @@ def _paraphrases(trait: Trait) -> Iterator[Advice]:
         (first, one), (second, _) = asked[i], asked[j]
         if likeness < MAX_LIKENESS:
             continue
-        of = f'{field_name(first)} ("{printable(one, 50)}")'
+        of = f'{field_name(first)} ("{in_short(one, 50)}")'
         if first[0] == second[0]:
             yield Advice(second, f"asks much the same as {of}: take another subject")
         elif likeness < SAME_QUESTION:
@@ -106,7 +107,7 @@ def _asked_for(trait: Trait) -> Iterator[Advice]:
     behaviour = _behaviour(trait)
     for loc, question in questions(trait):
         if match := _STYLE.search(question):
-            yield Advice(loc, f'asks for a manner ("{printable(match.group())}"): only instructions may do that')
+            yield Advice(loc, f'asks for a manner ("{in_short(match.group())}"): only instructions may do that')
             continue
         for sentence in re.split(r"(?<=[.!?])\s+", question):
             # A compound is another word: who asks for a thank-you note asks for no thanks.
@@ -172,7 +173,7 @@ def _quotes(trait: Trait) -> Iterator[Advice]:
     for (loc, text), (place, question) in itertools.product(instructions, questions(trait)):
         run = shared_run(text, question)
         if len(run.split()) >= QUOTE_WORDS and len(content_words(run)) >= 2:
-            yield Advice(loc, f'shares "{printable(run)}" with {field_name(place)}: it must fit any question')
+            yield Advice(loc, f'shares "{in_short(run)}" with {field_name(place)}: it must fit any question')
 
 
 def _rubric(trait: Trait) -> Iterator[Advice]:

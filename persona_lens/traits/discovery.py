@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from persona_lens.characters import in_short
 from persona_lens.traits.parsing import read_trait
-from persona_lens.traits.problems import TraitError, printable
+from persona_lens.traits.problems import TraitError
 from persona_lens.traits.schema import Trait
 from persona_lens.traits.sources import SUFFIXES, Located, Source, SourceKind, SourceProblem, locate_all
 
@@ -107,7 +108,7 @@ class Catalogue:
 
     def _unknown(self, name: str) -> str:
         close = difflib.get_close_matches(name.lower(), self.names, n=1)
-        lines = [f"there is no trait {printable(name)!r}" + (f"; did you mean {close[0]}?" if close else "")]
+        lines = [f"there is no trait {in_short(name)!r}" + (f"; did you mean {close[0]}?" if close else "")]
         lines.append(f"Available: {', '.join(self.names) or 'none'}")
         lines += [f"Not searched: {problem}" for problem in self.problems]
         lines.append("A trait of your own: `persona-lens traits new NAME`")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import yaml
 
-from persona_lens.traits.problems import Loc, Problem, TraitError, field_name, printable
+from persona_lens.characters import in_short
+from persona_lens.documents import PlainLoader
+from persona_lens.traits.problems import Loc, Problem, TraitError, field_name
 
 MAX_BYTES = 256 * 1024
 """Largest trait file that is read; a full trait has about 10 KiB."""
@@ -72,30 +73,9 @@ def load_document(text: str, file: str) -> Document:
     return Document(data, walk.lines, walk.scalars, tuple(walk.problems))
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's composer without aliases, which can build cycles and bombs, and with a limit to nesting."""
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                "aliases (`*name`) are not accepted; write the value out, or quote it",
-                self._mark(),
-            )
-        if self._depth >= _MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, "nested too deeply for a trait", self._mark())
-        self._depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
-
-    def _mark(self) -> yaml.Mark:
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it bare
-        return cast(yaml.Mark, event.start_mark)
+class _Loader(PlainLoader):
+    max_depth = _MAX_DEPTH
+    of_what = "a trait"
 
 
 @dataclass
@@ -149,9 +129,9 @@ def _syntax_problem(error: Exception, text: str, file: str) -> Problem:
         message = f"the character {error.character!a} cannot stand in YAML: remove it"
         return Problem(file, line, "", message)
     if not isinstance(error, yaml.error.MarkedYAMLError):
-        return Problem(file, None, "", f"not YAML: {printable(str(error), 200)}")
+        return Problem(file, None, "", f"not YAML: {in_short(str(error), 200)}")
     mark = error.problem_mark or error.context_mark
-    what = printable(error.problem or error.context or "cannot be read", 200)
+    what = in_short(error.problem or error.context or "cannot be read", 200)
     hint = next((fix for symptom, fix in _SYNTAX_FIXES if symptom in what), "")
     # The text ends after its last line break; an error "there" belongs to the last line with something on it.
     last = max(len(text.splitlines()) - 1, 0)

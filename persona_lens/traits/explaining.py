@@ -7,8 +7,9 @@ import difflib
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from persona_lens.characters import in_short
 from persona_lens.traits.document import Document
-from persona_lens.traits.problems import Loc, Problem, field_name, printable
+from persona_lens.traits.problems import Loc, Problem, field_name
 from persona_lens.traits.schema import MAX_NAME, RULE_ERROR, Adjectives, InstructionPair, Trait
 
 # What YAML takes an unquoted word for, in words.
@@ -104,7 +105,7 @@ def _not_text(loc: Loc, document: Document) -> str:
         return "must be a single text, but this is a list or a mapping. A text with ': ' in it needs quotes"
     if written.kind == "null":
         return f"is empty: write a text{_purpose(loc)}"
-    shown = printable(written.text)
+    shown = in_short(written.text)
     taken_for = _KINDS.get(written.kind, "something else")
     return f'must be text, but YAML takes {shown} for {taken_for}: write "{shown}"'
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from persona_lens.characters import in_short
 from persona_lens.errors import PersonaLensError
 
 Loc = tuple[int | str, ...]
@@ -69,12 +70,4 @@ def field_name(loc: Loc) -> str:
         >>> field_name(("instructions", 1, "positive"))
         'instructions #2 positive'
     """
-    return " ".join(f"#{part + 1}" if isinstance(part, int) else printable(part) for part in loc)
-
-
-def printable(text: str, limit: int = 60) -> str:
-    """Shorten a text to one line that any terminal can show."""
-    line = " ".join(text.split())
-    shown = line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
-    # A lone surrogate (YAML's "\ud800" makes one) cannot be encoded; control characters act on the terminal.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+    return " ".join(f"#{part + 1}" if isinstance(part, int) else in_short(part) for part in loc)

@@ -11,7 +11,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from persona_lens.traits.problems import Loc, printable
+from persona_lens.characters import in_short
+from persona_lens.traits.problems import Loc
 
 PLACEHOLDER = "TODO:"
 """What marks a text of the template as not written yet."""
@@ -108,7 +109,7 @@ def _repeated_questions(fields: Mapping[object, object]) -> Iterator[BrokenRule]
                 continue
             held_out = "evaluation must ask what extraction has not seen"
             why = "write another" if first[0] == field else held_out
-            message = f'repeats {first[0]} #{first[1] + 1} ("{printable(question, 40)}"): {why}'
+            message = f'repeats {first[0]} #{first[1] + 1} ("{in_short(question, 40)}"): {why}'
             yield BrokenRule((field, i), message)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from persona_lens.traits.problems import TraitError, printable
+from persona_lens.characters import in_short
+from persona_lens.traits.problems import TraitError
 from persona_lens.traits.rendering import trait_text
 from persona_lens.traits.rubric import ANCHORS, rubric_text
 from persona_lens.traits.rules import PLACEHOLDER, QUESTION_FIELDS
@@ -65,9 +66,7 @@ def check_name(name: str) -> None:
         TraitError: It cannot.
     """
     if not is_slug(name):
-        raise TraitError(
-            f"{printable(name)!r} cannot name a trait: lower-case letters, digits, - and _, a letter first"
-        )
+        raise TraitError(f"{in_short(name)!r} cannot name a trait: lower-case letters, digits, - and _, a letter first")
 
 
 def _pair(number: int) -> dict[str, str]:
