@@ -136,7 +136,7 @@ def load_draft(path: Path) -> Draft | None:
         return Draft.model_validate_json(read_text(path))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where = in_short(".".join(map(str, first["loc"])))
         raise AuthoringError(
             f"{path}: {where or 'the file'}: {first['msg']}: put it right, or remove the file"
         ) from error
