@@ -185,7 +185,7 @@ WITHOUT_TRAIT = {key: value for key, value in header().items() if key != "trait"
         (None, ROWS, "holds tensors but not persona vectors"),
         ({"other": "tool"}, ROWS, "holds tensors but not persona vectors"),
         (header(format_version=2), ROWS, r"format version 2, this version of persona-lens reads 1"),
-        (header(format_version="1"), ROWS, "format version 1, this"),
+        (header(format_version="1"), ROWS, "format version '1', this"),
         ("{", ROWS, r"the header of .* is damaged"),
         ("[]", ROWS, r"the header of .* is damaged"),
         ("null", ROWS, r"the header of .* is damaged"),
