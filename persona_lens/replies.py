@@ -6,11 +6,21 @@ from collections.abc import Sequence
 
 from persona_lens.backend import Backend, Edit, Sampling
 from persona_lens.models import ChatFormat
+from persona_lens.notes import note
 
 
 def chat_format(backend: Backend) -> ChatFormat:
     """The chat format of a backend's model."""
     return ChatFormat.from_tokenizer(backend.tokenizer)
+
+
+def note_reasoning(chat: ChatFormat) -> None:
+    """Say, where a model reasons before it answers, that activations have the reasoning in them and judges do not."""
+    if chat.reasons:
+        note(
+            "this model reasons before it answers: what is read and steered over a response takes in its reasoning, "
+            "while a judge sees the answer alone"
+        )
 
 
 def reply(

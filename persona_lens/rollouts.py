@@ -23,6 +23,7 @@ from persona_lens.backend.memory import generate_rows
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.pieces import Pieces, Row
 from persona_lens.progress import Progress, no_progress
+from persona_lens.replies import note_reasoning
 from persona_lens.runs import RunFolder
 from persona_lens.shards import load_shard, pack_shard
 
@@ -250,6 +251,7 @@ class Rollouts(RolloutBatches):
         self.chat = chat
         self.settings = settings
         self.edits_for = edits_for
+        note_reasoning(chat)
         self._prompts = [tuple(chat.encode(r.system, r.question, r.examples)) for r in requests]
         check_fits(context_length(backend), map(len, self._prompts), settings.max_new_tokens)
         longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]

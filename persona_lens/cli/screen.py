@@ -254,7 +254,7 @@ def screen(
     """
     from persona_lens.cli.display import showing_progress
     from persona_lens.monitoring import Panel
-    from persona_lens.screening import ScreeningSettings, Turns, screening_work
+    from persona_lens.screening import KnownModel, ScreeningSettings, Turns, screening_work
     from persona_lens.screening import screen as run_screening
     from persona_lens.vectors import load_vectors
 
@@ -277,7 +277,11 @@ def screen(
     work = partial(screening_work, opened, datasets, panel, settings, reference=references, chat=chat)
     if options.planned(work, opening, dry_run, as_json):
         return
+    del work  # which holds the model
     asked = _judges(judge, panel, opened, chat, opening, judging)
+    crew = _crew(ray, workers, model, opening)
+    if ray is not None:
+        opened = KnownModel.of(opened)
     folder = out or options.run_folder(f"screen-{datasets[0].source.stem}", loaded[0].model.model)
     first = next(iter((asked or {}).values()), None)
     with judges.saying_spending(first), showing_progress() as progress:
@@ -291,7 +295,7 @@ def screen(
             flagging=flagging,
             judges=asked,
             chat=chat,
-            crew=_crew(ray, workers, model, opening),
+            crew=crew,
             progress=progress,
         )
     options.say_traffic(opened)

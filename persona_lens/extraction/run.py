@@ -26,7 +26,7 @@ from persona_lens.judging import (
 )
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, no_progress
-from persona_lens.replies import chat_format
+from persona_lens.replies import chat_format, note_reasoning
 from persona_lens.responses import GivenRollouts, GivenScores, Paths, ReadRollouts, given_rollouts
 from persona_lens.rollouts import Request, Rollout, RolloutBatches, Rollouts
 from persona_lens.runs import RunFolder
@@ -38,6 +38,7 @@ VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
 LIKELIHOOD = "likelihood"
+HOLD_REASONING = "responses_hold_reasoning"  # means over a response take it in, judges do not see it
 LIBRARIES = ("persona-lens", "torch", "transformers")
 
 
@@ -178,9 +179,12 @@ def subject_config(backend: Backend, trait: Trait, chat: ChatFormat) -> dict[str
 
 def model_config(backend: Backend, chat: ChatFormat) -> dict[str, Any]:
     """The part of a run's configuration that says which model is asked, and in what form."""
+    described: dict[str, Any] = {"digest": chat.digest, "system_role": chat.system_role, "thinking": chat.thinking}
+    if chat.reasons:
+        described[HOLD_REASONING] = True
     return {
         "model": asdict(backend.info),
-        "chat": {"digest": chat.digest, "system_role": chat.system_role, "thinking": chat.thinking},
+        "chat": described,
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
@@ -202,6 +206,7 @@ def _extract(
     if given is None:
         collected = Rollouts(backend, chat, requests, settings.rollouts, folder=run, reads=reads)
     else:
+        note_reasoning(chat)
         collected = ReadRollouts(backend, given, settings.rollouts, folder=run, reads=reads)
     if judge is not None:
         prepare_judge(judge, run)
@@ -265,6 +270,7 @@ def _summary(
         "counts": filtered.to_json(),
         "norms": {name: vectors.norms(name).tolist() for name in vectors.directions},
         "separation": vectors.provenance["separation"],
+        **({HOLD_REASONING: True} if vectors.provenance["chat"].get(HOLD_REASONING) else {}),
     }
 
 

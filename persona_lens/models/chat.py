@@ -97,6 +97,11 @@ class ChatFormat:
         """SHA-256 of what shapes the prompts: the template's text and whether thinking was asked for."""
         return hashlib.sha256(f"{self.template.thinking}\n{self.template.source}".encode()).hexdigest()
 
+    @property
+    def reasons(self) -> bool:
+        """Whether a response may hold reasoning, which is no part of the `answer`."""
+        return self.thinking in ("on", "always") or self.opened_reasoning is not None
+
     def encode(self, system: str | None, user: str, examples: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Return the prompt for one question, up to where the model begins to answer.
 

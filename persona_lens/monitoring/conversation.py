@@ -23,7 +23,7 @@ from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
 from persona_lens.monitoring.errors import MonitoringError
 from persona_lens.monitoring.watching import Alarm, Panel, TokenReading, TurnMeter
-from persona_lens.replies import chat_format
+from persona_lens.replies import chat_format, note_reasoning
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class ConversationMonitor:
         self.panel = panel
         self._backend = backend
         self._chat = chat or chat_format(backend)
+        note_reasoning(self._chat)
         self._alarms = tuple(alarms)
         self._on_token = on_token
         self._keep_tokens = keep_tokens

@@ -7,7 +7,7 @@ from persona_lens.screening.flagging import Flagging
 from persona_lens.screening.forecast import Forecast, ShiftForecast, fit_forecast, forecasts_of, with_forecasts
 from persona_lens.screening.forms import SampleForm, conversation_of, detect_form
 from persona_lens.screening.labels import Separation, separation_of
-from persona_lens.screening.rays import OpenedBy, RayCrew
+from persona_lens.screening.rays import KnownModel, OpenedBy, RayCrew
 from persona_lens.screening.run import Screening, screen, screening_work
 from persona_lens.screening.samples import Turns
 from persona_lens.screening.scored import Quantity, ScoredRow
@@ -25,6 +25,7 @@ __all__ = [
     "Flagging",
     "Forecast",
     "GivenRow",
+    "KnownModel",
     "OneProcess",
     "OpenedBy",
     "Quantity",

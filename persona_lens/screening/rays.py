@@ -6,12 +6,14 @@ depend on how many there are. Ray pickles what it sends: the machines of a clust
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from math import ceil
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from persona_lens.errors import first_line
 from persona_lens.screening.crews import Job
@@ -21,10 +23,14 @@ from persona_lens.screening.settings import ScreeningSettings
 from persona_lens.screening.windows import Window
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from persona_lens.backend import Backend, ModelInfo
     from persona_lens.monitoring import Panel
 
 LOCAL = "local"
 _WAITING = 2  # windows a worker has at hand, so that it never waits for the next
+_RESTARTS = 3  # of a worker that dies, and tries of a window; one that kills its worker every time must come to an end
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,40 @@ class OpenedBy:
 
 
 @dataclass(frozen=True)
+class KnownModel:
+    """What is known of a model that is not open in this process: enough for a command whose workers run it.
+
+    Attributes:
+        info: Which model it is.
+        tokenizer: Its tokenizer.
+        end_ids: Token ids that end its turn.
+        context_length: Tokens that it takes.
+        shares_prompts: As `Backend` has it.
+        calls_at_once: As `Backend` has it.
+    """
+
+    info: ModelInfo
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+    context_length: int | None
+    shares_prompts: bool = False
+    calls_at_once: int = 1
+
+    @staticmethod
+    def of(backend: Backend) -> KnownModel:
+        """Of an open model, which is free to go."""
+        from persona_lens.backend.context import context_length
+
+        return KnownModel(backend.info, backend.tokenizer, backend.end_ids, context_length(backend))
+
+    def generate(self, *_: Any, **__: Any) -> NoReturn:
+        """Nothing can be run."""
+        raise ScreeningError(f"{self.info.model} is open in the workers, not in this process, and cannot be run here")
+
+    forward = editing = generate
+
+
+@dataclass(frozen=True)
 class RayCrew:
     """Workers of a Ray cluster.
 
@@ -74,7 +114,12 @@ class RayCrew:
 
     def units(self, scorer: Scorer, jobs: Iterable[Job]) -> Iterator[Iterable[Unit]]:
         """See `Crew`: windows are handed out as workers have room, and come back in their order."""
+        import torch
+
         ray = _ray()
+        gc.collect()  # a model that was opened only to be known leaves its memory to the workers
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         mine = not ray.is_initialized()
         if mine:
             self._connect(ray)
@@ -101,16 +146,17 @@ class RayCrew:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = self.workers or gpus or max(1, len(ray.nodes()))
         threads = self.threads or (max(1, (os.cpu_count() or 1) // count) if self.address == LOCAL else 1)
-        needs = {"num_cpus": 1, "num_gpus": 1 if gpus >= count else 0}
-        worker = ray.remote(**needs)(_Worker)
+        needs = {"num_cpus": 1, "num_gpus": gpu_share(gpus, count)}
+        worker = ray.remote(**needs, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(_Worker)
         panel = ray.put(scorer.panel)
-        workers = [worker.remote(self.opened, panel, scorer.settings, threads) for _ in range(count)]
+        given = (self.opened, scorer.settings, threads, scorer.backend.info)
+        workers = [worker.remote(*given) for _ in range(count)]
         running: deque[Any] = deque()
         turn = cycle(workers)
         for window, skip in jobs:
             if len(running) >= _WAITING * count:
                 yield self._result(ray, running.popleft())
-            running.append(next(turn).units.remote(window, skip))
+            running.append(next(turn).units.remote(panel, window, skip))
         while running:
             yield self._result(ray, running.popleft())
 
@@ -126,18 +172,42 @@ class RayCrew:
         return found
 
 
-class _Worker:
-    """A process that has opened the model."""
+def gpu_share(gpus: int, workers: int) -> float:
+    """What a worker asks Ray for: a whole GPU, or a part of one where there are more workers than GPUs.
 
-    def __init__(self, opened: OpenedBy, panel: Panel, settings: ScreeningSettings, threads: int) -> None:
+    Parts are such that as many as are needed fit on one GPU; asking for none would hide every GPU from a worker.
+    """
+    return 1 / ceil(workers / gpus) if gpus else 0
+
+
+class _Worker:
+    """A process that opens the model when it gets its first window."""
+
+    def __init__(self, opened: OpenedBy, settings: ScreeningSettings, threads: int, wanted: ModelInfo) -> None:
+        self._opened, self._settings, self._threads, self._wanted = opened, settings, threads, wanted
+        self._scorer: Scorer | None = None
+
+    def units(self, panel: Panel, window: Window, skip: int) -> list[Unit]:
+        """Everything about a window, but for what is there already.
+
+        Raises:
+            ScreeningError: If the model here is not the one that the command opened.
+        """
+        if self._scorer is None:
+            self._scorer = self._open(panel)
+        return list(self._scorer.units(window, skip))
+
+    def _open(self, panel: Panel) -> Scorer:
         import torch
 
-        torch.set_num_threads(threads)
-        self._scorer = opened.scorer(panel, settings)
-
-    def units(self, window: Window, skip: int) -> list[Unit]:
-        """Everything about a window, but for what is there already."""
-        return list(self._scorer.units(window, skip))
+        torch.set_num_threads(self._threads)
+        scorer = self._opened.scorer(panel, self._settings)
+        if different := self._wanted.differences(scorer.backend.info):
+            raise ScreeningError(
+                f"a worker found another model under the name {self._opened.model} ({'; '.join(different)}); give "
+                "every machine the same files"
+            )
+        return scorer
 
 
 def _ray() -> Any:

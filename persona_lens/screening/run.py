@@ -14,7 +14,7 @@ from persona_lens.judging import Judge, prepare_judge
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.pieces import is_signed, signed
 from persona_lens.progress import Progress, no_progress
-from persona_lens.replies import chat_format
+from persona_lens.replies import chat_format, note_reasoning
 from persona_lens.runs import RunFolder
 from persona_lens.screening.crews import Crew, Job, OneProcess
 from persona_lens.screening.datasets import Dataset
@@ -94,6 +94,8 @@ def screen(
     flagging = replace(flagging, score=flagging.resolved_score(settings))
     everything = _checked(backend, datasets, reference, panel, settings, judges)
     chat = chat or chat_format(backend)
+    if settings.base is BaseResponses.GENERATE:
+        note_reasoning(chat)
     whole = with_random_directions(panel, _random_directions(everything, flagging))
     scorer = Scorer(backend, chat, whole, settings)
     config = {

@@ -1,21 +1,34 @@
-"""Two Ray workers give the same scores as one process."""
+"""Two Ray workers give the same scores as one process, also if one of them dies on the way."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from persona_lens import open_backend
 from persona_lens.monitoring import Gauge, Panel
-from persona_lens.screening import OpenedBy, RayCrew, ScreeningError, ScreeningSettings, open_dataset, rays, screen
+from persona_lens.screening import (
+    KnownModel,
+    OpenedBy,
+    RayCrew,
+    ScreeningError,
+    ScreeningSettings,
+    open_dataset,
+    rays,
+    screen,
+)
+from persona_lens.screening.windows import Window
 from persona_lens.vectors import PersonaVectors
 from tests.screening import made
 from tests.screening.made import jsonl, pairs
+from tests.screening.mortal import DIED, MortalOpenedBy
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,19 +45,36 @@ def opened(folder: Path) -> tuple[Any, Panel, OpenedBy]:
     return backend, Panel((Gauge(vectors, 1),)), by
 
 
-def test_two_workers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_one_of_which_dies_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'persona-lens[ray]'")
     for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("OMP_NUM_THREADS", "1"), ("PYTHONPATH", _path())):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.setenv(DIED, str(tmp_path / "died"))
     backend, panel, by = opened(tmp_path / "model")
     data = [open_dataset(jsonl(tmp_path / "rows.jsonl", [*pairs(70), {"x": 1}, *pairs(9, 1)]))]
     screen(backend, data, panel, SETTINGS, folder=tmp_path / "one")
-    crew = RayCrew("local", by, workers=2, threads=1)
-    done = screen(backend, data, panel, SETTINGS, folder=tmp_path / "two", crew=crew)
+    crew = RayCrew("local", MortalOpenedBy(by.model, by.backend, by.options), workers=2, threads=1)
+    known = KnownModel.of(backend)
+    done = screen(known, data, panel, SETTINGS, folder=tmp_path / "two", crew=crew)
+    assert (tmp_path / "died").exists()
     assert done.rows == 80
     for name in ("scores.jsonl", "results.parquet", "rejects.jsonl", "summary.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_a_worker_that_opens_another_model_says_so(tmp_path: Path) -> None:
+    backend, panel, by = opened(tmp_path / "model")
+    other = replace(backend.info, n_layers=99)
+    with pytest.raises(ScreeningError, match=r"another model under the name .*n_layers: 99 and"):
+        rays._Worker(by, SETTINGS, 1, other).units(panel, Window(0, 0, "rows", ()), 0)
+    with pytest.raises(ScreeningError, match="open in the workers, not in this process"):
+        KnownModel.of(backend).forward(None)
+
+
+@pytest.mark.parametrize(("gpus", "workers", "share"), [(0, 2, 0), (2, 2, 1), (4, 2, 1), (2, 3, 0.5), (1, 3, 1 / 3)])
+def test_more_workers_than_gpus_share_them(gpus: int, workers: int, share: float) -> None:
+    assert rays.gpu_share(gpus, workers) == share
 
 
 def _path() -> str:
@@ -81,7 +111,7 @@ def test_work_is_handed_out_in_turn_and_comes_back_in_order(monkeypatch: pytest.
         def __init__(self, worker: Any) -> None:
             self.worker = worker
 
-        def remote(self, window: Any, skip: int) -> Any:
+        def remote(self, panel: Any, window: Any, skip: int) -> Any:
             return (self.worker, window, skip)
 
     class Stand:
@@ -105,7 +135,7 @@ def test_work_is_handed_out_in_turn_and_comes_back_in_order(monkeypatch: pytest.
             return value
 
         def remote(self, **needs: float) -> Any:
-            assert needs == {"num_cpus": 1, "num_gpus": 0}
+            assert (needs["num_cpus"], needs["num_gpus"]) == (1, 0)
             return lambda cls: type("Actor", (), {"remote": staticmethod(lambda *_: Stand())})
 
         def get(self, waiting: Any) -> Any:
@@ -114,7 +144,7 @@ def test_work_is_handed_out_in_turn_and_comes_back_in_order(monkeypatch: pytest.
     ray = Ray()
     monkeypatch.setattr(rays, "_ray", lambda: ray)
     crew = RayCrew("auto", OpenedBy("model"))
-    scorer: Any = type("S", (), {"panel": None, "settings": None})
+    scorer: Any = SimpleNamespace(panel=None, settings=None, backend=SimpleNamespace(info=None))
     jobs: Any = [(number, int(number == 3)) for number in range(7)]
     found: list[Any] = [unit for units in crew.units(scorer, jobs) for unit in units]
     assert [unit[1] for unit in found] == list(range(7))
