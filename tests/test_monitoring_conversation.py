@@ -241,7 +241,7 @@ WRONG: dict[str, Callable[[Backend], object]] = {
     "no layer was tuned for the vectors of 'evil'": lambda b: Panel.of(vectors(b)),
     "there is nothing to monitor": lambda b: Panel.of([]),
     "evil@1 is monitored twice": lambda b: Panel.of([vectors(b), vectors(b, seed=3)], 1),
-    "at layer 1 is zero": lambda b: Gauge(vectors(b) * 0.0, 1),
+    "are zero at every layer": lambda b: Gauge(vectors(b) * 0.0, 1),
     "rude is not monitored: there are kind@2, evil@0, evil@2": lambda b: monitored(b, Alarm("rude", 1.0, print)),
     "evil is read at several layers; name one": lambda b: monitored(b, Alarm("evil", 1.0, print)),
     "an alarm listens to prompt_last, token, running_mean, turn_mean; got 'loud'": lambda b: Alarm(
