@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from persona_lens.backend import wrap_model as wrap_model
     from persona_lens.errors import PersonaLensError as PersonaLensError
     from persona_lens.extraction import extract as extract
-    from persona_lens.replies import reply as reply
     from persona_lens.steering import Steering as Steering
     from persona_lens.steering import load_steering as load_steering
+    from persona_lens.steering import reply as reply
     from persona_lens.steering import sweep as sweep
     from persona_lens.traits import load_trait as load_trait
     from persona_lens.vectors import PersonaVectors as PersonaVectors
@@ -40,7 +40,7 @@ _HOMES = {
     "Sampling": "backend",
     "Steering": "steering",
     "TokenBatch": "backend",
-    "reply": "replies",
+    "reply": "steering",
     "extract": "extraction",
     "load_steering": "steering",
     "load_trait": "traits",

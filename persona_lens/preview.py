@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Operation, Positions, Read, ReadKind, TokenBatch, TokenError
-from persona_lens.backend.edits import check_edits
+from persona_lens.backend.edits import as_edits, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sinks import depend_on_sinks, left_out, sinks_of
 from persona_lens.backend.tokens import pad_left
 from persona_lens.steering import Steering
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_steering
 from persona_lens.steering.terms import Layers, Term, When
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ def preview_tokens(
     prompt: Sequence[int],
     response: Sequence[int] | int = 0,
     *,
-    edits: Steering | Sequence[Edit] = (),
+    edits: GivenEdits = (),
+    vectors: GivenVectors = None,
     reads: Sequence[Read] = (),
 ) -> Preview:
     """Say what will be edited and read.
@@ -188,7 +190,8 @@ def preview_tokens(
         backend: The model.
         prompt: Token ids of one prompt, as it is sent.
         response: Token ids of a response that is there already, or how many tokens may be generated.
-        edits: What is to be written, each edit for one row.
+        edits: What is to be written, each edit for one row: one, several, a steering, or its notation.
+        vectors: Those that a notation names.
         reads: What is to be brought back.
 
     Raises:
@@ -199,10 +202,11 @@ def preview_tokens(
     if isinstance(response, int) and response < 0:
         raise TokenError(f"a response has 0 tokens or more, got {response}")
     info = backend.info
-    plain = edits.edits() if isinstance(edits, Steering) else edits
+    written = given_steering(edits, vectors)
+    plain = as_edits(written)
     check_edits(plain, info.n_layers, info.d_model, batch=1)
     check_reads(reads, info.n_layers, info.d_model)
-    parts = list(_by_term(edits) if isinstance(edits, Steering) else _by_likeness(edits))
+    parts = list(_by_term(written) if isinstance(written, Steering) else _by_likeness(written))
     known, to_come = ((), response) if isinstance(response, int) else (tuple(response), 0)
     text = TokenBatch.of([prompt], [known])
     sinks = sinks_of(backend, text, to_come) if depend_on_sinks(plain, reads) else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from persona_lens.backend import Backend, Edit, Sampling
+from persona_lens.backend import Backend, Edits, Sampling, as_edits
 from persona_lens.models import ChatFormat
 from persona_lens.notes import note
 
@@ -28,7 +26,7 @@ def reply(
     question: str,
     *,
     system: str | None = None,
-    edits: Sequence[Edit] = (),
+    edits: Edits = (),
     max_new_tokens: int = 100,
     temperature: float = 0.0,
     seed: int = 0,
@@ -40,7 +38,7 @@ def reply(
         backend: The model.
         question: User message.
         system: System prompt.
-        edits: Applied throughout.
+        edits: Applied throughout; `persona_lens.steering.reply` takes the notation of a steering too.
         max_new_tokens: Length limit in tokens.
         temperature: 0 is greedy.
         seed: Of the sampling; of no meaning to greedy replies.
@@ -51,5 +49,5 @@ def reply(
     """
     chat = chat or chat_format(backend)
     sampling = Sampling(max_new_tokens, temperature, seeds=(seed,) if temperature else None)
-    generation = backend.generate([chat.encode(system, question)], sampling, edits)
+    generation = backend.generate([chat.encode(system, question)], sampling, as_edits(edits))
     return chat.answer(generation.responses[0])

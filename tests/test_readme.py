@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 import pytest
@@ -23,6 +24,7 @@ from persona_lens.steering import load_steering, parse_terms
 from persona_lens.traits import Trait, TraitError, find_traits, parse_trait, resolve_trait
 from persona_lens.vectors import PersonaVectors
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.warm import warm_command
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,6 +73,7 @@ SUBSTITUTIONS = {
     'optimistic@all:floor(-40)"\n': 'optimistic@all:floor(-40)" --max-new-tokens 8\n',
     'steering.on(backend), "How will my exam go?")': 'steering.on(backend), "How will my exam go?", max_new_tokens=8)',
     "--out runs/study\n": f"--out runs/study {SMALL} --samples 1 --random-directions 2\n",
+    "--label level \\\n": "--label level --limit 48 \\\n",
     "backends check smollm2-135m\n": "backends check tiny\n",
     '"runs/optimistic-smollm2-135m")\n': f'"runs/optimistic-smollm2-135m", settings={SMALL_SETTINGS})\n',
     "import persona_lens as pl\n": "import persona_lens as pl\n"
@@ -153,7 +156,12 @@ def test_substitutions_only_reduce() -> None:
 def test_every_example_runs(tmp_path: Path) -> None:
     _tiny_model_folder(tmp_path / "tiny")
     environment = _environment(tmp_path)
-    with _python_session(tmp_path, environment) as run_python:
+    with (
+        TemporaryDirectory() as short,  # the name of a socket may have a hundred characters
+        warm_command(Path(short), environment) as commands,
+        _python_session(tmp_path, environment) as run_python,
+    ):
+        environment["PATH"] = f"{commands}{os.pathsep}{environment['PATH']}"
         for block in runnable():
             if "traits check my-traits/grumpy.yaml" in block.text:
                 _write_the_missing_texts(tmp_path / "my-traits/grumpy.yaml")

@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from persona_lens import reply
-from persona_lens.backend import Backend, Edit, Sampling
+from persona_lens.backend import Backend, Edit, EditError, Read, Sampling, TokenBatch, as_edits
+from persona_lens.finetuning.edits import TrainingEdits
+from persona_lens.monitoring import ConversationMonitor, Panel
+from persona_lens.preview import preview_tokens
 from persona_lens.replies import chat_format
+from persona_lens.steering import NotationError, Steering, SteeringError
 from persona_lens.traits import load_trait
-from persona_lens.vectors import PersonaVectors
-from tests.backends.fixtures import tiny_backend
+from persona_lens.vectors import PersonaVectors, VectorsError
+from tests.backends.fixtures import ADAPTERS, tiny_backend
 from tests.planted import PlantedBackend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
@@ -71,3 +75,63 @@ def test_reasoning_is_no_part_of_a_reply() -> None:
     assert reply(backend, QUESTION) == "leaning +0.000"
     assert reply(backend, QUESTION, system=trait.instructions[0].negative) == "leaning -1.000"
     assert reply(backend, QUESTION, edits=[Edit.add(1, backend.planted["response_mean"][1], 2.0)]) == "leaning +2.000"
+
+
+def forms_of(vectors: PersonaVectors) -> dict[str, Any]:
+    """The same edit in every form that people give it in."""
+    edit = vectors.edit(1, 1.5)
+    steering = Steering.parse("optimistic@1:+1.5", vectors)
+    return {"list": [edit], "tuple": (edit,), "one": edit, "steering": steering, "notation": "optimistic@1:+1.5"}
+
+
+@pytest.mark.parametrize("form", ["tuple", "one", "steering", "notation"])
+def test_edits_are_taken_in_every_form(tiny: Backend, form: str) -> None:
+    vectors = vectors_for(tiny)
+    forms = forms_of(vectors)
+    wanted = reply(tiny, QUESTION, edits=forms["list"], max_new_tokens=NEW)
+    assert wanted != reply(tiny, QUESTION, max_new_tokens=NEW)
+    assert reply(tiny, QUESTION, edits=forms[form], vectors=vectors, max_new_tokens=NEW) == wanted
+
+
+@pytest.mark.parametrize("form", ["one", "steering"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_backends_take_one_edit_and_a_steering(adapter: str, form: str) -> None:
+    backend = tiny_backend(adapter)
+    prompt, text = [(5, 6, 7)], TokenBatch.of([(5, 6, 7)], [(8, 9)])
+    forms: dict[str, Any] = forms_of(vectors_for(backend))
+    given, listed = forms[form], forms["list"]
+    assert (
+        backend.generate(prompt, Sampling(5), given).responses
+        == backend.generate(prompt, Sampling(5), listed).responses
+    )
+    found, wanted = (backend.forward(text, edits, Read.means()).reads["response_mean"] for edits in (given, listed))
+    assert torch.equal(found, wanted)
+
+
+def test_other_verbs_take_every_form(tiny: Backend) -> None:
+    vectors = vectors_for(tiny)
+    panel = Panel.of(vectors, 2)
+    forms = forms_of(vectors)
+    turns = [
+        ConversationMonitor(tiny, panel).reply("Hi", max_new_tokens=4, edits=each, vectors=vectors)
+        for each in forms.values()
+    ]
+    assert len({turn.text for turn in turns}) == 1
+    assert (
+        len({str(preview_tokens(tiny, [5, 6], 2, edits=each, vectors=vectors).tokens) for each in forms.values()}) == 1
+    )
+    for each in forms.values():
+        assert TrainingEdits(tiny_model(), each, vectors=vectors).edits == (vectors.edit(1, 1.5),)
+
+
+def test_what_is_no_edit_is_one_sentence(tiny: Backend) -> None:
+    with pytest.raises(SteeringError, match=r"the notation 'optimistic@1:\+1' needs the vectors that it names: give"):
+        reply(tiny, QUESTION, edits="optimistic@1:+1")
+    with pytest.raises(NotationError, match="optimistic"):
+        reply(tiny, QUESTION, edits="optimistic", vectors=vectors_for(tiny))
+    wrong: Any = [vectors_for(tiny)]
+    with pytest.raises(EditError, match="edits are one Edit, several, or a Steering, got list"):
+        as_edits(wrong)
+    other = vectors_for(tiny_backend("transformers", "gpt2"))
+    with pytest.raises(VectorsError, match="another model"):
+        reply(tiny, QUESTION, edits=Steering.parse("optimistic@1:+1", other))

@@ -18,6 +18,7 @@ import torch
 from persona_lens.backend import (
     BackendError,
     Edit,
+    Edits,
     ForwardResult,
     Generation,
     ModelInfo,
@@ -29,7 +30,7 @@ from persona_lens.backend import (
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, require_reached, vocabulary_size
 from persona_lens.backend.context import check_fits, context_of
 from persona_lens.backend.editing import editing_blocks, hooking_texts
-from persona_lens.backend.edits import check_edits
+from persona_lens.backend.edits import as_edits, check_edits
 from persona_lens.backend.hooked import (
     deepest_layer,
     evaluating,
@@ -111,11 +112,12 @@ class NNsightBackend:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`."""
         width = max(map(len, prompts), default=0) + sampling.max_new_tokens + 1
+        edits = as_edits(edits)
         request = self._request(edits, reads, len(prompts), width)
         saved = self._capture_generation(prompts, sampling, edits, reads, request)
         if request is not None:
@@ -127,13 +129,14 @@ class NNsightBackend:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         watch: Watch,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
         watcher = watcher_of(watch, len(prompts), self.info.n_layers, self.info.d_model)
         assert watcher is not None
-        found = self._generation(self._capture_generation(prompts, sampling, edits, reads, None, watcher), sampling)
+        saved = self._capture_generation(prompts, sampling, as_edits(edits), reads, None, watcher)
+        found = self._generation(saved, sampling)
         return Generation(*watcher.listener.cut(found.responses, found.ended), found.reads)
 
     def _generation(self, saved: dict[str, Any], sampling: Sampling) -> Generation:
@@ -208,12 +211,13 @@ class NNsightBackend:
     def forward(
         self,
         tokens: TokenBatch,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
         *,
         logprobs: bool = False,
     ) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
+        edits = as_edits(edits)
         request = self._request(edits, reads, len(tokens), max(tokens.lengths))
         if not logprobs and not reads:
             check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
@@ -264,7 +268,7 @@ class NNsightBackend:
                 tracer.stop()
         return {} if request is not None else {"values": values, "chosen": chosen, "missed": missed}
 
-    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`; acts on the plain module inside the wrapper."""
         return editing_blocks(partial(hooking_texts, self._blocks), edits, self)
 

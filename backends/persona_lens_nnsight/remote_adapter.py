@@ -9,6 +9,7 @@ from typing import Any
 from persona_lens.backend import (
     BackendError,
     Edit,
+    Edits,
     Generation,
     Read,
     ReadError,
@@ -163,7 +164,7 @@ class RemoteNNsightBackend(NNsightBackend):
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         watch: Watch,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.watching.WatchableBackend.generate_watched`.
@@ -182,7 +183,7 @@ class RemoteNNsightBackend(NNsightBackend):
         replay(listener, TokenBatch.of(prompts, found.responses), projections)
         return Generation(*listener.cut(found.responses, found.ended), values)
 
-    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """Not possible: the weights are on the server."""
         raise BackendError("editing() needs the weights, which are on the server; open the model without remote")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from persona_lens.backend import (
     BackendError,
-    Edit,
+    Edits,
     ForwardResult,
     Generation,
     ModelInfo,
@@ -102,7 +102,7 @@ class TransformerLensBackend:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`."""
@@ -113,7 +113,7 @@ class TransformerLensBackend:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         watch: Watch,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
@@ -122,7 +122,7 @@ class TransformerLensBackend:
     def forward(
         self,
         tokens: TokenBatch,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
         *,
         logprobs: bool = False,
@@ -130,7 +130,7 @@ class TransformerLensBackend:
         """See `persona_lens.backend.protocol.Backend.forward`."""
         return self._hooked.forward(tokens, edits, reads, logprobs)
 
-    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """For your own calls of the bridge without gradients.
 
         With them it is refused: PEFT cannot save adapters of the module once a bridge has taken it over.

@@ -10,7 +10,7 @@ from typing import Any
 
 from persona_lens.backend import (
     BackendError,
-    Edit,
+    Edits,
     ForwardResult,
     Generation,
     Read,
@@ -75,7 +75,7 @@ class TransformersBackend:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`."""
@@ -86,7 +86,7 @@ class TransformersBackend:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         watch: Watch,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
@@ -95,7 +95,7 @@ class TransformersBackend:
     def forward(
         self,
         tokens: TokenBatch,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
         *,
         logprobs: bool = False,
@@ -103,6 +103,6 @@ class TransformersBackend:
         """See `persona_lens.backend.protocol.Backend.forward`."""
         return self._hooked.forward(tokens, edits, reads, logprobs)
 
-    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`."""
         return editing_blocks(partial(hooking_texts, self._blocks), edits, self)

@@ -1,7 +1,7 @@
 """The contract between the engine and the libraries that run models: what can be read and written, and by whom."""
 
 from persona_lens.backend.conditions import Condition
-from persona_lens.backend.edits import Edit, EditError, Operation
+from persona_lens.backend.edits import Edit, EditError, Edits, Operation, as_edits
 from persona_lens.backend.positions import Positions, Span
 from persona_lens.backend.protocol import Backend, BackendSpec, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
@@ -30,6 +30,7 @@ __all__ = [
     "Condition",
     "Edit",
     "EditError",
+    "Edits",
     "ForwardResult",
     "Generation",
     "ModelInfo",
@@ -48,6 +49,7 @@ __all__ = [
     "WatchError",
     "WatchableBackend",
     "WatchedTokens",
+    "as_edits",
     "backend_statuses",
     "find_backend",
     "open_backend",

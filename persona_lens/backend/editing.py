@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_lens.backend.blocks import require_reached
-from persona_lens.backend.edits import Edit, EditError, check_edits
+from persona_lens.backend.edits import Edit, EditError, Edits, as_edits, check_edits
 from persona_lens.backend.hooked import hooking_blocks
 from persona_lens.backend.positions import Positions
 from persona_lens.backend.protocol import Backend
@@ -62,7 +62,7 @@ def first_tokens(h: Tensor, mask: object, positions: object) -> Tensor | None:
 @contextmanager
 def editing_blocks(
     attach: Callable[[Sequence[int], TextHook], AbstractContextManager[None]],
-    edits: Sequence[Edit],
+    edits: Edits,
     backend: Backend,
 ) -> Iterator[None]:
     """While open, every forward pass over the blocks that ``attach`` reaches runs edited, in training too.
@@ -78,6 +78,7 @@ def editing_blocks(
         UnsupportedModelError: When it is closed, if no pass ran over the blocks in the meantime: what ran was another
             model than this.
     """
+    edits = as_edits(edits)
     check_everywhere(edits, backend.info.n_layers, backend.info.d_model)
     if scheduled := next((edit for edit in edits if edit.schedule is not None), None):
         raise EditError(

@@ -7,11 +7,11 @@ model. `residual` does the writing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -259,6 +259,37 @@ def _check_strength(edit: Edit) -> None:
         raise EditError("coefficient holds NaN or infinity")
     if edit.operation is not Operation.ADD and not bool(((coefficient >= 0) & (coefficient <= 1)).all()):
         raise EditError(f"the coefficient of {edit.operation} is the fraction of the change that is made, from 0 to 1")
+
+
+@runtime_checkable
+class HasEdits(Protocol):
+    """What says which edits it consists of, as a steering does."""
+
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits, in the order in which they act."""
+
+
+Edits: TypeAlias = Edit | Sequence[Edit] | HasEdits
+
+
+def as_edits(edits: Edits | str) -> tuple[Edit, ...]:
+    """Edits in whatever form they are given: one, several, or something that consists of them.
+
+    Raises:
+        EditError: If that is none of them, a notation among them: a backend does not know its vectors.
+    """
+    if isinstance(edits, Edit):
+        return (edits,)
+    if isinstance(edits, HasEdits):
+        return edits.edits()
+    if isinstance(edits, str):
+        raise EditError(
+            f"the notation {edits!r} needs the vectors that it names: give Steering.parse({edits!r}, vectors)"
+        )
+    listed = tuple(edits) if isinstance(edits, Iterable) else (edits,)
+    if all(isinstance(edit, Edit) for edit in listed):
+        return listed
+    raise EditError(f"edits are one Edit, several, or a Steering, got {type(edits).__name__}: {edits!r:.80}")
 
 
 def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int | None = None) -> None:

@@ -21,7 +21,7 @@ from persona_lens.backend.attention import attention_for_reading
 from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, rows_at_once
 from persona_lens.backend.blocks import require_reached, vocabulary_size
 from persona_lens.backend.context import check_fits, context_of
-from persona_lens.backend.edits import Edit, check_edits
+from persona_lens.backend.edits import Edit, Edits, as_edits, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.locks import RunLock
 from persona_lens.backend.logprobs import continued_logprobs, response_logprobs
@@ -89,11 +89,12 @@ class HookedModel:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        edits: Sequence[Edit],
+        edits: Edits,
         reads: Sequence[Read],
         watch: Watch | None = None,
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`, and `generate_watched` in `backend.watching`."""
+        edits = as_edits(edits)
         check_edits(edits, self.n_layers, self.d_model, len(prompts))
         check_reads(reads, self.n_layers, self.d_model)
         sampling.check_rows(len(prompts))
@@ -119,8 +120,9 @@ class HookedModel:
             responses, ended = watcher.listener.cut(responses, ended)
         return Generation(responses, ended, results_of(intervention))
 
-    def forward(self, batch: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], logprobs: bool) -> ForwardResult:
+    def forward(self, batch: TokenBatch, edits: Edits, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
+        edits = as_edits(edits)
         check_edits(edits, self.n_layers, self.d_model, len(batch))
         check_reads(reads, self.n_layers, self.d_model)
         batch.check_vocabulary(vocabulary_size(self.model))

@@ -171,6 +171,7 @@ class Backend(Protocol):
     ) -> Generation:
         """Generate a response to every prompt, edited throughout, and take the reads on the way.
 
+        The backends of this package take one edit as well, and a steering; see `persona_lens.backend.edits.as_edits`.
         The reads equal those of a forward pass over the finished text, the last token included.
         """
         ...

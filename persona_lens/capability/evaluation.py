@@ -10,12 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from persona_lens.backend import Backend, Edit
+from persona_lens.backend import Backend
 from persona_lens.capability.errors import CapabilityError
 from persona_lens.capability.result import CapabilityResult, read_results
 from persona_lens.errors import PersonaLensError, first_line
 from persona_lens.progress import Progress, no_progress
 from persona_lens.statistics import SHARES, Estimate, bootstrap_mean
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 BUILTIN_TASK = "persona_lens_basics"
 TASKS = Path(__file__).with_name("tasks")
@@ -28,7 +29,8 @@ def evaluate_capability(
     backend: Backend,
     tasks: Sequence[str] = (BUILTIN_TASK,),
     *,
-    edits: Sequence[Edit] = (),
+    edits: GivenEdits = (),
+    vectors: GivenVectors = None,
     limit: int | float | None = None,
     num_fewshot: int | None = None,
     include_path: Path | Sequence[Path] | None = None,
@@ -45,7 +47,8 @@ def evaluate_capability(
         backend: The model.
         tasks: Names of tasks, groups or tags of the harness, of tasks in ``include_path``, YAML files, or the built-in
             ``persona_lens_basics``, which needs no hub.
-        edits: Applied in every call.
+        edits: Applied in every call: one, several, a steering, or its notation.
+        vectors: Those that a notation names.
         limit: Samples of each task at most, or a share of them below 1; None takes all.
         num_fewshot: Solved examples before each question; None leaves that to the task.
         include_path: Folders of further task files.
@@ -58,6 +61,7 @@ def evaluate_capability(
         CapabilityError: If the harness is not installed, a task is unknown or cannot be loaded, or a setting is out of
             range.
     """
+    written = given_edits(edits, vectors, backend)
     names = list(dict.fromkeys(tasks))
     folders = [include_path] if isinstance(include_path, Path) else list(include_path or ())
     _check(names, limit, num_fewshot, folders)
@@ -66,7 +70,7 @@ def evaluate_capability(
 
     from persona_lens.capability.harness import BackendLM
 
-    model = BackendLM(backend, edits=edits, batch_size=batch_size, seed=seed, progress=progress)
+    model = BackendLM(backend, edits=written, batch_size=batch_size, seed=seed, progress=progress)
     manager = _manager(names, folders)
     loaded = [part for name in names for part in _load(manager, name)]
     settings: dict[str, Any] = {
@@ -80,7 +84,7 @@ def evaluate_capability(
         model, tasks=loaded, task_manager=manager, bootstrap_iters=BOOTSTRAPS, **settings, **seeds
     )
     settings |= {"tasks": names, "seed": seed}
-    about = {**asdict(backend.info), "edits": [edit.content_hash for edit in edits]}
+    about = {**asdict(backend.info), "edits": [edit.content_hash for edit in written]}
     return CapabilityResult(read_results(results), about, settings, version("lm_eval"))
 
 
@@ -90,13 +94,13 @@ def check_task(task: str) -> None:
     _load(_manager([task], []), task)
 
 
-def accuracy(backend: Backend, task: str, edits: Sequence[Edit] = (), *, seed: int = 0) -> Estimate:
+def accuracy(backend: Backend, task: str, edits: GivenEdits = (), *, seed: int = 0) -> Estimate:
     """Share of right answers in a task, with its 95% interval over samples.
 
     Args:
         backend: The model.
         task: Name of a task whose metric ``acc`` is a mean over samples.
-        edits: Applied in every call.
+        edits: Applied in every call: one, several, or a steering.
         seed: See `evaluate_capability`.
 
     Raises:

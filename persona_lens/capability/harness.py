@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from persona_lens.backend import Backend, Edit, Positions, Sampling
+from persona_lens.backend import Backend, Edits, Positions, Sampling, as_edits
 from persona_lens.backend.batches import batches_by_length
 from persona_lens.backend.context import context_length
 from persona_lens.backend.memory import generate_rows
@@ -69,7 +69,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         self,
         backend: Backend,
         *,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         batch_size: int = 64,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
@@ -79,12 +79,12 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         super().__init__()
         if batch_size < 1:
             raise CapabilityError(f"the batch size must be at least 1, got {batch_size}")
-        for edit in edits:
+        self.edits = as_edits(edits)
+        for edit in self.edits:
             if not isinstance(edit.positions, Positions) or not isinstance(edit.coefficient, int | float | None):
                 raise CapabilityError("an edit with a value for each row fits one batch only; give one for all rows")
         self.model = backend
         self.tokenizer = backend.tokenizer
-        self.edits = tuple(edits)
         self.rows_at_once = batch_size
         self.total_length = max_length or context_length(backend) or DEFAULT_CONTEXT
         self.add_bos_token = add_bos_token

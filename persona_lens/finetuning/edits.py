@@ -18,7 +18,7 @@ from persona_lens.backend.editing import check_everywhere, hooking_texts, module
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.writing import Writer
 from persona_lens.finetuning.errors import FinetuningError
-from persona_lens.steering import Steering
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 
 class TrainingEdits:
@@ -42,8 +42,9 @@ class TrainingEdits:
 
     Args:
         model: A Hugging Face causal language model, wrapped or not.
-        edits: What to write, or a steering. Directions are those of the paper's preventative steering (method,
-            section 6): add what the training data would otherwise teach.
+        edits: What to write: one, several, a steering, or its notation. Directions are those of the paper's
+            preventative steering (method, section 6): add what the training data would otherwise teach.
+        vectors: Those that a notation names.
         optimizer: Whose steps the schedules count.
         sink_limits: Of a backend of the model before training, where there is one; measured if needed and not given.
 
@@ -56,14 +57,15 @@ class TrainingEdits:
     def __init__(
         self,
         model: Any,
-        edits: Steering | Sequence[Edit],
+        edits: GivenEdits,
         *,
+        vectors: GivenVectors = None,
         optimizer: Optimizer | None = None,
         sink_limits: Sequence[float] | None = None,
     ) -> None:
         bare = bare_model(model)
         self._blocks = find_blocks(bare)[1]
-        self.edits = edits.edits() if isinstance(edits, Steering) else tuple(edits)
+        self.edits = given_edits(edits, vectors)
         check_everywhere(self.edits, len(self._blocks), text_config(bare).hidden_size)
         for edit in self.edits:
             _check_schedule(edit)

@@ -8,10 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from persona_lens.backend import Edit
 from persona_lens.finetuning.edits import TrainingEdits
 from persona_lens.finetuning.errors import FinetuningError
-from persona_lens.steering import Steering
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 
 class PreventativeSteering(TrainerCallback):
@@ -27,12 +26,19 @@ class PreventativeSteering(TrainerCallback):
     TRL's SFTTrainer and other trainers made from Hugging Face's take it in the same way.
 
     Args:
-        edits: What to write, or a steering; schedules count optimizer steps.
+        edits: What to write: one, several, a steering, or its notation; schedules count optimizer steps.
+        vectors: Those that a notation names.
         sink_limits: As `TrainingEdits` takes them.
     """
 
-    def __init__(self, edits: Steering | Sequence[Edit], *, sink_limits: Sequence[float] | None = None) -> None:
-        self.edits = edits.edits() if isinstance(edits, Steering) else tuple(edits)
+    def __init__(
+        self,
+        edits: GivenEdits,
+        *,
+        vectors: GivenVectors = None,
+        sink_limits: Sequence[float] | None = None,
+    ) -> None:
+        self.edits = given_edits(edits, vectors)
         self._sink_limits = sink_limits
         self._open = False
         self._training: TrainingEdits | None = None

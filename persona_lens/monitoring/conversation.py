@@ -10,7 +10,6 @@ from torch import Tensor
 
 from persona_lens.backend import (
     Backend,
-    Edit,
     Sampling,
     StopGeneration,
     TokenBatch,
@@ -24,6 +23,7 @@ from persona_lens.models import ChatFormat, Message
 from persona_lens.monitoring.errors import MonitoringError
 from persona_lens.monitoring.watching import Alarm, Panel, TokenReading, TurnMeter
 from persona_lens.replies import chat_format, note_reasoning
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class ConversationMonitor:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        edits: Sequence[Edit] = (),
+        edits: GivenEdits = (),
+        vectors: GivenVectors = None,
     ) -> Turn:
         """Let the model answer, read while it does, and add both messages to the conversation.
 
@@ -151,12 +152,14 @@ class ConversationMonitor:
             temperature: 0 is greedy.
             top_p: Nucleus of the sampling.
             seed: Of the sampling; of no meaning to greedy replies.
-            edits: Applied throughout; values are those after them.
+            edits: Applied throughout: one, several, a steering, or its notation; values are those after them.
+            vectors: Those that a notation names.
 
         Raises:
             MonitoringError: If the conversation has become too long for the model.
             WatchError: If the backend cannot be watched.
         """
+        written = given_edits(edits, vectors, self._backend)
         asked: list[Message] = [*self._messages, {"role": "user", "content": user}]
         prompt = self._chat.encode_messages(asked)
         self._check_length(len(prompt), max_new_tokens)
@@ -175,17 +178,20 @@ class ConversationMonitor:
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seeds=(seed,) if temperature else None)
         watch = Watch(self.panel.directions, on_tokens, self.panel.layers)
-        generation = watched_generation(self._backend, [prompt], sampling, watch, edits)
+        generation = watched_generation(self._backend, [prompt], sampling, watch, written)
         text = self._chat.answer(generation.responses[0])
         self._messages = [*asked, {"role": "assistant", "content": text}]
         return self._finish(meter, len(asked), text, stopped)
 
-    def observe(self, messages: Sequence[Message], edits: Sequence[Edit] = ()) -> tuple[Turn, ...]:
+    def observe(
+        self, messages: Sequence[Message], edits: GivenEdits = (), vectors: GivenVectors = None
+    ) -> tuple[Turn, ...]:
         """Read the assistant's messages that have come since, in one forward pass.
 
         Args:
             messages: The whole conversation; it begins with what was seen before.
-            edits: What the replies were generated under.
+            edits: What the replies were generated under, in any of these forms.
+            vectors: Those that a notation names.
 
         Returns:
             The new turns.
@@ -193,6 +199,7 @@ class ConversationMonitor:
         Raises:
             MonitoringError: If the conversation is not the one seen before gone on, or is too long for the model.
         """
+        written = given_edits(edits, vectors, self._backend)
         known = len(self._messages)
         begun = [dict(message) for message in messages[:known]]
         if begun != [dict(message) for message in self._messages]:
@@ -211,7 +218,7 @@ class ConversationMonitor:
         if rows:
             self._check_length(max(len(row.prompt) + len(row.response) for row in rows), 0)
             text = TokenBatch.of([row.prompt for row in rows], [row.response for row in rows])
-            projections = self._backend.forward(text, edits, [self.panel.read]).reads["projections"]
+            projections = self._backend.forward(text, written, [self.panel.read]).reads["projections"]
             found = {
                 index: (projections[number, :, -(len(row.prompt) + len(row.response)) :], start, stop)
                 for number, row in enumerate(rows)

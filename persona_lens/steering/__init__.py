@@ -7,8 +7,9 @@ from persona_lens.steering.comparison import ArmEffect, arm_effect
 from persona_lens.steering.crossing import CrossSettings, cross_effects, cross_work
 from persona_lens.steering.effects import CrossCell, CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.files import load_steering
+from persona_lens.steering.given import given_edits
 from persona_lens.steering.notation import NotationError, parse_terms
-from persona_lens.steering.replies import steered_replies
+from persona_lens.steering.replies import reply, steered_replies
 from persona_lens.steering.steered import SteeredBackend
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.sweep import (
@@ -48,8 +49,10 @@ __all__ = [
     "cross_work",
     "curve",
     "effect",
+    "given_edits",
     "load_steering",
     "parse_terms",
+    "reply",
     "run_arms",
     "steered_replies",
     "sweep",

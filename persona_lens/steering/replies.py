@@ -1,4 +1,4 @@
-"""One question, answered under several steerings side by side."""
+"""One question, answered under edits, or under several steerings side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,54 @@ from collections.abc import Sequence
 from persona_lens.backend import Backend, Sampling
 from persona_lens.models import ChatFormat
 from persona_lens.replies import chat_format
+from persona_lens.replies import reply as plain_reply
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 from persona_lens.steering.steering import Steering, rowwise
+
+
+def reply(
+    backend: Backend,
+    question: str,
+    *,
+    system: str | None = None,
+    edits: GivenEdits = (),
+    vectors: GivenVectors = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: ChatFormat | None = None,
+) -> str:
+    """Ask the model one question.
+
+    Args:
+        backend: The model.
+        question: User message.
+        system: System prompt.
+        edits: Applied throughout: one `Edit`, several, a `Steering`, or its notation, such as ``optimistic@18:+1.5``.
+        vectors: Those that a notation names.
+        max_new_tokens: Length limit in tokens.
+        temperature: 0 is greedy.
+        seed: Of the sampling; of no meaning to greedy replies.
+        chat: Chat format; the model's own by default.
+
+    Returns:
+        The answer as text, without reasoning and control tokens.
+
+    Raises:
+        EditError: If the edits are none, or do not fit the model.
+        SteeringError: If a notation names vectors that are not given.
+        VectorsError: If the vectors of a steering belong to another model.
+    """
+    return plain_reply(
+        backend,
+        question,
+        system=system,
+        edits=given_edits(edits, vectors, backend),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+    )
 
 
 def steered_replies(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from persona_lens.backend import (
     Backend,
-    Edit,
+    Edits,
     ForwardResult,
     Generation,
     ModelInfo,
@@ -17,6 +17,7 @@ from persona_lens.backend import (
     Sampling,
     TokenBatch,
     Watch,
+    as_edits,
     watched_generation,
 )
 from persona_lens.backend.context import context_length
@@ -91,29 +92,29 @@ class SteeredBackend:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `Backend.generate`."""
-        return self.inner.generate(prompts, sampling, (*self._edits, *edits), reads)
+        return self.inner.generate(prompts, sampling, (*self._edits, *as_edits(edits)), reads)
 
     def generate_watched(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         watch: Watch,
-        edits: Sequence[Edit] = (),
+        edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
         """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
-        return watched_generation(self.inner, prompts, sampling, watch, (*self._edits, *edits), reads)
+        return watched_generation(self.inner, prompts, sampling, watch, (*self._edits, *as_edits(edits)), reads)
 
     def forward(
-        self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+        self, tokens: TokenBatch, edits: Edits = (), reads: Sequence[Read] = (), *, logprobs: bool = False
     ) -> ForwardResult:
         """See `Backend.forward`."""
-        return self.inner.forward(tokens, (*self._edits, *edits), reads, logprobs=logprobs)
+        return self.inner.forward(tokens, (*self._edits, *as_edits(edits)), reads, logprobs=logprobs)
 
-    def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """See `Backend.editing`."""
-        return self.inner.editing((*self._edits, *edits))
+        return self.inner.editing((*self._edits, *as_edits(edits)))
