@@ -11,7 +11,7 @@ from persona_lens.backend import Backend, backend_statuses, open_backend
 from persona_lens.backend.parity import check_parity
 from persona_lens.backend.registry import DEFAULT, installed_version
 from persona_lens.extraction import Extraction, ExtractionSettings, run_extraction
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.reports import render_report
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunFolder
@@ -58,7 +58,7 @@ class DemoSettings:
 
 
 def run_demo(
-    folder: Path | str, settings: DemoSettings | None = None, progress: Progress = no_progress
+    folder: Path | str, settings: DemoSettings | None = None, progress: Progress = shown_progress
 ) -> dict[str, Any]:
     """Extract, choose a layer, steer beside the null, compare the backends, and write ``report.html``.
 
@@ -193,7 +193,7 @@ def _agreement(model: str, progress: Progress) -> list[dict[str, Any]]:
             found.append({"backend": status.name, "version": "", "missing": status.install})
             continue
         other = open_backend(status.name, model, dtype="float32")
-        checks = check_parity(other, reference, self_checks=False)
+        checks = check_parity(other, reference, self_checks=False, progress=progress)
         found.append(
             {"backend": status.name, "version": other.info.backend, "checks": [asdict(check) for check in checks]}
         )

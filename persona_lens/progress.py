@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import sys
+import warnings
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -20,4 +22,44 @@ class Progress(Protocol):
 
 
 def no_progress(done: int, total: int | None, label: str, /) -> None:
-    """Ignore the report: the default callback."""
+    """Ignore the report."""
+
+
+class _Bars:
+    """A bar for each piece of work that is going on."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, done: int, total: int | None, label: str, /) -> None:
+        if not somebody_looks():
+            return
+        bar = self._bars.get(label)
+        if bar is not None and (done < bar.n or total != bar.total):  # what an error ended was begun anew
+            self._bars.pop(label).close()
+            bar = None
+        if bar is None:
+            bar = self._bars[label] = _new_bar(done, total, label)
+        bar.update(done - bar.n)
+        if total is not None and done >= total:
+            self._bars.pop(label).close()
+
+
+def _new_bar(done: int, total: int | None, label: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it says of notebooks without widgets
+        from tqdm.auto import tqdm
+    return tqdm(total=total, initial=done, desc=label)
+
+
+def somebody_looks() -> bool:
+    """Whether standard error is a terminal, or the output of a notebook's cell."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        return True
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+shown_progress: Progress = _Bars()
+"""Show a bar on standard error where somebody looks, a terminal or a notebook; elsewhere nothing. The default."""

@@ -32,6 +32,7 @@ ORDER = (
     "folders",
     "progress",
     "characters",
+    "counting",
     "notes",
     "documents",
     "runs",

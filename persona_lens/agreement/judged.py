@@ -9,14 +9,14 @@ from pathlib import Path
 from persona_lens.agreement.scored import AgreementError, Scored
 from persona_lens.files import PART, named, read_bytes, remove, write_bytes
 from persona_lens.judging import Exchange, Judge, check_scored, judge_exchanges
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.runs import RunFolder
 
 WORKING = ".working"
 
 
 def judge_scored(
-    judge: Judge, responses: Sequence[Scored], file: Path | None = None, progress: Progress = no_progress
+    judge: Judge, responses: Sequence[Scored], file: Path | None = None, progress: Progress = shown_progress
 ) -> list[Scored]:
     """Score responses, whatever scores they have.
 

@@ -24,7 +24,7 @@ from persona_lens.authoring.parsing import (
 from persona_lens.authoring.plan import ALL_QUESTIONS, Limits
 from persona_lens.authoring.protocol import Author, AuthoringError
 from persona_lens.characters import in_short
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.traits import Advice, Severity, Trait, check_deeply
 from persona_lens.traits.checks import MAX_QUESTION_WORDS, MAX_SIMILARITY, similarity
 from persona_lens.traits.deep import SAME_QUESTION
@@ -55,7 +55,7 @@ def write_trait(
     *,
     limits: Limits | None = None,
     save: Callable[[Draft], None] = lambda draft: None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Written:
     """Let a model write what a draft lacks, and check the whole.
 

@@ -31,6 +31,7 @@ from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.streams import joined
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 from persona_lens.backend.watching import Watch, WatchableBackend, WatchedTokens
+from persona_lens.progress import Progress, no_progress
 
 # Of unlike lengths, so that every batch is padded; the second halves are the responses of the existing text.
 TEXTS = (
@@ -87,6 +88,7 @@ def check_parity(
     texts: Sequence[tuple[str, str]] = TEXTS,
     max_new_tokens: int = 8,
     self_checks: bool = True,
+    progress: Progress = no_progress,
 ) -> list[ParityCheck]:
     """Check a backend against the contract, and against another backend that runs the same model.
 
@@ -96,25 +98,30 @@ def check_parity(
         texts: Prompts and responses to run over, at least two, of different lengths.
         max_new_tokens: Length of the generated responses, in tokens.
         self_checks: Also check that the backend agrees with itself: cached, batched, while generating.
+        progress: Told how many checks are done.
 
     Returns:
         Every check that was made, failed ones included. A check that raises has failed; the others still run.
     """
     bounds = _bounds(backend, reference)
-    compared: Iterator[Check] = iter(())
+    checks: list[Check] = []
     if reference is not None:
         same = _outcome("the same model", 0.0, lambda: _same_model(backend, reference))
         if not same.passed:
             return [same]
         probe = Probe.of(reference, texts, max_new_tokens)
-        compared = _checks_against(backend, reference, probe, bounds)
+        checks += _checks_against(backend, reference, probe, bounds)
         outcomes = [same]
     else:
         probe = Probe.of(backend, texts, max_new_tokens)
         outcomes = []
-    outcomes += [_outcome(*check) for check in compared]
     if self_checks:
-        outcomes += [_outcome(*check) for check in _self_checks(backend, probe, bounds)]
+        checks += _self_checks(backend, probe, bounds)
+    label = f"checking {backend.info.backend.split()[0]}"
+    for done, check in enumerate(checks):
+        progress(done, len(checks), label)
+        outcomes.append(_outcome(*check))
+    progress(len(checks), len(checks), label)
     return outcomes
 
 

@@ -85,8 +85,8 @@ def find_backend(name: str) -> BackendSpec:
     specs = backend_specs()
     if name not in specs:
         close = difflib.get_close_matches(name, specs, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise BackendError(f"no backend named {name!r}{hint} Installed: {', '.join(specs) or 'none'}")
+        hint = f"; did you mean {close[0]}? Installed" if close else "; installed"
+        raise BackendError(f"no backend named {name!r}{hint}: {', '.join(specs) or 'none'}")
     spec = specs[name]
     if isinstance(spec, BackendStatus):
         raise BackendError(f"backend {name} cannot be loaded: {spec.broken}")

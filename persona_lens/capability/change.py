@@ -11,7 +11,7 @@ from persona_lens.backend import Backend, Edit
 from persona_lens.capability.errors import CapabilityError
 from persona_lens.capability.evaluation import BUILTIN_TASK, evaluate_capability
 from persona_lens.capability.result import CapabilityResult, Metric
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.statistics import Estimate, bootstrap_mean
 from persona_lens.steering import Steering
 
@@ -58,7 +58,7 @@ def capability_changes(
     num_fewshot: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> list[CapabilityChange]:
     """Measure capability unsteered, under each steering, and under the same in a random direction.
 

@@ -14,7 +14,7 @@ from persona_lens.backend import Backend
 from persona_lens.capability.errors import CapabilityError
 from persona_lens.capability.result import CapabilityResult, read_results
 from persona_lens.errors import PersonaLensError, first_line
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.statistics import SHARES, Estimate, bootstrap_mean
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
@@ -37,7 +37,7 @@ def evaluate_capability(
     batch_size: int = 64,
     apply_chat_template: bool = False,
     seed: int = 0,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> CapabilityResult:
     """Run tasks of lm-evaluation-harness on a backend.
 

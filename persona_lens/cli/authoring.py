@@ -14,6 +14,7 @@ from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import given_options
 from persona_lens.cli.judges import PricesOption, open_server, say_usage
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 from persona_lens.files import write_text
 
@@ -166,7 +167,7 @@ def author_trait(order: Order, as_json: bool) -> None:
             earlier.continues(draft)
         except AuthoringError as error:
             raise RefusedError(f"{order.partial} {error}") from error
-        say(f"note: going on from {order.partial}, after {earlier.requests} requests", err=True)
+        say(f"note: going on from {order.partial}, after {counted(earlier.requests, 'request')}", err=True)
         draft = earlier
     _finish(order, draft, _write(author, draft, order.partial), as_json)
 
@@ -205,10 +206,9 @@ def _finish(order: Order, draft: Draft, written: Written, as_json: bool) -> None
         return
     for problem in report.problems:
         say(f"{problem.severity}: {problem}", err=True)
-    count = len(report.problems)
-    warned = f"{count or 'no'} {'warning' if count == 1 else 'warnings'}"
+    warned = counted(len(report.problems), "warning") if report.problems else "no warnings"
     say(
-        f"Wrote {order.target} in {written.requests} requests, with {warned}\n"
+        f"Wrote {order.target} in {counted(written.requests, 'request')}, with {warned}\n"
         "Next:\n"
         "  1. Read it: a model wrote it, and the checks compare words, not meanings.\n"
         f"  2. After changes:  persona-lens traits check {order.target} --deep"

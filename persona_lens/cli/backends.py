@@ -152,8 +152,10 @@ def _results(names: Sequence[str], reference_name: str, model: str, options: dic
 
 def _checked(name: str, backend: Backend, reference: Backend | None) -> Checked:
     from persona_lens.backend.parity import check_parity
+    from persona_lens.cli.display import showing_progress
 
-    return Checked(name, backend.info.backend, None, check_parity(backend, reference))
+    with showing_progress() as progress:
+        return Checked(name, backend.info.backend, None, check_parity(backend, reference, progress=progress))
 
 
 def _state(status: BackendStatus) -> str:

@@ -13,6 +13,7 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import AllowOtherModel
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _show(found: CrossEffects) -> None:
     names = [trait.name for trait in found.traits]
     for title, digits, change_in in changes:
         print_table(
-            f"{title} [95% interval over {len(found.questions)} questions]",
+            f"{title} [95% interval over {counted(len(found.questions), 'question')}]",
             ("steering", *(f"on {name}" for name in names)),
             [
                 (steering, *(_cell(change_in(found.cell(steering, t.name)), digits) for t in found.traits))

@@ -9,6 +9,7 @@ import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -166,8 +167,8 @@ def _show(found: Finetuned, folder: Path) -> None:
     summary, loss = found.summary, found.summary["loss"]
     counts = summary["data"]
     say(
-        f"{summary['method']}: {summary['steps']} steps over {counts['examples']} examples, "
-        f"{counts['learned_tokens']:,} tokens to learn"
+        f"{summary['method']}: {counted(summary['steps'], 'step')} over {counted(counts['examples'], 'example')}, "
+        f"{counted(counts['learned_tokens'], 'token')} to learn"
     )
     for name, text in (("shortened", "cut at max_length"), ("dropped", "left out: nothing to learn in max_length")):
         if counts[name]:

@@ -13,6 +13,7 @@ from persona_lens.cli.display import say, say_json
 from persona_lens.cli.finetune import ConfigFile, Data, HeldOut, open_config
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import Vectors
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _show(summary: Any, folder: Path) -> None:
 
     base = summary["base"]
     print_table(
-        f"{summary['trait']} after finetuning, {len(summary['settings']['seeds'])} seeds [95% interval]",
+        f"{summary['trait']} after finetuning, {counted(len(summary['settings']['seeds']), 'seed')} [95% interval]",
         ("", "score", "change", "beside plain", "loss", "shift"),
         [
             ("base", _plain(base["score"], 1), "", "", "", ""),

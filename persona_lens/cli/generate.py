@@ -90,13 +90,17 @@ def _show(prompt: str, shown: Sequence[Candidate], answers: Sequence[str], as_js
         say_json({"prompt": prompt, "responses": rows})
         return
     from rich.columns import Columns
+    from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
     screen = console()
     width = max(30, screen.width // len(answers) - 2)
+    whole = all(len(each.title) <= width - 6 for each in shown)  # a title that is cut may lose what tells it apart
     panels = [
         Panel(Text(printable(answer)), title=Text(printable(each.title)), width=width)
+        if whole
+        else Panel(Group(Text(printable(each.title), style="bold"), Text(), Text(printable(answer))), width=width)
         for each, answer in zip(shown, answers, strict=True)
     ]
     screen.print(Columns(panels))

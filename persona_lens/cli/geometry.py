@@ -13,6 +13,7 @@ from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.sweep import ReductionOption, Vectors
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def halves_command(
         say_json({**written, "layers": [written["layers"][at] for at in chosen]})
         return
     print_table(
-        f"{found.questions} questions, {found.splits} splits into halves",
+        f"{counted(found.questions, 'question')}, {counted(found.splits, 'split')} into halves",
         ("layer", "halves", "95% of swapped arms: within", "the whole vector", "95% interval"),
         [
             (

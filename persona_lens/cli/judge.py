@@ -10,6 +10,7 @@ import typer
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ def sample(
     if all(each.score is None for each in responses):
         say(f"note: {source} has no scores to draw by, so all responses are equally likely", err=True)
     written = write_blinded(responses, out, n, seed, trait=loaded)
-    say(f"{written} of {len(responses)} responses: {out}\ninstructions for the raters: {out}.instructions.txt")
+    say(
+        f"{written} of {counted(len(responses), 'response')}: {out}\n"
+        f"instructions for the raters: {out}.instructions.txt"
+    )
 
 
 @app.command("score")
@@ -226,7 +230,7 @@ def _show(agreement: Agreement) -> None:
         ("upper limit of agreement", agreement.upper_limit, 1),
     )
     print_table(
-        f"Agreement [95% interval over {few(agreement.questions) or f'{agreement.questions} questions'}]",
+        f"Agreement [95% interval over {few(agreement.questions) or counted(agreement.questions, 'question')}]",
         ("measure", "value", "of"),
         [(name, _measured(measure, digits), f"{measure.n:,}") for name, measure, digits in rows],
     )

@@ -12,6 +12,7 @@ import typer
 
 from persona_lens.cli.display import say
 from persona_lens.cli.grouping import given_options
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -228,8 +229,8 @@ def say_usage(server: CompletionServer, label: str) -> None:
     spending = server.spending
     cost = f", ${spending.cost:,.4f}" if spending.cost is not None else ""
     say(
-        f"{label}: {spending.used.requests:,} answers and {spending.cached.requests:,} from the cache, "
-        f"{spending.used.tokens:,} tokens{cost}",
+        f"{label}: {counted(spending.used.requests, 'answer')} and {spending.cached.requests:,} from the cache, "
+        f"{counted(spending.used.tokens, 'token')}{cost}",
         err=True,
     )
 

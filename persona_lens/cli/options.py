@@ -15,6 +15,7 @@ import typer
 from persona_lens.addresses import shown
 from persona_lens.characters import in_short
 from persona_lens.cli.display import say, say_json
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 from persona_lens.files import read_bytes, write_text
 
@@ -221,7 +222,7 @@ def say_plan(work: Sequence[Work]) -> None:
     if planned:
         total = sum(planned[1:], planned[0])
         up, down = total.bytes_up / 1e6, total.bytes_down / 1e6
-        say(f"plan: {total.requests:,} requests, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
+        say(f"plan: {counted(total.requests, 'request')}, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
 
 
 def show_work(work: Sequence[Work], as_json: bool, *, asked: str = "batches") -> None:
@@ -247,7 +248,7 @@ def say_traffic(backend: Backend) -> None:
     if isinstance(backend, RemoteBackend):
         made = backend.traffic
         up, down = made.bytes_up / 1e6, made.bytes_down / 1e6
-        say(f"server: {made.requests:,} requests, {up:,.2f} MB up, {down:,.2f} MB down", err=True)
+        say(f"server: {counted(made.requests, 'request')}, {up:,.2f} MB up, {down:,.2f} MB down", err=True)
 
 
 def _work_row(work: Work, remote: bool, paid: bool) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import typer
 
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
+from persona_lens.counting import counted
 
 if TYPE_CHECKING:
     from persona_lens.completions import CompletionServer
@@ -111,7 +112,7 @@ def responses(
         say_json({"file": str(out), **asdict(made), "cost": server.spending.cost})
     else:
         say(
-            f"{made.rows:,} responses: {out}\n"
+            f"{counted(made.rows, 'response')}: {out}\n"
             f"read them:  {_reading(trait, out, questions, traits_dir or ())}\n"
             f"MODEL is the model that the server calls {server_model}: its hub id, or a folder with its weights"
         )
@@ -130,8 +131,8 @@ def _say_gaps(made: Generated) -> None:
     """Say on standard error which responses have no text, and why."""
     if made.refused:
         say(
-            f"note: the server refused {made.refused:,} of {made.rows:,} requests, which count as responses without a "
-            f"score; the first: {made.reason}",
+            f"note: the server refused {made.refused:,} of {counted(made.rows, 'request')}, which count as responses "
+            f"without a score; the first: {made.reason}",
             err=True,
         )
     if made.empty:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
+from persona_lens.counting import counted
 
 if TYPE_CHECKING:
     from persona_lens.screening import Screening
@@ -20,7 +21,7 @@ def finish(found: Screening, folder: Path, as_json: bool) -> None:
     options.write_report(folder / options.REPORT, render_screening(found.summary, __version__))
     if found.rows:
         say(
-            f"{found.rows:,} rows, {found.tokens:,} tokens in {found.seconds:,.1f} s: "
+            f"{counted(found.rows, 'row')}, {counted(found.tokens, 'token')} in {found.seconds:,.1f} s: "
             f"{found.rows / found.seconds:,.1f} rows and {found.tokens / found.seconds:,.0f} tokens a second",
             err=True,
         )

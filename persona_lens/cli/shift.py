@@ -11,6 +11,7 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import Vectors
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _show(summary: dict[str, Any]) -> None:
         )
         if found["correlations"] and (r := found["correlations"][place])["value"] is not None:
             interval = "" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]"
-            over = few(r["n"], "model") or f"{r['n']} models"
+            over = few(r["n"], "model") or counted(r["n"], "model")
             say(f"{trait}: correlation of shift and change over {over}: {r['value']:.2f}{interval}")
 
 

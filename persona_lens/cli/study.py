@@ -13,6 +13,7 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _show(found: Study, folder: Path) -> None:
     )
     for kind, group in summary["groups"].items():
         print_table(
-            f"Correlation of projection and score [95% interval], {kind}: {group['prompts']} prompts",
+            f"Correlation of projection and score [95% interval], {kind}: {counted(group['prompts'], 'prompt')}",
             ("layer", "Pearson", "Spearman", "within conditions", "random directions"),
             [_layer_row(row) for row in _shown_layers(group["layers"], {summary["layer"], summary["tuned_layer"]})],
         )
@@ -187,8 +188,9 @@ def conclusions(summary: dict[str, Any]) -> list[str]:
     for kind, group in summary["groups"].items():
         if group["ceiling"] is not None:
             lines.append(
-                f"{kind}: with {summary['settings']['samples']} responses a prompt no predictor can reach more than "
-                f"about r = {group['ceiling']:.2f}; the number of the condition itself has {_measured(group['level'])}"
+                f"{kind}: with {counted(summary['settings']['samples'], 'response')} a prompt no predictor can reach "
+                f"more than about r = {group['ceiling']:.2f}; the number of the condition itself has "
+                f"{_measured(group['level'])}"
             )
         if group["left_out"]:
             names = ", ".join(group["left_out"])

@@ -14,6 +14,7 @@ from persona_lens.cli import options
 from persona_lens.cli.display import console, say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 from persona_lens.files import write_text, writing
 
@@ -93,7 +94,7 @@ def transcript_command(
                 name = f"conversation-{found.transcript.line:06d}.html"
                 write_text(html / name, found.heatmap(opened.tokenizer).html())
             _show(found, opened.tokenizer if show else None, as_json)
-    say(f"{good} conversations read, {bad} not", err=True)
+    say(f"{counted(good, 'conversation')} read, {bad} not", err=True)
     if not good:
         raise PersonaLensError(f"no conversation of {transcripts} could be read")
 

@@ -13,6 +13,7 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import PositionsOption, ReductionOption, Vectors
+from persona_lens.counting import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
@@ -156,6 +157,7 @@ def _show(found: Tuning, folder: Path) -> None:
         random = found.confirmed.random
         beside = f", random directions {interval_text(random)}" if random else ""
         change = interval_text(found.confirmed.change)
-        say(f"on the other {found.summary['confirm_questions']} questions: {change}{beside}")
+        others = counted(found.summary["confirm_questions"], "question")
+        say(f"on the other {others}: {change}{beside}")
     say(f"vectors with the choice stored: {folder / 'vectors.safetensors'}")
     say(f"report: {folder / options.REPORT}")

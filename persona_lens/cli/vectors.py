@@ -21,6 +21,7 @@ from persona_lens.cli.geometry import (
 )
 from persona_lens.cli.lenses import attribute_command, lens_command
 from persona_lens.cli.sweep import ReductionOption, Vectors
+from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _show_pairs(found: Cosines, layers: list[int]) -> None:
             )
         )
     print_table(
-        f"Cosines over {len(layers)} layers ({_chance(found)})",
+        f"Cosines over {counted(len(layers), 'layer')} ({_chance(found)})",
         ("pair", "mean", "smallest, at layer", "largest, at layer", "layers beyond chance"),
         rows,
     )
@@ -191,7 +192,7 @@ def _origin(given: Mapping[str, Any]) -> str:
 def _facts(found: Mapping[str, Any]) -> dict[str, str]:
     model = found["model"]
     facts = {
-        "model": f"{model['model']}, {model['n_layers']} layers of {model['d_model']}, {model['dtype']}",
+        "model": f"{model['model']}, {counted(model['n_layers'], 'layer')} of {model['d_model']}, {model['dtype']}",
         "weights": model["weights"],
         "origin": found["origin"],
         "imported": _listed(found["imported"], ("format", "file", "file_sha256")),

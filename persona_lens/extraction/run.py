@@ -25,7 +25,7 @@ from persona_lens.judging import (
     weigh_rollouts,
 )
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format, note_reasoning
 from persona_lens.responses import GivenRollouts, GivenScores, Paths, ReadRollouts, given_rollouts
 from persona_lens.rollouts import Request, Rollout, RolloutBatches, Rollouts
@@ -69,7 +69,7 @@ def extract(
     chat: ChatFormat | None = None,
     responses: GivenRollouts | Paths | None = None,
     allow_missing: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> PersonaVectors:
     """Extract a trait's vectors; see `run_extraction` for what else there is to know.
 
@@ -114,7 +114,7 @@ def run_extraction(
     chat: ChatFormat | None = None,
     responses: GivenRollouts | Paths | None = None,
     allow_missing: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Extraction:
     """Extract a trait's vectors, and keep the judge and the responses too (arguments as for `extract`)."""
     trait = load_trait(trait) if isinstance(trait, str) else trait

@@ -24,7 +24,7 @@ from persona_lens.features.singles import WHOLE, FeatureEffect, arm_name, featur
 from persona_lens.judging import Judge, LikelihoodJudge, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.pieces import CHECK, is_signed, signed
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError, RunFolder
@@ -107,7 +107,7 @@ def dissect(
     judge: Judge | None = None,
     chat: ChatFormat | None = None,
     allow_other_model: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Dissection:
     """Take a trait's vector apart into the features of a sparse autoencoder (method, section 8).
 
@@ -187,7 +187,7 @@ def decompose(
     features: Features,
     settings: DissectSettings,
     corpus: Sequence[str] = (),
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> dict[str, Any]:
     """Everything but the steering, as JSON values; arguments as for `dissect`."""
     vector = vectors.vector(features.layer, settings.reduction)

@@ -15,7 +15,7 @@ from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.memory import forward_batches
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.features.dictionary import Features, FeaturesError
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 
 MAX_TOKENS = 256  # of a text
 AROUND = 12  # tokens shown before and after the one where a feature is most active
@@ -90,7 +90,7 @@ def find_examples(
     texts: Sequence[str],
     *,
     count: int = 5,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Activity:
     """Run a corpus through the model and the dictionary's encoder.
 

@@ -131,7 +131,7 @@ def _named(where: str) -> tuple[str, str]:
     repository, _, inside = rest.partition("/")
     if not inside:
         close = difflib.get_close_matches(release, known, n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint = f"; did you mean {', '.join(close)}?" if close else "."
         raise FeaturesError(
             f"SAELens has no release {release!r}{hint} A repository is given as OWNER/REPOSITORY/ID, a folder by its "
             "path"

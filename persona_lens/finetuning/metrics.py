@@ -19,23 +19,46 @@ class MetricsFile(TrainerCallback):
 
     Args:
         folder: The run.
-        progress: Told how many optimizer steps are done.
+        progress: Told how many batches are done, and of how many the loss was looked at afterwards.
     """
 
     def __init__(self, folder: RunFolder, progress: Progress) -> None:
         self._folder = folder
         self._progress = progress
+        self._batches = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget lines of steps that will be done again."""
         kept = [row for row in self._folder.rows(METRICS) if 0 < row["step"] <= state.global_step]
         start = [row for row in self._folder.rows(METRICS) if row["step"] == 0] if state.global_step else []
         self._folder.write_lines(METRICS, [*start, *kept], replace=True)
-        self._progress(state.global_step, state.max_steps, "finetuning")
+        self._say(args, state, 0)
+
+    def _say(self, args: Any, state: Any, batches: int) -> None:
+        each = args.gradient_accumulation_steps
+        self._progress(state.global_step * each + batches, state.max_steps * each, "finetuning")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to count the batches of a step."""
+        self._batches = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say how far it is: a step may consist of many batches, and take minutes."""
+        self._batches += 1
+        self._say(args, state, self._batches)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say how far it is."""
-        self._progress(state.global_step, state.max_steps, "finetuning")
+        self._say(args, state, 0)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        """Say of how many batches the loss was looked at."""
+        self._batches += 1
+        self._progress(self._batches, None if eval_dataloader is None else len(eval_dataloader), "measuring the loss")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to count anew."""
+        self._batches = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Write a line."""

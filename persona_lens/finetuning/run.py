@@ -31,7 +31,7 @@ from persona_lens.finetuning.methods import Measures, measures_of
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.adapters import taken_off
 from persona_lens.monitoring.transcripts import Transcript
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.runs import RunFolder
 from persona_lens.steering import trait_of
 from persona_lens.vectors import PersonaVectors
@@ -67,7 +67,7 @@ def finetune(
     chat: ChatFormat | None = None,
     side: str | None = None,
     device: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Finetuned:
     """Finetune a model on conversations, with the loss on what the assistant says (method, section 6).
 

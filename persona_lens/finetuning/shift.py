@@ -18,7 +18,7 @@ from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.judging import Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring.prompts import kept_projections
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.statistics import CHANGES, CORRELATION, SCORES, Ends, bootstrap_mean, jackknifed, pearson
@@ -81,7 +81,7 @@ def measure_shifts(
     judges: Mapping[str, Judge] | None = None,
     chat: ChatFormat | None = None,
     folder: Path | str | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Shifts:
     """Measure how far finetuned models have moved from their base along traits, and how their replies changed.
 

@@ -34,7 +34,7 @@ from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.adapters import adapter_on
 from persona_lens.monitoring.prompts import kept_projections
 from persona_lens.monitoring.transcripts import Transcript
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, no_progress, shown_progress
 from persona_lens.runs import RunFolder
 from persona_lens.steering import ArmRow, ArmSettings, Steering, calibration_of, run_arms, trait_of
 from persona_lens.steering.arms import UNSTEERED
@@ -95,7 +95,7 @@ def finetune_study(
     held_out: Data = (),
     judge: Judge | None = None,
     device: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> FinetuneStudy:
     """Finetune with every treatment and seed, and compare what becomes of trait, coherence, capability and loss.
 

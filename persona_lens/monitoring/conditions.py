@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from persona_lens.counting import counted
 from persona_lens.monitoring.errors import MonitoringError
 from persona_lens.tables import read_rows
 from persona_lens.traits import Arm, Trait, TraitError, load_trait
@@ -44,7 +45,7 @@ class Condition:
     @property
     def name(self) -> str:
         """Such as ``prompt 3`` or ``5 shots``."""
-        return f"prompt {self.level}" if self.kind is Kind.PROMPTS else f"{self.level} shots"
+        return f"prompt {self.level}" if self.kind is Kind.PROMPTS else counted(self.level, "shot")
 
     def to_json(self) -> dict[str, Any]:
         """The condition as JSON values."""

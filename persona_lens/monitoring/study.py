@@ -28,7 +28,7 @@ from persona_lens.monitoring.conditions import (
 from persona_lens.monitoring.errors import MonitoringError
 from persona_lens.monitoring.findings import PromptRow, findings
 from persona_lens.monitoring.prompts import projected, unit_vectors
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.runs import RunFolder
@@ -145,7 +145,7 @@ def study(
     folder: Path | str | None = None,
     judge: Judge | None = None,
     chat: ChatFormat | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Study:
     """Answer held-out questions under graded conditions, and compare each prompt's projection with its replies' score.
 

@@ -29,6 +29,7 @@ def environment() -> Environment:
     for function in (
         wording.agreement_row,
         wording.bounds,
+        wording.addend,
         wording.counted,
         few,
         wording.flat,

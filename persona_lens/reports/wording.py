@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from persona_lens.characters import printable as printable
+from persona_lens.counting import counted as counted
 from persona_lens.statistics import Estimate, Verdict, few, verdict_of
 
 MINUS = "\N{MINUS SIGN}"
@@ -180,9 +181,9 @@ def scientific(value: float | None) -> str:
     return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}".replace("-", MINUS)
 
 
-def counted(n: int, noun: str) -> str:
-    """``1 question``, ``1,250 questions``."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def addend(value: float, digits: int) -> str:
+    """A number behind another that it is added to: ``+ 0.861``, ``− 0.861``."""
+    return f"{MINUS if value < 0 else '+'} {abs(value):.{digits}f}"
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

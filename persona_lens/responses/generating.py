@@ -11,7 +11,7 @@ from typing import Any
 
 from persona_lens.completions import Completion, CompletionRequest, CompletionServer, Refused, Usage
 from persona_lens.files import write_bytes
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.responses.errors import ResponsesError
 from persona_lens.rollouts import Request, RolloutSettings
 
@@ -44,7 +44,7 @@ def generate_responses(
     settings: RolloutSettings,
     out: Path | str,
     *,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Generated:
     """Have a server answer an extraction's requests, and write the answers as a file that the extraction reads.
 

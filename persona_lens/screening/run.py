@@ -13,7 +13,7 @@ from persona_lens.backend.remote import RemoteBackend, Traffic
 from persona_lens.judging import Judge, prepare_judge
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.pieces import is_signed, signed
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format, note_reasoning
 from persona_lens.runs import RunFolder
 from persona_lens.screening.crews import Crew, Job, OneProcess
@@ -65,7 +65,7 @@ def screen(
     judges: Mapping[str, Judge] | None = None,
     chat: ChatFormat | None = None,
     crew: Crew | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Screening:
     """Say what datasets would do to a model's character (method, section 7).
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from persona_lens.backend import Backend, Edit, Read
 from persona_lens.judging import Judge, Judgement, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.runs import RunFolder
 from persona_lens.steering.steering import Steering, SteeringError, rowwise
@@ -180,7 +180,7 @@ def run_arms(
     *,
     folder: RunFolder | None = None,
     prefix: str = ARMS,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> list[ArmRow]:
     """Let every arm answer, and judge what comes.
 

@@ -12,7 +12,7 @@ from persona_lens.backend import Backend
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
 from persona_lens.runs import RunFolder
 from persona_lens.steering.arms import ArmRow, ArmSettings, collect_arms, run_arms
@@ -49,7 +49,7 @@ def compare_steerings(
     folder: Path | str | None = None,
     judge: Judge | None = None,
     chat: ChatFormat | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Comparison:
     """Let the unsteered model and every arm answer a trait's questions, each arm beside its null.
 

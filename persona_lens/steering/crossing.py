@@ -14,7 +14,7 @@ from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.extraction.run import model_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
 from persona_lens.responses import GivenRollouts, ReadRollouts
 from persona_lens.rollouts import Rollout, RolloutBatches, Rollouts, RolloutSettings
@@ -68,7 +68,7 @@ def cross_effects(
     chat: ChatFormat | None = None,
     folder: Path | str | None = None,
     allow_other_model: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> CrossEffects:
     """Steer in several ways, and measure every trait in what comes.
 

@@ -17,7 +17,7 @@ from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
 from persona_lens.judging.calibration import Calibration
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.runs import RunFolder
@@ -109,7 +109,7 @@ def sweep(
     judge: Judge | None = None,
     chat: ChatFormat | None = None,
     allow_other_model: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> list[SweepRow]:
     """Steer along the vectors and score the responses.
 

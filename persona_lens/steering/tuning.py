@@ -19,7 +19,7 @@ from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, LikelihoodJudge, prepare_judge
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, no_progress
+from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunFolder
@@ -136,7 +136,7 @@ def tune(
     chat: ChatFormat | None = None,
     command: str | None = None,
     capability: Capability | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = shown_progress,
 ) -> Tuning:
     """Search layers and strengths on some held-out questions, and confirm the choice on the others.
 
