@@ -128,7 +128,7 @@ def test_what_is_no_edit_is_one_sentence(tiny: Backend) -> None:
     with pytest.raises(SteeringError, match=r"the notation 'optimistic@1:\+1' needs the vectors that it names: give"):
         reply(tiny, QUESTION, edits="optimistic@1:+1")
     with pytest.raises(NotationError, match="optimistic"):
-        reply(tiny, QUESTION, edits="optimistic", vectors=vectors_for(tiny))
+        reply(tiny, QUESTION, edits="optimistic@:+1", vectors=vectors_for(tiny))
     wrong: Any = [vectors_for(tiny)]
     with pytest.raises(EditError, match="edits are one Edit, several, or a Steering, got list"):
         as_edits(wrong)

@@ -83,9 +83,8 @@ def evaluate_capability(
     results = simple_evaluate(
         model, tasks=loaded, task_manager=manager, bootstrap_iters=BOOTSTRAPS, **settings, **seeds
     )
-    settings |= {"tasks": names, "seed": seed}
     about = {**asdict(backend.info), "edits": [edit.content_hash for edit in written]}
-    return CapabilityResult(read_results(results), about, settings, version("lm_eval"))
+    return CapabilityResult(read_results(results), about, settings | {"tasks": names, "seed": seed}, version("lm_eval"))
 
 
 def check_task(task: str) -> None:
