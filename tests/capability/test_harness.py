@@ -112,6 +112,7 @@ def test_other_architectures_too(architecture: str) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.exhaustive
 def test_the_embedded_model_gives_the_harness_s_own_numbers() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
