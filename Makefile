@@ -41,10 +41,10 @@ test: lint
 test-all: lint
 	$(PYTEST) --all
 
-# One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
+# With MORE=--all, over every architecture. One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development
 	-@$(MAKE) --no-print-directory $(PERSONA_LENS_NDIF_ENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ndif
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MORE) tests/ndif
 
 # The judge's client against a real LLM server on this machine.
 test-servers: $(VENV)/.development

@@ -36,9 +36,9 @@ from persona_lens.backend import (
     watched_generation,
 )
 from persona_lens.backend.parity import EVERYTHING, check_parity
-from tests.backends.fixtures import PROMPTS, RESPONSES, direction
+from tests.backends.fixtures import PROMPTS, RESPONSES, direction, matrix
 from tests.ndif.server import environment
-from tests.tiny import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = TokenBatch.of(PROMPTS, RESPONSES)
@@ -68,8 +68,8 @@ def test_the_server_does_not_have_this_package(server: str) -> None:
     assert done.stdout.strip() == "[None, None, None]"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_numbers_are_those_of_the_model_here(server: str, models: Path, architecture: str) -> None:
+@pytest.mark.parametrize(("adapter", "architecture"), matrix(adapters=["nnsight"]))
+def test_numbers_are_those_of_the_model_here(server: str, models: Path, adapter: str, architecture: str) -> None:
     """Reads at every layer, log-probabilities, greedy and seeded tokens, under every kind of edit."""
     assert different(remote(models / architecture), local(models / architecture), max_new_tokens=5) == []
 
@@ -276,7 +276,7 @@ def run(*arguments: str, given: str = "", host: str = "") -> str:
 
 # One whose logits are its output embedding's, and one that changes them further.
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma2", marks=pytest.mark.exhaustive)])
 def test_numbers_are_the_same_in_a_sandbox(sandbox_server: str, models: Path, architecture: str) -> None:
     """A process of its own runs the traces, and every value that they read or write is copied to it and back."""
     there, here = remote(models / architecture), local(models / architecture)
