@@ -22,14 +22,9 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
-    return stream
-
-
-def test_a_terminal_shows_a_bar_for_each_piece_of_work(terminal: Terminal) -> None:
+def test_a_terminal_shows_a_bar_for_each_piece_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     for done in (2, 5, 8):
         shown_progress(done, 8, "steering rollouts")
     shown_progress(3, None, "tokens")

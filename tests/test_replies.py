@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from persona_lens import reply
-from persona_lens.backend import Backend, Edit, EditError, Read, Sampling, TokenBatch, as_edits
+from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch
 from persona_lens.finetuning.edits import TrainingEdits
 from persona_lens.monitoring import ConversationMonitor, Panel
 from persona_lens.preview import preview_tokens
@@ -129,9 +129,6 @@ def test_what_is_no_edit_is_one_sentence(tiny: Backend) -> None:
         reply(tiny, QUESTION, edits="optimistic@1:+1")
     with pytest.raises(NotationError, match="optimistic"):
         reply(tiny, QUESTION, edits="optimistic@:+1", vectors=vectors_for(tiny))
-    wrong: Any = [vectors_for(tiny)]
-    with pytest.raises(EditError, match="edits are one Edit, several, or a Steering, got list"):
-        as_edits(wrong)
     other = vectors_for(tiny_backend("transformers", "gpt2"))
     with pytest.raises(VectorsError, match="another model"):
         reply(tiny, QUESTION, edits=Steering.parse("optimistic@1:+1", other))

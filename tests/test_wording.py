@@ -27,7 +27,7 @@ def test_a_hint_that_may_be_empty_leaves_no_sentence_without_an_end() -> None:
     """``{hint} It takes`` behind a hint that may be nothing."""
     for path in ENGINE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        for name in re.findall(r"\{(\w+)\} [A-Z]\w+ ", text):
+        for name in re.findall(r"[^.}\s]\{(\w+)\} [A-Z]\w+ ", text):
             assert not re.search(rf"\b{name} = f?\"[^\n]*\" if [^\n]* else \"\"$", text, re.MULTILINE), path
 
 

@@ -18,7 +18,6 @@ import torch
 from persona_lens.backend import (
     BackendError,
     Edit,
-    Edits,
     ForwardResult,
     Generation,
     ModelInfo,
@@ -30,7 +29,7 @@ from persona_lens.backend import (
 from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, require_reached, vocabulary_size
 from persona_lens.backend.context import check_fits, context_of
 from persona_lens.backend.editing import editing_blocks, hooking_texts
-from persona_lens.backend.edits import as_edits, check_edits
+from persona_lens.backend.edits import Edits, as_edits, check_edits
 from persona_lens.backend.hooked import (
     deepest_layer,
     evaluating,
@@ -117,9 +116,8 @@ class NNsightBackend:
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`."""
         width = max(map(len, prompts), default=0) + sampling.max_new_tokens + 1
-        edits = as_edits(edits)
-        request = self._request(edits, reads, len(prompts), width)
-        saved = self._capture_generation(prompts, sampling, edits, reads, request)
+        request = self._request(as_edits(edits), reads, len(prompts), width)
+        saved = self._capture_generation(prompts, sampling, as_edits(edits), reads, request)
         if request is not None:
             saved = request.send()
         return self._generation(saved, sampling)
@@ -217,12 +215,11 @@ class NNsightBackend:
         logprobs: bool = False,
     ) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
-        edits = as_edits(edits)
-        request = self._request(edits, reads, len(tokens), max(tokens.lengths))
+        request = self._request(as_edits(edits), reads, len(tokens), max(tokens.lengths))
         if not logprobs and not reads:
-            check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
+            check_edits(as_edits(edits), self.info.n_layers, self.info.d_model, len(tokens))
             return ForwardResult()
-        saved = self._capture_forward(tokens, edits, reads, logprobs, request)
+        saved = self._capture_forward(tokens, as_edits(edits), reads, logprobs, request)
         if request is not None:
             saved = request.send()
         require_reached(saved["missed"])

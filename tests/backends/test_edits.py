@@ -15,7 +15,7 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Condition, Edit, EditError, Operation, Positions, Sampling, Schedule, Span
 from persona_lens.backend.editing import editing_blocks, hooking_texts
-from persona_lens.backend.edits import apply_edit, check_edits
+from persona_lens.backend.edits import apply_edit, as_edits, check_edits
 from tests.backends.fixtures import D_MODEL, PROMPTS, TEXT, activations, assert_close, backend_of, direction
 from tests.tiny import tiny_model
 
@@ -385,3 +385,10 @@ def test_a_block_list_is_edited_only_while_the_context_is_open() -> None:
         assert torch.equal(blocks[0](h), h)
         assert_close(blocks[1](h)[0, 0], direction())
     assert torch.equal(blocks[1](h), h)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [[torch.ones(2)], 3, None, "optimistic@18:+1"])
+def test_what_is_no_edit_is_said_to_be_none(wrong: Any) -> None:
+    with pytest.raises(EditError, match=r"edits are one Edit, several, or a Steering|needs the vectors that it names"):
+        as_edits(wrong)
