@@ -22,7 +22,7 @@ from persona_lens.notes import note
 
 IDS = range(5, 24)  # as good as any
 NEW = 3  # tokens
-READS = (Read(ReadKind.RESPONSE_MEAN), Read(ReadKind.PROMPT_LAST))
+LAYERS = 12  # the first of a model; kinds of layers take turns in fewer, and what goes wrong does so in the first
 # Of a residual's length, at the layer in the middle of all errors. What a model does with padding or a cache that it is
 # not made for is a tenth of it or more; in 16 bits rounding alone may send a token to another expert.
 TOLERANCE = {"float32": 1e-2, "float64": 1e-2}
@@ -114,22 +114,29 @@ def _generates(backend: Backend, texts: LongTexts) -> bool:
 
 def _batch_error(backend: Backend, text: TokenBatch) -> float:
     """Largest error of a row of a batch, of those that stand first and last in it."""
-    together = backend.forward(text, reads=READS[:1]).reads
+    reads = _reads(backend)[:1]
+    together = backend.forward(text, reads=reads).reads
     last = len(text) - 1
     return max(
-        _error(together["response_mean"][row], backend.forward(text.rows(row, row + 1), reads=READS[:1]).reads)
+        _error(together["response_mean"][row], backend.forward(text.rows(row, row + 1), reads=reads).reads)
         for row in (0, last)
     )
 
 
 def _generating_error(backend: Backend, text: TokenBatch) -> float:
     """Largest error of a row's reads while a padded batch is generated, against the finished text of that row alone."""
-    found = backend.generate(text.prompts, Sampling(NEW), reads=READS)
+    reads = _reads(backend)
+    found = backend.generate(text.prompts, Sampling(NEW), reads=reads)
     errors = [0.0]
     for row, (prompt, response) in enumerate(zip(text.prompts, found.responses, strict=True)):
-        alone = backend.forward(TokenBatch.of([prompt], [response]), reads=READS).reads
-        errors += [_error(found.reads[read.kind][row], {read.kind: alone[read.kind]}) for read in READS]
+        alone = backend.forward(TokenBatch.of([prompt], [response]), reads=reads).reads
+        errors += [_error(found.reads[read.kind][row], {read.kind: alone[read.kind]}) for read in reads]
     return max(errors)
+
+
+def _reads(backend: Backend) -> tuple[Read, ...]:
+    layers = tuple(range(min(LAYERS, backend.info.n_layers)))
+    return Read(ReadKind.RESPONSE_MEAN, layers), Read(ReadKind.PROMPT_LAST, layers)
 
 
 def _error(measured: torch.Tensor, alone: Mapping[str, torch.Tensor]) -> float:
