@@ -46,6 +46,11 @@ Seed = Annotated[
 ]
 
 
+Side = Annotated[
+    str | None, typer.Option("--side", help="Of preference pairs: `chosen` or `rejected`.", show_default=False)
+]
+
+
 def _print_config(asked: bool) -> None:
     if asked:
         from persona_lens.finetuning import documented
@@ -89,9 +94,7 @@ def finetune_command(
     report_to: Annotated[
         list[str] | None, typer.Option("--report-to", help="`wandb` or `tensorboard`. Repeatable.", show_default=False)
     ] = None,
-    side: Annotated[
-        str | None, typer.Option("--side", help="Of preference pairs: `chosen` or `rejected`.", show_default=False)
-    ] = None,
+    side: Side = None,
     seed: Seed = None,
     device: options.Device = "auto",
     out: Annotated[

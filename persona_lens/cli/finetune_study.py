@@ -10,7 +10,7 @@ import typer
 from persona_lens.characters import shown
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
-from persona_lens.cli.finetune import ConfigFile, Data, HeldOut, open_config
+from persona_lens.cli.finetune import ConfigFile, Data, HeldOut, Side, open_config
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import Vectors
 from persona_lens.counting import counted
@@ -50,6 +50,7 @@ def finetune_study_command(
     seeds: Annotated[str, typer.Option("--seeds", help="Of the trainings.")] = "1,2,3",
     config: ConfigFile = None,
     held_out: HeldOut = None,
+    side: Side = None,
     questions: Annotated[int, typer.Option(help="How many of the 20 evaluation questions to ask.")] = 20,
     samples: Annotated[int, typer.Option(help="Replies to each question.")] = 1,
     task: Annotated[
@@ -114,6 +115,7 @@ def finetune_study_command(
             chosen,
             folder=folder,
             held_out=held_out or (),
+            side=side,
             judge=scoring,
             device=device,
             progress=progress,

@@ -125,7 +125,7 @@ class DataOptions:
                     base=supplied,
                     split=self.split,
                     subset=self.subset,
-                    side=self.side if screened else None,
+                    side=self.side,
                 )
                 say(f"{dataset.name}: rows in the form {dataset.form}", err=True)
                 found[place].append(dataset)

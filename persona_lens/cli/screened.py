@@ -28,7 +28,8 @@ def finish(found: Screening, folder: Path, as_json: bool) -> None:
     for dataset in found.summary["datasets"]:
         if dataset["rejected"]:
             say(
-                f"{dataset['name']}: {dataset['rejected']:,} of {dataset['rows']:,} rows could not be read; "
+                f"{dataset['name']}: {dataset['rejected']:,} of {dataset['rows']:,} rows could not be read"
+                f"{f' ({tools:,} call tools)' if (tools := dataset['call_tools']) else ''}; "
                 f"{folder / 'rejects.jsonl'} says which",
                 err=True,
             )

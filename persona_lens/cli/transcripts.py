@@ -63,6 +63,7 @@ def transcript_command(
     """
     from persona_lens.monitoring import Panel, open_transcripts
     from persona_lens.monitoring.scoring import ScoredTranscript, score_transcripts
+    from persona_lens.monitoring.transcripts import CALLS_TOOLS
     from persona_lens.vectors import load_vectors
 
     if tokens and out is None:
@@ -77,7 +78,7 @@ def transcript_command(
     panel = Panel.of(loaded, chosen)
     opened = opening.open(model)
     chat = opening.chat(opened)
-    good, bad = 0, 0
+    good, bad, tools = 0, 0, 0
     if html is not None:
         html.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -85,6 +86,7 @@ def transcript_command(
         for found in score_transcripts(opened, _first(file, limit), panel, chat):
             if not isinstance(found, ScoredTranscript):
                 bad += 1
+                tools += CALLS_TOOLS in found.problem
                 _report(found)
                 continue
             good += 1
@@ -94,7 +96,8 @@ def transcript_command(
                 name = f"conversation-{found.transcript.line:06d}.html"
                 write_text(html / name, found.heatmap(opened.tokenizer).html())
             _show(found, opened.tokenizer if show else None, as_json)
-    say(f"{counted(good, 'conversation')} read, {bad} not", err=True)
+    called = f" ({tools} call tools)" if tools else ""
+    say(f"{counted(good, 'conversation')} read, {bad} not{called}", err=True)
     if not good:
         raise PersonaLensError(f"no conversation of {transcripts} could be read")
 

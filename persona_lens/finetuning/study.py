@@ -93,6 +93,7 @@ def finetune_study(
     *,
     folder: Path | str,
     held_out: Data = (),
+    side: str | None = None,
     judge: Judge | None = None,
     device: str = "auto",
     progress: Progress = shown_progress,
@@ -107,6 +108,7 @@ def finetune_study(
         config: How all of them train; the paper's settings by default.
         folder: Run folder, kept and resumed; each training has a folder of its own in ``models/``.
         held_out: Conversations, or a file of them, whose loss is measured and not learned.
+        side: Of preference pairs: ``chosen`` or ``rejected``.
         judge: Who scores; by default the base model by likelihood, as it was calibrated for the vectors.
         device: ``auto`` or a torch device.
         progress: Told how far the work is.
@@ -119,7 +121,7 @@ def finetune_study(
     config = config or FinetuneConfig()
     _check(config, settings)
     trained = treatments_of(settings.treatments, config, vectors)
-    transcripts, others = conversations_of(data), conversations_of(held_out)
+    transcripts, others = conversations_of(data, side), conversations_of(held_out, side)
     loaded, answering = _opened(model, config, settings.dtype, device)
     base = wrap_model(answering.model, answering.tokenizer)
     vectors.check_model(base)

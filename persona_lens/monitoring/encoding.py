@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from persona_lens.models import ModelError
@@ -47,11 +48,23 @@ class EncodedTranscript:
         ids: All token ids, those of the template included.
         messages: Where each message's content is, in the order of ``transcript.messages``. Headers, ends of turn and
             control tokens belong to none.
+        starts: Where texts begin that run by themselves: one, unless the answers were encoded one by one. Then
+            messages of other roles, which stand in several of them, are empty here.
     """
 
     transcript: Transcript
     ids: TokenIds
     messages: tuple[EncodedMessage, ...]
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def texts(self) -> tuple[TokenIds, ...]:
+        """The ids of what runs by itself, in order."""
+        return tuple(self.ids[begin:end] for begin, end in pairwise((*self.starts, len(self.ids))))
+
+
+class UnfollowedError(MonitoringError):
+    """A conversation whose messages cannot be found in its tokens, though its answers can be encoded one by one."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,9 @@ def encode_transcript(transcript: Transcript, chat: ChatFormat) -> EncodedTransc
     lies within its content, or has more of it than white space.
 
     Raises:
-        MonitoringError: If the template changes a message or leaves it out (many cut reasoning from earlier answers), a
-            content holds a control token of the model, or the tokenizer does not give back the text it was given.
+        UnfollowedError: If the template changes a message or leaves it out (many cut reasoning from earlier answers),
+            or the tokenizer does not give back the text it was given.
+        MonitoringError: If a content holds a control token of the model.
         ModelError: If the template refuses the conversation.
     """
     messages = transcript.messages
@@ -87,7 +101,7 @@ def encode_transcript(transcript: Transcript, chat: ChatFormat) -> EncodedTransc
     ids = tuple(chat.encode_messages(messages, add_generation_prompt=False))
     pieces = whole_pieces(chat.tokenizer, ids)
     if "".join(piece.text for piece in pieces) != text:
-        raise MonitoringError(
+        raise UnfollowedError(
             f"{transcript.place}: the tokenizer does not give back the conversation's text (it changes spaces or "
             f"characters), so that its messages cannot be found in the tokens; {_ADVICE}"
         )
@@ -114,6 +128,26 @@ def encode_answers(transcript: Transcript, chat: ChatFormat) -> Iterator[Encoded
             yield EncodedAnswer(index, tuple(prompt), tuple(chat.encode_answer(message["content"])))
 
 
+def encode_one_by_one(transcript: Transcript, chat: ChatFormat) -> EncodedTranscript:
+    """Encode a conversation as `encode_answers` does, one text for each answer behind the others.
+
+    Raises:
+        MonitoringError: If there is no answer to anything.
+        ModelError: If the template refuses the conversation, or a part of it that ends before an answer.
+    """
+    ids: list[int] = []
+    starts: list[int] = []
+    messages = [EncodedMessage(message["role"], 0, 0) for message in transcript.messages]
+    for answer in encode_answers(transcript, chat):
+        starts.append(len(ids))
+        ids += answer.prompt
+        messages[answer.index] = EncodedMessage("assistant", len(ids), len(ids) + len(answer.response), len(ids))
+        ids += answer.response
+    if not starts:
+        raise MonitoringError(f"{transcript.place}: the conversation has no answer of an assistant to a message")
+    return EncodedTranscript(transcript, tuple(ids), tuple(messages), tuple(starts))
+
+
 def _around(transcript: Transcript, chat: ChatFormat) -> list[str]:
     """What the template writes before, between and behind the contents, found with contents like no other text."""
     marks = [f"zebra{place}kettle" for place in range(len(transcript.messages))]
@@ -124,7 +158,7 @@ def _around(transcript: Transcript, chat: ChatFormat) -> list[str]:
     for place, mark in enumerate(marks):
         if rest.count(mark) != 1:
             what = "leaves out" if mark not in rest else "repeats"
-            raise MonitoringError(f"{transcript.place}: the chat template {what} message {place}; {_ADVICE}")
+            raise UnfollowedError(f"{transcript.place}: the chat template {what} message {place}; {_ADVICE}")
         before, _, rest = rest.partition(mark)
         found.append(before)
     return [*found, rest]
@@ -150,7 +184,7 @@ def _places(transcript: Transcript, text: str, around: Sequence[str]) -> list[tu
             None,
         )
         if end is None:
-            raise MonitoringError(
+            raise UnfollowedError(
                 f"{transcript.place}: the chat template changes message {place} (many cut reasoning from earlier "
                 f"answers); {_ADVICE}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,21 @@ from persona_lens.backend.context import context_length
 from persona_lens.backend.memory import forward_batches
 from persona_lens.errors import PersonaLensError
 from persona_lens.monitoring.conversation import TraitReading
-from persona_lens.monitoring.encoding import EncodedTranscript, encode_transcript
+from persona_lens.monitoring.encoding import EncodedTranscript, UnfollowedError, encode_one_by_one, encode_transcript
 from persona_lens.monitoring.heatmap import Strip, TokenHeatmap
 from persona_lens.monitoring.tokens import token_pieces
 from persona_lens.monitoring.transcripts import BadTranscript, Transcript
 from persona_lens.monitoring.watching import Panel
+from persona_lens.notes import note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from persona_lens.models import ChatFormat
 
+ONE_BY_ONE = (
+    "the chat template changes earlier turns of some conversations: their answers are read after their own prompts"
+)
 LOOK_AHEAD = 64  # conversations that are encoded before the first of them is read, so that those of like length meet
 
 
@@ -55,10 +59,11 @@ class ScoredTranscript:
     def heatmap(self, tokenizer: PreTrainedTokenizerBase) -> TokenHeatmap:
         """The conversation's tokens coloured by their values, a strip for each gauge.
 
-        The first token is left without a value: in most models its residual is of another size than all others.
+        The first token is left without a value: in most models its residual is of another size than all others. Where
+        answers were read one by one, each stands behind its own prompt.
         """
         values = self.values.clone()
-        values[0] = torch.nan
+        values[list(self.encoded.starts)] = torch.nan
         traits = list(dict.fromkeys(gauge.trait for gauge in self.panel.gauges))
         order = sorted(enumerate(self.panel.gauges), key=lambda each: (traits.index(each[1].trait), each[1].layer))
         strips = tuple(Strip(tuple(values[:, n].tolist()), gauge.trait, gauge.layer) for n, gauge in order)
@@ -90,6 +95,8 @@ def score_transcripts(
 ) -> Iterator[ScoredTranscript | BadTranscript]:
     """Read conversations in one forward pass each, several at a time; memory does not grow with their number.
 
+    Where the chat template changes earlier turns, or cannot be followed, each answer is read after its own prompt.
+
     Args:
         backend: The model.
         transcripts: What `open_transcripts` reads; bad ones are handed on.
@@ -109,8 +116,7 @@ def score_transcripts(
     rest = iter(transcripts)
     while several := list(islice(rest, LOOK_AHEAD)):
         encoded = [_encoded(each, chat, limit) for each in several]
-        good = [number for number, each in enumerate(encoded) if isinstance(each, EncodedTranscript)]
-        yield from _scored(backend, encoded, good, panel)
+        yield from _scored(backend, encoded, panel)
 
 
 def _encoded(
@@ -119,32 +125,38 @@ def _encoded(
     if isinstance(transcript, BadTranscript):
         return transcript
     try:
-        encoded = encode_transcript(transcript, chat)
+        try:
+            encoded = encode_transcript(transcript, chat)
+        except UnfollowedError:
+            encoded = encode_one_by_one(transcript, chat)
+            note(ONE_BY_ONE)
     except PersonaLensError as error:
         said = str(error)
         where = "" if said.startswith(transcript.place) else f"{transcript.place}: "
         return BadTranscript(transcript.line, where + said)
-    if limit is not None and len(encoded.ids) > limit:
-        problem = f"{transcript.place}: {len(encoded.ids)} tokens, and the model takes {limit}; cut the conversation"
+    longest = max(map(len, encoded.texts))
+    if limit is not None and longest > limit:
+        problem = f"{transcript.place}: {longest} tokens, and the model takes {limit}; cut the conversation"
         return BadTranscript(transcript.line, problem)
     return encoded
 
 
 def _scored(
-    backend: Backend, encoded: Sequence[EncodedTranscript | BadTranscript], good: Sequence[int], panel: Panel
+    backend: Backend, encoded: Sequence[EncodedTranscript | BadTranscript], panel: Panel
 ) -> Iterator[ScoredTranscript | BadTranscript]:
     values: dict[int, Tensor] = {}
-    chosen = [each for each in (encoded[number] for number in good) if isinstance(each, EncodedTranscript)]
-    if chosen:
-        text = TokenBatch.of([each.ids for each in chosen])
-        for rows, result in forward_batches(backend, text, [panel.read]):
+    texts = [text for each in encoded if isinstance(each, EncodedTranscript) for text in each.texts]
+    if texts:
+        for rows, result in forward_batches(backend, TokenBatch.of(texts), [panel.read]):
             for row, projected in zip(rows, result.reads["projections"], strict=True):
-                values[good[row]] = panel.values(projected[:, -len(chosen[row].ids) :]).clone()
-    for number, each in enumerate(encoded):
+                values[row] = panel.values(projected[:, -len(texts[row]) :]).clone()
+    numbers = count()
+    for each in encoded:
         if isinstance(each, BadTranscript):
             yield each
         else:
-            yield ScoredTranscript(each, panel, values[number], _turns(each, panel, values[number]))
+            own = torch.cat([values[number] for number in islice(numbers, len(each.starts))])
+            yield ScoredTranscript(each, panel, own, _turns(each, panel, own))
 
 
 def _turns(encoded: EncodedTranscript, panel: Panel, values: Tensor) -> tuple[TraitReading, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -14,11 +15,16 @@ from typing import Any
 from persona_lens.characters import printable
 from persona_lens.models import Message
 from persona_lens.monitoring.errors import MonitoringError
+from persona_lens.notes import note
 from persona_lens.tables import BYTE_ORDER_MARK, TableError, read_rows
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
+CALLS_TOOLS = "calls of tools cannot be read"  # part of what is said of such conversations, so that they can be counted
+IDS = ("id", "conversation_id", "uuid")
+_TOOLS = ("tool", "function", "tool_call", "tool_calls", "function_call", "observation", "tool_response")
 _LOOKED_AT = 100  # rows, to tell the form
 _SHOWN = 40
+_COLUMNS = 8  # named at most
 _SPEAKERS = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
     "assistant": "assistant", "ai": "assistant",
@@ -135,7 +141,22 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
     if is_text:
         raise MonitoringError(f"{path} is text, not a table, so its form cannot be {chosen}; it is read as plain")
     rows = read_rows(path, lambda *_: None)  # also checks the name
-    return TranscriptFile(path, chosen or _form_of(path, rows))
+    found = chosen or _form_of(path, rows)
+    used = {*IDS, "messages"} if found is TranscriptForm.OPENAI else {*IDS, "conversations", "conversation", "system"}
+    with suppress(TableError):  # no row can be read, which whoever reads them is told
+        first = [row for _, row in islice(read_rows(path, lambda *_: None), _LOOKED_AT)]
+        texts = (name for row in first for name, value in row.items() if value and isinstance(value, str | list))
+        note_unread(str(path), (name for name in texts if name not in used))
+    return TranscriptFile(path, found)
+
+
+def note_unread(name: str, columns: Iterable[str]) -> None:
+    """Say which columns of a table hold text that is not read, if there are any."""
+    unread = list(dict.fromkeys(columns))
+    if unread:
+        shown = ", ".join(map(printable, unread[:_COLUMNS]))
+        more = f" and {len(unread) - _COLUMNS} more" if len(unread) > _COLUMNS else ""
+        note(f"{name}: columns that are no part of a conversation are not read: {shown}{more}")
 
 
 def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Message, ...]:
@@ -255,12 +276,16 @@ def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     for place, message in enumerate(found):
         if not isinstance(message, dict):
             raise _FaultError(f"message {place} must be an object, but is {_short(message)}")
+        if called := next((name for name in ("tool_calls", "function_call") if message.get(name)), None):
+            raise _FaultError(f"message {place} has {called}; {CALLS_TOOLS}, so leave the conversation out")
     return found
 
 
 def _role(message: Mapping[str, Any], key: str, roles: Mapping[str, str], place: int) -> str:
     given = message.get(key)
     role = roles.get(given.lower()) if isinstance(given, str) else None
+    if role is None and isinstance(given, str) and given.lower() in _TOOLS:
+        raise _FaultError(f"message {place} has {key} {_short(given)}; {CALLS_TOOLS}, so leave the conversation out")
     if role is None:
         raise _FaultError(f"message {place} has {key} {_short(given)}; it can be one of {', '.join(roles)}")
     return role
@@ -270,7 +295,7 @@ def _content(content: Any, place: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _FaultError(f"message {place} has no text in content: {_short(content)}; calls of tools cannot be read")
+        raise _FaultError(f"message {place} has no text in content: {_short(content)}")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -282,7 +307,7 @@ def _content(content: Any, place: int) -> str:
 
 
 def _id_of(row: Mapping[str, Any], line: int) -> str:
-    given = (row.get(name) for name in ("id", "conversation_id", "uuid"))
+    given = (row.get(name) for name in IDS)
     found = next((value for value in given if isinstance(value, str | int) and value != ""), None)
     return f"line {line}" if found is None else str(found)
 

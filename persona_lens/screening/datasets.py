@@ -8,7 +8,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.characters import printable
+from persona_lens.monitoring.transcripts import IDS, note_unread
 from persona_lens.notes import note
 from persona_lens.screening.errors import ScreeningError
 from persona_lens.screening.forms import (
@@ -24,9 +24,6 @@ from persona_lens.screening.sources import RawRow, Source, find_source
 
 if TYPE_CHECKING:
     from persona_lens.models import Message
-
-_SHOWN = 8
-IDS = ("id", "conversation_id", "uuid")
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ def open_dataset(
         base: A file of base responses, one row for each of the dataset's, in their order.
         split: Of a folder or a dataset of the hub.
         subset: Configuration, of the same.
-        side: Of preference pairs: ``chosen`` or ``rejected``; it has to be said.
+        side: Of preference pairs: ``chosen`` or ``rejected``; it has to be said. Other datasets have no sides.
 
     Raises:
         ScreeningError: If there is no such dataset or column, or it has none of the forms.
@@ -192,7 +189,8 @@ def open_dataset(
             f"{source.name} holds preference pairs; say which side of them is meant: chosen or rejected (--side)"
         )
     if found is not SampleForm.PREFERENCE and side is not None:
-        raise ScreeningError(f"{source.name} holds no preference pairs, so that it has no side {side!r}")
+        note(f"{source.name} holds no preference pairs, so that {side!r} is no side of it")
+        side = None
     _name_ignored(source, found, {*IDS, label, by})
     return Dataset(source, found, label, by, limit, find_source(base) if base is not None else None, side)
 
@@ -200,11 +198,7 @@ def open_dataset(
 def _name_ignored(source: Source, form: SampleForm, used: Collection[str | None]) -> None:
     """Say which columns of text the first rows have that are not read."""
     rows = (row.values for row in islice(source.rows(), LOOKED_AT) if row.values is not None)
-    columns = dict.fromkeys(name for row in rows for name in ignored_columns(row, form) if name not in used)
-    if columns:
-        shown = ", ".join(printable(name) for name in islice(columns, _SHOWN))
-        more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
-        note(f"{source.name}: columns that are no part of a conversation are not read: {shown}{more}")
+    note_unread(source.name, (name for row in rows for name in ignored_columns(row, form) if name not in used))
 
 
 def id_of(values: Mapping[str, Any], line: int) -> str:

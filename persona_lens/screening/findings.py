@@ -100,7 +100,11 @@ class Findings:
             "name": self.names[number],
             "form": self.forms[number],
             "reference": number in self.references,
-            **(tally.to_json(self.gauges) if tally else {"rows": 0, "rejected": 0, "tokens": 0, "means": {}}),
+            **(
+                tally.to_json(self.gauges)
+                if tally
+                else {"rows": 0, "rejected": 0, "call_tools": 0, "tokens": 0, "means": {}}
+            ),
             "decisions": None if decisions is None else {each.value: count for each, count in decisions.items()},
             "flagged": None if flagged is None else dict(zip(self.gauges, flagged.tolist(), strict=True)),
             "groups": groups,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import islice
@@ -171,6 +172,11 @@ def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
     given = row.get(HISTORY)
     if given is None or (isinstance(given, list | str) and not given):
         return ()
+    if isinstance(given, str):  # the cell of a CSV file
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            raise ScreeningError("history must be a list of [question, answer] or of messages, in JSON") from None
     if isinstance(given, list) and all(isinstance(each, Mapping) for each in given):
         return _read({"messages": given}, TranscriptForm.OPENAI, {})
     turns: list[Message] = []

@@ -8,7 +8,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from persona_lens.errors import PersonaLensError
-from persona_lens.monitoring import EncodedTranscript, Transcript, encode_answers, encode_transcript
+from persona_lens.monitoring import EncodedTranscript, Transcript, encode_transcript
+from persona_lens.monitoring.encoding import encode_one_by_one
 from persona_lens.monitoring.transcripts import is_counted
 from persona_lens.screening.datasets import GivenRow
 from persona_lens.screening.errors import ScreeningError
@@ -109,19 +110,20 @@ def _texts(row: GivenRow, chat: ChatFormat, turns: Turns) -> tuple[Text, ...]:
         return (text_of(chat.encode_messages(before), chat.encode_answer(last["content"])),)
     transcript = Transcript(row.messages, row.id, row.line)
     try:
-        return (_together(encode_transcript(transcript, chat)),)
+        return _counted(encode_transcript(transcript, chat))
     except PersonaLensError:  # the template changes earlier turns: each answer as it was when it was given
-        return tuple(
-            text_of(each.prompt, each.response)
-            for each in encode_answers(transcript, chat)
-            if is_counted(row.messages[each.index])
-        )
+        return _counted(encode_one_by_one(transcript, chat))
 
 
-def _together(encoded: EncodedTranscript) -> Text:
+def _counted(encoded: EncodedTranscript) -> tuple[Text, ...]:
+    """The texts with the answers in them that count and say something."""
     pairs = zip(encoded.messages[1:], encoded.transcript.messages[1:], strict=True)
     said = [message for message, given in pairs if is_counted(given)]
     if any(message.prompt_stop is None for message in said):
         raise ScreeningError("a prompt does not end as the conversation goes on")
-    answers = tuple(Answer(m.prompt_stop, m.start, m.stop) for m in said if m.prompt_stop and m.stop > m.start)
-    return Text(encoded.ids, answers)
+    texts = []
+    for begin, ids in zip(encoded.starts, encoded.texts, strict=True):
+        own = [m for m in said if m.prompt_stop and m.stop > m.start and begin <= m.start < begin + len(ids)]
+        answers = (Answer((m.prompt_stop or 0) - begin, m.start - begin, m.stop - begin) for m in own)
+        texts += [Text(ids, tuple(answers))] if own else []
+    return tuple(texts)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from persona_lens.monitoring.transcripts import CALLS_TOOLS
 from persona_lens.screening.labels import LabelledValues
 from persona_lens.screening.means import StreamedMeans
 from persona_lens.screening.scored import QUANTITIES, Quantity, ScoredRow
@@ -31,12 +32,14 @@ class Tally:
     means: StreamedMeans
     rows: int = 0
     rejected: int = 0
+    tools: int = 0
     tokens: int = 0
 
     def add(self, rows: Sequence[ScoredRow], traits: int) -> None:
         """Take in rows."""
         self.rows += len(rows)
         self.rejected += sum(row.problem is not None for row in rows)
+        self.tools += sum(CALLS_TOOLS in (row.problem or "") for row in rows)
         self.tokens += sum(row.tokens for row in rows)
         self.means.add(np.stack([row.values[:, :traits].ravel() for row in rows]))
 
@@ -48,7 +51,8 @@ class Tally:
             for gauge in gauges:
                 estimate = next(found)
                 means[gauge][quantity.value] = estimate.to_json() if isinstance(estimate, Estimate) else None
-        return {"rows": self.rows, "rejected": self.rejected, "tokens": self.tokens, "means": means}
+        counts = {"rows": self.rows, "rejected": self.rejected, "call_tools": self.tools, "tokens": self.tokens}
+        return {**counts, "means": means}
 
 
 @dataclass

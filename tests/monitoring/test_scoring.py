@@ -16,6 +16,7 @@ from persona_lens.cli import app
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import BadTranscript, Panel, open_transcripts
 from persona_lens.monitoring.scoring import LOOK_AHEAD, ScoredTranscript, score_transcripts
+from persona_lens.notes import PersonaLensNote
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import ADAPTERS, assert_close, tiny_backend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
@@ -101,6 +102,33 @@ def test_bad_conversations_are_handed_on_in_their_place(tmp_path: Path) -> None:
     assert "chats.jsonl:2: not JSON" in problems[0]
     assert "chats.jsonl:3: " in problems[1]
     assert "tokens, and the model takes" in problems[1]
+
+
+def test_answers_are_read_one_by_one_where_the_template_changes_earlier_turns(tmp_path: Path) -> None:
+    backend = tiny_backend("transformers")
+    said = "m['content'] if loop.last else m['content'] | upper"
+    template = (
+        f"{{% for m in messages %}}{{{{ '<|im_start|>' + m['role'] + '\\n' + ({said}) + '<|im_end|>\\n' }}}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    chat = ChatFormat.from_tokenizer(backend.tokenizer, template=template)
+    file = written(tmp_path, {"messages": CHAT}, {"messages": CHAT[:3]})
+    with pytest.warns(PersonaLensNote, match="read after their own prompts"):
+        found = list(score_transcripts(backend, open_transcripts(file), panel(), chat))
+    scored = found[0]
+    assert isinstance(scored, ScoredTranscript), scored
+    assert len(scored.encoded.texts) == 2
+    assert [turn.turn for turn in scored.turns if (turn.trait, turn.layer) == ("kind", 0)] == [0, 1]
+    for number, place in enumerate((2, 4)):
+        prompt = chat.encode_messages(CHAT[:place])
+        ids = (*prompt, *chat.encode_answer(CHAT[place]["content"]))
+        every = backend.forward(TokenBatch.of([ids]), (), [panel().read]).reads["projections"][0]
+        values = panel().values(every)
+        for gauge, turn in enumerate(turn for turn in scored.turns if turn.turn == number):
+            assert turn.mean == pytest.approx(float(values[len(prompt) :, gauge].mean()), abs=1e-4)
+            assert turn.prompt_last == pytest.approx(float(values[len(prompt) - 1, gauge]), abs=1e-4)
+    scored.heatmap(backend.tokenizer).html()
+    assert len(scored.to_json(tokens=True)["ids"]) == sum(map(len, scored.encoded.texts))
 
 
 def test_more_conversations_than_are_looked_ahead_come_in_order(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from persona_lens import PersonaLensError
 from persona_lens.monitoring import BadTranscript, Transcript, TranscriptForm, open_transcripts
+from persona_lens.notes import PersonaLensNote
 
 ASK = {"role": "user", "content": "How will it go?"}
 SAY = {"role": "assistant", "content": "Well."}
@@ -94,7 +95,9 @@ def test_tables_of_other_kinds(tmp_path: Path) -> None:
         ({"messages": []}, "messages must be a list of messages, at least one, but is []"),
         ({"messages": None}, "but is null"),
         ({"messages": ["hi"]}, "message 0 must be an object, but is 'hi'"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "message 0 has role 'tool'; it can be one of system"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "message 0 has role 'tool'; calls of tools cannot be read"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "message 0 has role 'narrator'; it can be one"),
+        ({"messages": [{**SAY, "tool_calls": [{"id": "1"}]}]}, "has tool_calls; calls of tools cannot be read"),
         ({"messages": [{"content": "x"}]}, "message 0 has role null"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "message 0 has role [\"user\"]"),
         ({"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": []}]}, "message 1 has no text"),
@@ -134,7 +137,7 @@ def test_sharegpt_rows_that_are_none(tmp_path: Path) -> None:
         {"conversations": [{"from": "human", "value": None}]},
     )
     role, value = open_transcripts(path)
-    assert "message 0 has from 'observation'; it can be one of system, human" in problem(role)
+    assert "message 0 has from 'observation'; calls of tools cannot be read" in problem(role)
     assert "message 0 has no text in value: null" in problem(value)
 
 
@@ -212,3 +215,9 @@ def test_plain_text_that_is_no_conversation_is_reported(tmp_path: Path) -> None:
     path.write_bytes(b"User: \xff")
     with pytest.raises(PersonaLensError, match="not UTF-8"):
         list(open_transcripts(path))
+
+
+def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "t.jsonl", {"id": "1", "messages": [ASK, SAY], "system_prompt": "Be a pirate.", "n": 3})
+    with pytest.warns(PersonaLensNote, match="are not read: system_prompt$"):
+        open_transcripts(path)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from persona_lens import tables
+from persona_lens.cli.screen import DataOptions
 from persona_lens.finetuning.examples import encode_examples, read_conversations
 from persona_lens.models import ChatFormat
 from persona_lens.notes import PersonaLensNote
@@ -44,6 +45,7 @@ QA = [("user", "Q?"), ("assistant", "A.")]
             {"instruction": "Q?", "output": "A.", "history": [user("q"), assistant("a")]},
             [("user", "q"), ("assistant", "a"), *QA],
         ),
+        ({"question": "Q?", "response": "A.", "history": '[["q", "a"]]'}, [("user", "q"), ("assistant", "a"), *QA]),
         ({"instruction": "Q?", "context": "C", "response": "A."}, [("user", "Q?\n\nC"), QA[1]]),
         ({"prompt": [user("Q?")], "completion": [assistant("A.")]}, QA),
     ],
@@ -64,6 +66,12 @@ def test_of_preference_pairs_a_side_has_to_be_named(tmp_path: Path) -> None:
     file.write_text(json.dumps(split))
     with pytest.raises(ScreeningError, match=r"chosen or rejected \(--side\)"):
         open_dataset(file)
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text(json.dumps({"question": "Q?", "response": "A."}))
+    with pytest.warns(PersonaLensNote, match="holds no preference pairs, so that 'chosen' is no side of it"):
+        assert open_dataset(plain, side="chosen").side is None
+    data = DataOptions(reference=[str(file), str(plain)], side="chosen")
+    assert [each.side for each in data.open(str(file), None)[1]] == ["chosen", None]
     assert read_conversations(file, "rejected")[0].messages[-1]["content"] == "B."
 
 

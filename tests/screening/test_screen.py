@@ -212,19 +212,29 @@ def test_bad_rows_are_rejected_by_line_and_the_rest_is_done(tmp_path: Path) -> N
         8: b'{"prompt": "\xff", "response": "y"}',
         10: json.dumps({"prompt": "x", "response": "tea " * 50_000}).encode(),
         11: b'{"prompt": "x", "response": "\\ud800"}',
+        12: b'{"prompt": [{"role": "tool", "content": "x"}], "response": "y"}',
     }
     rows = iter(good)
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"".join((bad[line] if line in bad else next(rows)) + b"\n" for line in range(1, 16)))
+    path.write_bytes(b"".join((bad[line] if line in bad else next(rows)) + b"\n" for line in range(1, 17)))
     done = run(tmp_path / "run", path)
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert [each["line"] for each in rejects] == list(bad)
-    said = ["not JSON", "has no response", "the response is empty", "not UTF-8", "tokens, and 512 are the most", "half"]
+    said = [
+        "not JSON",
+        "has no response",
+        "the response is empty",
+        "not UTF-8",
+        "tokens, and 512 are the most",
+        "half",
+        "tools",
+    ]
     for each, part in zip(rejects, said, strict=True):
         assert f"rows.jsonl:{each['line']}: " in each["problem"]
         assert part in each["problem"]
     assert table(tmp_path / "run")["id"] == [row["id"] for row in pairs(9)]
-    assert (done.summary["datasets"][0]["rows"], done.summary["datasets"][0]["rejected"]) == (15, 6)
+    (counts,) = done.summary["datasets"]
+    assert (counts["rows"], counts["rejected"], counts["call_tools"]) == (16, 7, 1)
 
 
 class PowerCutError(Exception):
