@@ -264,10 +264,14 @@ class PersonaVectors:
         origin = {"parts": [dict(self.provenance), dict(other.provenance)], **_inherited(self, other)}
         return PersonaVectors(name, self.model, combined, origin)
 
-    def check_model(self, backend: Backend) -> None:
+    def check_model(self, backend: Backend, *, allowable: bool = True) -> None:
         """Raise unless the vectors belong to the backend's model, or to the one that it was finetuned from.
 
         The latter is told by a note: the vectors were not measured on this model.
+
+        Args:
+            backend: The model.
+            allowable: Whether the one who asks takes other models where that is asked for, so that it can be named.
 
         Raises:
             VectorsError: Naming what differs.
@@ -284,8 +288,11 @@ class PersonaVectors:
             return
         raise VectorsError(
             f"the vectors of {self.trait!r} belong to another model than the one opened: {'; '.join(different)}. "
-            "Extract them on this model, or, where a command or a function takes it, allow it with "
-            "--allow-other-model (allow_other_model)."
+            + (
+                "Extract them on this model, or allow it with --allow-other-model (allow_other_model)."
+                if allowable
+                else "Extract them on this model (persona-lens extract)."
+            )
         )
 
     def save(self, path: Path | str) -> Path:

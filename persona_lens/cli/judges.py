@@ -246,7 +246,7 @@ def _likelihood(vectors: Path, model: str | None, trait: Trait, dtype: str, devi
         raise PersonaLensError(f"{vectors} is for the trait {loaded.trait}, or for another version of {trait.name}")
     calibration = calibration_of(loaded)
     backend, chat = _model_and_chat(model or _place_of(loaded, vectors), dtype, device)
-    loaded.check_model(backend)
+    loaded.check_model(backend, allowable=False)
     return LikelihoodJudge(backend, chat, trait, calibration)
 
 

@@ -14,6 +14,7 @@ from persona_lens.cli import options
 from persona_lens.cli.display import console, say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
+from persona_lens.cli.sweep import AllowOtherModel
 from persona_lens.counting import counted
 from persona_lens.errors import PersonaLensError
 from persona_lens.files import write_text, writing
@@ -50,6 +51,7 @@ def transcript_command(
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Show the heat maps in the terminal.")] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Conversations at most.")] = None,
+    allow_other_model: AllowOtherModel = False,
     as_json: options.AsJson = False,
     *,
     opening: options.ModelOptions,
@@ -83,7 +85,8 @@ def transcript_command(
         html.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stream = _opened(out, stack)
-        for found in score_transcripts(opened, _first(file, limit), panel, chat):
+        given = _first(file, limit)
+        for found in score_transcripts(opened, given, panel, chat, allow_other_model=allow_other_model):
             if not isinstance(found, ScoredTranscript):
                 bad += 1
                 tools += CALLS_TOOLS in found.problem

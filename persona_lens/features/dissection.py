@@ -134,7 +134,7 @@ def dissect(
         VectorsError: If the vectors belong to another model.
     """
     settings, chat = settings or DissectSettings(), chat or chat_format(backend)
-    vectors.check_model(backend)
+    vectors.check_model(backend, allowable=False)
     features.check(vectors, allow_other_model=allow_other_model)
     config = {**_config(vectors, features, settings, corpus), **model_config(backend, chat)}
     asked = _steered_trait(vectors, features, settings, trait)

@@ -97,7 +97,7 @@ def finetune(
     chat = chat or ChatFormat.from_tokenizer(loaded.tokenizer)
     backend = wrap_model(loaded.model, loaded.tokenizer)
     for each in vectors:
-        each.check_model(backend)
+        each.check_model(backend, allowable=False)
     placed = in_system(transcripts, measures.prompts) if measures.prompts else transcripts
     examples = encode_examples(placed, chat, config.max_length)
     unseen = encode_examples(others, chat, config.max_length).rows if others else ()

@@ -103,7 +103,7 @@ def measure_shifts(
     if not finetuned or not vectors:
         raise FinetuningError("give finetuned models and vectors: there are none to compare")
     for each in vectors:
-        each.check_model(base)
+        each.check_model(base, allowable=False)
     chat = chat or chat_format(base)
     layers = settings.layers or tuple(range(base.info.n_layers))
     scoring = _judges(base, chat, vectors, judges) if settings.scores else {}

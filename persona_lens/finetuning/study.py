@@ -124,7 +124,7 @@ def finetune_study(
     transcripts, others = conversations_of(data, side), conversations_of(held_out, side)
     loaded, answering = _opened(model, config, settings.dtype, device)
     base = wrap_model(answering.model, answering.tokenizer)
-    vectors.check_model(base)
+    vectors.check_model(base, allowable=False)
     vectors.vector(settings.layer)
     trait, chat = trait_of(vectors), ChatFormat.from_tokenizer(loaded.tokenizer)
     scoring = judge or LikelihoodJudge(base, chat, trait, calibration_of(vectors))

@@ -6,13 +6,13 @@ instructions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, TokenBatch
-from persona_lens.backend.context import context_length
+from persona_lens.backend.context import ContextError, context_length
 from persona_lens.backend.memory import forward_rows
 from persona_lens.judging.calibration import Calibration
 from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score
@@ -117,6 +117,23 @@ class LikelihoodJudge:
         if evidence is None:
             return Judgement(Score(None, EMPTY))
         return Judgement(Score(self.calibration.score(evidence.preference)), surprise=evidence.surprise)
+
+    def check_room(self, questions: Iterable[str], new: int) -> None:
+        """Raise unless responses of so many tokens fit behind the longest prompt that they are weighed after.
+
+        Raises:
+            ContextError: Saying how long that is, and what the model takes.
+        """
+        limit = context_length(self.backend)
+        if limit is None:
+            return
+        longest = max((len(prompt) for question in questions for prompt in self._prompts(question)), default=0)
+        if longest + new > limit:
+            raise ContextError(
+                f"the likelihood judge reads responses behind the trait's instructions: {longest:,} tokens and up to "
+                f"{new:,} of a response, but the model takes {limit:,} together; ask for fewer new tokens, or take "
+                "another judge (--judge)"
+            )
 
     def weigh(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
         """The evidence of each response; None for an empty one."""

@@ -10,7 +10,7 @@ from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
 from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement, JudgingError, PreparedJudge
 from persona_lens.pieces import Pieces, Row
 from persona_lens.progress import Progress, no_progress
-from persona_lens.rollouts import Rollout
+from persona_lens.rollouts import Rollout, RolloutBatches, Rollouts
 from persona_lens.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -20,20 +20,27 @@ EVIDENCE = "evidence.jsonl"
 JUDGEMENTS = "judgements.jsonl"
 
 
-def prepare_judge(judge: Judge, folder: RunFolder | None, prefix: str = "") -> None:
+def prepare_judge(
+    judge: Judge, folder: RunFolder | None, prefix: str = "", collected: RolloutBatches | None = None
+) -> None:
     """Let a judge find out whether it can work, before anything is generated for it.
 
     Args:
         judge: Any judge; one without `PreparedJudge.prepare` is taken to be ready.
         folder: Where its judgements will be; if they are there already it is not needed.
         prefix: As for `judge_rollouts`.
+        collected: What is going to be generated for it.
 
     Raises:
         PersonaLensError: If something keeps it from judging.
+        ContextError: If the longest response would not fit behind what the likelihood judge puts before it.
     """
     there = folder is not None and (folder.path / (prefix + JUDGEMENTS)).exists()
     if isinstance(judge, PreparedJudge) and not there:
         judge.prepare()
+    if isinstance(judge, LikelihoodJudge) and isinstance(collected, Rollouts) and not there:
+        questions = {request.question for request in collected.requests}
+        judge.check_room(questions, collected.settings.max_new_tokens)
 
 
 def check_scored(judged: Sequence[Judgement]) -> None:

@@ -144,7 +144,7 @@ def attribute(
         ModuleError: If the model runs elsewhere.
         VectorsError: If the vectors belong to another model, or there is no such layer.
     """
-    vectors.check_model(backend)
+    vectors.check_model(backend, allowable=False)
     direction = vectors.vector(layer, reduction).double()
     if not ids:
         raise LensError("there are no tokens to attribute; give the ids of a prompt")

@@ -109,7 +109,7 @@ def logit_lens(
         ModuleError: If the weights are out of reach.
         VectorsError: If the vectors belong to another model, or there is no such layer.
     """
-    vectors.check_model(backend)
+    vectors.check_model(backend, allowable=False)
     if not layers or not prompts or top < 1:
         raise LensError("the lens needs at least one layer, one prompt and one token to show")
     rows = torch.stack([vectors.vector(layer, reduction) for layer in layers])

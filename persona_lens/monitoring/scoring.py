@@ -92,6 +92,8 @@ def score_transcripts(
     transcripts: Iterable[Transcript | BadTranscript],
     panel: Panel,
     chat: ChatFormat,
+    *,
+    allow_other_model: bool = False,
 ) -> Iterator[ScoredTranscript | BadTranscript]:
     """Read conversations in one forward pass each, several at a time; memory does not grow with their number.
 
@@ -102,6 +104,7 @@ def score_transcripts(
         transcripts: What `open_transcripts` reads; bad ones are handed on.
         panel: What is read.
         chat: Chat format.
+        allow_other_model: Use vectors that belong to another model.
 
     Yields:
         For every conversation, in their order, its values; or why there are none: it cannot be read, its messages
@@ -110,7 +113,7 @@ def score_transcripts(
     Raises:
         VectorsError: If vectors belong to another model.
     """
-    for gauge in panel.gauges:
+    for gauge in panel.gauges if not allow_other_model else ():
         gauge.vectors.check_model(backend)
     limit = context_length(backend)
     rest = iter(transcripts)

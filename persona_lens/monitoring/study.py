@@ -167,7 +167,7 @@ def study(
         SteeringError: If the vectors carry no trait, or no calibration of the likelihood judge.
         VectorsError: If the vectors belong to another model.
     """
-    vectors.check_model(backend)
+    vectors.check_model(backend, allowable=False)
     settings = settings or StudySettings()
     chosen = _trait(vectors, trait)
     chat = chat or chat_format(backend)
@@ -314,7 +314,7 @@ def _collect(
 ) -> tuple[tuple[StudyRow, ...], NDArray[np.float64], list[Judgement]]:
     """Every response with its score, and where its prompt ends: [responses, layers, directions]."""
     collected = _collected(backend, chat, requests, settings, vectors, run)
-    prepare_judge(judge, run, PREFIX)
+    prepare_judge(judge, run, PREFIX, collected)
     rollouts = collected.run(progress)
     judged = judge_rollouts(judge, rollouts, chat, run, prefix=PREFIX, progress=progress)
     read = np.full((len(requests), *units.shape[:2]), np.nan)

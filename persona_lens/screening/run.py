@@ -181,7 +181,7 @@ def _checked(
     if not datasets:
         raise ScreeningError("there is no dataset to screen; give at least one")
     for gauge in panel.gauges:
-        gauge.vectors.check_model(backend)
+        gauge.vectors.check_model(backend, allowable=False)
     supplied = settings.base is BaseResponses.SUPPLIED
     for dataset in (*datasets, *reference):
         if supplied != (dataset.base is not None):

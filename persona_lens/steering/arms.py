@@ -196,7 +196,7 @@ def run_arms(
         progress: Told how far the work is.
     """
     collected = collect_arms(backend, arms, trait, settings, chat, folder=folder, prefix=prefix)
-    prepare_judge(judge, folder, prefix)
+    prepare_judge(judge, folder, prefix, collected)
     rollouts = collected.run(progress)
     judged = judge_rollouts(judge, rollouts, chat, folder, prefix=prefix, progress=progress)
     return [arm_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]

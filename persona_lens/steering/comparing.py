@@ -70,9 +70,9 @@ def compare_steerings(
     """
     if not arms:
         raise SteeringError("there is nothing to compare; give at least one steering")
-    vectors.check_model(backend)
+    vectors.check_model(backend, allowable=False)
     for steering in arms.values():
-        steering.check_model(backend)
+        steering.check_model(backend, allowable=False)
     settings = settings or ArmSettings()
     trait = trait_of(vectors) if trait is None else load_trait(trait) if isinstance(trait, str) else trait
     chat = chat or chat_format(backend)

@@ -231,7 +231,7 @@ class Crossing:
         """Run what is not there yet: generate, read again, judge."""
         collected = self.collected(run)
         for name in self.vectors:
-            prepare_judge(self.judges[name], run, self._prefix(name))
+            prepare_judge(self.judges[name], run, self._prefix(name), collected)
         rollouts = collected.run(progress)
         again = self.reread(rollouts, run)
         again.run(progress)

@@ -123,10 +123,10 @@ class Steering:
 
         return save_steering(self, path)
 
-    def check_model(self, backend: Backend) -> None:
+    def check_model(self, backend: Backend, *, allowable: bool = True) -> None:
         """Raise `persona_lens.vectors.VectorsError` unless the vectors belong to the backend's model."""
         for each in self.vectors.values():
-            each.check_model(backend)
+            each.check_model(backend, allowable=allowable)
 
     def on(self, backend: Backend, *, allow_other_model: bool = False) -> SteeredBackend:
         """The backend, steered: whatever runs on what is returned runs under these edits.

@@ -151,7 +151,7 @@ def sweep(
             edits_for=edits_of(vectors, settings),
             prefix=f"{name}-",
         )
-        prepare_judge(judge, run, f"{name}-")
+        prepare_judge(judge, run, f"{name}-", collected)
         rollouts = collected.run(progress)
         judged = judge_rollouts(judge, rollouts, chat, run, prefix=f"{name}-", progress=progress)
         rows = [_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]

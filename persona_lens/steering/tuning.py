@@ -160,7 +160,7 @@ def tune(
         SteeringError: If text falls apart everywhere, or the judge cannot tell; or settings do not fit the trait.
         VectorsError: If the vectors belong to another model.
     """
-    vectors.check_model(backend)
+    vectors.check_model(backend, allowable=False)
     settings = settings or TuneSettings()
     trait = trait_of(vectors) if trait is None else load_trait(trait) if isinstance(trait, str) else trait
     chat = chat or chat_format(backend)

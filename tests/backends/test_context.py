@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from persona_lens.backend import Backend, Read, ReadKind, Sampling, TokenBatch
 from persona_lens.backend.context import ContextError, context_of
 from persona_lens.backend.memory import forward_batches
-from persona_lens.judging import Calibration, Exchange, LikelihoodJudge
+from persona_lens.judging import Calibration, Exchange, LikelihoodJudge, prepare_judge
 from persona_lens.replies import chat_format, reply
 from persona_lens.rollouts import Request, Rollouts, RolloutSettings
 from persona_lens.traits import load_trait
@@ -65,6 +66,17 @@ def test_a_response_too_long_for_the_likelihood_judge_gets_no_score_and_stops_no
     assert short.trait.value is not None
     assert long.trait.value is None
     assert "the model takes 512" in str(long.trait.reason)
+
+
+def test_what_the_likelihood_judge_will_read_is_measured_before_anything_is_generated() -> None:
+    backend: Backend = Untouched(tiny_backend("transformers"))
+    chat = chat_format(backend)
+    judge = LikelihoodJudge(backend, chat, load_trait("optimistic"), Calibration(1.0, 0.0))
+    room = LIMIT - max(len(prompt) for prompt in judge._prompts("Well?"))
+    for new, fits in ((room, True), (room + 1, False)):
+        collected = Rollouts(backend, chat, [Request(None, "Well?", 0)], RolloutSettings(new))
+        with nullcontext() if fits else pytest.raises(ContextError, match="reads responses behind the trait's instr"):
+            prepare_judge(judge, None, "", collected)
 
 
 def test_stretched_positions_count_and_models_without_a_limit_take_everything() -> None:

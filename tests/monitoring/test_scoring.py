@@ -143,8 +143,11 @@ def test_more_conversations_than_are_looked_ahead_come_in_order(tmp_path: Path) 
 def test_vectors_of_another_model_are_refused() -> None:
     backend = tiny_backend("transformers", "gpt2")
     chat = ChatFormat.from_tokenizer(backend.tokenizer)
-    with pytest.raises(VectorsError, match="another model"):
+    with pytest.raises(VectorsError, match=r"another model .*allow it with --allow-other-model"):
         list(score_transcripts(backend, [], panel(), chat))
+    assert list(score_transcripts(backend, [], panel(), chat, allow_other_model=True)) == []
+    with pytest.raises(VectorsError, match=r"Extract them on this model \(persona-lens extract\)\.$"):
+        vectors("kind", 0).check_model(backend, allowable=False)
 
 
 @pytest.fixture(scope="module")
