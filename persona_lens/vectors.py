@@ -394,13 +394,14 @@ def _content(header: Mapping[str, Any], file: Path) -> tuple[str, ModelInfo, dic
             _tuned(provenance["tuned"])
         return trait, ModelInfo.from_json(header["model"]), provenance
     except (KeyError, TypeError, ValueError) as error:
-        raise VectorsError(f"the header of {file} is damaged: {in_short(repr(error), 200)}") from error
+        why = repr(error) if isinstance(error, KeyError) else str(error)
+        raise VectorsError(f"the header of {file} is damaged: {in_short(why, 200)}") from error
 
 
 def _tuned(found: Any) -> Tuned:
-    """The choice in a header; raises KeyError, TypeError or ValueError if it is none."""
-    layer, coefficient, reduction = found["layer"], found["coefficient"], found["reduction"]
-    whole, number = type(layer) is int, isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
-    if not (whole and number and isinstance(reduction, str)) or layer < 0 or not isfinite(coefficient):
-        raise ValueError("tuned is a layer, a coefficient and a reduction")
-    return Tuned(layer, coefficient, reduction)
+    """The choice in a header; raises ValueError if it is none."""
+    match found:
+        case {"layer": int(layer), "coefficient": float() | int() as coefficient, "reduction": str(reduction)}:
+            if layer >= 0 and isfinite(coefficient) and bool not in (type(layer), type(coefficient)):
+                return Tuned(layer, coefficient, reduction)
+    raise ValueError("what was tuned is no layer with a coefficient and a reduction")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -298,13 +299,15 @@ def test_vectors_that_say_odd_things_of_themselves_are_shown(files: dict[str, st
     from persona_lens.vectors import load_vectors
 
     plain = load_vectors(files["impolite"])
-    odd = {"judge": text, "counts": [text], "settings": {text: [text]}, "tuned": {"layer": text}, "versions": 3}
+    odd = {"judge": text, "counts": [text], "settings": {text: [text]}, "versions": 3}
     path = PersonaVectors(f"[red]{text}", plain.model, plain.directions, odd).save(tmp_path / "odd.safetensors")
     said = ok("vectors", "show", str(path))
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", said)
     compared = ok("vectors", "cosines", str(path), files["impolite"], "--layer", "1")
     assert "+1.000" in compared
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", compared)
+    spoilt = replace(plain, provenance={"tuned": {"layer": text}}).save(tmp_path / "spoilt.safetensors")
+    assert "what was tuned is no layer with a coefficient" in refused("vectors", "show", str(spoilt))
 
 
 def test_vectors_cosines(files: dict[str, str], tmp_path: Path) -> None:

@@ -129,14 +129,9 @@ def finetune_study(
     trait, chat = trait_of(vectors), ChatFormat.from_tokenizer(loaded.tokenizer)
     scoring = judge or LikelihoodJudge(base, chat, trait, calibration_of(vectors))
     described = {"settings": asdict(settings), "config": config.model_dump(mode="json"), "judge": scoring.describe()}
-    record = {
-        "kind": "finetune study",
-        "data": [fingerprint(each) if each else None for each in (transcripts, others)],
-        "vectors": vectors.content_hash,
-        **described,
-        **subject_config(base, trait, chat),
-    }
-    with RunFolder(folder, record) as run:
+    of_data = {"data": [fingerprint(each) if each else None for each in (transcripts, others)]}
+    about = {"vectors": vectors.content_hash, **described, **subject_config(base, trait, chat)}
+    with RunFolder(folder, {"kind": "finetune study", **of_data, **about}) as run:
         work = _Work(
             loaded, answering, transcripts, others, vectors, settings, trait, chat, scoring, device, run, progress
         )

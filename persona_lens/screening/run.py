@@ -99,9 +99,7 @@ def screen(
     whole = with_random_directions(panel, _random_directions(everything, flagging))
     scorer = Scorer(backend, chat, whole, settings)
     config = {
-        **_config(scorer),
-        "datasets": [dataset.describe() for dataset in everything],
-        "reference": len(reference),
+        **_config(scorer, everything, len(reference)),
         "flagging": flagging.to_json(),
         "judges": {trait: judge.describe() for trait, judge in (judges or {}).items()},
     }
@@ -117,13 +115,15 @@ def screen(
     return Screening(Path(folder), summary, rows, tokens, seconds)
 
 
-def _config(scorer: Scorer) -> dict[str, Any]:
+def _config(scorer: Scorer, datasets: Sequence[Dataset], of_reference: int) -> dict[str, Any]:
     return {
         "kind": "screening",
         "model": asdict(scorer.backend.info),
         "chat": scorer.chat.digest,
         "gauges": [[str(gauge), gauge.vectors.content_hash, gauge.reduction] for gauge in scorer.panel.gauges],
         "settings": scorer.settings.to_json(),
+        "datasets": [dataset.describe() for dataset in datasets],
+        "reference": of_reference,
     }
 
 
