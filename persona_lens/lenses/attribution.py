@@ -205,7 +205,7 @@ class _Watch:
             self.parts.append(Contribution(Part.EMBEDDING, None, self._project(self.before)))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        value = residual_of(output)
+        value = output[0] if isinstance(output, tuple) else output  # of any part, whose shape need not be a residual's
         if isinstance(value, Tensor) and value.shape == self.before.shape and value.is_floating_point():
             self.calls.append(_Call(module, args[0] if args else None, value))
 
