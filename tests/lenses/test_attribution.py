@@ -185,7 +185,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         attribute(backend, vectors, 1, ())
     rows = torch.zeros(N_LAYERS, D_MODEL).index_fill(0, torch.tensor([0]), 1.0)
     zero = PersonaVectors("none", backend.info, {"response_mean": rows})
-    with pytest.raises(LensError, match="'none' at layer 1 is zero"):
+    with pytest.raises(VectorsError, match="'none' at layer 1 is zero"):
         attribute(backend, zero, 1, IDS)
     with pytest.raises(VectorsError, match="layer 9 does not exist"):
         attribute(backend, vectors, 9, IDS)

@@ -119,7 +119,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         logit_lens(backend, vectors, [1], [])
     rows = torch.zeros(N_LAYERS, D_MODEL).index_fill(0, torch.tensor([0]), 1.0)
     zero = PersonaVectors("none", backend.info, {"response_mean": rows})
-    with pytest.raises(LensError, match="'none' at layer 1 is zero"):
+    with pytest.raises(VectorsError, match="'none' at layer 1 is zero"):
         logit_lens(backend, zero, [1], PROMPTS)
     with pytest.raises(VectorsError, match="layer 7"):
         logit_lens(backend, vectors, [7], PROMPTS)
