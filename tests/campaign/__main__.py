@@ -30,7 +30,7 @@ def main() -> int:
     if len(chosen) == 1:
         return _attacked(chosen[0], given.seed, given.size)
     with ThreadPoolExecutor(AT_ONCE) as together:
-        return max(together.map(lambda name: _elsewhere(name, given.seed, given.size), chosen))
+        return int(any(together.map(lambda name: _elsewhere(name, given.seed, given.size), chosen)))
 
 
 def _attacked(name: str, seed: int, size: float) -> int:
