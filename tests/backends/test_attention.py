@@ -76,7 +76,8 @@ def test_reads_in_16_bits_are_near_those_in_float32(architecture: str) -> None:
         for model in (wide, narrow)
     ]
     for name, value in reads[0].items():
-        assert float((reads[1][name] - value).norm() / value.norm()) < 0.03
+        assert torch.equal(reads[1][name].isnan(), value.isnan())  # the mean of a prompt that is one token, a sink
+        assert float((reads[1][name] - value).nan_to_num().norm() / value.nan_to_num().norm()) < 0.03
 
 
 def test_it_is_in_use_only_in_16_bits_on_a_cpu_while_a_pass_runs() -> None:
