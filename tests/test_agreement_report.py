@@ -197,7 +197,7 @@ def test_sampling_without_scores_says_so(tmp_path: Path) -> None:
     path.write_text('{"question": "q", "response": "a"}\n')
     result = run("sample", path, "--out", tmp_path / "r.csv")
     assert f"note: {path} has no scores to draw by" in result.stderr
-    assert "1 of 1 responses" in result.stdout
+    assert "1 of 1 response:" in result.stdout
     assert "no column 'score'" in refused("sample", path, "--out", tmp_path / "s.csv", "--column", "score")
 
 

@@ -73,7 +73,7 @@ def test_an_extraction_has_each_response_with_its_own_score(runs: tuple[Path, li
         assert (each.question, each.response) == (rollout.request.question, rollout.response)
         assert rollout.request.labels.items() <= each.labels.items()
         assert each.id == response_id(each.question, each.response)
-    assert found != by_score  # they stand in the order they were made
+    assert list(found) == by_score  # all files of a run stand in the order of its plan
 
 
 def test_a_sweep_has_each_response_with_its_question_and_score(runs: tuple[Path, list[SweepRow]]) -> None:
@@ -120,7 +120,7 @@ def test_runs_that_do_not_fit_together(runs: tuple[Path, list[SweepRow]], tmp_pa
     with pytest.raises(AgreementError, match=r"steering-scores\.jsonl:1: the row does not say what it answers"):
         read_scored(sweeps)
     write(sweeps, rows)
-    with pytest.raises(AgreementError, match="no column 'grade'; there are direction, layer"):
+    with pytest.raises(AgreementError, match="no column 'grade'; there are row, direction, layer"):
         read_scored(sweeps, column="grade")
     shutil.copy(folder / "steering" / "steering-rollouts.jsonl", folder / "steering" / "more-rollouts.jsonl")
     with pytest.raises(AgreementError, match=r"give one of its more-scores\.jsonl, steering-scores\.jsonl"):

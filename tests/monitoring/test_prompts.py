@@ -53,6 +53,8 @@ def test_what_cannot_be_projected_on() -> None:
         prompt_projections(backend, prompts, [], [0])
     with pytest.raises(VectorsError, match="layer 3 does not exist"):
         prompt_projections(backend, prompts, [vectors], [3])
-    zero = PersonaVectors("nothing", backend.info, {"response_mean": torch.zeros(N_LAYERS, D_MODEL)})
-    with pytest.raises(MonitoringError, match="'nothing' at layer 1 has length 0"):
+    rows = torch.ones(N_LAYERS, D_MODEL)
+    rows[1] = 0
+    zero = PersonaVectors("nothing", backend.info, {"response_mean": rows})
+    with pytest.raises(VectorsError, match="'nothing'"):
         prompt_projections(backend, prompts, [zero], [1])
