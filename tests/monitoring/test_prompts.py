@@ -56,5 +56,5 @@ def test_what_cannot_be_projected_on() -> None:
     rows = torch.ones(N_LAYERS, D_MODEL)
     rows[1] = 0
     zero = PersonaVectors("nothing", backend.info, {"response_mean": rows})
-    with pytest.raises(VectorsError, match="'nothing'"):
+    with pytest.raises(VectorsError, match="'nothing' at layer 1 is zero"):
         prompt_projections(backend, prompts, [zero], [1])
