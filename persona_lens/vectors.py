@@ -276,23 +276,17 @@ class PersonaVectors:
         Raises:
             VectorsError: Naming what differs.
         """
-        different = self.model.differences(backend.info)
-        if not different:
+        if not (different := self.model.differences(backend.info)):
             return
         base = base_weights_of(backend)
         if base is not None and not self.model.differences(replace(backend.info, weights=base)):
-            note(
-                f"the vectors of {self.trait!r} belong to the model that {backend.info.model} was finetuned from "
-                f"({self.model.model}); they are used as they are"
-            )
+            of_base = f"belong to the model that {backend.info.model} was finetuned from ({self.model.model})"
+            note(f"the vectors of {self.trait!r} {of_base}; they are used as they are")
             return
+        allowing = ", or allow it with --allow-other-model (allow_other_model)" if allowable else ""
         raise VectorsError(
             f"the vectors of {self.trait!r} belong to another model than the one opened: {'; '.join(different)}. "
-            + (
-                "Extract them on this model, or allow it with --allow-other-model (allow_other_model)."
-                if allowable
-                else "Extract them on this model (persona-lens extract)."
-            )
+            f"Extract them on this model (persona-lens extract){allowing}."
         )
 
     def save(self, path: Path | str) -> Path:

@@ -216,7 +216,7 @@ def test_killed_at_every_write(warm: Warm, model: Path, tmp_path: Path) -> None:
         if warm.end() == 0:
             break
         warm.start(short(out), at=1)
-        assert warm.end() == -signal.SIGKILL
+        assert warm.end() in (-signal.SIGKILL, 0)  # killed at its very last write, a run has nothing left to write
         warm.finish(short(out))
         assert contents(out) == expected, f"after a kill at write {writes}"
         shutil.rmtree(out)
@@ -250,7 +250,7 @@ def test_killed_at_every_write_while_reading_responses(warm: Warm, model: Path, 
         if warm.end() == 0:
             break
         warm.start(reading(model, out, responses), at=1)
-        assert warm.end() == -signal.SIGKILL
+        assert warm.end() in (-signal.SIGKILL, 0)
         responses = Path(shutil.move(responses, tmp_path / f"responses-{writes}.jsonl"))  # known by its content
         warm.finish(reading(model, out, responses))
         assert contents(out) == expected, f"after a kill at write {writes}"

@@ -99,7 +99,7 @@ def test_what_is_shown_is_read_as_the_same(several: list[Term]) -> None:
 
 WRONG: dict[str, tuple[str, int, str]] = {
     "nothing": ("", 0, "expected a trait's name"),
-    "rubbish at the end": ("optimistic@18:+1.5x", 18, "expected '%', ',', 'if', 'on' or 'schedule'"),
+    "rubbish at the end": ("optimistic@18:+1.5x", 18, "expected '%', ',', 'if', 'on', 'schedule' or 'with'"),
     "no number": ("optimistic@18:+", 14, "expected a number such as +1.5, 'ablate', 'affine', 'cap', 'floor'"),
     "no action": ("evil@3", 0, "evil has layers but nothing to do there, such as :+1.5 or :ablate"),
     "backwards": ("evil@5-3:+1", 5, "the layers 5-3 run backwards"),

@@ -171,7 +171,7 @@ def test_new_refuses_what_it_cannot_do(elsewhere: Path) -> None:
     assert "cannot name a trait" in refused("new", "Grumpy One")
     assert list(elsewhere.glob("**/*.yaml")) == []
     (elsewhere / "taken").write_text("")
-    assert "exists already" in refused("new", "grumpy", "--dir", "taken")
+    assert "the folder taken cannot be made: File exists" in refused("new", "grumpy", "--dir", "taken")
 
 
 def test_new_notes_a_name_that_is_in_use() -> None:

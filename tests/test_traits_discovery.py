@@ -211,7 +211,8 @@ def copy_as_installed(folder: Path) -> None:
     """Lay the package out as the wheel does: without the repository around it."""
     package = folder / "persona_lens"
     shutil.copytree(REPOSITORY / "persona_lens" / "traits", package / "traits")
-    shutil.copy(REPOSITORY / "persona_lens" / "errors.py", package)
+    for module in (REPOSITORY / "persona_lens").glob("*.py"):
+        shutil.copy(module, package)
     (package / "__init__.py").write_text("", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 # Takes one command a connection, with the caller's streams, and answers with its exit code.
 _SERVER = """
-import json, os, signal, socket, sys
+import json, os, signal, socket, sys, traceback
 import torch, transformers
 import persona_lens.cli, persona_lens.extraction, persona_lens.reports, persona_lens_transformers.adapter
 from transformers.models.llama import modeling_llama
@@ -26,6 +26,7 @@ def run(request, streams):
     os.environ.update(request["environment"])
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    sys.stdin, sys.stdout, sys.stderr = (open(n, mode, closefd=False) for n, mode in enumerate("rww"))
     sys.argv = ["persona-lens", *request["arguments"]]
     try:
         persona_lens.cli.main()
@@ -52,6 +53,8 @@ while os.getppid() == parent:  # the tests may be killed
             code = 1
             try:
                 code = run(json.loads(data), streams)
+            except BaseException:  # what a command of its own would print
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

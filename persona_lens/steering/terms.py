@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from persona_lens.backend import Operation, Positions, Schedule, Span
 from persona_lens.vectors import DEFAULT_REDUCTION
@@ -100,7 +101,7 @@ class Term:
     def _action(self) -> str:
         amount = self.amount
         if self.operation is Operation.ADD and amount is not None:
-            number = f"{_plain(amount * 100)}%" if self.relative else _plain(amount)
+            number = f"{_plain(float(Decimal(repr(float(amount))).scaleb(2)))}%" if self.relative else _plain(amount)
             signed = number if number.startswith("-") else f"+{number}"
             return f"increments({signed})" if self.increments else signed
         return str(self.operation) if amount is None else f"{self.operation}({_plain(amount)})"
