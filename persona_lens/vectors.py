@@ -265,9 +265,7 @@ class PersonaVectors:
         return PersonaVectors(name, self.model, combined, origin)
 
     def check_model(self, backend: Backend, *, allowable: bool = True) -> None:
-        """Raise unless the vectors belong to the backend's model, or to the one that it was finetuned from.
-
-        The latter is told by a note: the vectors were not measured on this model.
+        """Raise unless the vectors belong to the backend's model, or, told by a note, to the one it was finetuned from.
 
         Args:
             backend: The model.
@@ -278,8 +276,9 @@ class PersonaVectors:
         """
         if not (different := self.model.differences(backend.info)):
             return
-        base = base_weights_of(backend)
-        if base is not None and not self.model.differences(replace(backend.info, weights=base)):
+        if (base := base_weights_of(backend)) is not None and not self.model.differences(
+            replace(backend.info, weights=base)
+        ):
             of_base = f"belong to the model that {backend.info.model} was finetuned from ({self.model.model})"
             note(f"the vectors of {self.trait!r} {of_base}; they are used as they are")
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -148,7 +149,7 @@ class _Reader(Transformer[Token, Any]):
         return {"operation": Operation.ADD, "amount": amount}
 
     def relative(self, amount: float) -> dict[str, Any]:
-        return {"operation": Operation.ADD, "amount": amount / 100, "relative": True}
+        return {"operation": Operation.ADD, "amount": float(Decimal(repr(amount)).scaleb(-2)), "relative": True}
 
     def increments(self, amount: float) -> dict[str, Any]:
         return {"operation": Operation.ADD, "amount": amount, "increments": True}
