@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.backend.alone import LongTexts, forward_alone
 from persona_lens.backend.context import window_of
 from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
 from persona_lens.backend.edits import Edit, apply_edit
+from persona_lens.backend.long_texts import LongTexts
 from persona_lens.backend.module import ModuleBackend
 from persona_lens.backend.positions import Positions
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
+from persona_lens.backend.single_rows import SingleRowsBackend
 from persona_lens.backend.streams import joined
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 from persona_lens.backend.watching import Watch, WatchableBackend, WatchedTokens
@@ -342,7 +343,7 @@ def _single_reads(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Meas
 
 def _together(backend: Backend, text: TokenBatch, means: Sequence[Read], edits: Sequence[Edit] = ()) -> Measurement:
     batch = backend.forward(text, edits, means, logprobs=True)
-    return forwards_differ(batch, forward_alone(backend, text, edits, means, logprobs=True))
+    return forwards_differ(batch, SingleRowsBackend(backend, cached=True).forward(text, edits, means, logprobs=True))
 
 
 def _single_tokens(backend: Backend, probe: Probe, edits: Sequence[Edit], seeded: bool = False) -> Measurement:

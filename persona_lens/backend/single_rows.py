@@ -5,27 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from persona_lens.backend.context import context_length
+from persona_lens.backend.delegating import DelegatingBackend
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.module import module_of
-from persona_lens.backend.origin import base_weights_of
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
-from persona_lens.backend.sinks import sink_limits
 from persona_lens.backend.streams import Listener, replay
 from persona_lens.backend.tokens import Sampling, TokenBatch
 from persona_lens.backend.watching import Watch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-class SingleRowsBackend:
+class SingleRowsBackend(DelegatingBackend):
     """A backend that runs every row of a batch by itself, which no padding reaches.
 
     Args:
@@ -34,10 +29,8 @@ class SingleRowsBackend:
             for every token.
     """
 
-    shares_prompts = False
-
     def __init__(self, inner: Backend, *, cached: bool) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.cached = cached
 
     @property
@@ -45,36 +38,6 @@ class SingleRowsBackend:
         """The model, with the way it runs in the name of the backend."""
         plain = self.inner.info
         return replace(plain, backend=f"{plain.backend}, single rows{'' if self.cached else ' without a cache'}")
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Backend.tokenizer`."""
-        return self.inner.tokenizer
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """See `Backend.end_ids`."""
-        return self.inner.end_ids
-
-    @property
-    def calls_at_once(self) -> int:
-        """See `Backend.calls_at_once`."""
-        return self.inner.calls_at_once
-
-    @property
-    def context_length(self) -> int | None:
-        """See `persona_lens.backend.context`."""
-        return context_length(self.inner)
-
-    @property
-    def base_weights(self) -> str | None:
-        """See `persona_lens.backend.origin`."""
-        return base_weights_of(self.inner)
-
-    @property
-    def sink_limits(self) -> tuple[float, ...] | None:
-        """See `persona_lens.backend.sinks`."""
-        return sink_limits(self.inner)
 
     @property
     def module(self) -> Any:
@@ -146,9 +109,13 @@ def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     found = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
-        if name in (ReadKind.PROJECTIONS, ReadKind.ACTIVATIONS):
+        if name in (ReadKind.PROJECTIONS, ReadKind.ACTIVATIONS, ReadKind.NORMS):
             width = max(value.shape[2] for value in values)
-            missing = [(0, 0, width - value.shape[2], 0) for value in values]
-            values = [torch.nn.functional.pad(v, gap, value=torch.nan) for v, gap in zip(values, missing, strict=True)]
+            values = [_padded(value, width - value.shape[2]) for value in values]
         found[name] = torch.cat(values)
     return found
+
+
+def _padded(value: Tensor, missing: int) -> Tensor:
+    gap = value.new_full((*value.shape[:2], missing, *value.shape[3:]), torch.nan)
+    return torch.cat([gap, value], dim=2)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from persona_lens.backend.alone import LongTexts
 from persona_lens.backend.blocks import UnsupportedModelError, vocabulary_size
 from persona_lens.backend.context import context_length
+from persona_lens.backend.long_texts import LongTexts
 from persona_lens.backend.module import ModuleBackend
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.reads import Read, ReadKind

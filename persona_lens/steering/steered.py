@@ -20,17 +20,13 @@ from persona_lens.backend import (
     as_edits,
     watched_generation,
 )
-from persona_lens.backend.context import context_length
-from persona_lens.backend.origin import base_weights_of
-from persona_lens.backend.sinks import sink_limits
+from persona_lens.backend.delegating import DelegatingBackend
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from persona_lens.steering.steering import Steering
 
 
-class SteeredBackend:
+class SteeredBackend(DelegatingBackend):
     """A backend whose every call runs under a steering, before the edits of the call itself.
 
     It is a backend like any other: replies, extraction, judging and evaluation run on it as they are. Its `info` names
@@ -42,7 +38,7 @@ class SteeredBackend:
     """
 
     def __init__(self, inner: Backend, steering: Steering) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.steering = steering
         self._edits = steering.edits()
         self._name = f"steered {steering.content_hash[:19]}"
@@ -52,41 +48,6 @@ class SteeredBackend:
         """The model, with the steering in the name of the backend."""
         plain = self.inner.info
         return replace(plain, backend=f"{plain.backend}, {self._name}")
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Backend.tokenizer`."""
-        return self.inner.tokenizer
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """See `Backend.end_ids`."""
-        return self.inner.end_ids
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Never: under edits every row is computed whole."""
-        return False
-
-    @property
-    def calls_at_once(self) -> int:
-        """See `Backend.calls_at_once`."""
-        return self.inner.calls_at_once
-
-    @property
-    def context_length(self) -> int | None:
-        """See `persona_lens.backend.context`."""
-        return context_length(self.inner)
-
-    @property
-    def base_weights(self) -> str | None:
-        """See `persona_lens.backend.origin`."""
-        return base_weights_of(self.inner)
-
-    @property
-    def sink_limits(self) -> tuple[float, ...] | None:
-        """See `persona_lens.backend.sinks`."""
-        return sink_limits(self.inner)
 
     def generate(
         self,

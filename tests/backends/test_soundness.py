@@ -92,7 +92,7 @@ def test_row_by_row_is_what_a_batch_is() -> None:
     mask = torch.zeros(3, max(map(len, PROMPTS)), dtype=torch.bool)
     mask[:, -1] = True
     edits = [Edit.add(1, direction(), torch.tensor([1.0, -1.0, 0.5])), Edit.add(0, direction(1), positions=mask)]
-    reads = [Read(ReadKind.ACTIVATIONS), Read(ReadKind.RESPONSE_NORM), *Read.means()]
+    reads = [Read(ReadKind.ACTIVATIONS), Read(ReadKind.NORMS), Read(ReadKind.RESPONSE_NORM), *Read.means()]
     for sampling in (Sampling(4), Sampling(4, 1.0, seeds=(1, 2, 3))):
         found, wanted = (backend.generate(PROMPTS, sampling, edits, reads) for backend in (alone, plain))
         assert (found.responses, found.ended) == (wanted.responses, wanted.ended)

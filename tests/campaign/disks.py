@@ -12,15 +12,12 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-import torch
 
 from tests.campaign.children import FAULTS, child, counted, fault, limited, torn
 from tests.campaign.counts import Counts
 from tests.campaign.kills import _counting, _finish
-from tests.campaign.targets import TARGETS, Run, contents
+from tests.campaign.targets import Run, contents, on_all
 
 FAILURES = 100
 KINDS = (*(errno.errorcode[code] for code in FAULTS), "short write", "link", "file size")
@@ -28,19 +25,7 @@ KINDS = (*(errno.errorcode[code] for code in FAULTS), "short write", "link", "fi
 
 def attack(seed: int, size: float) -> Counts:
     """Let 100 disks fail at full size, under all targets in turn."""
-    counts, chance = Counts(), random.Random(seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    total = round(FAILURES * size)
-    names = list(TARGETS) if total >= len(TARGETS) else chance.sample(list(TARGETS), total)
-    try:
-        with TemporaryDirectory() as scratch:
-            for place, name in enumerate(names):
-                faults = total // len(names) + (place < total % len(names))
-                _attack(name, TARGETS[name], Path(scratch) / str(place), faults, chance, counts)
-    finally:
-        torch.set_num_threads(threads)
-    return counts
+    return on_all(seed, round(FAILURES * size), _attack)
 
 
 def _attack(name: str, run: Run, place: Path, faults: int, chance: random.Random, counts: Counts) -> None:

@@ -9,13 +9,10 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import torch
 
 from tests.campaign.children import child, counted, torn
 from tests.campaign.counts import Counts
-from tests.campaign.targets import TARGETS, Run, contents, differing
+from tests.campaign.targets import Run, contents, differing, on_all
 
 KILLS = 200
 BY_TIME = 0.15  # of the kills; the others come before a chosen call of the system, or in the middle of a write
@@ -23,19 +20,7 @@ BY_TIME = 0.15  # of the kills; the others come before a chosen call of the syst
 
 def attack(seed: int, size: float) -> Counts:
     """Kill 200 times at full size, on all targets in turn."""
-    counts, chance = Counts(), random.Random(seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork has none of its parent's others
-    total = round(KILLS * size)
-    names = list(TARGETS) if total >= len(TARGETS) else chance.sample(list(TARGETS), total)
-    try:
-        with TemporaryDirectory() as scratch:
-            for place, name in enumerate(names):
-                kills = total // len(names) + (place < total % len(names))
-                _attack(name, TARGETS[name], Path(scratch) / str(place), kills, chance, counts)
-    finally:
-        torch.set_num_threads(threads)
-    return counts
+    return on_all(seed, round(KILLS * size), _attack)
 
 
 def _attack(name: str, run: Run, place: Path, kills: int, chance: random.Random, counts: Counts) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from persona_lens.steering.crossing import CrossSettings, cross_effects
 from persona_lens.steering.tuning import TuneSettings, tune
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
+from tests.campaign.counts import Counts
 from tests.features.dictionaries import dictionary
 from tests.finetuning.chats import conversations, loaded_model, small
 from tests.planted import PlantedBackend
@@ -178,3 +180,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> Sequence[str]:
     """Names of the files that are not the same in both."""
     return [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+
+
+def on_all(seed: int, total: int, attack: Callable[[str, Run, Path, int, random.Random, Counts], None]) -> Counts:
+    """Make so many attacks on all targets in turn, or on some of them where there are fewer attacks than targets."""
+    counts, chance = Counts(), random.Random(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork has none of its parent's others
+    names = list(TARGETS) if total >= len(TARGETS) else chance.sample(list(TARGETS), total)
+    try:
+        with TemporaryDirectory() as scratch:
+            for place, name in enumerate(names):
+                share = total // len(names) + (place < total % len(names))
+                attack(name, TARGETS[name], Path(scratch) / str(place), share, chance, counts)
+    finally:
+        torch.set_num_threads(threads)
+    return counts

@@ -1,4 +1,4 @@
-"""Rows run one at a time: what every faster way, of batches, padding, caches and shared prompts, has to agree with."""
+"""`LongTexts`: what batches, padding, caches and shared prompts have to give as rows that run alone do."""
 
 from __future__ import annotations
 
@@ -6,25 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-import torch
-
-from persona_lens.backend.edits import Edit
-from persona_lens.backend.protocol import Backend, ForwardResult
-from persona_lens.backend.reads import Read
 from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
 from persona_lens.backend.tokens import TokenBatch, TokenIds
-
-
-def forward_alone(
-    backend: Backend, tokens: TokenBatch, edits: Sequence[Edit], means: Sequence[Read], logprobs: bool
-) -> ForwardResult:
-    """`Backend.forward` with a pass of its own for each row; reads must be means, which have no width."""
-    singles = [
-        backend.forward(tokens.rows(i, i + 1), [e.rows(i, i + 1) for e in edits], means, logprobs=logprobs)
-        for i in range(len(tokens))
-    ]
-    reads = {name: torch.cat([single.reads[name] for single in singles]) for name in singles[0].reads}
-    return ForwardResult(reads, tuple(s.logprobs[0] for s in singles if s.logprobs is not None) if logprobs else None)
 
 
 @dataclass(frozen=True)
