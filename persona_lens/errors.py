@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from persona_lens.addresses import shown
 
+LONGEST = 4000
+"""Characters of a message; what is longer quotes a file."""
+
 
 class PersonaLensError(Exception):
     """Something the caller can put right; the message says how.
 
     The command line prints the message without a traceback (``--debug`` adds it). Anything else that escapes is a
-    bug of this package. Addresses in it are shown without the passwords and keys that may stand in them.
+    bug of this package. Addresses in it are shown without the passwords and keys that may stand in them, and of a
+    message that quotes more than anybody reads the middle is left out: what to do stands at its end.
     """
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        said = shown(super().__str__())
+        return said if len(said) <= LONGEST else f"{said[: LONGEST - 500]} […] {said[-500:]}"
 
 
 def first_line(error: BaseException) -> str:

@@ -19,8 +19,24 @@ from persona_lens.notes import note
 CHECKSUMS = "checksums.json"
 
 
+class TrainedError(Exception):
+    """The checkpoint that training goes on from is that of its last step. A Trainer would take one step more."""
+
+
 class CheckedCheckpoints(TrainerCallback):
-    """Writes the checksums of a checkpoint's files beside them, as its last file."""
+    """Writes the checksums of a checkpoint's files beside them, as its last file.
+
+    It is the last callback: where the checkpoint's step was the last one, it ends training with `TrainedError` when
+    all is as it was after that step.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A checkpoint may have been loaded."""
+        saved = state.stateful_callbacks.get("TrainerControl", {})
+        if state.global_step and (
+            saved.get("args", {}).get("should_training_stop") or state.global_step >= state.max_steps
+        ):
+            raise TrainedError
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A checkpoint has been saved."""

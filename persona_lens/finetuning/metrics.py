@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -28,10 +29,9 @@ class MetricsFile(TrainerCallback):
         self._batches = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget lines of steps that will be done again."""
-        kept = [row for row in self._folder.rows(METRICS) if 0 < row["step"] <= state.global_step]
-        start = [row for row in self._folder.rows(METRICS) if row["step"] == 0] if state.global_step else []
-        self._folder.write_lines(METRICS, [*start, *kept], replace=True)
+        """Forget lines of what will be done again: those that the checkpoint does not know."""
+        lines = [_line(logged["step"], logged) for logged in state.log_history]
+        self._folder.write_lines(METRICS, [line for line in lines if line], replace=True)
         self._say(args, state, 0)
 
     def _say(self, args: Any, state: Any, batches: int) -> None:
@@ -63,6 +63,12 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Write a line."""
-        kept = {name: value for name, value in (logs or {}).items() if not any(part in name for part in _CLOCK)}
-        if set(kept) - {"epoch"}:
-            self._folder.append(METRICS, [{"step": state.global_step, **kept}])
+        line = _line(state.global_step, logs or {})
+        if line:
+            self._folder.append(METRICS, [line])
+
+
+def _line(step: int, logged: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is kept of something logged; None if nothing is."""
+    kept = {name: value for name, value in sorted(logged.items()) if not any(part in name for part in _CLOCK)}
+    return {"step": step, **kept} if set(kept) - {"epoch", "step"} else None

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -148,7 +148,7 @@ class _Training:
 
     def done(self, place: Path) -> dict[str, Any]:
         """Train, and keep what came of it."""
-        from persona_lens.finetuning.checkpoints import CheckedCheckpoints, last_checkpoint, named_writes
+        from persona_lens.finetuning.checkpoints import CheckedCheckpoints, TrainedError, last_checkpoint, named_writes
         from persona_lens.finetuning.metrics import MetricsFile
         from persona_lens.finetuning.penalty import ProjectionPenalty
         from persona_lens.finetuning.preventing import PreventativeSteering
@@ -157,18 +157,17 @@ class _Training:
         with _trainable(self.loaded, self.config) as model, ExitStack() as held:
             prevention = held.enter_context(PreventativeSteering(self.measures.edits, sink_limits=self.sink_limits))
             watch = self._watch()
-            kept = [MetricsFile(self.run, self.progress), CheckedCheckpoints()]
-            callbacks = [prevention, *kept, *([watch] if watch else [])]
+            kept = MetricsFile(self.run, self.progress)
+            callbacks = [prevention, kept, *([watch] if watch else []), CheckedCheckpoints()]
             penalised = self.measures.penalised
             penalty = ProjectionPenalty(model, penalised) if penalised else None
             pad = self.loaded.tokenizer.pad_token_id or 0
             checkpoints = self.run.path / CHECKPOINTS
-            trainer = make_trainer(
-                model, self.examples.rows, self.held_out, self.config, checkpoints, pad, callbacks, penalty
-            )
+            data = (self.examples.rows, self.held_out)
+            trainer = make_trainer(model, *data, self.config, checkpoints, pad, callbacks, penalty)
             if watch is not None:
                 watch.log = trainer.log
-            with named_writes(checkpoints):
+            with named_writes(checkpoints), suppress(TrainedError):
                 trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             held.close()  # what follows is of the model as it will be used
             losses = _losses(trainer, self.examples.rows, self.held_out)

@@ -64,7 +64,9 @@ class ProjectionWatch(TrainerCallback):
             self.rows = [{"step": row["step"], **own} for row, own in zip(seen, values, strict=True)] or self.rows
         else:
             self.rows, self.stopped = [], None
-        if not self.rows:
+        if self.rows:
+            self._judge()
+        else:
             self._look(given["model"], state.global_step, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -72,6 +74,11 @@ class ProjectionWatch(TrainerCallback):
         if state.global_step % self.every:
             return
         self._look(given["model"], state.global_step, control)
+        self._judge()
+        if self.stopped:
+            control.should_training_stop = True
+
+    def _judge(self) -> None:
         first, last = self.rows[0], self.rows[-1]
         for name in last:
             risen = last[name] - first[name]
@@ -79,9 +86,8 @@ class ProjectionWatch(TrainerCallback):
                 trait = name.removeprefix(PREFIX)
                 self.stopped = (
                     f"{trait} has risen by {risen:.3g} since before training, above {self.stop_above:g}, "
-                    f"at step {state.global_step}"
+                    f"at step {last['step']}"
                 )
-                control.should_training_stop = True
 
     def _look(self, model: Any, step: int, control: Any) -> None:
         backend = wrap_model(bare_model(model), self.tokenizer)

@@ -32,6 +32,7 @@ class Loopback:
         failing: Share of requests that fail: with 429, 500, a dropped connection, in turn.
         malformed: Share of requests whose answer is no chat completion.
         retry_after: Sent with 429; None for no such header.
+        together: Nothing is answered before so many requests are there at the same time.
         respond: Makes the answer's body (or status and body); `scores` by default.
         served: How often each request, by its content, got a good answer.
         seen: How often each request was seen at all.
@@ -46,6 +47,7 @@ class Loopback:
     failing: float = 0.0
     malformed: float = 0.0
     retry_after: str | None = None
+    together: int = 0
     respond: Respond = field(default_factory=lambda: scores)
     served: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
@@ -55,6 +57,7 @@ class Loopback:
     busy: int = 0
     url: str = ""
     _now: int = 0
+    _gathered: asyncio.Event = field(default_factory=asyncio.Event)
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,7 +82,10 @@ class Loopback:
         self.seen[key] += 1
         self._now += 1
         self.busy = max(self.busy, self._now)
+        if self._now >= self.together:
+            self._gathered.set()
         try:
+            await self._gathered.wait()
             await asyncio.sleep(self.delay)
         finally:
             self._now -= 1

@@ -68,14 +68,14 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failures_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     asked = requests(300)
-    with serving(delay=0.002, failing=0.2, malformed=0.1) as loopback:
+    with serving(delay=0.002, failing=0.2, malformed=0.1, together=8) as loopback:
         done: list[int] = []
         answers = server_at(loopback, tmp_path).complete(asked, lambda index, _: done.append(index))
         assert sorted(done) == list(range(300))
         assert len(loopback.served) == 300
         assert set(loopback.served.values()) == {1}
         assert sum(loopback.seen.values()) > 350
-        assert loopback.busy == 8
+        assert loopback.busy == 8  # as many as the settings allow
         # Answers stand with their requests, whatever order they came in.
         assert [text_of(a) for a in answers] == [
             scores(r.body("judge"))["choices"][0]["message"]["content"] for r in asked
