@@ -233,7 +233,7 @@ def test_full_weights(base_folder: Path, tmp_path: Path) -> None:
 
 
 def test_watching_and_stopping(loaded: Loaded, vectors: PersonaVectors, tmp_path: Path) -> None:
-    config = small(max_steps=8, watch={"every": 2, "layers": [2], "stop_above": -1e9})
+    config = small(max_steps=8, save_every=1, watch={"every": 2, "layers": [2], "stop_above": -1e9})
     found = finetune(loaded, conversations(), tmp_path / "run", config, vectors=[vectors])
     assert [row["step"] for row in found.summary["projections"]] == [0, 2]
     assert found.summary["steps"] == 2
@@ -241,6 +241,12 @@ def test_watching_and_stopping(loaded: Loaded, vectors: PersonaVectors, tmp_path
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "projection/impolite@2" in row] == [0, 2]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    # Killed when it had stopped, it takes no step more and knows why.
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "summary.json").unlink()
+    again = finetune(loaded, conversations(), tmp_path / "run", config, vectors=[vectors])
+    assert again.summary == found.summary
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
     # What was seen last is what the model reads as after training.
     from persona_lens.finetuning.shift import shift_of
     from persona_lens.monitoring.prompts import prompt_projections
