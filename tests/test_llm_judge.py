@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from persona_lens.completions import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.extraction import ExtractionError, ExtractionSettings, run_extraction
-from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method, as_used
+from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method, as_used, methods_of
 from persona_lens.judging.rubrics import COHERENCE, fill_rubric
 from persona_lens.monitoring import study
 from persona_lens.rollouts import RolloutSettings
@@ -107,7 +107,9 @@ def test_servers_without_such_tokens_are_sampled_and_the_record_says_so(respond:
         assert judgement.trait.method == "samples: 3 of 5"
         described = judge_at(loopback, tmp_path).describe()
         assert described["method"] == "auto"
-        assert as_used(described, [judgement])["method"] == "samples", "what was used is what provenance says"
+        assert as_used(described, methods_of([judgement]))["method"] == "samples", (
+            "what was used is what provenance says"
+        )
         assert judgement.coherence is None
         with pytest.raises(JudgingError, match=r"cannot judge by log-probabilities.*--judge-method samples"):
             judge_at(loopback, tmp_path, method=Method.LOGPROBS).judge(EXCHANGES[:1])

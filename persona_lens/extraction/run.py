@@ -21,6 +21,7 @@ from persona_lens.judging import (
     as_used,
     fit_calibration,
     judge_rollouts,
+    methods_of,
     prepare_judge,
     weigh_rollouts,
 )
@@ -221,7 +222,7 @@ def _extract(
     filtered = filter_responses(requests, judged, settings)
     means = arm_means(requests, filtered.kept, collected.reductions)
     separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
-    described = as_used(scoring.describe(), judged)
+    described = as_used(scoring.describe(), methods_of(judged))
     provenance = {**config, "judge": described, "counts": filtered.to_json(), "separation": separations}
     if not settings.sinks:
         provenance["prompt_mean_sinks"] = False

@@ -21,7 +21,7 @@ from persona_lens.features.examples import find_examples
 from persona_lens.features.pursuit import pursue
 from persona_lens.features.ranking import RankedFeature, chance, decoder_cosines, rank
 from persona_lens.features.singles import WHOLE, FeatureEffect, arm_name, feature_effects, feature_steering
-from persona_lens.judging import Judge, LikelihoodJudge, prepare_judge
+from persona_lens.judging import Judge, LikelihoodJudge, as_used, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.pieces import CHECK, is_signed, signed
 from persona_lens.progress import Progress, shown_progress
@@ -148,10 +148,14 @@ def dissect(
         if run is not None:
             run.write_json(DECOMPOSITION, signed(found, DECOMPOSITION))
         rows: list[ArmRow] = []
+        stored = run.config if run else config  # as the run began with it
         if asked is not None and judge is not None:
             arms = steered_arms(vectors, features, settings, found)
-            rows = run_arms(backend, arms, asked, _arm_settings(settings), judge, chat, folder=run, progress=progress)
-        dissection = _dissection(rows, found, vectors, features, settings, run.config if run else config)
+            methods: set[str] = set()
+            asking = _arm_settings(settings)
+            rows = run_arms(backend, arms, asked, asking, judge, chat, folder=run, methods=methods, progress=progress)
+            stored = {**stored, "judge": as_used(stored["judge"], methods)}
+        dissection = _dissection(rows, found, vectors, features, settings, stored)
         if run is not None:
             run.write_json("summary.json", dissection.summary)
     return dissection

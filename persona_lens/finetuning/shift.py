@@ -15,7 +15,7 @@ from torch import Tensor
 from persona_lens.backend import Backend
 from persona_lens.extraction.run import model_config
 from persona_lens.finetuning.errors import FinetuningError
-from persona_lens.judging import Judge, LikelihoodJudge
+from persona_lens.judging import Judge, LikelihoodJudge, as_used
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring.prompts import kept_projections
 from persona_lens.progress import Progress, shown_progress
@@ -58,7 +58,8 @@ class Shifts:
 
     Attributes:
         summary: Every figure, as it stands in ``summary.json``: by trait the scores, and for each model the shift by
-            layer and the change of the score; and over the models the correlation of the two by layer.
+            layer and the change of the score; and over the models the correlation of the two by layer. Beside them, the
+            judges as they scored.
     """
 
     summary: Mapping[str, Any]
@@ -116,7 +117,8 @@ def measure_shifts(
         **model_config(base, chat),
     }
     with RunFolder(folder, record) if folder is not None else nullcontext() as run:
-        measuring = _Measuring(vectors, layers, settings, scoring, chat, run, progress)
+        methods: dict[str, set[str]] = {name: set() for name in scoring}
+        measuring = _Measuring(vectors, layers, settings, scoring, chat, run, progress, methods)
         models = {"base": measuring.of(base, "base", 0)}
         for number, (name, opened) in enumerate(finetuned.items(), start=1):
             backend = opened()
@@ -125,7 +127,8 @@ def measure_shifts(
                 run.bind(name, asdict(backend.info))
             models[name] = measuring.of(backend, name, number)
             del backend
-        found = Shifts(_summary(models, vectors, layers))
+        used = {name: as_used(judge.describe(), methods[name]) for name, judge in scoring.items()}
+        found = Shifts({**_summary(models, vectors, layers), "judges": used})
         if run is not None:
             run.write_json("summary.json", found.summary)
     return found
@@ -146,6 +149,7 @@ class _Measuring:
     chat: ChatFormat
     run: RunFolder | None
     progress: Progress
+    methods: Mapping[str, set[str]]
 
     def of(self, backend: Backend, name: str, model: int) -> _Measured:
         """One model's projections and scores, by trait; models have numbers, the base 0."""
@@ -170,6 +174,7 @@ class _Measuring:
                     self.chat,
                     folder=self.run,
                     prefix=prefix,
+                    methods=self.methods[each.trait],
                     progress=self.progress,
                 )
                 scores[each.trait] = score_by_question(rows)

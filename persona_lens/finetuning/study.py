@@ -29,7 +29,7 @@ from persona_lens.finetuning.treatments import (
     treatments_of,
     turned,
 )
-from persona_lens.judging import Judge, LikelihoodJudge
+from persona_lens.judging import Judge, LikelihoodJudge, as_used
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.adapters import adapter_on
 from persona_lens.monitoring.prompts import kept_projections
@@ -137,6 +137,7 @@ def finetune_study(
         )
         outcomes, samples = work.all(trained)
         names = {each.name: each.config.edits for each in trained} | {POST_HOC: settings.treatments.post_hoc}
+        described["judge"] = as_used(scoring.describe(), work.methods)
         summary = {**work.named(), "names": names, **described, **summarise(outcomes), "samples": samples}
         run.write_lines(OUTCOMES, map(asdict, outcomes))
         run.write_json("summary.json", summary)
@@ -171,6 +172,7 @@ class _Work:
     device: str
     run: RunFolder
     progress: Progress
+    methods: set[str] = field(default_factory=set)
 
     def named(self) -> dict[str, Any]:
         """What was studied, in words."""
@@ -245,6 +247,7 @@ class _Work:
             self.chat,
             folder=self.run,
             prefix=f"{name}-",
+            methods=self.methods,
             progress=self.progress,
         )
         return {arm: [row for row in rows if row.arm == arm] for arm in (UNSTEERED, *steered)}

@@ -11,6 +11,7 @@ from persona_lens.judging.recording import (
     exchange_of,
     judge_exchanges,
     judge_rollouts,
+    methods_of,
     prepare_judge,
     weigh_rollouts,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "fit_calibration",
     "judge_exchanges",
     "judge_rollouts",
+    "methods_of",
     "prepare_judge",
     "weigh_rollouts",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
@@ -78,6 +78,7 @@ def judge_rollouts(
     folder: RunFolder | None,
     *,
     prefix: str = "",
+    methods: set[str] | None = None,
     progress: Progress = no_progress,
 ) -> list[Judgement]:
     """The judgement of each rollout; what the folder already holds is not judged again.
@@ -88,6 +89,7 @@ def judge_rollouts(
         chat: The subject model's chat format.
         folder: Where to save, under names that begin with ``prefix``; None keeps all in memory.
         prefix: Distinguishes several sets of rollouts in a folder.
+        methods: Where the ways in which scores were found are added, for `as_used`.
         progress: Told how far the work is.
 
     Raises:
@@ -97,19 +99,30 @@ def judge_rollouts(
     exchanges = _exchanges(rollouts, chat)
     judged = judge_exchanges(judge, exchanges, folder, prefix=prefix, label=label, progress=progress)
     check_scored(judged)
+    if methods is not None:
+        methods |= methods_of(judged)
     return judged
 
 
-def as_used(described: Mapping[str, Any], judged: Sequence[Judgement]) -> dict[str, Any]:
+def methods_of(judged: Iterable[Judgement]) -> set[str]:
+    """The ways in which a judge found these scores; none where it knows but one."""
+    scores = (score for each in judged for score in (each.trait, each.coherence) if score is not None)
+    return {score.method.partition(":")[0] for score in scores if score.method}
+
+
+def as_used(described: Mapping[str, Any], methods: Collection[str]) -> dict[str, Any]:
     """A judge's description, with the method that scores were found by where the choice of one was left to the judge.
+
+    What binds a run folder is the description as it is, since the method is known only once the judge has been asked;
+    what a run found is stored with this one.
 
     Args:
         described: See `Judge.describe`.
-        judged: What it said.
+        methods: See `methods_of`.
     """
-    scores = [score for each in judged for score in (each.trait, each.coherence) if score is not None]
-    methods = sorted({score.method.partition(":")[0] for score in scores if score.method})
-    return {**described, "method": " and ".join(methods)} if "method" in described and methods else dict(described)
+    if "method" not in described or not methods:
+        return dict(described)
+    return {**described, "method": " and ".join(sorted(methods))}
 
 
 def judge_exchanges(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, prepare_judge
+from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, methods_of, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring.conditions import (
     Condition,
@@ -187,7 +187,7 @@ def study(
         rows, read, judged = _collect(backend, chat, requests, settings, vectors, units, judge, run, progress)
         prompts = _prompts(rows, read, conditions)
         kept, figures = findings(vectors, chosen, conditions, rows, prompts, _layers(vectors, settings), settings)
-        made = {"judge": as_used(judge.describe(), judged), "sampling": asdict(settings.rollouts)}
+        made = {"judge": as_used(judge.describe(), methods_of(judged)), "sampling": asdict(settings.rollouts)}
         if kept is not vectors:
             kept = kept.with_monitor({**kept.provenance["monitor"], **made})
         found = Study(kept, rows, prompts, {**_head(vectors, chosen, settings), **made, **figures})

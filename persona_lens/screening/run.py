@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.remote import RemoteBackend, Traffic
-from persona_lens.judging import Judge, prepare_judge
+from persona_lens.judging import Judge, as_used, methods_of, prepare_judge
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.pieces import is_signed, signed
 from persona_lens.progress import Progress, shown_progress
@@ -264,7 +264,10 @@ def _summary(
         "model": asdict(backend.info),
         "settings": settings.to_json(),
         "flagging": flagging.to_json(),
-        "judges": {trait: judge.describe() for trait, judge in (judges or {}).items()},
+        "judges": {
+            trait: as_used(judge.describe(), methods_of(findings.opinions[trait].values()))
+            for trait, judge in (judges or {}).items()
+        },
         **findings.to_json(),
     }
 

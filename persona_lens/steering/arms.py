@@ -180,6 +180,7 @@ def run_arms(
     *,
     folder: RunFolder | None = None,
     prefix: str = ARMS,
+    methods: set[str] | None = None,
     progress: Progress = shown_progress,
 ) -> list[ArmRow]:
     """Let every arm answer, and judge what comes.
@@ -193,12 +194,13 @@ def run_arms(
         chat: Chat format.
         folder: Where responses and judgements are kept, under names that begin with ``prefix``.
         prefix: Distinguishes several sets in a folder.
+        methods: See `persona_lens.judging.judge_rollouts`.
         progress: Told how far the work is.
     """
     collected = collect_arms(backend, arms, trait, settings, chat, folder=folder, prefix=prefix)
     prepare_judge(judge, folder, prefix, collected)
     rollouts = collected.run(progress)
-    judged = judge_rollouts(judge, rollouts, chat, folder, prefix=prefix, progress=progress)
+    judged = judge_rollouts(judge, rollouts, chat, folder, prefix=prefix, methods=methods, progress=progress)
     return [arm_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from persona_lens.backend import Backend
 from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, LikelihoodJudge
+from persona_lens.judging import Judge, LikelihoodJudge, as_used
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
@@ -86,8 +86,9 @@ def compare_steerings(
         **subject_config(backend, trait, chat),
     }
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        rows = run_arms(backend, arms, trait, settings, judge, chat, folder=run, progress=progress)
-        found = _comparison(rows, arms, trait, settings)
+        methods: set[str] = set()
+        rows = run_arms(backend, arms, trait, settings, judge, chat, folder=run, methods=methods, progress=progress)
+        found = _comparison(rows, arms, trait, settings, as_used(judge.describe(), methods))
         if run is not None:
             run.write_rows("arms-scores.jsonl", map(asdict, rows))
             run.write_json("summary.json", found.summary)
@@ -95,7 +96,11 @@ def compare_steerings(
 
 
 def _comparison(
-    rows: Sequence[ArmRow], arms: Mapping[str, Steering], trait: Trait, settings: ArmSettings
+    rows: Sequence[ArmRow],
+    arms: Mapping[str, Steering],
+    trait: Trait,
+    settings: ArmSettings,
+    judge: Mapping[str, Any],
 ) -> Comparison:
     effects = {name: arm_effect(rows, name) for name in arms}
     plain = {name: unsteered_mean(rows, name) for name in ("score", "surprise", "coherence")}
@@ -103,6 +108,7 @@ def _comparison(
         "trait": trait.name,
         "questions": len(settings.questions),
         "samples": settings.samples,
+        "judge": judge,
         "unsteered": {name: found.to_json() if found else None for name, found in plain.items()},
         "arms": {
             name: {"steering": str(arms[name]), "effect": effect.to_json() if effect else None}

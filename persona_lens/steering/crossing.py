@@ -12,7 +12,7 @@ import torch
 
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.extraction.run import model_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
+from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
@@ -108,7 +108,7 @@ def cross_effects(
             questions=crossing.questions,
             rows=tuple(rows),
             reduction=crossing.settings.reduction,
-            config=crossing.config(),
+            config=crossing.config(used=True),
         )
         if run is not None:
             run.write_rows(SCORES, map(asdict, rows))
@@ -173,6 +173,7 @@ class Crossing:
             self.vectors[name].vector(layer, settings.reduction)
         if judges is not None and (missing := [name for name in traits if name not in judges]):
             raise SteeringError(f"there is no judge for {', '.join(missing)}")
+        self._methods: dict[str, set[str]] = {name: set() for name in traits}
         self.judges: dict[str, Judge] = {name: judges[name] if judges else self._likelihood(name) for name in traits}
 
     def check_model(self) -> None:
@@ -182,8 +183,13 @@ class Crossing:
         for each in self.vectors.values():
             each.check_model(self.backend)
 
-    def config(self) -> dict[str, Any]:
-        """Everything that determines the result, as JSON values."""
+    def config(self, used: bool = False) -> dict[str, Any]:
+        """Everything that determines the result, as JSON values.
+
+        Args:
+            used: With the methods that the judges have used in `rows`, where that was left to them.
+        """
+        judges = {name: judge.describe() for name, judge in self.judges.items()}
         return {
             "kind": "effects",
             "settings": asdict(self.settings),
@@ -193,7 +199,7 @@ class Crossing:
                     "vectors": each.content_hash,
                     "trait": self.traits[name].content_hash(),
                     "layer": self.layers[name],
-                    "judge": self.judges[name].describe(),
+                    "judge": as_used(judges[name], self._methods[name]) if used else judges[name],
                 }
                 for name, each in self.vectors.items()
             },
@@ -251,7 +257,8 @@ class Crossing:
         self, name: str, rollouts: Sequence[Rollout], run: RunFolder | None, progress: Progress
     ) -> list[Judgement]:
         prefix = self._prefix(name)
-        return judge_rollouts(self.judges[name], rollouts, self.chat, run, prefix=prefix, progress=progress)
+        judge, methods = self.judges[name], self._methods[name]
+        return judge_rollouts(judge, rollouts, self.chat, run, prefix=prefix, methods=methods, progress=progress)
 
     def _prefix(self, name: str) -> str:
         return STEERED + file_prefix(list(self.vectors).index(name), name)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
 from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, LikelihoodJudge, prepare_judge
+from persona_lens.judging import Judge, LikelihoodJudge, as_used, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.progress import Progress, shown_progress
 from persona_lens.replies import chat_format
@@ -171,13 +171,17 @@ def tune(
     described = {"vectors": vectors.content_hash, "judge": judge.describe(), **subject_config(backend, trait, chat)}
     config = {"kind": "tune", "settings": asdict(settings), **described}
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        ask = partial(run_arms, backend, trait=trait, judge=judge, chat=chat, folder=run, progress=progress)
+        methods: set[str] = set()
+        ask = partial(
+            run_arms, backend, trait=trait, judge=judge, chat=chat, folder=run, methods=methods, progress=progress
+        )
         prepare_judge(judge, run, SEARCH)
         norms = _residual_norms(backend, trait, search, chat, run, progress)
-        found = _searched(vectors, trait, settings, norms, ask, {"command": command, **described}, capability)
+        found, *rows = _searched(vectors, trait, settings, norms, ask, {"command": command, **described}, capability)
+        found = replace(found, summary={**found.summary, "judge": as_used(judge.describe(), methods)})
         if run is not None:
-            _keep(run, *found)
-    return found[0]
+            _keep(run, found, *rows)
+    return found
 
 
 def tune_work(
