@@ -47,6 +47,8 @@ class Pieces:
         cut: Numbers of the rows of each piece; every number from 0 on once.
         purposes: What each row is for, by its number, in any words that tell it from others.
         whole: Says of a piece whose rows are there whether all that belongs to them is too.
+        form: Reads a row, with a KeyError, TypeError or ValueError where it is of another form, as another version of
+            this program may have written it.
 
     Raises:
         RunError: If a line of the file is damaged, or there twice, or not what this run wrote.
@@ -59,11 +61,13 @@ class Pieces:
         cut: Sequence[Sequence[int]],
         purposes: Sequence[str],
         whole: Callable[[int], bool] = lambda piece: True,
+        form: Callable[[Row], object] = lambda row: None,
     ) -> None:
         self._folder = folder
         self._name = name
         self._cut = [tuple(piece) for piece in cut]
         self._purposes = purposes
+        self._form = form
         self._rows: dict[int, dict[str, Any]] = {}  # in the order of the file
         if folder is not None:
             self._load(folder, whole)
@@ -107,7 +111,7 @@ class Pieces:
             number = row.get(ROW)
             if type(number) is not int or not 0 <= number < len(self._purposes) or number in found:
                 raise folder.damaged(self._name, line)
-            if not is_signed(row, self._purposes[number]):
+            if not (is_signed(row, self._purposes[number]) and self._is_formed(row)):
                 raise folder.damaged(self._name, line)
             found[number] = row
         kept = {
@@ -119,6 +123,13 @@ class Pieces:
         self._rows = {number: row for number, row in found.items() if number in kept}
         if len(self._rows) < len(found):
             folder.write_lines(self._name, self._rows.values(), replace=True)
+
+    def _is_formed(self, row: Row) -> bool:
+        try:
+            self._form(row)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return False
+        return True
 
     def _save(self, number: int, rows: list[Row]) -> None:
         made = {

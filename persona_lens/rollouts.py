@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,8 @@ from persona_lens.backend.tokens import TokenIds
 from persona_lens.pieces import Pieces, Row
 from persona_lens.progress import Progress, no_progress
 from persona_lens.replies import note_reasoning
-from persona_lens.runs import RunFolder
-from persona_lens.shards import load_shard, pack_shard
+from persona_lens.runs import RunError, RunFolder
+from persona_lens.shards import ADVICE, load_shard, pack_shard
 
 if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
@@ -86,8 +87,16 @@ class Rollout:
 
     @staticmethod
     def from_row(row: Mapping[str, Any], request: Request) -> Rollout:
-        """The rollout that `to_row` wrote for this request."""
-        return Rollout(request, row["prompt_tokens"], tuple(row["response_ids"]), row["ended"], row["response"])
+        """The rollout that `to_row` wrote for this request.
+
+        Raises:
+            KeyError, TypeError: If it is no such row.
+        """
+        tokens, ids, ended, response = (row[name] for name in ("prompt_tokens", "response_ids", "ended", "response"))
+        whole = isinstance(ids, list) and all(type(number) is int and number >= 0 for number in (tokens, *ids))
+        if not (whole and (ended is None or type(ended) is bool) and isinstance(response, str)):
+            raise TypeError("values of other types")
+        return Rollout(request, tokens, tuple(ids), ended, response)
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,9 @@ class RolloutBatches(ABC):
         """Run what is not there yet, and return every rollout in the order of the requests."""
         label = f"{self.prefix.rstrip('-') or 'extraction'} rollouts"
         purposes = list(map(self._purpose, range(len(self.requests))))
-        pieces = Pieces(self.folder, self.prefix + ROLLOUTS, self.batches, purposes, self._has_tensors)
+        name = self.prefix + ROLLOUTS
+        form = partial(Rollout.from_row, request=Request(None, "", 0))
+        pieces = Pieces(self.folder, name, self.batches, purposes, self._has_tensors, form)
         rows = pieces.run(
             self._run_batch,
             at_once=self.backend.calls_at_once,
@@ -211,7 +222,11 @@ class RolloutBatches(ABC):
 
     def _saved(self, number: int) -> dict[str, Tensor]:
         assert self.folder is not None
-        return load_shard(self.folder.path / self._shard(number), self._identity(number))
+        file = self.folder.path / self._shard(number)
+        tensors = load_shard(file, self._identity(number))
+        if any(tensor.shape[:1] != (len(self.batches[number]),) for tensor in tensors.values()):
+            raise RunError(f"{file} does not hold a row for each response; {ADVICE}")
+        return tensors
 
     def _shard(self, number: int) -> str:
         return f"{ACTIVATIONS}/{self.prefix}batch-{number:05d}.safetensors"

@@ -112,7 +112,7 @@ def test_damaged_activations_and_responses_are_refused(copy: Path, run: Path) ->
     shard = copy / "activations" / "batch-00000.safetensors"
     header, tensors = open_shard(shard)
     shard.write_bytes(pack_shard({name: rows[:, :2].contiguous() for name, rows in tensors.items()}, header))
-    with pytest.raises(GeometryError, match="a response; the vectors are"):
+    with pytest.raises(GeometryError, match="its responses and the vectors are"):
         split_halves(copy)
     shard.write_bytes(pack_shard({"prompt_mean": tensors["prompt_mean"]}, header))
     with pytest.raises(GeometryError, match="is damaged, or holds no response_mean"):

@@ -124,3 +124,17 @@ def test_rows_for_something_else_are_said(tmp_path: Path) -> None:
             Pieces(folder, "rows.jsonl", CUT, [*PURPOSES[:4], "another", *PURPOSES[5:]])
         with pytest.raises(RunError, match=r"line 9 of .*rows\.jsonl"):
             Pieces(folder, "rows.jsonl", [range(8)], PURPOSES[:8])
+
+
+@pytest.mark.parametrize("value", ["1", None, 10**400])
+def test_a_row_of_another_form_is_an_error_though_its_checksum_is_right(value: object, tmp_path: Path) -> None:
+    def form(row: Row) -> object:
+        return row["value"] + 1.0
+
+    def of_another_version(number: int) -> list[Row]:
+        return [{**row, "value": value} for row in rows_of(number)]
+
+    with RunFolder(tmp_path / "run", CONFIG) as folder:
+        pieces(folder).run(of_another_version)
+        with pytest.raises(RunError, match=r"line 1 of .*rows\.jsonl is damaged, or not what this run wrote there"):
+            pieces(folder, form=form)

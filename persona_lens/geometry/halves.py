@@ -259,8 +259,9 @@ def _activations(run: Path, reduction: str, count: int, shape: tuple[int, ...]) 
             values, places = tensors[reduction], [int(place) for place in header["rows"]]
         except (RunError, KeyError, TypeError, ValueError) as error:
             raise GeometryError(f"{file} is damaged, or holds no {reduction}: {error}") from error
-        if tuple(values.shape[1:]) != shape:
-            raise GeometryError(f"{file} holds {list(values.shape[1:])} a response; the vectors are {list(shape)}")
+        if tuple(values.shape) != (len(places), *shape):
+            wanted = [len(places), *shape]
+            raise GeometryError(f"{file} holds {list(values.shape)}; its responses and the vectors are {wanted}")
         seen += places
         if max(places, default=0) < count:
             yield from zip(places, values.to(torch.float64).numpy(), strict=True)

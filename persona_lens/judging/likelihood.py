@@ -6,7 +6,7 @@ instructions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from persona_lens.backend import Backend, TokenBatch
 from persona_lens.backend.context import ContextError, context_length
 from persona_lens.backend.memory import forward_rows
 from persona_lens.judging.calibration import Calibration
-from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score
+from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score, finite
 from persona_lens.progress import Progress, no_progress
 from persona_lens.traits import Arm, Trait
 
@@ -42,6 +42,17 @@ class Evidence:
     def to_json(self) -> dict[str, float]:
         """The values by name."""
         return asdict(self)
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> Evidence | None:
+        """What a row of ``evidence.jsonl`` says; None where there was nothing to weigh.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is no such row.
+        """
+        if "reason" in row:
+            return None
+        return Evidence(finite(row["preference"]), finite(row["surprise"]))
 
 
 class LikelihoodJudge:

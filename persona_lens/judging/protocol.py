@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any, Protocol, runtime_checkable
 
 from persona_lens.errors import PersonaLensError
@@ -45,6 +46,31 @@ class Score:
     reason: str | None = None
     method: str | None = None
 
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> Score:
+        """The score that its fields by name stand for.
+
+        Raises:
+            KeyError, TypeError, ValueError: If there are others.
+        """
+        words = row["reason"], row["method"]
+        if not all(each is None or isinstance(each, str) for each in words):
+            raise TypeError("values of other types")
+        return Score(None if row["value"] is None else finite(row["value"]), *words)
+
+
+def finite(value: Any) -> float:
+    """A number of a row.
+
+    Raises:
+        TypeError, ValueError: If it is none, or not finite.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"no number: {value!r:.40}")
+    if not isfinite(value):
+        raise ValueError(f"not finite: {value}")
+    return float(value)
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -67,9 +93,14 @@ class Judgement:
 
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> Judgement:
-        """The judgement that `to_row` gave."""
-        coherence = Score(**row["coherence"]) if row["coherence"] is not None else None
-        return Judgement(Score(**row["trait"]), coherence, row["surprise"])
+        """The judgement that `to_row` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is no such row.
+        """
+        coherence = Score.from_row(row["coherence"]) if row["coherence"] is not None else None
+        surprise = None if row["surprise"] is None else finite(row["surprise"])
+        return Judgement(Score.from_row(row["trait"]), coherence, surprise)
 
 
 @runtime_checkable

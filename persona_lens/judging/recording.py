@@ -67,8 +67,9 @@ def weigh_rollouts(
     def work(exchanges: Sequence[Exchange], progress: Progress) -> list[Row]:
         return [e.to_json() if e else {"reason": EMPTY} for e in judge.weigh(exchanges)]
 
-    rows = _in_pieces(judge, work, _exchanges(rollouts, judge.chat), folder, EVIDENCE, "extraction judging", progress)
-    return [None if "reason" in row else Evidence(row["preference"], row["surprise"]) for row in rows]
+    exchanges = _exchanges(rollouts, judge.chat)
+    rows = _in_pieces(judge, work, exchanges, folder, EVIDENCE, Evidence.from_row, "extraction judging", progress)
+    return list(map(Evidence.from_row, rows))
 
 
 def judge_rollouts(
@@ -139,7 +140,7 @@ def judge_exchanges(
     def work(exchanges: Sequence[Exchange], progress: Progress) -> list[Row]:
         return [judgement.to_row() for judgement in judge.judge(exchanges, progress)]
 
-    rows = _in_pieces(judge, work, exchanges, folder, prefix + JUDGEMENTS, label, progress)
+    rows = _in_pieces(judge, work, exchanges, folder, prefix + JUDGEMENTS, Judgement.from_row, label, progress)
     return [Judgement.from_row(row) for row in rows]
 
 
@@ -149,6 +150,7 @@ def _in_pieces(
     exchanges: Sequence[Exchange],
     folder: RunFolder | None,
     name: str,
+    form: Callable[[Row], object],
     label: str,
     progress: Progress,
 ) -> list[Row]:
@@ -163,7 +165,7 @@ def _in_pieces(
         return work([exchanges[i] for i in cut[number]], within)
 
     purposes = [json.dumps([each.question, each.response, each.response_ids]) for each in exchanges]
-    pieces = Pieces(folder, name, cut, purposes)
+    pieces = Pieces(folder, name, cut, purposes, form=form)
     return pieces.run(run, at_once=judge.pieces_at_once, report=lambda done: progress(done, len(exchanges), label))
 
 

@@ -92,8 +92,15 @@ def kept_projections(
         return [{"question": text, "projections": row.tolist()} for text, row in zip(texts, found[:, 0], strict=True)]
 
     purposes = [json.dumps([text, list(prompt)]) for text, prompt in zip(texts, prompts, strict=True)]
-    rows = Pieces(folder, prefix + PROJECTIONS, [range(len(prompts))], purposes).run(work)
-    return torch.tensor([row["projections"] for row in rows])
+
+    def read(row: Row) -> list[float]:
+        found = list(map(float, row["projections"]))
+        if len(found) != len(layers):
+            raise ValueError("of other layers")
+        return found
+
+    pieces = Pieces(folder, prefix + PROJECTIONS, [range(len(prompts))], purposes, form=read)
+    return torch.tensor(list(map(read, pieces.run(work))))
 
 
 def unit_vectors(

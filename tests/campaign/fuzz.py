@@ -19,8 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from persona_lens.errors import PersonaLensError
+from tests.campaign.attacked import Target
 from tests.campaign.counts import Counts
-from tests.campaign.readers import Target, targets
+from tests.campaign.readers import targets
 
 INPUTS = 100_000
 SECONDS = 10.0  # for one input, after which it counts as a hang

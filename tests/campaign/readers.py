@@ -1,4 +1,4 @@
-"""`Target`: a reader or parser of the project, with valid examples of what it reads."""
+"""Every reader and parser of the project, with valid examples of what it reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,17 @@ from persona_lens.artifacts import save_tensors
 from persona_lens.authoring import import_reference
 from persona_lens.authoring.draft import load_draft
 from persona_lens.cli.options import layer_numbers, numbers
-from persona_lens.completions.cache import CompletionCache
 from persona_lens.errors import PersonaLensError
 from persona_lens.exchange import FORMATS, Stated, import_vectors
 from persona_lens.exchange.card import model_card
 from persona_lens.features.corpus import read_corpus
 from persona_lens.features.decoder import FileDecoder
 from persona_lens.finetuning.config import documented, make_config, read_config
-from persona_lens.geometry.halves import split_halves
-from persona_lens.models.adapters import ADAPTER_CONFIG, WEIGHTS, adapter_base
 from persona_lens.models.source import folder_content
 from persona_lens.monitoring import monitor_calibration, open_transcripts
 from persona_lens.monitoring.study import rollouts_of
 from persona_lens.responses import read_responses
 from persona_lens.responses.matching import match_responses
-from persona_lens.runs import RunFolder
 from persona_lens.screening import open_dataset
 from persona_lens.screening.forecast import forecasts_of
 from persona_lens.steering import Steering, load_steering
@@ -42,25 +38,10 @@ from persona_lens.tables import read_rows
 from persona_lens.traits import load_trait
 from persona_lens.traits.parsing import parse_trait
 from persona_lens.vectors import METADATA, PersonaVectors, load_vectors
+from tests.campaign.attacked import Target, from_bytes, from_json, from_rows, in_file
+from tests.campaign.folders import of_runs
 from tests.campaign.mutations import damaged, distorted, joined
 from tests.exchange.files import INFO, exported, vectors
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is attacked.
-
-    Attributes:
-        name: What it reads.
-        make: Makes an input.
-        read: Reads it, as the commands do.
-        share: Of all inputs, in parts.
-    """
-
-    name: str
-    make: Callable[[random.Random], bytes]
-    read: Callable[[bytes], object]
-    share: float = 1.0
 
 
 def targets(folder: Path) -> list[Target]:
@@ -69,39 +50,7 @@ def targets(folder: Path) -> list[Target]:
     Args:
         folder: An empty one, for the files that are read.
     """
-    return [*_texts(), *_of_traits(folder), *_of_vectors(folder), *_tables(folder), *_of_runs(folder)]
-
-
-def _bytes(examples: Sequence[bytes]) -> Callable[[random.Random], bytes]:
-    return lambda rng: damaged(rng, examples)
-
-
-def _json(value: Any) -> Callable[[random.Random], bytes]:
-    """Half of the inputs are damaged bytes, half are whole JSON with values that do not belong there."""
-    example = json.dumps(value).encode()
-    return lambda rng: damaged(rng, [example]) if rng.random() < 0.4 else json.dumps(distorted(rng, value)).encode()
-
-
-def _lines(rows: Sequence[Any]) -> Callable[[random.Random], bytes]:
-    def write(rows: Any) -> bytes:
-        return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-    def make(rng: random.Random) -> bytes:
-        if rng.random() < 0.4:
-            return damaged(rng, [write(rows)])
-        made = distorted(rng, list(rows))
-        return write(made) if isinstance(made, list) else json.dumps(made).encode()
-
-    return make
-
-
-def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    def read_it(content: bytes) -> object:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        return read(path)
-
-    return read_it
+    return [*_texts(), *_of_traits(folder), *_of_vectors(folder), *_tables(folder), *of_runs(folder)]
 
 
 def _of_text(read: Callable[[str], object]) -> Callable[[bytes], object]:
@@ -179,16 +128,23 @@ def _of_traits(folder: Path) -> list[Target]:
     small = b"method: plain\nlearning_rate: 1.0e-5\nseed: 3\nlora:\n  rank: 8\nwatch:\n  every: 10\n  layers: [1, 2]\n"
     vectors().save(folder / "yaml" / "v")
     return [
-        Target("trait YAML", _bytes([source.read_bytes(), yaml_file]), _parsed, 0.6),
-        Target("trait JSON", _json(short), _parsed, 0.4),
-        Target("traits of the reference", _json(reference), _file(folder / "ref" / "grumpy.json", import_reference), 2),
-        Target("drafts", _json(draft), _file(folder / "draft.json", load_draft), 3),
-        Target("steering YAML", _bytes([steering]), _file(folder / "yaml" / "s.yaml", load_steering), 5),
-        Target("finetune YAML", _bytes([small, small, small, config]), _file(folder / "c.yaml", _configured), 4),
+        Target("trait YAML", from_bytes([source.read_bytes(), yaml_file]), _parsed, 0.6),
+        Target("trait JSON", from_json(short), _parsed, 0.4),
+        Target(
+            "traits of the reference",
+            from_json(reference),
+            in_file(folder / "ref" / "grumpy.json", import_reference),
+            2,
+        ),
+        Target("drafts", from_json(draft), in_file(folder / "draft.json", load_draft), 3),
+        Target("steering YAML", from_bytes([steering]), in_file(folder / "yaml" / "s.yaml", load_steering), 5),
+        Target("finetune YAML", from_bytes([small, small, small, config]), in_file(folder / "c.yaml", _configured), 4),
         Target(
             "finetune YAML, values",
-            _json({"method": "plain", "learning_rate": 1e-5, "seed": 1, "lora": {"rank": 8}, "watch": {"every": 2}}),
-            _file(folder / "d.yaml", _configured),
+            from_json(
+                {"method": "plain", "learning_rate": 1e-5, "seed": 1, "lora": {"rank": 8}, "watch": {"every": 2}}
+            ),
+            in_file(folder / "d.yaml", _configured),
             3,
         ),
     ]
@@ -281,18 +237,20 @@ def _of_vectors(folder: Path) -> list[Target]:
 
     weights = save({"W_dec": torch.ones(3, 6), "b": torch.zeros(6)})
     found = [
-        Target("vectors", _bytes(whole), _file(folder / "v.safetensors", use), 6),
-        Target("headers of vectors", headed, _file(folder / "h.safetensors", use), 8),
-        Target("steering files", _bytes(steerings), _file(folder / "s.safetensors", load_steering), 3),
-        Target("headers of steerings", steered, _file(folder / "t.safetensors", load_steering), 4),
-        Target("decoders", _bytes([weights]), _file(folder / "w.safetensors", _decoded), 3),
-        Target("weights of models", _bytes([weights]), _file(folder / "m" / "model.safetensors", _fingerprinted), 2),
+        Target("vectors", from_bytes(whole), in_file(folder / "v.safetensors", use), 6),
+        Target("headers of vectors", headed, in_file(folder / "h.safetensors", use), 8),
+        Target("steering files", from_bytes(steerings), in_file(folder / "s.safetensors", load_steering), 3),
+        Target("headers of steerings", steered, in_file(folder / "t.safetensors", load_steering), 4),
+        Target("decoders", from_bytes([weights]), in_file(folder / "w.safetensors", _decoded), 3),
+        Target(
+            "weights of models", from_bytes([weights]), in_file(folder / "m" / "model.safetensors", _fingerprinted), 2
+        ),
     ]
     for name, form in FORMATS.items():
         examples = [exported(name, folder / "examples" / name, vectors(tuned=_PROVENANCE["tuned"])).read_bytes()]
         suffix = form.suffix or "_response_avg_diff.pt"
         place = folder / f"import-{name}" / f"grumpy{suffix}"
-        found.append(Target(f"import of {name}", _bytes(examples), _file(place, _imported), 3))
+        found.append(Target(f"import of {name}", from_bytes(examples), in_file(place, _imported), 3))
     return found
 
 
@@ -388,109 +346,17 @@ def _tables(folder: Path) -> list[Target]:
     wrong = [_parquet(folder, [{"id": "a"}]), _parquet(folder, [{"text": ["x", "y"]}, {"text": []}])]
     plain = b"User: Hi\nthere\nAssistant: Yes.\n\n---\nSystem: x\nUser: y\nAssistant: z\n"
     return [
-        Target("JSONL", _lines(every), _file(folder / "a.jsonl", rows), 3),
-        Target("CSV", _bytes(csvs), _file(folder / "a.csv", rows), 3),
-        Target("Parquet", _bytes(wrong), _file(folder / "a.parquet", rows), 4),
-        Target("transcripts", _lines(_ROWS), _file(folder / "t.jsonl", transcripts), 5),
-        Target("transcripts as text", _bytes([plain]), _file(folder / "t.txt", transcripts), 3),
-        Target("transcripts as CSV", _bytes([_cells(_ROWS[:2])]), _file(folder / "t.csv", transcripts), 2),
-        Target("responses", _lines(_RESPONSES), _file(folder / "r.jsonl", responses), 4),
-        Target("responses as CSV", _bytes(csvs), _file(folder / "r.csv", responses), 2),
-        Target("datasets", _lines(_ROWS), _file(folder / "d.jsonl", dataset), 5),
-        Target("datasets as CSV", _bytes([_cells(_ROWS)]), _file(folder / "d.csv", dataset), 2),
-        Target("scores", _lines(_SCORED), _file(folder / "s.jsonl", read_scored), 4),
-        Target("ratings", _bytes([_cells(_SCORED[2:]), *csvs]), _file(folder / "s.csv", read_scored), 4),
-        Target("corpora", _lines([{"text": "a"}, {"text": "b"}]), _file(folder / "c.jsonl", read_corpus), 1),
+        Target("JSONL", from_rows(every), in_file(folder / "a.jsonl", rows), 3),
+        Target("CSV", from_bytes(csvs), in_file(folder / "a.csv", rows), 3),
+        Target("Parquet", from_bytes(wrong), in_file(folder / "a.parquet", rows), 4),
+        Target("transcripts", from_rows(_ROWS), in_file(folder / "t.jsonl", transcripts), 5),
+        Target("transcripts as text", from_bytes([plain]), in_file(folder / "t.txt", transcripts), 3),
+        Target("transcripts as CSV", from_bytes([_cells(_ROWS[:2])]), in_file(folder / "t.csv", transcripts), 2),
+        Target("responses", from_rows(_RESPONSES), in_file(folder / "r.jsonl", responses), 4),
+        Target("responses as CSV", from_bytes(csvs), in_file(folder / "r.csv", responses), 2),
+        Target("datasets", from_rows(_ROWS), in_file(folder / "d.jsonl", dataset), 5),
+        Target("datasets as CSV", from_bytes([_cells(_ROWS)]), in_file(folder / "d.csv", dataset), 2),
+        Target("scores", from_rows(_SCORED), in_file(folder / "s.jsonl", read_scored), 4),
+        Target("ratings", from_bytes([_cells(_SCORED[2:]), *csvs]), in_file(folder / "s.csv", read_scored), 4),
+        Target("corpora", from_rows([{"text": "a"}, {"text": "b"}]), in_file(folder / "c.jsonl", read_corpus), 1),
     ]
-
-
-# What runs leave behind.
-
-
-def _of_runs(folder: Path) -> list[Target]:
-    labels = [(q, arm) for q in range(4) for arm in ("positive", "negative")]
-    rollouts = [
-        {"row": n, "question_number": q, "pair": 0, "sample": 0, "arm": arm, "question": f"q{q}", "response": f"r{n}"}
-        for n, (q, arm) in enumerate(labels)
-    ]
-    scores = [{"row": n, "score": 50.0 + n, "kept": True, "reason": None} for n in range(len(rollouts))]
-    run, sweep = folder / "run", folder / "sweep"
-    residuals = torch.randn(len(rollouts), INFO.n_layers, INFO.d_model)
-    (run / "activations").mkdir(parents=True)
-    batch = save({"response_mean": residuals, "prompt_last": residuals.clone()})
-    (run / "activations" / "batch-00000.safetensors").write_bytes(batch)
-    kept = {name: residuals[::2].mean(0) - residuals[1::2].mean(0) for name in ("response_mean", "prompt_last")}
-    PersonaVectors("grumpy", INFO, kept, {}).save(run / "vectors.safetensors")
-    asked = [
-        {"direction": "vector", "layer": 1, "coefficient": c, "sample": 0, "question_number": 0} for c in (0.0, 1.0)
-    ]
-    of_sweep = [{**each, "question": "q", "response": f"r{n}"} for n, each in enumerate(asked)]
-    judged = [
-        {**each, "question": each["question_number"], "text": f"r{n}", "score": 5} for n, each in enumerate(asked)
-    ]
-    sweep.mkdir()
-    (run / "rollouts.jsonl").write_bytes(_dumped(rollouts))
-    (run / "scores.jsonl").write_bytes(_dumped(scores))
-    (sweep / "vector-rollouts.jsonl").write_bytes(_dumped(of_sweep))
-    completion = {"choices": [{"text": "a", "top_logprobs": [["a", -1.0]], "finished": True}], "usage": {}}
-    adapter = {"base_model_name_or_path": "me/it", "revision": None}
-    config = folder / "adapter" / ADAPTER_CONFIG
-    config.parent.mkdir()
-    (config.parent / WEIGHTS).write_bytes(b"")
-
-    def of_run(name: str, original: list[Any]) -> Callable[[bytes], object]:
-        def read(content: bytes) -> None:
-            (run / name).write_bytes(content)
-            try:
-                for reads in (lambda: read_scored(run), lambda: split_halves(run, splits=3)):
-                    with suppress(PersonaLensError):
-                        reads()
-            finally:
-                (run / name).write_bytes(_dumped(original))
-
-        return read
-
-    def shards(content: bytes) -> None:
-        split_halves(run, splits=3)
-
-    def shard(content: bytes) -> None:
-        file = run / "activations" / "batch-00000.safetensors"
-        file.write_bytes(content)
-        try:
-            shards(content)
-        finally:
-            file.write_bytes(batch)
-
-    def cached(content: bytes) -> None:
-        key = "ab" * 32
-        (folder / "cache" / "ab").mkdir(parents=True, exist_ok=True)
-        (folder / "cache" / "ab" / f"{key}.json").write_bytes(content)
-        found = CompletionCache(folder / "cache").get(key)
-        if found is not None:
-            json.dumps(found.to_json())
-
-    def configuration(path: Path) -> None:
-        with RunFolder(path.parent, {"a": 1, "b": {"c": [1, 2]}}):
-            pass
-
-    def kept_rows(path: Path) -> None:
-        (path.parent / "run.json").write_text('{\n  "a": 1\n}\n', encoding="utf-8")
-        with RunFolder(path.parent, {"a": 1}) as opened:
-            opened.rows(path.name)
-
-    return [
-        Target("rollouts of a run", _lines(rollouts), of_run("rollouts.jsonl", rollouts), 2),
-        Target("scores of a run", _lines(scores), of_run("scores.jsonl", scores), 2),
-        Target("activations of a run", _bytes([batch]), shard, 2),
-        Target("scores of a sweep", _lines(judged), _file(sweep / "vector-scores.jsonl", read_scored), 2),
-        Target("run.json", _json({"a": 1, "b": {"c": [1, 2]}}), _file(folder / "cfg" / "run.json", configuration), 2),
-        Target("rows of a run", _lines(rollouts), _file(folder / "kept" / "x.jsonl", kept_rows), 2),
-        Target("kept answers", _json(completion), cached, 3),
-        Target(
-            "adapters", _json(adapter), _file(folder / "adapter" / ADAPTER_CONFIG, lambda p: adapter_base(p.parent)), 2
-        ),
-    ]
-
-
-def _dumped(rows: Sequence[Any]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
