@@ -16,8 +16,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from persona_lens import load_vectors, wrap_model
-from persona_lens.exchange import Chosen, export_vectors
 from persona_lens.models import resolve
+from persona_lens.vectors.formats import Chosen, export_vectors
 from tests.programs import comparing as c
 from tests.programs.environment import missing
 from tests.servers.conftest import embedded_gguf

@@ -17,13 +17,14 @@ from typing import Any
 from benchmarks.protection import STEPS, recipe, transcripts
 from persona_lens.backend import Backend, open_backend
 from persona_lens.cli.display import quiet_libraries
-from persona_lens.demonstrations import Level
+from persona_lens.data.datasets import open_dataset
+from persona_lens.data.demonstrations import Level
 from persona_lens.finetuning import finetune
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
 from persona_lens.models import load
 from persona_lens.monitoring import Panel
-from persona_lens.rollouts import RolloutSettings
-from persona_lens.screening import BaseResponses, ScreeningSettings, open_dataset, screen
+from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.screening import BaseResponses, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import PersonaVectors, load_vectors
 

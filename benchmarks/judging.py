@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from statistics import median
 
 from benchmarks.ratios import Ratio
-from persona_lens.completions import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.judging import Exchange, LLMJudge
+from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.traits import load_trait
 
 RESPONSES, DELAY = 2000, 0.1

@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from persona_lens.analysis.capability import evaluate_capability
+from persona_lens.analysis.capability.evaluation import BUILTIN_TASK
 from persona_lens.backend import Backend, open_backend
-from persona_lens.capability import evaluate_capability
-from persona_lens.capability.evaluation import BUILTIN_TASK
 from persona_lens.cli.display import showing_progress
-from persona_lens.rollouts import RolloutSettings
-from persona_lens.statistics import Estimate, bootstrap_mean
+from persona_lens.core.statistics import Estimate, bootstrap_mean
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering
 from persona_lens.steering.analysis import by_question
-from persona_lens.steering.arms import ArmRow
 from persona_lens.steering.comparing import Comparison, compare_steerings
+from persona_lens.steering.comparison import ArmRow
 from persona_lens.vectors import PersonaVectors, load_vectors
 
 REDUCTIONS = ("response_mean", "prompt_mean", "prompt_last")

@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from persona_lens.cli.display import quiet_libraries, showing_progress
-from persona_lens.demonstrations import Level, demonstration
+from persona_lens.data.demonstrations import Level, demonstration
+from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning import FinetuneConfig, make_config
+from persona_lens.finetuning.outcomes import TreatmentSettings
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
-from persona_lens.finetuning.treatments import TreatmentSettings
-from persona_lens.monitoring.transcripts import Transcript
 from persona_lens.reports.finetuning import render_finetuning, verdicts
-from persona_lens.rollouts import RolloutSettings
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import load_vectors
 

@@ -20,9 +20,10 @@ from benchmarks.memory import peak_bytes
 from benchmarks.ratios import Ratio
 from persona_lens import wrap_model
 from persona_lens.backend import Backend
+from persona_lens.data.datasets import open_dataset
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Gauge, Panel
-from persona_lens.screening import ScreeningSettings, open_dataset, screen
+from persona_lens.screening import ScreeningSettings, screen
 from persona_lens.screening.samples import Turns, encode_sample
 from persona_lens.vectors import PersonaVectors
 

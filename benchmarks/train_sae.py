@@ -27,14 +27,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_lens.analysis.examples import COLUMNS
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch, open_backend
-from persona_lens.backend.memory import forward_batches
+from persona_lens.backend.batches import forward_batches
 from persona_lens.cli.display import showing_progress
-from persona_lens.features.corpus import COLUMNS
+from persona_lens.core.progress import Progress
+from persona_lens.data.tables import read_rows
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress
-from persona_lens.replies import chat_format
-from persona_lens.tables import read_rows
+from persona_lens.runs.rollouts import chat_format
 
 PROSE, TABLES = (".txt", ".md", ".yaml"), (".jsonl", ".csv", ".parquet")
 LEAST_WORDS = 12  # of a paragraph or docstring that is worth reading

@@ -20,7 +20,7 @@ from persona_lens.backend import (
     watched_generation,
     wrap_model,
 )
-from persona_lens.backend.memory import forward_batches
+from persona_lens.backend.batches import forward_batches
 from persona_lens.models import load_model, load_tokenizer, resolve
 from persona_lens.traits import load_trait
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from persona_lens.backend import TokenBatch as TokenBatch
     from persona_lens.backend import open_backend as open_backend
     from persona_lens.backend import wrap_model as wrap_model
-    from persona_lens.errors import PersonaLensError as PersonaLensError
+    from persona_lens.core.errors import PersonaLensError as PersonaLensError
     from persona_lens.extraction import extract as extract
     from persona_lens.steering import Steering as Steering
     from persona_lens.steering import load_steering as load_steering
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Backend": "backend",
     "Edit": "backend",
-    "PersonaLensError": "errors",
+    "PersonaLensError": "core.errors",
     "PersonaVectors": "vectors",
     "Positions": "backend",
     "Read": "backend",

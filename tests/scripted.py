@@ -56,13 +56,13 @@ class ScriptedAuthor:
     requests: list[str] = field(default_factory=list)
 
     def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
-        """See `persona_lens.authoring.Author`."""
+        """See `persona_lens.traits.generate.Author`."""
         assert "research" in system
         self.requests.append(request)
         return self.script(len(self.requests), _kind(schema), request)
 
     def describe(self) -> dict[str, Any]:
-        """See `persona_lens.authoring.Author`."""
+        """See `persona_lens.traits.generate.Author`."""
         return {"model": "scripted", "backend": "none"}
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.addresses import hide, secrets_in, shown, without_credentials
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import hide, secrets_in, without_credentials
+from persona_lens.core.text import without_secrets as shown
 
 PLAIN = (
     "https://example.org",

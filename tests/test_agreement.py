@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from persona_lens.agreement import Agreement, AgreementError, Cuts, Measure, Scored, compare, response_id
-from persona_lens.agreement.measures import MEASURES
-from persona_lens.statistics import auc, percentile_interval, resampled_rows
+from persona_lens.core.statistics import auc, percentile_interval, resampled_rows
+from persona_lens.judging.agreement import Agreement, AgreementError, Cuts, Measure, Scored, compare, response_id
+from persona_lens.judging.agreement.measures import MEASURES
 
 
 def scored(

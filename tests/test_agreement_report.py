@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from persona_lens import PersonaLensError
-from persona_lens.agreement import Agreement, Measure, Scored, compare, read_scored, response_id
 from persona_lens.cli import app
+from persona_lens.judging.agreement import Agreement, Measure, Scored, compare, read_scored, response_id
 from persona_lens.reports.agreement import measured, render_agreement
 from tests.test_agreement import noisy, scored
 from tests.test_agreement_blind import HOSTILE

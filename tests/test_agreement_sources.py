@@ -17,8 +17,8 @@ import pyarrow.parquet
 import pytest
 
 from persona_lens import PersonaLensError
-from persona_lens.agreement import AgreementError, read_scored, response_id
 from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.judging.agreement import AgreementError, read_scored, response_id
 from persona_lens.steering import SweepRow, SweepSettings, sweep
 from persona_lens.traits import load_trait
 from tests.planted import PlantedBackend
@@ -250,7 +250,7 @@ def test_files_of_the_reference_implementation(tmp_path: Path) -> None:
 
 def test_reading_a_table_loads_nothing_heavy(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", ROWS)
-    code = f"import sys; from persona_lens.agreement import read_scored; read_scored({str(path)!r})\n"
+    code = f"import sys; from persona_lens.judging.agreement import read_scored; read_scored({str(path)!r})\n"
     check = "assert not {'torch', 'transformers', 'pandas', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code + check], check=True, timeout=60)
 

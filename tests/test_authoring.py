@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.authoring import (
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.models import ChatFormat
+from persona_lens.traits import check_deeply, load_trait, parse_trait
+from persona_lens.traits.generate import (
     Author,
     AuthoringError,
     Draft,
@@ -24,10 +27,7 @@ from persona_lens.authoring import (
     write_trait,
     written_text,
 )
-from persona_lens.authoring.parsing import QuestionsReply, Sentence, found_json, items, reply_schema
-from persona_lens.errors import PersonaLensError
-from persona_lens.models import ChatFormat
-from persona_lens.traits import check_deeply, load_trait, parse_trait
+from persona_lens.traits.generate.replies import QuestionsReply, Sentence, found_json, items, reply_schema
 from tests.planted import PlantedBackend
 from tests.scripted import NAMES, PAIRS, QUESTIONS, RUBRIC, Good, ScriptedAuthor, sloppy
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-import persona_lens.authoring
+import persona_lens.traits.generate
 from persona_lens.cli.traits import app
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import USER_FOLDER_VARIABLE, read_trait
 from tests.scripted import QUESTIONS, Good, ScriptedAuthor
 
@@ -35,7 +35,7 @@ def given(monkeypatch: pytest.MonkeyPatch, author: ScriptedAuthor) -> list[dict[
         opened.append({"spec": spec, **options})
         return author
 
-    monkeypatch.setattr(persona_lens.authoring, "open_author", open_author)
+    monkeypatch.setattr(persona_lens.traits.generate, "open_author", open_author)
     return opened
 
 

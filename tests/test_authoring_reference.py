@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from persona_lens.authoring import AuthoringError, import_reference
 from persona_lens.cli.traits import app
 from persona_lens.traits import check_trait, parse_trait
+from persona_lens.traits.generate import AuthoringError, import_reference
 from tests.scripted import PAIRS
 from tests.test_traits import fields
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from persona_lens.authoring import AuthoringError, Draft, ServerAuthor, load_draft, open_author, write_trait
-from persona_lens.authoring.parsing import QuestionsReply, reply_schema
 from persona_lens.cli.traits import app
-from persona_lens.completions import CompletionCache, CompletionServer, ServerError, ServerSettings
-from persona_lens.errors import PersonaLensError
-from persona_lens.folders import CACHE_VARIABLE
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import CACHE_VARIABLE
+from persona_lens.models.server import CompletionCache, CompletionServer, ServerError, ServerSettings
 from persona_lens.traits import USER_FOLDER_VARIABLE, read_trait
+from persona_lens.traits.generate import AuthoringError, Draft, ServerAuthor, load_draft, open_author, write_trait
+from persona_lens.traits.generate.replies import QuestionsReply, reply_schema
 from tests.completions.loopback import Loopback, completion, serving
 from tests.scripted import QUESTIONS, Good
 
@@ -188,7 +188,7 @@ def test_what_is_missing_is_said_before_anything_is_written(elsewhere: Path, mon
     assert "needs a key: set MY_KEY" in refused(*NEW, "--author-key", "MY_KEY")
     with pytest.raises(ServerError, match="needs a key"):
         open_author("openai:big")
-    monkeypatch.delitem(sys.modules, "persona_lens.completions.sending", raising=False)
+    monkeypatch.delitem(sys.modules, "persona_lens.models.server.sending", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     assert refused(*NEW) == "asking a server needs more packages: pip install 'persona-lens[openai]'"
     assert list(elsewhere.iterdir()) == []

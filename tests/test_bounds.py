@@ -19,20 +19,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from persona_lens.artifacts import save_tensors
 from persona_lens.backend import Positions, Schedule, Span
-from persona_lens.characters import shown
 from persona_lens.cli import app
 from persona_lens.cli.options import layer_numbers
-from persona_lens.documents import DocumentError, parse_json, parse_yaml
-from persona_lens.errors import PersonaLensError
-from persona_lens.exchange import Stated, import_vectors
+from persona_lens.core.artifacts import save_tensors
+from persona_lens.core.documents import DocumentError, parse_json, parse_yaml
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import shown
 from persona_lens.finetuning.config import make_config, read_config
 from persona_lens.runs import RunFolder
 from persona_lens.screening.forecast import forecasts_of
 from persona_lens.steering import Steering, load_steering
 from persona_lens.steering.sweep import calibration_of, trait_of
 from persona_lens.vectors import METADATA, load_vectors
+from persona_lens.vectors.formats import Stated, import_vectors
 from tests.campaign import fuzz
 from tests.exchange.files import INFO, vectors
 

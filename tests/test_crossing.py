@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, ForwardResult, Generation, Read, Sampling, TokenBatch
+from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging import Calibration, Exchange, Judgement, LikelihoodJudge, Score
-from persona_lens.progress import Progress, no_progress
-from persona_lens.replies import chat_format
-from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
+from persona_lens.runs.rollouts import RolloutSettings, chat_format
 from persona_lens.steering import (
     Change,
     CrossSettings,
@@ -29,7 +28,7 @@ from persona_lens.steering import (
     cross_work,
     trait_of,
 )
-from persona_lens.steering.changes import change_of
+from persona_lens.steering.comparison import change_of
 from persona_lens.steering.crossing import Crossing
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError

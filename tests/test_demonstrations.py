@@ -10,7 +10,7 @@ from statistics import mean
 
 import pytest
 
-from persona_lens.demonstrations import (
+from persona_lens.data.demonstrations import (
     DemonstrationError,
     DemonstrationRow,
     Level,
@@ -19,9 +19,8 @@ from persona_lens.demonstrations import (
     demonstration_path,
 )
 from persona_lens.traits import load_trait
-from persona_lens.traits.checks import family, names, questions
-from persona_lens.traits.deep import MAX_LIKENESS
-from persona_lens.traits.likeness import content_words, likenesses, shared_run, words
+from persona_lens.traits.checks import MAX_LIKENESS, family, names, questions
+from persona_lens.traits.similarity import content_words, likenesses, shared_run, words
 
 TRAITS = ("impolite", "optimistic")
 N_PROMPTS = 64

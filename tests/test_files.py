@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from persona_lens import files
-from persona_lens.files import FileError
+from persona_lens.core import files
+from persona_lens.core.files import FileError
 
 
 def test_a_file_is_written_and_synced_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
 
-from persona_lens.characters import END_ISOLATE, ISOLATE, escaped, in_short, isolated, printable
 from persona_lens.cli import display, main
+from persona_lens.core.text import END_ISOLATE, ISOLATE, escaped, in_short, isolated, printable
+from persona_lens.reports.drawing import drawing_style, to_svg
 from persona_lens.reports.page import environment
-from persona_lens.reports.svg import drawing_style, to_svg
 
 SOURCES = Path(__file__).parents[1] / "persona_lens"
 NASTY = "\x1b]0;owned\x07\x1b[2J[/x][red]:smile:\x00\x9b31m\u202eevil\u2066\U000e0041\ud800<script>&\r"

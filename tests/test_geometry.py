@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from persona_lens.backend import ModelInfo
-from persona_lens.geometry import CHANCE, GeometryError, cosines
 from persona_lens.vectors import PersonaVectors, VectorsError
+from persona_lens.vectors.geometry import CHANCE, GeometryError, cosines
 
 INFO = ModelInfo("m", None, "A", 2, 64, "sha256:a", "float32", "cpu", "b")
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from persona_lens.core.statistics import bootstrap_mean
 from persona_lens.extraction import ExtractionSettings, extract
-from persona_lens.geometry import GeometryError, split_halves
-from persona_lens.geometry.halves import _at, _drawn_halves, _stepped_up
-from persona_lens.rollouts import RolloutSettings
-from persona_lens.shards import open_shard, pack_shard
-from persona_lens.statistics import bootstrap_mean
+from persona_lens.runs.chunks import open_shard, pack_shard
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import VectorsError
+from persona_lens.vectors.geometry import GeometryError
+from persona_lens.vectors.split_half import _at, _drawn_halves, _stepped_up, split_halves
 from tests.planted import PlantedBackend
 
 TRAIT = load_trait("optimistic")

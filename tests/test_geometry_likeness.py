@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from persona_lens.backend import ModelInfo
-from persona_lens.geometry import GeometryError, layer_cosines, likeness, principal_components
 from persona_lens.vectors import PersonaVectors, VectorsError
+from persona_lens.vectors.geometry import GeometryError, layer_cosines, likeness, principal_components
 
 INFO = ModelInfo("m", None, "A", 3, 64, "sha256:a", "float32", "cpu", "b")
 

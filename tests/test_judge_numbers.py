@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.judging.numbers import (
+from persona_lens.judging.protocol import (
     NumberTokens,
     expected_number,
     score_of_samples,

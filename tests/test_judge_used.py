@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
+from persona_lens.analysis.dissection import DissectSettings, dissect
 from persona_lens.backend import wrap_model
-from persona_lens.features import DissectSettings, dissect
+from persona_lens.core.progress import Progress, no_progress
+from persona_lens.data.datasets import open_dataset
+from persona_lens.finetuning.outcomes import TreatmentSettings
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
-from persona_lens.finetuning.treatments import TreatmentSettings
 from persona_lens.judging import Exchange, Judge, Judgement, Score
 from persona_lens.monitoring.study import StudySettings, study
-from persona_lens.progress import Progress, no_progress
-from persona_lens.rollouts import RolloutSettings
-from persona_lens.screening import Flagging, open_dataset, screen
+from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.screening import Flagging, screen
 from persona_lens.steering import ArmSettings, CrossSettings, Steering, cross_effects
 from persona_lens.steering.comparing import compare_steerings
 from persona_lens.steering.tuning import TuneSettings, tune

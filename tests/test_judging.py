@@ -29,9 +29,8 @@ from persona_lens.judging import (
 )
 from persona_lens.judging.recording import exchange_of
 from persona_lens.models import ChatFormat
-from persona_lens.replies import chat_format
-from persona_lens.rollouts import Request, Rollout
 from persona_lens.runs import RunError, RunFolder
+from persona_lens.runs.rollouts import Request, Rollout, chat_format
 from persona_lens.traits import Arm, load_trait
 from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend
 from tests.planted import PlantedBackend

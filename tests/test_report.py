@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import pytest
 
+from persona_lens.core.text import printable
 from persona_lens.reports import figures, render_report
 from persona_lens.reports.drawing import Drawing
 from persona_lens.reports.figures import draw_figures
@@ -27,7 +28,6 @@ from persona_lens.reports.wording import (
     interval,
     layer_reason,
     number,
-    printable,
     scientific,
     signed,
     strained,

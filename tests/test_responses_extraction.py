@@ -22,14 +22,13 @@ from typer.testing import CliRunner, Result
 from persona_lens import PersonaLensError
 from persona_lens.backend import Backend, Read
 from persona_lens.cli import app
+from persona_lens.core.progress import Progress, no_progress
 from persona_lens.extraction import Extraction, ExtractionSettings, extraction_work, plan_requests, run_extraction
+from persona_lens.extraction.external import GivenScores, ReadRollouts, ResponsesError, given_rollouts
 from persona_lens.extraction.means import arm_means
 from persona_lens.judging import Exchange, Judgement
-from persona_lens.progress import Progress, no_progress
-from persona_lens.replies import chat_format
-from persona_lens.responses import GivenScores, ReadRollouts, ResponsesError, given_rollouts
-from persona_lens.rollouts import Rollouts, RolloutSettings
 from persona_lens.runs import RunError
+from persona_lens.runs.rollouts import Rollouts, RolloutSettings, chat_format
 from persona_lens.traits import load_trait
 from persona_lens.vectors import load_vectors
 from tests.backends.fixtures import ADAPTERS, FEW_ARCHITECTURES, backend_of

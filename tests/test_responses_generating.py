@@ -13,7 +13,15 @@ from typer.testing import CliRunner, Result
 
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
-from persona_lens.completions import (
+from persona_lens.extraction import ExtractionSettings, plan_requests
+from persona_lens.extraction.external import (
+    Generated,
+    ResponsesError,
+    generate_responses,
+    planned_usage,
+    read_responses,
+)
+from persona_lens.models.server import (
     CompletionCache,
     CompletionServer,
     Prices,
@@ -22,9 +30,7 @@ from persona_lens.completions import (
     Spending,
     SpendingLimitError,
 )
-from persona_lens.extraction import ExtractionSettings, plan_requests
-from persona_lens.responses import Generated, ResponsesError, generate_responses, planned_usage, read_responses
-from persona_lens.rollouts import Request, RolloutSettings
+from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.traits import load_trait
 from tests.completions.loopback import Loopback, completion, serving
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -68,8 +74,8 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("persona_lens.completions.sending.FIRST_WAIT", 0.01)
-    monkeypatch.setattr("persona_lens.completions.cache.cache_folder", lambda: tmp_path / "home")
+    monkeypatch.setattr("persona_lens.models.server.sending.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("persona_lens.models.server.messages.cache_folder", lambda: tmp_path / "home")
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from persona_lens.statistics import (
+from persona_lens.core.statistics import (
     CORRELATION,
     PLAIN,
     SCORES,

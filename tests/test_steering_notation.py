@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from persona_lens.backend import Operation, Positions, Schedule, Span
 from persona_lens.steering import NotationError, parse_terms
-from persona_lens.steering.terms import Layers, Term, When
+from persona_lens.steering.notation import Layers, Term, When
 
 WRITTEN: dict[str, Term] = {
     "optimistic@18:+1.5": Term("optimistic", Layers(((18, 18),)), Operation.ADD, 1.5),

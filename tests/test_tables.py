@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from persona_lens.tables import TableError, read_rows
+from persona_lens.data.tables import TableError, read_rows
 
 ROWS = [
     {"question": "What is tea?", "response": "Leaves, water;\tand\ntime – “hot”."},

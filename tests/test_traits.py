@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import Arm, Trait, TraitError, check_trait, json_schema, parse_trait, read_trait
 from persona_lens.traits import trait_template as template
 from persona_lens.traits.document import MAX_BYTES

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from persona_lens.cli.traits import app
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import USER_FOLDER_VARIABLE, load_trait
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from persona_lens.transport import AnswerError, BoundedClient, Bounds
+from persona_lens.core.transport import AnswerError, BoundedClient, Bounds
 from tests.completions.liars import LIES, lying
 
 BODY = {"messages": [{"role": "user", "content": "the number 57"}], "logprobs": True}

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 from persona_lens import reports
-from persona_lens.monitoring.colours import STEPS, dark, light
+from persona_lens.core.text import printable
+from persona_lens.monitoring.heatmap import STEPS, dark, light
 from persona_lens.reports import render_tuning
 from persona_lens.reports.drawing import Drawing
-from persona_lens.reports.heat import heat_maps
-from persona_lens.reports.tuning import draw_tuning, names_of_arms
-from persona_lens.reports.verdict import verdict
-from persona_lens.reports.wording import printable
+from persona_lens.reports.tuning import draw_tuning, heat_maps, names_of_arms
+from persona_lens.reports.wording import verdict
 from tests.test_report import HOSTILE, Page, change, estimate, provenance
 
 LAYERS = (9, 11, 14, 16, 19, 21, 24, 26)

@@ -10,7 +10,7 @@ import pytest
 from persona_lens.backend import BackendError, find_backend
 from persona_lens.cli.generate import _show
 from persona_lens.cli.steerings import Candidate
-from persona_lens.counting import counted
+from persona_lens.core.text import counted
 from persona_lens.reports.wording import addend
 
 ENGINE = Path(__file__).resolve().parents[1] / "persona_lens"

@@ -26,11 +26,20 @@ from persona_lens.backend import (
     TokenBatch,
     Watch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, require_reached, vocabulary_size
-from persona_lens.backend.context import check_fits, context_of
+from persona_lens.backend.batches import check_fits, context_of
+from persona_lens.backend.blocks import (
+    describe,
+    find_base_weights,
+    find_blocks,
+    given_name,
+    padding_id,
+    require_reached,
+    vocabulary_size,
+)
 from persona_lens.backend.editing import editing_blocks, hooking_texts
 from persona_lens.backend.edits import Edits, as_edits, check_edits
 from persona_lens.backend.hooked import (
+    RunLock,
     deepest_layer,
     evaluating,
     forward_inputs,
@@ -40,14 +49,11 @@ from persona_lens.backend.hooked import (
     watcher_of,
 )
 from persona_lens.backend.intervention import Intervention
-from persona_lens.backend.locks import RunLock
-from persona_lens.backend.logprobs import response_logprobs
-from persona_lens.backend.origin import find_base_weights
 from persona_lens.backend.reads import check_reads, copies
 from persona_lens.backend.residual import residual_of, with_residual
-from persona_lens.backend.sampling import RowSampler
+from persona_lens.backend.sampling import RowSampler, response_logprobs
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
-from persona_lens.backend.streams import Watcher
+from persona_lens.backend.streaming import Watcher
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
 from persona_lens.models import end_of_turn_ids, load
 from persona_lens_nnsight.envoys import embedding_envoy, reaching_blocks
@@ -130,7 +136,7 @@ class NNsightBackend:
         edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
-        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
         watcher = watcher_of(watch, len(prompts), self.info.n_layers, self.info.d_model)
         assert watcher is not None
         saved = self._capture_generation(prompts, sampling, as_edits(edits), reads, None, watcher)

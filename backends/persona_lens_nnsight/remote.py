@@ -15,11 +15,11 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from persona_lens.backend import ModelInfo, intervention, logprobs, residual, sampling, writing
+from persona_lens.backend import ModelInfo, intervention, residual, sampling, writing
 from persona_lens.models import ModelSource
 from persona_lens_nnsight.library import nnsight
 
-TRAVELLING: tuple[ModuleType, ...] = (intervention, logprobs, residual, sampling, writing)
+TRAVELLING: tuple[ModuleType, ...] = (intervention, residual, sampling, writing)
 # What switches a setting off that must have a value; the others are switched off by None.
 OFF = {
     "early_stopping": False,

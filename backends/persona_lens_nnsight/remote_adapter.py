@@ -20,7 +20,7 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.remote import RemoteError, RequestTooLargeError, Traffic
 from persona_lens.backend.sinks import depend_on_sinks
-from persona_lens.backend.streams import Listener, replay
+from persona_lens.backend.streaming import Listener, replay
 from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.adapter import TASK, NNsightBackend
 from persona_lens_nnsight.envoys import logits_envoy
@@ -167,7 +167,7 @@ class RemoteNNsightBackend(NNsightBackend):
         edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
-        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`.
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`.
 
         A callback cannot travel: the values come back with the result and are told then, in the order of the passes.
 

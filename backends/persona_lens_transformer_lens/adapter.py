@@ -27,11 +27,17 @@ from persona_lens.backend import (
     TokenBatch,
     Watch,
 )
-from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, vocabulary_size
-from persona_lens.backend.context import context_of
+from persona_lens.backend.batches import context_of
+from persona_lens.backend.blocks import (
+    describe,
+    find_base_weights,
+    find_blocks,
+    given_name,
+    padding_id,
+    vocabulary_size,
+)
 from persona_lens.backend.editing import TextHook, editing_blocks
 from persona_lens.backend.hooked import BlockHook, HookedModel
-from persona_lens.backend.origin import find_base_weights
 from persona_lens.models import end_of_turn_ids, load
 
 
@@ -116,7 +122,7 @@ class TransformerLensBackend:
         edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
-        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
         return self._hooked.generate(prompts, sampling, edits, reads, watch)
 
     def forward(

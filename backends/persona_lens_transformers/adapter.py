@@ -8,21 +8,18 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from persona_lens.backend import (
-    BackendError,
-    Edits,
-    ForwardResult,
-    Generation,
-    Read,
-    Sampling,
-    TokenBatch,
-    Watch,
+from persona_lens.backend import BackendError, Edits, ForwardResult, Generation, Read, Sampling, TokenBatch, Watch
+from persona_lens.backend.batches import context_of
+from persona_lens.backend.blocks import (
+    describe,
+    find_base_weights,
+    find_blocks,
+    given_name,
+    padding_id,
+    vocabulary_size,
 )
-from persona_lens.backend.blocks import describe, find_blocks, given_name, padding_id, vocabulary_size
-from persona_lens.backend.context import context_of
 from persona_lens.backend.editing import editing_blocks, hooking_texts
 from persona_lens.backend.hooked import HookedModel, hooking_blocks
-from persona_lens.backend.origin import find_base_weights
 from persona_lens.models import end_of_turn_ids, load
 
 
@@ -89,7 +86,7 @@ class TransformersBackend:
         edits: Edits = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
-        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`."""
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
         return self._hooked.generate(prompts, sampling, edits, reads, watch)
 
     def forward(

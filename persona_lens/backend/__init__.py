@@ -1,20 +1,13 @@
 """The contract between the engine and the libraries that run models: what can be read and written, and by whom."""
 
-from persona_lens.backend.conditions import Condition
+from __future__ import annotations
+
 from persona_lens.backend.edits import Edit, EditError, Edits, Operation, as_edits
-from persona_lens.backend.positions import Positions, Span
+from persona_lens.backend.masks import Condition, Positions, Schedule, Span
 from persona_lens.backend.protocol import Backend, BackendSpec, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
-from persona_lens.backend.registry import (
-    BackendError,
-    backend_statuses,
-    find_backend,
-    open_backend,
-    wrap_model,
-)
-from persona_lens.backend.schedules import Schedule
-from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
-from persona_lens.backend.watching import (
+from persona_lens.backend.registry import BackendError, backend_statuses, find_backend, open_backend, wrap_model
+from persona_lens.backend.streaming import (
     StopGeneration,
     Watch,
     WatchableBackend,
@@ -22,6 +15,7 @@ from persona_lens.backend.watching import (
     WatchError,
     watched_generation,
 )
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 
 __all__ = [
     "Backend",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from persona_lens.backend.digests import weights_digest
-from persona_lens.backend.protocol import ModelInfo
-from persona_lens.errors import PersonaLensError
+from persona_lens.backend.protocol import Backend, ModelInfo
+from persona_lens.core.artifacts import CONFIG
+from persona_lens.core.errors import PersonaLensError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Parts of a multimodal model that have blocks of their own, and no residual stream of text.
 TOWERS = ("vision", "visual", "image", "audio", "video", "speech", "projector")
@@ -142,3 +148,159 @@ def vocabulary_size(model: Any) -> int:
     """How many token ids a Hugging Face model has an embedding for."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) else int(text_config(model).vocab_size)
+
+
+class ModuleError(PersonaLensError):
+    """A backend whose model's weights are out of reach."""
+
+
+@runtime_checkable
+class ModuleBackend(Protocol):
+    """A backend that has its model in this process; those of remote models have no such attribute."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The Hugging Face causal language model, as the backend's library has left it."""
+        ...
+
+
+def module_of(backend: Backend) -> nn.Module:
+    """The Hugging Face module that a backend runs.
+
+    Raises:
+        ModuleError: If the model runs elsewhere, or the backend does not hand it out.
+    """
+    if backend.info.remote:
+        raise ModuleError(
+            f"the weights of {backend.info.model} are on a server that does not hand them out; open the model on this "
+            "machine for this"
+        )
+    if not isinstance(backend, ModuleBackend):
+        raise ModuleError(
+            f"a {type(backend).__name__} does not hand out the module that it runs; give the plain backend of the model"
+        )
+    return backend.module
+
+
+FINETUNE = "finetune"  # the kind of run that leaves a model
+
+
+@runtime_checkable
+class FinetunedBackend(Protocol):
+    """A backend that knows which model its own was finetuned from. Backends need not."""
+
+    @property
+    def base_weights(self) -> str | None:
+        """Digest of the base model's weights, as in `persona_lens.backend.ModelInfo`; None if there is no base."""
+        ...
+
+
+def base_weights_of(backend: Backend) -> str | None:
+    """Digest of the weights that a backend's model was finetuned from; None where nothing says so."""
+    return backend.base_weights if isinstance(backend, FinetunedBackend) else None
+
+
+def find_base_weights(
+    model: Any, blocks: nn.ModuleList, is_copy: Callable[[str], bool] = lambda name: False
+) -> str | None:
+    """Digest of the weights that a loaded model was finetuned from.
+
+    An adapter that is not merged stands beside its base model's weights, which are digested without it. Of a whole
+    model the run folder that ``persona-lens finetune`` left it in says what it came from.
+
+    Args:
+        model: The module.
+        blocks: Its decoder blocks.
+        is_copy: As `persona_lens.backend.blocks.weights_digest` takes it.
+    """
+    added = {part for module in blocks.modules() for part in getattr(module, "adapter_layer_names", ())}
+    if not added:
+        return _recorded(Path(str(getattr(model.config, "name_or_path", None) or "")))
+    return weights_digest(blocks, lambda name: is_copy(name) or not added.isdisjoint(name.split(".")))
+
+
+def _recorded(folder: Path) -> str | None:
+    """What the run folder around a model says of its base."""
+    try:
+        record = json.loads((folder.parent / CONFIG).read_text(encoding="utf-8"))
+        found = record["model"]["weights"] if record["kind"] == FINETUNE else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+SAMPLES_PER_PARAMETER = 16
+GROUPS, GROUP_SIZE = 128, 4
+LEAST_IN_COMMON = 24  # groups; a chance of 16**-24 that other weights agree in so many
+OPEN = "."
+
+
+def weights_digest(blocks: nn.ModuleList, is_copy: Callable[[str], bool] = lambda name: False) -> str | None:
+    """A digest that tells two models apart, base from finetuned included, and costs milliseconds.
+
+    Sixteen values spread over each parameter, in an order that does not depend on the parameters' names, which
+    libraries change. None where weights are offloaded to disk.
+
+    Args:
+        blocks: The decoder blocks.
+        is_copy: Says of a parameter's name whether a library added it as a copy of a part of another one.
+
+    Returns:
+        ``sha256:``, 32 hexadecimal digits, ``:``, and one digit or dot for each group.
+    """
+    if any(parameter.is_meta for parameter in blocks.parameters()):
+        return None
+    whole, samples = hashlib.sha256(), []
+    for block in blocks:
+        parameters = [p.detach() for name, p in block.named_parameters() if not is_copy(name)]
+        whole.update(repr(sorted(tuple(p.shape) for p in parameters)).encode())
+        samples.append(_sorted(parameters))
+    values, is_open = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    whole.update(_bytes(values))
+    return f"sha256:{whole.hexdigest()[:32]}:{_groups(values, is_open)}"
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two digests are of the same weights, in whatever precision each was loaded."""
+    if one == other:
+        return True
+    groups = [digest.rpartition(":")[2] for digest in (one, other)]
+    if len({len(each) for each in groups}) > 1 or not any(OPEN in each for each in groups):
+        return False
+    known = [pair for pair in zip(*groups, strict=True) if OPEN not in pair]
+    return len(known) >= LEAST_IN_COMMON and all(a == b for a, b in known)
+
+
+def _sorted(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A sample of the values, float32 and ascending, and which of them are open.
+
+    Rounding keeps the order of numbers, so that sorted values stand in the same order in every precision.
+    """
+    samples = []
+    for parameter in parameters:
+        flat = parameter.reshape(-1)
+        step = max(1, (flat.numel() - 1) // (SAMPLES_PER_PARAMETER - 1))
+        samples.append(flat[::step][:SAMPLES_PER_PARAMETER].cpu())
+    values, order = torch.cat([sample.float() for sample in samples]).sort()
+    return values, torch.cat([_is_open(sample) for sample in samples])[order]
+
+
+def _bytes(values: Tensor) -> bytes:
+    """The values as bfloat16 holds them; zero has no sign."""
+    return (values.to(torch.bfloat16) + 0.0).view(torch.int16).numpy().tobytes()
+
+
+def _groups(values: Tensor, is_open: Tensor) -> str:
+    places = torch.linspace(0, len(values) - 1, GROUPS * GROUP_SIZE).round().long().view(GROUPS, GROUP_SIZE)
+    hashes = (hashlib.sha256(_bytes(values[group])).hexdigest()[0] for group in places)
+    unknown = is_open[places].any(dim=1).tolist()
+    return "".join(OPEN if each else digit for each, digit in zip(unknown, hashes, strict=True))
+
+
+def _is_open(values: Tensor) -> Tensor:
+    """Where a float16 number may have come from numbers that bfloat16 tells apart; nowhere in other precisions."""
+    if values.dtype is not torch.float16:
+        return torch.zeros_like(values, dtype=torch.bool)
+    infinity = torch.full_like(values, torch.inf)
+    below, above = (((values.float() + torch.nextafter(values, end).float()) / 2) for end in (-infinity, infinity))
+    return (below.to(torch.bfloat16) != above.to(torch.bfloat16)) | ~values.isfinite()

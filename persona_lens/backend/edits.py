@@ -17,11 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.backend.conditions import Condition
-from persona_lens.backend.positions import Positions, Span
+from persona_lens.backend.masks import Condition, Positions, Schedule, Span
 from persona_lens.backend.residual import changed, prepared
-from persona_lens.backend.schedules import Schedule
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 
 class EditError(PersonaLensError):

@@ -7,6 +7,7 @@ is what they pass as ``attach``.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,23 +18,45 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from persona_lens.backend.attention import attention_for_reading
-from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, rows_at_once
+from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, check_fits, context_of, rows_at_once
 from persona_lens.backend.blocks import require_reached, vocabulary_size
-from persona_lens.backend.context import check_fits, context_of
 from persona_lens.backend.edits import Edit, Edits, as_edits, check_edits
 from persona_lens.backend.intervention import Intervention
-from persona_lens.backend.locks import RunLock
-from persona_lens.backend.logprobs import continued_logprobs, response_logprobs
 from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind, check_reads
 from persona_lens.backend.residual import residual_of, with_residual
-from persona_lens.backend.sampling import RowSampler
-from persona_lens.backend.shared_prompts import SharedPrompts, can_share_prompts
+from persona_lens.backend.sampling import RowSampler, continued_logprobs, response_logprobs
+from persona_lens.backend.shared_prompts import SharedPrompts, attention_for_reading, can_share_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
-from persona_lens.backend.streams import Watcher
+from persona_lens.backend.streaming import Watch, Watcher
 from persona_lens.backend.tokens import PaddedTokens, Sampling, TokenBatch, cut_responses, pad_left, pad_right
-from persona_lens.backend.watching import Watch
+from persona_lens.core.errors import PersonaLensError
+
+
+class BusyError(PersonaLensError):
+    """The model was asked for something from inside its own generation."""
+
+
+class RunLock:
+    """A lock around a run. Other threads wait; the thread that holds it is told, where a plain lock would hang."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise BusyError(
+                "the model is generating, and this callback asked it for something else; note what there is to do and "
+                "do it once the generation is over"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = None
+        self._lock.release()
+
 
 BlockHook = Callable[[int, Tensor], Tensor]
 """Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""

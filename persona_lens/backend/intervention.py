@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from persona_lens.backend.edits import Edit
     from persona_lens.backend.reads import Read
-    from persona_lens.backend.streams import Watcher
+    from persona_lens.backend.streaming import Watcher
     from persona_lens.backend.tokens import PaddedTokens
 
 

@@ -20,19 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.backend.context import window_of
+from persona_lens.backend.batches import window_of
+from persona_lens.backend.blocks import ModuleBackend
 from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
 from persona_lens.backend.edits import Edit, apply_edit
-from persona_lens.backend.long_texts import LongTexts
-from persona_lens.backend.module import ModuleBackend
-from persona_lens.backend.positions import Positions
+from persona_lens.backend.masks import Positions
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
-from persona_lens.backend.single_rows import SingleRowsBackend
-from persona_lens.backend.streams import joined
+from persona_lens.backend.single_rows import LongTexts, SingleRowsBackend
+from persona_lens.backend.streaming import Watch, WatchableBackend, WatchedTokens, joined
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
-from persona_lens.backend.watching import Watch, WatchableBackend, WatchedTokens
-from persona_lens.progress import Progress, no_progress
+from persona_lens.core.progress import Progress, no_progress
 
 # Of unlike lengths, so that every batch is padded; the second halves are the responses of the existing text.
 TEXTS = (

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from persona_lens.backend.remote import ServerStatus
     from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 
-
 DIGEST_SHOWN = 39  # characters of a weights' digest that tell most models apart
 MAX_NUMBERS = 2**26  # in one direction for every layer; the largest models have a thirtieth
 _KINDS = {"str": (str,), "str | None": (str, type(None)), "int": (int,), "bool": (bool,)}
@@ -38,7 +37,7 @@ class ModelInfo:
         n_layers: Number of blocks.
         d_model: Width of the residual stream.
         weights: Digest of a sample of the weights, the same in every backend, and in every precision in the sense of
-            `persona_lens.backend.digests.same_weights`; None where they cannot be read.
+            `persona_lens.backend.blocks.same_weights`; None where they cannot be read.
         dtype: Precision of the weights, such as ``bfloat16``; ``remote`` where a server keeps that to itself.
         device: Where the first block is; ``remote`` on a server.
         backend: Adapter and versions, such as ``transformers 5.22.2``.
@@ -89,7 +88,7 @@ class ModelInfo:
             if getattr(self, name) != getattr(other, name)
         ]
         if self.weights and other.weights:
-            from persona_lens.backend.digests import same_weights  # which imports torch
+            from persona_lens.backend.blocks import same_weights  # which imports torch
 
             if not same_weights(self.weights, other.weights):
                 found.append(f"weights: {self.weights[:DIGEST_SHOWN]} and {other.weights[:DIGEST_SHOWN]}")

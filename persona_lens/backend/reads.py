@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 
 class ReadError(PersonaLensError):

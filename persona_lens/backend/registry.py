@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from persona_lens.backend.protocol import Backend, BackendSpec
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 GROUP = "persona_lens.backends"
 DEFAULT = "transformers"
@@ -119,7 +119,7 @@ def open_backend(name: str = DEFAULT, model: str = "smollm2-135m", **options: An
 
 
 def _sound(backend: Backend) -> Backend:
-    from persona_lens.backend.soundness import sound  # which imports torch
+    from persona_lens.backend.single_rows import sound  # which imports torch
 
     return sound(backend)
 

@@ -1,23 +1,236 @@
-"""`SingleRowsBackend`: for models whose batches, padding or caches do not give what a row alone gives."""
+"""Whether batches, padding and caches give what a row alone gives; and a backend for models where they do not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from persona_lens.backend.delegating import DelegatingBackend
+from persona_lens.backend.batches import context_length
+from persona_lens.backend.blocks import (
+    ModuleBackend,
+    UnsupportedModelError,
+    base_weights_of,
+    module_of,
+    vocabulary_size,
+)
 from persona_lens.backend.edits import Edit
-from persona_lens.backend.module import module_of
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
-from persona_lens.backend.streams import Listener, replay
-from persona_lens.backend.tokens import Sampling, TokenBatch
-from persona_lens.backend.watching import Watch
+from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
+from persona_lens.backend.sinks import sink_limits
+from persona_lens.backend.streaming import Listener, Watch, replay
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+from persona_lens.core.errors import PersonaLensError, first_line
+from persona_lens.core.progress import note
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LongTexts:
+    """Texts on which all that a backend may do to be fast happens.
+
+    Attributes:
+        alike: Two prompts of unequal length that begin alike, each with two responses of unequal length.
+        unlike: Of unequal lengths, some of them longer than a window.
+    """
+
+    alike: TokenBatch
+    unlike: TokenBatch
+
+    @staticmethod
+    def of(ids: Sequence[int], longer_than: int = 0) -> LongTexts:
+        """Texts made of these ids, longer than so many tokens."""
+        length = max(SHORTEST_BEGINNING, longer_than) + 1
+        beginning, further = _taken(ids, 0, length), _taken(ids, 3, 16)
+        prompts = beginning + further[:13], beginning + further[5:6]
+        responses = further[2:4], further[1:6]
+        alike = [(p, r) for p in prompts for r in responses]
+        unlike = [(further[:3], beginning), (beginning, further[:2]), (further[:1], further[2:7])]
+        return LongTexts(*(TokenBatch.of(*zip(*rows, strict=True)) for rows in (alike, unlike)))
+
+
+def _taken(ids: Sequence[int], start: int, length: int) -> TokenIds:
+    return tuple(islice(cycle(ids), start, start + length))
+
+
+IDS = range(5, 24)  # as good as any
+NEW = 3  # tokens
+LAYERS = 12  # the first of a model; kinds of layers take turns in fewer, and what goes wrong does so in the first
+# Of a residual's length, at the layer in the middle of all errors. What a model does with padding or a cache that it is
+# not made for is a tenth of it or more; in 16 bits rounding alone may send a token to another expert.
+TOLERANCE = {"float32": 1e-2, "float64": 1e-2}
+TOLERANCE_16_BITS = 2e-1
+
+
+class Way(Enum):
+    """How a model's rows may run."""
+
+    TOGETHER = "in batches"
+    ALONE = "row by row"
+    UNCACHED = "row by row and without a cache"
+
+
+_known: dict[tuple[str, ...], Way] = {}  # it is the architecture that decides, so that one of its models is enough
+
+
+def sound(backend: Backend) -> Backend:
+    """The backend itself where its batches are right; otherwise one that runs row by row, and a note that says so.
+
+    A model on another machine is taken as it is.
+
+    Raises:
+        UnsupportedModelError: If a row by itself cannot be read, or does not give while it is generated what it gives
+            once it is finished.
+    """
+    if not isinstance(backend, Backend) or backend.info.remote:
+        return backend
+    room = context_length(backend)
+    if room is not None and room < 2 * SHORTEST_BEGINNING:
+        return backend
+    info, config = backend.info, ""
+    if isinstance(backend, ModuleBackend):
+        module: Any = backend.module
+        config = module.config.to_json_string() + str(getattr(module.config, "_attn_implementation", ""))
+    key = (info.backend, info.architecture, info.dtype, info.device.partition(":")[0], config)
+    if key not in _known or not config:
+        _known[key] = _way(backend)
+    if _known[key] is Way.TOGETHER:
+        return backend
+    note(
+        f"batches or caches of {info.architecture} do not give what its rows give alone, so {info.model} runs "
+        f"{_known[key].value}: the results are right, and slow"
+    )
+    return SingleRowsBackend(backend, cached=_known[key] is Way.ALONE)
+
+
+def _way(backend: Backend) -> Way:
+    size = vocabulary_size(backend.module) if isinstance(backend, ModuleBackend) else IDS.stop
+    texts = LongTexts.of([token % size for token in IDS])
+    if _holds(backend, texts):
+        return Way.TOGETHER
+    if _generates(SingleRowsBackend(backend, cached=True), texts):
+        return Way.ALONE
+    try:
+        uncached = _generating_error(SingleRowsBackend(backend, cached=False), texts.unlike)
+    except PersonaLensError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{backend.info.architecture} cannot be read here: {first_line(error)}; use a model of another architecture"
+        ) from error
+    if not uncached <= _tolerance(backend):  # no number is no agreement either
+        raise UnsupportedModelError(
+            f"{backend.info.architecture} does not give while it generates what it gives for the finished text, not "
+            "even row by row; use a model of another architecture"
+        )
+    return Way.UNCACHED
+
+
+def _tolerance(backend: Backend) -> float:
+    return TOLERANCE.get(backend.info.dtype, TOLERANCE_16_BITS)
+
+
+def _holds(backend: Backend, texts: LongTexts) -> bool:
+    try:
+        beginning = _batch_error(backend, texts.alike)
+    except Exception:  # noqa: BLE001 - of models' own code; a row by itself is tried next
+        return False
+    return beginning <= _tolerance(backend) and _generates(backend, texts)
+
+
+def _generates(backend: Backend, texts: LongTexts) -> bool:
+    try:
+        return _generating_error(backend, texts.unlike) <= _tolerance(backend)
+    except Exception:  # noqa: BLE001 - as above
+        return False
+
+
+def _batch_error(backend: Backend, text: TokenBatch) -> float:
+    """Largest error of a row of a batch, of those that stand first and last in it."""
+    reads = _reads(backend)[:1]
+    together = backend.forward(text, reads=reads).reads
+    last = len(text) - 1
+    return max(
+        _error(together["response_mean"][row], backend.forward(text.rows(row, row + 1), reads=reads).reads)
+        for row in (0, last)
+    )
+
+
+def _generating_error(backend: Backend, text: TokenBatch) -> float:
+    """Largest error of a row's reads while a padded batch is generated, against the finished text of that row alone."""
+    reads = _reads(backend)
+    found = backend.generate(text.prompts, Sampling(NEW), reads=reads)
+    errors = [0.0]
+    for row, (prompt, response) in enumerate(zip(text.prompts, found.responses, strict=True)):
+        alone = backend.forward(TokenBatch.of([prompt], [response]), reads=reads).reads
+        errors += [_error(found.reads[read.kind][row], {read.kind: alone[read.kind]}) for read in reads]
+    return max(errors)
+
+
+def _reads(backend: Backend) -> tuple[Read, ...]:
+    layers = tuple(range(min(LAYERS, backend.info.n_layers)))
+    return Read(ReadKind.RESPONSE_MEAN, layers), Read(ReadKind.PROMPT_LAST, layers)
+
+
+def _error(measured: torch.Tensor, alone: Mapping[str, torch.Tensor]) -> float:
+    """The error of a row relative to its residual's length, at the layer in the middle of all."""
+    (expected,) = (value[0] for value in alone.values())
+    errors = (measured - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return 0.0 if bool(expected.isnan().any()) else float(errors.median())
+
+
+class DelegatingBackend:
+    """Says of its model what another backend says; calls are left to those who derive from it.
+
+    Prompts are not shared: every row is computed whole.
+
+    Args:
+        inner: The other backend.
+    """
+
+    shares_prompts = False
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """See `Backend.tokenizer`."""
+        return self.inner.tokenizer
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """See `Backend.end_ids`."""
+        return self.inner.end_ids
+
+    @property
+    def calls_at_once(self) -> int:
+        """See `Backend.calls_at_once`."""
+        return self.inner.calls_at_once
+
+    @property
+    def context_length(self) -> int | None:
+        """See `persona_lens.backend.batches`."""
+        return context_length(self.inner)
+
+    @property
+    def base_weights(self) -> str | None:
+        """See `persona_lens.backend.blocks`."""
+        return base_weights_of(self.inner)
+
+    @property
+    def sink_limits(self) -> tuple[float, ...] | None:
+        """See `persona_lens.backend.sinks`."""
+        return sink_limits(self.inner)
 
 
 class SingleRowsBackend(DelegatingBackend):
@@ -41,7 +254,7 @@ class SingleRowsBackend(DelegatingBackend):
 
     @property
     def module(self) -> Any:
-        """See `persona_lens.backend.module`."""
+        """See `persona_lens.backend.blocks`."""
         return module_of(self.inner)
 
     def generate(
@@ -70,7 +283,7 @@ class SingleRowsBackend(DelegatingBackend):
         edits: Sequence[Edit] = (),
         reads: Sequence[Read] = (),
     ) -> Generation:
-        """See `persona_lens.backend.watching.WatchableBackend.generate_watched`: told once all rows are done.
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`: told once all rows are done.
 
         Raises:
             ReadError: If projections are asked for beside.

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.backend.context import context_of
+from persona_lens.backend.batches import context_of
 from persona_lens.backend.edits import Edit, Operation
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.reads import Read, ReadKind

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 TokenIds = tuple[int, ...]
 

@@ -31,9 +31,9 @@ from persona_lens.cli.shift import shift_command
 from persona_lens.cli.steer import app as steer_app
 from persona_lens.cli.traits import app as traits_app
 from persona_lens.cli.vectors import app as vectors_app
-from persona_lens.errors import PersonaLensError
-from persona_lens.files import sentence
-from persona_lens.notes import show_plainly
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import sentence
+from persona_lens.core.progress import show_plainly
 from persona_lens.runs import accepting_changes
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C

@@ -14,14 +14,14 @@ from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import given_options
 from persona_lens.cli.judges import PricesOption, open_server, say_usage
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
-from persona_lens.files import write_text
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import write_text
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.authoring import Author, Draft, Written
     from persona_lens.backend import Backend
-    from persona_lens.completions import CompletionServer
+    from persona_lens.models.server import CompletionServer
+    from persona_lens.traits.generate import Author, Draft, Written
 
 AuthorModel = Annotated[
     str | None,
@@ -77,7 +77,7 @@ class Place:
 
     def refuse_useless(self, model: str) -> None:
         """Raise an error for options that an author model has no use for."""
-        from persona_lens.authoring import on_server
+        from persona_lens.traits.generate import on_server
 
         server = on_server(model)
         useless = [name for name in given_options(self) if (name in HERE) is server]
@@ -87,7 +87,7 @@ class Place:
 
     def open_server(self, name: str) -> CompletionServer:
         """The server of a model; nothing is asked of it yet."""
-        from persona_lens.authoring.server import TIMEOUT
+        from persona_lens.traits.generate.authors import TIMEOUT
 
         return open_server(
             name, self.author_url, self.author_key, prices=self.prices, max_spend=self.max_spend, timeout=TIMEOUT
@@ -125,8 +125,8 @@ class Order:
 
 def show_plan(order: Order, as_json: bool) -> None:
     """Say how many requests a trait takes; nothing is asked, and no model is opened."""
-    from persona_lens.authoring import plan
-    from persona_lens.traits.template import check_name
+    from persona_lens.traits.generate import plan
+    from persona_lens.traits.rendering import check_name
 
     check_name(order.name)
     order.place.refuse_useless(order.model)
@@ -144,7 +144,7 @@ def show_plan(order: Order, as_json: bool) -> None:
 
 def author_trait(order: Order, as_json: bool) -> None:
     """Let a model write a trait; what there is when it fails stays in a file, from which the same command goes on."""
-    from persona_lens.authoring import AuthoringError, load_draft, new_draft, open_author
+    from persona_lens.traits.generate import AuthoringError, load_draft, new_draft, open_author
 
     new_draft(order.name, order.description, {})  # what is wrong with these is said before a model is opened
     order.place.refuse_useless(order.model)
@@ -174,8 +174,8 @@ def author_trait(order: Order, as_json: bool) -> None:
 
 def _write(author: Author, draft: Draft, file: Path) -> Written:
     """Have a draft finished, with its state in a file all along, and say what that cost."""
-    from persona_lens.authoring import AuthoringError, ServerAuthor, write_trait
     from persona_lens.cli.display import showing_progress
+    from persona_lens.traits.generate import AuthoringError, ServerAuthor, write_trait
 
     save = partial(_save, path=file)
     save(draft)  # a folder that cannot be written to is found out before anything is asked
@@ -192,8 +192,8 @@ def _write(author: Author, draft: Draft, file: Path) -> Written:
 
 def _finish(order: Order, draft: Draft, written: Written, as_json: bool) -> None:
     from persona_lens import __version__
-    from persona_lens.authoring import written_text
     from persona_lens.traits import check_deeply, check_file, file_at
+    from persona_lens.traits.generate import written_text
 
     write_new(order.target, written_text(draft, __version__))
     order.partial.unlink(missing_ok=True)
@@ -246,8 +246,8 @@ def import_trait(
 
     Example: `persona-lens traits import extract/rude.json eval/rude.json --negative-adjective polite --out my-traits`
     """
-    from persona_lens.authoring import import_reference
     from persona_lens.traits import check_deeply, check_file, file_at
+    from persona_lens.traits.generate import import_reference
 
     imported = import_reference(
         extraction,

@@ -13,10 +13,10 @@ from persona_lens.cli.display import say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.steerings import LayerOptions, SteeringOptions, candidates
 from persona_lens.cli.sweep import AllowOtherModel, Vectors
-from persona_lens.files import write_text
+from persona_lens.core.files import write_text
 
 if TYPE_CHECKING:
-    from persona_lens.capability.change import CapabilityChange
+    from persona_lens.analysis.capability.evaluation import CapabilityChange
 
 
 @grouped
@@ -56,7 +56,7 @@ def capability_command(
 
     Example: `persona-lens steer capability smollm2-135m runs/optimistic-smollm2-135m --layer 18 --coefficients=1,2`
     """
-    from persona_lens.capability.change import capability_changes
+    from persona_lens.analysis.capability.evaluation import capability_changes
     from persona_lens.cli.display import showing_progress
     from persona_lens.vectors import load_vectors
 

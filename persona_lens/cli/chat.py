@@ -17,7 +17,7 @@ from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.cli.sweep import AllowOtherModel
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend, Edit
@@ -176,7 +176,7 @@ class _Speaker:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _say(self, text: str) -> None:
-        from persona_lens.characters import printable
+        from persona_lens.core.text import printable
 
         say(printable(text[self._said :]), nl=False)
         self._said = len(text)
@@ -189,7 +189,8 @@ class _Speaker:
 
     def show(self, turn: Turn) -> None:
         """The reply's heat map."""
-        from persona_lens.monitoring import Strip, TokenHeatmap, token_pieces
+        from persona_lens.data.pieces import token_pieces
+        from persona_lens.monitoring import Strip, TokenHeatmap
 
         assert turn.token_values is not None
         if not self._last:

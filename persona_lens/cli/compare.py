@@ -13,7 +13,7 @@ from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.cli.sweep import Vectors
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.steering.comparing import Comparison
@@ -50,10 +50,10 @@ def compare_command(
     --edits "optimistic@all:increments(+1.5)"`
     """
     from persona_lens.cli.display import showing_progress
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.runs.rollouts import RolloutSettings
     from persona_lens.steering import trait_of
-    from persona_lens.steering.arms import ArmSettings
     from persona_lens.steering.comparing import compare_steerings, comparison_work
+    from persona_lens.steering.comparison import ArmSettings
     from persona_lens.vectors import load_vectors
 
     loaded = load_vectors(vectors)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from persona_lens.characters import escaped, printable
+from persona_lens.core.text import escaped, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from persona_lens.progress import Progress
-    from persona_lens.statistics import Estimate
+    from persona_lens.core.progress import Progress
+    from persona_lens.core.statistics import Estimate
 
 
 def quiet_libraries() -> None:
@@ -176,7 +176,7 @@ def interval_text(
         sign: Whether a plus is written.
         noun: What the interval is over.
     """
-    from persona_lens.statistics import few
+    from persona_lens.core.statistics import few
 
     if found is None:
         return "-"

@@ -14,7 +14,7 @@ from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
 
 if TYPE_CHECKING:
-    from persona_lens.features import Dissection
+    from persona_lens.analysis.dissection import Dissection
 
 
 @grouped
@@ -86,11 +86,13 @@ def dissect(
     runs/optimistic-smollm2-135m/rollouts.jsonl`
     """
     from persona_lens import __version__
+    from persona_lens.analysis.dissection import DissectSettings, dissection_work
+    from persona_lens.analysis.dissection import dissect as run_dissection
+    from persona_lens.analysis.examples import read_corpus
+    from persona_lens.analysis.saelens import load_features
     from persona_lens.cli.display import showing_progress
-    from persona_lens.features import DissectSettings, dissection_work, load_features, read_corpus
-    from persona_lens.features import dissect as run_dissection
     from persona_lens.reports.dissection import render_dissection
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.runs.rollouts import RolloutSettings
     from persona_lens.steering import trait_of
     from persona_lens.vectors import load_vectors
 

@@ -13,8 +13,8 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import AllowOtherModel
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.steering import Change, CrossCell, CrossEffects, Steering
@@ -89,7 +89,7 @@ def effects_command(
     from persona_lens import __version__
     from persona_lens.cli.display import showing_progress
     from persona_lens.reports.effects import render_effects
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.runs.rollouts import RolloutSettings
     from persona_lens.steering import CrossSettings, cross_effects, cross_work, trait_of
     from persona_lens.vectors import load_vectors
 
@@ -146,7 +146,7 @@ def _steerings(
 ) -> dict[str, Steering]:
     from persona_lens.backend import Operation
     from persona_lens.steering import Steering
-    from persona_lens.steering.terms import Layers, Term
+    from persona_lens.steering.notation import Layers, Term
 
     if edits:
         if layer is not None or coefficient is not None:
@@ -208,7 +208,7 @@ def _cell(change: Change | None, digits: int) -> str:
     if change is None:
         return "-"
 
-    from persona_lens.statistics import FEW, few
+    from persona_lens.core.statistics import FEW, few
 
     def write(value: float) -> str:
         return f"{round(value, digits) + 0.0:+.{digits}f}"  # no negative zero

@@ -11,7 +11,7 @@ from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.backend import ModelInfo
@@ -56,8 +56,8 @@ def export_command(
 
     Example: `persona-lens vectors export runs/optimistic --to gguf --layer 18 --out optimistic.gguf`
     """
-    from persona_lens.exchange import Chosen, export_vectors
     from persona_lens.vectors import load_vectors
+    from persona_lens.vectors.formats import Chosen, export_vectors
 
     loaded = load_vectors(vectors)
     chosen = tuple(options.layer_numbers(layers, loaded.model.n_layers)) if layers is not None else None
@@ -111,7 +111,7 @@ def import_command(
 
     Example: `persona-lens vectors import optimistic.gguf --model smollm2-135m --out optimistic.safetensors`
     """
-    from persona_lens.exchange import Stated, import_vectors
+    from persona_lens.vectors.formats import Stated, import_vectors
 
     if model is not None and like is not None:
         raise PersonaLensError("--model and --like name the model both; give one of them")
@@ -145,8 +145,8 @@ def push_command(
 
     Example: `persona-lens vectors push runs/tuned-optimistic me/optimistic-smollm2 --licence mit`
     """
-    from persona_lens.exchange import push_vectors
     from persona_lens.vectors import load_vectors
+    from persona_lens.vectors.hub import push_vectors
 
     pushed = push_vectors(load_vectors(vectors), repo, licence=licence, private=private)
     say(pushed.place if pushed.commit is None else f"{pushed.place} (commit {pushed.commit})")
@@ -157,7 +157,7 @@ def pull_command(repo: Repository, out: OutVectors, revision: options.Revision =
 
     Example: `persona-lens vectors pull me/optimistic-smollm2 --out optimistic.safetensors`
     """
-    from persona_lens.exchange import pull_vectors
+    from persona_lens.vectors.hub import pull_vectors
 
     say(str(pull_vectors(repo, revision=revision).save(out)))
 
@@ -169,7 +169,7 @@ def _model_of(vectors: Path) -> ModelInfo:
 
 
 def _say(notes: tuple[str, ...]) -> None:
-    from persona_lens.characters import printable
+    from persona_lens.core.text import printable
 
     for note in notes:
         say(f"note: {printable(note)}", err=True)

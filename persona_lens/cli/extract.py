@@ -12,14 +12,14 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.previews import PreviewOption, check_one_look_ahead, show_previews
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.extraction import ExtractionSettings
+    from persona_lens.extraction.external import GivenRollouts
     from persona_lens.models import ChatFormat
-    from persona_lens.preview import Preview
-    from persona_lens.responses import GivenRollouts
+    from persona_lens.steering.preview import Preview
     from persona_lens.traits import Trait
 
 SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p")
@@ -85,7 +85,7 @@ def extract(
     """
     from persona_lens.cli.display import showing_progress
     from persona_lens.extraction import ExtractionSettings, extraction_work, run_extraction
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.runs.rollouts import RolloutSettings
 
     _check_given(context)
     check_one_look_ahead(preview, dry_run)
@@ -148,7 +148,7 @@ def _read_responses(
     """The responses that are given, with what is to be said of them on standard error."""
     if not files:
         return None
-    from persona_lens.responses import given_rollouts
+    from persona_lens.extraction.external import given_rollouts
 
     given = given_rollouts(backend, chat, trait, files, questions=questions, allow_missing=allow_missing)
     for note in given.notes:
@@ -163,8 +163,8 @@ def _previews(
 ) -> dict[str, Preview]:
     """What is read of the first prompt of each arm, with its response where it is there already."""
     from persona_lens.backend import Read
-    from persona_lens.extraction.plan import plan_requests
-    from persona_lens.preview import preview_tokens
+    from persona_lens.extraction.means import plan_requests
+    from persona_lens.steering.preview import preview_tokens
 
     requests = given.requests if given else plan_requests(trait, settings)
     first = {request.labels["arm"]: number for number, request in reversed(list(enumerate(requests)))}

@@ -9,8 +9,8 @@ import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.finetuning import FinetuneConfig, Finetuned

@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.characters import shown
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.finetune import ConfigFile, Data, HeldOut, Side, open_config
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import Vectors
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted, shown
 
 if TYPE_CHECKING:
-    from persona_lens.finetuning.treatments import TreatmentSettings
+    from persona_lens.finetuning.outcomes import TreatmentSettings
     from persona_lens.vectors import PersonaVectors
 
 LEFT_OUT = ("everywhere", "post-hoc", "caft", "regularised", "prompted", "random")
@@ -85,7 +84,7 @@ def finetune_study_command(
     from persona_lens.cli.display import quiet_libraries, showing_progress
     from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
     from persona_lens.reports.finetuning import render_finetuning
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.runs.rollouts import RolloutSettings
     from persona_lens.steering import ArmSettings, trait_of
     from persona_lens.vectors import load_vectors
 
@@ -137,7 +136,7 @@ def _treatments(
 ) -> tuple[TreatmentSettings, int]:
     from dataclasses import replace
 
-    from persona_lens.finetuning.treatments import TreatmentSettings
+    from persona_lens.finetuning.outcomes import TreatmentSettings
 
     left = [each.strip() for each in without.split(",")] if without else []
     if unknown := [each for each in left if each not in LEFT_OUT]:

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from persona_lens.characters import printable
 from persona_lens.cli import options
 from persona_lens.cli.display import console, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.previews import PreviewOption, show_previews
 from persona_lens.cli.steerings import Candidate, LayerOptions, SteeringOptions, candidates
 from persona_lens.cli.sweep import AllowOtherModel, Vectors
+from persona_lens.core.text import printable
 
 
 @grouped
@@ -41,8 +41,8 @@ def generate(
     `persona-lens generate smollm2-135m runs/optimistic-smollm2-135m "How will my exam go?"
     --edits "optimistic@18:+1.5, evil@all:ablate" --with runs/evil-smollm2-135m --preview`
     """
-    from persona_lens.preview import preview_tokens
     from persona_lens.steering import steered_replies
+    from persona_lens.steering.preview import preview_tokens
     from persona_lens.vectors import load_vectors
 
     shown = candidates(load_vectors(vectors), written, one_layer)

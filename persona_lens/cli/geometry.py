@@ -13,8 +13,8 @@ from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.sweep import ReductionOption, Vectors
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.vectors import PersonaVectors
@@ -33,8 +33,8 @@ def layers_command(
     Example: `persona-lens vectors layers runs/optimistic --layers 8,12,16,20`
     """
     from persona_lens.cli.display import print_table
-    from persona_lens.geometry import layer_cosines
     from persona_lens.vectors import load_vectors
+    from persona_lens.vectors.geometry import layer_cosines
 
     loaded = load_vectors(vectors)
     chosen = options.layer_numbers(layers, loaded.model.n_layers)
@@ -63,7 +63,7 @@ def pca_command(
     Example: `persona-lens vectors pca runs/optimistic runs/impolite runs/sycophantic --layer 18`
     """
     from persona_lens.cli.display import print_table
-    from persona_lens.geometry import principal_components
+    from persona_lens.vectors.geometry import principal_components
 
     found = principal_components(named_vectors(vectors), layer, reduction, normalised=not raw, centred=not uncentred)
     if as_json:
@@ -98,8 +98,8 @@ def agree_command(
     Example: `persona-lens vectors agree runs/optimistic-seed-0 runs/optimistic-seed-1`
     """
     from persona_lens.cli.display import print_table
-    from persona_lens.geometry import CHANCE, likeness
     from persona_lens.vectors import load_vectors
+    from persona_lens.vectors.geometry import CHANCE, likeness
 
     found = likeness(load_vectors(one), load_vectors(other), reduction, allow_other_model=allow_other_model)
     chosen = options.layer_numbers(layers, len(found.cosines))
@@ -133,7 +133,7 @@ def halves_command(
     Example: `persona-lens vectors halves runs/optimistic-smollm2-135m`
     """
     from persona_lens.cli.display import print_table
-    from persona_lens.geometry import split_halves
+    from persona_lens.vectors.split_half import split_halves
 
     found = split_halves(run, reduction, splits=splits, seed=seed)
     chosen = options.layer_numbers(layers, len(found.layers))

@@ -10,11 +10,11 @@ import typer
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.agreement import Agreement, Measure
+    from persona_lens.judging.agreement import Agreement, Measure
 
 app = typer.Typer(
     name="judge",
@@ -63,7 +63,7 @@ def sample(
 
     Example: `persona-lens judge sample runs/optimistic-smollm2-135m --out ratings.csv --trait optimistic`
     """
-    from persona_lens.agreement import read_scored, write_blinded
+    from persona_lens.judging.agreement import read_scored, write_blinded
     from persona_lens.traits import load_trait
 
     loaded = load_trait(trait, traits_dir or ()) if trait is not None else None
@@ -104,12 +104,12 @@ def score(
     `persona-lens judge score runs/optimistic-smollm2-135m --judge openai:gpt-4.1-mini --trait optimistic
     --out scores.jsonl`
     """
-    from persona_lens.agreement import read_scored
-    from persona_lens.agreement.judged import judge_scored
     from persona_lens.cli.display import showing_progress
+    from persona_lens.extraction.cost import judging_work
     from persona_lens.judging import Exchange
+    from persona_lens.judging.agreement import read_scored
+    from persona_lens.judging.agreement.sources import judge_scored
     from persona_lens.traits import load_trait
-    from persona_lens.workload import judging_work
 
     responses = read_scored(source, scores_required=False)
     opened = judging.open_alone(judge, load_trait(trait, traits_dir or ()), dtype, device)
@@ -159,10 +159,10 @@ def compare(
     `persona-lens judge compare runs/optimistic-smollm2-135m local:smollm2-135m --trait optimistic`
     """
     from persona_lens import __version__
-    from persona_lens.agreement import compare as compare_scores
-    from persona_lens.agreement import read_scored
-    from persona_lens.agreement.judged import judge_scored
     from persona_lens.cli.display import showing_progress
+    from persona_lens.judging.agreement import compare as compare_scores
+    from persona_lens.judging.agreement import read_scored
+    from persona_lens.judging.agreement.sources import judge_scored
     from persona_lens.reports.agreement import render_agreement
     from persona_lens.traits import load_trait
 
@@ -204,7 +204,7 @@ def _name(path: str, column: str | None) -> str:
 def _show(agreement: Agreement) -> None:
 
     from persona_lens.cli.display import print_table
-    from persona_lens.statistics import few
+    from persona_lens.core.statistics import few
 
     counts, cuts, sides = agreement.counts, agreement.cuts, agreement.sides
     first, second = agreement.names

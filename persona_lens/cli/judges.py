@@ -12,14 +12,14 @@ import typer
 
 from persona_lens.cli.display import say
 from persona_lens.cli.grouping import given_options
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
-    from persona_lens.completions import CompletionServer
     from persona_lens.judging import Judge
     from persona_lens.models import ChatFormat
+    from persona_lens.models.server import CompletionServer
     from persona_lens.traits import Trait
     from persona_lens.vectors import PersonaVectors
 
@@ -194,8 +194,8 @@ def open_server(
     timeout: float | None = None,
 ) -> CompletionServer:
     """The server that options describe; nothing is asked of it yet."""
-    from persona_lens.completions import CompletionServer, Prices, ServerSettings, Spending
-    from persona_lens.completions.server import CONCURRENCY, OPENAI_KEY, TIMEOUT
+    from persona_lens.models.server import CompletionServer, Prices, ServerSettings, Spending
+    from persona_lens.models.server.server import CONCURRENCY, OPENAI_KEY, TIMEOUT
 
     limits = _numbers(rate, rate_option, (1, 2))
     charged = _numbers(prices, "--prices", (2,))

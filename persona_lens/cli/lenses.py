@@ -10,11 +10,12 @@ from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
+    from persona_lens.analysis.attribution import Attribution
+    from persona_lens.analysis.logit_lens import LogitLens
     from persona_lens.backend import Backend
-    from persona_lens.lenses import Attribution, LogitLens
 
 PROMPTS = 8  # of the trait's questions, for the scale of the final norm
 REMOTE = (
@@ -41,7 +42,7 @@ def lens_command(
 
     Example: `persona-lens vectors lens smollm2-135m runs/optimistic-smollm2-135m --layers 12-24`
     """
-    from persona_lens.lenses import logit_lens
+    from persona_lens.analysis.logit_lens import logit_lens
     from persona_lens.steering import trait_of
     from persona_lens.vectors import load_vectors
 
@@ -84,7 +85,7 @@ def attribute_command(
     Example: `persona-lens vectors attribute smollm2-135m runs/optimistic-smollm2-135m --layer 18 --prompt "Will it
     rain?"`
     """
-    from persona_lens.lenses import attribute
+    from persona_lens.analysis.attribution import attribute
     from persona_lens.vectors import load_vectors
 
     if opening.remote:

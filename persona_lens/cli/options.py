@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from persona_lens.addresses import shown
-from persona_lens.characters import in_short
 from persona_lens.cli.display import say, say_json
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
-from persona_lens.files import read_bytes, write_text
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import read_bytes, write_text
+from persona_lens.core.text import counted, in_short
+from persona_lens.core.text import without_secrets as shown
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
+    from persona_lens.extraction.cost import Work
     from persona_lens.models import ChatFormat
     from persona_lens.traits import Trait
-    from persona_lens.workload import Work
 
 Model = Annotated[
     str,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_lens.characters import printable
 from persona_lens.cli.display import console, say_json
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import printable
 
 if TYPE_CHECKING:
-    from persona_lens.preview import Preview
+    from persona_lens.steering.preview import Preview
 
 PreviewOption = Annotated[
     bool, typer.Option("--preview", help="Generate nothing: show token by token what would be read and edited.")

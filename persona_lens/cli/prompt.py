@@ -11,7 +11,7 @@ from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import AllowOtherModel
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
@@ -157,8 +157,8 @@ def _prompts(
     chat: ChatFormat, text: str | None, system: str | None, file: Path | None
 ) -> tuple[list[str], list[list[int]]]:
     """What the prompts are called, and their token ids."""
+    from persona_lens.data.transcripts import BadTranscript, open_transcripts
     from persona_lens.models import ModelError
-    from persona_lens.monitoring import BadTranscript, open_transcripts
 
     if file is None:
         assert text is not None
@@ -219,8 +219,8 @@ def _row(
 
 def _show(names: list[str], found: list[list[dict[str, Any]]], rate: float | None) -> None:
 
-    from persona_lens.characters import printable
     from persona_lens.cli.display import print_table
+    from persona_lens.core.text import printable
 
     title = "Where the last token of the prompt stands, and how likely a reply shows the trait"
     several = len(names) > 1

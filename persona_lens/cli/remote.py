@@ -9,7 +9,7 @@ import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.backend.remote import ServerStatus

@@ -12,12 +12,12 @@ import typer
 
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
-from persona_lens.counting import counted
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.completions import CompletionServer
-    from persona_lens.responses import Generated
-    from persona_lens.rollouts import Request, RolloutSettings
+    from persona_lens.extraction.external import Generated
+    from persona_lens.models.server import CompletionServer
+    from persona_lens.runs.rollouts import Request, RolloutSettings
 
 ALL_QUESTIONS = 20  # what `extract` takes by itself
 
@@ -80,8 +80,8 @@ def responses(
     """
     from persona_lens.cli.display import showing_progress
     from persona_lens.extraction import ExtractionSettings, plan_requests
-    from persona_lens.responses import generate_responses
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.extraction.external import generate_responses
+    from persona_lens.runs.rollouts import RolloutSettings
 
     loaded = options.open_trait(trait, traits_dir or ())
     sampling = RolloutSettings(max_new_tokens, temperature, top_p)
@@ -119,8 +119,8 @@ def responses(
 
 
 def _show_plan(server: CompletionServer, requests: Sequence[Request], settings: RolloutSettings, as_json: bool) -> None:
-    from persona_lens.responses import planned_usage
-    from persona_lens.workload import Work
+    from persona_lens.extraction.cost import Work
+    from persona_lens.extraction.external import planned_usage
 
     usage, prices = planned_usage(requests, settings), server.spending.prices
     work = Work("generating", usage.requests, len(requests), usage.tokens, cost=prices.cost(usage) if prices else None)

@@ -14,12 +14,13 @@ from persona_lens.cli.display import say
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.screened import finish
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
+    from persona_lens.data.datasets import Dataset
     from persona_lens.judging import Judge
     from persona_lens.monitoring import Panel
-    from persona_lens.screening import Dataset, Flagging
+    from persona_lens.screening import Flagging
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class DataOptions:
 
     def open(self, data: str, supplied: str | None) -> tuple[list[Dataset], list[Dataset]]:
         """The datasets, and the clean references; how each is read is said on standard error."""
-        from persona_lens.screening import open_dataset
+        from persona_lens.data.datasets import open_dataset
 
         if supplied and (self.also or self.reference):
             raise PersonaLensError("--base FILE goes with one dataset; with --also or --reference take --base generate")

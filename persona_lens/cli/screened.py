@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import say, say_json
-from persona_lens.counting import counted
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.screening import Screening

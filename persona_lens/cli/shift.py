@@ -11,8 +11,8 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import Vectors
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
@@ -67,7 +67,7 @@ def shift_command(
     """
     from persona_lens.cli.display import showing_progress
     from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.runs.rollouts import RolloutSettings
     from persona_lens.steering import ArmSettings, trait_of
     from persona_lens.vectors import load_vectors
 
@@ -127,7 +127,7 @@ def _names(finetuned: list[str]) -> dict[str, str]:
 
 def _show(summary: dict[str, Any]) -> None:
     from persona_lens.cli.display import interval_text, print_table
-    from persona_lens.statistics import few
+    from persona_lens.core.statistics import few
 
     layers = summary["layers"]
     for trait, found in summary["traits"].items():

@@ -11,7 +11,7 @@ import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.grouping import given_options
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.steering import Steering
@@ -135,7 +135,7 @@ class LayerOptions:
         """The steerings by their coefficients, 0 among them, ascending."""
         from persona_lens.backend import Operation, Positions
         from persona_lens.steering import Steering
-        from persona_lens.steering.terms import Layers, Term
+        from persona_lens.steering.notation import Layers, Term
 
         chosen = self.choice(vectors)
         wanted = options.choice(Positions, self.positions or Positions.ALL, "--positions")

@@ -13,8 +13,8 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import ReductionOption, Vectors
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.monitoring import Study
@@ -182,7 +182,7 @@ def _show(found: Study, folder: Path) -> None:
 
 def conclusions(summary: dict[str, Any]) -> list[str]:
     """What the study comes to, in a few lines."""
-    from persona_lens.statistics import few
+    from persona_lens.core.statistics import few
 
     lines = [f"intervals rest on {said}"] if (said := few(summary["settings"]["questions"])) else []
     for kind, group in summary["groups"].items():

@@ -15,10 +15,10 @@ from persona_lens.cli.previews import PreviewOption, check_one_look_ahead, show_
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
+    from persona_lens.core.statistics import Estimate
     from persona_lens.models import ChatFormat
-    from persona_lens.preview import Preview
-    from persona_lens.statistics import Estimate
     from persona_lens.steering import SweepRow, SweepSettings
+    from persona_lens.steering.preview import Preview
     from persona_lens.vectors import PersonaVectors
 
 Vectors = Annotated[
@@ -70,7 +70,7 @@ def sweep_command(
     """
     from persona_lens.backend import Positions
     from persona_lens.cli.display import showing_progress
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.runs.rollouts import RolloutSettings
     from persona_lens.steering import SweepSettings, sweep, sweep_work, trait_of
     from persona_lens.vectors import load_vectors
 
@@ -117,8 +117,8 @@ def _previews(
     backend: Backend, vectors: PersonaVectors, settings: SweepSettings, chat: ChatFormat
 ) -> dict[str, Preview]:
     """The first question under each coefficient."""
-    from persona_lens.preview import preview_tokens
     from persona_lens.steering import trait_of
+    from persona_lens.steering.preview import preview_tokens
     from persona_lens.steering.sweep import VECTOR, edits_of, plan_sweep
 
     requests = [
@@ -137,7 +137,7 @@ def _previews(
 
 def _show(rows: list[SweepRow], layers: tuple[int, ...], with_null: bool, as_json: bool) -> None:
     from persona_lens.cli.display import interval_text, print_table
-    from persona_lens.statistics import verdict_of
+    from persona_lens.core.statistics import verdict_of
     from persona_lens.steering import curve, effect
 
     directions = ["vector", "random"] if with_null else ["vector"]

@@ -13,7 +13,7 @@ import typer
 from persona_lens.cli.authoring import AuthorModel, Order, Place, author_trait, import_trait, show_plan, write_new
 from persona_lens.cli.display import console, say, say_json
 from persona_lens.cli.grouping import given_options, grouped
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.traits import Catalogue, Problem, Report, Trait, TraitFile
@@ -221,7 +221,7 @@ def schema() -> None:
 
 
 def _sampling(temperature: float | None, max_new_tokens: int | None) -> tuple[float, int]:
-    from persona_lens.authoring.local import MAX_NEW_TOKENS, TEMPERATURE
+    from persona_lens.traits.generate.authors import MAX_NEW_TOKENS, TEMPERATURE
 
     if temperature is not None and not 0 <= temperature < math.inf:
         raise PersonaLensError(f"--temperature must be 0 or more; got {temperature}")

@@ -15,12 +15,12 @@ from persona_lens.cli.display import console, say, say_json
 from persona_lens.cli.effects import SeveralVectors
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import AllowOtherModel
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
-from persona_lens.files import write_text, writing
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import write_text, writing
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.monitoring import BadTranscript
+    from persona_lens.data.transcripts import BadTranscript
     from persona_lens.monitoring.scoring import ScoredTranscript
 
 
@@ -63,9 +63,9 @@ def transcript_command(
 
     Example: `persona-lens monitor transcript smollm2-135m chats.jsonl runs/tuned-evil --html heatmaps`
     """
-    from persona_lens.monitoring import Panel, open_transcripts
+    from persona_lens.data.transcripts import CALLS_TOOLS, open_transcripts
+    from persona_lens.monitoring import Panel
     from persona_lens.monitoring.scoring import ScoredTranscript, score_transcripts
-    from persona_lens.monitoring.transcripts import CALLS_TOOLS
     from persona_lens.vectors import load_vectors
 
     if tokens and out is None:

@@ -13,11 +13,11 @@ from persona_lens.cli import judges, options
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.grouping import grouped
 from persona_lens.cli.sweep import PositionsOption, ReductionOption, Vectors
-from persona_lens.counting import counted
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
-    from persona_lens.statistics import Estimate
+    from persona_lens.core.statistics import Estimate
     from persona_lens.steering import Steering, Tuning
 
 
@@ -76,7 +76,7 @@ def tune_command(
     from persona_lens.backend import Positions
     from persona_lens.cli.display import showing_progress
     from persona_lens.reports import render_tuning
-    from persona_lens.rollouts import RolloutSettings
+    from persona_lens.runs.rollouts import RolloutSettings
     from persona_lens.steering import TuneSettings, trait_of, tune
     from persona_lens.steering.tuning import Towards, tune_work
     from persona_lens.vectors import load_vectors
@@ -124,7 +124,7 @@ def tune_command(
 
 def _accuracy_in(backend: Backend, task: str, seed: int) -> Callable[[Steering | None], Estimate]:
     """What measures the accuracy in a task under a steering, which is refused here already if it cannot be run."""
-    from persona_lens.capability import accuracy, check_task
+    from persona_lens.analysis.capability import accuracy, check_task
 
     check_task(task)
     return lambda steering: accuracy(backend, task, steering.edits() if steering else (), seed=seed)
@@ -132,7 +132,7 @@ def _accuracy_in(backend: Backend, task: str, seed: int) -> Callable[[Steering |
 
 def _show(found: Tuning, folder: Path) -> None:
     from persona_lens.cli.display import interval_text, print_table
-    from persona_lens.reports.verdict import verdict
+    from persona_lens.reports.wording import verdict
 
     print_table(
         "Change of the trait score [95% interval] on the questions searched",

@@ -21,12 +21,12 @@ from persona_lens.cli.geometry import (
 )
 from persona_lens.cli.lenses import attribute_command, lens_command
 from persona_lens.cli.sweep import ReductionOption, Vectors
-from persona_lens.counting import counted
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.geometry import Cosines
     from persona_lens.vectors import PersonaVectors
+    from persona_lens.vectors.geometry import Cosines
 
 app = typer.Typer(
     name="vectors",
@@ -53,7 +53,7 @@ def show(vectors: Vectors, as_json: options.AsJson = False) -> None:
     Example: `persona-lens vectors show runs/optimistic-smollm2-135m`
     """
     from persona_lens.cli.display import print_table
-    from persona_lens.reports.wording import printable
+    from persona_lens.core.text import printable
     from persona_lens.vectors import load_vectors
 
     loaded = load_vectors(vectors)
@@ -88,7 +88,7 @@ def cosines_command(
 
     Example: `persona-lens vectors cosines runs/optimistic runs/impolite runs/evil --layer 18`
     """
-    from persona_lens.geometry import cosines
+    from persona_lens.vectors.geometry import cosines
 
     if len(vectors) < 2:
         raise PersonaLensError(f"only {vectors[0]} is given; a cosine is between two, so give at least two VECTORS")
@@ -122,7 +122,7 @@ def _show_pairs(found: Cosines, layers: list[int]) -> None:
     from itertools import combinations
 
     from persona_lens.cli.display import print_table
-    from persona_lens.geometry import CHANCE
+    from persona_lens.vectors.geometry import CHANCE
 
     rows = []
     for (i, one), (j, other) in combinations(enumerate(found.names), 2):
@@ -149,7 +149,7 @@ def _show_pairs(found: Cosines, layers: list[int]) -> None:
 
 
 def _chance(found: Cosines) -> str:
-    from persona_lens.geometry import CHANCE
+    from persona_lens.vectors.geometry import CHANCE
 
     return f"95% of random directions are within {CHANCE * found.null_std:.3f} of 0"
 

@@ -1,7 +1,8 @@
 """Extraction: a trait and a model become persona vectors."""
 
-from persona_lens.extraction.filtering import Filtered, filter_responses
-from persona_lens.extraction.plan import ExtractionError, ExtractionSettings, plan_requests
+from __future__ import annotations
+
+from persona_lens.extraction.means import ExtractionError, ExtractionSettings, Filtered, filter_responses, plan_requests
 from persona_lens.extraction.run import Extraction, extract, extraction_work, run_extraction
 
 __all__ = [

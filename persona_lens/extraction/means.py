@@ -1,9 +1,11 @@
-"""Means of the kept responses' activations, and how well the two arms separate on the vector."""
+"""What an extraction asks, which responses count, and the means of their activations (method, section 2)."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,179 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from persona_lens.rollouts import Request
-from persona_lens.statistics import auc, separation
-from persona_lens.traits import Arm
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.statistics import auc, separation
+from persona_lens.judging import Judgement
+from persona_lens.runs.rollouts import Request, RolloutSettings, row_seed
+from persona_lens.traits import Arm, Trait
+
+
+class ExtractionError(PersonaLensError):
+    """An extraction that cannot yield vectors."""
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """Everything about an extraction besides the model and the trait (method, section 2).
+
+    Attributes:
+        samples: Responses for each question and instruction; the paper takes 10.
+        questions: How many of the trait's extraction questions are used; the paper uses all 20.
+        seed: Base of every row's seed.
+        threshold: A positive response is kept with a score of at least this, a negative one below it.
+        coherence: A response is kept only if its coherence is at least this, where the judge or a file gives one.
+        paired: Keep a response only if its twin of the other arm is kept too, as the paper's authors do.
+        sinks: Take attention sinks into the prompt mean, as the paper's authors do; they dominate it.
+        rollouts: How responses are made.
+    """
+
+    samples: int = 1
+    questions: int = 20
+    seed: int = 0
+    threshold: float = 50.0
+    coherence: float = 50.0
+    paired: bool = True
+    sinks: bool = False
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ExtractionError(f"samples must be at least 1, got {self.samples}")
+        if self.samples > 1 and self.rollouts.temperature == 0:
+            raise ExtractionError("at temperature 0 all samples are the same; set samples to 1, or a temperature")
+        if self.questions < 2:
+            raise ExtractionError(f"questions must be at least 2, got {self.questions}: the separation holds some out")
+        if not 0 < self.threshold < 100:
+            raise ExtractionError(f"threshold must be between 0 and 100, got {self.threshold}")
+        if not 0 <= self.coherence <= 100:
+            raise ExtractionError(f"coherence must be from 0 to 100, got {self.coherence}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)
+
+    def reading_json(self) -> dict[str, Any]:
+        """Those that mean something where responses are given and nothing is sampled, as JSON values."""
+        kept = asdict(self)
+        del kept["samples"]
+        kept["rollouts"] = {name: kept["rollouts"][name] for name in ("batch_size", "batch_tokens")}
+        return kept
+
+
+def plan_requests(trait: Trait, settings: ExtractionSettings) -> list[Request]:
+    """One request for each question, pair, sample and arm; twins of the two arms stand side by side.
+
+    Raises:
+        ExtractionError: If more questions are asked for than the trait has.
+    """
+    available = len(trait.extraction_questions)
+    if settings.questions > available:
+        raise ExtractionError(f"{settings.questions} questions asked for, trait {trait.name} has {available}")
+    return [
+        Request(
+            system=trait.system_prompt(arm, pair),
+            question=trait.extraction_questions[question],
+            seed=row_seed(settings.seed, "extraction", question, pair, sample, arm),
+            labels={"arm": arm.value, "question_number": question, "pair": pair, "sample": sample},
+        )
+        for question in range(settings.questions)
+        for pair in range(len(trait.instructions))
+        for sample in range(settings.samples)
+        for arm in Arm
+    ]
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The outcome of the filter.
+
+    Attributes:
+        kept: For each request, whether its response counts.
+        counts: By arm: how many were kept, failed the threshold, were incoherent, lost their twin, or had no score.
+    """
+
+    kept: tuple[bool, ...]
+    counts: dict[str, dict[str, int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, by arm."""
+        return self.counts
+
+
+KEPT, LOST_TWIN = "kept", "lost_twin"
+NO_SCORE, FAILED, INCOHERENT = "no_score", "failed_threshold", "incoherent"
+
+
+def filter_responses(
+    requests: Sequence[Request], judged: Sequence[Judgement], settings: ExtractionSettings
+) -> Filtered:
+    """Keep positive responses that score at least the threshold and negative ones below it, if they are coherent.
+
+    Args:
+        requests: What was asked, labelled with its arm; twins share all other labels.
+        judged: One for each request.
+        settings: The thresholds, and whether a response is kept only if its twin is there and passes too.
+
+    Raises:
+        ExtractionError: If nothing is left of an arm, with the scores seen.
+    """
+    faults = [_fault(request, judgement, settings) for request, judgement in zip(requests, judged, strict=True)]
+    passing = Counter(_pair(request) for request, fault in zip(requests, faults, strict=True) if fault is None)
+    outcomes = [
+        fault or (KEPT if not settings.paired or passing[_pair(request)] == len(Arm) else LOST_TWIN)
+        for request, fault in zip(requests, faults, strict=True)
+    ]
+    counts = {
+        arm.value: _counts([o for r, o in zip(requests, outcomes, strict=True) if r.labels["arm"] == arm])
+        for arm in Arm
+    }
+    _refuse_empty(requests, judged, counts, settings)
+    return Filtered(tuple(outcome == KEPT for outcome in outcomes), counts)
+
+
+def _fault(request: Request, judgement: Judgement, settings: ExtractionSettings) -> str | None:
+    """Why a response does not count by itself; None if it does."""
+    value, coherence = judgement.trait.value, judgement.coherence
+    if value is None:
+        return NO_SCORE
+    if (value >= settings.threshold) != (Arm(request.labels["arm"]) is Arm.POSITIVE):
+        return FAILED
+    if coherence is not None and (coherence.value is None or coherence.value < settings.coherence):
+        return INCOHERENT
+    return None
+
+
+def _pair(request: Request) -> tuple[object, ...]:
+    return tuple(value for name, value in sorted(request.labels.items()) if name != "arm")
+
+
+def _counts(outcomes: Sequence[str]) -> dict[str, int]:
+    return {name: outcomes.count(name) for name in (KEPT, FAILED, INCOHERENT, LOST_TWIN, NO_SCORE)}
+
+
+def _refuse_empty(
+    requests: Sequence[Request],
+    judged: Sequence[Judgement],
+    counts: dict[str, dict[str, int]],
+    settings: ExtractionSettings,
+) -> None:
+    for arm in Arm:
+        if counts[arm.value][KEPT]:
+            continue
+        scores = [j.trait for r, j in zip(requests, judged, strict=True) if r.labels["arm"] == arm]
+        seen = sorted(score.value for score in scores if score.value is not None)
+        what = f"from {seen[0]:.0f} to {seen[-1]:.0f}, median {median(seen):.0f}" if seen else "none at all"
+        hint = "let each arm be filtered on its own (--unpaired), " if settings.paired else ""
+        incoherent = counts[arm.value][INCOHERENT]
+        also = f" {incoherent} of them were not coherent (below {settings.coherence:g})." if incoherent else ""
+        reason = next((score.reason for score in scores if score.reason), None)
+        why = f" Why there is no score: {reason}." if reason and not seen else ""
+        raise ExtractionError(
+            f"no response of the {arm} arm is left: its scores were {what}, the threshold is {settings.threshold:g}."
+            f"{also}{why} Choose another threshold, {hint}or take more samples, each with a new folder (--out); "
+            "rollouts.jsonl shows whether the model follows the trait's instructions."
+        )
+
 
 Reductions = Callable[[], Iterator[tuple[list[int], dict[str, Tensor]]]]
 FOLDS = 2

@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.backend import Backend, ModelInfo, Read
-from persona_lens.extraction.filtering import Filtered, filter_responses
-from persona_lens.extraction.means import arm_means, held_out_separation
-from persona_lens.extraction.plan import ExtractionSettings, plan_requests
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.extraction.cost import Work, reading_work, run_work
+from persona_lens.extraction.external import GivenRollouts, GivenScores, Paths, ReadRollouts, given_rollouts
+from persona_lens.extraction.means import (
+    ExtractionSettings,
+    Filtered,
+    arm_means,
+    filter_responses,
+    held_out_separation,
+    plan_requests,
+)
 from persona_lens.judging import (
     Judge,
     Judgement,
@@ -26,14 +34,10 @@ from persona_lens.judging import (
     weigh_rollouts,
 )
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, shown_progress
-from persona_lens.replies import chat_format, note_reasoning
-from persona_lens.responses import GivenRollouts, GivenScores, Paths, ReadRollouts, given_rollouts
-from persona_lens.rollouts import Request, Rollout, RolloutBatches, Rollouts
 from persona_lens.runs import RunFolder
+from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, Rollouts, chat_format, note_reasoning
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
-from persona_lens.workload import Work, reading_work, run_work
 
 VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
@@ -82,7 +86,7 @@ def extract(
         judge: Who scores the responses; the likelihood judge by default.
         chat: Chat format; the model's own by default.
         responses: A file of responses that another program generated, or several, to be read instead of generating
-            any; see `persona_lens.responses.read_responses`. The settings of sampling mean nothing then.
+            any; see `persona_lens.extraction.external.read_responses`. The settings of sampling mean nothing then.
         allow_missing: Go on if ``responses`` lacks some that an extraction asks for.
         progress: Told how far the work is.
 

@@ -1,14 +1,21 @@
 """Finetuning that keeps a model's character: training under edits, its baselines, and the shift that is left."""
 
-from persona_lens.backend.blocks import bare_model
-from persona_lens.finetuning.config import FinetuneConfig, LoraSettings, Method, WatchSettings, documented, make_config
+from __future__ import annotations
+
+from persona_lens.finetuning.callbacks import ProjectionWatch
+from persona_lens.finetuning.config import (
+    FinetuneConfig,
+    FinetuningError,
+    LoraSettings,
+    Method,
+    WatchSettings,
+    documented,
+    make_config,
+)
 from persona_lens.finetuning.edits import TrainingEdits
-from persona_lens.finetuning.errors import FinetuningError
 from persona_lens.finetuning.examples import Example, Examples, collate, encode_examples, read_conversations
-from persona_lens.finetuning.penalty import ProjectionPenalty
-from persona_lens.finetuning.preventing import PreventativeSteering
 from persona_lens.finetuning.run import Finetuned, finetune
-from persona_lens.finetuning.watching import ProjectionWatch
+from persona_lens.finetuning.trainer import PreventativeSteering, ProjectionPenalty
 
 __all__ = [
     "Example",
@@ -23,7 +30,6 @@ __all__ = [
     "ProjectionWatch",
     "TrainingEdits",
     "WatchSettings",
-    "bare_model",
     "collate",
     "documented",
     "encode_examples",

@@ -17,8 +17,8 @@ from persona_lens.backend.blocks import bare_model, find_blocks, require_reached
 from persona_lens.backend.editing import check_everywhere, hooking_texts, module_limits, written_everywhere
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.writing import Writer
-from persona_lens.finetuning.errors import FinetuningError
-from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
+from persona_lens.finetuning.config import FinetuningError
+from persona_lens.steering.steering import GivenEdits, GivenVectors, given_edits
 
 
 class TrainingEdits:

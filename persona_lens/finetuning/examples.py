@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from persona_lens.backend.tokens import TokenIds
-from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.data.datasets import open_dataset
+from persona_lens.data.encoding import encode_answers, encode_transcript
+from persona_lens.data.tables import DataError
+from persona_lens.data.transcripts import TEXT_SUFFIXES, BadTranscript, Transcript, is_counted, open_transcripts
+from persona_lens.finetuning.config import FinetuningError
 from persona_lens.models import ChatFormat, ModelError
-from persona_lens.monitoring.encoding import encode_answers, encode_transcript
-from persona_lens.monitoring.errors import MonitoringError
-from persona_lens.monitoring.transcripts import TEXT_SUFFIXES, BadTranscript, Transcript, is_counted, open_transcripts
-from persona_lens.screening import open_dataset
 
 IGNORED = -100
 
@@ -150,7 +150,7 @@ def _encoded(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> 
         return
     except ModelError as error:
         raise ModelError(f"{transcript.place}: {error}") from error
-    except MonitoringError:  # the conversation as a whole cannot be followed; its answers one by one can
+    except DataError:  # the conversation as a whole cannot be followed; its answers one by one can
         pass
     end = tuple(chat.closing_ids())
     for answer in encode_answers(transcript, chat):

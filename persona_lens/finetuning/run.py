@@ -15,9 +15,10 @@ from typing import Any
 
 from persona_lens.backend import ModelInfo, wrap_model
 from persona_lens.backend.sinks import depend_on_sinks, sink_limits
-from persona_lens.documents import read_json
-from persona_lens.finetuning.config import FinetuneConfig
-from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.core.documents import read_json
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.data.transcripts import Transcript
+from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Measures, measures_of
 from persona_lens.finetuning.examples import (
     Example,
     Examples,
@@ -27,11 +28,8 @@ from persona_lens.finetuning.examples import (
     in_system,
     read_conversations,
 )
-from persona_lens.finetuning.methods import Measures, measures_of
 from persona_lens.models import ChatFormat, Loaded, load
-from persona_lens.models.adapters import taken_off
-from persona_lens.monitoring.transcripts import Transcript
-from persona_lens.progress import Progress, shown_progress
+from persona_lens.models.source import taken_off
 from persona_lens.runs import RunFolder
 from persona_lens.steering import trait_of
 from persona_lens.vectors import PersonaVectors
@@ -148,11 +146,14 @@ class _Training:
 
     def done(self, place: Path) -> dict[str, Any]:
         """Train, and keep what came of it."""
-        from persona_lens.finetuning.checkpoints import CheckedCheckpoints, TrainedError, last_checkpoint, named_writes
-        from persona_lens.finetuning.metrics import MetricsFile
-        from persona_lens.finetuning.penalty import ProjectionPenalty
-        from persona_lens.finetuning.preventing import PreventativeSteering
-        from persona_lens.finetuning.trainer import make_trainer
+        from persona_lens.finetuning.callbacks import (
+            CheckedCheckpoints,
+            MetricsFile,
+            TrainedError,
+            last_checkpoint,
+            named_writes,
+        )
+        from persona_lens.finetuning.trainer import PreventativeSteering, ProjectionPenalty, make_trainer
 
         with _trainable(self.loaded, self.config) as model, ExitStack() as held:
             prevention = held.enter_context(PreventativeSteering(self.measures.edits, sink_limits=self.sink_limits))
@@ -188,7 +189,7 @@ class _Training:
         return summary
 
     def _watch(self) -> Any:
-        from persona_lens.finetuning.watching import ProjectionWatch
+        from persona_lens.finetuning.callbacks import ProjectionWatch
 
         wanted = self.config.watch
         if wanted.every is None:
@@ -205,7 +206,7 @@ class _Training:
 
     def _save(self, model: Any, place: Path) -> None:
         """What was trained; the folder is moved to its place when it is whole."""
-        from persona_lens.finetuning.checkpoints import named_writes
+        from persona_lens.finetuning.callbacks import named_writes
 
         with self.run.writing_folder(place.name) as part, named_writes(place):
             model.save_pretrained(str(part))

@@ -13,15 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.backend import Backend
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.core.statistics import CHANGES, CORRELATION, SCORES, Ends, bootstrap_mean, jackknifed, pearson
 from persona_lens.extraction.run import model_config
-from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.finetuning.config import FinetuningError
 from persona_lens.judging import Judge, LikelihoodJudge, as_used
 from persona_lens.models import ChatFormat
-from persona_lens.monitoring.prompts import kept_projections
-from persona_lens.progress import Progress, shown_progress
-from persona_lens.replies import chat_format
+from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.statistics import CHANGES, CORRELATION, SCORES, Ends, bootstrap_mean, jackknifed, pearson
+from persona_lens.runs.rollouts import chat_format
 from persona_lens.steering import ArmRow, ArmSettings, calibration_of, run_arms, trait_of
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 

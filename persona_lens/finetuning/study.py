@@ -11,33 +11,34 @@ from typing import Any
 
 import numpy as np
 
+from persona_lens.analysis.capability import accuracy, check_task
 from persona_lens.backend import Backend, wrap_model
-from persona_lens.capability import accuracy, check_task
+from persona_lens.core.progress import Progress, no_progress, shown_progress
+from persona_lens.data.transcripts import Transcript
 from persona_lens.extraction.run import subject_config
-from persona_lens.finetuning.config import FinetuneConfig
-from persona_lens.finetuning.errors import FinetuningError
+from persona_lens.finetuning.config import FinetuneConfig, FinetuningError
 from persona_lens.finetuning.examples import fingerprint
-from persona_lens.finetuning.outcomes import BASE, Outcome, summarise
-from persona_lens.finetuning.run import Data, conversations_of, finetune
-from persona_lens.finetuning.treatments import (
+from persona_lens.finetuning.outcomes import (
+    BASE,
     PLAIN,
     POST_HOC,
     RANDOM,
+    Outcome,
     Treatment,
     TreatmentSettings,
     post_hoc_of,
+    summarise,
     treatments_of,
     turned,
 )
+from persona_lens.finetuning.run import Data, conversations_of, finetune
 from persona_lens.judging import Judge, LikelihoodJudge, as_used
 from persona_lens.models import ChatFormat, Loaded, load
-from persona_lens.models.adapters import adapter_on
-from persona_lens.monitoring.prompts import kept_projections
-from persona_lens.monitoring.transcripts import Transcript
-from persona_lens.progress import Progress, no_progress, shown_progress
+from persona_lens.models.source import adapter_on
+from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder
 from persona_lens.steering import ArmRow, ArmSettings, Steering, calibration_of, run_arms, trait_of
-from persona_lens.steering.arms import UNSTEERED
+from persona_lens.steering.comparison import UNSTEERED
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 

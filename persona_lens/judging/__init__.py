@@ -1,7 +1,8 @@
 """Judges: how strongly a response shows a trait, from 0 to 100."""
 
-from persona_lens.judging.calibration import Calibration, fit_calibration
-from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
+from __future__ import annotations
+
+from persona_lens.judging.likelihood import Calibration, Evidence, LikelihoodJudge, fit_calibration
 from persona_lens.judging.llm import LLMJudge, Method
 from persona_lens.judging.local import LocalJudge
 from persona_lens.judging.protocol import Exchange, Judge, Judgement, JudgingError, PreparedJudge, Score

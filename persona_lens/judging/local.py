@@ -7,12 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, TokenBatch
-from persona_lens.backend.context import context_length
-from persona_lens.backend.memory import forward_rows
-from persona_lens.judging.numbers import NumberTokens, expected_number
-from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, Score
-from persona_lens.judging.rubrics import COHERENCE, fill_rubric
-from persona_lens.progress import Progress, no_progress
+from persona_lens.backend.batches import context_length, forward_rows
+from persona_lens.core.progress import Progress, no_progress
+from persona_lens.judging.llm import COHERENCE, fill_rubric
+from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, NumberTokens, Score, expected_number
 from persona_lens.traits import Trait
 
 if TYPE_CHECKING:

@@ -1,14 +1,16 @@
-"""What every judge does: a judgement of each response, or the reason why there is none."""
+"""The number that a judge's answer holds: from probabilities of tokens, or from its text (method, section 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any, Protocol, runtime_checkable
 
-from persona_lens.errors import PersonaLensError
-from persona_lens.progress import Progress, no_progress
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.progress import Progress, no_progress
 
 EMPTY = "empty response"
 
@@ -141,3 +143,125 @@ class PreparedJudge(Protocol):
             PersonaLensError: If something does.
         """
         ...
+
+
+HIGHEST = 100
+MIN_MASS = 0.25
+"""Probability that all numbers together must have for a score; below it the judge meant something else."""
+LOGPROBS, SAMPLES, NUMBER = "logprobs", "samples", "number"
+REFUSED = "refusal"
+"""Begins the reason where the judge would not rate."""
+
+# ASCII on purpose: Python's int() also takes digits of other scripts, underscores and signs.
+_WHOLE = re.compile(r"\s*([0-9]{1,3})\s*")
+_IN_TEXT = re.compile(r"(?<![\w.,+-])([0-9]{1,3}(?:\.[0-9]+)?)(?![\w%]|[.,][0-9])(?:\s*(?:/|out of)\s*100\b)?")
+_REFUSAL = re.compile(r"\bREFUSAL\b")
+
+
+def whole_number(token: str) -> int | None:
+    """The number from 0 to 100 that a token is, or None."""
+    found = _WHOLE.fullmatch(token)
+    return int(found[1]) if found and int(found[1]) <= HIGHEST else None
+
+
+def expected_number(probabilities: Iterable[tuple[int, float]], method: str = LOGPROBS) -> Score:
+    """Sum of k p(k) over sum of p(k).
+
+    Args:
+        probabilities: Numbers from 0 to 100 with their probabilities; a number may come several times.
+        method: For the record.
+
+    Returns:
+        The expectation; no score where all numbers together have a probability below `MIN_MASS`.
+    """
+    pairs = list(probabilities)
+    mass = math.fsum(p for _, p in pairs)
+    if mass < MIN_MASS - 1e-9:  # a sum that is exactly the limit may round to less
+        return Score(None, f"{REFUSED}: numbers have a probability of {mass:.2f} together", method)
+    value = math.fsum(k * p for k, p in pairs) / mass
+    return Score(min(max(value, 0.0), float(HIGHEST)), method=method)
+
+
+def score_of_tokens(top: Iterable[tuple[str, float]]) -> Score:
+    """The score in the likeliest first tokens of an answer.
+
+    Args:
+        top: Tokens with their log-probabilities, in nats.
+    """
+    numbers = ((whole_number(token), logprob) for token, logprob in top)
+    return expected_number((number, math.exp(logprob)) for number, logprob in numbers if number is not None)
+
+
+def score_of_text(text: str) -> Score:
+    """The score in an answer that says a number, such as ``85``, ``Score: 85`` or ``85/100``.
+
+    Returns:
+        The number; no score where there is none from 0 to 100, or more than one.
+    """
+    if says_refusal(text):
+        return Score(None, REFUSED, NUMBER)
+    found = {float(match[1]) for match in _IN_TEXT.finditer(text)}
+    if len(found) != 1:
+        what = "several numbers" if found else "no number"
+        return Score(None, f"the judge's answer holds {what}: {shown(text)}", NUMBER)
+    value = found.pop()
+    if value > HIGHEST:
+        return Score(None, f"the judge's answer is beyond {HIGHEST}: {shown(text)}", NUMBER)
+    return Score(value, method=NUMBER)
+
+
+def score_of_samples(texts: Sequence[str]) -> Score:
+    """The mean of the numbers in several sampled answers; no score where fewer than a quarter hold one."""
+    scores = [score_of_text(text) for text in texts]
+    values = [score.value for score in scores if score.value is not None]
+    method = f"{SAMPLES}: {len(values)} of {len(texts)}"
+    if not values or len(values) < MIN_MASS * len(texts):
+        reason = next((score.reason for score in scores if score.reason), None)
+        return Score(None, reason, method)
+    return Score(math.fsum(values) / len(values), method=method)
+
+
+class NumberTokens:
+    """The numbers from 0 to 100 as the token ids that a model writes them with, whatever its tokenizer.
+
+    A number of several tokens begins with those of another: 57 begins like 5. So 5 itself has the probability of its
+    own tokens less that of all numbers which go on from them.
+
+    Args:
+        encode: Token ids of a text at the beginning of an answer.
+
+    Attributes:
+        sequences: Token ids that together hold every number: those which are no other number's beginning.
+    """
+
+    def __init__(self, encode: Callable[[str], Sequence[int]]) -> None:
+        self._numbers = {tuple(encode(str(number))): number for number in range(HIGHEST + 1)}
+        beginnings = {ids[:length] for ids in self._numbers for length in range(1, len(ids))}
+        self.sequences = tuple(ids for ids in self._numbers if ids not in beginnings)
+
+    def distribution(self, logprobs: Sequence[Sequence[float]]) -> list[tuple[int, float]]:
+        """Each number's probability to be the answer.
+
+        Args:
+            logprobs: For each of ``sequences`` the log-probabilities of its tokens, in nats.
+        """
+        reached: dict[tuple[int, ...], float] = {}
+        for ids, values in zip(self.sequences, logprobs, strict=True):
+            for length in range(1, len(ids) + 1):
+                reached[ids[:length]] = math.exp(math.fsum(values[:length]))
+        alone = dict(reached)
+        for ids, probability in reached.items():
+            if len(ids) > 1:
+                alone[ids[:-1]] -= probability
+        return [(number, max(alone[ids], 0.0)) for ids, number in self._numbers.items()]
+
+
+def says_refusal(text: str) -> bool:
+    """Whether an answer refuses to rate, in the word that rubrics ask for, or its first token alone."""
+    return _REFUSAL.search(text) is not None or (len(text.strip()) > 1 and "REFUSAL".startswith(text.strip()))
+
+
+def shown(text: str) -> str:
+    """An answer in quotation marks, on a line of reasonable length."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= 60 else line[:60] + "…") if line else "nothing"

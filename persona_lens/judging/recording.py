@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
 from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement, JudgingError, PreparedJudge
-from persona_lens.pieces import Pieces, Row
-from persona_lens.progress import Progress, no_progress
-from persona_lens.rollouts import Rollout, RolloutBatches, Rollouts
 from persona_lens.runs import RunFolder
+from persona_lens.runs.chunks import Pieces, Row
+from persona_lens.runs.rollouts import Rollout, RolloutBatches, Rollouts
 
 if TYPE_CHECKING:
     from persona_lens.models import ChatFormat

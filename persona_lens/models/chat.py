@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from persona_lens.models.answers import Marks, answer_text
-from persona_lens.models.errors import ModelError
+from persona_lens.models.download import ModelError
 from persona_lens.models.templates import (
     ChatTemplate,
+    Marks,
     Message,
+    answer_text,
     probe_end_of_turn,
     probe_opened,
     probe_system,

@@ -10,11 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from persona_lens.models.errors import ModelError
-from persona_lens.progress import Progress, no_progress
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     import httpx
+
+__all__ = ["ModelError"]
+
+
+class ModelError(PersonaLensError):
+    """A model cannot be found, fetched, loaded or talked to; the message says what to do about it."""
+
 
 __all__ = ["DownloadError", "RemoteFile", "fetch", "http_client", "sha256_of"]
 
@@ -60,7 +67,7 @@ def http_client(certificates: str | None = None, proxy: str | None = None) -> ht
             context.load_verify_locations(**{"capath" if Path(extra).is_dir() else "cafile": extra})
         except (OSError, ssl.SSLError) as error:
             raise DownloadError(f"cannot read the certificates in {extra}: {error}") from error
-    from persona_lens.transport import BoundedClient, Bounds
+    from persona_lens.core.transport import BoundedClient, Bounds
 
     timeout = httpx.Timeout(_SECONDS, connect=15.0)
     return BoundedClient(Bounds(_SECONDS), verify=context, proxy=proxy, follow_redirects=True, timeout=timeout)

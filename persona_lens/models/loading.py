@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.models.adapters import put_on, require_peft
-from persona_lens.models.errors import ModelError
+from persona_lens.models.download import ModelError
 from persona_lens.models.hub import hub_error, pinned
-from persona_lens.models.source import ModelSource, resolve
+from persona_lens.models.source import ModelSource, put_on, require_peft, resolve
 
 if TYPE_CHECKING:
     import torch

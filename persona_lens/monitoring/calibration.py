@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from persona_lens.characters import in_short
+from persona_lens.core.statistics import Verdict, bootstrap_mean
+from persona_lens.core.text import in_short
 from persona_lens.monitoring.curves import (
     Counts,
     Curve,
+    MonitoringError,
     Values,
     curve_from_json,
     fit_isotonic_curve,
     fit_logistic_curve,
     share_shown,
 )
-from persona_lens.monitoring.errors import MonitoringError
-from persona_lens.statistics import Verdict, bootstrap_mean
 from persona_lens.vectors import PersonaVectors
 
 SHOWN_FROM = 50.0

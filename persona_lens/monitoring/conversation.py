@@ -8,22 +8,14 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import (
-    Backend,
-    Sampling,
-    StopGeneration,
-    TokenBatch,
-    Watch,
-    WatchedTokens,
-    watched_generation,
-)
-from persona_lens.backend.context import context_length
+from persona_lens.backend import Backend, Sampling, StopGeneration, TokenBatch, Watch, WatchedTokens, watched_generation
+from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
-from persona_lens.monitoring.errors import MonitoringError
-from persona_lens.monitoring.watching import Alarm, Panel, TokenReading, TurnMeter
-from persona_lens.replies import chat_format, note_reasoning
-from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
+from persona_lens.monitoring.curves import MonitoringError
+from persona_lens.monitoring.gauges import Alarm, Panel, TokenReading, TurnMeter
+from persona_lens.runs.rollouts import chat_format, note_reasoning
+from persona_lens.steering.steering import GivenEdits, GivenVectors, given_edits
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.special import expit, logit
 
-from persona_lens.judging.calibration import fit_logistic
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.judging.likelihood import fit_logistic
+
+
+class MonitoringError(PersonaLensError):
+    """What cannot be monitored or shown; where one row of a file is at fault, the message begins with its place."""
+
 
 Values = NDArray[np.float64]
 Counts = NDArray[np.int64]

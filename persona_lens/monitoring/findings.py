@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from persona_lens.core.statistics import Verdict
 from persona_lens.monitoring.calibration import (
     SHOWN_FROM,
     MonitorCalibration,
@@ -17,11 +18,9 @@ from persona_lens.monitoring.calibration import (
     calibrate,
     with_monitor_calibration,
 )
-from persona_lens.monitoring.conditions import Condition, Kind
-from persona_lens.monitoring.correlation import Correlations, correlate
-from persona_lens.monitoring.errors import MonitoringError
-from persona_lens.monitoring.thresholds import threshold_for
-from persona_lens.statistics import Verdict
+from persona_lens.monitoring.correlation import Condition, Correlations, Kind, correlate
+from persona_lens.monitoring.curves import MonitoringError
+from persona_lens.monitoring.gauges import threshold_for
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 

@@ -3,18 +3,183 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.monitoring.colours import Scale
-from persona_lens.monitoring.direction import Line, lines_of
-from persona_lens.monitoring.errors import MonitoringError
-from persona_lens.monitoring.tokens import TokenPiece
+import numpy as np
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from persona_lens.core.text import printable
+from persona_lens.data.pieces import Line, TokenPiece, lines_of
+from persona_lens.monitoring.curves import MonitoringError
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+
+STEPS = 20  # shades to each side
+LIGHT_INK, DARK_INK = "#1b1f24", "#e7e9ec"  # legible on every shade: at least 4.5 to 1, as the tests compute
+_LIGHT = ("#5aa0dc", "#ffffff", "#f0806f")  # lowest, centre, highest
+_DARK = ("#0d5f9f", "#14171c", "#ad3a2f")
+_FAR = 3.0  # times the 90th percentile: beyond it lie outliers, such as the first token of most models
+_DIGITS = 3  # significant ones of the scale's end
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values onto shades.
+
+    Attributes:
+        centre: The value without colour.
+        limit: Distance from it, above 0, at which the colour is fullest; values beyond it have the same colour.
+        clipped: Whether any value lies beyond.
+    """
+
+    centre: float
+    limit: float
+    clipped: bool
+
+    @classmethod
+    def of(cls, values: Iterable[float], centre: float = 0.0, limit: float | None = None) -> Scale:
+        """A scale for values: to the furthest one, unless few are far from all others.
+
+        Args:
+            values: NaN is left out.
+            centre: The value without colour.
+            limit: A distance to use, so that several heat maps can be compared.
+        """
+        distances = np.abs(np.array([value - centre for value in values if not math.isnan(value)]))
+        finite = distances[np.isfinite(distances)]
+        if limit is None:
+            furthest = float(finite.max()) if len(finite) else 0.0
+            usual = _FAR * float(np.quantile(finite, 0.9, method="lower")) if len(finite) else 0.0
+            limit = min(furthest, usual) or furthest or 1.0
+        return cls(centre, limit, bool((distances > limit * (1 + 1e-9)).any()))
+
+    def step(self, value: float) -> int | None:
+        """The shade of a value, from ``-STEPS`` to ``STEPS``; None for NaN."""
+        if math.isnan(value):
+            return None
+        return round(max(-1.0, min(1.0, (value - self.centre) / self.limit)) * STEPS)
+
+    def write(self, value: float) -> str:
+        """A value in as many digits as the scale has."""
+        if math.isnan(value):
+            return "none"
+        if math.isinf(value):
+            return f"{MINUS if value < 0 else '+'}∞"
+        size = max(self.limit, abs(self.centre))
+        digits = min(max(_DIGITS - 1 - math.floor(math.log10(size)), 0), 12)
+        rounded = round(value, digits) + 0.0  # no negative zero
+        return f"{rounded:{'+' if rounded else ''}.{digits}f}".replace("-", MINUS)
+
+    @property
+    def ends(self) -> tuple[str, str, str]:
+        """Lowest value, centre and highest, written."""
+        low, high = self.write(self.centre - self.limit), self.write(self.centre + self.limit)
+        middle = self.write(self.centre) if self.centre else "0"
+        return (f"≤ {low}" if self.clipped else low, middle, f"≥ {high}" if self.clipped else high)
+
+
+def light(step: int) -> str:
+    """A shade for light pages: ``#rrggbb``."""
+    return _shade(_LIGHT, step)
+
+
+def dark(step: int) -> str:
+    """A shade for dark pages: ``#rrggbb``."""
+    return _shade(_DARK, step)
+
+
+def _shade(colours: tuple[str, str, str], step: int) -> str:
+    low, centre, high = colours
+    end, share = high if step > 0 else low, abs(step) / STEPS
+    return "#" + "".join(
+        f"{round(int(centre[i : i + 2], 16) * (1 - share) + int(end[i : i + 2], 16) * share):02x}" for i in (1, 3, 5)
+    )
+
+
+_FURTHER = "·"  # in the place of every token of a character but the first
+_ENOUGH = ("256", "truecolor")  # fewer colours do not tell shades apart
+_DULL = Style(dim=True)
+
+
+def render(heatmap: TokenHeatmap, console: Console) -> Iterator[RenderableType]:
+    """What rich draws: coloured tokens, or tokens with numbers where the console has no or few colours."""
+    coloured = not console.no_color and console.color_system in _ENOUGH
+    if heatmap.title:
+        yield Text(printable(heatmap.title), style="bold")
+    for trait in heatmap.traits:
+        scale = heatmap.scales[trait]
+        head = Text()
+        if trait:
+            head.append(f"{printable(trait)}  ", "bold")
+        yield head.append(_legend(scale) if coloured else _range(scale))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(no_wrap=True, style="dim")
+        grid.add_column(ratio=1, overflow="fold")
+        for strip in heatmap.strips_of(trait):
+            tokens = _coloured(heatmap, strip, scale) if coloured else _numbered(heatmap, strip, scale)
+            grid.add_row(Text(printable(strip.label)), tokens)
+        yield grid
+    notes = [
+        "without colour: no value" if heatmap.has_gaps and coloured else "",
+        f"{_FURTHER} a further token of the character before it" if heatmap.has_groups and coloured else "",
+        "several values: a character of several tokens" if heatmap.has_groups and not coloured else "",
+    ]
+    if any(notes):
+        yield Text("; ".join(filter(None, notes)), _DULL)
+
+
+def _legend(scale: Scale) -> Text:
+    low, centre, high = scale.ends
+    legend = Text().append(f"{low} ", _DULL)
+    for step in range(-STEPS, STEPS + 1, 5):
+        legend.append("  " if step else f" {centre} ", _style(step))
+    return legend.append(f" {high}", _DULL)
+
+
+def _range(scale: Scale) -> Text:
+    low, _, high = scale.ends
+    return Text(f"each token with its value, {low} to {high}", _DULL)
+
+
+def _coloured(heatmap: TokenHeatmap, strip: Strip, scale: Scale) -> Text:
+    text = Text()
+    for piece in heatmap.pieces:
+        shown, ending = _split(piece)
+        for place in range(len(piece.ids)):
+            style = _style(scale.step(strip.values[piece.start + place]), control=piece.special)
+            text.append(_FURTHER if place else shown, style)
+        text.append(ending)
+    text.rstrip()
+    return text
+
+
+def _numbered(heatmap: TokenHeatmap, strip: Strip, scale: Scale) -> Text:
+    text = Text()
+    for piece in heatmap.pieces:
+        shown, ending = _split(piece)
+        values = " ".join(scale.write(value) for value in strip.values[piece.start : piece.stop])
+        text.append(shown).append(f"[{values}]", _DULL).append(ending)
+    text.rstrip()
+    return text
+
+
+def _split(piece: TokenPiece) -> tuple[str, str]:
+    """What a piece shows, and the line feed that may end it."""
+    shown = piece.shown
+    return (shown[:-1], "\n") if shown.endswith("\n") else (shown, "")
+
+
+def _style(step: int | None, *, control: bool = False) -> Style:
+    if step is None:
+        return Style(underline=control)
+    return Style(color=LIGHT_INK, bgcolor=light(step), italic=control)
 
 
 @dataclass(frozen=True)
@@ -162,7 +327,6 @@ class TokenHeatmap:
         return fragment(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from persona_lens.monitoring.terminal import render
 
         return render(self, console)
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from persona_lens.characters import printable
-from persona_lens.monitoring.colours import DARK_INK, LIGHT_INK, STEPS, Scale, dark, light
-from persona_lens.monitoring.direction import Run, is_mixed
-from persona_lens.monitoring.tokens import TokenPiece
+from persona_lens.core.text import printable
+from persona_lens.data.pieces import Run, TokenPiece, is_mixed
+from persona_lens.monitoring.heatmap import DARK_INK, LIGHT_INK, STEPS, Scale, dark, light
 
 if TYPE_CHECKING:
     from persona_lens.monitoring.heatmap import Strip, TokenHeatmap

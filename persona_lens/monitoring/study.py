@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from persona_lens.backend import Backend, Read, ReadKind
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, methods_of, prepare_judge
 from persona_lens.models import ChatFormat
-from persona_lens.monitoring.conditions import (
+from persona_lens.monitoring.correlation import (
     Condition,
     Kind,
     examples_of,
@@ -25,17 +27,14 @@ from persona_lens.monitoring.conditions import (
     graded_trait,
     shot_conditions,
 )
-from persona_lens.monitoring.errors import MonitoringError
+from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.monitoring.findings import PromptRow, findings
-from persona_lens.monitoring.prompts import projected, unit_vectors
-from persona_lens.progress import Progress, shown_progress
-from persona_lens.replies import chat_format
-from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
+from persona_lens.monitoring.scoring import projected, unit_vectors
 from persona_lens.runs import RunFolder
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, chat_format, row_seed
 from persona_lens.steering.sweep import calibration_of, trait_of
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
-from persona_lens.workload import Work, run_work
 
 PREFIX = "study-"
 DIGITS = 6

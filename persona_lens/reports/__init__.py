@@ -56,10 +56,9 @@ def render_tuning(summary: Mapping[str, Any]) -> str:
     Returns:
         HTML, to be written as UTF-8.
     """
-    from persona_lens.reports.heat import heat_maps
     from persona_lens.reports.page import environment
-    from persona_lens.reports.tuning import draw_tuning, names_of_arms
-    from persona_lens.reports.verdict import verdict
+    from persona_lens.reports.tuning import draw_tuning, heat_maps, names_of_arms
+    from persona_lens.reports.wording import verdict
 
     page = environment().get_template("tuning.html.j2")
     return page.render(

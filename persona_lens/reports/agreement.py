@@ -7,12 +7,22 @@ from collections.abc import Iterable
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.agreement import Agreement, Measure
-from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
-from persona_lens.reports.marks import square_of_percent
+from persona_lens.core.text import printable
+from persona_lens.judging.agreement import Agreement, Measure
+from persona_lens.reports.drawing import (
+    INK,
+    MUTED,
+    RANDOM,
+    VECTOR,
+    WIDE,
+    Drawing,
+    draw,
+    drawing_style,
+    new_figure,
+    square_of_percent,
+)
 from persona_lens.reports.page import environment
-from persona_lens.reports.svg import INK, MUTED, RANDOM, VECTOR, drawing_style
-from persona_lens.reports.wording import NONE, number, plain, printable
+from persona_lens.reports.wording import NONE, number, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +40,7 @@ def render_agreement(agreement: Agreement, version: str = "") -> str:
     The same agreement gives the same bytes.
 
     Args:
-        agreement: What `persona_lens.agreement.compare` found.
+        agreement: What `persona_lens.judging.agreement.compare` found.
         version: Of persona-lens, to be named on the page.
 
     Returns:

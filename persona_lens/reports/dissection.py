@@ -6,11 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
-from persona_lens.reports.marks import BAR, LINE, NULL, legend, reach
+from persona_lens.core.text import counted
+from persona_lens.reports.drawing import (
+    BAR,
+    INK,
+    LINE,
+    MUTED,
+    NULL,
+    PAPER,
+    RANDOM,
+    VECTOR,
+    WIDE,
+    Drawing,
+    draw,
+    drawing_style,
+    legend,
+    new_figure,
+    reach,
+)
 from persona_lens.reports.page import environment
-from persona_lens.reports.svg import INK, MUTED, PAPER, RANDOM, VECTOR, drawing_style
-from persona_lens.reports.wording import bounds, counted, number
+from persona_lens.reports.wording import bounds, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +40,7 @@ def render_dissection(summary: Summary, version: str = "") -> str:
     The same summary gives the same bytes.
 
     Args:
-        summary: JSON values as in the run's ``summary.json``, see `persona_lens.features.dissect`.
+        summary: JSON values as in the run's ``summary.json``, see `persona_lens.analysis.dissect`.
         version: Of persona-lens, to be named on the page.
 
     Raises:

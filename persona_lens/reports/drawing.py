@@ -1,17 +1,176 @@
-"""`Drawing`: a figure in two widths, with its words."""
+"""What figures are made of: points with their intervals, the null's own look, legends, the layer that is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from persona_lens.reports.svg import to_svg
+from persona_lens.core.text import isolated, printable
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# Figures are drawn in these stand-ins; in the SVG each becomes a CSS variable, which the page sets for light and dark.
+INK = "#010101"
+MUTED = "#020202"
+GRID = "#030303"
+PAPER = "#040404"
+VECTOR = "#050505"
+RANDOM = "#060606"
+THIRD = "#070707"
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--rule)",
+    PAPER: "var(--paper)",
+    VECTOR: "var(--vector)",
+    RANDOM: "var(--random)",
+    THIRD: "var(--third)",
+}
+_SETTINGS: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 13,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.titlesize": 13,
+    "axes.unicode_minus": True,
+    "font.family": "DejaVu Sans",  # measures the text and ships with matplotlib; the page's own font is shown
+    "font.size": 13,
+    "grid.color": GRID,
+    "grid.linewidth": 1,
+    "legend.frameon": False,
+    "legend.fontsize": 13,
+    "lines.linewidth": 2,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "persona-lens",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": MUTED,
+    "xtick.labelsize": 13,
+    "xtick.major.size": 4,
+    "ytick.color": MUTED,
+    "ytick.labelsize": 13,
+    "ytick.major.size": 0,
+}
+MAX_LABEL = 200  # characters
+_UNIQUE = re.compile(r"#(\w+)")
+_COLOUR = re.compile(r"#[0-9a-f]{6}")
+_FAMILY = re.compile(r"font-family: [^;]*;? ?")
+_NO_ROTATION = re.compile(r"rotate\(-?0(\.0)? ")
+
+
+@contextmanager
+def drawing_style() -> Iterator[None]:
+    """Draw with the report's settings, whatever the user's matplotlibrc says, and leave theirs as they were."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
+    """The figure as an inline SVG element.
+
+    Args:
+        figure: Drawn in the colours of this module, inside `drawing_style`.
+        name: Unique in the page; every id in the SVG begins with it.
+        title: Accessible name.
+        description: What there is to see, for who does not see it.
+    """
+    written = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    _shorten(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font has others
+        figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+    root = ElementTree.fromstring(printable(written.getvalue()))  # XML knows no control characters
+    _localise(root, name)
+    for unwanted in [e for e in root if e.tag == "metadata" or e.find("style") is not None]:
+        root.remove(unwanted)
+    view = root.attrib["viewBox"]
+    root.attrib.clear()
+    root.attrib.update(
+        {"viewBox": view, "role": "img", "aria-labelledby": f"{name}-title", "aria-describedby": f"{name}-desc"}
+    )
+    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
+        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
+        element.text = isolated(printable(text))
+        root.insert(position, element)
+    # ElementTree has escaped every text and attribute.
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _shorten(figure: Figure) -> None:
+    """Cut labels that no figure has room for, and make them such as fonts can measure."""
+    from matplotlib.ticker import FixedFormatter, FuncFormatter
+
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formatter: Any = axis.get_major_formatter()
+            if isinstance(formatter, FixedFormatter):
+                formatter.seq = [_label(str(label)) for label in formatter.seq]
+            elif isinstance(formatter, FuncFormatter):  # which has the labels that were set with their places
+                formatter.func = partial(_labelled, formatter.func)
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
+        found: Any = text
+        found.set_text(_label(found.get_text()))
+
+
+def _labelled(label: Callable[[Any, Any], str], value: Any, place: Any = None) -> str:
+    return _label(str(label(value, place)))
+
+
+def _label(text: str) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= MAX_LABEL else f"{shown[: MAX_LABEL - 1]}…"
+
+
+def _localise(root: ElementTree.Element, name: str) -> None:
+    """Plain tag names; ids that only this figure has, and only where they are used; the page's colours and font."""
+    used = {found for e in root.iter() for value in e.attrib.values() for found in _UNIQUE.findall(value)}
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.tail = None
+        element.text = isolated(element.text or "") if element.tag == "text" else None
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if attributes.get("id") not in used:
+            attributes.pop("id", None)
+        if _NO_ROTATION.match(attributes.get("transform", "")):
+            del attributes["transform"]
+        element.attrib.clear()
+        element.attrib.update({key: _rewritten(key, value, name) for key, value in attributes.items()})
+
+
+def _rewritten(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key in ("href", "clip-path"):
+        return _UNIQUE.sub(rf"#{name}-\1", value)
+    if key == "style":
+        coloured = _COLOUR.sub(lambda match: _VARIABLES.get(match[0], match[0]), value)
+        return _FAMILY.sub("", coloured)
+    return " ".join(value.split()) if key == "d" else value
+
 
 WIDE, NARROW = 704, 343  # CSS pixels: the page's text column, and a small phone's screen without its margins
 
@@ -32,7 +191,7 @@ class Drawing:
 
 
 def draw(name: str, title: str, words: str, draw_at: Callable[..., Figure], *data: Any) -> Drawing:
-    """Draw a figure in both widths, inside `persona_lens.reports.svg.drawing_style`.
+    """Draw a figure in both widths, inside `persona_lens.reports.drawing.drawing_style`.
 
     Args:
         name: Unique in the page.
@@ -53,3 +212,89 @@ def new_figure(width: int, height: int) -> Figure:
     layout: Any = figure.get_layout_engine()
     layout.set(w_pad=8 / 72, h_pad=6 / 72, hspace=0.06, wspace=0.06)
     return figure
+
+
+VECTOR_LABEL, RANDOM_LABEL = "trait vector", "random directions"
+BAR: dict[str, Any] = {"elinewidth": 2, "capsize": 4, "capthick": 2}
+LINE: dict[str, Any] = {"marker": "o", "color": VECTOR, "zorder": 4}
+DASHES = (0, (4, 2))
+NULL: dict[str, Any] = {"marker": "s", "color": RANDOM, "linestyle": DASHES, "markerfacecolor": PAPER, "zorder": 3}
+
+
+def legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
+    """What the marks mean, above the figure, the null last."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] == RANDOM_LABEL)  # the null last
+    narrow = figure.get_figwidth() * 72 < WIDE
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside upper left",
+        ncols=min(columns, 2) if narrow else columns,
+        handlelength=2.2,
+        columnspacing=1.2,
+        borderpad=0.1,
+        borderaxespad=0.0,
+    )
+
+
+def mark_layer(axes: Axes, layer: int) -> None:
+    """A line at the layer that is used, if it is in sight."""
+    low, high = axes.get_xlim()
+    if not low <= layer <= high:
+        return
+    right = layer > (low + high) / 2
+    axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
+    axes.annotate(
+        f"layer {layer}, used",
+        (layer, 1.0),
+        (-5 if right else 5, 0),
+        xycoords=axes.get_xaxis_transform(),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="top",
+        color=MUTED,
+        fontsize=12,
+    )
+
+
+def line_with_intervals(
+    axes: Axes, points: Sequence[Mapping[str, Any]], quantity: str, style: Mapping[str, Any], label: str
+) -> None:
+    """Points of a curve by their ``coefficient``, each with the interval of a quantity, joined by a line and a band."""
+    x = [point["coefficient"] for point in points]
+    estimates = [point[quantity] for point in points]
+    lows, highs = [e["low"] for e in estimates], [e["high"] for e in estimates]
+    axes.fill_between(x, lows, highs, color=style["color"], alpha=0.16, linewidth=0, zorder=style["zorder"] - 2)
+    axes.errorbar(x, [e["mean"] for e in estimates], yerr=reach(estimates), markersize=7, label=label, **style, **BAR)
+
+
+def points_with_intervals(
+    axes: Axes, x: Sequence[float], estimates: Sequence[Mapping[str, Any]], style: Mapping[str, Any], label: str
+) -> None:
+    """Estimates with their intervals, not joined."""
+    means = [e["mean"] for e in estimates]
+    axes.errorbar(x, means, yerr=reach(estimates), markersize=8, **{"linestyle": "", **style}, **BAR, label=label)
+
+
+def reach(estimates: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Distances from the means to the ends of the intervals, as matplotlib wants them."""
+    return [
+        [max(0.0, e["mean"] - e["low"]) for e in estimates],
+        [max(0.0, e["high"] - e["mean"]) for e in estimates],
+    ]
+
+
+def square_of_percent(axes: Axes, title: str, xlabel: str) -> None:
+    """Two scales from 0 to 100 against each other, with the line on which both are equal."""
+    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1.5, zorder=2)
+    axes.set(
+        title=title,
+        xlabel=xlabel,
+        xlim=(-4, 104),
+        ylim=(-4, 104),
+        xticks=range(0, 101, 20),
+        yticks=range(0, 101, 20),
+        aspect="equal",
+    )
+    axes.grid(True, axis="both", color=GRID)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
+from persona_lens.core.text import counted, printable
+from persona_lens.reports.drawing import GRID, MUTED, RANDOM, VECTOR, WIDE, Drawing, draw, drawing_style, new_figure
 from persona_lens.reports.page import environment
-from persona_lens.reports.svg import GRID, MUTED, RANDOM, VECTOR, drawing_style
-from persona_lens.reports.wording import bounds, counted, number, printable
+from persona_lens.reports.wording import bounds, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

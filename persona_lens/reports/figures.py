@@ -5,21 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.reports.drawing import NARROW, WIDE, Drawing, draw, new_figure
-from persona_lens.reports.marks import (
+from persona_lens.reports.drawing import (
     BAR,
     DASHES,
+    GRID,
+    INK,
     LINE,
+    MUTED,
+    NARROW,
     NULL,
+    PAPER,
+    RANDOM,
     RANDOM_LABEL,
+    THIRD,
+    VECTOR,
     VECTOR_LABEL,
+    WIDE,
+    Drawing,
+    draw,
+    drawing_style,
     legend,
     line_with_intervals,
     mark_layer,
+    new_figure,
     points_with_intervals,
     reach,
 )
-from persona_lens.reports.svg import GRID, INK, MUTED, PAPER, RANDOM, THIRD, VECTOR, drawing_style
 from persona_lens.reports.wording import bounds, interval, number, signed
 
 if TYPE_CHECKING:

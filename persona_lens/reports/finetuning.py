@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
-from persona_lens.reports.marks import BAR, reach
+from persona_lens.core.statistics import Verdict
+from persona_lens.core.text import counted
+from persona_lens.reports.drawing import (
+    BAR,
+    GRID,
+    MUTED,
+    RANDOM,
+    VECTOR,
+    WIDE,
+    Drawing,
+    draw,
+    drawing_style,
+    new_figure,
+    reach,
+)
 from persona_lens.reports.page import environment
-from persona_lens.reports.svg import GRID, MUTED, RANDOM, VECTOR, drawing_style
-from persona_lens.reports.wording import Headline, bounds, counted, interval, number
-from persona_lens.statistics import Verdict
+from persona_lens.reports.wording import Headline, bounds, interval, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from persona_lens.characters import isolated, printable
+from persona_lens.core.statistics import few
+from persona_lens.core.text import isolated, printable
 from persona_lens.reports import wording
-from persona_lens.statistics import few
 
 LONGEST = 50_000  # characters of one text; the files of a run have the whole
 

@@ -7,11 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_lens.reports.drawing import WIDE, Drawing, draw, new_figure
-from persona_lens.reports.marks import BAR, DASHES, legend, reach
+from persona_lens.core.text import counted
+from persona_lens.reports.drawing import (
+    BAR,
+    DASHES,
+    GRID,
+    INK,
+    MUTED,
+    RANDOM,
+    THIRD,
+    VECTOR,
+    WIDE,
+    Drawing,
+    draw,
+    drawing_style,
+    legend,
+    new_figure,
+    reach,
+)
 from persona_lens.reports.page import environment
-from persona_lens.reports.svg import GRID, INK, MUTED, RANDOM, THIRD, VECTOR, drawing_style
-from persona_lens.reports.wording import bounds, counted, number
+from persona_lens.reports.wording import bounds, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,10 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_lens.reports.drawing import NARROW, WIDE, Drawing, draw, new_figure
-from persona_lens.reports.marks import square_of_percent
+from persona_lens.reports.drawing import (
+    GRID,
+    INK,
+    MUTED,
+    NARROW,
+    PAPER,
+    RANDOM,
+    VECTOR,
+    WIDE,
+    Drawing,
+    draw,
+    drawing_style,
+    new_figure,
+    square_of_percent,
+)
 from persona_lens.reports.page import environment
-from persona_lens.reports.svg import GRID, INK, MUTED, PAPER, RANDOM, VECTOR, drawing_style
 from persona_lens.reports.wording import NONE, number, plain
 
 if TYPE_CHECKING:

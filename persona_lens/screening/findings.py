@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from persona_lens.core.progress import Progress
+from persona_lens.data.datasets import Dataset
 from persona_lens.judging import Exchange, Judge, Judgement, judge_exchanges
 from persona_lens.monitoring import Panel
-from persona_lens.progress import Progress
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.screening.datasets import Dataset
-from persona_lens.screening.excerpts import Excerpt, Key, excerpts_of
-from persona_lens.screening.flagging import Flagging, Flags
+from persona_lens.screening.flagging import Flagging, Flags, split
 from persona_lens.screening.forecast import forecasts_of
-from persona_lens.screening.labels import clean_label, separation_of
 from persona_lens.screening.results import (
     BASE,
     REJECTS,
@@ -26,10 +24,17 @@ from persona_lens.screening.results import (
     writing_lines,
     writing_results,
 )
-from persona_lens.screening.scored import QUANTITIES, Quantity, scored_windows
-from persona_lens.screening.splitting import split
-from persona_lens.screening.survey import Extreme, Survey
-from persona_lens.screening.thresholds import RowThreshold, threshold_of
+from persona_lens.screening.rows import (
+    QUANTITIES,
+    Excerpt,
+    Key,
+    Quantity,
+    RowThreshold,
+    excerpts_of,
+    scored_windows,
+    threshold_of,
+)
+from persona_lens.screening.survey import Extreme, Survey, clean_label, separation_of
 
 CONFIRMED = 50  # from this score of a judge on
 
@@ -290,7 +295,7 @@ def _labels(survey: Survey, gauges: Sequence[str], whole: Panel, flagging: Flagg
 def _auc(labelled: Any, clean: Any) -> float:
     import numpy as np
 
-    from persona_lens.statistics import auc
+    from persona_lens.core.statistics import auc
 
     return auc(labelled[np.isfinite(labelled)], clean[np.isfinite(clean)])
 

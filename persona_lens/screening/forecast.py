@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from persona_lens.screening.errors import ScreeningError
-from persona_lens.screening.scored import Quantity
+from persona_lens.screening.rows import Quantity
+from persona_lens.screening.samples import ScreeningError
 from persona_lens.vectors import PersonaVectors
 
 KEY = "shift_forecasts"

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from persona_lens.runs import RunFolder
-from persona_lens.screening.scored import QUANTITIES, ScoredRow
-from persona_lens.screening.thresholds import Decision
+from persona_lens.screening.rows import QUANTITIES, Decision, ScoredRow
 
 RESULTS, RESULTS_WITHOUT_PYARROW = "results.parquet", "results.jsonl"
 REJECTS, BASE = "rejects.jsonl", "base"

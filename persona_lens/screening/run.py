@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.remote import RemoteBackend, Traffic
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.data.datasets import Dataset
+from persona_lens.extraction.cost import Work
 from persona_lens.judging import Judge, as_used, methods_of, prepare_judge
 from persona_lens.monitoring import Gauge, Panel
-from persona_lens.pieces import is_signed, signed
-from persona_lens.progress import Progress, shown_progress
-from persona_lens.replies import chat_format, note_reasoning
 from persona_lens.runs import RunFolder
-from persona_lens.screening.crews import Crew, Job, OneProcess
-from persona_lens.screening.datasets import Dataset
-from persona_lens.screening.errors import ScreeningError
+from persona_lens.runs.chunks import is_signed, signed
+from persona_lens.runs.rollouts import chat_format, note_reasoning
+from persona_lens.screening.executor import Crew, Job, OneProcess
 from persona_lens.screening.findings import Findings, find, write_rows
 from persona_lens.screening.flagging import Flagging
-from persona_lens.screening.scored import SCORES
+from persona_lens.screening.rows import SCORES
+from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, windows_of
 from persona_lens.screening.scoring import Scorer, Unit
-from persona_lens.screening.settings import BaseResponses, ScreeningSettings
-from persona_lens.screening.windows import windows_of
-from persona_lens.workload import Work
 
 if TYPE_CHECKING:
     from persona_lens.models import ChatFormat

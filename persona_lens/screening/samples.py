@@ -1,22 +1,25 @@
-"""`Sample`: a row as token ids, with the tokens of the answers that count."""
+"""`Sample`: a row as token ids with the tokens of its answers that count, in windows of rows of like length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from persona_lens.errors import PersonaLensError
-from persona_lens.monitoring import EncodedTranscript, Transcript, encode_transcript
-from persona_lens.monitoring.encoding import encode_one_by_one
-from persona_lens.monitoring.transcripts import is_counted
-from persona_lens.screening.datasets import GivenRow
-from persona_lens.screening.errors import ScreeningError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.data.datasets import Dataset, GivenRow
+from persona_lens.data.encoding import EncodedTranscript, encode_one_by_one, encode_transcript
+from persona_lens.data.transcripts import Transcript, is_counted
 
 if TYPE_CHECKING:
     from persona_lens.backend.tokens import TokenIds
     from persona_lens.models import ChatFormat
+
+
+class ScreeningError(PersonaLensError):
+    """What cannot be screened; where a row of a dataset is at fault, the message begins with its place."""
 
 
 class Turns(StrEnum):
@@ -127,3 +130,108 @@ def _counted(encoded: EncodedTranscript) -> tuple[Text, ...]:
         answers = (Answer((m.prompt_stop or 0) - begin, m.start - begin, m.stop - begin) for m in own)
         texts += [Text(ids, tuple(answers))] if own else []
     return tuple(texts)
+
+
+class BaseResponses(StrEnum):
+    """Where the base model's own responses come from, against which the projection difference is taken."""
+
+    NONE = "none"
+    GENERATE = "generate"
+    SUPPLIED = "supplied"
+
+
+@dataclass(frozen=True)
+class ScreeningSettings:
+    """How samples are scored; every field is part of a run's configuration.
+
+    Attributes:
+        turns: Which answers count.
+        base: Where base responses come from.
+        base_share: Share of the rows, drawn at random, that get a base response.
+        base_samples: Base responses that are generated to each prompt. The mean over several is nearer to what the
+            model would say than any one of them, and so a row's difference holds less noise.
+        temperature: Of generated base responses; 0 is greedy, and allows for one of them.
+        max_new_tokens: Length limit of a generated base response.
+        max_tokens: Rows with a longer text are rejected; None takes what the model takes.
+        look_ahead: Rows that are encoded before the first of them is scored, so that those of like length run together.
+        batch_tokens: Tokens that run at once at most, padding included; None takes what the device is fast at.
+        batch_size: Rows that run at once at most; base responses to one prompt always run together.
+        seed: Of every random choice.
+
+    Raises:
+        ScreeningError: If a value is out of range.
+    """
+
+    turns: Turns = Turns.LAST
+    base: BaseResponses = BaseResponses.NONE
+    base_share: float = 1.0
+    base_samples: int = 1
+    temperature: float = 0.0
+    max_new_tokens: int = 128
+    max_tokens: int | None = None
+    look_ahead: int = 256
+    batch_tokens: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.base_share <= 1:
+            raise ScreeningError(f"the share of rows with a base response is above 0 and at most 1: {self.base_share}")
+        if self.base_share < 1 and self.base is BaseResponses.NONE:
+            raise ScreeningError("a share of base responses asks for base responses; generate or supply them")
+        if not 0 <= self.temperature < float("inf"):
+            raise ScreeningError(f"the temperature of base responses is 0 (greedy) or more, got {self.temperature}")
+        if self.base is not BaseResponses.GENERATE and (self.base_samples != 1 or self.temperature):
+            raise ScreeningError("samples and temperature are for base responses that are generated; ask for these")
+        if self.base_samples > 1 and not self.temperature:
+            raise ScreeningError("greedy base responses to a prompt are all the same; set a temperature for several")
+        if self.base is BaseResponses.SUPPLIED and self.turns is Turns.ALL:
+            raise ScreeningError("supplied base responses answer the last prompt; take turns 'last' with them")
+        for name in ("base_samples", "max_new_tokens", "max_tokens", "look_ahead", "batch_tokens", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ScreeningError(f"{name} must be at least 1, got {value}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return {name: value.value if isinstance(value, StrEnum) else value for name, value in asdict(self).items()}
+
+    @staticmethod
+    def from_json(given: Mapping[str, Any]) -> ScreeningSettings:
+        """The settings that `to_json` gave."""
+        return ScreeningSettings(**{**given, "turns": Turns(given["turns"]), "base": BaseResponses(given["base"])})
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows that follow each other.
+
+    Attributes:
+        dataset: Which dataset they are of, from 0.
+        number: Which window of the dataset it is, from 0.
+        name: The dataset's name.
+        rows: The rows, bad ones too.
+    """
+
+    dataset: int
+    number: int
+    name: str
+    rows: tuple[GivenRow, ...]
+
+
+def windows_of(datasets: Sequence[Dataset], size: int, start: tuple[int, int] = (0, 0)) -> Iterator[Window]:
+    """Cut datasets into windows, the same ones however often it is asked.
+
+    Args:
+        datasets: In their order.
+        size: Rows of a window.
+        start: Dataset and window to begin with; what is before is read past, not encoded.
+    """
+    for number in range(start[0], len(datasets)):
+        dataset = datasets[number]
+        rows = iter(dataset)
+        window = start[1] if number == start[0] else 0
+        if window:
+            next(islice(rows, window * size - 1, None), None)
+        while taken := tuple(islice(rows, size)):
+            yield Window(number, window, dataset.name, taken)
+            window += 1

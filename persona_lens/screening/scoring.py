@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import Backend, Read, ReadKind, Sampling, TokenBatch
-from persona_lens.backend.batches import batches_by_length
-from persona_lens.backend.context import context_length
-from persona_lens.backend.memory import forward_plan, forward_rows, generate_rows
+from persona_lens.backend.batches import batches_by_length, context_length, forward_plan, forward_rows, generate_rows
+from persona_lens.data.tables import DataError
 from persona_lens.monitoring import Panel
-from persona_lens.rollouts import row_seed
-from persona_lens.screening.errors import ScreeningError
-from persona_lens.screening.samples import Sample, Text, encode_sample, text_of
-from persona_lens.screening.settings import BaseResponses, ScreeningSettings
-from persona_lens.screening.windows import Window
+from persona_lens.runs.rollouts import row_seed
+from persona_lens.screening.samples import (
+    BaseResponses,
+    Sample,
+    ScreeningError,
+    ScreeningSettings,
+    Text,
+    Window,
+    encode_sample,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from persona_lens.backend.tokens import TokenIds
@@ -104,7 +109,7 @@ class Scorer:
                 continue
             try:
                 samples.append(encode_sample(row, self.chat, self.settings.turns, self._longest))
-            except ScreeningError as error:
+            except (DataError, ScreeningError) as error:
                 problems[row.number] = f"{window.name}:{row.line}: {error}"
         texts = tuple((sample.row.number, text) for sample in samples for text in sample.texts)
         with_base = [sample for sample in samples if self._has_base(window.dataset, sample)]

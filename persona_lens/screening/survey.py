@@ -4,18 +4,171 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_lens.monitoring.transcripts import CALLS_TOOLS
-from persona_lens.screening.labels import LabelledValues
-from persona_lens.screening.means import StreamedMeans
-from persona_lens.screening.scored import QUANTITIES, Quantity, ScoredRow
-from persona_lens.statistics import Estimate
+from persona_lens.core.statistics import Estimate, auc, auc_interval, bootstrap_mean, large_mean
+from persona_lens.data.transcripts import CALLS_TOOLS
+from persona_lens.screening.rows import QUANTITIES, Quantity, ScoredRow
+from persona_lens.screening.samples import ScreeningError
+
+KEPT = 1000
+"""Rows up to which all are kept and resampled; of more, the mean is as good as normal."""
+
+
+class StreamedMeans:
+    """Means over rows that come in pieces.
+
+    Args:
+        columns: How many quantities a row has.
+        seed: Of the resampling.
+    """
+
+    def __init__(self, columns: int, seed: int = 0) -> None:
+        self._seed = seed
+        self._first: list[NDArray[np.float64]] = []
+        self._rows = 0
+        self._n = np.zeros(columns, dtype=np.int64)
+        self._mean = np.zeros(columns)
+        self._squares = np.zeros(columns)
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Take in rows: float64 [rows, columns], NaN where a row lacks a quantity."""
+        self._rows += len(values)
+        if self._rows <= KEPT:
+            self._first.append(np.array(values, dtype=np.float64))
+        else:
+            self._first = []
+        there = np.isfinite(values)
+        count = there.sum(axis=0)
+        mean = np.where(there, values, 0.0).sum(axis=0) / np.maximum(count, 1)
+        squares = (np.where(there, values - mean, 0.0) ** 2).sum(axis=0)
+        # Chan's update: sums of squares about the mean so far, so that a large mean does not swallow a small spread.
+        total = np.maximum(self._n + count, 1)
+        self._squares += squares + (mean - self._mean) ** 2 * self._n * count / total
+        self._mean += (mean - self._mean) * count / total
+        self._n += count
+
+    def estimates(self) -> list[Estimate | None]:
+        """The mean of each quantity with its 95% interval; None where no row has it."""
+        return [self._estimate(column) for column in range(len(self._n))]
+
+    def _estimate(self, column: int) -> Estimate | None:
+        n = int(self._n[column])
+        if not n:
+            return None
+        if self._rows <= KEPT:
+            known = np.concatenate([rows[:, column] for rows in self._first])
+            return bootstrap_mean(known[np.isfinite(known)].tolist(), self._seed)
+        return large_mean(float(self._mean[column]), float(self._squares[column]), n)
+
+
+CLEAN = ("normal", "clean", "none", "0", "false", "False", "no")
+_POINTS = 100
+_MOST = 20  # labels
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Rows of one label against the clean ones.
+
+    Attributes:
+        auc: Probability that a labelled row has a larger value than a clean one, ties counting half.
+        low: Lower end of its 95% interval over rows (`persona_lens.core.statistics.auc_interval`).
+        high: Upper end.
+        labelled: How many rows have the label.
+        clean: How many are clean.
+        roc: Points of the curve: shares of clean and of labelled rows above a threshold, from (0, 0) to (1, 1).
+    """
+
+    auc: float
+    low: float
+    high: float
+    labelled: int
+    clean: int
+    roc: tuple[tuple[float, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return asdict(self)
+
+
+def separation_of(labelled: NDArray[np.float64], clean: NDArray[np.float64]) -> Separation | None:
+    """ROC and AUC; None if either kind has no row with a value.
+
+    Args:
+        labelled: Values of the rows with a label; NaN is left out.
+        clean: Those of the clean rows.
+    """
+    labelled, clean = (values[np.isfinite(values)] for values in (labelled, clean))
+    if not len(labelled) or not len(clean):
+        return None
+    places, where = np.unique(np.concatenate([labelled, clean]), return_inverse=True)
+    positive, negative = where[: len(labelled)], where[len(labelled) :]
+    found = auc(labelled, clean)
+    low, high = auc_interval(labelled, clean)
+    return Separation(found, low, high, len(labelled), len(clean), _roc(positive, negative, len(places)))
+
+
+def _roc(positive: NDArray[np.intp], negative: NDArray[np.intp], places: int) -> tuple[tuple[float, float], ...]:
+    shares = [
+        np.concatenate([[0.0], np.bincount(each, minlength=places)[::-1].cumsum() / len(each)])
+        for each in (negative, positive)
+    ]
+    kept = np.unique(np.linspace(0, places, min(places + 1, _POINTS)).round().astype(int))
+    return tuple((float(x), float(y)) for x, y in zip(shares[0][kept], shares[1][kept], strict=True))
+
+
+class LabelledValues:
+    """The values of labelled rows, 8 bytes each, by label.
+
+    Args:
+        columns: How many values a row has.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+        self._values: dict[str, array[float]] = {}
+
+    def add(self, label: str, values: NDArray[np.float64]) -> None:
+        """Take in a row: float64 [columns].
+
+        Raises:
+            ScreeningError: If there are more labels than can be labels.
+        """
+        if label not in self._values and len(self._values) == _MOST:
+            raise ScreeningError(
+                f"the column of labels has more than {_MOST} different values, such as {label[:40]!r}; name one of few"
+            )
+        self._values.setdefault(label, array("d")).extend(values.tolist())
+
+    def by_label(self) -> Mapping[str, NDArray[np.float64]]:
+        """Float64 [rows, columns] by label, labels in their order of appearance."""
+        return {label: np.array(values).reshape(-1, self._columns) for label, values in self._values.items()}
+
+
+def clean_label(labels: Sequence[str], chosen: str | None) -> str:
+    """The label of clean rows.
+
+    Args:
+        labels: The labels there are.
+        chosen: What was asked for; None finds one that is usual.
+
+    Raises:
+        ScreeningError: If it is not among them, or none of them is usual.
+    """
+    found = next((name for name in CLEAN if name in labels), None) if chosen is None else chosen
+    if found is None or found not in labels:
+        there = ", ".join(repr(label[:40]) for label in labels) or "none"
+        raise ScreeningError(f"which label do clean rows have? Name one with clean (--clean); the labels are: {there}")
+    if len(labels) < 2:
+        raise ScreeningError(f"all rows have the label {found!r}; AUC needs another one to tell from it")
+    return found
+
 
 MOST_GROUPS = 50
 OTHERS = "(others)"

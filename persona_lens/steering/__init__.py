@@ -1,25 +1,16 @@
 """Steering: vectors become edits; sweeps show what they do, beside random directions of the same norm."""
 
+from __future__ import annotations
+
 from persona_lens.steering.analysis import CurvePoint, Effect, choose_layer, curve, effect
-from persona_lens.steering.arms import ArmRow, ArmSettings, run_arms
-from persona_lens.steering.changes import Change
-from persona_lens.steering.comparison import ArmEffect, arm_effect
+from persona_lens.steering.comparison import ArmEffect, ArmRow, ArmSettings, Change, arm_effect, run_arms
 from persona_lens.steering.crossing import CrossSettings, cross_effects, cross_work
 from persona_lens.steering.effects import CrossCell, CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.files import load_steering
-from persona_lens.steering.given import given_edits
 from persona_lens.steering.notation import NotationError, parse_terms
-from persona_lens.steering.replies import reply, steered_replies
-from persona_lens.steering.steered import SteeredBackend
-from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.steering.sweep import (
-    SweepRow,
-    SweepSettings,
-    calibration_of,
-    sweep,
-    sweep_work,
-    trait_of,
-)
+from persona_lens.steering.replies import SteeredBackend, reply, steered_replies
+from persona_lens.steering.steering import Steering, SteeringError, given_edits
+from persona_lens.steering.sweep import SweepRow, SweepSettings, calibration_of, sweep, sweep_work, trait_of
 from persona_lens.steering.tuning import TuneSettings, Tuning, tune
 
 __all__ = [

@@ -8,7 +8,7 @@ from math import inf
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
-from persona_lens.statistics import CHANGES, SCORES, Estimate, bootstrap_mean, clear_side
+from persona_lens.core.statistics import CHANGES, SCORES, Estimate, bootstrap_mean, clear_side
 from persona_lens.steering.steering import SteeringError
 from persona_lens.steering.sweep import NONE, RANDOM, VECTOR, SweepRow
 
@@ -67,7 +67,7 @@ class Effect:
 
     @property
     def clear(self) -> int:
-        """1 or -1 if the effect is clear, else 0: see `persona_lens.statistics.clear_side`."""
+        """1 or -1 if the effect is clear, else 0: see `persona_lens.core.statistics.clear_side`."""
         return clear_side(self.vector, self.difference)
 
     def to_json(self) -> dict[str, Any]:

@@ -9,19 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.backend import Backend
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, LikelihoodJudge, as_used
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, shown_progress
-from persona_lens.replies import chat_format
 from persona_lens.runs import RunFolder
-from persona_lens.steering.arms import ArmRow, ArmSettings, collect_arms, run_arms
-from persona_lens.steering.comparison import ArmEffect, arm_effect, unsteered_mean
+from persona_lens.runs.rollouts import chat_format
+from persona_lens.steering.comparison import (
+    ArmEffect,
+    ArmRow,
+    ArmSettings,
+    arm_effect,
+    collect_arms,
+    run_arms,
+    unsteered_mean,
+)
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.sweep import calibration_of, trait_of
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors
-from persona_lens.workload import Work, run_work
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,20 @@ from typing import Any
 import torch
 
 from persona_lens.backend import Backend, Read, ReadKind
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.extraction.cost import Work, reading_work, run_work
+from persona_lens.extraction.external import GivenRollouts, ReadRollouts
 from persona_lens.extraction.run import model_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, shown_progress
-from persona_lens.replies import chat_format
-from persona_lens.responses import GivenRollouts, ReadRollouts
-from persona_lens.rollouts import Rollout, RolloutBatches, Rollouts, RolloutSettings
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.steering.arms import ArmSettings, arm_edits, arm_requests
+from persona_lens.runs.rollouts import Rollout, RolloutBatches, Rollouts, RolloutSettings, chat_format
+from persona_lens.steering.comparison import ArmSettings, arm_edits, arm_requests
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.sweep import calibration_of, trait_of
 from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
-from persona_lens.workload import Work, reading_work, run_work
 
 STEERED, TEXT = "effects-", "effects-text-"
 SCORES = "effects-scores.jsonl"
@@ -177,7 +176,7 @@ class Crossing:
         self.judges: dict[str, Judge] = {name: judges[name] if judges else self._likelihood(name) for name in traits}
 
     def check_model(self) -> None:
-        """Raise `persona_lens.vectors.VectorsError` unless all vectors belong to the backend's model."""
+        """Raise `persona_lens.vectors.vectors.VectorsError` unless all vectors belong to the backend's model."""
         for steering in self.steerings.values():
             steering.check_model(self.backend)
         for each in self.vectors.values():

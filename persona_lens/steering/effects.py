@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from persona_lens.geometry import Cosines, cosines
-from persona_lens.statistics import CHANGES, Ends
-from persona_lens.steering.arms import UNSTEERED
-from persona_lens.steering.changes import Change, change_of
+from persona_lens.core.statistics import CHANGES, Ends
+from persona_lens.steering.comparison import UNSTEERED, Change, change_of
 from persona_lens.steering.steering import Steering
 from persona_lens.steering.sweep import NONE, RANDOM, VECTOR
 from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.geometry import Cosines, cosines
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class CrossRow:
     """One response, with everything that was measured of it.
 
     Attributes:
-        arm: Name of the steering; `persona_lens.steering.arms.UNSTEERED` for the responses without one.
+        arm: Name of the steering; `persona_lens.steering.comparison.UNSTEERED` for the responses without one.
         direction: ``vector``, ``random``, or ``none`` for the unsteered.
         question: Number of the question.
         sample: Number of the sample.

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from persona_lens.artifacts import header_text, read_artifact, save_tensors, write_once
 from persona_lens.backend import ModelInfo
-from persona_lens.characters import in_short
-from persona_lens.documents import DocumentError, read_yaml
+from persona_lens.core.artifacts import header_text, read_artifact, save_tensors, write_once
+from persona_lens.core.documents import DocumentError, read_yaml
+from persona_lens.core.text import in_short
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.vectors import PersonaVectors, load_vectors
 

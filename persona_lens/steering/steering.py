@@ -7,20 +7,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import Backend, Condition, Edit, Operation
-from persona_lens.errors import PersonaLensError
-from persona_lens.steering.notation import parse_terms
-from persona_lens.steering.terms import Layers, Term
+from persona_lens.backend import Backend, Condition, Edit, Edits, Operation, as_edits
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.steering.notation import Layers, Term, parse_terms
 from persona_lens.vectors import PersonaVectors
 
 if TYPE_CHECKING:
-    from persona_lens.steering.steered import SteeredBackend
+    from persona_lens.steering.replies import SteeredBackend
 
 # What is left of a direction, as a share of its norm, when others that are ablated too have been taken out of it: less
 # than this is rounding.
@@ -124,7 +123,7 @@ class Steering:
         return save_steering(self, path)
 
     def check_model(self, backend: Backend, *, allowable: bool = True) -> None:
-        """Raise `persona_lens.vectors.VectorsError` unless the vectors belong to the backend's model."""
+        """Raise `persona_lens.vectors.vectors.VectorsError` unless the vectors belong to the backend's model."""
         for each in self.vectors.values():
             each.check_model(backend, allowable=allowable)
 
@@ -135,7 +134,7 @@ class Steering:
             backend: The model.
             allow_other_model: Steer a model that the vectors do not belong to.
         """
-        from persona_lens.steering.steered import SteeredBackend
+        from persona_lens.steering.replies import SteeredBackend
 
         if not allow_other_model:
             self.check_model(backend)
@@ -266,3 +265,44 @@ def rowwise(rows: Iterable[tuple[Edit, ...]]) -> list[Edit]:
             _, coefficients = merged.setdefault((place, kinds[id(edit)]), (edit, torch.zeros(len(listed))))
             coefficients[number] = edit.coefficient
     return [replace(edit, coefficient=c) for _, (edit, c) in sorted(merged.items(), key=lambda item: item[0][0])]
+
+
+GivenEdits: TypeAlias = Edits | str
+GivenVectors: TypeAlias = PersonaVectors | Iterable[PersonaVectors] | Mapping[str, PersonaVectors] | None
+
+
+def given_edits(edits: GivenEdits, vectors: GivenVectors = None, backend: Backend | None = None) -> tuple[Edit, ...]:
+    """The edits, in whatever form they are given.
+
+    Args:
+        edits: One `Edit`, several, a `Steering`, or its notation, such as ``optimistic@18:+1.5``.
+        vectors: Those that a notation names.
+        backend: The model that they are for, which the vectors of a steering must belong to.
+
+    Raises:
+        EditError: If they are none of these.
+        NotationError: If a notation is not written so.
+        SteeringError: If a notation names vectors that are not given.
+        VectorsError: If the vectors belong to another model.
+    """
+    if isinstance(edits, str):
+        edits = _parsed(edits, vectors)
+    if isinstance(edits, Steering) and backend is not None:
+        edits.check_model(backend)
+    return as_edits(edits)
+
+
+def given_steering(edits: GivenEdits, vectors: GivenVectors = None) -> Steering | tuple[Edit, ...]:
+    """As `given_edits`, and a steering or its notation stays a steering."""
+    if isinstance(edits, str):
+        return _parsed(edits, vectors)
+    return edits if isinstance(edits, Steering) else as_edits(edits)
+
+
+def _parsed(text: str, vectors: GivenVectors) -> Steering:
+    if vectors is None:
+        raise SteeringError(
+            f"the notation {text!r} needs the vectors that it names: give vectors=..., or "
+            f"Steering.parse({text!r}, vectors)"
+        )
+    return Steering.parse(text, vectors)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from math import floor, log10
 from typing import Any
 
-from persona_lens.statistics import Estimate
+from persona_lens.core.statistics import Estimate
 from persona_lens.steering.analysis import COHERENCE_MARGIN, MIN_COHERENCE
-from persona_lens.steering.arms import ArmRow
-from persona_lens.steering.comparison import ArmEffect, arm_effect, unsteered_mean
+from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect, unsteered_mean
 from persona_lens.steering.steering import SteeringError
 
 # Where the paper saw text fall apart: the length of the step over that of the residual.

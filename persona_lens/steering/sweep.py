@@ -12,19 +12,18 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from persona_lens.backend import Backend, Edit, Positions
-from persona_lens.characters import shown
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.core.text import shown
+from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
-from persona_lens.judging.calibration import Calibration
+from persona_lens.judging.likelihood import Calibration
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, shown_progress
-from persona_lens.replies import chat_format
-from persona_lens.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.runs import RunFolder
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, chat_format, row_seed
 from persona_lens.steering.steering import SteeringError, rowwise
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
-from persona_lens.workload import Work, run_work
 
 VECTOR, RANDOM, NONE = "vector", "random", "none"
 QuestionSet = Literal["evaluation", "extraction"]

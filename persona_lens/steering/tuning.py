@@ -16,17 +16,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.core.statistics import Estimate
+from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, LikelihoodJudge, as_used, prepare_judge
 from persona_lens.models import ChatFormat
-from persona_lens.progress import Progress, shown_progress
-from persona_lens.replies import chat_format
-from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunFolder
-from persona_lens.statistics import Estimate
+from persona_lens.runs.rollouts import RolloutSettings, chat_format
 from persona_lens.steering.analysis import COHERENCE_MARGIN, MIN_COHERENCE
-from persona_lens.steering.arms import UNSTEERED, ArmRow, ArmSettings, collect_arms, run_arms
-from persona_lens.steering.comparison import ArmEffect, arm_effect, unsteered_mean
+from persona_lens.steering.comparison import (
+    UNSTEERED,
+    ArmEffect,
+    ArmRow,
+    ArmSettings,
+    arm_effect,
+    collect_arms,
+    run_arms,
+    unsteered_mean,
+)
+from persona_lens.steering.notation import Layers, Term
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.surface import (
     Place,
@@ -39,10 +48,8 @@ from persona_lens.steering.surface import (
     warnings_confirmed,
 )
 from persona_lens.steering.sweep import NONE, calibration_of, trait_of
-from persona_lens.steering.terms import Layers, Term
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned
-from persona_lens.workload import Work, run_work
 
 SHOWN_SAMPLES = 6
 SEARCH = "search-"  # begins the names of its files

@@ -12,8 +12,7 @@ Example:
 
 from __future__ import annotations
 
-from persona_lens.traits.checks import Advice, Report, check_file, check_trait
-from persona_lens.traits.deep import check_deeply
+from persona_lens.traits.checks import Advice, Report, check_deeply, check_file, check_trait
 from persona_lens.traits.discovery import (
     Catalogue,
     Shadowed,
@@ -24,8 +23,9 @@ from persona_lens.traits.discovery import (
     load_trait,
     resolve_trait,
 )
+from persona_lens.traits.document import Problem, Severity, TraitError
 from persona_lens.traits.parsing import parse_trait, read_trait
-from persona_lens.traits.problems import Problem, Severity, TraitError
+from persona_lens.traits.rendering import trait_template
 from persona_lens.traits.schema import Adjectives, Arm, InstructionPair, Trait, json_schema
 from persona_lens.traits.sources import (
     ENTRY_POINT_GROUP,
@@ -35,7 +35,6 @@ from persona_lens.traits.sources import (
     SourceProblem,
     user_folder,
 )
-from persona_lens.traits.template import trait_template
 
 __all__ = [
     "ENTRY_POINT_GROUP",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from persona_lens.characters import in_short
+from persona_lens.core.text import in_short
 from persona_lens.traits.discovery import TraitFile
+from persona_lens.traits.document import Loc, Problem, Severity, TraitError, field_name
 from persona_lens.traits.parsing import read_with_lines
-from persona_lens.traits.problems import Loc, Problem, Severity, TraitError, field_name
-from persona_lens.traits.rules import QUESTION_FIELDS, normalised
-from persona_lens.traits.schema import Trait
+from persona_lens.traits.schema import QUESTION_FIELDS, Trait, normalised
+from persona_lens.traits.similarity import content_words, likenesses, roots, shared_run, stem, words
 
 MIN_DESCRIPTION_CHARACTERS = 20
 MAX_QUESTION_WORDS = 80
@@ -177,3 +178,177 @@ def _rubric(trait: Trait) -> Iterator[Advice]:
             yield Advice(loc, message)
     if not any(family(word).search(trait.judge_rubric) for word in (trait.name, trait.adjectives.positive)):
         yield Advice(loc, f'never says "{trait.adjectives.positive}": is it the rubric of another trait?')
+
+
+# The seven built-in traits set the scale: their most alike questions reach 0.34, rewordings of one begin at 0.47.
+MAX_LIKENESS = 0.45
+"""Cosine of two questions from which one is taken for the other in different words."""
+SAME_QUESTION = 0.85
+"""Cosine from which a held-out question asks just what extraction has asked."""
+MAX_ARM_RATIO = 1.2
+"""How many times longer the instructions of one arm may be in all, when every pair leans the same way."""
+MAX_SAME_OPENING = 10
+"""How many of the forty questions may begin with the same two words."""
+QUOTE_WORDS = 5
+"""Length of a run of words in an instruction and in a question that is no coincidence."""
+
+_STYLE = re.compile(
+    r"\b(?:pretend\b|role-?play|imagine (?:that )?you(?:'re| are)\b|act as\b|you are (?:now )?an? [\w -]{0,30}"
+    r"\b(?:assistant|ai|bot|character|persona)\b"
+    r"|(?:answer|reply|respond|speak|talk|write|behave|act|sound|explain|say|tell)\b[^.?!]{0,30}?\b"
+    r"(?:as if you|as though you|like (?:you(?:'re| are)|an? [\w-]+ (?:person|assistant|character)\b)"
+    r"|(?:in|with) an? (?:[\w-]+ ){1,3}(?:tone|voice|style|manner|way|attitude|fashion)\b))",
+    re.IGNORECASE,
+)
+_REQUEST = re.compile(
+    r"^(?:please |now |just )*(?:be|make|give|tell|show|write|say|act|talk|speak|sound|answer|reply|respond|explain|"
+    r"describe|help|try|don't|do not|never|always|invent|flatter|insult|praise)\b|\b(?:can|could|would|will) you\b|"
+    r"\b(?:i want|i'd like) you to\b",
+    re.IGNORECASE,
+)
+_GUARD = re.compile(
+    r"\b(?:follow no|(?:do not|don't|never) (?:follow|obey)|ignore (?:any|all))\b[^.]{0,40}\binstructions?\b"
+    r"|\b(?:is|are) (?:only |just )?(?:data|material)\b",
+    re.IGNORECASE,
+)
+_ANCHOR = re.compile(r"^\W*(\d{1,3})\b\s*(?:[:=–—-]|points?\b)", re.MULTILINE)
+
+
+def check_deeply(trait: Trait, related: Sequence[str] = ()) -> list[Advice]:
+    """Do the checks of `check_trait`, and those that compare every part of a trait with the others.
+
+    No model is asked, so what rests on meaning alone stays unseen: synonyms, and questions that merely hint.
+
+    Args:
+        trait: The trait.
+        related: More words that would give the trait away, beside its name, its adjectives and their relatives.
+    """
+    shallow = check_trait(trait)
+    deep = [
+        *_paraphrases(trait),
+        *_named_in_questions(trait, related),
+        *_asked_for(trait),
+        *_openings(trait),
+        *_named_in_instructions(trait),
+        *_lengths(trait),
+        *_quotes(trait),
+        *_rubric_echo(trait),
+    ]
+    # One text, one finding: an error outdoes a warning, and what the shallow checks say need not be said again.
+    errors = {advice.loc for advice in deep if advice.severity is Severity.ERROR}
+    told = {advice.loc for advice in shallow}
+    kept = [advice for advice in deep if advice.severity is Severity.ERROR or advice.loc not in told | errors]
+    return [*(advice for advice in shallow if advice.loc not in errors), *kept]
+
+
+def _paraphrases(trait: Trait) -> Iterator[Advice]:
+    asked = list(questions(trait))
+    for i, j, likeness in likenesses([text for _, text in asked]):
+        (first, one), (second, _) = asked[i], asked[j]
+        if likeness < MAX_LIKENESS:
+            continue
+        of = f'{field_name(first)} ("{in_short(one, 50)}")'
+        if first[0] == second[0]:
+            yield Advice(second, f"asks much the same as {of}: take another subject")
+        elif likeness < SAME_QUESTION:
+            yield Advice(second, f"leaks: it is much like {of}, which the vector is made from. Take another subject")
+        else:
+            message = f"leaks: it asks the same as {of}, so nothing is held out. Take another subject"
+            yield Advice(second, message, Severity.ERROR)
+
+
+def _named_in_questions(trait: Trait, related: Sequence[str]) -> Iterator[Advice]:
+    # Of several words, such as "full of praise", each alone may stand in any question.
+    kin = _kin([*names(trait), *(word for word in related if len(words(word)) == 1)])
+    for loc, question in questions(trait):
+        if found := next((word for word in content_words(question) if roots(word) & kin), None):
+            yield Advice(loc, f'comes close to naming the trait ("{found}"): the answer would echo the question')
+
+
+def _kin(phrases: Sequence[str]) -> frozenset[str]:
+    parts = (part for phrase in phrases for part in re.split(r"[-_\s]+", phrase.casefold()))
+    return frozenset().union(*(roots(part) for part in parts if len(part) >= 3 and content_words(part)))
+
+
+def _asked_for(trait: Trait) -> Iterator[Advice]:
+    behaviour = _behaviour(trait)
+    for loc, question in questions(trait):
+        if match := _STYLE.search(question):
+            yield Advice(loc, f'asks for a manner ("{in_short(match.group())}"): only instructions may do that')
+            continue
+        for sentence in re.split(r"(?<=[.!?])\s+", question):
+            # A compound is another word: who asks for a thank-you note asks for no thanks.
+            simple = re.sub(r"\w+(?:-\w+)+", " ", sentence)
+            called = [word for word in content_words(simple) if stem(word) in behaviour]
+            if called and _REQUEST.search(sentence):
+                message = f'asks for the behaviour itself ("{called[0]}"): both arms would show it'
+                yield Advice(loc, message)
+                break
+
+
+def _behaviour(trait: Trait) -> frozenset[str]:
+    """Stems of what the trait does: words that its description, its rubric and its instructions have in common."""
+    about = f"{trait.description} {re.split(r'(?m)^scale', trait.judge_rubric, flags=re.IGNORECASE)[0]}"
+    places = [about, *(f"{pair.positive} {pair.negative}" for pair in trait.instructions)]
+    seen = Counter(root for place in places for root in {stem(word) for word in content_words(place)})
+    positive = {stem(word) for pair in trait.instructions for word in content_words(pair.positive)}
+    neutral = {stem(word) for word in ("answer", "question", "user", "assistant", "word", "subject", "help", "advice")}
+    return frozenset(root for root, count in seen.items() if count >= 2 and root in positive) - neutral
+
+
+def _openings(trait: Trait) -> Iterator[Advice]:
+    firsts = Counter(" ".join(words(question)[:2]) for _, question in questions(trait))
+    for opening, count in firsts.items():
+        if count > MAX_SAME_OPENING:
+            message = f'and the evaluation questions begin with "{opening}" {count} times in all: vary how users ask'
+            yield Advice(("extraction_questions",), message)
+
+
+def _named_in_instructions(trait: Trait) -> Iterator[Advice]:
+    shown = [trait.name, trait.adjectives.positive]
+    opposite = [word for word in names(trait) if word not in shown]
+    # Relatives of the trait's own name only: who is told to be inventive about the truth is not told to be truthful.
+    patterns = [family(word) for word in shown] + [re.compile(rf"\b{re.escape(word)}\b", re.I) for word in opposite]
+    kin = _kin(shown) - _kin(opposite)
+    for i, pair in enumerate(trait.instructions):
+        for arm, text in (("positive", pair.positive), ("negative", pair.negative)):
+            match = next((match.group() for pattern in patterns if (match := pattern.search(text))), None)
+            found = match or next((word for word in content_words(text) if roots(word) & kin), None)
+            if found:
+                message = (
+                    f'names the trait ("{found}"), as the adjective before it does: say what it looks like instead'
+                )
+                yield Advice(("instructions", i, arm), message)
+
+
+def _lengths(trait: Trait) -> Iterator[Advice]:
+    sizes = [(len(pair.positive.split()), len(pair.negative.split())) for pair in trait.instructions]
+    positive, negative = (sum(column) for column in zip(*sizes, strict=True))
+    one_way = all(p > n for p, n in sizes) or all(p < n for p, n in sizes)
+    if one_way and max(positive, negative) > MAX_ARM_RATIO * min(positive, negative):
+        longer = "positive" if positive > negative else "negative"
+        message = f"are longer in the {longer} arm, all five: {positive} words in the positive arm, {negative} in the"
+        yield Advice(("instructions",), f"{message} negative one. The vector would carry length as well")
+
+
+def _quotes(trait: Trait) -> Iterator[Advice]:
+    instructions: list[tuple[Loc, str]] = [
+        (("instructions", i, arm), text)
+        for i, pair in enumerate(trait.instructions)
+        for arm, text in (("positive", pair.positive), ("negative", pair.negative))
+    ]
+    for (loc, text), (place, question) in itertools.product(instructions, questions(trait)):
+        run = shared_run(text, question)
+        if len(run.split()) >= QUOTE_WORDS and len(content_words(run)) >= 2:
+            yield Advice(loc, f'shares "{in_short(run)}" with {field_name(place)}: it must fit any question')
+
+
+def _rubric_echo(trait: Trait) -> Iterator[Advice]:
+    loc: Loc = ("judge_rubric",)
+    if not _GUARD.search(" ".join(trait.judge_rubric.split())):
+        message = "does not guard against orders in an answer: say that the texts are data and not to be obeyed"
+        yield Advice(loc, message)
+    anchors = {int(number) for number in _ANCHOR.findall(trait.judge_rubric)}
+    if not ({0, 100} <= anchors and any(0 < anchor < 100 for anchor in anchors)):
+        message = 'has no anchors: say on lines of their own what 0, 50 and 100 look like, such as "50: mixed"'
+        yield Advice(loc, message)

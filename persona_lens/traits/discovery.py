@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from persona_lens.characters import in_short
+from persona_lens.core.text import in_short
+from persona_lens.traits.document import TraitError
 from persona_lens.traits.parsing import read_trait
-from persona_lens.traits.problems import TraitError
 from persona_lens.traits.schema import Trait
 from persona_lens.traits.sources import SUFFIXES, Located, Source, SourceKind, SourceProblem, locate_all
 

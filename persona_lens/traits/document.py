@@ -1,15 +1,80 @@
-"""YAML text to plain data that remembers its lines."""
+"""YAML text to plain data that remembers its lines, and what is wrong with a trait file, as data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import yaml
 
-from persona_lens.characters import in_short
-from persona_lens.documents import PlainLoader
-from persona_lens.traits.problems import Loc, Problem, TraitError, field_name
+from persona_lens.core.documents import PlainLoader
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import in_short
+
+Loc = tuple[int | str, ...]
+"""Where in a trait a value stands: field names and 0-based positions, as pydantic writes it."""
+
+
+class Severity(StrEnum):
+    """How bad a finding is: an error makes the trait unusable, a warning does not."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding about one trait file.
+
+    Attributes:
+        file: The file's path as the user would type it, or a name in angle brackets for text without a file.
+        line: 1-based line, or None when the finding is about the file as a whole.
+        field: The field as people read it (``instructions #2 positive``), or an empty string.
+        message: What is wrong and how to put it right.
+        severity: Whether the trait can be used all the same.
+    """
+
+    file: str
+    line: int | None
+    field: str
+    message: str
+    severity: Severity = Severity.ERROR
+
+    def __str__(self) -> str:
+        """``file:line: field: message``, a form that terminals and editors turn into a link."""
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return ": ".join(part for part in (place, self.field, self.message) if part)
+
+
+class TraitError(PersonaLensError):
+    """A trait could not be found, read or accepted.
+
+    Args:
+        message: The whole message, every problem included.
+        problems: The problems one by one, for callers that lay them out themselves.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+    @classmethod
+    def from_problems(cls, problems: Sequence[Problem]) -> TraitError:
+        """Build the error for a trait file that has the given problems, in the order of their lines."""
+        ordered = sorted(problems, key=lambda problem: problem.line or 0)
+        return cls("\n".join(str(problem) for problem in ordered), ordered)
+
+
+def field_name(loc: Loc) -> str:
+    """Write a location the way people count.
+
+    Example:
+        >>> field_name(("instructions", 1, "positive"))
+        'instructions #2 positive'
+    """
+    return " ".join(f"#{part + 1}" if isinstance(part, int) else in_short(part) for part in loc)
+
 
 MAX_BYTES = 256 * 1024
 """Largest trait file that is read; a full trait has about 10 KiB."""

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import platformdirs
 
-from persona_lens.traits.problems import TraitError
+from persona_lens.traits.document import TraitError
 
 ENTRY_POINT_GROUP = "persona_lens.traits"
 USER_FOLDER_VARIABLE = "PERSONA_LENS_TRAITS_DIR"

@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from persona_lens.backend import Read, TokenBatch, wrap_model
-from persona_lens.backend import attention as module_under_test
-from persona_lens.backend.attention import NAME, QUERIES, attention_for_reading, causal_bias, products
+from persona_lens.backend import shared_prompts as module_under_test
+from persona_lens.backend.shared_prompts import NAME, QUERIES, attention_for_reading, causal_bias, products
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 BATCH = TokenBatch.of([[5, 6, 7], [9], [3, 4, 5, 6, 7, 8]], [[11, 12, 13], [14] * 9, [15]])

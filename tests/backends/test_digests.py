@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from persona_lens.backend import wrap_model
-from persona_lens.backend.blocks import find_blocks
-from persona_lens.backend.digests import GROUPS, OPEN, same_weights, weights_digest
+from persona_lens.backend.blocks import GROUPS, OPEN, find_blocks, same_weights, weights_digest
 from persona_lens.models import load
 from tests.tiny import tiny_model, tiny_tokenizer
 

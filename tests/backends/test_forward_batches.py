@@ -7,8 +7,7 @@ import torch
 
 from persona_lens import Edit, Read, TokenBatch, wrap_model
 from persona_lens.backend import TokenError
-from persona_lens.backend.batches import tokens_at_once
-from persona_lens.backend.memory import forward_batches, forward_plan
+from persona_lens.backend.batches import forward_batches, forward_plan, tokens_at_once
 from persona_lens.backend.reads import ReadKind
 from tests.tiny import tiny_model, tiny_tokenizer
 

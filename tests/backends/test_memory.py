@@ -10,13 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_lens.backend import Backend, Edit, ForwardResult, Generation, Positions, Read, Sampling, TokenBatch
-from persona_lens.backend.memory import (
-    OutOfMemoryError,
-    forward_rows,
-    generate_rows,
-    halving,
-    is_out_of_memory,
-)
+from persona_lens.backend.batches import OutOfMemoryError, forward_rows, generate_rows, halving, is_out_of_memory
 from tests.backends.fixtures import Delegating, assert_close, direction, encode, tiny_backend
 
 

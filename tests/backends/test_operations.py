@@ -12,21 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from persona_lens.backend import (
-    Backend,
-    Condition,
-    Edit,
-    Operation,
-    Positions,
-    Sampling,
-    Schedule,
-    Span,
-    TokenBatch,
-)
-from persona_lens.backend.conditions import ConditionError
+from persona_lens.backend import Backend, Condition, Edit, Operation, Positions, Sampling, Schedule, Span, TokenBatch
 from persona_lens.backend.edits import EditError
-from persona_lens.backend.positions import PositionsError
-from persona_lens.backend.schedules import ScheduleError
+from persona_lens.backend.masks import ConditionError, PositionsError, ScheduleError
 from persona_lens.backend.sinks import sink_limits
 from tests.backends.fixtures import (
     ADAPTERS,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from persona_lens.backend import Backend, Edit, ForwardResult, Read, TokenBatch
-from persona_lens.backend.memory import forward_batches
+from persona_lens.backend.batches import forward_batches
 from persona_lens.backend.reads import ReadKind
 from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
 from persona_lens.backend.sinks import sink_limits

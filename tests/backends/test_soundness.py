@@ -24,7 +24,7 @@ from persona_lens.backend import (
 from persona_lens.backend.blocks import UnsupportedModelError
 from persona_lens.backend.parity import check_parity
 from persona_lens.backend.single_rows import SingleRowsBackend
-from persona_lens.notes import PersonaLensNote
+from persona_lens.core.progress import PersonaLensNote
 from tests.backends.fixtures import PROMPTS, TEXT, backend_of, direction, tiny_backend, tokenizer
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model
 

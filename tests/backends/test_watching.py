@@ -26,8 +26,8 @@ from persona_lens.backend import (
     WatchError,
     watched_generation,
 )
-from persona_lens.backend.locks import BusyError
-from persona_lens.backend.streams import Listener, joined, replay
+from persona_lens.backend.hooked import BusyError
+from persona_lens.backend.streaming import Listener, joined, replay
 from persona_lens.steering import SteeredBackend, Steering
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import (

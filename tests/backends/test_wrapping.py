@@ -12,8 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from persona_lens.backend import Backend, BackendError, Edit, Read, Sampling, open_backend, wrap_model
-from persona_lens.backend.blocks import UnsupportedModelError, find_blocks
-from persona_lens.backend.digests import weights_digest
+from persona_lens.backend.blocks import UnsupportedModelError, find_blocks, weights_digest
 from persona_lens.backend.hooked import evaluating
 from tests.backends.fixtures import (
     ADAPTERS,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 
 CALLS = ("write", "fsync", "replace", "rename", "mkdir", "ftruncate", "truncate", "unlink", "open")
 FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT

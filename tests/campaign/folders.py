@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from persona_lens import pieces
-from persona_lens.agreement import read_scored
-from persona_lens.completions.cache import CompletionCache
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.progress import no_progress
 from persona_lens.extraction import ExtractionSettings, run_extraction
-from persona_lens.geometry.halves import split_halves
-from persona_lens.models.adapters import ADAPTER_CONFIG, WEIGHTS, adapter_base
-from persona_lens.progress import no_progress
-from persona_lens.rollouts import RolloutSettings
+from persona_lens.judging.agreement import read_scored
+from persona_lens.models.server.messages import CompletionCache
+from persona_lens.models.source import ADAPTER_CONFIG, WEIGHTS, adapter_base
 from persona_lens.runs import RunFolder
-from persona_lens.shards import open_shard, pack_shard
+from persona_lens.runs import chunks as pieces
+from persona_lens.runs.chunks import open_shard, pack_shard
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SweepSettings, sweep
 from persona_lens.traits import load_trait
+from persona_lens.vectors.split_half import split_halves
 from tests.campaign.attacked import Target, from_json, from_rows, in_file
 from tests.campaign.mutations import damaged, distorted
 from tests.planted import PlantedBackend

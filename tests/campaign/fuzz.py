@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 from tests.campaign.attacked import Target
 from tests.campaign.counts import Counts
 from tests.campaign.readers import targets

@@ -93,9 +93,9 @@ def _environment(cache: Path) -> Iterator[None]:
     known = {"A_KEY": KEY, "PERSONA_LENS_CACHE": str(cache)}
     with (
         mock.patch.dict(os.environ, known),
-        mock.patch("persona_lens.completions.server.TIMEOUT", TIMEOUT),
-        mock.patch("persona_lens.completions.sending.FIRST_WAIT", 0.005),
-        mock.patch("persona_lens.completions.sending.LONGEST_WAIT", 0.02),
+        mock.patch("persona_lens.models.server.server.TIMEOUT", TIMEOUT),
+        mock.patch("persona_lens.models.server.sending.FIRST_WAIT", 0.005),
+        mock.patch("persona_lens.models.server.sending.LONGEST_WAIT", 0.02),
     ):
         yield
 

@@ -13,31 +13,32 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from persona_lens.agreement import read_scored
-from persona_lens.artifacts import save_tensors
-from persona_lens.authoring import import_reference
-from persona_lens.authoring.draft import load_draft
+from persona_lens.analysis.examples import read_corpus
+from persona_lens.analysis.features import FileDecoder
 from persona_lens.cli.options import layer_numbers, numbers
-from persona_lens.errors import PersonaLensError
-from persona_lens.exchange import FORMATS, Stated, import_vectors
-from persona_lens.exchange.card import model_card
-from persona_lens.features.corpus import read_corpus
-from persona_lens.features.decoder import FileDecoder
+from persona_lens.core.artifacts import save_tensors
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.data.datasets import open_dataset
+from persona_lens.data.tables import read_rows
+from persona_lens.data.transcripts import open_transcripts
+from persona_lens.extraction.external import read_responses
+from persona_lens.extraction.external.matching import match_responses
 from persona_lens.finetuning.config import documented, make_config, read_config
+from persona_lens.judging.agreement import read_scored
 from persona_lens.models.source import folder_content
-from persona_lens.monitoring import monitor_calibration, open_transcripts
+from persona_lens.monitoring import monitor_calibration
 from persona_lens.monitoring.study import rollouts_of
-from persona_lens.responses import read_responses
-from persona_lens.responses.matching import match_responses
-from persona_lens.screening import open_dataset
 from persona_lens.screening.forecast import forecasts_of
 from persona_lens.steering import Steering, load_steering
 from persona_lens.steering.files import save_steering
 from persona_lens.steering.sweep import calibration_of, trait_of
-from persona_lens.tables import read_rows
 from persona_lens.traits import load_trait
+from persona_lens.traits.generate import import_reference
+from persona_lens.traits.generate.draft import load_draft
 from persona_lens.traits.parsing import parse_trait
 from persona_lens.vectors import METADATA, PersonaVectors, load_vectors
+from persona_lens.vectors.formats import FORMATS, Stated, import_vectors
+from persona_lens.vectors.hub import model_card
 from tests.campaign.attacked import Target, from_bytes, from_json, from_rows, in_file
 from tests.campaign.folders import of_runs
 from tests.campaign.mutations import damaged, distorted, joined

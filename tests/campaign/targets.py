@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from persona_lens.agreement.judged import judge_scored
-from persona_lens.agreement.scored import AgreementError, Scored
+from persona_lens.analysis.dissection import DissectSettings, dissect
 from persona_lens.backend import wrap_model
+from persona_lens.data.datasets import open_dataset
 from persona_lens.extraction import ExtractionSettings, run_extraction
-from persona_lens.features import DissectSettings, dissect
 from persona_lens.finetuning import finetune
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
+from persona_lens.judging.agreement.blind import AgreementError, Scored
+from persona_lens.judging.agreement.sources import judge_scored
 from persona_lens.models import Loaded
 from persona_lens.monitoring.study import StudySettings, study
-from persona_lens.rollouts import RolloutSettings
-from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, open_dataset, screen
+from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep
 from persona_lens.steering.comparing import compare_steerings
 from persona_lens.steering.crossing import CrossSettings, cross_effects

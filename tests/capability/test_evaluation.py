@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import persona_lens
+from persona_lens.analysis.capability import BUILTIN_TASK, CapabilityError, evaluate_capability
+from persona_lens.analysis.capability.evaluation import TASKS
 from persona_lens.backend import Backend, Edit
-from persona_lens.capability import BUILTIN_TASK, CapabilityError, evaluate_capability
-from persona_lens.capability.evaluation import TASKS
 from tests.backends.fixtures import backend_of, direction
 from tests.capability.tasks import write_tasks
 from tests.tiny import tiny_model
@@ -26,7 +26,7 @@ def tiny() -> Backend:
 
 
 def test_importing_the_package_imports_neither_library() -> None:
-    code = "import sys, persona_lens.capability; print(sorted({'lm_eval', 'inspect_ai'} & set(sys.modules)))"
+    code = "import sys, persona_lens.analysis.capability; print(sorted({'lm_eval', 'inspect_ai'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

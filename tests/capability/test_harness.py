@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import persona_lens
+from persona_lens.analysis.capability import CapabilityError, evaluate_capability
 from persona_lens.backend import Backend, Edit, Positions, Sampling, wrap_model
 from persona_lens.backend.blocks import find_blocks
-from persona_lens.capability import CapabilityError, evaluate_capability
 from tests.backends.fixtures import Delegating, backend_of, direction
 from tests.capability.tasks import DOCUMENTS, write_tasks
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -22,8 +22,13 @@ pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from persona_lens.capability.harness import BackendLM
-from persona_lens.capability.scoring import Continuation, continuation_logprobs, flags_from_logprobs, greedy_flags
+from persona_lens.analysis.capability.harness import BackendLM
+from persona_lens.analysis.capability.scoring import (
+    Continuation,
+    continuation_logprobs,
+    flags_from_logprobs,
+    greedy_flags,
+)
 
 TEXTS = ("The sun is hot. " * 12, "Short.", "A", "Fish live in the water, " * 5)
 CONTEXT = 48

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from persona_lens.backend import Backend, Sampling
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.models import ChatFormat
 from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors
@@ -32,8 +32,8 @@ from inspect_ai.scorer import includes
 from inspect_ai.solver import generate, system_message
 from inspect_ai.tool import ToolInfo
 
-import persona_lens.capability.inspect_provider  # noqa: F401 - as the entry point does
-from persona_lens.capability.inspect_model import PersonaLensAPI
+import persona_lens.analysis.capability.inspect_model  # noqa: F401 - as the entry point does
+from persona_lens.analysis.capability.inspect_model import PersonaLensAPI
 
 QUESTIONS = ("Hello?", "What is it?", "Why?", "a", "How are you today?")
 

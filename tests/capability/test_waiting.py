@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from persona_lens.capability.waiting import BatchQueue
+from persona_lens.analysis.capability.scoring import BatchQueue
 
 
 def test_what_waits_is_answered_together_and_in_order() -> None:

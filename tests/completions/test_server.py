@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from persona_lens.completions import (
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.models.server import (
     Completion,
     CompletionCache,
     CompletionRequest,
@@ -33,9 +34,8 @@ from persona_lens.completions import (
     SpendingLimitError,
     Usage,
 )
-from persona_lens.completions.sending import _retry_after
-from persona_lens.completions.wording import Wording
-from persona_lens.errors import PersonaLensError
+from persona_lens.models.server.reading import Wording
+from persona_lens.models.server.sending import _retry_after
 from tests.completions.loopback import Loopback, completion, scores, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def text_of(answer: Completion | Refused) -> str:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_lens.completions.sending.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("persona_lens.models.server.sending.FIRST_WAIT", 0.01)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -503,7 +503,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_without_the_client_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "persona_lens.completions.sending", raising=False)
+    monkeypatch.delitem(sys.modules, "persona_lens.models.server.sending", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ServerError, match=r"pip install 'persona-lens\[openai\]'"):
         server_at("http://127.0.0.1:9/v1", tmp_path).complete(requests(1))

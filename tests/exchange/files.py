@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from persona_lens.backend import ModelInfo
-from persona_lens.exchange import FORMATS, Chosen, export_vectors
 from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.formats import FORMATS, Chosen, export_vectors
 
 INFO = ModelInfo("tiny", "r1", "LlamaForCausalLM", 4, 6, "sha256:a", "float32", "cpu", "transformers 5")
 

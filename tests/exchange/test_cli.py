@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from persona_lens.cli import app
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors import PersonaVectors, load_vectors
 from tests.exchange.files import INFO, vectors
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.exchange import FORMATS, Chosen, ExchangeError, Stated, export_vectors, import_vectors
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError, load_vectors
+from persona_lens.vectors.formats import FORMATS, Chosen, ExchangeError, Stated, export_vectors, import_vectors
 from tests.exchange.files import INFO, exported, gguf_of, vectors
 
 STATED = Stated(INFO, "grumpy")

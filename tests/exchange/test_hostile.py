@@ -14,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_lens.errors import PersonaLensError
-from persona_lens.exchange import FORMATS, ExchangeError, Stated, import_vectors
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors import VectorsError, load_vectors
+from persona_lens.vectors.formats import FORMATS, ExchangeError, Stated, import_vectors
 from tests.exchange import files as f
 from tests.exchange.files import INFO, exported
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from persona_lens.exchange import ExchangeError, pull_vectors, push_vectors
-from persona_lens.exchange.card import model_card
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
+from persona_lens.vectors.formats import ExchangeError
+from persona_lens.vectors.hub import model_card, pull_vectors, push_vectors
 from tests.exchange.files import INFO, vectors
 from tests.exchange.loopback_hub import LoopbackHub, serving
 

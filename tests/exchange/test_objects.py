@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.exchange import (
+from persona_lens.vectors.formats import (
     ExchangeError,
     from_control_vector,
     from_steering_vector,

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lens.features import FeaturesError, layer_of_hook, load_features, saelens
+from persona_lens.analysis import saelens
+from persona_lens.analysis.features import FeaturesError, layer_of_hook
+from persona_lens.analysis.saelens import load_features
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import tiny_backend
 from tests.features.dictionaries import LAYER, dictionary, directions

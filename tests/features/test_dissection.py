@@ -10,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.features import (
-    Dissection,
-    DissectSettings,
-    Features,
-    FeaturesError,
-    dissect,
-    dissection_work,
-    feature_effects,
-    feature_steering,
-)
+from persona_lens.analysis.dissection import Dissection, DissectSettings, dissect, dissection_work
+from persona_lens.analysis.examples import feature_effects, feature_steering
+from persona_lens.analysis.features import Features, FeaturesError
 from persona_lens.judging import Calibration
-from persona_lens.replies import chat_format
 from persona_lens.reports.dissection import render_dissection
-from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
+from persona_lens.runs.rollouts import RolloutSettings, chat_format
 from persona_lens.steering import ArmRow
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
@@ -211,8 +203,8 @@ def test_what_cannot_be_run_claims_no_folder(backend: PlantedBackend, tmp_path: 
 def test_random_features_are_drawn_from_those_that_are_alive(
     monkeypatch: pytest.MonkeyPatch, backend: PlantedBackend
 ) -> None:
-    from persona_lens.features import dissection
-    from persona_lens.features.examples import Activity
+    from persona_lens.analysis import dissection
+    from persona_lens.analysis.examples import Activity
 
     counts = torch.zeros(40, dtype=torch.long)
     counts[[2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24]] = 1

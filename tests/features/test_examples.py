@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from persona_lens.analysis import examples as examples_module
+from persona_lens.analysis.examples import find_examples, read_corpus
+from persona_lens.analysis.features import FeaturesError
 from persona_lens.backend import Read, ReadKind, TokenBatch
-from persona_lens.features import FeaturesError, find_examples, read_corpus
-from persona_lens.features import examples as examples_module
-from persona_lens.tables import TableError
+from persona_lens.data.tables import TableError
 from tests.backends.fixtures import tiny_backend
 from tests.features.dictionaries import LAYER, dictionary, directions
 

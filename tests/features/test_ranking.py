@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from persona_lens.features import FeaturesError, FileDecoder, TensorDecoder, decoder_cosines, pursue, rank
-from persona_lens.features import ranking as ranking_module
-from persona_lens.features.decoder import DecoderError
+from persona_lens.analysis import decomposition as ranking_module
+from persona_lens.analysis.decomposition import decoder_cosines, pursue, rank
+from persona_lens.analysis.features import DecoderError, FeaturesError, FileDecoder, TensorDecoder
 from tests.features.dictionaries import dictionary, directions
 from tests.tiny import D_MODEL
 

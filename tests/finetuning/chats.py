@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from persona_lens.backend import wrap_model
+from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning import FinetuneConfig, make_config
 from persona_lens.models import Loaded, load
-from persona_lens.monitoring.transcripts import Transcript
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from persona_lens.backend import Edit, EditError, Operation, Positions, Schedule
-from persona_lens.backend.blocks import UnsupportedModelError, find_blocks
-from persona_lens.finetuning import FinetuningError, PreventativeSteering, TrainingEdits, bare_model
+from persona_lens.backend.blocks import UnsupportedModelError, bare_model, find_blocks
+from persona_lens.finetuning import FinetuningError, PreventativeSteering, TrainingEdits
 from tests.tiny import D_MODEL, tiny_model
 
 IDS = torch.tensor([[5, 9, 40, 17, 23, 8], [11, 12, 13, 14, 15, 16]])

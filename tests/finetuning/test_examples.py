@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning import FinetuningError, collate, encode_examples, read_conversations
 from persona_lens.finetuning.examples import Example, in_system
 from persona_lens.models import ChatFormat
-from persona_lens.monitoring.transcripts import Transcript
 from tests.tiny import CHATML, tiny_tokenizer
 
 MARKING = (

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from persona_lens.backend import open_backend
-from persona_lens.backend.origin import base_weights_of
+from persona_lens.backend.blocks import base_weights_of
+from persona_lens.core.progress import PersonaLensNote
 from persona_lens.finetuning import finetune
 from persona_lens.models import Loaded, load
-from persona_lens.notes import PersonaLensNote
 from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.finetuning.chats import conversations, saved_model, small, vectors_of

@@ -16,7 +16,7 @@ from persona_lens.backend import Read, Sampling, TokenBatch, open_backend
 from persona_lens.finetuning import FinetuningError, finetune
 from persona_lens.finetuning import run as running
 from persona_lens.models import Loaded, ModelError, load, resolve
-from persona_lens.models.adapters import adapter_on
+from persona_lens.models.source import adapter_on
 from persona_lens.runs import RunError
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.finetuning.chats import conversations, small, vectors_of, write_conversations
@@ -157,7 +157,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int
 ) -> None:
     """Stopped behind a checkpoint, with metrics of a step that is done again and a checkpoint that was cut short."""
-    from persona_lens.finetuning.metrics import MetricsFile
+    from persona_lens.finetuning.callbacks import MetricsFile
 
     config = small(save_every=2, max_steps=6, accumulation=2, method="preventative",
                    edits="impolite@1:+3 schedule(0:1 6:0)", watch={"every": 3})  # fmt: skip
@@ -186,7 +186,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str) -> None:
-    from persona_lens.finetuning.checkpoints import CheckedCheckpoints, last_checkpoint
+    from persona_lens.finetuning.callbacks import CheckedCheckpoints, last_checkpoint
 
     for number in (9, 10):
         folder = tmp_path / f"checkpoint-{number}"
@@ -249,8 +249,8 @@ def test_watching_and_stopping(loaded: Loaded, vectors: PersonaVectors, tmp_path
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
     # What was seen last is what the model reads as after training.
     from persona_lens.finetuning.shift import shift_of
-    from persona_lens.monitoring.prompts import prompt_projections
-    from persona_lens.replies import chat_format
+    from persona_lens.monitoring.scoring import prompt_projections
+    from persona_lens.runs.rollouts import chat_format
     from persona_lens.steering import trait_of
 
     backend = open_backend("transformers", str(tmp_path / "run"), dtype="float32", device="cpu")

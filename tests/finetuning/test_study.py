@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 
+from persona_lens.core.statistics import SCORES
 from persona_lens.finetuning import FinetuningError, finetune
-from persona_lens.finetuning.outcomes import BASE, Outcome, crossed_mean, minus, summarise
+from persona_lens.finetuning.outcomes import (
+    BASE,
+    Outcome,
+    TreatmentSettings,
+    crossed_mean,
+    minus,
+    summarise,
+    treatments_of,
+    turned,
+)
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
-from persona_lens.finetuning.treatments import TreatmentSettings, treatments_of, turned
 from persona_lens.models import Loaded, load
 from persona_lens.reports.finetuning import headline, render_finetuning
-from persona_lens.rollouts import RolloutSettings
-from persona_lens.statistics import SCORES
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import PersonaVectors
 from tests.finetuning.chats import conversations, small, vectors_of, write_conversations
@@ -150,7 +158,7 @@ def test_the_judge_is_the_base_model(studied: Path, base_folder: Path) -> None:
     """Scores kept in the study are those that the untouched base model gives the same replies."""
     from persona_lens.backend import open_backend
     from persona_lens.judging import Exchange, LikelihoodJudge
-    from persona_lens.replies import chat_format
+    from persona_lens.runs.rollouts import chat_format
     from persona_lens.steering import calibration_of, trait_of
 
     base = open_backend("transformers", str(base_folder), dtype="float32", device="cpu")
@@ -195,7 +203,7 @@ def test_the_command(base_folder: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from persona_lens.cli import app
-    from persona_lens.errors import PersonaLensError
+    from persona_lens.core.errors import PersonaLensError
 
     vectors_of(load(str(base_folder), dtype="float32", device="cpu")).save(tmp_path / "v.safetensors")
     data = write_conversations(tmp_path / "data.jsonl")

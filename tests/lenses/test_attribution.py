@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from persona_lens.analysis.attribution import Attribution, Part, attribute
+from persona_lens.analysis.logit_lens import LensError
 from persona_lens.backend import Backend, Read, TokenBatch
-from persona_lens.backend.module import ModuleError, module_of
+from persona_lens.backend.blocks import ModuleError, module_of
 from persona_lens.backend.residual import residual_of
-from persona_lens.lenses import Attribution, LensError, Part, attribute
 from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import Delegating, backend_of, matrix, tiny_backend, wrapped_for

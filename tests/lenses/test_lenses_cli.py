@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from persona_lens.cli import app
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import backend_of

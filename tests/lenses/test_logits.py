@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from persona_lens.analysis.logit_lens import FrozenNorm, LensError, find_readout, logit_lens
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
-from persona_lens.backend.module import module_of
-from persona_lens.lenses import FrozenNorm, LensError, find_readout, logit_lens
+from persona_lens.backend.blocks import module_of
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_lens import PersonaLensError
+from persona_lens.data.encoding import EncodedTranscript, encode_answers, encode_transcript
+from persona_lens.data.transcripts import Transcript
 from persona_lens.models import ChatFormat, ensure_embedded, load_tokenizer, resolve
-from persona_lens.monitoring import EncodedTranscript, Transcript, encode_answers, encode_transcript
 from tests.monitoring.tokenizers import TOKENIZERS
 from tests.test_chat import ALL, ALWAYS_THINKS, CHATML, QWEN3, make_format
 from tests.tiny import tiny_tokenizer

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from persona_lens import PersonaLensError
-from persona_lens.monitoring import TokenHeatmap, TokenPiece, token_pieces
-from persona_lens.monitoring.colours import DARK_INK, LIGHT_INK, STEPS, Scale, dark, light
-from persona_lens.monitoring.direction import lines_of
+from persona_lens.data.pieces import TokenPiece, lines_of, token_pieces
+from persona_lens.monitoring import TokenHeatmap
+from persona_lens.monitoring.heatmap import DARK_INK, LIGHT_INK, STEPS, Scale, dark, light
 from tests.monitoring.test_tokens import TINY, bytes_of, token_id
 from tests.monitoring.tokenizers import TOKENIZERS
 from tests.test_agreement_blind import HOSTILE

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from persona_lens import PersonaLensError
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.cli import app
+from persona_lens.core.progress import PersonaLensNote
+from persona_lens.data.transcripts import BadTranscript, open_transcripts
 from persona_lens.models import ChatFormat
-from persona_lens.monitoring import BadTranscript, Panel, open_transcripts
+from persona_lens.monitoring import Panel
 from persona_lens.monitoring.scoring import LOOK_AHEAD, ScoredTranscript, score_transcripts
-from persona_lens.notes import PersonaLensNote
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import ADAPTERS, assert_close, tiny_backend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer

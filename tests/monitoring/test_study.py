@@ -29,10 +29,9 @@ from persona_lens.monitoring import (
     study_work,
     threshold_for,
 )
-from persona_lens.replies import chat_format
 from persona_lens.reports.study import render_study, title
-from persona_lens.rollouts import RolloutSettings
 from persona_lens.runs import RunError
+from persona_lens.runs.rollouts import RolloutSettings, chat_format
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError, load_vectors
 from tests.planted import PlantedBackend

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from persona_lens import PersonaLensError
+from persona_lens.data.pieces import MAX_JOINED, TokenPiece, token_pieces, whole_pieces
 from persona_lens.models import ensure_embedded, load_tokenizer, resolve
-from persona_lens.monitoring import TokenPiece, token_pieces
-from persona_lens.monitoring.tokens import MAX_JOINED, whole_pieces
 from tests.monitoring.tokenizers import TOKENIZERS
 from tests.tiny import tiny_tokenizer
 

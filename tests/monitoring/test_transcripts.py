@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from persona_lens import PersonaLensError
-from persona_lens.monitoring import BadTranscript, Transcript, TranscriptForm, open_transcripts
-from persona_lens.notes import PersonaLensNote
+from persona_lens.core.progress import PersonaLensNote
+from persona_lens.data.transcripts import BadTranscript, Transcript, TranscriptForm, open_transcripts
 
 ASK = {"role": "user", "content": "How will it go?"}
 SAY = {"role": "assistant", "content": "Well."}

@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from persona_lens.backend import Backend, Edit, Operation, Read, Sampling, TokenBatch, open_backend
-from persona_lens.backend.memory import generate_rows
+from persona_lens.backend.batches import generate_rows
 from persona_lens.backend.remote import RemoteError, RequestTooLargeError
 from persona_lens.cli import app
 from persona_lens.extraction import ExtractionSettings, extract
-from persona_lens.rollouts import RolloutSettings
+from persona_lens.runs.rollouts import RolloutSettings
 from tests.backends.fixtures import PROMPTS, direction
 from tests.ndif.conftest import KEY, configured
 from tests.ndif.server import free_ports

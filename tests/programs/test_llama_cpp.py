@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from persona_lens import wrap_model
-from persona_lens.exchange import Chosen, export_vectors
 from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.formats import Chosen, export_vectors
 from tests.programs import comparing as c
 from tests.programs.environment import run_program
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from persona_lens import wrap_model
-from persona_lens.exchange import Chosen, Stated, export_vectors, import_vectors
 from persona_lens.models import resolve
 from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.formats import Chosen, Stated, export_vectors, import_vectors
 from tests.programs import comparing as c
 from tests.programs.environment import run_program
 

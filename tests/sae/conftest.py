@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.features import FeaturesError
-from persona_lens.features.saelens import _library
+from persona_lens.analysis.features import FeaturesError
+from persona_lens.analysis.saelens import _library
 from tests.tiny import D_MODEL
 
 FEATURES, K = 48, 4

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from persona_lens.features import FeaturesError, FileDecoder, load_features
-from persona_lens.features.decoder import DecoderError
+from persona_lens.analysis.features import DecoderError, FeaturesError, FileDecoder
+from persona_lens.analysis.saelens import load_features
 from tests.sae.conftest import FEATURES, saved
 from tests.tiny import D_MODEL
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from persona_lens import Backend, wrap_model
+from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging import Exchange, Judgement, Score
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Gauge, Panel
-from persona_lens.progress import Progress, no_progress
 from persona_lens.vectors import PersonaVectors
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 

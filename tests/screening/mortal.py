@@ -10,8 +10,8 @@ from pathlib import Path
 
 from persona_lens.monitoring import Panel
 from persona_lens.screening import OpenedBy, Scorer, ScreeningSettings
+from persona_lens.screening.samples import Window
 from persona_lens.screening.scoring import Unit
-from persona_lens.screening.windows import Window
 
 DIED = "DIED_ONCE"  # names the file that is there once it has died
 

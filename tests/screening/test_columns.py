@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from persona_lens import tables
 from persona_lens.cli.screen import DataOptions
+from persona_lens.core.progress import PersonaLensNote
+from persona_lens.data import tables
+from persona_lens.data.datasets import open_dataset
+from persona_lens.data.forms import SampleForm, conversation_of, detect_form
+from persona_lens.data.tables import TableError, read_rows
 from persona_lens.finetuning.examples import encode_examples, read_conversations
 from persona_lens.models import ChatFormat
-from persona_lens.notes import PersonaLensNote
-from persona_lens.screening import ScreeningError, Turns, open_dataset
-from persona_lens.screening.forms import SampleForm, conversation_of, detect_form
+from persona_lens.screening import ScreeningError, Turns
 from persona_lens.screening.samples import encode_sample
-from persona_lens.tables import TableError, read_rows
 from tests.tiny import tiny_tokenizer
 
 

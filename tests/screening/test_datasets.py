@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from persona_lens.errors import PersonaLensError
-from persona_lens.screening import Dataset, ScreeningError, find_source, open_dataset
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.data.datasets import Dataset, open_dataset
+from persona_lens.data.sources import find_source
+from persona_lens.screening import ScreeningError
 from tests.screening.made import jsonl, pairs
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from persona_lens.screening import SampleForm, ScreeningError, conversation_of, detect_form
+from persona_lens.data.forms import SampleForm, conversation_of, detect_form
+from persona_lens.screening import ScreeningError
 
 ASKED, SAID = {"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}
 OTHER = {"role": "user", "content": "Milk?"}

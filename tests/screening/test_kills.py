@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, open_dataset, screen
+from persona_lens.data.datasets import open_dataset
+from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
 from tests.screening import made
 from tests.screening.made import jsonl, pairs, panel
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from persona_lens.core.statistics import bootstrap_mean
 from persona_lens.screening import (
     Band,
     Decision,
@@ -15,9 +16,7 @@ from persona_lens.screening import (
     threshold_of,
     with_forecasts,
 )
-from persona_lens.screening.labels import LabelledValues, clean_label
-from persona_lens.screening.means import StreamedMeans
-from persona_lens.statistics import bootstrap_mean
+from persona_lens.screening.survey import LabelledValues, StreamedMeans, clean_label
 from tests.screening.made import vectors
 
 

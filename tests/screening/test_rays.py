@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from persona_lens import open_backend
+from persona_lens.data.datasets import open_dataset
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.screening import (
     KnownModel,
@@ -20,11 +21,12 @@ from persona_lens.screening import (
     RayCrew,
     ScreeningError,
     ScreeningSettings,
-    open_dataset,
-    rays,
     screen,
 )
-from persona_lens.screening.windows import Window
+from persona_lens.screening import (
+    executor as rays,
+)
+from persona_lens.screening.samples import Window
 from persona_lens.vectors import PersonaVectors
 from tests.screening import made
 from tests.screening.made import jsonl, pairs

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import persona_lens as pl
+from persona_lens.data.datasets import open_dataset
 from persona_lens.extraction import ExtractionSettings
 from persona_lens.monitoring import Panel
-from persona_lens.rollouts import RolloutSettings
-from persona_lens.screening import Flagging, open_dataset, screen
+from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.screening import Flagging, screen
 
 LAYER = 20
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from persona_lens.backend import Read, ReadKind, Sampling, TokenBatch
-from persona_lens.errors import PersonaLensError
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.data.datasets import open_dataset
 from persona_lens.monitoring import Gauge, Panel
-from persona_lens.rollouts import row_seed
 from persona_lens.runs import RunFolder
+from persona_lens.runs.rollouts import row_seed
 from persona_lens.screening import (
     Band,
     BaseResponses,
@@ -30,7 +31,6 @@ from persona_lens.screening import (
     ScreeningSettings,
     Turns,
     fit_forecast,
-    open_dataset,
     screen,
     screening_work,
     with_forecasts,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from persona_lens.authoring import AuthoringError, Draft, Limits, ServerAuthor, load_draft, plan, write_trait
-from persona_lens.authoring.parsing import NamesReply, reply_schema
-from persona_lens.completions import CompletionCache, CompletionServer, ServerSettings
+from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
+from persona_lens.traits.generate import AuthoringError, Draft, Limits, ServerAuthor, load_draft, plan, write_trait
+from persona_lens.traits.generate.replies import NamesReply, reply_schema
 from tests.servers.server import LlmServer
 
 pytestmark = pytest.mark.real

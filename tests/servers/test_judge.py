@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from persona_lens.completions import (
+from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method
+from persona_lens.judging.llm import fill_rubric
+from persona_lens.models.server import (
     Completion,
     CompletionCache,
     CompletionRequest,
@@ -16,8 +18,6 @@ from persona_lens.completions import (
     ServerError,
     ServerSettings,
 )
-from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method
-from persona_lens.judging.rubrics import fill_rubric
 from persona_lens.traits import load_trait
 from tests.servers.server import LlmServer
 

@@ -1,0 +1,29 @@
+"""Capability: what a model can do, steered or not, measured by lm-evaluation-harness and inspect_ai.
+
+Neither of the two is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from persona_lens.analysis.capability.evaluation import (
+    BUILTIN_TASK,
+    CapabilityChange,
+    accuracy,
+    capability_changes,
+    check_task,
+    evaluate_capability,
+)
+from persona_lens.analysis.capability.result import CapabilityError, CapabilityResult, Metric, TaskResult
+
+__all__ = [
+    "BUILTIN_TASK",
+    "CapabilityChange",
+    "CapabilityError",
+    "CapabilityResult",
+    "Metric",
+    "TaskResult",
+    "accuracy",
+    "capability_changes",
+    "check_task",
+    "evaluate_capability",
+]

@@ -1,0 +1,279 @@
+"""Running tasks of lm-evaluation-harness on a backend, unsteered, steered, and in a random direction."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from persona_lens.analysis.capability.result import CapabilityError, CapabilityResult, Metric, read_results
+from persona_lens.backend import Backend, Edit
+from persona_lens.core.errors import PersonaLensError, first_line
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.core.statistics import SHARES, Estimate, bootstrap_mean
+from persona_lens.steering import Steering
+from persona_lens.steering.steering import GivenEdits, GivenVectors, given_edits
+
+BUILTIN_TASK = "persona_lens_basics"
+TASKS = Path(__file__).with_name("tasks")
+INSTALL = "pip install 'persona-lens[lm-eval]'"
+# Resamples for the standard errors of metrics that have no formula; means have one.
+BOOTSTRAPS = 1000
+
+
+def evaluate_capability(
+    backend: Backend,
+    tasks: Sequence[str] = (BUILTIN_TASK,),
+    *,
+    edits: GivenEdits = (),
+    vectors: GivenVectors = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    include_path: Path | Sequence[Path] | None = None,
+    batch_size: int = 64,
+    apply_chat_template: bool = False,
+    seed: int = 0,
+    progress: Progress = shown_progress,
+) -> CapabilityResult:
+    """Run tasks of lm-evaluation-harness on a backend.
+
+    The harness seeds the global generators of Python, numpy and torch.
+
+    Args:
+        backend: The model.
+        tasks: Names of tasks, groups or tags of the harness, of tasks in ``include_path``, YAML files, or the built-in
+            ``persona_lens_basics``, which needs no hub.
+        edits: Applied in every call: one, several, a steering, or its notation.
+        vectors: Those that a notation names.
+        limit: Samples of each task at most, or a share of them below 1; None takes all.
+        num_fewshot: Solved examples before each question; None leaves that to the task.
+        include_path: Folders of further task files.
+        batch_size: Rows that run at once at most; fewer where memory runs out.
+        apply_chat_template: Ask in the model's chat format rather than in plain text.
+        seed: Of the choice of solved examples, and of sampling.
+        progress: Told what is done.
+
+    Raises:
+        CapabilityError: If the harness is not installed, a task is unknown or cannot be loaded, or a setting is out of
+            range.
+    """
+    written = given_edits(edits, vectors, backend)
+    names = list(dict.fromkeys(tasks))
+    folders = [include_path] if isinstance(include_path, Path) else list(include_path or ())
+    _check(names, limit, num_fewshot, folders)
+    _require_harness()
+    from lm_eval import simple_evaluate
+
+    from persona_lens.analysis.capability.harness import BackendLM
+
+    model = BackendLM(backend, edits=written, batch_size=batch_size, seed=seed, progress=progress)
+    manager = _manager(names, folders)
+    loaded = [part for name in names for part in _load(manager, name)]
+    settings: dict[str, Any] = {
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "apply_chat_template": apply_chat_template,
+    }
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    results = simple_evaluate(
+        model, tasks=loaded, task_manager=manager, bootstrap_iters=BOOTSTRAPS, **settings, **seeds
+    )
+    about = {**asdict(backend.info), "edits": [edit.content_hash for edit in written]}
+    return CapabilityResult(read_results(results), about, settings | {"tasks": names, "seed": seed}, version("lm_eval"))
+
+
+def check_task(task: str) -> None:
+    """Raise `CapabilityError` unless the harness is here, and has a task of that name with data that can be loaded."""
+    _require_harness()
+    _load(_manager([task], []), task)
+
+
+def accuracy(backend: Backend, task: str, edits: GivenEdits = (), *, seed: int = 0) -> Estimate:
+    """Share of right answers in a task, with its 95% interval over samples.
+
+    Args:
+        backend: The model.
+        task: Name of a task whose metric ``acc`` is a mean over samples.
+        edits: Applied in every call: one, several, or a steering.
+        seed: See `evaluate_capability`.
+
+    Raises:
+        CapabilityError: See `evaluate_capability`; or if the task has no such metric.
+    """
+    metric = evaluate_capability(backend, (task,), edits=edits, seed=seed)[task].metric("acc")
+    if not metric.scores:
+        raise CapabilityError(f"task {task} gives no accuracy for each of its samples; take one of its subtasks")
+    return bootstrap_mean(metric.scores, within=SHARES)
+
+
+def _check(names: Sequence[str], limit: int | float | None, num_fewshot: int | None, folders: Sequence[Path]) -> None:
+    if not names:
+        raise CapabilityError(f"no task is named; take {BUILTIN_TASK}, or any of lm-evaluation-harness")
+    if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
+        raise CapabilityError(f"limit is a whole number of samples, or a share below 1; got {limit}")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise CapabilityError(f"num_fewshot must be 0 or more, got {num_fewshot}")
+    for folder in folders:
+        if not folder.is_dir():
+            raise CapabilityError(f"there is no folder {folder} to take tasks from")
+
+
+def _require_harness() -> None:
+    try:
+        importlib.import_module("lm_eval")
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise CapabilityError(f"measuring capability needs lm-evaluation-harness: {INSTALL}") from error
+
+
+def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The harness's index of tasks; its own thousands of files are read only where they are asked for."""
+    from lm_eval.tasks import TaskManager
+
+    paths = [str(TASKS), *map(str, folders)]
+    near = TaskManager(include_path=paths, include_defaults=False)
+    if all(name in near.task_index or _is_file(name) for name in names):
+        return near
+    manager = TaskManager(include_path=paths)
+    for name in names:
+        if name not in manager.task_index and not _is_file(name):
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"the built-in one is {BUILTIN_TASK}."
+            raise CapabilityError(f"there is no task {name!r}; {hint} `lm_eval ls tasks` lists the harness's")
+    return manager
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """The task with its data; a group as one."""
+    try:
+        found = manager.load([name])
+    except PersonaLensError:
+        raise
+    except Exception as error:  # a task's file can name any code and any data set
+        reason = first_line(error)
+        raise CapabilityError(
+            f"task {name} cannot be loaded, most likely since its data set is not here and cannot be fetched: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    groups = found.get("groups", {})
+    return [groups[name]] if name in groups else list(found["tasks"].values())
+
+
+UNSTEERED = "unsteered"
+
+
+@dataclass(frozen=True)
+class CapabilityChange:
+    """One metric of one task under one steering.
+
+    Attributes:
+        task: Name of the task.
+        metric: The harness's name of the metric.
+        filter: The filter that answers went through.
+        arm: Name of the steering; ``unsteered`` for none.
+        value: The metric.
+        change: Against the unsteered model, sample by sample; None for the unsteered model, and for metrics that are
+            no means over samples.
+        random: The same for the steering in a random direction; None likewise.
+        samples: How many samples the task was asked.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    arm: str
+    value: float
+    change: Estimate | None
+    random: Estimate | None
+    samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return asdict(self)
+
+
+def capability_changes(
+    backend: Backend,
+    arms: Mapping[str, Steering],
+    *,
+    tasks: Sequence[str] | None = None,
+    include_path: Path | Sequence[Path] | None = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Progress = shown_progress,
+) -> list[CapabilityChange]:
+    """Measure capability unsteered, under each steering, and under the same in a random direction.
+
+    Args:
+        backend: The model.
+        arms: Steerings by name.
+        tasks: See `evaluate_capability`; by default the built-in one.
+        include_path: Folders of further task files.
+        limit: Samples of each task at most, or a share below 1.
+        num_fewshot: Solved examples before each question.
+        batch_size: Rows that run at once at most.
+        seed: Of the harness, and of the random direction.
+        progress: Told what is done.
+
+    Raises:
+        CapabilityError: See `evaluate_capability`; or if an arm takes the name of the unsteered one.
+    """
+    if UNSTEERED in arms:
+        raise CapabilityError(f"an arm cannot be called {UNSTEERED!r}; that one is always there")
+
+    def measured(edits: Sequence[Edit]) -> CapabilityResult:
+        return evaluate_capability(
+            backend,
+            tasks or (BUILTIN_TASK,),
+            edits=edits,
+            include_path=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+
+    plain = measured(())
+    found = list(_changes(UNSTEERED, plain, None, None))
+    for name, steering in arms.items():
+        found += _changes(name, measured(steering.edits()), plain, measured(steering.null(seed)))
+    return found
+
+
+def _changes(
+    arm: str, result: CapabilityResult, plain: CapabilityResult | None, null: CapabilityResult | None
+) -> list[CapabilityChange]:
+    def against(other: CapabilityResult | None, task: str, metric: Metric) -> Estimate | None:
+        if other is None or plain is None:
+            return None
+        own = other[task].metric(metric.name, metric.filter).scores
+        base = plain[task].metric(metric.name, metric.filter).scores
+        return bootstrap_mean([a - b for a, b in zip(own, base, strict=True)]) if own and base else None
+
+    return [
+        CapabilityChange(
+            task=task.task,
+            metric=metric.name,
+            filter=metric.filter,
+            arm=arm,
+            value=metric.value,
+            change=against(result if plain is not None else None, task.task, metric),
+            random=against(null, task.task, metric),
+            samples=task.samples,
+        )
+        for task in result.tasks
+        for metric in task.metrics
+    ]

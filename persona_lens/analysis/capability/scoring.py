@@ -1,0 +1,242 @@
+"""Log-likelihoods of continuations; and requests that arrive one by one, answered in batches by one thread."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+from persona_lens.analysis.capability.result import CapabilityError
+from persona_lens.backend import Backend, Edit, Sampling, TokenBatch
+from persona_lens.backend.batches import batches_by_length, forward_plan, forward_rows, generate_rows, tokens_at_once
+from persona_lens.backend.tokens import TokenIds
+from persona_lens.core.progress import Progress, no_progress
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+LULL = 0.05  # seconds without a further request after which a batch that is not full runs
+
+
+@dataclass(frozen=True)
+class _Waiting(Generic[Asked, Answer]):
+    request: Asked
+    future: Future[Answer]
+
+
+class BatchQueue(Generic[Asked, Answer]):
+    """Collects what waits into batches and runs them, one at a time, in a thread of its own.
+
+    Args:
+        run: Answers a batch; one answer a request, in their order.
+        size: Requests of a batch at most.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Asked]], Sequence[Answer]], size: int) -> None:
+        self._run = run
+        self._size = size
+        self._queue: SimpleQueue[_Waiting[Asked, Answer] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, request: Asked) -> Future[Answer]:
+        """Put a request into the queue; one that is cancelled before its turn is never run."""
+        future: Future[Answer] = Future()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="persona-lens batches", daemon=True)
+                self._thread.start()
+            self._queue.put(_Waiting(request, future))
+        return future
+
+    def close(self) -> None:
+        """Answer what waits, and end the thread; a later request starts another."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._queue.put(None)
+        if thread is not None:
+            thread.join()
+
+    def _work(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch, last = [first], False
+            while len(batch) < self._size and not last:
+                try:
+                    following = self._queue.get(timeout=LULL)
+                except Empty:
+                    break
+                if following is None:
+                    last = True
+                else:
+                    batch.append(following)
+            self._answer([each for each in batch if each.future.set_running_or_notify_cancel()])
+            if last:
+                return
+
+    def _answer(self, batch: Sequence[_Waiting[Asked, Answer]]) -> None:
+        if not batch:
+            return
+        try:
+            answers = self._run([each.request for each in batch])
+        except BaseException as error:  # noqa: BLE001 - it is raised where the answer is awaited
+            for each in batch:
+                each.future.set_exception(error)
+            return
+        for each, answer in zip(batch, answers, strict=True):
+            each.future.set_result(answer)
+
+
+# Probabilities this close are not told apart: two batches of one text round differently, in 16 bits most of all.
+MARGIN = 0.01
+
+Prefix = tuple[TokenIds, TokenIds]
+"""A context and the beginning of a continuation."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A text and what may follow it.
+
+    Attributes:
+        context: Token ids before, at least one.
+        tokens: Token ids of the continuation, at least one.
+    """
+
+    context: TokenIds
+    tokens: TokenIds
+
+    @property
+    def length(self) -> int:
+        """Tokens of both together."""
+        return len(self.context) + len(self.tokens)
+
+
+def continuation_logprobs(
+    backend: Backend,
+    rows: Sequence[Continuation],
+    edits: Sequence[Edit] = (),
+    *,
+    max_rows: int = 64,
+    progress: Progress = no_progress,
+) -> list[list[float]]:
+    """The log-probability in nats of every token of each continuation.
+
+    Args:
+        backend: The model.
+        rows: What to score.
+        edits: Applied throughout.
+        max_rows: Rows that run at once at most; fewer where memory runs out.
+        progress: Told how many rows are done.
+    """
+    if not rows:
+        return []
+    tokens = TokenBatch.of([row.context for row in rows], [row.tokens for row in rows])
+    found: list[list[float]] = [[] for _ in rows]
+    done = 0
+    for batch in forward_plan(backend, tokens, edits, max_rows=max_rows):
+        chosen = TokenBatch(tuple(tokens.prompts[i] for i in batch), tuple(tokens.responses[i] for i in batch))
+        values = (
+            row.tolist() for part in forward_rows(backend, chosen, edits, logprobs=True) for row in part.logprobs or ()
+        )
+        for index, value in zip(batch, values, strict=True):
+            found[index] = value
+        done += len(batch)
+        progress(done, len(rows), "log-likelihoods")
+    return found
+
+
+def greedy_flags(
+    backend: Backend,
+    rows: Sequence[Continuation],
+    logprobs: Sequence[Sequence[float]],
+    edits: Sequence[Edit] = (),
+    *,
+    max_rows: int = 64,
+    progress: Progress = no_progress,
+) -> list[bool]:
+    """Whether greedy decoding after each context writes exactly the continuation.
+
+    Args:
+        backend: The model.
+        rows: The continuations.
+        logprobs: From `continuation_logprobs` for the same rows.
+        edits: Those that the log-probabilities were found under.
+        max_rows: Rows that run at once at most.
+        progress: Told after how many contexts it was generated, of those where that was needed.
+
+    Raises:
+        CapabilityError: If a continuation goes on after a token that ends the model's turn, where generation stops,
+            and the log-probabilities leave the question open.
+    """
+    flags = flags_from_logprobs(rows, logprobs)
+    pending = [index for index, flag in enumerate(flags) if flag is None]
+    for index in pending:
+        if set(rows[index].tokens[:-1]) & set(backend.end_ids):
+            raise CapabilityError(
+                "a continuation goes on after an end-of-turn token, so whether it is what the model would write cannot "
+                f"be told: {backend.tokenizer.decode(list(rows[index].tokens))!r}"
+            )
+    # One generation decides all that may follow the same context.
+    together: dict[TokenIds, list[int]] = {}
+    for index in pending:
+        together.setdefault(rows[index].context, []).append(index)
+    contexts = list(together)
+    longest = [max(len(rows[index].tokens) for index in together[context]) for context in contexts]
+    lengths = [len(context) + new for context, new in zip(contexts, longest, strict=True)]
+    done = 0
+    for batch in batches_by_length(lengths, max_rows, tokens_at_once(backend.info.device)):
+        sampling = Sampling(max(longest[number] for number in batch))
+        pieces = list(generate_rows(backend, [contexts[number] for number in batch], sampling, edits))
+        found = [pair for each in pieces for pair in zip(each.responses, each.ended, strict=True)]
+        for number, (response, ended) in zip(batch, found, strict=True):
+            for index in together[contexts[number]]:
+                flags[index] = _is_written(rows[index], response, ended, backend, edits)
+        done += len(batch)
+        progress(done, len(contexts), "greedy continuations")
+    return [bool(flag) for flag in flags]
+
+
+def flags_from_logprobs(rows: Sequence[Continuation], logprobs: Sequence[Sequence[float]]) -> list[bool | None]:
+    """What the log-probabilities alone say about `greedy_flags`; None where they leave it open."""
+    known: dict[Prefix, dict[int, float]] = {}
+    for row, values in zip(rows, logprobs, strict=True):
+        for place, (token, value) in enumerate(zip(row.tokens, values, strict=True)):
+            known.setdefault((row.context, row.tokens[:place]), {})[token] = math.exp(value)
+    return [
+        _flag([_is_likeliest(t, known[row.context, row.tokens[:i]]) for i, t in enumerate(row.tokens)]) for row in rows
+    ]
+
+
+def _is_likeliest(token: int, known: dict[int, float]) -> bool | None:
+    own, others = known[token], [p for other, p in known.items() if other != token]
+    if any(other > own + MARGIN for other in others):
+        return False
+    unknown = 1 - own - sum(others)  # no token that was not asked for has more
+    return True if own > max([unknown, *others]) + MARGIN else None
+
+
+def _flag(tokens: Sequence[bool | None]) -> bool | None:
+    if False in tokens:
+        return False
+    return None if None in tokens else True
+
+
+def _is_written(row: Continuation, response: TokenIds, ended: bool, backend: Backend, edits: Sequence[Edit]) -> bool:
+    """Whether the continuation is how the response to its context begins."""
+    if row.tokens[-1] not in backend.end_ids:
+        return response[: len(row.tokens)] == row.tokens
+    # Which of several tokens ended the turn is not told.
+    return ended and response == row.tokens[:-1] and _same_end(backend, row, edits)
+
+
+def _same_end(backend: Backend, row: Continuation, edits: Sequence[Edit]) -> bool:
+    """Whether the row's last token is the likeliest of all that end a turn."""
+    ends = backend.end_ids
+    rows = [Continuation(row.context, (*row.tokens[:-1], end)) for end in ends]
+    values = [each[-1] for each in continuation_logprobs(backend, rows, edits)]
+    return ends[values.index(max(values))] == row.tokens[-1]

@@ -1,0 +1,207 @@
+"""`Ranking`: the features whose directions are most like a vector's, beside what random directions reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.analysis.features import Decoder, Features, FeaturesError
+
+CANDIDATES = 4096
+EXHAUSTED = 1e-5  # of a direction's length: what is left of it beyond those already taken is rounding
+
+
+@dataclass(frozen=True)
+class Pursuit:
+    """A sparse reconstruction, feature by feature.
+
+    Attributes:
+        features: In the order in which they were taken.
+        shares: Share of the vector's squared length that the first k features carry, for k = 1, 2, ...
+        coefficients: With which the unit directions of all of them are added up, in lengths of the vector; they may be
+            negative, which an autoencoder's activations are not.
+        candidates: Among how many features each was chosen.
+        exact: Whether these were all there are.
+    """
+
+    features: tuple[int, ...]
+    shares: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    candidates: int
+    exact: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+def pursue(
+    features: Features,
+    direction: Float[Tensor, " d_model"],
+    cosines: Float[Tensor, " features"],
+    count: int,
+    *,
+    candidates: int = CANDIDATES,
+) -> Pursuit:
+    """Rebuild a vector from few features: each time the one most like what is still missing, then all refitted.
+
+    The few lines are our own, since scikit-learn's would need all candidates' products at once. Of a large dictionary
+    only the features most like the vector, by absolute cosine, are candidates: what is less like it than thousands of
+    others is hardly ever taken.
+
+    Args:
+        features: The dictionary.
+        direction: The vector.
+        cosines: Its cosines with all features.
+        count: How many features to take at most; fewer are taken where nothing is left.
+        candidates: How many features to choose among.
+
+    Raises:
+        FeaturesError: If fewer than one feature is asked for.
+    """
+    if count < 1 or candidates < 1:
+        raise FeaturesError("a reconstruction takes at least one feature, chosen among at least one")
+    chosen = cosines.abs().nan_to_num(nan=-1.0).topk(min(candidates, len(cosines))).indices
+    chosen = chosen[torch.isfinite(cosines[chosen])]
+    rows = features.rows(chosen, chunk_rows(features.d_model))
+    units = rows / rows.norm(dim=-1, keepdim=True)
+    target = direction.double() / direction.double().norm()
+    left, basis = target, torch.empty(0, len(target), dtype=torch.float64)
+    taken: list[int] = []
+    shares: list[float] = []
+    for _ in range(min(count, len(chosen), features.d_model)):
+        products = (units @ left.float()).abs()
+        products[taken] = -1.0
+        place = int(products.argmax())
+        unit = units[place].double()
+        for _again in range(2):  # once more takes out what rounding left
+            unit = unit - basis.T @ (basis @ unit)
+        if float(unit.norm()) < EXHAUSTED or float(left.norm()) < EXHAUSTED:
+            break
+        unit = unit / unit.norm()
+        basis = torch.cat([basis, unit.unsqueeze(0)])
+        left = left - (unit @ left) * unit
+        taken.append(place)
+        shares.append(1 - float(left @ left))
+    coefficients = torch.linalg.lstsq(units[taken].double().T, target.unsqueeze(-1)).solution[:, 0].tolist()
+    return Pursuit(
+        tuple(chosen[taken].tolist()), tuple(shares), tuple(coefficients), len(chosen), len(chosen) == len(cosines)
+    )
+
+
+CHUNK_VALUES = 2**24  # numbers of a chunk: 64 MB in float32, whatever the width
+
+
+@dataclass(frozen=True)
+class RankedFeature:
+    """A feature and how alike it is.
+
+    Attributes:
+        feature: Its number.
+        cosine: Between its decoder direction and the vector.
+    """
+
+    feature: int
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The features most like a vector, and least (method, section 8).
+
+    Attributes:
+        top: By cosine, largest first.
+        bottom: By cosine, smallest (most negative) first.
+        features: How many there are.
+        zero: How many have no direction; they are left out.
+        random_top: Largest cosine of any feature with each of some random directions, largest first; empty without
+            them.
+    """
+
+    top: tuple[RankedFeature, ...]
+    bottom: tuple[RankedFeature, ...]
+    features: int
+    zero: int
+    random_top: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return {**asdict(self), "random_top": list(self.random_top)}
+
+
+def chunk_rows(d_model: int) -> int:
+    """How many rows of a decoder are read at once."""
+    return max(1, CHUNK_VALUES // d_model)
+
+
+def decoder_cosines(decoder: Decoder, directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k features"]:
+    """Cosine of each direction with every decoder direction, in one pass over the decoder.
+
+    The decoder is read some rows at a time, so that memory does not grow with the number of features but for the
+    result: 4 bytes a feature and direction.
+
+    Returns:
+        float32; NaN for features whose direction is zero or not finite.
+
+    Raises:
+        FeaturesError: If a direction is of another width, zero or not finite.
+    """
+    count, width = decoder.shape
+    if directions.shape[-1] != width:
+        raise FeaturesError(f"directions of width {directions.shape[-1]} do not fit a decoder of width {width}")
+    norms = directions.float().norm(dim=-1, keepdim=True)
+    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+        raise FeaturesError("a direction that is zero or not finite has no cosine with anything")
+    units = (directions.float() / norms).T.contiguous()
+    found = torch.empty(len(directions), count)
+    for start, rows in _chunks(decoder):
+        lengths = rows.norm(dim=-1)
+        found[:, start : start + len(rows)] = ((rows @ units) / lengths.unsqueeze(-1)).T
+    found[~torch.isfinite(found)] = torch.nan
+    return found
+
+
+def _chunks(decoder: Decoder) -> Iterator[tuple[int, Tensor]]:
+    count, width = decoder.shape
+    step = chunk_rows(width)
+    for start in range(0, count, step):
+        yield start, decoder.rows(start, min(start + step, count))
+
+
+def rank(cosines: Float[Tensor, " features"], count: int, random: Float[Tensor, "k features"] | None = None) -> Ranking:
+    """The ends of a vector's cosines.
+
+    Args:
+        cosines: As `decoder_cosines` has them.
+        count: How many features on either side.
+        random: Cosines of random directions.
+
+    Raises:
+        FeaturesError: If no feature has a direction, or fewer than one is asked for.
+    """
+    if count < 1:
+        raise FeaturesError(f"at least one feature has to be shown, not {count}")
+    known = torch.isfinite(cosines)
+    if not bool(known.any()):
+        raise FeaturesError("no feature of this dictionary has a direction")
+    kept = min(count, int(known.sum()))
+
+    def ends(largest: bool) -> tuple[RankedFeature, ...]:
+        values, places = cosines.nan_to_num(nan=-2.0 if largest else 2.0).topk(kept, largest=largest)
+        return tuple(RankedFeature(i, c) for i, c in zip(places.tolist(), values.tolist(), strict=True))
+
+    beside = (
+        () if random is None else tuple(random.nan_to_num(nan=-2.0).amax(dim=1).sort(descending=True).values.tolist())
+    )
+    return Ranking(ends(True), ends(False), len(cosines), int((~known).sum()), beside)
+
+
+def chance(d_model: int) -> float:
+    """Standard deviation of the cosine of two random directions."""
+    return 1 / sqrt(d_model)

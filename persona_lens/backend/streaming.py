@@ -1,0 +1,296 @@
+"""`Watch`: what is told about every token while a batch is generated, and how blocks' outputs reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from persona_lens.backend.blocks import require_reached
+from persona_lens.backend.edits import Edit
+from persona_lens.backend.intervention import TokenMasks
+from persona_lens.backend.protocol import Backend, Generation
+from persona_lens.backend.reads import Read
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+from persona_lens.core.errors import PersonaLensError
+
+
+class WatchError(PersonaLensError):
+    """A generation that cannot be watched, or not in this way."""
+
+
+class StopGeneration(Exception):  # noqa: N818 - nothing went wrong
+    """Raised by a callback: the rows say no more.
+
+    The response of such a row ends with the token that the callback was told of.
+
+    Args:
+        rows: Which rows of the batch; None stops all.
+    """
+
+    def __init__(self, rows: Iterable[int] | None = None) -> None:
+        super().__init__(rows)
+        self.rows = None if rows is None else tuple(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedTokens:
+    """The tokens of one forward pass. All tensors are on the CPU.
+
+    Attributes:
+        step: 0 for the prompts; then i for the i-th token of each response.
+        ids: int64 [batch, new]: the prompts, left-padded, at step 0; afterwards one token a row.
+        projections: float32 [batch, L, new, k], in residual-stream units, after the edits: the value of a token is that
+            of the residual at the token's own position. NaN at padding and in rows that have finished.
+        finished: bool [batch], True for a row whose response ended before this pass.
+    """
+
+    step: int
+    ids: Int[Tensor, "batch new"]
+    projections: Float[Tensor, "batch layers new k"]
+    finished: Bool[Tensor, " batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Projections of every token as it is generated, told at once and kept nowhere.
+
+    Attributes:
+        directions: float [k, d_model], used at every layer, or [layers, k, d_model]; made unit vectors.
+        on_tokens: Called after every forward pass, in the order of the passes. It may raise `StopGeneration`; any other
+            error ends the generation and comes out as it is. It must not run the same backend.
+        layers: Block indices, 0-based, ascending; None watches every layer.
+
+    Raises:
+        ReadError: If layers are not ascending.
+    """
+
+    directions: Float[Tensor, "k d_model"] | Float[Tensor, "layers k d_model"]
+    on_tokens: Callable[[WatchedTokens], None]
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.read  # raises for layers that cannot be
+
+    @property
+    def read(self) -> Read:
+        """The read that brings the same values once a text is finished."""
+        return Read.projections(self.directions, self.layers)
+
+
+@runtime_checkable
+class WatchableBackend(Backend, Protocol):
+    """A backend whose generations can be watched. Backends need not; those of this package all are."""
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """As `Backend.generate`, calling back after every forward pass, the last token of each response included.
+
+        Nothing is stored on the way. A row that the callback stopped counts as not ended. Where the model runs on
+        another machine the callback is told everything once the result is here: a stop then shortens the response,
+        while reads are of all that was generated.
+        """
+        ...
+
+
+def watched_generation(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    watch: Watch,
+    edits: Sequence[Edit] = (),
+    reads: Sequence[Read] = (),
+) -> Generation:
+    """`WatchableBackend.generate_watched` of any backend.
+
+    Raises:
+        WatchError: If the backend cannot be watched.
+    """
+    if not isinstance(backend, WatchableBackend):
+        raise WatchError(
+            f"the backend {backend.info.backend!r} cannot be watched while it generates (it has no generate_watched); "
+            "read the finished text with forward() and Read.projections, or open the model with another backend"
+        )
+    return backend.generate_watched(prompts, sampling, watch, edits, reads)
+
+
+class Listener:
+    """Tells a callback of passes, and notes which rows it stops.
+
+    Args:
+        watch: Whom to tell.
+        rows: Rows of the batch.
+    """
+
+    def __init__(self, watch: Watch, rows: int) -> None:
+        self._on_tokens = watch.on_tokens
+        self._stopped_at: list[int | None] = [None] * rows
+
+    @property
+    def stopped(self) -> Bool[Tensor, " batch"]:
+        """True for rows that say no more."""
+        return torch.tensor([step is not None for step in self._stopped_at])
+
+    def tell(self, tokens: WatchedTokens) -> None:
+        """Call back.
+
+        Raises:
+            WatchError: If a row is to be stopped that is not there.
+        """
+        try:
+            self._on_tokens(tokens)
+        except StopGeneration as stop:
+            rows = range(len(self._stopped_at))
+            for row in rows if stop.rows is None else stop.rows:
+                if row not in rows:
+                    raise WatchError(f"row {row} cannot be stopped: the batch has rows 0 to {len(rows) - 1}") from None
+                if self._stopped_at[row] is None:
+                    self._stopped_at[row] = tokens.step
+
+    def cut(
+        self, responses: Sequence[TokenIds], ended: Sequence[bool]
+    ) -> tuple[tuple[TokenIds, ...], tuple[bool, ...]]:
+        """The responses up to where they were stopped, and whether each ended by itself."""
+        whole = [at is None or len(r) <= at for r, at in zip(responses, self._stopped_at, strict=True)]
+        kept = tuple(r if w else r[:at] for r, w, at in zip(responses, whole, self._stopped_at, strict=True))
+        return kept, tuple(w and e for w, e in zip(whole, ended, strict=True))
+
+
+class Watcher:
+    """Takes the projections of a pass layer by layer, and hands them over together.
+
+    `Intervention` calls it at the blocks. The generation loop calls `deliver` after each pass, where it waits for the
+    device anyway.
+
+    Args:
+        watch: What to watch, fit for the model.
+        rows: Rows of the batch.
+        n_layers: Number of blocks of the model.
+    """
+
+    def __init__(self, watch: Watch, rows: int, n_layers: int) -> None:
+        self.layers = watch.read.resolved_layers(n_layers)
+        self.listener = Listener(watch, rows)
+        self._units = dict(zip(self.layers, watch.read.unit_directions(n_layers), strict=True))
+        self._values: dict[int, Float[Tensor, "batch new k"]] = {}
+        self._newest: list[Float[Tensor, "batch 1 d_model"]] = []
+        self._together: Float[Tensor, "layers k d_model"] | None = None
+        self._step = -1
+        self._ids: Tensor | None = None
+        self._masks: TokenMasks | None = None
+        self._leaving: _Copies | None = None
+
+    def begin_pass(self, ids: Int[Tensor, "batch window"], masks: TokenMasks) -> None:
+        """Note which tokens the coming pass is about."""
+        self._step += 1
+        self._ids, self._masks = ids[:, -masks.fresh :], masks
+
+    def take(self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks) -> None:
+        """Take the values of a layer; at the last one all leave for the CPU in one transfer."""
+        if masks.decoding:  # many small products take longer than one; until then a token a layer is held
+            self._newest.append(h)
+        else:
+            unit = self._units[layer] = self._units[layer].to(h.device)
+            self._values[layer] = h[:, -masks.fresh :].float() @ unit.T
+        if layer == self.layers[-1]:
+            assert self._ids is not None  # a pass has begun
+            tokens = (masks.prompt[:, -masks.fresh :] | masks.response[:, -masks.fresh :]).to(h.device)
+            values = self._projected(h.device).masked_fill(~tokens[:, None, :, None], torch.nan)
+            self._leaving = _Copies(self._ids, values, tokens)
+
+    def _projected(self, device: torch.device) -> Float[Tensor, "batch layers new k"]:
+        """What was taken in this pass, which is forgotten."""
+        if self._newest:
+            newest = torch.cat([value.to(device) for value in self._newest], dim=1).float()
+            self._newest = []
+            if self._together is None:
+                self._together = torch.stack([unit.to(device) for unit in self._units.values()])
+            return torch.bmm(self._together, newest.permute(1, 2, 0)).permute(2, 0, 1).unsqueeze(2)
+        values = torch.stack([value.to(device) for value in self._values.values()], dim=1)
+        self._values = {}
+        return values
+
+    def deliver(self) -> Bool[Tensor, " batch"]:
+        """Call back for the pass that has just run.
+
+        Returns:
+            True for rows that are to say no more, on the CPU.
+        """
+        if self._leaving is None or self._masks is None:
+            require_reached(self.layers)
+        assert self._leaving is not None
+        assert self._masks is not None
+        leaving, self._leaving = self._leaving, None
+        # What a callback keeps is to be as any tensor, and what it computes as anywhere else.
+        with torch.inference_mode(False):
+            ids, values, tokens = (tensor.clone() for tensor in leaving.arrived())
+            self.listener.tell(WatchedTokens(self._step, ids, values, ~tokens[:, -1]))
+        stopped = self.listener.stopped
+        if bool(stopped.any()):
+            self._masks.stop(stopped)
+        return stopped
+
+
+class _Copies:
+    """Tensors on their way to the CPU; a CUDA device need not be waited for before the next work is queued."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        device = tensors[-1].device
+        self._there = [tensor.to("cpu", non_blocking=tensor.device.type == "cuda") for tensor in tensors]
+        self._done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record(torch.cuda.current_stream(device))
+
+    def arrived(self) -> list[Tensor]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._there
+
+
+def replay(listener: Listener, text: TokenBatch, projections: Float[Tensor, "batch layers width k"]) -> None:
+    """Tell of a generation that is over, pass by pass, as if it ran.
+
+    Args:
+        listener: Whom to tell.
+        text: The prompts with the responses that were generated.
+        projections: Every token's, as a read of that kind brings them.
+    """
+    prompt = max(map(len, text.prompts))
+    batch, layers, width, k = projections.shape
+    step = 0
+    lengths = torch.tensor([len(response) for response in text.responses])
+    while bool(((lengths >= step) & ~listener.stopped).any()):
+        new = 1 if step else prompt
+        ids = torch.zeros(batch, new, dtype=torch.long)
+        values = projections.new_full((batch, layers, new, k), torch.nan)
+        finished = (lengths < step) | listener.stopped
+        for row in (~finished).nonzero().flatten().tolist():
+            head, tail = text.prompts[row], text.responses[row]
+            told = tail[step - 1 : step] if step else head
+            first = width - len(head) - len(tail) + (len(head) + step - 1 if step else 0)
+            ids[row, new - len(told) :] = torch.tensor(told)
+            values[row, :, new - len(told) :] = projections[row, :, first : first + len(told)]
+        listener.tell(WatchedTokens(step, ids, values, finished))
+        step += 1
+
+
+def joined(passes: Sequence[WatchedTokens]) -> Float[Tensor, "batch layers width k"]:
+    """The values of all passes as a read of `PROJECTIONS` brings them: left-padded with NaN."""
+    values = torch.cat([each.projections for each in passes], dim=2)
+    tokens = ~values.isnan().all(dim=-1).all(dim=1)
+    lengths = tokens.sum(dim=1).tolist()
+    aligned = values.new_full((*values.shape[:2], max(lengths), values.shape[3]), torch.nan)
+    for row, length in enumerate(lengths):
+        aligned[row, :, aligned.shape[2] - length :] = values[row][:, tokens[row]]
+    return aligned

@@ -1,0 +1,182 @@
+"""YAML and JSON that people and other programs wrote, read within bounds: whatever is wrong is one kind of error.
+
+Parsers of both raise a dozen things for text that is cut, nested without end or full of odd numbers, and what they
+accept may still be too deep, or hold whole numbers too large, for the code behind them. Here all of it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import in_short
+
+MAX_YAML = 256 * 1024  # bytes; the largest that anyone writes by hand have about 10 KiB
+MAX_DEPTH = 200  # of lists and mappings in one another: a fifth of what Python's stack holds
+MAX_DIGITS = 19  # of a whole number: any more, and no 64 bits hold it
+_NO_USE = ("timestamp", "binary", "set", "omap", "pairs")  # kinds of YAML that no field here takes
+
+
+class DocumentError(PersonaLensError):
+    """A text that is no YAML or JSON, or more of it than is read; the message does not name the place."""
+
+
+class PlainLoader(yaml.SafeLoader):
+    """PyYAML's loader without aliases, which can build cycles and bombs, and with a limit to nesting.
+
+    Attributes:
+        max_depth: How many levels are read.
+        of_what: What such a document is called in messages.
+    """
+
+    max_depth = 32
+    of_what = "this file"
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """See PyYAML; raises its error for an alias, or where nesting goes too deep."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it bare
+        mark = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            message = "aliases (`*name`) are not accepted; write the value out, or quote it"
+            raise yaml.composer.ComposerError(None, None, message, mark)
+        if self._depth >= self.max_depth:
+            raise yaml.composer.ComposerError(None, None, f"nested too deeply for {self.of_what}", mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
+class _DataLoader(PlainLoader):
+    """Texts, numbers, booleans, null, lists and mappings: what looks like a date is a text."""
+
+
+_DataLoader.yaml_constructors = {
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] not in _NO_USE
+}
+_DataLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML of plain data.
+
+    Raises:
+        DocumentError: If it is not YAML, is too long or too deep, or uses aliases or kinds that no field takes.
+    """
+    if len(text) > MAX_YAML:
+        raise DocumentError(f"too long: {len(text):,} characters; at most {MAX_YAML:,} are read")
+    try:
+        return checked(yaml.load(text, _DataLoader), finite=False)
+    except yaml.YAMLError as error:
+        raise DocumentError(f"not YAML: {in_short(str(error), 300)}") from error
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # What PyYAML's constructors let through for `0x_`, "\UFFFFFFFF", `!!int ""` and the like.
+        raise DocumentError(f"not YAML: a value cannot be read ({in_short(str(error), 100)})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON.
+
+    Raises:
+        DocumentError: If it is not JSON, too deep, or holds numbers or halves of characters that nothing could use.
+    """
+    try:
+        return checked(json.loads(text))
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(f"not JSON that can be read: {in_short(str(error), 100)}") from error
+
+
+def read_yaml(file: Path | str) -> Any:
+    """Read a YAML file; as `parse_yaml`, with the file in the message."""
+    path = Path(file)
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_YAML + 1)  # a mistyped path may well lead to a model's weights
+        return parse_yaml(raw.decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DocumentError(f"{path} cannot be read: {in_short(str(error), 300)}") from error
+    except DocumentError as error:
+        raise DocumentError(f"{path} is {error}") from error
+
+
+def read_json(file: Path | str) -> Any:
+    """Read a JSON file; as `parse_json`, with the file in the message."""
+    path = Path(file)
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DocumentError(f"{path} cannot be read: {in_short(str(error), 300)}") from error
+    except DocumentError as error:
+        raise DocumentError(f"{path} is {error}") from error
+
+
+def checked(value: Any, *, finite: bool = True) -> Any:
+    """The value, if no code behind it can fall over its depth, its numbers or its texts.
+
+    Args:
+        value: Lists, mappings and what stands in them.
+        finite: Whether numbers have to be.
+
+    Raises:
+        DocumentError: Saying which of them it is.
+    """
+    return checked_depth(value, lambda each: _inside(each, finite))
+
+
+def checked_depth(value: Any, inside: Callable[[Any], Iterable[Any]] | None = None) -> Any:
+    """The value, if it is nested no deeper than `MAX_DEPTH`.
+
+    Args:
+        value: Lists, mappings and what stands in them.
+        inside: What stands in one of them.
+
+    Raises:
+        DocumentError: If it is.
+    """
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for each in level for inner in (inside or _inner)(each)]
+        if not level:
+            return value
+    raise DocumentError(f"nested more than {MAX_DEPTH} levels deep")
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
+
+
+_LARGEST = 10**MAX_DIGITS
+
+
+def _inside(value: Any, finite: bool) -> Any:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DocumentError("an escape in it stands for half of a character") from None
+    elif type(value) is int and not -_LARGEST < value < _LARGEST:
+        raise DocumentError(f"a whole number in it has more than {MAX_DIGITS} digits")
+    elif finite and isinstance(value, float) and not isfinite(value):
+        raise DocumentError(f"a number in it is {value}")
+    elif isinstance(value, Mapping):
+        return (*value, *value.values())
+    return value if isinstance(value, list | tuple) else ()

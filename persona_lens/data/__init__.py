@@ -1,0 +1,1 @@
+"""Data: tables, sources of datasets, forms of conversations, transcripts and their encoding, demonstrations."""

@@ -1,0 +1,237 @@
+"""`Source`: where the rows of a dataset come from: a file, a folder, the hub; read one at a time, the bad ones too."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from persona_lens.core.errors import first_line
+from persona_lens.data.tables import DataError, TableError, read_rows
+
+HUB = "hf:"
+DEMONSTRATION = "demonstration:"
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".gz", ".zst", ".csv", ".tsv", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as its source has it.
+
+    Attributes:
+        number: Which row it is, from 0; bad ones count.
+        line: Line on which it begins, from 1; where there are no lines, ``number + 1``.
+        values: Its values by column; None if it cannot be read.
+        problem: Why it cannot be read.
+    """
+
+    number: int
+    line: int
+    values: Mapping[str, Any] | None
+    problem: str | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where rows come from. Every pass over it gives the same rows in the same order."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    @property
+    def stem(self) -> str:
+        """What files about it are called."""
+        ...
+
+    def rows(self) -> Iterator[RawRow]:
+        """Every row."""
+        ...
+
+    def count(self) -> int | None:
+        """How many rows there are, bad ones included, if that is quickly told."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from others, as JSON values; part of a run's configuration."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A JSONL, JSON, CSV or Parquet file.
+
+    Attributes:
+        path: The file.
+        label: What it is called, if not by its path.
+    """
+
+    path: Path
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """See `Source`."""
+        return self.label or str(self.path)
+
+    @property
+    def stem(self) -> str:
+        """See `Source`."""
+        return self.path.stem
+
+    def rows(self) -> Iterator[RawRow]:
+        """See `Source`."""
+        bad: list[tuple[int, TableError]] = []
+        number = 0
+        for line, values in read_rows(self.path, lambda line, error: bad.append((line, error))):
+            for at, error in bad:
+                yield RawRow(number, at, None, str(error))
+                number += 1
+            bad.clear()
+            yield RawRow(number, line, values)
+            number += 1
+        for at, error in bad:
+            yield RawRow(number, at, None, str(error))
+            number += 1
+
+    def count(self) -> int | None:
+        """See `Source`; None where lines are not rows, or are not quickly counted."""
+        suffix = self.path.suffix.lower()
+        if suffix == ".parquet":
+            from pyarrow.parquet import read_metadata
+
+            return int(read_metadata(self.path).num_rows)
+        if suffix not in (".jsonl", ".ndjson"):
+            return None
+        with self.path.open("rb") as stream:
+            return sum(bool(line.strip()) for line in stream)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source`: by its content, not its place."""
+        return {"file": self.path.name, "sha256": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        with self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class LibrarySource:
+    """A dataset that Hugging Face's library ``datasets`` reads: of the hub, a folder of files, or one saved to disk.
+
+    Attributes:
+        place: Id on the hub, or a folder.
+        split: Which split.
+        subset: Which configuration, for datasets that have several.
+    """
+
+    place: str
+    split: str = "train"
+    subset: str | None = None
+
+    @property
+    def name(self) -> str:
+        """See `Source`."""
+        return f"{self.place} ({self.split})"
+
+    @property
+    def stem(self) -> str:
+        """See `Source`."""
+        return f"{Path(self.place).name}-{self.split}"
+
+    @property
+    def saved(self) -> bool:
+        """Whether it is a folder that ``save_to_disk`` wrote."""
+        folder = Path(self.place)
+        return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The library's object: streaming, unless it lies on the disk as it is used."""
+        library = _library(self.name)
+        try:
+            if not self.saved:
+                return library.load_dataset(self.place, self.subset, split=self.split, streaming=True)
+            found = library.load_from_disk(self.place)
+            return found[self.split] if isinstance(found, library.DatasetDict) else found
+        except Exception as error:
+            raise DataError(f"{self.name} cannot be opened by the library datasets: {first_line(error)}") from error
+
+    def rows(self) -> Iterator[RawRow]:
+        """See `Source`."""
+        number = 0
+        try:
+            for number, values in enumerate(self.loaded):
+                yield RawRow(number, number + 1, values)
+        except (GeneratorExit, DataError):
+            raise
+        except Exception as error:
+            raise DataError(f"{self.name}: after row {number + 1}: {first_line(error)}") from error
+
+    def count(self) -> int | None:
+        """See `Source`; None where the library does not know."""
+        if self.saved:
+            return len(self.loaded)
+        splits = self.loaded.info.splits or {}
+        found = getattr(splits.get(self.split), "num_examples", None)
+        return int(found) if found else None
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source`."""
+        folder = Path(self.place)
+        return {"dataset": folder.name if folder.is_dir() else self.place, "split": self.split, "subset": self.subset}
+
+
+def find_source(data: str | Path, *, split: str = "train", subset: str | None = None) -> Source:
+    """Find out what a dataset's name means.
+
+    Args:
+        data: A JSONL, CSV or Parquet file; a folder, with such files or written by ``save_to_disk``; ``OWNER/NAME``
+            (or ``hf:NAME``) on the Hugging Face hub; or ``demonstration:TRAIT``, the set that comes with the package.
+        split: Of a folder or a dataset of the hub.
+        subset: Configuration, of the same.
+
+    Raises:
+        DataError: If it is none of these.
+        TableError: If a file's name does not say what it is.
+    """
+    text, path = str(data), Path(data)
+    if text.startswith(DEMONSTRATION):
+        return _demonstration(text)
+    if text.startswith(HUB):
+        return LibrarySource(text.removeprefix(HUB), split, subset)
+    if path.is_dir():
+        return LibrarySource(str(path), split, subset)
+    if path.exists() or path.suffix.lower() in SUFFIXES:
+        read_rows(path)  # checks that it is there, and its name
+        return FileSource(path)
+    if _HUB_ID.fullmatch(text):
+        return LibrarySource(text, split, subset)
+    raise DataError(
+        f"there is no file or folder {text!r}; a dataset is a JSONL, CSV or Parquet file, a folder, OWNER/NAME or "
+        "hf:NAME on the Hugging Face hub, or demonstration:TRAIT"
+    )
+
+
+def _demonstration(text: str) -> Source:
+    from persona_lens.data.demonstrations import demonstration_path
+
+    return FileSource(Path(demonstration_path(text.removeprefix(DEMONSTRATION))), label=text)
+
+
+def _library(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{name}: reading datasets of the hub and folders needs the library datasets: "
+            "`pip install 'persona-lens[datasets]'`"
+        ) from error
+    return datasets

@@ -1,0 +1,374 @@
+"""`Transcript`: a conversation from a file, and the forms such files have."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from persona_lens.core.progress import note
+from persona_lens.core.text import printable
+from persona_lens.data.tables import BYTE_ORDER_MARK, DataError, TableError, read_rows
+from persona_lens.models import Message
+
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+CALLS_TOOLS = "calls of tools cannot be read"  # part of what is said of such conversations, so that they can be counted
+IDS = ("id", "conversation_id", "uuid")
+_TOOLS = ("tool", "function", "tool_call", "tool_calls", "function_call", "observation", "tool_response")
+_LOOKED_AT = 100  # rows, to tell the form
+_SHOWN = 40
+_COLUMNS = 8  # named at most
+_SPEAKERS = {
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "ai": "assistant",
+}  # fmt: skip
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_FROM = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
+}  # fmt: skip
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_HEAD = re.compile(rf"({'|'.join(_SPEAKERS)}):(?:[ \t]+|$)", re.IGNORECASE)
+_ESCAPED = re.compile(rf"\\(?=\\*(?:(?:{'|'.join(_SPEAKERS)}):|-{{3,}}[ \t]*$))", re.IGNORECASE)
+_RULE = re.compile(r"-{3,}[ \t]*")
+
+
+class TranscriptForm(StrEnum):
+    """How a file writes conversations.
+
+    ``openai``: a table (JSONL, CSV, Parquet) whose column ``messages`` is a list of ``{"role", "content"}``; a content
+    is a text, or a list of parts, whose texts are put together.
+
+    ``sharegpt``: a table whose column ``conversations`` (or ``conversation``) is a list of ``{"from", "value"}``, with
+    a column ``system`` where there is one.
+
+    ``plain``: text. A line that begins with ``User:`` or ``Human:``, ``Assistant:`` or ``AI:``, ``System:`` (in any
+    case, a space behind it) begins a message, which goes on to the next such line; empty lines around it are no part of
+    it. A line of three or more hyphens ends a conversation. A backslash before either makes it text, and is dropped.
+    """
+
+    OPENAI = "openai"
+    SHAREGPT = "sharegpt"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A conversation.
+
+    Attributes:
+        messages: ``{"role": "system" | "user" | "assistant", "content": text}``; a system message comes first, and
+            there is at least one other. Whether users and assistants must take turns is up to a model's chat template.
+        id: The row's own (``id``, ``conversation_id`` or ``uuid``), or its line.
+        line: Line of the file on which it begins, counted from 1.
+        file: The file.
+    """
+
+    messages: tuple[Message, ...]
+    id: str
+    line: int
+    file: str = ""
+
+    @property
+    def place(self) -> str:
+        """File and line, for messages."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class BadTranscript:
+    """A conversation that cannot be read.
+
+    Attributes:
+        line: Line of the file on which it begins, counted from 1.
+        problem: What is wrong with it and what to do, in a sentence that begins with file and line.
+    """
+
+    line: int
+    problem: str
+
+    @property
+    def error(self) -> DataError:
+        """The problem as an error, to be raised where one bad row is to stop everything."""
+        return DataError(self.problem)
+
+
+@dataclass(frozen=True)
+class TranscriptFile:
+    """A file of conversations; iterating over it reads them one at a time, in order, the bad ones too.
+
+    Attributes:
+        path: The file.
+        form: How it writes conversations.
+    """
+
+    path: Path
+    form: TranscriptForm
+
+    def __iter__(self) -> Iterator[Transcript | BadTranscript]:
+        if self.form is TranscriptForm.PLAIN:
+            return _read_plain(self.path)
+        return _read_table(self.path, _OF_ROW[self.form])
+
+
+def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None) -> TranscriptFile:
+    """Find out how a file writes conversations; `TranscriptFile.form` shows what was found.
+
+    Args:
+        path: A text file (``.txt``, ``.text``, ``.md``), or a table as `persona_lens.data.tables.read_rows` takes it.
+        form: Its form, if it should not be told by the name and, of a table, by the columns of the first rows.
+
+    Raises:
+        TableError: If there is no such file, or no table of it can be read.
+        DataError: If it has none of the forms, or cannot have the one that is given.
+    """
+    path = Path(path)
+    if form is not None and str(form) not in list(TranscriptForm):
+        raise DataError(f"there is no form {str(form)!r} of transcripts; take one of {', '.join(TranscriptForm)}")
+    is_text = path.suffix.lower() in TEXT_SUFFIXES
+    chosen = TranscriptForm(form) if form is not None else None
+    if chosen is TranscriptForm.PLAIN or (is_text and chosen is None):
+        if not path.is_file():
+            raise DataError(f"{path} is a folder; give a file" if path.exists() else f"there is no file {path}")
+        return TranscriptFile(path, TranscriptForm.PLAIN)
+    if is_text:
+        raise DataError(f"{path} is text, not a table, so its form cannot be {chosen}; it is read as plain")
+    rows = read_rows(path, lambda *_: None)  # also checks the name
+    found = chosen or _form_of(path, rows)
+    used = {*IDS, "messages"} if found is TranscriptForm.OPENAI else {*IDS, "conversations", "conversation", "system"}
+    with suppress(TableError):  # no row can be read, which whoever reads them is told
+        first = [row for _, row in islice(read_rows(path, lambda *_: None), _LOOKED_AT)]
+        texts = (name for row in first for name, value in row.items() if value and isinstance(value, str | list))
+        note_unread(str(path), (name for name in texts if name not in used))
+    return TranscriptFile(path, found)
+
+
+def note_unread(name: str, columns: Iterable[str]) -> None:
+    """Say which columns of a table hold text that is not read, if there are any."""
+    unread = list(dict.fromkeys(columns))
+    if unread:
+        shown = ", ".join(map(printable, unread[:_COLUMNS]))
+        more = f" and {len(unread) - _COLUMNS} more" if len(unread) > _COLUMNS else ""
+        note(f"{name}: columns that are no part of a conversation are not read: {shown}{more}")
+
+
+def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Message, ...]:
+    """The conversation in a row of a table.
+
+    Args:
+        row: The row's values by column.
+        form: ``openai`` or ``sharegpt``.
+
+    Raises:
+        DataError: If the row has none; the message does not name the row's place.
+    """
+    try:
+        messages = _OF_ROW[TranscriptForm(form)](row)
+        _check(messages)
+    except _FaultError as fault:
+        raise DataError(str(fault)) from None
+    return messages
+
+
+def _form_of(path: Path, rows: Iterator[tuple[int, dict[str, Any]]]) -> TranscriptForm:
+    seen: dict[str, None] = {}
+    for _, row in islice(rows, _LOOKED_AT):
+        if "messages" in row:
+            return TranscriptForm.OPENAI
+        if "conversations" in row or "conversation" in row:
+            return TranscriptForm.SHAREGPT
+        seen.update(dict.fromkeys(row))
+    columns = ", ".join(map(_short, islice(seen, 8))) or "none that can be read"
+    raise DataError(
+        f"{path}: no conversations: the rows need a column messages (OpenAI) or conversations (ShareGPT); "
+        f"their columns are: {columns}"
+    )
+
+
+def _read_table(path: Path, of_row: Callable[[Mapping[str, Any]], tuple[Message, ...]]) -> Iterator[Any]:
+    bad: list[BadTranscript] = []
+    for line, row in read_rows(path, lambda line, error: bad.append(BadTranscript(line, str(error)))):
+        yield from bad
+        bad.clear()
+        try:
+            messages = of_row(row)
+            _check(messages)
+        except _FaultError as fault:
+            yield BadTranscript(line, f"{path}:{line}: {fault}")
+        else:
+            yield Transcript(messages, _id_of(row, line), line, str(path))
+    yield from bad
+
+
+class _FaultError(Exception):
+    """What is wrong with a row; never leaves this module."""
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if all(message["role"] == "system" for message in messages):
+        raise _FaultError("the conversation has no message of a user or an assistant")
+    for place, message in enumerate(messages):
+        if message["role"] == "system" and place:
+            raise _FaultError(f"message {place} is a system message; only the first, message 0, may be one")
+
+
+def is_counted(message: Message) -> bool:
+    """Whether a message is an answer that counts: OpenAI's finetuning format gives others ``"weight": 0``."""
+    return message["role"] == "assistant" and message.get("weight") != "0"
+
+
+def _of_openai(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    return tuple(
+        {
+            "role": _role(message, "role", _ROLES, place),
+            "content": _content(message.get("content"), place),
+            **_weight(message.get("weight"), place),
+        }
+        for place, message in enumerate(_messages(row, "messages"))
+    )
+
+
+def _weight(given: Any, place: int) -> dict[str, str]:
+    if given in (None, 1):
+        return {}
+    if given == 0:
+        return {"weight": "0"}
+    raise _FaultError(f"message {place} has weight {_short(given)}; it can be 0 or 1")
+
+
+def _of_sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    column = "conversations" if "conversations" in row else "conversation"
+    found: list[Message] = []
+    for place, message in enumerate(_messages(row, column)):
+        role, value = _role(message, "from", _FROM, place), message.get("value")
+        if not isinstance(value, str):
+            raise _FaultError(f"message {place} has no text in value: {_short(value)}")
+        found.append({"role": role, "content": value})
+    system = row.get("system")
+    if isinstance(system, str) and system and not (found and found[0]["role"] == "system"):
+        return ({"role": "system", "content": system}, *found)
+    return tuple(found)
+
+
+_OF_ROW = {TranscriptForm.OPENAI: _of_openai, TranscriptForm.SHAREGPT: _of_sharegpt}
+
+
+def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    if column not in row:
+        raise _FaultError(
+            f"the row has no {column}; its columns are: {', '.join(map(_short, islice(row, 8))) or 'none'}"
+        )
+    found = row[column]
+    if isinstance(found, str):  # the cell of a CSV file
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError) as error:
+            raise _FaultError(f"{column} is a text that is not JSON: {_short(row[column])}") from error
+    if not isinstance(found, list) or not found:
+        raise _FaultError(f"{column} must be a list of messages, at least one, but is {_short(found)}")
+    for place, message in enumerate(found):
+        if not isinstance(message, dict):
+            raise _FaultError(f"message {place} must be an object, but is {_short(message)}")
+        if called := next((name for name in ("tool_calls", "function_call") if message.get(name)), None):
+            raise _FaultError(f"message {place} has {called}; {CALLS_TOOLS}, so leave the conversation out")
+    return found
+
+
+def _role(message: Mapping[str, Any], key: str, roles: Mapping[str, str], place: int) -> str:
+    given = message.get(key)
+    role = roles.get(given.lower()) if isinstance(given, str) else None
+    if role is None and isinstance(given, str) and given.lower() in _TOOLS:
+        raise _FaultError(f"message {place} has {key} {_short(given)}; {CALLS_TOOLS}, so leave the conversation out")
+    if role is None:
+        raise _FaultError(f"message {place} has {key} {_short(given)}; it can be one of {', '.join(roles)}")
+    return role
+
+
+def _content(content: Any, place: int) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _FaultError(f"message {place} has no text in content: {_short(content)}")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else None
+        if not isinstance(text, str):
+            raise _FaultError(f"message {place} has a part that is no text: {_short(part)}; leave the conversation out")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _id_of(row: Mapping[str, Any], line: int) -> str:
+    given = (row.get(name) for name in IDS)
+    found = next((value for value in given if isinstance(value, str | int) and value != ""), None)
+    return f"line {line}" if found is None else str(found)
+
+
+def _short(value: Any) -> str:
+    shown = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    shown = " ".join(shown.split())
+    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+    return repr(shown) if isinstance(value, str) else shown
+
+
+def _read_plain(path: Path) -> Iterator[Any]:
+    """Conversations of a text file."""
+    messages: list[tuple[str, list[str]]] = []
+    begin, stray, empty = 0, 0, True
+
+    def finished() -> Iterator[Any]:
+        if stray:
+            speakers = "User:, Assistant: or System:"
+            yield BadTranscript(begin, f"{path}:{stray}: the line belongs to no message; begin one with {speakers}")
+        elif messages:
+            made = tuple({"role": role, "content": _joined(lines)} for role, lines in messages)
+            try:
+                _check(made)
+            except _FaultError as fault:
+                yield BadTranscript(begin, f"{path}:{begin}: {fault}")
+            else:
+                yield Transcript(made, f"line {begin}", begin, str(path))
+
+    for number, line in _lines(path):
+        if _RULE.fullmatch(line):
+            yield from finished()
+            messages, begin, stray = [], 0, 0
+            continue
+        head = _HEAD.match(line)
+        begin = begin or (number if line.strip() else 0)
+        empty = empty and not line.strip()
+        if head:
+            messages.append((_SPEAKERS[head[1].lower()], [line[head.end() :]]))
+        elif messages:
+            messages[-1][1].append(_ESCAPED.sub("", line, count=1) if line.startswith("\\") else line)
+        elif line.strip():
+            stray = stray or number
+    yield from finished()
+    if empty:
+        raise DataError(f"{path} holds no conversations")
+
+
+def _joined(lines: Sequence[str]) -> str:
+    first = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    last = next((i for i in range(len(lines), first, -1) if lines[i - 1].strip()), first)
+    return "\n".join(lines[first:last])
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text file without their ends; only a line feed, or one behind a carriage return, ends a line."""
+    try:
+        with path.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
+                content = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+                yield number, content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise TableError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise TableError(f"{path} cannot be read: {error}") from error

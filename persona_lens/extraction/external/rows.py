@@ -1,0 +1,256 @@
+"""Files of responses: rows of JSONL, CSV or Parquet, and the fingerprint of what was read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import isnan
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.progress import note
+from persona_lens.core.text import printable, shown
+from persona_lens.data.tables import read_rows
+from persona_lens.judging import Judgement, Score
+from persona_lens.traits import Arm
+
+
+class ResponsesError(PersonaLensError):
+    """Responses that cannot be used; where one row is at fault, the message begins with its file and line."""
+
+
+_LISTS = ("response_ids", "prompt_ids")
+_REFERENCE = {"question", "prompt", "answer", "question_id"}
+_REFERENCE_ID = re.compile(r"(?P<trait>.+)_\d+_(?P<arm>pos|neg)_(?P<pair>\d+)")
+
+
+@dataclass(frozen=True)
+class GivenResponse:
+    """A response that another program generated.
+
+    Attributes:
+        text: The response as text.
+        ids: Its token ids, as generated; at least one of the two is there.
+        judgement: The scores that came with it: the trait's, and coherence where the row has that column too. None
+            where the row has no score column.
+        line: Line of the file, counted from 1.
+        labels: What it answers, as far as the row says: ``arm``, ``question``, ``question_number``, ``pair``,
+            ``system`` and ``sample``.
+        file: The file.
+        prompt: The whole prompt as text, if the row has it.
+        prompt_ids: The whole prompt as token ids, if the row has it.
+        ended: Whether the model ended its turn, if the row says.
+    """
+
+    text: str | None
+    ids: tuple[int, ...] | None
+    judgement: Judgement | None
+    line: int
+    labels: Mapping[str, Any]
+    file: str = ""
+    prompt: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    ended: bool | None = None
+
+    @property
+    def place(self) -> str:
+        """File and line, for messages."""
+        return f"{self.file}:{self.line}"
+
+
+Ids = tuple[Annotated[int, Strict(), Field(ge=0, lt=2**31)], ...]
+Number = Annotated[int, Field(ge=0, lt=2**31)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    arm: Arm | None = None
+    question: str | None = None
+    question_number: Number | None = None
+    pair: Number | None = None
+    system: str | None = None
+    sample: Number | None = None
+    response: str | None = None
+    response_ids: Ids | None = None
+    prompt: str | None = None
+    prompt_ids: Ids | None = None
+    score: Percent | None = None
+    coherence: Percent | None = None
+    ended: bool | None = None
+
+
+def response_of(row: Mapping[str, Any], file: str, line: int) -> GivenResponse:
+    """Read one row.
+
+    Args:
+        row: Its values by column. The per-response files of the reference implementation are recognised by their
+            columns.
+        file: Where it stands, for messages.
+        line: And on which line.
+
+    Raises:
+        ResponsesError: If a column is missing, or holds something else than it should.
+    """
+    place = f"{file}:{line}"
+    if row.keys() >= _REFERENCE and "arm" not in row:
+        row = _from_reference(row, place)
+    try:
+        found = _Row.model_validate({name: _value(name, value) for name, value in row.items()})
+    except ValidationError as error:
+        raise ResponsesError(f"{place}: {_first(error)}") from error
+    _check_columns(found, row, place)
+    labels = {
+        name: value
+        for name in ("arm", "question", "question_number", "pair", "system", "sample")
+        if (value := getattr(found, name)) is not None
+    }
+    return GivenResponse(
+        text=found.response,
+        ids=found.response_ids,
+        judgement=_judgement(found, row),
+        line=line,
+        labels=labels,
+        file=file,
+        prompt=found.prompt,
+        prompt_ids=found.prompt_ids,
+        ended=found.ended,
+    )
+
+
+def ignored_columns(row: Mapping[str, Any]) -> list[str]:
+    """Columns with text that are no part of a response; those of the reference implementation's files all are."""
+    if row.keys() >= _REFERENCE and "arm" not in row:
+        return []
+    return [name for name, value in row.items() if name not in _Row.model_fields and isinstance(value, str) and value]
+
+
+def _value(name: str, value: Any) -> Any:
+    """A value as the schema takes it: a cell of a CSV file is text, and other kinds write "nothing" in several ways."""
+    if isinstance(value, float) and isnan(value):
+        return None
+    if isinstance(value, str) and not value and name != "response":  # which alone may be empty
+        return None
+    if isinstance(value, str) and name in _LISTS:
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}; got {shown(first['input'])}"
+
+
+def _check_columns(found: _Row, row: Mapping[str, Any], place: str) -> None:
+    wanted = {
+        "arm (positive or negative)": found.arm,
+        "question (its text) or question_number": found.question_number if found.question is None else found.question,
+        "pair (the instruction's number) or system (the system prompt)": (
+            found.pair if found.system is None else found.system
+        ),
+        "response (text) or response_ids (token ids)": (
+            found.response_ids if found.response is None else found.response
+        ),
+    }
+    missing = [name for name, value in wanted.items() if value is None]
+    if missing:
+        columns = ", ".join(map(str, row)) or "none"
+        raise ResponsesError(f"{place}: the row has no {missing[0]}; its columns are: {columns}")
+
+
+def _judgement(found: _Row, row: Mapping[str, Any]) -> Judgement | None:
+    if "score" not in row:
+        return None
+    return Judgement(_score(found.score, "score"), _score(found.coherence, "coherence") if "coherence" in row else None)
+
+
+def _score(value: float | None, name: str) -> Score:
+    return Score(value, f"no {name} was given" if value is None else None)
+
+
+def _from_reference(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A row of ``{trait}_pos_instruct.csv`` or ``{trait}_neg_instruct.csv`` in our columns.
+
+    Its question number counts the reference's own list of questions, so that only the text is taken.
+    """
+    match = _REFERENCE_ID.fullmatch(str(row["question_id"]))
+    if match is None:
+        raise ResponsesError(
+            f"{place}: question_id {row['question_id']!r} names no instruction, as TRAIT_3_pos_1 does; "
+            "take the files that were made with --persona_instruction_type pos and neg"
+        )
+    given = {
+        "arm": {"pos": Arm.POSITIVE, "neg": Arm.NEGATIVE}[match["arm"]],
+        "question": row["question"],
+        "pair": match["pair"],
+        "prompt": row["prompt"],
+        "response": row["answer"],
+    }
+    scores = {"score": match["trait"], "coherence": "coherence"}
+    return given | {name: row[column] for name, column in scores.items() if column in row}
+
+
+def read_responses(path: Path | str) -> list[GivenResponse]:
+    """Read a file of responses.
+
+    Args:
+        path: JSONL, CSV or Parquet. Columns: ``arm`` (positive or negative); ``question`` (text) or
+            ``question_number``; ``pair`` (number of the instruction pair) or ``system`` (the system prompt);
+            ``response`` (text), ``response_ids`` (token ids) or both. They may be joined by ``sample`` (otherwise
+            counted), ``prompt`` or ``prompt_ids`` (the whole prompt, to be checked), ``ended``, ``score`` and
+            ``coherence``; other columns are ignored, and named once. Numbers count from 0. The reference
+            implementation's per-response CSV files are read too.
+
+    Returns:
+        The responses, in the order of the file.
+
+    Raises:
+        TableError: If the file cannot be read.
+        ResponsesError: If a row is none.
+    """
+    found, ignored = [], dict[str, None]()
+    for line, row in read_rows(path):
+        found.append(response_of(row, str(path), line))
+        ignored |= dict.fromkeys(ignored_columns(row))
+    if ignored:
+        note(f"{path}: columns that are not read: {', '.join(printable(str(name)) for name in islice(ignored, 8))}")
+    return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_files(paths: Sequence[Path]) -> tuple[list[GivenResponse], tuple[str, ...]]:
+    """Read several files as one.
+
+    Returns:
+        The responses, and the SHA-256 of each file.
+
+    Raises:
+        TableError: If a file cannot be read.
+        ResponsesError: If a row is none, there are no files, or two have the same content.
+    """
+    if not paths:
+        raise ResponsesError("no file of responses is given")
+    responses = [response for path in paths for response in read_responses(path)]
+    digests = tuple(map(digest, paths))
+    for number, found in enumerate(digests):
+        first = digests.index(found)
+        if first < number:
+            raise ResponsesError(f"{paths[first]} and {paths[number]} have the same content; give each file once")
+    return responses, digests

@@ -1,0 +1,321 @@
+"""Where scored responses come from: run folders, tables, the reference implementation's files, people's ratings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from persona_lens.core.files import PART, named, read_bytes, remove, write_bytes
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.data.tables import read_rows
+from persona_lens.judging.agreement.blind import (
+    RATING,
+    REFUSAL,
+    AgreementError,
+    Scored,
+    from_cell,
+    is_response_id,
+    parse_score,
+    read_back,
+    response_id,
+)
+from persona_lens.judging.protocol import Exchange, Judge
+from persona_lens.judging.recording import check_scored, judge_exchanges
+from persona_lens.runs import RunFolder
+
+WORKING = ".working"
+
+
+def judge_scored(
+    judge: Judge, responses: Sequence[Scored], file: Path | None = None, progress: Progress = shown_progress
+) -> list[Scored]:
+    """Score responses, whatever scores they have.
+
+    Args:
+        judge: Who scores.
+        responses: What is scored; equal ones once.
+        file: A JSONL file to write, which `read_scored` reads; None writes nothing. While the work lasts, what is done
+            is kept in a folder beside it, from which the same call goes on.
+        progress: Told how far the work is.
+
+    Returns:
+        The responses with the judge's scores, each response once.
+
+    Raises:
+        AgreementError: If the file is there already.
+        JudgingError: If no response got a score.
+    """
+    working = file.with_name(file.name + WORKING) if file is not None else None
+    if working is not None:
+        with named(working, AgreementError, "removed"):
+            remove(working.with_name(working.name + PART))  # of a call that was stopped at its very end
+    if file is not None and file.exists() and not (working is not None and working.exists()):
+        raise _there_already(file)
+    unique = list({each.id: each for each in responses}.values())
+    exchanges = [Exchange(each.question, each.response) for each in unique]
+    config = {"kind": "judging", "judge": judge.describe(), "responses": [each.id for each in unique]}
+    with RunFolder(working, config) if working is not None else nullcontext() as run:
+        judged = judge_exchanges(judge, exchanges, run, progress=progress)
+        check_scored(judged)
+        rows = [
+            {
+                "question": each.question,
+                "response": each.response,
+                "score": judgement.trait.value,
+                "reason": judgement.trait.reason,
+                "method": judgement.trait.method,
+                "coherence": judgement.coherence.value if judgement.coherence else None,
+            }
+            for each, judgement in zip(unique, judged, strict=True)
+        ]
+        if run is not None and file is not None:
+            content = read_bytes(run.write_lines(file.name, rows), AgreementError)
+            if not file.exists():
+                write_bytes(file, content, new=True, failed=AgreementError)
+            elif read_bytes(file, AgreementError) != content:
+                raise _there_already(file)
+    if working is not None:
+        with named(working, AgreementError, "removed"):
+            remove(working.rename(working.with_name(working.name + PART)))
+    return [
+        Scored(each.id, each.question, each.response, judgement.trait.value, judgement.trait.reason, each.labels)
+        for each, judgement in zip(unique, judged, strict=True)
+    ]
+
+
+def _there_already(file: Path) -> AgreementError:
+    return AgreementError(f"{file} is there already; choose another file, or remove it to judge again")
+
+
+SCORE = "score"
+ROLLOUTS, SCORES = "rollouts.jsonl", "scores.jsonl"
+RESPONSES = ("response", "answer")
+# The columns of a per-response file of the reference implementation (safety-research/persona_vectors) besides the
+# trait's.
+REFERENCE = frozenset({"question", "prompt", "answer", "question_id"})
+COHERENCE = "coherence"
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
+NOT_RATED, NO_SCORE = "not rated", "no score"
+
+NumberedRow = tuple[int, Mapping[str, Any]]
+
+
+def read_scored(path: Path | str, *, column: str | None = None, scores_required: bool = True) -> list[Scored]:
+    """Read responses with their scores.
+
+    Args:
+        path: One of: the run folder of an extraction, or its ``scores.jsonl``; the folder of a sweep, or its
+            ``NAME-scores.jsonl``; a table (JSONL, CSV or Parquet) with the columns ``question``, ``response`` or
+            ``answer``, and ``score``; a per-response CSV file of the reference implementation; a table of
+            `persona_lens.judging.agreement.write_blinded` that people have filled in, as a spreadsheet saved it.
+        column: The column that holds the score, if it is not ``score`` (in people's tables ``rating``). In a file of
+            the reference implementation it need not be given if one column is neither its own nor ``coherence``.
+        scores_required: Whether a table without scores, or a run that has none yet, is refused.
+
+    Raises:
+        AgreementError, TableError: If there is no such source, or something in it is not as it should be; with the file
+            and the line where there is one.
+    """
+    path = Path(path)
+    if path.is_dir() or path.name == SCORES or path.name.endswith(f"-{SCORES}"):
+        found = _read_run(path, column or SCORE, scores_required)
+    else:
+        found = _read_table(path, column, scores_required)
+    if not found:
+        raise AgreementError(f"{path} holds no responses")
+    return found
+
+
+def _read_run(path: Path, column: str, scores_required: bool) -> list[Scored] | None:
+    """A run's responses."""
+    folder, name = (path, _scores_in(path)) if path.is_dir() else (path.parent, path.name)
+    prefix = name.removesuffix(SCORES)
+    rollouts, scores = folder / f"{prefix}{ROLLOUTS}", folder / name
+    if not rollouts.exists():
+        if not path.is_dir():  # somebody's table that happens to have that name
+            return _read_table(path, None if column == SCORE else column, scores_required)
+        raise AgreementError(f"{folder} has no {rollouts.name}, which holds the responses of its {scores.name}")
+    if not scores.exists():
+        if scores_required:
+            raise AgreementError(f"{folder} has no {scores.name}: the command that began this run goes on with it")
+        return [_scored(row, None, "not scored yet") for _, row in read_rows(rollouts)]
+    return _read_sweep(rollouts, scores, column) if prefix else _read_extraction(rollouts, scores, column)
+
+
+def _scores_in(folder: Path) -> str:
+    """The name of a run folder's scores."""
+    if (folder / ROLLOUTS).exists():
+        return SCORES
+    names = [file.name.removesuffix(ROLLOUTS) + SCORES for file in sorted(folder.glob(f"*-{ROLLOUTS}"))]
+    if len(names) == 1:
+        return names[0]
+    inside = ", ".join(str(file.parent) for file in sorted(folder.glob(f"*/*{ROLLOUTS}"))[:5])
+    hint = (
+        f"give one of its {', '.join(names)}" if names else f"give a folder in it, such as {inside}" if inside else ""
+    )
+    raise AgreementError(f"{folder} is no run folder with one set of responses{'; ' if hint else ''}{hint}")
+
+
+def _read_extraction(rollouts: Path, scores: Path, column: str) -> list[Scored]:
+    """Responses stand in the order they were made; the row of a score is the response's place in the plan's order.
+
+    That order is known without the plan, so the run's trait need not be one that this version can read.
+    """
+    names = ("question_number", "pair", "sample", "arm")
+    places = {_key(rollouts, line, row, names): row for line, row in read_rows(rollouts)}
+    judged = {_key(scores, line, row, ("row",))[0]: (line, row) for line, row in read_rows(scores)}
+    if set(judged) != set(range(len(places))):
+        raise AgreementError(
+            f"{scores} ({len(judged)} rows) is not a score for each of the {len(places)} responses of {rollouts.name}"
+        )
+    try:
+        # Positive before negative, as in `persona_lens.traits.Arm`.
+        ordered = sorted(places, key=lambda key: (*key[:3], key[3] != "positive"))
+    except TypeError:
+        raise AgreementError(f"{rollouts} does not number questions, pairs and samples") from None
+    order = {key: number for number, key in enumerate(ordered)}
+    keyed = ((order[key], row) for key, row in places.items())
+    return _joined(keyed, judged, scores, column, RESPONSES[0])
+
+
+def _read_sweep(rollouts: Path, scores: Path, column: str) -> list[Scored]:
+    """Score rows carry the response, but the question by its number only; its text is with the rollout."""
+    names = ("direction", "layer", "coefficient", "sample")
+    judged = {}
+    for line, row in read_rows(scores):
+        judged[_key(scores, line, row, ("question", *names))] = (line, row)
+    keyed = ((_key(rollouts, line, row, ("question_number", *names)), row) for line, row in read_rows(rollouts))
+    return _joined(keyed, judged, scores, column, "text")
+
+
+def _key(file: Path, line: int, row: Mapping[str, Any], names: Sequence[str]) -> tuple[object, ...]:
+    """What a row is for."""
+    try:
+        key = tuple(row[name] for name in names)
+        hash(key)
+    except (KeyError, TypeError) as error:
+        raise AgreementError(f"{file}:{line}: the row does not say what it answers: {error}") from error
+    return key
+
+
+def _joined(
+    rollouts: Iterable[tuple[object, Mapping[str, Any]]],
+    judged: Mapping[Any, NumberedRow],
+    scores: Path,
+    column: str,
+    text: str,
+) -> list[Scored]:
+    found = []
+    for key, rollout in rollouts:
+        if key not in judged:
+            raise AgreementError(f"{scores} has no score for {key}; it belongs to another run than the responses")
+        line, row = judged[key]
+        if text in row and row[text] != rollout.get("response"):
+            raise AgreementError(f"{scores}:{line}: the response is another one than in the run's rollouts")
+        if column not in row:
+            raise AgreementError(f"{scores}:{line}: there is no column {column!r}; there are {_listed(row)}")
+        score, refused = parse_score(row[column], f"{scores}:{line}, {column}")
+        reason = REFUSAL if refused else str(row.get("reason") or NO_SCORE)
+        found.append(_scored(rollout, score, reason))
+    return found
+
+
+def _scored(rollout: Mapping[str, Any], score: float | None, reason: str) -> Scored:
+    question, response = str(rollout.get("question", "")), str(rollout.get("response", ""))
+    labels = {name: rollout[name] for name in rollout if name not in ("question", "response", "response_ids")}
+    return Scored(response_id(question, response), question, response, score, reason if score is None else None, labels)
+
+
+def _read_table(path: Path, column: str | None, scores_required: bool) -> list[Scored]:
+    if path.suffix.lower() in SPREADSHEETS:
+        raise AgreementError(f"{path} is a spreadsheet; save the sheet as CSV (UTF-8) and give that file")
+    if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.is_file():
+        rows = read_back(path)
+        if rows and _filled_in(rows):
+            return _read_ratings(path, rows, column, scores_required)
+    rows = list(read_rows(path))
+    if _filled_in(rows):
+        return _read_ratings(path, rows, column, scores_required)
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    response = next((name for name in RESPONSES if name in names), None)
+    if "question" not in names or response is None:
+        raise AgreementError(
+            f"{path}: the columns question and response (or answer) are needed; there are {', '.join(names)}"
+        )
+    chosen = _score_column(path, rows, names, column, scores_required)
+    return [_from_table(path, line, row, response, chosen) for line, row in rows]
+
+
+def _filled_in(rows: Sequence[NumberedRow]) -> bool:
+    """Whether rows are those of a table for people: they go by the ids that it was written with."""
+    return any(is_response_id(row.get("id")) for _, row in rows)
+
+
+def _score_column(
+    path: Path, rows: Sequence[NumberedRow], names: Sequence[str], column: str | None, scores_required: bool
+) -> str | None:
+    if column is not None:
+        if column not in names:
+            raise AgreementError(f"{path}: there is no column {column!r}; there are {', '.join(names)}")
+        return column
+    if chosen := next((name for name in (SCORE, RATING) if name in names), None):
+        return chosen
+    candidates = [name for name in names if name not in REFERENCE | {COHERENCE} and _numeric(rows, name)]
+    if set(names) >= REFERENCE and len(candidates) == 1:
+        return candidates[0]
+    if not scores_required:
+        return None
+    listed = ", ".join(candidates or names)
+    raise AgreementError(f"{path}: there is no column score; name the one that holds the scores (columns: {listed})")
+
+
+def _numeric(rows: Sequence[NumberedRow], name: str) -> bool:
+    def is_score(value: object) -> bool:
+        try:
+            parse_score(value, "")
+        except AgreementError:
+            return False
+        return True
+
+    return all(is_score(row.get(name)) for _, row in rows)
+
+
+def _from_table(path: Path, line: int, row: Mapping[str, Any], response_column: str, column: str | None) -> Scored:
+    question, response = row.get("question"), row.get(response_column)
+    if not isinstance(question, str) or not question.strip():
+        raise AgreementError(f"{path}:{line}: the question is missing or no text")
+    if response is not None and not isinstance(response, str):
+        raise AgreementError(f"{path}:{line}: the {response_column} is no text: {response!r:.40}")
+    response = response or ""
+    value = None if column is None else row.get(column)
+    score, refused = parse_score(value, f"{path}:{line}, {column}")
+    # The reference implementation leaves a cell empty where its judge named no number, which it takes for a refusal.
+    refused = refused or (score is None and row.keys() >= REFERENCE and column is not None)
+    reason = None if score is not None else REFUSAL if refused else str(row.get("reason") or NO_SCORE)
+    labels = {name: row[name] for name in row if name not in ("question", response_column, column, "reason")}
+    return Scored(response_id(question, response), question, response, score, reason, labels)
+
+
+def _read_ratings(path: Path, rows: Sequence[NumberedRow], column: str | None, scores_required: bool) -> list[Scored]:
+    column = column or RATING
+    if not any(column in row for _, row in rows):  # names of columns are in lower case there
+        column = column.lower()
+    if scores_required and not any(column in row for _, row in rows):
+        raise AgreementError(f"{path}: there is no column {column!r}; there are {_listed(rows[0][1])}")
+    found = []
+    for line, row in rows:
+        if not is_response_id(row.get("id")):
+            raise AgreementError(
+                f"{path}:{line}: {row.get('id')!r} is not an id as `judge sample` writes them; restore the column id"
+            )
+        score, refused = parse_score(row.get(column), f"{path}:{line}, {column}")
+        reason = None if score is not None else REFUSAL if refused else NOT_RATED
+        question, response = (from_cell(str(row.get(name) or "")) for name in ("question", "response"))
+        found.append(Scored(row["id"].strip().lower(), question, response, score, reason))
+    return found
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, row))

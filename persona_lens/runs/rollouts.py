@@ -1,0 +1,342 @@
+"""Rollouts: a model's responses to planned requests, saved batch by batch with what was read on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from persona_lens.backend import Backend, Edit, Edits, Read, Sampling, TokenError, as_edits
+from persona_lens.backend.batches import batches_by_length, check_fits, context_length, generate_rows
+from persona_lens.backend.tokens import TokenIds
+from persona_lens.core.progress import Progress, no_progress, note
+from persona_lens.models import ChatFormat
+from persona_lens.runs.chunks import ADVICE, Pieces, Row, load_shard, pack_shard
+from persona_lens.runs.folder import RunError, RunFolder
+
+if TYPE_CHECKING:
+    from persona_lens.models import ChatFormat
+
+
+def chat_format(backend: Backend) -> ChatFormat:
+    """The chat format of a backend's model."""
+    return ChatFormat.from_tokenizer(backend.tokenizer)
+
+
+def note_reasoning(chat: ChatFormat) -> None:
+    """Say, where a model reasons before it answers, that activations have the reasoning in them and judges do not."""
+    if chat.reasons:
+        note(
+            "this model reasons before it answers: what is read and steered over a response takes in its reasoning, "
+            "while a judge sees the answer alone"
+        )
+
+
+def reply(
+    backend: Backend,
+    question: str,
+    *,
+    system: str | None = None,
+    edits: Edits = (),
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: ChatFormat | None = None,
+) -> str:
+    """Ask the model one question.
+
+    Args:
+        backend: The model.
+        question: User message.
+        system: System prompt.
+        edits: Applied throughout; `persona_lens.steering.reply` takes the notation of a steering too.
+        max_new_tokens: Length limit in tokens.
+        temperature: 0 is greedy.
+        seed: Of the sampling; of no meaning to greedy replies.
+        chat: Chat format; the model's own by default.
+
+    Returns:
+        The answer as text, without reasoning and control tokens.
+    """
+    chat = chat or chat_format(backend)
+    sampling = Sampling(max_new_tokens, temperature, seeds=(seed,) if temperature else None)
+    generation = backend.generate([chat.encode(system, question)], sampling, as_edits(edits))
+    return chat.answer(generation.responses[0])
+
+
+ROLLOUTS = "rollouts.jsonl"
+ACTIVATIONS = "activations"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to ask for.
+
+    Attributes:
+        system: System prompt, or None for none.
+        question: User message.
+        seed: Seed of the row's sampling.
+        labels: What the request is for, such as its arm and question number; copied into its rollout.
+        examples: Questions and answers that stand before the question as turns of the same conversation.
+    """
+
+    system: str | None
+    question: str
+    seed: int
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    examples: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response with what it answers.
+
+    Attributes:
+        request: What was asked.
+        prompt_tokens: Length of the prompt as sent.
+        response_ids: Token ids of the response, the end-of-turn token left out.
+        ended: Whether the model ended its turn within the length limit; None where that is not known.
+        response: The answer as text, without reasoning and control tokens.
+    """
+
+    request: Request
+    prompt_tokens: int
+    response_ids: tuple[int, ...]
+    ended: bool | None
+    response: str
+
+    def to_row(self) -> dict[str, Any]:
+        """The rollout as one line of ``rollouts.jsonl``."""
+        return {
+            **self.request.labels,
+            "seed": self.request.seed,
+            "system": self.request.system,
+            "question": self.request.question,
+            "prompt_tokens": self.prompt_tokens,
+            "response_ids": list(self.response_ids),
+            "ended": self.ended,
+            "response": self.response,
+        }
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any], request: Request) -> Rollout:
+        """The rollout that `to_row` wrote for this request.
+
+        Raises:
+            KeyError, TypeError: If it is no such row.
+        """
+        tokens, ids, ended, response = (row[name] for name in ("prompt_tokens", "response_ids", "ended", "response"))
+        whole = isinstance(ids, list) and all(type(number) is int and number >= 0 for number in (tokens, *ids))
+        if not (whole and (ended is None or type(ended) is bool) and isinstance(response, str)):
+            raise TypeError("values of other types")
+        return Rollout(request, tokens, tuple(ids), ended, response)
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How responses are made; every field is part of a run's configuration.
+
+    Attributes:
+        max_new_tokens: Length limit of a response.
+        temperature: 0 is greedy.
+        top_p: Nucleus.
+        batch_size: Rows that run at once at most. Part of the configuration since sums in other batches round
+            otherwise.
+        batch_tokens: Tokens that run at once at most, responses and padding included.
+    """
+
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 64
+    batch_tokens: int = 32768
+
+    def __post_init__(self) -> None:
+        Sampling(self.max_new_tokens, self.temperature, self.top_p, (0,) if self.temperature else None)
+        if self.batch_size < 1 or self.batch_tokens < 1:
+            raise TokenError(f"batches need at least 1 row and 1 token, got {self.batch_size} and {self.batch_tokens}")
+
+    def sampling(self, seeds: Sequence[int]) -> Sampling:
+        """Settings of one batch."""
+        if self.temperature == 0:
+            return Sampling(self.max_new_tokens)
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, tuple(seeds))
+
+
+Call = tuple[list[TokenIds], Sampling, Sequence[Edit], tuple[Read, ...]]
+"""Arguments of `Backend.generate` for one batch."""
+
+EditsFor = Callable[[Sequence[Request]], Sequence[Edit]]
+
+
+class RolloutBatches(ABC):
+    """Requests and their responses in a run folder, made batch by batch.
+
+    A batch is saved whole: first what was read, in a file of its own, then its rows; so a batch that was interrupted is
+    simply run again.
+
+    Args:
+        backend: The model.
+        requests: What is asked, in the order that indices refer to.
+        batches: Indices of the requests that run together; every index once.
+        reads: What is read.
+        folder: Where to save, under names that begin with ``prefix``; None keeps all in memory.
+        prefix: Distinguishes several sets of rollouts in a folder.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        requests: Sequence[Request],
+        batches: Sequence[list[int]],
+        *,
+        reads: Sequence[Read] = (),
+        folder: RunFolder | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.backend = backend
+        self.requests = list(requests)
+        self.batches = list(batches)
+        self.reads = tuple(reads)
+        self.folder = folder
+        self.prefix = prefix
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def run(self, progress: Progress = no_progress) -> list[Rollout]:
+        """Run what is not there yet, and return every rollout in the order of the requests."""
+        label = f"{self.prefix.rstrip('-') or 'extraction'} rollouts"
+        purposes = list(map(self._purpose, range(len(self.requests))))
+        name = self.prefix + ROLLOUTS
+        form = partial(Rollout.from_row, request=Request(None, "", 0))
+        pieces = Pieces(self.folder, name, self.batches, purposes, self._has_tensors, form)
+        rows = pieces.run(
+            self._run_batch,
+            at_once=self.backend.calls_at_once,
+            report=lambda done: progress(done, len(self.requests), label),
+        )
+        return [Rollout.from_row(row, request) for row, request in zip(rows, self.requests, strict=True)]
+
+    def reductions(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """What was read, batch by batch: indices of requests, and tensors whose first axis follows them."""
+        for number, batch in enumerate(self.batches):
+            if self.folder:
+                yield batch, self._saved(number)
+            else:
+                yield batch, self._kept[number]
+
+    @abstractmethod
+    def _make(self, batch: Sequence[int]) -> tuple[list[Row], dict[str, Tensor]]:
+        """The rows of a batch's rollouts, and what was read."""
+
+    def _purpose(self, index: int) -> str:
+        """What a row is for, in words that tell it from all others."""
+        asked = self.requests[index]
+        return json.dumps([asked.system, asked.question, asked.seed, dict(asked.labels), asked.examples])
+
+    def _run_batch(self, number: int) -> list[Row]:
+        """Make a batch; its tensors are kept before its rows, so that rows never stand there without them."""
+        rows, tensors = self._make(self.batches[number])
+        if self.folder is None:
+            self._kept[number] = tensors
+        elif tensors:
+            self.folder.write_bytes(self._shard(number), pack_shard(tensors, self._identity(number)), replace=True)
+        return rows
+
+    def _has_tensors(self, number: int) -> bool:
+        """Whether what was read in a batch is there; without, the batch is run again."""
+        assert self.folder is not None
+        return not self.reads or (self.folder.path / self._shard(number)).exists()
+
+    def _identity(self, number: int) -> dict[str, Any]:
+        """What a batch's tensors are of."""
+        batch = self.batches[number]
+        purposes = json.dumps([self._purpose(index) for index in batch])
+        return {"rows": list(batch), "purposes": hashlib.sha256(purposes.encode()).hexdigest()}
+
+    def _saved(self, number: int) -> dict[str, Tensor]:
+        assert self.folder is not None
+        file = self.folder.path / self._shard(number)
+        tensors = load_shard(file, self._identity(number))
+        if any(tensor.shape[:1] != (len(self.batches[number]),) for tensor in tensors.values()):
+            raise RunError(f"{file} does not hold a row for each response; {ADVICE}")
+        return tensors
+
+    def _shard(self, number: int) -> str:
+        return f"{ACTIVATIONS}/{self.prefix}batch-{number:05d}.safetensors"
+
+
+class Rollouts(RolloutBatches):
+    """Planned requests, to which the model responds.
+
+    Requests are cut into batches once, by the length of their prompts.
+
+    Args:
+        backend: The model.
+        chat: Turns a request into token ids.
+        requests: What to ask, in the order that indices refer to.
+        settings: How.
+        folder: Where to save, under names that begin with ``prefix``; None keeps all in memory.
+        reads: What to read while generating.
+        edits_for: Edits of a batch, given its requests.
+        prefix: Distinguishes several sets of rollouts in a folder.
+
+    Raises:
+        ContextError: If a prompt and its response would not fit the model.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        chat: ChatFormat,
+        requests: Sequence[Request],
+        settings: RolloutSettings,
+        *,
+        folder: RunFolder | None = None,
+        reads: Sequence[Read] = (),
+        edits_for: EditsFor | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.chat = chat
+        self.settings = settings
+        self.edits_for = edits_for
+        note_reasoning(chat)
+        self._prompts = [tuple(chat.encode(r.system, r.question, r.examples)) for r in requests]
+        check_fits(context_length(backend), map(len, self._prompts), settings.max_new_tokens)
+        longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]
+        batches = batches_by_length(longest, settings.batch_size, settings.batch_tokens)
+        super().__init__(backend, requests, batches, reads=reads, folder=folder, prefix=prefix)
+
+    def calls(self) -> Iterator[Call]:
+        """What `run` would hand to `Backend.generate`, batch by batch."""
+        return map(self._call, self.batches)
+
+    def _call(self, batch: Sequence[int]) -> Call:
+        requests = [self.requests[i] for i in batch]
+        edits = self.edits_for(requests) if self.edits_for else ()
+        sampling = self.settings.sampling([r.seed for r in requests])
+        return [self._prompts[i] for i in batch], sampling, edits, self.reads
+
+    def _make(self, batch: Sequence[int]) -> tuple[list[Row], dict[str, Tensor]]:
+        call = self._call(batch)
+        pieces = list(generate_rows(self.backend, *call))
+        responses = [ids for piece in pieces for ids in piece.responses]
+        ended = [flag for piece in pieces for flag in piece.ended]
+        tensors = {read.kind.value: torch.cat([p.reads[read.kind.value] for p in pieces]) for read in self.reads}
+        rollouts = [
+            Rollout(self.requests[i], len(prompt), ids, end, self.chat.answer(ids))
+            for i, prompt, ids, end in zip(batch, call[0], responses, ended, strict=True)
+        ]
+        return [rollout.to_row() for rollout in rollouts], tensors
+
+
+def row_seed(base: int, *parts: object) -> int:
+    """A seed for one row, from the run's seed and what the row is for; the same on every machine."""
+    text = "\0".join(map(str, (base, *parts)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

@@ -1,0 +1,170 @@
+"""A trait while it is being written: what there is of it, saved after every reply."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from persona_lens.core.files import write_text
+from persona_lens.core.text import in_short
+from persona_lens.traits.document import TraitError
+from persona_lens.traits.generate.replies import AuthoringError, NamesReply, PairReply, RubricReply, Sentence
+from persona_lens.traits.parsing import read_text
+from persona_lens.traits.prompts import ANCHORS, rubric_text
+from persona_lens.traits.rendering import check_name, trait_text
+from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER
+
+_WIDTH = 108
+
+
+def written_text(draft: Draft, version: str) -> str:
+    """Write the trait file of a finished draft.
+
+    The comment at its head says which model wrote it and how, but not when: the same run writes the same file.
+
+    Args:
+        draft: The draft.
+        version: That of persona-lens.
+
+    Raises:
+        AuthoringError: The draft is not finished.
+    """
+    facts: dict[str, Any] = {**draft.origin, "requests": draft.requests, "persona-lens": version}
+    head = [
+        f"{draft.name}: a character trait for persona-lens, written by a model. Read it before you rely on it.",
+        "",
+        *(f"{name}: {in_short(str(value), 200)}" for name, value in facts.items() if value is not None),
+        "",
+        *textwrap.wrap(f"The description given: {in_short(draft.description, 5000)}", _WIDTH),
+    ]
+    fields = {**draft.fields(), "license": "", "tags": [], "references": []}
+    return trait_text(fields, head)
+
+
+MAX_DESCRIPTION = 2000
+
+
+class Draft(BaseModel):
+    """The parts of a trait that have been written so far; it changes as replies come in.
+
+    Attributes:
+        name: The trait's name.
+        description: What the trait is, as the user says it.
+        origin: Which model writes it, where, and how it samples.
+        requests: How many replies were asked for.
+        names: The adjectives, and words that would give the trait away.
+        instructions: Up to five pairs.
+        questions: Up to forty; every other one is for evaluation, so that both sets come from every batch.
+        rubric: The body of the rubric.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    name: str
+    description: str
+    origin: dict[str, Any] = Field(default_factory=dict)
+    requests: int = Field(default=0, ge=0)
+    names: NamesReply | None = None
+    instructions: list[PairReply] = Field(default_factory=list, max_length=N_INSTRUCTION_PAIRS)
+    questions: list[Sentence] = Field(default_factory=list, max_length=2 * N_QUESTIONS)
+    rubric: RubricReply | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """What is still to be written, in words."""
+        found = [] if self.names else ["the adjectives"]
+        if short := N_INSTRUCTION_PAIRS - len(self.instructions):
+            found.append(f"{short} of {N_INSTRUCTION_PAIRS} instruction pairs")
+        if short := 2 * N_QUESTIONS - len(self.questions):
+            found.append(f"{short} of {2 * N_QUESTIONS} questions")
+        return found if self.rubric else [*found, "the rubric"]
+
+    def fields(self) -> dict[str, Any]:
+        """The finished draft as what `Trait` takes.
+
+        Raises:
+            AuthoringError: It is not finished.
+        """
+        if self.names is None or self.rubric is None or self.missing:
+            raise AuthoringError(f"the trait {self.name} still lacks {', '.join(self.missing)}")
+        anchors = {score: getattr(self.rubric, f"score_{score}") for score in ANCHORS}
+        return {
+            "format_version": 1,
+            "name": self.name,
+            "description": self.description,
+            "adjectives": {"positive": self.names.positive, "negative": self.names.negative},
+            "instructions": [pair.model_dump() for pair in self.instructions],
+            "extraction_questions": self.questions[::2],
+            "evaluation_questions": self.questions[1::2],
+            "judge_rubric": rubric_text(self.names.positive, self.rubric.definition, anchors),
+            "author": f"{self.origin.get('model', 'a model')} via persona-lens authoring",
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the draft to a file, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+    def continues(self, other: Draft) -> None:
+        """Make sure that this draft, from an earlier run, is what another begins.
+
+        Raises:
+            AuthoringError: It is about something else, or another model wrote it.
+        """
+        mine, wanted = (
+            json.loads(draft.model_dump_json(include={"name", "description", "origin"})) for draft in (self, other)
+        )
+        old, new = ({"name": d["name"], "description": d["description"], **d["origin"]} for d in (mine, wanted))
+        changed = [key for key in new if old.get(key) != new[key]]  # the older may know more: what replies have shown
+        if changed:
+            shown = "; ".join(
+                f"{key}: {in_short(str(old.get(key)))!r} there, {in_short(str(new[key]))!r} now" for key in changed
+            )
+            raise AuthoringError(f"was begun otherwise ({shown}): remove it, or repeat the command that began it")
+
+
+def new_draft(name: str, description: str, origin: Mapping[str, Any]) -> Draft:
+    """Begin a trait.
+
+    Args:
+        name: Its name.
+        description: What it is, in a sentence or two.
+        origin: Which model is to write it, where, and how it samples; plain JSON, without ``requests``.
+
+    Raises:
+        PersonaLensError: The name or the description cannot be those of a trait.
+    """
+    check_name(name)
+    line = " ".join(description.split())
+    if not line:
+        raise AuthoringError("an author model needs a description (--description): say what the trait is, and is not")
+    if len(line) > MAX_DESCRIPTION or not line.isprintable() or PLACEHOLDER in line:
+        raise AuthoringError(
+            f'the description "{in_short(line)}" cannot be used: write up to {MAX_DESCRIPTION:,} plain characters, '
+            f'without "{PLACEHOLDER}"'
+        )
+    return Draft(name=name, description=line, origin=dict(origin))
+
+
+def load_draft(path: Path) -> Draft | None:
+    """Read the draft that an earlier run left behind; None if there is none.
+
+    Raises:
+        AuthoringError: The file is no draft.
+    """
+    if not path.exists():
+        return None
+    try:
+        return Draft.model_validate_json(read_text(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = in_short(".".join(map(str, first["loc"])))
+        raise AuthoringError(
+            f"{path}: {where or 'the file'}: {first['msg']}: put it right, or remove the file"
+        ) from error
+    except TraitError as error:
+        raise AuthoringError(f"{error}: remove the file to begin again") from error

@@ -1,0 +1,349 @@
+"""The procedure by which a model writes a trait: part by part, checked; what is missing or weak is asked for again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.core.text import in_short
+from persona_lens.traits.checks import (
+    MAX_QUESTION_WORDS,
+    MAX_SIMILARITY,
+    SAME_QUESTION,
+    Advice,
+    check_deeply,
+    similarity,
+)
+from persona_lens.traits.document import Severity, field_name
+from persona_lens.traits.generate import wording
+from persona_lens.traits.generate.authors import ALL_QUESTIONS, Limits
+from persona_lens.traits.generate.draft import Draft
+from persona_lens.traits.generate.replies import (
+    Author,
+    AuthoringError,
+    NamesReply,
+    PairReply,
+    PairsReply,
+    QuestionsReply,
+    RubricReply,
+    Sentence,
+    found_json,
+    items,
+    reply_schema,
+    whole,
+)
+from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, QUESTION_FIELDS, Trait, normalised
+from persona_lens.traits.similarity import likenesses
+
+_SHOWN_COMPLAINTS = 6
+
+
+@dataclass
+class Desk:
+    """Where a draft is worked on.
+
+    Attributes:
+        author: Who writes.
+        draft: What there is.
+        limits: How often to ask.
+        save: Called after every reply.
+        progress: Told of the parts that are there.
+        complaints: What was wrong with the last reply; the author is told.
+    """
+
+    author: Author
+    draft: Draft
+    limits: Limits
+    save: Callable[[Draft], None]
+    progress: Progress
+    complaints: list[str] = field(default_factory=list)
+
+    def ask(self, what: str, request: str, reply: type[BaseModel]) -> object:
+        """Make one request.
+
+        Args:
+            what: The part it is for.
+            request: Its text.
+            reply: What is expected.
+
+        Returns:
+            The data in the reply; None where there is none, which becomes a complaint.
+
+        Raises:
+            AuthoringError: The author failed.
+        """
+        request += wording.again(self.complaints[:_SHOWN_COMPLAINTS])
+        self.draft.requests += 1
+        try:
+            text = self.author.write(wording.SYSTEM, request, reply_schema(reply))
+        except Exception as error:  # an author may be anybody's code; what is written already must outlast it
+            reason = in_short(str(error), 400).rstrip(".") or type(error).__name__
+            raise AuthoringError(
+                f"the author model failed in request {self.draft.requests}, for the {what}: {reason}. "
+                f"Still missing: {', '.join(self.draft.missing) or 'nothing'}"
+            ) from error
+        try:
+            data = found_json(text)
+        except ValueError as error:
+            self.complaints = [f"it {error}"]
+            return None
+        self.complaints = []
+        return data
+
+    def took(self, what: str, done: int, total: int) -> None:
+        """Keep what a reply has brought, and what it has shown of the author."""
+        self.draft.origin = {**self.draft.origin, **self.author.describe()}
+        self.save(self.draft)
+        self.progress(done, total, what)
+
+    def require(self, what: str, count: int, needed: int) -> None:
+        """Go no further with a part that is not complete.
+
+        Raises:
+            AuthoringError: It is not.
+        """
+        if count < needed:
+            last = f" (the last reply: {in_short('; '.join(self.complaints), 300)})" if self.complaints else ""
+            raise AuthoringError(
+                f"the author model wrote {count} of {needed} {what} that can be used{last}, after "
+                f"{self.draft.requests} requests. Still missing: {', '.join(self.draft.missing)}. A larger "
+                "--author-model may do better"
+            )
+        self.complaints = []
+
+
+@dataclass(frozen=True)
+class Written:
+    """A trait that a model has written.
+
+    Attributes:
+        trait: The trait.
+        advice: What the checks still find fault with.
+        requests: How many replies it took, those of an interrupted run included.
+    """
+
+    trait: Trait
+    advice: tuple[Advice, ...]
+    requests: int
+
+
+def write_trait(
+    author: Author,
+    draft: Draft,
+    *,
+    limits: Limits | None = None,
+    save: Callable[[Draft], None] = lambda draft: None,
+    progress: Progress = shown_progress,
+) -> Written:
+    """Let a model write what a draft lacks, and check the whole.
+
+    Args:
+        author: The model.
+        draft: Name and description of the trait, and what an earlier run has written. It is changed in place.
+        limits: How often to ask.
+        save: Called after every reply, so that nothing is lost whatever happens.
+        progress: Told of the parts that are there.
+
+    Raises:
+        AuthoringError: The author failed, or gave too little that is of use; the message says what is missing.
+    """
+    desk = Desk(author, draft, limits or Limits(), save, progress)
+    _ask_names(desk)
+    _gather(desk, _INSTRUCTIONS, desk.limits.instructions)
+    desk.require("instruction pairs", len(draft.instructions), N_INSTRUCTION_PAIRS)
+    _gather(desk, _QUESTIONS, desk.limits.questions)
+    desk.require("questions", len(draft.questions), ALL_QUESTIONS)
+    _ask_rubric(desk)
+    for _ in range(desk.limits.repairs):
+        if not _repair(desk):
+            break
+    advice = _advice(draft)
+    if errors := [found for found in advice if found.severity is Severity.ERROR]:
+        shown = "; ".join(f"{field_name(found.loc)} {found.message}" for found in errors)
+        raise AuthoringError(f"the trait {draft.name} cannot be used as it is: {shown}")
+    return Written(_trait(draft), tuple(advice), draft.requests)
+
+
+def _ask_names(desk: Desk) -> None:
+    def take(data: object) -> None:
+        reply = whole(NamesReply, data)
+        if normalised(reply.positive) == normalised(reply.negative):
+            raise ValueError("positive and negative are the same word")
+        words = (" ".join(word.split()) for word in reply.related)
+        usable = [
+            word
+            for word in dict.fromkeys(words)
+            if sum(map(str.isalpha, word)) >= 3 and len(word) <= 40 and word.isprintable()
+        ]
+        desk.draft.names = reply.model_copy(update={"related": usable[:10]})
+
+    _ask_whole(desk, "names", "adjectives", wording.names_request, NamesReply, take)
+
+
+def _ask_rubric(desk: Desk) -> None:
+    def take(data: object) -> None:
+        reply = whole(RubricReply, data)
+        scores = [normalised(text) for name, text in reply if name.startswith("score_")]
+        if len(set(scores)) < len(scores):
+            raise ValueError("two scores are described in the same words")
+        desk.draft.rubric = reply
+
+    _ask_whole(desk, "rubric", "rubric", wording.rubric_request, RubricReply, take)
+
+
+def _ask_whole(
+    desk: Desk,
+    key: str,
+    what: str,
+    request: Callable[[Draft], str],
+    reply: type[BaseModel],
+    take: Callable[[object], None],
+) -> None:
+    for _ in range(desk.limits.attempts):
+        if getattr(desk.draft, key) is not None:
+            break
+        data = desk.ask(what, request(desk.draft), reply)
+        try:
+            if data is not None:
+                take(data)
+        except ValueError as error:
+            desk.complaints = [str(error)]
+        desk.took(what, int(getattr(desk.draft, key) is not None), 1)
+    desk.require(what, int(getattr(desk.draft, key) is not None), 1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the draft that is a list: how to ask for more of it, and what speaks against one more.
+
+    Attributes:
+        key: Field of the draft, and key of the reply.
+        total: How many there must be.
+        kind: Type of an item.
+        reply: Type of the reply.
+        request: Writes the request, given the desk, how many are missing, and what must not come again.
+        fault: What is wrong with an item beside those that are known; empty if nothing is.
+    """
+
+    key: str
+    total: int
+    kind: Any
+    reply: type[BaseModel]
+    request: Callable[[Desk, int, Sequence[Any]], str]
+    fault: Callable[[Any, Sequence[Any]], str]
+
+
+def _gather(desk: Desk, part: _Part, requests: int, refused: Sequence[Any] = ()) -> None:
+    for _ in range(requests):
+        there: list[Any] = getattr(desk.draft, part.key)
+        missing = part.total - len(there)
+        if not missing:
+            return
+        data = desk.ask(part.key, part.request(desk, missing, [*there, *refused]), part.reply)
+        if data is not None:
+            good, bad = items(part.kind, data, part.key)
+            for item in good:
+                # What was found fault with may come again put right, but not as it was.
+                fault = "this is what was found fault with" if item in refused else part.fault(item, there)
+                if fault:
+                    bad.append(fault)
+                elif len(there) < part.total:
+                    there = [*there, item]
+            setattr(desk.draft, part.key, there)
+            desk.complaints = bad
+        desk.took(part.key, len(there), part.total)
+
+
+def _ask_for_pairs(desk: Desk, missing: int, known: Sequence[PairReply]) -> str:
+    return wording.instructions_request(desk.draft, missing, [pair.positive for pair in known])
+
+
+def _ask_for_questions(desk: Desk, missing: int, known: Sequence[str]) -> str:
+    return wording.questions_request(desk.draft, min(missing, desk.limits.batch), known)
+
+
+def _pair_fault(pair: PairReply, known: Sequence[PairReply]) -> str:
+    if normalised(pair.positive) == normalised(pair.negative):
+        return f'both arms say "{in_short(pair.positive)}"'
+    for other in known:
+        for text, there in ((pair.positive, other.positive), (pair.negative, other.negative)):
+            if similarity(there, text) >= MAX_SIMILARITY or normalised(text) == normalised(there):
+                return f'"{in_short(text)}" is there already'
+    return ""
+
+
+def _question_fault(question: str, known: Sequence[str]) -> str:
+    if len(question.split()) > MAX_QUESTION_WORDS:
+        return f'"{in_short(question)}" is too long'
+    last = len(known)
+    likeness = {i: cosine for i, j, cosine in likenesses([*known, question]) if j == last}
+    for i, other in enumerate(known):
+        if likeness[i] >= SAME_QUESTION or similarity(other, question) >= MAX_SIMILARITY:
+            return f'"{in_short(question)}" asks the same as "{in_short(other)}"'
+    return ""
+
+
+_INSTRUCTIONS = _Part("instructions", N_INSTRUCTION_PAIRS, PairReply, PairsReply, _ask_for_pairs, _pair_fault)
+_QUESTIONS = _Part("questions", ALL_QUESTIONS, Sentence, QuestionsReply, _ask_for_questions, _question_fault)
+
+
+def _advice(draft: Draft) -> list[Advice]:
+    related = draft.names.related if draft.names else ()
+    return check_deeply(_trait(draft), related)
+
+
+def _trait(draft: Draft) -> Trait:
+    try:
+        return Trait.model_validate(draft.fields())
+    except ValidationError as error:  # somebody has edited the draft of an interrupted run
+        faults = error.errors(include_url=False, include_input=False)
+        shown = "; ".join(f"{field_name(fault['loc'])} {fault['msg']}" for fault in faults)
+        raise AuthoringError(f"the trait {draft.name} is not valid: {shown}") from error
+
+
+def _repair(desk: Desk) -> bool:
+    """Replace what the checks find fault with; returns whether there was anything."""
+    advice = _advice(desk.draft)
+    faults = _faults(desk.draft, advice)
+    for part, found in ((_INSTRUCTIONS, faults[0]), (_QUESTIONS, faults[1])):
+        if found:
+            _replace(desk, part, found)
+    return any(faults)
+
+
+def _faults(draft: Draft, advice: Sequence[Advice]) -> tuple[dict[int, str], dict[int, str]]:
+    """What is wrong with which pair and with which question of a draft."""
+    pairs: dict[int, str] = {}
+    questions: dict[int, str] = {}
+    for found in advice:
+        match found.loc:
+            case ("instructions", int(index), *_):
+                pairs.setdefault(index, found.message)
+            case ("instructions",):  # about all five: the pair that is most to blame
+                lengths = [(len(pair.positive.split()), len(pair.negative.split())) for pair in draft.instructions]
+                worst = max(range(len(lengths)), key=lambda i: max(lengths[i]) / min(lengths[i]))
+                pairs.setdefault(worst, found.message)
+            case (str(name), int(index)) if name in QUESTION_FIELDS:
+                questions.setdefault(2 * index + QUESTION_FIELDS.index(name), found.message)
+    return pairs, questions
+
+
+def _replace(desk: Desk, part: _Part, faults: Mapping[int, str]) -> None:
+    old: list[Any] = getattr(desk.draft, part.key)
+    faulty = [old[index] for index in faults]
+    setattr(desk.draft, part.key, [item for index, item in enumerate(old) if index not in faults])
+    desk.complaints = [
+        f'"{in_short(getattr(old[index], "positive", old[index]), 100)}": {message}'
+        for index, message in faults.items()
+    ]
+    try:
+        _gather(desk, part, desk.limits.repair_requests, faulty)
+    finally:
+        # A weak question is better than none: what was not replaced comes back, and is reported.
+        new: list[Any] = getattr(desk.draft, part.key)
+        setattr(desk.draft, part.key, [*new, *faulty[: part.total - len(new)]])
+        desk.complaints = []

@@ -1,0 +1,120 @@
+"""How alike texts are in what they are about: words without the common ones, stems, shared letter groups."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from persona_lens.traits.schema import normalised
+
+GRAM = 4
+"""Letters in a group: long enough to mean something, short enough to see through endings."""
+
+# Words that any two questions may share without being about the same thing.
+_COMMON = frozenset(
+    """
+    a about after again all also always am an and any anybody anyone anything are as ask at be because been before
+    being best better but by can can't cannot could did do does doesn't doing don't ever every everybody everyone
+    everything explain for from get getting give go going good got had happen happens has have having he her here him
+    his how i i'd i'll i'm i've if in into is isn't it it's its just know last let let's like make many may me might
+    more most much my myself need never new next no nobody not nothing now of off ok on one only or other our out over
+    own people please quite rather really right said same say see shall she should show so some somebody someone
+    something still such sure take tell than that that's the their them then there these they thing things think this
+    those though to today too two up us use very want was way we well were what what's when where which while who whom
+    whose why will with without won't would wouldn't yes yet you you're your
+    """.split()  # noqa: SIM905  # a list of two hundred strings nobody reads
+)
+
+# What English hangs on a word, the longest first. Not "-ic" and "-al": polite is no politics, optimism not optimal.
+_DERIVED = tuple(
+    """
+    istically etically istics lessly istic ously iness fully ingly etic ness less able ible astic ance ence ancy ency
+    isms ists asm ism ist ity ily ous ful ant ent ive ies ied ly er y
+    """.split()  # noqa: SIM905
+)
+_INFLECTED = ("ing", "ed", "es", "s", "e")
+_NEGATING = ("non", "dis", "anti", "un", "in", "im", "ir", "il")
+
+
+def words(text: str) -> list[str]:
+    """Split a text into its words, in lower case."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", normalised(text).replace("’", "'"))
+
+
+def content_words(text: str) -> list[str]:
+    """The words of a text that say what it is about.
+
+    Example:
+        >>> content_words("What should I do about my neighbour's piano?")
+        ['neighbour', 'piano']
+    """
+    return [word.removesuffix("'s") for word in words(text) if word not in _COMMON and len(word) > 1]
+
+
+def stem(word: str) -> str:
+    """Cut off what makes another word of the same root; rougher than a linguist's stem.
+
+    Example:
+        >>> {stem(word) for word in ("apathetic", "apathy", "apathetically")}
+        {'apath'}
+    """
+    root = _cut(word, _DERIVED, 5)  # with less left, serious would be a relative of series
+    return _cut(root if root != word else _cut(word, _INFLECTED, 3), ("e",), 3)
+
+
+def roots(word: str) -> frozenset[str]:
+    """The stem of a word, and the stem of what it negates: impolite is a relative of politeness."""
+    found = {stem(word)}
+    for prefix in _NEGATING:
+        rest = word.removeprefix(prefix)
+        if rest != word and len(rest) >= 5:
+            found.add(stem(rest))
+    return frozenset(found)
+
+
+def likenesses(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
+    """Compare every two texts by the letter groups of their content words.
+
+    Groups that few of the texts have count more (TF-IDF), so that two questions about a piano are alike, and two
+    that ask for an opinion are not. Endings and the order of words hardly matter; a synonym is not recognised.
+
+    Yields:
+        The positions of the two texts, and the cosine between them, 0 to 1.
+    """
+    counts = [_groups(text) for text in texts]
+    having = Counter(group for count in counts for group in count)
+    rows = []
+    for count in counts:
+        row = {g: (1 + math.log(n)) * (1 + math.log((1 + len(texts)) / (1 + having[g]))) for g, n in count.items()}
+        length = math.sqrt(sum(weight * weight for weight in row.values())) or 1.0
+        rows.append({group: weight / length for group, weight in row.items()})
+    for (i, one), (j, other) in itertools.combinations(enumerate(rows), 2):
+        yield i, j, sum(weight * other[group] for group, weight in one.items() if group in other)
+
+
+def shared_run(one: str, other: str) -> str:
+    """The longest run of words that stands in both texts, in lower case; empty if there is none."""
+    first, second = words(one), words(other)
+    best: list[str] = []
+    lengths: dict[int, int] = {}
+    for i, word in enumerate(first):
+        lengths = {j: lengths.get(j - 1, 0) + 1 for j, match in enumerate(second) if match == word}
+        longest = max(lengths.values(), default=0)
+        if longest > len(best):
+            best = first[i - longest + 1 : i + 1]
+    return " ".join(best)
+
+
+def _groups(text: str) -> Counter[str]:
+    padded = (f" {word} " for word in content_words(text))
+    return Counter(word[i : i + GRAM] for word in padded for i in range(max(1, len(word) - GRAM + 1)))
+
+
+def _cut(word: str, endings: Sequence[str], left: int) -> str:
+    for ending in endings:
+        if word.endswith(ending) and len(word) - len(ending) >= left:
+            return word.removesuffix(ending)
+    return word

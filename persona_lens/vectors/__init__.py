@@ -1,0 +1,33 @@
+"""Vectors: a trait's directions in one model's residual stream, with where they come from."""
+
+from __future__ import annotations
+
+from persona_lens.vectors.vectors import (
+    DEFAULT_REDUCTION,
+    FORMAT_VERSION,
+    LAYERS,
+    METADATA,
+    PROMPT_MEAN,
+    Member,
+    PersonaVectors,
+    Tuned,
+    VectorsError,
+    load_vectors,
+    random_directions,
+    read_header,
+)
+
+__all__ = [
+    "DEFAULT_REDUCTION",
+    "FORMAT_VERSION",
+    "LAYERS",
+    "METADATA",
+    "PROMPT_MEAN",
+    "Member",
+    "PersonaVectors",
+    "Tuned",
+    "VectorsError",
+    "load_vectors",
+    "random_directions",
+    "read_header",
+]

@@ -1,0 +1,26 @@
+"""Exchange: vectors in the formats of other programs, in and out; and on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from persona_lens.vectors.formats.form import Chosen, ExchangeError, Imported, Stated
+from persona_lens.vectors.formats.libraries import (
+    from_control_vector,
+    from_steering_vector,
+    to_control_vector,
+    to_steering_vector,
+)
+from persona_lens.vectors.formats.registry import FORMATS, export_vectors, import_vectors
+
+__all__ = [
+    "FORMATS",
+    "Chosen",
+    "ExchangeError",
+    "Imported",
+    "Stated",
+    "export_vectors",
+    "from_control_vector",
+    "from_steering_vector",
+    "import_vectors",
+    "to_control_vector",
+    "to_steering_vector",
+]

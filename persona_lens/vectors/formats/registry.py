@@ -1,0 +1,160 @@
+"""The formats by name, what tells them apart, and the two verbs: `import_vectors` and `export_vectors`."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from persona_lens.core.artifacts import write_once
+from persona_lens.vectors.formats import (
+    arrays,
+    llama_cpp,
+)
+from persona_lens.vectors.formats import (
+    libraries as steering_vectors,
+)
+from persona_lens.vectors.formats import (
+    torch_files as assistant_axis,
+)
+from persona_lens.vectors.formats import (
+    torch_files as reference,
+)
+from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated, reduction_of
+from persona_lens.vectors.formats.torch_files import load_archive
+from persona_lens.vectors.vectors import PersonaVectors
+
+READERS: tuple[Form, ...] = (
+    reference.FOLDER,
+    reference.FILE,
+    assistant_axis.FORM,
+    steering_vectors.FORM,
+    llama_cpp.FORM,
+    arrays.NPZ,
+    arrays.NPY,
+)
+FORMATS = {form.name: form for form in READERS}
+"""Formats by name."""
+
+
+def import_vectors(path: Path | str, stated: Stated | None = None) -> Imported:
+    """Read vectors that another program wrote; which one, its content says. Nothing in it is run.
+
+    Args:
+        path: A file, or a folder of the reference implementation's files.
+        stated: What the file does not say itself: the model, the trait, the reduction.
+
+    Raises:
+        ExchangeError: If it is of no known format, damaged, or does not fit the model; or if neither file nor user say
+            which model and trait it is of.
+        VectorsError: If what `persona_lens` wrote into it is damaged.
+    """
+    file, stated = Path(path), stated or Stated()
+    reduction_of(stated)
+    try:
+        container, content = _opened(file)
+        forms = [form for form in READERS if form.container == container and form.recognises(content, stated)]
+        if not forms:
+            raise ExchangeError(
+                f"{file} is a file of torch.save, but holds nothing that is known here ({_seen(content)}); formats: "
+                f"{', '.join(FORMATS)}"
+            )
+        return forms[0].read(file, content, stated)
+    except OSError as error:
+        raise ExchangeError(f"{file} cannot be read: {error}") from error
+
+
+def _opened(file: Path) -> tuple[str, Any]:
+    """What kind of container it is, by its first bytes, and of an archive what is in it."""
+    if file.is_dir():
+        if not any(file.glob("*_diff.pt")):
+            raise ExchangeError(f"{file} is a folder without files named TRAIT_response_avg_diff.pt or the like")
+        return "folder", None
+    if not file.is_file():
+        raise ExchangeError(f"{file} does not exist")
+    with file.open("rb") as stream:
+        head = stream.read(16)
+    if head.startswith(b"GGUF"):
+        return "gguf", None
+    if head.startswith(b"\x93NUMPY"):
+        return "npy", None
+    if head.startswith(b"PK"):
+        return ("npz", None) if _holds_arrays(file) else ("archive", load_archive(file, steering_vectors.STAND_INS))
+    if head[:1] == b"\x80":
+        raise ExchangeError(
+            f"{file} is a bare pickle, which can run code on opening, so it was not opened; write it with a current "
+            "torch.save, or as NumPy"
+        )
+    if head[8:9] == b"{":
+        raise ExchangeError(
+            f"{file} is a safetensors file; those of this program need no import, and of others the tensors have to be "
+            "saved as NumPy first"
+        )
+    raise ExchangeError(f"{file} is of no known format; formats: {', '.join(FORMATS)}")
+
+
+def _holds_arrays(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ExchangeError(f"{file} is damaged: {error}") from error
+
+
+def _seen(content: Any) -> str:
+    if isinstance(content, dict):
+        return f"a dictionary of {', '.join(repr(str(key)[:20]) for key in list(content)[:5]) or 'nothing'}"
+    return f"a {type(content).__name__}"
+
+
+def export_vectors(
+    vectors: PersonaVectors, to: str, out: Path | str | None = None, chosen: Chosen | None = None
+) -> tuple[list[Path], tuple[str, ...]]:
+    """Write vectors for another program.
+
+    Args:
+        vectors: The vectors.
+        to: Name of the format, see `FORMATS`.
+        out: The file, or for formats of several files the folder; a name after the trait, here, by default.
+        chosen: What of the vectors; everything by default.
+
+    Returns:
+        What was written, and what the user should be told, one sentence each.
+
+    Raises:
+        ExchangeError: If there is no such format, it cannot hold this, or a file exists and holds something else.
+        VectorsError: If there is no such layer or reduction.
+    """
+    if to not in FORMATS:
+        there = ", ".join(f"{form.name} ({form.summary})" for form in FORMATS.values())
+        raise ExchangeError(f"there is no format {to!r}; there are {there}")
+    form = FORMATS[to]
+    made = form.write(vectors, chosen or Chosen())
+    made = replace(made, files=_placed(form, made, Path(out) if out is not None else None))
+    write_new(made)
+    return [Path(name) for name in made.files], made.notes
+
+
+def _placed(form: Form, made: Exported, out: Path | None) -> dict[str, bytes]:
+    if not form.suffix:
+        return {str((out or Path()) / name): content for name, content in made.files.items()}
+    if out is not None and out.suffix != form.suffix:
+        raise ExchangeError(f"a file of {form.name} ends in {form.suffix}; got {out}")
+    return {str(out or name): content for name, content in made.files.items()}
+
+
+def write_new(made: Exported) -> None:
+    """Write files whole or not at all, and none over one that holds something else.
+
+    Raises:
+        ExchangeError: If one does, or cannot be written.
+    """
+    for name, content in made.files.items():
+        if Path(name).exists() and (Path(name).is_dir() or Path(name).read_bytes() != content):
+            raise ExchangeError(f"{name} exists and holds something else; choose another name (--out) or remove it")
+    try:
+        for name, content in made.files.items():
+            write_once(name, content, ExchangeError)
+    except OSError as error:
+        raise ExchangeError(f"{error.filename or 'a file'} cannot be written: {error}") from error

@@ -1,0 +1,302 @@
+"""Geometry: cosines between directions of traits and layers, their components, how alike two makings are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.vectors.vectors import DEFAULT_REDUCTION, PersonaVectors
+
+CHANCE = 2.0
+"""Standard deviations of a random cosine to either side within which about 95% of them lie."""
+
+
+class GeometryError(PersonaLensError):
+    """Vectors that cannot be compared."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cosines:
+    """Cosine of every pair of traits at every layer.
+
+    Two independent random directions in d dimensions have a cosine of mean 0 and standard deviation 1/sqrt(d): what is
+    within twice that says nothing. More than that says that two directions are alike, not why: the residual streams of
+    language models have directions of their own that many differences of means share.
+
+    Attributes:
+        names: The traits, in the order of both axes.
+        reduction: Which of their vectors.
+        d_model: Width of the residual stream.
+        values: float32 [layers, traits, traits], symmetric; NaN where a vector is zero.
+    """
+
+    names: tuple[str, ...]
+    reduction: str
+    d_model: int
+    values: Float[Tensor, "layers traits traits"]
+
+    @property
+    def null_std(self) -> float:
+        """Standard deviation of the cosine of two random directions."""
+        return 1 / sqrt(self.d_model)
+
+    def at(self, layer: int) -> Float[Tensor, "traits traits"]:
+        """The matrix of one layer.
+
+        Raises:
+            GeometryError: If there is no such layer.
+        """
+        if not 0 <= layer < len(self.values):
+            raise GeometryError(f"layer {layer} does not exist: the model has layers 0 to {len(self.values) - 1}")
+        matrix: Tensor = self.values[layer]
+        return matrix
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name, None where a cosine is undefined."""
+        return {
+            "traits": list(self.names),
+            "reduction": self.reduction,
+            "d_model": self.d_model,
+            "null_std": self.null_std,
+            "cosines": [
+                [[value if isfinite(value) else None for value in row] for row in matrix]
+                for matrix in self.values.tolist()
+            ],
+        }
+
+
+def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = DEFAULT_REDUCTION) -> Cosines:
+    """How alike the directions of traits are.
+
+    Args:
+        vectors: By name, all of one model.
+        reduction: Which of the vectors.
+
+    Raises:
+        GeometryError: If there are no vectors, or they are of different models.
+        VectorsError: If there is no such reduction.
+    """
+    rows, first = stacked(vectors, reduction)
+    units = rows / rows.norm(dim=-1, keepdim=True)
+    values = torch.einsum("lad,lbd->lab", units, units).clamp(-1, 1).float()
+    return Cosines(tuple(vectors), reduction, first.model.d_model, values)
+
+
+def stacked(
+    vectors: Mapping[str, PersonaVectors], reduction: str
+) -> tuple[Float[Tensor, "layers traits d_model"], PersonaVectors]:
+    """The rows of several vectors side by side, in float64, and the first of the vectors.
+
+    Raises:
+        GeometryError: If there are no vectors, or they are of different models.
+        VectorsError: If there is no such reduction, or it is not taken over the same kind of tokens.
+    """
+    if not vectors:
+        raise GeometryError("there are no vectors to compare")
+    first_name, first = next(iter(vectors.items()))
+    for name, other in vectors.items():
+        if different := first.model.differences(other.model):
+            raise GeometryError(
+                f"the vectors of {first_name!r} and {name!r} belong to different models ({'; '.join(different)}), so "
+                "their directions have nothing to do with each other; give vectors of one model"
+            )
+        first.check_alike(other, reduction)
+    return torch.stack([each.rows(reduction) for each in vectors.values()], dim=1).double(), first
+
+
+def layer_cosines(vectors: PersonaVectors, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, "layers layers"]:
+    """How alike one trait's directions at different layers are: float32, NaN where there is no vector.
+
+    Layers share the residual stream, so that neighbours are alike: a block only adds to what it gets.
+
+    Raises:
+        VectorsError: If there is no such reduction.
+    """
+    rows = vectors.rows(reduction).double()
+    units = rows / rows.norm(dim=-1, keepdim=True)
+    values: Tensor = (units @ units.T).clamp(-1, 1).float()
+    return values
+
+
+RANDOM_SETS = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Principal components of traits' directions at one layer, most important first.
+
+    Attributes:
+        names: The traits.
+        layer: Block index, 0-based.
+        reduction: Which of their vectors.
+        explained: float32 [components]: each one's share of the variance.
+        random_explained: float32 [components]: the share that 95% of random directions' components stay below.
+        coordinates: float32 [traits, components]; the sign of a component is such that its largest one is positive.
+        directions: float32 [components, d_model], of length one.
+    """
+
+    names: tuple[str, ...]
+    layer: int
+    reduction: str
+    explained: Float[Tensor, " components"]
+    random_explained: Float[Tensor, " components"]
+    coordinates: Float[Tensor, "traits components"]
+    directions: Float[Tensor, "components d_model"]
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the directions, as JSON values."""
+        return {
+            "traits": list(self.names),
+            "layer": self.layer,
+            "reduction": self.reduction,
+            "explained": self.explained.tolist(),
+            "random_explained": self.random_explained.tolist(),
+            "coordinates": self.coordinates.tolist(),
+        }
+
+
+def principal_components(
+    vectors: Mapping[str, PersonaVectors],
+    layer: int,
+    reduction: str = DEFAULT_REDUCTION,
+    *,
+    normalised: bool = True,
+    centred: bool = True,
+    seed: int = 0,
+) -> Components:
+    """Principal components of the directions of several traits at one layer.
+
+    Args:
+        vectors: By name, all of one model; at least three.
+        layer: Block index, 0-based.
+        reduction: Which of the vectors.
+        normalised: Take directions of length one, so that long vectors do not outweigh the others.
+        centred: Subtract the mean direction first. It is what all the traits share, such as the direction in which
+            anything told to play a part differs; left in, it is often the first component.
+        seed: Of the random directions.
+
+    Raises:
+        GeometryError: If there are fewer than three vectors, or they are of different models.
+        VectorsError: If there is no such layer or reduction, or a vector has none there.
+    """
+    if len(vectors) < 3:
+        raise GeometryError(f"{len(vectors)} vectors have no components worth the name; give at least three")
+    stacked(vectors, reduction)  # of one model, or refused
+    given = torch.stack([each.vector(layer, reduction) for each in vectors.values()]).double()
+    rows = _prepared(given, normalised, centred)
+    kept = len(rows) - centred
+    left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    coordinates, directions = (left * sizes)[:, :kept], right[:kept]
+    signs = coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True)).sign()
+    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    return Components(
+        tuple(vectors),
+        layer,
+        reduction,
+        _shares(rows)[:kept].float(),
+        _random_shares(given, normalised, centred, seed)[:kept].float(),
+        (coordinates * signs).float(),
+        (directions * signs.T).float(),
+    )
+
+
+def _prepared(rows: Tensor, normalised: bool, centred: bool) -> Tensor:
+    rows = rows / rows.norm(dim=-1, keepdim=True) if normalised else rows
+    return rows - rows.mean(dim=0) if centred else rows
+
+
+def _shares(rows: Tensor) -> Tensor:
+    """Each component's share of the variance, largest first, by the small side of the rows."""
+    variances = torch.linalg.eigvalsh(rows @ rows.T).flip(0).clamp(min=0)
+    shares: Tensor = variances / variances.sum().clamp(min=1e-300)
+    return shares
+
+
+def _random_shares(given: Tensor, normalised: bool, centred: bool, seed: int) -> Tensor:
+    """What 95% of random directions of the same lengths stay below."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(RANDOM_SETS):
+        noise = torch.randn(given.shape, generator=generator, dtype=torch.float64)
+        noise *= given.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+        found.append(_shares(_prepared(noise, normalised, centred)))
+    return torch.stack(found).quantile(0.95, dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Likeness:
+    """Two vectors, layer by layer.
+
+    Attributes:
+        names: Their traits.
+        reduction: Which of their vectors.
+        cosines: float32 [layers]; NaN where one of them has no vector.
+        lengths: float32 [layers]: length of the second over that of the first.
+        null_std: Standard deviation of the cosine of two random directions of this width.
+        differences: What makes their models different, in words; empty for one model.
+    """
+
+    names: tuple[str, str]
+    reduction: str
+    cosines: Float[Tensor, " layers"]
+    lengths: Float[Tensor, " layers"]
+    null_std: float
+    differences: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name, None where one is undefined."""
+        return {
+            "traits": list(self.names),
+            "reduction": self.reduction,
+            "null_std": self.null_std,
+            "different_models": list(self.differences),
+            "cosines": [value if isfinite(value) else None for value in self.cosines.tolist()],
+            "lengths": [value if isfinite(value) else None for value in self.lengths.tolist()],
+        }
+
+
+def likeness(
+    one: PersonaVectors, other: PersonaVectors, reduction: str = DEFAULT_REDUCTION, *, allow_other_model: bool = False
+) -> Likeness:
+    """How far two vectors agree, layer by layer.
+
+    Args:
+        one: The first.
+        other: The second.
+        reduction: Which of their vectors.
+        allow_other_model: Compare vectors of two models of one size, such as a model and its finetuned copy. The
+            directions of models that were not trained from one another have nothing to do with each other.
+
+    Raises:
+        GeometryError: If they are of different models and that is not allowed, or of models of different sizes.
+        VectorsError: If there is no such reduction.
+    """
+    different = one.model.differences(other.model)
+    sizes = [(each.model.n_layers, each.model.d_model) for each in (one, other)]
+    if sizes[0] != sizes[1]:
+        raise GeometryError(
+            f"the vectors belong to models of different sizes ({sizes[0][0]} layers of {sizes[0][1]}, and "
+            f"{sizes[1][0]} of {sizes[1][1]}), so they cannot be compared"
+        )
+    if different and not allow_other_model:
+        raise GeometryError(
+            f"the vectors belong to different models ({'; '.join(different)}); if one is a finetuned copy of the "
+            "other, allow it with allow_other_model (--allow-other-model)"
+        )
+    a, b = one.rows(reduction).double(), other.rows(reduction).double()
+    cosines = torch.einsum("ld,ld->l", a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True))
+    return Likeness(
+        (one.trait, other.trait),
+        reduction,
+        cosines.clamp(-1, 1).float(),
+        (b.norm(dim=-1) / a.norm(dim=-1)).float(),
+        1 / sqrt(one.model.d_model),
+        tuple(different),
+    )
