@@ -54,12 +54,12 @@ def test_a_notebook_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 def verbs() -> dict[str, Any]:
     from persona_lens.analysis.capability import evaluate_capability
     from persona_lens.analysis.dissection import dissect
-    from persona_lens.cli.demo import run_demo
     from persona_lens.extraction import run_extraction
     from persona_lens.finetuning import finetune
     from persona_lens.finetuning.shift import measure_shifts
     from persona_lens.finetuning.study import finetune_study
     from persona_lens.monitoring import study
+    from persona_lens.reports.demo import run_demo
     from persona_lens.screening import screen
     from persona_lens.steering import cross_effects, run_arms, tune
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from persona_lens.analysis.features import Decoder, Features, FeaturesError
 
 CANDIDATES = 4096
+# Digits that are kept: the units have seven, and the last of a double depend on where in memory its matrix lies, so
+# that a run which was killed and went on would differ from one that was not.
+DIGITS = 9
 EXHAUSTED = 1e-5  # of a direction's length: what is left of it beyond those already taken is rounding
 
 
@@ -88,11 +91,14 @@ def pursue(
         basis = torch.cat([basis, unit.unsqueeze(0)])
         left = left - (unit @ left) * unit
         taken.append(place)
-        shares.append(1 - float(left @ left))
+        shares.append(1 - _rounded(float(left @ left)))
     coefficients = torch.linalg.lstsq(units[taken].double().T, target.unsqueeze(-1)).solution[:, 0].tolist()
-    return Pursuit(
-        tuple(chosen[taken].tolist()), tuple(shares), tuple(coefficients), len(chosen), len(chosen) == len(cosines)
-    )
+    exact = len(chosen) == len(cosines)
+    return Pursuit(tuple(chosen[taken].tolist()), tuple(shares), tuple(map(_rounded, coefficients)), len(chosen), exact)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 CHUNK_VALUES = 2**24  # numbers of a chunk: 64 MB in float32, whatever the width

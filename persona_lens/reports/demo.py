@@ -1,0 +1,201 @@
+"""The demonstration: one trait, one small model, from nothing to a report that shows the vector at work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from persona_lens.backend import Backend, backend_statuses, open_backend
+from persona_lens.backend.parity import check_parity
+from persona_lens.backend.registry import DEFAULT, installed_version
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.extraction import Extraction, ExtractionSettings, run_extraction
+from persona_lens.reports import render_report
+from persona_lens.runs import RunFolder
+from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.steering import SweepRow, SweepSettings, choose_layer, curve, effect, sweep
+from persona_lens.steering.analysis import COHERENCE_MARGIN, by_question
+from persona_lens.traits import Trait, load_trait
+
+LIBRARIES = ("persona-lens", "torch", "transformers", "transformer-lens", "nnsight")
+SHOWN_SAMPLES = 6
+# Where in the depth of a model its layers are tried: persona vectors steer best around the middle and a little after.
+DEPTHS = (0.4, 0.5, 0.6, 0.7)
+# A model this small rambles at the paper's temperature of 1.
+EXTRACTION = ExtractionSettings(questions=14, rollouts=RolloutSettings(max_new_tokens=40, temperature=0.6))
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How large the demonstration is.
+
+    Attributes:
+        model: Model to run on.
+        trait: Trait to extract.
+        seed: Base of all seeds.
+        extraction: Settings of the extraction.
+        choice_questions: Extraction questions that the choice of the layer rests on.
+        questions: Evaluation questions that the steering curve rests on.
+        coefficients: Steering coefficients, besides 0.
+        random_directions: Directions that the null is averaged over.
+    """
+
+    model: str = "smollm2-135m"
+    trait: str = "optimistic"
+    seed: int = 0
+    extraction: ExtractionSettings = field(default_factory=lambda: EXTRACTION)
+    choice_questions: int = 5
+    questions: int = 16
+    coefficients: tuple[float, ...] = (-2.0, -1.0, 1.0, 2.0)
+    random_directions: int = 5
+
+    @property
+    def rollouts(self) -> RolloutSettings:
+        """How steered responses are made: as those of the extraction."""
+        return self.extraction.rollouts
+
+
+def run_demo(
+    folder: Path | str, settings: DemoSettings | None = None, progress: Progress = shown_progress
+) -> dict[str, Any]:
+    """Extract, choose a layer, steer beside the null, compare the backends, and write ``report.html``.
+
+    Args:
+        folder: Where all results go; stopped and started again, it goes on where it was.
+        settings: See `DemoSettings`.
+        progress: Told how far the work is.
+
+    Returns:
+        Every figure of the report, as it stands in ``summary.json``.
+    """
+    settings = settings or DemoSettings()
+    root = Path(folder)
+    trait = load_trait(settings.trait)
+    backend = open_backend(DEFAULT, settings.model)
+    with RunFolder(root, {"kind": "demo", "settings": asdict(settings), "model": asdict(backend.info)}) as run:
+        extraction_settings = replace(settings.extraction, seed=settings.seed)
+        extraction = run_extraction(
+            backend, trait, root / "extraction", settings=extraction_settings, progress=progress
+        )
+        choice = _try_layers(backend, extraction, settings, root, progress)
+        layer = choose_layer(choice)
+        rows = _steer(backend, extraction, settings, layer, root, progress)
+        summary = {
+            **_subject(trait, backend, settings),
+            "extraction": extraction.summary,
+            "layer_choice": _choice_summary(choice, layer, settings),
+            "steering": _steering_summary(rows, layer, settings),
+            "samples": _samples(rows, trait, layer, settings),
+            "agreement": _agreement(settings.model, progress),
+        }
+        run.write_json("summary.json", summary)
+        run.write_bytes("report.html", render_report(summary).encode())
+    return summary
+
+
+def _subject(trait: Trait, backend: Backend, settings: DemoSettings) -> dict[str, Any]:
+    return {
+        "trait": {"name": trait.name, "description": trait.description, "content_hash": trait.content_hash()},
+        "model": asdict(backend.info),
+        "command": f"persona-lens demo --out DIR --seed {settings.seed}",
+        "settings": asdict(settings),
+        "seed": settings.seed,
+        "versions": {name: found for name in LIBRARIES if (found := installed_version(name))},
+    }
+
+
+def _try_layers(
+    backend: Backend, extraction: Extraction, settings: DemoSettings, root: Path, progress: Progress
+) -> list[SweepRow]:
+    layers = tuple(sorted({int(depth * backend.info.n_layers) for depth in DEPTHS}))
+    ends = (min(settings.coefficients), max(settings.coefficients))
+    tried = SweepSettings(
+        layers,
+        ends,
+        questions=settings.choice_questions,
+        question_set="extraction",
+        random_directions=0,
+        seed=settings.seed,
+        rollouts=settings.rollouts,
+    )
+    return sweep(
+        backend, extraction.vectors, tried, folder=root / "layer-choice", name="layer-choice", progress=progress
+    )
+
+
+def _steer(
+    backend: Backend, extraction: Extraction, settings: DemoSettings, layer: int, root: Path, progress: Progress
+) -> list[SweepRow]:
+    chosen = SweepSettings(
+        (layer,),
+        settings.coefficients,
+        questions=settings.questions,
+        random_directions=settings.random_directions,
+        seed=settings.seed,
+        rollouts=settings.rollouts,
+    )
+    return sweep(backend, extraction.vectors, chosen, folder=root / "steering", name="steering", progress=progress)
+
+
+def _choice_summary(rows: Sequence[SweepRow], chosen: int, settings: DemoSettings) -> dict[str, Any]:
+    unsteered = by_question([row for row in rows if row.layer is None], "surprise").values()
+    layers = []
+    for layer in sorted({row.layer for row in rows if row.layer is not None}):
+        points = curve(rows, layer)
+        surprise = max(point.surprise.mean for point in (points[0], points[-1]) if point.surprise)
+        layers.append({"layer": layer, "effect": effect(rows, layer).to_json(), "surprise": surprise})
+    return {
+        "question_set": "extraction",
+        "questions": settings.choice_questions,
+        "layers": layers,
+        "unsteered_surprise": sum(unsteered) / len(unsteered),
+        "margin": COHERENCE_MARGIN,
+        "chosen": chosen,
+    }
+
+
+def _steering_summary(rows: Sequence[SweepRow], layer: int, settings: DemoSettings) -> dict[str, Any]:
+    kinds = ("vector", "random") if settings.random_directions else ("vector",)
+    return {
+        "layer": layer,
+        "questions": settings.questions,
+        "samples": 1,
+        "curves": {kind: [point.to_json() for point in curve(rows, layer, kind)] for kind in kinds},
+        "effect": effect(rows, layer).to_json(),
+    }
+
+
+def _samples(rows: Sequence[SweepRow], trait: Trait, layer: int, settings: DemoSettings) -> list[dict[str, Any]]:
+    """The first questions' responses, not the best ones."""
+    shown = (min(settings.coefficients), 0.0, max(settings.coefficients))
+    own = {(row.question, row.coefficient): row for row in rows if row.direction != "random"}
+    return [
+        {
+            "question": trait.evaluation_questions[question],
+            "responses": [
+                {"coefficient": c, "score": own[question, c].score, "text": own[question, c].text} for c in shown
+            ],
+        }
+        for question in range(min(SHOWN_SAMPLES, settings.questions))
+    ]
+
+
+def _agreement(model: str, progress: Progress) -> list[dict[str, Any]]:
+    """Every backend's numbers beside those of plain PyTorch hooks, in float32, where they must be the same."""
+    reference = open_backend(DEFAULT, model, dtype="float32")
+    found: list[dict[str, Any]] = []
+    statuses = [status for status in backend_statuses() if status.broken is None and status.name != DEFAULT]
+    for done, status in enumerate(statuses):
+        progress(done, len(statuses), "comparing backends")
+        if not status.available:
+            found.append({"backend": status.name, "version": "", "missing": status.install})
+            continue
+        other = open_backend(status.name, model, dtype="float32")
+        checks = check_parity(other, reference, self_checks=False, progress=progress)
+        found.append(
+            {"backend": status.name, "version": other.info.backend, "checks": [asdict(check) for check in checks]}
+        )
+    progress(len(statuses), len(statuses), "comparing backends")
+    return found
