@@ -95,8 +95,8 @@ def test_only_one_module_makes_pages_and_one_figures() -> None:
             if re.search(rf"(?<![a-z]){re.escape(call)}", text):
                 places.add(file.relative_to(SOURCES).as_posix())
     # The heat map and the card of the hub have templates of their own, with `printable` in them; and models' templates.
-    assert makers["savefig("] == {"reports/svg.py"}
-    assert makers["Environment("] <= {"reports/page.py", "monitoring/markup.py", "exchange/card.py"}
+    assert makers["savefig("] == {"reports/drawing.py"}
+    assert makers["Environment("] <= {"reports/page.py", "monitoring/markup.py", "vectors/hub.py"}
 
 
 def of_vectors(folder: Path) -> list[str]:

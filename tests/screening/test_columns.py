@@ -17,7 +17,8 @@ from persona_lens.data.forms import SampleForm, conversation_of, detect_form
 from persona_lens.data.tables import TableError, read_rows
 from persona_lens.finetuning.examples import encode_examples, read_conversations
 from persona_lens.models import ChatFormat
-from persona_lens.screening import ScreeningError, Turns
+from persona_lens.data.tables import DataError
+from persona_lens.screening import Turns
 from persona_lens.screening.samples import encode_sample
 from tests.tiny import tiny_tokenizer
 
@@ -65,7 +66,7 @@ def test_of_preference_pairs_a_side_has_to_be_named(tmp_path: Path) -> None:
         assert said(row, "rejected") == [QA[0], ("assistant", "B.")]
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(split))
-    with pytest.raises(ScreeningError, match=r"chosen or rejected \(--side\)"):
+    with pytest.raises(DataError, match=r"chosen or rejected \(--side\)"):
         open_dataset(file)
     plain = tmp_path / "plain.jsonl"
     plain.write_text(json.dumps({"question": "Q?", "response": "A."}))

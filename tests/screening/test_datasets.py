@@ -13,7 +13,7 @@ import pytest
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.datasets import Dataset, open_dataset
 from persona_lens.data.sources import find_source
-from persona_lens.screening import ScreeningError
+from persona_lens.data.tables import DataError
 from tests.screening.made import jsonl, pairs
 
 
@@ -106,15 +106,15 @@ def test_a_dataset_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytes
     # The libraries took note of the environment when they were imported; without this they try again for half a minute.
     for name in ("datasets.config.HF_HUB_OFFLINE", "huggingface_hub.constants.HF_HUB_OFFLINE"):
         monkeypatch.setattr(name, True)
-    with pytest.raises(ScreeningError, match=r"nobody/nothing \(train\) cannot be opened"):
+    with pytest.raises(DataError, match=r"nobody/nothing \(train\) cannot be opened"):
         open_dataset("nobody/nothing")
 
 
 def test_wrong_columns_and_forms(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", pairs(2))
-    with pytest.raises(ScreeningError, match="no column 'level' to take for label; its columns are: id, prompt"):
+    with pytest.raises(DataError, match="no column 'level' to take for label; its columns are: id, prompt"):
         open_dataset(path, label="level")
-    with pytest.raises(ScreeningError, match="there is no form 'xml'"):
+    with pytest.raises(DataError, match="there is no form 'xml'"):
         open_dataset(path, form="xml")
 
 
@@ -125,7 +125,7 @@ def test_base_responses_stand_beside_their_rows(tmp_path: Path) -> None:
     assert [row.base for row in open_dataset(path, base=jsonl(tmp_path / "base.jsonl", base))] == [
         (each["response"],) for each in base
     ]
-    with pytest.raises(ScreeningError, match=r"base\.jsonl:1: the base response belongs to the row 'row-0-2'"):
+    with pytest.raises(DataError, match=r"base\.jsonl:1: the base response belongs to the row 'row-0-2'"):
         list(open_dataset(path, base=jsonl(tmp_path / "base.jsonl", base[::-1])))
-    with pytest.raises(ScreeningError, match=r"must have one row for each of .*, but it has fewer"):
+    with pytest.raises(DataError, match=r"must have one row for each of .*, but it has fewer"):
         list(open_dataset(path, base=jsonl(tmp_path / "base.jsonl", base[:2])))

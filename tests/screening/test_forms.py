@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from persona_lens.data.forms import SampleForm, conversation_of, detect_form
-from persona_lens.screening import ScreeningError
+from persona_lens.data.tables import DataError
 
 ASKED, SAID = {"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}
 OTHER = {"role": "user", "content": "Milk?"}
@@ -63,10 +63,10 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
     ],
 )
 def test_what_is_wrong_with_a_row(form: SampleForm, row: dict[str, Any], said: str) -> None:
-    with pytest.raises(ScreeningError, match=said):
+    with pytest.raises(DataError, match=said):
         conversation_of(row, form)
 
 
 def test_rows_of_no_form_are_named_by_their_columns() -> None:
-    with pytest.raises(ScreeningError, match=r"data\.csv: the rows have no form that is known.*have: a, b"):
+    with pytest.raises(DataError, match=r"data\.csv: the rows have no form that is known.*have: a, b"):
         detect_form([{"a": 1}, {"b": 2}], "data.csv")
