@@ -59,7 +59,7 @@ test-programs: $(VENV)/.development
 # Autoencoders of SAELens, and the parity suite and the attributions on the TransformerLens that it needs.
 test-sae: $(PERSONA_LENS_SAE_ENV)/.installed
 	$(SAE_PYTHON) -m pip install --quiet --no-deps --editable .
-	OMP_NUM_THREADS=1 $(SAE_PYTHON) -m pytest --all tests/sae tests/backends/test_parity.py tests/lenses -k 'not nnsight'
+	OMP_NUM_THREADS=1 $(SAE_PYTHON) -m pytest --all tests/sae tests/backends/test_parity.py tests/analysis -k 'not nnsight'
 
 # Kills, failing disks, fuzzed inputs and servers that lie; docs/reliability.md says what was counted last.
 campaign: $(VENV)/.development

@@ -25,7 +25,7 @@ LIMIT = 1.3
 def failing_server() -> Iterator[str]:
     """A server in a process of its own; yields its address."""
     options = json.dumps({"delay": DELAY, **FAULTS})
-    command = [sys.executable, "-m", "tests.completions.loopback", options]
+    command = [sys.executable, "-m", "tests.models.server.loopback", options]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

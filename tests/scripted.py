@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.test_traits import fields
+from tests.traits.test_traits import fields
 
 NAMES = {"positive": "grumpy", "negative": "cheerful", "related": ["grouch", "moody", "merriment"]}
 RUBRIC = {

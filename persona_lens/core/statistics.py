@@ -3,8 +3,8 @@
 One interval serves everywhere. That of a mean is the studentised bootstrap over independent units (questions, most of
 the time), nowhere narrower than Student's: of normal and of skewed data it covers 94% to 98% at 5 to 20 units, where
 the percentile bootstrap covers 77% to 92%. That of another statistic is the interval of the mean of its jackknife
-pseudo-values, on a scale where those are about normal. `tests/test_statistics.py` simulates the coverage. Percentiles,
-which the jackknife does not serve, keep the percentile bootstrap.
+pseudo-values, on a scale where those are about normal. `tests/core/test_statistics.py` simulates the coverage.
+Percentiles, which the jackknife does not serve, keep the percentile bootstrap.
 """
 
 from __future__ import annotations

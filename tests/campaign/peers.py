@@ -1,4 +1,4 @@
-"""A judge's server that lies, in every way of `tests.completions.liars`, from its first answer and from a later one.
+"""A judge's server that lies, in every way of `tests.models.server.liars`, from its first answer and from a later one.
 
 Each command ends in time, with the right scores or with the project's own error that says what the server did; the
 cache holds nothing but right answers, the key stands nowhere, and memory does not grow.
@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
 from tests.campaign.counts import Counts
-from tests.completions.liars import KEY, LIES, TRUTHS, Lie, lying
+from tests.models.server.liars import KEY, LIES, TRUTHS, Lie, lying
 
 RESPONSES = 4
 TIMEOUT = 0.5  # seconds for an answer, of which a request here may have eight

@@ -42,7 +42,7 @@ from persona_lens.vectors.hub import model_card
 from tests.campaign.attacked import Target, from_bytes, from_json, from_rows, in_file
 from tests.campaign.folders import of_runs
 from tests.campaign.mutations import damaged, distorted, joined
-from tests.exchange.files import INFO, exported, vectors
+from tests.vectors.formats.files import INFO, exported, vectors
 
 
 def targets(folder: Path) -> list[Target]:

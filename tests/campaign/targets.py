@@ -34,10 +34,10 @@ from persona_lens.steering.crossing import CrossSettings, cross_effects
 from persona_lens.steering.tuning import TuneSettings, tune
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
+from tests.analysis.dictionaries import dictionary
 from tests.campaign.counts import Counts
-from tests.completions.loopback import listener, scores, serving
-from tests.features.dictionaries import dictionary
 from tests.finetuning.chats import conversations, loaded_model, small, vectors_of
+from tests.models.server.loopback import listener, scores, serving
 from tests.planted import PlantedBackend
 from tests.screening import made
 from tests.tiny import tiny_model, tiny_tokenizer

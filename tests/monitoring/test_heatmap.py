@@ -18,10 +18,10 @@ from persona_lens import PersonaLensError
 from persona_lens.data.pieces import TokenPiece, lines_of, token_pieces
 from persona_lens.monitoring import TokenHeatmap
 from persona_lens.monitoring.heatmap import DARK_INK, LIGHT_INK, STEPS, Scale, dark, light
-from tests.monitoring.test_tokens import TINY, bytes_of, token_id
-from tests.monitoring.tokenizers import TOKENIZERS
-from tests.test_agreement_blind import HOSTILE
-from tests.test_report import Page
+from tests.data.test_pieces import TINY, bytes_of, token_id
+from tests.data.tokenizers import TOKENIZERS
+from tests.judging.test_agreement_blind import HOSTILE
+from tests.reports.test_report import Page
 
 
 class Tokens(Page):

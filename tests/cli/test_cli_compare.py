@@ -1,0 +1,120 @@
+"""``steer compare`` and ``steer capability`` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from persona_lens import PersonaLensError
+from persona_lens.cli import app
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TINY = ("--dtype", "float32", "--device", "cpu")
+SHORT = (*TINY, "--max-new-tokens", "8")
+ONE, BAND = "optimistic@1:+4", "optimistic@all:increments(+4)"
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
+    return str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A model's folder and the run folder of an extraction on it."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny_model(seed=0).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    model, out = str(folder / "model"), str(folder / "run")
+    run("extract", model, "optimistic", "--out", out, "--questions", "4", "--unpaired", *SHORT)
+    return model, out
+
+
+def compare(made: tuple[str, str], *more: str) -> tuple[str, ...]:
+    return ("steer", "compare", *made, "--questions", "3", "--random-directions", "2", *SHORT, *more)
+
+
+def test_steerings_are_compared_with_the_unsteered_model_and_their_nulls(made: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    command = compare(made, "--edits", ONE, "--edits", BAND, "--out", str(out), "--json")
+    summary = json.loads(run(*command).stdout)
+    assert list(summary["arms"]) == [ONE, BAND]
+    assert summary["questions"] == 3
+    rows = [json.loads(line) for line in (out / "arms-scores.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * (1 + 2 * 2)
+
+    def mean(arm: str, direction: str) -> float:
+        return fmean(row["score"] for row in rows if (row["arm"], row["direction"]) == (arm, direction))
+
+    plain = mean("unsteered", "none")
+    assert summary["unsteered"]["score"]["mean"] == pytest.approx(plain)
+    for arm in (ONE, BAND):
+        effect = summary["arms"][arm]["effect"]
+        assert effect["score"]["mean"] == pytest.approx(mean(arm, "vector"))
+        assert effect["change"]["mean"] == pytest.approx(mean(arm, "vector") - plain)
+        assert effect["random"]["mean"] == pytest.approx(mean(arm, "random") - plain)
+    files = {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
+    assert json.loads(run(*command).stdout) == summary  # gone on with: nothing is left to do
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"} == files
+    assert "seed: 0 -> 1" in refused(*command, "--seed", "1")
+    shown = run(*command[:-1]).stdout
+    assert ONE in shown
+    assert "unsteered" in shown
+
+
+def test_a_comparison_is_planned_and_refused_where_it_means_nothing(made: tuple[str, str]) -> None:
+    work = json.loads(run(*compare(made, "--edits", ONE, "--dry-run", "--json")).stdout)["work"]
+    assert [each["rows"] for each in work] == [3 * 3, 3 * 3 * 11]
+    assert "name what to compare" in refused(*compare(made))
+    assert "expected a number" in refused(*compare(made, "--edits", "optimistic@1:+"))
+    assert "no vectors for 'evil'" in refused(*compare(made, "--edits", "evil@1:+1"))
+    assert "has 20 for evaluation" in refused(*compare(made, "--edits", ONE, "--questions", "21"))
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+    from tests.analysis.capability.tasks import write_tasks
+
+    write_tasks(tmp_path)
+    return tmp_path
+
+
+def test_capability_is_measured_unsteered_steered_and_in_a_random_direction(
+    made: tuple[str, str], tasks: Path, tmp_path: Path
+) -> None:
+    from tests.analysis.capability.tasks import write_tasks
+
+    name, *_ = write_tasks(tasks)
+    out = tmp_path / "capability.json"
+    command = ("steer", "capability", *made, "--edits", ONE, "--task", name, "--include-path", str(tasks), *TINY)
+    figures = json.loads(run(*command, "--out", str(out), "--json").stdout)
+    assert json.loads(out.read_text()) == figures
+    found: dict[str, dict[str, Any]] = {each["arm"]: each for each in figures["changes"] if each["metric"] == "acc"}
+    assert set(found) == {"unsteered", ONE}
+    assert found["unsteered"]["change"] is None
+    change = found[ONE]["value"] - found["unsteered"]["value"]
+    assert found[ONE]["change"]["mean"] == pytest.approx(change)
+    assert found[ONE]["random"]["n"] == found[ONE]["samples"] > 1
+    assert "unsteered" in run(*command).stdout
+
+
+def test_capability_that_cannot_be_measured_is_said(made: tuple[str, str], tasks: Path) -> None:
+    command = ("steer", "capability", *made, "--layer", "1", *TINY)
+    assert "no task 'persona_lens_basic'; did you mean persona_lens_basics" in refused(
+        *command, "--task", "persona_lens_basic"
+    )
+    assert "limit is a whole number" in refused(*command, "--limit", "2.5")
+    assert "no layer was tuned" in refused("steer", "capability", *made, *TINY)
