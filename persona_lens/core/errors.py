@@ -21,6 +21,10 @@ class PersonaLensError(Exception):
         return said if len(said) <= LONGEST else f"{said[: LONGEST - 500]} […] {said[-500:]}"
 
 
+class ModelError(PersonaLensError):
+    """A model cannot be found, fetched, loaded or talked to; the message says what to do about it."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line: the first of its message, or else its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

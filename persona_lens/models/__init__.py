@@ -5,8 +5,8 @@ Nothing here imports torch or transformers before something is loaded with them.
 
 from __future__ import annotations
 
+from persona_lens.core.errors import ModelError
 from persona_lens.models.chat import ChatFormat, end_of_turn_ids
-from persona_lens.models.download import ModelError
 from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, EmbeddedModel, ensure_embedded
 from persona_lens.models.hub import pinned
 from persona_lens.models.loading import Loaded, load, load_model, load_tokenizer, resolve_device, resolve_dtype

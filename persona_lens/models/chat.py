@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from persona_lens.models.download import ModelError
+from persona_lens.core.errors import ModelError
 from persona_lens.models.templates import (
     ChatTemplate,
     Marks,

