@@ -33,7 +33,7 @@ from persona_lens.models import ChatFormat
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.runs.chunks import CHECK, is_signed, signed
 from persona_lens.runs.rollouts import RolloutSettings, chat_format
-from persona_lens.steering import ArmRow, ArmSettings, Steering, calibration_of, run_arms, trait_of
+from persona_lens.steering import ArmRow, ArmSettings, Steering, run_arms
 from persona_lens.steering.comparison import ARMS, UNSTEERED, collect_arms, unsteered_mean
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
@@ -142,7 +142,7 @@ def dissect(
     config = {**_config(vectors, features, settings, corpus), **model_config(backend, chat)}
     asked = _steered_trait(vectors, features, settings, trait)
     if asked is not None:
-        judge = judge or LikelihoodJudge(backend, chat, asked, calibration_of(vectors))
+        judge = judge or LikelihoodJudge(backend, chat, asked, vectors.calibration)
         config |= {"judge": judge.describe(), **subject_config(backend, asked, chat)}
     with RunFolder(folder, config) if folder is not None else nullcontext() as run:
         if asked is not None and judge is not None:
@@ -172,7 +172,7 @@ def _steered_trait(
         return None
     coefficient_of(vectors, features, settings)  # what cannot be run must not claim the folder
     if trait is None:
-        return trait_of(vectors)
+        return vectors.trait_definition
     return load_trait(trait) if isinstance(trait, str) else trait
 
 
@@ -272,7 +272,7 @@ def dissection_work(
     """What steering the features would ask of the model and the judge; the corpus is left out, and nothing runs."""
     if not settings.steered:
         return ()
-    trait = trait_of(vectors)
+    trait = vectors.trait_definition
     whole = Steering.parse(f"{WHOLE}@{features.layer}:+1", {WHOLE: vectors})
     names = [WHOLE, *(f"feature {i}" for i in range(settings.steered + settings.random_features))]
     arms = dict.fromkeys(names, whole)

@@ -51,7 +51,6 @@ def compare_command(
     """
     from persona_lens.cli.display import showing_progress
     from persona_lens.runs.rollouts import RolloutSettings
-    from persona_lens.steering import trait_of
     from persona_lens.steering.comparing import compare_steerings, comparison_work
     from persona_lens.steering.comparison import ArmSettings
     from persona_lens.vectors import load_vectors
@@ -69,7 +68,7 @@ def compare_command(
     )
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
-    scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
+    scoring = judging.open(judge, loaded.trait_definition, opened, chat, opening.dtype, opening.device)
     work = partial(comparison_work, opened, arms, loaded, settings, chat, scoring)
     if options.planned(work, opening, dry_run, as_json):
         return

@@ -93,7 +93,6 @@ def dissect(
     from persona_lens.cli.display import showing_progress
     from persona_lens.reports.dissection import render_dissection
     from persona_lens.runs.rollouts import RolloutSettings
-    from persona_lens.steering import trait_of
     from persona_lens.vectors import load_vectors
 
     loaded, features = load_vectors(vectors), load_features(sae)
@@ -113,7 +112,7 @@ def dissect(
     )
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
-    asked = trait_of(loaded) if steered else None
+    asked = loaded.trait_definition if steered else None
     scoring = judging.open(judge, asked, opened, chat, opening.dtype, opening.device) if asked else None
     work = partial(dissection_work, opened, loaded, features, settings, chat, scoring)
     if options.planned(work, opening, dry_run, as_json):

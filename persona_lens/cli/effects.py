@@ -90,7 +90,7 @@ def effects_command(
     from persona_lens.cli.display import showing_progress
     from persona_lens.reports.effects import render_effects
     from persona_lens.runs.rollouts import RolloutSettings
-    from persona_lens.steering import CrossSettings, cross_effects, cross_work, trait_of
+    from persona_lens.steering import CrossSettings, cross_effects, cross_work
     from persona_lens.vectors import load_vectors
 
     loaded = _by_trait([(path, load_vectors(path)) for path in vectors])
@@ -103,7 +103,7 @@ def effects_command(
         seed=seed,
         rollouts=RolloutSettings(max_new_tokens, temperature, batch_size=batch_size),
     )
-    definitions = {name: trait_of(each) for name, each in loaded.items()}
+    definitions = {name: each.trait_definition for name, each in loaded.items()}
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
     scoring = judging.open_each(judge, definitions, opened, chat, opening.dtype, opening.device)

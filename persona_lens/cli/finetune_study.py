@@ -85,7 +85,7 @@ def finetune_study_command(
     from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
     from persona_lens.reports.finetuning import render_finetuning
     from persona_lens.runs.rollouts import RolloutSettings
-    from persona_lens.steering import ArmSettings, trait_of
+    from persona_lens.steering import ArmSettings
     from persona_lens.vectors import load_vectors
 
     loaded = load_vectors(vectors)
@@ -104,7 +104,7 @@ def finetune_study_command(
     scoring = None
     judging.refuse_useless(judge)
     if judge != judges.LIKELIHOOD:
-        scoring = judging.open_alone(judge, trait_of(loaded), dtype, device)
+        scoring = judging.open_alone(judge, loaded.trait_definition, dtype, device)
     with judges.saying_spending(scoring), showing_progress() as progress:
         found = finetune_study(
             model,

@@ -238,13 +238,12 @@ def say_usage(server: CompletionServer, label: str) -> None:
 def _likelihood(vectors: Path, model: str | None, trait: Trait, dtype: str, device: str) -> Judge:
     """The likelihood judge as it was calibrated when vectors were extracted."""
     from persona_lens.judging import LikelihoodJudge
-    from persona_lens.steering import calibration_of, trait_of
     from persona_lens.vectors import load_vectors
 
     loaded = load_vectors(vectors)
-    if trait_of(loaded).content_hash() != trait.content_hash():
+    if loaded.trait_definition.content_hash() != trait.content_hash():
         raise PersonaLensError(f"{vectors} is for the trait {loaded.trait}, or for another version of {trait.name}")
-    calibration = calibration_of(loaded)
+    calibration = loaded.calibration
     backend, chat = _model_and_chat(model or _place_of(loaded, vectors), dtype, device)
     loaded.check_model(backend, allowable=False)
     return LikelihoodJudge(backend, chat, trait, calibration)

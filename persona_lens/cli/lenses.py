@@ -43,14 +43,13 @@ def lens_command(
     Example: `persona-lens vectors lens smollm2-135m runs/optimistic-smollm2-135m --layers 12-24`
     """
     from persona_lens.analysis.logit_lens import logit_lens
-    from persona_lens.steering import trait_of
     from persona_lens.vectors import load_vectors
 
     if opening.remote:
         raise PersonaLensError(REMOTE.format("lens"))
     loaded = load_vectors(vectors)
     chosen = options.layer_numbers(layers, loaded.model.n_layers)
-    trait = trait_of(loaded)
+    trait = loaded.trait_definition
     opened = opening.open(model)
     chat = opening.chat(opened)
     prompts = [chat.encode(None, question) for question in trait.evaluation_questions[:PROMPTS]]

@@ -134,12 +134,10 @@ def _place(vectors: PersonaVectors, layer: int | None, reduction: str | None) ->
 
 def _calibration(vectors: PersonaVectors, layer: int, reduction: str) -> MonitorCalibration | None:
     """The calibration of that very place, if there is one."""
-    from persona_lens.monitoring import is_calibrated, monitor_calibration
+    from persona_lens.monitoring import monitor_calibration
 
     vectors.vector(layer, reduction)
-    if not is_calibrated(vectors) or monitor_calibration(vectors).reduction != reduction:
-        return None
-    if str(layer) not in vectors.provenance["monitor"]["layers"]:
+    if (stored := vectors.monitor) is None or stored.reduction != reduction or layer not in stored.layers:
         return None
     return monitor_calibration(vectors, layer)
 

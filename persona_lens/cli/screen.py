@@ -306,12 +306,11 @@ def screen(
 def _judges(
     judge: str | None, panel: Panel, opened: Any, chat: Any, opening: options.ModelOptions, judging: judges.JudgeOptions
 ) -> dict[str, Judge] | None:
-    from persona_lens.steering import trait_of
 
     if judge is None:
         judging.refuse_useless("none")
         return None
-    traits = {gauge.trait: trait_of(gauge.vectors) for gauge in panel.gauges}
+    traits = {gauge.trait: gauge.vectors.trait_definition for gauge in panel.gauges}
     found = judging.open_each(judge, traits, opened, chat, opening.dtype, opening.device)
     if found is None:
         raise PersonaLensError(

@@ -68,7 +68,7 @@ def shift_command(
     from persona_lens.cli.display import showing_progress
     from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
     from persona_lens.runs.rollouts import RolloutSettings
-    from persona_lens.steering import ArmSettings, trait_of
+    from persona_lens.steering import ArmSettings
     from persona_lens.vectors import load_vectors
 
     if opening.remote:
@@ -89,7 +89,7 @@ def shift_command(
     )
     opened = opening.open(base)
     chat = opening.chat(opened)
-    traits = {each.trait: trait_of(each) for each in loaded}
+    traits = {each.trait: each.trait_definition for each in loaded}
     scoring = judging.open_each(judge, traits, opened, chat, opening.dtype, opening.device) if scores else None
 
     def opening_of(model: str) -> Any:

@@ -86,17 +86,16 @@ def study_command(
     """
     from persona_lens import __version__
     from persona_lens.cli.display import showing_progress
-    from persona_lens.monitoring import Conditions, StudySettings, rollouts_of, study, study_work
+    from persona_lens.monitoring import Conditions, StudySettings, study, study_work
     from persona_lens.reports.study import render_study
-    from persona_lens.steering import trait_of
     from persona_lens.vectors import load_vectors
 
     chosen = options.choice(Conditions, conditions, "--conditions")
     if chosen is Conditions.PROMPTS and (shots is not None or examples is not None):
         raise PersonaLensError("--shots and --examples are for --conditions shots or both; this is 'prompts'")
     loaded = load_vectors(vectors)
-    asked = options.open_trait(trait, traits_dir or ()) if trait else trait_of(loaded)
-    rollouts = rollouts_of(loaded)
+    asked = options.open_trait(trait, traits_dir or ()) if trait else loaded.trait_definition
+    rollouts = loaded.rollouts
     settings = StudySettings(
         conditions=chosen,
         shots=_counts(shots) if shots is not None else StudySettings.shots,

@@ -71,7 +71,7 @@ def sweep_command(
     from persona_lens.backend import Positions
     from persona_lens.cli.display import showing_progress
     from persona_lens.runs.rollouts import RolloutSettings
-    from persona_lens.steering import SweepSettings, sweep, sweep_work, trait_of
+    from persona_lens.steering import SweepSettings, sweep, sweep_work
     from persona_lens.vectors import load_vectors
 
     check_one_look_ahead(preview, dry_run)
@@ -94,7 +94,7 @@ def sweep_command(
             loaded.check_model(opened)
         show_previews(_previews(opened, loaded, settings, chat), as_json)
         return
-    scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
+    scoring = judging.open(judge, loaded.trait_definition, opened, chat, opening.dtype, opening.device)
     work = partial(sweep_work, opened, loaded, settings, chat, judge=scoring)
     if options.planned(work, opening, dry_run, as_json):
         return
@@ -117,13 +117,12 @@ def _previews(
     backend: Backend, vectors: PersonaVectors, settings: SweepSettings, chat: ChatFormat
 ) -> dict[str, Preview]:
     """The first question under each coefficient."""
-    from persona_lens.steering import trait_of
     from persona_lens.steering.preview import preview_tokens
     from persona_lens.steering.sweep import VECTOR, edits_of, plan_sweep
 
     requests = [
         request
-        for request in plan_sweep(trait_of(vectors), settings)
+        for request in plan_sweep(vectors.trait_definition, settings)
         if (request.labels["question_number"], request.labels["sample"]) == (0, 0)
         and request.labels["direction"] == VECTOR
     ]

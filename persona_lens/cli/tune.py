@@ -77,7 +77,7 @@ def tune_command(
     from persona_lens.cli.display import showing_progress
     from persona_lens.reports import render_tuning
     from persona_lens.runs.rollouts import RolloutSettings
-    from persona_lens.steering import TuneSettings, trait_of, tune
+    from persona_lens.steering import TuneSettings, tune
     from persona_lens.steering.tuning import Towards, tune_work
     from persona_lens.vectors import load_vectors
 
@@ -97,7 +97,7 @@ def tune_command(
     )
     opened = opening.open(model, offline=dry_run)
     chat = opening.chat(opened)
-    scoring = judging.open(judge, trait_of(loaded), opened, chat, opening.dtype, opening.device)
+    scoring = judging.open(judge, loaded.trait_definition, opened, chat, opening.dtype, opening.device)
     work = partial(tune_work, opened, loaded, settings, chat, scoring)
     if options.planned(work, opening, dry_run, as_json):
         return

@@ -268,14 +268,14 @@ def _summary(
     return {
         "trait": vectors.trait,
         "model": asdict(vectors.model),
-        "judge": vectors.provenance["judge"],
+        "judge": dict(vectors.judge),
         "responses": len(rollouts),
         "tokens": sum(len(rollout.response_ids) for rollout in rollouts),
         "mean_score": {arm: sum(values) / len(values) for arm, values in by_arm.items() if values},
         "counts": filtered.to_json(),
         "norms": {name: vectors.norms(name).tolist() for name in vectors.directions},
-        "separation": vectors.provenance["separation"],
-        **({HOLD_REASONING: True} if vectors.provenance["chat"].get(HOLD_REASONING) else {}),
+        "separation": dict(vectors.stored("separation")),
+        **({HOLD_REASONING: True} if vectors.stored("chat").get(HOLD_REASONING) else {}),
     }
 
 

@@ -15,7 +15,7 @@ from persona_lens.backend import Edit, Operation
 from persona_lens.core.documents import DocumentError, read_yaml
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import shown
-from persona_lens.steering import Steering, trait_of
+from persona_lens.steering import Steering
 from persona_lens.traits import Arm
 from persona_lens.vectors import PersonaVectors
 
@@ -103,7 +103,7 @@ def measures_of(config: FinetuneConfig, vectors: Iterable[PersonaVectors]) -> Me
             raise FinetuningError(
                 "prompted needs a system prompt (prompt), or vectors whose trait has some (--vectors)"
             )
-        trait = trait_of(given[0])
+        trait = given[0].trait_definition
         return prompted([trait.system_prompt(Arm.POSITIVE, pair) for pair in range(len(trait.instructions))])
     if not given:
         raise FinetuningError(f"the edits {config.edits!r} name vectors, and none are given (--vectors)")

@@ -117,8 +117,8 @@ def turned(treatment: Treatment, seed: int) -> Treatment:
     """The treatment in random directions of equal norm."""
     own = treatment.vectors
     null = own.random_like(seed)
-    provenance = {**null.provenance, "trait": own.provenance.get("trait", {})}
-    return replace(treatment, vectors=replace(null, trait=own.trait, provenance=provenance))
+    renamed = replace(null, trait=own.trait).with_provenance(trait=dict(own.stored("trait")))
+    return replace(treatment, vectors=renamed)
 
 
 def post_hoc_of(settings: TreatmentSettings, vectors: PersonaVectors) -> Steering | None:

@@ -31,7 +31,6 @@ from persona_lens.finetuning.examples import (
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import taken_off
 from persona_lens.runs import RunFolder
-from persona_lens.steering import trait_of
 from persona_lens.vectors import PersonaVectors
 
 INSTALL = "pip install 'persona-lens[finetune]'"
@@ -198,7 +197,7 @@ class _Training:
             raise FinetuningError("watching needs vectors to project on (--vectors)")
         layers = wanted.layers or tuple(sorted({e.layer for e in (*self.measures.edits, *self.measures.penalised)}))
         layers = layers or (self.vectors[0].tuned_choice().layer,)
-        questions = dict.fromkeys(q for each in self.vectors for q in trait_of(each).evaluation_questions)
+        questions = dict.fromkeys(q for each in self.vectors for q in each.trait_definition.evaluation_questions)
         prompts = [self.chat.encode(None, question) for question in questions]
         return ProjectionWatch(
             prompts, self.vectors, layers, self.loaded.tokenizer, every=wanted.every, stop_above=wanted.stop_above

@@ -22,7 +22,7 @@ from persona_lens.models import ChatFormat
 from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.rollouts import chat_format
-from persona_lens.steering import ArmRow, ArmSettings, calibration_of, run_arms, trait_of
+from persona_lens.steering import ArmRow, ArmSettings, run_arms
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 LEAST = 4  # finetunes; a line through fewer is no correlation
@@ -156,7 +156,7 @@ class _Measuring:
         projections, scores = {}, {}
         for number, each in enumerate(self.vectors, start=model * len(self.vectors)):
             prefix = file_prefix(number, name, each.trait)
-            trait, asked = trait_of(each), self.settings.asked
+            trait, asked = each.trait_definition, self.settings.asked
             if max(asked.questions) >= len(trait.evaluation_questions):
                 raise FinetuningError(f"trait {trait.name} has {len(trait.evaluation_questions)} evaluation questions")
             texts = [trait.evaluation_questions[question] for question in asked.questions]
@@ -242,7 +242,8 @@ def _judges(
     base: Backend, chat: ChatFormat, vectors: Sequence[PersonaVectors], judges: Mapping[str, Judge] | None
 ) -> dict[str, Judge]:
     return {
-        each.trait: (judges or {}).get(each.trait) or LikelihoodJudge(base, chat, trait_of(each), calibration_of(each))
+        each.trait: (judges or {}).get(each.trait)
+        or LikelihoodJudge(base, chat, each.trait_definition, each.calibration)
         for each in vectors
     }
 

@@ -37,7 +37,7 @@ from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import adapter_on
 from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder
-from persona_lens.steering import ArmRow, ArmSettings, Steering, calibration_of, run_arms, trait_of
+from persona_lens.steering import ArmRow, ArmSettings, Steering, run_arms
 from persona_lens.steering.comparison import UNSTEERED
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
@@ -127,8 +127,8 @@ def finetune_study(
     base = wrap_model(answering.model, answering.tokenizer)
     vectors.check_model(base, allowable=False)
     vectors.vector(settings.layer)
-    trait, chat = trait_of(vectors), ChatFormat.from_tokenizer(loaded.tokenizer)
-    scoring = judge or LikelihoodJudge(base, chat, trait, calibration_of(vectors))
+    trait, chat = vectors.trait_definition, ChatFormat.from_tokenizer(loaded.tokenizer)
+    scoring = judge or LikelihoodJudge(base, chat, trait, vectors.calibration)
     described = {"settings": asdict(settings), "config": config.model_dump(mode="json"), "judge": scoring.describe()}
     of_data = {"data": [fingerprint(each) if each else None for each in (transcripts, others)]}
     about = {"vectors": vectors.content_hash, **described, **subject_config(base, trait, chat)}

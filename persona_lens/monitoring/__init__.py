@@ -15,7 +15,7 @@ from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.monitoring.gauges import Alarm, AlarmKind, Alert, Gauge, Panel, Threshold, TokenReading, threshold_for
 from persona_lens.monitoring.heatmap import Strip, TokenHeatmap
 from persona_lens.monitoring.scoring import ScoredTranscript, prompt_projections, score_transcripts
-from persona_lens.monitoring.study import Conditions, Study, StudyRow, StudySettings, rollouts_of, study, study_work
+from persona_lens.monitoring.study import Conditions, Study, StudyRow, StudySettings, study, study_work
 
 __all__ = [
     "Alarm",
@@ -45,7 +45,6 @@ __all__ = [
     "is_calibrated",
     "monitor_calibration",
     "prompt_projections",
-    "rollouts_of",
     "score_transcripts",
     "study",
     "study_work",

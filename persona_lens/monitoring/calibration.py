@@ -293,7 +293,7 @@ def with_monitor_calibration(
 
 def is_calibrated(vectors: PersonaVectors) -> bool:
     """Whether a calibration is stored with the vectors."""
-    return bool(vectors.provenance.get("monitor"))
+    return vectors.monitor is not None
 
 
 def monitor_calibration(vectors: PersonaVectors, layer: int | None = None) -> MonitorCalibration:
@@ -306,24 +306,23 @@ def monitor_calibration(vectors: PersonaVectors, layer: int | None = None) -> Mo
     Raises:
         MonitoringError: If there is none, or none of this layer, or it is damaged.
     """
-    stored = vectors.provenance.get("monitor")
-    if not stored:
+    if (stored := vectors.monitor) is None:
         raise MonitoringError(
             f"the vectors of {vectors.trait!r} carry no calibration; make one with `persona-lens monitor study`, and "
             "use the vectors.safetensors in its folder"
         )
+    chosen = stored.layer if layer is None else layer
+    if chosen not in stored.layers:
+        there = ", ".join(map(str, stored.layers))
+        raise MonitoringError(f"{vectors.trait!r} is calibrated at layer {there}, not at layer {chosen}")
     try:
-        chosen = stored["layer"] if layer is None else layer
-        if str(chosen) not in stored["layers"]:
-            there = ", ".join(stored["layers"])
-            raise MonitoringError(f"{vectors.trait!r} is calibrated at layer {there}, not at layer {chosen}")
-        entry = stored["layers"][str(chosen)]
-        observations = Observations.of(entry["projections"], stored["shown"], stored["responses"], stored["questions"])
+        entry = stored.layers[chosen]
+        observations = Observations.of(entry["projections"], stored.shown, stored.responses, stored.questions)
         bins = [Bin(each["predicted"], Share(**each["observed"])) for each in entry["reliability"]]
         return MonitorCalibration(
             vectors.trait,
-            int(chosen),
-            stored["reduction"],
+            chosen,
+            stored.reduction,
             curve_from_json(entry["curve"]),
             observations,
             entry["log_loss"],

@@ -32,8 +32,7 @@ from persona_lens.monitoring.findings import PromptRow, findings
 from persona_lens.monitoring.scoring import projected, unit_vectors
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, chat_format, row_seed
-from persona_lens.steering.sweep import calibration_of, trait_of
-from persona_lens.traits import Trait, load_trait
+from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 PREFIX = "study-"
@@ -163,14 +162,13 @@ def study(
 
     Raises:
         MonitoringError: If the trait has no graded prompts, there are too few examples, or settings do not fit.
-        SteeringError: If the vectors carry no trait, or no calibration of the likelihood judge.
-        VectorsError: If the vectors belong to another model.
+        VectorsError: If the vectors belong to another model, or carry no trait or no calibration.
     """
     vectors.check_model(backend, allowable=False)
     settings = settings or StudySettings()
-    chosen = _trait(vectors, trait)
+    chosen = vectors.trait_for(trait)
     chat = chat or chat_format(backend)
-    judge = judge or LikelihoodJudge(backend, chat, chosen, calibration_of(vectors))
+    judge = judge or LikelihoodJudge(backend, chat, chosen, vectors.calibration)
     conditions = plan_conditions(vectors, chosen, settings, examples)
     requests = plan_study(chosen, settings, conditions)
     units = _units(vectors, settings)  # what cannot be run must not claim the folder
@@ -188,7 +186,7 @@ def study(
         kept, figures = findings(vectors, chosen, conditions, rows, prompts, _layers(vectors, settings), settings)
         made = {"judge": as_used(judge.describe(), methods_of(judged)), "sampling": asdict(settings.rollouts)}
         if kept is not vectors:
-            kept = kept.with_monitor({**kept.provenance["monitor"], **made})
+            kept = kept.with_monitor({**kept.stored("monitor"), **made})
         found = Study(kept, rows, prompts, {**_head(vectors, chosen, settings), **made, **figures})
         if run is not None:
             _keep(run, found)
@@ -206,7 +204,7 @@ def study_work(
     judge: Judge | None = None,
 ) -> tuple[Work, ...]:
     """What `study` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    chosen = _trait(vectors, trait)
+    chosen = vectors.trait_for(trait)
     requests = plan_study(chosen, settings, plan_conditions(vectors, chosen, settings, examples))
     collected = _collected(backend, chat, requests, settings, vectors, None)
     return run_work(collected, judge or LikelihoodJudge(backend, chat, chosen))
@@ -255,26 +253,6 @@ def plan_study(trait: Trait, settings: StudySettings, conditions: Sequence[Condi
         for sample in range(settings.samples)
         for condition in conditions
     ]
-
-
-def rollouts_of(vectors: PersonaVectors) -> RolloutSettings:
-    """How responses were made when the vectors were extracted, as far as that is stored with them."""
-    stored = vectors.stored("settings").get("rollouts")
-    if not isinstance(stored, Mapping):
-        return RolloutSettings()
-    given = {name: stored[name] for name in ("max_new_tokens", "temperature", "top_p") if name in stored}
-    try:
-        return RolloutSettings(**given)
-    except (TypeError, ValueError) as error:
-        raise MonitoringError(
-            f"the settings that the vectors of {vectors.trait!r} carry are damaged: {error}"
-        ) from error
-
-
-def _trait(vectors: PersonaVectors, trait: str | Trait | None) -> Trait:
-    if trait is None:
-        return trait_of(vectors)
-    return load_trait(trait) if isinstance(trait, str) else trait
 
 
 def _layers(vectors: PersonaVectors, settings: StudySettings) -> tuple[int, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from persona_lens.screening.executor import Crew, KnownModel, OneProcess, OpenedBy, RayCrew
 from persona_lens.screening.flagging import Flagging
-from persona_lens.screening.forecast import Forecast, ShiftForecast, fit_forecast, forecasts_of, with_forecasts
-from persona_lens.screening.rows import Band, Decision, Quantity, RowThreshold, ScoredRow, threshold_of
+from persona_lens.screening.forecast import fit_forecast, with_forecasts
+from persona_lens.screening.rows import Band, Decision, RowThreshold, ScoredRow, threshold_of
 from persona_lens.screening.run import Screening, screen, screening_work
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, Turns
 from persona_lens.screening.scoring import Scorer
 from persona_lens.screening.survey import Separation, separation_of
+from persona_lens.vectors.provenance import Forecast, Quantity, ShiftForecast
 
 __all__ = [
     "Band",
@@ -33,7 +34,6 @@ __all__ = [
     "ShiftForecast",
     "Turns",
     "fit_forecast",
-    "forecasts_of",
     "screen",
     "screening_work",
     "separation_of",

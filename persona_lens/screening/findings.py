@@ -13,7 +13,6 @@ from persona_lens.judging import Exchange, Judge, Judgement, judge_exchanges
 from persona_lens.monitoring import Panel
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.screening.flagging import Flagging, Flags, split
-from persona_lens.screening.forecast import forecasts_of
 from persona_lens.screening.results import (
     BASE,
     REJECTS,
@@ -28,13 +27,13 @@ from persona_lens.screening.rows import (
     QUANTITIES,
     Excerpt,
     Key,
-    Quantity,
     RowThreshold,
     excerpts_of,
     scored_windows,
     threshold_of,
 )
 from persona_lens.screening.survey import Extreme, Survey, clean_label, separation_of
+from persona_lens.vectors.provenance import Quantity
 
 CONFIRMED = 50  # from this score of a judge on
 
@@ -308,7 +307,7 @@ def _forecasts(panel: Panel, survey: Survey, number: int) -> dict[str, Any]:
     means = tally.to_json([str(gauge) for gauge in panel.gauges])["means"]
     found = {}
     for gauge in panel.gauges:
-        for forecast in forecasts_of(gauge.vectors):
+        for forecast in gauge.vectors.forecasts:
             mean = means[str(gauge)][forecast.quantity]
             if forecast.layer == gauge.layer and mean is not None:
                 found[str(gauge)] = {

@@ -17,9 +17,10 @@ from persona_lens.data.datasets import Dataset
 from persona_lens.data.sources import FileSource, LibrarySource, RawRow
 from persona_lens.data.tables import PARQUET_ROWS
 from persona_lens.runs import RunFolder
-from persona_lens.screening.rows import Band, Decision, Quantity, RowThreshold, ScoredRow, check_rates, decide
+from persona_lens.screening.rows import Band, Decision, RowThreshold, ScoredRow, check_rates, decide
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings
 from persona_lens.screening.survey import Extreme, Survey, keep_largest
+from persona_lens.vectors.provenance import Quantity
 
 BINS = 40
 

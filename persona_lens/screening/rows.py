@@ -16,16 +16,9 @@ from persona_lens.data.datasets import Dataset
 from persona_lens.runs import RunFolder
 from persona_lens.screening.samples import ScreeningError
 from persona_lens.screening.scoring import Unit
+from persona_lens.vectors.provenance import Quantity
 
 SCORES = "scores.jsonl"
-
-
-class Quantity(StrEnum):
-    """What is said of a row, in residual-stream units along a trait's unit vector (method, section 7)."""
-
-    RAW = "raw"  # mean over the response's tokens
-    DIFFERENCE = "difference"  # that, minus the same of the base model's own response
-    PROMPT_DIFFERENCE = "prompt_difference"  # that, minus the projection of the last prompt token
 
 
 QUANTITIES = tuple(Quantity)

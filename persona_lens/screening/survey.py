@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from persona_lens.core.statistics import Estimate, auc, auc_interval, bootstrap_mean, large_mean
 from persona_lens.data.transcripts import CALLS_TOOLS
-from persona_lens.screening.rows import QUANTITIES, Quantity, ScoredRow
+from persona_lens.screening.rows import QUANTITIES, ScoredRow
 from persona_lens.screening.samples import ScreeningError
+from persona_lens.vectors.provenance import Quantity
 
 KEPT = 1000
 """Rows up to which all are kept and resampled; of more, the mean is as good as normal."""

@@ -10,7 +10,7 @@ from persona_lens.steering.files import load_steering
 from persona_lens.steering.notation import NotationError, parse_terms
 from persona_lens.steering.replies import SteeredBackend, reply, steered_replies
 from persona_lens.steering.steering import Steering, SteeringError, given_edits
-from persona_lens.steering.sweep import SweepRow, SweepSettings, calibration_of, sweep, sweep_work, trait_of
+from persona_lens.steering.sweep import SweepRow, SweepSettings, sweep, sweep_work
 from persona_lens.steering.tuning import TuneSettings, Tuning, tune
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "TuneSettings",
     "Tuning",
     "arm_effect",
-    "calibration_of",
     "choose_layer",
     "cross_effects",
     "cross_work",
@@ -48,6 +47,5 @@ __all__ = [
     "steered_replies",
     "sweep",
     "sweep_work",
-    "trait_of",
     "tune",
 ]

@@ -26,8 +26,7 @@ from persona_lens.steering.comparison import (
     unsteered_mean,
 )
 from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.steering.sweep import calibration_of, trait_of
-from persona_lens.traits import Trait, load_trait
+from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
 
@@ -72,8 +71,8 @@ def compare_steerings(
         progress: Told how far the work is.
 
     Raises:
-        SteeringError: If there are no arms, or the vectors carry no calibration.
-        VectorsError: If vectors belong to another model.
+        SteeringError: If there are no arms.
+        VectorsError: If vectors belong to another model, or carry no calibration.
     """
     if not arms:
         raise SteeringError("there is nothing to compare; give at least one steering")
@@ -81,9 +80,9 @@ def compare_steerings(
     for steering in arms.values():
         steering.check_model(backend, allowable=False)
     settings = settings or ArmSettings()
-    trait = trait_of(vectors) if trait is None else load_trait(trait) if isinstance(trait, str) else trait
+    trait = vectors.trait_for(trait)
     chat = chat or chat_format(backend)
-    judge = judge or LikelihoodJudge(backend, chat, trait, calibration_of(vectors))
+    judge = judge or LikelihoodJudge(backend, chat, trait, vectors.calibration)
     collect_arms(backend, arms, trait, settings, chat)  # what cannot be run must not claim the folder
     config = {
         "kind": "comparison",
@@ -134,6 +133,6 @@ def comparison_work(
     judge: Judge | None = None,
 ) -> tuple[Work, ...]:
     """What `compare_steerings` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    trait = trait_of(vectors)
+    trait = vectors.trait_definition
     judge = judge or LikelihoodJudge(backend, chat, trait)
     return run_work(collect_arms(backend, arms, trait, settings, chat), judge)

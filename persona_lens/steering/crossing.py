@@ -22,9 +22,8 @@ from persona_lens.runs.rollouts import Rollout, RolloutBatches, Rollouts, Rollou
 from persona_lens.steering.comparison import ArmSettings, arm_edits, arm_requests
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.steering.sweep import calibration_of, trait_of
 from persona_lens.traits import Trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, VectorsError
 
 STEERED, TEXT = "effects-", "effects-text-"
 SCORES = "effects-scores.jsonl"
@@ -164,7 +163,7 @@ class Crossing:
         self.vectors = dict(traits)
         self.settings = settings
         self.chat = chat or chat_format(backend)
-        self.traits = {name: trait_of(each) for name, each in traits.items()}
+        self.traits = {name: each.trait_definition for name, each in traits.items()}
         self.questions = _questions(self.traits, self._steered_traits(), settings.questions)
         self.requests = arm_requests(dict(enumerate(self.questions)), list(steerings), self._arm_settings(), "effects")
         self.layers = {name: self._layer(name) for name in traits}
@@ -294,9 +293,9 @@ class Crossing:
 
     def _likelihood(self, name: str) -> Judge:
         try:
-            calibration = calibration_of(self.vectors[name])
-        except SteeringError as error:
-            raise SteeringError(f"{name}: {error}") from None
+            calibration = self.vectors[name].calibration
+        except VectorsError as error:
+            raise VectorsError(f"{name}: {error}") from None
         return LikelihoodJudge(self.backend, self.chat, self.traits[name], calibration)
 
     def _layer(self, name: str) -> int:
@@ -316,7 +315,7 @@ class Crossing:
     def _steered_traits(self) -> list[Trait]:
         """The traits steered along, as far as their vectors carry them."""
         steered = (each for steering in self.steerings.values() for each in steering.vectors.values())
-        return [trait_of(each) for each in steered if each.provenance.get("trait")]
+        return [each.trait_definition for each in steered if each.stored("trait")]
 
 
 def _questions(traits: Mapping[str, Trait], others: Sequence[Trait], count: int) -> dict[str, str]:

@@ -9,20 +9,16 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
-
 from persona_lens.backend import Backend, Edit, Positions
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.core.text import shown
 from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
-from persona_lens.judging.likelihood import Calibration
 from persona_lens.models import ChatFormat
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, chat_format, row_seed
 from persona_lens.steering.steering import SteeringError, rowwise
-from persona_lens.traits import Trait, load_trait
+from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 VECTOR, RANDOM, NONE = "vector", "random", "none"
@@ -128,14 +124,14 @@ def sweep(
         progress: Told how far the work is.
 
     Raises:
-        SteeringError: If the trait has too few questions, or the vectors carry no calibration.
-        VectorsError: If the vectors belong to another model.
+        SteeringError: If the trait has too few questions.
+        VectorsError: If the vectors belong to another model, or carry no calibration.
     """
     if not allow_other_model:
         vectors.check_model(backend)
-    trait = trait_of(vectors) if trait is None else load_trait(trait) if isinstance(trait, str) else trait
+    trait = vectors.trait_for(trait)
     chat = chat or chat_format(backend)
-    judge = judge or LikelihoodJudge(backend, chat, trait, calibration_of(vectors))
+    judge = judge or LikelihoodJudge(backend, chat, trait, vectors.calibration)
     requests = plan_sweep(trait, settings)
     for layer in settings.layers:  # what cannot be run must not claim the folder
         vectors.vector(layer, settings.reduction)
@@ -168,7 +164,7 @@ def sweep_work(
     judge: Judge | None = None,
 ) -> tuple[Work, ...]:
     """What `sweep` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    trait = trait or trait_of(vectors)
+    trait = trait or vectors.trait_definition
     requests = plan_sweep(trait, settings)
     collected = Rollouts(backend, chat, requests, settings.rollouts, edits_for=edits_of(vectors, settings))
     return run_work(collected, judge or LikelihoodJudge(backend, chat, trait))
@@ -255,46 +251,3 @@ def _row(rollout: Rollout, judgement: Judgement) -> SweepRow:
         text=rollout.response,
         coherence=judgement.coherence.value if judgement.coherence else None,
     )
-
-
-def trait_of(vectors: PersonaVectors) -> Trait:
-    """The trait that the vectors were extracted for, as it is stored with them.
-
-    Raises:
-        SteeringError: If none is, or it is damaged.
-    """
-    stored = dict(vectors.stored("trait"))
-    stored.pop("content_hash", None)
-    if not stored:
-        raise SteeringError("these vectors carry no trait; name it with trait=... (--trait)")
-    try:
-        return Trait.model_validate(stored)
-    except ValidationError as error:
-        raise SteeringError(
-            f"the trait that the vectors of {vectors.trait!r} carry is damaged: {error.errors()[0]['msg']}; name it "
-            "with trait=... (--trait)"
-        ) from None
-
-
-def calibration_of(vectors: PersonaVectors) -> Calibration:
-    """The calibration of the likelihood judge, as it is stored with the vectors.
-
-    Raises:
-        SteeringError: If none is, or it is damaged.
-    """
-    stored = vectors.stored("judge").get("calibration")
-    if not stored:
-        raise SteeringError(
-            "these vectors carry no calibration of the likelihood judge, so responses cannot be scored by it; name "
-            "another judge (--judge), or extract with the likelihood judge"
-        )
-    try:
-        slope, intercept = float(stored["slope"]), float(stored["intercept"])
-        if not (isfinite(slope) and isfinite(intercept)):
-            raise ValueError("not finite")
-        return Calibration(slope, intercept)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise SteeringError(
-            f"the calibration that the vectors of {vectors.trait!r} carry is damaged: {shown(stored)}; extract them "
-            "again, or name another judge (--judge)"
-        ) from None

@@ -47,8 +47,8 @@ from persona_lens.steering.surface import (
     warnings_about,
     warnings_confirmed,
 )
-from persona_lens.steering.sweep import NONE, calibration_of, trait_of
-from persona_lens.traits import Trait, load_trait
+from persona_lens.steering.sweep import NONE
+from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned
 
 SHOWN_SAMPLES = 6
@@ -169,9 +169,9 @@ def tune(
     """
     vectors.check_model(backend, allowable=False)
     settings = settings or TuneSettings()
-    trait = trait_of(vectors) if trait is None else load_trait(trait) if isinstance(trait, str) else trait
+    trait = vectors.trait_for(trait)
     chat = chat or chat_format(backend)
-    judge = judge or LikelihoodJudge(backend, chat, trait, calibration_of(vectors))
+    judge = judge or LikelihoodJudge(backend, chat, trait, vectors.calibration)
     settings = replace(settings, layers=settings.layers or shown_layers(backend.info.n_layers))
     search, _ = _split(trait, settings)
     vectors.vector(max(settings.layers or ()), settings.reduction)  # what cannot be run must not claim the folder
@@ -195,7 +195,7 @@ def tune_work(
     backend: Backend, vectors: PersonaVectors, settings: TuneSettings, chat: ChatFormat, judge: Judge | None = None
 ) -> tuple[Work, ...]:
     """What `tune` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    trait = trait_of(vectors)
+    trait = vectors.trait_definition
     judge = judge or LikelihoodJudge(backend, chat, trait)
     settings = replace(settings, layers=settings.layers or shown_layers(backend.info.n_layers))
     search, confirm = _split(trait, settings)

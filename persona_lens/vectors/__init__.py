@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, Tuned, VectorsError
 from persona_lens.vectors.vectors import (
-    DEFAULT_REDUCTION,
     FORMAT_VERSION,
     LAYERS,
     METADATA,
     PROMPT_MEAN,
     Member,
     PersonaVectors,
-    Tuned,
-    VectorsError,
     load_vectors,
     random_directions,
     read_header,

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.vectors.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.vectors import PersonaVectors
 
 CHANCE = 2.0
 """Standard deviations of a random cosine to either side within which about 95% of them lie."""

@@ -221,7 +221,7 @@ def _described(given: Mapping[str, Any]) -> str:
 def _tuned(vectors: PersonaVectors) -> dict[str, Any] | None:
     if vectors.tuned is None:
         return None
-    found = _mapping(vectors.provenance["tuned"])
+    found = vectors.stored("tuned")
     confirmed = _mapping(found.get("confirmed"))
     return {
         "layer": vectors.tuned.layer,

@@ -23,7 +23,8 @@ from persona_lens.runs.chunks import open_shard
 from persona_lens.runs.rollouts import ACTIVATIONS, ROLLOUTS
 from persona_lens.traits import Arm
 from persona_lens.vectors.geometry import GeometryError
-from persona_lens.vectors.vectors import DEFAULT_REDUCTION, PersonaVectors, load_vectors
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.vectors import PersonaVectors, load_vectors
 
 SPLITS = 200
 SCORES = "scores.jsonl"

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,38 +16,25 @@ from torch import Tensor
 from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
 from persona_lens.backend.blocks import base_weights_of
 from persona_lens.core.artifacts import header_text, parse_header, read_artifact, save_tensors, write_once
-from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import note
 from persona_lens.core.text import in_short
+from persona_lens.vectors.provenance import (
+    DEFAULT_REDUCTION,
+    Provenanced,
+    Tuned,
+    VectorsError,
+    check_provenance,
+    inherited,
+)
 
 FORMAT_VERSION = 1
 METADATA = "persona_lens"
 LAYERS = "residual stream after block l, 0-based; the last layer before the final norm"
-DEFAULT_REDUCTION = "response_mean"
 PROMPT_MEAN = "prompt_mean"
 
 
-class VectorsError(PersonaLensError):
-    """Vectors that cannot be read, or do not fit what they are used on."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Where and how strongly to steer, as `persona_lens.steering.tune` found it.
-
-    Attributes:
-        layer: Block index, 0-based.
-        coefficient: Multiple of the raw vector.
-        reduction: Which of the vectors.
-    """
-
-    layer: int
-    coefficient: float
-    reduction: str = DEFAULT_REDUCTION
-
-
 @dataclass(frozen=True, eq=False)
-class PersonaVectors:
+class PersonaVectors(Provenanced):
     """Difference of mean activations between a trait's two arms, for every layer and reduction (method, section 2).
 
     Attributes:
@@ -119,16 +105,6 @@ class PersonaVectors:
         found: Tensor = self.directions[reduction]
         return found
 
-    def stored(self, name: str) -> Mapping[str, Any]:
-        """What the provenance holds under a name, if that is a mapping; else nothing."""
-        found = self.provenance.get(name)
-        return found if isinstance(found, Mapping) else {}
-
-    @property
-    def prompt_mean_sinks(self) -> bool:
-        """Whether the prompt mean takes in attention sinks, as those of other programs do."""
-        return bool(self.provenance.get("prompt_mean_sinks", True))
-
     def check_alike(self, other: PersonaVectors, reduction: str) -> None:
         """Raise unless a reduction of both is a mean over the same kind of tokens.
 
@@ -142,46 +118,22 @@ class PersonaVectors:
                 f"{which[1].trait!r} leaves them out; extract both in one way (`persona-lens extract`, --with-sinks)"
             )
 
-    @property
-    def missing_layers(self) -> tuple[int, ...]:
-        """Layers without a vector, whose rows are zero: what another program's file did not hold."""
-        return tuple(self.provenance.get("missing_layers", ()))
-
     def norms(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, " layers"]:
         """Length of the vector at each layer, in residual-stream units."""
         lengths: Tensor = self.rows(reduction).norm(dim=-1)
         return lengths
 
-    @property
-    def tuned(self) -> Tuned | None:
-        """The layer and coefficient that were tuned for these vectors; None if that was not done."""
-        found = self.provenance.get("tuned")
-        return _tuned(found) if found else None
-
-    def tuned_choice(self) -> Tuned:
-        """`tuned`, for where it is needed.
-
-        Raises:
-            VectorsError: If nothing was tuned.
-        """
-        if self.tuned is None:
-            raise VectorsError(
-                f"no layer was tuned for the vectors of {self.trait!r}; name one, or take the vectors that "
-                "`persona-lens steer tune` wrote"
-            )
-        return self.tuned
+    def with_provenance(self, **entries: Any) -> PersonaVectors:
+        """The same vectors with entries of their provenance set, as JSON values."""
+        return replace(self, provenance={**self.provenance, **entries})
 
     def with_tuned(self, tuned: Tuned, found: Mapping[str, Any]) -> PersonaVectors:
         """The same vectors with a choice of layer and coefficient, and what it rests on, in their provenance."""
-        choice = {**asdict(tuned), **found}
-        return PersonaVectors(self.trait, self.model, self.directions, {**self.provenance, "tuned": choice})
+        return self.with_provenance(tuned={**asdict(tuned), **found})
 
     def with_monitor(self, found: Mapping[str, Any]) -> PersonaVectors:
-        """The same vectors with what a monitoring study found in their provenance, as JSON values.
-
-        `persona_lens.monitoring.monitor_calibration` reads it.
-        """
-        return PersonaVectors(self.trait, self.model, self.directions, {**self.provenance, "monitor": dict(found)})
+        """The same vectors with what a monitoring study found in their provenance, as JSON values."""
+        return self.with_provenance(monitor=dict(found))
 
     def edit(
         self,
@@ -235,7 +187,7 @@ class PersonaVectors:
         for name, rows in sorted(self.directions.items()):  # a file has another order than memory
             noise = torch.randn(rows.shape, generator=generator)
             nulls[name] = noise / noise.norm(dim=-1, keepdim=True) * rows.norm(dim=-1, keepdim=True)
-        origin = {"random_like": self.trait, "seed": seed, **_inherited(self)}
+        origin = {"random_like": self.trait, "seed": seed, **inherited(self)}
         return PersonaVectors(f"random({seed})", self.model, nulls, origin)
 
     def __add__(self, other: PersonaVectors) -> PersonaVectors:
@@ -246,7 +198,7 @@ class PersonaVectors:
 
     def __mul__(self, factor: float) -> PersonaVectors:
         scaled = {name: rows * factor for name, rows in self.directions.items()}
-        origin = {"scaled": dict(self.provenance), **_inherited(self)}
+        origin = {"scaled": dict(self.provenance), **inherited(self)}
         return PersonaVectors(f"{factor:g}*{self.trait}", self.model, scaled, origin)
 
     __rmul__ = __mul__
@@ -261,7 +213,7 @@ class PersonaVectors:
             raise VectorsError(f"{self.trait} and {other.trait} have no reduction in common to be combined")
         combined = {name: self.directions[name] + sign * other.directions[name] for name in both}
         name = f"{self.trait} {'+' if sign > 0 else '-'} {other.trait}"
-        origin = {"parts": [dict(self.provenance), dict(other.provenance)], **_inherited(self, other)}
+        origin = {"parts": [dict(self.provenance), dict(other.provenance)], **inherited(self, other)}
         return PersonaVectors(name, self.model, combined, origin)
 
     def check_model(self, backend: Backend, *, allowable: bool = True) -> None:
@@ -318,13 +270,6 @@ class PersonaVectors:
         return header_text(content)
 
 
-def _inherited(*parts: PersonaVectors) -> dict[str, Any]:
-    """What has to be said of vectors made from these: a layer that one of them lacks, they lack."""
-    missing = sorted({layer for part in parts for layer in part.missing_layers})
-    found: dict[str, Any] = {"missing_layers": missing} if missing else {}
-    return found if parts[0].prompt_mean_sinks else {**found, "prompt_mean_sinks": False}
-
-
 def random_directions(d_model: int, count: int, seed: int) -> Float[Tensor, "count d_model"]:
     """Random unit vectors."""
     noise = torch.randn(count, d_model, generator=torch.Generator().manual_seed(seed))
@@ -377,24 +322,10 @@ def read_header(text: str, file: Path) -> tuple[str, ModelInfo, dict[str, Any]]:
 
 def _content(header: Mapping[str, Any], file: Path) -> tuple[str, ModelInfo, dict[str, Any]]:
     try:
-        trait, provenance = header["trait"], header["provenance"]
-        if not isinstance(trait, str) or not isinstance(provenance, dict):
-            raise TypeError("trait is a text and provenance a mapping")
-        missing = provenance.get("missing_layers", [])
-        if not isinstance(missing, list) or not all(type(layer) is int for layer in missing):
-            raise TypeError("missing_layers is a list of layers")
-        if provenance.get("tuned"):
-            _tuned(provenance["tuned"])
+        trait, provenance = header["trait"], check_provenance(header["provenance"])
+        if not isinstance(trait, str):
+            raise TypeError("trait is a text")
         return trait, ModelInfo.from_json(header["model"]), provenance
     except (KeyError, TypeError, ValueError) as error:
         why = repr(error) if isinstance(error, KeyError) else str(error)
         raise VectorsError(f"the header of {file} is damaged: {in_short(why, 200)}") from error
-
-
-def _tuned(found: Any) -> Tuned:
-    """The choice in a header; raises ValueError if it is none."""
-    match found:
-        case {"layer": int(layer), "coefficient": float() | int() as coefficient, "reduction": str(reduction)}:
-            if layer >= 0 and isfinite(coefficient) and bool not in (type(layer), type(coefficient)):
-                return Tuned(layer, coefficient, reduction)
-    raise ValueError("what was tuned is no layer with a coefficient and a reduction")

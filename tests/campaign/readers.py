@@ -27,11 +27,8 @@ from persona_lens.finetuning.config import documented, make_config, read_config
 from persona_lens.judging.agreement import read_scored
 from persona_lens.models.source import folder_content
 from persona_lens.monitoring import monitor_calibration
-from persona_lens.monitoring.study import rollouts_of
-from persona_lens.screening.forecast import forecasts_of
 from persona_lens.steering import Steering, load_steering
 from persona_lens.steering.files import save_steering
-from persona_lens.steering.sweep import calibration_of, trait_of
 from persona_lens.traits import load_trait
 from persona_lens.traits.generate import import_reference
 from persona_lens.traits.generate.draft import load_draft
@@ -198,10 +195,10 @@ def _used(found: PersonaVectors) -> None:
         lambda: found.edit(),
         lambda: found.random_like(0),
         lambda: found.content_hash,
-        lambda: trait_of(found),
-        lambda: calibration_of(found),
-        lambda: rollouts_of(found),
-        lambda: forecasts_of(found),
+        lambda: found.trait_definition,
+        lambda: found.calibration,
+        lambda: found.rollouts,
+        lambda: found.forecasts,
         lambda: monitor_calibration(found),
         lambda: model_card(found, "me/it", "mit"),
         lambda: [found.vector(layer) for layer in range(found.model.n_layers)],

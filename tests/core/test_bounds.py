@@ -28,9 +28,7 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import shown
 from persona_lens.finetuning.config import make_config, read_config
 from persona_lens.runs import RunFolder
-from persona_lens.screening.forecast import forecasts_of
 from persona_lens.steering import Steering, load_steering
-from persona_lens.steering.sweep import calibration_of, trait_of
 from persona_lens.vectors import METADATA, load_vectors
 from persona_lens.vectors.formats import Stated, import_vectors
 from tests.campaign import fuzz
@@ -201,10 +199,10 @@ def test_a_malformed_choice_in_a_header_is_damage(tuned: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("value", ["x", 1, [[]], {"trait": 1}, {"slope": "x"}, {"rollouts": [1]}])
 def test_what_vectors_carry_may_be_anything(value: Any) -> None:
-    own = vectors(trait=value, judge={"calibration": value}, settings=value, forecasts=value)
-    for read in (trait_of, calibration_of, forecasts_of):
+    own = vectors(trait=value, judge={"calibration": value}, settings=value, shift_forecasts=value, monitor=value)
+    for read in ("trait_definition", "calibration", "forecasts", "rollouts", "monitor"):
         with suppress(PersonaLensError):
-            read(own)
+            getattr(own, read)
 
 
 def test_a_few_inputs_of_every_kind_leave_no_traceback() -> None:

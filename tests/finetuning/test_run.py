@@ -251,10 +251,9 @@ def test_watching_and_stopping(loaded: Loaded, vectors: PersonaVectors, tmp_path
     from persona_lens.finetuning.shift import shift_of
     from persona_lens.monitoring.scoring import prompt_projections
     from persona_lens.runs.rollouts import chat_format
-    from persona_lens.steering import trait_of
 
     backend = open_backend("transformers", str(tmp_path / "run"), dtype="float32", device="cpu")
-    prompts = [chat_format(backend).encode(None, q) for q in trait_of(vectors).evaluation_questions]
+    prompts = [chat_format(backend).encode(None, q) for q in vectors.trait_definition.evaluation_questions]
     after = prompt_projections(backend, prompts, [vectors], [2], allow_other_model=True)
     assert float(after.mean()) == pytest.approx(found.summary["projections"][-1]["projection/impolite@2"], abs=1e-4)
     assert float(shift_of(after, after).abs().max()) == 0

@@ -16,7 +16,7 @@ from persona_lens.finetuning.shift import ShiftSettings, correlated, measure_shi
 from persona_lens.models import load
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings, chat_format
-from persona_lens.steering import ArmSettings, trait_of
+from persona_lens.steering import ArmSettings
 from tests.finetuning.chats import conversations, small, vectors_of
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
@@ -54,7 +54,9 @@ def test_adapters_are_measured_unmerged_as_merged(base_folder: Path, tmp_path: P
     merged: Any = PeftModel.from_pretrained(load(str(base_folder), dtype="float32", device="cpu").model, str(place))
     merged = merged.merge_and_unload()
     base = open_backend("transformers", str(base_folder), dtype="float32", device="cpu")
-    prompts = [chat_format(base).encode(None, trait_of(vectors).evaluation_questions[q]) for q in ASKED.questions]
+    prompts = [
+        chat_format(base).encode(None, vectors.trait_definition.evaluation_questions[q]) for q in ASKED.questions
+    ]
 
     def last_tokens(model: Any) -> torch.Tensor:
         rows = []

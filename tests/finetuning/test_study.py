@@ -159,11 +159,10 @@ def test_the_judge_is_the_base_model(studied: Path, base_folder: Path) -> None:
     from persona_lens.backend import open_backend
     from persona_lens.judging import Exchange, LikelihoodJudge
     from persona_lens.runs.rollouts import chat_format
-    from persona_lens.steering import calibration_of, trait_of
 
     base = open_backend("transformers", str(base_folder), dtype="float32", device="cpu")
     vectors = vectors_of(load(str(base_folder), dtype="float32", device="cpu"))
-    judge = LikelihoodJudge(base, chat_format(base), trait_of(vectors), calibration_of(vectors))
+    judge = LikelihoodJudge(base, chat_format(base), vectors.trait_definition, vectors.calibration)
     rows = [json.loads(line) for line in (studied / "plain-2-rollouts.jsonl").read_text().splitlines()]
     texts = [row for row in rows if row["arm"] == "unsteered" and row["response_ids"]]
     judged = judge.judge([Exchange(row["question"], row["response"], tuple(row["response_ids"])) for row in texts])

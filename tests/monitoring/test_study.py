@@ -24,7 +24,6 @@ from persona_lens.monitoring import (
     StudySettings,
     examples_of,
     monitor_calibration,
-    rollouts_of,
     study,
     study_work,
     threshold_for,
@@ -250,8 +249,8 @@ def test_extracted_vectors_carry_the_graded_prompts(tmp_path: Path) -> None:
     )
     assert run.vectors.provenance["trait"]["graded_prompts"] == list(TRAIT.graded_prompts)
     assert "graded_prompts" not in json.loads((tmp_path / "run.json").read_text())["trait"]
-    assert rollouts_of(load_vectors(tmp_path)) == RolloutSettings(max_new_tokens=20, temperature=0.6)
-    assert rollouts_of(model()[1]) == RolloutSettings()
+    assert load_vectors(tmp_path).rollouts == RolloutSettings(max_new_tokens=20, temperature=0.6)
+    assert model()[1].rollouts == RolloutSettings()
 
 
 class Stubborn(Graded):

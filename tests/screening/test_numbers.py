@@ -11,12 +11,12 @@ from persona_lens.screening import (
     Decision,
     ScreeningError,
     fit_forecast,
-    forecasts_of,
     separation_of,
     threshold_of,
     with_forecasts,
 )
 from persona_lens.screening.survey import LabelledValues, StreamedMeans, clean_label
+from persona_lens.vectors import VectorsError
 from tests.screening.made import vectors
 
 
@@ -136,11 +136,11 @@ def test_a_forecast_is_a_line_with_a_prediction_interval_that_travels_with_the_v
     assert not predicted.outside
     assert forecast.predict(9).outside
     made = with_forecasts(vectors("kind"), [forecast])
-    assert forecasts_of(made) == (forecast,)
-    assert forecasts_of(vectors("kind")) == ()
+    assert made.forecasts == (forecast,)
+    assert vectors("kind").forecasts == ()
     with pytest.raises(ScreeningError, match="the forecast is of 'kind', but the vectors are of 'odd'"):
         with_forecasts(vectors("odd"), [forecast])
     with pytest.raises(ScreeningError, match="at least 3 datasets"):
         fit_forecast("kind", 1, [1, 2], [1, 2])
-    with pytest.raises(ScreeningError, match="damaged"):
-        forecasts_of(vectors("kind", shift_forecasts=[{"quantity": "raw"}]))
+    with pytest.raises(VectorsError, match="damaged"):
+        assert vectors("kind", shift_forecasts=[{"quantity": "raw"}]).forecasts

@@ -23,10 +23,8 @@ from persona_lens.steering import (
     CrossSettings,
     Steering,
     SteeringError,
-    calibration_of,
     cross_effects,
     cross_work,
-    trait_of,
 )
 from persona_lens.steering.comparison import change_of
 from persona_lens.steering.crossing import Crossing
@@ -321,7 +319,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(planted: PlantedPai
     with pytest.raises(SteeringError, match="at least 1"):
         CrossSettings(questions=0)
     bare = PersonaVectors("optimistic", planted.info, traits["optimistic"].directions, {})
-    with pytest.raises(SteeringError, match="carry no trait"):
+    with pytest.raises(VectorsError, match="carry no trait"):
         cross_effects(planted, arms(traits), {"optimistic": bare}, judges=judges(), folder=folder)
     elsewhere = replace(planted.info, weights="sha256:other")
     other = PersonaVectors("impolite", elsewhere, traits["impolite"].directions, traits["impolite"].provenance)
@@ -334,13 +332,13 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(planted: PlantedPai
 @pytest.mark.parametrize(
     ("provenance", "read", "message"),
     [
-        ({"trait": {"name": "x"}}, trait_of, "is damaged"),
-        ({"judge": {"calibration": {"slope": "steep"}}}, calibration_of, "is damaged"),
+        ({"trait": {"name": "x"}}, lambda made: made.trait_definition, "is damaged"),
+        ({"judge": {"calibration": {"slope": "steep"}}}, lambda made: made.calibration, "is damaged"),
     ],
 )
 def test_damaged_provenance_is_said(planted: PlantedPair, provenance: Any, read: Any, message: str) -> None:
     vectors = PersonaVectors("odd", planted.info, pair(planted)["optimistic"].directions, provenance)
-    with pytest.raises(SteeringError, match=message):
+    with pytest.raises(VectorsError, match=message):
         read(vectors)
 
 

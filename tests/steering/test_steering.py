@@ -248,9 +248,9 @@ def test_a_sweep_that_cannot_be_run_claims_no_folder(tiny: Backend, tmp_path: Pa
         sweep(tiny, vectors, SweepSettings(layers=(1,), reduction="mean"), folder=folder)
     with pytest.raises(SteeringError, match="21 questions asked for, trait optimistic has 20 for evaluation"):
         sweep(tiny, vectors, SweepSettings(layers=(1,), questions=21), folder=folder)
-    with pytest.raises(SteeringError, match="carry no calibration"):
+    with pytest.raises(VectorsError, match="carry no calibration"):
         sweep(tiny, replace(vectors, provenance={"trait": vectors.provenance["trait"]}), SweepSettings(layers=(1,)))
-    with pytest.raises(SteeringError, match="carry no trait; name it"):
+    with pytest.raises(VectorsError, match="carry no trait; name it"):
         sweep(tiny, replace(vectors, provenance={}), SweepSettings(layers=(1,)), folder=folder)
     with pytest.raises(TokenError):
         sweep(tiny, vectors, SweepSettings(layers=(1,), rollouts=RolloutSettings(max_new_tokens=0)), folder=folder)

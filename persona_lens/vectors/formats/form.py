@@ -13,7 +13,8 @@ from torch import Tensor
 
 from persona_lens.backend import ModelInfo
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.vectors.vectors import DEFAULT_REDUCTION, PersonaVectors, read_header
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.vectors import PersonaVectors, read_header
 
 
 class ExchangeError(PersonaLensError):

@@ -23,7 +23,8 @@ from persona_lens.vectors.formats.form import (
 )
 from persona_lens.vectors.formats.llama_cpp import model_type
 from persona_lens.vectors.formats.torch_files import archive_bytes, checked_tensor
-from persona_lens.vectors.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.vectors import PersonaVectors
 
 
 def to_control_vector(

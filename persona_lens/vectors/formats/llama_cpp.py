@@ -36,7 +36,8 @@ from persona_lens.vectors.formats.form import (
     file_name,
     reduction_of,
 )
-from persona_lens.vectors.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.vectors import PersonaVectors
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by the type of a value
 STRING, ARRAY = 8, 9

@@ -32,7 +32,8 @@ from persona_lens.vectors.formats.form import (
     file_name,
     reduction_of,
 )
-from persona_lens.vectors.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.vectors import PersonaVectors
 
 MAX_ROWS = 2**20  # the widest residual stream has a fiftieth
 

@@ -1,0 +1,319 @@
+"""What vectors carry besides their directions, read and checked in one place.
+
+The provenance is a mapping of JSON values, as the file holds it. Nothing but this module reads meaning out of it, so a
+file that somebody else wrote, or that is damaged, is met with the same words everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from math import isfinite
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+from scipy import stats
+
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import in_short
+from persona_lens.core.text import shown as as_shown
+from persona_lens.judging.likelihood import Calibration
+from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.traits import Trait, load_trait
+
+DEFAULT_REDUCTION = "response_mean"
+FORECASTS = "shift_forecasts"
+Found = TypeVar("Found")
+
+
+class VectorsError(PersonaLensError):
+    """Vectors that cannot be read, or do not fit what they are used on."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Where and how strongly to steer, as `persona_lens.steering.tune` found it.
+
+    Attributes:
+        layer: Block index, 0-based.
+        coefficient: Multiple of the raw vector.
+        reduction: Which of the vectors.
+    """
+
+    layer: int
+    coefficient: float
+    reduction: str = DEFAULT_REDUCTION
+
+
+@dataclass(frozen=True)
+class StoredMonitor:
+    """What a monitoring study left with the vectors; `persona_lens.monitoring.monitor_calibration` makes curves of it.
+
+    Attributes:
+        layer: The layer that is used where none is named.
+        reduction: Which of the vectors.
+        shown: By prompt: how many of its responses show the trait.
+        responses: By prompt: how many have a score.
+        questions: By prompt: the number of its question.
+        layers: By layer: the curve and how well it does, as JSON values.
+    """
+
+    layer: int
+    reduction: str
+    shown: tuple[int, ...]
+    responses: tuple[int, ...]
+    questions: tuple[int, ...]
+    layers: Mapping[int, Mapping[str, Any]]
+
+
+class Quantity(StrEnum):
+    """What is said of a row of a dataset, in residual-stream units along a trait's unit vector (method, section 7)."""
+
+    RAW = "raw"  # mean over the response's tokens
+    DIFFERENCE = "difference"  # that, minus the same of the base model's own response
+    PROMPT_DIFFERENCE = "prompt_difference"  # that, minus the projection of the last prompt token
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A shift of the mean trait score that is to be expected.
+
+    Attributes:
+        shift: In points of the score, 0 to 100.
+        low: Lower end of the 95% prediction interval for another dataset.
+        high: Upper end.
+        outside: Whether the dataset's value lies outside those that the line was fitted on.
+    """
+
+    shift: float
+    low: float
+    high: float
+    outside: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ShiftForecast:
+    """A line from a dataset's mean value to the shift of the trait score after finetuning on it.
+
+    Attributes:
+        trait: The trait.
+        layer: Layer at which the values were taken.
+        quantity: Which value.
+        slope: Points of the score for one unit of the residual stream.
+        intercept: Points at 0.
+        residual: Standard deviation of the residuals, in points, with n - 2 in the denominator.
+        n: Datasets that it was fitted on.
+        mean: Their mean value.
+        spread: Sum of squared deviations from it.
+        lowest: Their smallest value.
+        highest: Their largest one.
+        source: What was finetuned, in words.
+    """
+
+    trait: str
+    layer: int
+    quantity: str
+    slope: float
+    intercept: float
+    residual: float
+    n: int
+    mean: float
+    spread: float
+    lowest: float
+    highest: float
+    source: str = ""
+
+    def predict(self, value: float | int) -> Forecast:
+        """The shift to expect of a dataset with this mean value."""
+        shift = self.intercept + self.slope * value
+        error = self.residual * np.sqrt(1 + 1 / self.n + (value - self.mean) ** 2 / self.spread)
+        reach = float(stats.t.ppf(0.975, self.n - 2) * error)
+        return Forecast(shift, shift - reach, shift + reach, not self.lowest <= value <= self.highest)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return asdict(self)
+
+
+class Provenanced:
+    """A trait's vectors as far as they say where they come from and what was found with them.
+
+    Every property raises `VectorsError` if what is stored is damaged.
+    """
+
+    trait: str
+    provenance: Mapping[str, Any]
+
+    def stored(self, name: str) -> Mapping[str, Any]:
+        """What the provenance holds under a name, if that is a mapping; else nothing."""
+        found = self.provenance.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    def _read(self, what: str, read: Callable[[], Found], instead: str = "make them again") -> Found:
+        """Read something, or say that it is damaged and what to do instead."""
+        try:
+            return read()
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error) or repr(error)
+            raise VectorsError(
+                f"{what} that the vectors of {self.trait!r} carry is damaged: {in_short(why, 200)}; {instead}"
+            ) from None
+
+    @property
+    def trait_definition(self) -> Trait:
+        """The trait that the vectors were extracted for.
+
+        Raises:
+            VectorsError: If none is stored, too.
+        """
+        stored = dict(self.stored("trait"))
+        stored.pop("content_hash", None)
+        if not stored:
+            raise VectorsError("these vectors carry no trait; name it with trait=... (--trait)")
+        return self._read("the trait", lambda: Trait.model_validate(stored), "name it with trait=... (--trait)")
+
+    def trait_for(self, given: str | Trait | None) -> Trait:
+        """The trait that somebody asks for by name or definition; the vectors' own if that is None.
+
+        Raises:
+            VectorsError: If it is to be their own and they carry none.
+            TraitError: If there is none of that name.
+        """
+        if given is None:
+            return self.trait_definition
+        return load_trait(given) if isinstance(given, str) else given
+
+    @property
+    def judge(self) -> Mapping[str, Any]:
+        """The judge that scored the responses, as it describes itself; empty if that is not known."""
+        return self.stored("judge")
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration of the likelihood judge.
+
+        Raises:
+            VectorsError: If none is stored, too.
+        """
+        if not (stored := self.judge.get("calibration")):
+            raise VectorsError(
+                "these vectors carry no calibration of the likelihood judge, so responses cannot be scored by it; name "
+                "another judge (--judge), or extract with the likelihood judge"
+            )
+
+        def read() -> Calibration:
+            slope, intercept = float(stored["slope"]), float(stored["intercept"])
+            if not (isfinite(slope) and isfinite(intercept)):
+                raise ValueError(as_shown(stored))
+            return Calibration(slope, intercept)
+
+        return self._read("the calibration", read, "extract them again, or name another judge (--judge)")
+
+    @property
+    def rollouts(self) -> RolloutSettings:
+        """How responses were made when the vectors were extracted, as far as that is stored."""
+        stored = self.stored("settings").get("rollouts")
+        names = ("max_new_tokens", "temperature", "top_p")
+        given = {name: stored[name] for name in names if name in stored} if isinstance(stored, Mapping) else {}
+        return self._read("the settings", lambda: RolloutSettings(**given))
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """The layer and coefficient that were tuned for these vectors; None if that was not done."""
+        found = self.provenance.get("tuned")
+        return self._read("what was tuned", lambda: _tuned(found)) if found else None
+
+    def tuned_choice(self) -> Tuned:
+        """`tuned`, for where it is needed.
+
+        Raises:
+            VectorsError: If nothing was tuned.
+        """
+        if (tuned := self.tuned) is None:
+            raise VectorsError(
+                f"no layer was tuned for the vectors of {self.trait!r}; name one, or take the vectors that "
+                "`persona-lens steer tune` wrote"
+            )
+        return tuned
+
+    @property
+    def monitor(self) -> StoredMonitor | None:
+        """What a monitoring study found; None if there was none."""
+        found = self.provenance.get("monitor")
+        again = "make it again with `persona-lens monitor study`"
+        return self._read("the calibration of the monitor", lambda: _monitor(found), again) if found else None
+
+    @property
+    def forecasts(self) -> tuple[ShiftForecast, ...]:
+        """How far finetuning would move the trait, by lines that were fitted before; almost always none."""
+        found = self.provenance.get(FORECASTS, ())
+        return self._read("the forecast", lambda: tuple(map(_forecast, found)), "fit it again")
+
+    @property
+    def missing_layers(self) -> tuple[int, ...]:
+        """Layers without a vector, whose rows are zero: what another program's file did not hold."""
+        return self._read("missing_layers", lambda: _layers(self.provenance.get("missing_layers", [])))
+
+    @property
+    def prompt_mean_sinks(self) -> bool:
+        """Whether the prompt mean takes in attention sinks, as those of other programs do."""
+        return bool(self.provenance.get("prompt_mean_sinks", True))
+
+
+def inherited(*parts: Provenanced) -> dict[str, Any]:
+    """What has to be said of vectors made from these: a layer that one of them lacks, they lack."""
+    missing = sorted({layer for part in parts for layer in part.missing_layers})
+    found: dict[str, Any] = {"missing_layers": missing} if missing else {}
+    return found if parts[0].prompt_mean_sinks else {**found, "prompt_mean_sinks": False}
+
+
+def check_provenance(provenance: Any) -> dict[str, Any]:
+    """What a file has to hold so that its vectors can be used at all.
+
+    Raises:
+        TypeError: If it is no mapping, or ``missing_layers`` no list of layers.
+        ValueError: If what was tuned is no choice.
+    """
+    if not isinstance(provenance, dict):
+        raise TypeError("provenance is a mapping")
+    _layers(provenance.get("missing_layers", []))
+    if provenance.get("tuned"):
+        _tuned(provenance["tuned"])
+    return provenance
+
+
+def _layers(found: Any) -> tuple[int, ...]:
+    if not isinstance(found, list | tuple) or not all(type(layer) is int for layer in found):
+        raise TypeError("missing_layers is a list of layers")
+    return tuple(found)
+
+
+def _tuned(found: Any) -> Tuned:
+    match found:
+        case {"layer": int(layer), "coefficient": float() | int() as coefficient, "reduction": str(reduction)}:
+            if layer >= 0 and isfinite(coefficient) and bool not in (type(layer), type(coefficient)):
+                return Tuned(layer, coefficient, reduction)
+    raise ValueError("what was tuned is no layer with a coefficient and a reduction")
+
+
+def _monitor(found: Mapping[str, Any]) -> StoredMonitor:
+    shown, responses, questions = (tuple(map(int, found[name])) for name in ("shown", "responses", "questions"))
+    layers = {int(layer): entry for layer, entry in found["layers"].items()}
+    return StoredMonitor(int(found["layer"]), str(found["reduction"]), shown, responses, questions, layers)
+
+
+def _forecast(found: Mapping[str, Any]) -> ShiftForecast:
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": int | float}
+    types = {each.name: str(each.type) for each in fields(ShiftForecast)}
+    for name, value in found.items():
+        if not isinstance(value, kinds[types[name]]) or isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}")
+    Quantity(found["quantity"])
+    given: dict[str, Any] = {n: float(value) if types[n] == "float" else value for n, value in found.items()}
+    return ShiftForecast(**given)
