@@ -14,7 +14,7 @@ from typing import Any
 
 from persona_lens.core.progress import note
 from persona_lens.core.text import printable
-from persona_lens.data.tables import BYTE_ORDER_MARK, DataError, TableError, read_rows
+from persona_lens.data.tables import BYTE_ORDER_MARK, DataError, TableError, own_columns, read_rows
 from persona_lens.models import Message
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -144,7 +144,12 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
     used = {*IDS, "messages"} if found is TranscriptForm.OPENAI else {*IDS, "conversations", "conversation", "system"}
     with suppress(TableError):  # no row can be read, which whoever reads them is told
         first = [row for _, row in islice(read_rows(path, lambda *_: None), _LOOKED_AT)]
-        texts = (name for row in first for name, value in row.items() if value and isinstance(value, str | list))
+        texts = (
+            name
+            for row in first
+            for name, value in row.items()
+            if value and isinstance(value, str | list) and name not in own_columns(row)
+        )
         note_unread(str(path), (name for name in texts if name not in used))
     return TranscriptFile(path, found)
 

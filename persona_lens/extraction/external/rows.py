@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import note
 from persona_lens.core.text import printable, shown
-from persona_lens.data.tables import read_rows
+from persona_lens.data.tables import own_columns, read_rows
 from persona_lens.judging import Judgement, Score
 from persona_lens.traits import Arm
 
@@ -130,7 +130,8 @@ def ignored_columns(row: Mapping[str, Any]) -> list[str]:
     """Columns with text that are no part of a response; those of the reference implementation's files all are."""
     if row.keys() >= _REFERENCE and "arm" not in row:
         return []
-    return [name for name, value in row.items() if name not in _Row.model_fields and isinstance(value, str) and value]
+    known = {*_Row.model_fields, *own_columns(row)}
+    return [name for name, value in row.items() if name not in known and isinstance(value, str) and value]
 
 
 def _value(name: str, value: Any) -> Any:
