@@ -30,9 +30,10 @@ from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import model_config, subject_config
 from persona_lens.judging import Judge, LikelihoodJudge, as_used, prepare_judge
 from persona_lens.models import ChatFormat
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.runs.chunks import CHECK, is_signed, signed
-from persona_lens.runs.rollouts import RolloutSettings, chat_format
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmRow, ArmSettings, Steering, run_arms
 from persona_lens.steering.comparison import ARMS, UNSTEERED, collect_arms, unsteered_mean
 from persona_lens.traits import Trait, load_trait

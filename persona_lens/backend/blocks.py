@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from persona_lens.backend.protocol import Backend, ModelInfo
-from persona_lens.core.artifacts import CONFIG
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import CONFIG
 
 if TYPE_CHECKING:
     from torch import nn

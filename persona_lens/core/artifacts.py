@@ -33,9 +33,6 @@ class Artifact:
     tensors: Mapping[str, Tensor]
 
 
-CONFIG = "run.json"  # what a run folder was made with
-
-
 def header_text(header: Mapping[str, Any]) -> str:
     """A header as it is written.
 

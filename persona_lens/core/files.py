@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 from persona_lens.core.errors import PersonaLensError
 
 PART = ".part"
+CONFIG = "run.json"  # what a run folder was made with
 BUFFER = 1 << 20
 
 _ADVICE = {

@@ -34,8 +34,9 @@ from persona_lens.judging import (
     weigh_rollouts,
 )
 from persona_lens.models import ChatFormat
+from persona_lens.models.replies import chat_format, note_reasoning
 from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, Rollouts, chat_format, note_reasoning
+from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, Rollouts
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
 

@@ -19,9 +19,9 @@ from persona_lens.extraction.run import model_config
 from persona_lens.finetuning.config import FinetuningError
 from persona_lens.judging import Judge, LikelihoodJudge, as_used
 from persona_lens.models import ChatFormat
+from persona_lens.models.replies import chat_format
 from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.runs.rollouts import chat_format
 from persona_lens.steering import ArmRow, ArmSettings, run_arms
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 

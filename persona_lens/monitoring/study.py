@@ -19,6 +19,7 @@ from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, methods_of, prepare_judge
 from persona_lens.models import ChatFormat
+from persona_lens.models.replies import chat_format
 from persona_lens.monitoring.correlation import (
     Condition,
     Kind,
@@ -31,7 +32,7 @@ from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.monitoring.findings import PromptRow, findings
 from persona_lens.monitoring.scoring import projected, unit_vectors
 from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, chat_format, row_seed
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
-from persona_lens.core.artifacts import CONFIG
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import (
+    CONFIG,
     PART,
     Comparison,
     append,

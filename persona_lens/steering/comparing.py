@@ -14,8 +14,8 @@ from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, LikelihoodJudge, as_used
 from persona_lens.models import ChatFormat
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import chat_format
 from persona_lens.steering.comparison import (
     ArmEffect,
     ArmRow,

@@ -17,8 +17,9 @@ from persona_lens.extraction.external import GivenRollouts, ReadRollouts
 from persona_lens.extraction.run import model_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.runs.rollouts import Rollout, RolloutBatches, Rollouts, RolloutSettings, chat_format
+from persona_lens.runs.rollouts import Rollout, RolloutBatches, Rollouts, RolloutSettings
 from persona_lens.steering.comparison import ArmSettings, arm_edits, arm_requests
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError

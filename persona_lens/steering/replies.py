@@ -22,8 +22,8 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.single_rows import DelegatingBackend
 from persona_lens.models import ChatFormat
-from persona_lens.runs.rollouts import chat_format
-from persona_lens.runs.rollouts import reply as plain_reply
+from persona_lens.models.replies import chat_format
+from persona_lens.models.replies import reply as plain_reply
 from persona_lens.steering.steering import GivenEdits, GivenVectors, Steering, given_edits, rowwise
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, chat_format, row_seed
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.steering.steering import SteeringError, rowwise
 from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors

@@ -22,8 +22,9 @@ from persona_lens.extraction.cost import Work, run_work
 from persona_lens.extraction.run import subject_config
 from persona_lens.judging import Judge, LikelihoodJudge, as_used, prepare_judge
 from persona_lens.models import ChatFormat
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import RolloutSettings, chat_format
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering.analysis import COHERENCE_MARGIN, MIN_COHERENCE
 from persona_lens.steering.comparison import (
     UNSTEERED,

@@ -23,7 +23,7 @@ from persona_lens import PersonaLensError
 from persona_lens.backend import wrap_model
 from persona_lens.cli import app
 from persona_lens.cli.options import layer_numbers, numbers
-from persona_lens.runs.rollouts import chat_format
+from persona_lens.models.replies import chat_format
 from persona_lens.steering import Steering, steered_replies
 from persona_lens.steering.preview import preview_tokens
 from persona_lens.traits import Arm, load_trait

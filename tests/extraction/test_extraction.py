@@ -24,8 +24,9 @@ from persona_lens.extraction import (
 )
 from persona_lens.extraction.means import _separation_row, arm_means, held_out_separation
 from persona_lens.judging import Judgement, JudgingError, Score
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import Request, RolloutSettings, chat_format
+from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import load_vectors
 from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend

@@ -15,7 +15,8 @@ from persona_lens.backend import Backend
 from persona_lens.backend.batches import context_length, context_of
 from persona_lens.extraction.external import GivenRollouts, ResponsesError, given_rollouts, read_responses
 from persona_lens.judging import Judgement, Score
-from persona_lens.runs.rollouts import Request, chat_format
+from persona_lens.models.replies import chat_format
+from persona_lens.runs.rollouts import Request
 from persona_lens.traits import Arm, load_trait
 from tests.backends.fixtures import ADAPTERS, Delegating, tiny_backend
 

@@ -27,8 +27,9 @@ from persona_lens.extraction import Extraction, ExtractionSettings, extraction_w
 from persona_lens.extraction.external import GivenScores, ReadRollouts, ResponsesError, given_rollouts
 from persona_lens.extraction.means import arm_means
 from persona_lens.judging import Exchange, Judgement
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import Rollouts, RolloutSettings, chat_format
+from persona_lens.runs.rollouts import Rollouts, RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import load_vectors
 from tests.backends.fixtures import ADAPTERS, FEW_ARCHITECTURES, backend_of

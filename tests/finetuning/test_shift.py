@@ -14,8 +14,9 @@ from persona_lens.backend import open_backend, wrap_model
 from persona_lens.finetuning import FinetuningError, finetune
 from persona_lens.finetuning.shift import ShiftSettings, correlated, measure_shifts, shift_of
 from persona_lens.models import load
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings, chat_format
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings
 from tests.finetuning.chats import conversations, small, vectors_of
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer

@@ -13,8 +13,9 @@ import torch
 from persona_lens.backend import TokenBatch
 from persona_lens.judging import Exchange, LocalJudge, judge_rollouts
 from persona_lens.judging.llm import fill_rubric
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, chat_format
+from persona_lens.runs.rollouts import Request, Rollout
 from persona_lens.traits import load_trait
 from tests.backends.fixtures import ADAPTERS, Delegating, backend_of, tiny_backend
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -18,6 +18,7 @@ from persona_lens.backend import Generation
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.extraction import ExtractionSettings, run_extraction
 from persona_lens.judging import Calibration
+from persona_lens.models.replies import chat_format
 from persona_lens.monitoring import (
     Conditions,
     MonitoringError,
@@ -30,7 +31,7 @@ from persona_lens.monitoring import (
 )
 from persona_lens.reports.study import render_study, title
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings, chat_format
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError, load_vectors
 from tests.planted import PlantedBackend

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Read, TokenError
+from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunError, RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, chat_format, row_seed
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.traits import Arm, load_trait
 from tests.backends.fixtures import tiny_backend
 from tests.planted import PlantedBackend

@@ -17,8 +17,9 @@ from persona_lens.backend import Backend, Edit, Operation, Positions, Read, Samp
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.edits import apply_edit
 from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.models.replies import reply
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings, reply
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import NotationError, Steering, SteeringError, load_steering
 from persona_lens.steering.steering import rowwise
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError

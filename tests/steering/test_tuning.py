@@ -15,9 +15,10 @@ from torch import Tensor
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.statistics import Estimate
 from persona_lens.judging import Calibration, Exchange, Judgement, Score
+from persona_lens.models.replies import chat_format
 from persona_lens.reports import render_tuning
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings, chat_format
+from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
 from persona_lens.steering.comparing import compare_steerings
 from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect

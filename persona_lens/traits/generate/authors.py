@@ -93,7 +93,7 @@ class LocalAuthor:
 
     def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
         """Reply to one request; see `Author.write`."""
-        from persona_lens.runs.rollouts import reply
+        from persona_lens.models.replies import reply
 
         seed, self.request = self.seed + self.request, self.request + 1
         return reply(
