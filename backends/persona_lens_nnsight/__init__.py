@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from persona_lens.backend import Backend, BackendError, BackendSpec
 
 if TYPE_CHECKING:
-    from persona_lens.backend.remote import ServerStatus
+    from persona_lens.backend.protocol import ServerStatus
 
 
 def _open(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import httpx
 import websocket
 
-from persona_lens.backend.remote import RemoteError, RequestTooLargeError
+from persona_lens.backend.protocol import RemoteError, RequestTooLargeError
 from persona_lens_nnsight.library import nnsight
 
 assert nnsight  # before the next line, which would import it otherwise than quietly

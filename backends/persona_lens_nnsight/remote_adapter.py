@@ -12,15 +12,13 @@ from persona_lens.backend import (
     Edits,
     Generation,
     Read,
-    ReadError,
-    ReadKind,
     Sampling,
     TokenBatch,
     Watch,
 )
-from persona_lens.backend.remote import RemoteError, RequestTooLargeError, Traffic
+from persona_lens.backend.protocol import RemoteError, RequestTooLargeError, Traffic
 from persona_lens.backend.sinks import depend_on_sinks
-from persona_lens.backend.streaming import Listener, replay
+from persona_lens.backend.streaming import watched_by_replay
 from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.adapter import TASK, NNsightBackend
 from persona_lens_nnsight.envoys import logits_envoy
@@ -122,7 +120,7 @@ class RemoteNNsightBackend(NNsightBackend):
 
     @property
     def traffic(self) -> Traffic:
-        """See `persona_lens.backend.remote.RemoteBackend.traffic`."""
+        """See `persona_lens.backend.protocol.RemoteBackend.traffic`."""
         return self._connection.traffic
 
     def generation_traffic(
@@ -132,7 +130,7 @@ class RemoteNNsightBackend(NNsightBackend):
         edits: Sequence[Edit] = (),
         reads: Sequence[Read] = (),
     ) -> Traffic:
-        """See `persona_lens.backend.remote.RemoteBackend.generation_traffic`."""
+        """See `persona_lens.backend.protocol.RemoteBackend.generation_traffic`."""
         longest, width = sampling.max_new_tokens + 1, max(map(len, prompts)) + sampling.max_new_tokens + 1
         rows = self._rows_at_once(len(prompts), lambda count: self._result_bytes(reads, count, width))
         some = [edit.rows(0, rows, max(map(len, prompts[:rows]))) for edit in edits]
@@ -147,7 +145,7 @@ class RemoteNNsightBackend(NNsightBackend):
     def forward_traffic(
         self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
     ) -> Traffic:
-        """See `persona_lens.backend.remote.RemoteBackend.forward_traffic`."""
+        """See `persona_lens.backend.protocol.RemoteBackend.forward_traffic`."""
         width = max(tokens.lengths)
         rows = self._rows_at_once(len(tokens), lambda count: self._result_bytes(reads, count, width))
         some = [edit.rows(0, rows, max(tokens.lengths[:rows])) for edit in edits]
@@ -174,14 +172,7 @@ class RemoteNNsightBackend(NNsightBackend):
         Raises:
             ReadError: If projections are asked for beside.
         """
-        if any(read.kind is ReadKind.PROJECTIONS for read in reads):
-            raise ReadError("a remote generation is watched by a read of projections, and takes no other; leave it out")
-        found = self.generate(prompts, sampling, edits, (*reads, watch.read))
-        values = dict(found.reads)
-        projections = values.pop(ReadKind.PROJECTIONS)
-        listener = Listener(watch, len(prompts))
-        replay(listener, TokenBatch.of(prompts, found.responses), projections)
-        return Generation(*listener.cut(found.responses, found.ended), values)
+        return watched_by_replay(self, prompts, sampling, watch, edits, reads, "a remote generation")
 
     def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """Not possible: the weights are on the server."""
@@ -216,7 +207,7 @@ class RemoteNNsightBackend(NNsightBackend):
         return rows
 
     @property
-    def _device(self) -> None:
+    def device(self) -> None:
         """Left to the server."""
         return None
 
@@ -226,7 +217,7 @@ class RemoteNNsightBackend(NNsightBackend):
             assert self.sink_limits  # by a request of its own, if the model was opened offline
         return Request(self._connection)
 
-    def _known_limits(self) -> tuple[float, ...] | None:
+    def known_limits(self) -> tuple[float, ...] | None:
         """Those that were measured already: to count what a request would cost, none is sent."""
         return self.__dict__.get("sink_limits")
 

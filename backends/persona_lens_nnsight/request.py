@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from persona_lens.backend.remote import RemoteError, RequestTooLargeError, Traffic
+from persona_lens.backend.protocol import RemoteError, RequestTooLargeError, Traffic
 from persona_lens_nnsight.failures import failure_of
 from persona_lens_nnsight.library import nnsight
 from persona_lens_nnsight.server import Server

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from persona_lens.backend.remote import Deployment, RemoteError, ServerStatus
+from persona_lens.backend.protocol import Deployment, RemoteError, ServerStatus
 from persona_lens.core.text import without_credentials
 from persona_lens.core.transport import BoundedClient, Bounds
 from persona_lens_nnsight.failures import CONFIGURE, STATUS_COMMAND, failure_of, key_failure, without_key

@@ -10,60 +10,28 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from persona_lens.backend import (
-    BackendError,
-    Edits,
-    ForwardResult,
-    Generation,
-    ModelInfo,
-    Read,
-    Sampling,
-    TokenBatch,
-    Watch,
-)
-from persona_lens.backend.batches import context_of
-from persona_lens.backend.blocks import (
-    describe,
-    find_base_weights,
-    find_blocks,
-    given_name,
-    padding_id,
-    vocabulary_size,
-)
-from persona_lens.backend.editing import TextHook, editing_blocks
-from persona_lens.backend.hooked import BlockHook, HookedModel
+from persona_lens.backend import BackendError, Edits
+from persona_lens.backend.blocks import given_name
+from persona_lens.backend.editing import BlockHook, TextHook
+from persona_lens.backend.hooked import HookedBackend
 from persona_lens.models import end_of_turn_ids, load
 
 
-class TransformerLensBackend:
+class TransformerLensBackend(HookedBackend):
     """A TransformerBridge, hooked only while a call runs."""
 
-    calls_at_once = 1
+    libraries = ("transformer-lens", "transformers")
 
     def __init__(self, bridge: Any, tokenizer: Any, name: str, revision: str | None) -> None:
+        module = bridge.original_model
+        ends = end_of_turn_ids(tokenizer, getattr(module, "generation_config", None))
+        super().__init__(module, tokenizer, ends, name, revision, _is_copy)
         self._bridge = bridge
-        self.module = module = bridge.original_model
-        self.tokenizer = tokenizer
-        self.end_ids: tuple[int, ...] = end_of_turn_ids(tokenizer, getattr(module, "generation_config", None))
-        backend = f"transformer-lens {version('transformer-lens')}, transformers {version('transformers')}"
-        blocks = find_blocks(module)[1]
-        self.info: ModelInfo = describe(module, blocks, name, revision, backend, _is_copy)
-        self.context_length = context_of(module.config)
-        self.base_weights = find_base_weights(module, blocks, _is_copy)
-        self._hooked = HookedModel(
-            module,
-            self._attach,
-            self.info.n_layers,
-            self.info.d_model,
-            self.end_ids,
-            pad_id=padding_id(tokenizer, self.end_ids, vocabulary_size(module)),
-        )
 
     @classmethod
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> TransformerLensBackend:
@@ -94,48 +62,6 @@ class TransformerLensBackend:
             )
         return cls(bridge, tokenizer, given_name(bridge.original_model), None)
 
-    @property
-    def shares_prompts(self) -> bool:
-        """See `persona_lens.backend.protocol.Backend.shares_prompts`."""
-        return self._hooked.shares_prompts
-
-    @property
-    def sink_limits(self) -> tuple[float, ...]:
-        """See `persona_lens.backend.sinks.SinkAware`."""
-        return self._hooked.sink_limits
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        edits: Edits = (),
-        reads: Sequence[Read] = (),
-    ) -> Generation:
-        """See `persona_lens.backend.protocol.Backend.generate`."""
-        return self._hooked.generate(prompts, sampling, edits, reads)
-
-    def generate_watched(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        watch: Watch,
-        edits: Edits = (),
-        reads: Sequence[Read] = (),
-    ) -> Generation:
-        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
-        return self._hooked.generate(prompts, sampling, edits, reads, watch)
-
-    def forward(
-        self,
-        tokens: TokenBatch,
-        edits: Edits = (),
-        reads: Sequence[Read] = (),
-        *,
-        logprobs: bool = False,
-    ) -> ForwardResult:
-        """See `persona_lens.backend.protocol.Backend.forward`."""
-        return self._hooked.forward(tokens, edits, reads, logprobs)
-
     def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """For your own calls of the bridge without gradients.
 
@@ -148,17 +74,18 @@ class TransformerLensBackend:
                 "without training, do it inside torch.no_grad()"
             )
 
-        def attach(layers: Sequence[int], hook: TextHook) -> AbstractContextManager[None]:
-            return self._attach(layers, lambda layer, h: hook(layer, h, None))  # a hook point is given nothing more
-
-        return editing_blocks(attach, edits, self)
+        return super().editing(edits)
 
     @contextmanager
-    def _attach(self, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:
-        with self._bridge.hooks(
-            fwd_hooks=[(f"blocks.{layer}.hook_out", _bridge_hook(layer, hook)) for layer in layers]
-        ):
+    def attach(self, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:
+        """See `persona_lens.backend.hooked.HookedBackend.attach`."""
+        hooks = [(f"blocks.{layer}.hook_out", _bridge_hook(layer, hook)) for layer in layers]
+        with self._bridge.hooks(fwd_hooks=hooks):
             yield
+
+    def attach_texts(self, layers: Sequence[int], hook: TextHook) -> AbstractContextManager[None]:
+        """See `persona_lens.backend.hooked.HookedBackend.attach_texts`; a hook point is given nothing of texts."""
+        return self.attach(layers, lambda layer, h: hook(layer, h, None))
 
 
 # Where a model keeps query, key and value (or gate and up projection) in one matrix, a bridge adds them one by one.

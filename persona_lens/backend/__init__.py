@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from persona_lens.backend.edits import Edit, EditError, Edits, Operation, as_edits
 from persona_lens.backend.masks import Condition, Positions, Schedule, Span
-from persona_lens.backend.protocol import Backend, BackendSpec, ForwardResult, Generation, ModelInfo
+from persona_lens.backend.protocol import Backend, BackendError, BackendSpec, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
-from persona_lens.backend.registry import BackendError, backend_statuses, find_backend, open_backend, wrap_model
+from persona_lens.backend.registry import backend_statuses, find_backend, open_backend, wrap_model
 from persona_lens.backend.streaming import (
     StopGeneration,
     Watch,

@@ -8,9 +8,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 
 from persona_lens.backend.edits import Edit
-from persona_lens.backend.protocol import Backend, ForwardResult, Generation
+from persona_lens.backend.protocol import Backend, ForwardResult, Generation, RequestTooLargeError
 from persona_lens.backend.reads import Read, only_means
-from persona_lens.backend.remote import RequestTooLargeError
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.core.errors import PersonaLensError
 

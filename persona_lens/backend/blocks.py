@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from persona_lens.backend.protocol import Backend, ModelInfo
+from persona_lens.backend.protocol import OPEN, Backend, ModelInfo
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import CONFIG
 
@@ -231,8 +231,6 @@ def _recorded(folder: Path) -> str | None:
 
 SAMPLES_PER_PARAMETER = 16
 GROUPS, GROUP_SIZE = 128, 4
-LEAST_IN_COMMON = 24  # groups; a chance of 16**-24 that other weights agree in so many
-OPEN = "."
 
 
 def weights_digest(blocks: nn.ModuleList, is_copy: Callable[[str], bool] = lambda name: False) -> str | None:
@@ -258,17 +256,6 @@ def weights_digest(blocks: nn.ModuleList, is_copy: Callable[[str], bool] = lambd
     values, is_open = (torch.cat(parts) for parts in zip(*samples, strict=True))
     whole.update(_bytes(values))
     return f"sha256:{whole.hexdigest()[:32]}:{_groups(values, is_open)}"
-
-
-def same_weights(one: str, other: str) -> bool:
-    """Whether two digests are of the same weights, in whatever precision each was loaded."""
-    if one == other:
-        return True
-    groups = [digest.rpartition(":")[2] for digest in (one, other)]
-    if len({len(each) for each in groups}) > 1 or not any(OPEN in each for each in groups):
-        return False
-    known = [pair for pair in zip(*groups, strict=True) if OPEN not in pair]
-    return len(known) >= LEAST_IN_COMMON and all(a == b for a, b in known)
 
 
 def _sorted(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Edits in forward passes that are not this package's own: a module that a user calls, or trains."""
+"""Hooks on a module's blocks, and edits by them in passes that a user runs: calls of the module, or its training."""
 
 from __future__ import annotations
 
@@ -12,25 +12,41 @@ from torch import Tensor, nn
 
 from persona_lens.backend.blocks import require_reached
 from persona_lens.backend.edits import Edit, EditError, Edits, as_edits, check_edits
-from persona_lens.backend.hooked import hooking_blocks
 from persona_lens.backend.masks import Positions
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.residual import residual_of, sinks_among, with_residual
 from persona_lens.backend.sinks import depend_on_sinks, limits_from, probe, sink_limits
 from persona_lens.backend.writing import Writer
 
+BlockHook = Callable[[int, Tensor], Tensor]
+"""Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""
+
 TextHook = Callable[[int, Tensor, Tensor | None], Tensor]
 """Takes a layer, its residual [batch, tokens, d_model] and which tokens come first in their text, bool [batch, tokens]
 or None where that is not known; returns the residual to go on with."""
 
 
-@contextmanager
-def hooking_texts(blocks: nn.ModuleList, layers: Sequence[int], hook: TextHook) -> Iterator[None]:
-    """Hooks at the output of plain PyTorch blocks, told what the blocks are told of texts; gone afterwards."""
+def hooking_blocks(blocks: nn.ModuleList, layers: Sequence[int], hook: BlockHook) -> AbstractContextManager[None]:
+    """Hooks at the output of plain PyTorch blocks; gone afterwards, whatever happened inside."""
+    return _hooking(blocks, layers, lambda layer, h, given: hook(layer, h))
 
+
+def hooking_texts(blocks: nn.ModuleList, layers: Sequence[int], hook: TextHook) -> AbstractContextManager[None]:
+    """The same, told what the blocks are told of texts."""
+
+    def on_residual(layer: int, h: Tensor, given: dict[str, Any]) -> Tensor:
+        return hook(layer, h, first_tokens(h, given.get("attention_mask"), given.get("position_ids")))
+
+    return _hooking(blocks, layers, on_residual)
+
+
+@contextmanager
+def _hooking(
+    blocks: nn.ModuleList, layers: Sequence[int], on_residual: Callable[[int, Tensor, dict[str, Any]], Tensor]
+) -> Iterator[None]:
     def on_output(layer: int, _: nn.Module, __: Any, given: dict[str, Any], output: Any) -> Any:
         h = residual_of(output)
-        changed = hook(layer, h, first_tokens(h, given.get("attention_mask"), given.get("position_ids")))
+        changed = on_residual(layer, h, given)
         return None if changed is h else with_residual(output, changed)
 
     with ExitStack() as hooks:

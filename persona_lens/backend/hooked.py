@@ -1,7 +1,6 @@
-"""Generation and forward passes over a Hugging Face module whose blocks can be hooked.
+"""`HookedBackend`: generation and forward passes over a Hugging Face module whose blocks can be hooked.
 
-Shared by adapters whose library leaves such a module in reach: they differ only in how a hook gets to a block, which
-is what they pass as ``attach``.
+Adapters whose library leaves such a module in reach derive from it: they differ in how a hook gets to a block.
 """
 
 from __future__ import annotations
@@ -9,22 +8,29 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from importlib.metadata import version
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, check_fits, context_of, rows_at_once
-from persona_lens.backend.blocks import require_reached, vocabulary_size
+from persona_lens.backend.blocks import (
+    describe,
+    find_base_weights,
+    find_blocks,
+    padding_id,
+    require_reached,
+    vocabulary_size,
+)
+from persona_lens.backend.editing import BlockHook, TextHook, editing_blocks, hooking_blocks, hooking_texts
 from persona_lens.backend.edits import Edit, Edits, as_edits, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind, check_reads
-from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler, continued_logprobs, response_logprobs
 from persona_lens.backend.shared_prompts import SharedPrompts, attention_for_reading, can_share_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
@@ -58,79 +64,146 @@ class RunLock:
         self._lock.release()
 
 
-BlockHook = Callable[[int, Tensor], Tensor]
-"""Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""
+class HookedBackend:
+    """A Hugging Face causal language model whose blocks can be hooked: a whole backend.
 
-
-@runtime_checkable
-class Attach(Protocol):
-    """Hooks ``hook(layer, residual) -> residual`` at the output of the named blocks while the context is open."""
-
-    def __call__(self, layers: Sequence[int], hook: BlockHook) -> AbstractContextManager[None]:
-        """Open the context."""
-        ...
-
-
-@dataclass(frozen=True)
-class HookedModel:
-    """A Hugging Face causal language model and the way to hook its blocks.
+    An adapter derives from it. It says how a model is opened and, where that is not by PyTorch's own hooks, how a hook
+    gets to a block: see `attach`. Nothing about the module is changed outside a call.
 
     Attributes:
-        model: The module whose ``generate`` and ``forward`` run.
-        attach: See `Attach`.
-        n_layers: Number of blocks.
-        d_model: Width of the residual stream.
-        end_ids: Ids that end a turn.
-        pad_id: Id to pad with; what it is does not matter, since padding is always masked by position.
+        libraries: Distributions whose versions `info` names.
+        module: The module whose ``generate`` and ``forward`` run.
+        path: Dotted path of its decoder blocks.
+        blocks: Them.
+
+    Args:
+        module: The module.
+        tokenizer: The model's own.
+        end_ids: Ids that end a turn, see `persona_lens.models.end_of_turn_ids`.
+        name: What to call the model.
+        revision: Commit or content id of its files; None where it is not known.
+        is_copy: As `persona_lens.backend.blocks.weights_digest` takes it.
     """
 
-    model: Any
-    attach: Attach
-    n_layers: int
-    d_model: int
-    end_ids: tuple[int, ...]
-    pad_id: int
-    _lock: RunLock = field(default_factory=RunLock, init=False, repr=False, compare=False)
+    libraries: ClassVar[tuple[str, ...]] = ("transformers",)
+    calls_at_once = 1
+
+    def __init__(
+        self,
+        module: Any,
+        tokenizer: Any,
+        end_ids: Sequence[int],
+        name: str,
+        revision: str | None = None,
+        is_copy: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.module = module
+        self.path, self.blocks = find_blocks(module)
+        self.tokenizer = tokenizer
+        self.end_ids = tuple(end_ids)
+        libraries = ", ".join(f"{each} {version(each)}" for each in self.libraries)
+        self.info = describe(module, self.blocks, name, revision, libraries, is_copy)
+        self.context_length = context_of(module.config)
+        self.base_weights = find_base_weights(module, self.blocks, is_copy)
+        self.shares_prompts = can_share_prompts(module)
+        self.pad_id = padding_id(tokenizer, self.end_ids, vocabulary_size(module))
+        self._lock = RunLock()
+
+    def attach(self, layers: Sequence[int], hook: BlockHook) -> AbstractContextManager[None]:
+        """Hooks at the output of the named blocks while the context is open."""
+        return hooking_blocks(self.blocks, layers, hook)
+
+    def attach_texts(self, layers: Sequence[int], hook: TextHook) -> AbstractContextManager[None]:
+        """The same for hooks that are told which tokens come first in their text, where the block is told that."""
+        return hooking_texts(self.blocks, layers, hook)
 
     @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        return torch.device(self.model.device)
-
-    @property
-    def shares_prompts(self) -> bool:
-        """See `persona_lens.backend.protocol.Backend.shares_prompts`."""
-        return can_share_prompts(self.model)
+    def device(self) -> torch.device | None:
+        """Where token ids go and noise is drawn; None leaves it to the model."""
+        return torch.device(self.module.device)
 
     @cached_property
     def sink_limits(self) -> tuple[float, ...]:
-        """See `persona_lens.backend.sinks.SinkAware`."""
-        found = self.forward(probe(self.model.config), (), NORMS, logprobs=False)
-        return limits_from(found.reads["norms"])
+        """See `persona_lens.backend.sinks.SinkAware`; measured by one small pass."""
+        return limits_from(self.forward(probe(self.module.config), (), NORMS).reads["norms"])
+
+    def known_limits(self) -> tuple[float, ...] | None:
+        """`sink_limits`, where interventions may have them measured."""
+        return self.sink_limits
 
     def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Edits = (), reads: Sequence[Read] = ()
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`."""
+        return self._generate(prompts, sampling, as_edits(edits), reads, None)
+
+    def generate_watched(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        edits: Edits,
-        reads: Sequence[Read],
-        watch: Watch | None = None,
+        watch: Watch,
+        edits: Edits = (),
+        reads: Sequence[Read] = (),
     ) -> Generation:
-        """See `persona_lens.backend.protocol.Backend.generate`, and `generate_watched` in `backend.watching`."""
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
+        check_reads([watch.read], self.info.n_layers, self.info.d_model)
+        watcher = Watcher(watch, len(prompts), self.info.n_layers)
+        found = self._generate(prompts, sampling, as_edits(edits), reads, watcher)
+        return Generation(*watcher.listener.cut(found.responses, found.ended), found.reads)
+
+    def forward(
+        self, tokens: TokenBatch, edits: Edits = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> ForwardResult:
+        """See `persona_lens.backend.protocol.Backend.forward`."""
         edits = as_edits(edits)
-        check_edits(edits, self.n_layers, self.d_model, len(prompts))
-        check_reads(reads, self.n_layers, self.d_model)
+        self.check_request(tokens, edits, reads)
+        if not reads and not logprobs:
+            return ForwardResult()
+        check_fits(self.context_length, tokens.lengths)
+        return self._forward(tokens, edits, reads, logprobs)
+
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
+        """See `persona_lens.backend.protocol.Backend.editing`."""
+        return editing_blocks(self.attach_texts, edits, self)
+
+    def check_request(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> None:
+        """Raise unless edits, reads and tokens fit the model, and the edits the batch."""
+        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
+        check_reads(reads, self.info.n_layers, self.info.d_model)
+        tokens.check_vocabulary(vocabulary_size(self.module))
+
+    def padded_prompts(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Sequence[Edit], reads: Sequence[Read]
+    ) -> PaddedTokens:
+        """The prompts of a generation as the model takes them; raises unless all that is asked for fits."""
+        tokens = TokenBatch.of(prompts)
+        self.check_request(tokens, edits, reads)
         sampling.check_rows(len(prompts))
-        check_fits(context_of(self.model.config), map(len, prompts), sampling.max_new_tokens)
-        watcher = watcher_of(watch, len(prompts), self.n_layers, self.d_model)
-        batch = TokenBatch.of(prompts)
-        batch.check_vocabulary(vocabulary_size(self.model))
-        tokens = pad_left(batch, self.pad_id, self.device)
-        intervention = self._intervention(tokens, edits, reads, sampling.max_new_tokens, watcher)
+        check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
+        return pad_left(tokens, self.pad_id, self.device or "cpu")
+
+    def intervention(
+        self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], **run: Any
+    ) -> Intervention:
+        """What carries out edits and reads over a batch; ``run`` as `Intervention` takes it."""
+        limits = self.known_limits() if depend_on_sinks(edits, reads) else None
+        known: dict[str, Any] = {"n_layers": self.info.n_layers, "end_ids": self.end_ids, "sink_limits": limits}
+        return Intervention(tokens, edits, reads, **known, **run)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        watcher: Watcher | None,
+    ) -> Generation:
+        tokens = self.padded_prompts(prompts, sampling, edits, reads)
+        intervention = self.intervention(tokens, edits, reads, max_new_tokens=sampling.max_new_tokens, watcher=watcher)
         processors = LogitsProcessorList([_Sampler(RowSampler(sampling, self.device))] if sampling.seeds else [])
-        config = generation_config(sampling, reads, self.end_ids, self.pad_id, watched=watch is not None)
+        config = generation_config(sampling, reads, self.end_ids, self.pad_id, watched=watcher is not None)
         with self._running(intervention):
-            ids = self.model.generate(
+            ids = self.module.generate(
                 input_ids=tokens.ids,
                 attention_mask=tokens.attention.long(),
                 generation_config=config,
@@ -139,52 +212,45 @@ class HookedModel:
             )
         generated = ids[:, tokens.ids.shape[1] :]
         responses, ended = cut_responses(generated, self.end_ids, sampling.max_new_tokens)
-        if watcher is not None:
-            responses, ended = watcher.listener.cut(responses, ended)
         return Generation(responses, ended, results_of(intervention))
 
-    def forward(self, batch: TokenBatch, edits: Edits, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
-        """See `persona_lens.backend.protocol.Backend.forward`."""
-        edits = as_edits(edits)
-        check_edits(edits, self.n_layers, self.d_model, len(batch))
-        check_reads(reads, self.n_layers, self.d_model)
-        batch.check_vocabulary(vocabulary_size(self.model))
-        if not reads and not logprobs:
-            return ForwardResult()
-        check_fits(context_of(self.model.config), batch.lengths)
+    def _forward(
+        self, batch: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], logprobs: bool
+    ) -> ForwardResult:
         if self.shares_prompts and can_run_prompts_once(batch, edits, reads):
             return self._forward_sharing(batch, reads, logprobs)
-        tokens = pad_left(batch, self.pad_id, self.device)
-        stop_at = None if logprobs else deepest_layer(reads, self.n_layers)
-        intervention = self._intervention(tokens, edits, reads, until=stop_at)
-        output = self._run(intervention, stop_at, forward_inputs(self.model, tokens))
+        tokens = pad_left(batch, self.pad_id, self.device or "cpu")
+        stop_at = None if logprobs else deepest_layer(reads, self.info.n_layers)
+        intervention = self.intervention(tokens, edits, reads, until=stop_at)
+        output = self._run(intervention, stop_at, forward_inputs(self.module, tokens))
         values = response_logprobs(output.logits, tokens.ids, tokens.response) if logprobs else None
         return ForwardResult(results_of(intervention), values)
 
     def _forward_sharing(self, batch: TokenBatch, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
         """`forward` without edits: reads of prompts while the different prompts run, of responses after them."""
+        device = torch.device(self.module.device)
         of_response = [read for read in reads if read.kind is ReadKind.RESPONSE_MEAN]
         of_prompt = [read for read in reads if read.kind is not ReadKind.RESPONSE_MEAN]
-        stop_at = None if logprobs else deepest_layer(reads, self.n_layers)
-        shared = SharedPrompts(self.model, batch, self.pad_id, split=not of_prompt)
+        stop_at = None if logprobs else deepest_layer(reads, self.info.n_layers)
+        shared = SharedPrompts(self.module, batch, self.pad_id, split=not of_prompt)
         if (beginning := shared.beginning_inputs()) is not None:
-            self._run(self._intervention(shared.tokens, (), ()), stop_at, beginning)
-        intervention = self._intervention(shared.tokens, (), of_prompt)
+            self._run(self.intervention(shared.tokens, (), ()), stop_at, beginning)
+        intervention = self.intervention(shared.tokens, (), of_prompt)
         begun = self._run(intervention, stop_at, shared.prompt_inputs())
         found = {name: value[shared.prompt_of] for name, value in results_of(intervention).items()}
         chosen: list[Tensor] = [torch.empty(0)] * len(batch)
         for read in of_response:
-            layers = len(read.resolved_layers(self.n_layers))
-            found[read.kind.value] = torch.full((len(batch), layers, self.d_model), torch.nan)
+            layers = len(read.resolved_layers(self.info.n_layers))
+            found[read.kind.value] = torch.full((len(batch), layers, self.info.d_model), torch.nan)
         pending = shared.continuations(batch, whole=bool(of_response)) if of_response or logprobs else []
-        most = rows_at_once(self.device.type, max(map(len, batch.prompts)))
+        most = rows_at_once(device.type, max(map(len, batch.prompts)))
         lengths = [len(each.tokens) for each in pending]
-        for numbers in batches_of_passes(lengths, most, self.device.type):
+        for numbers in batches_of_passes(lengths, most, device.type):
             together = [pending[number] for number in numbers]
             output = None
             if together[-1].tokens:  # the longest
-                tokens = pad_right([each.tokens for each in together], self.pad_id, self.device)
-                intervention = self._intervention(tokens, (), of_response)
+                tokens = pad_right([each.tokens for each in together], self.pad_id, device)
+                intervention = self.intervention(tokens, (), of_response)
                 output = self._run(intervention, stop_at, shared.response_inputs(together, tokens))
                 for name, value in results_of(intervention).items():
                     found[name][[each.rows[0] for each in together]] = value
@@ -198,35 +264,14 @@ class HookedModel:
     def _run(self, intervention: Intervention, stop_at: int | None, inputs: dict[str, Any]) -> Any:
         """The model's output, or None if the pass was stopped after a layer."""
         try:
-            with self._running(intervention, stop_at), attention_for_reading(self.model):
-                return self.model(**inputs)
+            with self._running(intervention, stop_at), attention_for_reading(self.module):
+                return self.module(**inputs)
         except _DeepestLayerReached:
             return None
 
-    def _intervention(
-        self,
-        tokens: PaddedTokens,
-        edits: Sequence[Edit],
-        reads: Sequence[Read],
-        max_new_tokens: int = 0,
-        watcher: Watcher | None = None,
-        until: int | None = None,
-    ) -> Intervention:
-        return Intervention(
-            tokens,
-            edits,
-            reads,
-            n_layers=self.n_layers,
-            end_ids=self.end_ids,
-            max_new_tokens=max_new_tokens,
-            sink_limits=self.sink_limits if depend_on_sinks(edits, reads) else None,
-            watcher=watcher,
-            until=until,
-        )
-
     @contextmanager
     def _running(self, intervention: Intervention, stop_at: int | None = None) -> Iterator[None]:
-        with self._lock, torch.inference_mode(), evaluating(self.model), self._intervening(intervention, stop_at):
+        with self._lock, torch.inference_mode(), evaluating(self.module), self._intervening(intervention, stop_at):
             yield
 
     @contextmanager
@@ -242,7 +287,7 @@ class HookedModel:
 
         layers = {*intervention.layers, *(() if stop_at is None else (stop_at,))}
         with self.attach(sorted(layers), at_block):
-            handle = self.model.register_forward_pre_hook(before_pass, with_kwargs=True)
+            handle = self.module.register_forward_pre_hook(before_pass, with_kwargs=True)
             try:
                 yield
             finally:
@@ -262,24 +307,6 @@ def results_of(intervention: Intervention) -> dict[str, Tensor]:
 def deepest_layer(reads: Sequence[Read], n_layers: int) -> int:
     """The last layer that any of the reads needs."""
     return max(read.resolved_layers(n_layers)[-1] for read in reads)
-
-
-@contextmanager
-def hooking_blocks(blocks: nn.ModuleList, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:
-    """`Attach` for plain PyTorch blocks; the hooks are gone afterwards, whatever happened inside."""
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.callback(blocks[layer].register_forward_hook(_forward_hook(layer, hook)).remove)
-        yield
-
-
-def _forward_hook(layer: int, hook: BlockHook) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        h = residual_of(output)
-        changed = hook(layer, h)
-        return None if changed is h else with_residual(output, changed)
-
-    return on_output
 
 
 class _DeepestLayerReached(Exception):  # noqa: N818 - nothing went wrong
@@ -307,18 +334,6 @@ class _Delivering(StoppingCriteria):
 def stopping_criteria(watcher: Watcher | None) -> StoppingCriteriaList:
     """What ends rows of a generation beside its configuration: the callback of a watch."""
     return StoppingCriteriaList([] if watcher is None else [_Delivering(watcher)])
-
-
-def watcher_of(watch: Watch | None, rows: int, n_layers: int, d_model: int) -> Watcher | None:
-    """What carries out a watch of so many rows.
-
-    Raises:
-        ReadError: If the watch does not fit a model of that size.
-    """
-    if watch is None:
-        return None
-    check_reads([watch.read], n_layers, d_model)
-    return Watcher(watch, rows, n_layers)
 
 
 @contextmanager

@@ -6,11 +6,15 @@ A backend deals in token ids, never text, and in whole batches. The engine knows
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +22,36 @@ if TYPE_CHECKING:
 
     from persona_lens.backend.edits import Edit
     from persona_lens.backend.reads import Read
-    from persona_lens.backend.remote import ServerStatus
     from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 
 DIGEST_SHOWN = 39  # characters of a weights' digest that tell most models apart
 MAX_NUMBERS = 2**26  # in one direction for every layer; the largest models have a thirtieth
+OPEN = "."  # in a digest: a group of numbers that it says nothing of
+LEAST_IN_COMMON = 24  # groups; a chance of 16**-24 that other weights agree in so many
 _KINDS = {"str": (str,), "str | None": (str, type(None)), "int": (int,), "bool": (bool,)}
+
+
+class BackendError(PersonaLensError):
+    """A backend that is unknown, not installed, or does not take what it was given."""
+
+
+class RemoteError(BackendError):
+    """A server cannot be used, or a request to it failed; the message says what to do."""
+
+
+class RequestTooLargeError(RemoteError):
+    """What a request sends or brings back is more than the server takes; fewer rows at once may do."""
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two digests are of the same weights, in whatever precision each was loaded."""
+    if one == other:
+        return True
+    groups = [digest.rpartition(":")[2] for digest in (one, other)]
+    if len({len(each) for each in groups}) > 1 or not any(OPEN in each for each in groups):
+        return False
+    known = [pair for pair in zip(*groups, strict=True) if OPEN not in pair]
+    return len(known) >= LEAST_IN_COMMON and all(a == b for a, b in known)
 
 
 @dataclass(frozen=True)
@@ -37,7 +65,7 @@ class ModelInfo:
         n_layers: Number of blocks.
         d_model: Width of the residual stream.
         weights: Digest of a sample of the weights, the same in every backend, and in every precision in the sense of
-            `persona_lens.backend.blocks.same_weights`; None where they cannot be read.
+            `same_weights`; None where they cannot be read.
         dtype: Precision of the weights, such as ``bfloat16``; ``remote`` where a server keeps that to itself.
         device: Where the first block is; ``remote`` on a server.
         backend: Adapter and versions, such as ``transformers 5.22.2``.
@@ -88,8 +116,6 @@ class ModelInfo:
             if getattr(self, name) != getattr(other, name)
         ]
         if self.weights and other.weights:
-            from persona_lens.backend.blocks import same_weights  # which imports torch
-
             if not same_weights(self.weights, other.weights):
                 found.append(f"weights: {self.weights[:DIGEST_SHOWN]} and {other.weights[:DIGEST_SHOWN]}")
             return found
@@ -192,6 +218,86 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Requests to a server, planned or made.
+
+    Attributes:
+        requests: Their number.
+        bytes_up: Sent.
+        bytes_down: Received.
+    """
+
+    requests: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.requests + other.requests, self.bytes_up + other.bytes_up, self.bytes_down + other.bytes_down
+        )
+
+
+@runtime_checkable
+class RemoteBackend(Backend, Protocol):
+    """A backend whose model is on a server."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """Requests made so far, those that were tried again counted each time."""
+        ...
+
+    def generation_traffic(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+    ) -> Traffic:
+        """What `generate` with these arguments would send, and receive at most; nothing is sent."""
+        ...
+
+    def forward_traffic(
+        self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> Traffic:
+        """What `forward` with these arguments would send and receive; nothing is sent."""
+        ...
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on a server.
+
+    Attributes:
+        model: Hub id.
+        revision: Branch, tag or commit.
+        state: The server's own word for it, such as ``RUNNING`` or ``DEPLOYING``.
+        usable: Whether a request would be answered now.
+    """
+
+    model: str
+    revision: str
+    state: str
+    usable: bool
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """A server that answered.
+
+    Attributes:
+        host: Its address.
+        key: Whether a key is configured; never the key itself.
+        account: Whom the server takes the key to belong to, if it says.
+        deployments: Its models.
+    """
+
+    host: str
+    key: bool
+    account: str | None
+    deployments: tuple[Deployment, ...]
+
+
+@dataclass(frozen=True)
 class BackendSpec:
     """How a backend presents itself; the object that an entry point of the group ``persona_lens.backends`` names.
 
@@ -200,11 +306,11 @@ class BackendSpec:
         summary: One line for ``backends list``.
         requires: Distributions that must be installed, such as ``("nnsight",)``.
         install: The command that installs them.
-        open: Makes a backend of a model's name. Called with the name and the options as keyword arguments; its
-            signature says which options there are.
+        open: Makes a backend of a model's name. Called with the name and the options as keyword arguments.
         accepts: Whether an object that the user has already loaded can be wrapped; must not import the library.
         wrap: Makes a backend of such an object, called with the object and a tokenizer or None.
         server: Asks the server on which the backend's remote models run; None where there is no such thing.
+        options: The options that ``open`` takes; by default those that its signature names.
     """
 
     name: str
@@ -215,3 +321,32 @@ class BackendSpec:
     accepts: Callable[[object], bool]
     wrap: Callable[[Any, Any], Backend]
     server: Callable[[], ServerStatus] | None = None
+    options: tuple[str, ...] | None = None
+
+    def option_names(self) -> list[str]:
+        """The options that ``open`` takes by keyword."""
+        return list(inspect.signature(self.open).parameters)[1:] if self.options is None else list(self.options)
+
+    @staticmethod
+    def of_class(where: str, accepts: str, options: tuple[str, ...], **described: Any) -> BackendSpec:
+        """The spec of a class, which is imported only when a model is opened or wrapped.
+
+        Args:
+            where: ``module:Class``; of its class methods, ``open`` takes a model's name and the options, ``wrap`` an
+                object and a tokenizer or None.
+            accepts: Name of the class of the objects that can be wrapped, or of a class that they derive from.
+            options: What ``open`` takes by keyword.
+            **described: ``name``, ``summary``, ``requires`` and ``install``, see above.
+        """
+        module, _, name = where.partition(":")
+
+        def made() -> Any:
+            return getattr(importlib.import_module(module), name)
+
+        return BackendSpec(
+            open=lambda model, **given: made().open(model, **given),
+            accepts=lambda model: any(base.__name__ == accepts for base in type(model).__mro__),
+            wrap=lambda model, tokenizer: made().wrap(model, tokenizer),
+            options=options,
+            **described,
+        )

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from persona_lens.backend.protocol import Backend, BackendSpec
-from persona_lens.core.errors import PersonaLensError
+from persona_lens.backend.protocol import Backend, BackendError, BackendSpec
 
 GROUP = "persona_lens.backends"
 DEFAULT = "transformers"
-
-
-class BackendError(PersonaLensError):
-    """A backend that is unknown, not installed, or does not take what it was given."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def open_backend(name: str = DEFAULT, model: str = "smollm2-135m", **options: An
         ModelError: If the model cannot be found or loaded.
     """
     spec = find_backend(name)
-    accepted = list(inspect.signature(spec.open).parameters)[1:]
+    accepted = spec.option_names()
     for option in options:
         if option not in accepted:
             close = difflib.get_close_matches(option, accepted, n=1)

@@ -22,10 +22,10 @@ from persona_lens.backend.blocks import (
 )
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo
-from persona_lens.backend.reads import Read, ReadError, ReadKind
+from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
 from persona_lens.backend.sinks import sink_limits
-from persona_lens.backend.streaming import Listener, Watch, replay
+from persona_lens.backend.streaming import Watch, watched_by_replay
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 from persona_lens.core.errors import PersonaLensError, first_line
 from persona_lens.core.progress import note
@@ -288,14 +288,8 @@ class SingleRowsBackend(DelegatingBackend):
         Raises:
             ReadError: If projections are asked for beside.
         """
-        if any(read.kind is ReadKind.PROJECTIONS for read in reads):
-            raise ReadError("this model runs row by row, and a watch of it takes no read of projections; leave it out")
-        found = self.generate(prompts, sampling, edits, (*reads, watch.read))
-        values = dict(found.reads)
-        projections = values.pop(ReadKind.PROJECTIONS)
-        listener = Listener(watch, len(prompts))
-        replay(listener, TokenBatch.of(prompts, found.responses), projections)
-        return Generation(*listener.cut(found.responses, found.ended), values)
+        who = "a model that runs row by row"
+        return watched_by_replay(self, prompts, sampling, watch, edits, reads, who)
 
     def forward(
         self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False

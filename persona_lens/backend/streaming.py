@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_lens.backend.blocks import require_reached
-from persona_lens.backend.edits import Edit
-from persona_lens.backend.intervention import TokenMasks
+from persona_lens.backend.edits import Edit, Edits, as_edits
 from persona_lens.backend.protocol import Backend, Generation
-from persona_lens.backend.reads import Read
+from persona_lens.backend.reads import Read, ReadError, ReadKind
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+from persona_lens.backend.writing import TokenMasks
 from persona_lens.core.errors import PersonaLensError
 
 
@@ -283,6 +283,30 @@ def replay(listener: Listener, text: TokenBatch, projections: Float[Tensor, "bat
             values[row, :, new - len(told) :] = projections[row, :, first : first + len(told)]
         listener.tell(WatchedTokens(step, ids, values, finished))
         step += 1
+
+
+def watched_by_replay(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    watch: Watch,
+    edits: Edits,
+    reads: Sequence[Read],
+    who: str,
+) -> Generation:
+    """A watched generation of a backend that can only tell once it is over, from a read of the projections.
+
+    Raises:
+        ReadError: If projections are asked for beside; ``who`` says what is watched in this way.
+    """
+    if any(read.kind is ReadKind.PROJECTIONS for read in reads):
+        raise ReadError(f"{who} is watched by a read of projections, and takes no other; leave it out")
+    found = backend.generate(prompts, sampling, as_edits(edits), (*reads, watch.read))
+    values = dict(found.reads)
+    projections = values.pop(ReadKind.PROJECTIONS)
+    listener = Listener(watch, len(prompts))
+    replay(listener, TokenBatch.of(prompts, found.responses), projections)
+    return Generation(*listener.cut(found.responses, found.ended), values)
 
 
 def joined(passes: Sequence[WatchedTokens]) -> Float[Tensor, "batch layers width k"]:

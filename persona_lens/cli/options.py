@@ -242,7 +242,7 @@ def show_work(work: Sequence[Work], as_json: bool, *, asked: str = "batches") ->
 
 def say_traffic(backend: Backend) -> None:
     """Say on standard error what a run sent to a server; nothing for a model that is here."""
-    from persona_lens.backend.remote import RemoteBackend
+    from persona_lens.backend.protocol import RemoteBackend
 
     if isinstance(backend, RemoteBackend):
         made = backend.traffic

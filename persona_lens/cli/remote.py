@@ -12,7 +12,7 @@ from persona_lens.cli.display import say, say_json
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
-    from persona_lens.backend.remote import ServerStatus
+    from persona_lens.backend.protocol import ServerStatus
 
 app = typer.Typer(
     name="remote",

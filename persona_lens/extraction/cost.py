@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from persona_lens.backend import TokenBatch
-from persona_lens.backend.remote import RemoteBackend, Traffic
+from persona_lens.backend.protocol import RemoteBackend, Traffic
 from persona_lens.extraction.external import ReadRollouts
 from persona_lens.judging import Exchange, Judge, LikelihoodJudge, LLMJudge, LocalJudge, exchange_of
 from persona_lens.runs.rollouts import Rollouts

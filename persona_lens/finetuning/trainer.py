@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from persona_lens.backend import Edit
 from persona_lens.backend.blocks import bare_model, find_blocks
-from persona_lens.backend.hooked import hooking_blocks
+from persona_lens.backend.editing import hooking_blocks
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError
 from persona_lens.finetuning.edits import TrainingEdits
 from persona_lens.finetuning.examples import IGNORED, Example, collate

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
-from persona_lens.backend.remote import RemoteBackend, Traffic
+from persona_lens.backend.protocol import RemoteBackend, Traffic
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.datasets import Dataset
 from persona_lens.extraction.cost import Work

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from persona_lens.backend import wrap_model
-from persona_lens.backend.blocks import GROUPS, OPEN, find_blocks, same_weights, weights_digest
+from persona_lens.backend.blocks import GROUPS, find_blocks, weights_digest
+from persona_lens.backend.protocol import OPEN, same_weights
 from persona_lens.models import load
 from tests.tiny import tiny_model, tiny_tokenizer
 

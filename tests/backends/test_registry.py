@@ -170,57 +170,34 @@ THEIR_CODE = '''
 
 from persona_lens.backend import BackendSpec
 
-
-def _open(model, *, dtype="auto", loudness=0):
-    from their_lens.running import TheirBackend
-
-    return TheirBackend(model, dtype)
-
-
-SPEC = BackendSpec(
+SPEC = BackendSpec.of_class(
+    "their_lens.running:TheirBackend",
+    "TheirModel",
+    ("dtype", "loudness"),
     name="theirs",
     summary="somebody else's",
     requires=("their-lens",),
     install="pip install their-lens",
-    open=_open,
-    accepts=lambda model: False,
-    wrap=lambda model, tokenizer: None,
 )
 '''
 
 THEIR_RUNNING = """
-from functools import partial
-
-from persona_lens.backend.blocks import describe, find_blocks, padding_id
-from persona_lens.backend.editing import editing_blocks, hooking_texts
-from persona_lens.backend.hooked import HookedModel, hooking_blocks
-from persona_lens.models import end_of_turn_ids, load_model, load_tokenizer, resolve
+from persona_lens.backend.hooked import HookedBackend
+from persona_lens.models import end_of_turn_ids, load
 
 
-class TheirBackend:
-    shares_prompts = True
-    calls_at_once = 1
+class TheirBackend(HookedBackend):
+    libraries = ("their-lens",)
 
-    def __init__(self, name, dtype):
-        source = resolve(name)
-        model = load_model(source, dtype=dtype, device="cpu")
-        self.tokenizer = load_tokenizer(source)
-        self.end_ids = end_of_turn_ids(self.tokenizer, model.generation_config)
-        self._blocks = find_blocks(model)[1]
-        self.info = describe(model, self._blocks, source.id, source.identity, "theirs 1.2.3")
-        self._hooked = HookedModel(
-            model, partial(hooking_blocks, self._blocks), self.info.n_layers, self.info.d_model, self.end_ids,
-            padding_id(self.tokenizer, self.end_ids),
-        )
+    @classmethod
+    def open(cls, name, *, dtype="auto", loudness=1):
+        loaded = load(name, None, dtype=dtype, device="cpu")
+        ends = end_of_turn_ids(loaded.tokenizer, loaded.model.generation_config)
+        return cls(loaded.model, loaded.tokenizer, ends, loaded.source.id, loaded.source.identity)
 
-    def generate(self, prompts, sampling, edits=(), reads=()):
-        return self._hooked.generate(prompts, sampling, edits, reads)
-
-    def forward(self, tokens, edits=(), reads=(), *, logprobs=False):
-        return self._hooked.forward(tokens, edits, reads, logprobs)
-
-    def editing(self, edits):
-        return editing_blocks(partial(hooking_texts, self._blocks), edits, self)
+    @classmethod
+    def wrap(cls, model, tokenizer):
+        return cls(model, tokenizer, end_of_turn_ids(tokenizer, model.generation_config), "theirs")
 """
 
 USER = """
@@ -286,7 +263,7 @@ def test_a_third_partys_backend_is_found_opened_and_passes_the_suite(their_site:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["is_backend"]
-    assert told["backend"] == "theirs 1.2.3"
+    assert told["backend"] == "their-lens 1.2.3"
     assert told["versions"] == {"their-lens": "1.2.3"}
     assert told["failed"] == []
     assert told["checks"] > 30

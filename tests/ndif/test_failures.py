@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from persona_lens.backend import Backend, Edit, Operation, Read, Sampling, TokenBatch, open_backend
 from persona_lens.backend.batches import generate_rows
-from persona_lens.backend.remote import RemoteError, RequestTooLargeError
+from persona_lens.backend.protocol import RemoteError, RequestTooLargeError
 from persona_lens.cli import app
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.runs.rollouts import RolloutSettings

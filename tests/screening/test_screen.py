@@ -465,7 +465,7 @@ def test_without_pyarrow_results_are_json_lines(tmp_path: Path, monkeypatch: pyt
 
 
 def test_no_logits_are_computed_and_no_layer_beyond_the_deepest(tmp_path: Path) -> None:
-    model: Any = made.backend()._hooked.model  # type: ignore[attr-defined]
+    model: Any = made.backend().module  # type: ignore[attr-defined]
     ran: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: ran.append(name))

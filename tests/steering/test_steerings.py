@@ -287,7 +287,7 @@ def test_a_run_on_a_steered_model_is_another_run(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_your_own_calls_run_steered_while_it_is_applied(adapter: str) -> None:
     backend: Any = tiny_backend(adapter)
-    module = backend.module if adapter == "nnsight" else backend._hooked.model
+    module = backend.module
     ids = torch.tensor([PROMPTS[2]])
 
     def logits() -> Tensor:

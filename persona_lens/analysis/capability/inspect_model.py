@@ -6,7 +6,6 @@ it is opened, so that other runs of inspect_ai pay nothing for it.
 
 from __future__ import annotations
 
-import inspect
 import secrets
 import time
 from collections.abc import Sequence
@@ -228,7 +227,7 @@ def _open(given: Backend | str | None, model: str, options: dict[str, Any]) -> B
     if given is not None and not isinstance(given, str):
         accepted: list[str] = []
     else:
-        accepted = list(inspect.signature(find_backend(given or DEFAULT).open).parameters)[1:]
+        accepted = find_backend(given or DEFAULT).option_names()
     for name in options:
         if name not in accepted:
             raise CapabilityError(

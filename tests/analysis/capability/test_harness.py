@@ -195,7 +195,7 @@ def test_what_stays_open_is_decided_by_generating_and_nothing_else_is() -> None:
 @pytest.mark.parametrize("ends", [(2,), (1, 2)])
 def test_a_continuation_that_ends_the_turn(ends: tuple[int, ...]) -> None:
     backend = Delegating(wrap_model(*tiny()))
-    backend.inner._hooked.__dict__["end_ids"] = ends  # type: ignore[attr-defined]
+    backend.inner.end_ids = ends  # type: ignore[misc]
     backend.end_ids = ends
     vocab = len(tiny_tokenizer())
     for prompt in ((20, 5), (33, 40, 8)):
