@@ -24,11 +24,10 @@ from persona_lens.analysis.capability.evaluation import BUILTIN_TASK
 from persona_lens.backend import Backend, open_backend
 from persona_lens.cli.display import showing_progress
 from persona_lens.core.statistics import Estimate, bootstrap_mean
+from persona_lens.runs.answers import by_question
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering
-from persona_lens.steering.analysis import by_question
-from persona_lens.steering.comparing import Comparison, compare_steerings
-from persona_lens.steering.comparison import ArmRow
+from persona_lens.steering.comparison import ArmRow, Comparison, compare_steerings
 from persona_lens.vectors import PersonaVectors, load_vectors
 
 REDUCTIONS = ("response_mean", "prompt_mean", "prompt_last")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,18 @@ from persona_lens.analysis.examples import (
 from persona_lens.analysis.features import Features, FeaturesError
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.cost import Work, run_work
-from persona_lens.extraction.run import model_config, subject_config
-from persona_lens.judging import Judge, LikelihoodJudge, as_used, prepare_judge
+from persona_lens.extraction.experiment import Answers, Subject, model_config, run_folder
+from persona_lens.judging import Judge, as_used, methods_of, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunError, RunFolder
+from persona_lens.runs.answers import json_of
 from persona_lens.runs.chunks import CHECK, is_signed, signed
+from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.steering import ArmRow, ArmSettings, Steering, run_arms
-from persona_lens.steering.comparison import ARMS, UNSTEERED, collect_arms, unsteered_mean
-from persona_lens.traits import Trait, load_trait
+from persona_lens.steering import ArmRow, ArmSettings, Steering
+from persona_lens.steering.comparison import ARMS, UNSTEERED, arms_experiment, unsteered_means
+from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
 
 DECOMPOSITION = "decomposition.json"
@@ -134,43 +134,38 @@ def dissect(
 
     Raises:
         FeaturesError: If the dictionary does not fit the vectors, or no coefficient is known.
-        SteeringError: If the vectors carry no calibration, or the trait has too few questions.
-        VectorsError: If the vectors belong to another model.
+        SteeringError: If the trait has too few questions.
+        VectorsError: If the vectors belong to another model, or carry no calibration.
     """
     settings, chat = settings or DissectSettings(), chat or chat_format(backend)
     vectors.check_model(backend, allowable=False)
     features.check(vectors, allow_other_model=allow_other_model)
-    config = {**_config(vectors, features, settings, corpus), **model_config(backend, chat)}
-    asked = _steered_trait(vectors, features, settings, trait)
-    if asked is not None:
-        judge = judge or LikelihoodJudge(backend, chat, asked, vectors.calibration)
-        config |= {"judge": judge.describe(), **subject_config(backend, asked, chat)}
-    with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        if asked is not None and judge is not None:
-            prepare_judge(judge, run, ARMS)
+    subject = None
+    if settings.steered:
+        coefficient_of(vectors, features, settings)  # what cannot be run must not claim the folder
+        subject = Subject.of(backend, vectors, trait, judge, chat)
+    config = {**_config(vectors, features, settings, corpus), **_asked(subject, backend, chat)}
+    with run_folder(folder, config) as run:
+        if subject is not None:
+            prepare_judge(subject.judge, run, ARMS)
         found = _kept_decomposition(run) or decompose(backend, vectors, features, settings, corpus, progress)
         if run is not None:
             run.write_json(DECOMPOSITION, signed(found, DECOMPOSITION))
-        rows, methods = list[ArmRow](), set[str]()
-        if asked is not None and judge is not None:
-            arms, asking = steered_arms(vectors, features, settings, found), _arm_settings(settings)
-            rows = run_arms(backend, arms, asked, asking, judge, chat, folder=run, methods=methods, progress=progress)
-        dissection = _dissection(rows, methods, found, vectors, features, settings, run.config if run else config)
+        answers = None
+        if subject is not None:
+            arms = steered_arms(vectors, features, settings, found)
+            answers = arms_experiment(subject, arms, _arm_settings(settings)).run(run, progress)
+        dissection = _dissection(answers, found, vectors, features, settings, run.config if run else config)
         if run is not None:
             run.write_json("summary.json", dissection.summary)
     return dissection
 
 
-def _steered_trait(
-    vectors: PersonaVectors, features: Features, settings: DissectSettings, trait: str | Trait | None
-) -> Trait | None:
-    """The trait whose questions are asked under steering, if any are."""
-    if not settings.steered:
-        return None
-    coefficient_of(vectors, features, settings)  # what cannot be run must not claim the folder
-    if trait is None:
-        return vectors.trait_definition
-    return load_trait(trait) if isinstance(trait, str) else trait
+def _asked(subject: Subject | None, backend: Backend, chat: ChatFormat) -> dict[str, Any]:
+    """What is said of the model, and of who judges it, if it is asked anything; the vectors stand there already."""
+    if subject is None:
+        return model_config(backend, chat)
+    return {name: value for name, value in subject.describe().items() if name != "vectors"}
 
 
 def _config(
@@ -269,17 +264,14 @@ def dissection_work(
     """What steering the features would ask of the model and the judge; the corpus is left out, and nothing runs."""
     if not settings.steered:
         return ()
-    trait = vectors.trait_definition
     whole = Steering.parse(f"{WHOLE}@{features.layer}:+1", {WHOLE: vectors})
     names = [WHOLE, *(f"feature {i}" for i in range(settings.steered + settings.random_features))]
-    arms = dict.fromkeys(names, whole)
-    scoring = judge or LikelihoodJudge(backend, chat, trait)
-    return run_work(collect_arms(backend, arms, trait, _arm_settings(settings), chat), scoring)
+    subject = Subject.planned(backend, vectors, chat, judge)
+    return arms_experiment(subject, dict.fromkeys(names, whole), _arm_settings(settings)).work()
 
 
 def _dissection(
-    rows: Sequence[ArmRow],
-    methods: Collection[str],
+    answers: Answers | None,
     found: Mapping[str, Any],
     vectors: PersonaVectors,
     features: Features,
@@ -288,19 +280,20 @@ def _dissection(
 ) -> Dissection:
     summary: dict[str, Any] = {**config, **found, "trait": vectors.trait, "steering": None}
     effects: Mapping[str, FeatureEffect | None] = {}
-    if rows:
-        summary["judge"] = as_used(config["judge"], methods)
+    rows = answers.rows(ArmRow) if answers is not None else []
+    if answers is not None:
+        summary["judge"] = as_used(config["judge"], methods_of(answers.judgements))
         coefficient = coefficient_of(vectors, features, settings)
         top = [each["feature"] for each in found["ranking"]["top"][: settings.steered]]
         random = [each["feature"] for each in found["random_features"]]
         effects = feature_effects(rows, top, random, coefficient)
-        plain = {name: unsteered_mean(rows, name) for name in ("score", "surprise")}
+        plain = unsteered_means(rows)
         summary["steering"] = {
             "coefficient": coefficient,
             "top": top,
             "random": random,
-            "unsteered": {name: each.to_json() if each else None for name, each in plain.items()},
-            "effects": {name: each.to_json() if each else None for name, each in effects.items()},
+            "unsteered": {name: json_of(plain[name]) for name in ("score", "surprise")},
+            "effects": {name: json_of(each) for name, each in effects.items()},
             "stand_out": [i for i in top if (each := effects[arm_name(i)]) is not None and each.stands_out],
             "samples": _samples(rows, [UNSTEERED, WHOLE, *map(arm_name, top)]),
         }

@@ -20,8 +20,9 @@ from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES
 from persona_lens.data.tables import read_rows
+from persona_lens.runs.answers import json_of, values_of
 from persona_lens.steering import ArmRow, Change, Steering
-from persona_lens.steering.comparison import UNSTEERED, Value, change_of
+from persona_lens.steering.comparison import UNSTEERED, change_of
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, VectorsError
 
 COLUMNS = ("text", "response", "answer", "content")
@@ -252,7 +253,7 @@ class FeatureEffect:
         return {
             "feature": self.feature,
             "change": self.change.to_json(),
-            "surprise": self.surprise.to_json() if self.surprise else None,
+            "surprise": json_of(self.surprise),
             "beyond": self.beyond,
             "random_features": self.random_features,
             "stands_out": self.stands_out,
@@ -317,7 +318,7 @@ def feature_effects(
 
     def change(own: Sequence[ArmRow], null: Sequence[ArmRow], quantity: str) -> Change | None:
         within = CHANGES if quantity == "score" else None
-        return change_of(*(_values(each, quantity) for each in (plain, own, null)), within=within)
+        return change_of(*(values_of(each, quantity) for each in (plain, own, null)), within=within)
 
     moved = {
         feature: found.vector.mean * towards
@@ -337,7 +338,3 @@ def feature_effects(
         surprise = change(own, null, "surprise")
         effects[name] = FeatureEffect(feature, score, surprise, beyond if others else None, others, towards)
     return effects
-
-
-def _values(rows: Sequence[ArmRow], quantity: str) -> list[Value]:
-    return [(row.question, getattr(row, quantity)) for row in rows]

@@ -16,7 +16,7 @@ from persona_lens.cli.sweep import Vectors
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
-    from persona_lens.steering.comparing import Comparison
+    from persona_lens.steering.comparison import Comparison
 
 
 @grouped
@@ -51,8 +51,7 @@ def compare_command(
     """
     from persona_lens.cli.display import showing_progress
     from persona_lens.runs.rollouts import RolloutSettings
-    from persona_lens.steering.comparing import compare_steerings, comparison_work
-    from persona_lens.steering.comparison import ArmSettings
+    from persona_lens.steering.comparison import ArmSettings, compare_steerings, comparison_work
     from persona_lens.vectors import load_vectors
 
     loaded = load_vectors(vectors)

@@ -105,8 +105,7 @@ def score(
     --out scores.jsonl`
     """
     from persona_lens.cli.display import showing_progress
-    from persona_lens.extraction.cost import judging_work
-    from persona_lens.judging import Exchange
+    from persona_lens.judging import Exchange, judging_work
     from persona_lens.judging.agreement import read_scored
     from persona_lens.judging.agreement.sources import judge_scored
     from persona_lens.traits import load_trait

@@ -20,8 +20,8 @@ from persona_lens.core.text import without_secrets as shown
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
-    from persona_lens.extraction.cost import Work
     from persona_lens.models import ChatFormat
+    from persona_lens.runs.cost import Work
     from persona_lens.traits import Trait
 
 Model = Annotated[

@@ -119,8 +119,8 @@ def responses(
 
 
 def _show_plan(server: CompletionServer, requests: Sequence[Request], settings: RolloutSettings, as_json: bool) -> None:
-    from persona_lens.extraction.cost import Work
     from persona_lens.extraction.external import planned_usage
+    from persona_lens.runs.cost import Work
 
     usage, prices = planned_usage(requests, settings), server.spending.prices
     work = Work("generating", usage.requests, len(requests), usage.tokens, cost=prices.cost(usage) if prices else None)

@@ -117,8 +117,9 @@ def _previews(
     backend: Backend, vectors: PersonaVectors, settings: SweepSettings, chat: ChatFormat
 ) -> dict[str, Preview]:
     """The first question under each coefficient."""
+    from persona_lens.steering.comparison import VECTOR
     from persona_lens.steering.preview import preview_tokens
-    from persona_lens.steering.sweep import VECTOR, edits_of, plan_sweep
+    from persona_lens.steering.sweep import edits_of, plan_sweep
 
     requests = [
         request

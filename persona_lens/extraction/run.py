@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from persona_lens.backend import Backend, ModelInfo, Read
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.cost import Work, reading_work, run_work
+from persona_lens.extraction.experiment import HOLD_REASONING, ONLY, Experiment, run_folder, subject_config
 from persona_lens.extraction.external import GivenRollouts, GivenScores, Paths, ReadRollouts, given_rollouts
 from persona_lens.extraction.means import (
     ExtractionSettings,
@@ -27,8 +25,10 @@ from persona_lens.judging import (
     Judgement,
     LikelihoodJudge,
     as_used,
+    exchange_of,
     fit_calibration,
     judge_rollouts,
+    judging_work,
     methods_of,
     prepare_judge,
     weigh_rollouts,
@@ -36,6 +36,7 @@ from persona_lens.judging import (
 from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format, note_reasoning
 from persona_lens.runs import RunFolder
+from persona_lens.runs.cost import Work, reading_work
 from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, Rollouts
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
@@ -44,8 +45,6 @@ VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
 LIKELIHOOD = "likelihood"
-HOLD_REASONING = "responses_hold_reasoning"  # means over a response take it in, judges do not see it
-LIBRARIES = ("persona-lens", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def run_extraction(
     # Before the folder: what cannot be run must not claim it.
     requests = plan_requests(trait, settings) if given is None else given.requests
     config = extraction_config(backend, trait, settings, chat, judge, given)
-    with RunFolder(folder, config) if folder is not None else nullcontext() as run:
+    with run_folder(folder, config) as run:
         begun = run.config if run is not None else config
         return _extract(backend, trait, requests, given, run, settings, judge, chat, begun, progress)
 
@@ -148,13 +147,15 @@ def extraction_work(
     given: GivenRollouts | None = None,
 ) -> tuple[Work, ...]:
     """What `run_extraction` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    if given is not None:
-        scored = given.scores is not None and judge is None
-        reading = ReadRollouts(backend, given, settings.rollouts, reads=Read.means(sinks=settings.sinks))
-        return reading_work(reading, None if scored else judge or LikelihoodJudge(backend, chat, trait), chat)
-    requests = plan_requests(trait, settings)
-    collected = Rollouts(backend, chat, requests, settings.rollouts, reads=Read.means(sinks=settings.sinks))
-    return run_work(collected, judge or LikelihoodJudge(backend, chat, trait))
+    reads, scoring = Read.means(sinks=settings.sinks), judge or LikelihoodJudge(backend, chat, trait)
+    if given is None:
+        requests = plan_requests(trait, settings)
+        return Experiment(backend, chat, requests, settings.rollouts, {ONLY: scoring}, reads=reads).work()
+    passes = ReadRollouts(backend, given, settings.rollouts, reads=reads).calls()
+    reading = reading_work("reading", backend, passes, reads)
+    if given.scores is not None and judge is None:
+        return (reading,)
+    return reading, *judging_work(scoring, [exchange_of(rollout, chat) for rollout in given.rollouts])
 
 
 def extraction_config(
@@ -172,27 +173,6 @@ def extraction_config(
     if given is not None:
         config |= {"settings": settings.reading_json(), "responses": given.to_json()}
     return {**config, "judge": described, **subject_config(backend, trait, chat)}
-
-
-def subject_config(backend: Backend, trait: Trait, chat: ChatFormat) -> dict[str, Any]:
-    """The part of a run's configuration that says which model is asked, in what form, about which trait."""
-    return {
-        **model_config(backend, chat),
-        # Neither vectors nor scores depend on the graded prompts; a study names those that it uses.
-        "trait": {"content_hash": trait.content_hash(), **trait.model_dump(mode="json", exclude={"graded_prompts"})},
-    }
-
-
-def model_config(backend: Backend, chat: ChatFormat) -> dict[str, Any]:
-    """The part of a run's configuration that says which model is asked, and in what form."""
-    described: dict[str, Any] = {"digest": chat.digest, "system_role": chat.system_role, "thinking": chat.thinking}
-    if chat.reasons:
-        described[HOLD_REASONING] = True
-    return {
-        "model": asdict(backend.info),
-        "chat": described,
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
 
 
 def _extract(

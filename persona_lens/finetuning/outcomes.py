@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from persona_lens.core.statistics import CHANGES, SCORES, Ends, Estimate, crossed_interval
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Method, make_config, measures_of
 from persona_lens.finetuning.shift import correlated
+from persona_lens.runs.answers import json_of
 from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors
 
@@ -237,22 +238,22 @@ def _treatment(
     """One treatment's figures; ``whole`` is plain training's change, ``sign`` its direction."""
     change = crossed_mean(changes[name], within=CHANGES)
     against = {
-        f"against_{other}": _json(crossed_mean(_times(sign, minus(changes[name], changes[other])), within=CHANGES))
+        f"against_{other}": json_of(crossed_mean(_times(sign, minus(changes[name], changes[other])), within=CHANGES))
         if other in changes and name != other
         else None
         for other in (PLAIN, RANDOM)
     }
     held = 1 - change.mean / whole.mean if name != PLAIN and change and whole and whole.mean else None
     return {
-        "score": _json(crossed_mean(_of(runs, "scores"), within=SCORES)),
+        "score": json_of(crossed_mean(_of(runs, "scores"), within=SCORES)),
         "seeds": [fmean(each.scores.values()) if each.scores else None for each in runs.values()],
-        "change": _json(change),
+        "change": json_of(change),
         **against,
         "held_back": held,
-        "measured": _json(crossed_mean(_of(runs, "measured"))),
+        "measured": json_of(crossed_mean(_of(runs, "measured"))),
         "losses": _spread_losses(list(runs.values())),
         "capability": _spread([each.capability for each in runs.values()]),
-        "shift": _json(crossed_mean(_of(runs, "moved"))),
+        "shift": json_of(crossed_mean(_of(runs, "moved"))),
     }
 
 
@@ -271,7 +272,3 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 def _spread_losses(runs: Sequence[Outcome]) -> dict[str, Any]:
     return {name: _spread([each.losses.get(name) for each in runs]) for name in ("last", "learned", "unseen")}
-
-
-def _json(estimate: Estimate | None) -> dict[str, Any] | None:
-    return estimate.to_json() if estimate else None

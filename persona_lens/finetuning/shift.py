@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,16 @@ from torch import Tensor
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, CORRELATION, SCORES, Ends, bootstrap_mean, jackknifed, pearson
-from persona_lens.extraction.run import model_config
+from persona_lens.extraction.experiment import Answers, Subject, model_config, questions_of, run_folder
 from persona_lens.finetuning.config import FinetuningError
-from persona_lens.judging import Judge, LikelihoodJudge, as_used
+from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format
 from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.steering import ArmRow, ArmSettings, run_arms
+from persona_lens.runs.answers import by_question
+from persona_lens.steering import ArmRow, ArmSettings
+from persona_lens.steering.comparison import arms_experiment, minus
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 LEAST = 4  # finetunes; a line through fewer is no correlation
@@ -107,18 +108,18 @@ def measure_shifts(
         each.check_model(base, allowable=False)
     chat = chat or chat_format(base)
     layers = settings.layers or tuple(range(base.info.n_layers))
-    scoring = _judges(base, chat, vectors, judges) if settings.scores else {}
+    subjects = [_subject(base, each, settings, (judges or {}).get(each.trait), chat) for each in vectors]
+    by_trait = {each.vectors.trait: each for each in subjects}
     record = {
         "kind": "shift",
         "settings": asdict(settings),
         "finetuned": list(finetuned),
         "vectors": {each.trait: each.content_hash for each in vectors},
-        "judges": {name: judge.describe() for name, judge in scoring.items()},
+        "judges": {name: each.judge.describe() for name, each in by_trait.items() if settings.scores},
         **model_config(base, chat),
     }
-    with RunFolder(folder, record) if folder is not None else nullcontext() as run:
-        methods: dict[str, set[str]] = {name: set() for name in scoring}
-        measuring = _Measuring(vectors, layers, settings, scoring, chat, run, progress, methods)
+    with run_folder(folder, record) as run:
+        measuring = _Measuring(subjects, layers, settings, run, progress)
         models = {"base": measuring.of(base, "base", 0)}
         for number, (name, opened) in enumerate(finetuned.items(), start=1):
             backend = opened()
@@ -127,7 +128,7 @@ def measure_shifts(
                 run.bind(name, asdict(backend.info))
             models[name] = measuring.of(backend, name, number)
             del backend
-        used = {name: as_used(judge.describe(), methods[name]) for name, judge in scoring.items()}
+        used = {name: by_trait[name].judge_used(*answers) for name, answers in measuring.answers.items()}
         found = Shifts({**_summary(models, vectors, layers), "judges": used})
         if run is not None:
             run.write_json("summary.json", found.summary)
@@ -142,52 +143,32 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _Measuring:
-    vectors: Sequence[PersonaVectors]
+    subjects: Sequence[Subject]
     layers: tuple[int, ...]
     settings: ShiftSettings
-    judges: Mapping[str, Judge]
-    chat: ChatFormat
     run: RunFolder | None
     progress: Progress
-    methods: Mapping[str, set[str]]
+    answers: dict[str, list[Answers]] = field(default_factory=dict)
 
     def of(self, backend: Backend, name: str, model: int) -> _Measured:
         """One model's projections and scores, by trait; models have numbers, the base 0."""
         projections, scores = {}, {}
-        for number, each in enumerate(self.vectors, start=model * len(self.vectors)):
-            prefix = file_prefix(number, name, each.trait)
-            trait, asked = each.trait_definition, self.settings.asked
-            if max(asked.questions) >= len(trait.evaluation_questions):
-                raise FinetuningError(f"trait {trait.name} has {len(trait.evaluation_questions)} evaluation questions")
-            texts = [trait.evaluation_questions[question] for question in asked.questions]
-            prompts = [self.chat.encode(None, text) for text in texts]
-            projections[each.trait] = kept_projections(
-                backend, prompts, each, self.layers, texts, self.run, prefix, reduction=self.settings.reduction
+        for number, each in enumerate(self.subjects, start=model * len(self.subjects)):
+            trait = each.vectors.trait
+            prefix = file_prefix(number, name, trait)
+            texts = list(
+                questions_of(each.trait, self.settings.asked.questions, "evaluation", FinetuningError).values()
+            )
+            prompts = [each.chat.encode(None, text) for text in texts]
+            projections[trait] = kept_projections(
+                backend, prompts, each.vectors, self.layers, texts, self.run, prefix, reduction=self.settings.reduction
             )
             if self.settings.scores:
-                rows = run_arms(
-                    backend,
-                    {},
-                    trait,
-                    asked,
-                    self.judges[each.trait],
-                    self.chat,
-                    folder=self.run,
-                    prefix=prefix,
-                    methods=self.methods[each.trait],
-                    progress=self.progress,
-                )
-                scores[each.trait] = score_by_question(rows)
+                asked = arms_experiment(replace(each, backend=backend), {}, self.settings.asked, prefix)
+                answers = asked.run(self.run, self.progress)
+                self.answers.setdefault(trait, []).append(answers)
+                scores[trait] = by_question(answers.rows(ArmRow), "score")
         return _Measured(projections, scores)
-
-
-def score_by_question(rows: Sequence[ArmRow]) -> dict[int, float]:
-    """Mean score of each question, those without any left out."""
-    found: dict[int, list[float]] = {}
-    for row in rows:
-        if row.score is not None:
-            found.setdefault(row.question, []).append(row.score)
-    return {question: float(np.mean(values)) for question, values in found.items()}
 
 
 def correlated(x: Sequence[float], y: Sequence[float]) -> dict[str, float | int | None]:
@@ -218,7 +199,7 @@ def _summary(
             }
             for i, layer in enumerate(layers)
         ]
-        score = _mean(list(base.scores[name].values()), SCORES) if base.scores else None
+        score = _mean(base.scores[name], SCORES) if base.scores else None
         tuned = each.tuned.layer if each.tuned and each.tuned.layer in layers else None
         traits[name] = {"score": score, "layer": tuned, "models": rows, "correlations": correlations if known else []}
     return {"layers": list(layers), "traits": traits}
@@ -230,22 +211,20 @@ def _row(base: _Measured, found: _Measured, trait: str, layers: tuple[int, ...])
     if not found.scores:
         return {"shift": shift, "score": None, "change": None}
     before, after = base.scores[trait], found.scores[trait]
-    changes = [after[question] - before[question] for question in after if question in before]
-    return {"shift": shift, "score": _mean(list(after.values()), SCORES), "change": _mean(changes, CHANGES)}
+    return {"shift": shift, "score": _mean(after, SCORES), "change": _mean(minus(after, before), CHANGES)}
 
 
-def _mean(values: Sequence[float], within: Ends) -> dict[str, Any] | None:
-    return bootstrap_mean(values, within=within).to_json() if len(values) else None
+def _mean(values: Mapping[int, float], within: Ends) -> dict[str, Any] | None:
+    return bootstrap_mean(list(values.values()), within=within).to_json() if values else None
 
 
-def _judges(
-    base: Backend, chat: ChatFormat, vectors: Sequence[PersonaVectors], judges: Mapping[str, Judge] | None
-) -> dict[str, Judge]:
-    return {
-        each.trait: (judges or {}).get(each.trait)
-        or LikelihoodJudge(base, chat, each.trait_definition, each.calibration)
-        for each in vectors
-    }
+def _subject(
+    base: Backend, vectors: PersonaVectors, settings: ShiftSettings, judge: Judge | None, chat: ChatFormat
+) -> Subject:
+    """The base model, asked about a trait; without scores no calibration is needed."""
+    if settings.scores:
+        return Subject.of(base, vectors, None, judge, chat)
+    return Subject.planned(base, vectors, chat, judge)
 
 
 def _check_finetune(base: Backend, other: Backend, name: str) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from persona_lens.analysis.capability import accuracy, check_task
 from persona_lens.backend import Backend, wrap_model
 from persona_lens.core.progress import Progress, no_progress, shown_progress
 from persona_lens.data.transcripts import Transcript
-from persona_lens.extraction.run import subject_config
+from persona_lens.extraction.experiment import Answers, Subject, questions_of
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError
 from persona_lens.finetuning.examples import fingerprint
 from persona_lens.finetuning.outcomes import (
@@ -32,13 +30,14 @@ from persona_lens.finetuning.outcomes import (
     turned,
 )
 from persona_lens.finetuning.run import Data, conversations_of, finetune
-from persona_lens.judging import Judge, LikelihoodJudge, as_used
+from persona_lens.judging import Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import adapter_on
 from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder
-from persona_lens.steering import ArmRow, ArmSettings, Steering, run_arms
-from persona_lens.steering.comparison import UNSTEERED
+from persona_lens.runs.answers import by_question
+from persona_lens.steering import ArmRow, ArmSettings, Steering
+from persona_lens.steering.comparison import UNSTEERED, arms_experiment
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
@@ -125,21 +124,22 @@ def finetune_study(
     transcripts, others = conversations_of(data, side), conversations_of(held_out, side)
     loaded, answering = _opened(model, config, settings.dtype, device)
     base = wrap_model(answering.model, answering.tokenizer)
-    vectors.check_model(base, allowable=False)
+    subject = Subject.of(base, vectors, None, judge, ChatFormat.from_tokenizer(loaded.tokenizer))
     vectors.vector(settings.layer)
-    trait, chat = vectors.trait_definition, ChatFormat.from_tokenizer(loaded.tokenizer)
-    scoring = judge or LikelihoodJudge(base, chat, trait, vectors.calibration)
-    described = {"settings": asdict(settings), "config": config.model_dump(mode="json"), "judge": scoring.describe()}
-    of_data = {"data": [fingerprint(each) if each else None for each in (transcripts, others)]}
-    about = {"vectors": vectors.content_hash, **described, **subject_config(base, trait, chat)}
-    with RunFolder(folder, {"kind": "finetune study", **of_data, **about}) as run:
-        work = _Work(
-            loaded, answering, transcripts, others, vectors, settings, trait, chat, scoring, device, run, progress
-        )
+    of_data = [fingerprint(each) if each else None for each in (transcripts, others)]
+    training = config.model_dump(mode="json")
+    with RunFolder(folder, subject.config("finetune study", settings, data=of_data, config=training)) as run:
+        work = _Work(loaded, answering, transcripts, others, subject, settings, run, progress)
         outcomes, samples = work.all(trained)
-        names = {each.name: each.config.edits for each in trained} | {POST_HOC: settings.treatments.post_hoc}
-        described["judge"] = as_used(scoring.describe(), work.methods)
-        summary = {**work.named(), "names": names, **described, **summarise(outcomes), "samples": samples}
+        summary = {
+            **work.named(),
+            "names": {each.name: each.config.edits for each in trained} | {POST_HOC: settings.treatments.post_hoc},
+            "settings": asdict(settings),
+            "config": training,
+            "judge": subject.judge_used(*work.answers),
+            **summarise(outcomes),
+            "samples": samples,
+        }
         run.write_lines(OUTCOMES, map(asdict, outcomes))
         run.write_json("summary.json", summary)
     return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)))
@@ -165,21 +165,17 @@ class _Work:
     answering: Loaded
     transcripts: Sequence[Transcript]
     held_out: Sequence[Transcript]
-    vectors: PersonaVectors
+    subject: Subject
     settings: FinetuneStudySettings
-    trait: Trait
-    chat: ChatFormat
-    judge: Judge
-    device: str
     run: RunFolder
     progress: Progress
-    methods: set[str] = field(default_factory=set)
+    answers: list[Answers] = field(default_factory=list)
 
     def named(self) -> dict[str, Any]:
         """What was studied, in words."""
         source = self.answering.source
         model = self._backend().info.model if source.kind == "hub" else source.id
-        return {"trait": self.trait.name, "model": model, "conversations": len(self.transcripts)}
+        return {"trait": self.subject.trait.name, "model": model, "conversations": len(self.transcripts)}
 
     def all(self, trained: Sequence[Treatment]) -> tuple[list[Outcome], list[dict[str, Any]]]:
         """Every outcome, and first replies to the first questions."""
@@ -188,7 +184,7 @@ class _Work:
         rows = self._answers(base, BASE, {})
         outcomes = [self._outcome(BASE, None, rows[UNSTEERED], dict.fromkeys(before, 0.0), {}, base, ())]
         shown = {BASE: rows[UNSTEERED]}
-        post_hoc = post_hoc_of(self.settings.treatments, self.vectors)
+        post_hoc = post_hoc_of(self.settings.treatments, self.subject.vectors)
         for seed in self.settings.seeds:
             for each in trained:
                 losses, place = self._train(each, seed)
@@ -203,7 +199,7 @@ class _Work:
                         edits = steering.edits()
                         outcomes.append(self._outcome(name, seed, rows[name], {}, {}, backend, edits))
                         shown.setdefault(name, rows[name])
-        return outcomes, _samples(self.trait, shown)
+        return outcomes, _samples(self.subject.trait, shown)
 
     def _train(self, treatment: Treatment, seed: int) -> tuple[Mapping[str, float | None], Path]:
         chosen = turned(treatment, seed) if treatment.name == RANDOM else treatment
@@ -214,7 +210,7 @@ class _Work:
             chosen.at(seed),
             vectors=[chosen.vectors],
             held_out=self.held_out,
-            chat=self.chat,
+            chat=self.subject.chat,
             progress=self.progress,
         )
         return found.summary["loss"], found.folder
@@ -229,28 +225,21 @@ class _Work:
 
     def _projections(self, backend: Backend, name: str) -> dict[int, float]:
         """Of each question its last prompt token's projection at the layer."""
-        numbers = self.settings.asked.questions
-        if max(numbers) >= len(self.trait.evaluation_questions):
-            raise FinetuningError(f"{self.trait.name} has {len(self.trait.evaluation_questions)} evaluation questions")
-        texts = [self.trait.evaluation_questions[number] for number in numbers]
-        prompts = [self.chat.encode(None, text) for text in texts]
-        found = kept_projections(backend, prompts, self.vectors, [self.settings.layer], texts, self.run, f"{name}-")
-        return dict(zip(numbers, found[:, 0].tolist(), strict=True))
+        questions = questions_of(self.subject.trait, self.settings.asked.questions, "evaluation", FinetuningError)
+        texts = list(questions.values())
+        prompts = [self.subject.chat.encode(None, text) for text in texts]
+        found = kept_projections(
+            backend, prompts, self.subject.vectors, [self.settings.layer], texts, self.run, f"{name}-"
+        )
+        return dict(zip(questions, found[:, 0].tolist(), strict=True))
 
     def _answers(self, backend: Backend, name: str, steered: Mapping[str, Steering]) -> dict[str, list[ArmRow]]:
         """Replies by what they were given under, judged by the base model."""
-        rows = run_arms(
-            backend,
-            steered,
-            self.trait,
-            self.settings.asked,
-            _unadapted(self.judge, self.answering.model),
-            self.chat,
-            folder=self.run,
-            prefix=f"{name}-",
-            methods=self.methods,
-            progress=self.progress,
-        )
+        judge = _unadapted(self.subject.judge, self.answering.model)
+        subject = replace(self.subject, backend=backend, judge=judge)
+        answers = arms_experiment(subject, steered, self.settings.asked, f"{name}-").run(self.run, self.progress)
+        self.answers.append(answers)
+        rows = answers.rows(ArmRow)
         return {arm: [row for row in rows if row.arm == arm] for arm in (UNSTEERED, *steered)}
 
     def _outcome(
@@ -268,8 +257,8 @@ class _Work:
         return Outcome(
             name,
             seed,
-            _by_question(rows, "score"),
-            _by_question(rows, quantity),
+            by_question(rows, "score"),
+            by_question(rows, quantity),
             moved,
             losses,
             accuracy(backend, task, edits).mean if task is not None else None,
@@ -317,14 +306,6 @@ def _switched_off(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-def _by_question(rows: Sequence[ArmRow], name: str) -> dict[int, float]:
-    found: dict[int, list[float]] = {}
-    for row in rows:
-        if (value := getattr(row, name)) is not None:
-            found.setdefault(row.question, []).append(value)
-    return {question: float(np.mean(values)) for question, values in found.items()}
 
 
 def _samples(trait: Trait, shown: Mapping[str, Sequence[ArmRow]], most: int = 3) -> list[dict[str, Any]]:

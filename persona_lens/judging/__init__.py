@@ -5,13 +5,23 @@ from __future__ import annotations
 from persona_lens.judging.likelihood import Calibration, Evidence, LikelihoodJudge, fit_calibration
 from persona_lens.judging.llm import LLMJudge, Method
 from persona_lens.judging.local import LocalJudge
-from persona_lens.judging.protocol import Exchange, Judge, Judgement, JudgingError, PreparedJudge, Score
+from persona_lens.judging.protocol import (
+    Exchange,
+    Judge,
+    Judgement,
+    JudgingError,
+    PlannedJudge,
+    PreparedJudge,
+    Score,
+)
 from persona_lens.judging.recording import (
     as_used,
     check_scored,
     exchange_of,
     judge_exchanges,
     judge_rollouts,
+    judging_work,
+    longest_exchanges,
     methods_of,
     prepare_judge,
     weigh_rollouts,
@@ -28,6 +38,7 @@ __all__ = [
     "LikelihoodJudge",
     "LocalJudge",
     "Method",
+    "PlannedJudge",
     "PreparedJudge",
     "Score",
     "as_used",
@@ -36,6 +47,8 @@ __all__ = [
     "fit_calibration",
     "judge_exchanges",
     "judge_rollouts",
+    "judging_work",
+    "longest_exchanges",
     "methods_of",
     "prepare_judge",
     "weigh_rollouts",

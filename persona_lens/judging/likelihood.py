@@ -20,6 +20,7 @@ from persona_lens.backend import Backend, TokenBatch
 from persona_lens.backend.batches import ContextError, context_length, forward_rows
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score, finite
+from persona_lens.runs.cost import Work, reading_work
 from persona_lens.traits import Arm, Trait
 
 if TYPE_CHECKING:
@@ -267,6 +268,10 @@ class LikelihoodJudge:
                     batch = []
                 batch.append(index)
             yield question, batch
+
+    def work(self, exchanges: Sequence[Exchange]) -> Work:
+        """See `persona_lens.judging.PlannedJudge.work`."""
+        return reading_work("judging", self.backend, self.passes(exchanges), logprobs=True)
 
     def passes(self, exchanges: Sequence[Exchange]) -> Iterator[TokenBatch]:
         """What `weigh` runs the model over."""

@@ -15,6 +15,7 @@ from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingErr
 from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
 from persona_lens.models.server.server import Answer
 from persona_lens.models.templates import answer_text
+from persona_lens.runs.cost import Work
 from persona_lens.traits import Trait
 from persona_lens.traits.prompts import fill_slots
 
@@ -209,6 +210,12 @@ class LLMJudge:
         asking = self._known[0] if self._known else supposed
         asked = (exchange for exchange in exchanges if self._reason(exchange) is None)
         return sum((r.tokens() for exchange in asked for r in self._requests(exchange, asking)), Usage())
+
+    def work(self, exchanges: Sequence[Exchange]) -> Work:
+        """See `persona_lens.judging.PlannedJudge.work`."""
+        usage, prices = self.estimate(exchanges), self.server.spending.prices
+        cost = prices.cost(usage) if prices else None
+        return Work("judging", usage.requests, usage.requests, usage.tokens, cost=cost)
 
     def _reason(self, exchange: Exchange) -> str | None:
         """Why there is nothing to ask."""

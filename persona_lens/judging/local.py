@@ -11,6 +11,7 @@ from persona_lens.backend.batches import context_length, forward_rows
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging.llm import COHERENCE, fill_rubric
 from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, NumberTokens, Score, expected_number
+from persona_lens.runs.cost import Work, reading_work
 from persona_lens.traits import Trait
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class LocalJudge:
         if len(prompt) > self.max_tokens:
             return f"the judge's prompt has {len(prompt):,} tokens, more than {self.max_tokens:,}"
         return None
+
+    def work(self, exchanges: Sequence[Exchange]) -> Work:
+        """See `persona_lens.judging.PlannedJudge.work`."""
+        return reading_work("judging", self.backend, self.passes(exchanges), logprobs=True)
 
     def passes(self, exchanges: Sequence[Exchange]) -> Iterator[TokenBatch]:
         """What `judge` runs the model over."""

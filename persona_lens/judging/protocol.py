@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import Progress, no_progress
+from persona_lens.runs.cost import Work
 
 EMPTY = "empty response"
 
@@ -142,6 +143,15 @@ class PreparedJudge(Protocol):
         Raises:
             PersonaLensError: If something does.
         """
+        ...
+
+
+@runtime_checkable
+class PlannedJudge(Protocol):
+    """A judge that knows beforehand what judging asks."""
+
+    def work(self, exchanges: Sequence[Exchange]) -> Work:
+        """What judging these exchanges asks at most, if nothing of it is in a cache; nothing runs."""
         ...
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
-from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement, JudgingError, PreparedJudge
+from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement, JudgingError, PlannedJudge, PreparedJudge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces, Row
+from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Rollout, RolloutBatches, Rollouts
 
 if TYPE_CHECKING:
@@ -41,6 +42,17 @@ def prepare_judge(
     if isinstance(judge, LikelihoodJudge) and isinstance(collected, Rollouts) and not there:
         questions = {request.question for request in collected.requests}
         judge.check_room(questions, collected.settings.max_new_tokens)
+
+
+def judging_work(judge: Judge, exchanges: Sequence[Exchange]) -> tuple[Work, ...]:
+    """What judging these exchanges asks; nothing for a judge that does not know (`PlannedJudge`)."""
+    return (judge.work(exchanges),) if isinstance(judge, PlannedJudge) else ()
+
+
+def longest_exchanges(rollouts: Rollouts) -> list[Exchange]:
+    """What there would be to judge, if every response were as long as it may be: about four characters a token."""
+    tokens = rollouts.settings.max_new_tokens
+    return [Exchange(request.question, "word" * tokens, (0,) * tokens) for request in rollouts.requests]
 
 
 def check_scored(judged: Sequence[Judgement]) -> None:

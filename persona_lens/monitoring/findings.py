@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -21,15 +21,41 @@ from persona_lens.monitoring.calibration import (
 from persona_lens.monitoring.correlation import Condition, Correlations, Kind, correlate
 from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.monitoring.gauges import threshold_for
+from persona_lens.runs.answers import Answer
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
-
-if TYPE_CHECKING:
-    from persona_lens.monitoring.study import StudyRow, StudySettings
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 SHOWN_QUESTIONS = 3
 STRONGEST, ONLY = "strongest", "only"
+
+
+@dataclass(frozen=True)
+class StudyRow(Answer):
+    """One response and its judgement.
+
+    Attributes:
+        condition: Name of the condition.
+    """
+
+    condition: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What findings are made of.
+
+    Attributes:
+        layers: Layers read.
+        reduction: Which of the vectors.
+        false_alarm_rate: For the threshold that is shown.
+        seed: Of the bootstrap.
+    """
+
+    layers: Sequence[int]
+    reduction: str
+    false_alarm_rate: float
+    seed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +98,7 @@ def findings(
     conditions: Sequence[Condition],
     rows: Sequence[StudyRow],
     prompts: Sequence[PromptRow],
-    layers: Sequence[int],
-    settings: StudySettings,
+    reading: Reading,
 ) -> tuple[PersonaVectors, dict[str, Any]]:
     """The vectors with their calibration, where one can be made, and the figures as JSON values.
 
@@ -84,16 +109,16 @@ def findings(
     if len(scored) < 3:
         raise MonitoringError(f"{len(scored)} of {len(prompts)} prompts have a response with a score; 3 are needed")
     groups = {
-        kind: _correlate([p for p in scored if p.kind is kind], layers, settings)
+        kind: _correlate([p for p in scored if p.kind is kind], reading)
         for kind in dict.fromkeys(condition.kind for condition in conditions)
     }
-    layer, reason = _layer(next(iter(groups.values())), layers)
-    at = list(layers).index(layer)
     first = next(iter(groups.values()))
+    layer, reason = _layer(first, reading.layers)
+    at = list(reading.layers).index(layer)
     verdicts = {each.layer: each.verdict(each.null) for each in first.layers}
     if reason == STRONGEST:
         verdicts[layer] = first.at(layer).verdict(first.best_null)
-    kept, calibration = _calibrated(vectors, scored, layers, layer, settings, verdicts)
+    kept, calibration = _calibrated(vectors, scored, layer, reading, verdicts)
     summary = {
         "counts": {
             "responses": len(rows),
@@ -106,7 +131,7 @@ def findings(
         "verdict": verdicts[layer],
         "tuned_layer": vectors.tuned.layer if vectors.tuned is not None else None,
         "groups": {
-            kind.value: {**found.to_json(), **_limits([p for p in scored if p.kind is kind], conditions, settings)}
+            kind.value: {**found.to_json(), **_limits([p for p in scored if p.kind is kind], conditions, reading.seed)}
             for kind, found in groups.items()
         },
         "conditions": [_condition(each, scored, at) for each in conditions],
@@ -125,16 +150,16 @@ def findings(
     return kept, summary
 
 
-def _correlate(prompts: Sequence[PromptRow], layers: Sequence[int], settings: StudySettings) -> Correlations:
+def _correlate(prompts: Sequence[PromptRow], reading: Reading) -> Correlations:
     read = np.array([prompt.projections for prompt in prompts])
     return correlate(
         read[:, :, 0],
         np.array([prompt.score for prompt in prompts]),
         [prompt.condition for prompt in prompts],
         [prompt.question for prompt in prompts],
-        layers,
+        reading.layers,
         read[:, :, 1:] if read.shape[2] > 1 else None,
-        seed=settings.seed,
+        seed=reading.seed,
     )
 
 
@@ -150,7 +175,7 @@ def _layer(found: Correlations, layers: Sequence[int]) -> tuple[int, str]:
     return layers[int(np.argmax(values))], STRONGEST
 
 
-def _limits(prompts: Sequence[PromptRow], conditions: Sequence[Condition], settings: StudySettings) -> dict[str, Any]:
+def _limits(prompts: Sequence[PromptRow], conditions: Sequence[Condition], seed: int) -> dict[str, Any]:
     """What bounds a correlation from above, whatever is projected on.
 
     ``ceiling``: the largest r that anything known before the reply can reach, since a mean of few responses is noisy;
@@ -163,16 +188,15 @@ def _limits(prompts: Sequence[PromptRow], conditions: Sequence[Condition], setti
     levels = {condition.name: float(condition.level) for condition in conditions}
     names = [prompt.condition for prompt in prompts]
     ranks = np.array([[levels[name]] for name in names])
-    level = correlate(ranks, scores, names, [prompt.question for prompt in prompts], [0], seed=settings.seed)
+    level = correlate(ranks, scores, names, [prompt.question for prompt in prompts], [0], seed=seed)
     return {"ceiling": ceiling, "level": asdict(level.layers[0].pearson)}
 
 
 def _calibrated(
     vectors: PersonaVectors,
     prompts: Sequence[PromptRow],
-    layers: Sequence[int],
     layer: int,
-    settings: StudySettings,
+    reading: Reading,
     verdicts: Mapping[int, Verdict],
 ) -> tuple[PersonaVectors, dict[str, Any]]:
     shown = [sum(score >= SHOWN_FROM for score in prompt.scores) for prompt in prompts]
@@ -184,25 +208,25 @@ def _calibrated(
                     Observations.of([float(prompt.projections[at, 0]) for prompt in prompts], *counted),
                     vectors.trait,
                     each,
-                    settings.reduction,
-                    seed=settings.seed,
+                    reading.reduction,
+                    seed=reading.seed,
                 ),
                 verdict=verdicts[each],
             )
-            for at, each in enumerate(layers)
+            for at, each in enumerate(reading.layers)
         }
     except MonitoringError as error:
         return vectors, {"reason": str(error)}
     kept = with_monitor_calibration(vectors, list(made.values()), layer, {})
-    return kept, _shown_calibration(made[layer], settings)
+    return kept, _shown_calibration(made[layer], reading)
 
 
-def _shown_calibration(calibration: MonitorCalibration, settings: StudySettings) -> dict[str, Any]:
-    rates = sorted({*RATES, settings.false_alarm_rate})
-    thresholds = [threshold_for(calibration, rate, seed=settings.seed).to_json() for rate in rates]
+def _shown_calibration(calibration: MonitorCalibration, reading: Reading) -> dict[str, Any]:
+    rates = sorted({*RATES, reading.false_alarm_rate})
+    thresholds = [threshold_for(calibration, rate, seed=reading.seed).to_json() for rate in rates]
     described = calibration.to_json()
     del described["projections"]
-    asked = next(each for each in thresholds if each["false_alarm_rate"] == settings.false_alarm_rate)
+    asked = next(each for each in thresholds if each["false_alarm_rate"] == reading.false_alarm_rate)
     return {"shown_from": SHOWN_FROM, **described, "thresholds": thresholds, "threshold": asked}
 
 

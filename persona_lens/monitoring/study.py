@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,24 +14,24 @@ from numpy.typing import NDArray
 
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.cost import Work, run_work
-from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, methods_of, prepare_judge
-from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
-from persona_lens.monitoring.correlation import (
-    Condition,
-    Kind,
-    examples_of,
-    graded_conditions,
-    graded_trait,
-    shot_conditions,
+from persona_lens.extraction.experiment import (
+    Answers,
+    Experiment,
+    Subject,
+    Variant,
+    questions_of,
+    requests_of,
+    run_folder,
 )
+from persona_lens.judging import Judge
+from persona_lens.models import ChatFormat
+from persona_lens.monitoring.correlation import Condition, examples_of, graded_conditions, graded_trait, shot_conditions
 from persona_lens.monitoring.curves import MonitoringError
-from persona_lens.monitoring.findings import PromptRow, findings
+from persona_lens.monitoring.findings import PromptRow, Reading, StudyRow, findings
 from persona_lens.monitoring.scoring import projected, unit_vectors
-from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
+from persona_lens.runs.answers import Answer
+from persona_lens.runs.cost import Work
+from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
@@ -95,29 +94,6 @@ class StudySettings:
 
 
 @dataclass(frozen=True)
-class StudyRow:
-    """One response and its judgement.
-
-    Attributes:
-        condition: Name of the condition.
-        question: Number of the question.
-        sample: Number of the sample.
-        score: Trait score, 0 to 100; None if the response has none.
-        coherence: 0 to 100; None where the judge does not ask.
-        surprise: -log p under the model without the condition, nats a token; None where the judge does not compute it.
-        text: The response.
-    """
-
-    condition: str
-    question: int
-    sample: int
-    score: float | None
-    coherence: float | None
-    surprise: float | None
-    text: str
-
-
-@dataclass(frozen=True)
 class Study:
     """What a study found.
 
@@ -163,34 +139,36 @@ def study(
 
     Raises:
         MonitoringError: If the trait has no graded prompts, there are too few examples, or settings do not fit.
-        VectorsError: If the vectors belong to another model, or carry no trait or no calibration.
+        SteeringError: If the vectors carry no trait, or no calibration of the likelihood judge.
+        VectorsError: If the vectors belong to another model.
     """
-    vectors.check_model(backend, allowable=False)
-    settings = settings or StudySettings()
-    chosen = vectors.trait_for(trait)
-    chat = chat or chat_format(backend)
-    judge = judge or LikelihoodJudge(backend, chat, chosen, vectors.calibration)
-    conditions = plan_conditions(vectors, chosen, settings, examples)
-    requests = plan_study(chosen, settings, conditions)
-    units = _units(vectors, settings)  # what cannot be run must not claim the folder
-    config = {
-        "kind": "study",
-        "settings": asdict(settings),
-        "conditions": [condition.to_json() for condition in conditions],
-        "vectors": vectors.content_hash,
-        "judge": judge.describe(),
-        **subject_config(backend, chosen, chat),
-    }
-    with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        rows, read, judged = _collect(backend, chat, requests, settings, vectors, units, judge, run, progress)
-        prompts = _prompts(rows, read, conditions)
-        kept, figures = findings(vectors, chosen, conditions, rows, prompts, _layers(vectors, settings), settings)
-        made = {"judge": as_used(judge.describe(), methods_of(judged)), "sampling": asdict(settings.rollouts)}
+    subject, settings = Subject.of(backend, vectors, trait, judge, chat), settings or StudySettings()
+    conditions = plan_conditions(vectors, subject.trait, settings, examples)
+    experiment, units = _experiment(subject, settings, conditions), _units(vectors, settings)
+    experiment.rollouts()  # what cannot be run must not claim the folder
+    varied = [condition.to_json() for condition in conditions]
+    with run_folder(folder, subject.config("study", settings, conditions=varied)) as run:
+        answers = experiment.run(run, progress)
+        rows = answers.rows(StudyRow)
+        prompts = _prompts(rows, _read(answers, units), conditions)
+        layers = _layers(vectors, settings)
+        reading = Reading(layers, settings.reduction, settings.false_alarm_rate, settings.seed)
+        kept, figures = findings(vectors, subject.trait, conditions, rows, prompts, reading)
+        made = {"judge": subject.judge_used(answers), "sampling": asdict(settings.rollouts)}
         if kept is not vectors:
             kept = kept.with_monitor({**kept.stored("monitor"), **made})
-        found = Study(kept, rows, prompts, {**_head(vectors, chosen, settings), **made, **figures})
+        about = {
+            "trait": subject.trait.name,
+            "description": subject.trait.description,
+            "model": asdict(vectors.model),
+            "settings": {**asdict(settings), "layers": list(layers), "shots": list(settings.shots)},
+        }
+        found = Study(kept, tuple(rows), prompts, {**about, **made, **figures})
         if run is not None:
-            _keep(run, found)
+            run.write_rows(f"{PREFIX}scores.jsonl", map(Answer.to_row, rows))
+            run.write_lines(f"{PREFIX}prompts.jsonl", (each.to_json() for each in prompts))
+            run.write_bytes("vectors.safetensors", kept.to_bytes())
+            run.write_json("summary.json", found.summary)
     return found
 
 
@@ -205,10 +183,14 @@ def study_work(
     judge: Judge | None = None,
 ) -> tuple[Work, ...]:
     """What `study` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    chosen = vectors.trait_for(trait)
-    requests = plan_study(chosen, settings, plan_conditions(vectors, chosen, settings, examples))
-    collected = _collected(backend, chat, requests, settings, vectors, None)
-    return run_work(collected, judge or LikelihoodJudge(backend, chat, chosen))
+    subject = Subject.planned(backend, vectors, chat, judge, trait)
+    return _experiment(subject, settings, plan_conditions(vectors, subject.trait, settings, examples)).work()
+
+
+def _experiment(subject: Subject, settings: StudySettings, conditions: Sequence[Condition]) -> Experiment:
+    reads = [Read(ReadKind.PROMPT_LAST, _layers(subject.vectors, settings))]
+    requests = plan_study(subject.trait, settings, conditions)
+    return subject.experiment(requests, settings.rollouts, PREFIX, reads=reads)
 
 
 def plan_conditions(
@@ -239,21 +221,9 @@ def plan_study(trait: Trait, settings: StudySettings, conditions: Sequence[Condi
     Raises:
         MonitoringError: If more questions are asked for than the trait has.
     """
-    there = len(trait.evaluation_questions)
-    if settings.questions > there:
-        raise MonitoringError(f"{settings.questions} questions asked for, trait {trait.name} has {there} to evaluate")
-    return [
-        Request(
-            system=condition.system,
-            question=trait.evaluation_questions[number],
-            seed=row_seed(settings.seed, "study", number, sample),
-            labels={"condition": condition.name, "question_number": number, "sample": sample},
-            examples=condition.examples,
-        )
-        for number in range(settings.questions)
-        for sample in range(settings.samples)
-        for condition in conditions
-    ]
+    questions = questions_of(trait, settings.questions, "evaluation", MonitoringError)
+    variants = [Variant({"condition": each.name}, each.system, each.examples) for each in conditions]
+    return requests_of(questions, variants, settings.samples, settings.seed, "study")
 
 
 def _layers(vectors: PersonaVectors, settings: StudySettings) -> tuple[int, ...]:
@@ -267,53 +237,12 @@ def _units(vectors: PersonaVectors, settings: StudySettings) -> torch.Tensor:
     return torch.stack([unit_vectors(each, layers, settings.reduction) for each in (vectors, *nulls)], dim=1)
 
 
-def _collected(
-    backend: Backend,
-    chat: ChatFormat,
-    requests: Sequence[Request],
-    settings: StudySettings,
-    vectors: PersonaVectors,
-    run: RunFolder | None,
-) -> Rollouts:
-    reads = [Read(ReadKind.PROMPT_LAST, _layers(vectors, settings))]
-    return Rollouts(backend, chat, requests, settings.rollouts, folder=run, reads=reads, prefix=PREFIX)
-
-
-def _collect(
-    backend: Backend,
-    chat: ChatFormat,
-    requests: Sequence[Request],
-    settings: StudySettings,
-    vectors: PersonaVectors,
-    units: torch.Tensor,
-    judge: Judge,
-    run: RunFolder | None,
-    progress: Progress,
-) -> tuple[tuple[StudyRow, ...], NDArray[np.float64], list[Judgement]]:
-    """Every response with its score, and where its prompt ends: [responses, layers, directions]."""
-    collected = _collected(backend, chat, requests, settings, vectors, run)
-    prepare_judge(judge, run, PREFIX, collected)
-    rollouts = collected.run(progress)
-    judged = judge_rollouts(judge, rollouts, chat, run, prefix=PREFIX, progress=progress)
-    read = np.full((len(requests), *units.shape[:2]), np.nan)
-    for batch, tensors in collected.reductions():
+def _read(answers: Answers, units: torch.Tensor) -> NDArray[np.float64]:
+    """Where each response's prompt ends: [responses, layers, directions]."""
+    read = np.full((len(answers.rollouts), *units.shape[:2]), np.nan)
+    for batch, tensors in answers.collected.reductions():
         read[batch] = projected(tensors[ReadKind.PROMPT_LAST.value], units).double().numpy()
-    rows = tuple(_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True))
-    return rows, read, judged
-
-
-def _row(rollout: Rollout, judgement: Judgement) -> StudyRow:
-    labels = rollout.request.labels
-    coherence = judgement.coherence.value if judgement.coherence else None
-    return StudyRow(
-        labels["condition"],
-        labels["question_number"],
-        labels["sample"],
-        judgement.trait.value,
-        coherence,
-        judgement.surprise,
-        rollout.response,
-    )
+    return read
 
 
 def _prompts(
@@ -323,7 +252,7 @@ def _prompts(
     members: dict[tuple[str, int], list[int]] = {}
     for number, row in enumerate(rows):
         members.setdefault((row.condition, row.question), []).append(number)
-    kinds: Mapping[str, Kind] = {condition.name: condition.kind for condition in conditions}
+    kinds = {condition.name: condition.kind for condition in conditions}
     return tuple(
         PromptRow(
             condition=name,
@@ -334,19 +263,3 @@ def _prompts(
         )
         for (name, question), found in members.items()
     )
-
-
-def _head(vectors: PersonaVectors, trait: Trait, settings: StudySettings) -> dict[str, Any]:
-    return {
-        "trait": trait.name,
-        "description": trait.description,
-        "model": asdict(vectors.model),
-        "settings": {**asdict(settings), "layers": list(_layers(vectors, settings)), "shots": list(settings.shots)},
-    }
-
-
-def _keep(run: RunFolder, found: Study) -> None:
-    run.write_rows(f"{PREFIX}scores.jsonl", map(asdict, found.rows))
-    run.write_lines(f"{PREFIX}prompts.jsonl", (each.to_json() for each in found.prompts))
-    run.write_bytes("vectors.safetensors", found.vectors.to_bytes())
-    run.write_json("summary.json", found.summary)

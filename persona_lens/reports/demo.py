@@ -14,9 +14,10 @@ from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction import Extraction, ExtractionSettings, run_extraction
 from persona_lens.reports import render_report
 from persona_lens.runs import RunFolder
+from persona_lens.runs.answers import by_question
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SweepRow, SweepSettings, choose_layer, curve, effect, sweep
-from persona_lens.steering.analysis import COHERENCE_MARGIN, by_question
+from persona_lens.steering.comparison import COHERENCE_MARGIN
 from persona_lens.traits import Trait, load_trait
 
 LIBRARIES = ("persona-lens", "torch", "transformers", "transformer-lens", "nnsight")

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from persona_lens.steering.analysis import CurvePoint, Effect, choose_layer, curve, effect
-from persona_lens.steering.comparison import ArmEffect, ArmRow, ArmSettings, Change, arm_effect, run_arms
+from persona_lens.steering.comparison import (
+    ArmEffect,
+    ArmRow,
+    ArmSettings,
+    Change,
+    Comparison,
+    arm_effect,
+    compare_steerings,
+    comparison_work,
+)
 from persona_lens.steering.crossing import CrossSettings, cross_effects, cross_work
 from persona_lens.steering.effects import CrossCell, CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.files import load_steering
 from persona_lens.steering.notation import NotationError, parse_terms
 from persona_lens.steering.replies import SteeredBackend, reply, steered_replies
 from persona_lens.steering.steering import Steering, SteeringError, given_edits
-from persona_lens.steering.sweep import SweepRow, SweepSettings, sweep, sweep_work
+from persona_lens.steering.sweep import (
+    CurvePoint,
+    Effect,
+    SweepRow,
+    SweepSettings,
+    choose_layer,
+    curve,
+    effect,
+    sweep,
+    sweep_work,
+)
 from persona_lens.steering.tuning import TuneSettings, Tuning, tune
 
 __all__ = [
@@ -18,6 +36,7 @@ __all__ = [
     "ArmRow",
     "ArmSettings",
     "Change",
+    "Comparison",
     "CrossCell",
     "CrossEffects",
     "CrossRow",
@@ -35,6 +54,8 @@ __all__ = [
     "Tuning",
     "arm_effect",
     "choose_layer",
+    "compare_steerings",
+    "comparison_work",
     "cross_effects",
     "cross_work",
     "curve",
@@ -43,7 +64,6 @@ __all__ = [
     "load_steering",
     "parse_terms",
     "reply",
-    "run_arms",
     "steered_replies",
     "sweep",
     "sweep_work",

@@ -1,23 +1,48 @@
-"""What each arm did: its change against the unsteered model, beside the same for random directions."""
+"""`compare_steerings`: several steerings on the same questions, each beside the unsteered model and random directions.
+
+An arm is a steering by its name. Unsteered and steered rows run in the same batches, with the same seeds, through the
+same path.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 from persona_lens.backend import Backend, Edit, Read
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Ends, Estimate, bootstrap_mean, clear_side
-from persona_lens.judging import Judge, Judgement, judge_rollouts, prepare_judge
+from persona_lens.extraction.experiment import (
+    Experiment,
+    QuestionSet,
+    Subject,
+    Variant,
+    questions_of,
+    requests_of,
+    run_folder,
+)
+from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
-from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
-from persona_lens.steering.analysis import by_question, mean_of
+from persona_lens.runs.answers import Answer, Value, averaged, json_of, mean_of, values_of
+from persona_lens.runs.cost import Work
+from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.steering.steering import Steering, SteeringError, rowwise
-from persona_lens.steering.sweep import NONE, RANDOM, VECTOR, QuestionSet
 from persona_lens.traits import Trait
+from persona_lens.vectors import PersonaVectors
+
+RowEdits = Callable[[Sequence[Request]], list[Edit]]
+VECTOR, RANDOM, NONE = "vector", "random", "none"
+UNSTEERED = "unsteered"
+ARMS = "arms-"  # begins the names of their files
+QUANTITIES = ("score", "surprise", "coherence")
+# Nats a token by which steered text may surprise the unsteered model more than its own text does, and still count as
+# coherent.
+COHERENCE_MARGIN = 1.0
+# Mean coherence, 0 to 100, that counts as coherent where the judge gives one.
+MIN_COHERENCE = 50.0
 
 
 @dataclass(frozen=True)
@@ -41,16 +66,8 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        return {
-            "vector": self.vector.to_json(),
-            "random": self.random.to_json() if self.random else None,
-            "difference": self.difference.to_json() if self.difference else None,
-            "clear": self.clear,
-        }
-
-
-Value = tuple[int, float | None]
-"""Number of a question, and what was measured of one response to it; None where there is nothing to measure."""
+        estimates = {name: json_of(getattr(self, name)) for name in ("vector", "random", "difference")}
+        return {**estimates, "clear": self.clear}
 
 
 def change_of(
@@ -64,33 +81,23 @@ def change_of(
         random: Those under its random rotations.
         within: Ends of what a change can be, such as `persona_lens.core.statistics.CHANGES` of scores.
     """
-    base = _by_question(unsteered)
-    moved, null = _minus(_by_question(steered), base), _minus(_by_question(random), base)
-    if not moved:
-        return None
-    both = _minus(moved, null)
-    estimates = [_estimate(each, within) if each else None for each in (null, both)]
-    return Change(_estimate(moved, within), *estimates)
+    base = averaged(unsteered)
+    return beside_null(minus(averaged(steered), base), minus(averaged(random), base), within)
 
 
-def _by_question(values: Iterable[Value]) -> dict[int, float]:
-    found: dict[int, list[float]] = {}
-    for question, value in values:
-        if value is not None:
-            found.setdefault(question, []).append(value)
-    return {question: fmean(each) for question, each in found.items()}
+def beside_null(moved: Mapping[int, float], null: Mapping[int, float], within: Ends | None = None) -> Change | None:
+    """A change and that of its null, each by question; None where there is no question."""
+
+    def mean(values: Mapping[int, float]) -> Estimate | None:
+        return bootstrap_mean(list(values.values()), within=within) if values else None
+
+    found = mean(moved)
+    return None if found is None else Change(found, mean(null), mean(minus(moved, null)))
 
 
-def _minus(these: Mapping[int, float], those: Mapping[int, float]) -> dict[int, float]:
+def minus(these: Mapping[int, float], those: Mapping[int, float]) -> dict[int, float]:
+    """Differences question by question, of those that both have."""
     return {question: value - those[question] for question, value in these.items() if question in those}
-
-
-def _estimate(values: Mapping[int, float], within: Ends | None) -> Estimate:
-    return bootstrap_mean([value for _, value in sorted(values.items())], within=within)
-
-
-UNSTEERED = "unsteered"
-ARMS = "arms-"  # begins the names of their files
 
 
 @dataclass(frozen=True)
@@ -117,179 +124,99 @@ class ArmSettings:
     def __post_init__(self) -> None:
         if not self.questions or len(set(self.questions)) < len(self.questions) or min(self.questions) < 0:
             raise SteeringError(f"questions must be given by number, each once: got {list(self.questions)}")
-        if self.question_set not in get_args(QuestionSet):
-            raise SteeringError(f"question_set is {' or '.join(get_args(QuestionSet))}, got {self.question_set!r}")
-        if self.samples < 1 or self.random_directions < 0:
-            raise SteeringError("samples must be at least 1, random_directions at least 0")
+        check_asked(self.question_set, self.random_directions, samples=self.samples)
+
+
+def check_asked(question_set: str, random_directions: int, **counts: int) -> None:
+    """Raise a `SteeringError` where a count is below 1, or there is no such set of questions."""
+    if question_set not in get_args(QuestionSet):
+        raise SteeringError(f"question_set is {' or '.join(get_args(QuestionSet))}, got {question_set!r}")
+    if min(counts.values()) < 1 or random_directions < 0:
+        raise SteeringError(f"{' and '.join(counts)} must be at least 1, random_directions at least 0")
 
 
 @dataclass(frozen=True)
-class ArmRow:
-    """One response and its judgement.
+class ArmRow(Answer):
+    """One response of an arm, with its judgement.
 
     Attributes:
         arm: Name of the steering; `UNSTEERED` for the responses without one.
         direction: ``vector``, ``random``, or ``none`` for the unsteered.
-        question: Number of the question.
-        sample: Number of the sample.
-        score: Trait score, 0 to 100; None if the response is empty.
-        surprise: -log p under the unsteered model, nats a token; None where the judge does not compute it.
-        coherence: 0 to 100; None where the judge does not ask.
-        text: The response.
     """
 
     arm: str
     direction: str
-    question: int
-    sample: int
-    score: float | None
-    surprise: float | None
-    coherence: float | None
-    text: str
 
 
-def plan_arms(trait: Trait, names: Sequence[str], settings: ArmSettings) -> list[Request]:
-    """One request for each question, sample, arm and direction; rows of a question share their seeds.
-
-    Raises:
-        SteeringError: If a question does not exist, or an arm has no name of its own.
-    """
-    questions = trait.evaluation_questions if settings.question_set == "evaluation" else trait.extraction_questions
-    if max(settings.questions) >= len(questions):
-        raise SteeringError(
-            f"question {max(settings.questions)} asked for, trait {trait.name} has {len(questions)} for "
-            f"{settings.question_set}, counted from 0"
-        )
-    return arm_requests({number: questions[number] for number in settings.questions}, names, settings, "arms")
-
-
-def arm_requests(
-    questions: Mapping[int, str], names: Sequence[str], settings: ArmSettings, purpose: str
-) -> list[Request]:
-    """One request for each question, sample, arm and direction; rows of a question share their seeds.
-
-    Args:
-        questions: By number.
-        names: Of the arms, the unsteered left out.
-        settings: What is said of samples, random directions and seeds is used.
-        purpose: Requests for another purpose have other seeds.
+def arm_variants(names: Iterable[str], random_directions: int) -> list[Variant]:
+    """The unsteered model and every arm, along the vector and along random directions.
 
     Raises:
         SteeringError: If an arm has no name of its own.
     """
-    if UNSTEERED in names:
+    if UNSTEERED in (names := list(names)):
         raise SteeringError(f"an arm cannot be called {UNSTEERED!r}; that one is always there")
-    directions = [VECTOR, RANDOM] if settings.random_directions else [VECTOR]
+    directions = [VECTOR, RANDOM] if random_directions else [VECTOR]
     arms = [(UNSTEERED, NONE), *((name, direction) for name in names for direction in directions)]
-    return [
-        Request(
-            system=None,
-            question=question,
-            seed=row_seed(settings.seed, purpose, settings.question_set, number, sample),
-            labels={"arm": arm, "direction": direction, "question_number": number, "sample": sample},
-        )
-        for number, question in questions.items()
-        for sample in range(settings.samples)
-        for arm, direction in arms
-    ]
+    return [Variant({"arm": arm, "direction": direction}) for arm, direction in arms]
 
 
-def arm_edits(arms: Mapping[str, Steering], settings: ArmSettings) -> Callable[[Sequence[Request]], list[Edit]]:
+def arm_edits(arms: Mapping[str, Steering], random_directions: int, seed: int) -> RowEdits:
     """The edits of a batch, every row under its own arm's."""
-    found: dict[tuple[str, int | None], tuple[Edit, ...]] = {}
 
-    def edits_of(request: Request) -> tuple[Edit, ...]:
+    @cache
+    def edits(arm: str, null: int | None) -> tuple[Edit, ...]:
+        return arms[arm].edits() if null is None else arms[arm].null(null)
+
+    return edits_by_row(lambda labels, null: edits(labels["arm"], null), random_directions, seed)
+
+
+def edits_by_row(
+    edits: Callable[[Mapping[str, Any], int | None], tuple[Edit, ...]], random_directions: int, seed: int
+) -> RowEdits:
+    """The edits of a batch, every row under its own.
+
+    Args:
+        edits: Those of a row by its labels, and the seed of its random direction; None along the vector.
+        random_directions: How many there are; question i takes number i modulo this.
+        seed: Of the first.
+    """
+
+    def of(request: Request) -> tuple[Edit, ...]:
         labels = request.labels
         if labels["direction"] == NONE:
             return ()
-        rotation = None
-        if labels["direction"] == RANDOM:
-            rotation = settings.seed + labels["question_number"] % settings.random_directions
-        key = (labels["arm"], rotation)
-        if key not in found:
-            steering = arms[labels["arm"]]
-            found[key] = steering.edits() if rotation is None else steering.null(rotation)
-        return found[key]
+        if labels["direction"] == VECTOR:
+            return edits(labels, None)
+        return edits(labels, seed + labels["question_number"] % random_directions)
 
-    return lambda requests: rowwise(map(edits_of, requests))
+    return lambda requests: rowwise(map(of, requests))
 
 
-def collect_arms(
-    backend: Backend,
+def arms_experiment(
+    subject: Subject,
     arms: Mapping[str, Steering],
-    trait: Trait,
     settings: ArmSettings,
-    chat: ChatFormat,
-    *,
-    folder: RunFolder | None = None,
     prefix: str = ARMS,
     reads: Sequence[Read] = (),
-) -> Rollouts:
-    """The responses of all arms, to be run; unsteered and steered rows run in the same batches.
+) -> Experiment:
+    """Every arm and the unsteered model answer, whose rows are `ArmRow`.
+
+    Args:
+        subject: Whose trait's questions are asked.
+        arms: Steerings by name.
+        settings: See `ArmSettings`.
+        prefix: Begins the names of the files.
+        reads: What is read while the model answers.
 
     Raises:
         SteeringError: If an arm has no name of its own, or a question does not exist.
     """
-    requests = plan_arms(trait, list(arms), settings)
-    return Rollouts(
-        backend,
-        chat,
-        requests,
-        settings.rollouts,
-        folder=folder,
-        reads=reads,
-        edits_for=arm_edits(arms, settings),
-        prefix=prefix,
-    )
-
-
-def run_arms(
-    backend: Backend,
-    arms: Mapping[str, Steering],
-    trait: Trait,
-    settings: ArmSettings,
-    judge: Judge,
-    chat: ChatFormat,
-    *,
-    folder: RunFolder | None = None,
-    prefix: str = ARMS,
-    methods: set[str] | None = None,
-    progress: Progress = shown_progress,
-) -> list[ArmRow]:
-    """Let every arm answer, and judge what comes.
-
-    Args:
-        backend: The model.
-        arms: Steerings by name; the unsteered model is always there too.
-        trait: Whose questions are asked.
-        settings: See `ArmSettings`.
-        judge: Who scores.
-        chat: Chat format.
-        folder: Where responses and judgements are kept, under names that begin with ``prefix``.
-        prefix: Distinguishes several sets in a folder.
-        methods: See `persona_lens.judging.judge_rollouts`.
-        progress: Told how far the work is.
-    """
-    collected = collect_arms(backend, arms, trait, settings, chat, folder=folder, prefix=prefix)
-    prepare_judge(judge, folder, prefix, collected)
-    rollouts = collected.run(progress)
-    judged = judge_rollouts(judge, rollouts, chat, folder, prefix=prefix, methods=methods, progress=progress)
-    return [arm_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]
-
-
-def arm_row(rollout: Rollout, judgement: Judgement) -> ArmRow:
-    """A response with its judgement."""
-    labels: Mapping[str, Any] = rollout.request.labels
-    return ArmRow(
-        arm=labels["arm"],
-        direction=labels["direction"],
-        question=labels["question_number"],
-        sample=labels["sample"],
-        score=judgement.trait.value,
-        surprise=judgement.surprise,
-        coherence=judgement.coherence.value if judgement.coherence else None,
-        text=rollout.response,
-    )
+    variants = arm_variants(arms, settings.random_directions)
+    questions = questions_of(subject.trait, settings.questions, settings.question_set, SteeringError)
+    requests = requests_of(questions, variants, settings.samples, settings.seed, "arms", settings.question_set)
+    edits_for = arm_edits(arms, settings.random_directions, settings.seed)
+    return subject.experiment(requests, settings.rollouts, prefix, edits_for, reads)
 
 
 @dataclass(frozen=True)
@@ -324,8 +251,7 @@ class ArmEffect:
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
         estimates = ("score", "change", "random", "difference", "surprise", "coherence")
-        found = {name: getattr(self, name) for name in estimates}
-        values = {name: estimate.to_json() if estimate else None for name, estimate in found.items()}
+        values = {name: json_of(getattr(self, name)) for name in estimates}
         return {"arm": self.arm, **values, "clear": self.clear, "empty": self.empty}
 
 
@@ -335,31 +261,101 @@ def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
     Raises:
         SteeringError: If no unsteered response has a score.
     """
-    own = [row for row in rows if row.arm == arm and row.direction == VECTOR]
-    null = [row for row in rows if row.arm == arm and row.direction == RANDOM]
+    own, null = ([r for r in rows if (r.arm, r.direction) == (arm, kind)] for kind in (VECTOR, RANDOM))
     plain = [row for row in rows if row.direction == NONE]
-    if not by_question(plain, "score"):
+    if all(row.score is None for row in plain):
         raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
-    found = change_of(_scores(plain), _scores(own), _scores(null), within=CHANGES)
-    score = mean_of(own, "score")
+    found = change_of(*(values_of(each, "score") for each in (plain, own, null)), within=CHANGES)
+    score, surprise, coherence = (mean_of(own, quantity) for quantity in QUANTITIES)
     if found is None or score is None:
         return None
-    return ArmEffect(
-        arm,
-        score=score,
-        change=found.vector,
-        random=found.random,
-        difference=found.difference,
-        surprise=mean_of(own, "surprise"),
-        coherence=mean_of(own, "coherence"),
-        empty=sum(row.score is None for row in own) / len(own),
-    )
+    empty = sum(row.score is None for row in own) / len(own)
+    return ArmEffect(arm, score, found.vector, found.random, found.difference, surprise, coherence, empty)
 
 
-def unsteered_mean(rows: Sequence[ArmRow], quantity: str) -> Estimate | None:
-    """Mean of ``score``, ``surprise`` or ``coherence`` over the unsteered responses; None without any."""
-    return mean_of([row for row in rows if row.direction == NONE], quantity)
+def unsteered_means(rows: Sequence[ArmRow]) -> dict[str, Estimate | None]:
+    """Means of score, surprise and coherence over the unsteered responses; None for one without any value."""
+    plain = [row for row in rows if row.direction == NONE]
+    return {quantity: mean_of(plain, quantity) for quantity in QUANTITIES}
 
 
-def _scores(rows: Sequence[ArmRow]) -> list[Value]:
-    return [(row.question, row.score) for row in rows]
+@dataclass(frozen=True)
+class Comparison:
+    """Several steerings side by side.
+
+    Attributes:
+        rows: Every response.
+        effects: By the name of the arm; None for an arm none of whose responses has a score.
+        summary: Every figure, as it stands in ``summary.json``.
+    """
+
+    rows: tuple[ArmRow, ...]
+    effects: Mapping[str, ArmEffect | None]
+    summary: Mapping[str, Any]
+
+
+def compare_steerings(
+    backend: Backend,
+    arms: Mapping[str, Steering],
+    vectors: PersonaVectors,
+    settings: ArmSettings | None = None,
+    *,
+    trait: str | Trait | None = None,
+    folder: Path | str | None = None,
+    judge: Judge | None = None,
+    chat: ChatFormat | None = None,
+    progress: Progress = shown_progress,
+) -> Comparison:
+    """Let the unsteered model and every arm answer a trait's questions, each arm beside its null.
+
+    Args:
+        backend: The model.
+        arms: Steerings by name.
+        vectors: Those of the trait that is asked about and scored, with the calibration of their judge.
+        settings: See `ArmSettings`.
+        trait: The trait, if it is not the one stored with the vectors.
+        folder: Run folder, kept and resumed; None keeps everything in memory.
+        judge: Who scores; by default the same model, unsteered, by likelihood, as it was calibrated for the vectors.
+        chat: Chat format; the model's own by default.
+        progress: Told how far the work is.
+
+    Raises:
+        SteeringError: If there are no arms.
+        VectorsError: If vectors belong to another model, or carry no calibration.
+    """
+    if not arms:
+        raise SteeringError("there is nothing to compare; give at least one steering")
+    subject, settings = Subject.of(backend, vectors, trait, judge, chat), settings or ArmSettings()
+    for steering in arms.values():
+        steering.check_model(backend, allowable=False)
+    experiment = arms_experiment(subject, arms, settings)
+    experiment.rollouts()  # what cannot be run must not claim the folder
+    described = {name: steering.describe() for name, steering in arms.items()}
+    with run_folder(folder, subject.config("comparison", settings, arms=described)) as run:
+        answers = experiment.run(run, progress)
+        rows = answers.rows(ArmRow)
+        effects = {name: arm_effect(rows, name) for name in arms}
+        summary = {
+            "trait": subject.trait.name,
+            "questions": len(settings.questions),
+            "samples": settings.samples,
+            "judge": subject.judge_used(answers),
+            "unsteered": {name: json_of(mean) for name, mean in unsteered_means(rows).items()},
+            "arms": {name: {"steering": str(arms[name]), "effect": json_of(each)} for name, each in effects.items()},
+        }
+        if run is not None:
+            run.write_rows("arms-scores.jsonl", map(Answer.to_row, rows))
+            run.write_json("summary.json", summary)
+    return Comparison(tuple(rows), effects, summary)
+
+
+def comparison_work(
+    backend: Backend,
+    arms: Mapping[str, Steering],
+    vectors: PersonaVectors,
+    settings: ArmSettings,
+    chat: ChatFormat,
+    judge: Judge | None = None,
+) -> tuple[Work, ...]:
+    """What `compare_steerings` with these arguments would ask of the model, and of the judge's; nothing runs."""
+    return arms_experiment(Subject.planned(backend, vectors, chat, judge), arms, settings).work()

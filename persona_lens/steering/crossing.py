@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,15 @@ import torch
 
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.cost import Work, reading_work, run_work
+from persona_lens.extraction.experiment import Experiment, Subject, model_config, requests_of, run_folder
 from persona_lens.extraction.external import GivenRollouts, ReadRollouts
-from persona_lens.extraction.run import model_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, as_used, judge_rollouts, prepare_judge
+from persona_lens.judging import Judge, Judgement, as_used, longest_exchanges, methods_of
 from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format
-from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.runs.rollouts import Rollout, RolloutBatches, Rollouts, RolloutSettings
-from persona_lens.steering.comparison import ArmSettings, arm_edits, arm_requests
+from persona_lens.runs import RunFolder
+from persona_lens.runs.cost import Work, reading_work
+from persona_lens.runs.rollouts import Rollout, RolloutBatches, RolloutSettings
+from persona_lens.steering.comparison import arm_edits, arm_variants, check_asked
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.traits import Trait
@@ -53,8 +52,7 @@ class CrossSettings:
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.questions < 1 or self.random_directions < 0:
-            raise SteeringError("samples and questions must be at least 1, random_directions at least 0")
+        check_asked("evaluation", self.random_directions, samples=self.samples, questions=self.questions)
 
 
 def cross_effects(
@@ -93,13 +91,13 @@ def cross_effects(
 
     Raises:
         SteeringError: If the traits have too few questions, a layer to read is not known, or a trait has no judge.
-        VectorsError: If vectors belong to another model, or lack the layer or reduction.
+        VectorsError: If vectors belong to another model, lack the layer or reduction, or carry no calibration.
     """
     crossing = Crossing(backend, steerings, traits, settings or CrossSettings(), judges, chat)
     if not allow_other_model:
         crossing.check_model()
-    with RunFolder(folder, crossing.config()) if folder is not None else nullcontext() as run:
-        rows = crossing.rows(run, progress)
+    with run_folder(folder, crossing.config()) as run:
+        rows, used = crossing.rows(run, progress)
         effects = CrossEffects(
             steerings=dict(steerings),
             vectors=dict(traits),
@@ -107,7 +105,7 @@ def cross_effects(
             questions=crossing.questions,
             rows=tuple(rows),
             reduction=crossing.settings.reduction,
-            config=crossing.config(used=True),
+            config=crossing.config(used),
         )
         if run is not None:
             run.write_rows(SCORES, map(asdict, rows))
@@ -126,14 +124,14 @@ def cross_work(
 ) -> tuple[Work, ...]:
     """What `cross_effects` with these arguments would ask of the model, and of the judges'; nothing runs."""
     crossing = Crossing(backend, steerings, traits, settings, judges, chat)
-    collected = crossing.collected(None)
-    length = (0,) * settings.rollouts.max_new_tokens
-    longest = [Rollout(request, 0, length, None, "word" * len(length)) for request in collected.requests]
-    reading = reading_work(crossing.reread(longest, None), None, crossing.chat)
-    by_judge = {name: run_work(collected, judge) for name, judge in crossing.judges.items()}
-    generation = next(iter(by_judge.values()))[0]
-    judging = [replace(work, label=f"judging {name}") for name, works in by_judge.items() for work in works[1:]]
-    return generation, *reading, *judging
+    generating, *judging = crossing.experiment.work()
+    longest = longest_exchanges(crossing.experiment.rollouts())
+    supposed = [
+        Rollout(request, 0, each.response_ids or (), None, each.response)
+        for request, each in zip(crossing.requests, longest, strict=True)
+    ]
+    again = crossing.reread(supposed, None)
+    return generating, reading_work("reading", backend, again.calls(), again.reads), *judging
 
 
 class Crossing:
@@ -161,69 +159,69 @@ class Crossing:
             raise SteeringError("a crossing needs at least one steering, and at least one trait to measure")
         self.backend = backend
         self.steerings = dict(steerings)
-        self.vectors = dict(traits)
         self.settings = settings
         self.chat = chat or chat_format(backend)
-        self.traits = {name: each.trait_definition for name, each in traits.items()}
-        self.questions = _questions(self.traits, self._steered_traits(), settings.questions)
-        self.requests = arm_requests(dict(enumerate(self.questions)), list(steerings), self._arm_settings(), "effects")
-        self.layers = {name: self._layer(name) for name in traits}
+        of_traits = {name: each.trait_definition for name, each in traits.items()}
+        self.questions = _questions(of_traits, self._steered_traits(), settings.questions)
+        variants = arm_variants(steerings, settings.random_directions)
+        numbered = dict(enumerate(self.questions))
+        self.requests = requests_of(numbered, variants, settings.samples, settings.seed, "effects", "evaluation")
+        self.layers = {name: self._layer(name, each) for name, each in traits.items()}
         for name, layer in self.layers.items():  # what cannot be run must not claim the folder
-            self.vectors[name].vector(layer, settings.reduction)
+            traits[name].vector(layer, settings.reduction)
         if judges is not None and (missing := [name for name in traits if name not in judges]):
             raise SteeringError(f"there is no judge for {', '.join(missing)}")
-        self._methods: dict[str, set[str]] = {name: set() for name in traits}
-        self.judges: dict[str, Judge] = {name: judges[name] if judges else self._likelihood(name) for name in traits}
+        self.subjects = {name: self._subject(name, each, judges) for name, each in traits.items()}
 
     def check_model(self) -> None:
         """Raise `persona_lens.vectors.vectors.VectorsError` unless all vectors belong to the backend's model."""
         for steering in self.steerings.values():
             steering.check_model(self.backend)
-        for each in self.vectors.values():
-            each.check_model(self.backend)
+        for subject in self.subjects.values():
+            subject.vectors.check_model(self.backend)
 
-    def config(self, used: bool = False) -> dict[str, Any]:
+    def config(self, judges: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Everything that determines the result, as JSON values.
 
         Args:
-            used: With the methods that the judges have used in `rows`, where that was left to them.
+            judges: What is said of each trait's judge, where more is known than it says itself.
         """
-        judges = {name: judge.describe() for name, judge in self.judges.items()}
         return {
             "kind": "effects",
             "settings": asdict(self.settings),
             "steerings": {name: steering.describe() for name, steering in self.steerings.items()},
             "traits": {
                 name: {
-                    "vectors": each.content_hash,
-                    "trait": self.traits[name].content_hash(),
+                    "vectors": each.vectors.content_hash,
+                    "trait": each.trait.content_hash(),
                     "layer": self.layers[name],
-                    "judge": as_used(judges[name], self._methods[name]) if used else judges[name],
+                    "judge": judges[name] if judges else each.judge.describe(),
                 }
-                for name, each in self.vectors.items()
+                for name, each in self.subjects.items()
             },
             **model_config(self.backend, self.chat),
         }
 
     def measured(self) -> tuple[CrossTrait, ...]:
         """The traits, with where they are read."""
-        reduction = self.settings.reduction
+        lengths = {name: each.vectors.norms(self.settings.reduction) for name, each in self.subjects.items()}
         return tuple(
-            CrossTrait(name, each.description, self.layers[name], float(self.vectors[name].norms(reduction)[layer]))
-            for (name, each), layer in zip(self.traits.items(), self.layers.values(), strict=True)
+            CrossTrait(name, each.trait.description, self.layers[name], float(lengths[name][self.layers[name]]))
+            for name, each in self.subjects.items()
         )
 
-    def collected(self, run: RunFolder | None) -> Rollouts:
-        """The responses, to be made."""
-        return Rollouts(
+    @property
+    def experiment(self) -> Experiment:
+        """What is asked, and who scores it."""
+        return Experiment(
             self.backend,
             self.chat,
             self.requests,
             self.settings.rollouts,
-            folder=run,
-            reads=[self._read()],
-            edits_for=arm_edits(self.steerings, self._arm_settings()),
-            prefix=STEERED,
+            {name: each.judge for name, each in self.subjects.items()},
+            arm_edits(self.steerings, self.settings.random_directions, self.settings.seed),
+            [self._read()],
+            STEERED,
         )
 
     def reread(self, rollouts: Sequence[Rollout], run: RunFolder | None) -> ReadRollouts:
@@ -232,43 +230,29 @@ class Crossing:
         given = GivenRollouts(tuple(rollouts), prompts, None, ())
         return ReadRollouts(self.backend, given, self.settings.rollouts, folder=run, reads=[self._read()], prefix=TEXT)
 
-    def rows(self, run: RunFolder | None, progress: Progress) -> list[CrossRow]:
-        """Run what is not there yet: generate, read again, judge."""
-        collected = self.collected(run)
-        for name in self.vectors:
-            prepare_judge(self.judges[name], run, self._prefix(name), collected)
-        rollouts = collected.run(progress)
-        again = self.reread(rollouts, run)
+    def rows(self, run: RunFolder | None, progress: Progress) -> tuple[list[CrossRow], dict[str, Any]]:
+        """Run what is not there yet: generate, judge, read again. With the rows comes what the judges used."""
+        answers = self.experiment.run(run, progress)
+        again = self.reread(answers.rollouts, run)
         again.run(progress)
-        judged = {name: self._judge(name, rollouts, run, progress) for name in self.vectors}
-        while_steered, of_text = self._projections(collected), self._projections(again)
-        return [
-            _row(
-                rollout,
-                {name: found[number] for name, found in judged.items()},
-                while_steered[number],
-                of_text[number],
-            )
-            for number, rollout in enumerate(rollouts)
+        steered, of_text = self._projections(answers.collected), self._projections(again)
+        rows = [
+            _row(rollout, {name: judged[i] for name, judged in answers.judged.items()}, steered[i], of_text[i])
+            for i, rollout in enumerate(answers.rollouts)
         ]
-
-    def _judge(
-        self, name: str, rollouts: Sequence[Rollout], run: RunFolder | None, progress: Progress
-    ) -> list[Judgement]:
-        prefix = self._prefix(name)
-        judge, methods = self.judges[name], self._methods[name]
-        return judge_rollouts(judge, rollouts, self.chat, run, prefix=prefix, methods=methods, progress=progress)
-
-    def _prefix(self, name: str) -> str:
-        return STEERED + file_prefix(list(self.vectors).index(name), name)
+        used = {
+            name: as_used(self.subjects[name].judge.describe(), methods_of(answers.judged[name]))
+            for name in self.subjects
+        }
+        return rows, used
 
     def _projections(self, batches: RolloutBatches) -> dict[int, dict[str, float | None]]:
         """Of each row the mean response token's projection on each unit vector, in residual-stream units."""
         layers = self._read().layers or ()
         found: dict[int, dict[str, float | None]] = {}
         units = {
-            name: torch.nn.functional.normalize(each.vector(self.layers[name], self.settings.reduction), dim=0)
-            for name, each in self.vectors.items()
+            name: torch.nn.functional.normalize(each.vectors.vector(self.layers[name], self.settings.reduction), dim=0)
+            for name, each in self.subjects.items()
         }
         for batch, tensors in batches.reductions():
             means = tensors[ReadKind.RESPONSE_MEAN.value].float()
@@ -282,30 +266,20 @@ class Crossing:
     def _read(self) -> Read:
         return Read(ReadKind.RESPONSE_MEAN, tuple(sorted(set(self.layers.values()))))
 
-    def _arm_settings(self) -> ArmSettings:
-        each = self.settings
-        return ArmSettings(
-            questions=tuple(range(len(self.questions))),
-            samples=each.samples,
-            random_directions=each.random_directions,
-            seed=each.seed,
-            rollouts=each.rollouts,
-        )
-
-    def _likelihood(self, name: str) -> Judge:
+    def _subject(self, name: str, vectors: PersonaVectors, judges: Mapping[str, Judge] | None) -> Subject:
         try:
-            calibration = self.vectors[name].calibration
+            judge = judges[name] if judges else None
+            return Subject.of(self.backend, vectors, None, judge, self.chat, allow_other_model=True)
         except VectorsError as error:
             raise VectorsError(f"{name}: {error}") from None
-        return LikelihoodJudge(self.backend, self.chat, self.traits[name], calibration)
 
-    def _layer(self, name: str) -> int:
+    def _layer(self, name: str, vectors: PersonaVectors) -> int:
         if self.settings.layer is not None:
             return self.settings.layer
         own = {edit.layer for edit in self.steerings[name].edits()} if name in self.steerings else set()
         if len(own) == 1:
             return own.pop()
-        tuned = self.vectors[name].tuned
+        tuned = vectors.tuned
         if tuned is None:
             raise SteeringError(
                 f"it is not known where to read {name!r}: it is not steered at one layer of its own, and no layer was "

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from persona_lens.core.statistics import CHANGES, Ends
-from persona_lens.steering.comparison import UNSTEERED, Change, change_of
+from persona_lens.runs.answers import Value, json_of
+from persona_lens.steering.comparison import NONE, RANDOM, UNSTEERED, VECTOR, Change, change_of
 from persona_lens.steering.steering import Steering
-from persona_lens.steering.sweep import NONE, RANDOM, VECTOR
 from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.geometry import Cosines, cosines
 
@@ -90,14 +90,9 @@ class CrossCell:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        changes = {name: getattr(self, name) for name in ("score", "text_projection", "steered_projection")}
-        return {
-            "steering": self.steering,
-            "trait": self.trait,
-            "own": self.own,
-            **{name: change.to_json() if change else None for name, change in changes.items()},
-            "cosine": self.cosine,
-        }
+        own = {name: getattr(self, name) for name in ("steering", "trait", "own", "cosine")}
+        changes = ("score", "text_projection", "steered_projection")
+        return {**own, **{name: json_of(getattr(self, name)) for name in changes}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,19 +188,18 @@ class CrossEffects:
     def _change(
         self, steering: str, value: Callable[[CrossRow], float | None], within: Ends | None = None
     ) -> Change | None:
-        def of(arm: str, direction: str) -> list[tuple[int, float | None]]:
+        def of(arm: str, direction: str) -> list[Value]:
             return [(r.question, value(r)) for r in self.rows if (r.arm, r.direction) == (arm, direction)]
 
         return change_of(of(UNSTEERED, NONE), of(steering, VECTOR), of(steering, RANDOM), within=within)
 
     def _steering(self, name: str) -> dict[str, Any]:
-        surprise, coherence = self.surprise(name), self.coherence(name)
         return {
             "name": name,
             "text": str(self.steerings[name]),
             "layers": sorted({edit.layer for edit in self.steerings[name].edits()}),
-            "surprise": surprise.to_json() if surprise else None,
-            "coherence": coherence.to_json() if coherence else None,
+            "surprise": json_of(self.surprise(name)),
+            "coherence": json_of(self.coherence(name)),
         }
 
     def _samples(self) -> Iterator[dict[str, Any]]:

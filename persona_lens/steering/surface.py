@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import floor, log10
 from typing import Any
 
 from persona_lens.core.statistics import Estimate
-from persona_lens.steering.analysis import COHERENCE_MARGIN, MIN_COHERENCE
-from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect, unsteered_mean
+from persona_lens.runs.answers import json_of
+from persona_lens.steering.comparison import (
+    COHERENCE_MARGIN,
+    MIN_COHERENCE,
+    ArmEffect,
+    ArmRow,
+    arm_effect,
+    unsteered_means,
+)
 from persona_lens.steering.steering import SteeringError
 
 # Where the paper saw text fall apart: the length of the step over that of the residual.
@@ -50,9 +57,7 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        effect = self.effect.to_json() if self.effect else None
-        place = {"layer": self.place.layer, "coefficient": self.place.coefficient, "push": self.place.push}
-        return {**place, "coherent": self.coherent, "surely": self.surely, "effect": effect}
+        return {**asdict(self.place), "coherent": self.coherent, "surely": self.surely, "effect": json_of(self.effect)}
 
 
 def places(
@@ -92,7 +97,7 @@ def surface(rows: Sequence[ArmRow], arms: dict[str, Place], margin: float = COHE
         arms: Where each arm steers, by its name.
         margin: Nats a token by which text may surprise the unsteered model more than its own does.
     """
-    plain = unsteered_mean(rows, "surprise")
+    plain = unsteered_means(rows)["surprise"]
     points = []
     for arm, place in arms.items():
         effect = arm_effect(rows, arm)

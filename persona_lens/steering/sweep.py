@@ -1,29 +1,48 @@
-"""Steered responses over layers and coefficients, with their scores (method, section 4)."""
+"""Steered responses over layers and coefficients, with their scores (method, section 4), and what a sweep shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from math import isfinite
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any, Literal, get_args
+from statistics import fmean
+from typing import Any
 
 from persona_lens.backend import Backend, Edit, Positions
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.cost import Work, run_work
-from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, Judgement, LikelihoodJudge, judge_rollouts, prepare_judge
+from persona_lens.core.statistics import CHANGES, Estimate
+from persona_lens.extraction.experiment import (
+    Experiment,
+    QuestionSet,
+    Subject,
+    Variant,
+    questions_of,
+    requests_of,
+    run_folder,
+)
+from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
-from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
-from persona_lens.steering.steering import SteeringError, rowwise
+from persona_lens.runs.answers import Answer, by_question, json_of, mean_of
+from persona_lens.runs.cost import Work
+from persona_lens.runs.rollouts import Request, RolloutSettings
+from persona_lens.steering.comparison import (
+    COHERENCE_MARGIN,
+    MIN_COHERENCE,
+    NONE,
+    QUANTITIES,
+    RANDOM,
+    VECTOR,
+    Change,
+    RowEdits,
+    beside_null,
+    check_asked,
+    edits_by_row,
+    minus,
+)
+from persona_lens.steering.steering import SteeringError
 from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
-
-VECTOR, RANDOM, NONE = "vector", "random", "none"
-QuestionSet = Literal["evaluation", "extraction"]
 
 
 @dataclass(frozen=True)
@@ -60,38 +79,22 @@ class SweepSettings:
             raise SteeringError(f"layers must be given, each once: got {list(self.layers)}")
         if not any(self.coefficients) or not all(map(isfinite, self.coefficients)):
             raise SteeringError(f"give finite coefficients, at least one of them not 0: got {list(self.coefficients)}")
-        if self.question_set not in get_args(QuestionSet):
-            raise SteeringError(f"question_set is {' or '.join(get_args(QuestionSet))}, got {self.question_set!r}")
-        if self.samples < 1 or self.questions < 1 or self.random_directions < 0:
-            raise SteeringError("samples and questions must be at least 1, random_directions at least 0")
+        check_asked(self.question_set, self.random_directions, samples=self.samples, questions=self.questions)
 
 
 @dataclass(frozen=True)
-class SweepRow:
+class SweepRow(Answer):
     """One steered response and its judgement.
 
     Attributes:
         direction: ``vector``, ``random``, or ``none`` for the unsteered responses.
         layer: Layer steered; None for the unsteered.
         coefficient: Multiple of the raw vector; 0 for the unsteered.
-        question: Number of the question.
-        sample: Number of the sample.
-        score: Trait score, 0 to 100; None if the response is empty.
-        surprise: -log p of the response under the unsteered model, nats a token; None if the response is empty, or from
-            a judge that does not compute it.
-        text: The response.
-        coherence: 0 to 100; None from a judge that does not ask.
     """
 
     direction: str
     layer: int | None
     coefficient: float
-    question: int
-    sample: int
-    score: float | None
-    surprise: float | None
-    text: str
-    coherence: float | None = None
 
 
 def sweep(
@@ -128,31 +131,14 @@ def sweep(
         SteeringError: If the trait has too few questions.
         VectorsError: If the vectors belong to another model, or carry no calibration.
     """
-    if not allow_other_model:
-        vectors.check_model(backend)
-    trait = vectors.trait_for(trait)
-    chat = chat or chat_format(backend)
-    judge = judge or LikelihoodJudge(backend, chat, trait, vectors.calibration)
-    requests = plan_sweep(trait, settings)
+    subject = Subject.of(backend, vectors, trait, judge, chat, allow_other_model=allow_other_model)
+    experiment = _experiment(subject, settings, f"{name}-")
     for layer in settings.layers:  # what cannot be run must not claim the folder
         vectors.vector(layer, settings.reduction)
-    config = sweep_config(backend, vectors, trait, settings, chat, judge)
-    with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        collected = Rollouts(
-            backend,
-            chat,
-            requests,
-            settings.rollouts,
-            folder=run,
-            edits_for=edits_of(vectors, settings),
-            prefix=f"{name}-",
-        )
-        prepare_judge(judge, run, f"{name}-", collected)
-        rollouts = collected.run(progress)
-        judged = judge_rollouts(judge, rollouts, chat, run, prefix=f"{name}-", progress=progress)
-        rows = [_row(rollout, judgement) for rollout, judgement in zip(rollouts, judged, strict=True)]
+    with run_folder(folder, subject.config("sweep", settings)) as run:
+        rows = experiment.run(run, progress).rows(SweepRow)
         if run is not None:
-            run.write_rows(f"{name}-scores.jsonl", map(asdict, rows))
+            run.write_rows(f"{name}-scores.jsonl", map(Answer.to_row, rows))
     return rows
 
 
@@ -165,23 +151,12 @@ def sweep_work(
     judge: Judge | None = None,
 ) -> tuple[Work, ...]:
     """What `sweep` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    trait = trait or vectors.trait_definition
-    requests = plan_sweep(trait, settings)
-    collected = Rollouts(backend, chat, requests, settings.rollouts, edits_for=edits_of(vectors, settings))
-    return run_work(collected, judge or LikelihoodJudge(backend, chat, trait))
+    return _experiment(Subject.planned(backend, vectors, chat, judge, trait), settings).work()
 
 
-def sweep_config(
-    backend: Backend, vectors: PersonaVectors, trait: Trait, settings: SweepSettings, chat: ChatFormat, judge: Judge
-) -> dict[str, Any]:
-    """Everything that determines a sweep's result, as JSON values."""
-    return {
-        "kind": "sweep",
-        "settings": asdict(settings),
-        "vectors": vectors.content_hash,
-        "judge": judge.describe(),
-        **subject_config(backend, trait, chat),
-    }
+def _experiment(subject: Subject, settings: SweepSettings, prefix: str = "") -> Experiment:
+    requests = plan_sweep(subject.trait, settings)
+    return subject.experiment(requests, settings.rollouts, prefix, edits_of(subject.vectors, settings))
 
 
 def plan_sweep(trait: Trait, settings: SweepSettings) -> list[Request]:
@@ -190,12 +165,6 @@ def plan_sweep(trait: Trait, settings: SweepSettings) -> list[Request]:
     Raises:
         SteeringError: If more questions are asked for than the trait has.
     """
-    questions = trait.evaluation_questions if settings.question_set == "evaluation" else trait.extraction_questions
-    if settings.questions > len(questions):
-        raise SteeringError(
-            f"{settings.questions} questions asked for, trait {trait.name} has {len(questions)} "
-            f"for {settings.question_set}"
-        )
     directions = [VECTOR, RANDOM] if settings.random_directions else [VECTOR]
     steered: list[tuple[str, int | None, float]] = [
         (direction, layer, coefficient)
@@ -203,52 +172,147 @@ def plan_sweep(trait: Trait, settings: SweepSettings) -> list[Request]:
         for direction in directions
         for coefficient in sorted(set(settings.coefficients) - {0.0})
     ]
-    return [
-        Request(
-            system=None,
-            question=questions[number],
-            seed=row_seed(settings.seed, "sweep", settings.question_set, number, sample),
-            labels={
-                "direction": direction,
-                "layer": layer,
-                "coefficient": coefficient,
-                "question_number": number,
-                "sample": sample,
-            },
-        )
-        for number in range(settings.questions)
-        for sample in range(settings.samples)
+    variants = [
+        Variant({"direction": direction, "layer": layer, "coefficient": coefficient})
         for direction, layer, coefficient in [(NONE, None, 0.0), *steered]
     ]
+    questions = questions_of(trait, settings.questions, settings.question_set, SteeringError)
+    return requests_of(questions, variants, settings.samples, settings.seed, "sweep", settings.question_set)
 
 
-def edits_of(vectors: PersonaVectors, settings: SweepSettings) -> Callable[[Sequence[Request]], list[Edit]]:
+def edits_of(vectors: PersonaVectors, settings: SweepSettings) -> RowEdits:
     """The edits of a batch: one for each layer and direction in it, its coefficient 0 in the rows of the others."""
-    nulls = [vectors.random_like(settings.seed + i) for i in range(settings.random_directions)]
+    seeds = range(settings.seed, settings.seed + settings.random_directions)
+    nulls = {seed: vectors.random_like(seed) for seed in seeds}
 
-    def edit_of(request: Request) -> tuple[Edit, ...]:
-        labels = request.labels
-        if labels["direction"] == NONE:
-            return ()
-        source = vectors if labels["direction"] == VECTOR else nulls[labels["question_number"] % len(nulls)]
-        edit = source.edit(
-            labels["layer"], labels["coefficient"], positions=settings.positions, reduction=settings.reduction
-        )
-        return (edit,)
+    def edits(labels: Mapping[str, Any], null: int | None) -> tuple[Edit, ...]:
+        source = vectors if null is None else nulls[null]
+        at, reduction = settings.positions, settings.reduction
+        return (source.edit(labels["layer"], labels["coefficient"], positions=at, reduction=reduction),)
 
-    return lambda requests: rowwise(map(edit_of, requests))
+    return edits_by_row(edits, settings.random_directions, settings.seed)
 
 
-def _row(rollout: Rollout, judgement: Judgement) -> SweepRow:
-    labels = rollout.request.labels
-    return SweepRow(
-        direction=labels["direction"],
-        layer=labels["layer"],
-        coefficient=labels["coefficient"],
-        question=labels["question_number"],
-        sample=labels["sample"],
-        score=judgement.trait.value,
-        surprise=judgement.surprise,
-        text=rollout.response,
-        coherence=judgement.coherence.value if judgement.coherence else None,
-    )
+@dataclass(frozen=True)
+class CurvePoint:
+    """Mean score at one coefficient, with its interval over questions.
+
+    Attributes:
+        coefficient: Multiple of the raw vector.
+        score: Trait score, 0 to 100.
+        surprise: -log p under the unsteered model, nats a token; None where the judge did not compute it.
+        coherence: 0 to 100; None where the judge did not ask.
+    """
+
+    coefficient: float
+    score: Estimate
+    surprise: Estimate | None
+    coherence: Estimate | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return {"coefficient": self.coefficient, **{name: json_of(getattr(self, name)) for name in QUANTITIES}}
+
+
+@dataclass(frozen=True)
+class Effect(Change):
+    """Score at the largest coefficient minus score at the smallest, question by question.
+
+    Attributes:
+        layer: Layer steered.
+        low: Smallest coefficient.
+        high: Largest coefficient.
+    """
+
+    layer: int
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name."""
+        return {"layer": self.layer, "low": self.low, "high": self.high, **super().to_json()}
+
+
+def curve(rows: Sequence[SweepRow], layer: int, direction: str = VECTOR) -> list[CurvePoint]:
+    """Mean score, surprise and coherence at each coefficient, 0 included.
+
+    Raises:
+        SteeringError: If there is no scored response at some coefficient, or none at that layer.
+    """
+    steered = [r for r in rows if r.layer == layer and r.direction == direction]
+    if not steered:
+        raise SteeringError(f"no response was steered along the {direction} at layer {layer}{_steered_layers(rows)}")
+    chosen = [r for r in rows if r.direction == NONE] + steered
+    points = []
+    for coefficient in sorted({row.coefficient for row in chosen}):
+        at = [row for row in chosen if row.coefficient == coefficient]
+        score, surprise, coherence = (mean_of(at, quantity) for quantity in QUANTITIES)
+        if score is None:
+            raise SteeringError(f"no response at layer {layer}, coefficient {coefficient:g} has a score")
+        points.append(CurvePoint(coefficient, score, surprise, coherence))
+    return points
+
+
+def effect(rows: Sequence[SweepRow], layer: int) -> Effect:
+    """The effect of steering at a layer, beside that of random directions.
+
+    Raises:
+        SteeringError: If no question has a scored response at both ends.
+    """
+    coefficients = sorted({r.coefficient for r in rows if r.layer == layer} | {0.0})
+    if len(coefficients) == 1:
+        raise SteeringError(f"no response was steered at layer {layer}{_steered_layers(rows)}")
+    low, high = coefficients[0], coefficients[-1]
+
+    def moved(direction: str) -> dict[int, float]:
+        at = {low: [], high: [], 0.0: [row for row in rows if row.direction == NONE]}
+        for row in rows:
+            if (row.layer, row.direction) == (layer, direction) and row.coefficient in (low, high):
+                at[row.coefficient].append(row)
+        return minus(by_question(at[high], "score"), by_question(at[low], "score"))
+
+    found = beside_null(moved(VECTOR), moved(RANDOM), CHANGES)
+    if found is None:
+        raise SteeringError(f"no question has a response at both ends of the sweep at layer {layer}")
+    return Effect(found.vector, found.random, found.difference, layer, low, high)
+
+
+def choose_layer(rows: Sequence[SweepRow], margin: float = COHERENCE_MARGIN) -> int:
+    """The layer with the strongest effect whose text stays coherent at both ends (method, section 4).
+
+    Coherent: at either end the mean surprise exceeds that of unsteered text by at most ``margin`` nats a token; or,
+    where the judge gave coherence instead, its mean is at least `MIN_COHERENCE`. Where no layer is, the most coherent
+    is taken.
+
+    Raises:
+        SteeringError: If every unsteered response is empty.
+    """
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    unsteered = [row for row in rows if row.direction == NONE]
+    own = by_question(unsteered, "surprise")
+    if not own and not by_question(unsteered, "coherence"):
+        raise SteeringError("every unsteered response is empty; there is nothing to compare steered text with")
+    most = margin + fmean(own.values()) if own else -MIN_COHERENCE
+
+    def incoherence(layer: int) -> float:
+        try:
+            points = curve(rows, layer)
+        except SteeringError:  # nothing but empty responses is not coherent text
+            return inf
+        return max(map(_incoherence, (points[0], points[-1])))
+
+    coherent = [layer for layer in layers if incoherence(layer) <= most]
+    if not coherent:
+        return min(layers, key=incoherence)
+    return max(coherent, key=lambda layer: effect(rows, layer).vector.mean)
+
+
+def _incoherence(point: CurvePoint) -> float:
+    if point.surprise is not None:
+        return point.surprise.mean
+    return -point.coherence.mean if point.coherence is not None else inf
+
+
+def _steered_layers(rows: Sequence[SweepRow]) -> str:
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    return f"; the sweep has layers {', '.join(map(str, layers)) or 'none'}"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,22 @@ from torch import Tensor
 from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import Estimate
-from persona_lens.extraction.cost import Work, run_work
-from persona_lens.extraction.run import subject_config
-from persona_lens.judging import Judge, LikelihoodJudge, as_used, prepare_judge
+from persona_lens.extraction.experiment import Subject, run_folder
+from persona_lens.judging import Judge, prepare_judge
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunFolder
+from persona_lens.runs.answers import Answer, json_of
+from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.steering.analysis import COHERENCE_MARGIN, MIN_COHERENCE
 from persona_lens.steering.comparison import (
-    UNSTEERED,
+    COHERENCE_MARGIN,
+    MIN_COHERENCE,
+    NONE,
     ArmEffect,
     ArmRow,
     ArmSettings,
-    arm_effect,
-    collect_arms,
-    run_arms,
-    unsteered_mean,
+    arms_experiment,
+    unsteered_means,
 )
 from persona_lens.steering.notation import Layers, Term
 from persona_lens.steering.steering import Steering, SteeringError
@@ -48,12 +45,11 @@ from persona_lens.steering.surface import (
     warnings_about,
     warnings_confirmed,
 )
-from persona_lens.steering.sweep import NONE
 from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned
 
 SHOWN_SAMPLES = 6
-SEARCH = "search-"  # begins the names of its files
+SEARCH, CONFIRM = "search-", "confirm-"  # begin the names of their files
 Capability = Callable[[Steering | None], Estimate]
 
 
@@ -166,46 +162,50 @@ def tune(
 
     Raises:
         SteeringError: If text falls apart everywhere, or the judge cannot tell; or settings do not fit the trait.
-        VectorsError: If the vectors belong to another model.
+        VectorsError: If the vectors belong to another model, or carry no calibration.
     """
-    vectors.check_model(backend, allowable=False)
-    settings = settings or TuneSettings()
-    trait = vectors.trait_for(trait)
-    chat = chat or chat_format(backend)
-    judge = judge or LikelihoodJudge(backend, chat, trait, vectors.calibration)
-    settings = replace(settings, layers=settings.layers or shown_layers(backend.info.n_layers))
-    search, _ = _split(trait, settings)
+    subject, settings = Subject.of(backend, vectors, trait, judge, chat), _placed(settings or TuneSettings(), backend)
+    search, confirm = _split(subject.trait, settings)
     vectors.vector(max(settings.layers or ()), settings.reduction)  # what cannot be run must not claim the folder
-    described = {"vectors": vectors.content_hash, "judge": judge.describe(), **subject_config(backend, trait, chat)}
-    config = {"kind": "tune", "settings": asdict(settings), **described}
-    with RunFolder(folder, config) if folder is not None else nullcontext() as run:
-        methods: set[str] = set()
-        ask = partial(
-            run_arms, backend, trait=trait, judge=judge, chat=chat, folder=run, methods=methods, progress=progress
-        )
-        prepare_judge(judge, run, SEARCH)
-        norms = _residual_norms(backend, trait, search, chat, run, progress)
-        found, *rows = _searched(vectors, trait, settings, norms, ask, {"command": command, **described}, capability)
-        found = replace(found, summary={**found.summary, "judge": as_used(judge.describe(), methods)})
+    with run_folder(folder, subject.config("tune", settings)) as run:
+        norms = _residual_norms(subject, search, run, progress)
+        tried = _tried(vectors, settings, norms)
+        arms = _arms(vectors, tried, settings)
+        searched = arms_experiment(subject, arms, search, SEARCH).run(run, progress)
+        points = surface(searched.rows(ArmRow), dict(zip(arms, tried, strict=True)), settings.margin)
+        chosen = choose_point(points, settings.towards.sign)
+        on_layer = [place for place in tried if place.layer == chosen.place.layer]
+        along = _arms(vectors, on_layer, settings)
+        asked = arms_experiment(subject, along, confirm, CONFIRM).run(run, progress)
+        curve = surface(asked.rows(ArmRow), dict(zip(along, on_layer, strict=True)), settings.margin)
+        found = _Found(subject, settings, norms, searched.rows(ArmRow), points, chosen, asked.rows(ArmRow), curve)
+        summary = {"command": command, **found.summary(), "judge": subject.judge_used(searched, asked)}
+        if capability is not None:
+            summary["capability"] = _trade_off(found, along, capability)
+        tuning = Tuning(found.vectors(summary), found.steering, tuple(points), chosen, found.at_chosen.effect, summary)
         if run is not None:
-            _keep(run, found, *rows)
-    return found
+            run.write_rows("search-scores.jsonl", map(Answer.to_row, found.rows))
+            run.write_rows("confirm-scores.jsonl", map(Answer.to_row, found.confirmed))
+            run.write_bytes("vectors.safetensors", tuning.vectors.to_bytes())
+            run.write_json("summary.json", summary, free=("command",))
+    return tuning
 
 
 def tune_work(
     backend: Backend, vectors: PersonaVectors, settings: TuneSettings, chat: ChatFormat, judge: Judge | None = None
 ) -> tuple[Work, ...]:
     """What `tune` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    trait = vectors.trait_definition
-    judge = judge or LikelihoodJudge(backend, chat, trait)
-    settings = replace(settings, layers=settings.layers or shown_layers(backend.info.n_layers))
-    search, confirm = _split(trait, settings)
+    subject, settings = Subject.planned(backend, vectors, chat, judge), _placed(settings, backend)
+    search, confirm = _split(subject.trait, settings)
     found: list[Work] = []
     for asked, layers in ((search, settings.layers or ()), (confirm, (settings.layers or ())[:1])):
         tried = [Place(layer, 1.0 + number, push) for layer in layers for number, push in enumerate(settings.pushes)]
-        arms = {str(steering): steering for place in tried for steering in [_at(vectors, place, settings)]}
-        found += run_work(collect_arms(backend, arms, trait, asked, chat), judge)
+        found += arms_experiment(subject, _arms(vectors, tried, settings), asked).work()
     return tuple(found)
+
+
+def _placed(settings: TuneSettings, backend: Backend) -> TuneSettings:
+    return replace(settings, layers=settings.layers or shown_layers(backend.info.n_layers))
 
 
 def _split(trait: Trait, settings: TuneSettings) -> tuple[ArmSettings, ArmSettings]:
@@ -227,6 +227,16 @@ def _split(trait: Trait, settings: TuneSettings) -> tuple[ArmSettings, ArmSettin
     return search, replace(search, questions=others, samples=settings.confirm_samples)
 
 
+def _tried(vectors: PersonaVectors, settings: TuneSettings, norms: Float[Tensor, " layers"]) -> list[Place]:
+    lengths = vectors.norms(settings.reduction).tolist()
+    return places(settings.layers or (), settings.pushes, settings.towards.sign, lengths, norms.tolist())
+
+
+def _arms(vectors: PersonaVectors, tried: Sequence[Place], settings: TuneSettings) -> dict[str, Steering]:
+    """Steerings by name, in the order of the places."""
+    return {str(steering): steering for steering in (_at(vectors, place, settings) for place in tried)}
+
+
 def _at(vectors: PersonaVectors, place: Place, settings: TuneSettings) -> Steering:
     term = Term(
         vectors.trait,
@@ -239,47 +249,12 @@ def _at(vectors: PersonaVectors, place: Place, settings: TuneSettings) -> Steeri
     return Steering((term,), {vectors.trait: vectors})
 
 
-def _searched(
-    vectors: PersonaVectors,
-    trait: Trait,
-    settings: TuneSettings,
-    norms: Float[Tensor, " layers"],
-    ask: Callable[..., list[ArmRow]],
-    described: Mapping[str, Any],
-    capability: Capability | None,
-) -> tuple[Tuning, list[ArmRow], list[ArmRow]]:
-    """What was found, with the responses of the search and of the confirmation."""
-    search, confirm = _split(trait, settings)
-    lengths = vectors.norms(settings.reduction).tolist()
-    tried = places(settings.layers or (), settings.pushes, settings.towards.sign, lengths, norms.tolist())
-    arms = {place: _at(vectors, place, settings) for place in tried}
-    rows = ask({str(each): each for each in arms.values()}, settings=search, prefix=SEARCH)
-    points = surface(rows, {str(each): place for place, each in arms.items()}, settings.margin)
-    chosen = choose_point(points, settings.towards.sign)
-    along = {str(each): each for place, each in arms.items() if place.layer == chosen.place.layer}
-    confirmed = ask(along, settings=confirm, prefix="confirm-")
-    summary = {**described, **_summary(vectors, trait, settings, norms, points, chosen, rows, confirmed)}
-    if capability is not None:
-        summary["capability"] = _trade_off(confirmed, along, capability)
-    effect = arm_effect(confirmed, str(arms[chosen.place]))
-    tuned = Tuned(chosen.place.layer, chosen.place.coefficient, settings.reduction)
-    stored = {name: summary[name] for name in ("towards", "search_questions", "confirm_questions", "confirmed")}
-    kept = vectors.with_tuned(tuned, {**stored, "push": chosen.place.push, "warnings": summary["warnings"]})
-    return Tuning(kept, arms[chosen.place], tuple(points), chosen, effect, summary), rows, confirmed
-
-
 def _residual_norms(
-    backend: Backend,
-    trait: Trait,
-    settings: ArmSettings,
-    chat: ChatFormat,
-    run: RunFolder | None,
-    progress: Progress,
+    subject: Subject, settings: ArmSettings, run: RunFolder | None, progress: Progress
 ) -> Float[Tensor, " layers"]:
     """Mean length of the residual over the tokens of unsteered responses, sinks left out, at every layer."""
-    collected = collect_arms(
-        backend, {}, trait, settings, chat, folder=run, prefix="norms-", reads=[Read(ReadKind.RESPONSE_NORM)]
-    )
+    prepare_judge(subject.judge, run, SEARCH)  # before anything is generated for it
+    collected = arms_experiment(subject, {}, settings, "norms-", [Read(ReadKind.RESPONSE_NORM)]).rollouts(run)
     collected.run(progress)
     norms = torch.cat([tensors["response_norm"] for _, tensors in collected.reductions()])
     mean: Tensor = norms.nanmean(dim=0)
@@ -288,68 +263,89 @@ def _residual_norms(
     return mean
 
 
-def _summary(
-    vectors: PersonaVectors,
-    trait: Trait,
-    settings: TuneSettings,
-    norms: Tensor,
-    points: Sequence[Point],
-    chosen: Point,
-    rows: Sequence[ArmRow],
-    confirmed: Sequence[ArmRow],
-) -> dict[str, Any]:
-    steering = _at(vectors, chosen.place, settings)
-    effect = arm_effect(confirmed, str(steering))
-    along = [point.place for point in points if point.place.layer == chosen.place.layer]
-    arms = {str(_at(vectors, place, settings)): place for place in along}
-    curve = surface(confirmed, arms, settings.margin)
-    return {
-        "trait": trait.name,
-        "description": trait.description,
-        "trait_hash": trait.content_hash(),
-        "towards": str(settings.towards),
-        "settings": json.loads(json.dumps(asdict(settings))),
-        "search_questions": settings.search_questions,
-        "confirm_questions": len(trait.evaluation_questions) - settings.search_questions,
-        "residual_norms": norms.tolist(),
-        "vector_norms": vectors.norms(settings.reduction).tolist(),
-        "measured": "surprise" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
-        "unsteered": {
-            "search": _unsteered(rows, settings.margin),
-            "confirm": _unsteered(confirmed, settings.margin),
-        },
-        "surface": [point.to_json() for point in points],
-        "chosen": {"steering": str(steering), **chosen.to_json()},
-        "confirmed": effect.to_json() if effect else None,
-        "curve": [point.to_json() for point in curve],
-        "warnings": [
-            *warnings_about(points, chosen, settings.towards.sign),
-            *warnings_confirmed(next(point for point in curve if point.place == chosen.place)),
-        ],
-        "samples": _samples(confirmed, trait, str(steering)),
-    }
+@dataclass(frozen=True)
+class _Found:
+    """What the search and the confirmation came to."""
+
+    subject: Subject
+    settings: TuneSettings
+    norms: Float[Tensor, " layers"]
+    rows: Sequence[ArmRow]
+    points: Sequence[Point]
+    chosen: Point
+    confirmed: Sequence[ArmRow]
+    curve: Sequence[Point]
+
+    @property
+    def steering(self) -> Steering:
+        """The choice."""
+        return _at(self.subject.vectors, self.chosen.place, self.settings)
+
+    @property
+    def at_chosen(self) -> Point:
+        """What the choice did on the questions that confirm it."""
+        return next(point for point in self.curve if point.place == self.chosen.place)
+
+    def vectors(self, summary: Mapping[str, Any]) -> PersonaVectors:
+        """The vectors with the choice in their provenance."""
+        place = self.chosen.place
+        kept = ("towards", "search_questions", "confirm_questions", "confirmed", "warnings")
+        stored = {"push": place.push, **{name: summary[name] for name in kept}}
+        return self.subject.vectors.with_tuned(Tuned(place.layer, place.coefficient, self.settings.reduction), stored)
+
+    def summary(self) -> dict[str, Any]:
+        """Every figure."""
+        trait, settings, chosen = self.subject.trait, self.settings, self.chosen
+        return {
+            **self.subject.describe(),
+            "trait": trait.name,
+            "description": trait.description,
+            "trait_hash": trait.content_hash(),
+            "towards": str(settings.towards),
+            "settings": json.loads(json.dumps(asdict(settings))),
+            "search_questions": settings.search_questions,
+            "confirm_questions": len(trait.evaluation_questions) - settings.search_questions,
+            "residual_norms": self.norms.tolist(),
+            "vector_norms": self.subject.vectors.norms(settings.reduction).tolist(),
+            "measured": "surprise" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
+            "unsteered": {
+                "search": _unsteered(self.rows, settings.margin),
+                "confirm": _unsteered(self.confirmed, settings.margin),
+            },
+            "surface": [point.to_json() for point in self.points],
+            "chosen": {"steering": str(self.steering), **chosen.to_json()},
+            "confirmed": json_of(self.at_chosen.effect),
+            "curve": [point.to_json() for point in self.curve],
+            "warnings": [
+                *warnings_about(self.points, chosen, settings.towards.sign),
+                *warnings_confirmed(self.at_chosen),
+            ],
+            "samples": _samples(self.confirmed, trait, str(self.steering)),
+        }
 
 
-def _trade_off(rows: Sequence[ArmRow], along: Mapping[str, Steering], capability: Capability) -> list[dict[str, Any]]:
+def _trade_off(found: _Found, along: Mapping[str, Steering], capability: Capability) -> list[dict[str, Any]]:
     """Trait score and capability, unsteered and at every strength of a layer."""
-    found = []
-    for name, steering in {UNSTEERED: None, **along}.items():
-        effect = arm_effect(rows, name) if steering is not None else None
-        score = unsteered_mean(rows, "score") if steering is None else effect.score if effect else None
-        if score is not None:
-            accuracy = capability(steering).to_json()
-            coefficient = steering.terms[0].amount if steering is not None else 0.0
-            found.append({"coefficient": coefficient, "accuracy": accuracy, "score": score.to_json()})
-    return found
+    scored: list[tuple[float, Steering | None, Estimate | None]] = [
+        (0.0, None, unsteered_means(found.confirmed)["score"]),
+        *(
+            (point.place.coefficient, steering, point.effect.score if point.effect else None)
+            for point, steering in zip(found.curve, along.values(), strict=True)
+        ),
+    ]
+    return [
+        {"coefficient": coefficient, "accuracy": capability(steering).to_json(), "score": score.to_json()}
+        for coefficient, steering, score in scored
+        if score is not None
+    ]
 
 
 def _unsteered(rows: Sequence[ArmRow], margin: float) -> dict[str, Any]:
     """Means of the unsteered responses, and the surprise, or else the coherence, at which text stops to be coherent."""
-    means = {quantity: unsteered_mean(rows, quantity) for quantity in ("score", "surprise", "coherence")}
+    means = unsteered_means(rows)
     surprise = means["surprise"]
-    found: dict[str, Any] = {quantity: mean.to_json() if mean else None for quantity, mean in means.items()}
     limit = MIN_COHERENCE if means["coherence"] else surprise.mean + margin if surprise else None
-    return {**found, "limit": limit}
+    return {**{quantity: json_of(mean) for quantity, mean in means.items()}, "limit": limit}
 
 
 def _samples(rows: Sequence[ArmRow], trait: Trait, arm: str) -> list[dict[str, Any]]:
@@ -366,10 +362,3 @@ def _samples(rows: Sequence[ArmRow], trait: Trait, arm: str) -> list[dict[str, A
         }
         for number in shown
     ]
-
-
-def _keep(run: RunFolder, found: Tuning, rows: Sequence[ArmRow], confirmed: Sequence[ArmRow]) -> None:
-    run.write_rows("search-scores.jsonl", map(asdict, rows))
-    run.write_rows("confirm-scores.jsonl", map(asdict, confirmed))
-    run.write_bytes("vectors.safetensors", found.vectors.to_bytes())
-    run.write_json("summary.json", found.summary, free=("command",))

@@ -100,7 +100,7 @@ def test_towards_less_the_same_feature_is_clear_the_other_way(backend: PlantedBa
 
 
 def row(arm: str, question: int, score: float | None) -> ArmRow:
-    return ArmRow(arm, "none" if arm == "unsteered" else "vector", question, 0, score, None, None, "text")
+    return ArmRow(question, 0, score, None, None, "text", arm, "none" if arm == "unsteered" else "vector")
 
 
 def rows_of(**scores: float | None) -> list[ArmRow]:

@@ -29,7 +29,7 @@ from persona_lens.monitoring.study import StudySettings, study
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep
-from persona_lens.steering.comparing import compare_steerings
+from persona_lens.steering.comparison import compare_steerings
 from persona_lens.steering.crossing import CrossSettings, cross_effects
 from persona_lens.steering.tuning import TuneSettings, tune
 from persona_lens.traits import load_trait

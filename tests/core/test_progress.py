@@ -61,10 +61,12 @@ def verbs() -> dict[str, Any]:
     from persona_lens.monitoring import study
     from persona_lens.reports.demo import run_demo
     from persona_lens.screening import screen
-    from persona_lens.steering import cross_effects, run_arms, tune
+    from persona_lens.steering import compare_steerings, cross_effects, tune
 
     every = (evaluate_capability, run_demo, run_extraction, dissect, finetune, measure_shifts, finetune_study, study)
-    return {verb.__name__: verb for verb in (*every, screen, cross_effects, run_arms, tune, pl.sweep, pl.extract)}
+    return {
+        verb.__name__: verb for verb in (*every, screen, cross_effects, compare_steerings, tune, pl.sweep, pl.extract)
+    }
 
 
 def test_every_verb_shows_itself_by_default() -> None:

@@ -257,5 +257,5 @@ def test_reading_a_table_loads_nothing_heavy(tmp_path: Path) -> None:
 
 def test_rows_of_a_sweep_are_what_is_read_here() -> None:
     """The fields that `read_scored` relies on."""
-    row = asdict(SweepRow("none", None, 0.0, 0, 0, None, None, ""))
+    row = asdict(SweepRow(0, 0, None, None, None, "", "none", None, 0.0))
     assert {"direction", "layer", "coefficient", "question", "sample", "score", "text"} <= set(row)

@@ -22,7 +22,7 @@ from persona_lens.monitoring.study import StudySettings, study
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import Flagging, screen
 from persona_lens.steering import ArmSettings, CrossSettings, Steering, cross_effects
-from persona_lens.steering.comparing import compare_steerings
+from persona_lens.steering.comparison import compare_steerings
 from persona_lens.steering.tuning import TuneSettings, tune
 from tests.analysis.dictionaries import dictionary
 from tests.campaign.targets import SMALL, TRAIT, Normed, planted, tiny_vectors, vectors

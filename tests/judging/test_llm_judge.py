@@ -18,7 +18,7 @@ from persona_lens.monitoring import study
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SweepSettings, choose_layer, cross_effects, curve, sweep, tune
-from persona_lens.steering.comparing import compare_steerings
+from persona_lens.steering.comparison import compare_steerings
 from persona_lens.traits import load_trait
 from tests.models.server.loopback import Loopback, completion, serving
 from tests.planted import PlantedBackend

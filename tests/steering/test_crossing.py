@@ -284,7 +284,7 @@ def test_a_question_that_any_trait_was_extracted_with_is_left_out(planted: Plant
 
 def test_empty_responses_count_for_nothing(planted: PlantedPair) -> None:
     traits = pair(planted)
-    seeds = {r.seed for r in Crossing(planted, arms(traits), traits, SETTINGS, judges()).collected(None).requests[:1]}
+    seeds = {r.seed for r in Crossing(planted, arms(traits), traits, SETTINGS, judges()).requests[:1]}
     planted.silent = seeds.__contains__
     found = cross_effects(planted, arms(traits), traits, SETTINGS, judges=judges())
     silent = [row for row in found.rows if not row.text]

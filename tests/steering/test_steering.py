@@ -314,7 +314,7 @@ def row(
     surprise: float | None = 2.0,
     sample: int = 0,
 ) -> SweepRow:
-    return SweepRow(direction, layer, coefficient, question, sample, score, surprise, "…")
+    return SweepRow(question, sample, score, surprise, None, "…", direction, layer, coefficient)
 
 
 ROWS = [

@@ -20,8 +20,7 @@ from persona_lens.reports import render_tuning
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
-from persona_lens.steering.comparing import compare_steerings
-from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect
+from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect, compare_steerings
 from persona_lens.steering.surface import (
     Place,
     Point,
@@ -252,7 +251,7 @@ def test_the_strongest_coherent_point_is_chosen_and_what_to_know_about_it_is_sai
 
 
 def row(arm: str, direction: str, question: int, score: float | None) -> ArmRow:
-    return ArmRow(arm, direction, question, 0, score, 2.0, None, "text")
+    return ArmRow(question, 0, score, 2.0, None, "text", arm, direction)
 
 
 def test_an_arm_is_compared_question_by_question() -> None:

@@ -1,0 +1,58 @@
+"""`Work`: what a run would ask of a backend, found without asking it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from persona_lens.backend import Backend, Read, TokenBatch
+from persona_lens.backend.protocol import RemoteBackend, Traffic
+from persona_lens.runs.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of work of a run.
+
+    Attributes:
+        label: What it is.
+        calls: Batches that the backend is handed.
+        rows: Texts in them.
+        tokens: Tokens in them at most, prompts and responses, padding left out.
+        traffic: What goes to and from a server, responses taken to be as long as they may be; None for a model that
+            is here.
+        cost: US dollars at most, answers from the cache left out; None where nothing is paid or no price is known.
+    """
+
+    label: str
+    calls: int
+    rows: int
+    tokens: int
+    traffic: Traffic | None = None
+    cost: float | None = None
+
+    @property
+    def requests(self) -> int:
+        """Requests to a server, or batches for a model that is here."""
+        return self.traffic.requests if self.traffic else self.calls
+
+
+def generating_work(rollouts: Rollouts, label: str = "rollouts") -> Work:
+    """What making these rollouts asks; nothing runs."""
+    backend, calls = rollouts.backend, list(rollouts.calls())
+    traffic = None
+    if isinstance(backend, RemoteBackend):
+        traffic = sum((backend.generation_traffic(*call) for call in calls), Traffic())
+    prompts = [prompt for these, *_ in calls for prompt in these]
+    longest = rollouts.settings.max_new_tokens
+    return Work(label, len(calls), len(prompts), sum(map(len, prompts)) + longest * len(prompts), traffic)
+
+
+def reading_work(
+    label: str, backend: Backend, passes: Iterable[TokenBatch], reads: Sequence[Read] = (), *, logprobs: bool = False
+) -> Work:
+    """What these passes ask, reads and log-probabilities included; nothing runs."""
+    passes, traffic = list(passes), None
+    if isinstance(backend, RemoteBackend):
+        traffic = sum((backend.forward_traffic(each, (), reads, logprobs=logprobs) for each in passes), Traffic())
+    return Work(label, len(passes), sum(map(len, passes)), sum(sum(each.lengths) for each in passes), traffic)
