@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from transformers import GenerationConfig
 
-from persona_lens.backend import ModelInfo, intervention, residual, sampling, writing
+from persona_lens.backend import ModelInfo, Operation, intervention, residual, sampling, writing
 from persona_lens.models import ModelSource
 from persona_lens_nnsight.library import nnsight
 
@@ -46,7 +47,7 @@ LEFT_ALONE = {"bos_token_id", "decoder_start_token_id", "max_length", "transform
 
 def register_travelling() -> None:
     """Let what traces use go to servers that do not have this package; doing it again changes nothing."""
-    for module in TRAVELLING:
+    for module in (*TRAVELLING, *dict.fromkeys(sys.modules[each.moves.__module__] for each in Operation)):
         nnsight.register(module)
 
 

@@ -7,36 +7,86 @@ model. `residual` does the writing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from math import isfinite
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from persona_lens.backend import residual
 from persona_lens.backend.masks import Condition, Positions, Schedule, Span
 from persona_lens.backend.residual import changed, prepared
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.plugins import Registry
 
 
 class EditError(PersonaLensError):
     """An edit that cannot mean anything, or that does not fit the model or the batch."""
 
 
-class Operation(StrEnum):
-    """What an edit does to a residual h, given its direction v (unit v̂), at coefficient 1."""
-
-    ADD = "add"  # h + v, with v raw: its norm matters; relative: h + |h| v̂
-    ABLATE = "ablate"  # h - (h . v̂) v̂
-    CAP = "cap"  # h - max(h . v̂ - threshold, 0) v̂
-    FLOOR = "floor"  # h + max(threshold - h . v̂, 0) v̂
-    AFFINE = "affine"  # h - (h . v̂) v̂ + target v̂
+class _Named(type):
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(OPERATIONS.usable().values())
 
 
-LIMITS = (Operation.CAP, Operation.FLOOR)
+class Operation(str, metaclass=_Named):
+    """What an edit does to a residual; a name among others, and all that has to be said of it.
+
+    ``Operation("cap")`` finds one by its name, and iterating over the class goes over all of them, those of other
+    packages included: a package adds one by an entry point in the group ``persona_lens.operations``. Where a model runs
+    on a server, the module of ``moves`` is sent there, so that it may use nothing but torch at run time.
+
+    Attributes:
+        argument: What an edit must give for it: its ``threshold``, its ``target``, or nothing.
+        formula: What becomes of a residual, see `persona_lens.backend.residual.OPERATIONS`.
+        moves: How far each token moves along the unit direction: a differentiable function of the residual [batch,
+            tokens, d_model], the direction [d_model] and the argument, to [batch, tokens].
+
+    Raises:
+        ValueError: If there is none of that name, or what is said of a new one cannot be.
+    """
+
+    ADD: ClassVar[Operation]
+    ABLATE: ClassVar[Operation]
+    CAP: ClassVar[Operation]
+    FLOOR: ClassVar[Operation]
+    AFFINE: ClassVar[Operation]
+
+    argument: str | None
+    formula: str
+    moves: Callable[..., Tensor]
+
+    def __new__(  # noqa: D102 - the class says it
+        cls, name: str, argument: str | None = None, formula: str = "", moves: Callable[..., Tensor] | None = None
+    ) -> Operation:
+        if moves is None:
+            there = OPERATIONS.built_in if name in OPERATIONS.built_in else OPERATIONS.usable()
+            if name not in there:
+                raise ValueError(f"operation is one of {', '.join(there)}; got {name!r}")
+            return there[name]
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or argument not in (None, "threshold", "target"):
+            raise ValueError(f"operation {name!r}: a name is of lower-case letters, an argument threshold or target")
+        made = super().__new__(cls, name)
+        made.argument, made.formula, made.moves = argument, formula, moves
+        return made
+
+    def __reduce__(self) -> tuple[type[Operation], tuple[str]]:
+        return Operation, (str(self),)
+
+
+OPERATIONS: Registry[Operation] = Registry(
+    "persona_lens.operations",
+    Operation,
+    "operation",
+    EditError,
+    {name: Operation(name, *entry) for name, entry in residual.OPERATIONS.items()},
+)
+for _name, _operation in OPERATIONS.built_in.items():
+    setattr(Operation, _name.upper(), _operation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +119,7 @@ class Edit:
 
     layer: int
     direction: Float[Tensor, " d_model"]
-    operation: Operation = Operation.ADD
+    operation: Operation = OPERATIONS.built_in["add"]
     coefficient: float | Float[Tensor, " batch"] = 1.0
     threshold: float | None = None
     target: float | None = None
@@ -167,6 +217,7 @@ class Edit:
             "layer": self.layer,
             "direction": self.direction,
             "operation": str(self.operation),
+            "moves": None if self.operation in residual.OPERATIONS else self.operation.moves,
             "coefficient": self.coefficient if isinstance(self.coefficient, Tensor) else float(self.coefficient),
             "level": self.target if self.threshold is None else self.threshold,
             "relative": self.relative,
@@ -191,7 +242,7 @@ class Edit:
         digest = hashlib.sha256()
         plain = self.plain()
         for name, value in [*plain.items(), *(plain["condition"] or {}).items()]:
-            if name != "condition":
+            if name not in ("condition", "moves"):
                 digest.update(name.encode() + _bytes_of(value))
         return digest.hexdigest()
 
@@ -240,10 +291,8 @@ def _check_parts(edit: Edit) -> None:
 
 
 def _check_strength(edit: Edit) -> None:
-    for name, value, wanted in (
-        ("threshold", edit.threshold, edit.operation in LIMITS),
-        ("target", edit.target, edit.operation is Operation.AFFINE),
-    ):
+    for name, value in (("threshold", edit.threshold), ("target", edit.target)):
+        wanted = name == edit.operation.argument
         if (value is not None) != wanted:
             raise EditError(f"{edit.operation} {'needs a' if wanted else 'takes no'} {name}")
         if value is not None and not isfinite(value):

@@ -8,9 +8,11 @@ from importlib import metadata
 from typing import Any
 
 from persona_lens.backend.protocol import Backend, BackendError, BackendSpec
+from persona_lens.core.plugins import Registry
 
 GROUP = "persona_lens.backends"
 DEFAULT = "transformers"
+BACKENDS: Registry[BackendSpec] = Registry(GROUP, BackendSpec, "backend", BackendError)
 
 
 @dataclass(frozen=True)
@@ -37,28 +39,13 @@ class BackendStatus:
         return self.broken is None and None not in self.versions.values()
 
 
-def backend_specs() -> dict[str, BackendSpec | BackendStatus]:
-    """Every registered backend by name; a status in place of a spec where the adapter fails to load."""
-    found: dict[str, BackendSpec | BackendStatus] = {}
-    for entry in metadata.entry_points(group=GROUP):
-        try:
-            spec = entry.load()
-            if not isinstance(spec, BackendSpec):
-                raise TypeError(f"{entry.value} is a {type(spec).__name__}, not a BackendSpec")
-            found[entry.name] = spec
-        except Exception as error:  # noqa: BLE001 - somebody else's package must not break the others
-            reason = f"{entry.value}: {type(error).__name__}: {error}"
-            found[entry.name] = BackendStatus(entry.name, "failed to load", {}, "", broken=reason)
-    return dict(sorted(found.items()))
-
-
 def backend_statuses() -> list[BackendStatus]:
     """Every registered backend, installed or not; loads no library."""
     return [
-        spec
-        if isinstance(spec, BackendStatus)
+        BackendStatus(name, "failed to load", {}, "", broken=each.broken)
+        if (spec := each.found) is None
         else BackendStatus(spec.name, spec.summary, {d: installed_version(d) for d in spec.requires}, spec.install)
-        for spec in backend_specs().values()
+        for name, each in BACKENDS.everything().items()
     ]
 
 
@@ -76,14 +63,7 @@ def find_backend(name: str) -> BackendSpec:
     Raises:
         BackendError: If there is none of that name, it fails to load, or a distribution is missing.
     """
-    specs = backend_specs()
-    if name not in specs:
-        close = difflib.get_close_matches(name, specs, n=1)
-        hint = f"; did you mean {close[0]}? Installed" if close else "; installed"
-        raise BackendError(f"no backend named {name!r}{hint}: {', '.join(specs) or 'none'}")
-    spec = specs[name]
-    if isinstance(spec, BackendStatus):
-        raise BackendError(f"backend {name} cannot be loaded: {spec.broken}")
+    spec = BACKENDS.find(name)
     missing = [d for d in spec.requires if installed_version(d) is None]
     if missing:
         raise BackendError(f"backend {name} needs {', '.join(missing)}: {spec.install}")
@@ -131,7 +111,7 @@ def wrap_model(model: object, tokenizer: Any = None, backend: str | None = None)
     Raises:
         BackendError: If no installed backend accepts the object, or a tokenizer is missing.
     """
-    specs = [find_backend(backend)] if backend is not None else _specs()
+    specs = [find_backend(backend)] if backend is not None else list(BACKENDS.usable().values())
     accepting = [spec for spec in specs if spec.accepts(model)]
     if not accepting:
         model = _inner(model)
@@ -145,10 +125,6 @@ def wrap_model(model: object, tokenizer: Any = None, backend: str | None = None)
     # The default comes first where several accept the object, so that the choice does not depend on what is installed.
     spec = next((s for s in accepting if s.name == DEFAULT), accepting[0])
     return _sound(find_backend(spec.name).wrap(model, tokenizer))
-
-
-def _specs() -> list[BackendSpec]:
-    return [spec for spec in backend_specs().values() if isinstance(spec, BackendSpec)]
 
 
 def _inner(model: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float
     from torch import Tensor
 
@@ -65,33 +67,43 @@ def moved(
     return (h.to(unit.dtype) + amount.unsqueeze(-1) * unit).to(h.dtype)
 
 
-def amount_of(
-    operation: str, h: Float[Tensor, "batch tokens d_model"], unit: Float[Tensor, " d_model"], level: float | None
+def own_norm(
+    h: Float[Tensor, "batch tokens d_model"], unit: Float[Tensor, " d_model"], level: float | None
 ) -> Float[Tensor, "batch tokens"]:
-    """How far along the unit direction an operation moves each token.
+    """How far a step of the residual's own length goes."""
+    length: Tensor = h.norm(dim=-1)
+    return length
 
-    Args:
-        operation: A value of `Operation`; ``add`` stands for the relative one, which moves by the token's own norm.
-        h: Residual in the direction's precision.
-        unit: Direction of length one.
-        level: The threshold of a cap or floor, the target of an affine edit.
 
-    Raises:
-        ValueError: If there is no such operation.
-    """
-    if operation == "add":
-        norm: Tensor = h.norm(dim=-1)
-        return norm
-    projection: Tensor = h @ unit
-    if operation == "ablate":
-        return -projection
-    if operation not in ("cap", "floor", "affine") or level is None:
-        raise ValueError(f"there is no operation {operation!r}")
-    if operation == "cap":
-        return (level - projection).clamp(max=0)
-    if operation == "floor":
-        return (level - projection).clamp(min=0)
-    return level - projection
+def to_zero(h: Tensor, unit: Tensor, level: float | None) -> Tensor:
+    """How far it is to no projection on the unit direction; shapes as above."""
+    return -(h @ unit)
+
+
+def down_to(h: Tensor, unit: Tensor, level: float) -> Tensor:
+    """How far down it is to a projection of ``level``, from above it."""
+    return (level - h @ unit).clamp(max=0)
+
+
+def up_to(h: Tensor, unit: Tensor, level: float) -> Tensor:
+    """How far up it is to a projection of ``level``, from below it."""
+    return (level - h @ unit).clamp(min=0)
+
+
+def onto(h: Tensor, unit: Tensor, level: float) -> Tensor:
+    """How far it is to a projection of ``level``."""
+    return level - h @ unit
+
+
+# By name: the argument that an edit must give; what becomes of a residual h at coefficient 1, given the direction v of
+# unit v̂; and how far each token moves along v̂, from h in the precision of v, v̂ and the argument.
+OPERATIONS: dict[str, tuple[str | None, str, Callable[..., Tensor]]] = {
+    "add": (None, "h + v, with v raw: its norm matters; relative: h + |h| v̂", own_norm),
+    "ablate": (None, "h - (h . v̂) v̂", to_zero),
+    "cap": ("threshold", "h - max(h . v̂ - threshold, 0) v̂", down_to),
+    "floor": ("threshold", "h + max(threshold - h . v̂, 0) v̂", up_to),
+    "affine": ("target", "h - (h . v̂) v̂ + target v̂", onto),
+}
 
 
 def scheduled(index: Float[Tensor, "batch tokens"], points: Float[Tensor, "points 2"]) -> Float[Tensor, "batch tokens"]:
@@ -142,6 +154,8 @@ def changed(
     if edit["raw"]:
         edited = add(h, direction, factor)
     else:
-        amount = amount_of(edit["operation"], h.to(direction.dtype), direction, edit["level"])
+        if (amount_of := edit["moves"] or OPERATIONS.get(edit["operation"], (None, "", None))[2]) is None:
+            raise ValueError(f"there is no operation {edit['operation']!r}")
+        amount = amount_of(h.to(direction.dtype), direction, edit["level"])
         edited = moved(h, direction, factor * amount)
     return edited if where is None else torch.where(where.to(h.device).unsqueeze(-1), edited, h)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache
@@ -132,6 +133,8 @@ WORDS = {
 }
 
 
+OPERATIONS = ("PLAIN", "LEVELLED")  # terminals
+
 MAX_CHARACTERS = 2**14
 MAX_DIGITS = 9  # of a layer or a token's index
 SHOWN = 100  # characters on both sides of a mistake
@@ -151,7 +154,8 @@ def parse_terms(text: str) -> tuple[Term, ...]:
             - LAYERS: ``18``, ``10-20``, ``12+15+18`` or ``all``; left out, the layer that was tuned.
             - ACTION: ``+1.5`` adds 1.5 times the vector, ``+30%`` a step of 0.3 times the residual's own norm;
               ``increments(+1.5)`` adds at each layer what its vector has beyond the layer before; ``ablate``,
-              ``ablate(0.5)``, ``cap(3)``, ``floor(-1)``, ``affine(0)``. Left out, the coefficient that was tuned.
+              ``ablate(0.5)``, ``cap(3)``, ``floor(-1)``, ``affine(0)``, and the operations of other packages. Left out,
+              the coefficient that was tuned.
             - POSITIONS: ``all``, ``prompt``, ``response`` or ``generating``, or a part such as ``response[5:]``.
             - ``with sinks`` edits attention sinks too, see `persona_lens.backend.sinks`.
             - CONDITION: ``evil@12>3``, a projection at a layer; without one, at the layer that is edited.
@@ -175,9 +179,17 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     return terms
 
 
+def _operations() -> dict[str, list[str]]:
+    """Names of operations by the terminal of the grammar: those that take a fraction, and those with a level."""
+    levelled = {operation: operation.argument is not None for operation in Operation if operation is not Operation.ADD}
+    return {name: [str(o) for o, is_it in levelled.items() if is_it == (name == "LEVELLED")] for name in OPERATIONS}
+
+
 @cache
 def _grammar() -> Lark:
     grammar = (files("persona_lens.steering") / "notation.lark").read_text(encoding="utf-8")
+    for terminal, names in _operations().items():
+        grammar += f"{terminal}: {' | '.join(map(json.dumps, names))}\n"
     return Lark(grammar, parser="lalr", propagate_positions=True, maybe_placeholders=False)
 
 
@@ -193,7 +205,9 @@ def _expected(error: UnexpectedInput) -> str:
     elif isinstance(error, UnexpectedToken | UnexpectedEOF):
         wanted = set(error.expected)
     terminals = {terminal.name: terminal for terminal in _grammar().terminals}
-    words = [WORDS.get(name) or f"'{terminals[name].pattern.value}'" for name in sorted(wanted)]
+    words = [f"'{each}'" for name in wanted.intersection(OPERATIONS) for each in _operations()[name]]
+    others = sorted(wanted.difference(OPERATIONS))
+    words += [WORDS.get(name) or f"'{terminals[name].pattern.value}'" for name in others]
     ordered = sorted(set(words), key=lambda word: (word.startswith("'"), word))
     return " or ".join([", ".join(ordered[:-1]), ordered[-1]] if len(ordered) > 1 else ordered)
 
@@ -210,7 +224,7 @@ def _pointing(text: str, place: int, message: str) -> str:
 class _Reader(Transformer[Token, Any]):
     """Turns the tree into terms; the methods are named after the grammar's rules."""
 
-    NAME = str
+    NAME = PLAIN = LEVELLED = str
     KIND = Positions
     SIDE = str
 
@@ -259,17 +273,8 @@ class _Reader(Transformer[Token, Any]):
     def increments(self, amount: float) -> dict[str, Any]:
         return {"operation": Operation.ADD, "amount": amount, "increments": True}
 
-    def ablate(self, amount: float | None = None) -> dict[str, Any]:
-        return {"operation": Operation.ABLATE, "amount": amount}
-
-    def cap(self, amount: float) -> dict[str, Any]:
-        return {"operation": Operation.CAP, "amount": amount}
-
-    def floor(self, amount: float) -> dict[str, Any]:
-        return {"operation": Operation.FLOOR, "amount": amount}
-
-    def affine(self, amount: float) -> dict[str, Any]:
-        return {"operation": Operation.AFFINE, "amount": amount}
+    def operation(self, name: str, amount: float | None = None) -> dict[str, Any]:
+        return {"operation": Operation(name), "amount": amount}
 
     def on(self, kind: Positions, span: tuple[int, int | None] | None = None) -> dict[str, Any]:
         return {"positions": kind if span is None else Span(kind, *span)}

@@ -262,7 +262,7 @@ def _written(edit: Edit) -> str:
     term = Term(
         NAMELESS,
         operation=edit.operation,
-        amount=None if edit.operation is Operation.ABLATE and amount == 1 else amount,
+        amount=None if edit.operation is not Operation.ADD and level is None and amount == 1 else amount,
         relative=edit.relative,
         positions=Positions.ALL if isinstance(edit.positions, Tensor) else edit.positions,
         sinks=edit.sinks,

@@ -185,7 +185,7 @@ class Steering:
     def _edit(self, term: Term, layer: int, direction: Tensor) -> Edit:
         operation, amount = term.operation, term.amount
         assert operation is not None
-        level = {Operation.CAP: "threshold", Operation.FLOOR: "threshold", Operation.AFFINE: "target"}.get(operation)
+        level = operation.argument
         parts: dict[str, Any] = {level: amount} if level else {"coefficient": 1.0 if amount is None else amount}
         condition = None
         if term.when is not None:

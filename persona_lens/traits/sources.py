@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.resources
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from types import ModuleType
 
 import platformdirs
 
+from persona_lens.core.plugins import plugins
 from persona_lens.traits.document import TraitError
 
 ENTRY_POINT_GROUP = "persona_lens.traits"
@@ -136,19 +136,10 @@ def _trait_files(folder: Traversable) -> Iterator[Traversable]:
 
 
 def _packages() -> Iterator[Located]:
-    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    for point in sorted(points, key=lambda point: (_distribution(point), point.name)):
-        source = Source(SourceKind.PACKAGE, f"package {_distribution(point)}")
-        try:
-            yield Located(source, tuple(_entry_point_files(point)))
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # a stranger's code may raise anything
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            message = f"its entry point `{point.name} = {point.value}` fails: {reason}"
-            yield Located(source, (), SourceProblem(source, message))
-
-
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else point.module
+    for each in plugins(ENTRY_POINT_GROUP, lambda point: tuple(_entry_point_files(point))):
+        source = Source(SourceKind.PACKAGE, f"package {each.package}")
+        problem = SourceProblem(source, each.broken) if each.broken else None
+        yield Located(source, each.found or (), problem)
 
 
 def _entry_point_files(point: EntryPoint) -> Iterator[Traversable]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -154,7 +153,7 @@ class PersonaVectors(Provenanced):
             layer: Block index, 0-based; the one that was tuned if not given.
             coefficient: Multiple of the raw vector that ``add`` adds, 1 if not given; for the other operations the
                 fraction of the change that is made. With neither layer nor coefficient, ``add`` takes the one tuned.
-            operation: ``add``, ``ablate``, ``cap``, ``floor`` or ``affine``.
+            operation: ``add``, ``ablate``, ``cap``, ``floor``, ``affine``, or one of another package.
             threshold: For ``cap`` the largest, for ``floor`` the smallest projection left, in residual-stream units.
             target: For ``affine``: the projection left, in residual-stream units.
             relative: For ``add``: the coefficient counts norms of the residual at each token, not of the vector.
@@ -162,7 +161,10 @@ class PersonaVectors(Provenanced):
             reduction: Which of the vectors.
             sinks: Edit attention sinks too, where the operation leaves them out.
         """
-        chosen = _member(Operation, operation)
+        try:
+            chosen = Operation(operation)
+        except ValueError as error:
+            raise VectorsError(str(error)) from None
         if layer is None:
             tuned = self.tuned_choice()
             layer = tuned.layer
@@ -176,7 +178,7 @@ class PersonaVectors(Provenanced):
             threshold=threshold,
             target=target,
             relative=relative,
-            positions=positions if isinstance(positions, Span) else _member(Positions, positions),
+            positions=_positions(positions),
             sinks=sinks,
         )
 
@@ -270,21 +272,18 @@ class PersonaVectors(Provenanced):
         return header_text(content)
 
 
+def _positions(given: Positions | Span | str) -> Positions | Span:
+    try:
+        return given if isinstance(given, Span) else Positions(given)
+    except ValueError:
+        raise VectorsError(f"positions is one of {', '.join(Positions)}; got {given!r}") from None
+
+
 def random_directions(d_model: int, count: int, seed: int) -> Float[Tensor, "count d_model"]:
     """Random unit vectors."""
     noise = torch.randn(count, d_model, generator=torch.Generator().manual_seed(seed))
     units: Tensor = noise / noise.norm(dim=-1, keepdim=True)
     return units
-
-
-Member = TypeVar("Member", bound=StrEnum)
-
-
-def _member(kind: type[Member], value: str) -> Member:
-    try:
-        return kind(value)
-    except ValueError:
-        raise VectorsError(f"{kind.__name__.lower()} is one of {', '.join(kind)}; got {value!r}") from None
 
 
 def load_vectors(path: Path | str) -> PersonaVectors:

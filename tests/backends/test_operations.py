@@ -76,7 +76,7 @@ edits = st.builds(
     lambda operation, relative, seed, where, schedule, condition, sinks: make_edit(
         operation, relative, seed, positions=where, schedule=schedule, condition=condition, sinks=sinks
     ),
-    st.sampled_from(Operation),
+    st.sampled_from(list(Operation)),
     st.booleans(),
     st.integers(0, 50),
     positions,
@@ -171,7 +171,7 @@ def test_a_batch_equals_its_rows_alone_with_and_without_cache(
 
 
 @pytest.mark.parametrize(("adapter", "architecture"), CASES)
-@pytest.mark.parametrize("operation", Operation)
+@pytest.mark.parametrize("operation", list(Operation))
 def test_rows_have_strengths_of_their_own_under_every_operation(
     adapter: str, architecture: str, operation: Operation
 ) -> None:

@@ -210,9 +210,7 @@ def test_a_file_may_change_between_finding_and_reading(elsewhere: Path) -> None:
 def copy_as_installed(folder: Path) -> None:
     """Lay the package out as the wheel does: without the repository around it."""
     package = folder / "persona_lens"
-    shutil.copytree(REPOSITORY / "persona_lens" / "traits", package / "traits")
-    for module in (REPOSITORY / "persona_lens").glob("*.py"):
-        shutil.copy(module, package)
+    shutil.copytree(REPOSITORY / "persona_lens", package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__init__.py").write_text("", encoding="utf-8")
 
 
@@ -280,7 +278,7 @@ def test_traits_of_an_installed_package_are_found(tmp_path: Path) -> None:
         tmp_path,
         "moody_pack",
         {
-            "__init__.py": "from pathlib import Path\nHERE = Path(__file__).parents[1]\nMORE = 'more'\n"
+            "__init__.py": "from pathlib import Path\nHERE = Path(__file__).parent\nMORE = 'more'\n"
             "def several():\n    yield HERE / 'lone' / 'brooding.yaml'\n    yield 'more'\n",
             "grumpy.yaml": named("grumpy"),
             "more/cross.yml": named("cross"),
