@@ -14,7 +14,8 @@ from persona_lens.monitoring.correlation import Correlations, correlate, example
 from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.monitoring.findings import StudyRow
 from persona_lens.monitoring.gauges import Alarm, AlarmKind, Alert, Gauge, Panel, Threshold, TokenReading, threshold_for
-from persona_lens.monitoring.heatmap import Strip, TokenHeatmap
+from persona_lens.monitoring.heatmap import TokenHeatmap
+from persona_lens.monitoring.markup import Strip
 from persona_lens.monitoring.scoring import ScoredTranscript, prompt_projections, score_transcripts
 from persona_lens.monitoring.study import Conditions, Study, StudySettings, study, study_work
 

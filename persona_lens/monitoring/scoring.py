@@ -23,7 +23,8 @@ from persona_lens.data.transcripts import BadTranscript, Transcript
 from persona_lens.monitoring.conversation import TraitReading
 from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.monitoring.gauges import Panel
-from persona_lens.monitoring.heatmap import Strip, TokenHeatmap
+from persona_lens.monitoring.heatmap import TokenHeatmap
+from persona_lens.monitoring.markup import Strip
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces, Row
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors

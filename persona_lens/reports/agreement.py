@@ -3,64 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import printable
 from persona_lens.judging.agreement import Agreement, Measure
-from persona_lens.reports.drawing import (
-    INK,
-    MUTED,
-    RANDOM,
-    VECTOR,
-    WIDE,
-    Drawing,
-    draw,
-    drawing_style,
-    new_figure,
-    square_of_percent,
-)
-from persona_lens.reports.page import environment
+from persona_lens.reports import svg
+from persona_lens.reports.page import render
 from persona_lens.reports.wording import NONE, number, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DASHES = (0, (4, 2))
-_DOTS = (0, (1, 2))
 _SHOWN = 10  # responses that the judges disagree on most
 _MOST = 25  # responses in one place, beyond which a dot grows no more
 
 
 def render_agreement(agreement: Agreement, version: str = "") -> str:
-    """A page on how far two judges agree, complete in itself: no scripts, and nothing is loaded from anywhere.
-
-    The same agreement gives the same bytes.
+    """A page on how far two judges agree; see `persona_lens.reports.page.render`.
 
     Args:
         agreement: What `persona_lens.judging.agreement.compare` found.
         version: Of persona-lens, to be named on the page.
-
-    Returns:
-        HTML, to be written as UTF-8.
     """
-    env = environment()
-    env.filters["measured"] = measured
-    return env.get_template("agreement.html.j2").render(
-        names=agreement.names,
-        counts=agreement.counts,
-        questions=agreement.questions,
-        cuts=agreement.cuts,
-        sides=agreement.sides,
-        measures=agreement,
-        headline=_headline(agreement),
-        figures=_draw_figures(agreement),
-        outside=_outside(agreement),
-        disagreed=agreement.most_disagreed(_SHOWN),
-        version=version,
-    )
+    parts = {
+        "names": agreement.names,
+        "counts": agreement.counts,
+        "questions": agreement.questions,
+        "cuts": agreement.cuts,
+        "sides": agreement.sides,
+        "measures": agreement,
+        "headline": _headline(agreement),
+        "figures": _draw_figures(agreement),
+        "outside": _outside(agreement),
+        "disagreed": agreement.most_disagreed(_SHOWN),
+        "version": version,
+    }
+    return render("agreement.html.j2", parts, {"measured": measured})
 
 
 def measured(measure: Measure, digits: int = 2, *, sign: bool = False, percent: bool = False) -> str:
@@ -95,54 +76,41 @@ def _outside(agreement: Agreement) -> int | None:
     return sum(not low <= pair.difference <= high for pair in agreement.pairs)
 
 
-def _draw_figures(agreement: Agreement) -> dict[str, Drawing]:
-    with drawing_style():
-        return {
-            "scatter": draw(
-                "scatter",
-                "Scores of both judges",
-                f"Each response by its two scores. Pearson r {measured(agreement.pearson)}; "
-                f"mean difference {measured(agreement.mean_difference, 1, sign=True)}.",
-                scatter_figure,
-                agreement,
-            ),
-            "difference": draw(
-                "difference",
-                "Differences by mean score",
-                f"Difference of the scores of each response against their mean. "
-                f"Mean difference {measured(agreement.mean_difference, 1, sign=True)}; limits of agreement "
-                f"{measured(agreement.lower_limit, 1, sign=True)} and "
-                f"{measured(agreement.upper_limit, 1, sign=True)}.",
-                difference_figure,
-                agreement,
-            ),
-        }
+@svg.figures
+def _draw_figures(agreement: Agreement) -> Iterator[svg.Drawing]:
+    mean = measured(agreement.mean_difference, 1, sign=True)
+    words = f"Each response by its two scores. Pearson r {measured(agreement.pearson)}; mean difference {mean}."
+    yield svg.draw("scatter", "Scores of both judges", words, scatter_figure, agreement)
+    low, high = (measured(limit, 1, sign=True) for limit in (agreement.lower_limit, agreement.upper_limit))
+    words = (
+        "Difference of the scores of each response against their mean. "
+        f"Mean difference {mean}; limits of agreement {low} and {high}."
+    )
+    yield svg.draw("difference", "Differences by mean score", words, difference_figure, agreement)
 
 
 def scatter_figure(agreement: Agreement, width: int) -> Figure:
     """One judge's score against the other's, with the line on which they are equal and the threshold."""
-    figure = new_figure(width, 470 if width == WIDE else 350)
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 470, 350)
     threshold = agreement.cuts.threshold
-    axes.axvline(threshold, color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
-    axes.axhline(threshold, color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
-    square_of_percent(axes, "Score of the second judge", "score of the first judge")
+    axes.axvline(threshold, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+    axes.axhline(threshold, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+    svg.square_of_percent(axes, "Score of the second judge", "score of the first judge")
     _dots(axes, ((pair.first, pair.second) for pair in agreement.pairs), width)
     return figure
 
 
 def difference_figure(agreement: Agreement, width: int) -> Figure:
     """Bland and Altman's plot: difference against mean, with the mean difference and the limits of agreement."""
-    figure = new_figure(width, 400 if width == WIDE else 360)
-    axes = figure.add_subplot()
-    axes.axhline(0, color=MUTED, linewidth=1)
+    figure, axes = svg.panel(width, 400, 360)
+    axes.axhline(0, color=svg.MUTED, linewidth=1)
     _dots(axes, (((pair.first + pair.second) / 2, pair.difference) for pair in agreement.pairs), width)
     lines = [
         (measure.value, label, colour, dashes)
         for measure, label, colour, dashes in (
-            (agreement.upper_limit, "upper limit", RANDOM, _DASHES),
-            (agreement.mean_difference, "mean", INK, "solid"),
-            (agreement.lower_limit, "lower limit", RANDOM, _DASHES),
+            (agreement.upper_limit, "upper limit", svg.RANDOM, svg.DASHES),
+            (agreement.mean_difference, "mean", svg.INK, "solid"),
+            (agreement.lower_limit, "lower limit", svg.RANDOM, svg.DASHES),
         )
         if measure.value is not None
     ]
@@ -154,7 +122,8 @@ def difference_figure(agreement: Agreement, width: int) -> Figure:
         # Limits close to the mean keep their words apart from it.
         mean = lines[1][0]
         height = (max(value, mean + apart), mean, min(value, mean - apart))[place]
-        _label(axes, height, f"{label} {number(value, 1, sign=True)}", colour)
+        words = f"{label} {number(value, 1, sign=True)}"
+        svg.note(axes, (1.0, height), words, (5, 0), va="center", color=colour, annotation_clip=False)
     axes.set(
         title="Second minus first, points",
         xlabel="mean of the two scores",
@@ -166,28 +135,13 @@ def difference_figure(agreement: Agreement, width: int) -> Figure:
     return figure
 
 
-def _label(axes: Axes, height: float, text: str, colour: str) -> None:
-    """Words beside the right edge, at a height on the axis."""
-    axes.annotate(
-        text,
-        (1.0, height),
-        (5, 0),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        va="center",
-        color=colour,
-        fontsize=12,
-        annotation_clip=False,
-    )
-
-
 def _dots(axes: Axes, points: Iterable[tuple[float, float]], width: int) -> None:
     """One dot for each place in whole points, its area in proportion to how many are there: no page grows endless."""
     places = Counter((round(x), round(y)) for x, y in points)
     by_size: dict[int, list[tuple[int, int]]] = {}
     for place, found in places.items():
         by_size.setdefault(min(found, _MOST), []).append(place)
-    style: dict[str, Any] = {"linestyle": "", "marker": "o", "color": VECTOR, "alpha": 0.55, "markeredgewidth": 0}
+    style: dict[str, Any] = {"linestyle": "", "marker": "o", "color": svg.VECTOR, "alpha": 0.55, "markeredgewidth": 0}
     for found, members in sorted(by_size.items()):
-        size = (6 if width == WIDE else 4.5) * sqrt(found)
+        size = (6 if width == svg.WIDE else 4.5) * sqrt(found)
         axes.plot([x for x, _ in members], [y for _, y in members], markersize=size, zorder=3, **style)

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
-from persona_lens.reports.drawing import (
-    BAR,
-    INK,
-    LINE,
-    MUTED,
-    NULL,
-    PAPER,
-    RANDOM,
-    VECTOR,
-    WIDE,
-    Drawing,
-    draw,
-    drawing_style,
-    legend,
-    new_figure,
-    reach,
-)
-from persona_lens.reports.page import environment
-from persona_lens.reports.wording import bounds, number
+from persona_lens.reports import svg
+from persona_lens.reports.page import render
+from persona_lens.reports.wording import Headline, bounds, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,60 +18,37 @@ TOP_LABEL, RANDOM_LABEL = "top features", "random features"
 
 
 def render_dissection(summary: Summary, version: str = "") -> str:
-    """A page on one dissection, complete in itself: no scripts, and nothing is loaded from anywhere.
-
-    The same summary gives the same bytes.
+    """A page on one dissection; see `persona_lens.reports.page.render`.
 
     Args:
         summary: JSON values as in the run's ``summary.json``, see `persona_lens.analysis.dissect`.
         version: Of persona-lens, to be named on the page.
-
-    Raises:
-        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
-
-    Returns:
-        HTML, to be written as UTF-8.
     """
     corpus = summary["corpus"]
-    return (
-        environment()
-        .get_template("dissection.html.j2")
-        .render(
-            **summary,
-            result=headline(summary),
-            places={each["feature"]: each for each in corpus["features"]} if corpus else {},
-            figures=_draw(summary),
-            version=version,
-        )
-    )
+    parts = {
+        **summary,
+        "result": headline(summary),
+        "places": {each["feature"]: each for each in corpus["features"]} if corpus else {},
+        "figures": _draw(summary),
+        "version": version,
+    }
+    return render("dissection.html.j2", parts)
 
 
-@dataclass(frozen=True)
-class DissectionHeadline:
-    """What the dissection shows.
+def headline(summary: Summary) -> Headline:
+    """The result in words, no stronger than the intervals allow.
 
-    Attributes:
-        verdict: ``clear`` if a top feature stands out from the random ones, ``unclear`` if none does, ``no-null`` if
-            nothing was steered or nothing stands beside it.
-        title: In one line.
-        sentences: With the numbers.
+    It is ``clear`` if a top feature stands out from the random ones, ``unclear`` if none does, ``no-null`` if nothing
+    was steered or nothing stands beside it.
     """
-
-    verdict: str
-    title: str
-    sentences: tuple[str, ...]
-
-
-def headline(summary: Summary) -> DissectionHeadline:
-    """The result in words, no stronger than the intervals allow."""
     alike = _alike(summary)
     steering = summary["steering"]
     if steering is None:
-        return DissectionHeadline("no-null", "Nothing was steered: only directions were compared", alike)
+        return Headline("no-null", "Nothing was steered: only directions were compared", alike)
     effects = steering["effects"]
     top = [each for i in steering["top"] if (each := effects[f"feature_{i}"])]
     if not steering["random"] or not top:
-        return DissectionHeadline("no-null", "The top features were steered with nothing to compare them with", alike)
+        return Headline("no-null", "The top features were steered with nothing to compare them with", alike)
     outstanding = steering["stand_out"]
     best = max(top, key=lambda each: each["change"]["vector"]["mean"] * (1 if steering["coefficient"] > 0 else -1))
     change = best["change"]
@@ -105,10 +65,10 @@ def headline(summary: Summary) -> DissectionHeadline:
         sentences.append(f"It is the best of {len(top)} that were tried, which flatters it a little.")
     if not outstanding:
         title = f"None of {counted(len(top), 'top feature')} stands out from the random features"
-        return DissectionHeadline("unclear", title, tuple(sentences))
+        return Headline("unclear", title, tuple(sentences))
     stand = "stands" if len(outstanding) == 1 else "stand"
     title = f"{len(outstanding)} of {counted(len(top), 'top feature')} {stand} out from the random features"
-    return DissectionHeadline("clear", title, tuple(sentences))
+    return Headline("clear", title, tuple(sentences))
 
 
 def _alike(summary: Summary) -> tuple[str, ...]:
@@ -129,44 +89,30 @@ def _alike(summary: Summary) -> tuple[str, ...]:
     )
 
 
-def _draw(summary: Summary) -> dict[str, Drawing | None]:
-    with drawing_style():
-        return {
-            "pursuit": draw(
-                "pursuit",
-                "Sparse reconstruction",
-                "Share of the squared length that the best k features carry, for the vector and for random directions.",
-                pursuit_figure,
-                summary["pursuit"],
-            ),
-            "effects": draw(
-                "effects",
-                "Features steered alone",
-                "Change of the trait score under each top feature alone, the whole vector, and random features.",
-                effect_figure,
-                summary["steering"],
-            )
-            if summary["steering"]
-            else None,
-        }
+@svg.figures
+def _draw(summary: Summary) -> Iterator[svg.Drawing]:
+    words = "Share of the squared length that the best k features carry, for the vector and for random directions."
+    yield svg.draw("pursuit", "Sparse reconstruction", words, pursuit_figure, summary["pursuit"])
+    if summary["steering"]:
+        words = "Change of the trait score under each top feature alone, the whole vector, and random features."
+        yield svg.draw("effects", "Features steered alone", words, effect_figure, summary["steering"])
 
 
 def pursuit_figure(pursuit: Mapping[str, Any], width: int) -> Figure:
     """Share of the squared length against the number of features."""
-    figure = new_figure(width, 340 if width == WIDE else 330)
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 340, 330)
     counts = range(1, len(pursuit["shares"]) + 1)
-    axes.plot(counts, [100 * share for share in pursuit["shares"]], color=VECTOR, label="trait vector")
+    axes.plot(counts, [100 * share for share in pursuit["shares"]], color=svg.VECTOR, label="trait vector")
     null = pursuit["random"]
     if null:
         at = [each["features"] for each in null]
         lows, highs = ([100 * pick(each["shares"]) for each in null] for pick in (min, max))
-        axes.fill_between(at, lows, highs, color=RANDOM, alpha=0.25, linewidth=0)
+        axes.fill_between(at, lows, highs, color=svg.RANDOM, alpha=0.25, linewidth=0)
         means = [100 * sum(each["shares"]) / len(each["shares"]) for each in null]
-        axes.plot(at, means, color=RANDOM, linestyle=NULL["linestyle"], label="random directions")
+        axes.plot(at, means, color=svg.RANDOM, linestyle=svg.NULL["linestyle"], label="random directions")
     axes.set(title="Share of the squared length, %", xlabel="features", ylim=(0, 102))
     axes.margins(x=0.02)
-    legend(figure, axes)
+    svg.legend(figure, axes)
     return figure
 
 
@@ -174,28 +120,30 @@ def effect_figure(steering: Mapping[str, Any], width: int) -> Figure:
     """Change of the score with its interval: the vector, the top features, the random ones."""
     effects = steering["effects"]
     groups: list[tuple[str, Sequence[str], dict[str, Any]]] = [
-        ("whole vector", ["vector"], {"marker": "D", "color": INK}),
-        (TOP_LABEL, [f"feature_{i}" for i in steering["top"]], {"marker": "o", "color": VECTOR}),
-        (RANDOM_LABEL, [f"feature_{i}" for i in steering["random"]], {**NULL, "linestyle": ""}),
+        ("whole vector", ["vector"], {"marker": "D", "color": svg.INK}),
+        (TOP_LABEL, [f"feature_{i}" for i in steering["top"]], {"marker": "o", "color": svg.VECTOR}),
+        (RANDOM_LABEL, [f"feature_{i}" for i in steering["random"]], {**svg.NULL, "linestyle": ""}),
     ]
     shown = [(label, name, style) for label, names, style in groups for name in names if effects.get(name)]
-    figure = new_figure(width, 130 + 24 * len(shown))
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 130 + 24 * len(shown))
     labelled: set[str] = set()
     for place, (label, name, style) in enumerate(shown):
         change = effects[name]["change"]["vector"]
-        fill = PAPER if label == RANDOM_LABEL else style["color"]
-        drawn: dict[str, Any] = {**style, **BAR, "linestyle": "", "markerfacecolor": fill, "zorder": LINE["zorder"]}
+        fill = svg.PAPER if label == RANDOM_LABEL else style["color"]
+        drawn: dict[str, Any] = {
+            **style,
+            **svg.BAR,
+            "linestyle": "",
+            "markerfacecolor": fill,
+            "zorder": svg.LINE["zorder"],
+        }
         axes.errorbar(
-            [change["mean"]], [place], xerr=reach([change]), **drawn, label=None if label in labelled else label
+            [change["mean"]], [place], xerr=svg.reach([change]), **drawn, label=None if label in labelled else label
         )
         labelled.add(label)
-    axes.axvline(0, color=MUTED, linewidth=1.5, zorder=1)
+    axes.axvline(0, color=svg.MUTED, linewidth=1.5, zorder=1)
     axes.set(xlabel="change of the mean trait score, points")
-    axes.set_yticks(range(len(shown)), [name.replace("_", " ") for _, name, _ in shown])
-    axes.invert_yaxis()
-    axes.grid(True, axis="x")
-    axes.grid(False, axis="y")
+    svg.in_rows(axes, [name.replace("_", " ") for _, name, _ in shown])
     axes.xaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))
-    legend(figure, axes)
+    svg.legend(figure, axes)
     return figure

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted, printable
-from persona_lens.reports.drawing import GRID, MUTED, RANDOM, VECTOR, WIDE, Drawing, draw, drawing_style, new_figure
-from persona_lens.reports.page import environment
-from persona_lens.reports.wording import bounds, number
+from persona_lens.reports import svg
+from persona_lens.reports.page import render
+from persona_lens.reports.wording import Headline, bounds, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,34 +24,25 @@ Cell = Mapping[str, Any]
 
 
 def render_effects(summary: Summary, version: str = "") -> str:
-    """A page on a crossing, complete in itself: no scripts, and nothing is loaded from anywhere.
-
-    The same summary gives the same bytes.
+    """A page on a crossing; see `persona_lens.reports.page.render`.
 
     Args:
         summary: JSON values as in the run's ``summary.json``, see `persona_lens.steering.CrossEffects.to_json`.
         version: Of persona-lens, to be named on the page.
-
-    Raises:
-        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
-
-    Returns:
-        HTML, to be written as UTF-8.
     """
     cells = {(cell["steering"], cell["trait"]): cell for cell in summary["cells"]}
-    env = environment()
-    env.filters["beyond"] = _beyond
-    return env.get_template("effects.html.j2").render(
+    parts = {
         **summary,
-        matrix=cells,
-        tints={measure: _tints(summary["cells"], measure) for measure in MEASURES},
-        cosine_tints=_cosine_tints(summary["cells"]),
-        result=headline(summary),
-        null=any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
-        chance=CHANCE * summary["cosines"]["null_std"],
-        figures={"cosines": _draw_cosines(summary) if len(summary["cosines"]["traits"]) > 1 else None},
-        version=version,
-    )
+        "matrix": cells,
+        "tints": {measure: _tints(summary["cells"], measure) for measure in MEASURES},
+        "cosine_tints": _cosine_tints(summary["cells"]),
+        "result": headline(summary),
+        "null": any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
+        "chance": CHANCE * summary["cosines"]["null_std"],
+        "figures": _draw_figures(summary),
+        "version": version,
+    }
+    return render("effects.html.j2", parts, {"beyond": _beyond})
 
 
 def _beyond(text: str, name: str) -> str:
@@ -61,29 +50,17 @@ def _beyond(text: str, name: str) -> str:
     return text.removeprefix(name) or text
 
 
-@dataclass(frozen=True)
-class CrossHeadline:
-    """What the matrix of scores shows.
+def headline(summary: Summary) -> Headline:
+    """The result in words, no stronger than the intervals allow.
 
-    Attributes:
-        verdict: ``clear`` if every steering along a measured trait clearly moves that trait, ``no-null`` if there is
-            nothing to hold it against, ``unclear`` otherwise.
-        title: In one line.
-        sentences: With the numbers.
+    It is ``clear`` if every steering along a measured trait clearly moves that trait, ``no-null`` if there is nothing
+    to hold it against, ``unclear`` otherwise.
     """
-
-    verdict: str
-    title: str
-    sentences: tuple[str, ...]
-
-
-def headline(summary: Summary) -> CrossHeadline:
-    """The result in words, no stronger than the intervals allow."""
     scored = [cell for cell in summary["cells"] if cell["score"]]
     own, other = ([cell for cell in scored if cell["own"] is mine] for mine in (True, False))
     asked = counted(len(summary["questions"]), "held-out question")
     if not any(cell["score"]["difference"] for cell in scored):
-        return CrossHeadline(
+        return Headline(
             "no-null",
             "Nothing to compare it with",
             (f"{asked} were asked, but no random directions were run: any push of that strength might do the same.",),
@@ -108,7 +85,7 @@ def headline(summary: Summary) -> CrossHeadline:
     if other:
         sentences.append("Of cells in which nothing happens, about one in twenty may look clear by chance.")
     verdict = "clear" if own and len(moved) == len(own) else "unclear"
-    return CrossHeadline(verdict, "; ".join(parts) or "No response has a score", tuple(sentences))
+    return Headline(verdict, "; ".join(parts) or "No response has a score", tuple(sentences))
 
 
 def _verb(count: int) -> str:
@@ -136,29 +113,24 @@ def _tint(share: float) -> str:
     return f"--tint:{colour};--share:{abs(share) * _STRONGEST:.0f}%"
 
 
-def _draw_cosines(summary: Summary) -> Drawing:
+@svg.figures
+def _draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
     found = summary["cosines"]
+    if len(found["traits"]) < 2:
+        return
     layers = {trait["name"]: trait["layer"] for trait in summary["traits"]}
     band = CHANCE * found["null_std"]
     pairs = _pairs(found)
-    words = "; ".join(
+    said = "; ".join(
         f"{one} and {other} from {number(min(known), 2)} to {number(max(known), 2)}"
         for (one, other), values in pairs
         if (known := [value for value in values if value is not None])
     )
-    with drawing_style(), warnings.catch_warnings():
-        # The page's font is used, not the one that measures the text.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        return draw(
-            "cosines",
-            "Cosines by layer",
-            f"Cosine of each pair of vectors over {counted(len(found['cosines']), 'layer')}: {printable(words)}. "
-            f"Random directions: within {number(band, 3)} of 0.",
-            cosine_figure,
-            pairs,
-            layers,
-            band,
-        )
+    words = (
+        f"Cosine of each pair of vectors over {counted(len(found['cosines']), 'layer')}: {printable(said)}. "
+        f"Random directions: within {number(band, 3)} of 0."
+    )
+    yield svg.draw("cosines", "Cosines by layer", words, cosine_figure, pairs, layers, band)
 
 
 def _pairs(found: Mapping[str, Any]) -> list[tuple[tuple[str, str], list[float | None]]]:
@@ -175,9 +147,9 @@ def cosine_figure(
     width: int,
 ) -> Figure:
     """One panel a pair: its cosine at each layer, the band of random directions, and the layers that were read."""
-    columns = min(len(pairs), 3 if width == WIDE else 2)
+    columns = min(len(pairs), 3 if width == svg.WIDE else 2)
     rows = -(-len(pairs) // columns)
-    figure = new_figure(width, 30 + (190 if width == WIDE else 170) * rows)
+    figure = svg.new_figure(width, 30 + (190 if width == svg.WIDE else 170) * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     values = [value for _, each in pairs for value in each if value is not None]
     low, high = min([-1.5 * band, *values]), max([1.5 * band, *values])
@@ -189,7 +161,7 @@ def cosine_figure(
         (one, other), cosine = pairs[number_]
         _panel(axes, cosine, sorted({layers[one], layers[other]}), band)
         axes.set(ylim=(low - room, min(high + room, 1.05)))
-        fit = 15 if width == WIDE else 13
+        fit = 15 if width == svg.WIDE else 13
         axes.set_title(f"{_short(one, fit)}\n{_short(other, fit)}", fontsize=12)
         if number_ + columns >= len(pairs):
             axes.set_xlabel("layer")
@@ -198,14 +170,14 @@ def cosine_figure(
 
 
 def _panel(axes: Axes, cosine: Sequence[float | None], marked: Sequence[int], band: float) -> None:
-    axes.axhspan(-band, band, color=RANDOM, alpha=0.22, linewidth=0)
-    axes.axhline(0, color=MUTED, linewidth=1)
+    axes.axhspan(-band, band, color=svg.RANDOM, alpha=0.22, linewidth=0)
+    axes.axhline(0, color=svg.MUTED, linewidth=1)
     for layer in marked:
-        axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
-    axes.plot(range(len(cosine)), [float("nan") if v is None else v for v in cosine], color=VECTOR, zorder=3)
+        axes.axvline(layer, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+    axes.plot(range(len(cosine)), [float("nan") if v is None else v for v in cosine], color=svg.VECTOR, zorder=3)
     axes.set_xlim(-0.5, len(cosine) - 0.5)
     axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.grid(True, axis="y", color=GRID)
+    axes.grid(True, axis="y")
 
 
 def _short(name: str, most: int) -> str:

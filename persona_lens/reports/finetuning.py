@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.statistics import Verdict
 from persona_lens.core.text import counted
-from persona_lens.reports.drawing import (
-    BAR,
-    GRID,
-    MUTED,
-    RANDOM,
-    VECTOR,
-    WIDE,
-    Drawing,
-    draw,
-    drawing_style,
-    new_figure,
-    reach,
-)
-from persona_lens.reports.page import environment
+from persona_lens.reports import svg
+from persona_lens.reports.page import render
 from persona_lens.reports.wording import Headline, bounds, interval, number
 
 if TYPE_CHECKING:
@@ -32,26 +20,14 @@ LOSSES = {"last": "in training", "learned": "after, as it is used", "unseen": "a
 
 
 def render_finetuning(summary: Summary, version: str = "") -> str:
-    """A page on one study, complete in itself: no scripts, and nothing is loaded from anywhere.
-
-    The same summary gives the same bytes.
+    """A page on one study; see `persona_lens.reports.page.render`.
 
     Args:
         summary: As `persona_lens.finetuning.study.finetune_study` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
-
-    Raises:
-        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
-
-    Returns:
-        HTML, to be written as UTF-8.
     """
-    found = headline(summary)
-    return (
-        environment()
-        .get_template("finetuning.html.j2")
-        .render(**summary, result=found, losses=LOSSES, figures=_draw_figures(summary), version=version)
-    )
+    own = {"result": headline(summary), "losses": LOSSES, "figures": _draw_figures(summary), "version": version}
+    return render("finetuning.html.j2", {**summary, **own})
 
 
 def verdicts(summary: Summary) -> list[str]:
@@ -122,13 +98,12 @@ def _loss(found: Summary) -> str:
     return f"{number(spread['mean'], 2)} ({number(spread['low'], 2)} to {number(spread['high'], 2)} over seeds)"
 
 
-def _draw_figures(summary: Summary) -> dict[str, Drawing]:
-    with drawing_style():
-        found = {"scores": draw("scores", "Trait score by treatment", _words(summary), _scores_figure, summary)}
-        if len(summary["points"]) > 1:
-            words = f"{len(summary['points'])} finetuned models: shift along the vector, and change of the score."
-            found["shift"] = draw("shift", "Shift and change of the trait score", words, _shift_figure, summary)
-    return found
+@svg.figures
+def _draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
+    yield svg.draw("scores", "Trait score by treatment", _words(summary), _scores_figure, summary)
+    if len(summary["points"]) > 1:
+        words = f"{len(summary['points'])} finetuned models: shift along the vector, and change of the score."
+        yield svg.draw("shift", "Shift and change of the trait score", words, _shift_figure, summary)
 
 
 def _words(summary: Summary) -> str:
@@ -138,33 +113,31 @@ def _words(summary: Summary) -> str:
 
 def _scores_figure(summary: Summary, width: int) -> Figure:
     arms = {name: each for name, each in summary["treatments"].items() if each["score"] is not None}
-    figure = new_figure(width, 70 + 46 * len(arms))
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 70 + 46 * len(arms))
     for place, (name, found) in enumerate(arms.items()):
-        colour = RANDOM if name == NULL else VECTOR
-        span = [[ends[0]] for ends in reach([found["score"]])]
+        colour = svg.RANDOM if name == NULL else svg.VECTOR
+        span = [[ends[0]] for ends in svg.reach([found["score"]])]
         axes.errorbar(
-            [found["score"]["mean"]], [place], xerr=span, marker="o", markersize=9, color=colour, zorder=4, **BAR
+            [found["score"]["mean"]], [place], xerr=span, marker="o", markersize=9, color=colour, zorder=4, **svg.BAR
         )
         seeds = [value for value in found["seeds"] if value is not None]
-        axes.plot(seeds, [place + 0.28] * len(seeds), linestyle="", marker="|", markersize=9, color=MUTED, zorder=3)
+        axes.plot(seeds, [place + 0.28] * len(seeds), linestyle="", marker="|", markersize=9, color=svg.MUTED, zorder=3)
     if summary["base"]["score"] is not None:
-        axes.axvline(summary["base"]["score"], color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
+        axes.axvline(summary["base"]["score"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
     axes.set(
         title=f"Trait score of {summary['trait']}; dotted: before finetuning",
         yticks=range(len(arms)),
         xlim=(-3, 103),
         ylim=(len(arms) - 0.4, -0.6),
     )
-    axes.set_yticklabels([name if width == WIDE else name.replace(", ", ",\n") for name in arms])
-    axes.grid(True, axis="x", color=GRID)
+    axes.set_yticklabels([name if width == svg.WIDE else name.replace(", ", ",\n") for name in arms])
+    axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     return figure
 
 
 def _shift_figure(summary: Summary, width: int) -> Figure:
-    figure = new_figure(width, 340)
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 340)
     for point in summary["points"]:
         name = point["treatment"]
         axes.plot(
@@ -173,9 +146,9 @@ def _shift_figure(summary: Summary, width: int) -> Figure:
             linestyle="",
             marker="s" if name == NULL else "D" if name == PLAIN else "o",
             markersize=8,
-            color=RANDOM if name == NULL else VECTOR,
+            color=svg.RANDOM if name == NULL else svg.VECTOR,
             zorder=3,
         )
     axes.set(title="Change of the trait score", xlabel=f"shift at layer {summary['settings']['layer']}")
-    axes.grid(True, axis="both", color=GRID)
+    axes.grid(True, axis="both")
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,28 @@ from persona_lens.core.statistics import few
 from persona_lens.core.text import isolated, printable
 from persona_lens.reports import wording
 
+__all__ = ["environment", "render"]
+
 LONGEST = 50_000  # characters of one text; the files of a run have the whole
+
+
+def render(template: str, parts: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None) -> str:
+    """A page, complete in itself: no scripts, and nothing is loaded from anywhere. The same parts give the same bytes.
+
+    Args:
+        template: Its name; one a kind of report.
+        parts: What it shows, most of it JSON values as in the ``summary.json`` of a run.
+        filters: What only this template calls, by name.
+
+    Raises:
+        KeyError, jinja2.UndefinedError: If a part is missing, naming it.
+
+    Returns:
+        HTML, to be written as UTF-8.
+    """
+    env = environment()
+    env.filters.update(filters or {})
+    return env.get_template(template).render(parts)
 
 
 def environment() -> Environment:

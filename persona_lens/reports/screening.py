@@ -8,24 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from persona_lens.core.text import counted
-from persona_lens.reports.drawing import (
-    BAR,
-    DASHES,
-    GRID,
-    INK,
-    MUTED,
-    RANDOM,
-    THIRD,
-    VECTOR,
-    WIDE,
-    Drawing,
-    draw,
-    drawing_style,
-    legend,
-    new_figure,
-    reach,
-)
-from persona_lens.reports.page import environment
+from persona_lens.reports import svg
+from persona_lens.reports.page import render
 from persona_lens.reports.wording import bounds, number
 
 if TYPE_CHECKING:
@@ -37,41 +21,35 @@ QUANTITIES = {
     "difference": "difference to base responses",
     "prompt_difference": "difference to the last prompt token",
 }
-_COLOURS = (VECTOR, RANDOM, THIRD, MUTED)
+_COLOURS = (svg.VECTOR, svg.RANDOM, svg.THIRD, svg.MUTED)
 _MOST_DRAWN = 8  # gauges
 _NAME = 26
 
 
 def render_screening(summary: Summary, version: str = "") -> str:
-    """A page on one screening, complete in itself: no scripts, and nothing is loaded from anywhere.
-
-    The same summary gives the same bytes.
+    """A page on one screening; see `persona_lens.reports.page.render`.
 
     Args:
         summary: As `persona_lens.screening.screen` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
-
-    Raises:
-        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
-
-    Returns:
-        HTML, to be written as UTF-8.
     """
-    env = environment()
-    env.filters["share"] = lambda part, whole: f"{number(100 * part / whole)}%" if whole else number(None)
-    env.filters["random"] = _random
     drawn = summary["gauges"][:_MOST_DRAWN]
-    return env.get_template("screening.html.j2").render(
+    parts = {
         **summary,
-        quantities=QUANTITIES,
-        measured=[name for name in QUANTITIES if any(_means(summary, name))],
-        screened=[dataset for dataset in summary["datasets"] if not dataset["reference"]],
-        references=[dataset for dataset in summary["datasets"] if dataset["reference"]],
-        drawn={gauge: place for place, gauge in enumerate(drawn)},
-        lines=list(_conclusions(summary)),
-        figures=_draw_figures(summary, drawn),
-        version=version,
-    )
+        "quantities": QUANTITIES,
+        "measured": [name for name in QUANTITIES if any(_means(summary, name))],
+        "screened": [dataset for dataset in summary["datasets"] if not dataset["reference"]],
+        "references": [dataset for dataset in summary["datasets"] if dataset["reference"]],
+        "drawn": {gauge: place for place, gauge in enumerate(drawn)},
+        "lines": list(_conclusions(summary)),
+        "figures": _draw_figures(summary),
+        "version": version,
+    }
+    return render("screening.html.j2", parts, {"share": _share, "random": _random})
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{number(100 * part / whole)}%" if whole else number(None)
 
 
 def _means(summary: Summary, quantity: str) -> Iterator[Any]:
@@ -106,42 +84,22 @@ def _conclusions(summary: Summary) -> Iterator[str]:
             yield f"{dataset['name']}, {gauge}: the {what} is {bounds(found, 3, sign=True)}, {side} 0{ending}."
 
 
-def _draw_figures(summary: Summary, gauges: Sequence[str]) -> dict[str, Drawing]:
-    found = {}
-    with drawing_style():
-        for place, gauge in enumerate(gauges):
-            found[f"rows-{place}"] = draw(
-                f"rows-{place}",
-                f"Rows by value, {gauge}",
-                f"Shares of the rows of each dataset by their {QUANTITIES[summary['score']]} on {gauge}.",
-                histogram_figure,
-                summary,
-                gauge,
-            )
-            if summary["labels"]:
-                found[f"roc-{place}"] = draw(
-                    f"roc-{place}",
-                    f"ROC curves, {gauge}",
-                    f"Labelled rows found against clean rows found, as the threshold on {gauge} goes down.",
-                    roc_figure,
-                    summary["labels"],
-                    summary["score"],
-                    gauge,
-                )
-        found["datasets"] = draw(
-            "datasets",
-            "Means of datasets",
-            "The mean of each dataset and group with its 95% interval.",
-            means_figure,
-            summary,
-        )
-    return found
+@svg.figures
+def _draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
+    labels, score = summary["labels"], summary["score"]
+    for place, gauge in enumerate(summary["gauges"][:_MOST_DRAWN]):
+        words = f"Shares of the rows of each dataset by their {QUANTITIES[score]} on {gauge}."
+        yield svg.draw(f"rows-{place}", f"Rows by value, {gauge}", words, histogram_figure, summary, gauge)
+        if labels:
+            words = f"Labelled rows found against clean rows found, as the threshold on {gauge} goes down."
+            yield svg.draw(f"roc-{place}", f"ROC curves, {gauge}", words, roc_figure, labels, score, gauge)
+    words = "The mean of each dataset and group with its 95% interval."
+    yield svg.draw("datasets", "Means of datasets", words, means_figure, summary)
 
 
 def histogram_figure(summary: Summary, gauge: str, width: int) -> Figure:
     """Shares of rows by value: what is screened filled, the reference as a line, the threshold with its band."""
-    figure = new_figure(width, 360 if width == WIDE else 320)
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 360, 320)
     found = summary["histograms"][gauge]
     edges = np.array(found["edges"])
     colours = iter(_COLOURS * len(found["counts"]))
@@ -151,23 +109,22 @@ def histogram_figure(summary: Summary, gauge: str, width: int) -> Figure:
         shares = 100 * np.array(counts) / sum(counts)
         name = _short(dataset["name"])
         if dataset["reference"]:
-            axes.stairs(shares, edges, color=INK, linewidth=1.8, label=f"{name} (clean)", zorder=4)
+            axes.stairs(shares, edges, color=svg.INK, linewidth=1.8, label=f"{name} (clean)", zorder=4)
         else:
             axes.stairs(shares, edges, fill=True, color=next(colours), alpha=0.45, label=name, zorder=3)
     threshold = next((each for each in summary["thresholds"] if each["gauge"] == gauge), None)
     if threshold is not None:
-        axes.axvspan(threshold["low"], threshold["high"], color=GRID, zorder=0, linewidth=0)
-        axes.axvline(threshold["value"], color=MUTED, linestyle=DASHES, linewidth=1.5, zorder=2)
+        axes.axvspan(threshold["low"], threshold["high"], color=svg.GRID, zorder=0, linewidth=0)
+        axes.axvline(threshold["value"], color=svg.MUTED, linestyle=svg.DASHES, linewidth=1.5, zorder=2)
     axes.set(title="Share of the rows, %", xlabel=f"{QUANTITIES[summary['score']]}, {gauge}")
-    legend(figure, axes, 2)
+    svg.legend(figure, axes, 2)
     return figure
 
 
 def roc_figure(labels: Mapping[str, Any], score: str, gauge: str, width: int) -> Figure:
     """One curve a label, with the diagonal of chance."""
-    figure = new_figure(width, 400 if width == WIDE else 343)
-    axes = figure.add_subplot()
-    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=DASHES)
+    figure, axes = svg.panel(width, 400, 343)
+    axes.plot([0, 100], [0, 100], color=svg.MUTED, linewidth=1, linestyle=svg.DASHES)
     for (label, found), colour in zip(labels["labels"].items(), _COLOURS * len(labels["labels"]), strict=False):
         entry = found.get(score, {}).get(gauge)
         if entry is not None:
@@ -180,8 +137,8 @@ def roc_figure(labels: Mapping[str, Any], score: str, gauge: str, width: int) ->
         ylim=(-2, 102),
         aspect="equal",
     )
-    axes.grid(True, axis="both", color=GRID)
-    legend(figure, axes, 2)
+    axes.grid(True, axis="both")
+    svg.legend(figure, axes, 2)
     return figure
 
 
@@ -194,8 +151,7 @@ def means_figure(summary: Summary, width: int) -> Figure:
         for name, each in ((dataset["name"], dataset), *((f"– {g}", e) for g, e in dataset["groups"].items()))
     ]
     gauges = summary["gauges"][: len(_COLOURS)]
-    figure = new_figure(width, 120 + len(rows) * max(26, 14 * len(gauges)))
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 120 + len(rows) * max(26, 14 * len(gauges)))
     for place, gauge in enumerate(gauges):
         offset = (place - (len(gauges) - 1) / 2) * 0.6 / max(len(gauges), 2)
         known = [(n, means[gauge][summary["score"]]) for n, (_, means) in enumerate(rows)]
@@ -203,20 +159,18 @@ def means_figure(summary: Summary, width: int) -> Figure:
         axes.errorbar(
             [found["mean"] for _, found in known],
             [n + offset for n, _ in known],
-            xerr=reach([found for _, found in known]),
+            xerr=svg.reach([found for _, found in known]),
             color=_COLOURS[place],
             marker="o",
             linestyle="",
             label=gauge,
-            **BAR,
+            **svg.BAR,
         )
     if summary["score"] != "raw":
-        axes.axvline(0, color=MUTED, linewidth=1)
-    axes.set_yticks(range(len(rows)), [_short(name) for name, _ in rows])
-    axes.set(xlabel=f"mean {QUANTITIES[summary['score']]}", ylim=(len(rows) - 0.5, -0.5))
-    axes.grid(True, axis="x", color=GRID)
-    axes.grid(False, axis="y")
-    legend(figure, axes, 2)
+        axes.axvline(0, color=svg.MUTED, linewidth=1)
+    axes.set(xlabel=f"mean {QUANTITIES[summary['score']]}", ylim=(-0.5, len(rows) - 0.5))
+    svg.in_rows(axes, [_short(name) for name, _ in rows])
+    svg.legend(figure, axes, 2)
     return figure
 
 

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_lens.reports.drawing import (
-    GRID,
-    INK,
-    MUTED,
-    NARROW,
-    PAPER,
-    RANDOM,
-    VECTOR,
-    WIDE,
-    Drawing,
-    draw,
-    drawing_style,
-    new_figure,
-    square_of_percent,
-)
-from persona_lens.reports.page import environment
+from persona_lens.reports import svg
+from persona_lens.reports.page import render
 from persona_lens.reports.wording import NONE, number, plain
 
 if TYPE_CHECKING:
@@ -37,41 +23,31 @@ _MEASURES = {
     "within_pearson": "Pearson correlation within conditions, mean",
     "within_spearman": "Spearman correlation within conditions, mean",
 }
-_DASHES, _DOTS = (0, (4, 2)), (0, (1, 2))
 
 
 def render_study(summary: Summary, version: str = "") -> str:
-    """A page on one study, complete in itself: no scripts, and nothing is loaded from anywhere.
-
-    The same summary gives the same bytes.
+    """A page on one study; see `persona_lens.reports.page.render`.
 
     Args:
         summary: As `persona_lens.monitoring.study` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
-
-    Raises:
-        KeyError, jinja2.UndefinedError: If the summary lacks a part, naming it.
-
-    Returns:
-        HTML, to be written as UTF-8.
     """
-    env = environment()
-    env.filters["measured"] = measured
-    env.filters["share"] = share
     group, found = _first(summary)
-    return env.get_template("study.html.j2").render(
-        **{**summary, "verdict": summary["verdict"].replace(" ", "-")},
-        at=found,
-        first=group,
-        measures=_MEASURES,
-        group_names=GROUPS,
-        entries={name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
-        tuned=_tuned(summary),
-        title=title(summary),
-        limits=_limits(summary),
-        figures=_draw_figures(summary),
-        version=version,
-    )
+    parts = {
+        **summary,
+        "verdict": summary["verdict"].replace(" ", "-"),
+        "at": found,
+        "first": group,
+        "measures": _MEASURES,
+        "group_names": GROUPS,
+        "entries": {name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
+        "tuned": _tuned(summary),
+        "title": title(summary),
+        "limits": _limits(summary),
+        "figures": _draw_figures(summary),
+        "version": version,
+    }
+    return render("study.html.j2", parts, {"measured": measured, "share": share})
 
 
 def measured(found: Mapping[str, Any], digits: int = 2) -> str:
@@ -147,71 +123,49 @@ def _limits(summary: Summary) -> list[str]:
     return sentences
 
 
-def _draw_figures(summary: Summary) -> dict[str, Drawing | None]:
+@svg.figures
+def _draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
     r = measured(_first(summary)[1]["pearson"])
-    calibration = summary["calibration"]
-    several = len(_first(summary)[0]["layers"]) > 1
-    with drawing_style():
-        return {
-            "scatter": draw(
-                "scatter",
-                "Score by projection",
-                f"Each prompt by the projection of its last token and the mean score of its replies. Pearson r {r}.",
-                scatter_figure,
-                summary,
-            ),
-            "layers": draw(
-                "layers",
-                "Correlation by layer",
-                f"Correlation at every layer read, beside random directions. At layer {summary['layer']}: {r}.",
-                layer_figure,
-                summary,
-            )
-            if several
-            else None,
-            "reliability": draw(
-                "reliability",
-                "Reliability",
-                "Share of replies that show the trait against the probability that was predicted for their prompts.",
-                reliability_figure,
-                calibration,
-            )
-            if "curve" in calibration
-            else None,
-        }
+    words = f"Each prompt by the projection of its last token and the mean score of its replies. Pearson r {r}."
+    yield svg.draw("scatter", "Score by projection", words, scatter_figure, summary)
+    if len(_first(summary)[0]["layers"]) > 1:
+        words = f"Correlation at every layer read, beside random directions. At layer {summary['layer']}: {r}."
+        yield svg.draw("layers", "Correlation by layer", words, layer_figure, summary)
+    if "curve" in summary["calibration"]:
+        words = "Share of replies that show the trait against the probability that was predicted for their prompts."
+        yield svg.draw("reliability", "Reliability", words, reliability_figure, summary["calibration"])
 
 
 def scatter_figure(summary: Summary, width: int) -> Figure:
     """Prompts by projection and score, in the colours of their conditions, with the line of least squares."""
-    figure = new_figure(width, 460 if width == WIDE else 360)
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 460, 360)
     styles = _styles([each["name"] for each in summary["conditions"]])
     for condition, style in zip(summary["conditions"], styles, strict=True):
         own = [point for point in summary["points"] if point["condition"] == condition["name"]]
         axes.plot(
             [point["projection"] for point in own],
             [point["score"] for point in own],
-            markersize=7 if width == WIDE else 5.5,
+            markersize=7 if width == svg.WIDE else 5.5,
             **style,
         )
     x, y = (np.array([point[name] for point in summary["points"]]) for name in ("projection", "score"))
     if np.ptp(x) > 0:
         slope, intercept = np.polyfit(x, y, 1)
         ends = np.array([x.min(), x.max()])
-        axes.plot(ends, slope * ends + intercept, color=INK, linewidth=1.5, zorder=3)
+        axes.plot(ends, slope * ends + intercept, color=svg.INK, linewidth=1.5, zorder=3)
     for place, condition in enumerate(summary["conditions"], 1):
         if condition["mean_score"] is not None:
             _label(axes, condition["mean_projection"], condition["mean_score"], str(place))
     threshold = summary["calibration"].get("threshold")
     if threshold is not None and x.min() <= threshold["value"] <= x.max():
-        axes.axvline(threshold["value"], color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
+        axes.axvline(threshold["value"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
     axes.set(
         title="Mean trait score of the replies",
         xlabel=f"projection of the prompt’s last token, layer {summary['layer']}",
         ylim=(-4, 104),
         yticks=range(0, 101, 20),
     )
-    axes.grid(True, axis="both", color=GRID)
+    axes.grid(True, axis="both")
     return figure
 
 
@@ -220,29 +174,32 @@ def _styles(names: Sequence[str]) -> list[dict[str, Any]]:
     plainest = {"linestyle": "", "marker": "o", "markeredgewidth": 0, "zorder": 2}
     steps = np.linspace(-1, 1, len(names))
     return [
-        {**plainest, "color": VECTOR if step > 0 else RANDOM, "alpha": round(0.25 + 0.6 * abs(float(step)), 3)}
+        {**plainest, "color": svg.VECTOR if step > 0 else svg.RANDOM, "alpha": round(0.25 + 0.6 * abs(float(step)), 3)}
         for step in steps
     ]
 
 
 def _label(axes: Axes, x: float, y: float, text: str) -> None:
-    box = {"facecolor": PAPER, "edgecolor": MUTED, "pad": 2, "linewidth": 1}
+    box = {"facecolor": svg.PAPER, "edgecolor": svg.MUTED, "pad": 2, "linewidth": 1}
     axes.text(x, y, text, ha="center", va="center", fontsize=12, zorder=5, bbox=box)
 
 
 def layer_figure(summary: Summary, width: int) -> Figure:
     """Pearson's r with its interval by layer, and the range of random directions."""
-    figure = new_figure(width, 340 if width == WIDE else 300)
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 340, 300)
     rows = [each for each in _first(summary)[0]["layers"] if each["pearson"]["value"] is not None]
     at = [each["layer"] for each in rows]
     nulls = [each for each in rows if each["null"] is not None and each["null"]["low"] is not None]
     if nulls:
         low, high = ([each["null"][end] for each in nulls] for end in ("low", "high"))
         band = [each["layer"] for each in nulls]
-        axes.fill_between(band, low, high, color=RANDOM, alpha=0.22, linewidth=0, zorder=1)
+        axes.fill_between(band, low, high, color=svg.RANDOM, alpha=0.22, linewidth=0, zorder=1)
         axes.plot(
-            band, [each["null"]["mean"] for each in nulls], color=RANDOM, linestyle=_DASHES, label="random directions"
+            band,
+            [each["null"]["mean"] for each in nulls],
+            color=svg.RANDOM,
+            linestyle=svg.DASHES,
+            label="random directions",
         )
     values = [each["pearson"]["value"] for each in rows]
     reach = [
@@ -251,10 +208,18 @@ def layer_figure(summary: Summary, width: int) -> Figure:
         for side in ("low", "high")
     ]  # fmt: skip
     axes.errorbar(
-        at, values, yerr=reach, color=VECTOR, marker="o", markersize=5, elinewidth=1.5, zorder=3, label="trait vector"
+        at,
+        values,
+        yerr=reach,
+        color=svg.VECTOR,
+        marker="o",
+        markersize=5,
+        elinewidth=1.5,
+        zorder=3,
+        label="trait vector",
     )
-    axes.axhline(0, color=MUTED, linewidth=1)
-    axes.axvline(summary["layer"], color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=0)
+    axes.axhline(0, color=svg.MUTED, linewidth=1)
+    axes.axvline(summary["layer"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=0)
     lowest = min([*values, *(each["null"]["low"] for each in nulls), 0.0])
     axes.set(title="Pearson’s r", xlabel="layer", ylim=(max(-1.05, lowest - 0.25), 1.05))
     figure.legend(loc="outside upper right", ncols=2)
@@ -263,9 +228,8 @@ def layer_figure(summary: Summary, width: int) -> Figure:
 
 def reliability_figure(calibration: Mapping[str, Any], width: int) -> Figure:
     """What happened against what was predicted, with the line on which both are equal."""
-    figure = new_figure(width, 400 if width == WIDE else NARROW)
-    axes = figure.add_subplot()
-    square_of_percent(axes, "Replies that show the trait, %", "probability that was predicted, %")
+    figure, axes = svg.panel(width, 400, svg.NARROW)
+    svg.square_of_percent(axes, "Replies that show the trait, %", "probability that was predicted, %")
     bins = calibration["reliability"]
     shares = [each["observed"] for each in bins]
     values = [100 * each["value"] for each in shares]
@@ -277,7 +241,7 @@ def reliability_figure(calibration: Mapping[str, Any], width: int) -> Figure:
         [100 * each["predicted"] for each in bins],
         values,
         yerr=reach,
-        color=VECTOR,
+        color=svg.VECTOR,
         marker="o",
         markersize=7,
         linewidth=0,

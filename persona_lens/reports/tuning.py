@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.reports.drawing import (
-    BAR,
-    GRID,
-    INK,
-    LINE,
-    MUTED,
-    NULL,
-    PAPER,
-    RANDOM,
-    RANDOM_LABEL,
-    VECTOR,
-    VECTOR_LABEL,
-    WIDE,
-    Drawing,
-    draw,
-    drawing_style,
-    legend,
-    line_with_intervals,
-    mark_layer,
-    new_figure,
-    points_with_intervals,
-    reach,
-)
+from persona_lens.reports import svg
 from persona_lens.reports.wording import bounds, number, signed
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Summary = Mapping[str, Any]
@@ -141,42 +118,26 @@ def _cell(point: Mapping[str, Any], chosen: Mapping[str, Any], key: str, limit: 
 
 Point = Mapping[str, Any]
 MEASURED = {"surprise": "surprise, nats per token", "coherence": "coherence, 0 to 100"}
-_DOTS = (0, (1, 2))
 _NOTHING = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 1}
 
 
-def draw_tuning(summary: Summary) -> dict[str, Drawing | None]:
-    """Every figure by name; None where the summary has nothing to draw."""
+@svg.figures
+def draw_tuning(summary: Summary) -> Iterator[svg.Drawing]:
+    """Every figure that the summary has something to draw for."""
     curve = curve_points(summary)
-    everything = summary.get("capability") or []
-    capability = [
-        (name, each)
-        for name, each in zip(names_of_arms(everything), everything, strict=True)
-        if each["accuracy"] and each["score"]
-    ]
+    if len(curve["vector"]) > 1:
+        yield svg.draw("curve", "Steering curve", _curve_words(curve), curve_figure, curve, summary)
     beside = [point for point in summary["surface"] if point["effect"] and point["effect"][summary["measured"]]]
-    with drawing_style():
-        return {
-            "curve": draw("curve", "Steering curve", _curve_words(curve), curve_figure, curve, summary)
-            if len(curve["vector"]) > 1
-            else None,
-            "tradeoff": draw(
-                "tradeoff",
-                "Effect against what it costs",
-                _tradeoff_words(beside, summary),
-                tradeoff_figure,
-                beside,
-                summary,
-            )
-            if beside
-            else None,
-            "capability": draw(
-                "capability", "Trait against capability", _capability_words(capability), capability_figure, capability
-            )
-            if capability
-            else None,
-            "norms": draw("norms", "Lengths by layer", _norm_words(summary), norm_figure, summary),
-        }
+    if beside:
+        words = _tradeoff_words(beside, summary)
+        yield svg.draw("tradeoff", "Effect against what it costs", words, tradeoff_figure, beside, summary)
+    everything = summary.get("capability") or []
+    named = zip(names_of_arms(everything), everything, strict=True)
+    capability = [(name, each) for name, each in named if each["accuracy"] and each["score"]]
+    if capability:
+        words = _capability_words(capability)
+        yield svg.draw("capability", "Trait against capability", words, capability_figure, capability)
+    yield svg.draw("norms", "Lengths by layer", _norm_words(summary), norm_figure, summary)
 
 
 def curve_points(summary: Summary) -> dict[str, list[dict[str, Any]]]:
@@ -199,43 +160,49 @@ def curve_points(summary: Summary) -> dict[str, list[dict[str, Any]]]:
 def curve_figure(curve: Mapping[str, Sequence[Point]], summary: Summary, width: int) -> Figure:
     """Change of the score against the coefficient with the null, and below it surprise or coherence with its limit."""
     measured = summary["measured"]
-    figure = new_figure(width, 520 if width == WIDE else 490)
+    figure = svg.new_figure(width, 520 if width == svg.WIDE else 490)
     score, cost = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, 1])
-    for kind, style, label in (("random", NULL, RANDOM_LABEL), ("vector", LINE, VECTOR_LABEL)):
+    for kind, style, label in (("random", svg.NULL, svg.RANDOM_LABEL), ("vector", svg.LINE, svg.VECTOR_LABEL)):
         if curve[kind]:
-            line_with_intervals(score, curve[kind], "change", style, label)
+            svg.line_with_intervals(score, curve[kind], "change", style, label)
     known = [point for point in curve["vector"] if point[measured]]
     if known:
-        line_with_intervals(cost, known, measured, LINE, VECTOR_LABEL)
-    score.axhline(0, color=MUTED, linewidth=1.5, zorder=1)
+        svg.line_with_intervals(cost, known, measured, svg.LINE, svg.VECTOR_LABEL)
+    score.axhline(0, color=svg.MUTED, linewidth=1.5, zorder=1)
     score.set(title="Change of the mean trait score, points")
     score.margins(y=0.12)
     score.yaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))
     cost.set(title=MEASURED[measured].capitalize(), xlabel="steering coefficient")
     limit = summary["unsteered"]["confirm"]["limit"]
     if limit is not None:
-        cost.axhline(limit, color=MUTED, linewidth=1.5, linestyle=_DOTS)
+        cost.axhline(limit, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS)
         # At the unsteered end of the axis, where the line of the curve is furthest from the limit.
         words = "text falls apart beyond" if measured == "surprise" else "text falls apart below"
-        _note(cost, limit, words, left=summary["towards"] == "more", above=measured == "surprise")
+        left, above = summary["towards"] == "more", measured == "surprise"
+        ends = {"ha": "left" if left else "right", "va": "bottom" if above else "top"}
+        box = {"facecolor": svg.PAPER, "edgecolor": "none", "pad": 1}
+        svg.note(cost, (0.01 if left else 0.99, limit), words, (0, 4 if above else -4), **ends, bbox=box)
         cost.margins(y=0.3)
     cost.xaxis.set_major_formatter(lambda value, _: signed(round(value, 6)))
     for axes in (score, cost):
-        axes.axvline(0, color=GRID, linewidth=1, zorder=0)
-        axes.axvline(summary["chosen"]["coefficient"], color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
-    legend(figure, score)
+        axes.axvline(0, color=svg.GRID, linewidth=1, zorder=0)
+        axes.axvline(summary["chosen"]["coefficient"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+    svg.legend(figure, score)
     return figure
 
 
 def tradeoff_figure(points: Sequence[Point], summary: Summary, width: int) -> Figure:
     """Change of the score against surprise or coherence, one dot a place."""
     measured, plain = summary["measured"], summary["unsteered"]["search"]
-    figure = new_figure(width, 400 if width == WIDE else 380)
-    axes = figure.add_subplot()
-    axes.axhline(0, color=MUTED, linewidth=1.5, zorder=1)
+    figure, axes = svg.panel(width, 400, 380)
+    axes.axhline(0, color=svg.MUTED, linewidth=1.5, zorder=1)
     for coherent, label in ((True, "text holds together"), (False, "text falls apart")):
         some = [point for point in points if point["coherent"] == coherent]
-        style: dict[str, Any] = {"marker": "o", "color": VECTOR, "markerfacecolor": VECTOR if coherent else PAPER}
+        style: dict[str, Any] = {
+            "marker": "o",
+            "color": svg.VECTOR,
+            "markerfacecolor": svg.VECTOR if coherent else svg.PAPER,
+        }
         if some:
             xs, ys = zip(*(_at(point, measured) for point in some), strict=True)
             axes.plot(xs, ys, markersize=8, linestyle="", label=label, zorder=3, **style)
@@ -243,28 +210,32 @@ def tradeoff_figure(points: Sequence[Point], summary: Summary, width: int) -> Fi
     if taken:
         x, y = _at(taken[0], measured)
         bars: dict[str, Any] = {
-            "yerr": reach([taken[0]["effect"]["change"]]),
-            "xerr": reach([taken[0]["effect"][measured]]),
+            "yerr": svg.reach([taken[0]["effect"]["change"]]),
+            "xerr": svg.reach([taken[0]["effect"][measured]]),
         }
-        style = {"marker": "o", "color": INK, "markerfacecolor": "none", "markeredgewidth": 2}
-        axes.errorbar([x], [y], **bars, markersize=15, linestyle="", label="chosen", zorder=4, **style, **BAR)
+        style = {"marker": "o", "color": svg.INK, "markerfacecolor": "none", "markeredgewidth": 2}
+        axes.errorbar([x], [y], **bars, markersize=15, linestyle="", label="chosen", zorder=4, **style, **svg.BAR)
     if plain[measured]:
-        axes.plot([plain[measured]["mean"]], [0], marker="D", color=INK, linestyle="", markersize=8, label="unsteered")
+        axes.plot(
+            [plain[measured]["mean"]], [0], marker="D", color=svg.INK, linestyle="", markersize=8, label="unsteered"
+        )
     if plain["limit"] is not None:
-        axes.axvline(plain["limit"], color=MUTED, linewidth=1.5, linestyle=_DOTS, zorder=1)
+        axes.axvline(plain["limit"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
     axes.set(title="Change of the mean trait score, points", xlabel=MEASURED[measured])
     axes.margins(x=0.08, y=0.12)
-    axes.grid(True, axis="both", color=GRID)
+    axes.grid(True, axis="both")
     axes.yaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))
-    legend(figure, axes, columns=4)
+    svg.legend(figure, axes, columns=4)
     return figure
 
 
 def norm_figure(summary: Summary, width: int) -> Figure:
     """Lengths of the residual and of the vector at each layer, on a logarithmic scale."""
-    figure = new_figure(width, 330 if width == WIDE else 350)
-    axes = figure.add_subplot()
-    styles = (("residual_norms", "residual", RANDOM, (0, (6, 2))), ("vector_norms", VECTOR_LABEL, VECTOR, "solid"))
+    figure, axes = svg.panel(width, 330, 350)
+    styles = (
+        ("residual_norms", "residual", svg.RANDOM, (0, (6, 2))),
+        ("vector_norms", svg.VECTOR_LABEL, svg.VECTOR, "solid"),
+    )
     for key, label, colour, dashes in styles:
         known = [(layer, value) for layer, value in enumerate(summary[key]) if value > 0]
         if known:
@@ -274,8 +245,8 @@ def norm_figure(summary: Summary, width: int) -> Figure:
     axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.tick_params(axis="y", which="minor", size=0)
     axes.margins(x=0.02)
-    mark_layer(axes, summary["chosen"]["layer"])
-    legend(figure, axes)
+    svg.mark_layer(axes, summary["chosen"]["layer"])
+    svg.legend(figure, axes)
     return figure
 
 
@@ -289,17 +260,18 @@ def names_of_arms(capability: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def capability_figure(capability: Sequence[tuple[str, Mapping[str, Any]]], width: int) -> Figure:
     """Trait score against accuracy, one dot an arm, with both intervals."""
-    figure = new_figure(width, 380 if width == WIDE else 360)
-    axes = figure.add_subplot()
+    figure, axes = svg.panel(width, 380, 360)
     accuracies, scores = [each["accuracy"] for _, each in capability], [each["score"] for _, each in capability]
     means = [estimate["mean"] for estimate in accuracies]
-    points_with_intervals(axes, means, scores, LINE, VECTOR_LABEL)
-    axes.errorbar(means, [s["mean"] for s in scores], xerr=reach(accuracies), linestyle="", color=VECTOR, **BAR)
+    svg.points_with_intervals(axes, means, scores, svg.LINE, svg.VECTOR_LABEL)
+    axes.errorbar(
+        means, [s["mean"] for s in scores], xerr=svg.reach(accuracies), linestyle="", color=svg.VECTOR, **svg.BAR
+    )
     for (name, _), x, score in zip(capability, means, scores, strict=True):
-        axes.annotate(name, (x, score["mean"]), (8, 8), textcoords="offset points", color=INK, fontsize=12)
+        axes.annotate(name, (x, score["mean"]), (8, 8), textcoords="offset points", color=svg.INK, fontsize=12)
     axes.set(title="Mean trait score, 0 to 100", xlabel="accuracy, share of right answers")
     axes.margins(x=0.12, y=0.15)
-    axes.grid(True, axis="both", color=GRID)
+    axes.grid(True, axis="both")
     return figure
 
 
@@ -311,25 +283,9 @@ def _is_chosen(point: Point, summary: Summary) -> bool:
     return all(point[key] == summary["chosen"][key] for key in ("layer", "coefficient"))
 
 
-def _note(axes: Axes, height: float, words: str, *, left: bool, above: bool) -> None:
-    """Words at one end of a horizontal line."""
-    axes.annotate(
-        words,
-        (0.01 if left else 0.99, height),
-        (0, 4 if above else -4),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        ha="left" if left else "right",
-        va="bottom" if above else "top",
-        color=MUTED,
-        fontsize=12,
-        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
-    )
-
-
 def _curve_words(curve: Mapping[str, Sequence[Point]]) -> str:
     sentences = []
-    for kind, label in (("vector", VECTOR_LABEL), ("random", RANDOM_LABEL)):
+    for kind, label in (("vector", svg.VECTOR_LABEL), ("random", svg.RANDOM_LABEL)):
         listed = ", ".join(
             f"{bounds(point['change'], sign=True)} at {signed(point['coefficient'])}"
             for point in curve[kind]

@@ -18,15 +18,15 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Headline:
-    """What the steering run shows.
+    """What a run shows.
 
     Attributes:
-        verdict: See `persona_lens.core.statistics.verdict_of`.
+        verdict: See `persona_lens.core.statistics.verdict_of`; each page says what makes its own.
         title: In one line.
         sentences: With all numbers.
     """
 
-    verdict: Verdict
+    verdict: str
     title: str
     sentences: tuple[str, ...]
 

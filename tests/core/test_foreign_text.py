@@ -18,8 +18,8 @@ from rich.text import Text
 
 from persona_lens.cli import display, main
 from persona_lens.core.text import END_ISOLATE, ISOLATE, escaped, in_short, isolated, printable
-from persona_lens.reports.drawing import drawing_style, to_svg
 from persona_lens.reports.page import environment
+from persona_lens.reports.svg import drawing_style, to_svg
 
 SOURCES = Path(__file__).parents[2] / "persona_lens"
 NASTY = "\x1b]0;owned\x07\x1b[2J[/x][red]:smile:\x00\x9b31m\u202eevil\u2066\U000e0041\ud800<script>&\r"
@@ -95,7 +95,7 @@ def test_only_one_module_makes_pages_and_one_figures() -> None:
             if re.search(rf"(?<![a-z]){re.escape(call)}", text):
                 places.add(file.relative_to(SOURCES).as_posix())
     # The heat map and the card of the hub have templates of their own, with `printable` in them; and models' templates.
-    assert makers["savefig("] == {"reports/drawing.py"}
+    assert makers["savefig("] == {"reports/svg.py"}
     assert makers["Environment("] <= {"reports/page.py", "monitoring/markup.py", "vectors/hub.py"}
 
 

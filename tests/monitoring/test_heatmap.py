@@ -17,7 +17,7 @@ from rich.console import Console
 from persona_lens import PersonaLensError
 from persona_lens.data.pieces import TokenPiece, lines_of, token_pieces
 from persona_lens.monitoring import TokenHeatmap
-from persona_lens.monitoring.heatmap import DARK_INK, LIGHT_INK, STEPS, Scale, dark, light
+from persona_lens.monitoring.markup import DARK_INK, LIGHT_INK, STEPS, Scale, dark, light
 from tests.data.test_pieces import TINY, bytes_of, token_id
 from tests.data.tokenizers import TOKENIZERS
 from tests.judging.test_agreement_blind import HOSTILE

@@ -76,7 +76,7 @@ def test_texts_and_names_of_others_do_no_harm() -> None:
 
 
 def test_a_page_without_measures_says_why() -> None:
-    html = render_agreement(compare(scored([1, 2]), scored([2, 3])))
+    html = render_agreement(compare(scored([1.0, 2.0]), scored([2.0, 3.0])))
     assert "only 2 of the responses have both scores; 3 are needed" in html
     assert "too few responses for limits of agreement" in html
     assert "nan" not in re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL).lower()

@@ -18,8 +18,8 @@ import pytest
 
 from persona_lens.core.text import printable
 from persona_lens.reports import figures, render_report
-from persona_lens.reports.drawing import Drawing
 from persona_lens.reports.figures import draw_figures
+from persona_lens.reports.svg import Figures
 from persona_lens.reports.wording import (
     agreement_row,
     bounds,
@@ -409,7 +409,7 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str, monkeypat
 
 
 @cache
-def draw_cached() -> dict[str, Drawing | None]:
+def draw_cached() -> Figures:
     return draw_figures(make_summary())
 
 

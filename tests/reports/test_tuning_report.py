@@ -15,9 +15,9 @@ import pytest
 
 from persona_lens import reports
 from persona_lens.core.text import printable
-from persona_lens.monitoring.heatmap import STEPS, dark, light
+from persona_lens.monitoring.markup import STEPS, dark, light
 from persona_lens.reports import render_tuning
-from persona_lens.reports.drawing import Drawing
+from persona_lens.reports.svg import Figures
 from persona_lens.reports.tuning import draw_tuning, heat_maps, names_of_arms
 from persona_lens.reports.wording import verdict
 from tests.reports.test_report import HOSTILE, Page, change, estimate, provenance
@@ -140,7 +140,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def drawn_once() -> dict[str, Drawing | None]:
+def drawn_once() -> Figures:
     return draw_tuning(make_tuning())
 
 

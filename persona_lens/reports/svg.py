@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -180,18 +180,37 @@ class Drawing:
     """One figure.
 
     Attributes:
+        name: Unique in the page.
         wide: SVG for screens as wide as a line of text.
         narrow: SVG for phones.
         description: What there is to see, in words.
     """
 
+    name: str
     wide: Markup
     narrow: Markup
     description: str
 
 
+class Figures(dict[str, Drawing]):
+    """The figures of a page by name; None for one that there was nothing to draw for."""
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
+def figures(drawings: Callable[[Any], Iterable[Drawing]]) -> Callable[[Any], Figures]:
+    """Make of a function that draws one figure after another one that returns them all, drawn in the report's style."""
+
+    def drawn(subject: Any) -> Figures:
+        with drawing_style():
+            return Figures({drawing.name: drawing for drawing in drawings(subject)})
+
+    return drawn
+
+
 def draw(name: str, title: str, words: str, draw_at: Callable[..., Figure], *data: Any) -> Drawing:
-    """Draw a figure in both widths, inside `persona_lens.reports.drawing.drawing_style`.
+    """Draw a figure in both widths, inside a function that `figures` makes.
 
     Args:
         name: Unique in the page.
@@ -201,7 +220,7 @@ def draw(name: str, title: str, words: str, draw_at: Callable[..., Figure], *dat
         data: What is drawn.
     """
     wide, narrow = (to_svg(draw_at(*data, width), f"{name}-{width}", title, words) for width in (WIDE, NARROW))
-    return Drawing(wide, narrow, words)
+    return Drawing(name, wide, narrow, words)
 
 
 def new_figure(width: int, height: int) -> Figure:
@@ -214,10 +233,31 @@ def new_figure(width: int, height: int) -> Figure:
     return figure
 
 
+def panel(width: int, wide: int, narrow: int | None = None) -> tuple[Figure, Axes]:
+    """A figure of one panel, with its height on a wide page and on a phone."""
+    figure = new_figure(width, wide if width == WIDE or narrow is None else narrow)
+    return figure, figure.add_subplot()
+
+
+def in_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Give each whole number on the vertical axis a name, the first on top, and the lines to the horizontal axis."""
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+
+
+def note(axes: Axes, at: tuple[float, float], text: str, offset: tuple[float, float], **style: Any) -> None:
+    """Words beside a horizontal line: ``at`` is a share of the width and a height on the axis, ``offset`` in points."""
+    across = axes.get_yaxis_transform()
+    words: dict[str, Any] = {"color": MUTED, "fontsize": 12, **style}
+    axes.annotate(text, at, offset, xycoords=across, textcoords="offset points", **words)
+
+
 VECTOR_LABEL, RANDOM_LABEL = "trait vector", "random directions"
 BAR: dict[str, Any] = {"elinewidth": 2, "capsize": 4, "capthick": 2}
 LINE: dict[str, Any] = {"marker": "o", "color": VECTOR, "zorder": 4}
-DASHES = (0, (4, 2))
+DASHES, DOTS = (0, (4, 2)), (0, (1, 2))
 NULL: dict[str, Any] = {"marker": "s", "color": RANDOM, "linestyle": DASHES, "markerfacecolor": PAPER, "zorder": 3}
 
 
@@ -244,7 +284,7 @@ def mark_layer(axes: Axes, layer: int) -> None:
     if not low <= layer <= high:
         return
     right = layer > (low + high) / 2
-    axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=(0, (1, 2)), zorder=1)
+    axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=DOTS, zorder=1)
     axes.annotate(
         f"layer {layer}, used",
         (layer, 1.0),
