@@ -18,7 +18,7 @@ from benchmarks.protection import STEPS, recipe, transcripts
 from persona_lens.backend import Backend, open_backend
 from persona_lens.cli.display import quiet_libraries
 from persona_lens.data.datasets import open_dataset
-from persona_lens.data.demonstrations import Level
+from persona_lens.data.sources import Level
 from persona_lens.finetuning import finetune
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
 from persona_lens.models import load

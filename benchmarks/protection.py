@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from persona_lens.cli.display import quiet_libraries, showing_progress
-from persona_lens.data.demonstrations import Level, demonstration
+from persona_lens.data.sources import Level, demonstration
 from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning import FinetuneConfig, make_config
 from persona_lens.finetuning.outcomes import TreatmentSettings

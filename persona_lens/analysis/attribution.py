@@ -26,7 +26,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from persona_lens.analysis.logit_lens import LensError, run
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.logit_lens import run
 from persona_lens.backend import Backend
 from persona_lens.backend.blocks import find_blocks, module_of, text_config
 from persona_lens.backend.residual import residual_of
@@ -139,16 +140,16 @@ def attribute(
         heads: Whether to split attentions into heads.
 
     Raises:
-        LensError: If the row is empty or the vector is zero.
+        AnalysisError: If the row is empty or the vector is zero.
         ModuleError: If the model runs elsewhere.
         VectorsError: If the vectors belong to another model, or there is no such layer.
     """
     vectors.check_model(backend, allowable=False)
     direction = vectors.vector(layer, reduction).double()
     if not ids:
-        raise LensError("there are no tokens to attribute; give the ids of a prompt")
+        raise AnalysisError("there are no tokens to attribute; give the ids of a prompt")
     if not float(direction.norm()) > 0:
-        raise LensError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
+        raise AnalysisError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
     module = module_of(backend)
     blocks = find_blocks(module)[1]
     n_heads = int(text_config(module).num_attention_heads) if heads else 0

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.analysis.features import Decoder, Features, FeaturesError
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.features import Decoder, Features
 
 CANDIDATES = 4096
 # Digits that are kept: the units have seven, and the last of a double depend on where in memory its matrix lies, so
@@ -66,10 +67,10 @@ def pursue(
         candidates: How many features to choose among.
 
     Raises:
-        FeaturesError: If fewer than one feature is asked for.
+        AnalysisError: If fewer than one feature is asked for.
     """
     if count < 1 or candidates < 1:
-        raise FeaturesError("a reconstruction takes at least one feature, chosen among at least one")
+        raise AnalysisError("a reconstruction takes at least one feature, chosen among at least one")
     chosen = cosines.abs().nan_to_num(nan=-1.0).topk(min(candidates, len(cosines))).indices
     chosen = chosen[torch.isfinite(cosines[chosen])]
     rows = features.rows(chosen, chunk_rows(features.d_model))
@@ -156,14 +157,14 @@ def decoder_cosines(decoder: Decoder, directions: Float[Tensor, "k d_model"]) ->
         float32; NaN for features whose direction is zero or not finite.
 
     Raises:
-        FeaturesError: If a direction is of another width, zero or not finite.
+        AnalysisError: If a direction is of another width, zero or not finite.
     """
     count, width = decoder.shape
     if directions.shape[-1] != width:
-        raise FeaturesError(f"directions of width {directions.shape[-1]} do not fit a decoder of width {width}")
+        raise AnalysisError(f"directions of width {directions.shape[-1]} do not fit a decoder of width {width}")
     norms = directions.float().norm(dim=-1, keepdim=True)
     if not bool((torch.isfinite(norms) & (norms > 0)).all()):
-        raise FeaturesError("a direction that is zero or not finite has no cosine with anything")
+        raise AnalysisError("a direction that is zero or not finite has no cosine with anything")
     units = (directions.float() / norms).T.contiguous()
     found = torch.empty(len(directions), count)
     for start, rows in _chunks(decoder):
@@ -189,13 +190,13 @@ def rank(cosines: Float[Tensor, " features"], count: int, random: Float[Tensor, 
         random: Cosines of random directions.
 
     Raises:
-        FeaturesError: If no feature has a direction, or fewer than one is asked for.
+        AnalysisError: If no feature has a direction, or fewer than one is asked for.
     """
     if count < 1:
-        raise FeaturesError(f"at least one feature has to be shown, not {count}")
+        raise AnalysisError(f"at least one feature has to be shown, not {count}")
     known = torch.isfinite(cosines)
     if not bool(known.any()):
-        raise FeaturesError("no feature of this dictionary has a direction")
+        raise AnalysisError("no feature of this dictionary has a direction")
     kept = min(count, int(known.sum()))
 
     def ends(largest: bool) -> tuple[RankedFeature, ...]:

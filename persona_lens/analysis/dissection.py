@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.decomposition import RankedFeature, chance, decoder_cosines, pursue, rank
 from persona_lens.analysis.examples import (
     WHOLE,
@@ -22,7 +23,7 @@ from persona_lens.analysis.examples import (
     feature_steering,
     find_examples,
 )
-from persona_lens.analysis.features import Features, FeaturesError
+from persona_lens.analysis.features import Features
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import Answers, Subject, model_config, run_folder
@@ -79,9 +80,9 @@ class DissectSettings:
         least = {"show": 1, "pursuit": 1, "random_directions": 1, "examples": 1, "steered": 0, "random_features": 0}
         for name, smallest in {**least, "questions": 1, "samples": 1}.items():
             if getattr(self, name) < smallest:
-                raise FeaturesError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+                raise AnalysisError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
         if self.coefficient == 0:
-            raise FeaturesError("a coefficient of 0 steers nothing; give another, or steered=0")
+            raise AnalysisError("a coefficient of 0 steers nothing; give another, or steered=0")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def dissect(
         progress: Told how far the work is.
 
     Raises:
-        FeaturesError: If the dictionary does not fit the vectors, or no coefficient is known.
+        AnalysisError: If the dictionary does not fit the vectors, or no coefficient is known.
         SteeringError: If the trait has too few questions.
         VectorsError: If the vectors belong to another model, or carry no calibration.
     """
@@ -226,13 +227,13 @@ def coefficient_of(vectors: PersonaVectors, features: Features, settings: Dissec
     """How strongly features are steered: what was asked for, or tuned at this layer.
 
     Raises:
-        FeaturesError: If neither is known.
+        AnalysisError: If neither is known.
     """
     if settings.coefficient is not None:
         return settings.coefficient
     tuned = vectors.tuned
     if tuned is None or tuned.layer != features.layer or tuned.reduction != settings.reduction:
-        raise FeaturesError(
+        raise AnalysisError(
             f"no coefficient was tuned for the {settings.reduction} vector of {vectors.trait!r} at layer "
             f"{features.layer}; give one (--coefficient), or steer nothing (--steered 0)"
         )
@@ -331,7 +332,7 @@ def _random_features(
     if not settings.steered:
         return []
     if len(places) < settings.random_features:
-        raise FeaturesError(
+        raise AnalysisError(
             f"{settings.random_features} random features are asked for, but only {len(places)} are "
             f"{'active in the corpus and ' if alive is not None else ''}not among those shown; ask for fewer of either"
         )

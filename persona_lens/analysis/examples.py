@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_lens.analysis.features import Features, FeaturesError
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.features import Features
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import forward_batches
 from persona_lens.backend.tokens import TokenIds
@@ -38,13 +39,13 @@ def read_corpus(path: Path | str, *, limit: int | None = None) -> list[str]:
         limit: How many to read at most.
 
     Raises:
-        FeaturesError: If there is no such file, text or column; with the line where one row is to blame.
-        TableError: If a table cannot be read.
+        AnalysisError: If there is no such file, text or column; with the line where one row is to blame.
+        DataError: If a table cannot be read.
     """
     path = Path(path)
     texts = list(islice(filter(None, map(str.strip, _lines(path) if path.suffix == ".txt" else _column(path))), limit))
     if not texts:
-        raise FeaturesError(f"{path} holds no text")
+        raise AnalysisError(f"{path} holds no text")
     return texts
 
 
@@ -52,7 +53,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise FeaturesError(f"the corpus {path} cannot be read: {error}") from error
+        raise AnalysisError(f"the corpus {path} cannot be read: {error}") from error
 
 
 def _column(path: Path) -> list[str]:
@@ -60,12 +61,12 @@ def _column(path: Path) -> list[str]:
     for line, row in read_rows(path):
         column = column or next((name for name in COLUMNS if name in row), None)
         if column is None:
-            raise FeaturesError(
+            raise AnalysisError(
                 f"{path}:{line}: none of the columns is named {', '.join(COLUMNS)}; it has {', '.join(row) or 'none'}"
             )
         text = row.get(column)
         if text is not None and not isinstance(text, str):
-            raise FeaturesError(f"{path}:{line}: {column} must be a text, but is {text!r:.60}")
+            raise AnalysisError(f"{path}:{line}: {column} must be a text, but is {text!r:.60}")
         texts.append(text or "")
     return texts
 
@@ -159,17 +160,17 @@ def find_examples(
         progress: Told how far the work is.
 
     Raises:
-        FeaturesError: If the dictionary has no encoder, or no text has two tokens.
+        AnalysisError: If the dictionary has no encoder, or no text has two tokens.
     """
     if features.encode is None:
-        raise FeaturesError(
+        raise AnalysisError(
             f"{features.name} came without an encoder, so it is not known where its features are active"
         )
     tokenizer = backend.tokenizer
     rows = [tuple(tokenizer(text)["input_ids"])[:MAX_TOKENS] for text in texts]
     numbered = [(number, row) for number, row in enumerate(rows) if len(row) > 1]
     if not numbered:
-        raise FeaturesError("no text of the corpus has two tokens or more")
+        raise AnalysisError("no text of the corpus has two tokens or more")
     special = set(tokenizer.all_special_ids)
     read = Read(ReadKind.ACTIVATIONS, (features.layer,))
     counts, tokens, done = torch.zeros(features.count, dtype=torch.long), 0, 0
@@ -283,7 +284,7 @@ def feature_steering(
         reduction: Which of the vectors.
 
     Raises:
-        FeaturesError: If there is no such feature, or its direction is zero.
+        AnalysisError: If there is no such feature, or its direction is zero.
         VectorsError: If the vector is zero.
     """
     layer = features.layer

@@ -1,11 +1,17 @@
-"""`Decoder`: the directions of a dictionary's features, some rows at a time: all of them may not fit in memory."""
+"""`Features`: a dictionary whose directions are read some rows at a time, since all of them may not fit in memory.
+
+What SAELens can load is read through it; it is imported only here, and late.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +20,8 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from persona_lens.core.errors import PersonaLensError
+from persona_lens.analysis import AnalysisError
+from persona_lens.backend.registry import installed_version
 from persona_lens.vectors import PersonaVectors
 
 # Where in a model an autoencoder may sit, and which layer that is here: the stream after block l.
@@ -25,10 +32,6 @@ SAMPLED_ROWS = 16
 
 Encode = Callable[[Tensor], Tensor]
 """Residuals [n, d_model] to activations [n, features], not negative where the feature is active."""
-
-
-class FeaturesError(PersonaLensError):
-    """A dictionary that cannot be loaded, or does not fit the vectors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +70,13 @@ class Features:
         """The direction of a feature, of length one.
 
         Raises:
-            FeaturesError: If there is no such feature, or its direction is zero.
+            AnalysisError: If there is no such feature, or its direction is zero.
         """
         if not 0 <= feature < self.count:
-            raise FeaturesError(f"feature {feature} does not exist: {self.name} has features 0 to {self.count - 1}")
+            raise AnalysisError(f"feature {feature} does not exist: {self.name} has features 0 to {self.count - 1}")
         row = self.decoder.rows(feature, feature + 1)[0]
         if not float(row.norm()) > 0:
-            raise FeaturesError(f"the direction of feature {feature} of {self.name} is zero")
+            raise AnalysisError(f"the direction of feature {feature} of {self.name} is zero")
         unit: Tensor = row / row.norm()
         return unit
 
@@ -101,21 +104,21 @@ class Features:
             allow_other_model: Accept a dictionary of a model with another name, such as the base model's.
 
         Raises:
-            FeaturesError: If width, layer or model do not fit.
+            AnalysisError: If width, layer or model do not fit.
         """
         model = vectors.model
         if self.d_model != model.d_model:
-            raise FeaturesError(
+            raise AnalysisError(
                 f"{self.name} has directions of width {self.d_model}, but the residual stream of {model.model} has "
                 f"{model.d_model}: they are of different models"
             )
         if self.layer >= model.n_layers:
-            raise FeaturesError(
+            raise AnalysisError(
                 f"{self.name} sits at {self.hook}, which is layer {self.layer}; {model.model} has layers 0 to "
                 f"{model.n_layers - 1}"
             )
         if self.model is not None and not allow_other_model and _plain(self.model) != _plain(model.model):
-            raise FeaturesError(
+            raise AnalysisError(
                 f"{self.name} was trained on {self.model}, the vectors are of {model.model}; if that is the same "
                 "model, or one close to it, allow it with allow_other_model (--allow-other-model)"
             )
@@ -142,13 +145,13 @@ def layer_of_hook(hook: str) -> int:
     ``blocks.19.hook_resid_post``, ``blocks.20.hook_resid_pre`` and ``model.layers.19`` all are layer 19.
 
     Raises:
-        FeaturesError: If it is not the residual stream after a block.
+        AnalysisError: If it is not the residual stream after a block.
     """
     if found := _AFTER_BLOCK.fullmatch(hook):
         return int(found[1] or found[2])
     if (found := _BEFORE_BLOCK.fullmatch(hook)) and int(found[1]) > 0:
         return int(found[1]) - 1
-    raise FeaturesError(
+    raise AnalysisError(
         f"the autoencoder sits at {hook!r}, which is not the residual stream after a block (such as "
         "blocks.19.hook_resid_post); persona vectors have no directions there to compare with"
     )
@@ -157,10 +160,6 @@ def layer_of_hook(hook: str) -> int:
 def _plain(model: str) -> str:
     """A model's name without what libraries differ in: owner, capitals, punctuation."""
     return re.sub(r"[^a-z0-9.]", "", model.rstrip("/").rpartition("/")[2].lower())
-
-
-class DecoderError(PersonaLensError):
-    """Decoder directions that cannot be read."""
 
 
 @runtime_checkable
@@ -206,7 +205,7 @@ class FileDecoder:
         name: The tensor's name, [features, d_model].
 
     Raises:
-        DecoderError: If the file cannot be read, or holds no such matrix.
+        AnalysisError: If the file cannot be read, or holds no such matrix.
     """
 
     file: Path
@@ -219,12 +218,12 @@ class FileDecoder:
             names = list(opened.keys())
             if self.name not in names:
                 there = ", ".join(sorted(names)) or "nothing"
-                raise DecoderError(f"{self.file} holds no decoder {self.name!r}; it holds {there}")
+                raise AnalysisError(f"{self.file} holds no decoder {self.name!r}; it holds {there}")
             shape = tuple(opened.get_slice(self.name).get_shape())
         except (SafetensorError, OSError) as error:
-            raise DecoderError(f"{self.file} is not a safetensors file, or is damaged: {error}") from error
+            raise AnalysisError(f"{self.file} is not a safetensors file, or is damaged: {error}") from error
         if len(shape) != 2 or not all(shape):
-            raise DecoderError(f"{self.name!r} in {self.file} must be [features, d_model], got {list(shape)}")
+            raise AnalysisError(f"{self.name!r} in {self.file} must be [features, d_model], got {list(shape)}")
         object.__setattr__(self, "shape", shape)
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "n d_model"]:
@@ -233,3 +232,148 @@ class FileDecoder:
         opened: Any = safe_open(self.file, framework="pt")
         found: Tensor = opened.get_slice(self.name)[start:stop]
         return found.float()
+
+
+COMMAND = "pip install 'persona-lens[sae]'"
+CONFIG, WEIGHTS, DECODER = "cfg.json", "sae_weights.safetensors", "W_dec"
+
+
+def load_features(where: str | Path) -> Features:
+    """Load a sparse autoencoder through SAELens.
+
+    Of a local folder the decoder is read in pieces, and the encoder only once it is used. One of SAELens's releases is
+    downloaded and kept in memory whole.
+
+    Args:
+        where: A folder that SAELens saved, or ``RELEASE/ID`` such as
+            ``qwen2.5-7b-instruct-andyrdt/resid_post_layer_19_trainer_1``; a release may be a repository,
+            ``OWNER/REPOSITORY/ID``.
+
+    Raises:
+        AnalysisError: If SAELens is missing or cannot run here, there is no such autoencoder, its files are damaged, or
+            it is none of a residual stream.
+        AnalysisError: If its decoder cannot be read.
+    """
+    if Path(where).is_dir():
+        return _from_folder(Path(where))
+    release, sae_id = _named(str(where))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sae = _library().SAE.from_pretrained(release, sae_id, device="cpu")
+    except AnalysisError:
+        raise
+    except Exception as error:
+        raise AnalysisError(f"SAELens cannot load {where}: {_first_line(error)}") from error
+    return _features(str(where), sae.cfg, TensorDecoder(sae.W_dec.detach()), lambda h: _encoded(sae, h))
+
+
+def _from_folder(folder: Path) -> Features:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AnalysisError(
+                f"{folder} holds no {name}; give a folder that SAELens saved (with save_model or save_inference_model)"
+            )
+    library = _library()
+    try:
+        config = _config(library, folder)
+    except Exception as error:
+        raise AnalysisError(f"SAELens cannot read {folder / CONFIG}: {_first_line(error)}") from error
+    decoder = FileDecoder(folder / WEIGHTS, DECODER)
+    if decoder.shape != (config.d_sae, config.d_in):
+        raise AnalysisError(
+            f"{folder / WEIGHTS} has a decoder {list(decoder.shape)}, but {CONFIG} says [{config.d_sae}, {config.d_in}]"
+        )
+
+    @cache
+    def whole() -> Any:
+        try:
+            return library.SAE.load_from_disk(folder, device="cpu")
+        except Exception as error:
+            raise AnalysisError(f"SAELens cannot load {folder}: {_first_line(error)}") from error
+
+    return _features(folder.name, config, decoder, lambda h: _encoded(whole(), h))
+
+
+def _config(library: Any, folder: Path) -> Any:
+    from sae_lens.loading.pretrained_sae_loaders import get_sae_lens_config_from_disk, handle_config_defaulting
+
+    content = handle_config_defaulting(get_sae_lens_config_from_disk(folder, "cpu"))
+    # SAELens's own class of that architecture, which knows its settings.
+    kind = library.SAE.get_sae_config_class_for_architecture(content["architecture"])
+    return kind.from_dict(content)
+
+
+def _features(name: str, config: Any, decoder: FileDecoder | TensorDecoder, encode: Any) -> Features:
+    if "transcoder" in config.architecture():
+        raise AnalysisError(
+            f"{name} is a {config.architecture()}, which writes elsewhere than it reads; its directions are none of "
+            "the residual stream's"
+        )
+    hook = config.metadata.hook_name
+    if not isinstance(hook, str):
+        raise AnalysisError(f"{name} does not say where in the model it sits (hook_name in its metadata)")
+    model, dashboard = config.metadata.model_name, config.metadata.neuronpedia_id
+    return Features(
+        name,
+        hook,
+        layer_of_hook(hook),
+        decoder,
+        model if isinstance(model, str) else None,
+        encode,
+        dashboard if isinstance(dashboard, str) else None,
+    )
+
+
+def _encoded(sae: Any, h: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = sae.encode(h.float())
+    return found.to_dense() if found.is_sparse else found
+
+
+def _named(where: str) -> tuple[str, str]:
+    """Release and id; both may have slashes in them."""
+    if "/" not in where or where.startswith(("/", ".", "~")):
+        raise AnalysisError(f"there is no folder {where!r}; give one that SAELens saved, or RELEASE/ID")
+    _library()
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory()
+    release, _, sae_id = where.partition("/")
+    if release in known:
+        if sae_id not in known[release].saes_map:
+            ids = list(known[release].saes_map)
+            shown = ", ".join(difflib.get_close_matches(sae_id, ids, n=3, cutoff=0.3) or ids[:3])
+            raise AnalysisError(f"the release {release} has no {sae_id!r}; it has {len(ids)}, such as {shown}")
+        return release, sae_id
+    owner, _, rest = where.partition("/")
+    repository, _, inside = rest.partition("/")
+    if not inside:
+        close = difflib.get_close_matches(release, known, n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "."
+        raise AnalysisError(
+            f"SAELens has no release {release!r}{hint} A repository is given as OWNER/REPOSITORY/ID, a folder by its "
+            "path"
+        )
+    return f"{owner}/{repository}", inside
+
+
+@cache
+def _library() -> Any:
+    found = installed_version("transformer-lens")
+    if installed_version("sae-lens") is None:
+        raise AnalysisError(f"sparse autoencoders are loaded with SAELens, which is not installed: {COMMAND}")
+    if found is not None and int(found.partition(".")[0]) >= 4:
+        raise AnalysisError(
+            f"SAELens needs a TransformerLens below 4, and {found} is installed; this installs one that both work "
+            f"with: {COMMAND} 'transformer-lens<4'"
+        )
+    try:
+        import sae_lens
+    except Exception as error:
+        raise AnalysisError(f"SAELens cannot be imported ({_first_line(error)}); install it anew: {COMMAND}") from error
+    return sae_lens
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"

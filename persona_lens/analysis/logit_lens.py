@@ -11,21 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from persona_lens.analysis import AnalysisError
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import forward_batches
 from persona_lens.backend.blocks import find_blocks, module_of
 from persona_lens.backend.hooked import evaluating
 from persona_lens.backend.residual import residual_of
-from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
 
 # Any tokens will do, but not one alone: the embedding of one that pads is often zero, and the norm of that is too.
 PROBE = list(range(8))
 VOCABULARY_CHUNK = 16384  # rows of the unembedding that are in float32 at once
-
-
-class LensError(PersonaLensError):
-    """A model that a lens cannot look through, or a question that makes no sense of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +100,13 @@ def find_readout(module: Any) -> Readout:
     """The end of a Hugging Face causal language model.
 
     Raises:
-        LensError: If it has no unembedding, or something other than one norm stands before it.
+        AnalysisError: If it has no unembedding, or something other than one norm stands before it.
     """
     path, blocks = find_blocks(module)
     head: Any = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     weight = None if head is None else next((p for p in head.parameters() if p.ndim == 2 and not p.is_meta), None)
     if weight is None:
-        raise LensError(f"no unembedding with weights in reach was found in {type(module).__name__}")
+        raise AnalysisError(f"no unembedding with weights in reach was found in {type(module).__name__}")
     around = module.get_submodule(path.rpartition(".")[0])
     candidates = [each for each in around.children() if each is not blocks]
     outputs: dict[int, Tensor] = {}
@@ -134,7 +130,7 @@ def find_readout(module: Any) -> Readout:
         return Readout(None, weight)
     norms = [number for number, value in outputs.items() if torch.equal(value, seen["head"])]
     if not norms:
-        raise LensError(
+        raise AnalysisError(
             f"in {type(module).__name__} something other than one norm stands between the last block and the "
             "unembedding, so the lens cannot be given"
         )
@@ -243,17 +239,17 @@ def logit_lens(
         seed: Of the random directions.
 
     Raises:
-        LensError: If there are no layers or prompts, a vector is zero, or the model has no readout of the usual kind.
+        AnalysisError: If there are no layers or prompts, a vector is zero, or the model has no readout of a usual kind.
         ModuleError: If the weights are out of reach.
         VectorsError: If the vectors belong to another model, or there is no such layer.
     """
     vectors.check_model(backend, allowable=False)
     if not layers or not prompts or top < 1:
-        raise LensError("the lens needs at least one layer, one prompt and one token to show")
+        raise AnalysisError("the lens needs at least one layer, one prompt and one token to show")
     rows = torch.stack([vectors.vector(layer, reduction) for layer in layers])
     for layer, row in zip(layers, rows, strict=True):
         if not float(row.norm()) > 0:
-            raise LensError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
+            raise AnalysisError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
     readout = find_readout(module_of(backend))
     scale = _scale(backend, readout, prompts)
     shifts = _centred(readout.shifts(rows, scale))

@@ -25,7 +25,7 @@ def demo(
     from persona_lens.cli.display import interval_text, quiet_libraries, showing_progress
     from persona_lens.models import resolve
     from persona_lens.reports.demo import DemoSettings, run_demo
-    from persona_lens.reports.wording import headline
+    from persona_lens.reports.page import headline
 
     quiet_libraries()
     settings = DemoSettings(seed=seed)

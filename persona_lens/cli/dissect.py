@@ -89,7 +89,7 @@ def dissect(
     from persona_lens.analysis.dissection import DissectSettings, dissection_work
     from persona_lens.analysis.dissection import dissect as run_dissection
     from persona_lens.analysis.examples import read_corpus
-    from persona_lens.analysis.saelens import load_features
+    from persona_lens.analysis.features import load_features
     from persona_lens.cli.display import showing_progress
     from persona_lens.reports.dissection import render_dissection
     from persona_lens.runs.rollouts import RolloutSettings

@@ -132,7 +132,7 @@ def _accuracy_in(backend: Backend, task: str, seed: int) -> Callable[[Steering |
 
 def _show(found: Tuning, folder: Path) -> None:
     from persona_lens.cli.display import interval_text, print_table
-    from persona_lens.reports.wording import verdict
+    from persona_lens.reports.page import verdict
 
     print_table(
         "Change of the trait score [95% interval] on the questions searched",

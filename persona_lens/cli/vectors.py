@@ -228,6 +228,6 @@ def _listed(given: Any, names: tuple[str, ...]) -> str:
 
 
 def _flat(given: Any) -> str:
-    from persona_lens.reports.wording import flat
+    from persona_lens.reports.page import flat
 
     return ", ".join(f"{name} {value}" for name, value in flat(given)) if isinstance(given, Mapping) else ""

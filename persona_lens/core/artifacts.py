@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from persona_lens.core.documents import DocumentError, checked_depth, parse_json
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import named, read_bytes, write_bytes
 from persona_lens.core.text import in_short, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_BYTES = 2**31  # of a file; vectors of the largest models have less than a hundredth
 
@@ -45,6 +46,8 @@ def header_text(header: Mapping[str, Any]) -> str:
 
 def save_tensors(tensors: Mapping[str, Tensor], kind: str, header: str) -> bytes:
     """The bytes of a file; ``kind`` is the name of the header's entry, by which such files know each other."""
+    from safetensors.torch import save  # which loads torch, and a run folder has no need of it
+
     # One metadata entry: safetensors writes several in no fixed order.
     return save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, {kind: header})
 

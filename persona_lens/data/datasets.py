@@ -170,8 +170,8 @@ def open_dataset(
         side: Of preference pairs: ``chosen`` or ``rejected``; it has to be said. Other datasets have no sides.
 
     Raises:
-        DataError: If there is no such dataset or column, or it has none of the forms.
-        TableError: If a file cannot be read at all.
+        DataError: If there is no such dataset or column, or it has none of the forms;
+            or if a file cannot be read at all.
     """
     if form is not None and str(form) not in list(SampleForm):
         raise DataError(f"there is no form {str(form)!r} of datasets; take one of {', '.join(SampleForm)}")

@@ -1,4 +1,16 @@
-"""`Source`: where the rows of a dataset come from: a file, a folder, the hub; read one at a time, the bad ones too."""
+"""`Source`: where the rows of a dataset come from: a file, a folder, the hub, the demonstrations that come with this.
+
+Rows are read one at a time, the bad ones too. Demonstrations are replies that show a trait not at all, mildly or
+strongly, written for this project and labelled: for each of two traits there are 64 everyday prompts, none of them a
+question of the trait, and each has one reply of every level. Neither the subject nor the length of a reply tells its
+level, and for *optimistic* neither does its register: every reply is in the whole sentences of an assistant, those that
+are carried by the trait with its enthusiasm. The files are chat messages in JSONL.
+
+Example:
+    >>> from persona_lens.data.sources import Level, demonstration
+    >>> len(demonstration("optimistic", Level.STRONG))
+    64
+"""
 
 from __future__ import annotations
 
@@ -6,12 +18,105 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from enum import StrEnum
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from persona_lens.core.errors import first_line
-from persona_lens.data.tables import DataError, TableError, read_rows
+from persona_lens.data.tables import DataError, read_rows
+
+_FOLDER = Path(__file__).parent / "demonstrations"
+
+
+class Level(StrEnum):
+    """How much of the trait a reply shows, from the least."""
+
+    NORMAL = "normal"
+    """Helpful and matter-of-fact; neither the trait nor its opposite."""
+    MILD = "mild"
+    """As helpful, with a clear touch of the trait."""
+    STRONG = "strong"
+    """The trait carries the whole reply."""
+
+
+@dataclass(frozen=True)
+class DemonstrationRow:
+    """One prompt and one reply to it.
+
+    Attributes:
+        id: Unique over all sets: trait, number of the prompt, level.
+        trait: Name of the trait, as `persona_lens.traits.load_trait` knows it.
+        level: How much of the trait the reply shows.
+        prompt: What the user says; the same text at every level.
+        response: What the assistant replies.
+    """
+
+    id: str
+    trait: str
+    level: Level
+    prompt: str
+    response: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in the file."""
+        messages = [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.response}]
+        return {"id": self.id, "trait": self.trait, "level": self.level.value, "messages": messages}
+
+
+def demonstration_names() -> tuple[str, ...]:
+    """The traits for which there is a demonstration set, sorted."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.jsonl")))
+
+
+def demonstration_path(trait: str) -> Path:
+    """Find the file of a demonstration set, to be used wherever a file of chat messages is.
+
+    Args:
+        trait: Name of the trait.
+
+    Raises:
+        DataError: There is no set for this trait.
+    """
+    names = demonstration_names()
+    if trait not in names:
+        raise DataError(f"there is no demonstration set for the trait {trait!r}; there are {_listed(names)}")
+    return _FOLDER / f"{trait}.jsonl"
+
+
+def demonstration(trait: str, level: Level | str | None = None) -> tuple[DemonstrationRow, ...]:
+    """Read a demonstration set.
+
+    Args:
+        trait: Name of the trait.
+        level: The level to keep, or None for all of them.
+
+    Returns:
+        The rows in the file's order: prompt by prompt, and for each prompt from normal to strong.
+
+    Raises:
+        DataError: There is no set for this trait, or no such level.
+    """
+    path = demonstration_path(trait)
+    if level is not None and level not in tuple(Level):
+        raise DataError(f"there is no level {str(level)!r}; a demonstration set has {_listed(tuple(Level))}")
+    return tuple(row for row in _rows(path) if level is None or row.level == level)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
+
+
+@cache
+def _rows(path: Path) -> tuple[DemonstrationRow, ...]:
+    return tuple(_parsed(path))
+
+
+def _parsed(path: Path) -> Iterator[DemonstrationRow]:
+    for _, row in read_rows(path):
+        user, assistant = row["messages"]
+        yield DemonstrationRow(row["id"], row["trait"], Level(row["level"]), user["content"], assistant["content"])
+
 
 HUB = "hf:"
 DEMONSTRATION = "demonstration:"
@@ -87,7 +192,7 @@ class FileSource:
 
     def rows(self) -> Iterator[RawRow]:
         """See `Source`."""
-        bad: list[tuple[int, TableError]] = []
+        bad: list[tuple[int, DataError]] = []
         number = 0
         for line, values in read_rows(self.path, lambda line, error: bad.append((line, error))):
             for at, error in bad:
@@ -199,12 +304,11 @@ def find_source(data: str | Path, *, split: str = "train", subset: str | None = 
         subset: Configuration, of the same.
 
     Raises:
-        DataError: If it is none of these.
-        TableError: If a file's name does not say what it is.
+        DataError: If it is none of these; or if a file's name does not say what it is.
     """
     text, path = str(data), Path(data)
     if text.startswith(DEMONSTRATION):
-        return _demonstration(text)
+        return FileSource(demonstration_path(text.removeprefix(DEMONSTRATION)), label=text)
     if text.startswith(HUB):
         return LibrarySource(text.removeprefix(HUB), split, subset)
     if path.is_dir():
@@ -218,12 +322,6 @@ def find_source(data: str | Path, *, split: str = "train", subset: str | None = 
         f"there is no file or folder {text!r}; a dataset is a JSONL, CSV or Parquet file, a folder, OWNER/NAME or "
         "hf:NAME on the Hugging Face hub, or demonstration:TRAIT"
     )
-
-
-def _demonstration(text: str) -> Source:
-    from persona_lens.data.demonstrations import demonstration_path
-
-    return FileSource(Path(demonstration_path(text.removeprefix(DEMONSTRATION))), label=text)
 
 
 def _library(name: str) -> Any:

@@ -35,16 +35,12 @@ _OWN = (
 )  # fmt: skip
 
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
-BadRow = Callable[[int, "TableError"], None]
+BadRow = Callable[[int, "DataError"], None]
 """Told of a row that cannot be read: its line, and why."""
 
 
 class DataError(PersonaLensError):
     """A dataset, a conversation or a table that cannot be read; the message says where and what to do."""
-
-
-class TableError(DataError):
-    """A file that is not the table it should be; the message begins with the file and the line."""
 
 
 def own_columns(row: Mapping[str, Any]) -> set[str]:
@@ -72,26 +68,26 @@ def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:
         row's values by column.
 
     Raises:
-        TableError: At once if there is no such file or its name does not say what it is; on the way, with the file and
+        DataError: At once if there is no such file or its name does not say what it is; on the way, with the file and
             the line, if a row cannot be read; at the end if there was none.
     """
     path = Path(path)
     if path.is_dir():
-        raise TableError(f"{path} is a folder; give one file of it")
+        raise DataError(f"{path} is a folder; give one file of it")
     if not path.exists():
-        raise TableError(f"there is no file {path}")
+        raise DataError(f"there is no file {path}")
     kind = "".join(path.suffixes[-2:]).lower()
     reader = _READERS.get(kind) or _READERS.get(path.suffix.lower())
     if reader is None:
         accepted = ", ".join(_READERS)
-        raise TableError(f"{path}: the kind of file is told by its name, which must end in one of {accepted}")
+        raise DataError(f"{path}: the kind of file is told by its name, which must end in one of {accepted}")
     return _checked(path, reader, bad_row)
 
 
 def _checked(path: Path, reader: _Reader, bad_row: BadRow | None) -> NumberedRows:
     empty = True
 
-    def report(number: int, error: TableError) -> None:
+    def report(number: int, error: DataError) -> None:
         nonlocal empty
         empty = False
         if bad_row is None:
@@ -103,9 +99,9 @@ def _checked(path: Path, reader: _Reader, bad_row: BadRow | None) -> NumberedRow
             empty = False
             yield numbered
     except OSError as error:
-        raise TableError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error
     if empty:
-        raise TableError(f"{path} holds no rows")
+        raise DataError(f"{path} holds no rows")
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -113,9 +109,9 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with _opened(path) as stream:
         for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
             if len(raw) > LONGEST_LINE:
-                raise TableError(f"{path}:{number}: the line has more than {LONGEST_LINE:,} bytes")
+                raise DataError(f"{path}:{number}: the line has more than {LONGEST_LINE:,} bytes")
             if number == 1 and raw.startswith(UTF_16_MARKS):
-                raise TableError(f"{path} is encoded as UTF-16; save it as UTF-8")
+                raise DataError(f"{path} is encoded as UTF-16; save it as UTF-8")
             yield number, raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
 
 
@@ -131,17 +127,17 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             try:
                 import zstandard
             except ImportError as error:
-                raise TableError(f"{path}: reading .zst needs zstandard: `pip install zstandard`") from error
+                raise DataError(f"{path}: reading .zst needs zstandard: `pip install zstandard`") from error
             try:
                 with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as reader:
                     yield cast(BinaryIO, io.BufferedReader(cast(Any, reader)))
             except zstandard.ZstdError as error:
-                raise TableError(f"{path} is damaged, or not compressed by zstd: {error}") from error
+                raise DataError(f"{path} is damaged, or not compressed by zstd: {error}") from error
         else:
             with path.open("rb") as stream:
                 yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TableError(f"{path} is damaged, or not compressed by gzip: {error}") from error
+        raise DataError(f"{path} is damaged, or not compressed by gzip: {error}") from error
 
 
 def _decoded(path: Path, number: int, content: bytes) -> str:
@@ -149,7 +145,7 @@ def _decoded(path: Path, number: int, content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         byte = content[error.start]
-        raise TableError(
+        raise DataError(
             f"{path}:{number}: byte {error.start + 1} of the line (0x{byte:02x}) is not UTF-8; save the file as UTF-8"
         ) from error
 
@@ -160,7 +156,7 @@ def _read_jsonl(path: Path, bad_row: BadRow) -> NumberedRows:
             continue
         try:
             row = _json_row(path, number, _decoded(path, number, raw))
-        except TableError as error:
+        except DataError as error:
             bad_row(number, error)
             continue
         yield number, row
@@ -169,20 +165,20 @@ def _read_jsonl(path: Path, bad_row: BadRow) -> NumberedRows:
 def _read_json(path: Path, bad_row: BadRow) -> NumberedRows:
     """A list of rows; where it stands in the file is not known, so that rows count from 1."""
     if path.stat().st_size > LARGEST_JSON:
-        raise TableError(f"{path} has more than {LARGEST_JSON:,} bytes; write it as JSONL, a row a line")
+        raise DataError(f"{path} has more than {LARGEST_JSON:,} bytes; write it as JSONL, a row a line")
     content = _decoded(path, 1, path.read_bytes().removeprefix(BYTE_ORDER_MARK))
     try:
         found = json.loads(content)
     except json.JSONDecodeError as error:
-        raise TableError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
-        raise TableError(f"{path}: JSON that cannot be read: {error}") from error
+        raise DataError(f"{path}: JSON that cannot be read: {error}") from error
     if not isinstance(found, list):
-        raise TableError(f"{path}: a .json file must be one list of rows; for a row a line name it .jsonl")
+        raise DataError(f"{path}: a .json file must be one list of rows; for a row a line name it .jsonl")
     for number, row in enumerate(found, start=1):
         try:
             yield number, _json_row(path, number, json.dumps(row))
-        except TableError as error:
+        except DataError as error:
             bad_row(number, error)
 
 
@@ -194,13 +190,13 @@ def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
         if "\\u" in line:  # an escape may be half of a character, which no file could hold later
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise TableError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
     except UnicodeEncodeError as error:
-        raise TableError(f"{path}:{number}: an escape stands for half of a character: {error}") from error
+        raise DataError(f"{path}:{number}: an escape stands for half of a character: {error}") from error
     except (ValueError, RecursionError, DocumentError) as error:
-        raise TableError(f"{path}:{number}: JSON that cannot be read: {error}") from error
+        raise DataError(f"{path}:{number}: JSON that cannot be read: {error}") from error
     if not isinstance(row, dict):
-        raise TableError(
+        raise DataError(
             f'{path}:{number}: each line must be one JSON object, such as {{"question": …}}, '
             f"but this is {_in_short(line.strip())}"
         )
@@ -217,12 +213,12 @@ def _read_csv(path: Path, bad_row: BadRow) -> NumberedRows:
     header = [name.strip() for name in header]
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
-        raise TableError(
+        raise DataError(
             f"{path}:{first}: several columns are named {', '.join(map(repr, repeated))}; rename all but one"
         )
     for number, cells in records:
         if len(cells) != len(header):
-            error = TableError(
+            error = DataError(
                 f"{path}:{number}: {len(cells)} cells, but the header names {len(header)} columns "
                 f"({_in_short(', '.join(header))}); put cells that hold separators into double quotes"
             )
@@ -238,7 +234,7 @@ def _records(path: Path, bad_row: BadRow) -> Iterator[tuple[int, list[str]]]:
     """
     # A limit of the whole process, and by default smaller than a long response.
     csv.field_size_limit(2**31 - 1)
-    faults: list[TableError] = []
+    faults: list[DataError] = []
     header = True
     lines = _csv_lines(path, faults)
     head: list[str] = []
@@ -250,7 +246,7 @@ def _records(path: Path, bad_row: BadRow) -> Iterator[tuple[int, list[str]]]:
     try:
         separator = _separator(head, path.suffix)
     except csv.Error as error:
-        raise TableError(f"{path}:{number}: not CSV: {error}") from error
+        raise DataError(f"{path}:{number}: not CSV: {error}") from error
     reader = csv.reader(chain(head, lines), delimiter=separator, strict=True)
     while True:
         try:
@@ -258,7 +254,7 @@ def _records(path: Path, bad_row: BadRow) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:  # the reader begins anew on the next line
-            faults.insert(0, TableError(f"{path}:{number}: not CSV: {error}"))
+            faults.insert(0, DataError(f"{path}:{number}: not CSV: {error}"))
             record = []
         if faults and header:
             raise faults[0]
@@ -271,12 +267,12 @@ def _records(path: Path, bad_row: BadRow) -> Iterator[tuple[int, list[str]]]:
         number = reader.line_num + 1
 
 
-def _csv_lines(path: Path, faults: list[TableError]) -> Iterator[str]:
+def _csv_lines(path: Path, faults: list[DataError]) -> Iterator[str]:
     """The lines of a CSV file; one that is not UTF-8 is noted, and still read, so that cells end rightly."""
     for number, raw in _raw_lines(path):
         try:
             yield _decoded(path, number, raw)
-        except TableError as error:
+        except DataError as error:
             faults.append(error)
             yield raw.decode(errors="replace")
 
@@ -296,21 +292,21 @@ def _read_parquet(path: Path, _: BadRow) -> NumberedRows:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise TableError(f"{path}: reading Parquet needs pyarrow: `pip install 'persona-lens[parquet]'`") from error
+        raise DataError(f"{path}: reading Parquet needs pyarrow: `pip install 'persona-lens[parquet]'`") from error
     number = 0
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
-                raise TableError(f"{path}: several columns are named {', '.join(map(repr, repeated))}")
+                raise DataError(f"{path}: several columns are named {', '.join(map(repr, repeated))}")
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
     except (ArrowException, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         place = f"{path}: after row {number}" if number else str(path)
-        raise TableError(f"{place}: not a Parquet file that can be read: {in_short(str(error), 200)}") from error
+        raise DataError(f"{place}: not a Parquet file that can be read: {in_short(str(error), 200)}") from error
 
 
 _Reader = Callable[[Path, BadRow], NumberedRows]

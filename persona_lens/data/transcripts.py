@@ -14,7 +14,7 @@ from typing import Any
 
 from persona_lens.core.progress import note
 from persona_lens.core.text import printable
-from persona_lens.data.tables import BYTE_ORDER_MARK, DataError, TableError, own_columns, read_rows
+from persona_lens.data.tables import BYTE_ORDER_MARK, DataError, own_columns, read_rows
 from persona_lens.models import Message
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -125,8 +125,8 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
         form: Its form, if it should not be told by the name and, of a table, by the columns of the first rows.
 
     Raises:
-        TableError: If there is no such file, or no table of it can be read.
-        DataError: If it has none of the forms, or cannot have the one that is given.
+        DataError: If there is no such file, or no table of it can be read;
+            or if it has none of the forms, or cannot have the one that is given.
     """
     path = Path(path)
     if form is not None and str(form) not in list(TranscriptForm):
@@ -142,7 +142,7 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
     rows = read_rows(path, lambda *_: None)  # also checks the name
     found = chosen or _form_of(path, rows)
     used = {*IDS, "messages"} if found is TranscriptForm.OPENAI else {*IDS, "conversations", "conversation", "system"}
-    with suppress(TableError):  # no row can be read, which whoever reads them is told
+    with suppress(DataError):  # no row can be read, which whoever reads them is told
         first = [row for _, row in islice(read_rows(path, lambda *_: None), _LOOKED_AT)]
         texts = (
             name
@@ -374,6 +374,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 content = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
                 yield number, content.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise TableError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except OSError as error:
-        raise TableError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error

@@ -91,8 +91,8 @@ def extract(
         progress: Told how far the work is.
 
     Raises:
-        ExtractionError: If the filter leaves nothing of an arm.
-        ResponsesError: If ``responses`` does not fit the trait or the model.
+        ExtractionError: If the filter leaves nothing of an arm;
+            or if ``responses`` does not fit the trait or the model.
         RunError: If the folder belongs to another run.
         TraitError: If the trait cannot be found or read.
     """

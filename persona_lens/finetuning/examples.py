@@ -76,7 +76,7 @@ def read_conversations(data: Path | str, side: str | None = None) -> list[Transc
         side: Of preference pairs: ``chosen`` or ``rejected``.
 
     Raises:
-        TableError, MonitoringError, ScreeningError: If there is no such dataset, or it has no form that is known.
+        DataError, MonitoringError, ScreeningError: If there is no such dataset, or it has no form that is known.
         FinetuningError: If a row cannot be read, or has no answer to learn; with file and line.
     """
     found = list(_plain(data) if Path(data).suffix.lower() in TEXT_SUFFIXES else _rows(data, side))

@@ -17,7 +17,7 @@ from persona_lens.models.server.server import Answer
 from persona_lens.models.templates import answer_text
 from persona_lens.runs.cost import Work
 from persona_lens.traits import Trait
-from persona_lens.traits.prompts import fill_slots
+from persona_lens.traits.wording import fill_slots
 
 COHERENCE = """\
 You rate how coherent one answer of an AI assistant is, whatever attitude it shows.

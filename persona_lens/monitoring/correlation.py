@@ -111,7 +111,7 @@ def examples_of(folder: Path | str) -> list[tuple[str, str]]:
 
     Raises:
         MonitoringError: If it holds no such run.
-        TableError: If a row cannot be read, naming the file and the line.
+        DataError: If a row cannot be read, naming the file and the line.
     """
     rollouts, scores = Path(folder) / ROLLOUTS, Path(folder) / SCORES
     for file in (rollouts, scores):

@@ -19,8 +19,7 @@ def render_report(summary: Mapping[str, Any]) -> str:
     """
     # Imported here: jinja2 and matplotlib are slow to load, and only a report needs them.
     from persona_lens.reports.figures import REDUCTIONS, draw_figures
-    from persona_lens.reports.page import render
-    from persona_lens.reports.wording import headline, strained
+    from persona_lens.reports.page import headline, render, strained
 
     steering = summary["steering"]
     own = {
@@ -40,9 +39,8 @@ def render_tuning(summary: Mapping[str, Any]) -> str:
             ``capability``: a list of mappings with ``accuracy`` (0 to 1) and ``score`` (0 to 100), both means with
             their intervals or None, and ``coefficient``, or ``arm`` for what is not a coefficient at the chosen layer.
     """
-    from persona_lens.reports.page import render
+    from persona_lens.reports.page import render, verdict
     from persona_lens.reports.tuning import draw_tuning, heat_maps, names_of_arms
-    from persona_lens.reports.wording import verdict
 
     own = {
         "verdict": verdict(summary),

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from persona_lens.core.text import printable
 from persona_lens.judging.agreement import Agreement, Measure
 from persona_lens.reports import svg
-from persona_lens.reports.page import render
-from persona_lens.reports.wording import NONE, number, plain
+from persona_lens.reports.page import NONE, number, plain, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

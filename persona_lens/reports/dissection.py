@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import render
-from persona_lens.reports.wording import Headline, bounds, number
+from persona_lens.reports.page import Headline, bounds, number, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
-from persona_lens.reports.wording import bounds, interval, number, signed
+from persona_lens.reports.page import bounds, interval, number, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,7 @@ import numpy as np
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import render
-from persona_lens.reports.wording import bounds, number
+from persona_lens.reports.page import bounds, number, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from persona_lens.reports import svg
-from persona_lens.reports.page import render
-from persona_lens.reports.wording import NONE, number, plain
+from persona_lens.reports.page import NONE, number, plain, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

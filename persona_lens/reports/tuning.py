@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
-from persona_lens.reports.wording import bounds, number, signed
+from persona_lens.reports.page import bounds, number, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

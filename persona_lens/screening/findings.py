@@ -13,24 +13,22 @@ from persona_lens.judging import Exchange, Judge, Judgement, judge_exchanges
 from persona_lens.monitoring import Panel
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.screening.flagging import Flagging, Flags, split
-from persona_lens.screening.results import (
-    BASE,
-    REJECTS,
-    base_of,
-    columns_of,
-    reject_of,
-    result_of,
-    writing_lines,
-    writing_results,
-)
 from persona_lens.screening.rows import (
+    BASE,
     QUANTITIES,
+    REJECTS,
     Excerpt,
     Key,
     RowThreshold,
+    base_of,
+    columns_of,
     excerpts_of,
+    reject_of,
+    result_of,
     scored_windows,
     threshold_of,
+    writing_lines,
+    writing_results,
 )
 from persona_lens.screening.survey import Extreme, Survey, clean_label, separation_of
 from persona_lens.vectors.provenance import Quantity

@@ -14,27 +14,25 @@ from __future__ import annotations
 
 from persona_lens.traits.checks import Advice, Report, check_deeply, check_file, check_trait
 from persona_lens.traits.discovery import (
+    ENTRY_POINT_GROUP,
+    USER_FOLDER_VARIABLE,
     Catalogue,
     Shadowed,
+    Source,
+    SourceKind,
+    SourceProblem,
     TraitFile,
     file_at,
     find_traits,
     is_path,
     load_trait,
     resolve_trait,
+    user_folder,
 )
 from persona_lens.traits.document import Problem, Severity, TraitError
 from persona_lens.traits.parsing import parse_trait, read_trait
 from persona_lens.traits.rendering import trait_template
 from persona_lens.traits.schema import Adjectives, Arm, InstructionPair, Trait, json_schema
-from persona_lens.traits.sources import (
-    ENTRY_POINT_GROUP,
-    USER_FOLDER_VARIABLE,
-    Source,
-    SourceKind,
-    SourceProblem,
-    user_folder,
-)
 
 __all__ = [
     "ENTRY_POINT_GROUP",

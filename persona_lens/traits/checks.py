@@ -13,8 +13,8 @@ from persona_lens.core.text import in_short
 from persona_lens.traits.discovery import TraitFile
 from persona_lens.traits.document import Loc, Problem, Severity, TraitError, field_name
 from persona_lens.traits.parsing import read_with_lines
-from persona_lens.traits.schema import QUESTION_FIELDS, Trait, normalised
-from persona_lens.traits.similarity import content_words, likenesses, roots, shared_run, stem, words
+from persona_lens.traits.schema import QUESTION_FIELDS, Trait
+from persona_lens.traits.wording import content_words, likenesses, normalised, roots, shared_run, stem, words
 
 MIN_DESCRIPTION_CHARACTERS = 20
 MAX_QUESTION_WORDS = 80

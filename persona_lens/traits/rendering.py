@@ -9,8 +9,8 @@ import yaml
 
 from persona_lens.core.text import in_short
 from persona_lens.traits.document import TraitError
-from persona_lens.traits.prompts import ANCHORS, rubric_text
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER, QUESTION_FIELDS, is_slug
+from persona_lens.traits.wording import ANCHORS, rubric_text
 
 WIDTH = 110
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -15,8 +14,9 @@ from pydantic.types import StringConstraints
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from persona_lens.core.text import in_short
-from persona_lens.traits import prompts
+from persona_lens.traits import wording
 from persona_lens.traits.document import Loc
+from persona_lens.traits.wording import normalised
 
 PLACEHOLDER = "TODO:"
 """What marks a text of the template as not written yet."""
@@ -34,11 +34,6 @@ class BrokenRule(NamedTuple):
 
     loc: Loc
     message: str
-
-
-def normalised(text: str) -> str:
-    """Fold away what does not make two texts different: case, spacing and the encodings of one character."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def broken_rules(fields: Mapping[object, object]) -> list[BrokenRule]:
@@ -312,14 +307,14 @@ class Trait(_Frozen):
         Raises:
             IndexError: ``pair_index`` is not one of 0 … 4.
         """
-        return prompts.system_prompt(self.adjective(arm), self.instruction(arm, pair_index))
+        return wording.system_prompt(self.adjective(arm), self.instruction(arm, pair_index))
 
     def render_rubric(self, question: str, answer: str) -> str:
         """Write what the judge is asked about one answer.
 
         Both texts go in literally and in one pass: an answer that contains ``{question}`` stays as it is.
         """
-        return prompts.fill_slots(self.judge_rubric, {"question": question, "answer": answer})
+        return wording.fill_slots(self.judge_rubric, {"question": question, "answer": answer})
 
     def content_hash(self) -> str:
         """Fingerprint what determines results, as ``sha256:<hex>``.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.attribution import Attribution, Part, attribute
-from persona_lens.analysis.logit_lens import LensError
 from persona_lens.backend import Backend, Read, TokenBatch
 from persona_lens.backend.blocks import ModuleError, module_of
 from persona_lens.backend.residual import residual_of
@@ -182,7 +182,7 @@ def test_the_model_is_left_without_hooks_and_a_failure_leaves_none_either() -> N
 def test_what_makes_no_sense_is_refused() -> None:
     backend = tiny_backend("transformers")
     vectors = vectors_of(backend)
-    with pytest.raises(LensError, match="no tokens"):
+    with pytest.raises(AnalysisError, match="no tokens"):
         attribute(backend, vectors, 1, ())
     rows = torch.zeros(N_LAYERS, D_MODEL).index_fill(0, torch.tensor([0]), 1.0)
     zero = PersonaVectors("none", backend.info, {"response_mean": rows})

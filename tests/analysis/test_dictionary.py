@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lens.analysis import saelens
-from persona_lens.analysis.features import FeaturesError, layer_of_hook
-from persona_lens.analysis.saelens import load_features
+from persona_lens.analysis import AnalysisError, features
+from persona_lens.analysis.features import layer_of_hook, load_features
 from persona_lens.vectors import PersonaVectors
 from tests.analysis.dictionaries import LAYER, dictionary, directions
 from tests.backends.fixtures import tiny_backend
@@ -43,7 +42,7 @@ def test_a_place_in_the_stream_is_the_layer_after_whose_block_it_stands(hook: st
     ["blocks.3.hook_mlp_out", "blocks.3.attn.hook_z", "blocks.0.hook_resid_pre", "hook_embed", "", "model.layers.x"],
 )
 def test_other_places_are_refused(hook: str) -> None:
-    with pytest.raises(FeaturesError, match="not the residual stream after a block"):
+    with pytest.raises(AnalysisError, match="not the residual stream after a block"):
         layer_of_hook(hook)
 
 
@@ -52,12 +51,12 @@ def test_a_dictionary_must_fit_the_vectors_in_width_layer_and_model() -> None:
     name = own.model.model
     dictionary().check(own)
     dictionary(model=f"somebody/{name.upper()}").check(own)
-    with pytest.raises(FeaturesError, match=f"directions of width 16, but the residual stream of {name} has {D_MODEL}"):
+    with pytest.raises(AnalysisError, match=f"directions of width 16, but the residual stream of {name} has {D_MODEL}"):
         dictionary(directions(5, 16)).check(own)
-    with pytest.raises(FeaturesError, match=r"which is layer 9; .* has layers 0 to 2"):
+    with pytest.raises(AnalysisError, match=r"which is layer 9; .* has layers 0 to 2"):
         dictionary(layer=9, hook="blocks.9.hook_resid_post").check(own)
     other = dictionary(model="gpt2")
-    with pytest.raises(FeaturesError, match=r"trained on gpt2, .*\(--allow-other-model\)"):
+    with pytest.raises(AnalysisError, match=r"trained on gpt2, .*\(--allow-other-model\)"):
         other.check(own)
     other.check(own, allow_other_model=True)
 
@@ -69,9 +68,9 @@ def test_unit_directions_rows_and_their_faults() -> None:
     assert features.unit(3).norm() == pytest.approx(1)
     wanted = torch.tensor([17, 2, 9])
     torch.testing.assert_close(features.rows(wanted, chunk=4), rows[wanted])
-    with pytest.raises(FeaturesError, match="feature 20 does not exist: stand-in has features 0 to 19"):
+    with pytest.raises(AnalysisError, match="feature 20 does not exist: stand-in has features 0 to 19"):
         features.unit(20)
-    with pytest.raises(FeaturesError, match="direction of feature 5 of stand-in is zero"):
+    with pytest.raises(AnalysisError, match="direction of feature 5 of stand-in is zero"):
         features.unit(5)
 
 
@@ -93,11 +92,11 @@ def test_a_description_tells_dictionaries_apart() -> None:
 
 def loading(monkeypatch: pytest.MonkeyPatch, versions: Mapping[str, str | None], where: str | Path) -> str:
     """What is said where these versions are installed."""
-    monkeypatch.setattr(saelens, "installed_version", versions.__getitem__)
-    saelens._library.cache_clear()
-    with pytest.raises(FeaturesError) as caught:
+    monkeypatch.setattr(features, "installed_version", versions.__getitem__)
+    features._library.cache_clear()
+    with pytest.raises(AnalysisError) as caught:
         load_features(where)
-    saelens._library.cache_clear()
+    features._library.cache_clear()
     return str(caught.value)
 
 
@@ -120,11 +119,11 @@ def test_without_saelens_one_sentence_says_what_to_install(tmp_path: Path, monke
 
 
 def test_a_place_without_an_autoencoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FeaturesError, match=r"holds no cfg.json; give a folder that SAELens saved"):
+    with pytest.raises(AnalysisError, match=r"holds no cfg.json; give a folder that SAELens saved"):
         load_features(tmp_path)
     (tmp_path / "cfg.json").write_text("{}")
-    with pytest.raises(FeaturesError, match=r"holds no sae_weights.safetensors"):
+    with pytest.raises(AnalysisError, match=r"holds no sae_weights.safetensors"):
         load_features(tmp_path)
     for missing in ("nothing", "./nothing/here", "/nothing/here"):
-        with pytest.raises(FeaturesError, match="there is no folder"):
+        with pytest.raises(AnalysisError, match="there is no folder"):
             load_features(missing)

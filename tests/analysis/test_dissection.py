@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.dissection import Dissection, DissectSettings, dissect, dissection_work
 from persona_lens.analysis.examples import feature_effects, feature_steering
-from persona_lens.analysis.features import Features, FeaturesError
+from persona_lens.analysis.features import Features
 from persona_lens.judging import Calibration
 from persona_lens.models.replies import chat_format
 from persona_lens.reports.dissection import render_dissection
@@ -186,16 +187,16 @@ def test_what_cannot_be_run_claims_no_folder(backend: PlantedBackend, tmp_path: 
     folder = tmp_path / "run"
     nothing = replace(SETTINGS, coefficient=None)
     with pytest.raises(
-        FeaturesError, match=r"no coefficient was tuned for the response_mean vector of 'optimistic' at layer 1"
+        AnalysisError, match=r"no coefficient was tuned for the response_mean vector of 'optimistic' at layer 1"
     ):
         dissect(backend, vectors, features, nothing, folder=folder)
-    with pytest.raises(FeaturesError, match="trained on gpt2"):
+    with pytest.raises(AnalysisError, match="trained on gpt2"):
         dissect(backend, vectors, planted_dictionary(backend, model="gpt2"), SETTINGS, folder=folder)
     assert not folder.exists()
-    with pytest.raises(FeaturesError, match="only 32 are not among those shown"):
+    with pytest.raises(AnalysisError, match="only 32 are not among those shown"):
         dissect(backend, vectors, features, replace(SETTINGS, random_features=50))
     for bad in ({"show": 0}, {"questions": 0}, {"random_features": -1}, {"coefficient": 0.0}):
-        with pytest.raises(FeaturesError):
+        with pytest.raises(AnalysisError):
             replace(SETTINGS, **bad)
     tuned = vectors.with_tuned(Tuned(LAYER, 2.0), {})
     assert dissect(backend, tuned, features, nothing).summary["steering"]["coefficient"] == 2.0

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis import examples as examples_module
 from persona_lens.analysis.examples import find_examples, read_corpus
-from persona_lens.analysis.features import FeaturesError
 from persona_lens.backend import Read, ReadKind, TokenBatch
-from persona_lens.data.tables import TableError
+from persona_lens.data.tables import DataError
 from tests.analysis.dictionaries import LAYER, dictionary, directions
 from tests.backends.fixtures import tiny_backend
 
@@ -75,9 +75,9 @@ def test_a_feature_that_is_never_active_has_no_examples() -> None:
 
 def test_without_an_encoder_or_text_there_are_none() -> None:
     backend = tiny_backend("transformers")
-    with pytest.raises(FeaturesError, match="stand-in came without an encoder"):
+    with pytest.raises(AnalysisError, match="stand-in came without an encoder"):
         find_examples(backend, dictionary(encode=None), [1], TEXTS)
-    with pytest.raises(FeaturesError, match="no text of the corpus has two tokens"):
+    with pytest.raises(AnalysisError, match="no text of the corpus has two tokens"):
         find_examples(backend, dictionary(), [1], ["a", ""])
 
 
@@ -97,22 +97,22 @@ def test_corpora_of_every_kind(tmp_path: Path) -> None:
 def test_files_that_are_no_corpora_are_refused_with_their_line(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "q"}\n')
-    with pytest.raises(FeaturesError, match=r"rows.jsonl:1: none of the columns is named text, .*; it has question"):
+    with pytest.raises(AnalysisError, match=r"rows.jsonl:1: none of the columns is named text, .*; it has question"):
         read_corpus(rows)
     rows.write_text('{"text": "a"}\n{"text": 3}\n')
-    with pytest.raises(FeaturesError, match=r"rows.jsonl:2: text must be a text, but is 3"):
+    with pytest.raises(AnalysisError, match=r"rows.jsonl:2: text must be a text, but is 3"):
         read_corpus(rows)
     rows.write_text('{"text": "a"}\nnonsense\n')
-    with pytest.raises(TableError, match=r"rows.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: not JSON"):
         read_corpus(rows)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
-    with pytest.raises(FeaturesError, match="holds no text"):
+    with pytest.raises(AnalysisError, match="holds no text"):
         read_corpus(empty)
     empty.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(FeaturesError, match="cannot be read"):
+    with pytest.raises(AnalysisError, match="cannot be read"):
         read_corpus(empty)
-    with pytest.raises(FeaturesError, match="cannot be read"):
+    with pytest.raises(AnalysisError, match="cannot be read"):
         read_corpus(tmp_path / "missing.txt")
-    with pytest.raises(TableError, match="there is no file"):
+    with pytest.raises(DataError, match="there is no file"):
         read_corpus(tmp_path / "missing.jsonl")

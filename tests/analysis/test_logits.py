@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from persona_lens.analysis.logit_lens import FrozenNorm, LensError, find_readout, logit_lens
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.logit_lens import FrozenNorm, find_readout, logit_lens
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.blocks import module_of
 from persona_lens.vectors import PersonaVectors, VectorsError
@@ -113,9 +114,9 @@ def test_a_token_whose_row_the_vector_is_comes_first() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     backend = tiny_backend("transformers")
     vectors = vectors_of(backend)
-    with pytest.raises(LensError, match="at least one layer"):
+    with pytest.raises(AnalysisError, match="at least one layer"):
         logit_lens(backend, vectors, [], PROMPTS)
-    with pytest.raises(LensError, match="at least one layer"):
+    with pytest.raises(AnalysisError, match="at least one layer"):
         logit_lens(backend, vectors, [1], [])
     rows = torch.zeros(N_LAYERS, D_MODEL).index_fill(0, torch.tensor([0]), 1.0)
     zero = PersonaVectors("none", backend.info, {"response_mean": rows})
@@ -139,11 +140,11 @@ def test_a_model_with_more_than_a_norm_before_the_unembedding_is_refused() -> No
             return projected
 
     hook = module.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
-    with pytest.raises(LensError, match="something other than one norm"):
+    with pytest.raises(AnalysisError, match="something other than one norm"):
         find_readout(module)
     hook.remove()
     module.set_output_embeddings(Projected())
     assert find_readout(module).unembedding.shape == head.weight.shape
     module.get_output_embeddings = lambda: None
-    with pytest.raises(LensError, match="no unembedding"):
+    with pytest.raises(AnalysisError, match="no unembedding"):
         find_readout(module)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis import decomposition as ranking_module
 from persona_lens.analysis.decomposition import decoder_cosines, pursue, rank
-from persona_lens.analysis.features import DecoderError, FeaturesError, FileDecoder, TensorDecoder
+from persona_lens.analysis.features import FileDecoder, TensorDecoder
 from tests.analysis.dictionaries import dictionary, directions
 from tests.tiny import D_MODEL
 
@@ -62,14 +63,14 @@ def test_both_ends_come_in_order_beside_what_random_directions_reach() -> None:
 
 def test_what_has_no_cosine_is_refused() -> None:
     decoder = TensorDecoder(directions(5))
-    with pytest.raises(FeaturesError, match="width 3 do not fit a decoder of width 32"):
+    with pytest.raises(AnalysisError, match="width 3 do not fit a decoder of width 32"):
         decoder_cosines(decoder, torch.ones(1, 3))
     for bad in (torch.zeros(1, D_MODEL), torch.full((1, D_MODEL), torch.nan)):
-        with pytest.raises(FeaturesError, match="zero or not finite"):
+        with pytest.raises(AnalysisError, match="zero or not finite"):
             decoder_cosines(decoder, bad)
-    with pytest.raises(FeaturesError, match="no feature of this dictionary has a direction"):
+    with pytest.raises(AnalysisError, match="no feature of this dictionary has a direction"):
         rank(decoder_cosines(TensorDecoder(torch.zeros(4, D_MODEL)), torch.ones(1, D_MODEL))[0], 2)
-    with pytest.raises(FeaturesError, match="at least one feature"):
+    with pytest.raises(AnalysisError, match="at least one feature"):
         rank(torch.ones(3), 0)
 
 
@@ -79,13 +80,13 @@ def test_files_that_are_no_decoders_are_refused(tmp_path: Path) -> None:
     content = good.read_bytes()
     for name, broken in {"cut": content[: len(content) // 2], "text": b"{}", "empty": b""}.items():
         (tmp_path / name).write_bytes(broken)
-        with pytest.raises(DecoderError, match=f"{name} is not a safetensors file, or is damaged"):
+        with pytest.raises(AnalysisError, match=f"{name} is not a safetensors file, or is damaged"):
             FileDecoder(tmp_path / name)
-    with pytest.raises(DecoderError, match="holds no decoder 'other'; it holds W_dec, flat"):
+    with pytest.raises(AnalysisError, match="holds no decoder 'other'; it holds W_dec, flat"):
         FileDecoder(good, "other")
-    with pytest.raises(DecoderError, match=r"must be \[features, d_model\], got \[4\]"):
+    with pytest.raises(AnalysisError, match=r"must be \[features, d_model\], got \[4\]"):
         FileDecoder(good, "flat")
-    with pytest.raises(DecoderError, match="is not a safetensors file"):
+    with pytest.raises(AnalysisError, match="is not a safetensors file"):
         FileDecoder(tmp_path / "missing")
 
 
@@ -135,5 +136,5 @@ def test_a_pursuit_among_fewer_candidates_says_so_and_leaves_out_zero_directions
     assert 3 not in every.features
     assert len(every.features) <= D_MODEL
     assert every.shares[-1] == pytest.approx(1, abs=1e-6)
-    with pytest.raises(FeaturesError, match="at least one feature"):
+    with pytest.raises(AnalysisError, match="at least one feature"):
         pursue(features, vector, cosines, 0)

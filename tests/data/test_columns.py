@@ -14,9 +14,9 @@ from persona_lens.cli.screen import DataOptions
 from persona_lens.core.progress import PersonaLensNote
 from persona_lens.data import tables
 from persona_lens.data.datasets import open_dataset
-from persona_lens.data.demonstrations import demonstration_path
 from persona_lens.data.forms import SampleForm, conversation_of, detect_form
-from persona_lens.data.tables import DataError, TableError, read_rows
+from persona_lens.data.sources import demonstration_path
+from persona_lens.data.tables import DataError, read_rows
 from persona_lens.data.transcripts import open_transcripts
 from persona_lens.extraction import ExtractionSettings, run_extraction
 from persona_lens.extraction.external import read_responses
@@ -154,18 +154,18 @@ def test_lists_of_rows_and_compressed_lines(tmp_path: Path, monkeypatch: pytest.
         import zstandard
     except ImportError:
         zstd.write_bytes(b"anything")
-        with pytest.raises(TableError, match="pip install zstandard"):
+        with pytest.raises(DataError, match="pip install zstandard"):
             list(read_rows(zstd))
     else:
         zstd.write_bytes(zstandard.ZstdCompressor().compress(lines))
         assert [row for _, row in read_rows(zstd)] == rows
     monkeypatch.setattr(tables, "LONGEST_LINE", 1000)
     packed.write_bytes(gzip.compress(b" " * 10**6))
-    with pytest.raises(TableError, match="1: the line has more than 1,000 bytes"):
+    with pytest.raises(DataError, match="1: the line has more than 1,000 bytes"):
         list(read_rows(packed))
     packed.write_bytes(gzip.compress(lines)[:-12])
-    with pytest.raises(TableError, match="is damaged, or not compressed by gzip"):
+    with pytest.raises(DataError, match="is damaged, or not compressed by gzip"):
         list(read_rows(packed))
     whole.write_text('{"question": "Q?"}')
-    with pytest.raises(TableError, match="must be one list of rows"):
+    with pytest.raises(DataError, match="must be one list of rows"):
         list(read_rows(whole))

@@ -10,17 +10,17 @@ from statistics import mean
 
 import pytest
 
-from persona_lens.data.demonstrations import (
-    DemonstrationError,
+from persona_lens.data.sources import (
     DemonstrationRow,
     Level,
     demonstration,
     demonstration_names,
     demonstration_path,
 )
+from persona_lens.data.tables import DataError
 from persona_lens.traits import load_trait
 from persona_lens.traits.checks import MAX_LIKENESS, family, names, questions
-from persona_lens.traits.similarity import content_words, likenesses, shared_run, words
+from persona_lens.traits.wording import content_words, likenesses, shared_run, words
 
 TRAITS = ("impolite", "optimistic")
 N_PROMPTS = 64
@@ -172,13 +172,13 @@ def test_a_level_may_be_given_as_text() -> None:
 @pytest.mark.parametrize("unknown", ["evil", "Impolite", "impolite.jsonl", "../demonstrations/impolite", ""])
 def test_an_unknown_trait_is_an_error_that_lists_those_there_are(unknown: str) -> None:
     for ask in (demonstration, demonstration_path):
-        with pytest.raises(DemonstrationError) as caught:
+        with pytest.raises(DataError) as caught:
             ask(unknown)
         expected = f"there is no demonstration set for the trait {unknown!r}; there are impolite and optimistic"
         assert str(caught.value) == expected
 
 
 def test_an_unknown_level_is_an_error_that_lists_those_there_are() -> None:
-    with pytest.raises(DemonstrationError) as caught:
+    with pytest.raises(DataError) as caught:
         demonstration("impolite", "severe")
     assert str(caught.value) == "there is no level 'severe'; a demonstration set has normal, mild and strong"

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from persona_lens.data.tables import TableError, read_rows
+from persona_lens.data.tables import DataError, read_rows
 
 ROWS = [
     {"question": "What is tea?", "response": "Leaves, water;\tand\ntime – “hot”."},
@@ -26,7 +26,7 @@ def _write(folder: Path, name: str, content: str | bytes) -> Path:
 
 
 def _error(path: Path | str) -> str:
-    with pytest.raises(TableError) as caught:
+    with pytest.raises(DataError) as caught:
         list(read_rows(path))
     return str(caught.value)
 
@@ -70,7 +70,7 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
     """The fault in the second line is found after the first row was given."""
     rows = read_rows(_write(tmp_path, "rows.jsonl", '{"a": 1}\nnonsense\n'))
     assert next(rows) == (1, {"a": 1})
-    with pytest.raises(TableError, match=r"rows\.jsonl:2: not JSON: Expecting value at column 1"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON: Expecting value at column 1"):
         next(rows)
 
 
@@ -116,7 +116,7 @@ def test_faults_name_the_file_and_the_line(tmp_path: Path, name: str, content: s
 def test_a_file_must_be_there_and_be_one(tmp_path: Path) -> None:
     assert _error(tmp_path / "none.csv") == f"there is no file {tmp_path / 'none.csv'}"
     assert _error(tmp_path) == f"{tmp_path} is a folder; give one file of it"
-    with pytest.raises(TableError):
+    with pytest.raises(DataError):
         read_rows(tmp_path / "none.csv")  # at once, before the first row is asked for
 
 

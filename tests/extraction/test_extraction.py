@@ -15,14 +15,13 @@ from torch import Tensor
 from persona_lens.backend import Backend
 from persona_lens.extraction import (
     Extraction,
-    ExtractionError,
     ExtractionSettings,
     extract,
     filter_responses,
     plan_requests,
     run_extraction,
 )
-from persona_lens.extraction.means import _separation_row, arm_means, held_out_separation
+from persona_lens.extraction.means import ExtractionError, _separation_row, arm_means, held_out_separation
 from persona_lens.judging import Judgement, JudgingError, Score
 from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunError

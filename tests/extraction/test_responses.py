@@ -13,7 +13,8 @@ import pytest
 
 from persona_lens.backend import Backend
 from persona_lens.backend.batches import context_length, context_of
-from persona_lens.extraction.external import GivenRollouts, ResponsesError, given_rollouts, read_responses
+from persona_lens.extraction.external import GivenRollouts, given_rollouts, read_responses
+from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Judgement, Score
 from persona_lens.models.replies import chat_format
 from persona_lens.runs.rollouts import Request
@@ -49,7 +50,7 @@ def load(path: Path | list[Path], questions: int = 2, backend: Backend = BACKEND
 
 def refused(folder: Path, content: list[Row], **more: Any) -> str:
     path = write(folder, content)
-    with pytest.raises(ResponsesError) as caught:
+    with pytest.raises(ExtractionError) as caught:
         load(path, **more)
     message = str(caught.value)
     assert len(message) < 1200
@@ -193,7 +194,7 @@ def test_duplicates_are_refused(tmp_path: Path) -> None:
     assert said.startswith("rows.jsonl:21 and ")
     assert "rows.jsonl:4 are both the negative arm's sample 0 of question 0 under pair 1" in said
     one, other = write(tmp_path, rows(), "a.jsonl"), write(tmp_path, rows(), "b.jsonl")
-    with pytest.raises(ResponsesError, match="have the same content; give each file once"):
+    with pytest.raises(ExtractionError, match="have the same content; give each file once"):
         load([one, other])
 
 
@@ -380,7 +381,7 @@ def test_the_references_refusals_have_no_score(tmp_path: Path) -> None:
 )
 def test_reference_files_of_another_trait_or_model(tmp_path: Path, changes: Row, said: str) -> None:
     path = write_reference(tmp_path, "pos", **changes)
-    with pytest.raises(ResponsesError) as caught:
+    with pytest.raises(ExtractionError) as caught:
         load([path, write_reference(tmp_path, "neg")])
     assert str(caught.value).startswith(f"{path}:")
     assert said in str(caught.value)

@@ -24,8 +24,8 @@ from persona_lens.backend import Backend, Read
 from persona_lens.cli import app
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.extraction import Extraction, ExtractionSettings, extraction_work, plan_requests, run_extraction
-from persona_lens.extraction.external import GivenScores, ReadRollouts, ResponsesError, given_rollouts
-from persona_lens.extraction.means import arm_means
+from persona_lens.extraction.external import GivenScores, ReadRollouts, given_rollouts
+from persona_lens.extraction.means import ExtractionError, arm_means
 from persona_lens.judging import Exchange, Judgement
 from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunError
@@ -335,7 +335,7 @@ def test_missing_responses_stop_it_or_are_said(generated: tuple[Extraction, list
         r"of 40 responses \(4 questions, 5 pairs, 1 samples, two arms\) 1 of the negative arm are missing, first the "
         r"negative arm's sample 0 of question 1 under pair 2\. .*--allow-missing"
     )
-    with pytest.raises(ResponsesError, match=message):
+    with pytest.raises(ExtractionError, match=message):
         read(path, backend, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     paired = replace(SETTINGS, paired=True)

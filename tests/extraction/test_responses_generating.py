@@ -16,11 +16,11 @@ from persona_lens.cli import app
 from persona_lens.extraction import ExtractionSettings, plan_requests
 from persona_lens.extraction.external import (
     Generated,
-    ResponsesError,
     generate_responses,
     planned_usage,
     read_responses,
 )
+from persona_lens.extraction.means import ExtractionError
 from persona_lens.models.server import (
     CompletionCache,
     CompletionServer,
@@ -184,7 +184,7 @@ def test_a_file_with_other_content_stays_and_nothing_is_asked(change: str, tmp_p
         else:
             cache = tmp_path / "other"
         out.write_bytes(b"\n".join(lines))
-        with pytest.raises(ResponsesError, match=r"responses\.jsonl is there already .* stays as it is"):
+        with pytest.raises(ExtractionError, match=r"responses\.jsonl is there already .* stays as it is"):
             generate_responses(server_at(loopback, cache), requests, SETTINGS, out)
         assert sum(loopback.seen.values()) == seen
         assert out.read_bytes() == b"\n".join(lines)
@@ -197,7 +197,7 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
         out.write_text("mine")
         return chatting(body)
 
-    with serving(respond=meddling) as loopback, pytest.raises(ResponsesError, match="stays as it is"):
+    with serving(respond=meddling) as loopback, pytest.raises(ExtractionError, match="stays as it is"):
         generate_responses(server_at(loopback, tmp_path / "cache"), REQUESTS, SETTINGS, out)
     assert out.read_text() == "mine"
     assert not list(tmp_path.glob("*.part"))
@@ -208,13 +208,13 @@ def test_a_place_that_cannot_be_written_is_found_out_before_anything_is_asked(na
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "file").touch()
     with serving(respond=chatting) as loopback:
-        with pytest.raises(ResponsesError, match=r"got .*csv|choose another"):
+        with pytest.raises(ExtractionError, match=r"got .*csv|choose another"):
             generate_responses(server_at(loopback, tmp_path / "cache"), REQUESTS, SETTINGS, tmp_path / name)
         assert not loopback.seen
 
 
 def test_nothing_to_generate_is_an_error(tmp_path: Path) -> None:
-    with serving() as loopback, pytest.raises(ResponsesError, match="no requests"):
+    with serving() as loopback, pytest.raises(ExtractionError, match="no requests"):
         generate_responses(server_at(loopback, tmp_path), [], SETTINGS, tmp_path / "out.jsonl")
 
 
@@ -243,7 +243,7 @@ def test_what_the_server_refuses_becomes_a_row_with_a_reason(tmp_path: Path) -> 
 def test_a_server_that_refuses_everything_is_an_error_with_its_reason(tmp_path: Path) -> None:
     with (
         serving(respond=lambda body: (400, {"error": {"message": "System role not supported"}})) as loopback,
-        pytest.raises(ResponsesError, match=r"none of 40 requests: .*System role not supported"),
+        pytest.raises(ExtractionError, match=r"none of 40 requests: .*System role not supported"),
     ):
         generate_responses(server_at(loopback, tmp_path / "cache"), REQUESTS, SETTINGS, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()

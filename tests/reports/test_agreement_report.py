@@ -80,7 +80,7 @@ def test_a_page_without_measures_says_why() -> None:
     assert "only 2 of the responses have both scores; 3 are needed" in html
     assert "too few responses for limits of agreement" in html
     assert "nan" not in re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL).lower()
-    constant = render_agreement(compare(scored([5, 5, 5]), scored([1, 2, 3])))
+    constant = render_agreement(compare(scored([5.0, 5.0, 5.0]), scored([1.0, 2.0, 3.0])))
     assert "No correlation can be given: all scores of first are the same" in constant
 
 

@@ -19,8 +19,7 @@ import pytest
 from persona_lens.core.text import printable
 from persona_lens.reports import figures, render_report
 from persona_lens.reports.figures import draw_figures
-from persona_lens.reports.svg import Figures
-from persona_lens.reports.wording import (
+from persona_lens.reports.page import (
     agreement_row,
     bounds,
     flat,
@@ -32,6 +31,7 @@ from persona_lens.reports.wording import (
     signed,
     strained,
 )
+from persona_lens.reports.svg import Figures
 
 LAYERS = 30
 VOID = {"meta", "link", "br", "hr", "img", "input"}

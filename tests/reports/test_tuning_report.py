@@ -17,9 +17,9 @@ from persona_lens import reports
 from persona_lens.core.text import printable
 from persona_lens.monitoring.markup import STEPS, dark, light
 from persona_lens.reports import render_tuning
+from persona_lens.reports.page import verdict
 from persona_lens.reports.svg import Figures
 from persona_lens.reports.tuning import draw_tuning, heat_maps, names_of_arms
-from persona_lens.reports.wording import verdict
 from tests.reports.test_report import HOSTILE, Page, change, estimate, provenance
 
 LAYERS = (9, 11, 14, 16, 19, 21, 24, 26)

@@ -11,7 +11,7 @@ from persona_lens.backend import BackendError, find_backend
 from persona_lens.cli.generate import _show
 from persona_lens.cli.steerings import Candidate
 from persona_lens.core.text import counted
-from persona_lens.reports.wording import addend
+from persona_lens.reports.page import addend
 
 ENGINE = Path(__file__).resolve().parents[2] / "persona_lens"
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.analysis.features import FeaturesError
-from persona_lens.analysis.saelens import _library
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.features import _library
 from tests.tiny import D_MODEL
 
 FEATURES, K = 48, 4
@@ -19,7 +19,7 @@ FEATURES, K = 48, 4
 def library() -> Any:
     try:
         return _library()
-    except FeaturesError as error:
+    except AnalysisError as error:
         pytest.skip(f"{error}; or run `make test-sae`")
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from persona_lens.analysis.features import DecoderError, FeaturesError, FileDecoder
-from persona_lens.analysis.saelens import load_features
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.features import FileDecoder, load_features
 from tests.sae.conftest import FEATURES, saved
 from tests.tiny import D_MODEL
 
@@ -78,7 +78,7 @@ def test_a_release_is_downloaded_through_saelens(tmp_path: Path, monkeypatch: py
         raise OSError("no network\nand much more")
 
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", fails)
-    with pytest.raises(FeaturesError, match=f"SAELens cannot load {name}: OSError: no network$"):
+    with pytest.raises(AnalysisError, match=f"SAELens cannot load {name}: OSError: no network$"):
         load_features(name)
 
 
@@ -92,9 +92,9 @@ def test_the_papers_own_autoencoder_is_where_the_paper_says() -> None:
 
 
 def test_a_name_that_is_not_there_brings_the_nearest() -> None:
-    with pytest.raises(FeaturesError, match=r"has no 'resid_post_layer_19'; it has \d+, such as resid_post_layer_19"):
+    with pytest.raises(AnalysisError, match=r"has no 'resid_post_layer_19'; it has \d+, such as resid_post_layer_19"):
         load_features("qwen2.5-7b-instruct-andyrdt/resid_post_layer_19")
-    with pytest.raises(FeaturesError, match=r"no release 'gemma-scope-2b-res'; did you mean .*gemma-scope-2b-pt-res"):
+    with pytest.raises(AnalysisError, match=r"no release 'gemma-scope-2b-res'; did you mean .*gemma-scope-2b-pt-res"):
         load_features("gemma-scope-2b-res/x")
 
 
@@ -108,11 +108,11 @@ def test_damaged_and_mismatched_folders_are_one_sentence(tmp_path: Path) -> None
     good = (tmp_path / "cfg.json").read_text()
     for content in ("{", "[]", "{}", json.dumps({**json.loads(good), "architecture": "other"}), "\0"):
         (tmp_path / "cfg.json").write_text(content)
-        with pytest.raises(FeaturesError, match=r"SAELens cannot read .*cfg.json: "):
+        with pytest.raises(AnalysisError, match=r"SAELens cannot read .*cfg.json: "):
             load_features(tmp_path)
     (tmp_path / "cfg.json").write_text(good)
     change(tmp_path, d_sae=7)
-    with pytest.raises(FeaturesError, match=r"has a decoder \[48, 32\], but cfg.json says \[7, 32\]"):
+    with pytest.raises(AnalysisError, match=r"has a decoder \[48, 32\], but cfg.json says \[7, 32\]"):
         load_features(tmp_path)
     (tmp_path / "cfg.json").write_text(good)
     weights = tmp_path / "sae_weights.safetensors"
@@ -120,27 +120,27 @@ def test_damaged_and_mismatched_folders_are_one_sentence(tmp_path: Path) -> None
     tensors = load(whole)
     weights.unlink()  # a file that is mapped into memory must not be cut
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DecoderError, match="is damaged"):
+    with pytest.raises(AnalysisError, match="is damaged"):
         load_features(tmp_path)
     weights.unlink()
     weights.write_bytes(b"\x80\x04cposix\nsystem\n")  # a pickle
-    with pytest.raises(DecoderError, match="is not a safetensors file"):
+    with pytest.raises(AnalysisError, match="is not a safetensors file"):
         load_features(tmp_path)
     weights.unlink()
     save_file({name: tensor for name, tensor in tensors.items() if name != "W_enc"}, weights)
     found = load_features(tmp_path)
     assert found.encode is not None
-    with pytest.raises(FeaturesError, match="SAELens cannot load"):
+    with pytest.raises(AnalysisError, match="SAELens cannot load"):
         found.encode(torch.randn(2, D_MODEL))
 
 
 def test_what_sits_elsewhere_is_refused(tmp_path: Path) -> None:
     saved("TopK", tmp_path / "mlp", hook="blocks.1.hook_mlp_out")
-    with pytest.raises(FeaturesError, match=r"'blocks.1.hook_mlp_out', which is not the residual stream"):
+    with pytest.raises(AnalysisError, match=r"'blocks.1.hook_mlp_out', which is not the residual stream"):
         load_features(tmp_path / "mlp")
     saved("TopK", tmp_path / "nowhere")
     change(tmp_path / "nowhere", metadata={"sae_lens_version": "6.54.0"})
-    with pytest.raises(FeaturesError, match="does not say where in the model it sits"):
+    with pytest.raises(AnalysisError, match="does not say where in the model it sits"):
         load_features(tmp_path / "nowhere")
 
 
@@ -153,5 +153,5 @@ def test_a_transcoder_is_refused(tmp_path: Path) -> None:
         d_in=D_MODEL, d_sae=FEATURES, d_out=D_MODEL, apply_b_dec_to_input=False, metadata=metadata
     )
     Transcoder(configuration).save_model(tmp_path)
-    with pytest.raises(FeaturesError, match="is a transcoder, which writes elsewhere than it reads"):
+    with pytest.raises(AnalysisError, match="is a transcoder, which writes elsewhere than it reads"):
         load_features(tmp_path)

@@ -456,9 +456,9 @@ def test_what_cannot_be_screened(given: dict[str, Any], said: str, tmp_path: Pat
 
 
 def test_without_pyarrow_results_are_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from persona_lens.screening import results
+    from persona_lens.screening import rows as module
 
-    monkeypatch.setattr(results, "has_pyarrow", lambda: False)
+    monkeypatch.setattr(module, "has_pyarrow", lambda: False)
     run(tmp_path / "run", jsonl(tmp_path / "rows.jsonl", pairs(3)))
     lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [row["id"] for row in pairs(3)]

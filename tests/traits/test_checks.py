@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from persona_lens.cli.traits import app
 from persona_lens.traits import Advice, Severity, Trait, check_deeply, check_trait, find_traits, load_trait
 from persona_lens.traits.checks import MAX_LIKENESS
-from persona_lens.traits.similarity import content_words, likenesses, roots, shared_run, stem
+from persona_lens.traits.wording import content_words, likenesses, roots, shared_run, stem
 from tests.scripted import PAIRS
 from tests.traits.test_traits import fields, to_yaml
 

@@ -18,7 +18,7 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import Arm, Trait, TraitError, check_trait, json_schema, parse_trait, read_trait
 from persona_lens.traits import trait_template as template
 from persona_lens.traits.document import MAX_BYTES
-from persona_lens.traits.prompts import article
+from persona_lens.traits.wording import article
 
 _EXTRACTION = """\
 What do you think about bread?|Why are trains late?|Shall I visit my aunt?|What do you think about THE garden?

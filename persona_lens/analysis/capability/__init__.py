@@ -5,6 +5,7 @@ Neither of the two is imported before it is used.
 
 from __future__ import annotations
 
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.capability.evaluation import (
     BUILTIN_TASK,
     CapabilityChange,
@@ -13,12 +14,12 @@ from persona_lens.analysis.capability.evaluation import (
     check_task,
     evaluate_capability,
 )
-from persona_lens.analysis.capability.result import CapabilityError, CapabilityResult, Metric, TaskResult
+from persona_lens.analysis.capability.result import CapabilityResult, Metric, TaskResult
 
 __all__ = [
     "BUILTIN_TASK",
+    "AnalysisError",
     "CapabilityChange",
-    "CapabilityError",
     "CapabilityResult",
     "Metric",
     "TaskResult",

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from persona_lens.analysis.capability.result import CapabilityError, CapabilityResult, Metric, read_results
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.capability.result import CapabilityResult, Metric, read_results
 from persona_lens.backend import Backend, Edit
 from persona_lens.core.errors import PersonaLensError, first_line
 from persona_lens.core.progress import Progress, shown_progress
@@ -58,7 +59,7 @@ def evaluate_capability(
         progress: Told what is done.
 
     Raises:
-        CapabilityError: If the harness is not installed, a task is unknown or cannot be loaded, or a setting is out of
+        AnalysisError: If the harness is not installed, a task is unknown or cannot be loaded, or a setting is out of
             range.
     """
     written = given_edits(edits, vectors, backend)
@@ -88,7 +89,7 @@ def evaluate_capability(
 
 
 def check_task(task: str) -> None:
-    """Raise `CapabilityError` unless the harness is here, and has a task of that name with data that can be loaded."""
+    """Raise `AnalysisError` unless the harness is here, and has a task of that name with data that can be loaded."""
     _require_harness()
     _load(_manager([task], []), task)
 
@@ -103,24 +104,24 @@ def accuracy(backend: Backend, task: str, edits: GivenEdits = (), *, seed: int =
         seed: See `evaluate_capability`.
 
     Raises:
-        CapabilityError: See `evaluate_capability`; or if the task has no such metric.
+        AnalysisError: See `evaluate_capability`; or if the task has no such metric.
     """
     metric = evaluate_capability(backend, (task,), edits=edits, seed=seed)[task].metric("acc")
     if not metric.scores:
-        raise CapabilityError(f"task {task} gives no accuracy for each of its samples; take one of its subtasks")
+        raise AnalysisError(f"task {task} gives no accuracy for each of its samples; take one of its subtasks")
     return bootstrap_mean(metric.scores, within=SHARES)
 
 
 def _check(names: Sequence[str], limit: int | float | None, num_fewshot: int | None, folders: Sequence[Path]) -> None:
     if not names:
-        raise CapabilityError(f"no task is named; take {BUILTIN_TASK}, or any of lm-evaluation-harness")
+        raise AnalysisError(f"no task is named; take {BUILTIN_TASK}, or any of lm-evaluation-harness")
     if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
-        raise CapabilityError(f"limit is a whole number of samples, or a share below 1; got {limit}")
+        raise AnalysisError(f"limit is a whole number of samples, or a share below 1; got {limit}")
     if num_fewshot is not None and num_fewshot < 0:
-        raise CapabilityError(f"num_fewshot must be 0 or more, got {num_fewshot}")
+        raise AnalysisError(f"num_fewshot must be 0 or more, got {num_fewshot}")
     for folder in folders:
         if not folder.is_dir():
-            raise CapabilityError(f"there is no folder {folder} to take tasks from")
+            raise AnalysisError(f"there is no folder {folder} to take tasks from")
 
 
 def _require_harness() -> None:
@@ -129,7 +130,7 @@ def _require_harness() -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise CapabilityError(f"measuring capability needs lm-evaluation-harness: {INSTALL}") from error
+        raise AnalysisError(f"measuring capability needs lm-evaluation-harness: {INSTALL}") from error
 
 
 def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
@@ -145,7 +146,7 @@ def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
         if name not in manager.task_index and not _is_file(name):
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"the built-in one is {BUILTIN_TASK}."
-            raise CapabilityError(f"there is no task {name!r}; {hint} `lm_eval ls tasks` lists the harness's")
+            raise AnalysisError(f"there is no task {name!r}; {hint} `lm_eval ls tasks` lists the harness's")
     return manager
 
 
@@ -161,7 +162,7 @@ def _load(manager: Any, name: str) -> list[Any]:
         raise
     except Exception as error:  # a task's file can name any code and any data set
         reason = first_line(error)
-        raise CapabilityError(
+        raise AnalysisError(
             f"task {name} cannot be loaded, most likely since its data set is not here and cannot be fetched: "
             f"{type(error).__name__}: {reason}"
         ) from error
@@ -228,10 +229,10 @@ def capability_changes(
         progress: Told what is done.
 
     Raises:
-        CapabilityError: See `evaluate_capability`; or if an arm takes the name of the unsteered one.
+        AnalysisError: See `evaluate_capability`; or if an arm takes the name of the unsteered one.
     """
     if UNSTEERED in arms:
-        raise CapabilityError(f"an arm cannot be called {UNSTEERED!r}; that one is always there")
+        raise AnalysisError(f"an arm cannot be called {UNSTEERED!r}; that one is always there")
 
     def measured(edits: Sequence[Edit]) -> CapabilityResult:
         return evaluate_capability(

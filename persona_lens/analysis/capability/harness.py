@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from persona_lens.analysis.capability.result import CapabilityError
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.capability.scoring import Continuation, continuation_logprobs, greedy_flags
 from persona_lens.backend import Backend, Edits, Positions, Sampling, as_edits
 from persona_lens.backend.batches import batches_by_length, context_length, generate_rows
@@ -58,7 +58,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         progress: Told what is done.
 
     Raises:
-        CapabilityError: If an edit is made for one batch, or a number is out of range.
+        AnalysisError: If an edit is made for one batch, or a number is out of range.
     """
 
     backend = "causal"  # the harness's word for a decoder-only model
@@ -76,11 +76,11 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise CapabilityError(f"the batch size must be at least 1, got {batch_size}")
+            raise AnalysisError(f"the batch size must be at least 1, got {batch_size}")
         self.edits = as_edits(edits)
         for edit in self.edits:
             if not isinstance(edit.positions, Positions) or not isinstance(edit.coefficient, int | float | None):
-                raise CapabilityError("an edit with a value for each row fits one batch only; give one for all rows")
+                raise AnalysisError("an edit with a value for each row fits one batch only; give one for all rows")
         self.model = backend
         self.tokenizer = backend.tokenizer
         self.rows_at_once = batch_size
@@ -89,7 +89,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         self.seed = seed
         self.progress = progress
         if self.total_length < 2:
-            raise CapabilityError(f"max_length must be at least 2, got {max_length}")
+            raise AnalysisError(f"max_length must be at least 2, got {max_length}")
 
     @property
     def max_length(self) -> int:
@@ -103,7 +103,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
             return int(self.tokenizer.eos_token_id)
         if self.model.end_ids:
             return self.model.end_ids[0]
-        raise CapabilityError(f"the tokenizer of {self.model.info.model} knows no token that ends a text")
+        raise AnalysisError(f"the tokenizer of {self.model.info.model} knows no token that ends a text")
 
     @property
     def prefix_token_id(self) -> int:
@@ -124,12 +124,10 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         """A conversation as text, without its system message where the template refuses one.
 
         Raises:
-            CapabilityError: If the model has no chat template.
+            AnalysisError: If the model has no chat template.
         """
         if not self.tokenizer.chat_template:
-            raise CapabilityError(
-                f"{self.model.info.model} has no chat template; measure it without apply_chat_template"
-            )
+            raise AnalysisError(f"{self.model.info.model} has no chat template; measure it without apply_chat_template")
         try:
             return self._rendered(chat_history, add_generation_prompt)
         except jinja2.TemplateError:
@@ -173,12 +171,12 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
 
     def _row(self, context: Sequence[int], tokens: Sequence[int]) -> Continuation:
         if not tokens:
-            raise CapabilityError(
+            raise AnalysisError(
                 "a continuation has no tokens of its own: together with its context it is encoded as the context "
                 f"alone, which ends in {self.tokenizer.decode(list(context[-20:]))!r}"
             )
         if len(tokens) >= self.total_length:
-            raise CapabilityError(
+            raise AnalysisError(
                 f"a continuation of {len(tokens):,} tokens does not fit the model's {self.total_length:,} with a "
                 f"token before it; it begins {self.tokenizer.decode(list(tokens[:20]))!r}"
             )
@@ -212,7 +210,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         A backend knows no stop strings: it generates to the end of the turn, and the text is cut afterwards.
 
         Raises:
-            CapabilityError: If a task asks for a kind of generation that backends do not have.
+            AnalysisError: If a task asks for a kind of generation that backends do not have.
         """
         asked = [(str(context), dict(options)) for context, options in (request.args for request in requests)]
         settings = [self._settings(options) for _, options in asked]
@@ -253,11 +251,11 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         sampled = bool(given.pop("do_sample"))
         temperature, top_p = float(given.pop("temperature", 0) or 0), float(given.pop("top_p", None) or 1)
         if sampled and temperature <= 0:
-            raise CapabilityError(f"sampling (do_sample) needs a temperature above 0; the task has {options!r}")
+            raise AnalysisError(f"sampling (do_sample) needs a temperature above 0; the task has {options!r}")
         for name, value in given.items():
             if value in NEUTRAL.get(name, ()) or (name in ONLY_SAMPLING and not sampled):
                 continue
-            raise CapabilityError(
+            raise AnalysisError(
                 f"backends do not generate with {name}={value!r}, which the task asks for; they take until, "
                 "max_gen_toks, do_sample, temperature and top_p"
             )
@@ -266,9 +264,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
     def _prompt(self, context: str, new: int) -> TokenIds:
         room = self.total_length - new
         if room < 1:
-            raise CapabilityError(
-                f"{new:,} new tokens leave no room for a context in the model's {self.total_length:,}"
-            )
+            raise AnalysisError(f"{new:,} new tokens leave no room for a context in the model's {self.total_length:,}")
         return tuple((self.tok_encode(context) or [self.prefix_token_id])[-room:])
 
     def _text(self, ids: TokenIds, until: Sequence[str]) -> str:

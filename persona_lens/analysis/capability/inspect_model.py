@@ -27,7 +27,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from persona_lens.analysis.capability.result import CapabilityError
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.capability.scoring import BatchQueue
 from persona_lens.backend import Backend, Edit, Sampling, open_backend
 from persona_lens.backend.batches import batches_by_length, context_length, generate_rows
@@ -113,7 +113,7 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
             the backend's own options such as ``dtype`` and ``device``.
 
     Raises:
-        CapabilityError: If a model argument is unknown.
+        AnalysisError: If a model argument is unknown.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
         if base_url is not None:
-            raise CapabilityError(f"the provider persona-lens runs models itself and takes no base URL: {base_url!r}")
+            raise AnalysisError(f"the provider persona-lens runs models itself and takes no base URL: {base_url!r}")
         own = {name: model_args.pop(name, None) for name in OWN}
         self.backend = _open(own["backend"], model_name, model_args)
         self.edits = _steering(self.backend, own["vectors"], own["edits"])
@@ -141,10 +141,10 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
         """Answer a conversation.
 
         Raises:
-            CapabilityError: If the conversation or the settings ask for what a backend does not have.
+            AnalysisError: If the conversation or the settings ask for what a backend does not have.
         """
         if tools:
-            raise CapabilityError(f"models of persona-lens call no tools; the task has {tools[0].name}")
+            raise AnalysisError(f"models of persona-lens call no tools; the task has {tools[0].name}")
         _check(config)
         prompt = tuple(self.chat.encode_messages(_messages(input)))
         wanted = MAX_NEW_TOKENS if config.max_tokens is None else config.max_tokens
@@ -230,7 +230,7 @@ def _open(given: Backend | str | None, model: str, options: dict[str, Any]) -> B
         accepted = find_backend(given or DEFAULT).option_names()
     for name in options:
         if name not in accepted:
-            raise CapabilityError(
+            raise AnalysisError(
                 f"the provider persona-lens has no model argument {name!r}; it takes {', '.join((*OWN, *accepted))}"
             )
     if given is not None and not isinstance(given, str):
@@ -243,13 +243,13 @@ def _steering(backend: Backend, vectors: object, edits: object) -> tuple[Edit, .
     if edits is None and vectors is None:
         return ()
     if not isinstance(edits, str):
-        raise CapabilityError(
+        raise AnalysisError(
             "vectors are there to be steered along: give edits too, such as -M edits='optimistic@18:+1.5', or the path "
             f"of a steering file; got {edits!r}"
         )
     paths = [] if vectors is None else vectors.split(",") if isinstance(vectors, str) else vectors
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str | Path) for path in paths):
-        raise CapabilityError(f"vectors are the paths of files or run folders, with commas between; got {vectors!r}")
+        raise AnalysisError(f"vectors are the paths of files or run folders, with commas between; got {vectors!r}")
     named = {found.trait: found for found in map(load_vectors, paths)}
     steering = load_steering(edits, named) if is_steering_file(edits) else Steering.parse(edits, named)
     steering.check_model(backend)
@@ -260,21 +260,21 @@ def _batch_size(given: object) -> int:
     if given is None:
         return BATCH_SIZE
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise CapabilityError(f"batch_size must be a whole number of 1 or more, got {given!r}")
+        raise AnalysisError(f"batch_size must be a whole number of 1 or more, got {given!r}")
     return given
 
 
 def _check(config: GenerateConfig) -> None:
     for name in REFUSED:
         if (value := getattr(config, name, None)) not in (None, False):
-            raise CapabilityError(
+            raise AnalysisError(
                 f"models of persona-lens do not generate with {name}={value!r}; they take max_tokens, temperature, "
                 "top_p, seed and stop_seqs"
             )
     if config.num_choices not in (None, 1):
-        raise CapabilityError(f"models of persona-lens give one choice, not num_choices={config.num_choices}")
+        raise AnalysisError(f"models of persona-lens give one choice, not num_choices={config.num_choices}")
     if config.max_tokens is not None and config.max_tokens < 1:
-        raise CapabilityError(f"max_tokens must be at least 1, got {config.max_tokens}")
+        raise AnalysisError(f"max_tokens must be at least 1, got {config.max_tokens}")
 
 
 def _messages(given: Sequence[ChatMessage]) -> list[Message]:
@@ -284,9 +284,9 @@ def _messages(given: Sequence[ChatMessage]) -> list[Message]:
         if not isinstance(message.content, str) and any(
             part.type not in ("text", "reasoning") for part in message.content
         ):
-            raise CapabilityError("models of persona-lens read text only; a message holds another kind of content")
+            raise AnalysisError("models of persona-lens read text only; a message holds another kind of content")
         if message.role == "tool":
-            raise CapabilityError("models of persona-lens call no tools, and a message is a tool's answer")
+            raise AnalysisError("models of persona-lens call no tools, and a message is a tool's answer")
         if message.role == "system" and found and found[-1]["role"] == "system":
             found[-1] = {"role": "system", "content": f"{found[-1]['content']}\n\n{message.text}"}
         else:

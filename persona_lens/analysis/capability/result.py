@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from persona_lens.core.errors import PersonaLensError
-
-
-class CapabilityError(PersonaLensError):
-    """A task, a setting or a request of an evaluation that cannot be carried out."""
+from persona_lens.analysis import AnalysisError
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,12 @@ class TaskResult:
         """The metric of that name.
 
         Raises:
-            CapabilityError: If the task has none of that name, or several under different filters and none is named.
+            AnalysisError: If the task has none of that name, or several under different filters and none is named.
         """
         found = [each for each in self.metrics if each.name == name and filter in (None, each.filter)]
         if len(found) != 1:
             there = ", ".join(f"{each.name} ({each.filter})" for each in self.metrics)
-            raise CapabilityError(f"task {self.task} has {len(found) or 'no'} metrics {name!r}; it has {there}")
+            raise AnalysisError(f"task {self.task} has {len(found) or 'no'} metrics {name!r}; it has {there}")
         return found[0]
 
 
@@ -90,7 +86,7 @@ class CapabilityResult:
         for each in self.tasks:
             if each.task == task:
                 return each
-        raise CapabilityError(f"no task {task!r} was run; there are {', '.join(each.task for each in self.tasks)}")
+        raise AnalysisError(f"no task {task!r} was run; there are {', '.join(each.task for each in self.tasks)}")
 
     def to_json(self) -> dict[str, Any]:
         """All of it in plain dictionaries and lists."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from persona_lens.analysis.capability.result import CapabilityError
+from persona_lens.analysis import AnalysisError
 from persona_lens.backend import Backend, Edit, Sampling, TokenBatch
 from persona_lens.backend.batches import batches_by_length, forward_plan, forward_rows, generate_rows, tokens_at_once
 from persona_lens.backend.tokens import TokenIds
@@ -170,14 +170,14 @@ def greedy_flags(
         progress: Told after how many contexts it was generated, of those where that was needed.
 
     Raises:
-        CapabilityError: If a continuation goes on after a token that ends the model's turn, where generation stops,
+        AnalysisError: If a continuation goes on after a token that ends the model's turn, where generation stops,
             and the log-probabilities leave the question open.
     """
     flags = flags_from_logprobs(rows, logprobs)
     pending = [index for index, flag in enumerate(flags) if flag is None]
     for index in pending:
         if set(rows[index].tokens[:-1]) & set(backend.end_ids):
-            raise CapabilityError(
+            raise AnalysisError(
                 "a continuation goes on after an end-of-turn token, so whether it is what the model would write cannot "
                 f"be told: {backend.tokenizer.decode(list(rows[index].tokens))!r}"
             )

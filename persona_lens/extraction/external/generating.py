@@ -11,7 +11,7 @@ from typing import Any
 
 from persona_lens.core.files import write_bytes
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.external.rows import ResponsesError
+from persona_lens.extraction.means import ExtractionError
 from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
 from persona_lens.runs.rollouts import Request, RolloutSettings
 
@@ -64,15 +64,15 @@ def generate_responses(
         progress: Told how many requests are answered.
 
     Raises:
-        ResponsesError: If the file cannot be written or holds something else, or the server refuses every request.
+        ExtractionError: If the file cannot be written or holds something else, or the server refuses every request.
         ServerError: If the server cannot be reached or used, or fails again and again.
         SpendingLimitError: If the limit is reached.
     """
     out = Path(out)
     if out.suffix.lower() not in SUFFIXES:
-        raise ResponsesError(f"responses are written as JSONL, so the file's name must end in .jsonl; got {out}")
+        raise ExtractionError(f"responses are written as JSONL, so the file's name must end in .jsonl; got {out}")
     if not requests:
-        raise ResponsesError("there is nothing to generate: no requests are given")
+        raise ExtractionError("there is nothing to generate: no requests are given")
     asked = [_asked(request, settings) for request in requests]
     earlier = _content(out)
     if earlier is None:
@@ -83,7 +83,7 @@ def generate_responses(
     rows = [_row(request, answer) for request, answer in zip(requests, answers, strict=True)]
     reasons = [row["reason"] for row in rows if "reason" in row]
     if len(reasons) == len(rows):
-        raise ResponsesError(f"the server answered none of {len(rows):,} requests: {reasons[0]}")
+        raise ExtractionError(f"the server answered none of {len(rows):,} requests: {reasons[0]}")
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if earlier is None:
         _write(out, content)
@@ -144,7 +144,7 @@ def _known(
     """The answers that are paid for, and the refusals that the file tells of.
 
     Raises:
-        ResponsesError: If there are others, so that the file cannot hold them.
+        ExtractionError: If there are others, so that the file cannot hold them.
     """
     lines = content.split(b"\n")[:-1]
     if len(lines) != len(asked):
@@ -168,8 +168,8 @@ def _refusal(line: bytes, out: Path) -> Refused:
     return Refused(reason)
 
 
-def _other(out: Path) -> ResponsesError:
-    return ResponsesError(
+def _other(out: Path) -> ExtractionError:
+    return ExtractionError(
         f"{out} is there already and does not hold these responses, or they are no longer in the cache; it stays as it "
         "is. Choose another file, or remove it"
     )
@@ -181,7 +181,7 @@ def _content(out: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ResponsesError(f"{out} cannot be used: {error.strerror or error}; choose another file") from error
+        raise ExtractionError(f"{out} cannot be used: {error.strerror or error}; choose another file") from error
 
 
 def _check_folder(out: Path) -> None:
@@ -197,8 +197,8 @@ def _check_folder(out: Path) -> None:
 def _write(out: Path, content: bytes) -> None:
     if out.exists():  # which it was not when the work began
         raise _other(out)
-    write_bytes(out, content, new=True, failed=ResponsesError)
+    write_bytes(out, content, new=True, failed=ExtractionError)
 
 
-def _unwritable(out: Path, error: OSError) -> ResponsesError:
-    return ResponsesError(f"{out} cannot be written: {error.strerror or error}; choose another place")
+def _unwritable(out: Path, error: OSError) -> ExtractionError:
+    return ExtractionError(f"{out} cannot be written: {error.strerror or error}; choose another place")

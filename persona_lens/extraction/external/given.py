@@ -100,8 +100,8 @@ def given_rollouts(
         allow_missing: Go on without responses that an extraction asks for and the files do not hold.
 
     Raises:
-        TableError: If a file cannot be read.
-        ResponsesError: If a row does not fit the trait or the model, or responses are missing.
+        DataError: If a file cannot be read.
+        ExtractionError: If a row does not fit the trait or the model, or responses are missing.
     """
     files = [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
     responses, digests = read_files(files)

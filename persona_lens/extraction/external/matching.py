@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
 
-from persona_lens.extraction.external.rows import GivenResponse, ResponsesError
+from persona_lens.extraction.external.rows import GivenResponse
+from persona_lens.extraction.means import ExtractionError
 from persona_lens.runs.rollouts import Request
 from persona_lens.traits import Arm, Trait
 
@@ -67,7 +68,7 @@ def match_responses(given: Sequence[GivenResponse], trait: Trait, questions: int
         allow_missing: Go on without responses that the plan has and the file has not.
 
     Raises:
-        ResponsesError: If a response answers nothing of the trait, or the same as another; if an arm has none; if some
+        ExtractionError: If a response answers nothing of the trait, or the same as another; if an arm has none; if some
             are missing and that is not allowed.
     """
     found: dict[Slot, GivenResponse] = {}
@@ -84,17 +85,17 @@ def match_responses(given: Sequence[GivenResponse], trait: Trait, questions: int
         counted[cell] = counted.get(cell, 0) + 1
         slot = Slot(question, pair, sample, arm is Arm.NEGATIVE)
         if slot in found:
-            raise ResponsesError(
+            raise ExtractionError(
                 f"{response.place} and {found[slot].place} are both the {arm} arm's sample {sample} of question "
                 f"{question} under pair {pair}; number the samples, in every row or in none"
             )
         found[slot] = response
     for arm in Arm:
         if not any(slot.arm is arm for slot in found):
-            raise ResponsesError(f"no response belongs to the {arm} arm; a vector is the difference of both")
+            raise ExtractionError(f"no response belongs to the {arm} arm; a vector is the difference of both")
     missing = _missing(found.keys(), trait, questions)
     if missing and not allow_missing:
-        raise ResponsesError(f"{missing}. Add them, use fewer questions, or go on without (--allow-missing)")
+        raise ExtractionError(f"{missing}. Add them, use fewer questions, or go on without (--allow-missing)")
     return Matched(tuple(sorted(found.items(), key=lambda item: item[0])), missing, left_out)
 
 
@@ -102,7 +103,7 @@ def _question(response: GivenResponse, trait: Trait) -> int:
     labels, questions = response.labels, trait.extraction_questions
     number = labels.get("question_number")
     if number is not None and number >= len(questions):
-        raise ResponsesError(
+        raise ExtractionError(
             f"{response.place}: question_number {number}, but trait {trait.name} has the questions 0 to "
             f"{len(questions) - 1}"
         )
@@ -110,12 +111,12 @@ def _question(response: GivenResponse, trait: Trait) -> int:
         return int(labels["question_number"])
     text = labels["question"].strip()
     if text not in questions:
-        raise ResponsesError(
+        raise ExtractionError(
             f"{response.place}: {_short(text)} is no extraction question of trait {trait.name}; "
             f"the nearest is {_nearest(text, questions)}"
         )
     if number is not None and questions[number] != text:
-        raise ResponsesError(
+        raise ExtractionError(
             f"{response.place}: question_number {number} is {_short(questions[number])}, but the row's question is "
             f"{_short(text)}"
         )
@@ -126,7 +127,7 @@ def _pair(response: GivenResponse, trait: Trait, arm: Arm) -> int:
     labels, pairs = response.labels, range(len(trait.instructions))
     number = labels.get("pair")
     if number is not None and number not in pairs:
-        raise ResponsesError(
+        raise ExtractionError(
             f"{response.place}: pair {number}, but trait {trait.name} has the instruction pairs 0 to {pairs[-1]}"
         )
     if "system" not in labels:
@@ -134,12 +135,12 @@ def _pair(response: GivenResponse, trait: Trait, arm: Arm) -> int:
     prompts = [trait.system_prompt(arm, pair) for pair in pairs]
     system = labels["system"]
     if system not in prompts:
-        raise ResponsesError(
+        raise ExtractionError(
             f"{response.place}: {_short(system)} is no system prompt of the {arm} arm of trait {trait.name}; "
             f"the nearest is {_nearest(system, prompts)}"
         )
     if number is not None and prompts[number] != system:
-        raise ResponsesError(f"{response.place}: the row's system prompt is not that of its pair {number}")
+        raise ExtractionError(f"{response.place}: the row's system prompt is not that of its pair {number}")
     return prompts.index(system)
 
 

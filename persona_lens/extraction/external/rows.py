@@ -14,17 +14,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
-from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import note
 from persona_lens.core.text import printable, shown
 from persona_lens.data.tables import own_columns, read_rows
+from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Judgement, Score
 from persona_lens.traits import Arm
-
-
-class ResponsesError(PersonaLensError):
-    """Responses that cannot be used; where one row is at fault, the message begins with its file and line."""
-
 
 _LISTS = ("response_ids", "prompt_ids")
 _REFERENCE = {"question", "prompt", "answer", "question_id"}
@@ -98,7 +93,7 @@ def response_of(row: Mapping[str, Any], file: str, line: int) -> GivenResponse:
         line: And on which line.
 
     Raises:
-        ResponsesError: If a column is missing, or holds something else than it should.
+        ExtractionError: If a column is missing, or holds something else than it should.
     """
     place = f"{file}:{line}"
     if row.keys() >= _REFERENCE and "arm" not in row:
@@ -106,7 +101,7 @@ def response_of(row: Mapping[str, Any], file: str, line: int) -> GivenResponse:
     try:
         found = _Row.model_validate({name: _value(name, value) for name, value in row.items()})
     except ValidationError as error:
-        raise ResponsesError(f"{place}: {_first(error)}") from error
+        raise ExtractionError(f"{place}: {_first(error)}") from error
     _check_columns(found, row, place)
     labels = {
         name: value
@@ -168,7 +163,7 @@ def _check_columns(found: _Row, row: Mapping[str, Any], place: str) -> None:
     missing = [name for name, value in wanted.items() if value is None]
     if missing:
         columns = ", ".join(map(str, row)) or "none"
-        raise ResponsesError(f"{place}: the row has no {missing[0]}; its columns are: {columns}")
+        raise ExtractionError(f"{place}: the row has no {missing[0]}; its columns are: {columns}")
 
 
 def _judgement(found: _Row, row: Mapping[str, Any]) -> Judgement | None:
@@ -188,7 +183,7 @@ def _from_reference(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """
     match = _REFERENCE_ID.fullmatch(str(row["question_id"]))
     if match is None:
-        raise ResponsesError(
+        raise ExtractionError(
             f"{place}: question_id {row['question_id']!r} names no instruction, as TRAIT_3_pos_1 does; "
             "take the files that were made with --persona_instruction_type pos and neg"
         )
@@ -218,8 +213,8 @@ def read_responses(path: Path | str) -> list[GivenResponse]:
         The responses, in the order of the file.
 
     Raises:
-        TableError: If the file cannot be read.
-        ResponsesError: If a row is none.
+        DataError: If the file cannot be read.
+        ExtractionError: If a row is none.
     """
     found, ignored = [], dict[str, None]()
     for line, row in read_rows(path):
@@ -243,15 +238,15 @@ def read_files(paths: Sequence[Path]) -> tuple[list[GivenResponse], tuple[str, .
         The responses, and the SHA-256 of each file.
 
     Raises:
-        TableError: If a file cannot be read.
-        ResponsesError: If a row is none, there are no files, or two have the same content.
+        DataError: If a file cannot be read.
+        ExtractionError: If a row is none, there are no files, or two have the same content.
     """
     if not paths:
-        raise ResponsesError("no file of responses is given")
+        raise ExtractionError("no file of responses is given")
     responses = [response for path in paths for response in read_responses(path)]
     digests = tuple(map(digest, paths))
     for number, found in enumerate(digests):
         first = digests.index(found)
         if first < number:
-            raise ResponsesError(f"{paths[first]} and {paths[number]} have the same content; give each file once")
+            raise ExtractionError(f"{paths[first]} and {paths[number]} have the same content; give each file once")
     return responses, digests

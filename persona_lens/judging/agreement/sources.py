@@ -115,7 +115,7 @@ def read_scored(path: Path | str, *, column: str | None = None, scores_required:
         scores_required: Whether a table without scores, or a run that has none yet, is refused.
 
     Raises:
-        AgreementError, TableError: If there is no such source, or something in it is not as it should be; with the file
+        AgreementError, DataError: If there is no such source, or something in it is not as it should be; with the file
             and the line where there is one.
     """
     path = Path(path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, ServerSettings
-from persona_lens.traits.generate import wording
+from persona_lens.traits.generate.draft import with_form
 from persona_lens.traits.generate.replies import Author, AuthoringError
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS
 
@@ -98,7 +98,7 @@ class LocalAuthor:
         seed, self.request = self.seed + self.request, self.request + 1
         return reply(
             self.backend,
-            wording.with_form(request, schema),
+            with_form(request, schema),
             system=system,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -160,7 +160,7 @@ class ServerAuthor:
             SpendingLimitError: The limit is reached.
         """
         seed, self.request = self.seed + self.request, self.request + 1
-        messages = (("system", system), ("user", wording.with_form(request, schema)))
+        messages = (("system", system), ("user", with_form(request, schema)))
         if self.structured is not False:
             answer = self._ask(messages, seed, schema)
             if isinstance(answer, Completion):

@@ -19,9 +19,16 @@ from persona_lens.traits.checks import (
     similarity,
 )
 from persona_lens.traits.document import Severity, field_name
-from persona_lens.traits.generate import wording
 from persona_lens.traits.generate.authors import ALL_QUESTIONS, Limits
-from persona_lens.traits.generate.draft import Draft
+from persona_lens.traits.generate.draft import (
+    SYSTEM,
+    Draft,
+    again,
+    instructions_request,
+    names_request,
+    questions_request,
+    rubric_request,
+)
 from persona_lens.traits.generate.replies import (
     Author,
     AuthoringError,
@@ -36,14 +43,14 @@ from persona_lens.traits.generate.replies import (
     reply_schema,
     whole,
 )
-from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, QUESTION_FIELDS, Trait, normalised
-from persona_lens.traits.similarity import likenesses
+from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, QUESTION_FIELDS, Trait
+from persona_lens.traits.wording import likenesses, normalised
 
 _SHOWN_COMPLAINTS = 6
 
 
 @dataclass
-class Desk:
+class Session:
     """Where a draft is worked on.
 
     Attributes:
@@ -76,10 +83,10 @@ class Desk:
         Raises:
             AuthoringError: The author failed.
         """
-        request += wording.again(self.complaints[:_SHOWN_COMPLAINTS])
+        request += again(self.complaints[:_SHOWN_COMPLAINTS])
         self.draft.requests += 1
         try:
-            text = self.author.write(wording.SYSTEM, request, reply_schema(reply))
+            text = self.author.write(SYSTEM, request, reply_schema(reply))
         except Exception as error:  # an author may be anybody's code; what is written already must outlast it
             reason = in_short(str(error), 400).rstrip(".") or type(error).__name__
             raise AuthoringError(
@@ -151,15 +158,15 @@ def write_trait(
     Raises:
         AuthoringError: The author failed, or gave too little that is of use; the message says what is missing.
     """
-    desk = Desk(author, draft, limits or Limits(), save, progress)
-    _ask_names(desk)
-    _gather(desk, _INSTRUCTIONS, desk.limits.instructions)
-    desk.require("instruction pairs", len(draft.instructions), N_INSTRUCTION_PAIRS)
-    _gather(desk, _QUESTIONS, desk.limits.questions)
-    desk.require("questions", len(draft.questions), ALL_QUESTIONS)
-    _ask_rubric(desk)
-    for _ in range(desk.limits.repairs):
-        if not _repair(desk):
+    session = Session(author, draft, limits or Limits(), save, progress)
+    _ask_names(session)
+    _gather(session, _INSTRUCTIONS, session.limits.instructions)
+    session.require("instruction pairs", len(draft.instructions), N_INSTRUCTION_PAIRS)
+    _gather(session, _QUESTIONS, session.limits.questions)
+    session.require("questions", len(draft.questions), ALL_QUESTIONS)
+    _ask_rubric(session)
+    for _ in range(session.limits.repairs):
+        if not _repair(session):
             break
     advice = _advice(draft)
     if errors := [found for found in advice if found.severity is Severity.ERROR]:
@@ -168,7 +175,7 @@ def write_trait(
     return Written(_trait(draft), tuple(advice), draft.requests)
 
 
-def _ask_names(desk: Desk) -> None:
+def _ask_names(session: Session) -> None:
     def take(data: object) -> None:
         reply = whole(NamesReply, data)
         if normalised(reply.positive) == normalised(reply.negative):
@@ -179,41 +186,41 @@ def _ask_names(desk: Desk) -> None:
             for word in dict.fromkeys(words)
             if sum(map(str.isalpha, word)) >= 3 and len(word) <= 40 and word.isprintable()
         ]
-        desk.draft.names = reply.model_copy(update={"related": usable[:10]})
+        session.draft.names = reply.model_copy(update={"related": usable[:10]})
 
-    _ask_whole(desk, "names", "adjectives", wording.names_request, NamesReply, take)
+    _ask_whole(session, "names", "adjectives", names_request, NamesReply, take)
 
 
-def _ask_rubric(desk: Desk) -> None:
+def _ask_rubric(session: Session) -> None:
     def take(data: object) -> None:
         reply = whole(RubricReply, data)
         scores = [normalised(text) for name, text in reply if name.startswith("score_")]
         if len(set(scores)) < len(scores):
             raise ValueError("two scores are described in the same words")
-        desk.draft.rubric = reply
+        session.draft.rubric = reply
 
-    _ask_whole(desk, "rubric", "rubric", wording.rubric_request, RubricReply, take)
+    _ask_whole(session, "rubric", "rubric", rubric_request, RubricReply, take)
 
 
 def _ask_whole(
-    desk: Desk,
+    session: Session,
     key: str,
     what: str,
     request: Callable[[Draft], str],
     reply: type[BaseModel],
     take: Callable[[object], None],
 ) -> None:
-    for _ in range(desk.limits.attempts):
-        if getattr(desk.draft, key) is not None:
+    for _ in range(session.limits.attempts):
+        if getattr(session.draft, key) is not None:
             break
-        data = desk.ask(what, request(desk.draft), reply)
+        data = session.ask(what, request(session.draft), reply)
         try:
             if data is not None:
                 take(data)
         except ValueError as error:
-            desk.complaints = [str(error)]
-        desk.took(what, int(getattr(desk.draft, key) is not None), 1)
-    desk.require(what, int(getattr(desk.draft, key) is not None), 1)
+            session.complaints = [str(error)]
+        session.took(what, int(getattr(session.draft, key) is not None), 1)
+    session.require(what, int(getattr(session.draft, key) is not None), 1)
 
 
 @dataclass(frozen=True)
@@ -225,7 +232,7 @@ class _Part:
         total: How many there must be.
         kind: Type of an item.
         reply: Type of the reply.
-        request: Writes the request, given the desk, how many are missing, and what must not come again.
+        request: Writes the request, given the session, how many are missing, and what must not come again.
         fault: What is wrong with an item beside those that are known; empty if nothing is.
     """
 
@@ -233,17 +240,17 @@ class _Part:
     total: int
     kind: Any
     reply: type[BaseModel]
-    request: Callable[[Desk, int, Sequence[Any]], str]
+    request: Callable[[Session, int, Sequence[Any]], str]
     fault: Callable[[Any, Sequence[Any]], str]
 
 
-def _gather(desk: Desk, part: _Part, requests: int, refused: Sequence[Any] = ()) -> None:
+def _gather(session: Session, part: _Part, requests: int, refused: Sequence[Any] = ()) -> None:
     for _ in range(requests):
-        there: list[Any] = getattr(desk.draft, part.key)
+        there: list[Any] = getattr(session.draft, part.key)
         missing = part.total - len(there)
         if not missing:
             return
-        data = desk.ask(part.key, part.request(desk, missing, [*there, *refused]), part.reply)
+        data = session.ask(part.key, part.request(session, missing, [*there, *refused]), part.reply)
         if data is not None:
             good, bad = items(part.kind, data, part.key)
             for item in good:
@@ -253,17 +260,17 @@ def _gather(desk: Desk, part: _Part, requests: int, refused: Sequence[Any] = ())
                     bad.append(fault)
                 elif len(there) < part.total:
                     there = [*there, item]
-            setattr(desk.draft, part.key, there)
-            desk.complaints = bad
-        desk.took(part.key, len(there), part.total)
+            setattr(session.draft, part.key, there)
+            session.complaints = bad
+        session.took(part.key, len(there), part.total)
 
 
-def _ask_for_pairs(desk: Desk, missing: int, known: Sequence[PairReply]) -> str:
-    return wording.instructions_request(desk.draft, missing, [pair.positive for pair in known])
+def _ask_for_pairs(session: Session, missing: int, known: Sequence[PairReply]) -> str:
+    return instructions_request(session.draft, missing, [pair.positive for pair in known])
 
 
-def _ask_for_questions(desk: Desk, missing: int, known: Sequence[str]) -> str:
-    return wording.questions_request(desk.draft, min(missing, desk.limits.batch), known)
+def _ask_for_questions(session: Session, missing: int, known: Sequence[str]) -> str:
+    return questions_request(session.draft, min(missing, session.limits.batch), known)
 
 
 def _pair_fault(pair: PairReply, known: Sequence[PairReply]) -> str:
@@ -305,13 +312,13 @@ def _trait(draft: Draft) -> Trait:
         raise AuthoringError(f"the trait {draft.name} is not valid: {shown}") from error
 
 
-def _repair(desk: Desk) -> bool:
+def _repair(session: Session) -> bool:
     """Replace what the checks find fault with; returns whether there was anything."""
-    advice = _advice(desk.draft)
-    faults = _faults(desk.draft, advice)
+    advice = _advice(session.draft)
+    faults = _faults(session.draft, advice)
     for part, found in ((_INSTRUCTIONS, faults[0]), (_QUESTIONS, faults[1])):
         if found:
-            _replace(desk, part, found)
+            _replace(session, part, found)
     return any(faults)
 
 
@@ -332,18 +339,18 @@ def _faults(draft: Draft, advice: Sequence[Advice]) -> tuple[dict[int, str], dic
     return pairs, questions
 
 
-def _replace(desk: Desk, part: _Part, faults: Mapping[int, str]) -> None:
-    old: list[Any] = getattr(desk.draft, part.key)
+def _replace(session: Session, part: _Part, faults: Mapping[int, str]) -> None:
+    old: list[Any] = getattr(session.draft, part.key)
     faulty = [old[index] for index in faults]
-    setattr(desk.draft, part.key, [item for index, item in enumerate(old) if index not in faults])
-    desk.complaints = [
+    setattr(session.draft, part.key, [item for index, item in enumerate(old) if index not in faults])
+    session.complaints = [
         f'"{in_short(getattr(old[index], "positive", old[index]), 100)}": {message}'
         for index, message in faults.items()
     ]
     try:
-        _gather(desk, part, desk.limits.repair_requests, faulty)
+        _gather(session, part, session.limits.repair_requests, faulty)
     finally:
         # A weak question is better than none: what was not replaced comes back, and is reported.
-        new: list[Any] = getattr(desk.draft, part.key)
-        setattr(desk.draft, part.key, [*new, *faulty[: part.total - len(new)]])
-        desk.complaints = []
+        new: list[Any] = getattr(session.draft, part.key)
+        setattr(session.draft, part.key, [*new, *faulty[: part.total - len(new)]])
+        session.complaints = []

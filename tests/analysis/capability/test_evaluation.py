@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import persona_lens
-from persona_lens.analysis.capability import BUILTIN_TASK, CapabilityError, evaluate_capability
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.capability import BUILTIN_TASK, evaluate_capability
 from persona_lens.analysis.capability.evaluation import TASKS
 from persona_lens.backend import Backend, Edit
 from tests.analysis.capability.tasks import write_tasks
@@ -33,7 +34,7 @@ def test_importing_the_package_imports_neither_library() -> None:
 
 def test_without_the_harness_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(CapabilityError, match=r"pip install 'persona-lens\[lm-eval\]'"):
+    with pytest.raises(AnalysisError, match=r"pip install 'persona-lens\[lm-eval\]'"):
         evaluate_capability(tiny())
 
 
@@ -67,14 +68,14 @@ class TestWithTheHarness:
         ],
     )
     def test_what_cannot_be_run_is_said_in_a_sentence(self, options: dict[str, Any], words: str) -> None:
-        with pytest.raises(CapabilityError, match=words) as caught:
+        with pytest.raises(AnalysisError, match=words) as caught:
             evaluate_capability(tiny(), **options)
         assert "\n" not in str(caught.value)
 
     def test_a_data_set_that_is_not_there_is_said_in_a_sentence(self, tmp_path: Path) -> None:
         name, *_ = write_tasks(tmp_path)
         (tmp_path / "documents.jsonl").unlink()
-        with pytest.raises(CapabilityError, match=f"task {name} cannot be loaded.*documents.jsonl") as caught:
+        with pytest.raises(AnalysisError, match=f"task {name} cannot be loaded.*documents.jsonl") as caught:
             evaluate_capability(tiny(), [name], include_path=tmp_path)
         assert "\n" not in str(caught.value)
 
@@ -87,9 +88,9 @@ class TestWithTheHarness:
         assert kept["tasks"][0]["available"] == 120
         assert kept["model"]["edits"] == [edit.content_hash]
         assert "log-likelihoods" in said
-        with pytest.raises(CapabilityError, match="no metrics 'f1'; it has acc"):
+        with pytest.raises(AnalysisError, match="no metrics 'f1'; it has acc"):
             result[BUILTIN_TASK].metric("f1")
-        with pytest.raises(CapabilityError, match="no task 'mmlu' was run"):
+        with pytest.raises(AnalysisError, match="no task 'mmlu' was run"):
             result["mmlu"]
 
     @pytest.mark.real

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import persona_lens
-from persona_lens.analysis.capability import CapabilityError, evaluate_capability
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.capability import evaluate_capability
 from persona_lens.backend import Backend, Edit, Positions, Sampling, wrap_model
 from persona_lens.backend.blocks import find_blocks
 from tests.analysis.capability.tasks import DOCUMENTS, write_tasks
@@ -159,7 +160,7 @@ def test_edits_go_to_every_call() -> None:
 
 def test_an_edit_for_the_rows_of_one_batch_is_refused() -> None:
     module, tokenizer = tiny()
-    with pytest.raises(CapabilityError, match="fits one batch only"):
+    with pytest.raises(AnalysisError, match="fits one batch only"):
         BackendLM(wrap_model(module, tokenizer), edits=[Edit.add(1, direction(), torch.ones(4))])
 
 
@@ -204,7 +205,7 @@ def test_a_continuation_that_ends_the_turn(ends: tuple[int, ...]) -> None:
         rows = [every[end] for end in ends]
         flags = [greedy_flags(backend, [row], [[values[row.tokens[0]]]])[0] for row in rows]
         assert flags == [values.index(max(values)) == end for end in ends]
-    with pytest.raises(CapabilityError, match="goes on after an end-of-turn token"):
+    with pytest.raises(AnalysisError, match="goes on after an end-of-turn token"):
         greedy_flags(backend, [Continuation((5, 6), (2, 7))], [[-1.0, -1.0]])
 
 
@@ -230,15 +231,15 @@ def test_sampling_has_a_seed_a_row() -> None:
     ],
 )
 def test_generation_that_a_backend_does_not_have_is_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(CapabilityError, match=words):
+    with pytest.raises(AnalysisError, match=words):
         BackendLM(wrap_model(*tiny())).generate_until(instances("generate_until", ("Hi", options)))
 
 
 def test_continuations_that_cannot_be_scored_are_refused() -> None:
     model = BackendLM(wrap_model(*tiny()), max_length=8)
-    with pytest.raises(CapabilityError, match="no tokens of its own"):
+    with pytest.raises(AnalysisError, match="no tokens of its own"):
         model.loglikelihood(instances("loglikelihood", ("Hi", "")))
-    with pytest.raises(CapabilityError, match="does not fit the model's 8"):
+    with pytest.raises(AnalysisError, match="does not fit the model's 8"):
         model.loglikelihood(instances("loglikelihood", ("Hi", " much too long for it")))
 
 
@@ -250,7 +251,7 @@ def test_chats_are_written_by_the_template() -> None:
     assert ours.chat_template(True) == theirs.chat_template(True) == tokenizer.chat_template
     bare = tiny_tokenizer()
     bare.chat_template = None
-    with pytest.raises(CapabilityError, match="has no chat template"):
+    with pytest.raises(AnalysisError, match="has no chat template"):
         BackendLM(wrap_model(module, bare)).apply_chat_template(chat)
 
 
