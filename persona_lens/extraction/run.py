@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from persona_lens.backend import Backend, ModelInfo, Read
 from persona_lens.core.progress import Progress, shown_progress
@@ -45,6 +47,7 @@ VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
 LIKELIHOOD = "likelihood"
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Extraction:
     summary: dict[str, Any]
 
 
-def extract(
+def run_extraction(
     backend: Backend,
     trait: str | Trait,
     folder: Path | str | None = None,
@@ -75,8 +78,8 @@ def extract(
     responses: GivenRollouts | Paths | None = None,
     allow_missing: bool = False,
     progress: Progress = shown_progress,
-) -> PersonaVectors:
-    """Extract a trait's vectors; see `run_extraction` for what else there is to know.
+) -> Extraction:
+    """Extract a trait's vectors, and keep the judge and the responses too.
 
     Args:
         backend: The model.
@@ -96,32 +99,6 @@ def extract(
         RunError: If the folder belongs to another run.
         TraitError: If the trait cannot be found or read.
     """
-    return run_extraction(
-        backend,
-        trait,
-        folder,
-        settings=settings,
-        judge=judge,
-        chat=chat,
-        responses=responses,
-        allow_missing=allow_missing,
-        progress=progress,
-    ).vectors
-
-
-def run_extraction(
-    backend: Backend,
-    trait: str | Trait,
-    folder: Path | str | None = None,
-    *,
-    settings: ExtractionSettings | None = None,
-    judge: Judge | None = None,
-    chat: ChatFormat | None = None,
-    responses: GivenRollouts | Paths | None = None,
-    allow_missing: bool = False,
-    progress: Progress = shown_progress,
-) -> Extraction:
-    """Extract a trait's vectors, and keep the judge and the responses too (arguments as for `extract`)."""
     trait = load_trait(trait) if isinstance(trait, str) else trait
     settings = settings or ExtractionSettings()
     chat = chat or chat_format(backend)
@@ -136,6 +113,22 @@ def run_extraction(
     with run_folder(folder, config) as run:
         begun = run.config if run is not None else config
         return _extract(backend, trait, requests, given, run, settings, judge, chat, begun, progress)
+
+
+def _alone(run: Callable[Arguments, Extraction]) -> Callable[Arguments, PersonaVectors]:
+    """The same verb, which gives the vectors alone."""
+
+    @wraps(run)
+    def extract(*args: Arguments.args, **options: Arguments.kwargs) -> PersonaVectors:
+        return run(*args, **options).vectors
+
+    extract.__name__ = extract.__qualname__ = "extract"
+    vars(extract)["__signature__"] = signature(run).replace(return_annotation="PersonaVectors")
+    extract.__doc__ = (run.__doc__ or "").replace(", and keep the judge and the responses too", "")
+    return extract
+
+
+extract = _alone(run_extraction)
 
 
 def extraction_work(
@@ -255,7 +248,7 @@ def _summary(
         "mean_score": {arm: sum(values) / len(values) for arm, values in by_arm.items() if values},
         "counts": filtered.to_json(),
         "norms": {name: vectors.norms(name).tolist() for name in vectors.directions},
-        "separation": dict(vectors.stored("separation")),
+        "separation": vectors.provenance["separation"],
         **({HOLD_REASONING: True} if vectors.stored("chat").get(HOLD_REASONING) else {}),
     }
 

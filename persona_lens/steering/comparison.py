@@ -7,7 +7,7 @@ same path.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -66,8 +66,7 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        estimates = {name: json_of(getattr(self, name)) for name in ("vector", "random", "difference")}
-        return {**estimates, "clear": self.clear}
+        return {**asdict(self), "clear": self.clear}
 
 
 def change_of(
@@ -250,9 +249,7 @@ class ArmEffect:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        estimates = ("score", "change", "random", "difference", "surprise", "coherence")
-        values = {name: json_of(getattr(self, name)) for name in estimates}
-        return {"arm": self.arm, **values, "clear": self.clear, "empty": self.empty}
+        return {**asdict(self), "clear": self.clear}
 
 
 def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:

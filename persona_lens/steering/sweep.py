@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +23,7 @@ from persona_lens.extraction.experiment import (
 )
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
-from persona_lens.runs.answers import Answer, by_question, json_of, mean_of
+from persona_lens.runs.answers import Answer, by_question, mean_of
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.steering.comparison import (
@@ -211,7 +211,7 @@ class CurvePoint:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        return {"coefficient": self.coefficient, **{name: json_of(getattr(self, name)) for name in QUANTITIES}}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -227,10 +227,6 @@ class Effect(Change):
     layer: int
     low: float
     high: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return {"layer": self.layer, "low": self.low, "high": self.high, **super().to_json()}
 
 
 def curve(rows: Sequence[SweepRow], layer: int, direction: str = VECTOR) -> list[CurvePoint]:
