@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,3 +41,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Adds entry points of a package with a single module, as if it were installed."""
+
+    def add(group: str, code: str, **names: str) -> None:
+        (tmp_path / "their_package.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "their_package", raising=False)
+        points = [metadata.EntryPoint(name, f"their_package:{attribute}", group) for name, attribute in names.items()]
+        there = metadata.entry_points
+        monkeypatch.setattr(
+            metadata, "entry_points", lambda group: [*there(group=group), *(p for p in points if p.group == group)]
+        )
+
+    return add

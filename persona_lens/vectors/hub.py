@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.core.text import printable
-from persona_lens.vectors.formats.form import ExchangeError, Exported, file_name
+from persona_lens.vectors.formats.form import ExchangeError, Exported
 from persona_lens.vectors.formats.registry import write_new
+from persona_lens.vectors.formats.rows import file_name
 from persona_lens.vectors.vectors import PersonaVectors, load_vectors
 
 VECTORS = "vectors.safetensors"

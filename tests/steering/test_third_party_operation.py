@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -26,14 +25,8 @@ SPEC = Operation("soften", "target", "h + (target - h . v) v / 2", halfway)
 
 
 @pytest.fixture
-def softened(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
-    (tmp_path / "their_operations.py").write_text(THEIRS)
-    monkeypatch.syspath_prepend(tmp_path)
-    point = metadata.EntryPoint("soften", "their_operations:SPEC", edits.OPERATIONS.group)
-    installed = metadata.entry_points
-    monkeypatch.setattr(
-        metadata, "entry_points", lambda group: [point] if group == point.group else installed(group=group)
-    )
+def softened(plant: Any) -> Any:
+    plant(edits.OPERATIONS.group, THEIRS, soften="SPEC")
     _grammar.cache_clear()
     yield
     _grammar.cache_clear()

@@ -29,20 +29,8 @@ from torch import Tensor
 
 from persona_lens.backend import ModelInfo
 from persona_lens.core.text import in_short
-from persona_lens.vectors.formats.form import (
-    HEADER,
-    REDUCTIONS,
-    Chosen,
-    ExchangeError,
-    Exported,
-    Form,
-    Imported,
-    Stated,
-    assemble,
-    file_name,
-    model_of,
-    reduction_of,
-)
+from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated
+from persona_lens.vectors.formats.rows import HEADER, REDUCTIONS, assemble, file_name, model_of, reduction_of
 from persona_lens.vectors.vectors import PersonaVectors
 
 MAX_TEXT = 2**24  # characters of the header

@@ -10,18 +10,9 @@ import numpy as np
 import torch
 
 from persona_lens.backend import ModelInfo
-from persona_lens.vectors.formats.form import (
-    Chosen,
-    ExchangeError,
-    Exported,
-    Form,
-    Imported,
-    Stated,
-    assemble,
-    file_name,
-    reduction_of,
-)
+from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated
 from persona_lens.vectors.formats.llama_cpp import model_type
+from persona_lens.vectors.formats.rows import assemble, file_name, reduction_of
 from persona_lens.vectors.formats.torch_files import archive_bytes, checked_tensor
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors

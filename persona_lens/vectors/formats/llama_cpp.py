@@ -22,20 +22,8 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import ModelInfo
-from persona_lens.vectors.formats.form import (
-    HEADER,
-    REDUCTION,
-    REDUCTIONS,
-    Chosen,
-    ExchangeError,
-    Exported,
-    Form,
-    Imported,
-    Stated,
-    assemble,
-    file_name,
-    reduction_of,
-)
+from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated
+from persona_lens.vectors.formats.rows import HEADER, REDUCTION, REDUCTIONS, assemble, file_name, reduction_of
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors
 

@@ -8,34 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.core.artifacts import write_once
-from persona_lens.vectors.formats import (
-    arrays,
-    llama_cpp,
-)
-from persona_lens.vectors.formats import (
-    libraries as steering_vectors,
-)
-from persona_lens.vectors.formats import (
-    torch_files as assistant_axis,
-)
-from persona_lens.vectors.formats import (
-    torch_files as reference,
-)
-from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated, reduction_of
+from persona_lens.core.plugins import Registry
+from persona_lens.vectors.formats import arrays, libraries, llama_cpp, torch_files
+from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated
+from persona_lens.vectors.formats.rows import reduction_of
 from persona_lens.vectors.formats.torch_files import load_archive
 from persona_lens.vectors.vectors import PersonaVectors
 
 READERS: tuple[Form, ...] = (
-    reference.FOLDER,
-    reference.FILE,
-    assistant_axis.FORM,
-    steering_vectors.FORM,
+    torch_files.FOLDER,
+    torch_files.FILE,
+    torch_files.FORM,
+    libraries.FORM,
     llama_cpp.FORM,
     arrays.NPZ,
     arrays.NPY,
 )
 FORMATS = {form.name: form for form in READERS}
-"""Formats by name."""
+"""Those of this package by name."""
+
+FORMS: Registry[Form] = Registry("persona_lens.formats", Form, "format", ExchangeError, FORMATS)
+"""With those of other packages."""
 
 
 def import_vectors(path: Path | str, stated: Stated | None = None) -> Imported:
@@ -53,16 +46,29 @@ def import_vectors(path: Path | str, stated: Stated | None = None) -> Imported:
     file, stated = Path(path), stated or Stated()
     reduction_of(stated)
     try:
-        container, content = _opened(file)
-        forms = [form for form in READERS if form.container == container and form.recognises(content, stated)]
+        forms, content = [form for form in _others("file") if file.is_file() and form.recognises(file, stated)], None
+        if not forms:
+            container, content = _opened(file)
+            readers = (*READERS, *_others(container))
+            forms = [form for form in readers if form.container == container and form.recognises(content, stated)]
         if not forms:
             raise ExchangeError(
                 f"{file} is a file of torch.save, but holds nothing that is known here ({_seen(content)}); formats: "
-                f"{', '.join(FORMATS)}"
+                f"{_names()}"
             )
         return forms[0].read(file, content, stated)
     except OSError as error:
         raise ExchangeError(f"{file} cannot be read: {error}") from error
+
+
+def _others(container: str) -> list[Form]:
+    """The formats of other packages that are kept in containers of a kind."""
+    there = FORMS.usable().items()
+    return [form for name, form in there if name not in FORMATS and form.container == container]
+
+
+def _names() -> str:
+    return ", ".join(FORMS.usable())
 
 
 def _opened(file: Path) -> tuple[str, Any]:
@@ -80,7 +86,7 @@ def _opened(file: Path) -> tuple[str, Any]:
     if head.startswith(b"\x93NUMPY"):
         return "npy", None
     if head.startswith(b"PK"):
-        return ("npz", None) if _holds_arrays(file) else ("archive", load_archive(file, steering_vectors.STAND_INS))
+        return ("npz", None) if _holds_arrays(file) else ("archive", load_archive(file, libraries.STAND_INS))
     if head[:1] == b"\x80":
         raise ExchangeError(
             f"{file} is a bare pickle, which can run code on opening, so it was not opened; write it with a current "
@@ -91,7 +97,7 @@ def _opened(file: Path) -> tuple[str, Any]:
             f"{file} is a safetensors file; those of this program need no import, and of others the tensors have to be "
             "saved as NumPy first"
         )
-    raise ExchangeError(f"{file} is of no known format; formats: {', '.join(FORMATS)}")
+    raise ExchangeError(f"{file} is of no known format; formats: {_names()}")
 
 
 def _holds_arrays(file: Path) -> bool:
@@ -115,7 +121,7 @@ def export_vectors(
 
     Args:
         vectors: The vectors.
-        to: Name of the format, see `FORMATS`.
+        to: Name of the format, see `FORMS`.
         out: The file, or for formats of several files the folder; a name after the trait, here, by default.
         chosen: What of the vectors; everything by default.
 
@@ -126,10 +132,10 @@ def export_vectors(
         ExchangeError: If there is no such format, it cannot hold this, or a file exists and holds something else.
         VectorsError: If there is no such layer or reduction.
     """
-    if to not in FORMATS:
-        there = ", ".join(f"{form.name} ({form.summary})" for form in FORMATS.values())
+    if to not in FORMS.everything():
+        there = ", ".join(f"{form.name} ({form.summary})" for form in FORMS.usable().values())
         raise ExchangeError(f"there is no format {to!r}; there are {there}")
-    form = FORMATS[to]
+    form = FORMS.find(to)
     made = form.write(vectors, chosen or Chosen())
     made = replace(made, files=_placed(form, made, Path(out) if out is not None else None))
     write_new(made)
