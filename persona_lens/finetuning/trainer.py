@@ -20,7 +20,7 @@ from persona_lens.backend.editing import hooking_blocks
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError
 from persona_lens.finetuning.edits import TrainingEdits
 from persona_lens.finetuning.examples import IGNORED, Example, collate
-from persona_lens.steering.steering import GivenEdits, GivenVectors, given_edits
+from persona_lens.steering.replies import GivenEdits, GivenVectors, given_edits
 
 
 class ProjectionPenalty:

@@ -15,7 +15,7 @@ from persona_lens.models import ChatFormat, Message
 from persona_lens.models.replies import chat_format, note_reasoning
 from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.monitoring.gauges import Alarm, Panel, TokenReading, TurnMeter
-from persona_lens.steering.steering import GivenEdits, GivenVectors, given_edits
+from persona_lens.steering.replies import GivenEdits, GivenVectors, given_edits
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from persona_lens.steering.crossing import CrossSettings, cross_effects, cross_w
 from persona_lens.steering.effects import CrossCell, CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.files import load_steering
 from persona_lens.steering.notation import NotationError, parse_terms
-from persona_lens.steering.replies import SteeredBackend, reply, steered_replies
-from persona_lens.steering.steering import Steering, SteeringError, given_edits
+from persona_lens.steering.replies import given_edits, reply, steered_replies
+from persona_lens.steering.steering import SteeredBackend, Steering, SteeringError
 from persona_lens.steering.sweep import (
     CurvePoint,
     Effect,

@@ -9,14 +9,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from persona_lens.backend import ModelInfo
-from persona_lens.core.artifacts import header_text, read_artifact, save_tensors, write_once
+from persona_lens.core.artifacts import read_artifact
 from persona_lens.core.documents import DocumentError, read_yaml
 from persona_lens.core.text import in_short
-from persona_lens.steering.steering import Steering, SteeringError
+from persona_lens.steering.steering import FORMAT_VERSION, METADATA, Steering, SteeringError
 from persona_lens.vectors import PersonaVectors, load_vectors
 
-FORMAT_VERSION = 1
-METADATA = "persona_lens_steering"
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -36,22 +34,13 @@ class SteeringDocument(BaseModel):
     vectors: dict[str, str] = Field(default_factory=dict)
 
 
-def save_steering(steering: Steering, path: Path | str) -> Path:
-    """Write a steering with its vectors into one safetensors file, whose bytes depend on the content alone.
-
-    Raises:
-        SteeringError: If the file exists and holds something else.
-    """
-    return write_once(path, _to_bytes(steering), SteeringError)
-
-
 def is_steering_file(text: str) -> bool:
     """Whether a text names a file to load a steering from, rather than being one."""
     return text.endswith((*YAML_SUFFIXES, ".safetensors"))
 
 
 def load_steering(path: Path | str, vectors: Mapping[str, PersonaVectors] | None = None) -> Steering:
-    """Read a steering that `save_steering` wrote, or one written by hand in YAML. Nothing is unpickled.
+    """Read a steering that `Steering.save` wrote, or one written by hand in YAML. Nothing is unpickled.
 
     Args:
         path: The file; ``.yaml`` or ``.yml`` is YAML, anything else safetensors.
@@ -68,19 +57,6 @@ def load_steering(path: Path | str, vectors: Mapping[str, PersonaVectors] | None
     if file.suffix in YAML_SUFFIXES:
         return _load_yaml(file, vectors or {})
     return _load_safetensors(file)
-
-
-def _to_bytes(steering: Steering) -> bytes:
-    tensors, headers = {}, {}
-    for name, each in sorted(steering.vectors.items()):
-        tensors.update({f"{name}/{reduction}": rows for reduction, rows in each.directions.items()})
-        headers[name] = {
-            "trait": each.trait,
-            "model": {field: getattr(each.model, field) for field in ModelInfo.__dataclass_fields__},
-            "provenance": dict(each.provenance),
-        }
-    header = {"format_version": FORMAT_VERSION, "steering": str(steering), "vectors": headers}
-    return save_tensors(tensors, METADATA, header_text(header))
 
 
 def _load_safetensors(file: Path) -> Steering:

@@ -22,7 +22,8 @@ from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sinks import depend_on_sinks, left_out, sinks_of
 from persona_lens.backend.tokens import pad_left
 from persona_lens.steering.notation import Layers, Term, When
-from persona_lens.steering.steering import GivenEdits, GivenVectors, Steering, given_steering
+from persona_lens.steering.replies import GivenEdits, GivenVectors, given_steering
+from persona_lens.steering.steering import Steering
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,88 +1,56 @@
-"""One question, answered under edits, or under several steerings side by side."""
+"""Edits in whatever form they are given, and one question answered under them, or under several steerings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
-from persona_lens.backend import (
-    Backend,
-    Edits,
-    ForwardResult,
-    Generation,
-    ModelInfo,
-    Read,
-    Sampling,
-    TokenBatch,
-    Watch,
-    as_edits,
-    watched_generation,
-)
-from persona_lens.backend.single_rows import DelegatingBackend
+from persona_lens.backend import Backend, Edit, Edits, Sampling, as_edits
 from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format
 from persona_lens.models.replies import reply as plain_reply
-from persona_lens.steering.steering import GivenEdits, GivenVectors, Steering, given_edits, rowwise
+from persona_lens.steering.steering import Steering, SteeringError, rowwise
+from persona_lens.vectors import PersonaVectors
 
-if TYPE_CHECKING:
-    from persona_lens.steering.steering import Steering
+GivenEdits: TypeAlias = Edits | str
+GivenVectors: TypeAlias = PersonaVectors | Iterable[PersonaVectors] | Mapping[str, PersonaVectors] | None
 
 
-class SteeredBackend(DelegatingBackend):
-    """A backend whose every call runs under a steering, before the edits of the call itself.
-
-    It is a backend like any other: replies, extraction, judging and evaluation run on it as they are. Its `info` names
-    the steering, so that a run on it is never taken for one on the plain model.
+def given_edits(edits: GivenEdits, vectors: GivenVectors = None, backend: Backend | None = None) -> tuple[Edit, ...]:
+    """The edits, in whatever form they are given.
 
     Args:
-        inner: The plain backend.
-        steering: What is at work.
+        edits: One `Edit`, several, a `Steering`, or its notation, such as ``optimistic@18:+1.5``.
+        vectors: Those that a notation names.
+        backend: The model that they are for, which the vectors of a steering must belong to.
+
+    Raises:
+        EditError: If they are none of these.
+        NotationError: If a notation is not written so.
+        SteeringError: If a notation names vectors that are not given.
+        VectorsError: If the vectors belong to another model.
     """
+    if isinstance(edits, str):
+        edits = _parsed(edits, vectors)
+    if isinstance(edits, Steering) and backend is not None:
+        edits.check_model(backend)
+    return as_edits(edits)
 
-    def __init__(self, inner: Backend, steering: Steering) -> None:
-        super().__init__(inner)
-        self.steering = steering
-        self._edits = steering.edits()
-        self._name = f"steered {steering.content_hash[:19]}"
 
-    @property
-    def info(self) -> ModelInfo:
-        """The model, with the steering in the name of the backend."""
-        plain = self.inner.info
-        return replace(plain, backend=f"{plain.backend}, {self._name}")
+def given_steering(edits: GivenEdits, vectors: GivenVectors = None) -> Steering | tuple[Edit, ...]:
+    """As `given_edits`, and a steering or its notation stays a steering."""
+    if isinstance(edits, str):
+        return _parsed(edits, vectors)
+    return edits if isinstance(edits, Steering) else as_edits(edits)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        edits: Edits = (),
-        reads: Sequence[Read] = (),
-    ) -> Generation:
-        """See `Backend.generate`."""
-        return self.inner.generate(prompts, sampling, (*self._edits, *as_edits(edits)), reads)
 
-    def generate_watched(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        watch: Watch,
-        edits: Edits = (),
-        reads: Sequence[Read] = (),
-    ) -> Generation:
-        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
-        return watched_generation(self.inner, prompts, sampling, watch, (*self._edits, *as_edits(edits)), reads)
-
-    def forward(
-        self, tokens: TokenBatch, edits: Edits = (), reads: Sequence[Read] = (), *, logprobs: bool = False
-    ) -> ForwardResult:
-        """See `Backend.forward`."""
-        return self.inner.forward(tokens, (*self._edits, *as_edits(edits)), reads, logprobs=logprobs)
-
-    def editing(self, edits: Edits) -> AbstractContextManager[None]:
-        """See `Backend.editing`."""
-        return self.inner.editing((*self._edits, *as_edits(edits)))
+def _parsed(text: str, vectors: GivenVectors) -> Steering:
+    if vectors is None:
+        raise SteeringError(
+            f"the notation {text!r} needs the vectors that it names: give vectors=..., or "
+            f"Steering.parse({text!r}, vectors)"
+        )
+    return Steering.parse(text, vectors)
 
 
 def reply(

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import Backend, Condition, Edit, Edits, Operation, as_edits
+from persona_lens.backend import (
+    Backend,
+    Condition,
+    Edit,
+    Edits,
+    ForwardResult,
+    Generation,
+    ModelInfo,
+    Operation,
+    Read,
+    Sampling,
+    TokenBatch,
+    Watch,
+    as_edits,
+    watched_generation,
+)
+from persona_lens.backend.single_rows import DelegatingBackend
+from persona_lens.core.artifacts import header_text, save_tensors, write_once
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.steering.notation import Layers, Term, parse_terms
 from persona_lens.vectors import PersonaVectors
 
-if TYPE_CHECKING:
-    from persona_lens.steering.replies import SteeredBackend
-
 # What is left of a direction, as a share of its norm, when others that are ablated too have been taken out of it: less
 # than this is rounding.
 NEGLIGIBLE = 1e-4
+FORMAT_VERSION = 1
+METADATA = "persona_lens_steering"
 
 
 class SteeringError(PersonaLensError):
@@ -117,10 +133,21 @@ class Steering:
         return hash(self.content_hash)
 
     def save(self, path: Path | str) -> Path:
-        """Write the steering with its vectors into one file, see `persona_lens.steering.files`."""
-        from persona_lens.steering.files import save_steering
+        """Write the steering with its vectors into one safetensors file, whose bytes depend on the content alone.
 
-        return save_steering(self, path)
+        Raises:
+            SteeringError: If the file exists and holds something else.
+        """
+        tensors, headers = {}, {}
+        for name, each in sorted(self.vectors.items()):
+            tensors.update({f"{name}/{reduction}": rows for reduction, rows in each.directions.items()})
+            headers[name] = {
+                "trait": each.trait,
+                "model": {field: getattr(each.model, field) for field in ModelInfo.__dataclass_fields__},
+                "provenance": dict(each.provenance),
+            }
+        header = {"format_version": FORMAT_VERSION, "steering": str(self), "vectors": headers}
+        return write_once(path, save_tensors(tensors, METADATA, header_text(header)), SteeringError)
 
     def check_model(self, backend: Backend, *, allowable: bool = True) -> None:
         """Raise `persona_lens.vectors.vectors.VectorsError` unless the vectors belong to the backend's model."""
@@ -134,8 +161,6 @@ class Steering:
             backend: The model.
             allow_other_model: Steer a model that the vectors do not belong to.
         """
-        from persona_lens.steering.replies import SteeredBackend
-
         if not allow_other_model:
             self.check_model(backend)
         return SteeredBackend(backend, self)
@@ -205,6 +230,61 @@ class Steering:
         )
 
 
+class SteeredBackend(DelegatingBackend):
+    """A backend whose every call runs under a steering, before the edits of the call itself.
+
+    It is a backend like any other: replies, extraction, judging and evaluation run on it as they are. Its `info` names
+    the steering, so that a run on it is never taken for one on the plain model.
+
+    Args:
+        inner: The plain backend.
+        steering: What is at work.
+    """
+
+    def __init__(self, inner: Backend, steering: Steering) -> None:
+        super().__init__(inner)
+        self.steering = steering
+        self._edits = steering.edits()
+        self._name = f"steered {steering.content_hash[:19]}"
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model, with the steering in the name of the backend."""
+        plain = self.inner.info
+        return replace(plain, backend=f"{plain.backend}, {self._name}")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Edits = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `Backend.generate`."""
+        return self.inner.generate(prompts, sampling, (*self._edits, *as_edits(edits)), reads)
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Edits = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
+        return watched_generation(self.inner, prompts, sampling, watch, (*self._edits, *as_edits(edits)), reads)
+
+    def forward(
+        self, tokens: TokenBatch, edits: Edits = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> ForwardResult:
+        """See `Backend.forward`."""
+        return self.inner.forward(tokens, (*self._edits, *as_edits(edits)), reads, logprobs=logprobs)
+
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
+        """See `Backend.editing`."""
+        return self.inner.editing((*self._edits, *as_edits(edits)))
+
+
 def _settled(term: Term, vectors: PersonaVectors) -> Term:
     """The term with the layer, and the coefficient, that were tuned where none was written."""
     if term.layers is not None and term.operation is not None:
@@ -265,44 +345,3 @@ def rowwise(rows: Iterable[tuple[Edit, ...]]) -> list[Edit]:
             _, coefficients = merged.setdefault((place, kinds[id(edit)]), (edit, torch.zeros(len(listed))))
             coefficients[number] = edit.coefficient
     return [replace(edit, coefficient=c) for _, (edit, c) in sorted(merged.items(), key=lambda item: item[0][0])]
-
-
-GivenEdits: TypeAlias = Edits | str
-GivenVectors: TypeAlias = PersonaVectors | Iterable[PersonaVectors] | Mapping[str, PersonaVectors] | None
-
-
-def given_edits(edits: GivenEdits, vectors: GivenVectors = None, backend: Backend | None = None) -> tuple[Edit, ...]:
-    """The edits, in whatever form they are given.
-
-    Args:
-        edits: One `Edit`, several, a `Steering`, or its notation, such as ``optimistic@18:+1.5``.
-        vectors: Those that a notation names.
-        backend: The model that they are for, which the vectors of a steering must belong to.
-
-    Raises:
-        EditError: If they are none of these.
-        NotationError: If a notation is not written so.
-        SteeringError: If a notation names vectors that are not given.
-        VectorsError: If the vectors belong to another model.
-    """
-    if isinstance(edits, str):
-        edits = _parsed(edits, vectors)
-    if isinstance(edits, Steering) and backend is not None:
-        edits.check_model(backend)
-    return as_edits(edits)
-
-
-def given_steering(edits: GivenEdits, vectors: GivenVectors = None) -> Steering | tuple[Edit, ...]:
-    """As `given_edits`, and a steering or its notation stays a steering."""
-    if isinstance(edits, str):
-        return _parsed(edits, vectors)
-    return edits if isinstance(edits, Steering) else as_edits(edits)
-
-
-def _parsed(text: str, vectors: GivenVectors) -> Steering:
-    if vectors is None:
-        raise SteeringError(
-            f"the notation {text!r} needs the vectors that it names: give vectors=..., or "
-            f"Steering.parse({text!r}, vectors)"
-        )
-    return Steering.parse(text, vectors)

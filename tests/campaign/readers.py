@@ -28,7 +28,6 @@ from persona_lens.judging.agreement import read_scored
 from persona_lens.models.source import folder_content
 from persona_lens.monitoring import monitor_calibration
 from persona_lens.steering import Steering, load_steering
-from persona_lens.steering.files import save_steering
 from persona_lens.traits import load_trait
 from persona_lens.traits.generate import import_reference
 from persona_lens.traits.generate.draft import load_draft
@@ -215,7 +214,7 @@ def _of_vectors(folder: Path) -> list[Target]:
     header = json.loads(full.header())
     lean_header = json.loads(lean.header())
     steering = Steering.parse("grumpy@1:+1.5, grumpy@2:ablate", [vectors()])
-    steerings = [save_steering(steering, folder / "examples" / "s.safetensors").read_bytes()]
+    steerings = [steering.save(folder / "examples" / "s.safetensors").read_bytes()]
     steering_header = {
         "format_version": 1,
         "steering": "grumpy@1:+1.5",
