@@ -68,7 +68,7 @@ class StudySettings:
     conditions: Conditions = Conditions.PROMPTS
     shots: tuple[int, ...] = (0, 5, 10, 15, 20)
     layers: tuple[int, ...] | None = None
-    questions: int = 10
+    questions: int = 10  # as in the paper, with ten samples each: what is correlated are means over samples
     samples: int = 10
     random_directions: int = 20
     false_alarm_rate: float = 0.05

@@ -43,7 +43,7 @@ class CrossSettings:
         rollouts: How responses are made.
     """
 
-    questions: int = 5
+    questions: int = 5  # fewer than elsewhere: those of every trait are asked under every steering
     samples: int = 1
     random_directions: int = 5
     layer: int | None = None

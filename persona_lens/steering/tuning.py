@@ -87,7 +87,7 @@ class TuneSettings:
     layers: tuple[int, ...] | None = None
     pushes: tuple[float, ...] = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
     towards: Towards = Towards.MORE
-    search_questions: int = 8
+    search_questions: int = 8  # fewer than elsewhere: the result rests on those that are left
     samples: int = 1
     confirm_samples: int = 2
     random_directions: int = 5
