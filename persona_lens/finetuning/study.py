@@ -11,7 +11,7 @@ from typing import Any
 
 from persona_lens.analysis.capability import accuracy, check_task
 from persona_lens.backend import Backend, wrap_model
-from persona_lens.core.progress import Progress, no_progress, shown_progress
+from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.transcripts import Transcript
 from persona_lens.extraction.experiment import Answers, Subject, questions_of
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError
@@ -30,7 +30,7 @@ from persona_lens.finetuning.outcomes import (
     turned,
 )
 from persona_lens.finetuning.run import Data, conversations_of, finetune
-from persona_lens.judging import Judge, LikelihoodJudge
+from persona_lens.judging import Evidence, Exchange, Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import adapter_on
 from persona_lens.monitoring.scoring import kept_projections
@@ -265,29 +265,17 @@ class _Work:
         )
 
 
-class _BaseJudge:
-    """A judge whose model is the one that is finetuned: it scores with the adapter switched off."""
+class _BaseJudge(LikelihoodJudge):
+    """A judge whose model is the one that is finetuned: it weighs with the adapter switched off."""
 
-    def __init__(self, judge: Judge, model: Any) -> None:
-        self._judge, self._model = judge, model
+    def __init__(self, judge: LikelihoodJudge, model: Any) -> None:
+        super().__init__(judge.backend, judge.chat, judge.trait, judge.calibration, batch_tokens=judge.batch_tokens)
+        self._model = model
 
-    @property
-    def pieces_at_once(self) -> int:
-        """See `persona_lens.judging.Judge.pieces_at_once`."""
-        return self._judge.pieces_at_once
-
-    def describe(self) -> dict[str, Any]:
-        """See `persona_lens.judging.Judge.describe`."""
-        return self._judge.describe()
-
-    def pieces(self, exchanges: Sequence[Any]) -> list[list[int]]:
-        """See `persona_lens.judging.Judge.pieces`."""
-        return self._judge.pieces(exchanges)
-
-    def judge(self, exchanges: Sequence[Any], progress: Progress = no_progress) -> Any:
-        """See `persona_lens.judging.Judge.judge`."""
+    def weigh(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
+        """See `persona_lens.judging.LikelihoodJudge.weigh`."""
         with _switched_off(self._model):
-            return self._judge.judge(exchanges, progress)
+            return super().weigh(exchanges)
 
 
 def _unadapted(judge: Judge, model: Any) -> Judge:
