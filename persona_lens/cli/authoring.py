@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from persona_lens.cli import options
-from persona_lens.cli.display import say, say_json
-from persona_lens.cli.grouping import given_options
-from persona_lens.cli.judges import PricesOption, open_server, say_usage
+from persona_lens.cli.display import print_table, say, say_json, showing_progress
+from persona_lens.cli.judges import SERVER_URL, Prices, ServerKey, open_server, say_usage
+from persona_lens.cli.runner import deliver
+from persona_lens.cli.settings import Option, argument, given_options
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_text
 from persona_lens.core.text import counted
@@ -23,39 +22,7 @@ if TYPE_CHECKING:
     from persona_lens.models.server import CompletionServer
     from persona_lens.traits.generate import Author, Draft, Written
 
-AuthorModel = Annotated[
-    str | None,
-    typer.Option(
-        "--author-model",
-        metavar="MODEL",
-        help="Let a model write it: `openai:NAME` on any OpenAI-compatible server, or a model that runs here.",
-        show_default=False,
-    ),
-]
-AuthorUrl = Annotated[
-    str | None,
-    typer.Option("--author-url", help="The server's address up to `/v1`; or set OPENAI_BASE_URL.", show_default=False),
-]
-AuthorKey = Annotated[
-    str | None,
-    typer.Option(
-        "--author-key", metavar="VARIABLE", help="Environment variable with the key.", show_default="OPENAI_API_KEY"
-    ),
-]
-AuthorMaxSpend = Annotated[
-    float | None, typer.Option("--max-spend", help="Stop before the author costs more dollars.", show_default=False)
-]
-AuthorBackend = Annotated[
-    str | None,
-    typer.Option("--backend", help="Library to run an author model through here.", show_default="transformers"),
-]
-AuthorDtype = Annotated[
-    str | None, typer.Option("--dtype", help="`float32`, `bfloat16` or `float16`.", show_default="auto")
-]
-AuthorDevice = Annotated[
-    str | None, typer.Option("--device", help="A torch device such as `cuda:1`.", show_default="auto")
-]
-
+EVALUATION = argument("[EVAL.json]", "From `trait_data_eval`; left out if EXTRACT.json holds forty questions.")
 HERE = ("--backend", "--dtype", "--device")  # what a model on a server has no use for
 
 
@@ -65,15 +32,22 @@ class RefusedError(PersonaLensError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where an author model is, and what it may cost."""
+    """Where an author model is, and what it may cost.
 
-    author_url: AuthorUrl = None
-    author_key: AuthorKey = None
-    prices: PricesOption = None
-    max_spend: AuthorMaxSpend = None
-    backend: AuthorBackend = None
-    dtype: AuthorDtype = None
-    device: AuthorDevice = None
+    Attributes:
+        max_spend: Stop before the author costs more dollars.
+        backend: Library to run an author model through here; None for transformers.
+        dtype: `float32`, `bfloat16` or `float16`; None for auto.
+        device: A torch device such as `cuda:1`; None for auto.
+    """
+
+    author_url: Annotated[str | None, Option(SERVER_URL)] = None
+    author_key: ServerKey = None
+    prices: Prices = None
+    max_spend: float | None = None
+    backend: str | None = None
+    dtype: str | None = None
+    device: str | None = None
 
     def refuse_useless(self, model: str) -> None:
         """Raise an error for options that an author model has no use for."""
@@ -132,14 +106,13 @@ def show_plan(order: Order, as_json: bool) -> None:
     order.place.refuse_useless(order.model)
     steps = plan()
     least, most = sum(step.at_least for step in steps), sum(step.at_most for step in steps)
-    if as_json:
-        total = {"at_least": least, "at_most": most}
-        say_json({"model": order.model, "steps": [asdict(step) for step in steps], "total": total})
-        return
-    from persona_lens.cli.display import print_table
-
-    rows = [(step.step, str(step.at_least), str(step.at_most)) for step in steps]
-    print_table(f"Requests to {order.model}", ("", "at least", "at most"), [*rows, ("in all", str(least), str(most))])
+    found = {"model": order.model, "steps": [asdict(step) for step in steps]}
+    rows = [*((step.step, str(step.at_least), str(step.at_most)) for step in steps), ("in all", str(least), str(most))]
+    deliver(
+        {**found, "total": {"at_least": least, "at_most": most}},
+        lambda: print_table(f"Requests to {order.model}", ("", "at least", "at most"), rows),
+        as_json,
+    )
 
 
 def author_trait(order: Order, as_json: bool) -> None:
@@ -167,14 +140,13 @@ def author_trait(order: Order, as_json: bool) -> None:
             earlier.continues(draft)
         except AuthoringError as error:
             raise RefusedError(f"{order.partial} {error}") from error
-        say(f"note: going on from {order.partial}, after {counted(earlier.requests, 'request')}", err=True)
+        options.say_notes([f"going on from {order.partial}, after {counted(earlier.requests, 'request')}"])
         draft = earlier
     _finish(order, draft, _write(author, draft, order.partial), as_json)
 
 
 def _write(author: Author, draft: Draft, file: Path) -> Written:
     """Have a draft finished, with its state in a file all along, and say what that cost."""
-    from persona_lens.cli.display import showing_progress
     from persona_lens.traits.generate import AuthoringError, ServerAuthor, write_trait
 
     save = partial(_save, path=file)
@@ -216,28 +188,13 @@ def _finish(order: Order, draft: Draft, written: Written, as_json: bool) -> None
 
 
 def import_trait(
-    extraction: Annotated[
-        Path, typer.Argument(metavar="EXTRACT.json", help="From `trait_data_extract`.", show_default=False)
-    ],
-    evaluation: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[EVAL.json]",
-            help="From `trait_data_eval`; left out if EXTRACT.json holds forty questions.",
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The trait's name.", show_default="the file's")] = None,
-    description: Annotated[
-        str | None, typer.Option("--description", help="What the trait is.", show_default="from the rubric")
-    ] = None,
-    positive_adjective: Annotated[
-        str | None, typer.Option("--positive-adjective", help="Of the positive arm.", show_default="the name")
-    ] = None,
-    negative_adjective: Annotated[
-        str, typer.Option("--negative-adjective", help="Of the negative arm, such as the antonym.")
-    ] = "helpful",
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")] = Path("traits"),
+    extraction: Annotated[Path, argument("EXTRACT.json", "From `trait_data_extract`.")],
+    evaluation: Annotated[Path | None, EVALUATION] = None,
+    name: Annotated[str | None, Option("The trait's name.", shown="the file's")] = None,
+    description: Annotated[str | None, Option("What the trait is.", shown="from the rubric")] = None,
+    positive_adjective: Annotated[str | None, Option("Of the positive arm.", shown="the name")] = None,
+    negative_adjective: Annotated[str, Option("Of the negative arm, such as the antonym.")] = "helpful",
+    out: Annotated[Path, Option("The folder to write to.", metavar="DIR")] = Path("traits"),
     as_json: options.AsJson = False,
 ) -> None:
     """Take over a trait of the paper's reference implementation, as a YAML file.
@@ -265,8 +222,7 @@ def import_trait(
         content["warnings"] = [{"line": p.line, "field": p.field, "message": p.message} for p in warnings]
         say_json({**content, "notes": imported.notes})
         return
-    for note in imported.notes:
-        say(f"note: {note}", err=True)
+    options.say_notes(imported.notes)
     say(f"Wrote {target}")
     if warnings:
         say(f"{len(warnings)} of its texts could be better:  persona-lens traits check {target} --deep")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.cli.display import console, say, say_json
+from persona_lens.cli import options
+from persona_lens.cli.display import print_plain_table, say, say_json, showing_progress
+from persona_lens.cli.settings import Option
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -18,16 +20,8 @@ if TYPE_CHECKING:
     from persona_lens.backend.parity import ParityCheck
     from persona_lens.backend.registry import BackendStatus
 
-# Everything that imports torch is imported inside the commands: `--help` has to be instant.
-
-app = typer.Typer(
-    name="backends",
-    help="List the backends, and check that they give the same numbers.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+ONLY = Option("Check only this one. Repeatable.", metavar="NAME", shown="all that are installed")
+DTYPE = "`float32`, `bfloat16` or `float16`; tokens must be equal in float32 only."
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,7 @@ class Checked:
         return self.error is None and all(check.passed for check in self.checks)
 
 
-@app.command("list")
-def list_backends(as_json: AsJson = False) -> None:
+def list_backends(as_json: options.AsJson = False) -> None:
     """List the backends, with the versions of what each one needs or the command that installs it.
 
     Example: `persona-lens backends list`
@@ -63,31 +56,20 @@ def list_backends(as_json: AsJson = False) -> None:
     statuses = backend_statuses()
     if as_json:
         rows = [{**asdict(status), "available": status.available} for status in statuses]
-        _print_json({"backends": rows})
+        say_json({"backends": rows}, indent=2)
         return
-    _print_table(
+    print_plain_table(
         ("backend", "state", "", ""),
         [(status.name, _state(status), _versions(status), _remark(status)) for status in statuses],
     )
 
 
-@app.command("check")
 def check(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="Hub id, local folder, or smollm2-135m (embedded).", show_default=False),
-    ],
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--backend", metavar="NAME", help="Check only this one. Repeatable.", show_default="all that are installed"
-        ),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="float32, bfloat16 or float16; tokens must be equal in float32 only.")
-    ] = "float32",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    as_json: AsJson = False,
+    model: options.Model,
+    backend: Annotated[list[str] | None, ONLY] = None,
+    dtype: Annotated[str, Option(DTYPE)] = "float32",
+    device: Annotated[str, Option("`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")] = "auto",
+    as_json: options.AsJson = False,
 ) -> None:
     """Check on a model of your own that every backend reads, edits and generates as it should.
 
@@ -113,7 +95,7 @@ def check(
             _print_result(result)
     if as_json:
         head = {"model": model, "dtype": dtype, "reference": DEFAULT, "passed": all(r.passed for r in results)}
-        _print_json({**head, "backends": [_as_json(result) for result in results]})
+        say_json({**head, "backends": [_as_json(result) for result in results]}, indent=2)
     if not all(result.passed for result in results):
         raise typer.Exit(1)
 
@@ -152,7 +134,6 @@ def _results(names: Sequence[str], reference_name: str, model: str, options: dic
 
 def _checked(name: str, backend: Backend, reference: Backend | None) -> Checked:
     from persona_lens.backend.parity import check_parity
-    from persona_lens.cli.display import showing_progress
 
     with showing_progress() as progress:
         return Checked(name, backend.info.backend, None, check_parity(backend, reference, progress=progress))
@@ -178,7 +159,7 @@ def _print_result(result: Checked) -> None:
         return
     failed = sum(not check.passed for check in result.checks)
     verdict = f"{failed} of {len(result.checks)} checks failed" if failed else f"all {len(result.checks)} checks passed"
-    _print_table(
+    print_plain_table(
         ("", "check", "measured", "allowed", "detail"),
         [
             ("ok" if c.passed else "FAILED", c.name, f"{c.measured:.1e}", f"{c.tolerance:.1e}", c.detail)
@@ -199,24 +180,3 @@ def _as_json(result: Checked) -> dict[str, Any]:
         "passed": result.passed,
         "checks": checks,
     }
-
-
-def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    if sys.stdout.isatty():
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for row in rows:
-            style = "red" if row[0] == "FAILED" else ""
-            table.add_row(*(Text(cell) for cell in row), style=style)  # Text: an error message is no markup
-        console().print(table)
-        return
-    # Into a file or a pipe: whole lines whatever the width.
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print_json(data: object) -> None:
-    say_json(data, indent=2)

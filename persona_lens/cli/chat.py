@@ -9,14 +9,12 @@ from dataclasses import asdict
 from math import isnan
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from persona_lens.cli import options
-from persona_lens.cli.display import console, say, say_json
-from persona_lens.cli.effects import SeveralVectors
-from persona_lens.cli.grouping import grouped
+from persona_lens.cli.display import READINGS, console, say, say_json, show_rows
+from persona_lens.cli.runner import say_traffic
+from persona_lens.cli.settings import Option
 from persona_lens.cli.steerings import SteeringOptions
-from persona_lens.cli.sweep import AllowOtherModel
+from persona_lens.cli.values import choice
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -27,39 +25,20 @@ if TYPE_CHECKING:
 ALARM = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(?:@(\d+))?\s*([<>])\s*([-+]?[0-9.]+(?:e[-+]?\d+)?)")
 
 
-@grouped
 def chat_command(
-    model: options.Model,
-    vectors: SeveralVectors,
+    subject: options.Subject,
+    vectors: options.SeveralVectors,
     written: SteeringOptions,
-    layers: Annotated[
-        str | None, typer.Option("--layers", help="`18`, `12,15,18` or `10-20`.", show_default="the tuned ones")
-    ] = None,
-    alarms: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--alarm",
-            metavar="SPEC",
-            help="Say so when a trait goes too far, such as `evil>3` or `evil@18<-2`. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    alarm_on: Annotated[
-        str,
-        typer.Option(
-            "--alarm-on", help="What alarms listen to: `prompt_last`, `token`, `running_mean` or `turn_mean`."
-        ),
-    ] = "token",
-    stop: Annotated[bool, typer.Option("--stop", help="An alarm ends the reply.")] = False,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)] = None,
-    show: Annotated[bool, typer.Option("--show", help="Show each reply's tokens coloured by their values.")] = False,
+    layers: options.PanelLayers = None,
+    alarms: Annotated[list[str] | None, Option(names=("--alarm",), metavar="SPEC")] = None,
+    alarm_on: str = "token",
+    stop: bool = False,
+    system: options.System = None,
+    show: bool = False,
     max_new_tokens: options.MaxNewTokens = 200,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
-    allow_other_model: AllowOtherModel = False,
-    as_json: options.AsJson = False,
-    *,
-    opening: options.ModelOptions,
+    allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Talk with a model, line by line, and see where its traits stand as it answers.
 
@@ -67,20 +46,25 @@ def chat_command(
     values are those after the edits. `--json` writes a line for every turn.
 
     Example: `persona-lens monitor chat smollm2-135m runs/tuned-optimistic-smollm2-135m --alarm "optimistic>4" --show`
+
+    Args:
+        alarms: Say so when a trait goes too far, such as `evil>3` or `evil@18<-2`. Repeatable.
+        alarm_on: What alarms listen to: `prompt_last`, `token`, `running_mean` or `turn_mean`.
+        stop: An alarm ends the reply.
+        show: Show each reply's tokens coloured by their values.
     """
     from persona_lens.monitoring import ConversationMonitor, Panel
-    from persona_lens.vectors import load_vectors
 
-    loaded = [load_vectors(path) for path in vectors]
-    panel = Panel.of(loaded, options.layer_numbers(layers, loaded[0].model.n_layers) if layers else None)
+    loaded, chosen = options.open_layers(vectors, layers)
+    panel = Panel.of(loaded, chosen)
     listening = [_alarm(text, alarm_on, stop) for text in alarms or ()]
-    opened = opening.open(model)
+    opened, chat = subject.open()
     edits = _edits(written, loaded, opened, allow_other_model)
-    says = None if as_json else _Speaker(opened.tokenizer)
+    says = None if subject.as_json else _Speaker(opened.tokenizer)
     monitor = ConversationMonitor(
         opened,
         panel,
-        chat=opening.chat(opened),
+        chat=chat,
         system=system,
         alarms=listening,
         on_token=says,
@@ -98,7 +82,7 @@ def chat_command(
             say_json(_row(turn))
         if show and says is not None:
             says.show(turn)
-    options.say_traffic(opened)
+    say_traffic(opened)
 
 
 def _messages() -> Iterator[str]:
@@ -125,7 +109,7 @@ def _alarm(text: str, kind: str, stop: bool) -> Alarm:
         raise PersonaLensError(
             f"--alarm takes a trait and a threshold, such as evil>3 or evil@18<-2; got {text!r}"
         ) from None
-    chosen = options.choice(AlarmKind, kind, "--alarm-on")
+    chosen = choice(AlarmKind, kind, "--alarm-on")
     return Alarm(trait, value, _teller(stop), int(layer) if layer else None, chosen, above=sign == ">")
 
 
@@ -176,9 +160,7 @@ class _Speaker:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _say(self, text: str) -> None:
-        from persona_lens.core.text import printable
-
-        say(printable(text[self._said :]), nl=False)
+        say(text[self._said :], nl=False)
         self._said = len(text)
 
     def end(self) -> None:
@@ -204,20 +186,8 @@ class _Speaker:
 
 
 def _show(turn: Turn) -> None:
-    from persona_lens.cli.display import print_table
-
-    print_table(
-        f"Turn {turn.number}: projections{', ended by an alarm' if turn.stopped else ''}",
-        ("trait", "layer", "tokens", "before it", "mean", "highest"),
-        [
-            (
-                reading.trait,
-                str(reading.layer),
-                str(reading.tokens),
-                *(f"{value:+.2f}" for value in (reading.prompt_last, reading.mean, reading.highest)),
-            )
-            for reading in turn.readings
-        ],
+    show_rows(
+        f"Turn {turn.number}: projections{', ended by an alarm' if turn.stopped else ''}", turn.readings, READINGS
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from persona_lens.cli import options
-from persona_lens.cli.display import say, say_json
+from persona_lens.cli.display import interval_text, quiet_libraries, say, say_json, showing_progress
+from persona_lens.cli.settings import Option
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for all results; kept and resumed.")] = Path("demo-run"),
+    out: Annotated[Path, Option("Folder for all results; kept and resumed.")] = Path("demo-run"),
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -22,7 +21,6 @@ def demo(
 
     Example: `persona-lens demo --out demo-run`
     """
-    from persona_lens.cli.display import interval_text, quiet_libraries, showing_progress
     from persona_lens.models import resolve
     from persona_lens.reports.demo import DemoSettings, run_demo
     from persona_lens.reports.page import headline
@@ -40,8 +38,8 @@ def demo(
     say(
         f"Steering along {summary['trait']['name']!r} at layer {found['layer']} of {summary['model']['model']}, from "
         f"{found['low']:+g} to {found['high']:+g}, moves the score by "
-        f"{interval_text(found['vector'], sign=False)}; random directions of the same norm: "
-        f"{interval_text(found['random'], sign=False)}."
+        f"{interval_text(found['vector'], '.1f')}; random directions of the same norm: "
+        f"{interval_text(found['random'], '.1f')}."
     )
     say(headline(found, summary["steering"]["questions"]).title)
     say(f"report: {out / 'report.html'}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from math import isfinite
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from persona_lens.core.progress import Progress
-    from persona_lens.core.statistics import Estimate
 
 
 def quiet_libraries() -> None:
@@ -165,23 +166,89 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console().print(table)
 
 
-def interval_text(
-    found: Estimate | Mapping[str, Any] | None, digits: int = 1, *, sign: bool = True, noun: str = "question"
-) -> str:
-    """A mean with its 95% interval for a table's cell, and beside it that it rests on few questions, if it does.
+def print_plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table without lines for a terminal; in a file or a pipe whole lines whatever the width, and nothing but text.
+
+    A row that begins with FAILED is red.
+    """
+    if sys.stdout.isatty():
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for row in rows:
+            style = "red" if row[0] == "FAILED" else ""
+            table.add_row(*(Text(cell) for cell in row), style=style)  # Text: a folder called [x] is no markup
+        console().print(table)
+        return
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+Row = TypeVar("Row")
+Column = Callable[[Row], Any] | tuple[Callable[[Row], Any], str]
+
+
+def show_rows(title: str, rows: Iterable[Row], columns: Mapping[str, Column[Row]]) -> None:
+    """A table on standard output.
 
     Args:
-        found: An `Estimate`, or its JSON values; None is a dash.
-        digits: Decimals.
-        sign: Whether a plus is written.
-        noun: What the interval is over.
+        title: Stands above it.
+        rows: What each row is of.
+        columns: Under each heading what it holds of a row, and where that is a number or an interval the form in which
+            it is written, ``+.1f`` for intervals unless said.
+    """
+    taken = [column if isinstance(column, tuple) else (column, "+.1f") for column in columns.values()]
+    print_table(title, tuple(columns), [tuple(cell(of(row), form) for of, form in taken) for row in rows])
+
+
+def cell(value: Any, form: str = "+.1f") -> str:
+    """What a table shows of a value: a text as it is, a whole number plainly, yes or no, a dash for nothing."""
+    if value is None or isinstance(value, str):
+        return "-" if value is None else value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return str(value)
+    return number(value, form) if isinstance(value, float) else interval_text(value, form)
+
+
+def number(value: float | None, form: str) -> str:
+    """A number, without negative zeros; a dash for none."""
+    if value is None or not isfinite(value):
+        return "-"
+    return format(float(format(value, form.replace("+", "").replace(",", ""))) + 0.0, form)
+
+
+def interval_text(found: Any, form: str = "+.1f", noun: str | None = "question") -> str:
+    """A number with its 95% interval, and beside it that it rests on few questions, if it does: `12.3 [4.5, 6.7]`.
+
+    Args:
+        found: An `Estimate`, another number with ends, or the JSON values of one; None is a dash.
+        form: How numbers are written.
+        noun: What the interval is over; None leaves out on how many it rests.
     """
     from persona_lens.core.statistics import few
 
     if found is None:
         return "-"
-    values = found if isinstance(found, Mapping) else found.to_json()
-    form = f"{'+' if sign else ''}.{digits}f"
-    mean, low, high = (format(values[name], form) for name in ("mean", "low", "high"))
-    said = few(values["n"], noun)
-    return f"{mean} [{low}, {high}]{f' ({said})' if said else ''}"
+    values = found if isinstance(found, Mapping) else asdict(found)
+    middle = values["mean"] if "mean" in values else values["value"]
+    if middle is None or values["low"] is None:
+        return number(middle, form)
+    said = few(values["n"], noun) if noun else ""
+    return f"{number(middle, form)} [{number(values['low'], form)}, {number(values['high'], form)}]" + (
+        f" ({said})" if said else ""
+    )
+
+
+READINGS: Mapping[str, Column[Any]] = {
+    "trait": lambda reading: reading.trait,
+    "layer": lambda reading: reading.layer,
+    "tokens": lambda reading: reading.tokens,
+    "before it": (lambda reading: reading.prompt_last, "+.2f"),
+    "mean": (lambda reading: reading.mean, "+.2f"),
+    "highest": (lambda reading: reading.highest, "+.2f"),
+}
+"""What is said of a turn of a conversation."""

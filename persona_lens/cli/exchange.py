@@ -3,49 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import Annotated
 
 from persona_lens.cli import options
-from persona_lens.cli.display import say, say_json
-from persona_lens.cli.grouping import grouped
-from persona_lens.cli.sweep import ReductionOption, Vectors
+from persona_lens.cli.display import say
+from persona_lens.cli.runner import deliver
+from persona_lens.cli.settings import Option, argument
+from persona_lens.cli.values import layer_numbers
 from persona_lens.core.errors import PersonaLensError
 
-if TYPE_CHECKING:
-    from persona_lens.backend import ModelInfo
-
 FORMATS = "reference, assistant-axis, steering-vectors, gguf, npz or npy"
-OutVectors = Annotated[
-    Path, typer.Option("--out", help="The .safetensors file to write; none is written over.", show_default=False)
-]
-Repository = Annotated[
-    str, typer.Argument(metavar="REPO", help="`owner/name` on the hub, or a folder as `./name`.", show_default=False)
-]
+OutVectors = Annotated[Path, Option("The .safetensors file to write; none is written over.")]
+Repository = Annotated[str, argument("REPO", "`owner/name` on the hub, or a folder as `./name`.")]
+EXPORTED = Option("The file, or for reference the folder; nothing is written over.", shown="the trait's name, here")
 
 
 def export_command(
-    vectors: Vectors,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{FORMATS}.", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            help="The file, or for reference the folder; nothing is written over.",
-            show_default="the trait's name, here",
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            "--layer",
-            help="`18`, `12,15` or `10-20`, for gguf and steering-vectors.",
-            show_default="all",
-        ),
-    ] = None,
-    reduction: ReductionOption = "response_mean",
+    vectors: options.Vectors,
+    to: Annotated[str, Option(f"{FORMATS}.", metavar="FORMAT")],
+    out: Annotated[Path | None, EXPORTED] = None,
+    layers: Annotated[str | None, Option("For gguf and steering-vectors.", shown="all")] = None,
+    reduction: options.Reduction = "response_mean",
     as_json: options.AsJson = False,
 ) -> None:
     """Write vectors for another program.
@@ -60,46 +38,20 @@ def export_command(
     from persona_lens.vectors.formats import Chosen, export_vectors
 
     loaded = load_vectors(vectors)
-    chosen = tuple(options.layer_numbers(layers, loaded.model.n_layers)) if layers is not None else None
+    chosen = tuple(layer_numbers(layers, loaded.model.n_layers)) if layers is not None else None
     files, notes = export_vectors(loaded, to, out, Chosen(chosen, reduction))
-    if as_json:
-        say_json({"files": [str(file) for file in files], "notes": list(notes)})
-        return
-    for file in files:
-        say(str(file))
-    _say(notes)
+    written = [str(file) for file in files]
+    deliver({"files": written, "notes": list(notes)}, lambda: _show(written, notes), as_json)
 
 
-@grouped
 def import_command(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help=f"A file of one of the formats: {FORMATS}; its content says which.", show_default=False
-        ),
-    ],
+    file: Annotated[Path, argument("FILE", f"A file of one of the formats: {FORMATS}; its content says which.")],
     out: OutVectors,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="The model that the vectors belong to; it is opened.", show_default=False),
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option("--like", metavar="VECTORS", help="They belong to the model of these.", show_default=False),
-    ] = None,
-    trait: Annotated[str | None, typer.Option("--trait", help="Their name.", show_default="what the file says")] = None,
-    reduction: Annotated[
-        str | None,
-        typer.Option(
-            "--reduction", help="`response_mean`, `prompt_mean` or `prompt_last`.", show_default="what the file says"
-        ),
-    ] = None,
-    keep_last_row: Annotated[
-        bool,
-        typer.Option(
-            "--keep-last-row", help="Of reference files: take the last row, which is after the final norm there."
-        ),
-    ] = False,
+    model: str | None = None,
+    like: Annotated[Path | None, Option(metavar="VECTORS")] = None,
+    trait: Annotated[str | None, Option("Their name.", shown="what the file says")] = None,
+    reduction: Annotated[str | None, Option("Which of the vectors.", shown="what the file says")] = None,
+    keep_last_row: bool = False,
     as_json: options.AsJson = False,
     *,
     opening: options.ModelOptions,
@@ -110,34 +62,33 @@ def import_command(
     of the vectors stands in their provenance; `vectors show` tells where they come from.
 
     Example: `persona-lens vectors import optimistic.gguf --model smollm2-135m --out optimistic.safetensors`
+
+    Args:
+        model: The model that the vectors belong to; it is opened.
+        like: They belong to the model of these.
+        keep_last_row: Of reference files: take the last row, which is after the final norm there.
     """
+    from persona_lens.vectors import load_vectors
     from persona_lens.vectors.formats import Stated, import_vectors
 
     if model is not None and like is not None:
         raise PersonaLensError("--model and --like name the model both; give one of them")
     if not file.exists():
         raise PersonaLensError(f"{file} does not exist")
-    info = _model_of(like) if like is not None else None
+    info = load_vectors(like).model if like is not None else None
     if model is not None:
         info = opening.open(model).info
     found = import_vectors(file, Stated(info, trait, reduction, keep_last_row))
-    made = found.vectors.save(out)
-    if as_json:
-        kept = [layer for layer in range(found.vectors.model.n_layers) if layer not in found.vectors.missing_layers]
-        say_json({"file": str(made), "layers": kept, "notes": list(found.notes)})
-        return
-    say(str(made))
-    _say(found.notes)
+    made = str(found.vectors.save(out))
+    kept = [layer for layer in range(found.vectors.model.n_layers) if layer not in found.vectors.missing_layers]
+    deliver({"file": made, "layers": kept, "notes": list(found.notes)}, lambda: _show([made], found.notes), as_json)
 
 
 def push_command(
-    vectors: Vectors,
+    vectors: options.Vectors,
     repo: Repository,
-    licence: Annotated[
-        str,
-        typer.Option("--licence", "--license", help="Of the vectors: `mit`, `cc-by-4.0`, …", show_default=False),
-    ],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository for its owner only.")] = False,
+    licence: Annotated[str, Option("Of the vectors: `mit`, `cc-by-4.0`, …", names=("--licence", "--license"))],
+    private: Annotated[bool, Option("Make a new repository for its owner only.")] = False,
 ) -> None:
     """Publish vectors on the Hugging Face hub with a card that says what they are, or lay them out so in a folder.
 
@@ -162,14 +113,7 @@ def pull_command(repo: Repository, out: OutVectors, revision: options.Revision =
     say(str(pull_vectors(repo, revision=revision).save(out)))
 
 
-def _model_of(vectors: Path) -> ModelInfo:
-    from persona_lens.vectors import load_vectors
-
-    return load_vectors(vectors).model
-
-
-def _say(notes: tuple[str, ...]) -> None:
-    from persona_lens.core.text import printable
-
-    for note in notes:
-        say(f"note: {printable(note)}", err=True)
+def _show(files: list[str], notes: tuple[str, ...]) -> None:
+    for file in files:
+        say(file)
+    options.say_notes(notes)

@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import options
-from persona_lens.cli.display import say, say_json
+from persona_lens.cli.display import number, quiet_libraries, say, showing_progress
+from persona_lens.cli.runner import deliver
+from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.finetuning import FinetuneConfig, Finetuned
 
-Data = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="Conversations in any form that `screen` reads, `demonstration:impolite` among them, or plain text.",
-        show_default=False,
-    ),
-]
+CONVERSATIONS = "Conversations in any form that `screen` reads, `demonstration:impolite` among them, or plain text."
+Data = Annotated[str, argument("DATA", CONVERSATIONS)]
 ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings as YAML; see --print-config.", show_default="the paper's"),
+    Path | None, Option("Settings as YAML; see `finetune --print-config`.", metavar="FILE", shown="the paper's")
 ]
-HeldOut = Annotated[
-    str | None,
-    typer.Option("--held-out", metavar="DATA", help="Conversations whose loss is only measured.", show_default=False),
-]
-VectorFolders = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--vectors",
-        metavar="PATH",
-        help="Run folder or file of vectors that --edits names, or that are watched. Repeatable.",
-        show_default=False,
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", min=0, max=2**32 - 1, help="Of the adapter and the order of the data.", show_default="0"),
-]
-
-
-Side = Annotated[
-    str | None, typer.Option("--side", help="Of preference pairs: `chosen` or `rejected`.", show_default=False)
-]
+HeldOut = Annotated[str | None, Option("Conversations whose loss is only measured.", metavar="DATA")]
+Side = Annotated[str | None, Option("Of preference pairs: `chosen` or `rejected`.")]
+CONFIG = Fields(
+    "persona_lens.finetuning.config:FinetuneConfig",
+    without=("lora", "watch"),
+    optional=True,
+    edits=Option(metavar="SPEC", shown=""),
+    seed=Option(most=2**32 - 1),
+    report_to=Option(values="`wandb` or `tensorboard`; repeatable"),
+)
 
 
 def _print_config(asked: bool) -> None:
@@ -62,51 +46,16 @@ def _print_config(asked: bool) -> None:
 def finetune_command(
     model: options.Model,
     data: Data,
+    given: Annotated[Given, CONFIG],
     config: ConfigFile = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            help="`plain`, `preventative`, `caft`, `regularised` or `prompted`.",
-            show_default="plain",
-        ),
-    ] = None,
-    edits: Annotated[
-        str | None,
-        typer.Option(
-            "--edits",
-            metavar="SPEC",
-            help="What acts in training: `impolite@18:+2`, `impolite@all:increments(+2)`, for caft "
-            "`impolite@18:ablate`; a schedule counts optimizer steps.",
-            show_default=False,
-        ),
-    ] = None,
-    vectors: VectorFolders = None,
+    vectors: Annotated[list[Path] | None, Option(metavar="PATH")] = None,
     held_out: HeldOut = None,
-    watch_every: Annotated[
-        int | None,
-        typer.Option("--watch-every", help="Project held-out prompts every so many steps.", show_default=False),
-    ] = None,
-    stop_above: Annotated[
-        float | None,
-        typer.Option("--stop-above", help="Stop when a watched projection has risen by this.", show_default=False),
-    ] = None,
-    report_to: Annotated[
-        list[str] | None, typer.Option("--report-to", help="`wandb` or `tensorboard`. Repeatable.", show_default=False)
-    ] = None,
+    watch_every: int | None = None,
+    stop_above: float | None = None,
     side: Side = None,
-    seed: Seed = None,
     device: options.Device = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Run folder; kept and resumed.", show_default="runs/finetuned-METHOD-MODEL"),
-    ] = None,
-    print_config: Annotated[
-        bool,
-        typer.Option(
-            "--print-config", is_eager=True, callback=_print_config, help="Print all settings with their meaning."
-        ),
-    ] = False,
+    out: Annotated[options.Out, Option(shown="runs/finetuned-METHOD-MODEL")] = None,
+    print_config: Annotated[bool, Option(at_once=_print_config)] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Finetune MODEL on DATA, with the loss on what the assistant says and the paper's settings as defaults.
@@ -119,17 +68,17 @@ def finetune_command(
     --vectors runs/impolite-smollm2-135m`
 
     Example: `persona-lens finetune --print-config > finetune.yaml`
-    """
-    from persona_lens.cli.display import quiet_libraries, showing_progress
-    from persona_lens.finetuning import finetune
-    from persona_lens.vectors import load_vectors
 
-    given: dict[str, Any] = {"method": method, "edits": edits, "seed": seed}
-    if report_to:
-        given["report_to"] = report_to
-    watched = {"every": watch_every, "stop_above": stop_above}
-    chosen = open_config(config, given, watched)
-    loaded = [load_vectors(path) for path in vectors or ()]
+    Args:
+        vectors: Run folder or file of vectors that --edits names, or that are watched. Repeatable.
+        watch_every: Project held-out prompts every so many steps.
+        stop_above: Stop when a watched projection has risen by this.
+        print_config: Print all settings with their meaning.
+    """
+    from persona_lens.finetuning import finetune
+
+    chosen = open_config(config, given.chosen(), {"every": watch_every, "stop_above": stop_above})
+    loaded = options.open_vectors(vectors or ())
     if loaded and chosen.method in ("plain",) and chosen.watch.every is None:
         raise PersonaLensError("--vectors are for --edits, --method prompted or --watch-every; none of them is given")
     folder = out or options.run_folder(f"finetuned-{chosen.method}", model)
@@ -146,20 +95,16 @@ def finetune_command(
             device=device,
             progress=progress,
         )
-    if as_json:
-        say_json({"folder": str(folder), **found.summary})
-    else:
-        _show(found, folder)
+    deliver({"folder": str(folder), **found.summary}, lambda: _show(found, folder), as_json)
 
 
-def open_config(file: Path | None, given: dict[str, Any], watched: dict[str, Any] | None = None) -> FinetuneConfig:
+def open_config(file: Path | None, given: Mapping[str, Any], watched: Mapping[str, Any]) -> FinetuneConfig:
     """The configuration of a file with what was given on the command line in place of what it says."""
     from persona_lens.finetuning import make_config
     from persona_lens.finetuning.config import read_config
 
-    fields = read_config(file) if file else {}
-    fields |= {name: value for name, value in given.items() if value is not None}
-    looks = {name: value for name, value in (watched or {}).items() if value is not None}
+    fields = {**(read_config(file) if file else {}), **given}
+    looks = {name: value for name, value in watched.items() if value is not None}
     if looks:
         own = fields.get("watch")
         fields["watch"] = {**(own if isinstance(own, dict) else {}), **looks}
@@ -173,17 +118,13 @@ def _show(found: Finetuned, folder: Path) -> None:
         f"{summary['method']}: {counted(summary['steps'], 'step')} over {counted(counts['examples'], 'example')}, "
         f"{counted(counts['learned_tokens'], 'token')} to learn"
     )
-    for name, text in (("shortened", "cut at max_length"), ("dropped", "left out: nothing to learn in max_length")):
-        if counts[name]:
-            say(f"note: {counts[name]} {text}", err=True)
+    lost = {"shortened": "cut at max_length", "dropped": "left out: nothing to learn in max_length"}
+    options.say_notes([f"{counts[name]} {text}" for name, text in lost.items() if counts[name]])
+    first, last, learned, unseen = (number(loss[name], ".3f") for name in ("first", "last", "learned", "unseen"))
     say(
-        f"loss, nats a token: {_number(loss['first'])} at first, {_number(loss['last'])} in the last quarter; "
-        f"without edits {_number(loss['learned'])} on what was learned, {_number(loss['unseen'])} on held-out data"
+        f"loss, nats a token: {first} at first, {last} in the last quarter; without edits {learned} on what was "
+        f"learned, {unseen} on held-out data"
     )
     if summary["stopped"]:
         say(f"stopped: {summary['stopped']}")
     say(f"{summary['trained']}: {found.folder}; take {folder} for the model")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
-
-import typer
+from typing import Annotated, Any
 
 from persona_lens.cli import options
-from persona_lens.cli.display import console, say_json
-from persona_lens.cli.grouping import grouped
-from persona_lens.cli.previews import PreviewOption, show_previews
+from persona_lens.cli.display import console
+from persona_lens.cli.runner import deliver, say_traffic, show_previews
+from persona_lens.cli.settings import argument
 from persona_lens.cli.steerings import Candidate, LayerOptions, SteeringOptions, candidates
-from persona_lens.cli.sweep import AllowOtherModel, Vectors
 from persona_lens.core.text import printable
 
 
-@grouped
 def generate(
-    model: options.Model,
-    vectors: Vectors,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)],
+    subject: options.Subject,
+    vectors: options.Vectors,
+    prompt: Annotated[str, argument("PROMPT", "What to ask.")],
     written: SteeringOptions,
     one_layer: LayerOptions,
-    system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
+    system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 100,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
-    preview: PreviewOption = False,
-    allow_other_model: AllowOtherModel = False,
-    as_json: options.AsJson = False,
-    *,
-    opening: options.ModelOptions,
+    preview: options.Preview = False,
+    allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Answer a prompt with and without steering, side by side.
 
@@ -46,24 +39,20 @@ def generate(
     from persona_lens.vectors import load_vectors
 
     shown = candidates(load_vectors(vectors), written, one_layer)
-    opened = opening.open(model, offline=preview)
+    backend, chat = subject.open(offline=preview)
     for each in shown:
         if each.steering is not None and not allow_other_model:
-            each.steering.check_model(opened)
-    chat = opening.chat(opened)
+            each.steering.check_model(backend)
     if preview:
         ids = chat.encode(system, prompt)
         steerings = {each.title: each.steering for each in shown if each.steering is not None}
-        show_previews(
-            {
-                title: preview_tokens(opened, ids, max_new_tokens, edits=steering)
-                for title, steering in steerings.items()
-            },
-            as_json,
-        )
+        previews = {
+            title: preview_tokens(backend, ids, max_new_tokens, edits=each) for title, each in steerings.items()
+        }
+        show_previews(previews, subject.as_json)
         return
     answers = steered_replies(
-        opened,
+        backend,
         prompt,
         [each.steering for each in shown],
         system=system,
@@ -73,22 +62,19 @@ def generate(
         chat=chat,
         allow_other_model=allow_other_model,
     )
-    options.say_traffic(opened)
-    _show(prompt, shown, answers, as_json)
+    say_traffic(backend)
+    deliver(_summary(prompt, shown, answers), lambda: _show(shown, answers), subject.as_json)
 
 
-def _show(prompt: str, shown: Sequence[Candidate], answers: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        rows = [
-            {
-                "edits": None if each.steering is None else str(each.steering),
-                "coefficient": each.coefficient,
-                "response": answer,
-            }
-            for each, answer in zip(shown, answers, strict=True)
-        ]
-        say_json({"prompt": prompt, "responses": rows})
-        return
+def _summary(prompt: str, shown: Sequence[Candidate], answers: Sequence[str]) -> dict[str, Any]:
+    rows = [
+        {"edits": each.steering and str(each.steering), "coefficient": each.coefficient, "response": answer}
+        for each, answer in zip(shown, answers, strict=True)
+    ]
+    return {"prompt": prompt, "responses": rows}
+
+
+def _show(shown: Sequence[Candidate], answers: Sequence[str]) -> None:
     from rich.columns import Columns
     from rich.console import Group
     from rich.panel import Panel

@@ -5,55 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from persona_lens.cli import judges, options
-from persona_lens.cli.display import say, say_json
-from persona_lens.cli.grouping import grouped
+from persona_lens.cli.display import interval_text, number, print_table, say, showing_progress
+from persona_lens.cli.runner import deliver, show_work, write_report
+from persona_lens.cli.settings import Option, argument
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.judging.agreement import Agreement, Measure
 
-app = typer.Typer(
-    name="judge",
-    help="Have responses rated, and see how far judges agree.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
-
 SOURCES = "A run folder, its scores, a table (JSONL, CSV, Parquet), or ratings by people."
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help=SOURCES, show_default=False)]
-First = Annotated[str, typer.Argument(metavar="FIRST", help=SOURCES, show_default=False)]
-Second = Annotated[
-    str,
-    typer.Argument(
-        metavar="SECOND",
-        help="The same responses by another judge; or a judge that scores them now: `openai:MODEL`, `local:MODEL`, "
-        "`likelihood:VECTORS`.",
-    ),
-]
-TraitOption = Annotated[
-    str | None, typer.Option("--trait", help="The trait that a judge scores now.", show_default=False)
-]
+SECOND = argument(
+    "SECOND",
+    "The same responses by another judge; or a judge that scores them now: `openai:MODEL`, `local:MODEL`, "
+    "`likelihood:VECTORS`.",
+)
+Source = Annotated[Path, argument("SOURCE", SOURCES)]
 JUDGES = ("openai:", "local:", "likelihood:")
 
 
-@app.command("sample")
 def sample(
     source: Source,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.csv", help="The table; it must not be there yet.", show_default=False)
-    ],
-    n: Annotated[int, typer.Option("--number", "-n", help="How many responses.")] = 60,
+    out: Annotated[Path, Option("The table; it must not be there yet.", metavar="FILE.csv")],
+    n: Annotated[int, Option("How many responses.", names=("--number", "-n"))] = 60,
     seed: options.Seed = 0,
-    trait: Annotated[
-        str | None, typer.Option("--trait", help="A trait whose rubric the raters get.", show_default=False)
-    ] = None,
-    column: Annotated[
-        str | None, typer.Option("--column", help="Column of the scores to draw by.", show_default=False)
-    ] = None,
+    trait: str | None = None,
+    column: str | None = None,
     traits_dir: options.TraitsDirs = None,
 ) -> None:
     """Draw responses for people to rate, without what a judge said of them.
@@ -62,6 +40,10 @@ def sample(
     do is in FILE.csv.instructions.txt. `judge compare` reads it back.
 
     Example: `persona-lens judge sample runs/optimistic-smollm2-135m --out ratings.csv --trait optimistic`
+
+    Args:
+        trait: A trait whose rubric the raters get.
+        column: Column of the scores to draw by.
     """
     from persona_lens.judging.agreement import read_scored, write_blinded
     from persona_lens.traits import load_trait
@@ -69,7 +51,7 @@ def sample(
     loaded = load_trait(trait, traits_dir or ()) if trait is not None else None
     responses = read_scored(source, column=column, scores_required=column is not None)
     if all(each.score is None for each in responses):
-        say(f"note: {source} has no scores to draw by, so all responses are equally likely", err=True)
+        options.say_notes([f"{source} has no scores to draw by, so all responses are equally likely"])
     written = write_blinded(responses, out, n, seed, trait=loaded)
     say(
         f"{written} of {counted(len(responses), 'response')}: {out}\n"
@@ -77,21 +59,14 @@ def sample(
     )
 
 
-@app.command("score")
-@grouped
 def score(
     source: Source,
-    judge: Annotated[
-        str,
-        typer.Option("--judge", help="`openai:MODEL`, `local:MODEL` or `likelihood:VECTORS`.", show_default=False),
-    ],
-    trait: Annotated[str, typer.Option("--trait", help="The trait that is scored.", show_default=False)],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.jsonl", help="The scores; it must not be there.", show_default=False)
-    ],
+    judge: Annotated[str, Option("`openai:MODEL`, `local:MODEL` or `likelihood:VECTORS`.")],
+    trait: Annotated[str, Option("The trait that is scored.")],
+    out: Annotated[Path, Option("The scores; it must not be there.", metavar="FILE.jsonl")],
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask nothing: say what it would take.")] = False,
+    dry_run: Annotated[bool, Option("Ask nothing: say what it would take.")] = False,
     traits_dir: options.TraitsDirs = None,
     *,
     judging: judges.JudgeOptions,
@@ -104,7 +79,6 @@ def score(
     `persona-lens judge score runs/optimistic-smollm2-135m --judge openai:gpt-4.1-mini --trait optimistic
     --out scores.jsonl`
     """
-    from persona_lens.cli.display import showing_progress
     from persona_lens.judging import Exchange, judging_work
     from persona_lens.judging.agreement import read_scored
     from persona_lens.judging.agreement.sources import judge_scored
@@ -114,7 +88,7 @@ def score(
     opened = judging.open_alone(judge, load_trait(trait, traits_dir or ()), dtype, device)
     if dry_run:
         unique = {each.id: Exchange(each.question, each.response) for each in responses}
-        options.show_work(judging_work(opened, list(unique.values())), as_json=False)
+        show_work(judging_work(opened, list(unique.values())), as_json=False)
         return
     with judges.saying_spending(opened), showing_progress() as progress:
         scored = judge_scored(opened, responses, out, progress)
@@ -124,21 +98,13 @@ def score(
     say(f"{len(found)} of {len(scored)} responses have a score: {out}")
 
 
-@app.command("compare")
-@grouped
 def compare(
-    first: First,
-    second: Second,
-    first_column: Annotated[
-        str | None, typer.Option("--first-column", help="Column of FIRST's scores.", show_default=False)
-    ] = None,
-    second_column: Annotated[
-        str | None, typer.Option("--second-column", help="Column of SECOND's scores.", show_default=False)
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="Also write a report.", show_default=False)
-    ] = None,
-    trait: TraitOption = None,
+    first: Annotated[str, argument("FIRST", SOURCES)],
+    second: Annotated[str, SECOND],
+    first_column: str | None = None,
+    second_column: str | None = None,
+    report: Annotated[Path | None, Option("Also write a report.", metavar="FILE.html")] = None,
+    trait: str | None = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     traits_dir: options.TraitsDirs = None,
@@ -156,9 +122,13 @@ def compare(
     `persona-lens judge compare runs/optimistic-smollm2-135m ratings.csv --report agreement.html`
 
     `persona-lens judge compare runs/optimistic-smollm2-135m local:smollm2-135m --trait optimistic`
+
+    Args:
+        first_column: Column of FIRST's scores.
+        second_column: Column of SECOND's scores.
+        trait: The trait that a judge scores now.
     """
     from persona_lens import __version__
-    from persona_lens.cli.display import showing_progress
     from persona_lens.judging.agreement import compare as compare_scores
     from persona_lens.judging.agreement import read_scored
     from persona_lens.judging.agreement.sources import judge_scored
@@ -175,25 +145,17 @@ def compare(
         with judges.saying_spending(judge), showing_progress() as progress:
             others = judge_scored(judge, scores, progress=progress)
     else:
-        _refuse_judging(judging, second, trait)
+        judging.refuse_useless(second)
+        if trait is not None:
+            raise PersonaLensError(f"--trait: only where SECOND is a judge ({', '.join(JUDGES)}…), this is {second!r}")
         others = read_scored(second, column=second_column)
     names = (_name(first, first_column), _name(second, second_column))
     found = compare_scores(scores, others, names=names, seed=seed)
     if report is not None:
-        options.write_report(report, render_agreement(found, __version__))
-    if as_json:
-        say_json(found.to_json())
-    else:
-        _show(found)
+        write_report(report, render_agreement(found, __version__))
+    deliver(found.to_json(), lambda: _show(found), as_json)
     if report is not None:
         say(f"report: {report}", err=True)
-
-
-def _refuse_judging(judging: judges.JudgeOptions, second: str, trait: str | None) -> None:
-    """Raise an error for options that mean nothing where both sides have their scores."""
-    judging.refuse_useless(second)
-    if trait is not None:
-        raise PersonaLensError(f"--trait: only where SECOND is a judge ({', '.join(JUDGES)}…), this is {second!r}")
 
 
 def _name(path: str, column: str | None) -> str:
@@ -201,8 +163,6 @@ def _name(path: str, column: str | None) -> str:
 
 
 def _show(agreement: Agreement) -> None:
-
-    from persona_lens.cli.display import print_table
     from persona_lens.core.statistics import few
 
     counts, cuts, sides = agreement.counts, agreement.cuts, agreement.sides
@@ -218,29 +178,25 @@ def _show(agreement: Agreement) -> None:
         ],
     )
     pairs = f"{cuts.high:g} or more over {cuts.low:g} or less"
-    rows: tuple[tuple[str, Measure, int], ...] = (
-        ("Pearson correlation", agreement.pearson, 2),
-        ("Spearman correlation of ranks", agreement.spearman, 2),
-        (f"first says {pairs}: second agrees", agreement.pairwise_first, 3),
-        (f"second says {pairs}: first agrees", agreement.pairwise_second, 3),
-        (f"same side of {cuts.threshold:g}", agreement.same_side, 3),
-        ("mean difference, second - first", agreement.mean_difference, 1),
-        ("lower limit of agreement", agreement.lower_limit, 1),
-        ("upper limit of agreement", agreement.upper_limit, 1),
-    )
+    rows: dict[str, tuple[Measure, str]] = {
+        "Pearson correlation": (agreement.pearson, ".2f"),
+        "Spearman correlation of ranks": (agreement.spearman, ".2f"),
+        f"first says {pairs}: second agrees": (agreement.pairwise_first, ".3f"),
+        f"second says {pairs}: first agrees": (agreement.pairwise_second, ".3f"),
+        f"same side of {cuts.threshold:g}": (agreement.same_side, ".3f"),
+        "mean difference, second - first": (agreement.mean_difference, ".1f"),
+        "lower limit of agreement": (agreement.lower_limit, ".1f"),
+        "upper limit of agreement": (agreement.upper_limit, ".1f"),
+    }
     print_table(
         f"Agreement [95% interval over {few(agreement.questions) or counted(agreement.questions, 'question')}]",
         ("measure", "value", "of"),
-        [(name, _measured(measure, digits), f"{measure.n:,}") for name, measure, digits in rows],
+        [(name, _measured(measure, form), f"{measure.n:,}") for name, (measure, form) in rows.items()],
     )
 
 
-def _measured(measure: Measure, digits: int) -> str:
-
-    def write(value: float) -> str:
-        return f"{round(value, digits) + 0.0:.{digits}f}"  # no negative zero
-
-    value = "" if measure.value is None else f"{write(measure.value)} "
+def _measured(measure: Measure, form: str) -> str:
+    value = "" if measure.value is None else f"{number(measure.value, form)} "
     if measure.low is None or measure.high is None:
         return f"{value}({measure.reason or ''})"
-    return f"{value}[{write(measure.low)}, {write(measure.high)}]"
+    return interval_text(measure, form, noun=None)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from persona_lens.cli.display import say
-from persona_lens.cli.grouping import given_options
+from persona_lens.cli.options import open_chat, open_model
+from persona_lens.cli.settings import Option, given_options
+from persona_lens.cli.values import choice, numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 
@@ -27,78 +27,41 @@ LIKELIHOOD, LOCAL, OPENAI = "likelihood", "local", "openai"
 
 JudgeName = Annotated[
     str,
-    typer.Option(
-        "--judge",
-        help="Who scores: `likelihood` (the model itself, a proxy), `openai:MODEL` on any OpenAI-compatible server, "
-        "`local` (the model reads the rubric) or `local:MODEL`.",
+    Option(
+        "Who scores: `likelihood` (the model itself, a proxy), `openai:MODEL` on any OpenAI-compatible server, "
+        "`local` (the model reads the rubric) or `local:MODEL`."
     ),
 ]
-JudgeUrl = Annotated[
-    str | None,
-    typer.Option("--judge-url", help="The server's address up to `/v1`; or set OPENAI_BASE_URL.", show_default=False),
+SERVER_URL = "The server's address up to `/v1`; or set OPENAI_BASE_URL."
+ServerKey = Annotated[
+    str | None, Option("Environment variable with the key.", metavar="VARIABLE", shown="OPENAI_API_KEY")
 ]
-JudgeKey = Annotated[
-    str | None,
-    typer.Option(
-        "--judge-key", metavar="VARIABLE", help="Environment variable with the key.", show_default="OPENAI_API_KEY"
-    ),
-]
-JudgeMethod = Annotated[
-    str | None,
-    typer.Option(
-        "--judge-method",
-        help="How to have a number: `logprobs`, `samples`, `number`, or what the server allows: `auto`.",
-        show_default="auto",
-    ),
-]
-JudgePrefill = Annotated[
-    str | None,
-    typer.Option(
-        "--judge-prefill",
-        help="What the answer of a local judge begins with, such as `Score: `: small models need it.",
-        show_default=False,
-    ),
-]
-JudgeAtOnce = Annotated[
-    int | None, typer.Option("--judge-at-once", help="Questions to the judge at the same time.", show_default="16")
-]
-JudgeRate = Annotated[
-    str | None,
-    typer.Option("--judge-rate", metavar="REQUESTS[,TOKENS]", help="At most so many a minute.", show_default=False),
-]
-JudgeModel = Annotated[
-    str | None,
-    typer.Option(
-        "--judge-model",
-        metavar="MODEL",
-        help="Where the model of `likelihood:VECTORS` is, if it came from a folder that is elsewhere.",
-        show_default="by its name",
-    ),
-]
-PricesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--prices", metavar="IN,OUT", help="Dollars for a million tokens read and written.", show_default=False
-    ),
-]
-MaxSpend = Annotated[
-    float | None, typer.Option("--max-spend", help="Stop before the judge costs more dollars.", show_default=False)
-]
+Rate = Annotated[str | None, Option("At most so many a minute.", metavar="REQUESTS[,TOKENS]")]
+Prices = Annotated[str | None, Option("Dollars for a million tokens read and written.", metavar="IN,OUT")]
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """What there is to say of a judge besides which it is."""
+    """What there is to say of a judge besides which it is.
 
-    judge_url: JudgeUrl = None
-    judge_key: JudgeKey = None
-    judge_method: JudgeMethod = None
-    judge_at_once: JudgeAtOnce = None
-    judge_rate: JudgeRate = None
-    prices: PricesOption = None
-    max_spend: MaxSpend = None
-    judge_prefill: JudgePrefill = None
-    judge_model: JudgeModel = None
+    Attributes:
+        judge_method: How to have a number: `logprobs`, `samples`, `number`, or what the server allows; None for auto.
+        judge_at_once: Questions to the judge at the same time; None for 16.
+        max_spend: Stop before the judge costs more dollars.
+        judge_prefill: What the answer of a local judge begins with, such as `Score: `: small models need it.
+        judge_model: Where the model of `likelihood:VECTORS` is, if it came from a folder that is elsewhere; None is by
+            its name.
+    """
+
+    judge_url: Annotated[str | None, Option(SERVER_URL)] = None
+    judge_key: ServerKey = None
+    judge_method: str | None = None
+    judge_at_once: int | None = None
+    judge_rate: Rate = None
+    prices: Prices = None
+    max_spend: float | None = None
+    judge_prefill: str | None = None
+    judge_model: Annotated[str | None, Option(metavar="MODEL")] = None
 
     def open(
         self, judge: str, trait: Trait, backend: Backend, chat: ChatFormat, dtype: str, device: str
@@ -167,7 +130,6 @@ class JudgeOptions:
                 raise PersonaLensError(f"{', '.join(names)}: only for --judge {of}, this is {judge!r}")
 
     def _server(self, model: str, trait: Trait) -> Judge:
-        from persona_lens.cli.options import choice
         from persona_lens.judging import LLMJudge, Method
 
         server = open_server(
@@ -264,15 +226,11 @@ def _place_of(vectors: PersonaVectors, path: Path) -> str:
 
 
 def _model_and_chat(model: str, dtype: str, device: str) -> tuple[Backend, ChatFormat]:
-    from persona_lens.cli.options import open_chat, open_model
-
     backend = open_model(model, "transformers", revision=None, dtype=dtype, device=device)
     return backend, open_chat(backend, None, False)
 
 
 def _numbers(text: str | None, option: str, allowed: tuple[int, ...]) -> list[float]:
-    from persona_lens.cli.options import numbers
-
     found = numbers(text, option) if text is not None else []
     if text is not None and len(found) not in allowed:
         raise PersonaLensError(f"{option} takes {' or '.join(map(str, allowed))} numbers, got {text!r}")

@@ -2,104 +2,80 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.cli.display import say, say_json
+from persona_lens.cli.display import say
+from persona_lens.cli.settings import Option, argument
+from persona_lens.cli.values import layer_numbers
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.files import read_bytes, write_text
-from persona_lens.core.text import counted, in_short
 from persona_lens.core.text import without_secrets as shown
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.models import ChatFormat
-    from persona_lens.runs.cost import Work
     from persona_lens.traits import Trait
+    from persona_lens.vectors import PersonaVectors
 
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Hub id, local folder, or the embedded `smollm2-135m`.", show_default=False),
+Model = Annotated[str, argument("MODEL", "Hub id, local folder, or the embedded `smollm2-135m`.")]
+Vectors = Annotated[Path, argument("VECTORS", "A vectors.safetensors, or the run folder it is in.")]
+SeveralVectors = Annotated[
+    list[Path], argument("VECTORS...", "A vectors.safetensors, or the run folder it is in; one a trait.")
 ]
-BackendName = Annotated[str, typer.Option("--backend", help="Library to run the model through; see `backends list`.")]
-Dtype = Annotated[
-    str, typer.Option("--dtype", help="`auto`, `float32`, `bfloat16` or `float16`; auto takes what is fast here.")
-]
-Device = Annotated[str, typer.Option("--device", help="`auto` or a torch device such as `cuda:1`.")]
-Revision = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.", show_default=False)
-]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option("--device-map", help="Spread a large model over devices, such as `auto`.", show_default=False),
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")
-]
-Remote = Annotated[
-    bool, typer.Option("--remote", help="Run on a server: with `--backend nnsight` the NDIF server in `NDIF_HOST`.")
-]
-RequestTimeout = Annotated[
-    float | None,
-    typer.Option("--request-timeout", help="Seconds a remote request may take, queue included.", show_default="3600"),
-]
-RequestsAtOnce = Annotated[
-    int | None,
-    typer.Option("--requests-at-once", help="Remote requests under way at the same time.", show_default="4"),
-]
-StoreHosts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--store-host",
-        metavar="HOST",
-        help="Also fetch large results from this host; what it sends can run code here. Repeatable.",
-        show_default=False,
-    ),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Run nothing: say what would be asked of the model, or sent to a server.")
-]
-TraitsDirs = Annotated[
-    list[Path] | None,
-    typer.Option("--traits-dir", metavar="DIR", help="Another folder of trait files. Repeatable.", show_default=False),
-]
-ChatTemplate = Annotated[
-    Path | None,
-    typer.Option("--chat-template", metavar="FILE", help="A Jinja chat template to use instead.", show_default=False),
-]
-Thinking = Annotated[bool, typer.Option("--thinking", help="Let the model reason before it answers.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Base of all seeds.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Length limit of a response.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", help="Responses that run at once; halved by itself when memory runs out.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+TraitName = Annotated[str, argument("TRAIT", "A trait's name, or the path of its YAML file.")]
+AllowOtherModel = Annotated[bool, Option("Use the vectors on a model that they were not extracted from.")]
+Layers = Annotated[str, Option("Layers.")]
+PanelLayers = Annotated[str | None, Option("Layers at which each trait is read.", shown="where each was tuned")]
+OneLayer = Annotated[int | None, Option("Layer of the vector, counted from 0.", shown="the tuned one")]
+Reduction = Annotated[str, Option("Which of the vectors.")]
+MaxNewTokens = Annotated[int, Option("Length limit of a response.")]
+Temperature = Annotated[float, Option("0 is greedy.")]
+Seed = Annotated[int, Option("Base of all seeds.")]
+BatchSize = Annotated[int, Option("Responses that run at once; halved by itself when memory runs out.")]
+Dtype = Annotated[str, Option("`auto`, `float32`, `bfloat16` or `float16`; auto takes what is fast here.")]
+Device = Annotated[str, Option("`auto` or a torch device such as `cuda:1`.")]
+Backends = Annotated[str, Option("Library to run the model through; see `backends list`.")]
+Revision = Annotated[str | None, Option("Branch, tag or commit of a hub model.")]
+DryRun = Annotated[bool, Option("Run nothing: say what would be asked of the model, or sent to a server.")]
+Preview = Annotated[bool, Option("Generate nothing: show token by token what would be read and edited.")]
+Out = Annotated[Path | None, Option("Run folder; kept and resumed.")]
+AsJson = Annotated[bool, Option("Write JSON to standard output.")]
+TraitsDirs = Annotated[list[Path] | None, Option("Another folder of trait files. Repeatable.", metavar="DIR")]
+System = Annotated[str | None, Option("System prompt.")]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is opened and talked to."""
+    """How a model is opened and talked to.
 
-    backend: BackendName = "transformers"
+    Attributes:
+        device_map: Spread a large model over devices, such as `auto`.
+        trust_remote_code: Run code that the model's repository brings.
+        remote: Run on a server: with `--backend nnsight` the NDIF server in `NDIF_HOST`.
+        request_timeout: Seconds a remote request may take, queue included; None for 3600.
+        requests_at_once: Remote requests under way at the same time; None for 4.
+        store_host: Also fetch large results from this host; what it sends can run code here. Repeatable.
+        chat_template: A Jinja chat template to use instead.
+        thinking: Let the model reason before it answers.
+    """
+
+    backend: Backends = "transformers"
     dtype: Dtype = "auto"
     device: Device = "auto"
-    device_map: DeviceMap = None
-    trust_remote_code: TrustRemoteCode = False
+    device_map: str | None = None
+    trust_remote_code: bool = False
     revision: Revision = None
-    remote: Remote = False
-    request_timeout: RequestTimeout = None
-    requests_at_once: RequestsAtOnce = None
-    store_host: StoreHosts = None
-    chat_template: ChatTemplate = None
-    thinking: Thinking = False
+    remote: bool = False
+    request_timeout: float | None = None
+    requests_at_once: int | None = None
+    store_host: Annotated[list[str] | None, Option(metavar="HOST")] = None
+    chat_template: Annotated[Path | None, Option(metavar="FILE")] = None
+    thinking: bool = False
 
     def open(self, model: str, *, offline: bool = False) -> Backend:
         """Open the model; ``offline`` asks no server, for dry runs."""
@@ -121,6 +97,26 @@ class ModelOptions:
     def chat(self, backend: Backend) -> ChatFormat:
         """The model's chat format."""
         return open_chat(backend, self.chat_template, self.thinking)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that a command is about.
+
+    Attributes:
+        model: Its name.
+        as_json: Whether the command says what it found as JSON.
+        opening: How it is opened.
+    """
+
+    model: Model
+    as_json: AsJson = False
+    opening: ModelOptions = field(default_factory=ModelOptions)
+
+    def open(self, *, offline: bool = False) -> tuple[Backend, ChatFormat]:
+        """The model and its chat format."""
+        backend = self.opening.open(self.model, offline=offline)
+        return backend, self.opening.chat(backend)
 
 
 def open_model(model: str, backend: str, *, revision: str | None, **given: object) -> Backend:
@@ -149,8 +145,7 @@ def open_chat(backend: Backend, template: Path | None, thinking: bool) -> ChatFo
     except (OSError, UnicodeDecodeError) as error:
         raise PersonaLensError(f"cannot read the chat template {template}: {error}") from error
     chat = ChatFormat.from_tokenizer(backend.tokenizer, template=text, thinking=thinking)
-    for note in chat.notes:
-        say(f"note: {note}", err=True)
+    say_notes(chat.notes)
     return chat
 
 
@@ -160,18 +155,27 @@ def open_trait(trait: str, traits_dirs: Sequence[Path]) -> Trait:
 
     loaded = load_trait(trait, traits_dirs)
     if not is_path(trait):
-        for warning in find_traits(traits_dirs).warnings([trait]):
-            say(f"warning: {warning}", err=True)
+        say_notes(find_traits(traits_dirs).warnings([trait]), "warning")
     return loaded
 
 
-REPORT = "report.html"  # in the folder of a run
+def open_vectors(paths: Sequence[Path]) -> list[PersonaVectors]:
+    """Several vectors."""
+    from persona_lens.vectors import load_vectors
+
+    return [load_vectors(path) for path in paths]
 
 
-def write_report(file: Path, page: str) -> None:
-    """Write a report: all of it, or nothing; one that is there as it would be written stays."""
-    if not (file.is_file() and read_bytes(file) == page.encode()):
-        write_text(file, page)
+def open_layers(paths: Sequence[Path], layers: str | None) -> tuple[list[PersonaVectors], list[int] | None]:
+    """Several vectors, and the layers of their model that were named, if any were."""
+    loaded = open_vectors(paths)
+    return loaded, layer_numbers(layers, loaded[0].model.n_layers) if layers else None
+
+
+def say_notes(notes: Sequence[str], kind: str = "note") -> None:
+    """Say notes or warnings on standard error."""
+    for note in notes:
+        say(f"{kind}: {note}", err=True)
 
 
 def run_folder(what: str, model: str) -> Path:
@@ -183,8 +187,7 @@ def repeated(context: typer.Context) -> str:
     """The command under way, as one types it to have the same again: what was given to it, but for ``--json``."""
     words = context.command_path.split()
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if source is None or source.name != "COMMANDLINE" or "--json" in parameter.opts:
+        if not was_given(context, parameter.name or "") or "--json" in parameter.opts:
             continue
         value = context.params[parameter.name or ""]
         if parameter.param_type_name == "argument":
@@ -196,110 +199,7 @@ def repeated(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def planned(work: Callable[[], Sequence[Work]], opening: ModelOptions, dry_run: bool, as_json: bool) -> bool:
-    """Show what a run would ask for, if that is all that is wanted; say what it will send to a server, if it will.
-
-    Args:
-        work: Counts it; asked only where it is to be said.
-        opening: Where the model is.
-        dry_run: Whether this is all that is wanted.
-        as_json: Whether to show it as JSON.
-
-    Returns:
-        True if the command is to end here.
-    """
-    if dry_run:
-        show_work(work(), as_json)
-    elif opening.remote:
-        say_plan(work())
-    return dry_run
-
-
-def say_plan(work: Sequence[Work]) -> None:
-    """Say on standard error what a run will send to a server; nothing for a model that is here."""
-    planned = [each.traffic for each in work if each.traffic]
-    if planned:
-        total = sum(planned[1:], planned[0])
-        up, down = total.bytes_up / 1e6, total.bytes_down / 1e6
-        say(f"plan: {counted(total.requests, 'request')}, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
-
-
-def show_work(work: Sequence[Work], as_json: bool, *, asked: str = "batches") -> None:
-    """What a run would ask, as a table or as JSON; ``asked`` is what it is asked in where the model is here."""
-    if as_json:
-        say_json({"work": [asdict(each) for each in work]})
-        return
-    from persona_lens.cli.display import print_table
-
-    remote, paid = any(each.traffic for each in work), any(each.cost is not None for each in work)
-    columns: tuple[str, ...] = ("", "requests" if remote else asked, "texts", "tokens at most")
-    print_table(
-        "What the run asks for, if every response is as long as it may be",
-        (*columns, *(("MB up", "MB down at most") if remote else ()), *(("dollars at most",) if paid else ())),
-        [_work_row(each, remote, paid) for each in work],
-    )
-
-
-def say_traffic(backend: Backend) -> None:
-    """Say on standard error what a run sent to a server; nothing for a model that is here."""
-    from persona_lens.backend.protocol import RemoteBackend
-
-    if isinstance(backend, RemoteBackend):
-        made = backend.traffic
-        up, down = made.bytes_up / 1e6, made.bytes_down / 1e6
-        say(f"server: {counted(made.requests, 'request')}, {up:,.2f} MB up, {down:,.2f} MB down", err=True)
-
-
-def _work_row(work: Work, remote: bool, paid: bool) -> tuple[str, ...]:
-    amounts = [work.label, f"{work.requests:,}", f"{work.rows:,}", f"{work.tokens:,}"]
-    if remote:
-        sizes = (work.traffic.bytes_up, work.traffic.bytes_down) if work.traffic else ()
-        amounts += [f"{size / 1e6:,.1f}" for size in sizes] or ["-", "-"]
-    if paid:
-        amounts.append("-" if work.cost is None else f"{work.cost:,.2f}")
-    return tuple(amounts)
-
-
-Kind = TypeVar("Kind", bound=StrEnum)
-
-
-def choice(kind: type[Kind], text: str, option: str) -> Kind:
-    """The member of an enumeration that an option names."""
-    try:
-        return kind(text)
-    except ValueError:
-        raise PersonaLensError(f"{option} takes {', '.join(kind)}; got {text!r}") from None
-
-
-def numbers(text: str, option: str) -> list[float]:
-    """The numbers in a comma-separated option."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise PersonaLensError(
-            f"{option} takes numbers with commas between them, such as 0.5,1,2; got {in_short(text)!r}"
-        ) from None
-
-
-def layer_numbers(text: str, n_layers: int) -> list[int]:
-    """The layers in an option: ``18``, ``12,15,18``, ``10-20`` or ``all``.
-
-    Raises:
-        PersonaLensError: If it is none of these, or names a layer that the model does not have.
-    """
-    if text == "all":
-        return list(range(n_layers))
-    layers: set[int] = set()
-    for part in text.split(","):
-        found = _LAYERS.fullmatch(part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if first > last:
-            raise PersonaLensError(f"--layers takes 18, 12,15,18, 10-20 or all; got {in_short(text)!r}")
-        if last >= n_layers:
-            outside = max(first, n_layers)
-            raise PersonaLensError(f"layer {outside} does not exist: the model has layers 0 to {n_layers - 1}")
-        layers.update(range(first, last + 1))
-    return sorted(layers)
-
-
-_LAYERS = re.compile(r"\s*([0-9]{1,15})(?:-([0-9]{1,15}))?\s*")
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether an option or argument stood in the command."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from persona_lens.cli import options
-from persona_lens.cli.display import say, say_json
-from persona_lens.cli.grouping import grouped
-from persona_lens.cli.sweep import AllowOtherModel
+from persona_lens.cli.display import show_rows
+from persona_lens.cli.runner import deliver, say_traffic
+from persona_lens.cli.settings import Option, argument
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import in_short
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
@@ -19,48 +19,21 @@ if TYPE_CHECKING:
     from persona_lens.monitoring import MonitorCalibration, Threshold
     from persona_lens.vectors import PersonaVectors
 
-SHOWN = 60
+VECTORS = argument(
+    'VECTORS... "TEXT"',
+    "Vectors of one trait or more (files, or run folders), and then the user's message, unless --file.",
+)
 
 
-@grouped
 def prompt_command(
-    model: options.Model,
-    vectors: Annotated[
-        list[str],
-        typer.Argument(
-            metavar='VECTORS... "TEXT"',
-            help="Vectors of one trait or more (files, or run folders), and then the user's message, unless --file.",
-            show_default=False,
-        ),
-    ],
-    system: Annotated[
-        str | None, typer.Option("--system", help="System prompt before the message.", show_default=False)
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--file",
-            metavar="FILE",
-            help="Conversations (OpenAI messages or ShareGPT as JSONL, or plain text) that end with the user.",
-            show_default=False,
-        ),
-    ] = None,
-    layer: Annotated[
-        int | None,
-        typer.Option("--layer", help="Block index, 0-based.", show_default="as calibrated, or as tuned"),
-    ] = None,
-    false_alarm_rate: Annotated[
-        float | None,
-        typer.Option("--false-alarm-rate", help="Say which prompts raise an alarm at this rate.", show_default=False),
-    ] = None,
-    reduction: Annotated[
-        str | None,
-        typer.Option("--reduction", help="Which of the vectors.", show_default="as calibrated, or response_mean"),
-    ] = None,
-    allow_other_model: AllowOtherModel = False,
-    as_json: options.AsJson = False,
-    *,
-    opening: options.ModelOptions,
+    subject: options.Subject,
+    vectors: Annotated[list[str], VECTORS],
+    system: Annotated[str | None, Option("System prompt before the message.")] = None,
+    file: Annotated[Path | None, Option(metavar="FILE")] = None,
+    layer: Annotated[int | None, Option("Block index, 0-based.", shown="as calibrated, or as tuned")] = None,
+    false_alarm_rate: float | None = None,
+    reduction: Annotated[str | None, Option("Which of the vectors.", shown="as calibrated, or response_mean")] = None,
+    allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Project the last token of prompts on traits; nothing is generated.
 
@@ -68,37 +41,43 @@ def prompt_command(
     shows the trait, and `--false-alarm-rate` with a threshold.
 
     Example: `persona-lens monitor prompt smollm2-135m runs/study-optimistic-smollm2-135m "How will my exam go?"`
-    """
-    from persona_lens.monitoring import threshold_for
-    from persona_lens.vectors import load_vectors
 
+    Args:
+        file: Conversations (OpenAI messages or ShareGPT as JSONL, or plain text) that end with the user.
+        false_alarm_rate: Say which prompts raise an alarm at this rate.
+    """
     paths, text = _split(vectors, file)
     if file is not None and system is not None:
         raise PersonaLensError("--system goes with a message; conversations in --file bring their own")
-    loaded = [load_vectors(path) for path in paths]
-    places = [_place(each, layer, reduction) for each in loaded]
-    calibrations = [_calibration(each, *place) for each, place in zip(loaded, places, strict=True)]
-    thresholds: list[Threshold | None] = [None] * len(loaded)
-    if false_alarm_rate is not None:
-        thresholds = [threshold_for(_needed(c, v), false_alarm_rate) for c, v in zip(calibrations, loaded, strict=True)]
-    opened = opening.open(model)
-    names, prompts = _prompts(opening.chat(opened), text, system, file)
-    read = _read(opened, prompts, loaded, places, allow_other_model)
-    found = [
-        [
-            _row(each.trait, place[0], value, calibration, threshold)
-            for each, place, value, calibration, threshold in zip(
-                loaded, places, values, calibrations, thresholds, strict=True
-            )
-        ]
-        for values in read
-    ]
-    options.say_traffic(opened)
-    if as_json:
-        rows = [{"prompt": name, "traits": traits} for name, traits in zip(names, found, strict=True)]
-        say_json({"prompts": rows})
-    else:
-        _show(names, found, false_alarm_rate)
+    loaded = options.open_vectors(list(map(Path, paths)))
+    places = [_place(each, layer, reduction, false_alarm_rate) for each in loaded]
+    opened, chat = subject.open()
+    names, prompts = _prompts(chat, text, system, file)
+    read = _read(opened, prompts, places, allow_other_model)
+    found = [[place.row(value) for place, value in zip(places, values, strict=True)] for values in read]
+    say_traffic(opened)
+    rows = [{"prompt": name, "traits": traits} for name, traits in zip(names, found, strict=True)]
+    deliver({"prompts": rows}, lambda: _show(rows, false_alarm_rate), subject.as_json)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a trait is read, and what is known of values there."""
+
+    vectors: PersonaVectors
+    layer: int
+    reduction: str
+    calibration: MonitorCalibration | None
+    threshold: Threshold | None
+
+    def row(self, value: float) -> dict[str, Any]:
+        """What is said of a value."""
+        row: dict[str, Any] = {"trait": self.vectors.trait, "layer": self.layer, "projection": value}
+        row["probability"] = self.calibration.probability(value) if self.calibration else None
+        row["caveat"] = self.calibration.caveat if self.calibration else None
+        if self.threshold is not None:
+            row |= {"threshold": self.threshold.to_json(), "alarm": value >= self.threshold.value}
+        return row
 
 
 def _split(given: list[str], file: Path | None) -> tuple[list[str], str | None]:
@@ -113,42 +92,33 @@ def _split(given: list[str], file: Path | None) -> tuple[list[str], str | None]:
     return given[:-1], given[-1]
 
 
-def _place(vectors: PersonaVectors, layer: int | None, reduction: str | None) -> tuple[int, str]:
-    """Where to read, and which of the vectors."""
-    from persona_lens.monitoring import is_calibrated, monitor_calibration
+def _place(vectors: PersonaVectors, layer: int | None, reduction: str | None, rate: float | None) -> _Place:
+    """Where to read, which of the vectors, and what a study has found there, if one has."""
+    from persona_lens.monitoring import is_calibrated, monitor_calibration, threshold_for
     from persona_lens.vectors import DEFAULT_REDUCTION
 
+    tuned = vectors.tuned
     if is_calibrated(vectors):
         stored = monitor_calibration(vectors)
-        return stored.layer if layer is None else layer, reduction or stored.reduction
-    if layer is None and vectors.tuned is None:
+        layer, reduction = stored.layer if layer is None else layer, reduction or stored.reduction
+    elif layer is None and tuned is not None:
+        layer, reduction = tuned.layer, reduction or tuned.reduction
+    elif layer is None:
         raise PersonaLensError(
             f"the vectors of {vectors.trait!r} are neither calibrated (`persona-lens monitor study`) nor tuned; name a "
             "layer with --layer"
         )
-    tuned = vectors.tuned
-    if layer is None and tuned is not None:
-        return tuned.layer, reduction or tuned.reduction
-    return layer or 0, reduction or DEFAULT_REDUCTION
-
-
-def _calibration(vectors: PersonaVectors, layer: int, reduction: str) -> MonitorCalibration | None:
-    """The calibration of that very place, if there is one."""
-    from persona_lens.monitoring import monitor_calibration
-
+    reduction = reduction or DEFAULT_REDUCTION
     vectors.vector(layer, reduction)
-    if (stored := vectors.monitor) is None or stored.reduction != reduction or layer not in stored.layers:
-        return None
-    return monitor_calibration(vectors, layer)
-
-
-def _needed(calibration: MonitorCalibration | None, vectors: PersonaVectors) -> MonitorCalibration:
-    if calibration is None:
+    known = (monitor := vectors.monitor) is not None and monitor.reduction == reduction and layer in monitor.layers
+    calibration = monitor_calibration(vectors, layer) if known else None
+    if rate is not None and calibration is None:
         raise PersonaLensError(
             f"--false-alarm-rate needs a calibration, and the vectors of {vectors.trait!r} have none for this layer; "
             "make one with `persona-lens monitor study`, and use the vectors in its folder"
         )
-    return calibration
+    threshold = threshold_for(calibration, rate) if rate is not None and calibration is not None else None
+    return _Place(vectors, layer, reduction, calibration, threshold)
 
 
 def _prompts(
@@ -177,70 +147,41 @@ def _prompts(
 
 
 def _read(
-    backend: Backend,
-    prompts: list[list[int]],
-    loaded: list[PersonaVectors],
-    places: list[tuple[int, str]],
-    allow_other_model: bool,
+    backend: Backend, prompts: list[list[int]], places: list[_Place], allow_other_model: bool
 ) -> list[list[float]]:
     """Each prompt's projection on each trait; one pass for all traits that use the same of their vectors."""
     from persona_lens.monitoring import prompt_projections
 
-    layers = sorted({layer for layer, _ in places})
-    found = [[0.0] * len(loaded) for _ in prompts]
-    for reduction in dict.fromkeys(reduction for _, reduction in places):
-        members = [number for number, (_, which) in enumerate(places) if which == reduction]
+    layers = sorted({place.layer for place in places})
+    found = [[0.0] * len(places) for _ in prompts]
+    for reduction in dict.fromkeys(place.reduction for place in places):
+        members = [number for number, place in enumerate(places) if place.reduction == reduction]
         read = prompt_projections(
             backend,
             prompts,
-            [loaded[number] for number in members],
+            [places[number].vectors for number in members],
             layers,
             reduction=reduction,
             allow_other_model=allow_other_model,
         )
         for at, number in enumerate(members):
-            for row, value in zip(found, read[:, at, layers.index(places[number][0])].tolist(), strict=True):
+            for row, value in zip(found, read[:, at, layers.index(places[number].layer)].tolist(), strict=True):
                 row[number] = value
     return found
 
 
-def _row(
-    trait: str, layer: int, value: float, calibration: MonitorCalibration | None, threshold: Threshold | None
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"trait": trait, "layer": layer, "projection": value}
-    row["probability"] = calibration.probability(value) if calibration else None
-    row["caveat"] = calibration.caveat if calibration else None
-    if threshold is not None:
-        row |= {"threshold": threshold.to_json(), "alarm": value >= threshold.value}
-    return row
-
-
-def _show(names: list[str], found: list[list[dict[str, Any]]], rate: float | None) -> None:
-
-    from persona_lens.cli.display import print_table
-    from persona_lens.core.text import printable
-
+def _show(prompts: list[dict[str, Any]], rate: float | None) -> None:
     title = "Where the last token of the prompt stands, and how likely a reply shows the trait"
-    several = len(names) > 1
-    alarms = () if rate is None else ("alarm from", "alarm")
-    print_table(
-        title if rate is None else f"{title}; alarms at a false-alarm rate of {100 * rate:g}%",
-        (*(("prompt",) if several else ()), "trait", "projection", "probability", *alarms),
-        [
-            (
-                *((_in_short(printable(" ".join(name.split()))),) if several else ()),
-                f"{row['trait']}@{row['layer']}",
-                f"{row['projection']:.3f}",
-                "-" if row["probability"] is None else f"{row['probability']:.2f}",
-                *(() if rate is None else (f"{row['threshold']['value']:.3f}", "ALARM" if row["alarm"] else "")),
-            )
-            for name, rows in zip(names, found, strict=True)
-            for row in rows
-        ],
-    )
-    for caveat in dict.fromkeys(row["caveat"] for rows in found for row in rows if row["caveat"]):
-        say(f"note: {printable(caveat)}", err=True)
-
-
-def _in_short(text: str) -> str:
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    columns: dict[str, Any] = {"prompt": lambda row: in_short(row[0])} if len(prompts) > 1 else {}
+    columns |= {
+        "trait": lambda row: f"{row[1]['trait']}@{row[1]['layer']}",
+        "projection": (lambda row: row[1]["projection"], ".3f"),
+        "probability": (lambda row: row[1]["probability"], ".2f"),
+    }
+    if rate is not None:
+        title += f"; alarms at a false-alarm rate of {100 * rate:g}%"
+        columns["alarm from"] = (lambda row: row[1]["threshold"]["value"], ".3f")
+        columns["alarm"] = lambda row: "ALARM" if row[1]["alarm"] else ""
+    rows = [(each["prompt"], trait) for each in prompts for trait in each["traits"]]
+    show_rows(title, rows, columns)
+    options.say_notes(list(dict.fromkeys(trait["caveat"] for _, trait in rows if trait["caveat"])))

@@ -8,64 +8,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from persona_lens.cli import judges, options
-from persona_lens.cli.display import say, say_json
+from persona_lens.cli.display import say, showing_progress
+from persona_lens.cli.runner import deliver, show_work
+from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
+    from persona_lens.extraction import ExtractionSettings
     from persona_lens.extraction.external import Generated
     from persona_lens.models.server import CompletionServer
     from persona_lens.runs.rollouts import Request, RolloutSettings
 
 ALL_QUESTIONS = 20  # what `extract` takes by itself
+SETTINGS = Fields(
+    "persona_lens.extraction:ExtractionSettings",
+    without=("threshold", "coherence", "paired", "sinks", "batch_size", "batch_tokens"),
+)
 
 
 def responses(
-    trait: Annotated[str, typer.Argument(metavar="TRAIT", help="A trait's name, or the path of its YAML file.")],
-    server_model: Annotated[
-        str, typer.Option("--server-model", metavar="NAME", help="The model, as the server names it.")
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.jsonl", help="Where to write; never overwritten.", show_default=False)
-    ],
-    server_url: Annotated[
-        str | None,
-        typer.Option(
-            "--server-url", help="The server's address up to `/v1`; or set OPENAI_BASE_URL.", show_default=False
-        ),
-    ] = None,
-    server_key: Annotated[
-        str | None,
-        typer.Option(
-            "--server-key",
-            metavar="VARIABLE",
-            help="Environment variable with the key.",
-            show_default="OPENAI_API_KEY",
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Responses for each question and instruction; the paper takes 10.")] = 1,
-    questions: Annotated[
-        int, typer.Option(help="How many of the trait's 20 extraction questions to use.")
-    ] = ALL_QUESTIONS,
-    max_new_tokens: options.MaxNewTokens = 48,
-    temperature: options.Temperature = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
-    seed: options.Seed = 0,
-    at_once: Annotated[
-        int | None, typer.Option("--at-once", help="Requests under way at the same time.", show_default="16")
-    ] = None,
-    rate: Annotated[
-        str | None,
-        typer.Option("--rate", metavar="REQUESTS[,TOKENS]", help="At most so many a minute.", show_default=False),
-    ] = None,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds that one response may take.")] = 300.0,
-    prices: judges.PricesOption = None,
-    max_spend: Annotated[
-        float | None,
-        typer.Option("--max-spend", help="Stop before the responses cost more dollars.", show_default=False),
-    ] = None,
+    trait: options.TraitName,
+    server_model: Annotated[str, Option(metavar="NAME")],
+    out: Annotated[Path, Option("Where to write; never overwritten.", metavar="FILE.jsonl")],
+    given: Annotated[Given, SETTINGS],
+    server_url: Annotated[str | None, Option(judges.SERVER_URL)] = None,
+    server_key: judges.ServerKey = None,
+    at_once: Annotated[int | None, Option("Requests under way at the same time.", shown="16")] = None,
+    rate: judges.Rate = None,
+    timeout: float = 300.0,
+    prices: judges.Prices = None,
+    max_spend: float | None = None,
     dry_run: options.DryRun = False,
     traits_dir: options.TraitsDirs = None,
     as_json: options.AsJson = False,
@@ -77,17 +50,19 @@ def responses(
 
     Example: `persona-lens responses evil --server-model Qwen/Qwen2.5-7B-Instruct --server-url http://127.0.0.1:8000/v1
     --samples 10 --max-new-tokens 1000 --at-once 256 --out evil.jsonl`
-    """
-    from persona_lens.cli.display import showing_progress
-    from persona_lens.extraction import ExtractionSettings, plan_requests
-    from persona_lens.extraction.external import generate_responses
-    from persona_lens.runs.rollouts import RolloutSettings
 
+    Args:
+        server_model: The model, as the server names it.
+        timeout: Seconds that one response may take.
+        max_spend: Stop before the responses cost more dollars.
+    """
+    from persona_lens.extraction import plan_requests
+    from persona_lens.extraction.external import generate_responses
+
+    settings: ExtractionSettings = given.make()
+    sampling = settings.rollouts
     loaded = options.open_trait(trait, traits_dir or ())
-    sampling = RolloutSettings(max_new_tokens, temperature, top_p)
-    requests = plan_requests(
-        loaded, ExtractionSettings(samples=samples, questions=questions, seed=seed, rollouts=sampling)
-    )
+    requests = plan_requests(loaded, settings)
     server = judges.open_server(
         server_model,
         server_url,
@@ -108,14 +83,15 @@ def responses(
     finally:
         judges.say_usage(server, "server")
     _say_gaps(made)
-    if as_json:
-        say_json({"file": str(out), **asdict(made), "cost": server.spending.cost})
-    else:
+
+    def show() -> None:
         say(
             f"{counted(made.rows, 'response')}: {out}\n"
-            f"read them:  {_reading(trait, out, questions, traits_dir or ())}\n"
+            f"read them:  {_reading(trait, out, settings.questions, traits_dir or ())}\n"
             f"MODEL is the model that the server calls {server_model}: its hub id, or a folder with its weights"
         )
+
+    deliver({"file": str(out), **asdict(made), "cost": server.spending.cost}, show, as_json)
 
 
 def _show_plan(server: CompletionServer, requests: Sequence[Request], settings: RolloutSettings, as_json: bool) -> None:
@@ -124,23 +100,19 @@ def _show_plan(server: CompletionServer, requests: Sequence[Request], settings: 
 
     usage, prices = planned_usage(requests, settings), server.spending.prices
     work = Work("generating", usage.requests, len(requests), usage.tokens, cost=prices.cost(usage) if prices else None)
-    options.show_work([work], as_json, asked="requests")
+    show_work([work], as_json, asked="requests")
 
 
 def _say_gaps(made: Generated) -> None:
     """Say on standard error which responses have no text, and why."""
-    if made.refused:
-        say(
-            f"note: the server refused {made.refused:,} of {counted(made.rows, 'request')}, which count as responses "
-            f"without a score; the first: {made.reason}",
-            err=True,
-        )
-    if made.empty:
-        say(
-            f"note: {made.empty:,} of {made.rows:,} responses are empty; a model that reasons first needs more "
-            "--max-new-tokens",
-            err=True,
-        )
+    refused = (
+        f"the server refused {made.refused:,} of {counted(made.rows, 'request')}, which count as responses without a "
+        f"score; the first: {made.reason}"
+    )
+    empty = (
+        f"{made.empty:,} of {made.rows:,} responses are empty; a model that reasons first needs more --max-new-tokens"
+    )
+    options.say_notes([*([refused] if made.refused else []), *([empty] if made.empty else [])])
 
 
 def _reading(trait: str, out: Path, questions: int, traits_dirs: Sequence[Path]) -> str:

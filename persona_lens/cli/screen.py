@@ -2,110 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from persona_lens.cli import judges, options
-from persona_lens.cli.display import say
-from persona_lens.cli.effects import SeveralVectors
-from persona_lens.cli.grouping import grouped
-from persona_lens.cli.screened import finish
+from persona_lens.cli.display import interval_text, print_table, say
+from persona_lens.cli.runner import Experiment, Run, Session
+from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.data.datasets import Dataset
     from persona_lens.judging import Judge
     from persona_lens.monitoring import Panel
-    from persona_lens.screening import Flagging
-
-
-@dataclass(frozen=True)
-class BaseOptions:
-    """Where base responses come from."""
-
-    base: Annotated[
-        str,
-        typer.Option(
-            "--base",
-            metavar="none|generate|FILE",
-            help="The base model's own responses: `generate` has the model answer every prompt; a file has a "
-            "column `response` (or lists, `responses`), rows in the order of DATA.",
-        ),
-    ] = "none"
-    share: Annotated[
-        float, typer.Option("--base-share", help="Share of the rows, drawn at random, that get a base response.")
-    ] = 1.0
-    samples: Annotated[
-        int,
-        typer.Option("--base-samples", help="Responses to a prompt; their mean holds less noise. Needs --temperature."),
-    ] = 1
-    temperature: Annotated[float, typer.Option("--temperature", help="Of generated base responses; 0 is greedy.")] = 0.0
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Length limit of a generated base response.")
-    ] = 128
-
-    @property
-    def supplied(self) -> str | None:
-        """The file."""
-        return None if self.base in ("none", "generate") else self.base
-
-    def settings(self) -> dict[str, Any]:
-        """The same, by the names that `ScreeningSettings` has for it."""
-        from persona_lens.screening import BaseResponses
-
-        return {
-            "base": BaseResponses.SUPPLIED if self.supplied else BaseResponses(self.base),
-            "base_share": self.share,
-            "base_samples": self.samples,
-            "temperature": self.temperature,
-            "max_new_tokens": self.max_new_tokens,
-        }
+    from persona_lens.screening import Flagging, Screening, ScreeningSettings
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What is read of the datasets."""
+    """What is read of the datasets.
 
-    also: Annotated[
-        list[str] | None,
-        typer.Option("--also", metavar="DATA", help="Another dataset, to compare. Repeatable.", show_default=False),
-    ] = None
-    reference: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--reference", metavar="DATA", help="Clean rows, from which thresholds are taken. Repeatable.",
-            show_default=False,
-        ),
-    ] = None  # fmt: skip
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--form",
-            help="`messages`, `sharegpt`, `prompt-response`, `alpaca` or `preference`.",
-            show_default="what it looks like",
-        ),
-    ] = None
-    split: Annotated[str, typer.Option("--split", help="Of a folder or a dataset of the hub.")] = "train"
-    subset: Annotated[
-        str | None, typer.Option("--subset", help="Configuration of such a dataset.", show_default=False)
-    ] = None
-    side: Annotated[
-        str | None,
-        typer.Option("--side", help="Of preference pairs: `chosen` or `rejected`.", show_default=False),
-    ] = None
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Rows of each dataset at most.", show_default=False)
-    ] = None
-    label: Annotated[
-        str | None, typer.Option("--label", metavar="COLUMN", help="Labels, for ROC and AUC.", show_default=False)
-    ] = None
-    by: Annotated[
-        str | None, typer.Option("--by", metavar="COLUMN", help="Give means for each value.", show_default=False)
-    ] = None
+    Attributes:
+        also: Another dataset, to compare. Repeatable.
+        reference: Clean rows, from which thresholds are taken. Repeatable.
+        form: `messages`, `sharegpt`, `prompt-response`, `alpaca` or `preference`; None is what it looks like.
+        split: Of a folder or a dataset of the hub.
+        subset: Configuration of such a dataset.
+        side: Of preference pairs: `chosen` or `rejected`.
+        limit: Rows of each dataset at most.
+        label: Labels, for ROC and AUC.
+        by: Give means for each value.
+    """
+
+    also: Annotated[list[str] | None, Option(metavar="DATA")] = None
+    reference: Annotated[list[str] | None, Option(metavar="DATA")] = None
+    form: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    side: str | None = None
+    limit: Annotated[int | None, Option(least=1)] = None
+    label: Annotated[str | None, Option(metavar="COLUMN")] = None
+    by: Annotated[str | None, Option(metavar="COLUMN")] = None
 
     def open(self, data: str, supplied: str | None) -> tuple[list[Dataset], list[Dataset]]:
         """The datasets, and the clean references; how each is read is said on standard error."""
@@ -113,137 +52,73 @@ class DataOptions:
 
         if supplied and (self.also or self.reference):
             raise PersonaLensError("--base FILE goes with one dataset; with --also or --reference take --base generate")
-        found: list[list[Dataset]] = [[], []]
-        for place, names in enumerate(([data, *(self.also or ())], self.reference or ())):
-            for name in names:
-                screened = place == 0
-                dataset = open_dataset(
-                    name,
-                    form=self.form,
-                    label=self.label if screened else None,
-                    by=self.by if screened else None,
-                    limit=self.limit,
-                    base=supplied,
-                    split=self.split,
-                    subset=self.subset,
-                    side=self.side,
-                )
-                say(f"{dataset.name}: rows in the form {dataset.form}", err=True)
-                found[place].append(dataset)
-        return found[0], found[1]
+        read = {"form": self.form, "limit": self.limit, "base": supplied, "split": self.split}
+        read |= {"subset": self.subset, "side": self.side}
+        labels = {"label": self.label, "by": self.by}
+        screened = [open_dataset(name, **read, **labels) for name in (data, *(self.also or ()))]  # type: ignore[arg-type]
+        references = [open_dataset(name, **read) for name in self.reference or ()]  # type: ignore[arg-type]
+        for dataset in (*screened, *references):
+            say(f"{dataset.name}: rows in the form {dataset.form}", err=True)
+        return screened, references
 
 
 @dataclass(frozen=True)
-class FlagOptions:
-    """How rows are ranked and flagged."""
+class JudgingOptions:
+    """The second opinion on what is flagged.
 
-    score: Annotated[
-        str | None,
-        typer.Option(
-            "--score",
-            help="Rank and flag by `raw`, `difference` or `prompt_difference`.",
-            show_default="difference if every row has a base response, else raw",
-        ),
-    ] = None
-    false_positive_rate: Annotated[
-        float, typer.Option("--false-positive-rate", help="Share of the reference rows that may be flagged.")
-    ] = 0.05
-    undecided: Annotated[
-        str,
-        typer.Option(
-            "--undecided",
-            metavar="interval|none|RATE",
-            help="Rows within the threshold's 95% interval; none; or rows up to a larger false-positive rate.",
-        ),
-    ] = "interval"
-    clean: Annotated[
-        str | None,
-        typer.Option(
-            "--clean", metavar="VALUE", help="With --label: that of clean rows.", show_default="what is usual"
-        ),
-    ] = None
-    random_directions: Annotated[
-        int, typer.Option("--random-directions", help="With --label: directions that stand beside the traits.")
-    ] = 20
-    top_k: Annotated[int, typer.Option("--top-k", help="Rows shown at either end, for each trait.")] = 10
+    Attributes:
+        judge: A second opinion on flagged rows: `openai:MODEL`, `local` or `local:MODEL`.
+        judging: What else there is to say of the judge.
+    """
 
-    def flagging(self, judged: int) -> Flagging:
-        """The same as the library takes it."""
-        from persona_lens.screening import Band, Flagging, Quantity
+    judge: str | None = None
+    judging: judges.JudgeOptions = field(default_factory=judges.JudgeOptions)
 
-        if self.undecided in list(Band):
-            band: Band | float = Band(self.undecided)
-        else:
-            try:
-                band = float(self.undecided)
-            except ValueError:
-                raise PersonaLensError(
-                    f"--undecided takes interval, none or a rate such as 0.1; got {self.undecided!r}"
-                ) from None
-        score = options.choice(Quantity, self.score, "--score") if self.score else None
-        return Flagging(score, self.false_positive_rate, band, self.clean, self.random_directions, self.top_k, judged)
+    def open(self, at: Session, panel: Panel, opening: options.ModelOptions) -> dict[str, Judge] | None:
+        """A judge for each trait."""
+        if self.judge is None:
+            self.judging.refuse_useless("none")
+            return None
+        traits = {gauge.trait: gauge.vectors.trait_definition for gauge in panel.gauges}
+        found = self.judging.open_each(self.judge, traits, at.backend, at.chat, opening.dtype, opening.device)
+        if found is None:
+            raise PersonaLensError(
+                "the likelihood judge is the model itself; a second opinion is openai:MODEL or local:MODEL"
+            )
+        return found
 
 
-@grouped
+DATA = "A JSONL, CSV or Parquet file, a folder, OWNER/NAME on the Hugging Face hub, or `demonstration:impolite`."
+SETTINGS = Fields(
+    "persona_lens.screening:ScreeningSettings",
+    without=("base", "look_ahead"),
+    base_share=Option(),
+    temperature=Option("Of generated base responses; 0 is greedy."),
+)
+FLAGGING = Fields(
+    "persona_lens.screening:Flagging",
+    without=("undecided",),
+    score=Option("Rank and flag by", shown="difference if every row has a base response, else raw"),
+    random_directions=Option("With --label: directions that stand beside the traits."),
+    judged=Option("With --judge: flagged rows of each trait at most, the largest first."),
+    clean=Option("With --label: that of clean rows.", metavar="VALUE", shown="what is usual"),
+)
+UNDECIDED = Option(metavar="interval|none|RATE")
+
+
 def screen(
-    model: options.Model,
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA",
-            help="A JSONL, CSV or Parquet file, a folder, OWNER/NAME on the Hugging Face hub, or "
-            "`demonstration:impolite`.",
-            show_default=False,
-        ),
-    ],
-    vectors: SeveralVectors,
-    layers: Annotated[
-        str | None, typer.Option("--layers", help="`18`, `12,18` or `all`.", show_default="where each was tuned")
-    ] = None,
-    turns: Annotated[
-        str, typer.Option("--turns", help="Answers of a conversation that count: `last` or `all`.")
-    ] = "last",
-    max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", help="Longer rows are rejected.", show_default="what the model takes"),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge",
-            help="A second opinion on flagged rows: `openai:MODEL`, `local` or `local:MODEL`.",
-            show_default=False,
-        ),
-    ] = None,
-    judged: Annotated[
-        int, typer.Option("--judged", help="With --judge: flagged rows of each trait at most, the largest first.")
-    ] = 100,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray", metavar="ADDRESS", help="Spread over a Ray cluster; `local` starts one here.", show_default=False
-        ),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option("--workers", help="With --ray.", show_default="one for each GPU or machine")
-    ] = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder; kept and resumed.", show_default="runs/screen-DATA-MODEL")
-    ] = None,
-    batch_size: options.BatchSize = 64,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option("--batch-tokens", help="Tokens that run at once.", show_default="what the device is fast at"),
-    ] = None,
-    seed: options.Seed = 0,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-    *,
+    run: Annotated[Run, Fields(without=("judge", "judging"), out=Option(shown="runs/screen-DATA-MODEL"))],
+    data: Annotated[str, argument("DATA", DATA)],
+    vectors: options.SeveralVectors,
+    given: Annotated[Given, SETTINGS],
+    flags: Annotated[Given, FLAGGING],
     reading: DataOptions,
-    base: BaseOptions,
-    flags: FlagOptions,
-    opening: options.ModelOptions,
-    judging: judges.JudgeOptions,
+    second: JudgingOptions,
+    base: Annotated[str, Option(metavar="none|generate|FILE")] = "none",
+    undecided: Annotated[str, UNDECIDED] = "interval",
+    layers: options.PanelLayers = None,
+    ray: Annotated[str | None, Option(metavar="ADDRESS")] = None,
+    workers: Annotated[int, Option(shown="one for each GPU or machine")] = 0,
 ) -> None:
     """Say what a dataset would do to the model's character, and sort its rows.
 
@@ -252,87 +127,184 @@ def screen(
     --reference, the dataset split into kept, flagged and undecided rows.
 
     Example: `persona-lens screen smollm2-135m chats.jsonl runs/tuned-impolite --reference clean.jsonl`
-    """
-    from persona_lens.cli.display import showing_progress
-    from persona_lens.monitoring import Panel
-    from persona_lens.screening import KnownModel, ScreeningSettings, Turns, screening_work
-    from persona_lens.screening import screen as run_screening
-    from persona_lens.vectors import load_vectors
 
-    settings = ScreeningSettings(
-        options.choice(Turns, turns, "--turns"),
-        max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        **base.settings(),
-    )
-    flagging = flags.flagging(judged)
+    Args:
+        base: The base model's own responses: `generate` has the model answer every prompt; a file has a column
+            `response` (or lists, `responses`), rows in the order of DATA.
+        undecided: Rows within the threshold's 95% interval; none; or rows up to a larger false-positive rate.
+        ray: Spread over a Ray cluster; `local` starts one here.
+        workers: With --ray.
+    """
+    from persona_lens import __version__
+    from persona_lens.monitoring import Panel
+    from persona_lens.reports.screening import render_screening
+    from persona_lens.screening import BaseResponses, screening_work
+
+    supplied = None if base in ("none", "generate") else base
+    settings: ScreeningSettings = given.make(base=BaseResponses.SUPPLIED if supplied else BaseResponses(base))
+    flagging: Flagging = flags.make(undecided=_band(undecided))
     if workers and ray is None:
         raise PersonaLensError("--workers is for --ray; give an address, or `--ray local`")
-    datasets, references = reading.open(data, base.supplied)
-    loaded = [load_vectors(path) for path in vectors]
-    panel = Panel.of(loaded, options.layer_numbers(layers, loaded[0].model.n_layers) if layers else None)
-    opened = opening.open(model, offline=dry_run)
-    chat = opening.chat(opened)
-    work = partial(screening_work, opened, datasets, panel, settings, reference=references, chat=chat)
-    if options.planned(work, opening, dry_run, as_json):
-        return
-    del work  # which holds the model
-    asked = _judges(judge, panel, opened, chat, opening, judging)
-    crew = _crew(ray, workers, model, opening)
-    if ray is not None:
-        opened = KnownModel.of(opened)
-    folder = out or options.run_folder(f"screen-{datasets[0].source.stem}", loaded[0].model.model)
-    first = next(iter((asked or {}).values()), None)
-    with judges.saying_spending(first), showing_progress() as progress:
+    datasets, references = reading.open(data, supplied)
+    panel = Panel.of(*options.open_layers(vectors, layers))
+    experiment = Experiment(
+        lambda at: _screen(at, datasets, references, panel, settings, flagging, second, _Workers(run, ray, workers)),
+        lambda found, _: _show(found.summary),
+        lambda at: screening_work(at.backend, datasets, panel, settings, reference=references, chat=at.chat),
+        name=f"screen-{datasets[0].source.stem}",
+        model=panel.gauges[0].vectors.model.model,
+        page=lambda found: render_screening(found.summary, __version__),
+    )
+    run.carry_out(experiment)
+
+
+def _band(text: str) -> Any:
+    from persona_lens.screening import Band
+
+    if text in list(Band):
+        return Band(text)
+    try:
+        return float(text)
+    except ValueError:
+        raise PersonaLensError(f"--undecided takes interval, none or a rate such as 0.1; got {text!r}") from None
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """What runs the model."""
+
+    run: Run
+    ray: str | None
+    workers: int
+
+    def crew(self) -> Any:
+        from persona_lens.screening import OneProcess, OpenedBy, RayCrew
+
+        opening = self.run.opening
+        if self.ray is None:
+            return OneProcess()
+        if opening.remote:
+            raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
+        names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
+        kept = {name: value for name in names if (value := getattr(opening, name)) not in (None, False)}
+        template = opening.chat_template.read_text(encoding="utf-8") if opening.chat_template else None
+        opened_by = OpenedBy(self.run.model, opening.backend, kept, template, opening.thinking)
+        return RayCrew(self.ray, opened_by, self.workers)
+
+
+def _screen(
+    at: Session,
+    datasets: list[Dataset],
+    references: list[Dataset],
+    panel: Panel,
+    settings: ScreeningSettings,
+    flagging: Flagging,
+    second: JudgingOptions,
+    workers: _Workers,
+) -> Screening:
+    from persona_lens.screening import KnownModel
+    from persona_lens.screening import screen as run_screening
+
+    asked = second.open(at, panel, workers.run.opening)
+    crew = workers.crew()
+    if workers.ray is not None:
+        at.backend = KnownModel.of(at.backend)  # the model itself is let go
+    with judges.saying_spending(next(iter((asked or {}).values()), None)):
         found = run_screening(
-            opened,
+            at.backend,
             datasets,
             panel,
             settings,
-            folder=folder,
+            folder=at.kept,
             reference=references,
             flagging=flagging,
             judges=asked,
-            chat=chat,
+            chat=at.chat,
             crew=crew,
-            progress=progress,
+            progress=at.shown,
         )
-    options.say_traffic(opened)
-    finish(found, folder, as_json)
-
-
-def _judges(
-    judge: str | None, panel: Panel, opened: Any, chat: Any, opening: options.ModelOptions, judging: judges.JudgeOptions
-) -> dict[str, Judge] | None:
-
-    if judge is None:
-        judging.refuse_useless("none")
-        return None
-    traits = {gauge.trait: gauge.vectors.trait_definition for gauge in panel.gauges}
-    found = judging.open_each(judge, traits, opened, chat, opening.dtype, opening.device)
-    if found is None:
-        raise PersonaLensError(
-            "the likelihood judge is the model itself; a second opinion is openai:MODEL or local:MODEL"
-        )
+    _say_course(found, at.kept)
     return found
 
 
-def _crew(ray: str | None, workers: int, model: str, opening: options.ModelOptions) -> Any:
-    from persona_lens.screening import OneProcess, OpenedBy, RayCrew
+def _say_course(found: Screening, folder: Path) -> None:
+    """Say on standard error how fast it went, and what could not be read."""
+    if found.rows:
+        say(
+            f"{counted(found.rows, 'row')}, {counted(found.tokens, 'token')} in {found.seconds:,.1f} s: "
+            f"{found.rows / found.seconds:,.1f} rows and {found.tokens / found.seconds:,.0f} tokens a second",
+            err=True,
+        )
+    for dataset in found.summary["datasets"]:
+        if dataset["rejected"]:
+            say(
+                f"{dataset['name']}: {dataset['rejected']:,} of {dataset['rows']:,} rows could not be read"
+                f"{f' ({tools:,} call tools)' if (tools := dataset['call_tools']) else ''}; "
+                f"{folder / 'rejects.jsonl'} says which",
+                err=True,
+            )
 
-    if ray is None:
-        return OneProcess()
-    if opening.remote:
-        raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
-    given = {
-        "dtype": opening.dtype,
-        "device": opening.device,
-        "device_map": opening.device_map,
-        "revision": opening.revision,
-        "trust_remote_code": opening.trust_remote_code or None,
-    }
-    template = opening.chat_template.read_text(encoding="utf-8") if opening.chat_template else None
-    kept = {name: value for name, value in given.items() if value is not None}
-    return RayCrew(ray, OpenedBy(model, opening.backend, kept, template, opening.thinking), workers)
+
+def _show(summary: Any) -> None:
+    for gauge in summary["gauges"]:
+        known = [each["means"][gauge] for each in summary["datasets"] if each["means"]]
+        against = "difference" if any(means["difference"] for means in known) else "prompt_difference"
+
+        rows = [
+            (
+                name,
+                f"{each['rows'] - each['rejected']:,}",
+                *(interval_text(each["means"][gauge][quantity], "+.2f", "row") for quantity in ("raw", against)),
+                f"{each['flagged'][gauge]:,}" if each.get("flagged") else "-",
+            )
+            for dataset in summary["datasets"]
+            if dataset["means"]
+            for name, each in _named(dataset)
+        ]
+        title = f"{gauge}: means [95% interval], in residual-stream units"
+        print_table(title, ("dataset", "rows", "raw", against.replace("_", " "), "flagged"), rows)
+    for line in conclusions(summary):
+        say(line)
+
+
+def conclusions(summary: Any) -> list[str]:
+    """What the screening comes to beside the table, in a few lines."""
+    lines = [
+        f"{each['gauge']}: flagged above {each['high']:.3f}, undecided above {each['low']:.3f} "
+        f"({summary['score']}; {100 * each['false_positive_rate']:g}% of {each['rows']:,} reference rows above "
+        f"{each['value']:.3f})"
+        for each in summary["thresholds"]
+    ]
+    for label, quantities in (summary["labels"] or {"labels": {}})["labels"].items():
+        for quantity, gauges in quantities.items():
+            lines += [
+                f"{label} against {summary['labels']['clean']}, {quantity}, {gauge}: AUC {found['auc']:.3f} "
+                f"[{found['low']:.3f}, {found['high']:.3f}]{_beside(found['random'])}"
+                for gauge, found in gauges.items()
+            ]
+    for dataset in summary["datasets"]:
+        lines += [
+            f"{dataset['name']}: finetuning on it is forecast to move the score of {gauge.rpartition('@')[0]} by "
+            f"{found['shift']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}] points"
+            + (", beyond the datasets that the forecast was fitted on" if found["outside"] else "")
+            for gauge, found in dataset["forecasts"].items()
+        ]
+    for trait, found in summary["opinions"].items():
+        lines.append(
+            f"{trait}: of {found['judged']:,} flagged rows the judge scores {found['confirmed']:,} at 50 or more"
+            + (f", {found['without_score']:,} without a score" if found["without_score"] else "")
+        )
+    return lines
+
+
+def _beside(random: list[float]) -> str:
+    if not random:
+        return ""
+    mean = sum(random) / len(random)
+    return f"; {len(random)} random directions {mean:.2f} on average, {min(random):.2f} to {max(random):.2f}"
+
+
+def _named(dataset: Any) -> list[tuple[str, Any]]:
+    """A dataset and its groups, as they are named in a table."""
+    name = Path(dataset["name"]).name + (" (reference)" if dataset["reference"] else "")
+    return [(name, dataset), *((f"- {group}", found) for group, found in dataset["groups"].items())]

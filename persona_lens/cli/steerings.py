@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from persona_lens.cli import options
-from persona_lens.cli.grouping import given_options
+from persona_lens.cli.settings import Option, given_options
+from persona_lens.cli.values import choice, numbers
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -24,27 +22,15 @@ COEFFICIENTS = "-2,2"
 
 @dataclass(frozen=True)
 class SteeringOptions:
-    """Steerings as they are written, and the vectors that they name beside the command's own."""
+    """Steerings as they are written, and the vectors that they name beside the command's own.
 
-    edits: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--edits",
-            metavar="SPEC",
-            help="A steering such as `optimistic@18:+1.5, evil@all:ablate`, or its .yaml or .safetensors file. "
-            "Repeatable.",
-            show_default=False,
-        ),
-    ] = None
-    more_vectors: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--with",
-            metavar="PATH",
-            help="More vectors for `--edits` to name: a run folder or file; `NAME=PATH` renames. Repeatable.",
-            show_default=False,
-        ),
-    ] = None
+    Attributes:
+        edits: A steering such as `optimistic@18:+1.5, evil@all:ablate`, or its .yaml or .safetensors file. Repeatable.
+        more_vectors: More vectors for `--edits` to name: a run folder or file; `NAME=PATH` renames. Repeatable.
+    """
+
+    edits: Annotated[list[str] | None, Option(metavar="SPEC")] = None
+    more_vectors: Annotated[list[str] | None, Option(names=("--with",), metavar="PATH")] = None
 
     def open(self, *vectors: PersonaVectors) -> dict[str, Steering]:
         """The steerings by how they were given.
@@ -87,32 +73,19 @@ def _read_vectors(given: str) -> tuple[str, PersonaVectors]:
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """The simple way to say what to steer: one layer, several coefficients."""
+    """The simple way to say what to steer: one layer, several coefficients.
 
-    layer: Annotated[
-        int | None,
-        typer.Option("--layer", help="Layer to steer, counted from 0.", show_default="the one that was tuned"),
-    ] = None
-    coefficients: Annotated[
-        str | None,
-        typer.Option(
-            "--coefficients",
-            help="Multiples of the raw vector; 0 is always shown too.",
-            show_default=f"the one that was tuned, or {COEFFICIENTS} with --layer",
-        ),
-    ] = None
-    positions: Annotated[
-        str | None,
-        typer.Option("--positions", help="`all`, `prompt`, `response` or `generating`.", show_default="all"),
-    ] = None
-    reduction: Annotated[
-        str | None,
-        typer.Option(
-            "--reduction",
-            help="`response_mean`, `prompt_mean` or `prompt_last`.",
-            show_default="the one that was tuned, or response_mean with --layer",
-        ),
-    ] = None
+    Attributes:
+        layer: Layer to steer, counted from 0; None for the one that was tuned.
+        coefficients: Multiples of the raw vector; 0 is always shown too.
+        positions: `all`, `prompt`, `response` or `generating`; None for all.
+        reduction: Which of the vectors.
+    """
+
+    layer: int | None = None
+    coefficients: Annotated[str | None, Option(shown=f"the one that was tuned, or {COEFFICIENTS} with --layer")] = None
+    positions: str | None = None
+    reduction: Annotated[str | None, Option(shown="the one that was tuned, or response_mean with --layer")] = None
 
     def choice(self, vectors: PersonaVectors) -> Tuned:
         """What to steer along, and how strongly, with what was tuned where no layer was given.
@@ -138,7 +111,7 @@ class LayerOptions:
         from persona_lens.steering.notation import Layers, Term
 
         chosen = self.choice(vectors)
-        wanted = options.choice(Positions, self.positions or Positions.ALL, "--positions")
+        wanted = choice(Positions, self.positions or Positions.ALL, "--positions")
         written = self.coefficients
         if written is None:
             written = COEFFICIENTS if self.layer is not None else repr(chosen.coefficient)
@@ -148,7 +121,7 @@ class LayerOptions:
             term = Term(vectors.trait, layers, Operation.ADD, coefficient, reduction=chosen.reduction, positions=wanted)
             return Steering((term,), {vectors.trait: vectors})
 
-        strengths = sorted({0.0, *options.numbers(written, "--coefficients")})
+        strengths = sorted({0.0, *numbers(written, "--coefficients")})
         return {strength: steering(strength) if strength else None for strength in strengths}
 
 

@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.cli.authoring import AuthorModel, Order, Place, author_trait, import_trait, show_plan, write_new
-from persona_lens.cli.display import console, say, say_json
-from persona_lens.cli.grouping import given_options, grouped
+from persona_lens.cli import options
+from persona_lens.cli.authoring import Order, Place, author_trait, show_plan, write_new
+from persona_lens.cli.display import print_plain_table, say, say_json
+from persona_lens.cli.settings import Option, argument, given_options
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.traits import Catalogue, Problem, Report, Trait, TraitFile
 
-# The traits package (pydantic, YAML) is imported inside the commands: `--help` has to be instant.
-
-app = typer.Typer(
-    name="traits",
-    help="Find, read, check and write character traits.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
-
+CHECKED = argument("[TRAIT]...", "Names, or paths of YAML files; every trait if none.")
 TraitsDirs = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--traits-dir",
-        metavar="DIR",
-        help="Another folder of trait files; it comes before all others. Repeatable, the last one wins.",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
-OneTrait = Annotated[
-    str,
-    typer.Argument(metavar="TRAIT", help="A trait's name, or the path of a YAML file.", show_default=False),
+    Option("Another folder of trait files; it comes before all others. Repeatable, the last one wins.", metavar="DIR"),
 ]
 
 
-app.command("import")(import_trait)
-
-
-@app.command("list")
-def list_traits(traits_dir: TraitsDirs = None, as_json: AsJson = False) -> None:
+def list_traits(traits_dir: TraitsDirs = None, as_json: options.AsJson = False) -> None:
     """List the traits within reach and where each one comes from.
 
     From far to near: built in, installed packages, your own folder (`PERSONA_LENS_TRAITS_DIR` moves it),
@@ -60,32 +38,23 @@ def list_traits(traits_dir: TraitsDirs = None, as_json: AsJson = False) -> None:
     catalogue = find_traits(traits_dir or ())
     loaded = [(file, *_read(file)) for file in catalogue.files]
     if as_json:
-        _print_json(
-            {
-                "traits": [_listed(*row) for row in loaded],
-                "shadowed": [
-                    {
-                        "name": s.used.name,
-                        "used": s.used.path,
-                        "hidden": s.hidden.path,
-                        "identical": s.identical,
-                    }
-                    for s in catalogue.shadowed
-                ],
-                "problems": [str(problem) for problem in catalogue.problems],
-            }
-        )
+        hidden = [
+            {"name": s.used.name, "used": s.used.path, "hidden": s.hidden.path, "identical": s.identical}
+            for s in catalogue.shadowed
+        ]
+        problems = [str(problem) for problem in catalogue.problems]
+        found = {"traits": [_listed(*row) for row in loaded], "shadowed": hidden, "problems": problems}
+        say_json(found, indent=2)
         return
     rows = [(file.name, _summary(trait, error), file.source.label) for file, trait, error in loaded]
-    _print_table(("name", "contrast", "from"), rows)
+    print_plain_table(("name", "contrast", "from"), rows)
     for _, _, error in loaded:
         if error:
             say(f"error: {error}", err=True)
     _warn(catalogue)
 
 
-@app.command("show")
-def show(trait: OneTrait, traits_dir: TraitsDirs = None, as_json: AsJson = False) -> None:
+def show(trait: options.TraitName, traits_dir: TraitsDirs = None, as_json: options.AsJson = False) -> None:
     """Show a trait: its contrast, its questions and the rubric of its judge.
 
     Example: `persona-lens traits show optimistic`
@@ -93,13 +62,14 @@ def show(trait: OneTrait, traits_dir: TraitsDirs = None, as_json: AsJson = False
     file = _resolve(trait, traits_dir)
     content = file.read()
     if as_json:
-        _print_json({"path": file.path, "content_hash": content.content_hash(), **content.model_dump(mode="json")})
+        say_json(
+            {"path": file.path, "content_hash": content.content_hash(), **content.model_dump(mode="json")}, indent=2
+        )
     else:
         say(_page(content, file))
 
 
-@app.command("path")
-def path(trait: OneTrait, traits_dir: TraitsDirs = None) -> None:
+def path(trait: options.TraitName, traits_dir: TraitsDirs = None) -> None:
     """Print the path of the file that defines a trait.
 
     Example: `cp "$(persona-lens traits path optimistic)" my-traits/`
@@ -107,28 +77,22 @@ def path(trait: OneTrait, traits_dir: TraitsDirs = None) -> None:
     say(_resolve(trait, traits_dir).path)
 
 
-@app.command("check")
 def check(
-    traits: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[TRAIT]...",
-            help="Names, or paths of YAML files; every trait if none.",
-            show_default=False,
-        ),
-    ] = None,
+    traits: Annotated[list[str] | None, CHECKED] = None,
     traits_dir: TraitsDirs = None,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Also compare the parts of a trait: paraphrases, leaks, lengths, the rubric.")
-    ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
-    as_json: AsJson = False,
+    deep: bool = False,
+    strict: bool = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Check trait files, and say in which line to change what.
 
     The exit code is 1 if there are errors. `--deep` compares words, not meanings: it knows no synonyms.
 
     Example: `persona-lens traits check my-traits/grumpy.yaml --deep --strict`
+
+    Args:
+        deep: Also compare the parts of a trait: paraphrases, leaks, lengths, the rubric.
+        strict: Treat warnings as errors.
     """
     from persona_lens.traits import check_deeply, check_file, check_trait, find_traits
 
@@ -141,7 +105,7 @@ def check(
     reports = [check_file(file, check_deeply if deep else check_trait) for file in files]
     failed = [report for report in reports if report.errors or (strict and report.warnings)]
     if as_json:
-        _print_json({"ok": not failed, "traits": [_reported(report) for report in reports]})
+        say_json({"ok": not failed, "traits": [_reported(report) for report in reports]}, indent=2)
     else:
         for report in reports:
             say("\n".join([_verdict(report), *(f"  {p.severity}: {p}" for p in report.problems)]))
@@ -149,26 +113,16 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command("new")
-@grouped
 def new(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The new trait's name, such as grumpy.", show_default=False)
-    ],
-    description: Annotated[str, typer.Option("--description", help="What the trait is.", show_default=False)] = "",
-    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The folder to write to.")] = Path("traits"),
-    author_model: AuthorModel = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**62, help="Of the author model.", show_default="0")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Of the author model; 0 is greedy.", show_default="0.8")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Limit of each of its replies.", show_default="1500")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many requests it would take.")] = False,
-    as_json: AsJson = False,
+    name: Annotated[str, argument("NAME", "The new trait's name, such as grumpy.")],
+    description: str = "",
+    folder: Annotated[Path, Option(names=("--dir",), metavar="DIR")] = Path("traits"),
+    author_model: Annotated[str | None, Option(metavar="MODEL")] = None,
+    seed: int | None = None,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+    dry_run: Annotated[bool, Option("Only say how many requests it would take.")] = False,
+    as_json: options.AsJson = False,
     *,
     place: Place,
 ) -> None:
@@ -178,6 +132,14 @@ def new(
     that fails or is stopped leaves NAME.partial.json behind, and the same command goes on from it.
 
     Example: `persona-lens traits new grumpy --description "Complains about everything." --dir my-traits`
+
+    Args:
+        description: What the trait is.
+        folder: The folder to write to.
+        author_model: Let a model write it: `openai:NAME` on any OpenAI-compatible server, or a model that runs here.
+        seed: Of the author model; None for 0.
+        temperature: Of the author model, 0 is greedy; None for 0.8.
+        max_new_tokens: Limit of each of its replies; None for 1500.
     """
     if author_model is not None:
         sampling = _sampling(temperature, max_new_tokens)
@@ -194,10 +156,9 @@ def new(
     target = folder / f"{name}.yaml"
     existing = [file for file in find_traits().files if file.name == name]
     write_new(target, text)
-    for file in existing:
-        say(f"note: there is a trait {name} already, {file.path} ({file.source.kind})", err=True)
+    options.say_notes([f"there is a trait {name} already, {file.path} ({file.source.kind})" for file in existing])
     if as_json:
-        _print_json({"path": str(target)})
+        say_json({"path": str(target)}, indent=2)
         return
     option = "" if _is_searched(folder) else f" --traits-dir {folder}"
     say(
@@ -209,7 +170,6 @@ def new(
     )
 
 
-@app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of trait files, with which an editor completes and checks them.
 
@@ -217,7 +177,7 @@ def schema() -> None:
     """
     from persona_lens.traits import json_schema
 
-    _print_json(json_schema())
+    say_json(json_schema(), indent=2)
 
 
 def _sampling(temperature: float | None, max_new_tokens: int | None) -> tuple[float, int]:
@@ -325,26 +285,5 @@ def _page(trait: Trait, file: TraitFile) -> str:
     return "\n".join([*lines, "", "Judge's rubric", textwrap.indent(trait.judge_rubric, "  ")])
 
 
-def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    if sys.stdout.isatty():
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))  # Text: a folder called [x] is no markup
-        console().print(table)
-        return
-    # Into a file or a pipe: whole lines whatever the width, and nothing but text.
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print_json(data: object) -> None:
-    say_json(data, indent=2)
-
-
 def _warn(catalogue: Catalogue, names: Sequence[str] | None = None) -> None:
-    for warning in catalogue.warnings(names):
-        say(f"warning: {warning}", err=True)
+    options.say_notes(catalogue.warnings(names), "warning")

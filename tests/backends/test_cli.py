@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from persona_lens.backend import BackendError
 from persona_lens.backend.registry import BackendStatus
-from persona_lens.cli.backends import app
+from persona_lens.cli.commands import COMMANDS, app_of
 from persona_lens.models import ModelError
 from tests.backends.fixtures import Delegating, direction, tokenizer
 from tests.tiny import tiny_model
+
+app = app_of("backends", COMMANDS["backends"])
 
 runner = CliRunner()
 
@@ -31,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_help_is_instant_and_shows_examples() -> None:
     code = (
-        "import sys; from persona_lens.cli.backends import app\n"
-        "try:\n    app(['check', '--help'])\nfinally:\n"
+        "import sys; from persona_lens.cli import app\n"
+        "try:\n    app(['backends', 'check', '--help'])\nfinally:\n"
         "    print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

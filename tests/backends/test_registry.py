@@ -276,7 +276,7 @@ def test_a_third_partys_backend_is_not_there_without_its_package() -> None:
 
 
 def test_the_command_line_lists_a_third_partys_backend(their_site: Path) -> None:
-    code = "from persona_lens.cli.backends import app; app(['list', '--json'])"
+    code = "from persona_lens.cli import app; app(['backends', 'list', '--json'])"
     done = run_with(their_site, "-c", code)
     rows = {row["name"]: row for row in json.loads(done.stdout)["backends"]}
     assert rows["theirs"]["available"]

@@ -22,7 +22,9 @@ from typer.testing import CliRunner, Result
 from persona_lens import PersonaLensError
 from persona_lens.backend import wrap_model
 from persona_lens.cli import app
-from persona_lens.cli.options import layer_numbers, numbers
+from persona_lens.cli.commands import COMMANDS as ALL
+from persona_lens.cli.commands import Group
+from persona_lens.cli.values import layer_numbers, numbers
 from persona_lens.models.replies import chat_format
 from persona_lens.steering import Steering, steered_replies
 from persona_lens.steering.preview import preview_tokens
@@ -150,11 +152,29 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
 
 def test_every_command_is_in_the_list() -> None:
     """Else a new one would go without tests."""
-    named = {
-        command.name or (command.callback.__name__ if command.callback else "") for command in app.registered_commands
-    }
-    groups = {group.typer_instance.info.name for group in app.registered_groups if group.typer_instance}
-    assert named | groups == {command[0] for command in COMMANDS if command}
+    named = {(name,) for name in ALL}
+    within = {(name, inner) for name, each in ALL.items() if isinstance(each, Group) for inner in each.commands}
+    assert named | within == {command for command in COMMANDS if command}
+
+
+def test_every_option_is_explained_and_no_command_needs_torch_for_that() -> None:
+    script = (
+        "import sys, typer.main\n"
+        "from persona_lens.cli import app\n"
+        "def walk(command, path):\n"
+        "    for each in command.params:\n"
+        "        assert each.help, (path, each.name)\n"
+        "    context = command.context_class(command)\n"
+        "    for name in getattr(command, 'commands', ()):\n"
+        "        short = command.commands[name].help\n"
+        "        found = command.resolve_command(context, [name])[1]\n"
+        "        assert ' '.join(found.help.split('\\n\\n')[0].split()) == short, name\n"
+        "        walk(found, [*path, name])\n"
+        "walk(typer.main.get_command(app), [])\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 @pytest.mark.parametrize("command", ["extract", "steer sweep", "generate"])

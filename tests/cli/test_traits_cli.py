@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from persona_lens.cli.traits import app
+from persona_lens.cli.commands import COMMANDS, app_of
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import USER_FOLDER_VARIABLE, load_trait
+
+app = app_of("traits", COMMANDS["traits"])
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = ("list", "show", "path", "check", "new", "import", "schema")
@@ -197,7 +199,7 @@ def test_the_help_is_all_there() -> None:
 
 def test_help_loads_no_trait_code() -> None:
     code = (
-        "import sys; import persona_lens.cli.traits as t; t.app(['list', '--help'], standalone_mode=False); "
+        "import sys; from persona_lens.cli import app; app(['traits', 'list', '--help'], standalone_mode=False); "
         "print([m for m in ('yaml', 'torch', 'persona_lens.traits') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

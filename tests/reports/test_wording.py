@@ -54,6 +54,6 @@ def test_replies_that_differ_at_the_end_of_their_names_can_be_told_apart(
     monkeypatch.setenv("COLUMNS", "90")
     long = "optimistic@10-20:increments(+2) on response schedule(0:1 20:0), impolite@18:ablate"
     shown = [Candidate(f"{long}, evil@18:{end}", None, None) for end in ("-1", "-2", "-3")]
-    _show("Why?", shown, ["a", "b", "c"], as_json=False)
+    _show(shown, ["a", "b", "c"])
     said = capsys.readouterr().out
     assert all(f"evil@18:{end}" in re.sub(r"[\s\u2502]+", "", said) for end in ("-1", "-2", "-3"))

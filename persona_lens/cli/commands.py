@@ -1,0 +1,177 @@
+"""The commands: what each is called and which function it is. A command's module is imported when it is used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from persona_lens.core.text import printable
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands that stand behind one word.
+
+    Attributes:
+        help: What they are about.
+        commands: The function of each, ``module:function`` of this package.
+        example: One of them, for those who leave out the second word.
+    """
+
+    help: str
+    commands: Mapping[str, str | Group]
+    example: str | None = None
+
+
+COMMANDS: Mapping[str, str | Group] = {
+    "demo": "demo:demo",
+    "extract": "extract:extract",
+    "generate": "generate:generate",
+    "responses": "responses:responses",
+    "dissect": "dissect:dissect",
+    "finetune": "finetune:finetune_command",
+    "finetune-study": "finetune_study:finetune_study_command",
+    "shift": "shift:shift_command",
+    "screen": "screen:screen",
+    "steer": Group(
+        "Steer along vectors: sweep, tune, compare, and see what it costs.",
+        {
+            "sweep": "sweep:sweep_command",
+            "tune": "tune:tune_command",
+            "compare": "compare:compare_command",
+            "capability": "capability:capability_command",
+            "effects": "effects:effects_command",
+        },
+        "persona-lens steer sweep MODEL VECTORS",
+    ),
+    "vectors": Group(
+        "Look into vectors, compare them, and carry them to other programs.",
+        {
+            "layers": "geometry:layers_command",
+            "pca": "geometry:pca_command",
+            "agree": "geometry:agree_command",
+            "halves": "geometry:halves_command",
+            "export": "exchange:export_command",
+            "import": "exchange:import_command",
+            "push": "exchange:push_command",
+            "pull": "exchange:pull_command",
+            "lens": "lenses:lens_command",
+            "attribute": "lenses:attribute_command",
+            "show": "vectors:show",
+            "cosines": "geometry:cosines_command",
+        },
+    ),
+    "judge": Group(
+        "Have responses rated, and see how far judges agree.",
+        {"sample": "judge:sample", "score": "judge:score", "compare": "judge:compare"},
+    ),
+    "monitor": Group(
+        "Know how the model will behave before it answers, and read what it said.",
+        {
+            "study": "study:study_command",
+            "prompt": "prompt:prompt_command",
+            "transcript": "transcripts:transcript_command",
+            "chat": "chat:chat_command",
+        },
+    ),
+    "traits": Group(
+        "Find, read, check and write character traits.",
+        {
+            "import": "authoring:import_trait",
+            "list": "traits:list_traits",
+            "show": "traits:show",
+            "path": "traits:path",
+            "check": "traits:check",
+            "new": "traits:new",
+            "schema": "traits:schema",
+        },
+    ),
+    "backends": Group(
+        "List the backends, and check that they give the same numbers.",
+        {"list": "backends:list_backends", "check": "backends:check"},
+    ),
+    "remote": Group("See which models a server has.", {"status": "remote:status"}),
+}
+
+
+class _Commands(TyperGroup):
+    """Shows what was typed harmlessly where it is quoted as wrong."""
+
+    def make_context(self, *given: Any, **options: Any) -> Any:
+        with _printable_errors():
+            return super().make_context(*given, **options)
+
+    def invoke(self, *given: Any, **options: Any) -> Any:
+        with _printable_errors():
+            return super().invoke(*given, **options)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if hasattr(error, "format_message") and isinstance(message, str):  # typer's errors have no common public type
+            error.message = printable(message)  # type: ignore[attr-defined]
+        raise
+
+
+def lazily(group: Group) -> type[TyperGroup]:
+    """The class of a group whose commands are imported when they are used; until then their first lines stand for them.
+
+    Args:
+        group: The commands.
+    """
+
+    class Lazily(_Commands):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            for name, entry in group.commands.items():
+                self.add_command(TyperCommand(name, help=summary(entry), rich_markup_mode="markdown"), name)
+
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            if args and args[0] in group.commands:
+                app = app_of(args[0], group.commands[args[0]])
+                self.add_command(typer.main.get_command(app), args[0])
+            elif args and group.example and not args[0].startswith("-"):
+                listed = ", ".join(group.commands)
+                ctx.fail(f"there is no command {args[0]!r} but {listed}; for example `{group.example}`")
+            return super().resolve_command(ctx, args)
+
+    return Lazily
+
+
+def summary(entry: str | Group) -> str:
+    """What a command does, in one line: the first paragraph of its function's docstring, read from the source."""
+    if isinstance(entry, Group):
+        return entry.help
+    module, _, function = entry.partition(":")
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    found = re.search(rf'(?ms)^def {function}\(.*?^    """(.*?)(?:\n\n|""")', source)
+    assert found is not None, entry
+    return " ".join(found[1].split())
+
+
+def app_of(name: str, entry: str | Group) -> typer.Typer:
+    """A command, or a group of lazy ones, as an application of its own."""
+    is_group = isinstance(entry, Group)
+    app = typer.Typer(
+        name=name, help=summary(entry), no_args_is_help=is_group, rich_markup_mode="markdown", add_completion=False
+    )
+    if isinstance(entry, Group):
+        app.callback(cls=lazily(entry))(lambda: None)
+    else:
+        from persona_lens.cli.settings import command
+
+        module, _, function = entry.partition(":")
+        app.command(name)(command(getattr(import_module(f"persona_lens.cli.{module}"), function)))
+    return app
