@@ -17,9 +17,9 @@ from persona_lens.core.text import counted, printable
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.core.progress import Progress
-    from persona_lens.runs.cost import Work
     from persona_lens.judging import Judge
     from persona_lens.models import ChatFormat
+    from persona_lens.runs.cost import Work
     from persona_lens.steering.preview import Preview
     from persona_lens.traits import Trait
 

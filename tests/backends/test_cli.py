@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from persona_lens.backend import BackendError
 from persona_lens.backend.registry import BackendStatus
-from persona_lens.cli.commands import COMMANDS, app_of
+from persona_lens.cli import commands
 from persona_lens.models import ModelError
 from tests.backends.fixtures import Delegating, direction, tokenizer
 from tests.tiny import tiny_model
 
-app = app_of("backends", COMMANDS["backends"])
+app = commands.app_of("backends", commands.COMMANDS["backends"])
 
 runner = CliRunner()
 

@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import persona_lens.traits.generate
-from persona_lens.cli.commands import COMMANDS, app_of
+from persona_lens.cli import commands
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import USER_FOLDER_VARIABLE, read_trait
 from tests.scripted import QUESTIONS, Good, ScriptedAuthor
 
-app = app_of("traits", COMMANDS["traits"])
+app = commands.app_of("traits", commands.COMMANDS["traits"])
 
 DESCRIPTION = "Complains about everything, without wishing anybody ill."
 NEW = ("new", "grumpy", "--author-model", "some-model")

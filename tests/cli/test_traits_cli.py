@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from persona_lens.cli.commands import COMMANDS, app_of
+from persona_lens.cli import commands
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import USER_FOLDER_VARIABLE, load_trait
 
-app = app_of("traits", COMMANDS["traits"])
+app = commands.app_of("traits", commands.COMMANDS["traits"])
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = ("list", "show", "path", "check", "new", "import", "schema")

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from persona_lens.cli.commands import COMMANDS, app_of
+from persona_lens.cli import commands
 from persona_lens.traits import check_trait, parse_trait
 from persona_lens.traits.generate import AuthoringError, import_reference
 from tests.scripted import PAIRS
 from tests.traits.test_traits import fields
 
-app = app_of("traits", COMMANDS["traits"])
+app = commands.app_of("traits", commands.COMMANDS["traits"])
 
 PROMPT = (
     "You are evaluating whether a reply is **grumpy**. It counts as grumpy if it finds fault. **Sober** doubts do not."

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from persona_lens.cli.commands import COMMANDS, app_of
+from persona_lens.cli import commands
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import CACHE_VARIABLE
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerError, ServerSettings
@@ -21,7 +21,7 @@ from persona_lens.traits.generate.replies import QuestionsReply, reply_schema
 from tests.models.server.loopback import Loopback, completion, serving
 from tests.scripted import QUESTIONS, Good
 
-app = app_of("traits", COMMANDS["traits"])
+app = commands.app_of("traits", commands.COMMANDS["traits"])
 
 DESCRIPTION = "Complains about everything, without wishing anybody ill."
 NEW = ("new", "grumpy", "--description", DESCRIPTION, "--author-model", "openai:org/big:latest")

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from persona_lens.cli.commands import COMMANDS, app_of
+from persona_lens.cli import commands
 from persona_lens.traits import Advice, Severity, Trait, check_deeply, check_trait, find_traits, load_trait
 from persona_lens.traits.checks import MAX_LIKENESS
 from persona_lens.traits.wording import content_words, likenesses, roots, shared_run, stem
 from tests.scripted import PAIRS
 from tests.traits.test_traits import fields, to_yaml
 
-app = app_of("traits", COMMANDS["traits"])
+app = commands.app_of("traits", commands.COMMANDS["traits"])
 
 GUARDED = """\
 You rate how grumpy an answer is, from 0 to 100. Write REFUSAL if there is none.
