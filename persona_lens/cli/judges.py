@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,12 +19,13 @@ from persona_lens.core.text import counted
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.judging import Judge
+    from persona_lens.judging.registry import Judging
     from persona_lens.models import ChatFormat
     from persona_lens.models.server import CompletionServer
     from persona_lens.traits import Trait
     from persona_lens.vectors import PersonaVectors
 
-LIKELIHOOD, LOCAL, OPENAI = "likelihood", "local", "openai"
+LIKELIHOOD = "likelihood"
 
 JudgeName = Annotated[
     str,
@@ -71,30 +73,15 @@ class JudgeOptions:
         Raises:
             PersonaLensError: If there is no such judge, or an option is given that it has no use for.
         """
-        kind, _, model = judge.partition(":")
-        self.refuse_useless(judge)
-        if kind == LIKELIHOOD and not model:
-            return None
-        if kind == LOCAL:
-            judging = _model_and_chat(model, dtype, device) if model else (backend, chat)
-            return self._local(*judging, trait)
-        if kind == OPENAI and model:
-            return self._server(model, trait)
-        raise PersonaLensError(f"--judge takes likelihood, local, local:MODEL or openai:MODEL; got {judge!r}")
+        makes = self._opened(judge, (backend, chat), dtype, device)
+        return None if makes is None else makes(trait)
 
     def open_each(
         self, judge: str, traits: Mapping[str, Trait], backend: Backend, chat: ChatFormat, dtype: str, device: str
     ) -> dict[str, Judge] | None:
         """As `open`, a judge for each trait by its name; they share a server and its spending limit, or a model."""
-        from persona_lens.judging import LLMJudge, LocalJudge
-
-        first = self.open(judge, next(iter(traits.values())), backend, chat, dtype, device)
-        if first is None:
-            return None
-        if isinstance(first, LLMJudge):
-            return {name: replace(first, trait=trait) for name, trait in traits.items()}
-        assert isinstance(first, LocalJudge)
-        return {name: self._local(first.backend, first.chat, trait) for name, trait in traits.items()}
+        makes = self._opened(judge, (backend, chat), dtype, device)
+        return None if makes is None else {name: makes(trait) for name, trait in traits.items()}
 
     def open_alone(self, judge: str, trait: Trait, dtype: str, device: str) -> Judge:
         """The judge where there is no subject model: ``openai:MODEL``, ``local:MODEL`` or ``likelihood:VECTORS``.
@@ -102,45 +89,38 @@ class JudgeOptions:
         Raises:
             PersonaLensError: If there is no such judge, or an option is given that it has no use for.
         """
-        kind, _, what = judge.partition(":")
-        if kind not in (OPENAI, LOCAL, LIKELIHOOD) or not what:
-            raise PersonaLensError(
-                f"a judge is openai:MODEL, local:MODEL or likelihood:VECTORS (a run folder of extract); got {judge!r}"
-            )
-        self.refuse_useless(judge)
-        if kind == OPENAI:
-            return self._server(what, trait)
-        if kind == LOCAL:
-            return self._local(*_model_and_chat(what, dtype, device), trait)
-        return _likelihood(Path(what), self.judge_model, trait, dtype, device)
+        makes = self._opened(judge, None, dtype, device)
+        assert makes is not None  # only where a run calibrates the likelihood judge itself
+        return makes(trait)
 
     def refuse_useless(self, judge: str) -> None:
         """Raise an error for options that this judge has no use for."""
-        kind, _, what = judge.partition(":")
-        own = {"--judge-prefill": LOCAL, "--judge-model": LIKELIHOOD}
-        given = {name: own.get(name, OPENAI) for name in given_options(self)}
-        for use, of in (
-            (LOCAL, f"{LOCAL} or {LOCAL}:MODEL"),
-            (LIKELIHOOD, f"{LIKELIHOOD}:VECTORS"),
-            (OPENAI, f"{OPENAI}:MODEL"),
-        ):
-            here = kind == use and (what or use != LIKELIHOOD)
-            names = [name for name, wanted in given.items() if wanted == use and not here]
-            if names:
-                raise PersonaLensError(f"{', '.join(names)}: only for --judge {of}, this is {judge!r}")
+        from persona_lens.judging.registry import refuse_useless
 
-    def _server(self, model: str, trait: Trait) -> Judge:
-        from persona_lens.judging import LLMJudge, Method
+        refuse_useless(given_options(self), judge)
 
-        server = open_server(
+    def _opened(
+        self, judge: str, subject: tuple[Backend, ChatFormat] | None, dtype: str, device: str
+    ) -> Judging | None:
+        from persona_lens.judging import Method
+        from persona_lens.judging.registry import Opening, find_judge
+
+        spec = find_judge(judge, alone=subject is None)
+        self.refuse_useless(judge)
+        opening = Opening(
+            judge.partition(":")[2],
+            subject,
+            model=lambda model: _model_and_chat(model, dtype, device),
+            server=self._server,
+            calibrated=lambda path: partial(_likelihood, Path(path), self.judge_model, dtype=dtype, device=device),
+            options={**vars(self), "judge_method": choice(Method, self.judge_method or "auto", "--judge-method")},
+        )
+        return spec.open(opening)
+
+    def _server(self, model: str) -> CompletionServer:
+        return open_server(
             model, self.judge_url, self.judge_key, self.judge_at_once, self.judge_rate, self.prices, self.max_spend
         )
-        return LLMJudge(server, trait, method=choice(Method, self.judge_method or "auto", "--judge-method"))
-
-    def _local(self, backend: Backend, chat: ChatFormat, trait: Trait) -> Judge:
-        from persona_lens.judging import LocalJudge
-
-        return LocalJudge(backend, chat, trait, prefill=self.judge_prefill or "")
 
 
 def open_server(
