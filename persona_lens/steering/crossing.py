@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work, reading_work
-from persona_lens.runs.rollouts import Rollout, RolloutBatches, RolloutSettings
+from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, RolloutSettings
 from persona_lens.steering.comparison import arm_edits, arm_variants, check_asked
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, VectorsError
 
 STEERED, TEXT = "effects-", "effects-text-"
@@ -123,62 +123,88 @@ def cross_work(
     chat: ChatFormat | None = None,
 ) -> tuple[Work, ...]:
     """What `cross_effects` with these arguments would ask of the model, and of the judges'; nothing runs."""
-    crossing = Crossing(backend, steerings, traits, settings, judges, chat)
-    generating, *judging = crossing.experiment.work()
-    longest = longest_exchanges(crossing.experiment.rollouts())
-    supposed = [
-        Rollout(request, 0, each.response_ids or (), None, each.response)
-        for request, each in zip(crossing.requests, longest, strict=True)
-    ]
-    again = crossing.reread(supposed, None)
-    return generating, reading_work("reading", backend, again.calls(), again.reads), *judging
+    return Crossing(backend, steerings, traits, settings, judges, chat).work()
 
 
+@dataclass(frozen=True, eq=False)
 class Crossing:
     """A planned crossing: everything that is known before the model is asked.
 
-    Args:
+    Attributes:
         backend: The model.
         steerings: By name.
-        traits: Vectors of what is measured, by name.
+        vectors: Of the traits that are measured, by name.
         settings: See `CrossSettings`.
-        judges: Who scores each trait.
-        chat: Chat format; the model's own by default.
+        judges: Who scores each trait; as in `cross_effects`.
+        own_chat: Chat format; the model's own by default.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        steerings: Mapping[str, Steering],
-        traits: Mapping[str, PersonaVectors],
-        settings: CrossSettings,
-        judges: Mapping[str, Judge] | None = None,
-        chat: ChatFormat | None = None,
-    ) -> None:
-        if not steerings or not traits:
+    backend: Backend
+    steerings: Mapping[str, Steering]
+    vectors: Mapping[str, PersonaVectors]
+    settings: CrossSettings
+    judges: Mapping[str, Judge] | None = None
+    own_chat: ChatFormat | None = None
+
+    def __post_init__(self) -> None:
+        if not self.steerings or not self.vectors:
             raise SteeringError("a crossing needs at least one steering, and at least one trait to measure")
-        self.backend = backend
-        self.steerings = dict(steerings)
-        self.settings = settings
-        self.chat = chat or chat_format(backend)
-        of_traits = {name: each.trait_definition for name, each in traits.items()}
-        self.questions = _questions(of_traits, self._steered_traits(), settings.questions)
-        variants = arm_variants(steerings, settings.random_directions)
-        numbered = dict(enumerate(self.questions))
-        self.requests = requests_of(numbered, variants, settings.samples, settings.seed, "effects", "evaluation")
-        self.layers = {name: self._layer(name, each) for name, each in traits.items()}
-        for name, layer in self.layers.items():  # what cannot be run must not claim the folder
-            traits[name].vector(layer, settings.reduction)
-        if judges is not None and (missing := [name for name in traits if name not in judges]):
+        if self.judges is not None and (missing := [name for name in self.vectors if name not in self.judges]):
             raise SteeringError(f"there is no judge for {', '.join(missing)}")
-        self.subjects = {name: self._subject(name, each, judges) for name, each in traits.items()}
+        self.requests  # noqa: B018 - what cannot be run must not claim the folder
+        for name, layer in self.layers.items():
+            self.vectors[name].vector(layer, self.settings.reduction)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The chat format."""
+        return self.own_chat or chat_format(self.backend)
+
+    @cached_property
+    def questions(self) -> dict[str, str]:
+        """The questions that are asked, each with the name of the trait it comes from.
+
+        Held out for one trait may be used in extracting another: such questions are left out.
+        """
+        traits = {name: each.trait_definition for name, each in self.vectors.items()}
+        steered = (each for steering in self.steerings.values() for each in steering.vectors.values())
+        others = [each.trait_definition for each in steered if each.stored("trait")]
+        used = {question for trait in (*traits.values(), *others) for question in trait.extraction_questions}
+        asked: dict[str, str] = {}
+        for name, trait in traits.items():
+            held_out = [question for question in trait.evaluation_questions if question not in used]
+            if self.settings.questions > len(held_out):
+                raise SteeringError(
+                    f"{self.settings.questions} questions of each trait asked for; {name} has {len(held_out)} that no "
+                    "trait was extracted with"
+                )
+            for question in held_out[: self.settings.questions]:
+                asked.setdefault(question, name)
+        return asked
+
+    @cached_property
+    def requests(self) -> list[Request]:
+        """What is asked."""
+        variants = arm_variants(self.steerings, self.settings.random_directions)
+        numbered = dict(enumerate(self.questions))
+        return requests_of(numbered, variants, self.settings.samples, self.settings.seed, "effects", "evaluation")
+
+    @cached_property
+    def layers(self) -> dict[str, int]:
+        """Where projections are read, by trait."""
+        return {name: self._layer(name, each) for name, each in self.vectors.items()}
+
+    @cached_property
+    def subjects(self) -> dict[str, Subject]:
+        """The model as it is judged for each trait."""
+        return {name: self._subject(name, each) for name, each in self.vectors.items()}
 
     def check_model(self) -> None:
         """Raise `persona_lens.vectors.vectors.VectorsError` unless all vectors belong to the backend's model."""
         for steering in self.steerings.values():
             steering.check_model(self.backend)
-        for subject in self.subjects.values():
-            subject.vectors.check_model(self.backend)
+        for each in self.vectors.values():
+            each.check_model(self.backend)
 
     def config(self, judges: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Everything that determines the result, as JSON values.
@@ -224,6 +250,17 @@ class Crossing:
             STEERED,
         )
 
+    def work(self) -> tuple[Work, ...]:
+        """What a run would ask of the model, and of the judges'; nothing runs."""
+        generating, *judging = self.experiment.work()
+        longest = longest_exchanges(self.experiment.rollouts())
+        supposed = [
+            Rollout(request, 0, each.response_ids or (), None, each.response)
+            for request, each in zip(self.requests, longest, strict=True)
+        ]
+        again = self.reread(supposed, None)
+        return generating, reading_work("reading", self.backend, again.calls(), again.reads), *judging
+
     def reread(self, rollouts: Sequence[Rollout], run: RunFolder | None) -> ReadRollouts:
         """The same texts, to be read by the model without any edit."""
         prompts = tuple(tuple(self.chat.encode(r.request.system, r.request.question)) for r in rollouts)
@@ -266,9 +303,9 @@ class Crossing:
     def _read(self) -> Read:
         return Read(ReadKind.RESPONSE_MEAN, tuple(sorted(set(self.layers.values()))))
 
-    def _subject(self, name: str, vectors: PersonaVectors, judges: Mapping[str, Judge] | None) -> Subject:
+    def _subject(self, name: str, vectors: PersonaVectors) -> Subject:
         try:
-            judge = judges[name] if judges else None
+            judge = self.judges[name] if self.judges else None
             return Subject.of(self.backend, vectors, None, judge, self.chat, allow_other_model=True)
         except VectorsError as error:
             raise VectorsError(f"{name}: {error}") from None
@@ -286,30 +323,6 @@ class Crossing:
                 "tuned for it; name a layer (layer=..., --read-layer)"
             )
         return tuned.layer
-
-    def _steered_traits(self) -> list[Trait]:
-        """The traits steered along, as far as their vectors carry them."""
-        steered = (each for steering in self.steerings.values() for each in steering.vectors.values())
-        return [each.trait_definition for each in steered if each.stored("trait")]
-
-
-def _questions(traits: Mapping[str, Trait], others: Sequence[Trait], count: int) -> dict[str, str]:
-    """The questions that are asked, each with the name of the trait it comes from.
-
-    Held out for one trait may be used in extracting another: such questions are left out.
-    """
-    used = {question for trait in (*traits.values(), *others) for question in trait.extraction_questions}
-    asked: dict[str, str] = {}
-    for name, trait in traits.items():
-        held_out = [question for question in trait.evaluation_questions if question not in used]
-        if count > len(held_out):
-            raise SteeringError(
-                f"{count} questions of each trait asked for; {name} has {len(held_out)} that no trait was extracted "
-                "with"
-            )
-        for question in held_out[:count]:
-            asked.setdefault(question, name)
-    return asked
 
 
 def _row(
