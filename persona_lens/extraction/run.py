@@ -12,7 +12,7 @@ from typing import Any, ParamSpec
 
 from persona_lens.backend import Backend, ModelInfo, Read
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.experiment import HOLD_REASONING, ONLY, Experiment, run_folder, subject_config
+from persona_lens.extraction.experiment import HOLD_REASONING, run_folder, subject_config
 from persona_lens.extraction.external import GivenRollouts, GivenScores, Paths, ReadRollouts, given_rollouts
 from persona_lens.extraction.means import (
     ExtractionSettings,
@@ -31,6 +31,7 @@ from persona_lens.judging import (
     fit_calibration,
     judge_rollouts,
     judging_work,
+    longest_exchanges,
     methods_of,
     prepare_judge,
     weigh_rollouts,
@@ -38,8 +39,8 @@ from persona_lens.judging import (
 from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format, note_reasoning
 from persona_lens.runs import RunFolder
-from persona_lens.runs.cost import Work, reading_work
-from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, Rollouts
+from persona_lens.runs.cost import Work, generating_work, reading_work
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
 
@@ -107,12 +108,11 @@ def run_extraction(
         given = given_rollouts(backend, chat, trait, given, questions=settings.questions, allow_missing=allow_missing)
         for note in given.notes:
             warnings.warn(note, stacklevel=2)
-    # Before the folder: what cannot be run must not claim it.
-    requests = plan_requests(trait, settings) if given is None else given.requests
-    config = extraction_config(backend, trait, settings, chat, judge, given)
+    extracting = _Extracting(backend, trait, settings, chat, judge, given)
+    extracting.requests()  # before the folder: what cannot be run must not claim it
+    config = extracting.config()
     with run_folder(folder, config) as run:
-        begun = run.config if run is not None else config
-        return _extract(backend, trait, requests, given, run, settings, judge, chat, begun, progress)
+        return extracting.run(run, run.config if run is not None else config, progress)
 
 
 def _alone(run: Callable[Arguments, Extraction]) -> Callable[Arguments, PersonaVectors]:
@@ -140,96 +140,93 @@ def extraction_work(
     given: GivenRollouts | None = None,
 ) -> tuple[Work, ...]:
     """What `run_extraction` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    reads, scoring = Read.means(sinks=settings.sinks), judge or LikelihoodJudge(backend, chat, trait)
-    if given is None:
-        requests = plan_requests(trait, settings)
-        return Experiment(backend, chat, requests, settings.rollouts, {ONLY: scoring}, reads=reads).work()
-    passes = ReadRollouts(backend, given, settings.rollouts, reads=reads).calls()
-    reading = reading_work("reading", backend, passes, reads)
-    if given.scores is not None and judge is None:
-        return (reading,)
-    return reading, *judging_work(scoring, [exchange_of(rollout, chat) for rollout in given.rollouts])
+    return _Extracting(backend, trait, settings, chat, judge, given).work()
 
 
-def extraction_config(
-    backend: Backend,
-    trait: Trait,
-    settings: ExtractionSettings,
-    chat: ChatFormat,
-    judge: Judge | None = None,
-    given: GivenRollouts | None = None,
-) -> dict[str, Any]:
-    """Everything that determines an extraction's result, as JSON values."""
-    scoring = judge or (given.scores if given else None)
-    described = scoring.describe() if scoring else {"judge": LIKELIHOOD}
-    config: dict[str, Any] = {"kind": "extraction", "settings": settings.to_json()}
-    if given is not None:
-        config |= {"settings": settings.reading_json(), "responses": given.to_json()}
-    return {**config, "judge": described, **subject_config(backend, trait, chat)}
+@dataclass(frozen=True)
+class _Extracting:
+    """What is asked of whom, and how it is scored."""
 
+    backend: Backend
+    trait: Trait
+    settings: ExtractionSettings
+    chat: ChatFormat
+    judge: Judge | None
+    given: GivenRollouts | None
 
-def _extract(
-    backend: Backend,
-    trait: Trait,
-    requests: Sequence[Request],
-    given: GivenRollouts | None,
-    run: RunFolder | None,
-    settings: ExtractionSettings,
-    judge: Judge | None,
-    chat: ChatFormat,
-    config: dict[str, Any],
-    progress: Progress,
-) -> Extraction:
-    collected: RolloutBatches
-    reads = Read.means(sinks=settings.sinks)
-    if given is None:
-        collected = Rollouts(backend, chat, requests, settings.rollouts, folder=run, reads=reads)
-    else:
-        note_reasoning(chat)
-        collected = ReadRollouts(backend, given, settings.rollouts, folder=run, reads=reads)
-    if judge is not None:
-        prepare_judge(judge, run)
-    rollouts = collected.run(progress)
-    scoring: Judge | GivenScores
-    if judge is not None:
-        scoring, judged = judge, judge_rollouts(judge, rollouts, chat, run, progress=progress)
-    elif given is not None and given.scores is not None:
-        scoring, judged = given.scores, list(given.scores.judgements)
-    else:
-        scoring, judged = _judge_by_likelihood(backend, chat, trait, rollouts, run, progress)
-    filtered = filter_responses(requests, judged, settings)
-    means = arm_means(requests, filtered.kept, collected.reductions)
-    separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
-    described = as_used(scoring.describe(), methods_of(judged))
-    provenance = {**config, "judge": described, "counts": filtered.to_json(), "separation": separations}
-    if not settings.sinks:
-        provenance["prompt_mean_sinks"] = False
-    if trait.graded_prompts:  # so that a study needs nothing but the vectors
-        provenance["trait"] = {**config["trait"], "graded_prompts": list(trait.graded_prompts)}
-    # As the run began with it: a device of another number makes no other vectors.
-    vectors = PersonaVectors(trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
-    summary = _summary(vectors, judged, filtered, rollouts)
-    if run is not None:
-        _write(run, vectors, judged, filtered, summary)
-    return Extraction(vectors, scoring, rollouts, summary)
+    def requests(self) -> Sequence[Request]:
+        """What is asked, or was."""
+        return plan_requests(self.trait, self.settings) if self.given is None else self.given.requests
 
+    def config(self) -> dict[str, Any]:
+        """Everything that determines the result, as JSON values."""
+        scoring = self.judge or (self.given.scores if self.given else None)
+        described = scoring.describe() if scoring else {"judge": LIKELIHOOD}
+        config: dict[str, Any] = {"kind": "extraction", "settings": self.settings.to_json()}
+        if self.given is not None:
+            config |= {"settings": self.settings.reading_json(), "responses": self.given.to_json()}
+        return {**config, "judge": described, **subject_config(self.backend, self.trait, self.chat)}
 
-def _judge_by_likelihood(
-    backend: Backend,
-    chat: ChatFormat,
-    trait: Trait,
-    rollouts: Sequence[Rollout],
-    run: RunFolder | None,
-    progress: Progress,
-) -> tuple[LikelihoodJudge, list[Judgement]]:
-    """The judge, calibrated on these rollouts, and what it says of them."""
-    evidence = weigh_rollouts(LikelihoodJudge(backend, chat, trait), rollouts, run, progress=progress)
-    known = [
-        (e.preference, r.request.labels["arm"] == Arm.POSITIVE) for e, r in zip(evidence, rollouts, strict=True) if e
-    ]
-    calibration = fit_calibration([x for x, _ in known], [y for _, y in known])
-    judge = LikelihoodJudge(backend, chat, trait, calibration)
-    return judge, [judge.judgement_of(e) for e in evidence]
+    def work(self) -> tuple[Work, ...]:
+        """What a run would ask of the model, and of the judge's; nothing runs."""
+        scoring = self.judge or LikelihoodJudge(self.backend, self.chat, self.trait)
+        collected = self.collected(None)
+        if isinstance(collected, Rollouts):
+            return generating_work(collected), *judging_work(scoring, longest_exchanges(collected))
+        reading = reading_work("reading", self.backend, collected.calls(), collected.reads)
+        if collected.given.scores is not None and self.judge is None:
+            return (reading,)
+        return reading, *judging_work(scoring, [exchange_of(each, self.chat) for each in collected.given.rollouts])
+
+    def collected(self, run: RunFolder | None) -> Rollouts | ReadRollouts:
+        """The responses, to be made or to be read."""
+        reads, rollouts = Read.means(sinks=self.settings.sinks), self.settings.rollouts
+        if self.given is None:
+            return Rollouts(self.backend, self.chat, self.requests(), rollouts, folder=run, reads=reads)
+        note_reasoning(self.chat)
+        return ReadRollouts(self.backend, self.given, rollouts, folder=run, reads=reads)
+
+    def run(self, run: RunFolder | None, config: dict[str, Any], progress: Progress) -> Extraction:
+        """Collect, judge, filter and take means, from a configuration as the run began with it."""
+        requests, settings, collected = self.requests(), self.settings, self.collected(run)
+        if self.judge is not None:
+            prepare_judge(self.judge, run)
+        rollouts = collected.run(progress)
+        scoring, judged = self._judged(rollouts, run, progress)
+        filtered = filter_responses(requests, judged, settings)
+        means = arm_means(requests, filtered.kept, collected.reductions)
+        separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
+        described = as_used(scoring.describe(), methods_of(judged))
+        provenance = {**config, "judge": described, "counts": filtered.to_json(), "separation": separations}
+        if not settings.sinks:
+            provenance["prompt_mean_sinks"] = False
+        if self.trait.graded_prompts:  # so that a study needs nothing but the vectors
+            provenance["trait"] = {**config["trait"], "graded_prompts": list(self.trait.graded_prompts)}
+        # As the run began with it: a device of another number makes no other vectors.
+        vectors = PersonaVectors(self.trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
+        summary = _summary(vectors, judged, filtered, rollouts)
+        if run is not None:
+            run.write_rows(SCORES, map(_score_row, judged, filtered.kept))
+            run.write_bytes(VECTORS, vectors.to_bytes())
+            run.write_json(SUMMARY, summary)
+        return Extraction(vectors, scoring, rollouts, summary)
+
+    def _judged(
+        self, rollouts: Sequence[Rollout], run: RunFolder | None, progress: Progress
+    ) -> tuple[Judge | GivenScores, list[Judgement]]:
+        """Who scored, and the scores; without a judge or scores that came, by likelihood, calibrated on these."""
+        if self.judge is not None:
+            return self.judge, judge_rollouts(self.judge, rollouts, self.chat, run, progress=progress)
+        if self.given is not None and self.given.scores is not None:
+            return self.given.scores, list(self.given.scores.judgements)
+        uncalibrated = LikelihoodJudge(self.backend, self.chat, self.trait)
+        weighed = weigh_rollouts(uncalibrated, rollouts, run, progress=progress)
+        known = [
+            (e.preference, r.request.labels["arm"] == Arm.POSITIVE) for e, r in zip(weighed, rollouts, strict=True) if e
+        ]
+        calibration = fit_calibration([x for x, _ in known], [y for _, y in known])
+        judge = LikelihoodJudge(self.backend, self.chat, self.trait, calibration)
+        return judge, [judge.judgement_of(e) for e in weighed]
 
 
 def _summary(
@@ -251,14 +248,6 @@ def _summary(
         "separation": vectors.provenance["separation"],
         **({HOLD_REASONING: True} if vectors.stored("chat").get(HOLD_REASONING) else {}),
     }
-
-
-def _write(
-    run: RunFolder, vectors: PersonaVectors, judged: Sequence[Judgement], filtered: Filtered, summary: dict[str, Any]
-) -> None:
-    run.write_rows(SCORES, map(_score_row, judged, filtered.kept))
-    run.write_bytes(VECTORS, vectors.to_bytes())
-    run.write_json(SUMMARY, summary)
 
 
 def _score_row(judgement: Judgement, kept: bool) -> dict[str, Any]:
