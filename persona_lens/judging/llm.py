@@ -13,7 +13,7 @@ from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging import protocol as numbers
 from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score
 from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
-from persona_lens.models.server.server import Answer
+from persona_lens.models.server.messages import Answer
 from persona_lens.models.templates import answer_text
 from persona_lens.runs.cost import Work
 from persona_lens.traits import Trait

@@ -93,7 +93,7 @@ def _environment(cache: Path) -> Iterator[None]:
     known = {"A_KEY": KEY, "PERSONA_LENS_CACHE": str(cache)}
     with (
         mock.patch.dict(os.environ, known),
-        mock.patch("persona_lens.models.server.server.TIMEOUT", TIMEOUT),
+        mock.patch("persona_lens.models.server.messages.TIMEOUT", TIMEOUT),
         mock.patch("persona_lens.models.server.sending.FIRST_WAIT", 0.005),
         mock.patch("persona_lens.models.server.sending.LONGEST_WAIT", 0.02),
     ):

@@ -9,11 +9,13 @@ from persona_lens.models.server.messages import (
     Prices,
     Refused,
     Sampled,
+    ServerError,
+    ServerSettings,
     Spending,
     SpendingLimitError,
     Usage,
 )
-from persona_lens.models.server.server import CompletionServer, ServerError, ServerSettings
+from persona_lens.models.server.server import CompletionServer
 
 __all__ = [
     "Completion",

@@ -1,17 +1,32 @@
-"""What is asked of a server, what comes back, what it costs, and the cache that pays for each only once."""
+"""Where a server is, what is asked of it, what comes back and what that costs; the cache that pays for each once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import cache_folder, write_bytes
+from persona_lens.core.text import without_credentials
+
+OPENAI = "https://api.openai.com/v1"
+OPENAI_KEY = "OPENAI_API_KEY"
+NO_KEY = "none"
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+CONCURRENCY = 16
+TIMEOUT = 60.0  # seconds
+
+
+class ServerError(PersonaLensError):
+    """A server that cannot be used, or that fails again and again."""
 
 
 class SpendingLimitError(PersonaLensError):
@@ -293,3 +308,80 @@ class CompletionCache:
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
+
+
+Answer = Completion | Refused
+Done = Callable[[int, Answer], None]
+Keep = Callable[[CompletionRequest, Completion], bool]
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where a server is and how hard it may be driven.
+
+    Attributes:
+        model: The model's name there.
+        base_url: Address, up to ``/v1``; None takes ``OPENAI_BASE_URL``, or OpenAI itself.
+        key_variable: The environment variable that holds the key. It is read when the server is first asked.
+        concurrency: Requests under way at the same time.
+        timeout: Seconds that one attempt may take, to the last byte of its answer.
+        attempts: How often a request is tried before the whole work stops.
+        requests_per_minute: No more than so many; None for no limit.
+        tokens_per_minute: No more than so many, answers counted at their longest; None for no limit.
+    """
+
+    model: str
+    base_url: str | None = None
+    key_variable: str = OPENAI_KEY
+    concurrency: int = CONCURRENCY
+    timeout: float = TIMEOUT
+    attempts: int = 8
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ServerError("name the server's model")
+        if not _VARIABLE.fullmatch(self.key_variable):
+            raise ServerError("name the environment variable that holds the key, such as OPENAI_API_KEY, not the key")
+        if self.concurrency < 1 or self.attempts < 1:
+            raise ServerError(f"concurrency and attempts are at least 1, got {self.concurrency} and {self.attempts}")
+        for name in ("timeout", "requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, name)
+            if value is not None and not (isfinite(value) and value > 0):
+                raise ServerError(f"{name} must be above 0, got {value}")
+        if not _is_address(self.url):
+            raise ServerError(f"a server's address looks like http://127.0.0.1:8000/v1, got {self.shown!r}")
+
+    @property
+    def url(self) -> str:
+        """The address that is asked."""
+        return (self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
+
+    @property
+    def shown(self) -> str:
+        """The address without a name, password or key that may stand in it."""
+        return without_credentials(self.url)
+
+    def key(self) -> str:
+        """The key to send.
+
+        Raises:
+            ServerError: If there is none, and OpenAI itself is asked or the variable was named.
+        """
+        found = os.environ.get(self.key_variable, "").strip()
+        if not (found.isascii() and found.isprintable()):
+            raise ServerError(f"the key in {self.key_variable} has characters that no key has; set it again")
+        if not found and urlsplit(self.url).hostname == urlsplit(OPENAI).hostname:
+            raise ServerError(f"{self.shown} needs a key: set {self.key_variable}")
+        if self.key_variable != OPENAI_KEY and self.key_variable not in os.environ:
+            raise ServerError(f"{self.shown}: no environment variable of the name that was given for the key is set")
+        return found or NO_KEY
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:
+        return False

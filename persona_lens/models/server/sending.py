@@ -25,12 +25,17 @@ from persona_lens.core.text import forms_of, hide, printable, secrets_in
 from persona_lens.core.text import without_secrets as shown
 from persona_lens.core.transport import MIB, AnswerError, AsyncBoundedClient, Bounds
 from persona_lens.models.server.messages import (
+    NO_KEY,
     SAMPLING,
+    Answer,
     Completion,
     CompletionCache,
     CompletionRequest,
+    Keep,
     Refused,
     Sampled,
+    ServerError,
+    ServerSettings,
     Spending,
 )
 from persona_lens.models.server.reading import (
@@ -42,7 +47,6 @@ from persona_lens.models.server.reading import (
     read_completion,
     words_of,
 )
-from persona_lens.models.server.server import NO_KEY, Answer, Keep, ServerError, ServerSettings
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 LONGEST_RETRY_AFTER = 600.0
