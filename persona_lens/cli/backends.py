@@ -1,4 +1,4 @@
-"""``persona-lens backends``: which backends there are, and whether they agree on a model."""
+"""``persona-lens backends`` and ``remote``: which backends and servers there are, and whether backends agree."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import options
-from persona_lens.cli.display import print_plain_table, say, say_json, showing_progress
+from persona_lens.cli.display import print_plain_table, say, say_json, show_rows, showing_progress
+from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.backend.parity import ParityCheck
+    from persona_lens.backend.protocol import ServerStatus
     from persona_lens.backend.registry import BackendStatus
+
 
 ONLY = Option("Check only this one. Repeatable.", metavar="NAME", shown="all that are installed")
 DTYPE = "`float32`, `bfloat16` or `float16`; tokens must be equal in float32 only."
@@ -180,3 +183,37 @@ def _as_json(result: Checked) -> dict[str, Any]:
         "passed": result.passed,
         "checks": checks,
     }
+
+
+def status(backend: options.Backends = "nnsight", as_json: options.AsJson = False) -> None:
+    """Say whether the configured server can be used, and which models it has.
+
+    The exit code is 1 if it cannot be used.
+
+    Example: `NDIF_HOST=https://api.ndif.us persona-lens remote status`
+    """
+    from persona_lens.backend import find_backend
+
+    spec = find_backend(backend)
+    if spec.server is None:
+        raise PersonaLensError(f"backend {backend} runs models here only; it has no server")
+    found = spec.server()
+    deliver(asdict(found), lambda: _show(found), as_json)
+
+
+def _show(found: ServerStatus) -> None:
+    key = "accepted" if found.key else "none; the server wants none"
+    say(f"{found.host} can be used (key: {key}{f', of {found.account}' if found.account else ''})")
+    if not found.deployments:
+        say("no model is loaded there at the moment")
+        return
+    show_rows(
+        "Models",
+        found.deployments,
+        {
+            "model": lambda each: each.model,
+            "revision": lambda each: each.revision,
+            "state": lambda each: each.state.lower(),
+            "answers now": lambda each: each.usable,
+        },
+    )

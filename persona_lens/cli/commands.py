@@ -33,21 +33,21 @@ class Group:
 
 COMMANDS: Mapping[str, str | Group] = {
     "demo": "demo:demo",
-    "extract": "extract:extract",
+    "extract": "extraction:extract",
     "generate": "generate:generate",
-    "responses": "responses:responses",
-    "dissect": "dissect:dissect",
-    "finetune": "finetune:finetune_command",
-    "finetune-study": "finetune_study:finetune_study_command",
-    "shift": "shift:shift_command",
+    "responses": "extraction:responses",
+    "dissect": "analysis:dissect",
+    "finetune": "finetuning:finetune_command",
+    "finetune-study": "finetuning:finetune_study_command",
+    "shift": "finetuning:shift_command",
     "screen": "screen:screen",
     "steer": Group(
         "Steer along vectors: sweep, tune, compare, and see what it costs.",
         {
-            "sweep": "sweep:sweep_command",
-            "tune": "tune:tune_command",
-            "compare": "compare:compare_command",
-            "capability": "capability:capability_command",
+            "sweep": "steering:sweep_command",
+            "tune": "steering:tune_command",
+            "compare": "steering:compare_command",
+            "capability": "analysis:capability_command",
             "effects": "effects:effects_command",
         },
         "persona-lens steer sweep MODEL VECTORS",
@@ -55,18 +55,18 @@ COMMANDS: Mapping[str, str | Group] = {
     "vectors": Group(
         "Look into vectors, compare them, and carry them to other programs.",
         {
-            "layers": "geometry:layers_command",
-            "pca": "geometry:pca_command",
-            "agree": "geometry:agree_command",
-            "halves": "geometry:halves_command",
+            "layers": "vectors:layers_command",
+            "pca": "vectors:pca_command",
+            "agree": "vectors:agree_command",
+            "halves": "vectors:halves_command",
             "export": "exchange:export_command",
             "import": "exchange:import_command",
             "push": "exchange:push_command",
             "pull": "exchange:pull_command",
-            "lens": "lenses:lens_command",
-            "attribute": "lenses:attribute_command",
+            "lens": "analysis:lens_command",
+            "attribute": "analysis:attribute_command",
             "show": "vectors:show",
-            "cosines": "geometry:cosines_command",
+            "cosines": "vectors:cosines_command",
         },
     ),
     "judge": Group(
@@ -76,10 +76,10 @@ COMMANDS: Mapping[str, str | Group] = {
     "monitor": Group(
         "Know how the model will behave before it answers, and read what it said.",
         {
-            "study": "study:study_command",
-            "prompt": "prompt:prompt_command",
-            "transcript": "transcripts:transcript_command",
-            "chat": "chat:chat_command",
+            "study": "prompts:study_command",
+            "prompt": "prompts:prompt_command",
+            "transcript": "conversations:transcript_command",
+            "chat": "conversations:chat_command",
         },
     ),
     "traits": Group(
@@ -98,7 +98,7 @@ COMMANDS: Mapping[str, str | Group] = {
         "List the backends, and check that they give the same numbers.",
         {"list": "backends:list_backends", "check": "backends:check"},
     ),
-    "remote": Group("See which models a server has.", {"status": "remote:status"}),
+    "remote": Group("See which models a server has.", {"status": "backends:status"}),
 }
 
 

@@ -53,15 +53,7 @@ def effects_command(
     settings: CrossSettings = given.make(layer=read_layer)
     experiment = Experiment(
         lambda at: cross_effects(
-            at.backend,
-            steerings,
-            loaded,
-            settings,
-            judges=at.judges,
-            chat=at.chat,
-            folder=at.folder,
-            allow_other_model=allow_other_model,
-            progress=at.shown,
+            at.backend, steerings, loaded, settings, allow_other_model=allow_other_model, **at.given_each
         ),
         _show,
         lambda at: cross_work(at.backend, steerings, loaded, settings, judges=at.judges, chat=at.chat),

@@ -50,6 +50,16 @@ class Session:
     progress: Progress | None = None
 
     @property
+    def given(self) -> dict[str, Any]:
+        """What verbs of the library that judge one trait take by name: the folder, the judge, the chat, progress."""
+        return {"folder": self.folder, "judge": self.judge, "chat": self.chat, "progress": self.shown}
+
+    @property
+    def given_each(self) -> dict[str, Any]:
+        """The same for those that judge several."""
+        return {"folder": self.folder, "judges": self.judges, "chat": self.chat, "progress": self.shown}
+
+    @property
     def shown(self) -> Progress:
         """What shows how far it is, while it runs."""
         assert self.progress is not None

@@ -1,16 +1,24 @@
-"""``persona-lens vectors show``: what is in vectors."""
+"""``persona-lens vectors``: what is in vectors, and how directions stand to one another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
-from persona_lens.cli.display import print_table, say, say_json
+from persona_lens.cli.display import Column, number, print_table, say, say_json, show_rows
+from persona_lens.cli.runner import deliver
+from persona_lens.cli.settings import argument
+from persona_lens.cli.values import layer_numbers
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted, printable
 
 if TYPE_CHECKING:
     from persona_lens.vectors import PersonaVectors
+    from persona_lens.vectors.geometry import Cosines
 
 
 def show(vectors: options.Vectors, as_json: options.AsJson = False) -> None:
@@ -111,3 +119,203 @@ def _flat(given: Any) -> str:
     from persona_lens.reports.page import flat
 
     return ", ".join(f"{name} {value}" for name, value in flat(given)) if isinstance(given, Mapping) else ""
+
+
+COSINE = "+.3f"
+
+
+def cosines_command(
+    vectors: options.SeveralVectors,
+    layers: options.Layers = "all",
+    reduction: options.Reduction = "response_mean",
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare the directions of several traits, layer by layer, with what random directions have.
+
+    Example: `persona-lens vectors cosines runs/optimistic runs/impolite runs/evil --layer 18`
+    """
+    from persona_lens.vectors.geometry import cosines
+
+    if len(vectors) < 2:
+        raise PersonaLensError(f"only {vectors[0]} is given; a cosine is between two, so give at least two VECTORS")
+    named = _named(vectors)
+    if len(named) < 2:
+        raise PersonaLensError(f"{vectors[0]} is given twice; a cosine is between two different VECTORS")
+    found = cosines(named, reduction)
+    chosen = layer_numbers(layers, len(found.values))
+    written = found.to_json()
+    picked = {**written, "layers": chosen, "cosines": [written["cosines"][at] for at in chosen]}
+    deliver(picked, lambda: _show_cosines(found, chosen), as_json)
+
+
+def layers_command(
+    vectors: options.Vectors,
+    layers: options.Layers = "all",
+    reduction: options.Reduction = "response_mean",
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare one trait's directions at different layers.
+
+    Example: `persona-lens vectors layers runs/optimistic --layers 8,12,16,20`
+    """
+    from persona_lens.vectors import load_vectors
+    from persona_lens.vectors.geometry import layer_cosines
+
+    loaded = load_vectors(vectors)
+    chosen = layer_numbers(layers, loaded.model.n_layers)
+    matrix = layer_cosines(loaded, reduction)[chosen][:, chosen].tolist()
+    cosines = [[value if isfinite(value) else None for value in row] for row in matrix]
+    rows = [(str(layer), *(number(each, COSINE) for each in row)) for layer, row in zip(chosen, cosines, strict=True)]
+    deliver(
+        {"trait": loaded.trait, "reduction": reduction, "layers": chosen, "cosines": cosines},
+        lambda: print_table("Cosines between layers", ("layer", *map(str, chosen)), rows),
+        as_json,
+    )
+
+
+def pca_command(
+    vectors: options.SeveralVectors,
+    layer: int,
+    components: int = 3,
+    raw: bool = False,
+    uncentred: bool = False,
+    reduction: options.Reduction = "response_mean",
+    as_json: options.AsJson = False,
+) -> None:
+    """Find the few directions in which many traits differ at a layer, beside those of random directions.
+
+    Example: `persona-lens vectors pca runs/optimistic runs/impolite runs/sycophantic --layer 18`
+
+    Args:
+        layer: Block index, 0-based.
+        components: How many to show.
+        raw: Leave the vectors as long as they are; longer ones then weigh more.
+        uncentred: Leave in what all the traits share.
+    """
+    from persona_lens.vectors.geometry import principal_components
+
+    found = principal_components(_named(vectors), layer, reduction, normalised=not raw, centred=not uncentred)
+    if components < 1 and not as_json:
+        raise PersonaLensError(f"--components must be at least 1, got {components}")
+    shown = range(min(components, len(found.explained)))
+    rows = [
+        ("share of the variance", *(f"{found.explained[at]:.0%}" for at in shown)),
+        ("95% of random ones: below", *(f"{found.random_explained[at]:.0%}" for at in shown)),
+        *((name, *(f"{found.coordinates[row, at]:+.2f}" for at in shown)) for row, name in enumerate(found.names)),
+    ]
+    title, head = f"Components at layer {layer}", ("", *(f"{at + 1}" for at in shown))
+    deliver(found.to_json(), lambda: print_table(title, head, rows), as_json)
+
+
+def agree_command(
+    one: options.Vectors,
+    other: Annotated[Path, argument("OTHER", "Vectors to compare with, of the same size.")],
+    layers: options.Layers = "all",
+    reduction: options.Reduction = "response_mean",
+    allow_other_model: bool = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare two makings of a vector: two seeds, two judges, a model and its finetuned copy.
+
+    Example: `persona-lens vectors agree runs/optimistic-seed-0 runs/optimistic-seed-1`
+
+    Args:
+        allow_other_model: Compare two models, such as a model and its finetuned copy.
+    """
+    from persona_lens.vectors import load_vectors
+    from persona_lens.vectors.geometry import CHANCE, likeness
+
+    found = likeness(load_vectors(one), load_vectors(other), reduction, allow_other_model=allow_other_model)
+    chosen = layer_numbers(layers, len(found.cosines))
+    written = found.to_json()
+    picked = {name: [written[name][at] for at in chosen] for name in ("cosines", "lengths")}
+
+    def show() -> None:
+        options.say_notes([f"different models: {difference}" for difference in found.differences])
+        show_rows(
+            f"Agreement (95% of random directions are within {CHANCE * found.null_std:.3f} of 0)",
+            chosen,
+            {
+                "layer": lambda at: at,
+                "cosine": (lambda at: float(found.cosines[at]), COSINE),
+                "length of the second / first": (lambda at: float(found.lengths[at]), ".3f"),
+            },
+        )
+
+    deliver({**written, "layers": chosen, **picked}, show, as_json)
+
+
+def halves_command(
+    run: Annotated[Path, argument("RUN", "Run folder of an extraction; it is not changed.")],
+    layers: options.Layers = "all",
+    splits: int = 200,
+    seed: options.Seed = 0,
+    reduction: options.Reduction = "response_mean",
+    as_json: options.AsJson = False,
+) -> None:
+    """Say how reliable an extraction's vectors are: by vectors made from halves of its questions.
+
+    Example: `persona-lens vectors halves runs/optimistic-smollm2-135m`
+
+    Args:
+        splits: Random splits of the questions that are averaged.
+    """
+    from persona_lens.vectors.split_half import split_halves
+
+    found = split_halves(run, reduction, splits=splits, seed=seed)
+    chosen = layer_numbers(layers, len(found.layers))
+    written = found.to_json()
+    title = f"{counted(found.questions, 'question')}, {counted(found.splits, 'split')} into halves"
+    columns: Mapping[str, Column[Any]] = {
+        "layer": lambda row: row.layer,
+        "halves": (lambda row: row.halves, COSINE),
+        "95% of swapped arms: within": (lambda row: row.null, ".3f"),
+        "the whole vector": (lambda row: row.whole.mean, COSINE),
+        "95% interval": lambda row: f"{number(row.whole.low, COSINE)} to {number(row.whole.high, COSINE)}",
+    }
+    deliver(
+        {**written, "layers": [written["layers"][at] for at in chosen]},
+        lambda: show_rows(title, [found.layers[at] for at in chosen], columns),
+        as_json,
+    )
+
+
+def _named(paths: Sequence[Path]) -> dict[str, PersonaVectors]:
+    """Vectors by their trait, or by their path where two are of one trait."""
+    loaded = options.open_vectors(paths)
+    names = [each.trait for each in loaded]
+    return {
+        each.trait if names.count(each.trait) == 1 else str(path): each
+        for path, each in zip(paths, loaded, strict=True)
+    }
+
+
+def _show_cosines(found: Cosines, layers: list[int]) -> None:
+    """A matrix for one layer; for several of each pair the extremes and the mean, all numbers being in the JSON."""
+    from persona_lens.vectors.geometry import CHANCE
+
+    limit = CHANCE * found.null_std
+    chance = f"95% of random directions are within {limit:.3f} of 0"
+    if len(layers) == 1:
+        rows = [
+            (name, *(number(value, COSINE) for value in row))
+            for name, row in zip(found.names, found.at(layers[0]).tolist(), strict=True)
+        ]
+        print_table(f"Cosines at layer {layers[0]} ({chance})", ("", *found.names), rows)
+        return
+    rows = []
+    for (i, one), (j, other) in combinations(enumerate(found.names), 2):
+        values = {layer: value for layer in layers if isfinite(value := float(found.values[layer, i, j]))}
+        if not values:
+            rows.append((f"{one}, {other}", *["-"] * 4))
+            continue
+        low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        beyond = sum(abs(value) > limit for value in values.values())
+        ends = (f"{number(values[at], COSINE)} at {at}" for at in (low, high))
+        mean = number(sum(values.values()) / len(values), COSINE)
+        rows.append((f"{one}, {other}", mean, *ends, f"{beyond} of {len(values)}"))
+    print_table(
+        f"Cosines over {counted(len(layers), 'layer')} ({chance})",
+        ("pair", "mean", "smallest, at layer", "largest, at layer", "layers beyond chance"),
+        rows,
+    )

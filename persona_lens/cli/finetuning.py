@@ -1,0 +1,353 @@
+"""``persona-lens finetune``, ``finetune-study`` and ``shift``: training on conversations, and what that leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from persona_lens.cli import judges, options
+from persona_lens.cli.display import (
+    interval_text,
+    number,
+    print_table,
+    quiet_libraries,
+    say,
+    show_rows,
+    showing_progress,
+)
+from persona_lens.cli.runner import REPORT, Experiment, Run, deliver, write_report
+from persona_lens.cli.settings import Fields, Given, Option, argument
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
+
+if TYPE_CHECKING:
+    from persona_lens.finetuning import FinetuneConfig, Finetuned
+    from persona_lens.finetuning.outcomes import TreatmentSettings
+    from persona_lens.finetuning.shift import ShiftSettings
+    from persona_lens.finetuning.study import FinetuneStudySettings
+    from persona_lens.vectors import PersonaVectors
+
+
+CONVERSATIONS = "Conversations in any form that `screen` reads, `demonstration:impolite` among them, or plain text."
+Data = Annotated[str, argument("DATA", CONVERSATIONS)]
+ConfigFile = Annotated[
+    Path | None, Option("Settings as YAML; see `finetune --print-config`.", metavar="FILE", shown="the paper's")
+]
+HeldOut = Annotated[str | None, Option("Conversations whose loss is only measured.", metavar="DATA")]
+Side = Annotated[str | None, Option("Of preference pairs: `chosen` or `rejected`.")]
+CONFIG = Fields(
+    "persona_lens.finetuning.config:FinetuneConfig",
+    without=("lora", "watch"),
+    optional=True,
+    edits=Option(metavar="SPEC", shown=""),
+    seed=Option(most=2**32 - 1),
+    report_to=Option(values="`wandb` or `tensorboard`; repeatable"),
+)
+
+
+def _print_config(asked: bool) -> None:
+    if asked:
+        from persona_lens.finetuning import documented
+
+        say(documented(), nl=False)
+        raise typer.Exit
+
+
+def finetune_command(
+    model: options.Model,
+    data: Data,
+    given: Annotated[Given, CONFIG],
+    config: ConfigFile = None,
+    vectors: Annotated[list[Path] | None, Option(metavar="PATH")] = None,
+    held_out: HeldOut = None,
+    watch_every: int | None = None,
+    stop_above: float | None = None,
+    side: Side = None,
+    device: options.Device = "auto",
+    out: Annotated[options.Out, Option(shown="runs/finetuned-METHOD-MODEL")] = None,
+    print_config: Annotated[bool, Option(at_once=_print_config)] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Finetune MODEL on DATA, with the loss on what the assistant says and the paper's settings as defaults.
+
+    What is trained is a LoRA adapter in OUT/adapter, unless the configuration says `weights: full`. OUT can then stand
+    for the model in every command. With `--method preventative` the edits act in training and are gone afterwards:
+    pushed towards a trait while it learns, the model need not learn the trait.
+
+    Example: `persona-lens finetune smollm2-135m data.jsonl --method preventative --edits impolite@9:+2
+    --vectors runs/impolite-smollm2-135m`
+
+    Example: `persona-lens finetune --print-config > finetune.yaml`
+
+    Args:
+        vectors: Run folder or file of vectors that --edits names, or that are watched. Repeatable.
+        watch_every: Project held-out prompts every so many steps.
+        stop_above: Stop when a watched projection has risen by this.
+        print_config: Print all settings with their meaning.
+    """
+    from persona_lens.finetuning import finetune
+
+    chosen = open_config(config, given.chosen(), {"every": watch_every, "stop_above": stop_above})
+    loaded = options.open_vectors(vectors or ())
+    if loaded and chosen.method in ("plain",) and chosen.watch.every is None:
+        raise PersonaLensError("--vectors are for --edits, --method prompted or --watch-every; none of them is given")
+    folder = out or options.run_folder(f"finetuned-{chosen.method}", model)
+    quiet_libraries()
+    with showing_progress() as progress:
+        found = finetune(
+            model,
+            data,
+            folder,
+            chosen,
+            vectors=loaded,
+            held_out=held_out or (),
+            side=side,
+            device=device,
+            progress=progress,
+        )
+    deliver({"folder": str(folder), **found.summary}, lambda: _show_finetune(found, folder), as_json)
+
+
+def open_config(file: Path | None, given: Mapping[str, Any], watched: Mapping[str, Any]) -> FinetuneConfig:
+    """The configuration of a file with what was given on the command line in place of what it says."""
+    from persona_lens.finetuning import make_config
+    from persona_lens.finetuning.config import read_config
+
+    fields = {**(read_config(file) if file else {}), **given}
+    looks = {name: value for name, value in watched.items() if value is not None}
+    if looks:
+        own = fields.get("watch")
+        fields["watch"] = {**(own if isinstance(own, dict) else {}), **looks}
+    return make_config(fields, str(file) if file else "the settings")
+
+
+def _show_finetune(found: Finetuned, folder: Path) -> None:
+    summary, loss = found.summary, found.summary["loss"]
+    counts = summary["data"]
+    say(
+        f"{summary['method']}: {counted(summary['steps'], 'step')} over {counted(counts['examples'], 'example')}, "
+        f"{counted(counts['learned_tokens'], 'token')} to learn"
+    )
+    lost = {"shortened": "cut at max_length", "dropped": "left out: nothing to learn in max_length"}
+    options.say_notes([f"{counts[name]} {text}" for name, text in lost.items() if counts[name]])
+    first, last, learned, unseen = (number(loss[name], ".3f") for name in ("first", "last", "learned", "unseen"))
+    say(
+        f"loss, nats a token: {first} at first, {last} in the last quarter; without edits {learned} on what was "
+        f"learned, {unseen} on held-out data"
+    )
+    if summary["stopped"]:
+        say(f"stopped: {summary['stopped']}")
+    say(f"{summary['trained']}: {found.folder}; take {folder} for the model")
+
+
+LEFT_OUT = ("everywhere", "post-hoc", "caft", "regularised", "prompted", "random")
+SETTINGS = Fields(
+    "persona_lens.finetuning.study:FinetuneStudySettings",
+    without=("treatments", "layer", "question_set"),
+    questions=Option("How many of the 20 evaluation questions to ask."),
+    samples=Option("Replies to each question."),
+    seed=Option("Base of the replies' seeds."),
+)
+
+
+@dataclass(frozen=True)
+class TreatmentOptions:
+    """The ways to finetune.
+
+    Attributes:
+        layer: Layer of all treatments, from 0; None for the one tuned.
+        coefficient: Multiple of the vector that preventative steering adds, and post-hoc steering takes away; None for
+            the one tuned.
+        increments: The same at all layers, by increments; None for the coefficient.
+        penalty: Weight of the projection penalty.
+        without: Leave out: everywhere, post-hoc, caft, regularised, prompted, random.
+    """
+
+    layer: int | None = None
+    coefficient: float | None = None
+    increments: float | None = None
+    penalty: float = 1.0
+    without: str | None = None
+
+    def open(self, vectors: PersonaVectors) -> tuple[TreatmentSettings, int]:
+        """The treatments, and their layer."""
+        from dataclasses import replace
+
+        from persona_lens.finetuning.outcomes import TreatmentSettings
+
+        left = [each.strip() for each in self.without.split(",")] if self.without else []
+        if unknown := [each for each in left if each not in LEFT_OUT]:
+            raise PersonaLensError(f"--without takes {', '.join(LEFT_OUT)}; got {unknown[0]!r}")
+        tuned, place, strength = vectors.tuned, self.layer, self.coefficient
+        if tuned is None and (place is None or strength is None):
+            raise PersonaLensError(
+                f"no layer was tuned for the vectors of {vectors.trait!r}; give --layer and --coefficient"
+            )
+        if tuned is not None:
+            place = tuned.layer if place is None else place
+            strength = tuned.coefficient if strength is None else strength
+        assert place is not None
+        assert strength is not None
+        made = TreatmentSettings.of(vectors, place, strength, strength if self.increments is None else self.increments)
+        gone: dict[str, Any] = {
+            name.replace("-", "_"): False if name in ("prompted", "random") else None for name in left
+        }
+        return replace(made, penalty=self.penalty, **gone), place
+
+
+def finetune_study_command(
+    model: options.Model,
+    data: Data,
+    vectors: options.Vectors,
+    given: Annotated[Given, SETTINGS],
+    treated: TreatmentOptions,
+    config: ConfigFile = None,
+    held_out: HeldOut = None,
+    side: Side = None,
+    out: Annotated[options.Out, Option(shown="runs/finetune-study-TRAIT-MODEL")] = None,
+    device: options.Device = "auto",
+    judge: judges.JudgeName = "likelihood",
+    as_json: options.AsJson = False,
+    *,
+    judging: judges.JudgeOptions,
+) -> None:
+    """Finetune MODEL on DATA in several ways, each over several seeds, and compare what they leave.
+
+    DATA should carry VECTORS' trait. Plain finetuning stands beside preventative steering (one layer, all layers, and
+    random directions of equal norm), ablation in training (CAFT), a penalty on the projection, a system prompt in the
+    training data, and post-hoc steering of the plainly finetuned model. The folder gets `report.html`.
+
+    Example: `persona-lens finetune-study smollm2-135m impolite.jsonl runs/impolite-smollm2-135m --layer 9
+    --coefficient 4`
+    """
+    from persona_lens import __version__
+    from persona_lens.finetuning.study import finetune_study
+    from persona_lens.reports.finetuning import render_finetuning
+    from persona_lens.vectors import load_vectors
+
+    loaded = load_vectors(vectors)
+    treatments, place = treated.open(loaded)
+    settings: FinetuneStudySettings = given.make(treatments=treatments, layer=place)
+    chosen = open_config(config, {}, {})
+    folder = out or options.run_folder(f"finetune-study-{loaded.trait}", model)
+    quiet_libraries()
+    judging.refuse_useless(judge)
+    scoring = None
+    if judge != judges.LIKELIHOOD:
+        scoring = judging.open_alone(judge, loaded.trait_definition, settings.dtype, device)
+    with judges.saying_spending(scoring), showing_progress() as progress:
+        found = finetune_study(
+            model,
+            data,
+            loaded,
+            settings,
+            chosen,
+            folder=folder,
+            held_out=held_out or (),
+            side=side,
+            judge=scoring,
+            device=device,
+            progress=progress,
+        )
+    write_report(folder / REPORT, render_finetuning(found.summary, __version__))
+    deliver({"folder": str(folder), **found.summary}, lambda: _show_finetune_study(found.summary, folder), as_json)
+
+
+def _show_finetune_study(summary: Any, folder: Path) -> None:
+    from persona_lens.reports.finetuning import verdicts
+
+    base = {"score": summary["base"]["score"], "change": "", "against_plain": "", "losses": {"last": ""}, "shift": ""}
+    show_rows(
+        f"{summary['trait']} after finetuning, {counted(len(summary['settings']['seeds']), 'seed')} [95% interval]",
+        [("base", base), *summary["treatments"].items()],
+        {
+            "": lambda row: row[0],
+            "score": (lambda row: _mean(row[1]["score"]), ".1f"),
+            "change": lambda row: row[1]["change"],
+            "beside plain": lambda row: row[1]["against_plain"],
+            "loss": (lambda row: _mean(row[1]["losses"]["last"]), ".2f"),
+            "shift": (lambda row: _mean(row[1]["shift"]), ".2f"),
+        },
+    )
+    for sentence in verdicts(summary):
+        say(sentence)
+    say(f"report: {folder / REPORT}")
+
+
+def _mean(found: Any) -> Any:
+    return found["mean"] if isinstance(found, dict) else found
+
+
+BASE = argument("BASE", "The model before finetuning; the vectors are its own.")
+FINETUNED = argument("FINETUNED...", "Run folders of `finetune`, adapter folders (not merged), or whole models.")
+QUESTIONS = Option("How many of each trait's 20 evaluation questions.")
+
+
+def shift_command(
+    run: Annotated[Run, Fields(without=("dry_run",), model=BASE)],
+    finetuned: Annotated[list[str], FINETUNED],
+    vectors: options.Vectors,
+    given: Annotated[
+        Given, Fields("persona_lens.finetuning.shift:ShiftSettings", without=("question_set",), questions=QUESTIONS)
+    ],
+    more: Annotated[list[Path] | None, Option(names=("--with",), metavar="PATH")] = None,
+) -> None:
+    """Measure what finetuning has shifted: (mean h_fine - mean h_base) . v̂ at the last token of the evaluation prompts.
+
+    Beside it stands how the trait score of the replies has changed, and over several finetuned models how the two go
+    together.
+
+    Example: `persona-lens shift smollm2-135m runs/finetuned-plain-smollm2-135m runs/impolite-smollm2-135m`
+
+    Args:
+        more: Vectors of further traits. Repeatable.
+    """
+    from persona_lens.finetuning.shift import measure_shifts
+
+    if run.opening.remote:
+        raise PersonaLensError("shift runs on this machine: a server cannot be given finetuned models")
+    loaded = options.open_vectors([vectors, *(more or ())])
+    if len({each.trait for each in loaded}) < len(loaded):
+        raise PersonaLensError("two vectors are of the same trait; give each trait once")
+    models = {name: partial(run.opening.open, model) for name, model in _names(finetuned).items()}
+    settings: ShiftSettings = given.make(loaded[0].model.n_layers)
+    experiment = Experiment(
+        lambda at: measure_shifts(at.backend, models, loaded, settings, **at.given_each),
+        lambda found, _: _show_shift(found.summary),
+        traits={each.trait: each.trait_definition for each in loaded} if settings.scores else None,
+    )
+    run.carry_out(experiment)
+
+
+def _names(finetuned: list[str]) -> dict[str, str]:
+    """What each model is called: its folder's name where that is clear, else what was given."""
+    short = [Path(model).resolve().name if Path(model).exists() else model for model in finetuned]
+    names = short if len(set(short)) == len(short) and "base" not in short else finetuned
+    if len(set(names)) < len(names) or "base" in names:
+        raise PersonaLensError(f"give each finetuned model once, under another name than base: {', '.join(names)}")
+    return dict(zip(names, finetuned, strict=True))
+
+
+def _show_shift(summary: Mapping[str, Any]) -> None:
+    from persona_lens.core.statistics import few
+
+    layers = summary["layers"]
+    for trait, found in summary["traits"].items():
+        # The layer that was tuned, else the one where the first model has moved most.
+        first = next(iter(found["models"].values()))["shift"]
+        largest = max(range(len(first)), key=lambda at: abs(first[at]["mean"]))
+        place = layers.index(found["layer"]) if found["layer"] is not None else largest
+        rows = [("base", "", number(found["score"]["mean"], ".1f"), "")] if found["score"] else []
+        for name, row in found["models"].items():
+            score = number(row["score"] and row["score"]["mean"], ".1f")
+            rows.append((name, interval_text(row["shift"][place], "+.2f"), score, interval_text(row["change"])))
+        title = f"{trait}: shift at layer {layers[place]} in residual-stream units, trait score and its change"
+        print_table(f"{title} [95% interval]", ("model", "shift", "score", "change"), rows)
+        if found["correlations"] and (r := found["correlations"][place])["value"] is not None:
+            over = few(r["n"], "model") or counted(r["n"], "model")
+            say(f"{trait}: correlation of shift and change over {over}: {interval_text(r, '.2f', noun=None)}")

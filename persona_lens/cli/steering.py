@@ -1,0 +1,273 @@
+"""``persona-lens steer sweep``, ``tune`` and ``compare``: what steering does to answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from persona_lens.cli import options
+from persona_lens.cli.display import cell, interval_text, number, print_table, say, show_rows
+from persona_lens.cli.runner import Experiment, Run, Session
+from persona_lens.cli.settings import Fields, Given, Option
+from persona_lens.cli.steerings import SteeringOptions
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
+
+if TYPE_CHECKING:
+    from persona_lens.core.statistics import Estimate
+    from persona_lens.steering import ArmSettings, Steering, SweepRow, SweepSettings, TuneSettings, Tuning
+    from persona_lens.steering.comparison import Comparison
+    from persona_lens.steering.preview import Preview
+    from persona_lens.vectors import PersonaVectors
+
+
+def sweep_command(
+    run: Run,
+    vectors: options.Vectors,
+    given: Annotated[Given, Fields("persona_lens.steering:SweepSettings", without=("question_set",))],
+    preview: options.Preview = False,
+    allow_other_model: options.AllowOtherModel = False,
+) -> None:
+    """Steer along a vector on the trait's held-out questions, and score what comes out.
+
+    Scores are the likelihood judge's, a proxy, unless another judge is named. Intervals are 95% intervals over
+    questions.
+
+    Example: `persona-lens steer sweep smollm2-135m runs/optimistic-smollm2-135m --layers 12,18`
+    """
+    from persona_lens.steering import sweep, sweep_work
+    from persona_lens.vectors import load_vectors
+
+    loaded = load_vectors(vectors)
+    settings: SweepSettings = given.make(loaded.model.n_layers)
+
+    def previews(at: Session) -> dict[str, Preview]:
+        if not allow_other_model:
+            loaded.check_model(at.backend)
+        return _previews(at, loaded, settings)
+
+    experiment = Experiment(
+        lambda at: sweep(at.backend, loaded, settings, allow_other_model=allow_other_model, **at.given),
+        lambda rows, _: _show_sweep(rows, settings),
+        lambda at: sweep_work(at.backend, loaded, settings, at.chat, judge=at.judge),
+        summary=lambda rows: _summary(rows, settings),
+        traits=loaded.trait_definition,
+        previews=previews,
+    )
+    run.carry_out(experiment, preview=preview)
+
+
+def _previews(at: Session, vectors: PersonaVectors, settings: SweepSettings) -> dict[str, Preview]:
+    """The first question under each coefficient."""
+    from persona_lens.steering.comparison import VECTOR
+    from persona_lens.steering.preview import preview_tokens
+    from persona_lens.steering.sweep import edits_of, plan_sweep
+
+    requests = [
+        request
+        for request in plan_sweep(vectors.trait_definition, settings)
+        if (request.labels["question_number"], request.labels["sample"]) == (0, 0)
+        and request.labels["direction"] == VECTOR
+    ]
+    edits_for = edits_of(vectors, settings)
+    edits = [edit for request in requests for edit in edits_for([request])]
+    first = requests[0]
+    title = f"question 0: {first.question} (each layer and coefficient in a response of its own)"
+    ids = at.chat.encode(first.system, first.question)
+    return {title: preview_tokens(at.backend, ids, settings.rollouts.max_new_tokens, edits=edits)}
+
+
+def _curves(rows: list[SweepRow], settings: SweepSettings) -> dict[tuple[int, str], Any]:
+    from persona_lens.steering import curve
+
+    directions = ["vector", "random"] if settings.random_directions > 0 else ["vector"]
+    return {(layer, kind): curve(rows, layer, kind) for layer in settings.layers for kind in directions}
+
+
+def _summary(rows: list[SweepRow], settings: SweepSettings) -> dict[str, Any]:
+    from persona_lens.steering import effect
+
+    listed = [
+        {"layer": layer, "direction": kind, "points": [point.to_json() for point in points]}
+        for (layer, kind), points in _curves(rows, settings).items()
+    ]
+    return {"curves": listed, "effects": [effect(rows, layer).to_json() for layer in settings.layers]}
+
+
+def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
+    from persona_lens.core.statistics import verdict_of
+    from persona_lens.steering import effect
+
+    curves = _curves(rows, settings)
+    directions = list(dict.fromkeys(kind for _, kind in curves))
+    measured = "surprise" if curves[settings.layers[0], "vector"][0].surprise else "coherence"
+    meaning = {"surprise": "surprise under the unsteered model (nats a token)", "coherence": "coherence (0 to 100)"}
+    for layer in settings.layers:
+        print_table(
+            f"Layer {layer}: trait score [95% interval], and {meaning[measured]}",
+            ("coefficient", *(f"{kind} {what}" for kind in directions for what in ("score", measured))),
+            [
+                (f"{points[0].coefficient:+g}", *(text for point in points for text in _cells(point, measured)))
+                for points in zip(*(curves[layer, kind] for kind in directions), strict=True)
+            ],
+        )
+    show_rows(
+        "Effect: score at the largest coefficient minus score at the smallest",
+        [effect(rows, layer) for layer in settings.layers],
+        {
+            "layer": lambda e: e.layer,
+            "vector": (lambda e: e.vector, ".1f"),
+            "random": (lambda e: e.random or "", ".1f"),
+            "vector - random": (lambda e: e.difference or "", ".1f"),
+            "verdict": lambda e: verdict_of(e.vector, e.difference),
+        },
+    )
+
+
+def _cells(point: Any, measured: str) -> tuple[str, str]:
+    strain = getattr(point, measured)
+    return interval_text(point.score, ".1f"), cell(strain and strain.mean, ".2f")
+
+
+def tune_command(
+    context: typer.Context,
+    run: Annotated[Run, Fields(out=Option(shown="runs/tuned-TRAIT-MODEL"))],
+    vectors: options.Vectors,
+    given: Annotated[Given, Fields("persona_lens.steering:TuneSettings")],
+    capability: Annotated[str | None, Option(metavar="TASK")] = None,
+) -> None:
+    """Find the layer and strength with the strongest effect while the text holds together.
+
+    Searches on some of the held-out questions, beside random directions, and confirms the choice on the others. The
+    folder gets the report, and `vectors.safetensors` with the choice stored in it, for `generate` and others to use.
+
+    Example: `persona-lens steer tune smollm2-135m runs/optimistic-smollm2-135m`
+
+    Args:
+        capability: Also measure the accuracy in this task of lm-evaluation-harness at every strength of the chosen
+            layer; `persona_lens_basics` needs no hub.
+    """
+    from persona_lens.reports import render_tuning
+    from persona_lens.steering import tune
+    from persona_lens.steering.tuning import tune_work
+    from persona_lens.vectors import load_vectors
+
+    loaded = load_vectors(vectors)
+    settings: TuneSettings = given.make(loaded.model.n_layers)
+    experiment = Experiment(
+        lambda at: tune(
+            at.backend,
+            loaded,
+            settings,
+            command=options.repeated(context),
+            capability=_accuracy_in(at, capability, settings.seed) if capability else None,
+            **at.given,
+        ),
+        _show_tune,
+        lambda at: tune_work(at.backend, loaded, settings, at.chat, at.judge),
+        traits=loaded.trait_definition,
+        name=f"tuned-{loaded.trait}",
+        model=loaded.model.model,
+        page=lambda found: render_tuning(found.summary),
+    )
+    run.carry_out(experiment)
+
+
+def _accuracy_in(at: Session, task: str, seed: int) -> Callable[[Steering | None], Estimate]:
+    """What measures the accuracy in a task under a steering, which is refused here already if it cannot be run."""
+    from persona_lens.analysis.capability import accuracy, check_task
+
+    check_task(task)
+    backend = at.backend
+    return lambda steering: accuracy(backend, task, steering.edits() if steering else (), seed=seed)
+
+
+def _show_tune(found: Tuning, at: Session) -> None:
+    from persona_lens.reports.page import verdict
+
+    show_rows(
+        "Change of the trait score [95% interval] on the questions searched",
+        found.points,
+        {
+            "layer": lambda point: point.place.layer,
+            "coefficient": lambda point: f"{point.place.coefficient:+g}",
+            "push": (lambda point: point.place.push, ".2f"),
+            "change": lambda point: point.effect and point.effect.change,
+            "random": lambda point: point.effect and point.effect.random,
+            "text holds": lambda point: point.coherent,
+        },
+    )
+    options.say_notes(found.summary["warnings"], "warning")
+    say(f"chosen: {found.steering}")
+    say(verdict(found.summary).title)
+    if found.confirmed is not None:
+        random = found.confirmed.random
+        beside = f", random directions {interval_text(random)}" if random else ""
+        others = counted(found.summary["confirm_questions"], "question")
+        say(f"on the other {others}: {interval_text(found.confirmed.change)}{beside}")
+    say(f"vectors with the choice stored: {at.kept / 'vectors.safetensors'}")
+
+
+QUESTIONS = Option("How many of the held-out questions to ask.")
+
+
+def compare_command(
+    run: Run,
+    vectors: options.Vectors,
+    written: SteeringOptions,
+    given: Annotated[
+        Given, Fields("persona_lens.steering:ArmSettings", without=("question_set",), questions=QUESTIONS)
+    ],
+) -> None:
+    """Let the unsteered model and several steerings answer the same questions, and score what comes.
+
+    The questions and the score are those of VECTORS' trait. Beside each steering stands the same one in random
+    directions, with norms and angles kept.
+
+    Example: `persona-lens steer compare smollm2-135m runs/optimistic-smollm2-135m --edits optimistic@18:+1.5
+    --edits "optimistic@all:increments(+1.5)"`
+    """
+    from persona_lens.steering.comparison import compare_steerings, comparison_work
+    from persona_lens.vectors import load_vectors
+
+    loaded = load_vectors(vectors)
+    arms = written.open(loaded)
+    if not arms:
+        raise PersonaLensError(f"name what to compare, such as --edits {loaded.trait}@18:+1.5; repeat it for more")
+    settings: ArmSettings = given.make()
+    experiment = Experiment(
+        lambda at: compare_steerings(at.backend, arms, loaded, settings, **at.given),
+        _show_compare,
+        lambda at: comparison_work(at.backend, arms, loaded, settings, at.chat, at.judge),
+        traits=loaded.trait_definition,
+    )
+    run.carry_out(experiment)
+
+
+def _show_compare(found: Comparison, _: Session) -> None:
+    effects = [(name, effect) for name, effect in found.effects.items() if effect is not None]
+    measured = "surprise" if any(effect.surprise for _, effect in effects) else "coherence"
+    plain = found.summary["unsteered"]
+
+    def beside(effect: Any) -> str:
+        value = getattr(effect, measured) if effect else plain[measured]
+        return number(value and (value.mean if effect else value["mean"]), ".2f")
+
+    show_rows(
+        f"Trait score of {found.summary['trait']}, its change [95% interval], and {measured}",
+        [("unsteered", None), *effects],
+        {
+            "steering": lambda row: row[0],
+            "score": lambda row: number(row[1].score.mean if row[1] else plain["score"]["mean"], ".1f"),
+            "change": lambda row: row[1].change if row[1] else "",
+            "random": lambda row: row[1].random if row[1] else "",
+            "difference": lambda row: row[1].difference if row[1] else "",
+            "clear": lambda row: row[1].clear if row[1] else "",
+            measured: lambda row: beside(row[1]),
+        },
+    )
+    for name, effect in found.effects.items():
+        if effect is None:
+            say(f"warning: no response under {name} has a score", err=True)
