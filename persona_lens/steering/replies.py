@@ -8,7 +8,6 @@ from typing import TypeAlias
 from persona_lens.backend import Backend, Edit, Edits, Sampling, as_edits
 from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format
-from persona_lens.models.replies import reply as plain_reply
 from persona_lens.steering.steering import Steering, SteeringError, rowwise
 from persona_lens.vectors import PersonaVectors
 
@@ -86,16 +85,10 @@ def reply(
         SteeringError: If a notation names vectors that are not given.
         VectorsError: If the vectors of a steering belong to another model.
     """
-    return plain_reply(
-        backend,
-        question,
-        system=system,
-        edits=given_edits(edits, vectors, backend),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-    )
+    chat = chat or chat_format(backend)
+    sampling = Sampling(max_new_tokens, temperature, seeds=(seed,) if temperature else None)
+    generation = backend.generate([chat.encode(system, question)], sampling, given_edits(edits, vectors, backend))
+    return chat.answer(generation.responses[0])
 
 
 def steered_replies(

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from persona_lens import reply
 from persona_lens.backend import Backend, Edit, Operation, Positions, Read, Sampling
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.edits import apply_edit
 from persona_lens.extraction import ExtractionSettings, run_extraction
-from persona_lens.models.replies import reply
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import NotationError, Steering, SteeringError, load_steering

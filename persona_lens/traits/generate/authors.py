@@ -93,18 +93,12 @@ class LocalAuthor:
 
     def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
         """Reply to one request; see `Author.write`."""
-        from persona_lens.models.replies import reply
+        from persona_lens.backend import Sampling
 
         seed, self.request = self.seed + self.request, self.request + 1
-        return reply(
-            self.backend,
-            with_form(request, schema),
-            system=system,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=seed,
-            chat=self.chat,
-        )
+        sampling = Sampling(self.max_new_tokens, self.temperature, seeds=(seed,) if self.temperature else None)
+        made = self.backend.generate([self.chat.encode(system, with_form(request, schema))], sampling)
+        return self.chat.answer(made.responses[0])
 
     def describe(self) -> dict[str, Any]:
         """Say which model this is; see `Author.describe`."""
