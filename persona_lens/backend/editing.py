@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from persona_lens.backend.blocks import require_reached
 from persona_lens.backend.edits import Edit, EditError, Edits, as_edits, check_edits
-from persona_lens.backend.masks import Positions
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.residual import residual_of, sinks_among, with_residual
 from persona_lens.backend.sinks import depend_on_sinks, limits_from, probe, sink_limits
+from persona_lens.backend.tokens import Positions
 from persona_lens.backend.writing import Writer
 
 BlockHook = Callable[[int, Tensor], Tensor]

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_lens.backend import residual
-from persona_lens.backend.masks import Condition, Positions, Schedule, Span
 from persona_lens.backend.residual import changed, prepared
+from persona_lens.backend.tokens import Condition, Positions, Schedule, Span
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.plugins import Registry
 
@@ -89,6 +89,9 @@ for _name, _operation in OPERATIONS.built_in.items():
     setattr(Operation, _name.upper(), _operation)
 
 
+Where: TypeAlias = Positions | Span | Bool[Tensor, "batch width"]
+
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """A change to the residual stream after one block.
@@ -124,7 +127,7 @@ class Edit:
     threshold: float | None = None
     target: float | None = None
     relative: bool = False
-    positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL
+    positions: Where = Positions.ALL
     schedule: Schedule | None = None
     condition: Condition | None = None
     sinks: bool = False
@@ -140,7 +143,7 @@ class Edit:
         layer: int,
         direction: Float[Tensor, " d_model"],
         coefficient: float | Float[Tensor, " batch"] = 1.0,
-        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
+        positions: Where = Positions.ALL,
         *,
         relative: bool = False,
     ) -> Edit:
@@ -148,40 +151,27 @@ class Edit:
         return Edit(layer, direction, coefficient=coefficient, positions=positions, relative=relative)
 
     @staticmethod
-    def ablate(
-        layer: int,
-        direction: Float[Tensor, " d_model"],
-        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
-    ) -> Edit:
+    def ablate(layer: int, direction: Float[Tensor, " d_model"], positions: Where = Positions.ALL) -> Edit:
         """Remove the component along ``direction``, so that the projection is zero."""
         return Edit(layer, direction, Operation.ABLATE, positions=positions)
 
     @staticmethod
     def cap(
-        layer: int,
-        direction: Float[Tensor, " d_model"],
-        threshold: float,
-        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
+        layer: int, direction: Float[Tensor, " d_model"], threshold: float, positions: Where = Positions.ALL
     ) -> Edit:
         """Keep the projection on the unit direction at or below ``threshold``."""
         return Edit(layer, direction, Operation.CAP, threshold=threshold, positions=positions)
 
     @staticmethod
     def floor(
-        layer: int,
-        direction: Float[Tensor, " d_model"],
-        threshold: float,
-        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
+        layer: int, direction: Float[Tensor, " d_model"], threshold: float, positions: Where = Positions.ALL
     ) -> Edit:
         """Keep the projection on the unit direction at or above ``threshold``."""
         return Edit(layer, direction, Operation.FLOOR, threshold=threshold, positions=positions)
 
     @staticmethod
     def affine(
-        layer: int,
-        direction: Float[Tensor, " d_model"],
-        target: float,
-        positions: Positions | Span | Bool[Tensor, "batch width"] = Positions.ALL,
+        layer: int, direction: Float[Tensor, " d_model"], target: float, positions: Where = Positions.ALL
     ) -> Edit:
         """Ablate, then set the projection on the unit direction to ``target``."""
         return Edit(layer, direction, Operation.AFFINE, target=target, positions=positions)

@@ -24,12 +24,11 @@ from persona_lens.backend.batches import window_of
 from persona_lens.backend.blocks import ModuleBackend
 from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
 from persona_lens.backend.edits import Edit, apply_edit
-from persona_lens.backend.masks import Positions
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.single_rows import LongTexts, SingleRowsBackend
 from persona_lens.backend.streaming import Watch, WatchableBackend, WatchedTokens, joined
-from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+from persona_lens.backend.tokens import Positions, Sampling, TokenBatch, TokenIds
 from persona_lens.core.progress import Progress, no_progress
 
 # Of unlike lengths, so that every batch is padded; the second halves are the responses of the existing text.

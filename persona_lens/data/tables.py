@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -49,6 +49,22 @@ def own_columns(row: Mapping[str, Any]) -> set[str]:
     These are rows of a run, what a server answered, what a judge said, and demonstrations.
     """
     return {name for marks, names in _OWN if row.keys() >= marks for name in names}
+
+
+def row_key(
+    file: Path, line: int, row: Mapping[str, Any], names: Sequence[str], failed: type[PersonaLensError]
+) -> tuple[Any, ...]:
+    """What a row is for: its values of these names.
+
+    Raises:
+        PersonaLensError: Of the class ``failed``, if one is missing, or none that rows can be told apart by.
+    """
+    try:
+        key = tuple(row[name] for name in names)
+        hash(key)
+    except (KeyError, TypeError) as error:
+        raise failed(f"{file}:{line}: the row does not say what it answers: {error}") from error
+    return key
 
 
 def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:

@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from persona_lens.core.statistics import CORRELATION, Ends, Verdict, jackknifed, pearson
 from persona_lens.core.text import counted
-from persona_lens.data.tables import read_rows
+from persona_lens.data.tables import read_rows, row_key
 from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.traits import Arm, Trait, TraitError, load_trait
 from persona_lens.vectors import PersonaVectors
@@ -120,8 +120,11 @@ def examples_of(folder: Path | str) -> list[tuple[str, str]]:
                 f"there is no {file}, which examples are taken from: give the run folder of the extraction "
                 "(--examples FOLDER), or study graded prompts only (--conditions prompts)"
             )
-    places = {_key(rollouts, line, row, _ORDER): row for line, row in read_rows(rollouts)}
-    judged = {_key(scores, line, row, ("row",))[0]: _score(scores, line, row) for line, row in read_rows(scores)}
+    places = {row_key(rollouts, line, row, _ORDER, MonitoringError): row for line, row in read_rows(rollouts)}
+    judged = {
+        row_key(scores, line, row, ("row",), MonitoringError)[0]: _score(scores, line, row)
+        for line, row in read_rows(scores)
+    }
     if set(judged) != set(range(len(places))):
         raise MonitoringError(f"{scores} has not one score for each of the {len(places)} responses in {rollouts.name}")
     try:
@@ -139,15 +142,6 @@ def examples_of(folder: Path | str) -> list[tuple[str, str]]:
             best[key[0]] = (score, asked, answer.strip())
     ranked = sorted(best.values(), key=lambda found: -found[0])
     return [(asked, answer) for _, asked, answer in ranked]
-
-
-def _key(file: Path, line: int, row: dict[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
-    try:
-        key = tuple(row[name] for name in names)
-        hash(key)
-    except (KeyError, TypeError) as error:
-        raise MonitoringError(f"{file}:{line}: the row does not say what it answers: {error}") from error
-    return key
 
 
 def _score(file: Path, line: int, row: dict[str, Any]) -> float | None:

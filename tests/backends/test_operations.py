@@ -14,8 +14,8 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Condition, Edit, Operation, Positions, Sampling, Schedule, Span, TokenBatch
 from persona_lens.backend.edits import EditError
-from persona_lens.backend.masks import ConditionError, PositionsError, ScheduleError
 from persona_lens.backend.sinks import sink_limits
+from persona_lens.backend.tokens import ConditionError, PositionsError, ScheduleError
 from tests.backends.fixtures import (
     ADAPTERS,
     D_MODEL,

@@ -9,7 +9,7 @@ from typing import Any
 
 from persona_lens.core.files import PART, named, read_bytes, remove, write_bytes
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.data.tables import read_rows
+from persona_lens.data.tables import read_rows, row_key
 from persona_lens.judging.agreement.blind import (
     RATING,
     REFUSAL,
@@ -164,8 +164,8 @@ def _read_extraction(rollouts: Path, scores: Path, column: str) -> list[Scored]:
     That order is known without the plan, so the run's trait need not be one that this version can read.
     """
     names = ("question_number", "pair", "sample", "arm")
-    places = {_key(rollouts, line, row, names): row for line, row in read_rows(rollouts)}
-    judged = {_key(scores, line, row, ("row",))[0]: (line, row) for line, row in read_rows(scores)}
+    places = {row_key(rollouts, line, row, names, AgreementError): row for line, row in read_rows(rollouts)}
+    judged = {row_key(scores, line, row, ("row",), AgreementError)[0]: (line, row) for line, row in read_rows(scores)}
     if set(judged) != set(range(len(places))):
         raise AgreementError(
             f"{scores} ({len(judged)} rows) is not a score for each of the {len(places)} responses of {rollouts.name}"
@@ -185,19 +185,12 @@ def _read_sweep(rollouts: Path, scores: Path, column: str) -> list[Scored]:
     names = ("direction", "layer", "coefficient", "sample")
     judged = {}
     for line, row in read_rows(scores):
-        judged[_key(scores, line, row, ("question", *names))] = (line, row)
-    keyed = ((_key(rollouts, line, row, ("question_number", *names)), row) for line, row in read_rows(rollouts))
+        judged[row_key(scores, line, row, ("question", *names), AgreementError)] = (line, row)
+    keyed = (
+        (row_key(rollouts, line, row, ("question_number", *names), AgreementError), row)
+        for line, row in read_rows(rollouts)
+    )
     return _joined(keyed, judged, scores, column, "text")
-
-
-def _key(file: Path, line: int, row: Mapping[str, Any], names: Sequence[str]) -> tuple[object, ...]:
-    """What a row is for."""
-    try:
-        key = tuple(row[name] for name in names)
-        hash(key)
-    except (KeyError, TypeError) as error:
-        raise AgreementError(f"{file}:{line}: the row does not say what it answers: {error}") from error
-    return key
 
 
 def _joined(

@@ -78,17 +78,7 @@ STAND_INS: Mapping[str, type] = {
 def to_steering_vector(
     vectors: PersonaVectors, layers: tuple[int, ...] | None = None, reduction: str = DEFAULT_REDUCTION
 ) -> Any:
-    """A ``SteeringVector`` with these vectors: at each of the layers, the raw vector of that layer.
-
-    Args:
-        vectors: The vectors.
-        layers: Block indices, 0-based; all by default. It steers at all of them at once.
-        reduction: Which of the vectors.
-
-    Raises:
-        ExchangeError: If the package is not installed.
-        VectorsError: If there is no such layer or reduction.
-    """
+    """A ``SteeringVector`` with these vectors, which steers at all of its layers at once; see `to_control_vector`."""
     try:
         from steering_vectors import SteeringVector
     except ImportError as error:
@@ -99,13 +89,7 @@ def to_steering_vector(
 def from_steering_vector(
     given: Any, model: ModelInfo, trait: str, reduction: str = DEFAULT_REDUCTION
 ) -> PersonaVectors:
-    """Vectors with what a ``SteeringVector`` holds; layers that it does not hold are missing.
-
-    Args:
-        given: The object.
-        model: The model it belongs to, such as `Backend.info`.
-        trait: A name for it.
-        reduction: Under which name its vectors are kept.
+    """Vectors with what a ``SteeringVector`` holds; arguments as for `from_control_vector`.
 
     Raises:
         ExchangeError: If it is of another layer type or another model.
