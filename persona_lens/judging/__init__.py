@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from persona_lens.judging.likelihood import Calibration, Evidence, LikelihoodJudge, fit_calibration
-from persona_lens.judging.llm import LLMJudge, Method
-from persona_lens.judging.local import LocalJudge
-from persona_lens.judging.protocol import (
-    Exchange,
-    Judge,
-    Judgement,
-    JudgingError,
-    PlannedJudge,
-    PreparedJudge,
-    Score,
-)
-from persona_lens.judging.recording import (
-    as_used,
-    check_scored,
-    exchange_of,
-    judge_exchanges,
-    judge_rollouts,
-    judging_work,
-    longest_exchanges,
-    methods_of,
-    prepare_judge,
-    weigh_rollouts,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from persona_lens.judging.likelihood import Calibration, Evidence, LikelihoodJudge, fit_calibration
+    from persona_lens.judging.llm import LLMJudge, Method
+    from persona_lens.judging.local import LocalJudge
+    from persona_lens.judging.protocol import (
+        Exchange,
+        Judge,
+        Judgement,
+        JudgingError,
+        PlannedJudge,
+        PreparedJudge,
+        Score,
+    )
+    from persona_lens.judging.recording import (
+        as_used,
+        check_scored,
+        exchange_of,
+        judge_exchanges,
+        judge_rollouts,
+        judging_work,
+        longest_exchanges,
+        methods_of,
+        prepare_judge,
+        weigh_rollouts,
+    )
 
 __all__ = [
     "Calibration",
@@ -53,3 +57,11 @@ __all__ = [
     "prepare_judge",
     "weigh_rollouts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A name's module is loaded when it is first used: tables of judgements are compared without any model."""
+    for home in ("protocol", "likelihood", "llm", "local", "recording") if name in __all__ else ():
+        if hasattr(module := importlib.import_module(f"{__name__}.{home}"), name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

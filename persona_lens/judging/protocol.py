@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import Progress, no_progress
-from persona_lens.runs.cost import Work
+
+if TYPE_CHECKING:
+    from persona_lens.runs.cost import Work
 
 EMPTY = "empty response"
 

@@ -22,7 +22,6 @@ from persona_lens.judging.agreement.blind import (
     response_id,
 )
 from persona_lens.judging.protocol import Exchange, Judge
-from persona_lens.judging.recording import check_scored, judge_exchanges
 from persona_lens.runs import RunFolder
 
 WORKING = ".working"
@@ -54,6 +53,8 @@ def judge_scored(
     if file is not None and file.exists() and not (working is not None and working.exists()):
         raise _there_already(file)
     unique = list({each.id: each for each in responses}.values())
+    from persona_lens.judging.recording import check_scored, judge_exchanges  # which imports torch
+
     exchanges = [Exchange(each.question, each.response) for each in unique]
     config = {"kind": "judging", "judge": judge.describe(), "responses": [each.id for each in unique]}
     with RunFolder(working, config) if working is not None else nullcontext() as run:
