@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, cell, interval_text, print_table, say, show_rows, showing_progress
-from persona_lens.cli.runner import Experiment, Run, Session, deliver
+from persona_lens.cli.runner import Job, Run, Session, deliver
 from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.cli.steerings import LayerOptions, SteeringOptions, candidates
 from persona_lens.cli.values import layer_numbers
@@ -155,7 +155,6 @@ def dissect(
         corpus: Texts to look for features in: .txt, .jsonl, .csv or .parquet, such as a run's rollouts.jsonl.
         max_texts: Texts of the corpus that are read.
     """
-    from persona_lens import __version__
     from persona_lens.analysis.dissection import dissect as run_dissection
     from persona_lens.analysis.dissection import dissection_work
     from persona_lens.analysis.examples import read_corpus
@@ -168,7 +167,7 @@ def dissect(
     texts = read_corpus(corpus, limit=max_texts) if corpus else []
     settings: DissectSettings = given.make()
     asked = loaded.trait_definition if settings.steered else None
-    experiment = Experiment(
+    job = Job(
         lambda at: run_dissection(
             at.backend,
             loaded,
@@ -181,12 +180,12 @@ def dissect(
         ),
         _show,
         lambda at: dissection_work(at.backend, loaded, features, settings, at.chat, at.judge),
+        name="dissect",
         traits=asked,
-        name=f"dissect-{loaded.trait}",
-        model=loaded.model.model,
-        page=lambda found: render_dissection(found.summary, __version__),
+        vectors=loaded,
+        page=render_dissection,
     )
-    run.carry_out(experiment)
+    run.carry_out(job)
 
 
 def _show(found: Dissection, _: Session) -> None:

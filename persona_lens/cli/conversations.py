@@ -68,14 +68,14 @@ def chat_command(
     listening = [_alarm(text, alarm_on, stop) for text in alarms or ()]
     opened, chat = subject.open()
     edits = _edits(written, loaded, opened, allow_other_model)
-    says = None if subject.as_json else _Speaker(opened.tokenizer)
+    says = _Speaker(opened.tokenizer)
     monitor = ConversationMonitor(
         opened,
         panel,
         chat=chat,
         system=system,
         alarms=listening,
-        on_token=says,
+        on_token=None if subject.as_json else says,
         keep_tokens=show,
         allow_other_model=allow_other_model,
     )
@@ -83,12 +83,12 @@ def chat_command(
         turn = monitor.reply(
             message, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + number, edits=edits
         )
-        if says is not None:
-            says.end()
-            _show_chat(turn)
-        else:
+        if subject.as_json:
             say_json(_row(turn))
-        if show and says is not None:
+            continue
+        says.end()
+        _show_chat(turn)
+        if show:
             says.show(turn)
     say_traffic(opened)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, print_table, say
-from persona_lens.cli.runner import Experiment, Run, Session
+from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
@@ -44,14 +44,13 @@ def effects_command(
         edits: Steer so instead, such as `optimistic@18:+1.5`; each is a row of the matrix. Repeatable.
         read_layer: Layer at which projections are read; None is where a trait is steered.
     """
-    from persona_lens import __version__
     from persona_lens.reports.effects import render_effects
     from persona_lens.steering import cross_effects, cross_work
 
     loaded = _by_trait(vectors)
     steerings = _steerings(loaded, edits, layer, coefficient)
     settings: CrossSettings = given.make(layer=read_layer)
-    experiment = Experiment(
+    job = Job(
         lambda at: cross_effects(
             at.backend, steerings, loaded, settings, allow_other_model=allow_other_model, **at.given_each
         ),
@@ -59,10 +58,10 @@ def effects_command(
         lambda at: cross_work(at.backend, steerings, loaded, settings, judges=at.judges, chat=at.chat),
         summary=lambda found: found.to_json(),
         traits={name: each.trait_definition for name, each in loaded.items()},
-        page=lambda found: render_effects(found.to_json(), __version__),
+        page=render_effects,
         report=REPORT,
     )
-    run.carry_out(experiment)
+    run.carry_out(job)
 
 
 def _by_trait(paths: Sequence[Path]) -> dict[str, PersonaVectors]:

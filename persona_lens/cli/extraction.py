@@ -12,7 +12,7 @@ import typer
 
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import print_table, say, show_rows, showing_progress
-from persona_lens.cli.runner import Experiment, Run, Session, deliver, show_work
+from persona_lens.cli.runner import Job, Run, Session, deliver, show_work
 from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
@@ -65,7 +65,7 @@ def extract(
     _check_given(context)
     loaded = options.open_trait(trait, traits_dir or ())
     settings: ExtractionSettings = given.make()
-    experiment = Experiment(
+    job = Job(
         lambda at: run_extraction(
             at.backend,
             loaded,
@@ -83,7 +83,7 @@ def extract(
         previews=lambda at: _previews(at, loaded, settings),
         read=lambda at: _read_responses(at, loaded, responses, settings.questions, allow_missing),
     )
-    run.carry_out(experiment, preview=preview)
+    run.carry_out(job, preview=preview)
 
 
 def _check_given(context: typer.Context) -> None:

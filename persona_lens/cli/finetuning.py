@@ -20,7 +20,7 @@ from persona_lens.cli.display import (
     show_rows,
     showing_progress,
 )
-from persona_lens.cli.runner import REPORT, Experiment, Run, deliver, write_report
+from persona_lens.cli.runner import REPORT, Job, Run, deliver, write_report
 from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
@@ -98,18 +98,9 @@ def finetune_command(
         raise PersonaLensError("--vectors are for --edits, --method prompted or --watch-every; none of them is given")
     folder = out or options.run_folder(f"finetuned-{chosen.method}", model)
     quiet_libraries()
+    read: dict[str, Any] = {"held_out": held_out or (), "side": side, "device": device}
     with showing_progress() as progress:
-        found = finetune(
-            model,
-            data,
-            folder,
-            chosen,
-            vectors=loaded,
-            held_out=held_out or (),
-            side=side,
-            device=device,
-            progress=progress,
-        )
+        found = finetune(model, data, folder, chosen, vectors=loaded, progress=progress, **read)
     deliver({"folder": str(folder), **found.summary}, lambda: _show_finetune(found, folder), as_json)
 
 
@@ -240,19 +231,10 @@ def finetune_study_command(
     scoring = None
     if judge != judges.LIKELIHOOD:
         scoring = judging.open_alone(judge, loaded.trait_definition, settings.dtype, device)
+    read: dict[str, Any] = {"held_out": held_out or (), "side": side, "device": device}
     with judges.saying_spending(scoring), showing_progress() as progress:
         found = finetune_study(
-            model,
-            data,
-            loaded,
-            settings,
-            chosen,
-            folder=folder,
-            held_out=held_out or (),
-            side=side,
-            judge=scoring,
-            device=device,
-            progress=progress,
+            model, data, loaded, settings, chosen, folder=folder, judge=scoring, progress=progress, **read
         )
     write_report(folder / REPORT, render_finetuning(found.summary, __version__))
     deliver({"folder": str(folder), **found.summary}, lambda: _show_finetune_study(found.summary, folder), as_json)
@@ -316,12 +298,12 @@ def shift_command(
         raise PersonaLensError("two vectors are of the same trait; give each trait once")
     models = {name: partial(run.opening.open, model) for name, model in _names(finetuned).items()}
     settings: ShiftSettings = given.make(loaded[0].model.n_layers)
-    experiment = Experiment(
+    job = Job(
         lambda at: measure_shifts(at.backend, models, loaded, settings, **at.given_each),
         lambda found, _: _show_shift(found.summary),
         traits={each.trait: each.trait_definition for each in loaded} if settings.scores else None,
     )
-    run.carry_out(experiment)
+    run.carry_out(job)
 
 
 def _names(finetuned: list[str]) -> dict[str, str]:

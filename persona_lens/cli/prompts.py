@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, say, show_rows
-from persona_lens.cli.runner import Experiment, Run, Session, deliver, say_traffic
+from persona_lens.cli.runner import Job, Run, Session, deliver, say_traffic
 from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.cli.values import whole_numbers
 from persona_lens.core.errors import PersonaLensError
@@ -48,7 +48,6 @@ def study_command(
         max_new_tokens: Length limit of a response; None is as extracted.
         temperature: 0 is greedy; None is as extracted.
     """
-    from persona_lens import __version__
     from persona_lens.monitoring import Conditions, StudySettings, study, study_work
     from persona_lens.reports.study import render_study
     from persona_lens.vectors import load_vectors
@@ -65,16 +64,16 @@ def study_command(
     if prompts and (shots is not None or examples is not None):
         raise PersonaLensError("--shots and --examples are for --conditions shots or both; this is 'prompts'")
     source = None if prompts else examples or (vectors if vectors.is_dir() else vectors.parent)
-    experiment = Experiment(
+    job = Job(
         lambda at: study(at.backend, loaded, settings, trait=asked, examples=source, **at.given),
         _show_study,
         lambda at: study_work(at.backend, loaded, settings, at.chat, trait=asked, examples=source, judge=at.judge),
         traits=asked,
-        name=f"study-{loaded.trait}",
-        model=loaded.model.model,
-        page=lambda found: render_study(found.summary, __version__),
+        name="study",
+        vectors=loaded,
+        page=render_study,
     )
-    run.carry_out(experiment)
+    run.carry_out(job)
 
 
 def _show_study(found: Study, _: Session) -> None:

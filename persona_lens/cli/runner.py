@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from persona_lens.runs.cost import Work
     from persona_lens.steering.preview import Preview
     from persona_lens.traits import Trait
+    from persona_lens.vectors import PersonaVectors
 
 Found = TypeVar("Found")
 REPORT = "report.html"  # in the folder of a run
@@ -73,7 +74,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Experiment(Generic[Found]):
+class Job(Generic[Found]):
     """What is an experiment's own.
 
     Attributes:
@@ -83,8 +84,9 @@ class Experiment(Generic[Found]):
         summary: What was found, as JSON values.
         traits: What is judged: a trait, or several by name; None judges nothing.
         name: Of its folder, unless one was named; None keeps a run only in a folder that was named.
-        model: The rest of that name; None is the model that was opened.
-        page: What was found, as a page.
+        vectors: Whose trait and model are the rest of that name.
+        model: The model that is, where no vectors are; None is the one that was opened.
+        page: Makes a page of the summary and the version.
         report: The page's file.
         previews: What ``--preview`` shows.
         read: Reads what it needs besides, once the model is open.
@@ -96,11 +98,19 @@ class Experiment(Generic[Found]):
     summary: Callable[[Found], Mapping[str, Any]] = operator.attrgetter("summary")
     traits: Trait | Mapping[str, Trait] | None = None
     name: str | None = None
+    vectors: PersonaVectors | None = None
     model: str | None = None
-    page: Callable[[Found], str] | None = None
+    page: Callable[[Any, str], str] | None = None
     report: str = REPORT
     previews: Callable[[Session], Mapping[str, Preview]] | None = None
     read: Callable[[Session], Any] | None = None
+
+    def folder(self, at: Session) -> Path:
+        """Where the run is kept unless a folder was named."""
+        given = self.vectors
+        if given is None:
+            return options.run_folder(str(self.name), self.model or at.backend.info.model)
+        return options.run_folder(f"{self.name}-{given.trait}", given.model.model)
 
 
 @dataclass(frozen=True)
@@ -119,30 +129,30 @@ class Run(options.Subject):
     judge: judges.JudgeName = "likelihood"
     judging: judges.JudgeOptions = field(default_factory=judges.JudgeOptions)
 
-    def carry_out(self, experiment: Experiment[Found], *, preview: bool = False) -> None:
+    def carry_out(self, job: Job[Found], *, preview: bool = False) -> None:
         """Open the model and the judge, preview or plan if that is all that is wanted, and run, report and print."""
         if preview and self.dry_run:
             raise PersonaLensError("--preview shows tokens and --dry-run counts requests; give one of them")
         session = Session(*self.open(offline=self.dry_run or preview))
         session.folder = self.out
-        if self.out is None and experiment.name is not None:
-            session.folder = options.run_folder(experiment.name, experiment.model or session.backend.info.model)
-        session.read = experiment.read(session) if experiment.read else None
-        if preview and experiment.previews:
-            show_previews(experiment.previews(session), self.as_json)
+        if self.out is None and job.name is not None:
+            session.folder = job.folder(session)
+        session.read = job.read(session) if job.read else None
+        if preview and job.previews:
+            show_previews(job.previews(session), self.as_json)
             return
-        self._open_judges(session, experiment.traits)
-        if self.dry_run and experiment.work:
-            show_work(experiment.work(session), self.as_json)
+        self._open_judges(session, job.traits)
+        if self.dry_run and job.work:
+            show_work(job.work(session), self.as_json)
             return
-        if self.opening.remote and experiment.work:
-            say_plan(experiment.work(session))
+        if self.opening.remote and job.work:
+            say_plan(job.work(session))
         scoring = session.judge or next(iter((session.judges or {}).values()), None)
         with judges.saying_spending(scoring), showing_progress() as progress:
             session.progress = progress
-            found = experiment.run(session)
+            found = job.run(session)
         say_traffic(session.backend)
-        self._finish(experiment, found, session)
+        self._finish(job, found, session)
 
     def _open_judges(self, session: Session, traits: Trait | Mapping[str, Trait] | None) -> None:
         given = (session.backend, session.chat, self.opening.dtype, self.opening.device)
@@ -151,18 +161,20 @@ class Run(options.Subject):
         elif traits is not None:
             session.judge = self.judging.open(self.judge, traits, *given)
 
-    def _finish(self, experiment: Experiment[Found], found: Found, session: Session) -> None:
+    def _finish(self, job: Job[Found], found: Found, session: Session) -> None:
         folder = session.folder
-        summary = experiment.summary(found)
-        page = folder / experiment.report if experiment.page and folder else None
-        if experiment.page and page:
-            write_report(page, experiment.page(found))
+        from persona_lens import __version__
+
+        summary = job.summary(found)
+        page = folder / job.report if job.page and folder else None
+        if job.page and page:
+            write_report(page, job.page(summary, __version__))
         if self.as_json:
-            say_json({"folder": str(folder), **summary} if experiment.name is not None else summary)
+            say_json({"folder": str(folder), **summary} if job.name is not None else summary)
         else:
-            experiment.show(found, session)
-        if page and not (self.as_json and experiment.name is not None):
-            say(f"report: {page}", err=experiment.name is None)
+            job.show(found, session)
+        if page and not (self.as_json and job.name is not None):
+            say(f"report: {page}", err=job.name is None)
 
 
 def deliver(found: Any, show: Callable[[], None], as_json: bool) -> None:

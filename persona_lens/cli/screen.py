@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import interval_text, print_table, say
-from persona_lens.cli.runner import Experiment, Run, Session
+from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
@@ -135,7 +135,6 @@ def screen(
         ray: Spread over a Ray cluster; `local` starts one here.
         workers: With --ray.
     """
-    from persona_lens import __version__
     from persona_lens.monitoring import Panel
     from persona_lens.reports.screening import render_screening
     from persona_lens.screening import BaseResponses, screening_work
@@ -147,15 +146,15 @@ def screen(
         raise PersonaLensError("--workers is for --ray; give an address, or `--ray local`")
     datasets, references = reading.open(data, supplied)
     panel = Panel.of(*options.open_layers(vectors, layers))
-    experiment = Experiment(
+    job = Job(
         lambda at: _screen(at, datasets, references, panel, settings, flagging, second, _Workers(run, ray, workers)),
         lambda found, _: _show(found.summary),
         lambda at: screening_work(at.backend, datasets, panel, settings, reference=references, chat=at.chat),
         name=f"screen-{datasets[0].source.stem}",
         model=panel.gauges[0].vectors.model.model,
-        page=lambda found: render_screening(found.summary, __version__),
+        page=render_screening,
     )
-    run.carry_out(experiment)
+    run.carry_out(job)
 
 
 def _band(text: str) -> Any:

@@ -9,7 +9,7 @@ import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.display import cell, interval_text, number, print_table, say, show_rows
-from persona_lens.cli.runner import Experiment, Run, Session
+from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.core.errors import PersonaLensError
@@ -48,7 +48,7 @@ def sweep_command(
             loaded.check_model(at.backend)
         return _previews(at, loaded, settings)
 
-    experiment = Experiment(
+    job = Job(
         lambda at: sweep(at.backend, loaded, settings, allow_other_model=allow_other_model, **at.given),
         lambda rows, _: _show_sweep(rows, settings),
         lambda at: sweep_work(at.backend, loaded, settings, at.chat, judge=at.judge),
@@ -56,7 +56,7 @@ def sweep_command(
         traits=loaded.trait_definition,
         previews=previews,
     )
-    run.carry_out(experiment, preview=preview)
+    run.carry_out(job, preview=preview)
 
 
 def _previews(at: Session, vectors: PersonaVectors, settings: SweepSettings) -> dict[str, Preview]:
@@ -156,7 +156,7 @@ def tune_command(
 
     loaded = load_vectors(vectors)
     settings: TuneSettings = given.make(loaded.model.n_layers)
-    experiment = Experiment(
+    job = Job(
         lambda at: tune(
             at.backend,
             loaded,
@@ -168,11 +168,11 @@ def tune_command(
         _show_tune,
         lambda at: tune_work(at.backend, loaded, settings, at.chat, at.judge),
         traits=loaded.trait_definition,
-        name=f"tuned-{loaded.trait}",
-        model=loaded.model.model,
-        page=lambda found: render_tuning(found.summary),
+        name="tuned",
+        vectors=loaded,
+        page=lambda summary, _: render_tuning(summary),
     )
-    run.carry_out(experiment)
+    run.carry_out(job)
 
 
 def _accuracy_in(at: Session, task: str, seed: int) -> Callable[[Steering | None], Estimate]:
@@ -237,13 +237,13 @@ def compare_command(
     if not arms:
         raise PersonaLensError(f"name what to compare, such as --edits {loaded.trait}@18:+1.5; repeat it for more")
     settings: ArmSettings = given.make()
-    experiment = Experiment(
+    job = Job(
         lambda at: compare_steerings(at.backend, arms, loaded, settings, **at.given),
         _show_compare,
         lambda at: comparison_work(at.backend, arms, loaded, settings, at.chat, at.judge),
         traits=loaded.trait_definition,
     )
-    run.carry_out(experiment)
+    run.carry_out(job)
 
 
 def _show_compare(found: Comparison, _: Session) -> None:

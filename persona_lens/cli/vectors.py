@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, number, print_table, say, say_json, show_rows
 from persona_lens.cli.runner import deliver
-from persona_lens.cli.settings import argument
+from persona_lens.cli.settings import Option, argument
 from persona_lens.cli.values import layer_numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted, printable
@@ -124,11 +125,22 @@ def _flat(given: Any) -> str:
 COSINE = "+.3f"
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Which of the vectors are compared, and how that is said.
+
+    Attributes:
+        layers: Layers compared, where there are several to choose from.
+    """
+
+    layers: Annotated[str, Option()] = "all"
+    reduction: options.Reduction = "response_mean"
+    as_json: options.AsJson = False
+
+
 def cosines_command(
     vectors: options.SeveralVectors,
-    layers: options.Layers = "all",
-    reduction: options.Reduction = "response_mean",
-    as_json: options.AsJson = False,
+    shown: Shown,
 ) -> None:
     """Compare the directions of several traits, layer by layer, with what random directions have.
 
@@ -141,18 +153,16 @@ def cosines_command(
     named = _named(vectors)
     if len(named) < 2:
         raise PersonaLensError(f"{vectors[0]} is given twice; a cosine is between two different VECTORS")
-    found = cosines(named, reduction)
-    chosen = layer_numbers(layers, len(found.values))
+    found = cosines(named, shown.reduction)
+    chosen = layer_numbers(shown.layers, len(found.values))
     written = found.to_json()
     picked = {**written, "layers": chosen, "cosines": [written["cosines"][at] for at in chosen]}
-    deliver(picked, lambda: _show_cosines(found, chosen), as_json)
+    deliver(picked, lambda: _show_cosines(found, chosen), shown.as_json)
 
 
 def layers_command(
     vectors: options.Vectors,
-    layers: options.Layers = "all",
-    reduction: options.Reduction = "response_mean",
-    as_json: options.AsJson = False,
+    shown: Shown,
 ) -> None:
     """Compare one trait's directions at different layers.
 
@@ -162,14 +172,14 @@ def layers_command(
     from persona_lens.vectors.geometry import layer_cosines
 
     loaded = load_vectors(vectors)
-    chosen = layer_numbers(layers, loaded.model.n_layers)
-    matrix = layer_cosines(loaded, reduction)[chosen][:, chosen].tolist()
+    chosen = layer_numbers(shown.layers, loaded.model.n_layers)
+    matrix = layer_cosines(loaded, shown.reduction)[chosen][:, chosen].tolist()
     cosines = [[value if isfinite(value) else None for value in row] for row in matrix]
     rows = [(str(layer), *(number(each, COSINE) for each in row)) for layer, row in zip(chosen, cosines, strict=True)]
     deliver(
-        {"trait": loaded.trait, "reduction": reduction, "layers": chosen, "cosines": cosines},
+        {"trait": loaded.trait, "reduction": shown.reduction, "layers": chosen, "cosines": cosines},
         lambda: print_table("Cosines between layers", ("layer", *map(str, chosen)), rows),
-        as_json,
+        shown.as_json,
     )
 
 
@@ -210,10 +220,8 @@ def pca_command(
 def agree_command(
     one: options.Vectors,
     other: Annotated[Path, argument("OTHER", "Vectors to compare with, of the same size.")],
-    layers: options.Layers = "all",
-    reduction: options.Reduction = "response_mean",
+    shown: Shown,
     allow_other_model: bool = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Compare two makings of a vector: two seeds, two judges, a model and its finetuned copy.
 
@@ -225,8 +233,8 @@ def agree_command(
     from persona_lens.vectors import load_vectors
     from persona_lens.vectors.geometry import CHANCE, likeness
 
-    found = likeness(load_vectors(one), load_vectors(other), reduction, allow_other_model=allow_other_model)
-    chosen = layer_numbers(layers, len(found.cosines))
+    found = likeness(load_vectors(one), load_vectors(other), shown.reduction, allow_other_model=allow_other_model)
+    chosen = layer_numbers(shown.layers, len(found.cosines))
     written = found.to_json()
     picked = {name: [written[name][at] for at in chosen] for name in ("cosines", "lengths")}
 
@@ -242,16 +250,14 @@ def agree_command(
             },
         )
 
-    deliver({**written, "layers": chosen, **picked}, show, as_json)
+    deliver({**written, "layers": chosen, **picked}, show, shown.as_json)
 
 
 def halves_command(
     run: Annotated[Path, argument("RUN", "Run folder of an extraction; it is not changed.")],
-    layers: options.Layers = "all",
+    shown: Shown,
     splits: int = 200,
     seed: options.Seed = 0,
-    reduction: options.Reduction = "response_mean",
-    as_json: options.AsJson = False,
 ) -> None:
     """Say how reliable an extraction's vectors are: by vectors made from halves of its questions.
 
@@ -262,8 +268,8 @@ def halves_command(
     """
     from persona_lens.vectors.split_half import split_halves
 
-    found = split_halves(run, reduction, splits=splits, seed=seed)
-    chosen = layer_numbers(layers, len(found.layers))
+    found = split_halves(run, shown.reduction, splits=splits, seed=seed)
+    chosen = layer_numbers(shown.layers, len(found.layers))
     written = found.to_json()
     title = f"{counted(found.questions, 'question')}, {counted(found.splits, 'split')} into halves"
     columns: Mapping[str, Column[Any]] = {
@@ -276,7 +282,7 @@ def halves_command(
     deliver(
         {**written, "layers": [written["layers"][at] for at in chosen]},
         lambda: show_rows(title, [found.layers[at] for at in chosen], columns),
-        as_json,
+        shown.as_json,
     )
 
 
