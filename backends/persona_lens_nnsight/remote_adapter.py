@@ -22,8 +22,16 @@ from persona_lens.backend.streaming import watched_by_replay
 from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.adapter import TASK, NNsightBackend
 from persona_lens_nnsight.envoys import logits_envoy
-from persona_lens_nnsight.remote import model_key, plain_config, register_travelling, remote_info, weightless
-from persona_lens_nnsight.request import INLINE_BYTES, Connection, Request
+from persona_lens_nnsight.request import (
+    INLINE_BYTES,
+    Connection,
+    Request,
+    model_key,
+    plain_config,
+    register_travelling,
+    remote_info,
+    weightless,
+)
 from persona_lens_nnsight.server import Server, missing_model
 
 FLOAT_BYTES, ID_BYTES = 4, 8

@@ -15,7 +15,7 @@ from persona_lens.backend import Edit, Positions, Read, ReadKind, Sampling, Toke
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.tokens import pad_left
-from persona_lens_nnsight.remote import TRAVELLING, plain_config, register_travelling
+from persona_lens_nnsight.request import TRAVELLING, plain_config, register_travelling
 from tests.backends.fixtures import D_MODEL, PROMPTS, RESPONSES, direction
 from tests.conftest import TRAVELLING as UNCHECKED
 
