@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from persona_lens.analysis.features import Features
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import forward_batches
 from persona_lens.backend.tokens import TokenIds
+from persona_lens.core.documents import Record
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES
 from persona_lens.data.tables import read_rows
@@ -99,7 +100,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class FeatureExamples:
+class FeatureExamples(Record):
     """What a feature is active on.
 
     Attributes:
@@ -111,10 +112,6 @@ class FeatureExamples:
     feature: int
     share: float
     examples: tuple[Example, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)

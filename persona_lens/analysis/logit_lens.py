@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from persona_lens.backend.batches import forward_batches
 from persona_lens.backend.blocks import find_blocks, module_of
 from persona_lens.backend.hooked import evaluating
 from persona_lens.backend.residual import residual_of
+from persona_lens.core.documents import Record
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
 
 # Any tokens will do, but not one alone: the embedding of one that pads is often zero, and the norm of that is too.
@@ -191,7 +192,7 @@ class LensLayer:
 
 
 @dataclass(frozen=True)
-class LogitLens:
+class LogitLens(Record):
     """The lens of a trait's vectors (the direct path only).
 
     A shift is what adding the raw vector once to the residual after the last block does to a logit:
@@ -211,10 +212,6 @@ class LogitLens:
     reduction: str
     scale: float
     layers: tuple[LensLayer, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
 
 def logit_lens(

@@ -19,7 +19,7 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.extraction import ExtractionSettings
-    from persona_lens.extraction.external import Generated, GivenRollouts
+    from persona_lens.extraction.external import ExternalRollouts, Generated
     from persona_lens.models.server import CompletionServer
     from persona_lens.runs.rollouts import Request, RolloutSettings
     from persona_lens.steering.preview import Preview
@@ -102,13 +102,13 @@ def _check_given(context: typer.Context) -> None:
 
 def _read_responses(
     at: Session, trait: Trait, files: list[Path] | None, questions: int, allow_missing: bool
-) -> GivenRollouts | None:
+) -> ExternalRollouts | None:
     """The responses that are given, with what is to be said of them on standard error."""
     if not files:
         return None
-    from persona_lens.extraction.external import given_rollouts
+    from persona_lens.extraction.external import external_rollouts
 
-    given = given_rollouts(at.backend, at.chat, trait, files, questions=questions, allow_missing=allow_missing)
+    given = external_rollouts(at.backend, at.chat, trait, files, questions=questions, allow_missing=allow_missing)
     options.say_notes([*given.notes, *(["scores are those of the file; no judge runs"] if given.scores else [])])
     return given
 
@@ -119,7 +119,7 @@ def _previews(at: Session, trait: Trait, settings: ExtractionSettings) -> dict[s
     from persona_lens.extraction.means import plan_requests
     from persona_lens.steering.preview import preview_tokens
 
-    given: GivenRollouts | None = at.read
+    given: ExternalRollouts | None = at.read
     requests = given.requests if given else plan_requests(trait, settings)
     first = {request.labels["arm"]: number for number, request in reversed(list(enumerate(requests)))}
     previews = {}

@@ -176,19 +176,19 @@ class _Workers:
     ray: str | None
     workers: int
 
-    def crew(self) -> Any:
-        from persona_lens.screening import OneProcess, OpenedBy, RayCrew
+    def executor(self) -> Any:
+        from persona_lens.screening import LocalExecutor, OpenedBy, RayExecutor
 
         opening = self.run.opening
         if self.ray is None:
-            return OneProcess()
+            return LocalExecutor()
         if opening.remote:
             raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
         names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
         kept = {name: value for name in names if (value := getattr(opening, name)) not in (None, False)}
         template = opening.chat_template.read_text(encoding="utf-8") if opening.chat_template else None
         opened_by = OpenedBy(self.run.model, opening.backend, kept, template, opening.thinking)
-        return RayCrew(self.ray, opened_by, self.workers)
+        return RayExecutor(self.ray, opened_by, self.workers)
 
 
 def _screen(
@@ -205,7 +205,7 @@ def _screen(
     from persona_lens.screening import screen as run_screening
 
     asked = second.open(at, panel, workers.run.opening)
-    crew = workers.crew()
+    executor = workers.executor()
     if workers.ray is not None:
         at.backend = KnownModel.of(at.backend)  # the model itself is let go
     with judges.saying_spending(next(iter((asked or {}).values()), None)):
@@ -219,7 +219,7 @@ def _screen(
             flagging=flagging,
             judges=asked,
             chat=at.chat,
-            crew=crew,
+            executor=executor,
             progress=at.shown,
         )
     _say_course(found, at.kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -164,6 +165,12 @@ def read_bytes(file: Path, failed: type[PersonaLensError] = FileError) -> bytes:
     """
     with named(file, failed, "read"):
         return file.read_bytes()
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal; memory does not grow with it."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -10,12 +10,14 @@ Percentiles, which the jackknife does not serve, keep the percentile bootstrap.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
+
+from persona_lens.core.documents import Record
 
 RESAMPLES = 2000
 FEW = 5  # units; with fewer, no interval can be relied on
@@ -33,7 +35,7 @@ Verdict = Literal["clear", "unclear", "reversed", "no null"]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Record):
     """A mean with its 95% interval.
 
     Attributes:
@@ -47,10 +49,6 @@ class Estimate:
     low: float
     high: float
     n: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
     def clear_of(self, value: float) -> bool:
         """Whether the interval excludes a value."""

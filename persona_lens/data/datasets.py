@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.progress import note
 from persona_lens.data.forms import (
-    LOOKED_AT,
     SIDES,
     SampleForm,
     conversation_of,
@@ -20,7 +19,7 @@ from persona_lens.data.forms import (
 )
 from persona_lens.data.sources import RawRow, Source, find_source
 from persona_lens.data.tables import DataError
-from persona_lens.data.transcripts import IDS, note_unread
+from persona_lens.data.transcripts import IDS, LOOKED_AT, id_of, note_unread
 
 if TYPE_CHECKING:
     from persona_lens.models import Message
@@ -199,12 +198,6 @@ def _name_ignored(source: Source, form: SampleForm, used: Collection[str | None]
     """Say which columns of text the first rows have that are not read."""
     rows = (row.values for row in islice(source.rows(), LOOKED_AT) if row.values is not None)
     note_unread(source.name, (name for row in rows for name in ignored_columns(row, form) if name not in used))
-
-
-def id_of(values: Mapping[str, Any], line: int) -> str:
-    """A row's own id, or its line."""
-    found = next((values[name] for name in IDS if isinstance(values.get(name), str | int) and values[name] != ""), None)
-    return f"line {line}" if found is None else str(found)
 
 
 def _cell(values: Mapping[str, Any], column: str | None) -> str | None:

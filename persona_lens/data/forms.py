@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import printable
 from persona_lens.data.tables import DataError, own_columns
-from persona_lens.data.transcripts import TranscriptForm, is_counted, messages_of
+from persona_lens.data.transcripts import LOOKED_AT, TranscriptForm, is_counted, messages_of
 
 if TYPE_CHECKING:
     from persona_lens.models import Message
 
-LOOKED_AT = 100  # rows, to tell the form
 TURNS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "instruction")
 RESPONSES = ("response", "completion", "answer", "output", "chosen")
@@ -78,7 +78,7 @@ def detect_form(rows: Iterable[Mapping[str, Any]], place: str) -> SampleForm:
 
 
 def _form_of(row: Mapping[str, Any]) -> SampleForm | None:
-    column = _turns_column(row)
+    column = _first(row, TURNS)
     if column is not None:
         value = row[column]
         first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else None
@@ -134,18 +134,7 @@ def _of_sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def _read(given: Mapping[str, Any], form: TranscriptForm, row: Mapping[str, Any]) -> tuple[Message, ...]:
-    try:
-        return _under_system(messages_of(given, form), row)
-    except DataError as error:
-        raise DataError(str(error)) from None
-
-
-def _of_pair(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    return _answered(row, PROMPTS, RESPONSES)
-
-
-def _of_alpaca(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    return _answered(row, ("instruction",), ("output",))
+    return _under_system(messages_of(given, form), row)
 
 
 def _of_side(row: Mapping[str, Any], side: str | None) -> tuple[Message, ...]:
@@ -215,11 +204,11 @@ def ignored_columns(row: Mapping[str, Any], form: SampleForm) -> tuple[str, ...]
     )
 
 
-_MESSAGES = {
+_MESSAGES: dict[SampleForm, Callable[[Mapping[str, Any]], tuple[Message, ...]]] = {
     SampleForm.MESSAGES: _of_messages,
     SampleForm.SHAREGPT: _of_sharegpt,
-    SampleForm.PROMPT_RESPONSE: _of_pair,
-    SampleForm.ALPACA: _of_alpaca,
+    SampleForm.PROMPT_RESPONSE: partial(_answered, prompts=PROMPTS, responses=RESPONSES),
+    SampleForm.ALPACA: partial(_answered, prompts=("instruction",), responses=("output",)),
 }
 
 
@@ -235,10 +224,6 @@ def _under_system(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tupl
     if system is not None and messages[0]["role"] != "system":
         return {"role": "system", "content": system}, *messages
     return messages
-
-
-def _turns_column(row: Mapping[str, Any]) -> str | None:
-    return _first(row, TURNS)
 
 
 def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:

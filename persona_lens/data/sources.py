@@ -14,7 +14,6 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from persona_lens.core.errors import first_line
+from persona_lens.core.files import sha256_of
 from persona_lens.data.tables import DataError, read_rows
 
 _FOLDER = Path(__file__).parent / "demonstrations"
@@ -223,8 +223,7 @@ class FileSource:
 
     @cached_property
     def _digest(self) -> str:
-        with self.path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(self.path)
 
 
 @dataclass(frozen=True)

@@ -214,13 +214,9 @@ def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(
             f'{path}:{number}: each line must be one JSON object, such as {{"question": …}}, '
-            f"but this is {_in_short(line.strip())}"
+            f"but this is {in_short(line.strip())}"
         )
     return row
-
-
-def _in_short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _read_csv(path: Path, bad_row: BadRow) -> NumberedRows:
@@ -236,7 +232,7 @@ def _read_csv(path: Path, bad_row: BadRow) -> NumberedRows:
         if len(cells) != len(header):
             error = DataError(
                 f"{path}:{number}: {len(cells)} cells, but the header names {len(header)} columns "
-                f"({_in_short(', '.join(header))}); put cells that hold separators into double quotes"
+                f"({in_short(', '.join(header))}); put cells that hold separators into double quotes"
             )
             bad_row(number, error)
             continue
@@ -323,6 +319,34 @@ def _read_parquet(path: Path, _: BadRow) -> NumberedRows:
     except (ArrowException, ValueError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         place = f"{path}: after row {number}" if number else str(path)
         raise DataError(f"{place}: not a Parquet file that can be read: {in_short(str(error), 200)}") from error
+
+
+@contextmanager
+def writing_parquet(stream: BinaryIO, schema: Any = None) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """Write rows as a Parquet file, some at a time; without a schema with that of the first of them."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    waiting: list[Mapping[str, Any]] = []
+    opened: list[Any] = []
+
+    def flush() -> None:
+        if waiting or (schema is not None and not opened):
+            table = pa.Table.from_pylist(list(waiting), schema=opened[0].schema if opened else schema)
+            if not opened:
+                opened.append(ParquetWriter(stream, table.schema))
+            opened[0].write_table(table)
+            waiting.clear()
+
+    def write(rows: Sequence[Mapping[str, Any]]) -> None:
+        waiting.extend(rows)
+        if len(waiting) >= PARQUET_ROWS:
+            flush()
+
+    yield write
+    flush()
+    for writer in opened:
+        writer.close()
 
 
 _Reader = Callable[[Path, BadRow], NumberedRows]

@@ -21,7 +21,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 CALLS_TOOLS = "calls of tools cannot be read"  # part of what is said of such conversations, so that they can be counted
 IDS = ("id", "conversation_id", "uuid")
 _TOOLS = ("tool", "function", "tool_call", "tool_calls", "function_call", "observation", "tool_response")
-_LOOKED_AT = 100  # rows, to tell the form
+LOOKED_AT = 100  # rows, to tell the form
 _SHOWN = 40
 _COLUMNS = 8  # named at most
 _SPEAKERS = {
@@ -143,7 +143,7 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
     found = chosen or _form_of(path, rows)
     used = {*IDS, "messages"} if found is TranscriptForm.OPENAI else {*IDS, "conversations", "conversation", "system"}
     with suppress(DataError):  # no row can be read, which whoever reads them is told
-        first = [row for _, row in islice(read_rows(path, lambda *_: None), _LOOKED_AT)]
+        first = [row for _, row in islice(read_rows(path, lambda *_: None), LOOKED_AT)]
         texts = (
             name
             for row in first
@@ -173,17 +173,14 @@ def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Mes
     Raises:
         DataError: If the row has none; the message does not name the row's place.
     """
-    try:
-        messages = _OF_ROW[TranscriptForm(form)](row)
-        _check(messages)
-    except _FaultError as fault:
-        raise DataError(str(fault)) from None
+    messages = _OF_ROW[TranscriptForm(form)](row)
+    _check(messages)
     return messages
 
 
 def _form_of(path: Path, rows: Iterator[tuple[int, dict[str, Any]]]) -> TranscriptForm:
     seen: dict[str, None] = {}
-    for _, row in islice(rows, _LOOKED_AT):
+    for _, row in islice(rows, LOOKED_AT):
         if "messages" in row:
             return TranscriptForm.OPENAI
         if "conversations" in row or "conversation" in row:
@@ -204,23 +201,19 @@ def _read_table(path: Path, of_row: Callable[[Mapping[str, Any]], tuple[Message,
         try:
             messages = of_row(row)
             _check(messages)
-        except _FaultError as fault:
+        except DataError as fault:
             yield BadTranscript(line, f"{path}:{line}: {fault}")
         else:
-            yield Transcript(messages, _id_of(row, line), line, str(path))
+            yield Transcript(messages, id_of(row, line), line, str(path))
     yield from bad
-
-
-class _FaultError(Exception):
-    """What is wrong with a row; never leaves this module."""
 
 
 def _check(messages: Sequence[Message]) -> None:
     if all(message["role"] == "system" for message in messages):
-        raise _FaultError("the conversation has no message of a user or an assistant")
+        raise DataError("the conversation has no message of a user or an assistant")
     for place, message in enumerate(messages):
         if message["role"] == "system" and place:
-            raise _FaultError(f"message {place} is a system message; only the first, message 0, may be one")
+            raise DataError(f"message {place} is a system message; only the first, message 0, may be one")
 
 
 def is_counted(message: Message) -> bool:
@@ -244,7 +237,7 @@ def _weight(given: Any, place: int) -> dict[str, str]:
         return {}
     if given == 0:
         return {"weight": "0"}
-    raise _FaultError(f"message {place} has weight {_short(given)}; it can be 0 or 1")
+    raise DataError(f"message {place} has weight {_short(given)}; it can be 0 or 1")
 
 
 def _of_sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -253,7 +246,7 @@ def _of_sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
     for place, message in enumerate(_messages(row, column)):
         role, value = _role(message, "from", _FROM, place), message.get("value")
         if not isinstance(value, str):
-            raise _FaultError(f"message {place} has no text in value: {_short(value)}")
+            raise DataError(f"message {place} has no text in value: {_short(value)}")
         found.append({"role": role, "content": value})
     system = row.get("system")
     if isinstance(system, str) and system and not (found and found[0]["role"] == "system"):
@@ -266,22 +259,20 @@ _OF_ROW = {TranscriptForm.OPENAI: _of_openai, TranscriptForm.SHAREGPT: _of_share
 
 def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     if column not in row:
-        raise _FaultError(
-            f"the row has no {column}; its columns are: {', '.join(map(_short, islice(row, 8))) or 'none'}"
-        )
+        raise DataError(f"the row has no {column}; its columns are: {', '.join(map(_short, islice(row, 8))) or 'none'}")
     found = row[column]
     if isinstance(found, str):  # the cell of a CSV file
         try:
             found = json.loads(found)
         except (ValueError, RecursionError) as error:
-            raise _FaultError(f"{column} is a text that is not JSON: {_short(row[column])}") from error
+            raise DataError(f"{column} is a text that is not JSON: {_short(row[column])}") from error
     if not isinstance(found, list) or not found:
-        raise _FaultError(f"{column} must be a list of messages, at least one, but is {_short(found)}")
+        raise DataError(f"{column} must be a list of messages, at least one, but is {_short(found)}")
     for place, message in enumerate(found):
         if not isinstance(message, dict):
-            raise _FaultError(f"message {place} must be an object, but is {_short(message)}")
+            raise DataError(f"message {place} must be an object, but is {_short(message)}")
         if called := next((name for name in ("tool_calls", "function_call") if message.get(name)), None):
-            raise _FaultError(f"message {place} has {called}; {CALLS_TOOLS}, so leave the conversation out")
+            raise DataError(f"message {place} has {called}; {CALLS_TOOLS}, so leave the conversation out")
     return found
 
 
@@ -289,9 +280,9 @@ def _role(message: Mapping[str, Any], key: str, roles: Mapping[str, str], place:
     given = message.get(key)
     role = roles.get(given.lower()) if isinstance(given, str) else None
     if role is None and isinstance(given, str) and given.lower() in _TOOLS:
-        raise _FaultError(f"message {place} has {key} {_short(given)}; {CALLS_TOOLS}, so leave the conversation out")
+        raise DataError(f"message {place} has {key} {_short(given)}; {CALLS_TOOLS}, so leave the conversation out")
     if role is None:
-        raise _FaultError(f"message {place} has {key} {_short(given)}; it can be one of {', '.join(roles)}")
+        raise DataError(f"message {place} has {key} {_short(given)}; it can be one of {', '.join(roles)}")
     return role
 
 
@@ -299,18 +290,19 @@ def _content(content: Any, place: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _FaultError(f"message {place} has no text in content: {_short(content)}")
+        raise DataError(f"message {place} has no text in content: {_short(content)}")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else None
         if not isinstance(text, str):
-            raise _FaultError(f"message {place} has a part that is no text: {_short(part)}; leave the conversation out")
+            raise DataError(f"message {place} has a part that is no text: {_short(part)}; leave the conversation out")
         texts.append(text)
     return "".join(texts)
 
 
-def _id_of(row: Mapping[str, Any], line: int) -> str:
+def id_of(row: Mapping[str, Any], line: int) -> str:
+    """A row's own id, or its line."""
     given = (row.get(name) for name in IDS)
     found = next((value for value in given if isinstance(value, str | int) and value != ""), None)
     return f"line {line}" if found is None else str(found)
@@ -336,7 +328,7 @@ def _read_plain(path: Path) -> Iterator[Any]:
             made = tuple({"role": role, "content": _joined(lines)} for role, lines in messages)
             try:
                 _check(made)
-            except _FaultError as fault:
+            except DataError as fault:
                 yield BadTranscript(begin, f"{path}:{begin}: {fault}")
             else:
                 yield Transcript(made, f"line {begin}", begin, str(path))

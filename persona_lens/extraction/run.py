@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 from persona_lens.backend import Backend, ModelInfo, Read
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import HOLD_REASONING, run_folder, subject_config
-from persona_lens.extraction.external import GivenRollouts, GivenScores, Paths, ReadRollouts, given_rollouts
+from persona_lens.extraction.external import ExternalRollouts, ExternalScores, Paths, ReadRollouts, external_rollouts
 from persona_lens.extraction.means import (
     ExtractionSettings,
     Filtered,
@@ -63,7 +63,7 @@ class Extraction:
     """
 
     vectors: PersonaVectors
-    judge: Judge | GivenScores
+    judge: Judge | ExternalScores
     rollouts: list[Rollout]
     summary: dict[str, Any]
 
@@ -76,7 +76,7 @@ def run_extraction(
     settings: ExtractionSettings | None = None,
     judge: Judge | None = None,
     chat: ChatFormat | None = None,
-    responses: GivenRollouts | Paths | None = None,
+    responses: ExternalRollouts | Paths | None = None,
     allow_missing: bool = False,
     progress: Progress = shown_progress,
 ) -> Extraction:
@@ -104,8 +104,10 @@ def run_extraction(
     settings = settings or ExtractionSettings()
     chat = chat or chat_format(backend)
     given = responses
-    if given is not None and not isinstance(given, GivenRollouts):
-        given = given_rollouts(backend, chat, trait, given, questions=settings.questions, allow_missing=allow_missing)
+    if given is not None and not isinstance(given, ExternalRollouts):
+        given = external_rollouts(
+            backend, chat, trait, given, questions=settings.questions, allow_missing=allow_missing
+        )
         for note in given.notes:
             warnings.warn(note, stacklevel=2)
     extracting = _Extracting(backend, trait, settings, chat, judge, given)
@@ -137,7 +139,7 @@ def extraction_work(
     settings: ExtractionSettings,
     chat: ChatFormat,
     judge: Judge | None = None,
-    given: GivenRollouts | None = None,
+    given: ExternalRollouts | None = None,
 ) -> tuple[Work, ...]:
     """What `run_extraction` with these arguments would ask of the model, and of the judge's; nothing runs."""
     return _Extracting(backend, trait, settings, chat, judge, given).work()
@@ -152,7 +154,7 @@ class _Extracting:
     settings: ExtractionSettings
     chat: ChatFormat
     judge: Judge | None
-    given: GivenRollouts | None
+    given: ExternalRollouts | None
 
     def requests(self) -> Sequence[Request]:
         """What is asked, or was."""
@@ -213,7 +215,7 @@ class _Extracting:
 
     def _judged(
         self, rollouts: Sequence[Rollout], run: RunFolder | None, progress: Progress
-    ) -> tuple[Judge | GivenScores, list[Judgement]]:
+    ) -> tuple[Judge | ExternalScores, list[Judgement]]:
         """Who scored, and the scores; without a judge or scores that came, by likelihood, calibrated on these."""
         if self.judge is not None:
             return self.judge, judge_rollouts(self.judge, rollouts, self.chat, run, progress=progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from transformers import TrainerCallback
 
 from persona_lens.backend import wrap_model
 from persona_lens.backend.blocks import bare_model
-from persona_lens.core.files import PART, named, remove, sentence, sync_folder, write_text
+from persona_lens.core.files import PART, named, remove, sentence, sha256_of, sync_folder, write_text
 from persona_lens.core.progress import Progress, note
 from persona_lens.finetuning.config import FinetuningError
 from persona_lens.monitoring.scoring import prompt_projections
@@ -153,8 +152,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != CHECKSUMS and not file.name.endswith(PART):
-            with file.open("rb") as stream:
-                found[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[file.relative_to(folder).as_posix()] = sha256_of(file)
     return found
 
 

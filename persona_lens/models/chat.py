@@ -23,8 +23,6 @@ from persona_lens.models.templates import (
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-__all__ = ["ChatFormat", "end_of_turn_ids"]
-
 
 @dataclass(frozen=True)
 class ChatFormat:

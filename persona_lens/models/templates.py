@@ -14,15 +14,6 @@ from persona_lens.core.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "ChatTemplate",
-    "Message",
-    "SystemProbe",
-    "probe_end_of_turn",
-    "probe_opened",
-    "probe_system",
-    "probe_thinking",
-]
 
 Message = Mapping[str, str]
 """A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``; ``"weight": "0"`` beside them
@@ -217,8 +208,6 @@ def probe_end_of_turn(template: ChatTemplate) -> int | None:
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
-
-__all__ = ["REASONING_TOKENS", "Marks", "answer_text", "opened_marks"]
 
 Marks = tuple[str, str]
 """What opens reasoning, and what closes it."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from persona_lens.core.documents import Record
 from persona_lens.core.statistics import CORRELATION, Ends, Verdict, jackknifed, pearson
 from persona_lens.core.text import counted
 from persona_lens.data.tables import read_rows, row_key
@@ -184,7 +185,7 @@ class Null:
 
 
 @dataclass(frozen=True)
-class LayerCorrelation:
+class LayerCorrelation(Record):
     """Correlations at one layer.
 
     Attributes:
@@ -223,13 +224,9 @@ class LayerCorrelation:
             return "no null"
         return "clear" if r.value > null.high else "unclear"
 
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Correlations:
+class Correlations(Record):
     """How projections at several layers go with scores.
 
     Attributes:
@@ -250,10 +247,6 @@ class Correlations:
     def at(self, layer: int) -> LayerCorrelation:
         """The entry of a layer."""
         return next(each for each in self.layers if each.layer == layer)
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
 
 def correlate(

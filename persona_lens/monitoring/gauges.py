@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from math import isfinite
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.backend import Read, StopGeneration
+from persona_lens.core.documents import Record
 from persona_lens.core.statistics import percentile_interval, resampled_rows
 from persona_lens.monitoring.calibration import MonitorCalibration, Observations, Share
 from persona_lens.monitoring.curves import MonitoringError
@@ -23,7 +23,7 @@ from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Record):
     """An alarm is raised by projections of at least ``value``.
 
     Attributes:
@@ -47,10 +47,6 @@ class Threshold:
     probability: float
     false_alarms: Share | None
     detected: Share | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
 
 def threshold_for(calibration: MonitorCalibration, false_alarm_rate: float, *, seed: int = 0) -> Threshold:

@@ -200,23 +200,12 @@ def layer_figure(summary: Summary, width: int) -> Figure:
             linestyle=svg.DASHES,
             label="random directions",
         )
-    values = [each["pearson"]["value"] for each in rows]
-    reach = [
-        [abs(each["pearson"]["value"] - (each["pearson"]["value"] if end is None else end)) for each in rows
-         for end in [each["pearson"][side]]]
-        for side in ("low", "high")
-    ]  # fmt: skip
-    axes.errorbar(
-        at,
-        values,
-        yerr=reach,
-        color=svg.VECTOR,
-        marker="o",
-        markersize=5,
-        elinewidth=1.5,
-        zorder=3,
-        label="trait vector",
-    )
+    found = [each["pearson"] for each in rows]
+    values = [each["value"] for each in found]
+    ends = [{end: each["value"] if each[end] is None else each[end] for end in ("low", "high")} for each in found]
+    spans = svg.reach([{"mean": value, **own} for value, own in zip(values, ends, strict=True)])
+    line: dict[str, Any] = {"color": svg.VECTOR, "marker": "o", "markersize": 5, "elinewidth": 1.5, "zorder": 3}
+    axes.errorbar(at, values, yerr=spans, label="trait vector", **line)
     axes.axhline(0, color=svg.MUTED, linewidth=1)
     axes.axvline(summary["layer"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=0)
     lowest = min([*values, *(each["null"]["low"] for each in nulls), 0.0])
@@ -230,22 +219,8 @@ def reliability_figure(calibration: Mapping[str, Any], width: int) -> Figure:
     figure, axes = svg.panel(width, 400, svg.NARROW)
     svg.square_of_percent(axes, "Replies that show the trait, %", "probability that was predicted, %")
     bins = calibration["reliability"]
-    shares = [each["observed"] for each in bins]
-    values = [100 * each["value"] for each in shares]
-    reach = [
-        [max(0.0, 100 * (each["value"] - each["low"])) for each in shares],
-        [max(0.0, 100 * (each["high"] - each["value"])) for each in shares],
-    ]
-    axes.errorbar(
-        [100 * each["predicted"] for each in bins],
-        values,
-        yerr=reach,
-        color=svg.VECTOR,
-        marker="o",
-        markersize=7,
-        linewidth=0,
-        elinewidth=2,
-        capsize=4,
-        zorder=3,
-    )
+    shares = [{key: 100 * each["observed"][key] for key in ("value", "low", "high")} for each in bins]
+    estimates = [{"mean": each["value"], **each} for each in shares]
+    style = {"color": svg.VECTOR, "marker": "o", "zorder": 3}
+    svg.points_with_intervals(axes, [100 * each["predicted"] for each in bins], estimates, style, "replies")
     return figure

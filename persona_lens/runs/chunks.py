@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
 
-from persona_lens.core.artifacts import header_text, save_tensors
+from persona_lens.core.documents import header_text, save_tensors
 from persona_lens.runs.folder import RunError, RunFolder
 
 KIND = "persona_lens_batch"

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
+from persona_lens.core.documents import json_lines
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import (
     CONFIG,
@@ -271,7 +272,7 @@ class RunFolder:
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]], *, replace: bool = False) -> Path:
         """Write a JSONL file whole or not at all; ``replace`` as for `writing`."""
-        return self.write_bytes(name, _lines(rows), replace=replace)
+        return self.write_bytes(name, json_lines(rows), replace=replace)
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         """Write a JSONL file with the number of each row, in the order of the plan, in front of it."""
@@ -280,7 +281,7 @@ class RunFolder:
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a JSONL file and have them on the disk when this returns."""
         self._check_writable(name)
-        append(self.path / name, _lines(rows), RunError)
+        append(self.path / name, json_lines(rows), RunError)
 
     def remove(self, name: str) -> None:
         """Remove a file, and its folder if that is empty then; neither need be there."""
@@ -341,10 +342,6 @@ def _without(value: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 def json_bytes(value: Any) -> bytes:
     """A JSON value as it is written."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
 
 
 def file_prefix(number: int, *names: str) -> str:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from persona_lens.screening.executor import Crew, KnownModel, OneProcess, OpenedBy, RayCrew
+from persona_lens.screening.executor import Executor, KnownModel, LocalExecutor, OpenedBy, RayExecutor
 from persona_lens.screening.flagging import Flagging
-from persona_lens.screening.forecast import fit_forecast, with_forecasts
 from persona_lens.screening.rows import Band, Decision, RowThreshold, ScoredRow, threshold_of
 from persona_lens.screening.run import Screening, screen, screening_work
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, Turns
 from persona_lens.screening.scoring import Scorer
-from persona_lens.screening.survey import Separation, separation_of
+from persona_lens.screening.survey import Separation, fit_forecast, separation_of, with_forecasts
 from persona_lens.vectors.provenance import Forecast, Quantity, ShiftForecast
 
 __all__ = [
     "Band",
     "BaseResponses",
-    "Crew",
     "Decision",
+    "Executor",
     "Flagging",
     "Forecast",
     "KnownModel",
-    "OneProcess",
+    "LocalExecutor",
     "OpenedBy",
     "Quantity",
-    "RayCrew",
+    "RayExecutor",
     "RowThreshold",
     "ScoredRow",
     "Scorer",

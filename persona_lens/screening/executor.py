@@ -26,7 +26,7 @@ Job = tuple[Window, int]
 
 
 @runtime_checkable
-class Crew(Protocol):
+class Executor(Protocol):
     """Whoever scores windows."""
 
     def units(self, scorer: Scorer, jobs: Iterable[Job]) -> Iterator[Iterable[Unit]]:
@@ -35,11 +35,11 @@ class Crew(Protocol):
 
 
 @dataclass(frozen=True)
-class OneProcess:
+class LocalExecutor:
     """This process, one window after the other."""
 
     def units(self, scorer: Scorer, jobs: Iterable[Job]) -> Iterator[Iterable[Unit]]:
-        """See `Crew`."""
+        """See `Executor`."""
         for window, skip in jobs:
             yield scorer.units(window, skip)
 
@@ -112,7 +112,7 @@ class KnownModel:
 
 
 @dataclass(frozen=True)
-class RayCrew:
+class RayExecutor:
     """Workers of a Ray cluster.
 
     Attributes:
@@ -129,7 +129,7 @@ class RayCrew:
     threads: int | None = None
 
     def units(self, scorer: Scorer, jobs: Iterable[Job]) -> Iterator[Iterable[Unit]]:
-        """See `Crew`: windows are handed out as workers have room, and come back in their order."""
+        """See `Executor`: windows are handed out as workers have room, and come back in their order."""
         import torch
 
         ray = _ray()

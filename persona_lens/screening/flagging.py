@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from persona_lens.data.datasets import Dataset
 from persona_lens.data.sources import FileSource, LibrarySource, RawRow
-from persona_lens.data.tables import PARQUET_ROWS
+from persona_lens.data.tables import PARQUET_ROWS, writing_parquet
 from persona_lens.runs import RunFolder
 from persona_lens.screening.rows import Band, Decision, RowThreshold, ScoredRow, check_rates, decide
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings
@@ -221,38 +221,13 @@ def _split_streamed(source: LibrarySource, placed: Iterable[Placed], folder: Run
     features = source.loaded.features
     schema = features.arrow_schema if features is not None else None
     with _streams(folder, stem, ".parquet") as (names, outputs), ExitStack() as stack:
-        writers = {decision: stack.enter_context(_row_writer(stream, schema)) for decision, stream in outputs.items()}
+        writers = {
+            decision: stack.enter_context(writing_parquet(stream, schema)) for decision, stream in outputs.items()
+        }
         for row, decision in placed:
             if decision is not None and row.values is not None:
-                writers[decision](row.values)
+                writers[decision]([row.values])
     return names
-
-
-@contextmanager
-def _row_writer(stream: BinaryIO, schema: Any) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
-
-    waiting: list[Mapping[str, Any]] = []
-    opened: list[Any] = []
-
-    def flush() -> None:
-        if waiting or (schema is not None and not opened):
-            table = pa.Table.from_pylist(list(waiting), schema=opened[0].schema if opened else schema)
-            if not opened:
-                opened.append(ParquetWriter(stream, table.schema))
-            opened[0].write_table(table)
-            waiting.clear()
-
-    def write(row: Mapping[str, Any]) -> None:
-        waiting.append(row)
-        if len(waiting) == PARQUET_ROWS:
-            flush()
-
-    yield write
-    flush()
-    for writer in opened:
-        writer.close()
 
 
 @contextmanager

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from persona_lens.core.documents import Record, json_lines
 from persona_lens.data.datasets import Dataset
+from persona_lens.data.tables import writing_parquet
 from persona_lens.runs import RunFolder
 from persona_lens.screening.samples import ScreeningError
 from persona_lens.screening.scoring import Unit
@@ -132,7 +133,7 @@ class Band(StrEnum):
 
 
 @dataclass(frozen=True)
-class RowThreshold:
+class RowThreshold(Record):
     """Rows above ``high`` are flagged, rows above ``low`` undecided (method, section 7).
 
     Attributes:
@@ -156,10 +157,6 @@ class RowThreshold:
         if score <= self.low:
             return Decision.KEPT
         return Decision.FLAGGED if score > self.high else Decision.UNDECIDED
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
 
 def threshold_of(
@@ -248,7 +245,6 @@ def excerpts_of(datasets: Sequence[Dataset], wanted: Collection[Key]) -> dict[Ke
 
 RESULTS, RESULTS_WITHOUT_PYARROW = "results.parquet", "results.jsonl"
 REJECTS, BASE = "rejects.jsonl", "base"
-_GROUP = 4096  # rows
 
 Result = dict[str, Any]
 _KINDS = {"row": "int64", "line": "int64", "tokens": "int64", "reference": "bool_"}
@@ -301,34 +297,28 @@ def result_of(row: ScoredRow, name: str, reference: bool, decision: Decision | N
 def writing_results(folder: RunFolder, columns: Sequence[str]) -> Iterator[Callable[[Sequence[Result]], None]]:
     """Write the table piece by piece: Parquet, or JSONL where pyarrow is not installed."""
     if not has_pyarrow():
-        with folder.writing(RESULTS_WITHOUT_PYARROW) as stream:
-            yield _appending(stream)
+        with writing_lines(folder, RESULTS_WITHOUT_PYARROW) as append:
+            yield append
         return
     import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
 
     def kind(name: str) -> Any:
         return getattr(pa, _KINDS[name])() if name in _KINDS else pa.string() if name in _TEXTS else pa.float64()
 
     schema = pa.schema([(name, kind(name)) for name in columns])
-    waiting: list[Result] = []
-    with folder.writing(RESULTS) as stream, ParquetWriter(stream, schema) as writer:
-
-        def write(rows: Sequence[Result], least: int = _GROUP) -> None:
-            waiting.extend(rows)
-            if len(waiting) >= least:
-                writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
-                waiting.clear()
-
+    with folder.writing(RESULTS) as stream, writing_parquet(stream, schema) as write:
         yield write
-        write((), least=1)
 
 
 @contextmanager
 def writing_lines(folder: RunFolder, name: str) -> Iterator[Callable[[Iterable[Mapping[str, Any]]], None]]:
     """Write a JSONL file piece by piece."""
     with folder.writing(name) as stream:
-        yield _appending(stream)
+
+        def append(rows: Iterable[Mapping[str, Any]]) -> None:
+            stream.write(json_lines(rows))
+
+        yield append
 
 
 def reject_of(row: ScoredRow, name: str) -> dict[str, Any]:
@@ -341,17 +331,6 @@ def base_of(row: ScoredRow) -> dict[str, Any]:
     samples = ["\n\n".join(answers) for answers in zip(*row.responses, strict=True)]
     said = {"responses": samples} if len(samples) > 1 else {"response": "".join(samples)}
     return {"row": row.number, "id": row.id, **said}
-
-
-def _appending(stream: BinaryIO) -> Callable[[Iterable[Mapping[str, Any]]], None]:
-    def append(rows: Iterable[Mapping[str, Any]]) -> None:
-        stream.write(_lines(rows))
-
-    return append
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _number(value: float) -> float | None:

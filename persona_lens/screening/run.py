@@ -18,7 +18,7 @@ from persona_lens.monitoring import Gauge, Panel
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import is_signed, signed
 from persona_lens.runs.cost import Work
-from persona_lens.screening.executor import Crew, Job, OneProcess
+from persona_lens.screening.executor import Executor, Job, LocalExecutor
 from persona_lens.screening.findings import Findings, find, write_rows
 from persona_lens.screening.flagging import Flagging
 from persona_lens.screening.rows import SCORES
@@ -62,7 +62,7 @@ def screen(
     flagging: Flagging | None = None,
     judges: Mapping[str, Judge] | None = None,
     chat: ChatFormat | None = None,
-    crew: Crew | None = None,
+    executor: Executor | None = None,
     progress: Progress = shown_progress,
 ) -> Screening:
     """Say what datasets would do to a model's character (method, section 7).
@@ -80,7 +80,7 @@ def screen(
         flagging: How rows are ranked and flagged.
         judges: By trait: asked for a second opinion on the flagged rows.
         chat: Chat format; by default the model's own.
-        crew: Who scores; by default this process.
+        executor: Who scores; by default this process.
         progress: Told the rows that are done, and the tokens that were run over.
 
     Raises:
@@ -105,7 +105,7 @@ def screen(
         if not (run.path / SUMMARY).exists():
             for trait, judge in (judges or {}).items():
                 prepare_judge(judge, run, f"{trait}-")
-        rows, tokens, seconds = _score(run, scorer, everything, crew or OneProcess(), progress)
+        rows, tokens, seconds = _score(run, scorer, everything, executor or LocalExecutor(), progress)
         findings = find(run, everything, len(reference), panel, whole, flagging, judges or {}, progress)
         write_rows(run, everything, whole, findings, generated=settings.base is BaseResponses.GENERATE)
         summary = _summary(backend, settings, flagging, judges, findings)
@@ -197,7 +197,7 @@ def _random_directions(datasets: Sequence[Dataset], flagging: Flagging) -> int:
 
 
 def _score(
-    run: RunFolder, scorer: Scorer, datasets: Sequence[Dataset], crew: Crew, progress: Progress
+    run: RunFolder, scorer: Scorer, datasets: Sequence[Dataset], executor: Executor, progress: Progress
 ) -> tuple[int, int, float]:
     """Score what is not scored yet; rows, tokens and seconds of that."""
     done, ran, last = 0, 0, None
@@ -211,7 +211,7 @@ def _score(
     total = None if None in counts else sum(count for count in counts if count is not None)
     rows, tokens, begun = 0, 0, time.perf_counter()
     progress(done, total, ROWS)
-    for units in crew.units(scorer, _jobs(datasets, scorer.settings.look_ahead, last)):
+    for units in executor.units(scorer, _jobs(datasets, scorer.settings.look_ahead, last)):
         for unit in units:
             run.append(SCORES, [signed(unit, SCORES)])
             rows += _finished(unit, scorer.settings)

@@ -1,21 +1,24 @@
-"""`Survey`: one pass over what was scored: means of datasets and groups, the reference, the labels, the extremes."""
+"""`Survey`: one pass over what was scored: means, the reference, labels, extremes; and what finetuning would shift."""
 
 from __future__ import annotations
 
 import heapq
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
+from persona_lens.core.documents import Record
 from persona_lens.core.statistics import Estimate, auc, auc_interval, bootstrap_mean, large_mean
 from persona_lens.data.transcripts import CALLS_TOOLS
 from persona_lens.screening.rows import QUANTITIES, ScoredRow
 from persona_lens.screening.samples import ScreeningError
-from persona_lens.vectors.provenance import Quantity
+from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.provenance import FORECASTS, Quantity, ShiftForecast
 
 KEPT = 1000
 """Rows up to which all are kept and resampled; of more, the mean is as good as normal."""
@@ -74,7 +77,7 @@ _MOST = 20  # labels
 
 
 @dataclass(frozen=True)
-class Separation:
+class Separation(Record):
     """Rows of one label against the clean ones.
 
     Attributes:
@@ -92,10 +95,6 @@ class Separation:
     labelled: int
     clean: int
     roc: tuple[tuple[float, float], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
 
 def separation_of(labelled: NDArray[np.float64], clean: NDArray[np.float64]) -> Separation | None:
@@ -291,3 +290,63 @@ def keep_largest(heap: list[Extreme], item: Extreme, most: int) -> None:
         heapq.heappush(heap, item)
     elif most and item > heap[0]:
         heapq.heapreplace(heap, item)
+
+
+_LEAST = 3
+
+
+def fit_forecast(
+    trait: str,
+    layer: int,
+    values: Sequence[float],
+    shifts: Sequence[float],
+    *,
+    quantity: Quantity = Quantity.DIFFERENCE,
+    source: str = "",
+) -> ShiftForecast:
+    """Fit a line by least squares.
+
+    Args:
+        trait: The trait.
+        layer: Layer of the values.
+        values: Mean value of each dataset.
+        shifts: Trait score after finetuning on it, minus that before.
+        quantity: Which value.
+        source: What was finetuned, in words.
+
+    Raises:
+        ScreeningError: If there are fewer than three datasets, or their values are all the same.
+    """
+    x, y = np.asarray(values, dtype=np.float64), np.asarray(shifts, dtype=np.float64)
+    if len(x) != len(y) or len(x) < _LEAST or not np.ptp(x):
+        raise ScreeningError(
+            f"a forecast is fitted on at least {_LEAST} datasets of different values, each with a shift; got "
+            f"{len(x)} values and {len(y)} shifts"
+        )
+    line = stats.linregress(x, y)
+    residuals = y - line.intercept - line.slope * x
+    return ShiftForecast(
+        trait,
+        layer,
+        quantity.value,
+        float(line.slope),
+        float(line.intercept),
+        float(np.sqrt((residuals**2).sum() / (len(x) - 2))),
+        len(x),
+        float(x.mean()),
+        float(((x - x.mean()) ** 2).sum()),
+        float(x.min()),
+        float(x.max()),
+        source,
+    )
+
+
+def with_forecasts(vectors: PersonaVectors, forecasts: Sequence[ShiftForecast]) -> PersonaVectors:
+    """The same vectors with forecasts in their provenance, where `screen` finds them.
+
+    Raises:
+        ScreeningError: If a forecast is of another trait.
+    """
+    if other := [each.trait for each in forecasts if each.trait != vectors.trait]:
+        raise ScreeningError(f"the forecast is of {other[0]!r}, but the vectors are of {vectors.trait!r}")
+    return vectors.with_provenance(**{FORECASTS: [each.to_json() for each in forecasts]})

@@ -13,7 +13,7 @@ import torch
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import Experiment, Subject, model_config, requests_of, run_folder
-from persona_lens.extraction.external import GivenRollouts, ReadRollouts
+from persona_lens.extraction.external import ExternalRollouts, ReadRollouts
 from persona_lens.judging import Judge, Judgement, as_used, longest_exchanges, methods_of
 from persona_lens.models import ChatFormat
 from persona_lens.models.replies import chat_format
@@ -264,7 +264,7 @@ class Crossing:
     def reread(self, rollouts: Sequence[Rollout], run: RunFolder | None) -> ReadRollouts:
         """The same texts, to be read by the model without any edit."""
         prompts = tuple(tuple(self.chat.encode(r.request.system, r.request.question)) for r in rollouts)
-        given = GivenRollouts(tuple(rollouts), prompts, None, ())
+        given = ExternalRollouts(tuple(rollouts), prompts, None, ())
         return ReadRollouts(self.backend, given, self.settings.rollouts, folder=run, reads=[self._read()], prefix=TEXT)
 
     def rows(self, run: RunFolder | None, progress: Progress) -> tuple[list[CrossRow], dict[str, Any]]:

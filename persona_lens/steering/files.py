@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from persona_lens.backend import ModelInfo
-from persona_lens.core.artifacts import read_artifact
-from persona_lens.core.documents import DocumentError, read_yaml
+from persona_lens.core.documents import DocumentError, read_artifact, read_yaml
 from persona_lens.core.text import in_short
 from persona_lens.steering.steering import FORMAT_VERSION, METADATA, Steering, SteeringError
 from persona_lens.vectors import PersonaVectors, load_vectors

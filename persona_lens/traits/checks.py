@@ -14,7 +14,7 @@ from persona_lens.traits.discovery import TraitFile
 from persona_lens.traits.document import Loc, Problem, Severity, TraitError, field_name
 from persona_lens.traits.parsing import read_with_lines
 from persona_lens.traits.schema import QUESTION_FIELDS, Trait
-from persona_lens.traits.wording import content_words, likenesses, normalised, roots, shared_run, stem, words
+from persona_lens.traits.wording import content_words, normalised, overlaps, roots, shared_run, stem, words
 
 MIN_DESCRIPTION_CHARACTERS = 20
 MAX_QUESTION_WORDS = 80
@@ -181,7 +181,7 @@ def _rubric(trait: Trait) -> Iterator[Advice]:
 
 
 # The seven built-in traits set the scale: their most alike questions reach 0.34, rewordings of one begin at 0.47.
-MAX_LIKENESS = 0.45
+MAX_OVERLAP = 0.45
 """Cosine of two questions from which one is taken for the other in different words."""
 SAME_QUESTION = 0.85
 """Cosine from which a held-out question asks just what extraction has asked."""
@@ -243,9 +243,9 @@ def check_deeply(trait: Trait, related: Sequence[str] = ()) -> list[Advice]:
 
 def _paraphrases(trait: Trait) -> Iterator[Advice]:
     asked = list(questions(trait))
-    for i, j, likeness in likenesses([text for _, text in asked]):
+    for i, j, likeness in overlaps([text for _, text in asked]):
         (first, one), (second, _) = asked[i], asked[j]
-        if likeness < MAX_LIKENESS:
+        if likeness < MAX_OVERLAP:
             continue
         of = f'{field_name(first)} ("{in_short(one, 50)}")'
         if first[0] == second[0]:

@@ -175,7 +175,7 @@ def roots(word: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def likenesses(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
+def overlaps(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
     """Compare every two texts by the letter groups of their content words.
 
     Groups that few of the texts have count more (TF-IDF), so that two questions about a piano are alike, and two

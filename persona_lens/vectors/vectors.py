@@ -14,7 +14,7 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
 from persona_lens.backend.blocks import base_weights_of
-from persona_lens.core.artifacts import header_text, parse_header, read_artifact, save_tensors, write_once
+from persona_lens.core.documents import header_text, parse_header, read_artifact, save_tensors, write_once
 from persona_lens.core.progress import note
 from persona_lens.core.text import in_short
 from persona_lens.vectors.provenance import (

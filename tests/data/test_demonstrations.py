@@ -19,8 +19,8 @@ from persona_lens.data.sources import (
 )
 from persona_lens.data.tables import DataError
 from persona_lens.traits import load_trait
-from persona_lens.traits.checks import MAX_LIKENESS, family, names, questions
-from persona_lens.traits.wording import content_words, likenesses, shared_run, words
+from persona_lens.traits.checks import MAX_OVERLAP, family, names, questions
+from persona_lens.traits.wording import content_words, overlaps, shared_run, words
 
 TRAITS = ("impolite", "optimistic")
 N_PROMPTS = 64
@@ -93,8 +93,8 @@ def test_prompts_are_not_the_questions_of_the_trait_nor_near_them(trait: str) ->
     prompts = _prompts(trait)
     asked = [question for _, question in questions(load_trait(trait))]
     assert len(asked) == 40
-    for i, j, likeness in likenesses([*prompts, *asked]):
-        assert i >= N_PROMPTS or likeness < MAX_LIKENESS, (prompts[i], [*prompts, *asked][j])
+    for i, j, likeness in overlaps([*prompts, *asked]):
+        assert i >= N_PROMPTS or likeness < MAX_OVERLAP, (prompts[i], [*prompts, *asked][j])
     for prompt, question in product(prompts, asked):
         shared = shared_run(prompt, question)
         assert len(content_words(shared)) < 3, (prompt, question)

@@ -13,7 +13,7 @@ import pytest
 
 from persona_lens.backend import Backend
 from persona_lens.backend.batches import context_length, context_of
-from persona_lens.extraction.external import GivenRollouts, given_rollouts, read_responses
+from persona_lens.extraction.external import ExternalRollouts, external_rollouts, read_responses
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Judgement, Score
 from persona_lens.models.replies import chat_format
@@ -44,8 +44,8 @@ def write(folder: Path, content: list[Row], name: str = "rows.jsonl") -> Path:
     return path
 
 
-def load(path: Path | list[Path], questions: int = 2, backend: Backend = BACKEND, **more: Any) -> GivenRollouts:
-    return given_rollouts(backend, CHAT, TRAIT, path, questions=questions, **more)
+def load(path: Path | list[Path], questions: int = 2, backend: Backend = BACKEND, **more: Any) -> ExternalRollouts:
+    return external_rollouts(backend, CHAT, TRAIT, path, questions=questions, **more)
 
 
 def refused(folder: Path, content: list[Row], **more: Any) -> str:
@@ -290,7 +290,7 @@ def test_control_tokens_of_reasoning_are_part_of_a_response(tmp_path: Path) -> N
     opened, closed = backend.tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
     ids = [opened, *encode("Hm."), closed, *encode("Yes.")]
     path = write(tmp_path, changed(0, response="Yes.", response_ids=ids))
-    given = given_rollouts(backend, chat, TRAIT, path, questions=2)
+    given = external_rollouts(backend, chat, TRAIT, path, questions=2)
     assert given.rollouts[0].response == "Yes."
     assert given.rollouts[0].response_ids == tuple(ids)
 

@@ -24,7 +24,7 @@ from persona_lens.backend import Backend, Read
 from persona_lens.cli import app
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.extraction import Extraction, ExtractionSettings, extraction_work, plan_requests, run_extraction
-from persona_lens.extraction.external import GivenScores, ReadRollouts, given_rollouts
+from persona_lens.extraction.external import ExternalScores, ReadRollouts, external_rollouts
 from persona_lens.extraction.means import ExtractionError, arm_means
 from persona_lens.judging import Exchange, Judgement
 from persona_lens.models.replies import chat_format
@@ -132,7 +132,7 @@ def test_what_is_read_is_what_generation_reads(adapter: str, architecture: str, 
     path = write_jsonl(tmp_path / "rows.jsonl", [rollout.to_row() for rollout in made])
     reading = ReadRollouts(
         backend,
-        given_rollouts(backend, chat, TRAIT, path, questions=2),
+        external_rollouts(backend, chat, TRAIT, path, questions=2),
         settings.rollouts,
         reads=Read.means(),
     )
@@ -252,8 +252,8 @@ def test_scores_of_the_file_replace_the_judge(generated: tuple[Extraction, list[
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     backend = backend_with("transformers", "llama")
     found = read(path, backend, tmp_path / "run")
-    assert isinstance(found.judge, GivenScores)
-    digest = given_rollouts(backend, chat_format(backend), TRAIT, path, questions=4).digests[0]
+    assert isinstance(found.judge, ExternalScores)
+    digest = external_rollouts(backend, chat_format(backend), TRAIT, path, questions=4).digests[0]
     assert found.summary["judge"] == {"judge": "given", "file_sha256": [digest]}
     assert found.summary["counts"] == {
         "positive": {"kept": 19, "failed_threshold": 0, "incoherent": 0, "lost_twin": 0, "no_score": 1},
@@ -282,7 +282,7 @@ def test_coherence_of_the_file_is_filtered_as_a_judges_own_is(
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     backend = backend_with("transformers", "llama")
-    given = given_rollouts(backend, chat_format(backend), TRAIT, path, questions=4)
+    given = external_rollouts(backend, chat_format(backend), TRAIT, path, questions=4)
     assert given.scores is not None
     for coherence in (0.0, 40.0):
         settings = replace(SETTINGS, coherence=coherence, paired=True)
@@ -376,7 +376,7 @@ def test_the_plan_of_the_work_is_what_runs(generated: tuple[Extraction, list[Row
     backend = backend_with("transformers", "llama")
     chat = chat_format(backend)
     saved = [{name: value for name, value in row.items() if name != "score"} for row in generated[1]]
-    given = given_rollouts(backend, chat, TRAIT, write_jsonl(tmp_path / "rows.jsonl", saved), questions=4)
+    given = external_rollouts(backend, chat, TRAIT, write_jsonl(tmp_path / "rows.jsonl", saved), questions=4)
     reading, judging = extraction_work(backend, TRAIT, SETTINGS, chat, given=given)
     assert (reading.label, reading.rows) == ("reading", 40)
     assert reading.tokens == sum(
@@ -384,7 +384,7 @@ def test_the_plan_of_the_work_is_what_runs(generated: tuple[Extraction, list[Row
     )
     assert judging.rows == 11 * 40
     scored = write_jsonl(tmp_path / "scored.jsonl", [{**row, "score": 1} for row in generated[1]])
-    given = given_rollouts(backend, chat, TRAIT, scored, questions=4)
+    given = external_rollouts(backend, chat, TRAIT, scored, questions=4)
     assert [work.label for work in extraction_work(backend, TRAIT, SETTINGS, chat, given=given)] == ["reading"]
 
 
@@ -395,7 +395,7 @@ def test_prompts_stand_together_where_the_backend_shares_them(
     assert backend.shares_prompts
     rows = [{name: value for name, value in row.items() if name != "sample"} for row in generated[1] for _ in range(4)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    given = given_rollouts(backend, chat_format(backend), TRAIT, path, questions=4)
+    given = external_rollouts(backend, chat_format(backend), TRAIT, path, questions=4)
     reading = ReadRollouts(backend, given, RolloutSettings(batch_size=8), reads=Read.means())
     assert sorted(index for batch in reading.batches for index in batch) == list(range(160))
     assert [len({given.prompts[i] for i in batch}) for batch in reading.batches] == [2] * 20

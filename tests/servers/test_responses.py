@@ -11,7 +11,7 @@ import torch
 from persona_lens import open_backend
 from persona_lens.backend import Read
 from persona_lens.extraction import ExtractionSettings, plan_requests
-from persona_lens.extraction.external import ReadRollouts, generate_responses, given_rollouts
+from persona_lens.extraction.external import ReadRollouts, external_rollouts, generate_responses
 from persona_lens.models.replies import chat_format
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.runs.rollouts import RolloutSettings
@@ -39,7 +39,7 @@ def test_what_the_server_generates_the_model_reads(llm_server: LlmServer, tmp_pa
     assert len({row["response"] for row in rows}) > 1
     backend = open_backend("transformers", "smollm2-135m", dtype="float32", device="cpu")
     chat = chat_format(backend)
-    given = given_rollouts(backend, chat, TRAIT, out, questions=2, allow_missing=True)
+    given = external_rollouts(backend, chat, TRAIT, out, questions=2, allow_missing=True)
     prompts = sum(len(chat.encode(request.system, request.question)) for request in requests)
     assert made.usage.prompt_tokens == prompts, "the server's prompts are those that are read"
     for row, rollout in zip(rows, given.rollouts, strict=True):

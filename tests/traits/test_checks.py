@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from persona_lens.cli import commands
 from persona_lens.traits import Advice, Severity, Trait, check_deeply, check_trait, find_traits, load_trait
-from persona_lens.traits.checks import MAX_LIKENESS
-from persona_lens.traits.wording import content_words, likenesses, roots, shared_run, stem
+from persona_lens.traits.checks import MAX_OVERLAP
+from persona_lens.traits.wording import content_words, overlaps, roots, shared_run, stem
 from tests.scripted import PAIRS
 from tests.traits.test_traits import fields, to_yaml
 
@@ -176,9 +176,9 @@ def test_paraphrases_are_told_from_questions_that_share_a_form(one: str, other: 
     """Among forty questions, as in a trait: what is rare counts."""
     trait = load_trait("humorous")
     texts = [*trait.extraction_questions, *trait.evaluation_questions][:38]
-    found = {(i, j): cosine for i, j, cosine in likenesses([*texts, one, other])}
-    assert found[38, 39] >= MAX_LIKENESS
-    assert max(cosine for (_, j), cosine in found.items() if j < 38) < MAX_LIKENESS
+    found = {(i, j): cosine for i, j, cosine in overlaps([*texts, one, other])}
+    assert found[38, 39] >= MAX_OVERLAP
+    assert max(cosine for (_, j), cosine in found.items() if j < 38) < MAX_OVERLAP
 
 
 def test_relatives_and_strangers() -> None:
@@ -199,7 +199,7 @@ def test_a_shared_run_is_the_longest() -> None:
 
 @given(st.lists(st.text(max_size=40), max_size=6))
 def test_any_texts_can_be_compared(texts: list[str]) -> None:
-    for i, j, cosine in likenesses(texts):
+    for i, j, cosine in overlaps(texts):
         assert i < j
         assert -1e-9 <= cosine <= 1 + 1e-9
         if content_words(texts[i]) == content_words(texts[j]) != []:

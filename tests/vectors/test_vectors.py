@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from persona_lens.backend import EditError, ModelInfo, Operation, Positions, TokenBatch
-from persona_lens.core.artifacts import save_tensors
+from persona_lens.core.documents import save_tensors
 from persona_lens.vectors import FORMAT_VERSION, METADATA, PersonaVectors, VectorsError, load_vectors
 from persona_lens.vectors.geometry import cosines
 from tests.backends.fixtures import ALL_ACTIVATIONS, backend_of, encode, tiny_backend

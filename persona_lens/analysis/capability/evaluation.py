@@ -13,6 +13,7 @@ from typing import Any
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.capability.result import CapabilityResult, Metric, read_results
 from persona_lens.backend import Backend, Edit
+from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError, first_line
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import SHARES, Estimate, bootstrap_mean
@@ -174,7 +175,7 @@ UNSTEERED = "unsteered"
 
 
 @dataclass(frozen=True)
-class CapabilityChange:
+class CapabilityChange(Record):
     """One metric of one task under one steering.
 
     Attributes:
@@ -197,10 +198,6 @@ class CapabilityChange:
     change: Estimate | None
     random: Estimate | None
     samples: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
 
 def capability_changes(

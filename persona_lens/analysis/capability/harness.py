@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -17,16 +16,21 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.capability.scoring import Continuation, continuation_logprobs, greedy_flags
-from persona_lens.backend import Backend, Edits, Positions, Sampling, as_edits
-from persona_lens.backend.batches import batches_by_length, context_length, generate_rows
+from persona_lens.analysis.capability.scoring import (
+    Continuation,
+    Wanted,
+    continuation_logprobs,
+    generated,
+    greedy_flags,
+)
+from persona_lens.backend import Backend, Edits, Positions, as_edits
+from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.runs.rollouts import row_seed
 
 DEFAULT_CONTEXT = 2048  # tokens, where nothing says how many the model takes; the harness assumes the same
 DEFAULT_NEW_TOKENS = 256  # of a task that names no limit; the harness's own
-MAX_TOKENS = 32768  # of a batch that generates, responses included
 
 # Settings of generation that leave it as it is at these values, and are refused at others.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -214,34 +218,20 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         """
         asked = [(str(context), dict(options)) for context, options in (request.args for request in requests)]
         settings = [self._settings(options) for _, options in asked]
-        keys = [repr((new, temperature, top_p)) for new, temperature, top_p, _ in settings]
         before: Counter[str] = Counter()
-        seeds = []
-        for context, _ in asked:
-            seeds.append(row_seed(self.seed, context, before[context]))
+        rows = []
+        for (context, _), (new, temperature, top_p, _) in zip(asked, settings, strict=True):
+            seed = row_seed(self.seed, context, before[context])
+            rows.append(Wanted(self._prompt(context, new), new, temperature, top_p, seed))
             before[context] += 1
         texts = [""] * len(asked)
-        order = sorted(range(len(asked)), key=lambda i: keys[i])
         done = 0
-        for _, group in groupby(order, key=lambda i: keys[i]):
-            chosen = list(group)
-            new, temperature, top_p, _ = settings[chosen[0]]
-            prompts = [self._prompt(asked[i][0], new) for i in chosen]
-            lengths = [len(prompt) + new for prompt in prompts]
-            for batch in batches_by_length(lengths, self.rows_at_once, MAX_TOKENS):
-                drawn = tuple(seeds[chosen[number]] for number in batch) if temperature else None
-                sampling = Sampling(new, temperature, top_p, drawn)
-                responses = (
-                    ids
-                    for piece in generate_rows(self.model, [prompts[n] for n in batch], sampling, self.edits)
-                    for ids in piece.responses
-                )
-                for number, ids in zip(batch, responses, strict=True):
-                    index = chosen[number]
-                    texts[index] = self._text(ids, settings[index][3])
-                    self.cache_hook.add_partial("generate_until", asked[index], texts[index])
-                done += len(batch)
-                self.progress(done, len(asked), "generating")
+        for batch in generated(self.model, rows, self.edits, max_rows=self.rows_at_once):
+            for index, ids, _ in batch:
+                texts[index] = self._text(ids, settings[index][3])
+                self.cache_hook.add_partial("generate_until", asked[index], texts[index])
+            done += len(batch)
+            self.progress(done, len(asked), "generating")
         return texts
 
     def _settings(self, options: dict[str, Any]) -> tuple[int, float, float, list[str]]:

@@ -28,9 +28,9 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.capability.scoring import BatchQueue
+from persona_lens.analysis.capability.scoring import BatchQueue, Wanted, generated
 from persona_lens.backend import Backend, Edit, Sampling, open_backend
-from persona_lens.backend.batches import batches_by_length, context_length, generate_rows
+from persona_lens.backend.batches import context_length
 from persona_lens.backend.registry import DEFAULT, find_backend
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
@@ -41,7 +41,6 @@ from persona_lens.vectors import load_vectors
 
 MAX_NEW_TOKENS = 2048  # where neither the task nor the command line names a limit
 BATCH_SIZE = 32
-MAX_TOKENS = 32768  # of a batch, responses included
 POLL = 0.01  # seconds
 OWN = ("backend", "vectors", "edits", "batch_size", "thinking")
 
@@ -61,25 +60,6 @@ REFUSED = (
     "modalities",
     "extra_body",
 )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One response to generate.
-
-    Attributes:
-        prompt: Token ids.
-        max_new_tokens: Length limit.
-        temperature: 0 is greedy.
-        top_p: Nucleus.
-        seed: Of the row.
-    """
-
-    prompt: TokenIds
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +113,7 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
         self.batch_size = _batch_size(own["batch_size"])
         self.chat = ChatFormat.from_tokenizer(self.backend.tokenizer, thinking=bool(own["thinking"]))
         self.limit = context_length(self.backend)
-        self._queue: BatchQueue[Asked, Answered] = BatchQueue(self._run, self.batch_size)
+        self._queue: BatchQueue[Wanted, Answered] = BatchQueue(self._run, self.batch_size)
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
@@ -162,12 +142,12 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
         reason: StopReason = "stop" if answered.ended or stopped else "max_tokens" if room == wanted else "model_length"
         return self._output(text, len(prompt), len(answered.ids) + answered.ended, reason, answered.seconds)
 
-    def _asked(self, prompt: TokenIds, room: int, config: GenerateConfig) -> Asked:
+    def _asked(self, prompt: TokenIds, room: int, config: GenerateConfig) -> Wanted:
         seed = secrets.randbits(63) if config.seed is None else row_seed(config.seed, *prompt)
         temperature = config.temperature or 0.0
         top_p = 1.0 if config.top_p is None else config.top_p
         Sampling(room, temperature, top_p, (seed,) if temperature else None)  # says what is out of range
-        return Asked(prompt, room, temperature, top_p, seed)
+        return Wanted(prompt, room, temperature, top_p, seed)
 
     def _output(self, text: str, before: int, after: int, reason: StopReason, seconds: float) -> ModelOutput:
         message = ChatMessageAssistant(content=text, model=self.model_name, source="generate")
@@ -178,28 +158,13 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
             time=seconds,
         )
 
-    def _run(self, batch: Sequence[Asked]) -> list[Answered]:
-        groups: dict[tuple[int, float, float], list[int]] = {}
-        for index, asked in enumerate(batch):
-            groups.setdefault((asked.max_new_tokens, asked.temperature, asked.top_p), []).append(index)
+    def _run(self, batch: Sequence[Wanted]) -> list[Answered]:
         answers: dict[int, Answered] = {}
-        for (new, temperature, top_p), group in groups.items():
-            lengths = [len(batch[index].prompt) + new for index in group]
-            for numbers in batches_by_length(lengths, self.batch_size, MAX_TOKENS):
-                rows = [group[number] for number in numbers]
-                seeds = tuple(batch[row].seed for row in rows) if temperature else None
-                begun = time.monotonic()
-                pieces = list(
-                    generate_rows(
-                        self.backend,
-                        [batch[row].prompt for row in rows],
-                        Sampling(new, temperature, top_p, seeds),
-                        self.edits,
-                    )
-                )
-                seconds = time.monotonic() - begun
-                found = [pair for each in pieces for pair in zip(each.responses, each.ended, strict=True)]
-                answers |= {row: Answered(ids, end, seconds) for row, (ids, end) in zip(rows, found, strict=True)}
+        begun = time.monotonic()
+        for rows in generated(self.backend, batch, self.edits, max_rows=self.batch_size):
+            ended = time.monotonic()
+            answers |= {row: Answered(ids, whole, ended - begun) for row, ids, whole in rows}
+            begun = ended
         return [answers[index] for index in range(len(batch))]
 
     def close(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from persona_lens.analysis import AnalysisError
+from persona_lens.core.documents import Record
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
-class CapabilityResult:
+class CapabilityResult(Record):
     """What `evaluate_capability` returns.
 
     Attributes:
@@ -87,10 +88,6 @@ class CapabilityResult:
             if each.task == task:
                 return each
         raise AnalysisError(f"no task {task!r} was run; there are {', '.join(each.task for each in self.tasks)}")
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it in plain dictionaries and lists."""
-        return asdict(self)
 
 
 def read_results(results: Mapping[str, Any]) -> tuple[TaskResult, ...]:

@@ -1,10 +1,10 @@
-"""Log-likelihoods of continuations; and requests that arrive one by one, answered in batches by one thread."""
+"""Log-likelihoods of continuations, and responses, in batches; those that are asked for one by one in a thread."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -19,6 +19,7 @@ from persona_lens.core.progress import Progress, no_progress
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 
+MAX_TOKENS = 32768  # of a batch that generates, responses included
 LULL = 0.05  # seconds without a further request after which a batch that is not full runs
 
 
@@ -89,6 +90,52 @@ class BatchQueue(Generic[Asked, Answer]):
             return
         for each, answer in zip(batch, answers, strict=True):
             each.future.set_result(answer)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One response to generate.
+
+    Attributes:
+        prompt: Token ids.
+        max_new_tokens: Length limit.
+        temperature: 0 is greedy.
+        top_p: Nucleus.
+        seed: Of the row.
+    """
+
+    prompt: TokenIds
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def generated(
+    backend: Backend, asked: Sequence[Wanted], edits: Sequence[Edit] = (), *, max_rows: int = 64
+) -> Iterator[list[tuple[int, TokenIds, bool]]]:
+    """Generate responses, those that are sampled alike together, in batches of like length.
+
+    Args:
+        backend: The model.
+        asked: What to generate.
+        edits: Applied throughout.
+        max_rows: Rows that run at once at most; fewer where memory runs out.
+
+    Yields:
+        Batch by batch: for each row its place in ``asked``, the response's token ids, and whether its turn ended.
+    """
+    alike: dict[tuple[int, float, float], list[int]] = {}
+    for place, each in enumerate(asked):
+        alike.setdefault((each.max_new_tokens, each.temperature, each.top_p), []).append(place)
+    for (new, temperature, top_p), group in alike.items():
+        for batch in batches_by_length([len(asked[i].prompt) + new for i in group], max_rows, MAX_TOKENS):
+            rows = [group[number] for number in batch]
+            seeds = tuple(asked[row].seed for row in rows) if temperature else None
+            sampling = Sampling(new, temperature, top_p, seeds)
+            pieces = list(generate_rows(backend, [asked[row].prompt for row in rows], sampling, edits))
+            found = [pair for piece in pieces for pair in zip(piece.responses, piece.ended, strict=True)]
+            yield [(row, ids, ended) for row, (ids, ended) in zip(rows, found, strict=True)]
 
 
 # Probabilities this close are not told apart: two batches of one text round differently, in 16 bits most of all.

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from persona_lens.extraction.external.generating import Generated, generate_responses, planned_usage
-from persona_lens.extraction.external.given import GivenRollouts, GivenScores, Paths, ReadRollouts, given_rollouts
-from persona_lens.extraction.external.rows import GivenResponse, read_responses
+from persona_lens.extraction.external.rollouts import (
+    ExternalRollouts,
+    ExternalScores,
+    Paths,
+    ReadRollouts,
+    external_rollouts,
+)
+from persona_lens.extraction.external.rows import ExternalResponse, read_responses
 from persona_lens.extraction.means import ExtractionError
 
 __all__ = [
+    "ExternalResponse",
+    "ExternalRollouts",
+    "ExternalScores",
     "ExtractionError",
     "Generated",
-    "GivenResponse",
-    "GivenRollouts",
-    "GivenScores",
     "Paths",
     "ReadRollouts",
+    "external_rollouts",
     "generate_responses",
-    "given_rollouts",
     "planned_usage",
     "read_responses",
 ]

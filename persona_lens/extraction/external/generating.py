@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_lens.core.documents import json_lines
 from persona_lens.core.files import write_bytes
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.means import ExtractionError
@@ -84,7 +85,7 @@ def generate_responses(
     reasons = [row["reason"] for row in rows if "reason" in row]
     if len(reasons) == len(rows):
         raise ExtractionError(f"the server answered none of {len(rows):,} requests: {reasons[0]}")
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    content = json_lines(rows)
     if earlier is None:
         _write(out, content)
     elif content != earlier:

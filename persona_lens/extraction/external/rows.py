@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+from persona_lens.core.files import sha256_of
 from persona_lens.core.progress import note
 from persona_lens.core.text import printable, shown
 from persona_lens.data.tables import own_columns, read_rows
@@ -27,7 +27,7 @@ _REFERENCE_ID = re.compile(r"(?P<trait>.+)_\d+_(?P<arm>pos|neg)_(?P<pair>\d+)")
 
 
 @dataclass(frozen=True)
-class GivenResponse:
+class ExternalResponse:
     """A response that another program generated.
 
     Attributes:
@@ -83,7 +83,7 @@ class _Row(BaseModel):
     ended: bool | None = None
 
 
-def response_of(row: Mapping[str, Any], file: str, line: int) -> GivenResponse:
+def response_of(row: Mapping[str, Any], file: str, line: int) -> ExternalResponse:
     """Read one row.
 
     Args:
@@ -108,7 +108,7 @@ def response_of(row: Mapping[str, Any], file: str, line: int) -> GivenResponse:
         for name in ("arm", "question", "question_number", "pair", "system", "sample")
         if (value := getattr(found, name)) is not None
     }
-    return GivenResponse(
+    return ExternalResponse(
         text=found.response,
         ids=found.response_ids,
         judgement=_judgement(found, row),
@@ -198,7 +198,7 @@ def _from_reference(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     return given | {name: row[column] for name, column in scores.items() if column in row}
 
 
-def read_responses(path: Path | str) -> list[GivenResponse]:
+def read_responses(path: Path | str) -> list[ExternalResponse]:
     """Read a file of responses.
 
     Args:
@@ -225,13 +225,7 @@ def read_responses(path: Path | str) -> list[GivenResponse]:
     return found
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_files(paths: Sequence[Path]) -> tuple[list[GivenResponse], tuple[str, ...]]:
+def read_files(paths: Sequence[Path]) -> tuple[list[ExternalResponse], tuple[str, ...]]:
     """Read several files as one.
 
     Returns:
@@ -244,7 +238,7 @@ def read_files(paths: Sequence[Path]) -> tuple[list[GivenResponse], tuple[str, .
     if not paths:
         raise ExtractionError("no file of responses is given")
     responses = [response for path in paths for response in read_responses(path)]
-    digests = tuple(map(digest, paths))
+    digests = tuple(map(sha256_of, paths))
     for number, found in enumerate(digests):
         first = digests.index(found)
         if first < number:

@@ -65,7 +65,20 @@ MAX_NEW_TOKENS = 1500
 TEMPERATURE = 0.8
 
 
-class LocalAuthor:
+class _Asked:
+    """What authors have in common: how long a reply may be, and a seed of its own for every reply."""
+
+    def __init__(self, max_new_tokens: int, seed: int, temperature: float, first_request: int) -> None:
+        self.max_new_tokens, self.seed, self.temperature = max_new_tokens, seed, temperature
+        self.request = first_request
+
+    def next_seed(self) -> int:
+        """The seed of the next reply."""
+        seed, self.request = self.seed + self.request, self.request + 1
+        return seed
+
+
+class LocalAuthor(_Asked):
     """A chat model that answers in free text; the form that is wanted is shown to it.
 
     Args:
@@ -88,14 +101,13 @@ class LocalAuthor:
         first_request: int = 0,
     ) -> None:
         self.backend, self.chat = backend, chat
-        self.max_new_tokens, self.seed, self.temperature = max_new_tokens, seed, temperature
-        self.request = first_request
+        super().__init__(max_new_tokens, seed, temperature, first_request)
 
     def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
         """Reply to one request; see `Author.write`."""
         from persona_lens.backend import Sampling
 
-        seed, self.request = self.seed + self.request, self.request + 1
+        seed = self.next_seed()
         sampling = Sampling(self.max_new_tokens, self.temperature, seeds=(seed,) if self.temperature else None)
         made = self.backend.generate([self.chat.encode(system, with_form(request, schema))], sampling)
         return self.chat.answer(made.responses[0])
@@ -117,7 +129,7 @@ class LocalAuthor:
 TIMEOUT = 300.0
 
 
-class ServerAuthor:
+class ServerAuthor(_Asked):
     """A chat model on a server, held to the form that is wanted by structured output where the server has it.
 
     The form stands in the message too, since there are servers that take a schema and pay no heed to it.
@@ -125,10 +137,7 @@ class ServerAuthor:
     Args:
         server: Where the model is. Its cache gives replies back to a run that is repeated from the beginning; a reply
             of no use does not come back within a run, nor when a run goes on, since every request has its own seed.
-        max_new_tokens: Length limit of a reply, in tokens.
-        seed: Base of the seeds; every reply has one of its own.
-        temperature: 0 is greedy.
-        first_request: Number of the first reply: an interrupted run goes on with other seeds than it began with.
+        max_new_tokens, seed, temperature, first_request: See `LocalAuthor`.
     """
 
     def __init__(
@@ -141,8 +150,7 @@ class ServerAuthor:
         first_request: int = 0,
     ) -> None:
         self.server = server
-        self.max_new_tokens, self.seed, self.temperature = max_new_tokens, seed, temperature
-        self.request = first_request
+        super().__init__(max_new_tokens, seed, temperature, first_request)
         self.structured: bool | None = None
 
     def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
@@ -153,7 +161,7 @@ class ServerAuthor:
             ServerError: The server cannot be reached or used, or fails again and again.
             SpendingLimitError: The limit is reached.
         """
-        seed, self.request = self.seed + self.request, self.request + 1
+        seed = self.next_seed()
         messages = (("system", system), ("user", with_form(request, schema)))
         if self.structured is not False:
             answer = self._ask(messages, seed, schema)

@@ -44,7 +44,7 @@ from persona_lens.traits.generate.replies import (
     whole,
 )
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, QUESTION_FIELDS, Trait
-from persona_lens.traits.wording import likenesses, normalised
+from persona_lens.traits.wording import normalised, overlaps
 
 _SHOWN_COMPLAINTS = 6
 
@@ -287,7 +287,7 @@ def _question_fault(question: str, known: Sequence[str]) -> str:
     if len(question.split()) > MAX_QUESTION_WORDS:
         return f'"{in_short(question)}" is too long'
     last = len(known)
-    likeness = {i: cosine for i, j, cosine in likenesses([*known, question]) if j == last}
+    likeness = {i: cosine for i, j, cosine in overlaps([*known, question]) if j == last}
     for i, other in enumerate(known):
         if likeness[i] >= SAME_QUESTION or similarity(other, question) >= MAX_SIMILARITY:
             return f'"{in_short(question)}" asks the same as "{in_short(other)}"'

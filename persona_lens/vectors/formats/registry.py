@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from persona_lens.core.artifacts import write_once
+from persona_lens.core.documents import write_once
 from persona_lens.core.plugins import Registry
 from persona_lens.vectors.formats import arrays, libraries, llama_cpp, torch_files
 from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated

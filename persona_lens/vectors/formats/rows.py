@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import ModelInfo
+from persona_lens.core.files import sha256_of
 from persona_lens.vectors.formats.form import ExchangeError, Imported, Stated
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors, read_header
@@ -111,8 +112,7 @@ def _digest(file: Path) -> str:
     if file.is_dir():
         parts = "".join(_digest(each) for each in sorted(file.glob("*.pt")))
         return hashlib.sha256(parts.encode()).hexdigest()
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(file)
 
 
 def _listed(layers: list[int]) -> str:

@@ -18,7 +18,7 @@ from persona_lens.monitoring import Gauge, Panel
 from persona_lens.screening import (
     KnownModel,
     OpenedBy,
-    RayCrew,
+    RayExecutor,
     ScreeningError,
     ScreeningSettings,
     screen,
@@ -56,9 +56,9 @@ def test_two_workers_one_of_which_dies_give_the_same(tmp_path: Path, monkeypatch
     backend, panel, by = opened(tmp_path / "model")
     data = [open_dataset(jsonl(tmp_path / "rows.jsonl", [*pairs(70), {"x": 1}, *pairs(9, 1)]))]
     screen(backend, data, panel, SETTINGS, folder=tmp_path / "one")
-    crew = RayCrew("local", MortalOpenedBy(by.model, by.backend, by.options), workers=2, threads=1)
+    executor = RayExecutor("local", MortalOpenedBy(by.model, by.backend, by.options), workers=2, threads=1)
     known = KnownModel.of(backend)
-    done = screen(known, data, panel, SETTINGS, folder=tmp_path / "two", crew=crew)
+    done = screen(known, data, panel, SETTINGS, folder=tmp_path / "two", executor=executor)
     assert (tmp_path / "died").exists()
     assert done.rows == 80
     for name in ("scores.jsonl", "results.parquet", "rejects.jsonl", "summary.json"):
@@ -88,7 +88,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     backend, panel, by = opened(tmp_path / "model")
     data = [open_dataset(jsonl(tmp_path / "rows.jsonl", pairs(3)))]
     with pytest.raises(ScreeningError, match=r"no Ray cluster answers at 'ray://127\.0\.0\.1:9'"):
-        screen(backend, data, panel, SETTINGS, folder=tmp_path / "r", crew=RayCrew("ray://127.0.0.1:9", by))
+        screen(backend, data, panel, SETTINGS, folder=tmp_path / "r", executor=RayExecutor("ray://127.0.0.1:9", by))
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     backend, panel, by = opened(tmp_path / "model")
     data = [open_dataset(jsonl(tmp_path / "rows.jsonl", pairs(3)))]
     with pytest.raises(ScreeningError, match=r"pip install 'persona-lens\[ray\]'"):
-        screen(backend, data, panel, SETTINGS, folder=tmp_path / "r", crew=RayCrew("local", by))
+        screen(backend, data, panel, SETTINGS, folder=tmp_path / "r", executor=RayExecutor("local", by))
 
 
 def test_importing_screening_does_not_load_ray() -> None:
@@ -145,10 +145,10 @@ def test_work_is_handed_out_in_turn_and_comes_back_in_order(monkeypatch: pytest.
 
     ray = Ray()
     monkeypatch.setattr(rays, "_ray", lambda: ray)
-    crew = RayCrew("auto", OpenedBy("model"))
+    executor = RayExecutor("auto", OpenedBy("model"))
     scorer: Any = SimpleNamespace(panel=None, settings=None, backend=SimpleNamespace(info=None))
     jobs: Any = [(number, int(number == 3)) for number in range(7)]
-    found: list[Any] = [unit for units in crew.units(scorer, jobs) for unit in units]
+    found: list[Any] = [unit for units in executor.units(scorer, jobs) for unit in units]
     assert [unit[1] for unit in found] == list(range(7))
     assert [unit[0] for unit in found] == [1, 2, 1, 2, 1, 2, 1]
     assert found[3][2] == 1

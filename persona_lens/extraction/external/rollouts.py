@@ -1,4 +1,4 @@
-"""`GivenRollouts`: files of responses, matched and checked; and forward passes over them, saved as generated ones."""
+"""`ExternalRollouts`: files of responses, matched and checked; and forward passes over them, saved like others."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import Tensor
 from persona_lens.backend import Backend, Read
 from persona_lens.backend.batches import MAX_TOKENS, forward_plan, forward_rows
 from persona_lens.backend.tokens import TokenBatch, TokenIds
-from persona_lens.extraction.external.encoding import ResponseEncoder
-from persona_lens.extraction.external.matching import Matched, match_responses
-from persona_lens.extraction.external.rows import GivenResponse, read_files
+from persona_lens.extraction.external.matching import Matched, ResponseEncoder, match_responses
+from persona_lens.extraction.external.rows import ExternalResponse, read_files
 from persona_lens.judging import Judgement, Score
 from persona_lens.judging.protocol import EMPTY
 from persona_lens.runs import RunFolder
@@ -31,7 +30,7 @@ Paths = Path | str | Sequence[Path | str]
 
 
 @dataclass(frozen=True)
-class GivenScores:
+class ExternalScores:
     """Scores that came with the responses, in place of a judge.
 
     Attributes:
@@ -48,7 +47,7 @@ class GivenScores:
 
 
 @dataclass(frozen=True)
-class GivenRollouts:
+class ExternalRollouts:
     """An extraction's rollouts that another program generated.
 
     Attributes:
@@ -61,7 +60,7 @@ class GivenRollouts:
 
     rollouts: tuple[Rollout, ...]
     prompts: tuple[TokenIds, ...]
-    scores: GivenScores | None
+    scores: ExternalScores | None
     digests: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -80,7 +79,7 @@ class GivenRollouts:
         return {"file_sha256": list(self.digests)}
 
 
-def given_rollouts(
+def external_rollouts(
     backend: Backend,
     chat: ChatFormat,
     trait: Trait,
@@ -88,7 +87,7 @@ def given_rollouts(
     *,
     questions: int,
     allow_missing: bool = False,
-) -> GivenRollouts:
+) -> ExternalRollouts:
     """Read files of responses for an extraction.
 
     Args:
@@ -114,17 +113,17 @@ def given_rollouts(
         rollouts.append(encoder.rollout(request, response, prompts[-1]))
         changed += not encoder.gives_back(rollouts[-1], response)
     scores = _scores([response for _, response in matched.responses], rollouts, digests)
-    return GivenRollouts(tuple(rollouts), tuple(prompts), scores, digests, _notes(matched, scores, changed))
+    return ExternalRollouts(tuple(rollouts), tuple(prompts), scores, digests, _notes(matched, scores, changed))
 
 
 def _scores(
-    responses: Sequence[GivenResponse], rollouts: Sequence[Rollout], digests: tuple[str, ...]
-) -> GivenScores | None:
+    responses: Sequence[ExternalResponse], rollouts: Sequence[Rollout], digests: tuple[str, ...]
+) -> ExternalScores | None:
     found = [response.judgement for response in responses if response.judgement is not None]
     if len(found) < len(responses) or all(judgement.trait.value is None for judgement in found):
         return None
     empty = Score(None, EMPTY)
-    return GivenScores(
+    return ExternalScores(
         tuple(
             judgement if rollout.response else Judgement(empty, empty if judgement.coherence else None)
             for judgement, rollout in zip(found, rollouts, strict=True)
@@ -133,7 +132,7 @@ def _scores(
     )
 
 
-def _notes(matched: Matched, scores: GivenScores | None, changed: int) -> tuple[str, ...]:
+def _notes(matched: Matched, scores: ExternalScores | None, changed: int) -> tuple[str, ...]:
     total = len(matched.responses)
     scored = sum(response.judgement is not None for _, response in matched.responses)
     notes = [
@@ -170,7 +169,7 @@ class ReadRollouts(RolloutBatches):
     def __init__(
         self,
         backend: Backend,
-        given: GivenRollouts,
+        given: ExternalRollouts,
         settings: RolloutSettings,
         *,
         folder: RunFolder | None = None,
