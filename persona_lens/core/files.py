@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 
 from persona_lens.core.errors import PersonaLensError
 
+Failed = type[PersonaLensError]
 PART = ".part"
 CONFIG = "run.json"  # what a run folder was made with
 BUFFER = 1 << 20
@@ -36,10 +37,6 @@ _ADVICE = {
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
-class FileError(PersonaLensError):
-    """A file that cannot be written or read."""
-
-
 def sentence(error: OSError, path: Path | str, doing: str = "written") -> str:
     """What an error of the system means for a file, and what to do about it."""
     advice = _ADVICE.get(error.errno or 0, "choose another place")
@@ -49,7 +46,7 @@ def sentence(error: OSError, path: Path | str, doing: str = "written") -> str:
 
 
 @contextmanager
-def named(path: Path | str, failed: type[PersonaLensError] = FileError, doing: str = "written") -> Iterator[None]:
+def named(path: Path | str, failed: Failed = PersonaLensError, doing: str = "written") -> Iterator[None]:
     """Errors of the system as errors of the project that name a file.
 
     Args:
@@ -69,7 +66,7 @@ def writing(
     *,
     new: bool = False,
     shared: bool = False,
-    failed: type[PersonaLensError] = FileError,
+    failed: Failed = PersonaLensError,
 ) -> Iterator[BinaryIO]:
     """Write a file bit by bit; it is there, whole and on the disk, once the context ends without an error.
 
@@ -113,7 +110,7 @@ def write_bytes(
     *,
     new: bool = False,
     shared: bool = False,
-    failed: type[PersonaLensError] = FileError,
+    failed: Failed = PersonaLensError,
 ) -> Path:
     """Write a file whole or not at all; arguments and errors as for `writing`."""
     with writing(target, new=new, shared=shared, failed=failed) as stream:
@@ -121,12 +118,12 @@ def write_bytes(
     return target
 
 
-def write_text(target: Path, text: str, *, new: bool = False, failed: type[PersonaLensError] = FileError) -> Path:
+def write_text(target: Path, text: str, *, new: bool = False, failed: Failed = PersonaLensError) -> Path:
     """Write text as UTF-8, its ends of lines as they are; arguments and errors as for `writing`."""
     return write_bytes(target, text.encode(), new=new, failed=failed)
 
 
-def append(target: Path, content: bytes, failed: type[PersonaLensError] = FileError) -> None:
+def append(target: Path, content: bytes, failed: Failed = PersonaLensError) -> None:
     """Add to a file, and have it on the disk when this returns; after an error the file is as long as it was."""
     make_folder(target.parent, failed)
     _check_target(target, False, failed)
@@ -150,14 +147,14 @@ def append(target: Path, content: bytes, failed: type[PersonaLensError] = FileEr
             sync_folder(target.parent)
 
 
-def cut(target: Path, size: int, failed: type[PersonaLensError] = FileError) -> None:
+def cut(target: Path, size: int, failed: Failed = PersonaLensError) -> None:
     """Shorten a file."""
     _check_target(target, False, failed)
     with named(target, failed):
         os.truncate(target, size)
 
 
-def read_bytes(file: Path, failed: type[PersonaLensError] = FileError) -> bytes:
+def read_bytes(file: Path, failed: Failed = PersonaLensError) -> bytes:
     """The content of a file.
 
     Raises:
@@ -174,7 +171,7 @@ def sha256_of(file: Path) -> str:
 
 
 @contextmanager
-def writing_folder(target: Path, failed: type[PersonaLensError] = FileError) -> Iterator[Path]:
+def writing_folder(target: Path, failed: Failed = PersonaLensError) -> Iterator[Path]:
     """A folder to fill, which takes its place, whole and on the disk, once the context ends without an error.
 
     One that was there before goes.
@@ -197,7 +194,7 @@ def writing_folder(target: Path, failed: type[PersonaLensError] = FileError) -> 
             sync_folder(target.parent)
 
 
-def make_folder(folder: Path, failed: type[PersonaLensError] = FileError) -> Path:
+def make_folder(folder: Path, failed: Failed = PersonaLensError) -> Path:
     """Make a folder and those above it, as far as they are not there."""
     try:
         if not folder.is_dir():
@@ -326,7 +323,7 @@ def _removing(part: Path) -> Iterator[None]:
         raise
 
 
-def _check_target(target: Path, new: bool, failed: type[PersonaLensError], folder: bool = False) -> None:
+def _check_target(target: Path, new: bool, failed: Failed, folder: bool = False) -> None:
     try:
         mode = os.lstat(target).st_mode
     except FileNotFoundError:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -200,13 +200,5 @@ def collate(rows: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
 
 def fingerprint(transcripts: Sequence[Transcript]) -> str:
     """SHA-256 over the messages, for a run's configuration."""
-    import hashlib
-    import json
-
-    digest = hashlib.sha256()
-    for text in chain.from_iterable((json.dumps(list(map(dict, t.messages))), "\n") for t in transcripts):
-        digest.update(text.encode())
-    return "sha256:" + digest.hexdigest()
-
-
-Batch = dict[str, Any]
+    content = "".join(json.dumps(list(map(dict, t.messages))) + "\n" for t in transcripts)
+    return "sha256:" + hashlib.sha256(content.encode()).hexdigest()

@@ -131,6 +131,7 @@ def _with(config: FinetuneConfig, **changes: Any) -> FinetuneConfig:
     return make_config({**config.model_dump(), **changes})
 
 
+LOSSES = ("last", "learned", "unseen")
 BASE = "base"
 Crossed = Mapping[int, Mapping[int, float]]
 """Values by seed and question."""
@@ -251,7 +252,7 @@ def _treatment(
         **against,
         "held_back": held,
         "measured": json_of(crossed_mean(_of(runs, "measured"))),
-        "losses": _spread_losses(list(runs.values())),
+        "losses": {name: _spread([each.losses.get(name) for each in runs.values()]) for name in LOSSES},
         "capability": _spread([each.capability for each in runs.values()]),
         "shift": json_of(crossed_mean(_of(runs, "moved"))),
     }
@@ -268,7 +269,3 @@ def _times(factor: float, values: Crossed) -> dict[int, dict[int, float]]:
 def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
     known = [value for value in values if value is not None]
     return {"mean": fmean(known), "low": min(known), "high": max(known), "n": len(known)} if known else None
-
-
-def _spread_losses(runs: Sequence[Outcome]) -> dict[str, Any]:
-    return {name: _spread([each.losses.get(name) for each in runs]) for name in ("last", "learned", "unseen")}

@@ -34,7 +34,7 @@ def render_effects(summary: Summary, version: str = "") -> str:
         **summary,
         "matrix": cells,
         "tints": {measure: _tints(summary["cells"], measure) for measure in MEASURES},
-        "cosine_tints": _cosine_tints(summary["cells"]),
+        "cosine_tints": {place: _tint(c["cosine"]) for place, c in cells.items() if c["cosine"] is not None},
         "result": headline(summary),
         "null": any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
         "chance": CHANCE * summary["cosines"]["null_std"],
@@ -67,7 +67,8 @@ def headline(summary: Summary) -> Headline:
     moved, spilt = ([cell for cell in cells if cell["score"]["clear"]] for cells in (own, other))
     parts = []
     if own:
-        parts.append(f"{len(moved)} of {counted(len(own), 'steering')} clearly {_verb(len(moved))} {_whose(len(own))}")
+        whose = "its own trait" if len(own) == 1 else "their own traits"
+        parts.append(f"{len(moved)} of {counted(len(own), 'steering')} clearly {_verb(len(moved))} {whose}")
     if other:
         parts.append(f"{len(spilt)} of {counted(len(other), 'other cell')} {_verb(len(spilt))} clearly")
     sentences = [
@@ -91,19 +92,11 @@ def _verb(count: int) -> str:
     return "moves" if count == 1 else "move"
 
 
-def _whose(count: int) -> str:
-    return "its own trait" if count == 1 else "their own traits"
-
-
 def _tints(cells: Sequence[Cell], measure: str) -> dict[tuple[str, str], str]:
     """CSS of each cell's colour: its sign, and its share of the strongest."""
     means = {(c["steering"], c["trait"]): c[measure]["vector"]["mean"] for c in cells if c[measure]}
     strongest = max(map(abs, means.values()), default=0.0)
     return {place: _tint(mean / strongest if strongest else 0.0) for place, mean in means.items()}
-
-
-def _cosine_tints(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
-    return {(c["steering"], c["trait"]): _tint(c["cosine"]) for c in cells if c["cosine"] is not None}
 
 
 def _tint(share: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from persona_lens.core.statistics import Verdict
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, bounds, interval, number, render
+from persona_lens.reports.page import Headline, bounds, interval, number, render, side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def headline(summary: Summary) -> Headline:
     if plain is None or plain["change"] is None:
         return Headline("unclear", "No result: no reply of the finetuned models has a score", ())
     sign = -1 if summary["direction"] < 0 else 1
-    moved = _side(plain["change"])
+    moved = side(plain["change"])
     seeds = counted(len(summary["settings"]["seeds"]), "seed")
     sentences = [
         f"Plain finetuning changes the mean trait score by {interval(plain['change'], sign=True)} over {seeds} and "
@@ -84,10 +84,6 @@ def _beside_null(null: Summary | None, kept: Summary) -> list[str]:
         f"A random direction of equal norm {protects}: {interval(alone, sign=True)} beside plain finetuning. "
         f"Preventative steering differs from it by {interval(kept['against_random'], sign=True)}."
     ]
-
-
-def _side(estimate: Summary) -> int:
-    return 1 if estimate["low"] > 0 else -1 if estimate["high"] < 0 else 0
 
 
 def _loss(found: Summary) -> str:

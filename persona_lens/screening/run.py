@@ -94,7 +94,8 @@ def screen(
     chat = chat or chat_format(backend)
     if settings.base is BaseResponses.GENERATE:
         note_reasoning(chat)
-    whole = with_random_directions(panel, _random_directions(everything, flagging))
+    labelled = any(dataset.label for dataset in everything)
+    whole = with_random_directions(panel, flagging.random_directions if labelled else 0)
     scorer = Scorer(backend, chat, whole, settings)
     config = {
         **_config(scorer, everything, len(reference)),
@@ -190,10 +191,6 @@ def _checked(
     if judges and not reference:
         raise ScreeningError("a judge is asked about flagged rows, and nothing is flagged without a reference set")
     return (*datasets, *reference)
-
-
-def _random_directions(datasets: Sequence[Dataset], flagging: Flagging) -> int:
-    return flagging.random_directions if any(dataset.label for dataset in datasets) else 0
 
 
 def _score(

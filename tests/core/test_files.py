@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from persona_lens.core import files
-from persona_lens.core.files import FileError
+from persona_lens.core.errors import PersonaLensError
 
 
 def test_a_file_is_written_and_synced_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_an_error_of_the_disk_is_a_sentence_and_leaves_nothing(
 
     (tmp_path / "file").write_bytes(b"old")
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(FileError, match=rf"file cannot be written: {os.strerror(code)}; {advice}"):
+    with pytest.raises(PersonaLensError, match=rf"file cannot be written: {os.strerror(code)}; {advice}"):
         files.write_bytes(tmp_path / "file", b"new")
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -64,14 +64,14 @@ def test_what_cannot_be_a_file_is_said(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, words in [("link", "symbolic link"), ("folder", "is a folder"), ("pipe", "is no ordinary file")]:
         for write in (files.write_bytes, files.append):
-            with pytest.raises(FileError, match=words):
+            with pytest.raises(PersonaLensError, match=words):
                 write(tmp_path / name, b"")
-    with pytest.raises(FileError, match="File name too long; choose a shorter name"):
+    with pytest.raises(PersonaLensError, match="File name too long; choose a shorter name"):
         files.write_bytes(tmp_path / ("x" * 253), b"")
-    with pytest.raises(FileError, match=r"the folder .* cannot be made"):
+    with pytest.raises(PersonaLensError, match=r"the folder .* cannot be made"):
         files.write_bytes(tmp_path / ("x" * 300) / "file", b"")
     files.write_bytes(tmp_path / "new", b"1", new=True)
-    with pytest.raises(FileError, match="exists already"):
+    with pytest.raises(PersonaLensError, match="exists already"):
         files.write_bytes(tmp_path / "new", b"2", new=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "new", "pipe"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
@@ -159,18 +159,14 @@ def _missing(slots: Set[Slot], trait: Trait, questions: int) -> str | None:
     if len(slots) == planned:
         return None
     absent = {arm: planned // len(Arm) - sum(slot.arm is arm for slot in slots) for arm in Arm}
-    first = next(slot for slot in _plan(trait, questions, samples) if slot not in slots)
+    plan = product(range(questions), range(len(trait.instructions)), samples, (False, True))
+    first = next(slot for place in plan if (slot := Slot(*place)) not in slots)
     counts = " and ".join(f"{count:,} of the {arm} arm" for arm, count in absent.items() if count)
     return (
         f"of {planned:,} responses ({questions} questions, {len(trait.instructions)} pairs, {len(samples)} samples, "
         f"two arms) {counts} are missing, first the {first.arm} arm's sample {first.sample} of question "
         f"{first.question} under pair {first.pair}"
     )
-
-
-def _plan(trait: Trait, questions: int, samples: Sequence[int]) -> Iterator[Slot]:
-    for place in product(range(questions), range(len(trait.instructions)), samples, (False, True)):
-        yield Slot(*place)
 
 
 def _nearest(text: str, choices: Sequence[str]) -> str:
@@ -270,16 +266,14 @@ class ResponseEncoder:
         if response.ids is not None:
             return response.ids
         text = response.text or ""
-        ending = next((token for token in self._control_texts() if token and text.endswith(token)), None)
+        control = self.chat.tokenizer.convert_ids_to_tokens(sorted(self.control))
+        ending = next((token for token in control if token and text.endswith(token)), None)
         if ending is not None:
             raise ExtractionError(
                 f"{response.place}: the response ends with the text {ending!r}, a control token of this model; give "
                 "response_ids, or the text without control tokens"
             )
         return tuple(self.chat.encode_answer(text))
-
-    def _control_texts(self) -> list[str]:
-        return list(self.chat.tokenizer.convert_ids_to_tokens(sorted(self.control)))
 
     def _check(self, ids: TokenIds, response: ExternalResponse) -> None:
         for place, token in enumerate(ids):
