@@ -77,7 +77,7 @@ def study_command(
 
 
 def _show_study(found: Study, _: Session) -> None:
-    from persona_lens.reports.study import title
+    from persona_lens.reports.study import title, told
 
     summary = found.summary
     show_rows(
@@ -103,37 +103,8 @@ def _show_study(found: Study, _: Session) -> None:
                 "random directions": lambda row: _measured(row["null"]),
             },
         )
-    for line in (title(summary), *conclusions(summary)):
+    for line in (title(summary), *told(summary)):
         say(line)
-
-
-def conclusions(summary: dict[str, Any]) -> list[str]:
-    """What the study comes to, in a few lines."""
-    from persona_lens.core.statistics import few
-
-    lines = [f"intervals rest on {said}"] if (said := few(summary["settings"]["questions"])) else []
-    for kind, group in summary["groups"].items():
-        if group["ceiling"] is not None:
-            lines.append(
-                f"{kind}: with {counted(summary['settings']['samples'], 'response')} a prompt no predictor can reach "
-                f"more than about r = {group['ceiling']:.2f}; the number of the condition itself has "
-                f"{_measured(group['level'])}"
-            )
-        if group["left_out"]:
-            names = ", ".join(group["left_out"])
-            lines.append(f"{kind}: left out within conditions (few prompts, or scores that hardly vary): {names}")
-    calibration = summary["calibration"]
-    if "reason" in calibration:
-        return [*lines, f"not calibrated: {calibration['reason']}"]
-    threshold = calibration["threshold"]
-    alarms = threshold["false_alarms"]
-    measured = f"; on questions not seen {100 * alarms['value']:.0f}%" if alarms else ""
-    return [
-        *lines,
-        f"calibrated at layer {summary['layer']}: {calibration['curve']['kind']}, Brier score "
-        f"{calibration['brier']:.3f} against {calibration['base_brier']:.3f} of the base rate",
-        f"an alarm from {threshold['value']:.3f} on: false alarms {100 * threshold['false_alarm_rate']:g}%{measured}",
-    ]
 
 
 def _shown_layers(rows: list[dict[str, Any]], named: set[int | None]) -> list[dict[str, Any]]:

@@ -245,6 +245,8 @@ def _say_course(found: Screening, folder: Path) -> None:
 
 
 def _show(summary: Any) -> None:
+    from persona_lens.reports.screening import told
+
     for gauge in summary["gauges"]:
         known = [each["means"][gauge] for each in summary["datasets"] if each["means"]]
         against = "difference" if any(means["difference"] for means in known) else "prompt_difference"
@@ -262,45 +264,8 @@ def _show(summary: Any) -> None:
         ]
         title = f"{gauge}: means [95% interval], in residual-stream units"
         print_table(title, ("dataset", "rows", "raw", against.replace("_", " "), "flagged"), rows)
-    for line in conclusions(summary):
+    for line in told(summary):
         say(line)
-
-
-def conclusions(summary: Any) -> list[str]:
-    """What the screening comes to beside the table, in a few lines."""
-    lines = [
-        f"{each['gauge']}: flagged above {each['high']:.3f}, undecided above {each['low']:.3f} "
-        f"({summary['score']}; {100 * each['false_positive_rate']:g}% of {each['rows']:,} reference rows above "
-        f"{each['value']:.3f})"
-        for each in summary["thresholds"]
-    ]
-    for label, quantities in (summary["labels"] or {"labels": {}})["labels"].items():
-        for quantity, gauges in quantities.items():
-            lines += [
-                f"{label} against {summary['labels']['clean']}, {quantity}, {gauge}: AUC {found['auc']:.3f} "
-                f"[{found['low']:.3f}, {found['high']:.3f}]{_beside(found['random'])}"
-                for gauge, found in gauges.items()
-            ]
-    for dataset in summary["datasets"]:
-        lines += [
-            f"{dataset['name']}: finetuning on it is forecast to move the score of {gauge.rpartition('@')[0]} by "
-            f"{found['shift']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}] points"
-            + (", beyond the datasets that the forecast was fitted on" if found["outside"] else "")
-            for gauge, found in dataset["forecasts"].items()
-        ]
-    for trait, found in summary["opinions"].items():
-        lines.append(
-            f"{trait}: of {found['judged']:,} flagged rows the judge scores {found['confirmed']:,} at 50 or more"
-            + (f", {found['without_score']:,} without a score" if found["without_score"] else "")
-        )
-    return lines
-
-
-def _beside(random: list[float]) -> str:
-    if not random:
-        return ""
-    mean = sum(random) / len(random)
-    return f"; {len(random)} random directions {mean:.2f} on average, {min(random):.2f} to {max(random):.2f}"
 
 
 def _named(dataset: Any) -> list[tuple[str, Any]]:

@@ -59,6 +59,8 @@ def show(trait: options.TraitName, traits_dir: TraitsDirs = None, as_json: optio
 
     Example: `persona-lens traits show optimistic`
     """
+    from persona_lens.traits.rendering import page
+
     file = _resolve(trait, traits_dir)
     content = file.read()
     if as_json:
@@ -66,7 +68,7 @@ def show(trait: options.TraitName, traits_dir: TraitsDirs = None, as_json: optio
             {"path": file.path, "content_hash": content.content_hash(), **content.model_dump(mode="json")}, indent=2
         )
     else:
-        say(_page(content, file))
+        say(page(content, file))
 
 
 def path(trait: options.TraitName, traits_dir: TraitsDirs = None) -> None:
@@ -252,37 +254,6 @@ def _verdict(report: Report) -> str:
         return f"{report.name}: ok"
     counts = [(len(report.errors), "error"), (len(report.warnings), "warning")]
     return f"{report.name}: " + ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
-
-
-def _page(trait: Trait, file: TraitFile) -> str:
-    import textwrap
-
-    def wrapped(text: str, lead: str) -> str:
-        return textwrap.fill(text, 100, initial_indent=lead, subsequent_indent=" " * len(lead))
-
-    lines = [trait.name, wrapped(trait.description, "  "), ""]
-    facts = {
-        "contrast": f"{trait.adjectives.positive} / {trait.adjectives.negative}",
-        "file": f"{file.path} ({file.source.kind})",
-        "content": trait.content_hash(),
-        "author": trait.author,
-        "license": trait.license,
-        "tags": ", ".join(trait.tags),
-        "references": "; ".join(trait.references),
-    }
-    lines += [f"  {key + ':':<12}{value}" for key, value in facts.items() if value]
-    lines += ["", "Instructions (+ calls the trait forth, - its opposite)"]
-    for i, pair in enumerate(trait.instructions, 1):
-        lines += [wrapped(pair.positive, f"  {i} + "), wrapped(pair.negative, "    - ")]
-    for title, questions in (
-        ("Extraction questions", trait.extraction_questions),
-        ("Evaluation questions", trait.evaluation_questions),
-    ):
-        lines += ["", title, *(wrapped(question, f"  {i:>2} ") for i, question in enumerate(questions, 1))]
-    if trait.graded_prompts:
-        graded = [wrapped(prompt, f"  {i} ") for i, prompt in enumerate(trait.graded_prompts, 1)]
-        lines += ["", "Graded prompts (1 holds the trait back, 8 calls it forth)", *graded]
-    return "\n".join([*lines, "", "Judge's rubric", textwrap.indent(trait.judge_rubric, "  ")])
 
 
 def _warn(catalogue: Catalogue, names: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from persona_lens.core.text import counted
 from persona_lens.reports import svg
 from persona_lens.reports.page import NONE, number, plain, render
 
@@ -112,7 +113,7 @@ def _limits(summary: Summary) -> list[str]:
     scores = [each["mean_score"] for each in summary["conditions"] if each["mean_score"] is not None]
     sentences = [
         f"From condition to condition the mean score goes from {number(min(scores))} to {number(max(scores))}; the "
-        f"number of the condition alone correlates with the score by r = {measured(group['level'])}."
+        f"number of the condition alone correlates with the score by r = {_bracketed(group['level'])}."
     ]
     if group["ceiling"] is not None:
         sentences.append(
@@ -224,3 +225,38 @@ def reliability_figure(calibration: Mapping[str, Any], width: int) -> Figure:
     style = {"color": svg.VECTOR, "marker": "o", "zorder": 3}
     svg.points_with_intervals(axes, [100 * each["predicted"] for each in bins], estimates, style, "replies")
     return figure
+
+
+def told(summary: Summary) -> list[str]:
+    """What the study comes to, in a few lines."""
+    from persona_lens.core.statistics import few
+
+    lines = [f"intervals rest on {said}"] if (said := few(summary["settings"]["questions"])) else []
+    for kind, group in summary["groups"].items():
+        if group["ceiling"] is not None:
+            lines.append(
+                f"{kind}: with {counted(summary['settings']['samples'], 'response')} a prompt no predictor can reach "
+                f"more than about r = {group['ceiling']:.2f}; the number of the condition itself has "
+                f"{_bracketed(group['level'])}"
+            )
+        if group["left_out"]:
+            names = ", ".join(group["left_out"])
+            lines.append(f"{kind}: left out within conditions (few prompts, or scores that hardly vary): {names}")
+    calibration = summary["calibration"]
+    if "reason" in calibration:
+        return [*lines, f"not calibrated: {calibration['reason']}"]
+    threshold = calibration["threshold"]
+    alarms = threshold["false_alarms"]
+    unseen = f"; on questions not seen {100 * alarms['value']:.0f}%" if alarms else ""
+    return [
+        *lines,
+        f"calibrated at layer {summary['layer']}: {calibration['curve']['kind']}, Brier score "
+        f"{calibration['brier']:.3f} against {calibration['base_brier']:.3f} of the base rate",
+        f"an alarm from {threshold['value']:.3f} on: false alarms {100 * threshold['false_alarm_rate']:g}%{unseen}",
+    ]
+
+
+def _bracketed(found: Mapping[str, Any]) -> str:
+    if found["value"] is None or found["low"] is None:
+        return number(found["value"], 2)
+    return f"{number(found['value'], 2)} [{number(found['low'], 2)}, {number(found['high'], 2)}]"

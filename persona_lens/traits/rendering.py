@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -11,6 +12,10 @@ from persona_lens.core.text import in_short
 from persona_lens.traits.document import TraitError
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER, QUESTION_FIELDS, is_slug
 from persona_lens.traits.wording import ANCHORS, rubric_text
+
+if TYPE_CHECKING:
+    from persona_lens.traits.discovery import TraitFile
+    from persona_lens.traits.schema import Trait
 
 WIDTH = 110
 
@@ -148,3 +153,34 @@ def _pair(number: int) -> dict[str, str]:
 
 def _questions(field: str) -> list[str]:
     return [f"{PLACEHOLDER} {field.removesuffix('_questions')} question {i + 1}" for i in range(N_QUESTIONS)]
+
+
+def page(trait: Trait, file: TraitFile) -> str:
+    """A trait, and where it stands, as text for people."""
+
+    def wrapped(text: str, lead: str) -> str:
+        return textwrap.fill(text, 100, initial_indent=lead, subsequent_indent=" " * len(lead))
+
+    lines = [trait.name, wrapped(trait.description, "  "), ""]
+    facts = {
+        "contrast": f"{trait.adjectives.positive} / {trait.adjectives.negative}",
+        "file": f"{file.path} ({file.source.kind})",
+        "content": trait.content_hash(),
+        "author": trait.author,
+        "license": trait.license,
+        "tags": ", ".join(trait.tags),
+        "references": "; ".join(trait.references),
+    }
+    lines += [f"  {key + ':':<12}{value}" for key, value in facts.items() if value]
+    lines += ["", "Instructions (+ calls the trait forth, - its opposite)"]
+    for i, pair in enumerate(trait.instructions, 1):
+        lines += [wrapped(pair.positive, f"  {i} + "), wrapped(pair.negative, "    - ")]
+    for title, questions in (
+        ("Extraction questions", trait.extraction_questions),
+        ("Evaluation questions", trait.evaluation_questions),
+    ):
+        lines += ["", title, *(wrapped(question, f"  {i:>2} ") for i, question in enumerate(questions, 1))]
+    if trait.graded_prompts:
+        graded = [wrapped(prompt, f"  {i} ") for i, prompt in enumerate(trait.graded_prompts, 1)]
+        lines += ["", "Graded prompts (1 holds the trait back, 8 calls it forth)", *graded]
+    return "\n".join([*lines, "", "Judge's rubric", textwrap.indent(trait.judge_rubric, "  ")])
