@@ -79,6 +79,8 @@ def _origin(given: Mapping[str, Any]) -> str:
 
 
 def _facts(found: Mapping[str, Any]) -> dict[str, str]:
+    from persona_lens.vectors.provenance import kept_of_each_arm
+
     model = found["model"]
     facts = {
         "model": f"{model['model']}, {counted(model['n_layers'], 'layer')} of {model['d_model']}, {model['dtype']}",
@@ -88,7 +90,7 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
         "no vector": ", ".join(map(str, found["missing_layers"])),
         "tuned": _listed(found["tuned"], ("layer", "coefficient", "reduction")) or "no layer was tuned",
         "judge": _listed(found["judge"], ("judge", "model", "server")),
-        "kept": _kept(found["counts"]),
+        "kept": kept_of_each_arm(found["counts"]),
         "settings": _flat(found["settings"]),
         "versions": _flat(found["versions"]),
         "content": found["content_hash"],
@@ -96,17 +98,6 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
     if found["calibrated"]:
         facts["judge"] += ", with its calibration"
     return {name: str(value) for name, value in facts.items() if value}
-
-
-def _kept(counts: Any) -> str:
-    if not isinstance(counts, Mapping):
-        return ""
-    arms = {arm: each for arm, each in counts.items() if isinstance(each, Mapping)}
-    return "; ".join(f"{arm} {each.get('kept')} of {sum(_numbers(each))}" for arm, each in sorted(arms.items()))
-
-
-def _numbers(counts: Mapping[str, Any]) -> list[int]:
-    return [value for value in counts.values() if isinstance(value, int)]
 
 
 def _listed(given: Any, names: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from persona_lens.core.text import printable
 from persona_lens.vectors.formats.form import ExchangeError, Exported
 from persona_lens.vectors.formats.registry import write_new
 from persona_lens.vectors.formats.rows import file_name
+from persona_lens.vectors.provenance import kept_of_each_arm
 from persona_lens.vectors.vectors import PersonaVectors, load_vectors
 
 VECTORS = "vectors.safetensors"
@@ -185,7 +186,7 @@ def _harmless(text: str) -> str:
 
 
 def _facts(vectors: PersonaVectors, repo: str, licence: str) -> dict[str, Any]:
-    given = vectors.provenance
+    given, description = vectors.provenance, vectors.stored("trait").get("description")
     reductions = sorted(vectors.directions)
     lengths = [vectors.norms(name).tolist() for name in reductions]
     return {
@@ -195,9 +196,9 @@ def _facts(vectors: PersonaVectors, repo: str, licence: str) -> dict[str, Any]:
         "licence": licence,
         "model": vectors.model,
         "reductions": reductions,
-        "description": _described(given),
+        "description": description if isinstance(description, str) else "",
         "tuned": _tuned(vectors),
-        "kept": _kept(given.get("counts")),
+        "kept": kept_of_each_arm(given.get("counts")),
         "missing": list(vectors.missing_layers),
         "norms": [[layer, *(f"{values[layer]:.2f}" for values in lengths)] for layer in range(vectors.model.n_layers)],
         "origin": _origin(given),
@@ -212,11 +213,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _described(given: Mapping[str, Any]) -> str:
-    description = _mapping(given.get("trait")).get("description")
-    return description if isinstance(description, str) else ""
 
 
 def _tuned(vectors: PersonaVectors) -> dict[str, Any] | None:
@@ -241,12 +237,6 @@ def _estimate(value: Any) -> str:
         return ""
     mean, low, high = (float(number or 0) for number in numbers)
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def _kept(counts: Any) -> str:
-    arms = {arm: each for arm, each in sorted(_mapping(counts).items()) if isinstance(each, Mapping)}
-    numbers = {arm: [value for value in each.values() if isinstance(value, int)] for arm, each in arms.items()}
-    return "; ".join(f"{arm} {arms[arm].get('kept')} of {sum(values)}" for arm, values in numbers.items())
 
 
 def _origin(given: Mapping[str, Any]) -> str:

@@ -273,6 +273,15 @@ def inherited(*parts: Provenanced) -> dict[str, Any]:
     return found if parts[0].prompt_mean_sinks else {**found, "prompt_mean_sinks": False}
 
 
+def kept_of_each_arm(counts: Any) -> str:
+    """What ``counts`` in a provenance says in words, such as ``negative 40 of 50; positive 45 of 50``."""
+    said = []
+    for arm, each in sorted(counts.items()) if isinstance(counts, Mapping) else ():
+        if isinstance(each, Mapping):
+            said.append(f"{arm} {each.get('kept')} of {sum(n for n in each.values() if isinstance(n, int))}")
+    return "; ".join(said)
+
+
 def check_provenance(provenance: Any) -> dict[str, Any]:
     """What a file has to hold so that its vectors can be used at all.
 
