@@ -238,8 +238,7 @@ def load_model(
     config = _configuration(source, place)
     if device_map is None and getattr(config, "quantization_config", None) is not None:
         device_map = {"": str(where)}  # quantised weights cannot be moved after loading
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise ModelError("device maps and quantised models need accelerate: `pip install accelerate`")
+    _require_accelerate(device_map)
     given = {
         "dtype": resolve_dtype(dtype, where.type, _checkpoint_dtype(config)),
         "device_map": device_map,
@@ -269,6 +268,11 @@ def _configuration(source: ModelSource, place: dict[str, Any]) -> PretrainedConf
         raise _explained(error, source, "the configuration of ") from error
     _require_causal(config, source)
     return config
+
+
+def _require_accelerate(device_map: object) -> None:
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("device maps and quantised models need accelerate: `pip install accelerate`")
 
 
 def resolve_device(device: str) -> torch.device:

@@ -94,8 +94,7 @@ def screen(
     chat = chat or chat_format(backend)
     if settings.base is BaseResponses.GENERATE:
         note_reasoning(chat)
-    labelled = any(dataset.label for dataset in everything)
-    whole = with_random_directions(panel, flagging.random_directions if labelled else 0)
+    whole = with_random_directions(panel, flagging.random_directions * any(dataset.label for dataset in everything))
     scorer = Scorer(backend, chat, whole, settings)
     config = {
         **_config(scorer, everything, len(reference)),
