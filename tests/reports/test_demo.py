@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 SMALLER = """
 from dataclasses import replace
 from functools import partial
-from persona_lens import demo
-from persona_lens.rollouts import RolloutSettings
+from persona_lens.reports import demo
+from persona_lens.runs.rollouts import RolloutSettings
 short = replace(demo.EXTRACTION, questions=4, rollouts=RolloutSettings(max_new_tokens=32, temperature=0.6))
 demo.DemoSettings = partial(
     demo.DemoSettings, extraction=short, choice_questions=2, questions=8, coefficients=(-2.0, 2.0), random_directions=2
