@@ -84,7 +84,7 @@ def test_sides_by_hand() -> None:
     assert (found.sides.both_above, found.sides.both_below) == (2, 1)
     assert (found.sides.first_above, found.sides.second_above) == (1, 1)
     assert found.same_side.value == pytest.approx(3 / 5)
-    stricter = compare(scored([50, 49, 90, 10, 60]), scored([50, 50, 20, 0, 100]), cuts=Cuts(threshold=55))
+    stricter = compare(scored([50, 49, 90, 10, 60]), scored([50, 50, 20, 0, 100]), cuts=Cuts(threshold=55.0))
     assert stricter.sides.both_above == 1
 
 
@@ -201,7 +201,7 @@ def test_one_question_has_no_interval() -> None:
 
 def test_cuts_must_leave_room() -> None:
     with pytest.raises(AgreementError, match="got high 20 and low 20"):
-        Cuts(high=20)
+        Cuts(high=20.0)
 
 
 values = st.one_of(st.none(), st.sampled_from([0.0, 50.0, 100.0]), st.floats(0, 100))
