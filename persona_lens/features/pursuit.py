@@ -13,6 +13,9 @@ from persona_lens.features.dictionary import Features, FeaturesError
 from persona_lens.features.ranking import chunk_rows
 
 CANDIDATES = 4096
+# Digits that are kept: the units have seven, and the last of a double depend on where in memory its matrix lies, so
+# that a run which was killed and went on would differ from one that was not.
+DIGITS = 9
 EXHAUSTED = 1e-5  # of a direction's length: what is left of it beyond those already taken is rounding
 
 
@@ -87,8 +90,11 @@ def pursue(
         basis = torch.cat([basis, unit.unsqueeze(0)])
         left = left - (unit @ left) * unit
         taken.append(place)
-        shares.append(1 - float(left @ left))
+        shares.append(1 - _rounded(float(left @ left)))
     coefficients = torch.linalg.lstsq(units[taken].double().T, target.unsqueeze(-1)).solution[:, 0].tolist()
-    return Pursuit(
-        tuple(chosen[taken].tolist()), tuple(shares), tuple(coefficients), len(chosen), len(chosen) == len(cosines)
-    )
+    exact = len(chosen) == len(cosines)
+    return Pursuit(tuple(chosen[taken].tolist()), tuple(shares), tuple(map(_rounded, coefficients)), len(chosen), exact)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -14,12 +15,16 @@ import torch
 from persona_lens.agreement.judged import judge_scored
 from persona_lens.agreement.scored import AgreementError, Scored
 from persona_lens.backend import wrap_model
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.completions import CompletionCache, CompletionServer, ServerSettings
+from persona_lens.extraction import ExtractionSettings, plan_requests, run_extraction
 from persona_lens.features import DissectSettings, dissect
 from persona_lens.finetuning import finetune
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
+from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
+from persona_lens.finetuning.treatments import TreatmentSettings
 from persona_lens.models import Loaded
 from persona_lens.monitoring.study import StudySettings, study
+from persona_lens.responses import generate_responses
 from persona_lens.rollouts import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, open_dataset, screen
 from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep
@@ -29,8 +34,9 @@ from persona_lens.steering.tuning import TuneSettings, tune
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.campaign.counts import Counts
+from tests.completions.loopback import listener, scores, serving
 from tests.features.dictionaries import dictionary
-from tests.finetuning.chats import conversations, loaded_model, small
+from tests.finetuning.chats import conversations, loaded_model, small, vectors_of
 from tests.planted import PlantedBackend
 from tests.screening import made
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -66,6 +72,12 @@ def inputs() -> Path:
 def loaded() -> Loaded:
     """A model that can be trained."""
     return loaded_model(inputs() / "base")
+
+
+@cache
+def listening() -> socket.socket:
+    """Where the server of responses listens: of its address their cache is told."""
+    return listener()
 
 
 @cache
@@ -146,6 +158,23 @@ def _judge(folder: Path) -> None:
             raise
 
 
+def _responses(folder: Path) -> None:
+    settings = RolloutSettings(12)
+    requests = plan_requests(TRAIT, ExtractionSettings(questions=2, rollouts=settings))
+    with serving(listening(), respond=scores) as loopback:
+        server = CompletionServer(ServerSettings("tiny", loopback.url), CompletionCache(folder / "cache"))
+        generate_responses(server, requests, settings, folder / "responses.jsonl")
+
+
+def _finetune_study(folder: Path) -> None:
+    own = vectors_of(loaded(), TRAIT.name)
+    treatments = TreatmentSettings(f"{TRAIT.name}@1:+1", prompted=False, random=False)
+    asked = ArmSettings((0,), random_directions=0, rollouts=RolloutSettings(4))
+    settings = FinetuneStudySettings(treatments, 1, (1,), asked, dtype="float32")
+    base = str(inputs() / "base")
+    finetune_study(base, conversations(2), own, settings, small(max_steps=1), folder=folder, device="cpu")
+
+
 class Normed(PlantedBackend):
     """Also reads norms."""
 
@@ -165,15 +194,20 @@ TARGETS: dict[str, Run] = {
     "screen": _screen,
     "shift": _shift,
     "finetune": _finetune,
+    "finetune study": _finetune_study,
+    "responses": _responses,
     "dissect": _dissect,
     "judge score": _judge,
 }
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What a run leaves: all files, but for the lock and the checkpoints, which hold clock times."""
-    apart = (".lock", "checkpoints")
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not set(path.parts) & set(apart))
+    """What a run leaves: all files, but for the lock, the checkpoints, which hold clock times, and the cache.
+
+    Several processes share a cache, so what one was writing when it was killed has a name of its own and stays there.
+    """
+    apart = {".lock", "checkpoints", "cache"}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not set(path.parts) & apart)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

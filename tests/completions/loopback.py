@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -141,9 +142,21 @@ def scores(body: dict[str, Any]) -> dict[str, Any]:
     return completion(str(number), {str(number): 0.75, str(number + 1): 0.25} if body.get("logprobs") else None)
 
 
+def listener() -> socket.socket:
+    """A socket on loopback for `serving`; processes that are forked off share it, and so its address."""
+    found = socket.create_server(("127.0.0.1", 0))
+    found.setblocking(False)
+    return found
+
+
 @contextmanager
-def serving(**options: Any) -> Any:
-    """A server in a thread of this process; yields the `Loopback`, with its ``url``."""
+def serving(on: socket.socket | None = None, **options: Any) -> Any:
+    """A server in a thread of this process; yields the `Loopback`, with its ``url``.
+
+    Args:
+        on: Where it listens, see `listener`, which stays open; by default a socket of its own.
+        options: See `Loopback`.
+    """
     import threading
 
     loop, started = asyncio.new_event_loop(), threading.Event()
@@ -153,7 +166,7 @@ def serving(**options: Any) -> Any:
     async def main() -> None:
         ended = asyncio.Event()
         stop.append(ended.set)
-        listening = await asyncio.start_server(server.handle, "127.0.0.1", 0)
+        listening = await asyncio.start_server(server.handle, sock=on.dup() if on else listener())
         server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
         started.set()
         await ended.wait()
