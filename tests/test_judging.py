@@ -16,7 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_lens.backend import Backend, ForwardResult, TokenBatch, hooked
+from persona_lens.agreement.judged import judge_scored
+from persona_lens.agreement.scored import Scored, response_id
+from persona_lens.backend import Backend, ForwardResult, TokenBatch, hooked, wrap_model
 from persona_lens.backend.shared_prompts import SharedPrompts
 from persona_lens.judging import (
     Calibration,
@@ -351,3 +353,22 @@ def test_the_judge_sees_neither_system_prompt_nor_reasoning() -> None:
     thinking = tuple(tokenizer.encode("<think>Cheer up.</think>Fine."))
     shown = exchange_of(Rollout(request, 9, thinking, True, chat.answer(thinking)), chat)
     assert shown == Exchange("What now?", "Fine.", None)
+
+
+def test_a_judging_that_began_with_another_model_is_not_gone_on_with(tmp_path: Path) -> None:
+    """A judging of given responses has no subject model that would bind it, so the judge names its own."""
+    said = [Scored(response_id(question, "Fine."), question, "Fine.", None) for question in ("One?", "Two?")]
+
+    def judged_by(seed: int) -> None:
+        judging = wrap_model(tiny_model(seed=seed), tiny_tokenizer())
+        judge = LikelihoodJudge(judging, chat_format(judging), TRAIT, Calibration(1.0, 0.0))
+        judge_scored(judge, said, tmp_path / "judged.jsonl", progress=stop_after_first)
+
+    def stop_after_first(done: int, total: int | None, label: str) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judged_by(0)
+    with pytest.raises(RunError, match=r"judge\.model\.weights: .* -> "):
+        judged_by(1)

@@ -87,7 +87,16 @@ class LikelihoodJudge:
     def describe(self) -> dict[str, Any]:
         """See `persona_lens.judging.Judge.describe`."""
         calibration = self.calibration.to_json() if self.calibration else None
-        return {"judge": "likelihood", "note": PROXY, "trait": self.trait.content_hash(), "calibration": calibration}
+        info = self.backend.info
+        return {
+            "judge": "likelihood",
+            "note": PROXY,
+            # Responses may be another model's than the one that weighs them; what it runs on makes no other scores.
+            "model": {name: getattr(info, name) for name in ("model", "revision", "weights", "dtype")},
+            "chat": self.chat.digest,
+            "trait": self.trait.content_hash(),
+            "calibration": calibration,
+        }
 
     @property
     def pieces_at_once(self) -> int:
