@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,16 @@ LONGEST_LINE = 2**27  # bytes, decompressed: a small file can hold a line withou
 LARGEST_JSON = 2**30  # bytes: it is read at once
 PARQUET_ROWS = 1024  # that are in memory at once
 
+# Files that this project writes: what tells their rows, and what these hold besides what everybody reads of them.
+_OWN = (
+    ({"row", "check"}, {"row", "check", "arm", "pair", "sample", "direction", "layer", "coefficient", "condition",
+                        "question_number", "seed", "prompt_tokens", "response_ids", "ended"}),
+    ({"arm", "question_number", "pair", "sample", "system", "question", "response", "ended"},
+     {"arm", "question_number", "pair", "sample", "ended", "reason"}),
+    ({"question", "response", "score", "reason", "method", "coherence"}, {"score", "reason", "method", "coherence"}),
+    ({"id", "trait", "level", "messages"}, {"trait", "level"}),
+)  # fmt: skip
+
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 BadRow = Callable[[int, "TableError"], None]
 """Told of a row that cannot be read: its line, and why."""
@@ -31,6 +41,14 @@ BadRow = Callable[[int, "TableError"], None]
 
 class TableError(PersonaLensError):
     """A file that is not the table it should be; the message begins with the file and the line."""
+
+
+def own_columns(row: Mapping[str, Any]) -> set[str]:
+    """Columns that this project wrote itself into a row of its own, which nobody has to be told of.
+
+    These are rows of a run, what a server answered, what a judge said, and demonstrations.
+    """
+    return {name for marks, names in _OWN if row.keys() >= marks for name in names}
 
 
 def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:

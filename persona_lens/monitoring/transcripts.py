@@ -16,7 +16,7 @@ from persona_lens.characters import printable
 from persona_lens.models import Message
 from persona_lens.monitoring.errors import MonitoringError
 from persona_lens.notes import note
-from persona_lens.tables import BYTE_ORDER_MARK, TableError, read_rows
+from persona_lens.tables import BYTE_ORDER_MARK, TableError, own_columns, read_rows
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 CALLS_TOOLS = "calls of tools cannot be read"  # part of what is said of such conversations, so that they can be counted
@@ -145,7 +145,12 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
     used = {*IDS, "messages"} if found is TranscriptForm.OPENAI else {*IDS, "conversations", "conversation", "system"}
     with suppress(TableError):  # no row can be read, which whoever reads them is told
         first = [row for _, row in islice(read_rows(path, lambda *_: None), _LOOKED_AT)]
-        texts = (name for row in first for name, value in row.items() if value and isinstance(value, str | list))
+        texts = (
+            name
+            for row in first
+            for name, value in row.items()
+            if value and isinstance(value, str | list) and name not in own_columns(row)
+        )
         note_unread(str(path), (name for name in texts if name not in used))
     return TranscriptFile(path, found)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from persona_lens.characters import shown
 from persona_lens.judging import Judgement, Score
 from persona_lens.responses.errors import ResponsesError
+from persona_lens.tables import own_columns
 from persona_lens.traits import Arm
 
 _LISTS = ("response_ids", "prompt_ids")
@@ -120,7 +121,8 @@ def ignored_columns(row: Mapping[str, Any]) -> list[str]:
     """Columns with text that are no part of a response; those of the reference implementation's files all are."""
     if row.keys() >= _REFERENCE and "arm" not in row:
         return []
-    return [name for name, value in row.items() if name not in _Row.model_fields and isinstance(value, str) and value]
+    known = {*_Row.model_fields, *own_columns(row)}
+    return [name for name, value in row.items() if name not in known and isinstance(value, str) and value]
 
 
 def _value(name: str, value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import islice
@@ -12,6 +13,7 @@ from persona_lens.characters import printable
 from persona_lens.monitoring import MonitoringError, TranscriptForm, messages_of
 from persona_lens.monitoring.transcripts import is_counted
 from persona_lens.screening.errors import ScreeningError
+from persona_lens.tables import own_columns
 
 if TYPE_CHECKING:
     from persona_lens.models import Message
@@ -25,6 +27,7 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 ADDED = ("input", "context")  # texts that belong to the question
 HISTORY = "history"
 _SHOWN = 8
+_LIST = re.compile(r"""\s*\[\s*\{\s*["']role["']\s*:""")  # how a list of messages begins, in JSON or as Python shows it
 
 
 class SampleForm(StrEnum):
@@ -156,7 +159,7 @@ def _of_side(row: Mapping[str, Any], side: str | None) -> tuple[Message, ...]:
 
 def _answered(row: Mapping[str, Any], prompts: tuple[str, ...], responses: tuple[str, ...]) -> tuple[Message, ...]:
     """A question and its answer, each a text or a list of messages."""
-    prompt, response = row[_needed(row, prompts)], row[_needed(row, responses)]
+    prompt, response = _turns(row, prompts), _turns(row, responses)
     if isinstance(prompt, list) or isinstance(response, list):
         head = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         tail = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
@@ -165,6 +168,19 @@ def _answered(row: Mapping[str, Any], prompts: tuple[str, ...], responses: tuple
     asked, answer = _text(row, prompts), _text(row, responses)
     added = [row[name] for name in ADDED if isinstance(row.get(name), str) and row[name].strip()]
     return _under_system((*_history(row), *_asked("\n\n".join((asked, *added)) if added else asked, answer)), row)
+
+
+def _turns(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """A text, or a list of messages, which the cell of a CSV file holds as JSON."""
+    column = _needed(row, names)
+    value = row[column]
+    if not isinstance(value, str) or not _LIST.match(value):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        raise ScreeningError(f"{column} is a list of messages that is no JSON; write it with json.dumps") from None
+    return found if all(isinstance(each, dict) for each in found) else value
 
 
 def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -189,7 +205,7 @@ def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
 
 def ignored_columns(row: Mapping[str, Any], form: SampleForm) -> tuple[str, ...]:
     """Columns of a row that hold text, or lists, and are no part of its conversation."""
-    used: set[str] = {*SYSTEMS}
+    used = {*SYSTEMS, *own_columns(row)}
     if form in (SampleForm.MESSAGES, SampleForm.SHAREGPT):
         used.add(_first(row, TURNS if form is SampleForm.MESSAGES else TURNS[1:]) or "")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,23 @@ import pytest
 
 from persona_lens import tables
 from persona_lens.cli.screen import DataOptions
+from persona_lens.demonstrations import demonstration_path
+from persona_lens.extraction import ExtractionSettings, run_extraction
 from persona_lens.finetuning.examples import encode_examples, read_conversations
 from persona_lens.models import ChatFormat
+from persona_lens.monitoring import open_transcripts
 from persona_lens.notes import PersonaLensNote
+from persona_lens.responses import read_responses
+from persona_lens.rollouts import RolloutSettings
 from persona_lens.screening import ScreeningError, Turns, open_dataset
 from persona_lens.screening.forms import SampleForm, conversation_of, detect_form
 from persona_lens.screening.samples import encode_sample
 from persona_lens.tables import TableError, read_rows
+from persona_lens.traits import load_trait
+from tests.planted import PlantedBackend
 from tests.tiny import tiny_tokenizer
+
+TRAIT = load_trait("optimistic")
 
 
 def said(row: dict[str, Any], side: str | None = None) -> list[tuple[str, str]]:
@@ -48,6 +58,9 @@ QA = [("user", "Q?"), ("assistant", "A.")]
         ({"question": "Q?", "response": "A.", "history": '[["q", "a"]]'}, [("user", "q"), ("assistant", "a"), *QA]),
         ({"instruction": "Q?", "context": "C", "response": "A."}, [("user", "Q?\n\nC"), QA[1]]),
         ({"prompt": [user("Q?")], "completion": [assistant("A.")]}, QA),
+        ({"prompt": json.dumps([user("Q?")]), "completion": json.dumps([assistant("A.")])}, QA),
+        ({"prompt": json.dumps([user("Q?")]), "completion": "A."}, QA),
+        ({"prompt": "[{], is that JSON?", "completion": "A."}, [("user", "[{], is that JSON?"), QA[1]]),
     ],
 )
 def test_columns_of_known_forms_are_used(row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
@@ -100,6 +113,31 @@ def test_columns_that_are_not_read_are_named_once(tmp_path: Path) -> None:
     assert [str(each.message) for each in told] == [
         f"{file}: columns that are no part of a conversation are not read: persona"
     ]
+
+
+def test_lists_of_messages_that_are_no_json_are_refused() -> None:
+    with pytest.raises(ScreeningError, match=r"prompt is a list of messages that is no JSON; write it with json\."):
+        said({"prompt": str([user("Q?")]), "completion": "A."})
+
+
+def test_columns_that_this_project_wrote_itself_are_not_named(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PersonaLensNote)
+        open_dataset(demonstration_path("impolite"))
+        open_transcripts(demonstration_path("impolite"))
+        backend, settings = PlantedBackend(TRAIT), ExtractionSettings(questions=2, rollouts=RolloutSettings(12))
+        run_extraction(backend, TRAIT, tmp_path / "run", settings=settings)
+        for file in (tmp_path / "run" / "rollouts.jsonl", _generated(tmp_path / "responses.jsonl")):
+            open_dataset(file)
+            read_responses(file)
+
+
+def _generated(file: Path) -> Path:
+    """What a server answered, and once refused to."""
+    row = {"arm": "positive", "question_number": 0, "pair": 0, "sample": 0, "system": "S", "question": "Q?"}
+    rows = [{**row, "response": "A.", "ended": True}, {**row, "response": "", "ended": None, "reason": "too long"}]
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return file
 
 
 def test_lists_of_rows_and_compressed_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
