@@ -158,12 +158,43 @@ def test_commands_show_what_files_hold(
     harmless(written.out + written.err)
 
 
-def test_a_traceback_that_is_asked_for_is_harmless(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["traits", "show", "--x" + NASTY],
+        ["traits", "show", "optimistic", NASTY],
+        ["traits", NASTY],
+        [NASTY],
+        ["steer", "tune", "m", "v", NASTY],
+    ],
+)
+def test_what_was_typed_wrong_is_quoted_harmlessly(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["persona-lens", "--debug", "traits", "show", NASTY])
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(sys, "argv", ["persona-lens", *arguments])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stopped:
         main()
+    assert stopped.value.code == 2
+    harmless(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [None, OSError(5, "broken", NASTY), KeyError(NASTY), RuntimeError(NASTY)])
+def test_tracebacks_are_harmless(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that are asked for, and those of bugs."""
+
+    def failing(_: object) -> None:
+        raise error or AssertionError
+
+    if error is not None:
+        monkeypatch.setattr("persona_lens.cli.app", failing)
+    asked = ["--debug"] if error is None or isinstance(error, OSError) else []
+    monkeypatch.setattr(sys, "argv", ["persona-lens", *asked, "traits", "show", NASTY])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     harmless(shown)

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from persona_lens.characters import printable
 from persona_lens.cli.backends import app as backends_app
 from persona_lens.cli.demo import demo
 from persona_lens.cli.display import say
@@ -39,8 +41,33 @@ from persona_lens.runs import accepting_changes
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
 TERMINATED = 128 + signal.SIGTERM
 
+
+class _Commands(TyperGroup):
+    """Shows what was typed harmlessly where it is quoted as wrong."""
+
+    def make_context(self, *given: Any, **options: Any) -> Any:
+        with _printable_errors():
+            return super().make_context(*given, **options)
+
+    def invoke(self, *given: Any, **options: Any) -> Any:
+        with _printable_errors():
+            return super().invoke(*given, **options)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if hasattr(error, "format_message") and isinstance(message, str):  # typer's errors have no common public type
+            error.message = printable(message)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
     name="persona-lens",
+    cls=_Commands,
     help="Find, read and control character traits in language models with persona vectors.",
     epilog="Start with `persona-lens demo`: it needs no GPU, no key and no other model.",
     no_args_is_help=True,
@@ -106,16 +133,9 @@ def main() -> None:
     try:
         with _stopping() as stopped, accepting:
             app(arguments)
-    except PersonaLensError as error:
-        if debug:
-            say("".join(traceback.format_exception(error)), err=True, nl=False)
-            sys.exit(1)
-        say(f"error: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        if debug:
-            raise
-        say(f"error: {sentence(error, error.filename or 'a file', 'used')}", err=True)
+    except Exception as error:  # noqa: BLE001 - that of a bug is shown whole, but harmlessly
+        said = None if debug else _sentence(error)
+        say("".join(traceback.format_exception(error)).rstrip() if said is None else f"error: {said}", err=True)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
@@ -123,6 +143,13 @@ def main() -> None:
         if stop.code == INTERRUPTED and stopped:
             sys.exit(TERMINATED)
         raise
+
+
+def _sentence(error: Exception) -> str | None:
+    """What the user can do about an error; None for one that is a bug."""
+    if isinstance(error, OSError):
+        return sentence(error, error.filename or "a file", "used")
+    return str(error) if isinstance(error, PersonaLensError) else None
 
 
 @contextmanager

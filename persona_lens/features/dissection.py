@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,15 +147,11 @@ def dissect(
         found = _kept_decomposition(run) or decompose(backend, vectors, features, settings, corpus, progress)
         if run is not None:
             run.write_json(DECOMPOSITION, signed(found, DECOMPOSITION))
-        rows: list[ArmRow] = []
-        stored = run.config if run else config  # as the run began with it
+        rows, methods = list[ArmRow](), set[str]()
         if asked is not None and judge is not None:
-            arms = steered_arms(vectors, features, settings, found)
-            methods: set[str] = set()
-            asking = _arm_settings(settings)
+            arms, asking = steered_arms(vectors, features, settings, found), _arm_settings(settings)
             rows = run_arms(backend, arms, asked, asking, judge, chat, folder=run, methods=methods, progress=progress)
-            stored = {**stored, "judge": as_used(stored["judge"], methods)}
-        dissection = _dissection(rows, found, vectors, features, settings, stored)
+        dissection = _dissection(rows, methods, found, vectors, features, settings, run.config if run else config)
         if run is not None:
             run.write_json("summary.json", dissection.summary)
     return dissection
@@ -279,6 +275,7 @@ def dissection_work(
 
 def _dissection(
     rows: Sequence[ArmRow],
+    methods: Collection[str],
     found: Mapping[str, Any],
     vectors: PersonaVectors,
     features: Features,
@@ -288,6 +285,7 @@ def _dissection(
     summary: dict[str, Any] = {**config, **found, "trait": vectors.trait, "steering": None}
     effects: Mapping[str, FeatureEffect | None] = {}
     if rows:
+        summary["judge"] = as_used(config["judge"], methods)
         coefficient = coefficient_of(vectors, features, settings)
         top = [each["feature"] for each in found["ranking"]["top"][: settings.steered]]
         random = [each["feature"] for each in found["random_features"]]
