@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
 
 ROLLOUTS = "rollouts.jsonl"
+MOST = 2**31  # of a token id; far beyond any vocabulary
 ACTIVATIONS = "activations"
 
 
@@ -93,7 +94,7 @@ class Rollout:
             KeyError, TypeError: If it is no such row.
         """
         tokens, ids, ended, response = (row[name] for name in ("prompt_tokens", "response_ids", "ended", "response"))
-        whole = isinstance(ids, list) and all(type(number) is int and number >= 0 for number in (tokens, *ids))
+        whole = isinstance(ids, list) and all(type(number) is int and 0 <= number < MOST for number in (tokens, *ids))
         if not (whole and (ended is None or type(ended) is bool) and isinstance(response, str)):
             raise TypeError("values of other types")
         return Rollout(request, tokens, tuple(ids), ended, response)
