@@ -6,11 +6,14 @@ import errno
 import os
 import resource
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from persona_lens.errors import PersonaLensError
 
@@ -55,6 +58,7 @@ def child(work: Callable[[], None], said: Path, kill_after: float | None = None)
     process = os.fork()
     if process == 0:
         code = 3
+        tqdm.set_lock(threading.RLock())  # its own is one for all forks, and one that is killed may hold it
         write = _plain_writer(said)
         try:
             code = _outcome(work, write)
