@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from persona_lens.errors import PersonaLensError
 
@@ -58,7 +58,8 @@ def child(work: Callable[[], None], said: Path, kill_after: float | None = None)
     process = os.fork()
     if process == 0:
         code = 3
-        tqdm.set_lock(threading.RLock())  # its own is one for all forks, and one that is killed may hold it
+        for kind in tqdm.__mro__[:2]:  # their own lock is one for all forks, and one that is killed may hold it
+            kind.set_lock(threading.RLock())
         write = _plain_writer(said)
         try:
             code = _outcome(work, write)
