@@ -131,10 +131,6 @@ class HookedBackend:
         """`sink_limits`, where interventions may have them measured."""
         return self.sink_limits
 
-    def known_limits(self) -> tuple[float, ...] | None:
-        """`sink_limits`, where interventions may have them measured."""
-        return self.sink_limits
-
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Edits = (), reads: Sequence[Read] = ()
     ) -> Generation:
@@ -232,7 +228,6 @@ class HookedBackend:
 
     def _forward_sharing(self, batch: TokenBatch, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
         """`forward` without edits: reads of prompts while the different prompts run, of responses after them."""
-        device = torch.device(self.module.device)
         device = torch.device(self.module.device)
         of_response = [read for read in reads if read.kind is ReadKind.RESPONSE_MEAN]
         of_prompt = [read for read in reads if read.kind is not ReadKind.RESPONSE_MEAN]

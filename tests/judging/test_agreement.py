@@ -25,7 +25,9 @@ def scored(
     for i, score in enumerate(scores):
         number = i + shift
         question, response = f"question {number % questions if questions else number}", f"response {number}"
-        found.append(Scored(response_id(question, response), question, response, None if score is None else float(score), reason))
+        found.append(
+            Scored(response_id(question, response), question, response, None if score is None else float(score), reason)
+        )
     return found
 
 
