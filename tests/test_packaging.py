@@ -347,6 +347,15 @@ def test_light_imports_load_neither_torch_nor_transformers(code: str) -> None:
     assert not {"torch", "transformers", "numpy", "jinja2", "matplotlib"} & set(loaded)
 
 
+@pytest.mark.parametrize(
+    ("package", "unloaded"),
+    [("vectors", {"transformers", "scipy"}), ("steering", {"transformers"}), ("screening", {"transformers"})],
+)
+def test_what_runs_no_model_does_not_load_its_library(package: str, unloaded: set[str]) -> None:
+    loaded = _run("-c", f"import persona_lens.{package}\nimport sys\nprint(' '.join(sys.modules))").split()
+    assert not unloaded & set(loaded)
+
+
 def test_import_persona_lens_loads_nothing_but_itself() -> None:
     code = "import sys\nbefore = set(sys.modules)\nimport persona_lens\nprint(' '.join(set(sys.modules) - before))"
     loaded = {name.partition(".")[0] for name in _run("-c", code).split()}

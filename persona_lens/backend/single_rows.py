@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,22 +16,18 @@ from persona_lens.backend.batches import context_length
 from persona_lens.backend.blocks import (
     ModuleBackend,
     UnsupportedModelError,
-    base_weights_of,
     module_of,
     vocabulary_size,
 )
+from persona_lens.backend.delegating import DelegatingBackend
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
-from persona_lens.backend.sinks import sink_limits
 from persona_lens.backend.streaming import Watch, watched_by_replay
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 from persona_lens.core.errors import PersonaLensError, first_line
 from persona_lens.core.progress import note
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -186,51 +182,6 @@ def _error(measured: torch.Tensor, alone: Mapping[str, torch.Tensor]) -> float:
     (expected,) = (value[0] for value in alone.values())
     errors = (measured - expected).norm(dim=-1) / expected.norm(dim=-1)
     return 0.0 if bool(expected.isnan().any()) else float(errors.median())
-
-
-class DelegatingBackend:
-    """Says of its model what another backend says; calls are left to those who derive from it.
-
-    Prompts are not shared: every row is computed whole.
-
-    Args:
-        inner: The other backend.
-    """
-
-    shares_prompts = False
-
-    def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Backend.tokenizer`."""
-        return self.inner.tokenizer
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """See `Backend.end_ids`."""
-        return self.inner.end_ids
-
-    @property
-    def calls_at_once(self) -> int:
-        """See `Backend.calls_at_once`."""
-        return self.inner.calls_at_once
-
-    @property
-    def context_length(self) -> int | None:
-        """See `persona_lens.backend.batches`."""
-        return context_length(self.inner)
-
-    @property
-    def base_weights(self) -> str | None:
-        """See `persona_lens.backend.blocks`."""
-        return base_weights_of(self.inner)
-
-    @property
-    def sink_limits(self) -> tuple[float, ...] | None:
-        """See `persona_lens.backend.sinks`."""
-        return sink_limits(self.inner)
 
 
 class SingleRowsBackend(DelegatingBackend):

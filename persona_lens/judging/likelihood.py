@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import expit
 
 from persona_lens.backend import Backend, TokenBatch
 from persona_lens.backend.batches import ContextError, context_length, forward_rows
@@ -41,6 +39,8 @@ class Calibration:
 
     def score(self, evidence: float) -> float:
         """The score of one piece of evidence, 0 to 100."""
+        from scipy.special import expit  # slow to import; vectors carry a calibration that few ask for a score
+
         return 100 * float(expit(self.slope * evidence + self.intercept))
 
     def to_json(self) -> dict[str, float]:
@@ -83,6 +83,8 @@ def fit_logistic(x: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, f
         x: One number a case, not all the same.
         y: Whether it was one.
     """
+    from scipy.optimize import minimize  # slow to import
+
     n_true, n_false = int(y.sum()), int((~y).sum())
     mean, spread = x.mean(), x.std()
     z = (x - mean) / spread

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
-from scipy import stats
 
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short
@@ -131,6 +130,8 @@ class ShiftForecast:
 
     def predict(self, value: float | int) -> Forecast:
         """The shift to expect of a dataset with this mean value."""
+        from scipy import stats  # slow to import
+
         shift = self.intercept + self.slope * value
         error = self.residual * np.sqrt(1 + 1 / self.n + (value - self.mean) ** 2 / self.spread)
         reach = float(stats.t.ppf(0.975, self.n - 2) * error)

@@ -1,8 +1,4 @@
-"""What inspect_ai finds by the entry point ``inspect_ai``: the model provider ``persona-lens``.
-
-``inspect eval task.py --model persona-lens/MODEL -M backend=nnsight``. The provider itself is imported when a model of
-it is opened, so that other runs of inspect_ai pay nothing for it.
-"""
+"""Any backend as a model of inspect_ai, so that its evaluations run on it."""
 
 from __future__ import annotations
 
@@ -23,7 +19,6 @@ from inspect_ai.model import (
     ModelOutput,
     ModelUsage,
     StopReason,
-    modelapi,
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
@@ -263,9 +258,3 @@ def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """The text up to the first stop sequence, and whether there was one."""
     places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
-
-
-@modelapi(name="persona-lens")  # type: ignore[untyped-decorator]  # inspect_ai may not be there for the type checker
-def persona_lens() -> type[ModelAPI]:
-    """The provider's class."""
-    return PersonaLensAPI

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -32,7 +34,7 @@ from inspect_ai.scorer import includes
 from inspect_ai.solver import generate, system_message
 from inspect_ai.tool import ToolInfo
 
-import persona_lens.analysis.capability.inspect_model  # noqa: F401 - as the entry point does
+import persona_lens.analysis.inspect_provider  # noqa: F401 - as the entry point does
 from persona_lens.analysis.capability.inspect_model import PersonaLensAPI
 
 QUESTIONS = ("Hello?", "What is it?", "Why?", "a", "How are you today?")
@@ -228,5 +230,9 @@ def test_the_entry_point_names_the_provider() -> None:
 
     root = Path(__file__).resolve().parents[3]
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    module = importlib.import_module(project["entry-points"]["inspect_ai"]["persona_lens"])
-    assert callable(module.persona_lens)
+    name = project["entry-points"]["inspect_ai"]["persona_lens"]
+    assert callable(importlib.import_module(name).persona_lens)
+    # Every run of inspect_ai imports it, whichever models it asks.
+    code = f"import inspect_ai.model, sys\nbefore = set(sys.modules)\nimport {name}\nprint(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert not {"torch", "numpy", "transformers"} & set(done.stdout.split())
