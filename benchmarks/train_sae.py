@@ -34,7 +34,7 @@ from persona_lens.cli.display import showing_progress
 from persona_lens.core.progress import Progress
 from persona_lens.data.tables import read_rows
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 
 PROSE, TABLES = (".txt", ".md", ".yaml"), (".jsonl", ".csv", ".parquet")
 LEAST_WORDS = 12  # of a paragraph or docstring that is worth reading

@@ -1,4 +1,4 @@
-"""`Ranking`: the features whose directions are most like a vector's, beside what random directions reach."""
+"""What features a vector is made of: `Ranking` by cosine beside random directions, `Pursuit` by reconstruction."""
 
 from __future__ import annotations
 

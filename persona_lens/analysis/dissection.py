@@ -29,7 +29,7 @@ from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import Answers, Subject, model_config, run_folder
 from persona_lens.judging import Judge, as_used, methods_of, prepare_judge
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.runs.answers import json_of
 from persona_lens.runs.chunks import CHECK, is_signed, signed

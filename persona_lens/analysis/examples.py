@@ -1,4 +1,4 @@
-"""Single features, each steered alone as the trait's vector is, beside random features of the same dictionary."""
+"""Single features: the texts that they are most active on, and each steered alone, beside random ones."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from persona_lens.core.errors import PersonaLensError
 
 TokenIds = tuple[int, ...]
+ID_LIMIT = 2**31  # no vocabulary is as large, and what reads ids from files takes none from here on
 
 
 class TokenError(PersonaLensError):

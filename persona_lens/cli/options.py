@@ -14,7 +14,7 @@ from persona_lens.cli.display import say
 from persona_lens.cli.settings import Option, argument
 from persona_lens.cli.values import layer_numbers
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.text import without_secrets as shown
+from persona_lens.core.text import without_secrets
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
@@ -191,11 +191,11 @@ def repeated(context: typer.Context) -> str:
             continue
         value = context.params[parameter.name or ""]
         if parameter.param_type_name == "argument":
-            words.append(shown(value))
+            words.append(without_secrets(value))
         elif isinstance(value, bool):
             words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
         else:
-            words += [parameter.opts[0], shown(value)]
+            words += [parameter.opts[0], without_secrets(value)]
     return shlex.join(words)
 
 

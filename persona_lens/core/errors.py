@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from persona_lens.core.text import without_secrets as shown
+from persona_lens.core.text import without_secrets
 
 LONGEST = 4000
 """Characters of a message; what is longer quotes a file."""
@@ -17,7 +17,7 @@ class PersonaLensError(Exception):
     """
 
     def __str__(self) -> str:
-        said = shown(super().__str__())
+        said = without_secrets(super().__str__())
         return said if len(said) <= LONGEST else f"{said[: LONGEST - 500]} […] {said[-500:]}"
 
 

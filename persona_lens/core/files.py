@@ -1,4 +1,4 @@
-"""Where this program keeps what it fetched or paid for once."""
+"""Files: written whole or not at all and never through a link, with errors that name them; and the cache's folder."""
 
 from __future__ import annotations
 

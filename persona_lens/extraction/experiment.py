@@ -28,7 +28,7 @@ from persona_lens.judging import (
     prepare_judge,
 )
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.answers import Answer
 from persona_lens.runs.cost import Work, generating_work
@@ -203,14 +203,13 @@ class Experiment:
     def run(self, folder: RunFolder | None = None, progress: Progress = shown_progress) -> Answers:
         """Make and judge what is not in the folder yet; without one, everything stays in memory."""
         collected = self.rollouts(folder)
-        numbered = list(enumerate(self.judges.items()))
-        named = [(self.prefix + (file_prefix(i, name) if name else ""), name, judge) for i, (name, judge) in numbered]
-        for prefix, _, judge in named:
-            prepare_judge(judge, folder, prefix, collected)
+        prefixes = {name: self.prefix + (file_prefix(i, name) if name else "") for i, name in enumerate(self.judges)}
+        for name, judge in self.judges.items():
+            prepare_judge(judge, folder, prefixes[name], collected)
         rollouts = collected.run(progress)
         judged = {
-            name: judge_rollouts(judge, rollouts, self.chat, folder, prefix=prefix, progress=progress)
-            for prefix, name, judge in named
+            name: judge_rollouts(judge, rollouts, self.chat, folder, prefix=prefixes[name], progress=progress)
+            for name, judge in self.judges.items()
         }
         return Answers(collected, rollouts, judged)
 

@@ -37,7 +37,7 @@ from persona_lens.judging import (
     weigh_rollouts,
 )
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format, note_reasoning
+from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work, generating_work, reading_work
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts

@@ -1,4 +1,4 @@
-"""`ProjectionWatch`: where held-out prompts stand on traits while a model is trained, and stopping on it."""
+"""What a training calls as it goes: `MetricsFile`, `CheckedCheckpoints`, and `ProjectionWatch`, which may stop it."""
 
 from __future__ import annotations
 
@@ -176,7 +176,6 @@ class ProjectionWatch(TrainerCallback):
 
     Attributes:
         rows: What was seen: ``step`` and the projections by name.
-        stopped: Why training was stopped; None if it was not.
     """
 
     def __init__(
@@ -197,7 +196,22 @@ class ProjectionWatch(TrainerCallback):
         self.prompts, self.vectors, self.layers = prompts, list(vectors), list(layers)
         self.tokenizer, self.every, self.stop_above, self.log = tokenizer, every, stop_above, log
         self.rows: list[dict[str, float]] = []
-        self.stopped: str | None = None
+
+    @property
+    def stopped(self) -> str | None:
+        """Why training was stopped, by what was seen first and last; None if it was not."""
+        if self.stop_above is None or len(self.rows) < 2:
+            return None
+        first, last = self.rows[0], self.rows[-1]
+        for name in reversed(last):
+            risen = last[name] - first[name]
+            if name != "step" and risen > self.stop_above:
+                trait = name.removeprefix(PREFIX)
+                return (
+                    f"{trait} has risen by {risen:.3g} since before training, above {self.stop_above:g}, "
+                    f"at step {last['step']}"
+                )
+        return None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look before training, unless it goes on from a checkpoint whose first look is known."""
@@ -206,10 +220,8 @@ class ProjectionWatch(TrainerCallback):
             values = [{k: v for k, v in row.items() if k.startswith(PREFIX)} for row in seen]
             self.rows = [{"step": row["step"], **own} for row, own in zip(seen, values, strict=True)] or self.rows
         else:
-            self.rows, self.stopped = [], None
-        if self.rows:
-            self._judge()
-        else:
+            self.rows = []
+        if not self.rows:
             self._look(given["model"], state.global_step, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -217,20 +229,8 @@ class ProjectionWatch(TrainerCallback):
         if state.global_step % self.every:
             return
         self._look(given["model"], state.global_step, control)
-        self._judge()
         if self.stopped:
             control.should_training_stop = True
-
-    def _judge(self) -> None:
-        first, last = self.rows[0], self.rows[-1]
-        for name in last:
-            risen = last[name] - first[name]
-            if self.stop_above is not None and name != "step" and risen > self.stop_above:
-                trait = name.removeprefix(PREFIX)
-                self.stopped = (
-                    f"{trait} has risen by {risen:.3g} since before training, above {self.stop_above:g}, "
-                    f"at step {last['step']}"
-                )
 
     def _look(self, model: Any, step: int, control: Any) -> None:
         backend = wrap_model(bare_model(model), self.tokenizer)

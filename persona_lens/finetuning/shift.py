@@ -18,7 +18,7 @@ from persona_lens.extraction.experiment import Answers, Subject, model_config, q
 from persona_lens.finetuning.config import FinetuningError
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.answers import by_question

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer that carries out a configuration."""
+"""The Hugging Face Trainer that carries out a configuration: under edits, with a projection penalty, or plainly."""
 
 from __future__ import annotations
 

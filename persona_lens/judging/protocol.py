@@ -1,4 +1,4 @@
-"""The number that a judge's answer holds: from probabilities of tokens, or from its text (method, section 3)."""
+"""`Judge` and what it gives: exchanges, judgements, scores; and the number that an answer holds (method, section 3)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from persona_lens.core.errors import ModelError
+from persona_lens.core.progress import note
 from persona_lens.models.templates import (
     ChatTemplate,
     Marks,
@@ -22,6 +23,8 @@ from persona_lens.models.templates import (
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from persona_lens.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -287,3 +290,17 @@ def _check(messages: Sequence[Message]) -> None:
             raise ModelError(f"message {place} needs a role and a content, both text: {dict(message)!r}")
         if role == "system" and place > 0:
             raise ModelError(f"message {place} is a system message; only the first message may be one")
+
+
+def chat_format(backend: Backend) -> ChatFormat:
+    """The chat format of a backend's model."""
+    return ChatFormat.from_tokenizer(backend.tokenizer)
+
+
+def note_reasoning(chat: ChatFormat) -> None:
+    """Say, where a model reasons before it answers, that activations have the reasoning in them and judges do not."""
+    if chat.reasons:
+        note(
+            "this model reasons before it answers: what is read and steered over a response takes in its reasoning, "
+            "while a judge sees the answer alone"
+        )

@@ -12,7 +12,7 @@ from persona_lens.backend import Backend, Sampling, StopGeneration, TokenBatch, 
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
-from persona_lens.models.replies import chat_format, note_reasoning
+from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.monitoring.curves import MonitoringError
 from persona_lens.monitoring.gauges import Alarm, Panel, TokenReading, TurnMeter
 from persona_lens.steering.replies import GivenEdits, GivenVectors, given_edits

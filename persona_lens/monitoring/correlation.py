@@ -1,4 +1,4 @@
-"""Correlation: how far where a prompt ends goes with what its replies show, overall and within each condition."""
+"""What comes before a study's questions, and how far where a prompt ends goes with what its replies show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished conversations read token by token and turn by turn: `score_transcripts`."""
+"""Prompts and finished conversations, projected on traits: `prompt_projections`, `score_transcripts`."""
 
 from __future__ import annotations
 

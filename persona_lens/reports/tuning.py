@@ -1,4 +1,4 @@
-"""The figures of a tuning run."""
+"""The heat maps and figures of a tuning run."""
 
 from __future__ import annotations
 

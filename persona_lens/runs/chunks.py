@@ -1,4 +1,4 @@
-"""`Pieces`: the parts of a long run, several of them at a time if wanted, saved as they come.
+"""`Pieces`: the parts of a long run, saved as they come, several at a time if wanted; and shards of tensors.
 
 Every row that is saved carries its number in the run's plan and a checksum over itself and what it is for. So a row is
 known by what it says, not by where it stands: rows that moved are put back, those that are gone are made again, and one

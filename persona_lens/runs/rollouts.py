@@ -15,10 +15,10 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
 from persona_lens.backend.batches import batches_by_length, check_fits, context_length, generate_rows
-from persona_lens.backend.tokens import TokenIds
+from persona_lens.backend.tokens import ID_LIMIT, TokenIds
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import note_reasoning
+from persona_lens.models.chat import note_reasoning
 from persona_lens.runs.chunks import ADVICE, Pieces, Row, load_shard, pack_shard
 from persona_lens.runs.folder import RunError, RunFolder
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 ROLLOUTS = "rollouts.jsonl"
-MOST = 2**31  # of a token id; far beyond any vocabulary
 ACTIVATIONS = "activations"
 
 
@@ -89,7 +88,9 @@ class Rollout:
             KeyError, TypeError: If it is no such row.
         """
         tokens, ids, ended, response = (row[name] for name in ("prompt_tokens", "response_ids", "ended", "response"))
-        whole = isinstance(ids, list) and all(type(number) is int and 0 <= number < MOST for number in (tokens, *ids))
+        whole = isinstance(ids, list) and all(
+            type(number) is int and 0 <= number < ID_LIMIT for number in (tokens, *ids)
+        )
         if not (whole and (ended is None or type(ended) is bool) and isinstance(response, str)):
             raise TypeError("values of other types")
         return Rollout(request, tokens, tuple(ids), ended, response)

@@ -13,7 +13,7 @@ from persona_lens.backend.protocol import RemoteBackend, Traffic
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.datasets import Dataset
 from persona_lens.judging import Judge, as_used, methods_of, prepare_judge
-from persona_lens.models.replies import chat_format, note_reasoning
+from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import is_signed, signed

@@ -16,7 +16,7 @@ from persona_lens.extraction.experiment import Experiment, Subject, model_config
 from persona_lens.extraction.external import ExternalRollouts, ReadRollouts
 from persona_lens.judging import Judge, Judgement, as_used, longest_exchanges, methods_of
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work, reading_work
 from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, RolloutSettings

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from persona_lens.backend import Backend, Edit, Edits, Sampling, as_edits
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.steering.steering import Steering, SteeringError, rowwise
 from persona_lens.vectors import PersonaVectors
 

@@ -1,4 +1,4 @@
-"""`model_card`: the page that stands beside vectors on the Hugging Face hub."""
+"""Vectors on the Hugging Face hub, or in a folder laid out in the same way, and the card that stands beside them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from persona_lens.analysis.dissection import Dissection, DissectSettings, dissec
 from persona_lens.analysis.examples import feature_effects, feature_steering
 from persona_lens.analysis.features import Features
 from persona_lens.judging import Calibration
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.reports.dissection import render_dissection
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings

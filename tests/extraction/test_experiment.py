@@ -14,7 +14,7 @@ from persona_lens.core.progress import no_progress
 from persona_lens.core.statistics import CHANGES
 from persona_lens.extraction.experiment import Experiment, Subject, Variant, questions_of, requests_of, run_folder
 from persona_lens.judging import Exchange, Judge, Judgement, Score
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
 from persona_lens.runs.answers import Answer, values_of
 from persona_lens.runs.cost import Work

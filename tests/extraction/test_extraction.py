@@ -23,7 +23,7 @@ from persona_lens.extraction import (
 )
 from persona_lens.extraction.means import ExtractionError, _separation_row, arm_means, held_out_separation
 from persona_lens.judging import Judgement, JudgingError, Score
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.traits import Arm, load_trait

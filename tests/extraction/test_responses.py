@@ -16,7 +16,7 @@ from persona_lens.backend.batches import context_length, context_of
 from persona_lens.extraction.external import ExternalRollouts, external_rollouts, read_responses
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Judgement, Score
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs.rollouts import Request
 from persona_lens.traits import Arm, load_trait
 from tests.backends.fixtures import ADAPTERS, Delegating, tiny_backend

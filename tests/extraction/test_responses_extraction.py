@@ -27,7 +27,7 @@ from persona_lens.extraction import Extraction, ExtractionSettings, extraction_w
 from persona_lens.extraction.external import ExternalScores, ReadRollouts, external_rollouts
 from persona_lens.extraction.means import ExtractionError, arm_means
 from persona_lens.judging import Exchange, Judgement
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import Rollouts, RolloutSettings
 from persona_lens.traits import load_trait

@@ -249,7 +249,7 @@ def test_watching_and_stopping(loaded: Loaded, vectors: PersonaVectors, tmp_path
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
     # What was seen last is what the model reads as after training.
     from persona_lens.finetuning.shift import shift_of
-    from persona_lens.models.replies import chat_format
+    from persona_lens.models.chat import chat_format
     from persona_lens.monitoring.scoring import prompt_projections
 
     backend = open_backend("transformers", str(tmp_path / "run"), dtype="float32", device="cpu")

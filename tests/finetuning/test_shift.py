@@ -14,7 +14,7 @@ from persona_lens.backend import open_backend, wrap_model
 from persona_lens.finetuning import FinetuningError, finetune
 from persona_lens.finetuning.shift import ShiftSettings, correlated, measure_shifts, shift_of
 from persona_lens.models import load
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings

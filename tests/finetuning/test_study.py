@@ -158,7 +158,7 @@ def test_the_judge_is_the_base_model(studied: Path, base_folder: Path) -> None:
     """Scores kept in the study are those that the untouched base model gives the same replies."""
     from persona_lens.backend import open_backend
     from persona_lens.judging import Exchange, LikelihoodJudge
-    from persona_lens.models.replies import chat_format
+    from persona_lens.models.chat import chat_format
 
     base = open_backend("transformers", str(base_folder), dtype="float32", device="cpu")
     vectors = vectors_of(load(str(base_folder), dtype="float32", device="cpu"))

@@ -31,7 +31,7 @@ from persona_lens.judging.agreement.blind import Scored, response_id
 from persona_lens.judging.agreement.sources import judge_scored
 from persona_lens.judging.recording import exchange_of
 from persona_lens.models import ChatFormat
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.runs.rollouts import Request, Rollout
 from persona_lens.traits import Arm, load_trait

@@ -13,7 +13,7 @@ import torch
 from persona_lens.backend import TokenBatch
 from persona_lens.judging import Exchange, LocalJudge, judge_rollouts
 from persona_lens.judging.llm import fill_rubric
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import Request, Rollout
 from persona_lens.traits import load_trait

@@ -9,7 +9,7 @@ import pytest
 from persona_lens.cli.judges import JudgeOptions
 from persona_lens.judging import Exchange, JudgingError, judging_work
 from persona_lens.judging.registry import JUDGES
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.traits import load_trait
 from tests.backends.fixtures import tiny_backend
 

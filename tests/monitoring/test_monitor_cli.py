@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from persona_lens import PersonaLensError, open_backend
 from persona_lens.cli import app
 from persona_lens.judging import Calibration
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.monitoring import ConversationMonitor, Panel, monitor_calibration, prompt_projections, threshold_for
 from persona_lens.monitoring.calibration import Observations, calibrate, with_monitor_calibration
 from persona_lens.reports.study import title

@@ -18,7 +18,7 @@ from persona_lens.backend import Generation
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.extraction import ExtractionSettings, run_extraction
 from persona_lens.judging import Calibration
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.monitoring import (
     Conditions,
     MonitoringError,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from persona_lens import load_trait, wrap_model
 from persona_lens.backend import Backend, Edit
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from tests.programs.environment import run_program
 
 TRAITS = ("optimistic", "impolite", "sycophantic", "humorous", "apathetic")

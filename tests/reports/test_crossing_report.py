@@ -265,7 +265,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(model: Path, files: dict[s
 def test_judges_of_several_traits_share_a_server_and_a_model(model: Path) -> None:
     traits = {name: load_trait(name) for name in TRAITS}
     backend = wrap_model(tiny_model(seed=0), tiny_tokenizer())
-    from persona_lens.models.replies import chat_format
+    from persona_lens.models.chat import chat_format
 
     chat = chat_format(backend)
     server = JudgeOptions(judge_url="http://127.0.0.1:9/v1", judge_key="HOME", prices="1,1", max_spend=1.0)

@@ -10,7 +10,7 @@ import torch
 from persona_lens import reply
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch
 from persona_lens.finetuning.edits import TrainingEdits
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.monitoring import ConversationMonitor, Panel
 from persona_lens.steering import NotationError, Steering, SteeringError
 from persona_lens.steering.preview import preview_tokens

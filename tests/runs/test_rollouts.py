@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Read, TokenError
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
 from persona_lens.traits import Arm, load_trait

@@ -20,7 +20,7 @@ from persona_lens.backend import Backend, Edit, Positions, TokenError
 from persona_lens.core.statistics import Estimate, auc, bootstrap_mean, separation
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.judging import Calibration, Exchange, LikelihoodJudge
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import Rollouts, RolloutSettings
 from persona_lens.steering import SteeringError, SweepRow, SweepSettings, choose_layer, curve, effect, sweep

@@ -15,7 +15,7 @@ from torch import Tensor
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.statistics import Estimate
 from persona_lens.judging import Calibration, Exchange, Judgement, Score
-from persona_lens.models.replies import chat_format
+from persona_lens.models.chat import chat_format
 from persona_lens.reports import render_tuning
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings

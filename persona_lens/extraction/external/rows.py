@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+from persona_lens.backend.tokens import ID_LIMIT
 from persona_lens.core.files import sha256_of
 from persona_lens.core.progress import note
 from persona_lens.core.text import printable, shown
@@ -60,7 +61,7 @@ class ExternalResponse:
         return f"{self.file}:{self.line}"
 
 
-Ids = tuple[Annotated[int, Strict(), Field(ge=0, lt=2**31)], ...]
+Ids = tuple[Annotated[int, Strict(), Field(ge=0, lt=ID_LIMIT)], ...]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 

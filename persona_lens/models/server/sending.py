@@ -21,8 +21,7 @@ import openai
 from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
-from persona_lens.core.text import forms_of, hide, printable, secrets_in
-from persona_lens.core.text import without_secrets as shown
+from persona_lens.core.text import forms_of, hide, printable, secrets_in, without_secrets
 from persona_lens.core.transport import MIB, AnswerError, AsyncBoundedClient, Bounds
 from persona_lens.models.server.messages import (
     NO_KEY,
@@ -288,7 +287,7 @@ class Sender:
                     f"another the answers would be others; set it to 1, or choose another model. It says: {said}"
                 )
         if 300 <= status < 400:
-            place = shown(refusal.headers.get("location", "somewhere else"))
+            place = without_secrets(refusal.headers.get("location", "somewhere else"))
             return ServerError(f"{url} sends on to {self._clean(place)}; give the address that answers itself")
         if status in (401, 403):
             return ServerError(f"{url} does not accept the key in {self.settings.key_variable}: {said}")
@@ -311,7 +310,7 @@ class Sender:
 
     def _clean(self, text: object) -> str:
         """A server's words in one harmless line of reasonable length, without what is secret, which some repeat."""
-        line = printable(" ".join(shown(hide(str(text), self._secrets)).split()))
+        line = printable(" ".join(without_secrets(hide(str(text), self._secrets)).split()))
         return line if len(line) <= 300 else line[:300] + " …"
 
 

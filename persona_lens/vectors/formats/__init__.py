@@ -1,4 +1,4 @@
-"""Exchange: vectors in the formats of other programs, in and out; and on the Hugging Face hub."""
+"""Vectors in the formats of other programs, in and out."""
 
 from __future__ import annotations
 
