@@ -25,7 +25,7 @@ export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/perso
 export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
 SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
 
-.PHONY: demo test test-all test-remote test-servers test-programs test-sae campaign lint format bench clean
+.PHONY: demo test test-all test-gpu test-remote test-servers test-programs test-sae campaign lint format bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
@@ -40,6 +40,10 @@ test: lint
 # Those too of which `make test` runs a few: every architecture on every adapter, the demonstration as it is.
 test-all: lint
 	$(PYTEST) --all
+
+# On a machine with a GPU: tiny models on it, on every adapter.
+test-gpu: $(VENV)/.development
+	$(PYTEST) --device cuda -m 'not real' tests/backends tests/monitoring tests/steering
 
 # With MORE=--all, over every architecture. One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development

@@ -21,6 +21,8 @@ CHATML = (
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 D_MODEL, N_LAYERS = 32, 3
+device = "cpu"
+"""Where tiny models run; `pytest --device cuda` has them on a GPU."""
 
 # What each architecture needs beyond the common sizes.
 EXTRA: dict[str, dict[str, Any]] = {
@@ -147,4 +149,5 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)  # the usual initialisation is so small that all logits are nearly equal
+    torch.nn.Module.to(model, device)
     return model

@@ -63,7 +63,9 @@ class NNsightBackend(HookedBackend):
     def open(cls, model: str, *, revision: str | None = None, **loading: Any) -> NNsightBackend:
         """Load a model by hub id, folder or embedded name; ``loading`` goes to `persona_lens.models.load`."""
         loaded = load(model, revision, **loading)
-        wrapped = nnsight.TransformersModel(loaded.model, tokenizer=loaded.tokenizer, task=TASK)
+        # Its pipeline moves a model to the first GPU unless it is told a device; one spread over several it leaves.
+        place = {} if hasattr(loaded.model, "hf_device_map") else {"device": loaded.model.device}
+        wrapped = nnsight.TransformersModel(loaded.model, tokenizer=loaded.tokenizer, task=TASK, **place)
         return cls(wrapped, loaded.tokenizer, loaded.source.id, loaded.source.identity)
 
     @classmethod

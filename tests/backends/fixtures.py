@@ -61,7 +61,7 @@ def wrapped_for(adapter: str, module: Any, tok: Any) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
 
         return TransformerBridge.boot_transformers(
-            "tiny", hf_model=module, tokenizer=tok, dtype=module.dtype, device="cpu"
+            "tiny", hf_model=module, tokenizer=tok, dtype=module.dtype, device=str(module.device)
         )
     if adapter == "nnsight":
         from persona_lens_nnsight.library import nnsight

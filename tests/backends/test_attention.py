@@ -81,7 +81,7 @@ def test_reads_in_16_bits_are_near_those_in_float32(architecture: str) -> None:
 
 
 def test_it_is_in_use_only_in_16_bits_on_a_cpu_while_a_pass_runs() -> None:
-    model: Any = tiny_model()
+    model: Any = tiny_model().cpu()
     assert model.config._attn_implementation == "sdpa"
     with attention_for_reading(model):
         assert model.config._attn_implementation == "sdpa"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch, wrap_model
 from persona_lens.backend.blocks import UnsupportedModelError, find_blocks
 from tests.backends.fixtures import N_LAYERS, PROMPTS, TEXT, backend_of, direction, tokenizer
-from tests.tiny import D_MODEL, EXTRA, tiny_model
+from tests.tiny import D_MODEL, EXTRA, device, tiny_model
 
 EDIT = Edit.add(1, direction())
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -77,4 +77,4 @@ def test_training_edits_that_never_ran_are_an_error(adapter: str) -> None:
     backend, module = without_block_1(adapter)
     gradients = torch.no_grad() if adapter == "transformer_lens" else nullcontext()
     with gradients, pytest.raises(UnsupportedModelError, match="without its block 1"), backend.editing([EDIT]):
-        module(input_ids=torch.tensor([PROMPTS[0]]))
+        module(input_ids=torch.tensor([PROMPTS[0]], device=device))

@@ -12,7 +12,7 @@ from persona_lens.backend import wrap_model
 from persona_lens.backend.blocks import GROUPS, find_blocks, weights_digest
 from persona_lens.backend.protocol import OPEN, same_weights
 from persona_lens.models import load
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import device, tiny_model, tiny_tokenizer
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,7 +52,7 @@ def test_float16_leaves_open_what_it_does_not_know() -> None:
 def adam_step(parameter: torch.Tensor) -> torch.Tensor:
     """What a first step of Adam does: a step of the learning rate's size, in one direction or the other."""
     signs = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).sign()
-    return parameter + 3e-5 * signs
+    return parameter + 3e-5 * signs.to(device)
 
 
 def eight_bits(parameter: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def merged_adapter(parameter: torch.Tensor) -> torch.Tensor:
         return parameter
     random = torch.Generator().manual_seed(1)
     rows, columns = (torch.randn(size, 1, generator=random) for size in parameter.shape)
-    return parameter + 1e-3 * rows @ columns.T
+    return parameter + 1e-3 * (rows @ columns.T).to(device)
 
 
 @pytest.mark.parametrize("change", [adam_step, eight_bits, four_bits, merged_adapter])

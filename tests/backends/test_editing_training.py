@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from persona_lens.backend import Backend, BackendError, Edit, EditError, Positions
 from persona_lens.backend.blocks import find_blocks
 from tests.backends.fixtures import D_MODEL, PROMPTS, TEXT, assert_close, backend_of, direction, tiny_backend
-from tests.tiny import tiny_model
+from tests.tiny import device, tiny_model
 
 TRAINABLE = ("transformers", "nnsight")
 
@@ -23,8 +23,8 @@ class LowRank(nn.Module):
         super().__init__()
         self.inner = inner.requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        self.down = nn.Parameter(torch.randn(2, inner.in_features, generator=generator) * 0.1)
-        self.up = nn.Parameter(torch.randn(inner.out_features, 2, generator=generator) * 0.1)
+        self.down = nn.Parameter((torch.randn(2, inner.in_features, generator=generator) * 0.1).to(device))
+        self.up = nn.Parameter((torch.randn(inner.out_features, 2, generator=generator) * 0.1).to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(x) + x @ self.down.T @ self.up.T
@@ -40,7 +40,7 @@ def adapted(adapter: str) -> tuple[Backend, Any, list[LowRank]]:
     return backend_of(adapter, module), module, layers
 
 
-IDS = torch.tensor([PROMPTS[2][:12], PROMPTS[0] + PROMPTS[1]])
+IDS = torch.tensor([PROMPTS[2][:12], PROMPTS[0] + PROMPTS[1]], device=device)
 
 
 def loss_of(module: Any) -> Any:
@@ -141,12 +141,12 @@ def test_editing_does_what_forward_does(adapter_name: str) -> None:
     text = TEXT.rows(0, 1)
     expected = backend.forward(text, EDITS, logprobs=True).logprobs
     module: Any = tiny_model()
-    ids = torch.tensor([text.prompts[0] + text.responses[0]])
+    ids = torch.tensor([text.prompts[0] + text.responses[0]], device=device)
     with torch.no_grad(), backend_of(adapter_name, module).editing(EDITS):
         logprobs = module(input_ids=ids).logits[0].log_softmax(dim=-1)
     start = len(text.prompts[0])
     assert expected is not None
-    assert_close(expected[0], logprobs[range(start - 1, ids.shape[1] - 1), ids[0, start:]])
+    assert_close(expected[0], logprobs[range(start - 1, ids.shape[1] - 1), ids[0, start:]].cpu())
 
 
 @pytest.mark.parametrize("adapter_name", TRAINABLE)

@@ -33,7 +33,7 @@ def test_every_text_once_and_as_if_alone(max_rows: int, max_tokens: int | None) 
 
 def test_shared_prompts_set_the_plan_only_where_a_backend_shares_them() -> None:
     """Under a read of every token all rows of a batch run in one pass, so that it must not be larger than a pass."""
-    backend = wrap_model(tiny_model(), tiny_tokenizer())
+    backend = wrap_model(tiny_model().cpu(), tiny_tokenizer())
     tokens = TokenBatch.of([[5] * 700] * 12, [[6] * 300] * 12)
     assert forward_plan(backend, tokens, (), Read.means()) == [list(range(12))]
     assert forward_plan(backend, tokens) == [list(range(12))]

@@ -30,7 +30,7 @@ from tests.backends.fixtures import (
     greedy,
     tiny_backend,
 )
-from tests.tiny import tiny_model
+from tests.tiny import device, tiny_model
 
 # beartype, which checks our shapes, draws at random which items it looks at.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
@@ -198,7 +198,7 @@ def test_gradients_flow_through_every_operation_in_a_model(adapter: str, archite
     edit = make_edit(Operation(name), operation == "relative", 2, condition=condition)
     weight = module.get_input_embeddings().weight
     weight.requires_grad_(True)
-    ids = torch.tensor([PROMPTS[2]])
+    ids = torch.tensor([PROMPTS[2]], device=device)
 
     def loss() -> Any:
         return module(input_ids=ids, labels=ids).loss

@@ -38,7 +38,7 @@ from tests.backends.fixtures import (
     greedy,
     tokenizer,
 )
-from tests.tiny import tiny_model
+from tests.tiny import device, tiny_model
 
 MIDDLE = 1
 
@@ -127,10 +127,10 @@ def hidden_states(module: nn.Module, text: TokenBatch) -> tuple[list[Tensor], li
     taken: list[Tensor] = []
     hooks = [b.register_forward_hook(lambda _m, _a, out: taken.append(residual_of(out))) for b in blocks]
     with torch.no_grad():
-        out = module(input_ids=torch.tensor([text.prompts[0] + text.responses[0]]), output_hidden_states=True)
+        out = module(torch.tensor([text.prompts[0] + text.responses[0]], device=device), output_hidden_states=True)
     for hook in hooks:
         hook.remove()
-    return taken, list(out.hidden_states)
+    return [each.cpu() for each in taken], [each.cpu() for each in out.hidden_states]
 
 
 def test_fault_08_the_last_layer_is_read_before_the_final_norm(backend: Backend) -> None:

@@ -129,7 +129,7 @@ def test_copies_of_a_prompt_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     from tests.tiny import tiny_tokenizer
 
     monkeypatch.setattr(batches, "MAX_TOKENS", 100)
-    module: Any = tiny_model()
+    module: Any = tiny_model().cpu()  # a GPU takes more
     backend, shapes = wrap_model(module, tiny_tokenizer()), widths(module)
     many = TokenBatch.of([COMMON] * 20, [[i, 5] for i in range(20)])
     found = backend.forward(many, logprobs=True)

@@ -38,7 +38,7 @@ from tests.backends.fixtures import (
     direction,
     encode,
 )
-from tests.tiny import N_LAYERS, tiny_model
+from tests.tiny import N_LAYERS, device, tiny_model
 
 MASSIVE = encode("h")[0][0]  # first in the first prompt, within the third prompt and in the second response
 NORMS = Read(ReadKind.NORMS)
@@ -155,7 +155,7 @@ def test_training_edits_leave_sinks_out(adapter: str) -> None:
     text = TokenBatch.of([PROMPTS[2]])
     want = activations(backend, text, [edit])[0, N_LAYERS - 1]
     seen: list[Tensor] = []
-    ids = torch.tensor([PROMPTS[2]])
+    ids = torch.tensor([PROMPTS[2]], device=device)
     with torch.no_grad(), backend.editing([edit]):
         seen.append(module(input_ids=ids, output_hidden_states=True, use_cache=False).logits)
     spared = dataclasses.replace(edit, sinks=True)
@@ -165,7 +165,7 @@ def test_training_edits_leave_sinks_out(adapter: str) -> None:
     logprobs = backend.forward(TokenBatch.of([PROMPTS[2][:-1]], [PROMPTS[2][-1:]]), [edit], logprobs=True).logprobs
     assert logprobs is not None
     if adapter != "transformer_lens":  # whose hook points are not told which token comes first
-        assert_close(seen[0][0, -2].log_softmax(-1)[PROMPTS[2][-1]], logprobs[0][0])
+        assert_close(seen[0][0, -2].log_softmax(-1)[PROMPTS[2][-1]].cpu(), logprobs[0][0])
     assert want.isfinite().all()
 
 
@@ -179,10 +179,10 @@ def test_finetuning_leaves_sinks_out_padded_and_checkpointed(architecture: str, 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     width = max(map(len, PROMPTS))
-    ids = torch.zeros(3, width, dtype=torch.long)
+    ids = torch.zeros(3, width, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(PROMPTS):  # padded on the right, as trainers do
-        ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt, device=device), 1
     model.train()
     kept: list[Tensor] = []
     handle = model.base_model.get_submodule("h" if architecture == "gpt2" else "layers")[N_LAYERS - 1]
@@ -196,7 +196,7 @@ def test_finetuning_leaves_sinks_out_padded_and_checkpointed(architecture: str, 
         out.logits[mask.bool()].square().mean().backward()
     hook.remove()
     for row, prompt in enumerate(PROMPTS):
-        assert_close(kept[0][row, : len(prompt)].detach(), want[row, -1, -len(prompt) :])
+        assert_close(kept[0][row, : len(prompt)].detach().cpu(), want[row, -1, -len(prompt) :])
     if checkpointing:
         assert_close(kept[-1], kept[0])
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -28,7 +28,7 @@ from tests.backends.fixtures import (
     tokenizer,
     wrapped_for,
 )
-from tests.tiny import tiny_model
+from tests.tiny import device, tiny_model
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs")
 
@@ -37,7 +37,7 @@ def state(module: Any) -> dict[str, Any]:
     """Everything about a module that a careless wrapper changes."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + value.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return {
         "weights": digest.hexdigest(),
         "training": [m.training for m in module.modules()],
@@ -79,7 +79,7 @@ def test_a_wrapped_object_is_left_exactly_as_it_was(adapter: str, training: bool
     # A bridge sets up hooks of its own when it first runs.
     if adapter == "transformer_lens":
         with torch.no_grad():
-            held(torch.tensor([PROMPTS[0]]))
+            held(torch.tensor([PROMPTS[0]], device=device))
     before = state(module)
     backend = wrap_model(held, tok)
     assert backend.info.backend.startswith({"transformer_lens": "transformer-lens"}.get(adapter, adapter))
@@ -94,7 +94,7 @@ def test_a_wrapped_object_is_left_exactly_as_it_was(adapter: str, training: bool
 @pytest.mark.parametrize("adapter_name", ["transformers", "nnsight"])
 def test_the_plain_module_gives_the_same_logits_afterwards(adapter_name: str) -> None:
     module: Any = tiny_model()
-    ids = torch.tensor([PROMPTS[0]])
+    ids = torch.tensor([PROMPTS[0]], device=device)
     with torch.no_grad():
         before = module(input_ids=ids).logits
         use(wrap_model(wrapped_for(adapter_name, module, tokenizer()), tokenizer()))
@@ -154,7 +154,8 @@ def test_the_weights_digest_tells_models_apart_and_not_precisions() -> None:
 
 def test_info_says_what_runs(adapter: str) -> None:
     info = tiny_backend(adapter).info
-    assert (info.n_layers, info.d_model, info.dtype, info.device) == (N_LAYERS, 32, "float32", "cpu")
+    assert (info.n_layers, info.d_model, info.dtype) == (N_LAYERS, 32, "float32")
+    assert info.device.partition(":")[0] == device
     assert info.architecture == "LlamaForCausalLM"
     assert not info.remote
     assert info.fingerprint.startswith("sha256:")
@@ -294,3 +295,11 @@ def test_two_threads_on_one_backend_do_not_edit_each_other(adapter: str) -> None
     for (index, _), result in results.items():
         assert result.responses == expected[index].responses
         assert_close(result.reads, expected[index].reads)
+
+
+def test_a_model_stays_on_the_device_it_was_opened_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnsight has a pipeline of transformers around the model, which by itself moves it to the first GPU there is."""
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.pipelines.base.is_torch_cuda_available", lambda: True)
+    assert open_backend("nnsight", str(tmp_path), device="cpu").info.device == "cpu"
