@@ -192,11 +192,11 @@ def _split(given: list[str], file: Path | None) -> tuple[list[str], str | None]:
 
 def _place(vectors: PersonaVectors, layer: int | None, reduction: str | None, rate: float | None) -> _Place:
     """Where to read, which of the vectors, and what a study has found there, if one has."""
-    from persona_lens.monitoring import is_calibrated, monitor_calibration, threshold_for
+    from persona_lens.monitoring import monitor_calibration, threshold_for
     from persona_lens.vectors import DEFAULT_REDUCTION
 
     tuned = vectors.tuned
-    if is_calibrated(vectors):
+    if vectors.monitor is not None:
         stored = monitor_calibration(vectors)
         layer, reduction = stored.layer if layer is None else layer, reduction or stored.reduction
     elif layer is None and tuned is not None:

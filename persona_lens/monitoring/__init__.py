@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from persona_lens.monitoring.calibration import (
     MonitorCalibration,
-    Observations,
+    Threshold,
     calibrate,
-    is_calibrated,
     monitor_calibration,
+    threshold_for,
 )
-from persona_lens.monitoring.conversation import ConversationMonitor, TraitReading, Turn
-from persona_lens.monitoring.correlation import Correlations, correlate, examples_of
-from persona_lens.monitoring.curves import MonitoringError
+from persona_lens.monitoring.conditions import Conditions, StudySettings, examples_of
+from persona_lens.monitoring.conversation import Alarm, AlarmKind, Alert, ConversationMonitor, TokenReading, Turn
+from persona_lens.monitoring.correlation import Correlations, correlate
+from persona_lens.monitoring.curves import Observations
 from persona_lens.monitoring.findings import StudyRow
-from persona_lens.monitoring.gauges import Alarm, AlarmKind, Alert, Gauge, Panel, Threshold, TokenReading, threshold_for
+from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading
 from persona_lens.monitoring.heatmap import TokenHeatmap
 from persona_lens.monitoring.markup import Strip
 from persona_lens.monitoring.scoring import ScoredTranscript, prompt_projections, score_transcripts
-from persona_lens.monitoring.study import Conditions, Study, StudySettings, study, study_work
+from persona_lens.monitoring.study import Study, study, study_work
 
 __all__ = [
     "Alarm",
@@ -44,7 +45,6 @@ __all__ = [
     "calibrate",
     "correlate",
     "examples_of",
-    "is_calibrated",
     "monitor_calibration",
     "prompt_projections",
     "score_transcripts",

@@ -6,83 +6,24 @@ cross-validated: a prompt's probability comes from curves that were fitted witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from pydantic import InstanceOf, TypeAdapter
 from scipy.stats import binomtest
 
-from persona_lens.core.statistics import Verdict, bootstrap_mean
+from persona_lens.core.documents import Record
+from persona_lens.core.statistics import Estimate, Verdict, bootstrap_mean, percentile_interval, resampled_rows
 from persona_lens.core.text import in_short
-from persona_lens.monitoring.curves import (
-    Counts,
-    Curve,
-    MonitoringError,
-    Values,
-    curve_from_json,
-    fit_isotonic_curve,
-    fit_logistic_curve,
-    share_shown,
-)
+from persona_lens.monitoring.curves import KINDS, Curve, Observations, Values
+from persona_lens.monitoring.gauges import MonitoringError
 from persona_lens.vectors import PersonaVectors
 
 SHOWN_FROM = 50.0
-FOLDS = 5
 BINS = 6
-FITS: dict[str, Callable[[Values, Counts, Counts], Curve]] = {
-    "logistic": fit_logistic_curve,
-    "isotonic": fit_isotonic_curve,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Observations:
-    """What prompts were followed by.
-
-    Attributes:
-        projections: Of each prompt's last token, residual-stream units.
-        shown: How many of its responses show the trait.
-        responses: How many of its responses have a score, at least 1.
-        questions: Number of its question; prompts that share one are not independent.
-    """
-
-    projections: Values
-    shown: Counts
-    responses: Counts
-    questions: Counts
-
-    @staticmethod
-    def of(
-        projections: Sequence[float], shown: Sequence[int], responses: Sequence[int], questions: Sequence[int]
-    ) -> Observations:
-        """From plain numbers.
-
-        Raises:
-            MonitoringError: If there are none, or they do not go together.
-        """
-        lengths = {len(projections), len(shown), len(responses), len(questions)}
-        if len(lengths) > 1 or not projections or min(responses) < 1:
-            raise MonitoringError("a calibration needs for each prompt a projection, a question and a scored response")
-        if not np.isfinite(np.asarray(projections, float)).all():
-            raise MonitoringError("a calibration needs finite projections")
-        if any(not 0 <= k <= n for k, n in zip(shown, responses, strict=True)):
-            raise MonitoringError("of a prompt's responses, between none and all show the trait")
-        return Observations(
-            np.asarray(projections, np.float64), *(np.asarray(v, np.int64) for v in (shown, responses, questions))
-        )
-
-    def rows(self, rows: NDArray[Any]) -> Observations:
-        """Some of them, by number or mask."""
-        return Observations(self.projections[rows], self.shown[rows], self.responses[rows], self.questions[rows])
-
-    def folds(self) -> Iterator[tuple[NDArray[np.bool_], Observations]]:
-        """Each part that is held out, as a mask, and the others; a question is never on both sides."""
-        questions, place = np.unique(self.questions, return_inverse=True)
-        for fold in range(min(FOLDS, len(questions))):
-            held_out = place % min(FOLDS, len(questions)) == fold
-            yield held_out, self.rows(~held_out)
 
 
 @dataclass(frozen=True)
@@ -129,7 +70,7 @@ class MonitorCalibration:
         log_loss: Cross-validated, nats a response, by the kind of curve, and of the base rate (``base``).
         brier: Cross-validated Brier score of the curve taken.
         base_brier: That of the share of all other questions' responses that show the trait.
-        gain: How much smaller the former is, with its 95% interval over questions, as an `Estimate`'s values.
+        gain: How much smaller the former is, over questions.
         reliability: Cross-validated, from the smallest probability to the largest.
         verdict: Of the study that it was made in, see `LayerCorrelation.verdict`; None if there was none.
     """
@@ -138,11 +79,11 @@ class MonitorCalibration:
     layer: int
     reduction: str
     curve: Curve
-    observations: Observations
+    observations: InstanceOf[Observations]
     log_loss: Mapping[str, float]
     brier: float
     base_brier: float
-    gain: Mapping[str, Any]
+    gain: Estimate
     reliability: tuple[Bin, ...]
     verdict: Verdict | None = None
 
@@ -156,7 +97,7 @@ class MonitorCalibration:
             "unclear": "did not clearly do better than random directions in its study",
             None: "was not held against random directions when it was calibrated",
         }[self.verdict]
-        worse = "predicts replies no better than the base rate" if self.gain["low"] <= 0 else None
+        worse = "predicts replies no better than the base rate" if self.gain.low <= 0 else None
         both = " and ".join(each for each in (said, worse) if each)
         return f"the projection on {self.trait} at layer {self.layer} {both}" if both else None
 
@@ -165,17 +106,15 @@ class MonitorCalibration:
         return float(self.curve.probability(np.array([projection]))[0])
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the observations' counts, which all layers share (see `with_monitor_calibration`)."""
-        return {
-            "curve": self.curve.to_json(),
-            "projections": self.observations.projections.tolist(),
-            "log_loss": dict(self.log_loss),
-            "brier": self.brier,
-            "base_brier": self.base_brier,
-            "gain": dict(self.gain),
-            "reliability": [asdict(each) for each in self.reliability],
-            "verdict": self.verdict,
-        }
+        """Everything but what all layers share (see `with_monitor_calibration`)."""
+        values = asdict(self)
+        observations = values.pop("observations")
+        shared = ("trait", "layer", "reduction")
+        kept = {name: value for name, value in values.items() if name not in shared}
+        return {**kept, "projections": observations["projections"].tolist()}
+
+
+_STORED = TypeAdapter(MonitorCalibration)
 
 
 def calibrate(
@@ -201,21 +140,19 @@ def calibrate(
         raise MonitoringError(
             f"{kind} {trait!r} (a score of at least {SHOWN_FROM:g}), so there is nothing to calibrate on"
         )
-    held_out = {kind: np.empty(len(observations.projections)) for kind in (*FITS, "base")}
+    held_out = {kind: np.empty(len(observations.projections)) for kind in (*KINDS, "base")}
     for mask, others in observations.folds():
-        for kind, fit in FITS.items():
-            curve = fit(others.projections, others.shown, others.responses)
-            held_out[kind][mask] = curve.probability(observations.projections[mask])
-        held_out["base"][mask] = share_shown(others.shown, others.responses)
+        for kind, curve in KINDS.items():
+            held_out[kind][mask] = curve.fit(others).probability(observations.projections[mask])
+        held_out["base"][mask] = others.share
     log_loss = {kind: _log_loss(observations, found) for kind, found in held_out.items()}
-    taken = min(FITS, key=lambda kind: log_loss[kind])
-    curve = FITS[taken](observations.projections, observations.shown, observations.responses)
+    taken = min(KINDS, key=lambda kind: log_loss[kind])
     brier, base = (_brier(observations, held_out[kind]) for kind in (taken, "base"))
     return MonitorCalibration(
         trait,
         layer,
         reduction,
-        curve,
+        KINDS[taken].fit(observations),
         observations,
         log_loss,
         float(brier.sum() / responses),
@@ -238,13 +175,13 @@ def _brier(observations: Observations, probability: Values) -> Values:
     return summed
 
 
-def _gain(observations: Observations, gained: Values, seed: int) -> dict[str, Any]:
+def _gain(observations: Observations, gained: Values, seed: int) -> Estimate:
     means = [
         float(gained[rows].sum() / observations.responses[rows].sum())
         for question in np.unique(observations.questions)
         for rows in [observations.questions == question]
     ]
-    return bootstrap_mean(means, seed).to_json()
+    return bootstrap_mean(means, seed)
 
 
 def _reliability(observations: Observations, probability: Values) -> Iterator[Bin]:
@@ -291,11 +228,6 @@ def with_monitor_calibration(
     )
 
 
-def is_calibrated(vectors: PersonaVectors) -> bool:
-    """Whether a calibration is stored with the vectors."""
-    return vectors.monitor is not None
-
-
 def monitor_calibration(vectors: PersonaVectors, layer: int | None = None) -> MonitorCalibration:
     """The calibration that is stored with the vectors.
 
@@ -316,23 +248,92 @@ def monitor_calibration(vectors: PersonaVectors, layer: int | None = None) -> Mo
         there = ", ".join(map(str, stored.layers))
         raise MonitoringError(f"{vectors.trait!r} is calibrated at layer {there}, not at layer {chosen}")
     try:
-        entry = stored.layers[chosen]
+        entry = dict(stored.layers[chosen])
         observations = Observations.of(entry["projections"], stored.shown, stored.responses, stored.questions)
-        bins = [Bin(each["predicted"], Share(**each["observed"])) for each in entry["reliability"]]
-        return MonitorCalibration(
-            vectors.trait,
-            chosen,
-            stored.reduction,
-            curve_from_json(entry["curve"]),
-            observations,
-            entry["log_loss"],
-            entry["brier"],
-            entry["base_brier"],
-            entry["gain"],
-            tuple(bins),
-            entry.get("verdict"),
-        )
+        place = {"trait": vectors.trait, "layer": chosen, "reduction": stored.reduction}
+        return _STORED.validate_python({**entry, **place, "observations": observations})
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise MonitoringError(
             f"the calibration stored with {vectors.trait!r} is damaged: {in_short(repr(error), 200)}"
         ) from error
+
+
+@dataclass(frozen=True)
+class Threshold(Record):
+    """An alarm is raised by projections of at least ``value``.
+
+    Attributes:
+        false_alarm_rate: The rate asked for: of the responses that do not show the trait, the share whose prompts raise
+            an alarm.
+        value: In residual-stream units.
+        low: Lower end of its percentile bootstrap interval over questions; None if there are too few responses for one.
+            A percentile is no smooth statistic, so that the jackknife does not serve it: of simulated studies this held
+            the truth in 80% to 88% at 5 questions, 87% to 91% at 8 to 12, 92% to 95% at 20.
+        high: Upper end.
+        probability: The curve's, there.
+        false_alarms: The rate on questions that a threshold found in the same way has not seen; None if there is no
+            such response.
+        detected: Of the responses that show the trait, the share whose prompts raise an alarm, likewise.
+    """
+
+    false_alarm_rate: float
+    value: float
+    low: float | None
+    high: float | None
+    probability: float
+    false_alarms: Share | None
+    detected: Share | None
+
+
+def threshold_for(calibration: MonitorCalibration, false_alarm_rate: float, *, seed: int = 0) -> Threshold:
+    """The lowest threshold whose false alarms are no more than a stated rate.
+
+    Args:
+        calibration: As a study stored it.
+        false_alarm_rate: Above 0 and below 1. Below one over the number of responses that do not show the trait, the
+            threshold is above all of them.
+        seed: Of the bootstrap.
+
+    Raises:
+        MonitoringError: If the rate is none.
+    """
+    if not 0 < false_alarm_rate < 1:
+        raise MonitoringError(f"a false-alarm rate is above 0 and below 1, such as 0.05; got {false_alarm_rate:g}")
+    observations = calibration.observations
+    value = _threshold(observations, false_alarm_rate)
+    several = len(np.unique(observations.questions)) > 1
+    resamples = resampled_rows(observations.questions.tolist(), seed) if several else ()
+    resampled = np.array([_threshold(observations.rows(rows), false_alarm_rate) for rows in resamples])
+    low, high = (percentile_interval(resampled) if several else None) or (None, None)
+    false_alarms, detected = _held_out(observations, false_alarm_rate)
+    return Threshold(false_alarm_rate, value, low, high, calibration.probability(value), false_alarms, detected)
+
+
+def _threshold(observations: Observations, rate: float) -> float:
+    """The smallest projection seen from which on the share of false alarms is at most the rate.
+
+    NaN where every response shows the trait.
+    """
+    places, where = np.unique(observations.projections, return_inverse=True)
+    harmless = np.bincount(where, weights=observations.responses - observations.shown)
+    total = harmless.sum()
+    if total == 0:
+        return math.nan
+    at_least = harmless[::-1].cumsum()[::-1]
+    allowed = at_least <= rate * total + 1e-9  # 29% of 100 are 29
+    return float(places[allowed][0]) if allowed.any() else math.nextafter(float(places[-1]), math.inf)
+
+
+def _held_out(observations: Observations, rate: float) -> tuple[Share | None, Share | None]:
+    """False alarms and detections of thresholds on questions that they were not made from."""
+    counts = np.zeros((2, 2), dtype=np.int64)  # shown or not; raised, all
+    for held_out, others in observations.folds():
+        value = _threshold(others, rate)
+        if math.isnan(value):
+            continue
+        tested = observations.rows(held_out)
+        raised = tested.projections >= value
+        for kind, found in enumerate((tested.responses - tested.shown, tested.shown)):
+            counts[kind] += int(found[raised].sum()), int(found.sum())
+    false_alarms, detected = (Share.of(int(k), int(n)) if n else None for k, n in counts)
+    return false_alarms, detected

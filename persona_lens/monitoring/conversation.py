@@ -4,41 +4,111 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from math import isfinite
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import Backend, Sampling, StopGeneration, TokenBatch, Watch, WatchedTokens, watched_generation
+from persona_lens.backend import (
+    Backend,
+    Edit,
+    Sampling,
+    StopGeneration,
+    TokenBatch,
+    Watch,
+    WatchedTokens,
+    watched_generation,
+)
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import chat_format, note_reasoning
-from persona_lens.monitoring.curves import MonitoringError
-from persona_lens.monitoring.gauges import Alarm, Panel, TokenReading, TurnMeter
+from persona_lens.monitoring.gauges import MonitoringError, Panel, TraitReading
 from persona_lens.steering.replies import GivenEdits, GivenVectors, given_edits
 
 
+class AlarmKind(StrEnum):
+    """What an alarm listens to."""
+
+    PROMPT_LAST = "prompt_last"  # the last prompt token, before anything is said
+    TOKEN = "token"  # each token of the reply
+    RUNNING_MEAN = "running_mean"  # mean over the reply so far
+    TURN_MEAN = "turn_mean"  # mean over the whole reply, once it is there
+
+
 @dataclass(frozen=True)
-class TraitReading:
-    """One trait at one layer over one turn of the assistant, in residual-stream units.
+class Alarm:
+    """Calls back when a trait's value goes beyond a threshold, and again only after it was back.
+
+    Attributes:
+        trait: Name of the trait.
+        threshold: In residual-stream units.
+        callback: Given an `Alert`. While a reply is generated it may raise `persona_lens.backend.StopGeneration`, which
+            ends the reply after the token; it must not ask the model anything.
+        layer: Where the trait is read; may be left out if that is one layer only.
+        kind: A value of `AlarmKind`.
+        above: Whether values above the threshold are beyond it, or below.
+
+    Raises:
+        MonitoringError: If the kind does not exist, or the threshold is not finite.
+    """
+
+    trait: str
+    threshold: float
+    callback: Callable[[Alert], None]
+    layer: int | None = None
+    kind: AlarmKind | str = AlarmKind.TOKEN
+    above: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in tuple(AlarmKind):
+            raise MonitoringError(f"an alarm listens to {', '.join(AlarmKind)}; got {self.kind!r}")
+        if not isfinite(self.threshold):
+            raise MonitoringError(f"the threshold of an alarm must be finite, got {self.threshold}")
+
+    def is_beyond(self, value: float) -> bool:
+        """Whether the value is on the wrong side of the threshold."""
+        return value > self.threshold if self.above else value < self.threshold
+
+
+@dataclass(frozen=True)
+class Alert:
+    """What an alarm tells.
+
+    Attributes:
+        alarm: The alarm.
+        layer: Where the trait was read.
+        value: What went beyond the threshold.
+        turn: Number of the assistant's turn, from 0.
+        token: Index of the token within the reply; None at the last prompt token, and once the turn is over.
+    """
+
+    alarm: Alarm
+    layer: int
+    value: float
+    turn: int
+    token: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenReading:
+    """One token of a reply, as it is generated.
 
     Attributes:
         turn: Number of the assistant's turn, from 0.
-        trait: Name of the trait.
-        layer: Block index, 0-based.
-        tokens: Tokens of the reply.
-        mean: Mean over them; NaN for an empty reply.
-        highest: Largest of them; NaN for an empty reply.
-        prompt_last: Value at the last prompt token, before anything was said.
+        index: Number of the token within the reply, from 0.
+        id: Token id.
+        values: float32 [gauges], in residual-stream units.
+        means: float32 [gauges], over the reply so far.
     """
 
     turn: int
-    trait: str
-    layer: int
-    tokens: int
-    mean: float
-    highest: float
-    prompt_last: float
+    index: int
+    id: int
+    values: Float[Tensor, " gauges"]
+    means: Float[Tensor, " gauges"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +130,58 @@ class Turn:
     readings: tuple[TraitReading, ...]
     token_values: Float[Tensor, "tokens gauges"] | None = None
     stopped: bool = False
+
+
+class _TurnMeter:
+    """Gathers one turn token by token, and sounds alarms."""
+
+    def __init__(self, panel: Panel, alarms: Sequence[Alarm], turn: int) -> None:
+        self._alarms = [(panel.find(alarm.trait, alarm.layer), alarm) for alarm in alarms]
+        self._gauges, self._turn = panel.gauges, turn
+        self._beyond: set[int] = set()
+        self.said: list[Tensor] = []
+        self._sum = torch.zeros(len(panel.gauges), dtype=torch.float64)
+        self.before = torch.full((len(panel.gauges),), torch.nan)
+
+    @property
+    def means(self) -> Float[Tensor, " gauges"]:
+        """Mean of each gauge over the tokens so far."""
+        return (self._sum / len(self.said)).float()
+
+    def prompt(self, values: Float[Tensor, " gauges"]) -> bool:
+        """Take the last prompt token; returns whether an alarm wants the reply stopped."""
+        self.before = values.clone()
+        return self._sound(AlarmKind.PROMPT_LAST, values, None)
+
+    def token(self, values: Float[Tensor, " gauges"]) -> bool:
+        """Take the next token of the reply; returns whether an alarm wants the reply stopped."""
+        index = len(self.said)
+        self.said.append(values.clone())
+        self._sum += values
+        stop = self._sound(AlarmKind.TOKEN, values, index)
+        return self._sound(AlarmKind.RUNNING_MEAN, self.means, index) or stop
+
+    def finish(self) -> None:
+        """The reply is whole. There is nothing left to stop."""
+        if self.said:
+            self._sound(AlarmKind.TURN_MEAN, self.means, None)
+
+    def _sound(self, kind: AlarmKind, values: Float[Tensor, " gauges"], token: int | None) -> bool:
+        """Let every alarm of a kind sound, also those after one that wants to stop."""
+        stop = False
+        for number, (gauge, alarm) in enumerate(self._alarms):
+            if alarm.kind != kind:
+                continue
+            value = float(values[gauge])
+            if not alarm.is_beyond(value):
+                self._beyond.discard(number)
+            elif number not in self._beyond:
+                self._beyond.add(number)
+                try:
+                    alarm.callback(Alert(alarm, self._gauges[gauge].layer, value, self._turn, token))
+                except StopGeneration:
+                    stop = True
+        return stop
 
 
 class ConversationMonitor:
@@ -95,8 +217,7 @@ class ConversationMonitor:
         keep_tokens: bool = True,
         allow_other_model: bool = False,
     ) -> None:
-        for gauge in panel.gauges if not allow_other_model else ():
-            gauge.vectors.check_model(backend)
+        panel.check_model(backend, allow_other_model=allow_other_model)
         for alarm in alarms:
             panel.find(alarm.trait, alarm.layer)
         self.panel = panel
@@ -155,7 +276,7 @@ class ConversationMonitor:
         asked: list[Message] = [*self._messages, {"role": "user", "content": user}]
         prompt = self._chat.encode_messages(asked)
         self._check_length(len(prompt), max_new_tokens)
-        meter = self._meter()
+        meter = _TurnMeter(self.panel, self._alarms, len(self._turns))
         stopped = False
 
         def on_tokens(tokens: WatchedTokens) -> None:
@@ -164,7 +285,7 @@ class ConversationMonitor:
             stopped = meter.token(values) if tokens.step else meter.prompt(values)
             if tokens.step and self._on_token is not None:
                 token = int(tokens.ids[0, -1])
-                self._on_token(TokenReading(len(self._turns), meter.tokens - 1, token, values, meter.means))
+                self._on_token(TokenReading(len(self._turns), len(meter.said) - 1, token, values, meter.means))
             if stopped:
                 raise StopGeneration
 
@@ -203,47 +324,50 @@ class ConversationMonitor:
         new = [i for i in range(known, len(messages)) if messages[i].get("role") == "assistant"]
         if any(i == 0 for i in new):
             raise MonitoringError("the conversation begins with the assistant: there is no prompt to read before it")
-        if not messages:
-            return ()
-        rows = _rows([self._answer(messages, i) for i in new])
-        read: dict[int, Turn] = {}
-        if rows:
-            self._check_length(max(len(row.prompt) + len(row.response) for row in rows), 0)
-            text = TokenBatch.of([row.prompt for row in rows], [row.response for row in rows])
-            projections = self._backend.forward(text, written, [self.panel.read]).reads["projections"]
-            found = {
-                index: (projections[number, :, -(len(row.prompt) + len(row.response)) :], start, stop)
-                for number, row in enumerate(rows)
-                for index, (start, stop) in row.answers.items()
-            }
+        values = self._values([self._answer(messages, i) for i in new], written)
         self._messages = [dict(message) for message in messages]
-        for number in range(len(new)):
-            projected, start, stop = found[number]
-            read[number] = self._read(projected, start, stop, new[number])
-        return tuple(read.values())
+        turns = []
+        for message, each in zip(new, values, strict=True):
+            meter = _TurnMeter(self.panel, self._alarms, len(self._turns))
+            meter.prompt(each[0])
+            for value in each[1:]:
+                meter.token(value)
+            turns.append(self._finish(meter, message, self._messages[message]["content"], False))
+        return tuple(turns)
 
     def _answer(self, messages: Sequence[Message], index: int) -> tuple[TokenIds, TokenIds]:
         prompt = tuple(self._chat.encode_messages(messages[:index]))
         return prompt, tuple(self._chat.encode_answer(messages[index]["content"]))
 
-    def _read(self, projections: Float[Tensor, "layers tokens k"], start: int, stop: int, message: int) -> Turn:
-        meter = self._meter()
-        values = self.panel.values(projections[:, start - 1 : stop])
-        meter.prompt(values[0])
-        for value in values[1:]:
-            meter.token(value)
-        return self._finish(meter, message, self._messages[message]["content"], False)
+    def _values(self, answers: Sequence[tuple[TokenIds, TokenIds]], edits: Sequence[Edit]) -> list[Tensor]:
+        """The values of each answer's tokens behind that of its last prompt token.
 
-    def _meter(self) -> TurnMeter:
-        return TurnMeter(self.panel, self._alarms, len(self._turns), self._keep_tokens)
+        As few texts run as hold every answer after its own prompt: one, unless the template rewrites earlier turns.
+        """
+        texts: dict[TokenIds, list[int]] = {}  # with the answers in it, the last of which it ends with
+        for number in reversed(range(len(answers))):
+            prompt, answer = answers[number]
+            own = prompt + answer
+            texts.setdefault(next((text for text in texts if text[: len(own)] == own), own), []).append(number)
+        if not texts:
+            return []
+        self._check_length(max(map(len, texts)), 0)
+        ending = [answers[held[0]] for held in texts.values()]
+        batch = TokenBatch.of([prompt for prompt, _ in ending], [answer for _, answer in ending])
+        projections = self._backend.forward(batch, edits, [self.panel.read]).reads["projections"]
+        found: dict[int, Tensor] = {}
+        for row, (text, held) in enumerate(texts.items()):
+            values = self.panel.values(projections[row, :, -len(text) :])
+            for number in held:
+                prompt, answer = answers[number]
+                found[number] = values[len(prompt) - 1 : len(prompt) + len(answer)]
+        return [found[number] for number in range(len(answers))]
 
-    def _finish(self, meter: TurnMeter, message: int, text: str, stopped: bool) -> Turn:
-        number, columns = len(self._turns), (meter.means, meter.highest, meter.prompt_last)
-        readings = tuple(
-            TraitReading(number, gauge.trait, gauge.layer, meter.tokens, *(float(column[i]) for column in columns))
-            for i, gauge in enumerate(self.panel.gauges)
-        )
-        turn = Turn(number, message, text, readings, meter.values, stopped)
+    def _finish(self, meter: _TurnMeter, message: int, text: str, stopped: bool) -> Turn:
+        number = len(self._turns)
+        said = torch.stack(meter.said) if meter.said else torch.empty(0, len(self.panel.gauges))
+        readings = self.panel.readings(number, said, meter.before)
+        turn = Turn(number, message, text, readings, said if self._keep_tokens else None, stopped)
         self._turns.append(turn)
         meter.finish()
         return turn
@@ -256,27 +380,3 @@ class ConversationMonitor:
                 f"the conversation has become too long: {asked}, and the model takes {limit}; begin a new one, or "
                 "allow for fewer new tokens"
             )
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A text, and the places of answers in it by their number."""
-
-    prompt: TokenIds
-    response: TokenIds
-    answers: dict[int, tuple[int, int]]
-
-
-def _rows(answers: Sequence[tuple[TokenIds, TokenIds]]) -> list[_Row]:
-    """As few texts as hold every answer after its own prompt: one, unless the template rewrites earlier turns."""
-    rows: list[_Row] = []
-    for number in reversed(range(len(answers))):
-        prompt, answer = answers[number]
-        start, stop = len(prompt), len(prompt) + len(answer)
-        text = prompt + answer
-        holder = next((row for row in rows if (row.prompt + row.response)[:stop] == text), None)
-        if holder is None:
-            holder = _Row(prompt, answer, {})
-            rows.append(holder)
-        holder.answers[number] = (start, stop)
-    return rows

@@ -1,156 +1,17 @@
-"""What comes before a study's questions, and how far where a prompt ends goes with what its replies show."""
+"""How far where a prompt ends goes with what its replies show, beside random directions."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.ma import masked_invalid
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from persona_lens.core.documents import Record
 from persona_lens.core.statistics import CORRELATION, Ends, Verdict, jackknifed, pearson
-from persona_lens.core.text import counted
-from persona_lens.data.tables import read_rows, row_key
-from persona_lens.monitoring.curves import MonitoringError
-from persona_lens.traits import Arm, Trait, TraitError, load_trait
-from persona_lens.vectors import PersonaVectors
-
-ROLLOUTS, SCORES = "rollouts.jsonl", "scores.jsonl"
-_ORDER = ("question_number", "pair", "sample", "arm")
-
-
-class Kind(StrEnum):
-    """What a condition is made of."""
-
-    PROMPTS = "prompts"  # a graded system prompt
-    SHOTS = "shots"  # a number of answered questions before the one that is asked
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What comes before a question.
-
-    Attributes:
-        kind: Of what it is made.
-        level: Number of the graded prompt, from 1; or number of examples.
-        system: System prompt, or None for none.
-        examples: Questions and answers that come before, as turns of the conversation.
-    """
-
-    kind: Kind
-    level: int
-    system: str | None = None
-    examples: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Such as ``prompt 3`` or ``5 shots``."""
-        return f"prompt {self.level}" if self.kind is Kind.PROMPTS else counted(self.level, "shot")
-
-    def to_json(self) -> dict[str, Any]:
-        """The condition as JSON values."""
-        return {"name": self.name, **asdict(self)}
-
-
-def graded_conditions(trait: Trait) -> list[Condition]:
-    """One condition for each of the trait's graded prompts.
-
-    Raises:
-        MonitoringError: If it has none.
-    """
-    if not trait.graded_prompts:
-        raise MonitoringError(
-            f"the trait {trait.name!r} has no graded prompts: write eight of them into its file, from holding the "
-            "trait back to calling it forth (graded_prompts:), and name the file (--trait FILE)"
-        )
-    return [Condition(Kind.PROMPTS, level, prompt) for level, prompt in enumerate(trait.graded_prompts, 1)]
-
-
-def shot_conditions(shots: Sequence[int], examples: Sequence[tuple[str, str]]) -> list[Condition]:
-    """One condition for each number of examples; of a larger number, the first are those of the smaller ones.
-
-    Raises:
-        MonitoringError: If there are too few examples.
-    """
-    if max(shots) > len(examples):
-        raise MonitoringError(
-            f"{max(shots)} examples are asked for, but there are {len(examples)}: ask for fewer (--shots), or give the "
-            "folder of a larger extraction (--examples)"
-        )
-    return [Condition(Kind.SHOTS, n, None, tuple(examples[:n])) for n in shots]
-
-
-def graded_trait(vectors: PersonaVectors, trait: Trait) -> Trait:
-    """The trait with graded prompts, where vectors from before there were any carry it without.
-
-    They are taken from the trait of the same name and content that is found now; failing that, the trait is returned as
-    it is.
-    """
-    if trait.graded_prompts:
-        return trait
-    try:
-        found = load_trait(vectors.trait)
-    except TraitError:
-        return trait
-    return found if found.content_hash() == trait.content_hash() else trait
-
-
-def examples_of(folder: Path | str) -> list[tuple[str, str]]:
-    """Answered questions that show the trait, from an extraction's run folder.
-
-    Of each extraction question the response of the positive arm with the highest score is taken; the highest of all
-    comes first.
-
-    Args:
-        folder: With the run's ``rollouts.jsonl`` and ``scores.jsonl``.
-
-    Raises:
-        MonitoringError: If it holds no such run.
-        DataError: If a row cannot be read, naming the file and the line.
-    """
-    rollouts, scores = Path(folder) / ROLLOUTS, Path(folder) / SCORES
-    for file in (rollouts, scores):
-        if not file.exists():
-            raise MonitoringError(
-                f"there is no {file}, which examples are taken from: give the run folder of the extraction "
-                "(--examples FOLDER), or study graded prompts only (--conditions prompts)"
-            )
-    places = {row_key(rollouts, line, row, _ORDER, MonitoringError): row for line, row in read_rows(rollouts)}
-    judged = {
-        row_key(scores, line, row, ("row",), MonitoringError)[0]: _score(scores, line, row)
-        for line, row in read_rows(scores)
-    }
-    if set(judged) != set(range(len(places))):
-        raise MonitoringError(f"{scores} has not one score for each of the {len(places)} responses in {rollouts.name}")
-    try:
-        # The order of the plan, which the numbers of the scores follow: positive before negative, as in `Arm`.
-        ordered = sorted(places, key=lambda key: (*key[:3], key[3] != Arm.POSITIVE))
-    except TypeError:
-        raise MonitoringError(f"{rollouts} does not number questions, pairs and samples") from None
-    best: dict[object, tuple[float, str, str]] = {}
-    for number, key in enumerate(ordered):
-        row, score = places[key], judged[number]
-        asked, answer = row.get("question"), row.get("response")
-        if key[3] != Arm.POSITIVE or score is None or not isinstance(asked, str) or not isinstance(answer, str):
-            continue
-        if answer.strip() and (key[0] not in best or score > best[key[0]][0]):
-            best[key[0]] = (score, asked, answer.strip())
-    ranked = sorted(best.values(), key=lambda found: -found[0])
-    return [(asked, answer) for _, asked, answer in ranked]
-
-
-def _score(file: Path, line: int, row: dict[str, Any]) -> float | None:
-    score = row.get("score")
-    if score is None or (isinstance(score, int | float) and 0 <= score <= 100):
-        return score
-    raise MonitoringError(f"{file}:{line}: a score is a number from 0 to 100, got {json.dumps(score)[:40]}")
-
 
 LEAST = 3  # prompts; with fewer, every correlation is a coincidence
 LEAST_SD = 1.0  # points: conditions whose scores vary less are left out within conditions (method, section 5)
@@ -267,64 +128,52 @@ def correlate(
         conditions: Name of each prompt's condition.
         questions: Number of each prompt's question; intervals are over questions.
         layers: Block indices.
-        null: [prompts, layers, random directions].
+        null: [prompts, random directions, layers].
         seed: Of the resampling.
     """
     groups = {name: np.flatnonzero(np.array([c == name for c in conditions])) for name in dict.fromkeys(conditions)}
     used = [name for name, rows in groups.items() if len(rows) >= LEAST and scores[rows].std(ddof=1) >= LEAST_SD]
     code = np.array([used.index(name) if name in used else -1 for name in conditions])
-    measured = _statistics(projections, scores, code, len(used))
+    measured = _statistics(projections, scores, code)
     ends = jackknifed(
-        lambda rows: _statistics(projections[rows], scores[rows], code[rows], len(used)).ravel(),
-        questions,
-        CORRELATION,
-        seed,
+        lambda rows: _statistics(projections[rows], scores[rows], code[rows]).ravel(), questions, CORRELATION, seed
     )
     intervals = [ends[kind * len(layers) : (kind + 1) * len(layers)] for kind in range(4)]
-    nulls = [None, None] if null is None else [_nulls(null, scores, code, len(used), kind) for kind in (0, 1)]
+    nulls = None
+    if null is not None:
+        flat = null.reshape(len(null), -1)
+        nulls = _statistics(flat, scores, code)[[0, 2]].reshape(2, *null.shape[1:])  # pearson, and that within
     found = []
     for at, layer in enumerate(layers):
         four = (_measured(measured[kind, at], intervals[kind][at]) for kind in range(4))
-        beside = (None if each is None else _null(each[at]) for each in nulls)
+        beside = (None, None) if nulls is None else (_null(nulls[0, :, at]), _null(nulls[1, :, at]))
         found.append(LayerCorrelation(layer, *four, *beside))  # type: ignore[arg-type]  # a star hides which is which
     return Correlations(
         tuple(found),
         len(scores),
         tuple(used),
         tuple(name for name in groups if name not in used),
-        None if nulls[0] is None else _null(_largest(nulls[0])),
+        None if nulls is None else _null(masked_invalid(nulls[0]).max(axis=1).filled(np.nan)),
     )
 
 
-def _statistics(x: Values, y: Values, code: NDArray[np.int64], n_used: int) -> Values:
-    """[pearson, spearman, within pearson, within spearman] by layer; NaN where one is not defined."""
-    groups = [np.flatnonzero(code == number) for number in range(n_used)]
+def _statistics(x: Values, y: Values, code: NDArray[np.int64]) -> Values:
+    """[pearson, spearman, within pearson, within spearman] by column of x; NaN where one is not defined.
+
+    Within is the mean over the groups with one code; those of -1 are left out, and those of few rows.
+    """
+    groups = [rows for each in np.unique(code[code >= 0]) if len(rows := np.flatnonzero(code == each)) >= LEAST]
+    undefined = np.full((1, x.shape[1]), np.nan)
     found = []
     for ranked in (False, True):
-        within = [_r(x[rows], y[rows], ranked) for rows in groups if len(rows) >= LEAST]
-        overall = _r(x, y, ranked) if len(y) >= LEAST else np.full(x.shape[1], np.nan)
-        found.append((overall, _mean(np.array(within).reshape(len(within), x.shape[1]))))
+        overall = _r(x, y, ranked) if len(y) >= LEAST else undefined[0]
+        within = np.array([_r(x[rows], y[rows], ranked) for rows in groups] or undefined)
+        found.append((overall, masked_invalid(within).mean(axis=0).filled(np.nan)))
     return np.array([found[0][0], found[1][0], found[0][1], found[1][1]])
 
 
 def _r(x: Values, y: Values, ranked: bool) -> Values:
     return pearson(rankdata(x, axis=0), rankdata(y)) if ranked else pearson(x, y)
-
-
-def _mean(rows: Values) -> Values:
-    """The mean of each column's numbers; NaN in a column without any."""
-    defined = np.isfinite(rows)
-    count = defined.sum(axis=0)
-    mean: Values = np.where(count > 0, np.where(defined, rows, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
-    return mean
-
-
-def _nulls(null: Values, y: Values, code: NDArray[np.int64], n_used: int, kind: int) -> Values:
-    """[layers, directions], ``pearson`` of each (kind 0) or ``within_pearson`` (kind 1)."""
-    prompts, layers, directions = null.shape
-    found = _statistics(null.reshape(prompts, layers * directions), y, code, n_used)
-    by_layer: Values = found[2 * kind].reshape(layers, directions)
-    return by_layer
 
 
 def _measured(value: float, interval: Ends | None) -> Measured:
@@ -339,9 +188,3 @@ def _null(values: Values) -> Null:
         return Null(None, None, None, 0)
     low, high = np.percentile(defined, [2.5, 97.5])
     return Null(float(defined.mean()), float(low), float(high), len(defined))
-
-
-def _largest(values: Values) -> Values:
-    """Over layers; NaN for a direction without any."""
-    lowest = np.where(np.isfinite(values), values, -np.inf).max(axis=0)
-    return np.where(np.isfinite(lowest), lowest, np.nan)

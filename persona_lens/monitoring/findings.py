@@ -8,19 +8,18 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 
-from persona_lens.core.statistics import Verdict
 from persona_lens.monitoring.calibration import (
     SHOWN_FROM,
     MonitorCalibration,
-    Observations,
     calibrate,
+    threshold_for,
     with_monitor_calibration,
 )
-from persona_lens.monitoring.correlation import Condition, Correlations, Kind, correlate
-from persona_lens.monitoring.curves import MonitoringError
-from persona_lens.monitoring.gauges import threshold_for
+from persona_lens.monitoring.conditions import Condition, Kind, StudySettings
+from persona_lens.monitoring.correlation import LEAST, Correlations, correlate
+from persona_lens.monitoring.curves import Observations, Values
+from persona_lens.monitoring.gauges import MonitoringError
 from persona_lens.runs.answers import Answer
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
@@ -41,23 +40,6 @@ class StudyRow(Answer):
     condition: str
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What findings are made of.
-
-    Attributes:
-        layers: Layers read.
-        reduction: Which of the vectors.
-        false_alarm_rate: For the threshold that is shown.
-        seed: Of the bootstrap.
-    """
-
-    layers: Sequence[int]
-    reduction: str
-    false_alarm_rate: float
-    seed: int
-
-
 @dataclass(frozen=True, eq=False)
 class PromptRow:
     """One question in one condition.
@@ -67,14 +49,14 @@ class PromptRow:
         kind: Its kind.
         question: Number of the question.
         scores: Trait scores of those of its responses that have one.
-        projections: Of its last token at each layer read: on the vector first, then on the random directions.
+        projections: Of its last token: on the vector first, then on the random directions, at each layer read.
     """
 
     condition: str
     kind: Kind
     question: int
     scores: tuple[float, ...]
-    projections: Float[NDArray[np.float64], "layers directions"]
+    projections: Float[Values, "directions layers"]
 
     @property
     def score(self) -> float:
@@ -88,7 +70,7 @@ class PromptRow:
             "question": self.question,
             "score": self.score if self.scores else None,
             "scores": list(self.scores),
-            "projections": self.projections[:, 0].tolist(),
+            "projections": self.projections[0].tolist(),
         }
 
 
@@ -98,27 +80,43 @@ def findings(
     conditions: Sequence[Condition],
     rows: Sequence[StudyRow],
     prompts: Sequence[PromptRow],
-    reading: Reading,
+    settings: StudySettings,
+    made: Mapping[str, Any],
 ) -> tuple[PersonaVectors, dict[str, Any]]:
     """The vectors with their calibration, where one can be made, and the figures as JSON values.
+
+    Args:
+        vectors: What was projected on.
+        trait: Their trait.
+        conditions: What the questions were asked in.
+        rows: Every response.
+        prompts: Every prompt.
+        settings: The study's.
+        made: How responses were made and judged, to be stored with the calibration.
 
     Raises:
         MonitoringError: If hardly any response has a score.
     """
     scored = [prompt for prompt in prompts if prompt.scores]
-    if len(scored) < 3:
-        raise MonitoringError(f"{len(scored)} of {len(prompts)} prompts have a response with a score; 3 are needed")
-    groups = {
-        kind: _correlate([p for p in scored if p.kind is kind], reading)
+    if len(scored) < LEAST:
+        raise MonitoringError(
+            f"{len(scored)} of {len(prompts)} prompts have a response with a score; {LEAST} are needed"
+        )
+    layers = settings.layers_of(vectors)
+    by_kind = {
+        kind: [prompt for prompt in scored if prompt.kind is kind]
         for kind in dict.fromkeys(condition.kind for condition in conditions)
     }
+    groups = {kind: _correlate(own, layers, settings.seed) for kind, own in by_kind.items()}
     first = next(iter(groups.values()))
-    layer, reason = _layer(first, reading.layers)
-    at = list(reading.layers).index(layer)
+    # The layer that was tuned for steering is no better guess than others: where a vector is best written, it may not
+    # be read before the reply.
+    values = [-np.inf if each.pearson.value is None else each.pearson.value for each in first.layers]
+    at = int(np.argmax(values))
+    layer = layers[at]
     verdicts = {each.layer: each.verdict(each.null) for each in first.layers}
-    if reason == STRONGEST:
+    if len(layers) > 1:
         verdicts[layer] = first.at(layer).verdict(first.best_null)
-    kept, calibration = _calibrated(vectors, scored, layer, reading, verdicts)
     summary = {
         "counts": {
             "responses": len(rows),
@@ -127,11 +125,11 @@ def findings(
             "prompts_scored": len(scored),
         },
         "layer": layer,
-        "layer_reason": reason,
+        "layer_reason": STRONGEST if len(layers) > 1 else ONLY,
         "verdict": verdicts[layer],
         "tuned_layer": vectors.tuned.layer if vectors.tuned is not None else None,
         "groups": {
-            kind.value: {**found.to_json(), **_limits([p for p in scored if p.kind is kind], conditions, reading.seed)}
+            kind.value: {**found.to_json(), **_limits(by_kind[kind], conditions, settings.seed)}
             for kind, found in groups.items()
         },
         "conditions": [_condition(each, scored, at) for each in conditions],
@@ -139,40 +137,33 @@ def findings(
             {
                 "condition": prompt.condition,
                 "question": prompt.question,
-                "projection": float(prompt.projections[at, 0]),
+                "projection": float(prompt.projections[0, at]),
                 "score": prompt.score,
             }
             for prompt in scored
         ],
-        "calibration": calibration,
         "samples": _samples(rows, trait, conditions),
     }
-    return kept, summary
+    try:
+        calibrations = {each: _calibrate(vectors, scored, each, settings) for each in layers}
+    except MonitoringError as error:
+        return vectors, {**summary, "calibration": {"reason": str(error)}}
+    judged = [replace(calibration, verdict=verdicts[each]) for each, calibration in calibrations.items()]
+    kept = with_monitor_calibration(vectors, judged, layer, made)
+    return kept, {**summary, "calibration": _shown_calibration(judged[at], settings)}
 
 
-def _correlate(prompts: Sequence[PromptRow], reading: Reading) -> Correlations:
+def _correlate(prompts: Sequence[PromptRow], layers: Sequence[int], seed: int) -> Correlations:
     read = np.array([prompt.projections for prompt in prompts])
     return correlate(
-        read[:, :, 0],
+        read[:, 0],
         np.array([prompt.score for prompt in prompts]),
         [prompt.condition for prompt in prompts],
         [prompt.question for prompt in prompts],
-        reading.layers,
-        read[:, :, 1:] if read.shape[2] > 1 else None,
-        seed=reading.seed,
+        layers,
+        read[:, 1:] if read.shape[1] > 1 else None,
+        seed=seed,
     )
-
-
-def _layer(found: Correlations, layers: Sequence[int]) -> tuple[int, str]:
-    """The layer that is calibrated, and why: the only one, or the one with the largest correlation.
-
-    The layer that was tuned for steering is no better guess than others: where a vector is best written, it may not be
-    read before the reply.
-    """
-    if len(layers) == 1:
-        return layers[0], ONLY
-    values = [-np.inf if each.pearson.value is None else each.pearson.value for each in found.layers]
-    return layers[int(np.argmax(values))], STRONGEST
 
 
 def _limits(prompts: Sequence[PromptRow], conditions: Sequence[Condition], seed: int) -> dict[str, Any]:
@@ -186,48 +177,30 @@ def _limits(prompts: Sequence[PromptRow], conditions: Sequence[Condition], seed:
     total = float(scores.var(ddof=1)) if len(scores) > 1 else 0.0
     ceiling = float(np.sqrt(max(0.0, 1 - float(np.mean(noise)) / total))) if noise and total > 0 else None
     levels = {condition.name: float(condition.level) for condition in conditions}
-    names = [prompt.condition for prompt in prompts]
-    ranks = np.array([[levels[name]] for name in names])
-    level = correlate(ranks, scores, names, [prompt.question for prompt in prompts], [0], seed=seed)
-    return {"ceiling": ceiling, "level": asdict(level.layers[0].pearson)}
+    by_level = [replace(prompt, projections=np.array([[levels[prompt.condition]]])) for prompt in prompts]
+    return {"ceiling": ceiling, "level": asdict(_correlate(by_level, [0], seed).layers[0].pearson)}
 
 
-def _calibrated(
-    vectors: PersonaVectors,
-    prompts: Sequence[PromptRow],
-    layer: int,
-    reading: Reading,
-    verdicts: Mapping[int, Verdict],
-) -> tuple[PersonaVectors, dict[str, Any]]:
-    shown = [sum(score >= SHOWN_FROM for score in prompt.scores) for prompt in prompts]
-    counted = (shown, [len(prompt.scores) for prompt in prompts], [prompt.question for prompt in prompts])
-    try:
-        made = {
-            each: replace(
-                calibrate(
-                    Observations.of([float(prompt.projections[at, 0]) for prompt in prompts], *counted),
-                    vectors.trait,
-                    each,
-                    reading.reduction,
-                    seed=reading.seed,
-                ),
-                verdict=verdicts[each],
-            )
-            for at, each in enumerate(reading.layers)
-        }
-    except MonitoringError as error:
-        return vectors, {"reason": str(error)}
-    kept = with_monitor_calibration(vectors, list(made.values()), layer, {})
-    return kept, _shown_calibration(made[layer], reading)
+def _calibrate(
+    vectors: PersonaVectors, prompts: Sequence[PromptRow], layer: int, settings: StudySettings
+) -> MonitorCalibration:
+    at = settings.layers_of(vectors).index(layer)
+    observations = Observations.of(
+        [float(prompt.projections[0, at]) for prompt in prompts],
+        [sum(score >= SHOWN_FROM for score in prompt.scores) for prompt in prompts],
+        [len(prompt.scores) for prompt in prompts],
+        [prompt.question for prompt in prompts],
+    )
+    return calibrate(observations, vectors.trait, layer, settings.reduction, seed=settings.seed)
 
 
-def _shown_calibration(calibration: MonitorCalibration, reading: Reading) -> dict[str, Any]:
-    rates = sorted({*RATES, reading.false_alarm_rate})
-    thresholds = [threshold_for(calibration, rate, seed=reading.seed).to_json() for rate in rates]
+def _shown_calibration(calibration: MonitorCalibration, settings: StudySettings) -> dict[str, Any]:
+    rates = sorted({*RATES, settings.false_alarm_rate})
+    thresholds = {rate: threshold_for(calibration, rate, seed=settings.seed).to_json() for rate in rates}
     described = calibration.to_json()
     del described["projections"]
-    asked = next(each for each in thresholds if each["false_alarm_rate"] == reading.false_alarm_rate)
-    return {"shown_from": SHOWN_FROM, **described, "thresholds": thresholds, "threshold": asked}
+    shown = {"thresholds": list(thresholds.values()), "threshold": thresholds[settings.false_alarm_rate]}
+    return {"shown_from": SHOWN_FROM, **described, **shown}
 
 
 def _condition(condition: Condition, prompts: Sequence[PromptRow], at: int) -> dict[str, Any]:
@@ -243,7 +216,7 @@ def _condition(condition: Condition, prompts: Sequence[PromptRow], at: int) -> d
         "mean_score": float(scores.mean()) if len(scores) else None,
         "sd": float(scores.std(ddof=1)) if len(scores) > 1 else None,
         "shown": sum(score >= SHOWN_FROM for score in each) / len(each) if each else None,
-        "mean_projection": float(np.mean([p.projections[at, 0] for p in own])) if own else None,
+        "mean_projection": float(np.mean([p.projections[0, at] for p in own])) if own else None,
     }
 
 

@@ -1,107 +1,23 @@
-"""`Gauge`: a trait read at a layer; and the `Alarm` that sounds when its value goes too far."""
+"""`Gauge`: a trait read at a layer; a `Panel` of them, read together; and what they say of one turn."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
-from math import isfinite
+from math import isfinite, isnan
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import Read, StopGeneration
-from persona_lens.core.documents import Record
-from persona_lens.core.statistics import percentile_interval, resampled_rows
-from persona_lens.monitoring.calibration import MonitorCalibration, Observations, Share
-from persona_lens.monitoring.curves import MonitoringError
+from persona_lens.backend import Backend, Read
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 
-@dataclass(frozen=True)
-class Threshold(Record):
-    """An alarm is raised by projections of at least ``value``.
-
-    Attributes:
-        false_alarm_rate: The rate asked for: of the responses that do not show the trait, the share whose prompts raise
-            an alarm.
-        value: In residual-stream units.
-        low: Lower end of its percentile bootstrap interval over questions; None if there are too few responses for one.
-            A percentile is no smooth statistic, so that the jackknife does not serve it: of simulated studies this held
-            the truth in 80% to 88% at 5 questions, 87% to 91% at 8 to 12, 92% to 95% at 20.
-        high: Upper end.
-        probability: The curve's, there.
-        false_alarms: The rate on questions that a threshold found in the same way has not seen; None if there is no
-            such response.
-        detected: Of the responses that show the trait, the share whose prompts raise an alarm, likewise.
-    """
-
-    false_alarm_rate: float
-    value: float
-    low: float | None
-    high: float | None
-    probability: float
-    false_alarms: Share | None
-    detected: Share | None
-
-
-def threshold_for(calibration: MonitorCalibration, false_alarm_rate: float, *, seed: int = 0) -> Threshold:
-    """The lowest threshold whose false alarms are no more than a stated rate.
-
-    Args:
-        calibration: As a study stored it.
-        false_alarm_rate: Above 0 and below 1. Below one over the number of responses that do not show the trait, the
-            threshold is above all of them.
-        seed: Of the bootstrap.
-
-    Raises:
-        MonitoringError: If the rate is none.
-    """
-    if not 0 < false_alarm_rate < 1:
-        raise MonitoringError(f"a false-alarm rate is above 0 and below 1, such as 0.05; got {false_alarm_rate:g}")
-    observations = calibration.observations
-    value = _threshold(observations, false_alarm_rate)
-    assert value is not None  # a calibration has responses of both kinds
-    several = len(np.unique(observations.questions)) > 1
-    resampled = [
-        math.nan if (found := _threshold(observations.rows(rows), false_alarm_rate)) is None else found
-        for rows in resampled_rows(observations.questions.tolist(), seed)
-    ]
-    interval = percentile_interval(np.array(resampled)) if several else None
-    low, high = interval or (None, None)
-    false_alarms, detected = _held_out(observations, false_alarm_rate)
-    return Threshold(false_alarm_rate, value, low, high, calibration.probability(value), false_alarms, detected)
-
-
-def _threshold(observations: Observations, rate: float) -> float | None:
-    """The smallest projection seen from which on the share of false alarms is at most the rate."""
-    places, where = np.unique(observations.projections, return_inverse=True)
-    harmless = np.bincount(where, weights=observations.responses - observations.shown)
-    total = harmless.sum()
-    if total == 0:
-        return None
-    at_least = harmless[::-1].cumsum()[::-1]
-    allowed = at_least <= rate * total + 1e-9  # 29% of 100 are 29
-    return float(places[allowed][0]) if allowed.any() else math.nextafter(float(places[-1]), math.inf)
-
-
-def _held_out(observations: Observations, rate: float) -> tuple[Share | None, Share | None]:
-    """False alarms and detections of thresholds on questions that they were not made from."""
-    counts = np.zeros((2, 2), dtype=np.int64)  # shown or not; raised, all
-    for held_out, others in observations.folds():
-        value = _threshold(others, rate)
-        if value is None:
-            continue
-        tested = observations.rows(held_out)
-        raised = tested.projections >= value
-        for kind, found in enumerate((tested.responses - tested.shown, tested.shown)):
-            counts[kind] += int(found[raised].sum()), int(found.sum())
-    false_alarms, detected = (Share.of(int(k), int(n)) if n else None for k, n in counts)
-    return false_alarms, detected
+class MonitoringError(PersonaLensError):
+    """What cannot be monitored or shown; where one row of a file is at fault, the message begins with its place."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +30,8 @@ class Gauge:
         reduction: Which of the vectors.
 
     Raises:
-        VectorsError: If there is no such layer or reduction.
+        VectorsError: If there is no such layer or reduction, or the vector is zero there.
+        MonitoringError: If the vector is too long to be projected on.
     """
 
     vectors: PersonaVectors
@@ -122,8 +39,11 @@ class Gauge:
     reduction: str = DEFAULT_REDUCTION
 
     def __post_init__(self) -> None:
-        if not bool(self.direction.any()):
-            raise MonitoringError(f"the vector of {self.trait!r} at layer {self.layer} is zero: nothing points there")
+        if not isfinite(length := float(self.direction.norm())):
+            raise MonitoringError(
+                f"the {self.reduction} vector of {self.trait!r} at layer {self.layer} has length {length:g}: nothing "
+                "can be projected on it"
+            )
 
     @staticmethod
     def of(vectors: PersonaVectors, layer: int | None = None, reduction: str | None = None) -> Gauge:
@@ -149,6 +69,26 @@ class Gauge:
 
     def __str__(self) -> str:
         return f"{self.trait}@{self.layer}"
+
+
+def projected(
+    activations: Float[Tensor, "rows layers d_model"], layers: Sequence[int], gauges: Sequence[Gauge]
+) -> Float[Tensor, "rows gauges"]:
+    """Each row's projections on the gauges' unit vectors, in residual-stream units.
+
+    Args:
+        activations: Of each row, at each of the layers.
+        layers: Block indices, those of all gauges among them.
+        gauges: What is read.
+    """
+    found = torch.empty(len(activations), len(gauges))
+    for place, layer in enumerate(layers):
+        own = [number for number, gauge in enumerate(gauges) if gauge.layer == layer]
+        if own:
+            directions = torch.stack([gauges[number].direction for number in own])
+            units = directions / directions.norm(dim=-1, keepdim=True)
+            found[:, own] = activations[:, place].float() @ units.T
+    return found
 
 
 @dataclass(frozen=True)
@@ -181,6 +121,29 @@ class Panel:
         each = (vectors,) if isinstance(vectors, PersonaVectors) else tuple(vectors)
         chosen: Sequence[int | None] = (layers,) if layers is None or isinstance(layers, int) else layers
         return Panel(tuple(Gauge.of(one, layer) for one in each for layer in chosen))
+
+    def with_random_directions(self, count: int, seed: int = 0) -> Panel:
+        """The panel with so many random directions behind it at each of its layers, seed by seed."""
+        first = {gauge.layer: gauge for gauge in reversed(self.gauges)}
+        models = {id(gauge.vectors): gauge.vectors for gauge in first.values()}
+        nulls: list[Gauge] = []
+        for each in range(seed, seed + count):
+            random = {key: vectors.random_like(each) for key, vectors in models.items()}
+            nulls += [Gauge(random[id(first[n].vectors)], n, first[n].reduction) for n in self.layers]
+        return Panel((*self.gauges, *nulls))
+
+    def check_model(self, backend: Backend, *, allow_other_model: bool | None = None) -> None:
+        """Raise unless all vectors belong to the backend's model.
+
+        Args:
+            backend: The model.
+            allow_other_model: Take vectors of another model; None where that cannot be allowed.
+
+        Raises:
+            VectorsError: Naming what differs.
+        """
+        for gauge in self.gauges if not allow_other_model else ():
+            gauge.vectors.check_model(backend, allowable=allow_other_model is not None)
 
     def find(self, trait: str, layer: int | None = None) -> int:
         """Number of a gauge; the layer may be left out where the trait is read at one only.
@@ -223,154 +186,52 @@ class Panel:
         slots = [rows[:number].count(row) for number, row in enumerate(rows)]
         return torch.tensor(rows), torch.tensor(slots)
 
+    def readings(
+        self, turn: int, said: Float[Tensor, "tokens gauges"], before: Float[Tensor, " gauges"]
+    ) -> tuple[TraitReading, ...]:
+        """What the gauges say of a turn, one reading for each.
 
-class AlarmKind(StrEnum):
-    """What an alarm listens to."""
-
-    PROMPT_LAST = "prompt_last"  # the last prompt token, before anything is said
-    TOKEN = "token"  # each token of the reply
-    RUNNING_MEAN = "running_mean"  # mean over the reply so far
-    TURN_MEAN = "turn_mean"  # mean over the whole reply, once it is there
+        Args:
+            turn: Number of the assistant's turn, from 0.
+            said: The values of the reply's tokens.
+            before: Those of the last prompt token; NaN where there is none.
+        """
+        return tuple(
+            TraitReading(
+                turn=turn,
+                trait=gauge.trait,
+                layer=gauge.layer,
+                tokens=len(said),
+                mean=float(said[:, number].mean()),
+                highest=float(said[:, number].max()) if len(said) else torch.nan,
+                prompt_last=float(before[number]),
+            )
+            for number, gauge in enumerate(self.gauges)
+        )
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """Calls back when a trait's value goes beyond a threshold, and again only after it was back.
+class TraitReading:
+    """One trait at one layer over one turn of the assistant, in residual-stream units.
 
     Attributes:
+        turn: Number of the assistant's turn, from 0.
         trait: Name of the trait.
-        threshold: In residual-stream units.
-        callback: Given an `Alert`. While a reply is generated it may raise `persona_lens.backend.StopGeneration`, which
-            ends the reply after the token; it must not ask the model anything.
-        layer: Where the trait is read; may be left out if that is one layer only.
-        kind: A value of `AlarmKind`.
-        above: Whether values above the threshold are beyond it, or below.
-
-    Raises:
-        MonitoringError: If the kind does not exist, or the threshold is not finite.
+        layer: Block index, 0-based.
+        tokens: Tokens of the reply.
+        mean: Mean over them; NaN for an empty reply.
+        highest: Largest of them; NaN for an empty reply.
+        prompt_last: Value at the last prompt token, before anything was said; NaN where that is not known.
     """
 
+    turn: int
     trait: str
-    threshold: float
-    callback: Callable[[Alert], None]
-    layer: int | None = None
-    kind: AlarmKind | str = AlarmKind.TOKEN
-    above: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in tuple(AlarmKind):
-            raise MonitoringError(f"an alarm listens to {', '.join(AlarmKind)}; got {self.kind!r}")
-        if not isfinite(self.threshold):
-            raise MonitoringError(f"the threshold of an alarm must be finite, got {self.threshold}")
-
-    def is_beyond(self, value: float) -> bool:
-        """Whether the value is on the wrong side of the threshold."""
-        return value > self.threshold if self.above else value < self.threshold
-
-
-@dataclass(frozen=True)
-class Alert:
-    """What an alarm tells.
-
-    Attributes:
-        alarm: The alarm.
-        layer: Where the trait was read.
-        value: What went beyond the threshold.
-        turn: Number of the assistant's turn, from 0.
-        token: Index of the token within the reply; None at the last prompt token, and once the turn is over.
-    """
-
-    alarm: Alarm
     layer: int
-    value: float
-    turn: int
-    token: int | None
+    tokens: int
+    mean: float
+    highest: float
+    prompt_last: float
 
-
-@dataclass(frozen=True, eq=False)
-class TokenReading:
-    """One token of a reply, as it is generated.
-
-    Attributes:
-        turn: Number of the assistant's turn, from 0.
-        index: Number of the token within the reply, from 0.
-        id: Token id.
-        values: float32 [gauges], in residual-stream units.
-        means: float32 [gauges], over the reply so far.
-    """
-
-    turn: int
-    index: int
-    id: int
-    values: Float[Tensor, " gauges"]
-    means: Float[Tensor, " gauges"]
-
-
-class TurnMeter:
-    """Adds up one turn token by token, and sounds alarms.
-
-    Args:
-        panel: What is read.
-        alarms: Who listens.
-        turn: Number of the turn.
-        keep_tokens: Whether to keep the values of every token.
-    """
-
-    def __init__(self, panel: Panel, alarms: Sequence[Alarm], turn: int, keep_tokens: bool) -> None:
-        self._alarms = [(panel.find(alarm.trait, alarm.layer), alarm) for alarm in alarms]
-        self._gauges, self._turn = panel.gauges, turn
-        self._beyond: set[int] = set()
-        self._kept: list[Tensor] | None = [] if keep_tokens else None
-        self._sum = torch.zeros(len(panel.gauges), dtype=torch.float64)
-        self.tokens = 0
-        self.prompt_last = torch.full((len(panel.gauges),), torch.nan)
-        self.highest = torch.full((len(panel.gauges),), torch.nan)
-
-    @property
-    def means(self) -> Float[Tensor, " gauges"]:
-        """Mean of each gauge over the tokens so far; NaN before the first."""
-        return (self._sum / self.tokens if self.tokens else self._sum * torch.nan).float()
-
-    @property
-    def values(self) -> Float[Tensor, "tokens gauges"] | None:
-        """The values of every token, if they are kept."""
-        if self._kept is None:
-            return None
-        return torch.stack(self._kept) if self._kept else torch.empty(0, len(self._gauges))
-
-    def prompt(self, values: Float[Tensor, " gauges"]) -> bool:
-        """Take the last prompt token; returns whether an alarm wants the reply stopped."""
-        self.prompt_last = values.clone()
-        return self._sound(AlarmKind.PROMPT_LAST, values, None)
-
-    def token(self, values: Float[Tensor, " gauges"]) -> bool:
-        """Take the next token of the reply; returns whether an alarm wants the reply stopped."""
-        index, self.tokens = self.tokens, self.tokens + 1
-        self._sum += values
-        self.highest = torch.fmax(self.highest, values)
-        if self._kept is not None:
-            self._kept.append(values.clone())
-        stop = self._sound(AlarmKind.TOKEN, values, index)
-        return self._sound(AlarmKind.RUNNING_MEAN, self.means, index) or stop
-
-    def finish(self) -> None:
-        """The reply is whole. There is nothing left to stop."""
-        if self.tokens:
-            self._sound(AlarmKind.TURN_MEAN, self.means, None)
-
-    def _sound(self, kind: AlarmKind, values: Float[Tensor, " gauges"], token: int | None) -> bool:
-        """Let every alarm of a kind sound, also those after one that wants to stop."""
-        stop = False
-        for number, (gauge, alarm) in enumerate(self._alarms):
-            if alarm.kind != kind:
-                continue
-            value = float(values[gauge])
-            if not alarm.is_beyond(value):
-                self._beyond.discard(number)
-            elif number not in self._beyond:
-                self._beyond.add(number)
-                try:
-                    alarm.callback(Alert(alarm, self._gauges[gauge].layer, value, self._turn, token))
-                except StopGeneration:
-                    stop = True
-        return stop
+    def to_json(self) -> dict[str, str | int | float | None]:
+        """The values by name, NaN as null."""
+        return {name: None if isinstance(v, float) and isnan(v) else v for name, v in vars(self).items()}

@@ -15,7 +15,7 @@ from rich.text import Text
 from persona_lens.core.text import printable
 from persona_lens.data.pieces import Line, TokenPiece, lines_of
 from persona_lens.monitoring import markup
-from persona_lens.monitoring.curves import MonitoringError
+from persona_lens.monitoring.gauges import MonitoringError
 from persona_lens.monitoring.markup import LIGHT_INK, STEPS, Scale, Strip, light
 
 if TYPE_CHECKING:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count, islice
-from math import isnan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +19,7 @@ from persona_lens.core.progress import note
 from persona_lens.data.encoding import EncodedTranscript, UnfollowedError, encode_one_by_one, encode_transcript
 from persona_lens.data.pieces import token_pieces
 from persona_lens.data.transcripts import BadTranscript, Transcript
-from persona_lens.monitoring.conversation import TraitReading
-from persona_lens.monitoring.curves import MonitoringError
-from persona_lens.monitoring.gauges import Panel
+from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading, projected
 from persona_lens.monitoring.heatmap import TokenHeatmap
 from persona_lens.monitoring.markup import Strip
 from persona_lens.runs import RunFolder
@@ -62,23 +59,29 @@ def prompt_projections(
         Projections on the unit vectors in residual-stream units, float32, in the order of the arguments.
 
     Raises:
-        MonitoringError: If no vectors or no layers are given, or a vector is zero.
+        MonitoringError: If no vectors or no layers are given.
         TokenError: If there are no prompts, or one is empty.
-        VectorsError: If there is no such layer or reduction, or vectors belong to another model.
+        VectorsError: If there is no such layer or reduction, a vector is zero, or vectors belong to another model.
     """
     if not vectors or not layers:
         raise MonitoringError("give vectors to project on, and layers to read: there are none")
-    for each in vectors:
-        if not allow_other_model:
-            each.check_model(backend)
-    ascending = sorted(set(layers))
-    units = torch.stack([unit_vectors(each, ascending, reduction) for each in vectors], dim=1)
+    gauges = [Gauge(each, layer, reduction) for each in vectors for layer in layers]
+    found = gauge_projections(backend, prompts, gauges, allow_other_model=allow_other_model)
+    return found.reshape(-1, len(vectors), len(layers))
+
+
+def gauge_projections(
+    backend: Backend, prompts: Sequence[Sequence[int]], gauges: Sequence[Gauge], *, allow_other_model: bool = False
+) -> Float[Tensor, "prompts gauges"]:
+    """`prompt_projections` at any gauges, in one pass."""
+    for gauge in gauges if not allow_other_model else ():
+        gauge.vectors.check_model(backend)
+    layers = sorted({gauge.layer for gauge in gauges})
     tokens = TokenBatch.of(prompts)
-    found = torch.empty(len(tokens), len(vectors), len(ascending))
-    for rows, result in forward_batches(backend, tokens, [Read(ReadKind.PROMPT_LAST, tuple(ascending))]):
-        found[rows] = projected(result.reads[ReadKind.PROMPT_LAST.value], units).transpose(1, 2)
-    order = [ascending.index(layer) for layer in layers]
-    return found[:, :, order]
+    found = torch.empty(len(tokens), len(gauges))
+    for rows, result in forward_batches(backend, tokens, [Read(ReadKind.PROMPT_LAST, tuple(layers))]):
+        found[rows] = projected(result.reads[ReadKind.PROMPT_LAST.value], layers, gauges)
+    return found
 
 
 def kept_projections(
@@ -119,34 +122,6 @@ def kept_projections(
 
     pieces = Pieces(folder, prefix + PROJECTIONS, [range(len(prompts))], purposes, form=read)
     return torch.tensor(list(map(read, pieces.run(work))))
-
-
-def unit_vectors(
-    vectors: PersonaVectors, layers: Sequence[int], reduction: str = DEFAULT_REDUCTION
-) -> Float[Tensor, "layers d_model"]:
-    """Directions of length one.
-
-    Raises:
-        MonitoringError: If one is zero or not finite, so that there is no projection on it.
-    """
-    rows = torch.stack([vectors.vector(layer, reduction) for layer in layers])
-    lengths = rows.norm(dim=-1, keepdim=True)
-    for layer, length in zip(layers, lengths.flatten().tolist(), strict=True):
-        if not 0 < length < float("inf"):
-            raise MonitoringError(
-                f"the {reduction} vector of {vectors.trait!r} at layer {layer} has length {length:g}: nothing can be "
-                "projected on it"
-            )
-    units: Tensor = rows / lengths
-    return units
-
-
-def projected(
-    activations: Float[Tensor, "rows layers d_model"], units: Float[Tensor, "layers k d_model"]
-) -> Float[Tensor, "rows layers k"]:
-    """Each row's projection on the k directions of its layer."""
-    found: Tensor = torch.einsum("rld,lkd->rlk", activations.float(), units)
-    return found
 
 
 ONE_BY_ONE = (
@@ -195,10 +170,7 @@ class ScoredTranscript:
         found: dict[str, Any] = {
             "id": self.transcript.id,
             "line": self.transcript.line,
-            "turns": [
-                {name: None if isinstance(value, float) and isnan(value) else value for name, value in turn.items()}
-                for turn in map(asdict, self.turns)
-            ],
+            "turns": [turn.to_json() for turn in self.turns],
         }
         if tokens:
             found["gauges"] = list(map(str, self.panel.gauges))
@@ -233,8 +205,7 @@ def score_transcripts(
     Raises:
         VectorsError: If vectors belong to another model.
     """
-    for gauge in panel.gauges if not allow_other_model else ():
-        gauge.vectors.check_model(backend)
+    panel.check_model(backend, allow_other_model=allow_other_model)
     limit = context_length(backend)
     rest = iter(transcripts)
     while several := list(islice(rest, LOOK_AHEAD)):
@@ -271,30 +242,20 @@ def _scored(
     texts = [text for each in encoded if isinstance(each, EncodedTranscript) for text in each.texts]
     if texts:
         for rows, result in forward_batches(backend, TokenBatch.of(texts), [panel.read]):
-            for row, projected in zip(rows, result.reads["projections"], strict=True):
-                values[row] = panel.values(projected[:, -len(texts[row]) :]).clone()
+            for row, read in zip(rows, result.reads["projections"], strict=True):
+                values[row] = panel.values(read[:, -len(texts[row]) :]).clone()
     numbers = count()
     for each in encoded:
         if isinstance(each, BadTranscript):
             yield each
         else:
             own = torch.cat([values[number] for number in islice(numbers, len(each.starts))])
-            yield ScoredTranscript(each, panel, own, _turns(each, panel, own))
+            yield ScoredTranscript(each, panel, own, tuple(_turns(each, panel, own)))
 
 
-def _turns(encoded: EncodedTranscript, panel: Panel, values: Tensor) -> tuple[TraitReading, ...]:
+def _turns(encoded: EncodedTranscript, panel: Panel, values: Tensor) -> Iterator[TraitReading]:
     answers = [message for message in encoded.messages if message.role == "assistant"]
-    return tuple(
-        TraitReading(
-            turn=turn,
-            trait=gauge.trait,
-            layer=gauge.layer,
-            tokens=len(said),
-            mean=float(said.mean()) if len(said) else torch.nan,
-            highest=float(said.max()) if len(said) else torch.nan,
-            prompt_last=float(values[answer.prompt_stop - 1, number]) if answer.prompt_stop else torch.nan,
-        )
-        for turn, answer in enumerate(answers)
-        for number, gauge in enumerate(panel.gauges)
-        for said in [values[answer.start : answer.stop, number]]
-    )
+    unknown = torch.full((len(panel.gauges),), torch.nan)
+    for turn, answer in enumerate(answers):
+        before = values[answer.prompt_stop - 1] if answer.prompt_stop else unknown
+        yield from panel.readings(turn, values[answer.start : answer.stop], before)

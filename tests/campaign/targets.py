@@ -25,7 +25,7 @@ from persona_lens.judging.agreement.blind import AgreementError, Scored
 from persona_lens.judging.agreement.sources import judge_scored
 from persona_lens.models import Loaded
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
-from persona_lens.monitoring.study import StudySettings, study
+from persona_lens.monitoring import StudySettings, study
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep

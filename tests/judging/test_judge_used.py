@@ -18,7 +18,7 @@ from persona_lens.finetuning.outcomes import TreatmentSettings
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
 from persona_lens.judging import Exchange, Judge, Judgement, Score
-from persona_lens.monitoring.study import StudySettings, study
+from persona_lens.monitoring import StudySettings, study
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import Flagging, screen
 from persona_lens.steering import ArmSettings, CrossSettings, Steering, cross_effects

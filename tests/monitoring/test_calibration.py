@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,17 @@ import pytest
 import torch
 
 from persona_lens.monitoring import MonitoringError, Observations, calibrate, monitor_calibration, threshold_for
-from persona_lens.monitoring.calibration import MonitorCalibration, Share, is_calibrated, with_monitor_calibration
-from persona_lens.monitoring.curves import Isotonic, Logistic, fit_isotonic_curve, fit_logistic_curve
+from persona_lens.monitoring.calibration import MonitorCalibration, Share, with_monitor_calibration
+from persona_lens.monitoring.curves import Isotonic, Logistic
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
 from tests.planted import PlantedBackend
 from tests.tiny import D_MODEL, N_LAYERS
 
 
-def counts(*values: int) -> Any:
-    return np.array(values, dtype=np.int64)
+def seen(projections: list[float], shown: list[int], responses: list[int]) -> Observations:
+    """Prompts of one question."""
+    return Observations.of(projections, shown, responses, [0] * len(projections))
 
 
 def made(curve: str = "logistic", questions: int = 8, prompts: int = 12, seed: int = 0) -> Observations:
@@ -35,30 +37,26 @@ def made(curve: str = "logistic", questions: int = 8, prompts: int = 12, seed: i
 
 def test_isotonic_pools_neighbours_that_fall() -> None:
     # Shares 0, 1/2, 1/4, 1 of 4 each: the middle two are pooled to 3/8. Nothing is nearer to 0 or 1 than 1 of 18.
-    curve = fit_isotonic_curve(np.array([0.0, 1, 2, 3]), counts(0, 2, 1, 4), counts(4, 4, 4, 4))
+    curve = Isotonic.fit(seen([0, 1, 2, 3], [0, 2, 1, 4], [4, 4, 4, 4]))
     assert list(curve.projections) == [0, 1, 2, 3]
     assert curve.probabilities == pytest.approx((1 / 18, 3 / 8, 3 / 8, 17 / 18))
     assert curve.probability(np.array([-9, 0.5, 1.5, 9])) == pytest.approx(
         [1 / 18, (1 / 18 + 3 / 8) / 2, 3 / 8, 17 / 18]
     )
     # Prompts in the same place count as one.
-    assert fit_isotonic_curve(np.array([1.0, 0, 1]), counts(2, 0, 0), counts(2, 4, 2)).probabilities == pytest.approx(
-        (1 / 10, 1 / 2)
-    )
+    assert Isotonic.fit(seen([1, 0, 1], [2, 0, 0], [2, 4, 2])).probabilities == pytest.approx((1 / 10, 1 / 2))
 
 
 def test_logistic_finds_the_curve_and_never_falls() -> None:
     many = made(prompts=100)
-    curve = fit_logistic_curve(many.projections, many.shown, many.responses)
+    curve = Logistic.fit(many)
     assert curve.slope == pytest.approx(1.5, abs=0.1)
     assert curve.intercept == pytest.approx(0, abs=0.1)
-    falling = fit_logistic_curve(-many.projections, many.shown, many.responses)
+    falling = Logistic.fit(replace(many, projections=-many.projections))
     assert falling.slope == 0
     assert falling.probability(np.array([5.0]))[0] == pytest.approx(many.shown.sum() / many.responses.sum(), abs=0.01)
     # All of four: one more of each kind is counted.
-    assert fit_logistic_curve(np.array([0.0, 1]), counts(2, 2), counts(2, 2)).probability(np.zeros(1)) == pytest.approx(
-        5 / 6
-    )
+    assert Logistic.fit(seen([0, 1], [2, 2], [2, 2])).probability(np.zeros(1)) == pytest.approx(5 / 6)
 
 
 @pytest.mark.parametrize(("curve", "kind"), [("logistic", Logistic), ("steps", Isotonic)])
@@ -67,8 +65,8 @@ def test_the_curve_that_predicts_held_out_questions_better_is_taken(curve: str, 
     assert isinstance(found.curve, kind)
     assert min(found.log_loss["logistic"], found.log_loss["isotonic"]) < found.log_loss["base"]
     assert found.brier < found.base_brier
-    assert found.gain["mean"] == pytest.approx(found.base_brier - found.brier)
-    assert 0 < found.gain["low"] < found.gain["mean"] < found.gain["high"]
+    assert found.gain.mean == pytest.approx(found.base_brier - found.brier)
+    assert 0 < found.gain.low < found.gain.mean < found.gain.high
     predicted = [each.predicted for each in found.reliability]
     assert predicted == sorted(predicted)
     assert sum(each.observed.n for each in found.reliability) == 10 * 30 * 20
@@ -82,8 +80,7 @@ def test_what_is_learnt_from_a_question_is_not_tested_on_it() -> None:
     shown = np.repeat(rng.permutation([0, 1] * 5), 6)
     observations = Observations.of(x.tolist(), shown.tolist(), [1] * 60, np.repeat(range(10), 6).tolist())
     found = calibrate(observations, "kind", 0, "response_mean")
-    seen = fit_isotonic_curve(observations.projections, observations.shown, observations.responses)
-    fitted = seen.probability(observations.projections)
+    fitted = Isotonic.fit(observations).probability(observations.projections)
     assert float(np.mean((fitted - shown) ** 2)) < 0.9 * found.brier
 
 
@@ -156,7 +153,6 @@ def vectors() -> PersonaVectors:
 
 def test_it_is_stored_with_the_vectors_and_read_back(tmp_path: Any) -> None:
     plain = vectors()
-    assert not is_calibrated(plain)
     with pytest.raises(MonitoringError, match=r"carry no calibration; make one with `persona-lens monitor study`"):
         monitor_calibration(plain)
     first, second = (calibrate(made(seed=seed), "kind", layer, "response_mean") for seed, layer in ((0, 1), (0, 2)))

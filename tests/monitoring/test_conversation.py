@@ -290,8 +290,8 @@ def floats_alive() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize(("keep_tokens", "turns"), [(True, 50), (False, 15)])
-def test_fifty_turns_and_8000_tokens_keep_a_few_numbers(backend: Backend, keep_tokens: bool, turns: int) -> None:
+@pytest.mark.parametrize(("keep_tokens", "turns"), [(True, 15), (False, 8)])
+def test_turns_of_thousands_of_tokens_keep_a_few_numbers(backend: Backend, keep_tokens: bool, turns: int) -> None:
     monitor = ConversationMonitor(backend, panel(backend), keep_tokens=keep_tokens)
     held: dict[int, int] = {}
     for number in range(turns):

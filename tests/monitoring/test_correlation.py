@@ -68,7 +68,7 @@ def test_intervals_are_over_questions_with_all_their_conditions() -> None:
 
 
 def test_random_directions_have_a_mean_a_range_and_the_best_of_all_layers() -> None:
-    null = np.stack([np.column_stack([X, -X, Y]), np.column_stack([Y, X, -X])], axis=1)  # [prompts, layers, directions]
+    null = np.stack([np.column_stack([X, -X, Y]), np.column_stack([Y, X, -X])], axis=2)  # [prompts, directions, layers]
     found = correlate(np.column_stack([X, X]), Y, ["a"] * 5, list(range(5)), [0, 1], null)
     first = found.at(0).null
     assert first is not None

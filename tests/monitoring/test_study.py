@@ -172,7 +172,8 @@ def test_conditions_share_seeds_and_what_is_asked_is_known_beforehand() -> None:
     work = {each.label: each.rows for each in study_work(backend, vectors, settings(), chat_format(backend))}
     assert work["rollouts"] == QUESTIONS * 2 * 8
     seeds: dict[tuple[int, int], set[int]] = {}
-    from persona_lens.monitoring.study import plan_conditions, plan_study
+    from persona_lens.monitoring.conditions import plan_conditions
+    from persona_lens.monitoring.study import plan_study
 
     for request in plan_study(TRAIT, settings(), plan_conditions(vectors, TRAIT, settings())):
         seeds.setdefault((request.labels["question_number"], request.labels["sample"]), set()).add(request.seed)
@@ -222,10 +223,10 @@ def test_examples_are_the_best_positive_response_to_each_question(tmp_path: Path
         wanted.append((found.request.question, found.response))
     assert examples_of(tmp_path) == wanted
     scores.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    with pytest.raises(MonitoringError, match="not one score for each of the 30"):
+    with pytest.raises(MonitoringError, match="not a score for each of the 30"):
         examples_of(tmp_path)
-    scores.write_text('{"row": 0, "score": 101}\n')
-    with pytest.raises(MonitoringError, match=r"scores\.jsonl:1: a score is a number from 0 to 100"):
+    scores.write_text("".join(json.dumps({**row, "score": 101}) + "\n" for row in rows))
+    with pytest.raises(MonitoringError, match=r"scores\.jsonl:1, score: .*0 to 100"):
         examples_of(tmp_path)
     scores.unlink()
     with pytest.raises(MonitoringError, match=r"there is no .*scores\.jsonl.*--examples"):
