@@ -9,13 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from persona_lens.monitoring.calibration import (
-    SHOWN_FROM,
-    MonitorCalibration,
-    calibrate,
-    threshold_for,
-    with_monitor_calibration,
-)
+from persona_lens.core.statistics import Verdict
+from persona_lens.monitoring.calibration import SHOWN_FROM, calibrate, threshold_for, with_monitor_calibration
 from persona_lens.monitoring.conditions import Condition, Kind, StudySettings
 from persona_lens.monitoring.correlation import LEAST, Correlations, correlate
 from persona_lens.monitoring.curves import Observations, Values
@@ -73,6 +68,11 @@ class PromptRow:
             "projections": self.projections[0].tolist(),
         }
 
+    def to_point(self, at: int) -> dict[str, Any]:
+        """What a figure shows of the row, as JSON values; ``at`` is the place of the layer."""
+        projection = float(self.projections[0, at])
+        return {"condition": self.condition, "question": self.question, "projection": projection, "score": self.score}
+
 
 def findings(
     vectors: PersonaVectors,
@@ -111,46 +111,31 @@ def findings(
     first = next(iter(groups.values()))
     # The layer that was tuned for steering is no better guess than others: where a vector is best written, it may not
     # be read before the reply.
-    values = [-np.inf if each.pearson.value is None else each.pearson.value for each in first.layers]
-    at = int(np.argmax(values))
-    layer = layers[at]
-    verdicts = {each.layer: each.verdict(each.null) for each in first.layers}
+    at = int(np.argmax([-np.inf if each.pearson.value is None else each.pearson.value for each in first.layers]))
+    verdicts = [each.verdict(each.null) for each in first.layers]
     if len(layers) > 1:
-        verdicts[layer] = first.at(layer).verdict(first.best_null)
-    summary = {
+        verdicts[at] = first.layers[at].verdict(first.best_null)
+    kept, calibration = _calibrated(vectors, scored, at, verdicts, settings, made)
+    return kept, {
         "counts": {
             "responses": len(rows),
             "scored": sum(row.score is not None for row in rows),
             "prompts": len(prompts),
             "prompts_scored": len(scored),
         },
-        "layer": layer,
+        "layer": layers[at],
         "layer_reason": STRONGEST if len(layers) > 1 else ONLY,
-        "verdict": verdicts[layer],
+        "verdict": verdicts[at],
         "tuned_layer": vectors.tuned.layer if vectors.tuned is not None else None,
         "groups": {
             kind.value: {**found.to_json(), **_limits(by_kind[kind], conditions, settings.seed)}
             for kind, found in groups.items()
         },
         "conditions": [_condition(each, scored, at) for each in conditions],
-        "points": [
-            {
-                "condition": prompt.condition,
-                "question": prompt.question,
-                "projection": float(prompt.projections[0, at]),
-                "score": prompt.score,
-            }
-            for prompt in scored
-        ],
+        "points": [prompt.to_point(at) for prompt in scored],
+        "calibration": calibration,
         "samples": _samples(rows, trait, conditions),
     }
-    try:
-        calibrations = {each: _calibrate(vectors, scored, each, settings) for each in layers}
-    except MonitoringError as error:
-        return vectors, {**summary, "calibration": {"reason": str(error)}}
-    judged = [replace(calibration, verdict=verdicts[each]) for each, calibration in calibrations.items()]
-    kept = with_monitor_calibration(vectors, judged, layer, made)
-    return kept, {**summary, "calibration": _shown_calibration(judged[at], settings)}
 
 
 def _correlate(prompts: Sequence[PromptRow], layers: Sequence[int], seed: int) -> Correlations:
@@ -181,26 +166,37 @@ def _limits(prompts: Sequence[PromptRow], conditions: Sequence[Condition], seed:
     return {"ceiling": ceiling, "level": asdict(_correlate(by_level, [0], seed).layers[0].pearson)}
 
 
-def _calibrate(
-    vectors: PersonaVectors, prompts: Sequence[PromptRow], layer: int, settings: StudySettings
-) -> MonitorCalibration:
-    at = settings.layers_of(vectors).index(layer)
-    observations = Observations.of(
-        [float(prompt.projections[0, at]) for prompt in prompts],
-        [sum(score >= SHOWN_FROM for score in prompt.scores) for prompt in prompts],
-        [len(prompt.scores) for prompt in prompts],
-        [prompt.question for prompt in prompts],
-    )
-    return calibrate(observations, vectors.trait, layer, settings.reduction, seed=settings.seed)
-
-
-def _shown_calibration(calibration: MonitorCalibration, settings: StudySettings) -> dict[str, Any]:
+def _calibrated(
+    vectors: PersonaVectors,
+    prompts: Sequence[PromptRow],
+    chosen: int,
+    verdicts: Sequence[Verdict],
+    settings: StudySettings,
+    made: Mapping[str, Any],
+) -> tuple[PersonaVectors, dict[str, Any]]:
+    """The vectors with a calibration of each layer, and what is shown of the chosen one, or why there is none."""
+    shown = [sum(score >= SHOWN_FROM for score in prompt.scores) for prompt in prompts]
+    counted = (shown, [len(prompt.scores) for prompt in prompts], [prompt.question for prompt in prompts])
+    made_at = []
+    try:
+        for at, layer in enumerate(settings.layers_of(vectors)):
+            observations = Observations.of([float(prompt.projections[0, at]) for prompt in prompts], *counted)
+            found = calibrate(observations, vectors.trait, layer, settings.reduction, seed=settings.seed)
+            made_at.append(replace(found, verdict=verdicts[at]))
+    except MonitoringError as error:
+        return vectors, {"reason": str(error)}
+    best = made_at[chosen]
     rates = sorted({*RATES, settings.false_alarm_rate})
-    thresholds = {rate: threshold_for(calibration, rate, seed=settings.seed).to_json() for rate in rates}
-    described = calibration.to_json()
+    thresholds = {rate: threshold_for(best, rate, seed=settings.seed).to_json() for rate in rates}
+    described = best.to_json()
     del described["projections"]
-    shown = {"thresholds": list(thresholds.values()), "threshold": thresholds[settings.false_alarm_rate]}
-    return {"shown_from": SHOWN_FROM, **described, **shown}
+    figures = {
+        "shown_from": SHOWN_FROM,
+        **described,
+        "thresholds": list(thresholds.values()),
+        "threshold": thresholds[settings.false_alarm_rate],
+    }
+    return with_monitor_calibration(vectors, made_at, best.layer, made), figures
 
 
 def _condition(condition: Condition, prompts: Sequence[PromptRow], at: int) -> dict[str, Any]:
