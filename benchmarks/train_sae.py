@@ -32,7 +32,7 @@ from persona_lens.backend import Backend, Read, ReadKind, TokenBatch, open_backe
 from persona_lens.backend.batches import forward_batches
 from persona_lens.cli.display import showing_progress
 from persona_lens.core.progress import Progress
-from persona_lens.data.tables import read_rows
+from persona_lens.data.tables import all_rows
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 
@@ -67,7 +67,7 @@ def _read(file: Path) -> Iterator[Source]:
     elif file.suffix in PROSE:
         yield from map(Source, file.read_text(encoding="utf-8", errors="ignore").split("\n\n"))
     elif file.suffix in TABLES:
-        for _, row in read_rows(file, bad_row=lambda number, error: None):
+        for row in (each.values for each in all_rows(file) if each.values is not None):
             text = next((row[name] for name in COLUMNS if isinstance(row.get(name), str)), "")
             yield Source(text, row.get("system"), row.get("question"))
 

@@ -1,28 +1,229 @@
-"""`Dataset`: a source whose form is known, with the columns that its rows are told apart and grouped by."""
+"""`Dataset`: a source with the form in which its rows write conversations, and the columns they are told apart by."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.progress import note
-from persona_lens.data.forms import (
-    SIDES,
-    SampleForm,
-    conversation_of,
-    detect_form,
-    ignored_columns,
-    responses_of,
+from persona_lens.data.sources import FileSource, LibrarySource, Source, find_source
+from persona_lens.data.tables import DataError, RawRow, own_columns
+from persona_lens.data.transcripts import (
+    IDS,
+    TranscriptForm,
+    columns_of,
+    first_rows,
+    id_of,
+    is_counted,
+    messages_of,
+    note_unread,
+    own_id,
 )
-from persona_lens.data.sources import RawRow, Source, find_source
-from persona_lens.data.tables import DataError
-from persona_lens.data.transcripts import IDS, LOOKED_AT, id_of, note_unread
 
 if TYPE_CHECKING:
     from persona_lens.models import Message
+
+TURNS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "question", "query", "instruction")
+RESPONSES = ("response", "completion", "answer", "output", "chosen")
+SIDES = ("chosen", "rejected")
+SYSTEMS = ("system", "system_prompt", "system_message")
+ADDED = ("input", "context")  # texts that belong to the question
+HISTORY = "history"
+_LIST = re.compile(r"""\s*\[\s*\{\s*["']role["']\s*:""")  # how a list of messages begins, in JSON or as Python shows it
+
+
+class SampleForm(StrEnum):
+    """How a row writes a conversation.
+
+    ``messages``: a column ``messages`` (or ``conversation``, ``conversations``), a list of ``{"role", "content"}``.
+
+    ``sharegpt``: a column ``conversations`` (or ``conversation``), a list of ``{"from", "value"}``.
+
+    ``prompt-response``: a text in ``prompt``, ``question``, ``query`` or ``instruction``, and one in ``response``,
+    ``completion`` or ``answer``; or both are lists of ``{"role", "content"}``.
+
+    ``alpaca``: a text in ``instruction``, and one in ``output``.
+
+    ``preference``: two answers, ``chosen`` and ``rejected``, of which one side is taken: texts or lists of messages,
+    behind a ``prompt`` or with the prompt in them.
+
+    In all of them a text in a column ``system``, ``system_prompt`` or ``system_message`` is the system message where
+    the conversation has none of its own. Where there is one question, a text in ``input`` or ``context`` follows it
+    after an empty line, and the pairs (or messages) in ``history`` come before it.
+    """
+
+    MESSAGES = "messages"
+    SHAREGPT = "sharegpt"
+    PROMPT_RESPONSE = "prompt-response"
+    ALPACA = "alpaca"
+    PREFERENCE = "preference"
+
+
+_LISTS = {SampleForm.MESSAGES: TURNS, SampleForm.SHAREGPT: TURNS[1:]}
+_PAIRS = {
+    SampleForm.PROMPT_RESPONSE: (PROMPTS, RESPONSES),
+    SampleForm.ALPACA: (("instruction",), ("output",)),
+    SampleForm.PREFERENCE: (PROMPTS, SIDES),
+}
+
+
+def detect_form(rows: Sequence[Mapping[str, Any]], place: str) -> SampleForm:
+    """Tell the form by the columns of the first rows.
+
+    Args:
+        rows: The first ones.
+        place: The dataset's name, for the message.
+
+    Raises:
+        DataError: If they have the columns of no form.
+    """
+    for row in rows:
+        if (column := _first(row, TURNS)) is not None:
+            return SampleForm.SHAREGPT if _is_sharegpt(column, row[column]) else SampleForm.MESSAGES
+        if all(side in row for side in SIDES):
+            return SampleForm.PREFERENCE
+        if "instruction" in row and "output" in row:
+            return SampleForm.ALPACA
+        if _first(row, PROMPTS) is not None and _first(row, RESPONSES) is not None:
+            return SampleForm.PROMPT_RESPONSE
+    raise DataError(
+        f"{place}: the rows have no form that is known; they need the columns messages, conversations, prompt and "
+        f"response, or instruction and output, but have: {columns_of(*rows)}"
+    )
+
+
+def _is_sharegpt(column: str, value: Any) -> bool:
+    if isinstance(value, str):
+        return '"from"' in value
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "from" in value[0]
+    return column != "messages"
+
+
+def conversation_of(row: Mapping[str, Any], form: SampleForm, side: str | None = None) -> tuple[Message, ...]:
+    """The messages of a row, up to the last answer that counts, which there is.
+
+    Args:
+        row: Its values by column.
+        form: How it writes a conversation.
+        side: Of preference pairs: which answer is taken.
+
+    Raises:
+        DataError: If the row lacks what its form asks for, has no answer, or an empty one at its end; the message
+            does not name the row's place.
+    """
+    messages = _messages(row, form, side or SIDES[0])
+    systems = (row.get(name) for name in SYSTEMS)
+    system = next((text for text in systems if isinstance(text, str) and text.strip()), None)
+    if system is not None and messages[0]["role"] != "system":
+        messages = (_said("system", system), *messages)
+    last = max((place for place, message in enumerate(messages) if is_counted(message)), default=None)
+    if last is None:
+        raise DataError("the conversation has no answer of an assistant")
+    if last == 0 or all(message["role"] == "system" for message in messages[:last]):
+        raise DataError("nothing was asked before the answer")
+    if not messages[last]["content"].strip():
+        raise DataError("the response is empty")
+    return messages[: last + 1]
+
+
+def _messages(row: Mapping[str, Any], form: SampleForm, side: str) -> tuple[Message, ...]:
+    if form is SampleForm.MESSAGES:
+        return _listed(row[_needed(row, _LISTS[form])])
+    if form is SampleForm.SHAREGPT:
+        return messages_of({"conversations": row[_needed(row, _LISTS[form])]}, TranscriptForm.SHAREGPT)
+    prompts, responses = _PAIRS[form]
+    if form is not SampleForm.PREFERENCE:
+        return _answered(row, prompts, responses)
+    if _first(row, prompts) is None:  # the prompt stands in the answers
+        return _listed(row[_needed(row, (side,))])
+    return _answered(row, prompts, (side,))
+
+
+def _listed(messages: Any) -> tuple[Message, ...]:
+    return messages_of({"messages": messages}, TranscriptForm.OPENAI)
+
+
+def _answered(row: Mapping[str, Any], prompts: Sequence[str], responses: Sequence[str]) -> tuple[Message, ...]:
+    """A question and its answer, each a text or a list of messages."""
+    prompt, response = _turns(row, prompts), _turns(row, responses)
+    if isinstance(prompt, str) and isinstance(response, str):
+        if not prompt.strip():
+            raise DataError("the prompt is empty")
+        added = [row[name] for name in ADDED if isinstance(row.get(name), str) and row[name].strip()]
+        return (*_history(row), _said("user", "\n\n".join((prompt, *added))), _said("assistant", response))
+    head = [_said("user", prompt)] if isinstance(prompt, str) else prompt
+    tail = [_said("assistant", response)] if isinstance(response, str) else response
+    own = tail[: len(head)] == head  # some repeat the prompt in the answer
+    return _listed(tail if own else [*head, *tail])
+
+
+def _said(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
+
+
+def _turns(row: Mapping[str, Any], names: Sequence[str]) -> str | list[Any]:
+    """A text, or a list of messages, which the cell of a CSV file holds as JSON."""
+    column = _needed(row, names)
+    value = row[column]
+    if not isinstance(value, str | list):
+        raise DataError(f"{column} must be a text, but is {type(value).__name__}")
+    if isinstance(value, list) or not _LIST.match(value):
+        return value
+    try:
+        found: list[Any] = json.loads(value)
+    except (ValueError, RecursionError):
+        raise DataError(f"{column} is a list of messages that is no JSON; write it with json.dumps") from None
+    return found if all(isinstance(each, dict) for each in found) else value
+
+
+def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The turns before the question."""
+    given = row.get(HISTORY)
+    if given is None or given in ("", []):
+        return ()
+    if isinstance(given, str):  # the cell of a CSV file
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            raise DataError("history must be a list of [question, answer] or of messages, in JSON") from None
+    if isinstance(given, list) and all(isinstance(each, Mapping) for each in given):
+        return _listed(given)
+    turns: list[Message] = []
+    for pair in given if isinstance(given, list) else [given]:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise DataError("history must be a list of [question, answer] or of messages")
+        turns += [_said("user", pair[0]), _said("assistant", pair[1])]
+    return tuple(turns)
+
+
+def _used_columns(row: Mapping[str, Any], form: SampleForm) -> set[str | None]:
+    """Columns of a row that are read as its conversation, or that this project wrote."""
+    if form in _LISTS:
+        read: list[str | None] = [_first(row, _LISTS[form])]
+    else:
+        prompts, responses = _PAIRS[form]
+        answers = SIDES if form is SampleForm.PREFERENCE else (_first(row, responses),)
+        read = [HISTORY, *ADDED, _first(row, prompts), *answers]
+    return {*SYSTEMS, *own_columns(row), *read}
+
+
+def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _needed(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    column = _first(row, names)
+    if column is None:
+        raise DataError(f"the row has no {' or '.join(names)}; its columns are: {columns_of(row)}")
+    return column
 
 
 @dataclass(frozen=True)
@@ -109,38 +310,35 @@ class Dataset:
         }
 
     def _given(self, row: RawRow, base: tuple[str, ...] = ()) -> GivenRow:
-        place = f"{self.name}:{row.line}"
         if row.values is None:
             return GivenRow(row.number, row.line, f"line {row.line}", None, row.problem)
-        about: dict[str, Any] = {
-            "id": id_of(row.values, row.line),
-            "label": _cell(row.values, self.label),
-            "group": _cell(row.values, self.by),
-            "base": base,
-        }
+        messages, problem = None, None
         try:
             messages = conversation_of(row.values, self.form, self.side)
             if any("\ud800" <= c <= "\udfff" for message in messages for c in message["content"]):
                 raise DataError("a text holds half of a character")
-            return GivenRow(row.number, row.line, messages=messages, **about)
         except DataError as error:
-            return GivenRow(row.number, row.line, messages=None, problem=f"{place}: {error}", **about)
+            messages, problem = None, f"{self.name}:{row.line}: {error}"
+        label, group = _cell(row.values, self.label), _cell(row.values, self.by)
+        return GivenRow(row.number, row.line, id_of(row.values, row.line), messages, problem, label, group, base)
 
     def _responses_of(self, row: RawRow, supplied: RawRow) -> tuple[str, ...]:
         """The base responses beside a row; where both have an id of their own, these must agree."""
         assert self.base is not None
         if supplied.values is None or row.values is None:
             return ()
-        own, other = (
-            next((str(values[name]) for name in IDS if values.get(name) not in (None, "")), None)
-            for values in (row.values, supplied.values)
-        )
+        own, other = own_id(row.values), own_id(supplied.values)
         if own is not None and other is not None and own != other:
             raise DataError(
                 f"{self.base.name}:{supplied.line}: the base response belongs to the row {other!r}, but stands beside "
                 f"the row {own!r} of {self.name}; put them into the same order"
             )
-        return responses_of(supplied.values)
+        column = (
+            "responses" if isinstance(supplied.values.get("responses"), list) else _first(supplied.values, RESPONSES)
+        )
+        found = supplied.values[column] if column is not None else ()
+        texts = found if isinstance(found, list) else [found]
+        return tuple(text for text in texts if isinstance(text, str) and text.strip())
 
 
 def open_dataset(
@@ -174,10 +372,10 @@ def open_dataset(
     """
     if form is not None and str(form) not in list(SampleForm):
         raise DataError(f"there is no form {str(form)!r} of datasets; take one of {', '.join(SampleForm)}")
-    source = data if isinstance(data, Source) else find_source(data, split=split, subset=subset)
-    readable = (row.values for row in source.rows() if row.values is not None)
-    found = SampleForm(form) if form is not None else detect_form(readable, source.name)
-    first = next((row.values for row in source.rows() if row.values is not None), {})
+    source = data if isinstance(data, FileSource | LibrarySource) else find_source(data, split=split, subset=subset)
+    rows = first_rows(source.rows())
+    found = SampleForm(form) if form is not None else detect_form(rows, source.name)
+    first = rows[0] if rows else {}
     for option, column in (("label", label), ("by", by)):
         if column is not None and column not in first:
             raise DataError(
@@ -190,14 +388,8 @@ def open_dataset(
     if found is not SampleForm.PREFERENCE and side is not None:
         note(f"{source.name} holds no preference pairs, so that {side!r} is no side of it")
         side = None
-    _name_ignored(source, found, {*IDS, label, by})
+    note_unread(source.name, rows, lambda row: {*IDS, label, by, *_used_columns(row, found)})
     return Dataset(source, found, label, by, limit, find_source(base) if base is not None else None, side)
-
-
-def _name_ignored(source: Source, form: SampleForm, used: Collection[str | None]) -> None:
-    """Say which columns of text the first rows have that are not read."""
-    rows = (row.values for row in islice(source.rows(), LOOKED_AT) if row.values is not None)
-    note_unread(source.name, (name for row in rows for name in ignored_columns(row, form) if name not in used))
 
 
 def _cell(values: Mapping[str, Any], column: str | None) -> str | None:

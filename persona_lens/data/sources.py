@@ -15,16 +15,16 @@ Example:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from persona_lens.core.errors import first_line
 from persona_lens.core.files import sha256_of
-from persona_lens.data.tables import DataError, read_rows
+from persona_lens.data.tables import DataError, RawRow, all_rows, read_rows
 
 _FOLDER = Path(__file__).parent / "demonstrations"
 
@@ -57,11 +57,6 @@ class DemonstrationRow:
     level: Level
     prompt: str
     response: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The row as it stands in the file."""
-        messages = [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.response}]
-        return {"id": self.id, "trait": self.trait, "level": self.level.value, "messages": messages}
 
 
 def demonstration_names() -> tuple[str, ...]:
@@ -109,63 +104,16 @@ def _listed(names: tuple[str, ...]) -> str:
 
 @cache
 def _rows(path: Path) -> tuple[DemonstrationRow, ...]:
-    return tuple(_parsed(path))
-
-
-def _parsed(path: Path) -> Iterator[DemonstrationRow]:
-    for _, row in read_rows(path):
-        user, assistant = row["messages"]
-        yield DemonstrationRow(row["id"], row["trait"], Level(row["level"]), user["content"], assistant["content"])
+    return tuple(
+        DemonstrationRow(row["id"], row["trait"], Level(row["level"]), *(each["content"] for each in row["messages"]))
+        for _, row in read_rows(path)
+    )
 
 
 HUB = "hf:"
 DEMONSTRATION = "demonstration:"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".gz", ".zst", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as its source has it.
-
-    Attributes:
-        number: Which row it is, from 0; bad ones count.
-        line: Line on which it begins, from 1; where there are no lines, ``number + 1``.
-        values: Its values by column; None if it cannot be read.
-        problem: Why it cannot be read.
-    """
-
-    number: int
-    line: int
-    values: Mapping[str, Any] | None
-    problem: str | None = None
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Where rows come from. Every pass over it gives the same rows in the same order."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in messages."""
-        ...
-
-    @property
-    def stem(self) -> str:
-        """What files about it are called."""
-        ...
-
-    def rows(self) -> Iterator[RawRow]:
-        """Every row."""
-        ...
-
-    def count(self) -> int | None:
-        """How many rows there are, bad ones included, if that is quickly told."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What tells it from others, as JSON values; part of a run's configuration."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -182,31 +130,20 @@ class FileSource:
 
     @property
     def name(self) -> str:
-        """See `Source`."""
+        """What it is called in messages."""
         return self.label or str(self.path)
 
     @property
     def stem(self) -> str:
-        """See `Source`."""
+        """What files about it are called."""
         return self.path.stem
 
     def rows(self) -> Iterator[RawRow]:
-        """See `Source`."""
-        bad: list[tuple[int, DataError]] = []
-        number = 0
-        for line, values in read_rows(self.path, lambda line, error: bad.append((line, error))):
-            for at, error in bad:
-                yield RawRow(number, at, None, str(error))
-                number += 1
-            bad.clear()
-            yield RawRow(number, line, values)
-            number += 1
-        for at, error in bad:
-            yield RawRow(number, at, None, str(error))
-            number += 1
+        """Every row, the bad ones too; the same in the same order each time."""
+        return all_rows(self.path)
 
     def count(self) -> int | None:
-        """See `Source`; None where lines are not rows, or are not quickly counted."""
+        """How many rows there are, bad ones included; None where lines are not rows, or are not quickly counted."""
         suffix = self.path.suffix.lower()
         if suffix == ".parquet":
             from pyarrow.parquet import read_metadata
@@ -218,7 +155,7 @@ class FileSource:
             return sum(bool(line.strip()) for line in stream)
 
     def describe(self) -> dict[str, Any]:
-        """See `Source`: by its content, not its place."""
+        """What tells it from others, as JSON values, part of a run's configuration: its content, not its place."""
         return {"file": self.path.name, "sha256": self._digest}
 
     @cached_property
@@ -242,12 +179,12 @@ class LibrarySource:
 
     @property
     def name(self) -> str:
-        """See `Source`."""
+        """What it is called in messages."""
         return f"{self.place} ({self.split})"
 
     @property
     def stem(self) -> str:
-        """See `Source`."""
+        """What files about it are called."""
         return f"{Path(self.place).name}-{self.split}"
 
     @property
@@ -259,28 +196,34 @@ class LibrarySource:
     @cached_property
     def loaded(self) -> Any:
         """The library's object: streaming, unless it lies on the disk as it is used."""
-        library = _library(self.name)
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(
+                f"{self.name}: reading datasets of the hub and folders needs the library datasets: "
+                "`pip install 'persona-lens[datasets]'`"
+            ) from error
         try:
             if not self.saved:
-                return library.load_dataset(self.place, self.subset, split=self.split, streaming=True)
-            found = library.load_from_disk(self.place)
-            return found[self.split] if isinstance(found, library.DatasetDict) else found
+                return datasets.load_dataset(self.place, self.subset, split=self.split, streaming=True)
+            found = datasets.load_from_disk(self.place)
+            return found[self.split] if isinstance(found, datasets.DatasetDict) else found
         except Exception as error:
             raise DataError(f"{self.name} cannot be opened by the library datasets: {first_line(error)}") from error
 
     def rows(self) -> Iterator[RawRow]:
-        """See `Source`."""
+        """Every row; the same in the same order each time."""
         number = 0
         try:
             for number, values in enumerate(self.loaded):
                 yield RawRow(number, number + 1, values)
-        except (GeneratorExit, DataError):
+        except DataError:
             raise
         except Exception as error:
             raise DataError(f"{self.name}: after row {number + 1}: {first_line(error)}") from error
 
     def count(self) -> int | None:
-        """See `Source`; None where the library does not know."""
+        """How many rows there are; None where the library does not know."""
         if self.saved:
             return len(self.loaded)
         splits = self.loaded.info.splits or {}
@@ -288,9 +231,13 @@ class LibrarySource:
         return int(found) if found else None
 
     def describe(self) -> dict[str, Any]:
-        """See `Source`."""
+        """What tells it from others, as JSON values, part of a run's configuration."""
         folder = Path(self.place)
         return {"dataset": folder.name if folder.is_dir() else self.place, "split": self.split, "subset": self.subset}
+
+
+Source = FileSource | LibrarySource
+"""Where the rows of a dataset come from."""
 
 
 def find_source(data: str | Path, *, split: str = "train", subset: str | None = None) -> Source:
@@ -313,7 +260,7 @@ def find_source(data: str | Path, *, split: str = "train", subset: str | None = 
     if path.is_dir():
         return LibrarySource(str(path), split, subset)
     if path.exists() or path.suffix.lower() in SUFFIXES:
-        read_rows(path)  # checks that it is there, and its name
+        all_rows(path)  # checks that it is there, and its name
         return FileSource(path)
     if _HUB_ID.fullmatch(text):
         return LibrarySource(text, split, subset)
@@ -321,14 +268,3 @@ def find_source(data: str | Path, *, split: str = "train", subset: str | None = 
         f"there is no file or folder {text!r}; a dataset is a JSONL, CSV or Parquet file, a folder, OWNER/NAME or "
         "hf:NAME on the Hugging Face hub, or demonstration:TRAIT"
     )
-
-
-def _library(name: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name}: reading datasets of the hub and folders needs the library datasets: "
-            "`pip install 'persona-lens[datasets]'`"
-        ) from error
-    return datasets

@@ -8,10 +8,12 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from persona_lens.core.documents import MAX_DEPTH, DocumentError, checked_depth
 from persona_lens.core.errors import PersonaLensError
@@ -33,10 +35,6 @@ _OWN = (
     ({"question", "response", "score", "reason", "method", "coherence"}, {"score", "reason", "method", "coherence"}),
     ({"id", "trait", "level", "messages"}, {"trait", "level"}),
 )  # fmt: skip
-
-NumberedRows = Iterator[tuple[int, dict[str, Any]]]
-BadRow = Callable[[int, "DataError"], None]
-"""Told of a row that cannot be read: its line, and why."""
 
 
 class DataError(PersonaLensError):
@@ -67,8 +65,44 @@ def row_key(
     return key
 
 
-def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:
-    """Read a table row by row; memory does not grow with its length.
+@dataclass(frozen=True)
+class RawRow:
+    """A row as its source has it.
+
+    Attributes:
+        number: Which row it is, from 0; bad ones count.
+        line: Line on which it begins, from 1; where there are no lines, ``number + 1``.
+        values: Its values by column; None if it cannot be read.
+        problem: Why it cannot be read, in a sentence that begins with file and line.
+    """
+
+    number: int
+    line: int
+    values: dict[str, Any] | None
+    problem: str = ""
+
+
+def read_rows(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read a table row by row as `all_rows` does; the first row that cannot be read is an error.
+
+    Yields:
+        The line on which a row begins, and the row's values by column.
+
+    Raises:
+        DataError: As `all_rows`, and with the file and the line if a row cannot be read.
+    """
+    rows = all_rows(path)  # which checks at once that there is such a file
+    return (_readable(row) for row in rows)
+
+
+def _readable(row: RawRow) -> tuple[int, dict[str, Any]]:
+    if row.values is None:
+        raise DataError(row.problem)
+    return row.line, row.values
+
+
+def all_rows(path: Path | str) -> Iterator[RawRow]:
+    """Read a table row by row, the bad rows too; memory does not grow with its length.
 
     Lines that are empty are skipped. A CSV file names its columns in its first line; its cells are text, separated by
     commas, semicolons or tabs, whichever cut the first line into most columns.
@@ -76,16 +110,13 @@ def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:
     Args:
         path: A file whose name ends in ``.jsonl``, ``.ndjson``, ``.json`` (a list of rows), ``.csv``, ``.tsv`` or
             ``.parquet``; text is UTF-8. The first two may be compressed: ``.jsonl.gz``, ``.jsonl.zst``.
-        bad_row: Told of every row that cannot be read by itself; reading goes on behind it. Without it the first such
-            row is an error.
 
     Yields:
-        The number of the line on which a row begins, counted from 1 (in a Parquet file the number of the row), and the
-        row's values by column.
+        Every row; in a ``.json`` and a Parquet file its number, from 1, stands for its line.
 
     Raises:
-        DataError: At once if there is no such file or its name does not say what it is; on the way, with the file and
-            the line, if a row cannot be read; at the end if there was none.
+        DataError: At once if there is no such file or its name does not say what it is; on the way if the rest of it
+            cannot be read; at the end if there was no row.
     """
     path = Path(path)
     if path.is_dir():
@@ -97,26 +128,20 @@ def read_rows(path: Path | str, bad_row: BadRow | None = None) -> NumberedRows:
     if reader is None:
         accepted = ", ".join(_READERS)
         raise DataError(f"{path}: the kind of file is told by its name, which must end in one of {accepted}")
-    return _checked(path, reader, bad_row)
+    return _numbered(path, reader(path))
 
 
-def _checked(path: Path, reader: _Reader, bad_row: BadRow | None) -> NumberedRows:
-    empty = True
-
-    def report(number: int, error: DataError) -> None:
-        nonlocal empty
-        empty = False
-        if bad_row is None:
-            raise error
-        bad_row(number, error)
-
+def _numbered(path: Path, found: _Found) -> Iterator[RawRow]:
+    number = -1
     try:
-        for numbered in reader(path, report):
-            empty = False
-            yield numbered
+        for number, (line, row) in enumerate(found):
+            if isinstance(row, DataError):
+                yield RawRow(number, line, None, str(row))
+            else:
+                yield RawRow(number, line, row)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    if empty:
+    if number < 0:
         raise DataError(f"{path} holds no rows")
 
 
@@ -134,148 +159,112 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed as they are read."""
+    opening: Callable[[], Any] = partial(path.open, "rb")
+    damaged: tuple[type[Exception], ...] = ()
     suffix = path.suffix.lower()
-    try:
-        if suffix == ".gz":
-            with gzip.open(path, "rb") as packed:
-                yield cast(BinaryIO, packed)
-        elif suffix == ".zst":
-            try:
-                import zstandard
-            except ImportError as error:
-                raise DataError(f"{path}: reading .zst needs zstandard: `pip install zstandard`") from error
-            try:
-                with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as reader:
-                    yield cast(BinaryIO, io.BufferedReader(cast(Any, reader)))
-            except zstandard.ZstdError as error:
-                raise DataError(f"{path} is damaged, or not compressed by zstd: {error}") from error
-        else:
-            with path.open("rb") as stream:
-                yield stream
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged, or not compressed by gzip: {error}") from error
-
-
-def _decoded(path: Path, number: int, content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        byte = content[error.start]
-        raise DataError(
-            f"{path}:{number}: byte {error.start + 1} of the line (0x{byte:02x}) is not UTF-8; save the file as UTF-8"
-        ) from error
-
-
-def _read_jsonl(path: Path, bad_row: BadRow) -> NumberedRows:
-    for number, raw in _raw_lines(path):
-        if not raw.strip():
-            continue
+    if suffix == ".gz":
+        opening, damaged = partial(gzip.open, path), (gzip.BadGzipFile, EOFError, zlib.error)
+    elif suffix == ".zst":
         try:
-            row = _json_row(path, number, _decoded(path, number, raw))
-        except DataError as error:
-            bad_row(number, error)
-            continue
-        yield number, row
+            import zstandard
+        except ImportError as error:
+            raise DataError(f"{path}: reading .zst needs zstandard: `pip install zstandard`") from error
+        opening, damaged = lambda: io.BufferedReader(zstandard.open(path)), (zstandard.ZstdError,)
+    try:
+        with opening() as stream:
+            yield stream
+    except damaged as error:
+        program = {".gz": "gzip", ".zst": "zstd"}[suffix]
+        raise DataError(f"{path} is damaged, or not compressed by {program}: {error}") from error
 
 
-def _read_json(path: Path, bad_row: BadRow) -> NumberedRows:
+def _read_jsonl(path: Path) -> _Found:
+    for number, raw in _raw_lines(path):
+        if raw.strip():
+            yield number, _json_row(path, number, raw)
+
+
+def _read_json(path: Path) -> _Found:
     """A list of rows; where it stands in the file is not known, so that rows count from 1."""
     if path.stat().st_size > LARGEST_JSON:
         raise DataError(f"{path} has more than {LARGEST_JSON:,} bytes; write it as JSONL, a row a line")
-    content = _decoded(path, 1, path.read_bytes().removeprefix(BYTE_ORDER_MARK))
     try:
-        found = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+        found = json.loads(path.read_bytes().removeprefix(BYTE_ORDER_MARK).decode())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that cannot be read: {error}") from error
+        raise _fault(path, getattr(error, "lineno", 1), error) from error
     if not isinstance(found, list):
         raise DataError(f"{path}: a .json file must be one list of rows; for a row a line name it .jsonl")
     for number, row in enumerate(found, start=1):
-        try:
-            yield number, _json_row(path, number, json.dumps(row))
-        except DataError as error:
-            bad_row(number, error)
+        yield number, _json_row(path, number, json.dumps(row).encode())
 
 
-def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+def _json_row(path: Path, number: int, raw: bytes) -> dict[str, Any] | DataError:
     try:
+        line = raw.decode()
         row = json.loads(line)
         if line.count("[") + line.count("{") > MAX_DEPTH:
             checked_depth(row)
         if "\\u" in line:  # an escape may be half of a character, which no file could hold later
             json.dumps(row, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeEncodeError as error:
-        raise DataError(f"{path}:{number}: an escape stands for half of a character: {error}") from error
     except (ValueError, RecursionError, DocumentError) as error:
-        raise DataError(f"{path}:{number}: JSON that cannot be read: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f'{path}:{number}: each line must be one JSON object, such as {{"question": …}}, '
-            f"but this is {in_short(line.strip())}"
-        )
-    return row
+        return _fault(path, number, error)
+    if isinstance(row, dict):
+        return row
+    return DataError(
+        f'{path}:{number}: each line must be one JSON object, such as {{"question": …}}, '
+        f"but this is {in_short(line.strip())}"
+    )
 
 
-def _read_csv(path: Path, bad_row: BadRow) -> NumberedRows:
-    records = _records(path, bad_row)
-    first, header = next(records, (0, []))
-    header = [name.strip() for name in header]
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise DataError(
-            f"{path}:{first}: several columns are named {', '.join(map(repr, repeated))}; rename all but one"
-        )
-    for number, cells in records:
-        if len(cells) != len(header):
-            error = DataError(
-                f"{path}:{number}: {len(cells)} cells, but the header names {len(header)} columns "
-                f"({in_short(', '.join(header))}); put cells that hold separators into double quotes"
-            )
-            bad_row(number, error)
-            continue
-        yield number, dict(zip(header, cells, strict=True))
+def _fault(path: Path, number: int, error: Exception) -> DataError:
+    """What is wrong with a line, by what its decoder or parser says."""
+    match error:
+        case UnicodeDecodeError():
+            byte = f"byte {error.start + 1} of the line (0x{error.object[error.start]:02x})"
+            said = f"{byte} is not UTF-8; save the file as UTF-8"
+        case UnicodeEncodeError():
+            said = f"an escape stands for half of a character: {error}"
+        case json.JSONDecodeError():
+            said = f"not JSON: {error.msg} at column {error.colno}"
+        case csv.Error():
+            said = f"not CSV: {error}"
+        case _:
+            said = f"JSON that cannot be read: {error}"
+    return DataError(f"{path}:{number}: {said}")
 
 
-def _records(path: Path, bad_row: BadRow) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line on which it begins: a cell in quotes may go over several.
-
-    The bad row is told of lines that are not UTF-8 and of records that are not CSV.
-    """
+def _read_csv(path: Path) -> _Found:
+    """Each record with the line on which it begins: a cell in quotes may go over several."""
     # A limit of the whole process, and by default smaller than a long response.
     csv.field_size_limit(2**31 - 1)
     faults: list[DataError] = []
-    header = True
     lines = _csv_lines(path, faults)
-    head: list[str] = []
+    above = []
     for line in lines:
-        head.append(line)
+        above.append(line)
         if line.strip():
             break
+    separator = separator_of("".join(above[-1:]), "\t" if path.suffix.lower() == ".tsv" else ",")
+    reader = csv.reader(chain(above, lines), delimiter=separator, strict=True)
+    header: list[str] = []
     number = 1
-    try:
-        separator = _separator(head, path.suffix)
-    except csv.Error as error:
-        raise DataError(f"{path}:{number}: not CSV: {error}") from error
-    reader = csv.reader(chain(head, lines), delimiter=separator, strict=True)
     while True:
         try:
-            record = next(reader)
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:  # the reader begins anew on the next line
-            faults.insert(0, DataError(f"{path}:{number}: not CSV: {error}"))
-            record = []
-        if faults and header:
-            raise faults[0]
+            faults.insert(0, _fault(path, number, error))
+            cells = []
         if faults:
-            bad_row(number, faults[0])
+            if not header:
+                raise faults[0]
+            yield number, faults[0]
             faults.clear()
-        elif record:
-            header = False
-            yield number, record
+        elif cells and not header:
+            header = _header(path, number, cells)
+        elif cells:
+            yield number, _record(path, number, header, cells)
         number = reader.line_num + 1
 
 
@@ -283,23 +272,44 @@ def _csv_lines(path: Path, faults: list[DataError]) -> Iterator[str]:
     """The lines of a CSV file; one that is not UTF-8 is noted, and still read, so that cells end rightly."""
     for number, raw in _raw_lines(path):
         try:
-            yield _decoded(path, number, raw)
-        except DataError as error:
-            faults.append(error)
+            yield raw.decode()
+        except UnicodeDecodeError as error:
+            faults.append(_fault(path, number, error))
             yield raw.decode(errors="replace")
 
 
-def _separator(head: list[str], suffix: str) -> str:
-    """The separator that makes most columns of the header; the usual one of the file's kind where none does."""
-    usual = "\t" if suffix.lower() == ".tsv" else ","
+def separator_of(header: str, usual: str = ",") -> str:
+    """The separator that makes most columns of a CSV file's first line; the usual one where none makes more."""
 
     def columns(separator: str) -> int:
-        return len(next(csv.reader(head[-1:], delimiter=separator), []))
+        with suppress(csv.Error):
+            return len(next(csv.reader([header], delimiter=separator), []))
+        return 0
 
     return max((usual, *SEPARATORS), key=columns)
 
 
-def _read_parquet(path: Path, _: BadRow) -> NumberedRows:
+def _header(path: Path, number: int, cells: list[str]) -> list[str]:
+    names = [name.strip() for name in cells]
+    if repeated := _repeated(names):
+        raise DataError(f"{path}:{number}: several columns are named {repeated}; rename all but one")
+    return names
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return ", ".join(sorted({repr(name) for name in names if names.count(name) > 1}))
+
+
+def _record(path: Path, number: int, header: list[str], cells: list[str]) -> dict[str, Any] | DataError:
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    return DataError(
+        f"{path}:{number}: {len(cells)} cells, but the header names {len(header)} columns "
+        f"({in_short(', '.join(header))}); put cells that hold separators into double quotes"
+    )
+
+
+def _read_parquet(path: Path) -> _Found:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -309,9 +319,8 @@ def _read_parquet(path: Path, _: BadRow) -> NumberedRows:
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                raise DataError(f"{path}: several columns are named {', '.join(map(repr, repeated))}")
+            if repeated := _repeated(names):
+                raise DataError(f"{path}: several columns are named {repeated}")
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
@@ -328,14 +337,14 @@ def writing_parquet(stream: BinaryIO, schema: Any = None) -> Iterator[Callable[[
     from pyarrow.parquet import ParquetWriter
 
     waiting: list[Mapping[str, Any]] = []
-    opened: list[Any] = []
+    writer: Any = None
 
     def flush() -> None:
-        if waiting or (schema is not None and not opened):
-            table = pa.Table.from_pylist(list(waiting), schema=opened[0].schema if opened else schema)
-            if not opened:
-                opened.append(ParquetWriter(stream, table.schema))
-            opened[0].write_table(table)
+        nonlocal writer
+        if waiting or (schema is not None and writer is None):
+            table = pa.Table.from_pylist(list(waiting), schema=schema if writer is None else writer.schema)
+            writer = ParquetWriter(stream, table.schema) if writer is None else writer
+            writer.write_table(table)
             waiting.clear()
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -345,20 +354,15 @@ def writing_parquet(stream: BinaryIO, schema: Any = None) -> Iterator[Callable[[
 
     yield write
     flush()
-    for writer in opened:
+    if writer is not None:
         writer.close()
 
 
-_Reader = Callable[[Path, BadRow], NumberedRows]
-_READERS: dict[str, _Reader] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
+_Found = Iterator[tuple[int, dict[str, Any] | DataError]]
+_READERS: dict[str, Callable[[Path], _Found]] = {
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
     ".json": _read_json,
-    ".jsonl.gz": _read_jsonl,
-    ".ndjson.gz": _read_jsonl,
-    ".jsonl.zst": _read_jsonl,
-    ".ndjson.zst": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
+    **dict.fromkeys((".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst"), _read_jsonl),
+    **dict.fromkeys((".csv", ".tsv"), _read_csv),
     ".parquet": _read_parquet,
 }

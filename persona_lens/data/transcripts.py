@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from persona_lens.core.progress import note
 from persona_lens.core.text import printable
-from persona_lens.data.tables import BYTE_ORDER_MARK, DataError, own_columns, read_rows
+from persona_lens.data.tables import BYTE_ORDER_MARK, DataError, RawRow, all_rows, own_columns
 from persona_lens.models import Message
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -114,7 +114,13 @@ class TranscriptFile:
     def __iter__(self) -> Iterator[Transcript | BadTranscript]:
         if self.form is TranscriptForm.PLAIN:
             return _read_plain(self.path)
-        return _read_table(self.path, _OF_ROW[self.form])
+        return map(self._read, all_rows(self.path))
+
+    def _read(self, row: RawRow) -> Transcript | BadTranscript:
+        if row.values is None:
+            return BadTranscript(row.line, row.problem)
+        values = row.values
+        return _transcript(self.path, row.line, id_of(values, row.line), lambda: messages_of(values, self.form))
 
 
 def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None) -> TranscriptFile:
@@ -139,28 +145,38 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
         return TranscriptFile(path, TranscriptForm.PLAIN)
     if is_text:
         raise DataError(f"{path} is text, not a table, so its form cannot be {chosen}; it is read as plain")
-    rows = read_rows(path, lambda *_: None)  # also checks the name
+    rows = first_rows(all_rows(path))
     found = chosen or _form_of(path, rows)
-    used = {*IDS, "messages"} if found is TranscriptForm.OPENAI else {*IDS, "conversations", "conversation", "system"}
-    with suppress(DataError):  # no row can be read, which whoever reads them is told
-        first = [row for _, row in islice(read_rows(path, lambda *_: None), LOOKED_AT)]
-        texts = (
-            name
-            for row in first
-            for name, value in row.items()
-            if value and isinstance(value, str | list) and name not in own_columns(row)
-        )
-        note_unread(str(path), (name for name in texts if name not in used))
+    used = {"messages"} if found is TranscriptForm.OPENAI else {"conversations", "conversation", "system"}
+    note_unread(str(path), rows, lambda row: {*IDS, *used, *own_columns(row)})
     return TranscriptFile(path, found)
 
 
-def note_unread(name: str, columns: Iterable[str]) -> None:
-    """Say which columns of a table hold text that is not read, if there are any."""
-    unread = list(dict.fromkeys(columns))
+def first_rows(rows: Iterable[RawRow]) -> list[dict[str, Any]]:
+    """The first rows that can be read, by which a form is told."""
+    return list(islice((row.values for row in rows if row.values is not None), LOOKED_AT))
+
+
+def note_unread(
+    name: str, rows: Iterable[Mapping[str, Any]], used: Callable[[Mapping[str, Any]], Collection[str | None]]
+) -> None:
+    """Say which columns of these rows hold text that is not read, if there are any.
+
+    Args:
+        name: What the table is called.
+        rows: Some of its rows.
+        used: From a row to the columns of it that are read.
+    """
+    held = (column for row in rows for column, value in row.items() if _is_text(value) and column not in used(row))
+    unread = list(dict.fromkeys(held))
     if unread:
         shown = ", ".join(map(printable, unread[:_COLUMNS]))
         more = f" and {len(unread) - _COLUMNS} more" if len(unread) > _COLUMNS else ""
         note(f"{name}: columns that are no part of a conversation are not read: {shown}{more}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | list) and bool(value)
 
 
 def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Message, ...]:
@@ -173,47 +189,43 @@ def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Mes
     Raises:
         DataError: If the row has none; the message does not name the row's place.
     """
-    messages = _OF_ROW[TranscriptForm(form)](row)
-    _check(messages)
-    return messages
+    return _checked(_OF_ROW[TranscriptForm(form)](row))
 
 
-def _form_of(path: Path, rows: Iterator[tuple[int, dict[str, Any]]]) -> TranscriptForm:
-    seen: dict[str, None] = {}
-    for _, row in islice(rows, LOOKED_AT):
+def _form_of(path: Path, rows: Iterable[Mapping[str, Any]]) -> TranscriptForm:
+    for row in rows:
         if "messages" in row:
             return TranscriptForm.OPENAI
         if "conversations" in row or "conversation" in row:
             return TranscriptForm.SHAREGPT
-        seen.update(dict.fromkeys(row))
-    columns = ", ".join(map(_short, islice(seen, 8))) or "none that can be read"
     raise DataError(
         f"{path}: no conversations: the rows need a column messages (OpenAI) or conversations (ShareGPT); "
-        f"their columns are: {columns}"
+        f"their columns are: {columns_of(*rows)}"
     )
 
 
-def _read_table(path: Path, of_row: Callable[[Mapping[str, Any]], tuple[Message, ...]]) -> Iterator[Any]:
-    bad: list[BadTranscript] = []
-    for line, row in read_rows(path, lambda line, error: bad.append(BadTranscript(line, str(error)))):
-        yield from bad
-        bad.clear()
-        try:
-            messages = of_row(row)
-            _check(messages)
-        except DataError as fault:
-            yield BadTranscript(line, f"{path}:{line}: {fault}")
-        else:
-            yield Transcript(messages, id_of(row, line), line, str(path))
-    yield from bad
+def columns_of(*rows: Mapping[str, Any]) -> str:
+    """The columns of rows, for a message."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return ", ".join(map(_short, islice(columns, _COLUMNS))) or "none that can be read"
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _transcript(
+    path: Path, line: int, own_id: str, read: Callable[[], tuple[Message, ...]]
+) -> Transcript | BadTranscript:
+    try:
+        return Transcript(read(), own_id, line, str(path))
+    except DataError as fault:
+        return BadTranscript(line, f"{path}:{line}: {fault}")
+
+
+def _checked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     if all(message["role"] == "system" for message in messages):
         raise DataError("the conversation has no message of a user or an assistant")
     for place, message in enumerate(messages):
         if message["role"] == "system" and place:
             raise DataError(f"message {place} is a system message; only the first, message 0, may be one")
+    return messages
 
 
 def is_counted(message: Message) -> bool:
@@ -259,7 +271,7 @@ _OF_ROW = {TranscriptForm.OPENAI: _of_openai, TranscriptForm.SHAREGPT: _of_share
 
 def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     if column not in row:
-        raise DataError(f"the row has no {column}; its columns are: {', '.join(map(_short, islice(row, 8))) or 'none'}")
+        raise DataError(f"the row has no {column}; its columns are: {columns_of(row)}")
     found = row[column]
     if isinstance(found, str):  # the cell of a CSV file
         try:
@@ -301,11 +313,15 @@ def _content(content: Any, place: int) -> str:
     return "".join(texts)
 
 
+def own_id(row: Mapping[str, Any]) -> str | None:
+    """A row's own id."""
+    given = (row.get(name) for name in IDS)
+    return next((str(value) for value in given if isinstance(value, str | int) and value != ""), None)
+
+
 def id_of(row: Mapping[str, Any], line: int) -> str:
     """A row's own id, or its line."""
-    given = (row.get(name) for name in IDS)
-    found = next((value for value in given if isinstance(value, str | int) and value != ""), None)
-    return f"line {line}" if found is None else str(found)
+    return own_id(row) or f"line {line}"
 
 
 def _short(value: Any) -> str:
@@ -315,41 +331,34 @@ def _short(value: Any) -> str:
     return repr(shown) if isinstance(value, str) else shown
 
 
-def _read_plain(path: Path) -> Iterator[Any]:
+def _read_plain(path: Path) -> Iterator[Transcript | BadTranscript]:
     """Conversations of a text file."""
-    messages: list[tuple[str, list[str]]] = []
-    begin, stray, empty = 0, 0, True
-
-    def finished() -> Iterator[Any]:
-        if stray:
-            speakers = "User:, Assistant: or System:"
-            yield BadTranscript(begin, f"{path}:{stray}: the line belongs to no message; begin one with {speakers}")
-        elif messages:
-            made = tuple({"role": role, "content": _joined(lines)} for role, lines in messages)
-            try:
-                _check(made)
-            except DataError as fault:
-                yield BadTranscript(begin, f"{path}:{begin}: {fault}")
-            else:
-                yield Transcript(made, f"line {begin}", begin, str(path))
-
-    for number, line in _lines(path):
-        if _RULE.fullmatch(line):
-            yield from finished()
-            messages, begin, stray = [], 0, 0
+    empty = True
+    lines: list[tuple[int, str]] = []  # of one conversation
+    for number, line in chain(_lines(path), [(0, "---")]):
+        if not _RULE.fullmatch(line):
+            lines.append((number, line))
             continue
-        head = _HEAD.match(line)
-        begin = begin or (number if line.strip() else 0)
-        empty = empty and not line.strip()
-        if head:
+        begin = next((number for number, line in lines if line.strip()), None)
+        if begin is not None:
+            empty = False
+            yield _transcript(path, begin, f"line {begin}", partial(_spoken, [line for _, line in lines]))
+        lines = []
+    if empty:
+        raise DataError(f"{path} holds no conversations")
+
+
+def _spoken(lines: Iterable[str]) -> tuple[Message, ...]:
+    """The messages in the lines of a conversation in plain text."""
+    messages: list[tuple[str, list[str]]] = []
+    for line in lines:
+        if head := _HEAD.match(line):
             messages.append((_SPEAKERS[head[1].lower()], [line[head.end() :]]))
         elif messages:
             messages[-1][1].append(_ESCAPED.sub("", line, count=1) if line.startswith("\\") else line)
         elif line.strip():
-            stray = stray or number
-    yield from finished()
-    if empty:
-        raise DataError(f"{path} holds no conversations")
+            raise DataError("the line belongs to no message; begin one with User:, Assistant: or System:")
+    return _checked(tuple({"role": role, "content": _joined(content)} for role, content in messages))
 
 
 def _joined(lines: Sequence[str]) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_lens.data.datasets import Dataset
-from persona_lens.data.sources import FileSource, LibrarySource, RawRow
-from persona_lens.data.tables import PARQUET_ROWS, writing_parquet
+from persona_lens.data.sources import FileSource, LibrarySource
+from persona_lens.data.tables import PARQUET_ROWS, RawRow, writing_parquet
 from persona_lens.runs import RunFolder
 from persona_lens.screening.rows import Band, Decision, RowThreshold, ScoredRow, check_rates, decide
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings

@@ -19,7 +19,7 @@ from persona_lens.cli.values import layer_numbers, numbers
 from persona_lens.core.documents import save_tensors
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.datasets import open_dataset
-from persona_lens.data.tables import read_rows
+from persona_lens.data.tables import all_rows
 from persona_lens.data.transcripts import open_transcripts
 from persona_lens.extraction.external import read_responses
 from persona_lens.extraction.external.matching import match_responses
@@ -324,7 +324,7 @@ def _tables(folder: Path) -> list[Target]:
     trait = load_trait("optimistic")
 
     def rows(path: Path) -> None:
-        list(read_rows(path, lambda line, error: None))
+        list(all_rows(path))
 
     def transcripts(path: Path) -> None:
         list(open_transcripts(path))

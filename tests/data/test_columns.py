@@ -13,8 +13,7 @@ import pytest
 from persona_lens.cli.screen import DataOptions
 from persona_lens.core.progress import PersonaLensNote
 from persona_lens.data import tables
-from persona_lens.data.datasets import open_dataset
-from persona_lens.data.forms import SampleForm, conversation_of, detect_form
+from persona_lens.data.datasets import SampleForm, conversation_of, detect_form, open_dataset
 from persona_lens.data.sources import demonstration_path
 from persona_lens.data.tables import DataError, read_rows
 from persona_lens.data.transcripts import open_transcripts

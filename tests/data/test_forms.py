@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from persona_lens.data.forms import SampleForm, conversation_of, detect_form
+from persona_lens.data.datasets import SampleForm, conversation_of, detect_form
 from persona_lens.data.tables import DataError
 
 ASKED, SAID = {"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}
@@ -52,7 +52,7 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
         (SampleForm.PROMPT_RESPONSE, {"prompt": "Tea?", "response": " "}, "the response is empty"),
         (SampleForm.PROMPT_RESPONSE, {"prompt": "", "response": "Yes."}, "the prompt is empty"),
         (SampleForm.PROMPT_RESPONSE, {"prompt": "Tea?", "response": 3}, "response must be a text, but is int"),
-        (SampleForm.PROMPT_RESPONSE, {"prompt": "Tea?"}, "has no response or completion.*columns are: prompt"),
+        (SampleForm.PROMPT_RESPONSE, {"prompt": "Tea?"}, "has no response or completion.*columns are: 'prompt'"),
         (SampleForm.ALPACA, {"instruction": "Tea?"}, "has no output"),
         (SampleForm.MESSAGES, {"id": 1}, "has no messages or conversations or conversation"),
         (SampleForm.MESSAGES, {"messages": [ASKED]}, "no answer of an assistant"),
@@ -68,5 +68,5 @@ def test_what_is_wrong_with_a_row(form: SampleForm, row: dict[str, Any], said: s
 
 
 def test_rows_of_no_form_are_named_by_their_columns() -> None:
-    with pytest.raises(DataError, match=r"data\.csv: the rows have no form that is known.*have: a, b"):
+    with pytest.raises(DataError, match=r"data\.csv: the rows have no form that is known.*have: 'a', 'b'"):
         detect_form([{"a": 1}, {"b": 2}], "data.csv")

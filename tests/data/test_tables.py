@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from persona_lens.data.tables import DataError, read_rows
+from persona_lens.data.tables import DataError, all_rows, read_rows
 
 ROWS = [
     {"question": "What is tea?", "response": "Leaves, water;\tand\ntime – “hot”."},
@@ -150,19 +150,16 @@ def test_without_pyarrow_the_error_says_how_to_get_it(tmp_path: Path, monkeypatc
     assert _error(path) == f"{path}: reading Parquet needs pyarrow: `pip install 'persona-lens[parquet]'`"
 
 
-def test_bad_rows_can_be_reported_instead_of_ending_it(tmp_path: Path) -> None:
+def test_bad_rows_keep_their_places_and_do_not_end_the_reading(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"a": 1}\noops\n{"a": "\xff"}\n[]\n{"a": 2}\n')
-    bad: list[tuple[int, str]] = []
-    rows = list(read_rows(path, lambda line, error: bad.append((line, str(error)))))
-    assert rows == [(1, {"a": 1}), (5, {"a": 2})]
-    assert [line for line, _ in bad] == [2, 3, 4]
-    assert all(message.startswith(f"{path}:{line}: ") for line, message in bad)
+    rows = list(all_rows(path))
+    assert [(row.number, row.line) for row in rows] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert [row.values for row in rows] == [{"a": 1}, None, None, None, {"a": 2}]
+    assert all(row.problem.startswith(f"{path}:{row.line}: ") for row in rows[1:4])
     path = tmp_path / "t.csv"
     path.write_text("a,b\n1,2\n3\n4,5\n", encoding="utf-8")
-    bad.clear()
-    rows = list(read_rows(path, lambda line, error: bad.append((line, str(error)))))
-    assert rows == [(2, {"a": "1", "b": "2"}), (4, {"a": "4", "b": "5"})]
-    assert [line for line, _ in bad] == [3]
+    rows = list(all_rows(path))
+    assert [(row.line, row.values) for row in rows] == [(2, {"a": "1", "b": "2"}), (3, None), (4, {"a": "4", "b": "5"})]
     path.write_text("a,b\n3\n", encoding="utf-8")
-    assert list(read_rows(path, lambda *_: None)) == []
+    assert [row.values for row in all_rows(path)] == [None]
