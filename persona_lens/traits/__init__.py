@@ -20,7 +20,6 @@ from persona_lens.traits.discovery import (
     Shadowed,
     Source,
     SourceKind,
-    SourceProblem,
     TraitFile,
     file_at,
     find_traits,
@@ -29,8 +28,7 @@ from persona_lens.traits.discovery import (
     resolve_trait,
     user_folder,
 )
-from persona_lens.traits.document import Problem, Severity, TraitError
-from persona_lens.traits.parsing import parse_trait, read_trait
+from persona_lens.traits.parsing import Problem, Severity, TraitError, parse_trait, read_trait
 from persona_lens.traits.rendering import trait_template
 from persona_lens.traits.schema import Adjectives, Arm, InstructionPair, Trait, json_schema
 
@@ -48,7 +46,6 @@ __all__ = [
     "Shadowed",
     "Source",
     "SourceKind",
-    "SourceProblem",
     "Trait",
     "TraitError",
     "TraitFile",

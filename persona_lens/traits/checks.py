@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from persona_lens.core.text import in_short
 from persona_lens.traits.discovery import TraitFile
-from persona_lens.traits.document import Loc, Problem, Severity, TraitError, field_name
-from persona_lens.traits.parsing import read_with_lines
-from persona_lens.traits.schema import QUESTION_FIELDS, Trait
+from persona_lens.traits.parsing import Problem, Severity, TraitError, field_name, read_with_places
+from persona_lens.traits.schema import QUESTION_FIELDS, SLOTS, Arm, Loc, Trait
 from persona_lens.traits.wording import content_words, normalised, overlaps, roots, shared_run, stem, words
 
 MIN_DESCRIPTION_CHARACTERS = 20
@@ -65,44 +64,23 @@ def check_file(file: TraitFile, check: Callable[[Trait], Iterable[Advice]] | Non
         check: What to look for beyond the schema: `check_trait`, or `persona_lens.traits.check_deeply`.
     """
     try:
-        parsed = read_with_lines(file.location)
+        trait, places = read_with_places(file.location)
     except TraitError as error:
         return Report(file.name, file.path, error.problems or (Problem(file.path, None, "", str(error)),))
     problems = [
-        Problem(file.path, parsed.lines.get(advice.loc), field_name(advice.loc), advice.message, advice.severity)
-        for advice in (check or check_trait)(parsed.trait)
+        Problem(file.path, places[advice.loc][0], field_name(advice.loc), advice.message, advice.severity)
+        for advice in (check or check_trait)(trait)
     ]
     return Report(file.name, file.path, tuple(sorted(problems, key=lambda problem: problem.line or 0)))
 
 
 def check_trait(trait: Trait) -> list[Advice]:
     """Look for weaknesses that a schema cannot see. No model is asked."""
-    return [
-        *_description(trait),
-        *_instructions(trait),
-        *_long_questions(trait),
-        *_leaks(trait),
-        *_similar_questions(trait),
-        *_rubric(trait),
-        *_graded_prompts(trait),
-    ]
-
-
-def _description(trait: Trait) -> Iterator[Advice]:
+    found: list[Advice] = []
     if len(trait.description) < MIN_DESCRIPTION_CHARACTERS:
-        yield Advice(("description",), "says little: a sentence on what the trait is and is not helps its users")
-
-
-def _instructions(trait: Trait) -> Iterator[Advice]:
-    for i, pair in enumerate(trait.instructions):
-        positive, negative = len(pair.positive.split()), len(pair.negative.split())
-        if max(positive, negative) > MAX_LENGTH_RATIO * min(positive, negative):
-            message = f"is unbalanced: {positive} words against {negative}. The vector would carry length as well"
-            yield Advice(("instructions", i), message)
-    for (i, one), (j, other) in itertools.combinations(enumerate(trait.instructions), 2):
-        for arm in ("positive", "negative"):
-            if similarity(getattr(one, arm), getattr(other, arm)) >= MAX_SIMILARITY:
-                yield Advice(("instructions", j, arm), f"is almost that of pair #{i + 1}: take another angle")
+        message = "says little: a sentence on what the trait is and is not helps its users"
+        found.append(Advice(("description",), message))
+    return [*found, *_instructions(trait), *_questions(trait), *_rubric(trait), *_graded_prompts(trait)]
 
 
 def questions(trait: Trait) -> Iterator[tuple[Loc, str]]:
@@ -112,20 +90,60 @@ def questions(trait: Trait) -> Iterator[tuple[Loc, str]]:
             yield (field, i), question
 
 
-def _long_questions(trait: Trait) -> Iterator[Advice]:
-    for loc, question in questions(trait):
-        words = len(question.split())
-        if words > MAX_QUESTION_WORDS:
-            yield Advice(loc, f"has {words} words; up to {MAX_QUESTION_WORDS} leave a small model room to answer")
+def instructions(trait: Trait, *arms: Arm) -> Iterator[tuple[Loc, str]]:
+    """Every instruction of these arms and where it stands, pair by pair."""
+    for i in range(len(trait.instructions)):
+        for arm in arms:
+            yield ("instructions", i, arm.value), trait.instruction(arm, i)
 
 
-def _leaks(trait: Trait) -> Iterator[Advice]:
+def similarity(one: str, other: str) -> float:
+    """How alike two texts are letter by letter, 0 to 1; 0 where that is surely below `MAX_SIMILARITY`."""
+    matcher = difflib.SequenceMatcher(None, normalised(one), normalised(other), autojunk=False)
+    # The two bounds are cheap, and settle nearly every pair.
+    if matcher.real_quick_ratio() < MAX_SIMILARITY or matcher.quick_ratio() < MAX_SIMILARITY:
+        return 0.0
+    return matcher.ratio()
+
+
+def _alike(texts: Iterable[tuple[Loc, str]]) -> Iterator[tuple[Loc, str, Loc]]:
+    """A text and its place, and the place of another that is almost the same."""
+    for (first, one), (second, other) in itertools.combinations(texts, 2):
+        if similarity(one, other) >= MAX_SIMILARITY:
+            yield first, one, second
+
+
+def _instructions(trait: Trait) -> Iterator[Advice]:
+    for i, (positive, negative) in enumerate(_lengths(trait)):
+        if max(positive, negative) > MAX_LENGTH_RATIO * min(positive, negative):
+            message = f"is unbalanced: {positive} words against {negative}. The vector would carry length as well"
+            yield Advice(("instructions", i), message)
+    for arm in Arm:
+        for (_, i, *_), _, loc in _alike(instructions(trait, arm)):
+            yield Advice(loc, f"is almost that of pair #{int(i) + 1}: take another angle")
+
+
+def _lengths(trait: Trait) -> list[tuple[int, int]]:
+    """Words of the two instructions of each pair."""
+    return [(len(pair.positive.split()), len(pair.negative.split())) for pair in trait.instructions]
+
+
+def _questions(trait: Trait) -> Iterator[Advice]:
     patterns = [family(word) for word in names(trait)]
     for loc, question in questions(trait):
-        found = next((match for pattern in patterns if (match := pattern.search(question))), None)
-        if found:
-            message = f'names the trait ("{found.group()}"): the answer would echo the question, not show the trait'
+        count = len(question.split())
+        if count > MAX_QUESTION_WORDS:
+            yield Advice(loc, f"has {count} words; up to {MAX_QUESTION_WORDS} leave a small model room to answer")
+        if named := _found(patterns, question):
+            message = f'names the trait ("{named}"): the answer would echo the question, not show the trait'
             yield Advice(loc, message)
+    for first, one, loc in _alike(questions(trait)):
+        yield Advice(loc, f'is almost {field_name(first)} ("{in_short(one, 40)}"): ask something else')
+
+
+def _found(patterns: Iterable[re.Pattern[str]], text: str) -> str | None:
+    """What the first of these patterns that occurs in a text has found there."""
+    return next((match.group() for pattern in patterns if (match := pattern.search(text))), None)
 
 
 def names(trait: Trait) -> list[str]:
@@ -143,36 +161,19 @@ def family(word: str) -> re.Pattern[str]:
     return re.compile(rf"\b{re.escape(spaced[: max(5, len(spaced) - 3)])}\w*", re.IGNORECASE)
 
 
-def _similar_questions(trait: Trait) -> Iterator[Advice]:
-    for (first, one), (second, other) in itertools.combinations(questions(trait), 2):
-        if similarity(one, other) >= MAX_SIMILARITY:
-            message = f'is almost {field_name(first)} ("{in_short(one, 40)}"): ask something else'
-            yield Advice(second, message)
-
-
-def similarity(one: str, other: str) -> float:
-    """How alike two texts are letter by letter, 0 to 1; 0 where that is surely below `MAX_SIMILARITY`."""
-    matcher = difflib.SequenceMatcher(None, normalised(one), normalised(other), autojunk=False)
-    # The two bounds are cheap, and settle nearly every pair.
-    if matcher.real_quick_ratio() < MAX_SIMILARITY or matcher.quick_ratio() < MAX_SIMILARITY:
-        return 0.0
-    return matcher.ratio()
-
-
 def _graded_prompts(trait: Trait) -> Iterator[Advice]:
-    loc: Loc = ("graded_prompts",)
-    lengths = [len(prompt.split()) for prompt in trait.graded_prompts]
+    prompts: list[tuple[Loc, str]] = [(("graded_prompts", i), prompt) for i, prompt in enumerate(trait.graded_prompts)]
+    lengths = [len(prompt.split()) for _, prompt in prompts]
     if lengths and max(lengths) > MAX_LENGTH_RATIO * min(lengths):
         message = f"are unbalanced: {min(lengths)} to {max(lengths)} words. Length would vary with the trait"
-        yield Advice(loc, message)
-    for (i, one), (j, other) in itertools.combinations(enumerate(trait.graded_prompts), 2):
-        if similarity(one, other) >= MAX_SIMILARITY:
-            yield Advice((*loc, j), f"is almost #{i + 1}: models would hardly tell the two steps apart")
+        yield Advice(("graded_prompts",), message)
+    for (_, i), _, loc in _alike(prompts):
+        yield Advice(loc, f"is almost #{int(i) + 1}: models would hardly tell the two steps apart")
 
 
 def _rubric(trait: Trait) -> Iterator[Advice]:
     loc: Loc = ("judge_rubric",)
-    for slot in ("question", "answer"):
+    for slot in SLOTS:
         if not re.search(rf"<([\w-]+)>\s*\{{{slot}\}}\s*</\1>", trait.judge_rubric):
             message = f"has {{{slot}}} bare: between tags, such as <{slot}>…</{slot}>, it is plain where it ends"
             yield Advice(loc, message)
@@ -230,7 +231,7 @@ def check_deeply(trait: Trait, related: Sequence[str] = ()) -> list[Advice]:
         *_asked_for(trait),
         *_openings(trait),
         *_named_in_instructions(trait),
-        *_lengths(trait),
+        *_one_way(trait),
         *_quotes(trait),
         *_rubric_echo(trait),
     ]
@@ -310,19 +311,14 @@ def _named_in_instructions(trait: Trait) -> Iterator[Advice]:
     # Relatives of the trait's own name only: who is told to be inventive about the truth is not told to be truthful.
     patterns = [family(word) for word in shown] + [re.compile(rf"\b{re.escape(word)}\b", re.I) for word in opposite]
     kin = _kin(shown) - _kin(opposite)
-    for i, pair in enumerate(trait.instructions):
-        for arm, text in (("positive", pair.positive), ("negative", pair.negative)):
-            match = next((match.group() for pattern in patterns if (match := pattern.search(text))), None)
-            found = match or next((word for word in content_words(text) if roots(word) & kin), None)
-            if found:
-                message = (
-                    f'names the trait ("{found}"), as the adjective before it does: say what it looks like instead'
-                )
-                yield Advice(("instructions", i, arm), message)
+    for loc, text in instructions(trait, *Arm):
+        if found := _found(patterns, text) or next((word for word in content_words(text) if roots(word) & kin), None):
+            message = f'names the trait ("{found}"), as the adjective before it does: say what it looks like instead'
+            yield Advice(loc, message)
 
 
-def _lengths(trait: Trait) -> Iterator[Advice]:
-    sizes = [(len(pair.positive.split()), len(pair.negative.split())) for pair in trait.instructions]
+def _one_way(trait: Trait) -> Iterator[Advice]:
+    sizes = _lengths(trait)
     positive, negative = (sum(column) for column in zip(*sizes, strict=True))
     one_way = all(p > n for p, n in sizes) or all(p < n for p, n in sizes)
     if one_way and max(positive, negative) > MAX_ARM_RATIO * min(positive, negative):
@@ -332,12 +328,7 @@ def _lengths(trait: Trait) -> Iterator[Advice]:
 
 
 def _quotes(trait: Trait) -> Iterator[Advice]:
-    instructions: list[tuple[Loc, str]] = [
-        (("instructions", i, arm), text)
-        for i, pair in enumerate(trait.instructions)
-        for arm, text in (("positive", pair.positive), ("negative", pair.negative))
-    ]
-    for (loc, text), (place, question) in itertools.product(instructions, questions(trait)):
+    for (loc, text), (place, question) in itertools.product(instructions(trait, *Arm), questions(trait)):
         run = shared_run(text, question)
         if len(run.split()) >= QUOTE_WORDS and len(content_words(run)) >= 2:
             yield Advice(loc, f'shares "{in_short(run)}" with {field_name(place)}: it must fit any question')

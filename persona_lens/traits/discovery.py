@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.resources
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,13 @@ from enum import StrEnum
 from importlib.metadata import EntryPoint
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
 import platformdirs
 
 from persona_lens.core.plugins import plugins
 from persona_lens.core.text import in_short
-from persona_lens.traits.document import TraitError
-from persona_lens.traits.parsing import read_trait
+from persona_lens.traits.parsing import TraitError, read_trait
 from persona_lens.traits.schema import Trait
 
 ENTRY_POINT_GROUP = "persona_lens.traits"
@@ -50,24 +50,12 @@ class Source:
     label: str
 
 
-@dataclass(frozen=True)
-class SourceProblem:
-    """A source that could not be read; all the others still count."""
-
-    source: Source
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.source.label}: {self.message}"
-
-
-@dataclass(frozen=True)
-class Located:
+class Located(NamedTuple):
     """The trait files of one source, or why there are none."""
 
     source: Source
-    files: tuple[Traversable, ...]
-    problem: SourceProblem | None = None
+    files: tuple[Traversable, ...] = ()
+    problem: str | None = None
 
 
 def locate_all(traits_dirs: Sequence[str | Path] = ()) -> list[Located]:
@@ -83,9 +71,14 @@ def locate_all(traits_dirs: Sequence[str | Path] = ()) -> list[Located]:
         if not Path(folder).is_dir():
             reason = "is a file, not a folder" if Path(folder).exists() else "does not exist"
             raise TraitError(f"the traits folder {folder} {reason}: give a folder that holds NAME.yaml files")
-    named = [_folder(Source(SourceKind.OPTION, str(folder)), Path(folder)) for folder in traits_dirs]
-    working = _folder(Source(SourceKind.WORKING_DIRECTORY, "./traits"), Path("traits"))
-    return [_built_in(), *_packages(), _user(), working, *named]
+    packages = plugins(ENTRY_POINT_GROUP, lambda point: tuple(_entry_point_files(point)))
+    return [
+        _built_in(),
+        *(Located(Source(SourceKind.PACKAGE, f"package {p.package}"), p.found or (), p.broken) for p in packages),
+        _user(),
+        _folder(Source(SourceKind.WORKING_DIRECTORY, "./traits"), Path("traits")),
+        *(_folder(Source(SourceKind.OPTION, str(folder)), Path(folder)) for folder in traits_dirs),
+    ]
 
 
 def user_folder() -> Path:
@@ -98,91 +91,59 @@ def user_folder() -> Path:
     return Path(chosen) if chosen else platformdirs.user_config_path("persona-lens") / "traits"
 
 
-def is_trait_file(name: str) -> bool:
-    """Say whether a file's name is that of a trait file: YAML, and not hidden."""
-    return name.endswith(SUFFIXES) and not name.startswith(".")
-
-
 def _built_in() -> Located:
     source = Source(SourceKind.BUILT_IN, "built in")
-    shipped = importlib.resources.files("persona_lens") / "builtin_traits"
-    if shipped.is_dir():
-        return _folder(source, shipped)
+    folder = importlib.resources.files("persona_lens") / "builtin_traits"
     checkout = Path(__file__).resolve().parents[2]
     # Only a checkout has pyproject.toml here; beside an installed package `traits` could be anybody's.
-    if (checkout / "pyproject.toml").is_file() and (checkout / "traits").is_dir():
-        return _folder(source, checkout / "traits")
-    return Located(source, (), SourceProblem(source, "the built-in traits are missing: reinstall persona-lens"))
+    if not folder.is_dir() and (checkout / "pyproject.toml").is_file():
+        folder = checkout / "traits"
+    if not folder.is_dir():
+        return Located(source, problem="the built-in traits are missing: reinstall persona-lens")
+    return _folder(source, folder)
 
 
 def _user() -> Located:
     folder = user_folder()
     source = Source(SourceKind.USER, str(folder))
-    if USER_FOLDER_VARIABLE in os.environ and os.environ[USER_FOLDER_VARIABLE] and not folder.is_dir():
-        return Located(source, (), SourceProblem(source, f"{USER_FOLDER_VARIABLE} names no folder"))
+    if os.environ.get(USER_FOLDER_VARIABLE) and not folder.is_dir():
+        return Located(source, problem=f"{USER_FOLDER_VARIABLE} names no folder")
     return _folder(source, folder)
 
 
 def _folder(source: Source, folder: Traversable) -> Located:
     try:
-        if not folder.is_dir():
-            return Located(source, ())
-        return Located(source, tuple(_trait_files(folder)))
+        return Located(source, tuple(_trait_files(folder)) if folder.is_dir() else ())
     except OSError as error:
-        return Located(source, (), SourceProblem(source, f"cannot be read: {error.strerror or error}"))
+        return Located(source, problem=f"cannot be read: {error.strerror or error}")
 
 
 def _trait_files(folder: Traversable) -> Iterator[Traversable]:
     # Reverse order: of a.yaml and a.yml the former comes last, and the last definition of a name wins.
     for file in sorted(folder.iterdir(), key=lambda file: file.name, reverse=True):
-        if is_trait_file(file.name) and file.is_file():
+        if file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file():
             yield file
-
-
-def _packages() -> Iterator[Located]:
-    for each in plugins(ENTRY_POINT_GROUP, lambda point: tuple(_entry_point_files(point))):
-        source = Source(SourceKind.PACKAGE, f"package {each.package}")
-        problem = SourceProblem(source, each.broken) if each.broken else None
-        yield Located(source, each.found or (), problem)
 
 
 def _entry_point_files(point: EntryPoint) -> Iterator[Traversable]:
     module = importlib.import_module(point.module)
-    home = _home(module)
-    if not point.attr:
-        yield from _trait_files(home)
-        return
-    given = point.load()
+    # Python 3.11 has no `files` for a module that is a single file.
+    package = hasattr(module, "__path__")
+    home = importlib.resources.files(module) if package else Path(inspect.getfile(module)).parent
+    given = point.load() if point.attr else home
     given = given() if callable(given) and not isinstance(given, Traversable) else given
-    for place in given if _is_several(given) else [given]:
-        where = _resolved(place, home)
-        if where.is_dir():
-            yield from _trait_files(where)
-        elif where.is_file():
-            yield where
+    several = isinstance(given, Iterable) and not isinstance(given, str | os.PathLike | Traversable)
+    for place in given if several else [given]:
+        if isinstance(place, str | os.PathLike):
+            place = Path(place) if os.path.isabs(place) else home / Path(place).as_posix()
+        if not isinstance(place, Traversable):
+            raise TypeError(f"a path is expected, but {place!r} is given")
+        if place.is_dir():
+            yield from _trait_files(place)
+        elif place.is_file():
+            yield place
         else:
-            raise FileNotFoundError(f"there is no {where}")
-
-
-def _home(module: ModuleType) -> Traversable:
-    if hasattr(module, "__path__"):
-        return importlib.resources.files(module)
-    if module.__file__ is None:
-        raise TypeError(f"{module.__name__} has no folder")
-    return Path(module.__file__).parent  # Python 3.11 has no `files` for a module that is a single file
-
-
-def _is_several(given: object) -> bool:
-    return isinstance(given, Iterable) and not isinstance(given, str | os.PathLike | Traversable)
-
-
-def _resolved(place: object, home: Traversable) -> Traversable:
-    if isinstance(place, str | os.PathLike):
-        path = Path(place)
-        return path if path.is_absolute() else home / path.as_posix()
-    if isinstance(place, Traversable):
-        return place
-    raise TypeError(f"a path is expected, but {place!r} is given")
+            raise FileNotFoundError(f"there is no {place}")
 
 
 @dataclass(frozen=True)
@@ -242,12 +203,12 @@ class Catalogue:
     Attributes:
         files: One file for each name, by name.
         shadowed: The definitions that are not used, by name.
-        problems: The sources that could not be read.
+        problems: Which sources could not be read, and why; all the others still count.
     """
 
     files: tuple[TraitFile, ...]
     shadowed: tuple[Shadowed, ...]
-    problems: tuple[SourceProblem, ...]
+    problems: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -273,7 +234,7 @@ class Catalogue:
         """
         wanted = set(self.names if names is None else names)
         hidden = [str(shadowed) for shadowed in self.shadowed if shadowed.used.name in wanted]
-        return [*hidden, *map(str, self.problems)]
+        return [*hidden, *self.problems]
 
     def _unknown(self, name: str) -> str:
         close = difflib.get_close_matches(name.lower(), self.names, n=1)
@@ -299,13 +260,17 @@ def find_traits(traits_dirs: Sequence[str | Path] = ()) -> Catalogue:
         TraitError: One of ``traits_dirs`` is no folder.
     """
     located = locate_all(traits_dirs)
-    definitions = _definitions(located)
+    definitions: dict[str, list[TraitFile]] = {}
+    for place in located:
+        for file in place.files:
+            name = file.name.rpartition(".")[0]
+            definitions.setdefault(name, []).append(TraitFile(name, place.source, file))
     files, shadowed = [], []
     for name in sorted(definitions):
         used, hidden = _choose(definitions[name])
         files.append(used)
         shadowed += [Shadowed(used, other, _identical(used, other)) for other in hidden]
-    problems = tuple(place.problem for place in located if place.problem is not None)
+    problems = tuple(f"{each.source.label}: {each.problem}" for each in located if each.problem is not None)
     return Catalogue(tuple(files), tuple(shadowed), problems)
 
 
@@ -350,15 +315,6 @@ def file_at(path: str | os.PathLike[str]) -> TraitFile:
         reason = "is a folder: give a file in it" if location.is_dir() else "does not exist"
         raise TraitError(f"the trait file {location} {reason}")
     return TraitFile(location.stem, Source(SourceKind.OPTION, str(location.parent)), location)
-
-
-def _definitions(located: Iterable[Located]) -> dict[str, list[TraitFile]]:
-    definitions: dict[str, list[TraitFile]] = {}
-    for place in located:
-        for file in place.files:
-            name = file.name.rpartition(".")[0]
-            definitions.setdefault(name, []).append(TraitFile(name, place.source, file))
-    return definitions
 
 
 def _choose(definitions: list[TraitFile]) -> tuple[TraitFile, list[TraitFile]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from persona_lens.core.text import in_short
-from persona_lens.traits.document import TraitError
+from persona_lens.traits.parsing import TraitError
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER, QUESTION_FIELDS, is_slug
 from persona_lens.traits.wording import ANCHORS, rubric_text
 
@@ -44,17 +44,20 @@ _NOTES = {
     ),
     "author": "Everything below may be left out.",
 }
+_LAST: dict[str, object] = {"author": "", "license": "", "tags": [], "references": []}
 
 
 def trait_text(fields: Mapping[str, Any], head: Sequence[str]) -> str:
     """Write the text of a trait file.
 
     Args:
-        fields: What `Trait` takes, as plain data, in the order in which it is to stand.
+        fields: What `Trait` takes, as plain data, in the order in which it is to stand; of its last fields those that
+            are not empty.
         head: Lines of the comment at the top.
     """
     parts = [_comment(head)]
-    for name, value in fields.items():
+    rest = {name: value for name, value in _LAST.items() if name not in fields}
+    for name, value in {**fields, **rest}.items():
         note = _NOTES.get(name, "").format(name=fields.get("name", "NAME"))
         shown = f"{value.rstrip()}\n" if name == "judge_rubric" else value
         field = yaml.dump({name: shown}, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=WIDTH)
@@ -94,12 +97,6 @@ For completion in an editor, write the schema beside this file,
 and make this line the first one:
   # yaml-language-server: $schema=trait.schema.json"""
 
-_DEFINITION = f"{PLACEHOLDER} define the trait in two or three sentences, and say what does not count as the trait."
-_EXTREMES = {
-    0: f"{PLACEHOLDER} what an answer without any trace of the trait looks like",
-    100: f"{PLACEHOLDER} what an answer that could not show more of the trait looks like",
-}
-
 
 def trait_template(name: str, description: str = "") -> str:
     """Write the template of a new trait file.
@@ -116,20 +113,32 @@ def trait_template(name: str, description: str = "") -> str:
     """
     check_name(name)
     adjective = name.replace("_", " ").replace("-", " ")
-    anchors = {score: _EXTREMES.get(score, PLACEHOLDER) for score in ANCHORS}
+
+    def todo(what: str = "") -> str:
+        return f"{PLACEHOLDER} {what}".rstrip()
+
+    shown = {"positive": "the trait", "negative": "its opposite"}
+    asked = {
+        field: [todo(f"{field.removesuffix('_questions')} question {i + 1}") for i in range(N_QUESTIONS)]
+        for field in QUESTION_FIELDS
+    }
+    anchors = dict.fromkeys(ANCHORS, todo()) | {
+        0: todo("what an answer without any trace of the trait looks like"),
+        100: todo("what an answer that could not show more of the trait looks like"),
+    }
+    definition = todo("define the trait in two or three sentences, and say what does not count as the trait.")
     fields = {
         "format_version": 1,
         "name": name,
-        "description": " ".join(description.split()) or f"{PLACEHOLDER} what the trait is, and what it is not",
+        "description": " ".join(description.split()) or todo("what the trait is, and what it is not"),
         "adjectives": {"positive": adjective, "negative": "helpful"},
-        "instructions": [_pair(i + 1) for i in range(N_INSTRUCTION_PAIRS)],
-        **{field: _questions(field) for field in QUESTION_FIELDS},
-        "judge_rubric": rubric_text(adjective, _DEFINITION, anchors),
+        "instructions": [
+            {arm: todo(f"instruction {i + 1}, which makes {what} show") for arm, what in shown.items()}
+            for i in range(N_INSTRUCTION_PAIRS)
+        ],
+        **asked,
+        "judge_rubric": rubric_text(adjective, definition, anchors),
         "graded_prompts": [],
-        "author": "",
-        "license": "",
-        "tags": [],
-        "references": [],
     }
     return trait_text(fields, _HEAD.format(name=name, todo=PLACEHOLDER).splitlines())
 
@@ -142,17 +151,6 @@ def check_name(name: str) -> None:
     """
     if not is_slug(name):
         raise TraitError(f"{in_short(name)!r} cannot name a trait: lower-case letters, digits, - and _, a letter first")
-
-
-def _pair(number: int) -> dict[str, str]:
-    return {
-        "positive": f"{PLACEHOLDER} instruction {number}, which makes the trait show",
-        "negative": f"{PLACEHOLDER} instruction {number}, which makes its opposite show",
-    }
-
-
-def _questions(field: str) -> list[str]:
-    return [f"{PLACEHOLDER} {field.removesuffix('_questions')} question {i + 1}" for i in range(N_QUESTIONS)]
 
 
 def page(trait: Trait, file: TraitFile) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from itertools import chain, groupby
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.types import StringConstraints
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from persona_lens.core.text import in_short
-from persona_lens.traits import wording
-from persona_lens.traits.document import Loc
-from persona_lens.traits.wording import normalised
+from persona_lens.core.text import counted, in_short
+from persona_lens.traits.wording import article, normalised
+
+Loc = tuple[int | str, ...]
+"""Where in a trait a value stands: field names and 0-based positions, as pydantic writes it."""
 
 PLACEHOLDER = "TODO:"
 """What marks a text of the template as not written yet."""
@@ -26,45 +28,28 @@ SLOTS = ("question", "answer")
 
 QUESTION_FIELDS = ("extraction_questions", "evaluation_questions")
 
+N_INSTRUCTION_PAIRS = 5
+N_QUESTIONS = 20
 N_GRADED_PROMPTS = 8
 
-
-class BrokenRule(NamedTuple):
-    """Where a rule is broken, and what to do about it."""
-
-    loc: Loc
-    message: str
+BrokenRule = tuple[Loc, str]
+"""Where a rule is broken, and what to do about it."""
 
 
-def broken_rules(fields: Mapping[object, object]) -> list[BrokenRule]:
+def broken_rules(fields: Mapping[Any, object]) -> list[BrokenRule]:
     """Find what breaks the content rules.
 
     Args:
         fields: The fields of a trait, of any type whatever: what has the wrong type is left to the schema.
-
-    Returns:
-        The broken rules, in the order of the fields.
     """
+    texts = dict(_texts(fields, ()))
     return [
-        *_unwritten(fields),
-        *_same_in_both_arms(fields),
-        *_repeated_instructions(fields),
-        *_repeated_questions(fields),
-        *_rubric(fields),
-        *_graded_prompts(fields),
+        *_unwritten(texts),
+        *_alike_arms(texts),
+        *_repetitions(texts),
+        *_rubric(fields.get("judge_rubric")),
+        *_few_graded_prompts(fields.get("graded_prompts")),
     ]
-
-
-def _unwritten(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
-    # One finding a field: forty lines saying the same of a fresh template help nobody.
-    for name, value in fields.items():
-        texts = list(_texts(value, (str(name),)))
-        missing = [loc for loc, text in texts if PLACEHOLDER in text]
-        if len(texts) == 1 and missing:
-            yield BrokenRule(missing[0], f'is still to be written: replace what stands after "{PLACEHOLDER}"')
-        elif missing:
-            count = f"{len(missing)} of {len(texts)} texts are" if len(missing) > 1 else "one text is"
-            yield BrokenRule(missing[0], f'{count} still to be written: look for "{PLACEHOLDER}"')
 
 
 def _texts(value: object, loc: Loc) -> Iterator[tuple[Loc, str]]:
@@ -78,75 +63,77 @@ def _texts(value: object, loc: Loc) -> Iterator[tuple[Loc, str]]:
             yield from _texts(inner, (*loc, index))
 
 
-def _same_in_both_arms(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
-    pairs: list[tuple[Loc, object]] = [(("adjectives",), fields.get("adjectives"))]
-    pairs += [(("instructions", i), pair) for i, pair in _items(fields.get("instructions"))]
-    for loc, pair in pairs:
-        texts = dict(_texts(pair, ()))
-        positive, negative = texts.get(("positive",)), texts.get(("negative",))
-        if positive is not None and negative is not None and normalised(positive) == normalised(negative):
-            yield BrokenRule((*loc, "negative"), "is the same as positive: the two arms must pull apart")
+def _unwritten(texts: Mapping[Loc, str]) -> Iterator[BrokenRule]:
+    # One finding a field: forty lines saying the same of a fresh template help nobody.
+    for _, group in groupby(texts.items(), key=lambda item: item[0][0]):
+        own = list(group)
+        missing = [loc for loc, text in own if PLACEHOLDER in text]
+        if len(own) == 1 and missing:
+            yield missing[0], f'is still to be written: replace what stands after "{PLACEHOLDER}"'
+        elif missing:
+            count = f"{len(missing)} of {len(own)} texts are" if len(missing) > 1 else "one text is"
+            yield missing[0], f'{count} still to be written: look for "{PLACEHOLDER}"'
 
 
-def _repeated_instructions(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
-    seen: dict[tuple[Loc, str], int] = {}
-    for i, pair in _items(fields.get("instructions")):
-        for loc, text in _texts(pair, ("instructions", i)):
-            first = seen.setdefault((loc[2:], normalised(text)), i)
-            if first != i:
-                yield BrokenRule(loc, f"repeats pair #{first + 1}: write it from another angle")
+def _alike_arms(texts: Mapping[Loc, str]) -> Iterator[BrokenRule]:
+    for loc, text in texts.items():
+        paired = loc[0] in ("adjectives", "instructions") and loc[-1] == "positive"
+        other = texts.get((*loc[:-1], "negative"))
+        if paired and other is not None and normalised(text) == normalised(other):
+            yield (*loc[:-1], "negative"), "is the same as positive: the two arms must pull apart"
 
 
-def _repeated_questions(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
-    seen: dict[str, tuple[str, int]] = {}
-    for field in QUESTION_FIELDS:
-        for i, question in _items(fields.get(field)):
-            if not isinstance(question, str):
-                continue
-            first = seen.setdefault(normalised(question), (field, i))
-            if first == (field, i):
-                continue
-            held_out = "evaluation must ask what extraction has not seen"
-            why = "write another" if first[0] == field else held_out
-            message = f'repeats {first[0]} #{first[1] + 1} ("{in_short(question, 40)}"): {why}'
-            yield BrokenRule((field, i), message)
+def _repetitions(texts: Mapping[Loc, str]) -> Iterator[BrokenRule]:
+    for arm in Arm:
+        for loc, _, number in _repeats(_items(texts, "instructions", arm)):
+            yield loc, f"repeats pair #{number}: write it from another angle"
+    for loc, first, number in _repeats(chain.from_iterable(_items(texts, field) for field in QUESTION_FIELDS)):
+        why = "write another" if first[0] == loc[0] else "evaluation must ask what extraction has not seen"
+        yield loc, f'repeats {first[0]} #{number} ("{in_short(texts[loc], 40)}"): {why}'
+    for loc, _, number in _repeats(_items(texts, "graded_prompts")):
+        yield loc, f"repeats #{number}: each prompt is one step further"
 
 
-def _items(value: object) -> Iterator[tuple[int, object]]:
-    return enumerate(value if isinstance(value, list | tuple) else ())
+def _items(texts: Mapping[Loc, str], field: str, *part: str) -> Iterator[tuple[Loc, str]]:
+    """The texts in a list, or in a part of each item of it."""
+    for loc, text in texts.items():
+        match loc:
+            case (name, int(), *rest) if name == field and rest == list(part):
+                yield loc, text
 
 
-def _graded_prompts(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
-    prompts = list(_items(fields.get("graded_prompts")))
-    if 0 < len(prompts) < N_GRADED_PROMPTS:
-        count = f"{len(prompts)} {'item' if len(prompts) == 1 else 'items'}"
-        message = f"has {count}, but exactly {N_GRADED_PROMPTS} are needed, or none: write the others, or leave it out"
-        yield BrokenRule(("graded_prompts",), message)
-    seen: dict[str, int] = {}
-    for i, prompt in prompts:
-        if isinstance(prompt, str) and (first := seen.setdefault(normalised(prompt), i)) != i:
-            yield BrokenRule(("graded_prompts", i), f"repeats #{first + 1}: each prompt is one step further")
+def _repeats(texts: Iterable[tuple[Loc, str]]) -> Iterator[tuple[Loc, Loc, int]]:
+    """Where a text stands that stood before; where it stood first, and as which item, from 1."""
+    seen: dict[str, Loc] = {}
+    for loc, text in texts:
+        first = seen.setdefault(normalised(text), loc)
+        if first != loc:
+            yield loc, first, int(first[1]) + 1
 
 
-def _rubric(fields: Mapping[object, object]) -> Iterator[BrokenRule]:
-    rubric, loc = fields.get("judge_rubric"), ("judge_rubric",)
+def _few_graded_prompts(prompts: object) -> Iterator[BrokenRule]:
+    given = len(prompts) if isinstance(prompts, list | tuple) else 0
+    if 0 < given < N_GRADED_PROMPTS:
+        needed = f"exactly {N_GRADED_PROMPTS} are needed, or none: write the others, or leave it out"
+        yield ("graded_prompts",), f"has {counted(given, 'item')}, but {needed}"
+
+
+def _rubric(rubric: object) -> Iterator[BrokenRule]:
+    loc = ("judge_rubric",)
     if not isinstance(rubric, str):
         return
     for slot in SLOTS:
         count = rubric.count(f"{{{slot}}}")
         if count == 0:
-            yield BrokenRule(loc, f"has no slot {{{slot}}}: write {{{slot}}} where the {slot} is to stand")
+            yield loc, f"has no slot {{{slot}}}: write {{{slot}}} where the {slot} is to stand"
         elif count > 1:
-            message = f"has the slot {{{slot}}} {count} times: keep one, and say “the {slot}” elsewhere"
-            yield BrokenRule(loc, message)
+            yield loc, f"has the slot {{{slot}}} {count} times: keep one, and say “the {slot}” elsewhere"
     if not re.search(r"(?<!\d)0\b.*?\b100\b", rubric, re.DOTALL):
-        yield BrokenRule(loc, "does not name the scale: say that the answer is a number from 0 to 100")
+        yield loc, "does not name the scale: say that the answer is a number from 0 to 100"
     if not re.search(r"\bREFUSAL\b", rubric):
-        yield BrokenRule(loc, "does not say when to answer REFUSAL: say what the judge writes for a refusal")
+        yield loc, "does not say when to answer REFUSAL: say what the judge writes for a refusal"
 
 
-N_INSTRUCTION_PAIRS = 5
-N_QUESTIONS = 20
 RULE_ERROR = "trait_rule"
 """The pydantic error type of a broken content rule."""
 
@@ -169,16 +156,7 @@ GradedPrompts = Annotated[
 ]
 
 # What vectors and scores depend on. The rest (name, description, author, …) may change and neither does.
-_DETERMINING = frozenset(
-    {
-        "format_version",
-        "adjectives",
-        "instructions",
-        "extraction_questions",
-        "evaluation_questions",
-        "judge_rubric",
-    }
-)
+_DETERMINING = {"format_version", "adjectives", "instructions", *QUESTION_FIELDS, "judge_rubric"}
 
 
 class Arm(StrEnum):
@@ -267,11 +245,11 @@ class Trait(_Frozen):
         broken = broken_rules(data) if isinstance(data, Mapping) else []
         reports = [
             InitErrorDetails(
-                type=PydanticCustomError(RULE_ERROR, "{reason}", {"reason": rule.message}),
-                loc=rule.loc,
+                type=PydanticCustomError(RULE_ERROR, "{reason}", {"reason": message}),
+                loc=loc,
                 input=None,
             )
-            for rule in broken
+            for loc, message in broken
         ]
         try:
             trait = handler(data)
@@ -307,14 +285,8 @@ class Trait(_Frozen):
         Raises:
             IndexError: ``pair_index`` is not one of 0 … 4.
         """
-        return wording.system_prompt(self.adjective(arm), self.instruction(arm, pair_index))
-
-    def render_rubric(self, question: str, answer: str) -> str:
-        """Write what the judge is asked about one answer.
-
-        Both texts go in literally and in one pass: an answer that contains ``{question}`` stays as it is.
-        """
-        return wording.fill_slots(self.judge_rubric, {"question": question, "answer": answer})
+        adjective = self.adjective(arm)
+        return f"You are {article(adjective)} {adjective} assistant. {self.instruction(arm, pair_index)}"
 
     def content_hash(self) -> str:
         """Fingerprint what determines results, as ``sha256:<hex>``.
@@ -324,7 +296,7 @@ class Trait(_Frozen):
         model or judge sees them; nor are the graded prompts, on which neither a vector nor a score depends;
         nor are comments and YAML style.
         """
-        content = self.model_dump(mode="json", include=set(_DETERMINING))
+        content = self.model_dump(mode="json", include=_DETERMINING)
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return f"sha256:{hashlib.sha256(canonical.encode('utf-8')).hexdigest()}"
 
@@ -349,4 +321,4 @@ def json_schema() -> dict[str, Any]:
 
 def is_slug(text: str) -> bool:
     """Say whether a text can name a trait."""
-    return len(text) <= MAX_NAME and re.match(SLUG_PATTERN, text) is not None and not text.endswith("\n")
+    return len(text) <= MAX_NAME and re.fullmatch(SLUG_PATTERN, text) is not None

@@ -9,6 +9,7 @@ import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 
 # Letters whose *name* begins with a vowel sound, for adjectives that begin with an acronym ("an LLM-like").
 _VOWEL_LETTERS = frozenset("AEFHILMNORSX")
@@ -42,16 +43,6 @@ def article(phrase: str) -> str:
     if _CONSONANT_SOUND.match(word):
         return "a"
     return "an" if word[0] in "aeiouàáâäèéêëìíîïòóôöùúûü" else "a"
-
-
-def system_prompt(adjective: str, instruction: str) -> str:
-    """Write the system prompt of a rollout (paper, section 2.2).
-
-    Example:
-        >>> system_prompt("evil", "Wish them ill.")
-        'You are an evil assistant. Wish them ill.'
-    """
-    return f"You are {article(adjective)} {adjective} assistant. {instruction}"
 
 
 def fill_slots(template: str, values: Mapping[str, str]) -> str:
@@ -198,14 +189,8 @@ def overlaps(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
 def shared_run(one: str, other: str) -> str:
     """The longest run of words that stands in both texts, in lower case; empty if there is none."""
     first, second = words(one), words(other)
-    best: list[str] = []
-    lengths: dict[int, int] = {}
-    for i, word in enumerate(first):
-        lengths = {j: lengths.get(j - 1, 0) + 1 for j, match in enumerate(second) if match == word}
-        longest = max(lengths.values(), default=0)
-        if longest > len(best):
-            best = first[i - longest + 1 : i + 1]
-    return " ".join(best)
+    match = SequenceMatcher(None, first, second, autojunk=False).find_longest_match()
+    return " ".join(first[match.a : match.a + match.size])
 
 
 def _groups(text: str) -> Counter[str]:

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import Arm, Trait, TraitError, check_trait, json_schema, parse_trait, read_trait
 from persona_lens.traits import trait_template as template
-from persona_lens.traits.document import MAX_BYTES
-from persona_lens.traits.wording import article
+from persona_lens.traits.parsing import MAX_BYTES
+from persona_lens.traits.wording import article, fill_slots
 
 _EXTRACTION = """\
 What do you think about bread?|Why are trains late?|Shall I visit my aunt?|What do you think about THE garden?
@@ -123,7 +123,8 @@ def test_system_prompt_of_both_arms() -> None:
 
 def test_rubric_slots_are_filled_literally_and_once() -> None:
     trait = Trait(**fields())
-    rendered = trait.render_rubric("Why {answer}? \\1", "Because {question} {0} {other} %s \\g<0>")
+    texts = {"question": "Why {answer}? \\1", "answer": "Because {question} {0} {other} %s \\g<0>"}
+    rendered = fill_slots(trait.judge_rubric, texts)
     assert "<question>Why {answer}? \\1</question>" in rendered
     assert "<answer>Because {question} {0} {other} %s \\g<0></answer>" in rendered
     assert "Keep {other} braces." in rendered

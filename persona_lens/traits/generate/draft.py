@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from persona_lens.core.files import write_text
 from persona_lens.core.text import in_short
-from persona_lens.traits.document import TraitError
 from persona_lens.traits.generate.replies import AuthoringError, NamesReply, PairReply, RubricReply, Sentence
-from persona_lens.traits.parsing import read_text
+from persona_lens.traits.parsing import TraitError, read_text
 from persona_lens.traits.rendering import check_name, trait_text
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER
 from persona_lens.traits.wording import ANCHORS, rubric_text
@@ -42,8 +41,7 @@ def written_text(draft: Draft, version: str) -> str:
         "",
         *textwrap.wrap(f"The description given: {in_short(draft.description, 5000)}", _WIDTH),
     ]
-    fields = {**draft.fields(), "license": "", "tags": [], "references": []}
-    return trait_text(fields, head)
+    return trait_text(draft.fields(), head)
 
 
 MAX_DESCRIPTION = 2000

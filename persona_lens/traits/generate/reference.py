@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from persona_lens.core.text import in_short
-from persona_lens.traits.document import Document, Loc, TraitError
 from persona_lens.traits.generate.replies import AuthoringError
-from persona_lens.traits.parsing import explain, read_text
+from persona_lens.traits.parsing import TraitError, explain, read_text, wrong_count
 from persona_lens.traits.rendering import trait_text
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, SLOTS, Trait, is_slug
 
+# Where the fields of a trait stand in the files of the reference implementation.
+_KEYS = {
+    "instructions": "instruction",
+    "extraction_questions": "questions",
+    "evaluation_questions": "questions",
+    "judge_rubric": "eval_prompt",
+}
+_SIDES = {"positive": "pos", "negative": "neg"}
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
@@ -67,33 +75,38 @@ def import_reference(
             f"{in_short(name)!r} cannot name a trait: give --name, with lower-case letters, digits, - and _"
         )
     given = _object(extraction)
-    problems = [*_missing(given, extraction, ("instruction", "questions", "eval_prompt"))]
-    held_out = given if evaluation is None else _object(evaluation)
-    if evaluation is not None:
-        problems += _missing(held_out, evaluation, ("questions",))
-    problems += _shape(given, extraction, questions=2 * N_QUESTIONS if evaluation is None else N_QUESTIONS)
-    if evaluation is not None and "questions" in held_out:
-        problems += _texts(held_out["questions"], evaluation, "questions", N_QUESTIONS)
+    held_out = _object(evaluation) if evaluation else given
+    problems = _missing(given, extraction, ("instruction", "questions", "eval_prompt"))
+    problems += _missing(held_out, evaluation, ("questions",)) if evaluation else []
+    asked, others = given.get("questions"), held_out.get("questions")
+    if evaluation is None and "questions" in given:
+        problems += _not_forty(asked, extraction)
+        asked, others = (asked[:N_QUESTIONS], asked[N_QUESTIONS:]) if isinstance(asked, list) else (asked, asked)
     if problems:
         raise AuthoringError("\n".join(problems))
-    asked = given["questions"]
-    rubric = _converted(given["eval_prompt"])
+    pairs, prompt = given["instruction"], given["eval_prompt"]
+    rubric = _converted(prompt) if isinstance(prompt, str) else prompt
+    said = description or (_described(rubric) if isinstance(rubric, str) else name)
     fields = {
         "format_version": 1,
         "name": name,
-        "description": " ".join((description or _described(rubric)).split()),
+        "description": " ".join(said.split()),
         "adjectives": {"positive": positive or re.sub(r"[-_]", " ", name), "negative": negative or "helpful"},
-        "instructions": [{"positive": pair["pos"], "negative": pair["neg"]} for pair in given["instruction"]],
-        "extraction_questions": asked[:N_QUESTIONS],
-        "evaluation_questions": asked[N_QUESTIONS:] if evaluation is None else held_out["questions"],
+        "instructions": [_pair(pair) for pair in pairs] if isinstance(pairs, list) else pairs,
+        "extraction_questions": asked,
+        "evaluation_questions": others,
         "judge_rubric": rubric,
     }
-    trait = _valid(fields, extraction, evaluation)
+    try:
+        trait = Trait.model_validate(fields)
+    except ValidationError as error:
+        found = zip(error.errors(include_url=False), explain(error, {}, ""), strict=True)
+        lines = [_fault(details, problem.message, extraction, evaluation) for details, problem in found]
+        raise AuthoringError("\n".join(lines)) from error
     notes = _notes(given, held_out, extraction, evaluation)
     sources = " and ".join(in_short(path.name) for path in (extraction, evaluation) if path)
     head = [f"{name}: a character trait for persona-lens, imported from {sources}.", *notes]
-    rest = {"author": "", "license": "", "tags": [], "references": []}
-    return Imported(trait, trait_text({**trait.model_dump(mode="json"), **rest}, head), tuple(notes))
+    return Imported(trait, trait_text(trait.model_dump(mode="json"), head), tuple(notes))
 
 
 def _object(path: Path) -> Mapping[str, Any]:
@@ -120,45 +133,21 @@ def _missing(given: Mapping[str, Any], path: Path, keys: Sequence[str]) -> list[
     return [f"{path}: {key}: is missing: add it (the file holds {there})" for key in keys if key not in given]
 
 
-def _shape(given: Mapping[str, Any], path: Path, questions: int) -> list[str]:
-    problems = []
-    pairs = given.get("instruction", [])
-    if "instruction" in given:
-        problems += _count(pairs, path, "instruction", N_INSTRUCTION_PAIRS)
-    for number, pair in enumerate(pairs if isinstance(pairs, list) else [], 1):
-        for side in ("pos", "neg"):
-            text = pair.get(side) if isinstance(pair, dict) else None
-            if not isinstance(text, str) or not text.strip():
-                problems.append(f'{path}: instruction #{number} {side}: is no text: write {{"pos": "…", "neg": "…"}}')
-    asked = given.get("questions")
-    if questions > N_QUESTIONS and isinstance(asked, list) and len(asked) == N_QUESTIONS:
-        problems.append(
+def _not_forty(asked: object, path: Path) -> list[str]:
+    if not isinstance(asked, list):
+        return [f"{path}: questions: is {_kind(asked)}: write a list of {2 * N_QUESTIONS}"]
+    if len(asked) == N_QUESTIONS:
+        return [
             f"{path}: questions: has {N_QUESTIONS}, which are for extraction: name the file of the evaluation "
             "questions as well, or put forty here"
-        )
-    elif "questions" in given:
-        problems += _texts(asked, path, "questions", questions)
-    prompt = given.get("eval_prompt")
-    if "eval_prompt" in given and not isinstance(prompt, str):
-        problems.append(f"{path}: eval_prompt: is {_kind(prompt)}: write the rubric as one text")
-    return problems
+        ]
+    count = wrong_count(len(asked), 2 * N_QUESTIONS)
+    return [] if len(asked) == 2 * N_QUESTIONS else [f"{path}: questions: {count}"]
 
 
-def _count(value: object, path: Path, key: str, needed: int) -> list[str]:
-    if not isinstance(value, list):
-        return [f"{path}: {key}: is {_kind(value)}: write a list of {needed}"]
-    if len(value) != needed:
-        change = f"add {needed - len(value)}" if len(value) < needed else f"remove {len(value) - needed}"
-        return [f"{path}: {key}: has {len(value)} items, but exactly {needed} are needed: {change}"]
-    return []
-
-
-def _texts(value: object, path: Path, key: str, needed: int) -> list[str]:
-    problems = _count(value, path, key, needed)
-    for number, text in enumerate(value if isinstance(value, list) else [], 1):
-        if not isinstance(text, str) or not text.strip():
-            problems.append(f"{path}: {key} #{number}: is {_kind(text)}, and must be a text with something in it")
-    return problems
+def _pair(pair: object) -> dict[str, object]:
+    given = pair if isinstance(pair, dict) else {}
+    return {"positive": given.get("pos"), "negative": given.get("neg")}
 
 
 def _converted(prompt: str) -> str:
@@ -180,34 +169,29 @@ def _described(rubric: str) -> str:
     return re.sub(r"\*\*", "", " ".join(kept))
 
 
-def _valid(fields: Mapping[str, Any], extraction: Path, evaluation: Path | None) -> Trait:
-    try:
-        return Trait.model_validate(fields)
-    except ValidationError as error:
-        document = Document(dict(fields), {}, {}, ())
-        locations = [details["loc"] for details in error.errors(include_url=False, include_input=False)]
-        found = zip(locations, explain(error, document, ""), strict=True)
-        lines = [f"{_place(loc, extraction, evaluation)}: {problem.message}" for loc, problem in found]
-        raise AuthoringError("\n".join(lines)) from error
-
-
-def _place(loc: Loc, extraction: Path, evaluation: Path | None) -> str:
-    """The file and key that a field of the trait came from, or the option that sets it."""
-    match loc:
-        case ("instructions", int(index), *side):
-            key = {"positive": " pos", "negative": " neg"}.get(str(side[0]) if side else "", "")
-            return f"{extraction}: instruction #{index + 1}{key}"
-        case ("extraction_questions", int(index), *_):
-            return f"{extraction}: questions #{index + 1}"
-        case ("evaluation_questions", int(index), *_):
-            number = index + 1 if evaluation else index + 1 + N_QUESTIONS
-            return f"{evaluation or extraction}: questions #{number}"
-        case ("judge_rubric", *_):
-            return f"{extraction}: eval_prompt"
-        case ("adjectives", side, *_):
-            return f"--{side}-adjective"
-        case _:
-            return f"--{loc[0]}" if loc else str(extraction)
+def _fault(details: ErrorDetails, message: str, extraction: Path, evaluation: Path | None) -> str:
+    """What is wrong with a field of the trait, at the file and key that it came from, or the option that sets it."""
+    field, *inner = loc = details["loc"]
+    kind = _kind(details["input"])
+    match details["type"], loc:
+        case "tuple_type", _:
+            message = f"is {kind}: write a list of {N_INSTRUCTION_PAIRS if field == 'instructions' else N_QUESTIONS}"
+        case "string_type", ("judge_rubric",):
+            message = f"is {kind}: write the rubric as one text"
+        case (("string_type" | "string_too_short"), ("instructions", *_)):
+            message = 'is no text: write {"pos": "…", "neg": "…"}'
+        case (("string_type" | "string_too_short"), (_, int())):
+            message = f"is {kind}, and must be a text with something in it"
+    if field == "adjectives":
+        return f"--{inner[0]}-adjective: {message}"
+    if field not in _KEYS:
+        return f"--{field}: {message}"
+    held_out = field == "evaluation_questions"
+    # Without a file of their own, the questions for evaluation stand behind those for extraction.
+    before = N_QUESTIONS if held_out and evaluation is None else 0
+    file = evaluation if held_out and evaluation else extraction
+    parts = [f"#{part + 1 + before}" if isinstance(part, int) else _SIDES[str(part)] for part in inner]
+    return f"{file}: {' '.join([_KEYS[str(field)], *parts])}: {message}"
 
 
 def _notes(

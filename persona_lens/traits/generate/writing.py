@@ -18,7 +18,6 @@ from persona_lens.traits.checks import (
     check_deeply,
     similarity,
 )
-from persona_lens.traits.document import Severity, field_name
 from persona_lens.traits.generate.authors import ALL_QUESTIONS, Limits
 from persona_lens.traits.generate.draft import (
     SYSTEM,
@@ -43,6 +42,7 @@ from persona_lens.traits.generate.replies import (
     reply_schema,
     whole,
 )
+from persona_lens.traits.parsing import Severity, field_name
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, QUESTION_FIELDS, Trait
 from persona_lens.traits.wording import normalised, overlaps
 
