@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from persona_lens.backend.tokens import TokenIds
     from persona_lens.models import ChatFormat, Message
 
-_ADVICE = "encode its answers one by one, each after its own prompt (encode_answers)"
+_ADVICE = "encode its answers one by one, each after its own prompt (encode_one_by_one)"
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,6 @@ class UnfollowedError(DataError):
     """A conversation whose messages cannot be found in its tokens, though its answers can be encoded one by one."""
 
 
-@dataclass(frozen=True)
-class EncodedAnswer:
-    """An assistant's message after the prompt that it answers.
-
-    Attributes:
-        index: Which message of the transcript it is, from 0.
-        prompt: Token ids that the model is given before it answers.
-        response: Token ids of the answer, without an end of turn.
-    """
-
-    index: int
-    prompt: TokenIds
-    response: TokenIds
-
-
 def encode_transcript(transcript: Transcript, chat: ChatFormat) -> EncodedTranscript:
     """Encode a whole conversation at once, and find every message's tokens in it.
 
@@ -114,22 +99,13 @@ def encode_transcript(transcript: Transcript, chat: ChatFormat) -> EncodedTransc
     return EncodedTranscript(transcript, ids, tuple(encoded))
 
 
-def encode_answers(transcript: Transcript, chat: ChatFormat) -> Iterator[EncodedAnswer]:
+def encode_one_by_one(transcript: Transcript, chat: ChatFormat) -> EncodedTranscript:
     """Encode each answer after the prompt that the model would be given before it, as when it was generated.
 
     That works with every template, at the price of encoding, and later running, earlier turns once for each answer.
 
-    Raises:
-        ModelError: If the template refuses the conversation, or a part of it that ends before an answer.
-    """
-    for index, message in enumerate(transcript.messages):
-        if message["role"] == "assistant" and index:
-            prompt = chat.encode_messages(transcript.messages[:index])
-            yield EncodedAnswer(index, tuple(prompt), tuple(chat.encode_answer(message["content"])))
-
-
-def encode_one_by_one(transcript: Transcript, chat: ChatFormat) -> EncodedTranscript:
-    """Encode a conversation as `encode_answers` does, one text for each answer behind the others.
+    Returns:
+        One text for each answer, behind the others; messages that answer nothing are empty.
 
     Raises:
         DataError: If there is no answer to anything.
@@ -138,11 +114,13 @@ def encode_one_by_one(transcript: Transcript, chat: ChatFormat) -> EncodedTransc
     ids: list[int] = []
     starts: list[int] = []
     messages = [EncodedMessage(message["role"], 0, 0) for message in transcript.messages]
-    for answer in encode_answers(transcript, chat):
-        starts.append(len(ids))
-        ids += answer.prompt
-        messages[answer.index] = EncodedMessage("assistant", len(ids), len(ids) + len(answer.response), len(ids))
-        ids += answer.response
+    for index, message in enumerate(transcript.messages):
+        if message["role"] == "assistant" and index:
+            starts.append(len(ids))
+            ids += chat.encode_messages(transcript.messages[:index])
+            begin = len(ids)
+            ids += chat.encode_answer(message["content"])
+            messages[index] = EncodedMessage("assistant", begin, len(ids), begin)
     if not starts:
         raise DataError(f"{transcript.place}: the conversation has no answer of an assistant to a message")
     return EncodedTranscript(transcript, tuple(ids), tuple(messages), tuple(starts))

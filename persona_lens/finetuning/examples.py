@@ -12,7 +12,7 @@ import torch
 
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.data.datasets import open_dataset
-from persona_lens.data.encoding import encode_answers, encode_transcript
+from persona_lens.data.encoding import encode_one_by_one, encode_transcript
 from persona_lens.data.tables import DataError
 from persona_lens.data.transcripts import TEXT_SUFFIXES, BadTranscript, Transcript, is_counted, open_transcripts
 from persona_lens.finetuning.config import FinetuningError
@@ -153,11 +153,13 @@ def _encoded(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> 
     except DataError:  # the conversation as a whole cannot be followed; its answers one by one can
         pass
     end = tuple(chat.closing_ids())
-    for answer in encode_answers(transcript, chat):
-        if not is_counted(transcript.messages[answer.index]):
-            continue
-        ids = (*answer.prompt, *answer.response, *end)
-        yield Example(ids, (False,) * len(answer.prompt) + (True,) * (len(ids) - len(answer.prompt)))
+    encoded = encode_one_by_one(transcript, chat)
+    pairs = zip(encoded.messages, transcript.messages, strict=True)
+    answers = [(message, given) for message, given in pairs if message.prompt_stop is not None]
+    for begin, ids, (message, given) in zip(encoded.starts, encoded.texts, answers, strict=True):
+        if is_counted(given):
+            prompt = message.start - begin
+            yield Example((*ids, *end), (False,) * prompt + (True,) * (len(ids) + len(end) - prompt))
 
 
 def _whole(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> Example:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_lens import PersonaLensError
-from persona_lens.data.encoding import EncodedTranscript, encode_answers, encode_transcript
+from persona_lens.data.encoding import EncodedTranscript, encode_one_by_one, encode_transcript
 from persona_lens.data.transcripts import Transcript
 from persona_lens.models import ChatFormat, ensure_embedded, load_tokenizer, resolve
 from tests.data.tokenizers import TOKENIZERS
@@ -23,6 +23,14 @@ def transcript(*messages: tuple[str, str]) -> Transcript:
 
 def texts(encoded: EncodedTranscript, chat: ChatFormat) -> list[str]:
     return [chat.decode(encoded.ids[message.start : message.stop]) for message in encoded.messages]
+
+
+def answers(talk: Transcript, chat: ChatFormat) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The ids of the prompt and of the response of each answer that was encoded by itself."""
+    encoded = encode_one_by_one(talk, chat)
+    stops = [message.start for message in encoded.messages if message.prompt_stop is not None]
+    pairs = zip(encoded.starts, encoded.texts, stops, strict=True)
+    return [(ids[: stop - start], ids[stop - start :]) for start, ids, stop in pairs]
 
 
 TALK = (
@@ -99,20 +107,19 @@ def test_where_the_prompt_ended_otherwise_there_is_no_prompt_stop() -> None:
     chat = make_format(QWEN3)
     talk = transcript(("user", "Hi"), ("assistant", "Hello"))
     assert encode_transcript(talk, chat).messages[1].prompt_stop is None
-    (answer,) = encode_answers(talk, chat)
-    assert str(chat.tokenizer.decode(list(answer.prompt))).endswith("<think>\n\n</think>\n\n")
-    assert chat.decode(answer.response) == "Hello"
-    assert answer.index == 1
+    ((prompt, response),) = answers(talk, chat)
+    assert str(chat.tokenizer.decode(list(prompt))).endswith("<think>\n\n</think>\n\n")
+    assert chat.decode(response) == "Hello"
 
 
 def test_a_template_that_rewrites_history_is_an_error_that_names_the_way_out() -> None:
     chat = make_format(ALWAYS_THINKS)
     talk = transcript(("user", "Hi"), ("assistant", "<think>hm</think>Hello"), ("user", "And?"), ("assistant", "So."))
-    with pytest.raises(PersonaLensError, match=r"^t.jsonl:3: the chat template changes message 1 .*encode_answers"):
+    with pytest.raises(PersonaLensError, match=r"^t.jsonl:3: the chat template changes message 1 .*encode_one_by_one"):
         encode_transcript(talk, chat)
-    first, second = encode_answers(talk, chat)
-    assert chat.decode(first.response) == "<think>hm</think>Hello"
-    assert list(second.prompt) == chat.encode_messages(talk.messages[:3])
+    (_, first), (second, _) = answers(talk, chat)
+    assert chat.decode(first) == "<think>hm</think>Hello"
+    assert list(second) == chat.encode_messages(talk.messages[:3])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +145,7 @@ def test_a_tokenizer_that_does_not_give_back_its_text_is_an_error() -> None:
     talk = transcript(("user", "the exam"), ("assistant", "exam"))
     with pytest.raises(PersonaLensError, match="does not give back the conversation's text"):
         encode_transcript(talk, chat)
-    assert [answer.index for answer in encode_answers(talk, chat)] == [1]
+    assert len(answers(talk, chat)) == 1
 
 
 def test_what_the_template_refuses_is_an_error() -> None:

@@ -200,7 +200,7 @@ def test_an_author_is_opened_as_it_is_described(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     author = open_author("openai:org/big:latest", seed=1, temperature=0.0, max_new_tokens=9, first_request=3)
     assert isinstance(author, ServerAuthor)
-    assert (author.seed, author.temperature, author.request) == (1, 0.0, 3)
+    assert (author.seed, author.temperature, author.first_request) == (1, 0.0, 3)
     assert author.server.settings.timeout > ServerSettings("x").timeout
     assert author.describe() == {"model": "org/big:latest", "server": "http://127.0.0.1:9/v1", "max_new_tokens": 9}
 

@@ -8,18 +8,16 @@ torch nor transformers.
 from __future__ import annotations
 
 from persona_lens.traits.generate.authors import (
-    Limits,
+    Author,
+    AuthoringError,
     LocalAuthor,
-    PlannedStep,
     ServerAuthor,
     on_server,
     open_author,
-    plan,
 )
 from persona_lens.traits.generate.draft import Draft, load_draft, new_draft, written_text
 from persona_lens.traits.generate.reference import Imported, import_reference
-from persona_lens.traits.generate.replies import Author, AuthoringError
-from persona_lens.traits.generate.writing import Written, write_trait
+from persona_lens.traits.generate.writing import Limits, PlannedStep, Written, plan, write_trait
 
 __all__ = [
     "Author",

@@ -1,87 +1,81 @@
-"""Authors: models that write traits, here or on a server; and how often one may be asked."""
+"""Authors: models that write traits, here or on a server."""
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, ServerSettings
-from persona_lens.traits.generate.draft import with_form
-from persona_lens.traits.generate.replies import Author, AuthoringError
-from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, ServerSettings
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.models import ChatFormat
 
-ALL_QUESTIONS = 2 * N_QUESTIONS
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How often a model is asked before one gives up.
-
-    Attributes:
-        batch: Questions asked for at once.
-        attempts: Requests for the adjectives, and for the rubric.
-        instructions: Requests for the instruction pairs.
-        questions: Requests for the questions.
-        repairs: Rounds in which what the checks find fault with is asked for anew.
-        repair_requests: Requests in such a round, for pairs and for questions each.
-    """
-
-    batch: int = 10
-    attempts: int = 3
-    instructions: int = N_INSTRUCTION_PAIRS
-    questions: int = 12
-    repairs: int = 2
-    repair_requests: int = 3
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """How many requests a part of the work takes."""
-
-    step: str
-    at_least: int
-    at_most: int
-
-
-def plan(limits: Limits | None = None) -> list[PlannedStep]:
-    """Say how many requests a trait takes, without asking anybody."""
-    limits = limits or Limits()
-    return [
-        PlannedStep("adjectives", 1, limits.attempts),
-        PlannedStep("instructions", 1, limits.instructions),
-        PlannedStep("questions", math.ceil(ALL_QUESTIONS / limits.batch), limits.questions),
-        PlannedStep("rubric", 1, limits.attempts),
-        PlannedStep("replacements", 0, limits.repairs * 2 * limits.repair_requests),
-    ]
-
-
 MAX_NEW_TOKENS = 1500
 TEMPERATURE = 0.8
+# Seconds for one reply: a large model on a slow machine writes a few tokens a second.
+TIMEOUT = 300.0
 
 
+class AuthoringError(PersonaLensError):
+    """A trait could not be written or imported; the message says what is missing and what to do."""
+
+
+class Author(Protocol):
+    """A model that writes texts on request."""
+
+    def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
+        """Reply to one request.
+
+        Args:
+            system: What the author's task is altogether.
+            request: What is wanted now.
+            schema: JSON Schema of the reply, an object; names and types only, no lengths.
+
+        Returns:
+            A text with the JSON object in it. What stands around it, and small faults of it, do no harm.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Say which model this is and where it runs, for the trait's provenance; never a key.
+
+        ``model`` is there always.
+        """
+        ...
+
+
+@dataclass(kw_only=True)
 class _Asked:
-    """What authors have in common: how long a reply may be, and a seed of its own for every reply."""
+    """What authors have in common.
 
-    def __init__(self, max_new_tokens: int, seed: int, temperature: float, first_request: int) -> None:
-        self.max_new_tokens, self.seed, self.temperature = max_new_tokens, seed, temperature
-        self.request = first_request
+    Attributes:
+        max_new_tokens: Length limit of a reply, in tokens.
+        seed: Base of the seeds; every reply has one of its own.
+        temperature: 0 is greedy.
+        first_request: Number of the first reply: an interrupted run goes on with other seeds than it began with.
+    """
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    seed: int = 0
+    temperature: float = TEMPERATURE
+    first_request: int = 0
+    _replies: int = field(default=0, init=False)
 
     def next_seed(self) -> int:
         """The seed of the next reply."""
-        seed, self.request = self.seed + self.request, self.request + 1
-        return seed
+        self._replies += 1
+        return self.seed + self.first_request + self._replies - 1
 
 
+@dataclass
 class LocalAuthor(_Asked):
     """A chat model that answers in free text; the form that is wanted is shown to it.
 
-    Args:
+    Attributes:
         backend: The model.
         chat: Its chat format.
         max_new_tokens: Length limit of a reply, in tokens.
@@ -90,18 +84,8 @@ class LocalAuthor(_Asked):
         first_request: Number of the first reply: an interrupted run goes on with other seeds than it began with.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        chat: ChatFormat,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        seed: int = 0,
-        temperature: float = TEMPERATURE,
-        *,
-        first_request: int = 0,
-    ) -> None:
-        self.backend, self.chat = backend, chat
-        super().__init__(max_new_tokens, seed, temperature, first_request)
+    backend: Backend
+    chat: ChatFormat
 
     def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
         """Reply to one request; see `Author.write`."""
@@ -125,33 +109,21 @@ class LocalAuthor(_Asked):
         }
 
 
-# Seconds for one reply: a large model on a slow machine writes a few tokens a second.
-TIMEOUT = 300.0
-
-
+@dataclass
 class ServerAuthor(_Asked):
     """A chat model on a server, held to the form that is wanted by structured output where the server has it.
 
     The form stands in the message too, since there are servers that take a schema and pay no heed to it.
 
-    Args:
+    Attributes:
         server: Where the model is. Its cache gives replies back to a run that is repeated from the beginning; a reply
             of no use does not come back within a run, nor when a run goes on, since every request has its own seed.
+        structured: Whether the server takes schemas; None before it has replied.
         max_new_tokens, seed, temperature, first_request: See `LocalAuthor`.
     """
 
-    def __init__(
-        self,
-        server: CompletionServer,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        seed: int = 0,
-        temperature: float = TEMPERATURE,
-        *,
-        first_request: int = 0,
-    ) -> None:
-        self.server = server
-        super().__init__(max_new_tokens, seed, temperature, first_request)
-        self.structured: bool | None = None
+    server: CompletionServer
+    structured: bool | None = field(default=None, init=False)
 
     def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
         """Reply to one request; see `Author.write`.
@@ -161,19 +133,18 @@ class ServerAuthor(_Asked):
             ServerError: The server cannot be reached or used, or fails again and again.
             SpendingLimitError: The limit is reached.
         """
-        seed = self.next_seed()
         messages = (("system", system), ("user", with_form(request, schema)))
-        if self.structured is not False:
-            answer = self._ask(messages, seed, schema)
-            if isinstance(answer, Completion):
-                self.structured = True
-                return answer.choices[0].text
+        plain = CompletionRequest(messages, self.max_new_tokens, self.temperature, seed=self.next_seed())
         # What servers say of a schema they do not take differs; what is taken without it was refused because of it.
-        answer = self._ask(messages, seed, None)
-        if isinstance(answer, Refused):
-            raise AuthoringError(answer.reason)
-        self.structured = False
-        return answer.choices[0].text
+        asked = [plain] if self.structured is False else [replace(plain, schema=schema), plain]
+        refusal = ""
+        for each in asked:
+            (answer,) = self.server.complete([each])
+            if isinstance(answer, Completion):
+                self.structured = each.schema is not None
+                return answer.choices[0].text
+            refusal = answer.reason
+        raise AuthoringError(refusal)
 
     def describe(self) -> dict[str, Any]:
         """Say which model this is and where; see `Author.describe`.
@@ -184,12 +155,20 @@ class ServerAuthor(_Asked):
         settings = self.server.settings
         return {"model": settings.model, "server": settings.shown, "max_new_tokens": self.max_new_tokens, **known}
 
-    def _ask(
-        self, messages: tuple[tuple[str, str], ...], seed: int, schema: Mapping[str, Any] | None
-    ) -> Completion | Refused:
-        asked = CompletionRequest(messages, self.max_new_tokens, self.temperature, seed=seed, schema=schema)
-        (answer,) = self.server.complete([asked])
-        return answer
+
+def with_form(request: str, schema: Mapping[str, Any]) -> str:
+    """Add to a request the form of its reply."""
+    form = json.dumps(_example(schema), ensure_ascii=False)
+    return f"{request}\n\nReply with JSON of this form, and nothing else:\n{form}"
+
+
+def _example(schema: Mapping[str, Any]) -> Any:
+    """A value that a schema describes, with dots for texts."""
+    if schema["type"] == "object":
+        return {name: _example(inner) for name, inner in schema["properties"].items()}
+    if schema["type"] == "array":
+        return [_example(schema["items"])]
+    return "..."
 
 
 SERVER = "openai:"
@@ -222,17 +201,18 @@ def open_author(
         ServerError: The packages to ask a server are missing, or the key.
         PersonaLensError: The model cannot be opened.
     """
+    asked: Any = {"max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature}
+    asked["first_request"] = first_request
     if on_server(spec):
         name = spec.removeprefix(SERVER)
         server = open_server(name) if open_server else CompletionServer(ServerSettings(name, timeout=TIMEOUT))
         server.check()
-        return ServerAuthor(server, max_new_tokens, seed, temperature, first_request=first_request)
+        return ServerAuthor(server, **asked)
     from persona_lens.backend import open_backend
     from persona_lens.models import ChatFormat
 
     backend = open_model(spec) if open_model else open_backend("transformers", spec)
-    chat = ChatFormat.from_tokenizer(backend.tokenizer)
-    return LocalAuthor(backend, chat, max_new_tokens, seed, temperature, first_request=first_request)
+    return LocalAuthor(backend, ChatFormat.from_tokenizer(backend.tokenizer), **asked)
 
 
 def on_server(spec: str) -> bool:

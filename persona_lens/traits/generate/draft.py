@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from persona_lens.core.files import write_text
 from persona_lens.core.text import in_short
-from persona_lens.traits.generate.replies import AuthoringError, NamesReply, PairReply, RubricReply, Sentence
+from persona_lens.traits.generate.authors import AuthoringError
+from persona_lens.traits.generate.replies import NamesReply, PairReply, RubricReply, Sentence
 from persona_lens.traits.parsing import TraitError, read_text
 from persona_lens.traits.rendering import check_name, trait_text
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER
@@ -113,10 +113,7 @@ class Draft(BaseModel):
         Raises:
             AuthoringError: It is about something else, or another model wrote it.
         """
-        mine, wanted = (
-            json.loads(draft.model_dump_json(include={"name", "description", "origin"})) for draft in (self, other)
-        )
-        old, new = ({"name": d["name"], "description": d["description"], **d["origin"]} for d in (mine, wanted))
+        old, new = ({"name": d.name, "description": d.description, **d.origin} for d in (self, other))
         changed = [key for key in new if old.get(key) != new[key]]  # the older may know more: what replies have shown
         if changed:
             shown = "; ".join(
@@ -196,8 +193,8 @@ assistant."
 "related": up to ten other words that name the trait or its opposite: nouns, verbs and close synonyms."""
 
 
-def instructions_request(draft: Draft, missing: int, known: Sequence[str]) -> str:
-    """Ask for pairs of instructions; ``known`` are positive ones that must not come again."""
+def instructions_request(draft: Draft, missing: int, known: Sequence[PairReply]) -> str:
+    """Ask for pairs of instructions; ``known`` are some that must not come again."""
     return f"""{_about(draft)}
 
 Write {missing} {"pair" if missing == 1 else "pairs"} of system instructions to an assistant.
@@ -205,7 +202,7 @@ Write {missing} {"pair" if missing == 1 else "pairs"} of system instructions to 
 Each is a direct order of one to three sentences, 15 to 30 words, and says what to do rather than naming the trait.
 Both sides of a pair are about the same thing and equally long. They fit any question a user may ask.
 Each pair takes another angle: attitude, advice, tone, priorities, how the user is treated.{_forbidden(draft)}{
-        _known("These pairs are there already; find other angles:", known)
+        _known("These pairs are there already; find other angles:", [pair.positive for pair in known])
     }"""
 
 
@@ -240,12 +237,6 @@ def again(complaints: Sequence[str]) -> str:
     return "\n\nYour last reply had faults:\n" + _list(complaints) if complaints else ""
 
 
-def with_form(request: str, schema: Mapping[str, Any]) -> str:
-    """Add to a request the form of its reply."""
-    form = json.dumps(_example(schema), ensure_ascii=False)
-    return f"{request}\n\nReply with JSON of this form, and nothing else:\n{form}"
-
-
 def _about(draft: Draft) -> str:
     names = draft.names
     sides = f" (an assistant with it is {names.positive}, its opposite {names.negative})" if names else ""
@@ -265,12 +256,3 @@ def _known(lead: str, texts: Sequence[str]) -> str:
 
 def _list(texts: Sequence[str]) -> str:
     return "\n".join(f"- {text}" for text in texts)
-
-
-def _example(schema: Mapping[str, Any]) -> Any:
-    """A value that a schema describes, with dots for texts."""
-    if schema["type"] == "object":
-        return {name: _example(inner) for name, inner in schema["properties"].items()}
-    if schema["type"] == "array":
-        return [_example(schema["items"])]
-    return "..."

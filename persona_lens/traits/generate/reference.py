@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from persona_lens.core.text import in_short
-from persona_lens.traits.generate.replies import AuthoringError
+from persona_lens.traits.generate.authors import AuthoringError
 from persona_lens.traits.parsing import TraitError, explain, read_text, wrong_count
 from persona_lens.traits.rendering import trait_text
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, SLOTS, Trait, is_slug

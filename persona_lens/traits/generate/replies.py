@@ -1,48 +1,29 @@
-"""What a model that writes traits has to be able to do; and its replies as data: whatever in them is valid."""
+"""Replies of a model that writes traits, as data: whatever in them is valid."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Protocol, TypeVar
+from contextlib import suppress
+from typing import Annotated, Any, Self, TypeVar
 
 import pydantic_core
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.types import StringConstraints
 
-from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short
 from persona_lens.traits.schema import PLACEHOLDER, SLOTS
-
-
-class AuthoringError(PersonaLensError):
-    """A trait could not be written or imported; the message says what is missing and what to do."""
-
-
-class Author(Protocol):
-    """A model that writes texts on request."""
-
-    def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
-        """Reply to one request.
-
-        Args:
-            system: What the author's task is altogether.
-            request: What is wanted now.
-            schema: JSON Schema of the reply, an object; names and types only, no lengths.
-
-        Returns:
-            A text with the JSON object in it. What stands around it, and small faults of it, do no harm.
-        """
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Say which model this is and where it runs, for the trait's provenance; never a key.
-
-        ``model`` is there always.
-        """
-        ...
-
+from persona_lens.traits.wording import normalised
 
 MAX_REPLY = 200_000
 _MAX_STARTS = 40
@@ -79,6 +60,12 @@ Sentence = Annotated[
 ]
 
 
+def _usable(related: list[str]) -> list[str]:
+    words = (" ".join(word.split()) for word in related)
+    usable = [w for w in dict.fromkeys(words) if sum(map(str.isalpha, w)) >= 3 and len(w) <= 40 and w.isprintable()]
+    return usable[:10]
+
+
 class _Reply(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -88,7 +75,13 @@ class NamesReply(_Reply):
 
     positive: Word
     negative: Word
-    related: list[str]
+    related: Annotated[list[str], AfterValidator(_usable)]
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if normalised(self.positive) == normalised(self.negative):
+            raise ValueError("positive and negative are the same word")
+        return self
 
 
 class PairReply(_Reply):
@@ -120,33 +113,33 @@ class RubricReply(_Reply):
     score_75: Sentence
     score_100: Sentence
 
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        scores = [normalised(text) for name, text in self if name.startswith("score_")]
+        if len(set(scores)) < len(scores):
+            raise ValueError("two scores are described in the same words")
+        return self
+
 
 ItemT = TypeVar("ItemT")
-ReplyT = TypeVar("ReplyT", bound=_Reply)
 
 
 def reply_schema(reply: type[BaseModel]) -> dict[str, Any]:
     """The JSON Schema of a reply: names and types, nothing that servers disagree about."""
-    schema = reply.model_json_schema()
-    nested: Mapping[str, Any] = schema.get("$defs", {})
-    plain: dict[str, Any] = _plain(schema, nested)
-    return plain
+    whole = reply.model_json_schema()
 
+    def plain(schema: Mapping[str, Any]) -> dict[str, Any]:
+        if "$ref" in schema:
+            return plain(whole["$defs"][schema["$ref"].rpartition("/")[2]])
+        found = {"type": schema["type"]}
+        if schema["type"] == "array":
+            found["items"] = plain(schema["items"])
+        if schema["type"] == "object":
+            found["properties"] = {name: plain(inner) for name, inner in schema["properties"].items()}
+            found |= {"required": list(schema["properties"]), "additionalProperties": False}
+        return found
 
-def _plain(schema: Any, nested: Mapping[str, Any]) -> Any:
-    if "$ref" in schema:
-        return _plain(nested[schema["$ref"].rpartition("/")[2]], nested)
-    if schema.get("type") == "object":
-        properties = {name: _plain(inner, nested) for name, inner in schema["properties"].items()}
-        return {
-            "type": "object",
-            "properties": properties,
-            "required": list(properties),
-            "additionalProperties": False,
-        }
-    if schema.get("type") == "array":
-        return {"type": "array", "items": _plain(schema["items"], nested)}
-    return {"type": schema["type"]}
+    return plain(whole)
 
 
 def found_json(text: str) -> object:
@@ -180,29 +173,9 @@ def _values(text: str) -> Iterator[tuple[int, object]]:
             yield length, value
             break
         else:
-            if (partial := _cut_off(candidate)) is not None:
-                yield len(candidate), partial
-
-
-def _cut_off(text: str) -> object:
-    """What there is of a JSON value that never ends; None where it is not JSON."""
-    try:
-        value: object = pydantic_core.from_json(text, allow_partial=True)
-    except ValueError:
-        return None
-    return value or None
-
-
-def whole(reply: type[ReplyT], data: object) -> ReplyT:
-    """Read a reply that is of use as a whole only.
-
-    Raises:
-        ValueError: It is not as it should be; the message says where.
-    """
-    try:
-        return reply.model_validate(data)
-    except ValidationError as error:
-        raise ValueError("; ".join(_words(error))) from error
+            with suppress(ValueError):  # it is no JSON even so far as it goes
+                if partial := pydantic_core.from_json(candidate, allow_partial=True):
+                    yield len(candidate), partial
 
 
 def items(kind: type[ItemT] | Any, data: object, key: str) -> tuple[list[ItemT], list[str]]:
@@ -223,7 +196,7 @@ def items(kind: type[ItemT] | Any, data: object, key: str) -> tuple[list[ItemT],
                 good.append(adapter.validate_python(shape))
                 break
             except ValidationError as error:
-                fault = "; ".join(_words(error))
+                fault = in_words(error)
         else:
             bad.append(f"{key} #{number}: {fault}")
     return good, bad
@@ -242,6 +215,8 @@ def _unwrapped(item: object) -> object:
     return only if isinstance(only, str) else item
 
 
-def _words(error: ValidationError) -> list[str]:
+def in_words(error: ValidationError) -> str:
+    """What is wrong with a reply, for the model that wrote it."""
     errors = error.errors(include_url=False, include_input=False)
-    return [" ".join([".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]).strip() for e in errors]
+    said = (" ".join([".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]) for e in errors)
+    return "; ".join(map(str.strip, said))

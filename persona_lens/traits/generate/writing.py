@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from persona_lens.traits.checks import (
     check_deeply,
     similarity,
 )
-from persona_lens.traits.generate.authors import ALL_QUESTIONS, Limits
+from persona_lens.traits.generate.authors import Author, AuthoringError
 from persona_lens.traits.generate.draft import (
     SYSTEM,
     Draft,
@@ -29,8 +30,6 @@ from persona_lens.traits.generate.draft import (
     rubric_request,
 )
 from persona_lens.traits.generate.replies import (
-    Author,
-    AuthoringError,
     NamesReply,
     PairReply,
     PairsReply,
@@ -38,13 +37,58 @@ from persona_lens.traits.generate.replies import (
     RubricReply,
     Sentence,
     found_json,
+    in_words,
     items,
     reply_schema,
-    whole,
 )
 from persona_lens.traits.parsing import Severity, field_name
-from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, QUESTION_FIELDS, Trait
+from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, QUESTION_FIELDS, Trait
 from persona_lens.traits.wording import normalised, overlaps
+
+ALL_QUESTIONS = 2 * N_QUESTIONS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often a model is asked before one gives up.
+
+    Attributes:
+        batch: Questions asked for at once.
+        attempts: Requests for the adjectives, and for the rubric.
+        instructions: Requests for the instruction pairs.
+        questions: Requests for the questions.
+        repairs: Rounds in which what the checks find fault with is asked for anew.
+        repair_requests: Requests in such a round, for pairs and for questions each.
+    """
+
+    batch: int = 10
+    attempts: int = 3
+    instructions: int = N_INSTRUCTION_PAIRS
+    questions: int = 12
+    repairs: int = 2
+    repair_requests: int = 3
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """How many requests a part of the work takes."""
+
+    step: str
+    at_least: int
+    at_most: int
+
+
+def plan(limits: Limits | None = None) -> list[PlannedStep]:
+    """Say how many requests a trait takes, without asking anybody."""
+    limits = limits or Limits()
+    return [
+        PlannedStep("adjectives", 1, limits.attempts),
+        PlannedStep("instructions", 1, limits.instructions),
+        PlannedStep("questions", math.ceil(ALL_QUESTIONS / limits.batch), limits.questions),
+        PlannedStep("rubric", 1, limits.attempts),
+        PlannedStep("replacements", 0, limits.repairs * 2 * limits.repair_requests),
+    ]
+
 
 _SHOWN_COMPLAINTS = 6
 
@@ -159,12 +203,11 @@ def write_trait(
         AuthoringError: The author failed, or gave too little that is of use; the message says what is missing.
     """
     session = Session(author, draft, limits or Limits(), save, progress)
-    _ask_names(session)
-    _gather(session, _INSTRUCTIONS, session.limits.instructions)
-    session.require("instruction pairs", len(draft.instructions), N_INSTRUCTION_PAIRS)
-    _gather(session, _QUESTIONS, session.limits.questions)
-    session.require("questions", len(draft.questions), ALL_QUESTIONS)
-    _ask_rubric(session)
+    _ask_whole(session, "names", "adjectives", names_request, NamesReply)
+    for part in (_INSTRUCTIONS, _QUESTIONS):
+        _gather(session, part, getattr(session.limits, part.key))
+        session.require(part.what, len(getattr(draft, part.key)), part.total)
+    _ask_whole(session, "rubric", "rubric", rubric_request, RubricReply)
     for _ in range(session.limits.repairs):
         if not _repair(session):
             break
@@ -175,50 +218,17 @@ def write_trait(
     return Written(_trait(draft), tuple(advice), draft.requests)
 
 
-def _ask_names(session: Session) -> None:
-    def take(data: object) -> None:
-        reply = whole(NamesReply, data)
-        if normalised(reply.positive) == normalised(reply.negative):
-            raise ValueError("positive and negative are the same word")
-        words = (" ".join(word.split()) for word in reply.related)
-        usable = [
-            word
-            for word in dict.fromkeys(words)
-            if sum(map(str.isalpha, word)) >= 3 and len(word) <= 40 and word.isprintable()
-        ]
-        session.draft.names = reply.model_copy(update={"related": usable[:10]})
-
-    _ask_whole(session, "names", "adjectives", names_request, NamesReply, take)
-
-
-def _ask_rubric(session: Session) -> None:
-    def take(data: object) -> None:
-        reply = whole(RubricReply, data)
-        scores = [normalised(text) for name, text in reply if name.startswith("score_")]
-        if len(set(scores)) < len(scores):
-            raise ValueError("two scores are described in the same words")
-        session.draft.rubric = reply
-
-    _ask_whole(session, "rubric", "rubric", rubric_request, RubricReply, take)
-
-
-def _ask_whole(
-    session: Session,
-    key: str,
-    what: str,
-    request: Callable[[Draft], str],
-    reply: type[BaseModel],
-    take: Callable[[object], None],
-) -> None:
+def _ask_whole(session: Session, key: str, what: str, request: Callable[[Draft], str], reply: type[BaseModel]) -> None:
+    """Ask for a part that is of use as a whole only."""
     for _ in range(session.limits.attempts):
         if getattr(session.draft, key) is not None:
             break
         data = session.ask(what, request(session.draft), reply)
         try:
             if data is not None:
-                take(data)
-        except ValueError as error:
-            session.complaints = [str(error)]
+                setattr(session.draft, key, reply.model_validate(data))
+        except ValidationError as error:
+            session.complaints = [in_words(error)]
         session.took(what, int(getattr(session.draft, key) is not None), 1)
     session.require(what, int(getattr(session.draft, key) is not None), 1)
 
@@ -228,19 +238,21 @@ class _Part:
     """A part of the draft that is a list: how to ask for more of it, and what speaks against one more.
 
     Attributes:
-        key: Field of the draft, and key of the reply.
+        key: Field of the draft and of the limits, and key of the reply.
+        what: What its items are called.
         total: How many there must be.
         kind: Type of an item.
         reply: Type of the reply.
-        request: Writes the request, given the session, how many are missing, and what must not come again.
+        request: Writes the request, given the draft, how many to ask for, and what must not come again.
         fault: What is wrong with an item beside those that are known; empty if nothing is.
     """
 
     key: str
+    what: str
     total: int
     kind: Any
     reply: type[BaseModel]
-    request: Callable[[Session, int, Sequence[Any]], str]
+    request: Callable[[Draft, int, Sequence[Any]], str]
     fault: Callable[[Any, Sequence[Any]], str]
 
 
@@ -250,7 +262,8 @@ def _gather(session: Session, part: _Part, requests: int, refused: Sequence[Any]
         missing = part.total - len(there)
         if not missing:
             return
-        data = session.ask(part.key, part.request(session, missing, [*there, *refused]), part.reply)
+        count = min(missing, session.limits.batch) if part is _QUESTIONS else missing
+        data = session.ask(part.key, part.request(session.draft, count, [*there, *refused]), part.reply)
         if data is not None:
             good, bad = items(part.kind, data, part.key)
             for item in good:
@@ -263,14 +276,6 @@ def _gather(session: Session, part: _Part, requests: int, refused: Sequence[Any]
             setattr(session.draft, part.key, there)
             session.complaints = bad
         session.took(part.key, len(there), part.total)
-
-
-def _ask_for_pairs(session: Session, missing: int, known: Sequence[PairReply]) -> str:
-    return instructions_request(session.draft, missing, [pair.positive for pair in known])
-
-
-def _ask_for_questions(session: Session, missing: int, known: Sequence[str]) -> str:
-    return questions_request(session.draft, min(missing, session.limits.batch), known)
 
 
 def _pair_fault(pair: PairReply, known: Sequence[PairReply]) -> str:
@@ -294,8 +299,12 @@ def _question_fault(question: str, known: Sequence[str]) -> str:
     return ""
 
 
-_INSTRUCTIONS = _Part("instructions", N_INSTRUCTION_PAIRS, PairReply, PairsReply, _ask_for_pairs, _pair_fault)
-_QUESTIONS = _Part("questions", ALL_QUESTIONS, Sentence, QuestionsReply, _ask_for_questions, _question_fault)
+_INSTRUCTIONS = _Part(
+    "instructions", "instruction pairs", N_INSTRUCTION_PAIRS, PairReply, PairsReply, instructions_request, _pair_fault
+)
+_QUESTIONS = _Part(
+    "questions", "questions", ALL_QUESTIONS, Sentence, QuestionsReply, questions_request, _question_fault
+)
 
 
 def _advice(draft: Draft) -> list[Advice]:
