@@ -58,6 +58,11 @@ class DemonstrationRow:
     prompt: str
     response: str
 
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in the file."""
+        messages = [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.response}]
+        return {"id": self.id, "trait": self.trait, "level": self.level.value, "messages": messages}
+
 
 def demonstration_names() -> tuple[str, ...]:
     """The traits for which there is a demonstration set, sorted."""

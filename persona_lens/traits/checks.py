@@ -119,8 +119,8 @@ def _instructions(trait: Trait) -> Iterator[Advice]:
             message = f"is unbalanced: {positive} words against {negative}. The vector would carry length as well"
             yield Advice(("instructions", i), message)
     for arm in Arm:
-        for (_, i, *_), _, loc in _alike(instructions(trait, arm)):
-            yield Advice(loc, f"is almost that of pair #{int(i) + 1}: take another angle")
+        for first, _, loc in _alike(instructions(trait, arm)):
+            yield Advice(loc, f"is almost that of pair #{int(first[1]) + 1}: take another angle")
 
 
 def _lengths(trait: Trait) -> list[tuple[int, int]]:
@@ -167,8 +167,8 @@ def _graded_prompts(trait: Trait) -> Iterator[Advice]:
     if lengths and max(lengths) > MAX_LENGTH_RATIO * min(lengths):
         message = f"are unbalanced: {min(lengths)} to {max(lengths)} words. Length would vary with the trait"
         yield Advice(("graded_prompts",), message)
-    for (_, i), _, loc in _alike(prompts):
-        yield Advice(loc, f"is almost #{int(i) + 1}: models would hardly tell the two steps apart")
+    for first, _, loc in _alike(prompts):
+        yield Advice(loc, f"is almost #{int(first[1]) + 1}: models would hardly tell the two steps apart")
 
 
 def _rubric(trait: Trait) -> Iterator[Advice]:

@@ -13,7 +13,7 @@ from enum import StrEnum
 from importlib.metadata import EntryPoint
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import platformdirs
 
@@ -130,7 +130,7 @@ def _entry_point_files(point: EntryPoint) -> Iterator[Traversable]:
     # Python 3.11 has no `files` for a module that is a single file.
     package = hasattr(module, "__path__")
     home = importlib.resources.files(module) if package else Path(inspect.getfile(module)).parent
-    given = point.load() if point.attr else home
+    given: Any = point.load() if point.attr else home
     given = given() if callable(given) and not isinstance(given, Traversable) else given
     several = isinstance(given, Iterable) and not isinstance(given, str | os.PathLike | Traversable)
     for place in given if several else [given]:

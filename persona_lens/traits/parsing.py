@@ -247,7 +247,7 @@ def _message(details: ErrorDetails, places: Places) -> str:
         case "string_unicode":
             return "holds half a character (a lone surrogate such as \\ud800): remove it"
         case "too_short" | "too_long":
-            return wrong_count(context["actual_length"], context.get("min_length", context.get("max_length")))
+            return wrong_count(context["actual_length"], context.get("min_length") or context["max_length"])
         case "literal_error":
             return "is not a version this program knows: write 1, or upgrade persona-lens"
         case "tuple_type":

@@ -156,11 +156,10 @@ def test_no_word_is_the_mark_of_a_level(trait: str) -> None:
 @each_trait
 def test_the_file_is_its_rows(trait: str) -> None:
     text = demonstration_path(trait).read_bytes().decode()
-    written = []
-    for row in demonstration(trait):
-        messages = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}]
-        written.append({"id": row.id, "trait": row.trait, "level": row.level.value, "messages": messages})
-    assert text.splitlines() == [json.dumps(row, ensure_ascii=False) for row in written]
+    assert text.splitlines() == [json.dumps(row.to_json(), ensure_ascii=False) for row in demonstration(trait)]
+    first = json.loads(text.splitlines()[0])
+    assert list(first) == ["id", "trait", "level", "messages"]
+    assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
 
 
 def test_a_level_may_be_given_as_text() -> None:

@@ -410,7 +410,9 @@ def test_a_local_author_shows_the_form_and_seeds_every_reply() -> None:
     schema = reply_schema(QuestionsReply)
     assert author.write("Be brief.", "Write.", schema) == '{"questions": []}'
     author.write("Be brief.", "Write.", schema)
-    LocalAuthor(backend, chat, max_new_tokens=70, seed=10, temperature=0.5, first_request=2).write("Be brief.", "Write.", schema)
+    LocalAuthor(backend, chat, max_new_tokens=70, seed=10, temperature=0.5, first_request=2).write(
+        "Be brief.", "Write.", schema
+    )
     LocalAuthor(backend, chat, max_new_tokens=70, seed=10, temperature=0.0).write("Be brief.", "Write.", schema)
     assert seeds == [(10,), (11,), (12,), None]
     assert 'Write.\n\nReply with JSON of this form, and nothing else:\n{"questions": ["..."]}' in prompts[0]
