@@ -117,7 +117,8 @@ class NNsightBackend(HookedBackend):
             # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
             warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             # A hook costs less than a stop of the trace does, and a watch looks at every layer of every token.
-            with self.attach(intervention.only_watched, intervention.block), reaching_blocks():
+            hooks = self.attach(intervention.only_watched, lambda layer, h, _: intervention.block(layer, h))
+            with hooks, reaching_blocks():
                 return self._traced_generation(tokens, intervention, config, sampler, request)
 
     def _traced_generation(

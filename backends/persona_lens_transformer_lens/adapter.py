@@ -17,7 +17,7 @@ from torch import Tensor
 
 from persona_lens.backend import BackendError, Edits
 from persona_lens.backend.blocks import given_name
-from persona_lens.backend.editing import BlockHook, TextHook
+from persona_lens.backend.editing import BlockHook
 from persona_lens.backend.hooked import HookedBackend
 from persona_lens.models import end_of_turn_ids, load
 
@@ -78,14 +78,10 @@ class TransformerLensBackend(HookedBackend):
 
     @contextmanager
     def attach(self, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:
-        """See `persona_lens.backend.hooked.HookedBackend.attach`."""
+        """See `persona_lens.backend.hooked.HookedBackend.attach`; a hook point is given nothing beside the residual."""
         hooks = [(f"blocks.{layer}.hook_out", _bridge_hook(layer, hook)) for layer in layers]
         with self._bridge.hooks(fwd_hooks=hooks):
             yield
-
-    def attach_texts(self, layers: Sequence[int], hook: TextHook) -> AbstractContextManager[None]:
-        """See `persona_lens.backend.hooked.HookedBackend.attach_texts`; a hook point is given nothing of texts."""
-        return self.attach(layers, lambda layer, h: hook(layer, h, None))
 
 
 # Where a model keeps query, key and value (or gate and up projection) in one matrix, a bridge adds them one by one.
@@ -98,6 +94,6 @@ def _is_copy(parameter: str) -> bool:
 
 def _bridge_hook(layer: int, at_block: BlockHook) -> Any:
     def on_residual(h: Tensor, hook: Any) -> Tensor:  # TransformerLens passes its hook point by this name
-        return at_block(layer, h)
+        return at_block(layer, h, {})
 
     return on_residual

@@ -152,7 +152,7 @@ def attribute(
         raise AnalysisError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
     module = module_of(backend)
     blocks = find_blocks(module)[1]
-    n_heads = int(text_config(module).num_attention_heads) if heads else 0
+    n_heads = int(text_config(module.config).num_attention_heads) if heads else 0
     watch = _Watch(direction / direction.norm(), n_heads)
     with watch.attached(list(blocks)[: layer + 1]), suppress(_LastLayerReached):
         run(module, list(ids))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.core.errors import PersonaLensError
 
 MAX_TOKENS = 16384  # of a batch, where nothing else limits it
+SHORTEST_BEGINNING = 32  # tokens that all prompts begin with; less is not worth a pass of its own
 
 
 def tokens_at_once(device: str) -> int:
@@ -278,63 +279,22 @@ def _rows_in(result: ForwardResult) -> int:
 
 
 UNLIMITED = 10**9  # tokenizers that know no limit name a number beyond this
-_STRETCHED_BEYOND = ("linear", "dynamic")  # rotary positions whose stretch the configuration's length leaves out
 
 
 class ContextError(PersonaLensError):
     """A text that is longer than the model takes."""
 
 
-@runtime_checkable
-class BoundedBackend(Protocol):
-    """A backend that knows how many tokens its model takes. Backends need not."""
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens of a prompt and its response together at most; None where the model has no limit."""
-        ...
-
-
 def context_length(backend: Backend) -> int | None:
-    """Tokens of a prompt and its response together at most; None where nothing says so."""
-    if isinstance(backend, BoundedBackend):
-        return backend.context_length
-    limit = getattr(backend.tokenizer, "model_max_length", None)
-    return int(limit) if limit is not None and limit < UNLIMITED else None
+    """Tokens of a prompt and its response together at most; None where nothing says so, or there is no limit.
 
-
-# What transformers' configurations call the number of tokens that attention looks back over.
-_WINDOWS = (
-    "sliding_window",
-    "attention_chunk_size",
-    "attention_window_size",
-    "local_attention",
-    "keep_window_size",
-    "window_size",
-)
-
-
-def window_of(config: Any) -> int | None:
-    """Tokens that some layer's attention looks back over at most, the smallest; None where nothing says so."""
-    text = config.get_text_config()
-    found = [getattr(text, name, None) for name in _WINDOWS]
-    return min((each for each in found if isinstance(each, int) and each > 0), default=None)
-
-
-def context_of(config: Any) -> int | None:
-    """The context length in a Hugging Face model's configuration, stretched as its rotary positions are.
-
-    None where the model has no limit, as recurrent ones and those with ALiBi have none.
+    Backends may say it in an attribute of this name, as those of this package do; of others the tokenizer is asked.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest < 1:
-        return None
-    rope = getattr(text, "rope_parameters", None) or {}
-    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-    if original is None and rope.get("rope_type") in _STRETCHED_BEYOND:
-        original = longest
-    return max(longest, int(original * factor)) if original and factor else longest
+    limit = getattr(backend.tokenizer, "model_max_length", None)
+    found: int | None = getattr(
+        backend, "context_length", int(limit) if limit is not None and limit < UNLIMITED else None
+    )
+    return found
 
 
 def check_fits(limit: int | None, lengths: Iterable[int], new: int = 0) -> None:

@@ -37,10 +37,44 @@ def require_reached(missed: Sequence[int]) -> None:
         )
 
 
-def text_config(model: Any) -> Any:
-    """The configuration of the language model, also where it is part of a multimodal one."""
-    config = model.config
+def text_config(config: Any) -> Any:
+    """The part of a Hugging Face configuration that is the language model's; of most models that is all of it."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+_STRETCHED_BEYOND = ("linear", "dynamic")  # rotary positions whose stretch the configuration's length leaves out
+# What transformers' configurations call the number of tokens that attention looks back over.
+_WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "attention_window_size",
+    "local_attention",
+    "keep_window_size",
+    "window_size",
+)
+
+
+def window_of(config: Any) -> int | None:
+    """Tokens that some layer's attention looks back over at most, the smallest; None where nothing says so."""
+    text = text_config(config)
+    found = [getattr(text, name, None) for name in _WINDOWS]
+    return min((each for each in found if isinstance(each, int) and each > 0), default=None)
+
+
+def context_of(config: Any) -> int | None:
+    """The context length in a Hugging Face model's configuration, stretched as its rotary positions are.
+
+    None where the model has no limit, as recurrent ones and those with ALiBi have none.
+    """
+    text = text_config(config)
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if original is None and rope.get("rope_type") in _STRETCHED_BEYOND:
+        original = longest
+    return max(longest, int(original * factor)) if original and factor else longest
 
 
 def bare_model(model: Any) -> Any:
@@ -65,7 +99,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         UnsupportedModelError: If there is none, or the model is not decoder-only.
     """
-    config = text_config(model)
+    config = text_config(model.config)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; persona vectors need a decoder-only chat model"
@@ -116,7 +150,7 @@ def describe(
         revision=revision or getattr(model.config, "_commit_hash", None),
         architecture=type(model).__name__,
         n_layers=len(blocks),
-        d_model=text_config(model).hidden_size,
+        d_model=text_config(model.config).hidden_size,
         weights=weights_digest(blocks, is_copy),
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=str(parameter.device),
@@ -147,7 +181,7 @@ def padding_id(tokenizer: Any, end_ids: Sequence[int], vocabulary: int | None = 
 def vocabulary_size(model: Any) -> int:
     """How many token ids a Hugging Face model has an embedding for."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
-    return int(weight.shape[0]) if isinstance(weight, Tensor) else int(text_config(model).vocab_size)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else int(text_config(model.config).vocab_size)
 
 
 class ModuleError(PersonaLensError):
@@ -185,19 +219,13 @@ def module_of(backend: Backend) -> nn.Module:
 FINETUNE = "finetune"  # the kind of run that leaves a model
 
 
-@runtime_checkable
-class FinetunedBackend(Protocol):
-    """A backend that knows which model its own was finetuned from. Backends need not."""
-
-    @property
-    def base_weights(self) -> str | None:
-        """Digest of the base model's weights, as in `persona_lens.backend.ModelInfo`; None if there is no base."""
-        ...
-
-
 def base_weights_of(backend: Backend) -> str | None:
-    """Digest of the weights that a backend's model was finetuned from; None where nothing says so."""
-    return backend.base_weights if isinstance(backend, FinetunedBackend) else None
+    """Digest of the weights that a backend's model was finetuned from; None where nothing says so.
+
+    Backends may say it in an attribute ``base_weights``, as those of this package do.
+    """
+    found: str | None = getattr(backend, "base_weights", None)
+    return found
 
 
 def find_base_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,35 +18,18 @@ from persona_lens.backend.sinks import depend_on_sinks, limits_from, probe, sink
 from persona_lens.backend.tokens import Positions
 from persona_lens.backend.writing import Writer
 
-BlockHook = Callable[[int, Tensor], Tensor]
-"""Takes a layer and its residual [batch, window, d_model], returns the residual to go on with."""
-
-TextHook = Callable[[int, Tensor, Tensor | None], Tensor]
-"""Takes a layer, its residual [batch, tokens, d_model] and which tokens come first in their text, bool [batch, tokens]
-or None where that is not known; returns the residual to go on with."""
-
-
-def hooking_blocks(blocks: nn.ModuleList, layers: Sequence[int], hook: BlockHook) -> AbstractContextManager[None]:
-    """Hooks at the output of plain PyTorch blocks; gone afterwards, whatever happened inside."""
-    return _hooking(blocks, layers, lambda layer, h, given: hook(layer, h))
-
-
-def hooking_texts(blocks: nn.ModuleList, layers: Sequence[int], hook: TextHook) -> AbstractContextManager[None]:
-    """The same, told what the blocks are told of texts."""
-
-    def on_residual(layer: int, h: Tensor, given: dict[str, Any]) -> Tensor:
-        return hook(layer, h, first_tokens(h, given.get("attention_mask"), given.get("position_ids")))
-
-    return _hooking(blocks, layers, on_residual)
+BlockHook = Callable[[int, Tensor, Mapping[str, Any]], Tensor]
+"""Takes a layer, its residual [batch, window, d_model] and what the block is given by keyword beside it, which is
+nothing where a library's hooks are not told; returns the residual to go on with."""
 
 
 @contextmanager
-def _hooking(
-    blocks: nn.ModuleList, layers: Sequence[int], on_residual: Callable[[int, Tensor, dict[str, Any]], Tensor]
-) -> Iterator[None]:
+def hooking_blocks(blocks: nn.ModuleList, layers: Sequence[int], hook: BlockHook) -> Iterator[None]:
+    """Hooks at the output of plain PyTorch blocks; gone afterwards, whatever happened inside."""
+
     def on_output(layer: int, _: nn.Module, __: Any, given: dict[str, Any], output: Any) -> Any:
         h = residual_of(output)
-        changed = on_residual(layer, h, given)
+        changed = hook(layer, h, given)
         return None if changed is h else with_residual(output, changed)
 
     with ExitStack() as hooks:
@@ -56,17 +39,18 @@ def _hooking(
         yield
 
 
-def first_tokens(h: Tensor, mask: object, positions: object) -> Tensor | None:
-    """Which tokens come first in their text, by what a block is given beside them; None where that does not say.
+def first_tokens(h: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens come first in their text, bool [batch, tokens]; None where nothing says so.
 
     It is taken from the block's own arguments, so that a block that gradient checkpointing runs a second time, when
     other batches may have run since, finds the same.
 
     Args:
         h: The residual, [batch, tokens, d_model].
-        mask: What each token may attend to, bool or added to the scores, [batch or 1, 1, tokens, keys]; or anything.
-        positions: Positions counted from each text's first token, [batch or 1, tokens]; or anything.
+        given: What the block is given: a mask of what each token may attend to, bool or added to the scores, [batch or
+            1, 1, tokens, keys]; or positions counted from each text's first token, [batch or 1, tokens].
     """
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == h.shape[1]:
         may = mask if mask.dtype == torch.bool else mask == 0
         return (may[:, 0].sum(dim=-1) == 1).expand(h.shape[:2])  # nothing but itself
@@ -77,14 +61,14 @@ def first_tokens(h: Tensor, mask: object, positions: object) -> Tensor | None:
 
 @contextmanager
 def editing_blocks(
-    attach: Callable[[Sequence[int], TextHook], AbstractContextManager[None]],
+    attach: Callable[[Sequence[int], BlockHook], AbstractContextManager[None]],
     edits: Edits,
     backend: Backend,
 ) -> Iterator[None]:
     """While open, every forward pass over the blocks that ``attach`` reaches runs edited, in training too.
 
     Args:
-        attach: As `hooking_texts`, of the model's blocks.
+        attach: As `hooking_blocks`, of the model's blocks.
         edits: What to write.
         backend: The model.
 
@@ -104,9 +88,9 @@ def editing_blocks(
     limits = sink_limits(backend) if depend_on_sinks(edits) else None
     reached: set[int] = set()
 
-    def at_block(layer: int, h: Tensor, first: Tensor | None) -> Tensor:
+    def at_block(layer: int, h: Tensor, given: Mapping[str, Any]) -> Tensor:
         reached.add(layer)
-        return written_everywhere(writer, layer, h, first, limits)
+        return written_everywhere(writer, layer, h, given, limits)
 
     with attach(sorted(writer.layers), at_block):
         yield
@@ -114,7 +98,7 @@ def editing_blocks(
 
 
 def written_everywhere(
-    writer: Writer, layer: int, h: Tensor, first: Tensor | None, limits: Sequence[float] | None
+    writer: Writer, layer: int, h: Tensor, given: Mapping[str, Any], limits: Sequence[float] | None
 ) -> Tensor:
     """The residual after a layer's edits at every token, attention sinks left out where an edit leaves them out.
 
@@ -122,7 +106,7 @@ def written_everywhere(
     """
     sinks = None
     if layer in writer.leaving_out:
-        sinks = sinks_among(h, float("inf") if limits is None else limits[layer], first)
+        sinks = sinks_among(h, float("inf") if limits is None else limits[layer], first_tokens(h, given))
     return writer.block(layer, h, None, sinks)
 
 
@@ -144,7 +128,7 @@ def module_limits(model: Any, blocks: nn.ModuleList, config: Any) -> tuple[float
     """
     norms: dict[int, Tensor] = {}
 
-    def take(layer: int, h: Tensor) -> Tensor:
+    def take(layer: int, h: Tensor, given: Mapping[str, Any]) -> Tensor:
         norms[layer] = h.float().norm(dim=-1).cpu()
         return h
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, check_fits, context_of, rows_at_once
+from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, check_fits, rows_at_once
 from persona_lens.backend.blocks import (
+    context_of,
     describe,
     find_base_weights,
     find_blocks,
@@ -26,7 +27,7 @@ from persona_lens.backend.blocks import (
     require_reached,
     vocabulary_size,
 )
-from persona_lens.backend.editing import BlockHook, TextHook, editing_blocks, hooking_blocks, hooking_texts
+from persona_lens.backend.editing import BlockHook, editing_blocks, hooking_blocks
 from persona_lens.backend.edits import Edit, Edits, as_edits, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.protocol import ForwardResult, Generation
@@ -113,10 +114,6 @@ class HookedBackend:
         """Hooks at the output of the named blocks while the context is open."""
         return hooking_blocks(self.blocks, layers, hook)
 
-    def attach_texts(self, layers: Sequence[int], hook: TextHook) -> AbstractContextManager[None]:
-        """The same for hooks that are told which tokens come first in their text, where the block is told that."""
-        return hooking_texts(self.blocks, layers, hook)
-
     @property
     def device(self) -> torch.device | None:
         """Where token ids go and noise is drawn; None leaves it to the model."""
@@ -124,7 +121,7 @@ class HookedBackend:
 
     @cached_property
     def sink_limits(self) -> tuple[float, ...]:
-        """See `persona_lens.backend.sinks.SinkAware`; measured by one small pass."""
+        """See `persona_lens.backend.sinks.sink_limits`; measured by one small pass."""
         return limits_from(self.forward(probe(self.module.config), (), NORMS).reads["norms"])
 
     def known_limits(self) -> tuple[float, ...] | None:
@@ -164,7 +161,7 @@ class HookedBackend:
 
     def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """See `persona_lens.backend.protocol.Backend.editing`."""
-        return editing_blocks(self.attach_texts, edits, self)
+        return editing_blocks(self.attach, edits, self)
 
     def check_request(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> None:
         """Raise unless edits, reads and tokens fit the model, and the edits the batch."""
@@ -276,7 +273,7 @@ class HookedBackend:
 
     @contextmanager
     def _intervening(self, intervention: Intervention, stop_at: int | None) -> Iterator[None]:
-        def at_block(layer: int, h: Tensor) -> Tensor:
+        def at_block(layer: int, h: Tensor, _: Mapping[str, Any]) -> Tensor:
             h = intervention.block(layer, h)
             if layer == stop_at:
                 raise _DeepestLayerReached

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.backend.batches import window_of
-from persona_lens.backend.blocks import ModuleBackend
+from persona_lens.backend.blocks import ModuleBackend, window_of
 from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
 from persona_lens.backend.edits import Edit, apply_edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation

@@ -14,13 +14,12 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from persona_lens.backend.batches import SHORTEST_BEGINNING
 from persona_lens.backend.tokens import PaddedTokens, TokenBatch, TokenIds, pad_left
 
 # A cache of these layers is nothing but keys and values by row; other kinds hold states that cannot be handed out so
 # simply.
 _SIMPLE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
-
-SHORTEST_BEGINNING = 32  # tokens; less is not worth a pass
 
 
 def can_share_prompts(model: Any) -> bool:

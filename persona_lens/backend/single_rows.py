@@ -1,4 +1,4 @@
-"""Whether batches, padding and caches give what a row alone gives; and a backend for models where they do not."""
+"""Backends that run on another one: row by row, where batches, padding or caches do not give what a row alone gives."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.backend.batches import context_length
+from persona_lens.backend.batches import SHORTEST_BEGINNING, context_length
 from persona_lens.backend.blocks import (
     ModuleBackend,
     UnsupportedModelError,
+    base_weights_of,
     module_of,
     vocabulary_size,
 )
-from persona_lens.backend.delegating import DelegatingBackend
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind
-from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
+from persona_lens.backend.sinks import sink_limits
 from persona_lens.backend.streaming import Watch, watched_by_replay
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 from persona_lens.core.errors import PersonaLensError, first_line
@@ -182,6 +182,28 @@ def _error(measured: torch.Tensor, alone: Mapping[str, torch.Tensor]) -> float:
     (expected,) = (value[0] for value in alone.values())
     errors = (measured - expected).norm(dim=-1) / expected.norm(dim=-1)
     return 0.0 if bool(expected.isnan().any()) else float(errors.median())
+
+
+class DelegatingBackend:
+    """Says of its model what another backend says; calls are left to those who derive from it.
+
+    Prompts are not shared: every row is computed whole.
+
+    Args:
+        inner: The other backend.
+    """
+
+    shares_prompts = False
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.tokenizer, self.end_ids, self.calls_at_once = inner.tokenizer, inner.end_ids, inner.calls_at_once
+        self.context_length, self.base_weights = context_length(inner), base_weights_of(inner)
+
+    @property
+    def sink_limits(self) -> tuple[float, ...] | None:
+        """See `persona_lens.backend.sinks.sink_limits`."""
+        return sink_limits(self.inner)
 
 
 class SingleRowsBackend(DelegatingBackend):

@@ -13,17 +13,17 @@ limits are constants of the model, `MULTIPLE` times the typical length of a resi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.backend.batches import context_of
+from persona_lens.backend.blocks import context_of, text_config
 from persona_lens.backend.edits import Edit, Operation
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.reads import Read, ReadKind
-from persona_lens.backend.tokens import TokenBatch, TokenIds
+from persona_lens.backend.tokens import TokenBatch
 
 MULTIPLE = 4.0  # other tokens of the embedded model reach 2.8 times the typical length, sinks have 4.6 and more
 PROBE_TOKENS = 64
@@ -40,10 +40,9 @@ def probe(config: Any) -> TokenBatch:
     Args:
         config: The Hugging Face model's configuration.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     tokens = min(PROBE_TOKENS, context_of(config) or PROBE_TOKENS)
-    ids: TokenIds = tuple(int((number + 0.5) * text.vocab_size / (2 * tokens)) for number in range(tokens))
-    return TokenBatch.of([ids])
+    known = text_config(config).vocab_size
+    return TokenBatch.of([[int((number + 0.5) * known / (2 * tokens)) for number in range(tokens)]])
 
 
 def limits_from(norms: Float[Tensor, "1 layers tokens"]) -> tuple[float, ...]:
@@ -57,17 +56,12 @@ def depend_on_sinks(edits: Sequence[Edit], reads: Sequence[Read] = ()) -> bool:
     return any(edit.leaves_out_sinks for edit in edits) or any(read.leaves_out_sinks for read in reads)
 
 
-class SinkAware(Protocol):
-    """A backend that tells sinks by their length too. Backends need not; those of this package all do."""
-
-    @property
-    def sink_limits(self) -> tuple[float, ...] | None:
-        """For each layer the length beyond which a residual is a sink's; measured when it is first asked for."""
-        ...
-
-
 def sink_limits(backend: Backend) -> tuple[float, ...] | None:
-    """The limits of a backend's model; None where the backend takes the first token of each text alone for a sink."""
+    """For each layer of a backend's model the length beyond which a residual is a sink's.
+
+    Backends may say it in an attribute of this name, as those of this package do; it is measured when it is first asked
+    for. None where a backend does not: the first token of each text alone is taken for a sink there.
+    """
     found: tuple[float, ...] | None = getattr(backend, "sink_limits", None)
     return found
 

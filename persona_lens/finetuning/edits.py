@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from persona_lens.backend import Edit, Operation, Schedule
 from persona_lens.backend.blocks import bare_model, find_blocks, require_reached, text_config
-from persona_lens.backend.editing import check_everywhere, hooking_texts, module_limits, written_everywhere
+from persona_lens.backend.editing import check_everywhere, hooking_blocks, module_limits, written_everywhere
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.writing import Writer
 from persona_lens.finetuning.config import FinetuningError
@@ -66,7 +66,7 @@ class TrainingEdits:
         bare = bare_model(model)
         self._blocks = find_blocks(bare)[1]
         self.edits = given_edits(edits, vectors)
-        check_everywhere(self.edits, len(self._blocks), text_config(bare).hidden_size)
+        check_everywhere(self.edits, len(self._blocks), text_config(bare.config).hidden_size)
         for edit in self.edits:
             _check_schedule(edit)
         self._optimizer = optimizer
@@ -101,7 +101,7 @@ class TrainingEdits:
             return
         self._reached, self._trained = set(), False
         with ExitStack() as hooks:
-            hooks.enter_context(hooking_texts(self._blocks, sorted(self._writer.layers), self._write))
+            hooks.enter_context(hooking_blocks(self._blocks, sorted(self._writer.layers), self._write))
             if self._optimizer is not None:
                 hooks.callback(self._optimizer.register_step_post_hook(self._count).remove)
             self._hooks = hooks.pop_all()
@@ -129,11 +129,11 @@ class TrainingEdits:
             self._reached, self._trained = set(), False  # what went wrong is more to the point than what never ran
         self.close()
 
-    def _write(self, layer: int, h: Tensor, first: Tensor | None) -> Tensor:
+    def _write(self, layer: int, h: Tensor, given: Mapping[str, Any]) -> Tensor:
         self._reached.add(layer)
         if not self._blocks[layer].training:
             return h
-        return written_everywhere(self._writer, layer, h, first, self._sink_limits)
+        return written_everywhere(self._writer, layer, h, given, self._sink_limits)
 
     def _count(self, *_: object) -> None:
         self._trained = True

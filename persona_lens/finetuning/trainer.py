@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ class ProjectionPenalty:
         """While open, forwards leave their projections, in norms of the vectors: float32 [batch, tokens, k] a layer."""
         taken: dict[int, Tensor] = {}
 
-        def take(layer: int, h: Tensor) -> Tensor:
+        def take(layer: int, h: Tensor, _: Mapping[str, Any]) -> Tensor:
             directions = self._directions[layer] = self._directions[layer].to(h.device)  # moved once
             taken[layer] = h.float() @ directions.T
             return h

@@ -29,7 +29,7 @@ from persona_lens.backend import (
     as_edits,
     watched_generation,
 )
-from persona_lens.backend.delegating import DelegatingBackend
+from persona_lens.backend.single_rows import DelegatingBackend
 from persona_lens.core.documents import header_text, save_tensors, write_once
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.steering.notation import Layers, Term, parse_terms

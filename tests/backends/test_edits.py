@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persona_lens.backend import Backend, Condition, Edit, EditError, Operation, Positions, Sampling, Schedule, Span
-from persona_lens.backend.editing import editing_blocks, hooking_texts
+from persona_lens.backend.editing import editing_blocks, hooking_blocks
 from persona_lens.backend.edits import apply_edit, as_edits, check_edits
 from tests.backends.fixtures import D_MODEL, PROMPTS, TEXT, activations, assert_close, backend_of, direction
 from tests.tiny import tiny_model
@@ -381,7 +381,7 @@ def test_a_block_list_is_edited_only_while_the_context_is_open() -> None:
     backend = backend_of("transformers", tiny_model())
     blocks = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
     h = torch.zeros(1, 1, D_MODEL)
-    with editing_blocks(partial(hooking_texts, blocks), [Edit.add(1, direction())], backend):
+    with editing_blocks(partial(hooking_blocks, blocks), [Edit.add(1, direction())], backend):
         assert torch.equal(blocks[0](h), h)
         assert_close(blocks[1](h)[0, 0], direction())
     assert torch.equal(blocks[1](h), h)

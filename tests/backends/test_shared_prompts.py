@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from persona_lens.backend import Backend, Edit, ForwardResult, Read, TokenBatch
-from persona_lens.backend.batches import forward_batches
+from persona_lens.backend.batches import SHORTEST_BEGINNING, forward_batches
 from persona_lens.backend.reads import ReadKind
-from persona_lens.backend.shared_prompts import SHORTEST_BEGINNING
 from persona_lens.backend.sinks import sink_limits
 from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, D_MODEL, matrix, tiny_backend
 from tests.tiny import tiny_model

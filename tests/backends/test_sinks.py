@@ -208,13 +208,13 @@ def test_first_tokens_are_those_that_attend_to_nothing_else_or_have_position_0()
     may = (torch.ones(3, 3, dtype=torch.bool).tril() & padded[:, None, :]).unsqueeze(1)
     want = [[True, False, False], [False, True, False]]
     for mask in (may, torch.zeros(may.shape).masked_fill(~may, -torch.inf)):
-        found = first_tokens(h, mask, torch.arange(3)[None])
+        found = first_tokens(h, {"attention_mask": mask, "position_ids": torch.arange(3)[None]})
         assert found is not None
         assert found.tolist() == want
-    packed = first_tokens(h, None, torch.tensor([[0, 1, 0]]))
+    packed = first_tokens(h, {"position_ids": torch.tensor([[0, 1, 0]])})
     assert packed is not None
     assert packed.tolist() == [[True, False, True]] * 2
-    assert first_tokens(h, None, None) is None
+    assert first_tokens(h, {}) is None
 
 
 def test_limits_are_constants_of_the_model_and_equal_on_every_backend() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from persona_lens.backend import Backend
-from persona_lens.backend.batches import context_length, context_of
+from persona_lens.backend.batches import context_length
+from persona_lens.backend.blocks import context_of
 from persona_lens.extraction.external import ExternalRollouts, external_rollouts, read_responses
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Judgement, Score
