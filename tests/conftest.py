@@ -14,7 +14,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Their source is sent to servers, which have neither jaxtyping nor beartype: they must stay as they are written.
-TRAVELLING = {"intervention", "residual", "sampling", "writing"}
+TRAVELLING = {"intervention", "sampling", "writing"}
 BACKEND = Path(__file__).resolve().parents[1] / "persona_lens" / "backend"
 
 hook = install_import_hook(

@@ -7,7 +7,8 @@ because nnsight sends them elsewhere as source together with the names they read
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +24,12 @@ from persona_lens.backend.hooked import (
     stopping_criteria,
 )
 from persona_lens.backend.intervention import Intervention
-from persona_lens.backend.reads import copies
-from persona_lens.backend.residual import residual_of, with_residual
 from persona_lens.backend.sampling import RowSampler, response_logprobs
 from persona_lens.backend.streaming import Watcher
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
+from persona_lens.backend.writing import residual_of, with_residual
 from persona_lens.models import end_of_turn_ids, load
-from persona_lens_nnsight.envoys import embedding_envoy, reaching_blocks
-from persona_lens_nnsight.library import nnsight
+from persona_lens_nnsight.library import embedding_envoy, nnsight, reaching_blocks
 
 if TYPE_CHECKING:
     from persona_lens_nnsight.request import Request
@@ -88,12 +87,9 @@ class NNsightBackend(HookedBackend):
     ) -> Generation:
         width = max(map(len, prompts), default=0) + sampling.max_new_tokens + 1
         request = self._request(edits, reads, len(prompts), width)
-        saved = self._capture_generation(prompts, sampling, edits, reads, request, watcher)
-        if request is not None:
-            saved = request.send()
-        require_reached(saved["missed"])
+        saved = _found(self._capture_generation(prompts, sampling, edits, reads, request, watcher), request)
         responses, ended = cut_responses(saved["ids"], self.end_ids, sampling.max_new_tokens)
-        return Generation(responses, ended, copies(saved["values"]))
+        return Generation(responses, ended, saved["values"])
 
     def _capture_generation(
         self,
@@ -113,12 +109,12 @@ class NNsightBackend(HookedBackend):
         if watched:  # called by the loop, in the thread of the caller, after the trace's own thread took the values
             config["stopping_criteria"] = stopping_criteria(watcher)
         sampler = RowSampler(sampling, self.device) if sampling.seeds else None
-        with self._lock, torch.inference_mode(), evaluating(self.module), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
             warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             # A hook costs less than a stop of the trace does, and a watch looks at every layer of every token.
             hooks = self.attach(intervention.only_watched, lambda layer, h, _: intervention.block(layer, h))
-            with hooks, reaching_blocks():
+            with self._tracing(), hooks:
                 return self._traced_generation(tokens, intervention, config, sampler, request)
 
     def _traced_generation(
@@ -158,34 +154,24 @@ class NNsightBackend(HookedBackend):
         self, batch: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], logprobs: bool
     ) -> ForwardResult:
         request = self._request(edits, reads, len(batch), max(batch.lengths))
-        saved = self._capture_forward(batch, edits, reads, logprobs, request)
-        if request is not None:
-            saved = request.send()
-        require_reached(saved["missed"])
-        return ForwardResult(copies(saved["values"]), saved["chosen"])
+        saved = _found(self._capture_forward(batch, edits, reads, logprobs, request), request)
+        return ForwardResult(saved["values"], saved["chosen"])
 
     def _capture_forward(
         self,
-        tokens: TokenBatch,
+        batch: TokenBatch,
         edits: Sequence[Edit],
         reads: Sequence[Read],
         logprobs: bool,
         request: Request | None,
     ) -> dict[str, Any]:
         """As `_capture_generation`, for a pass over existing text."""
-        padded = pad_left(tokens, self.pad_id, self.device or "cpu")
+        tokens = pad_left(batch, self.pad_id, self.device or "cpu")
         until = None if logprobs else deepest_layer(reads, self.info.n_layers)
-        intervention = self.intervention(padded, edits, reads, until=until)
-        with self._lock, torch.inference_mode(), evaluating(self.module), reaching_blocks():
-            return self._traced_forward(padded, intervention, logprobs, request)
-
-    def _traced_forward(
-        self, tokens: PaddedTokens, intervention: Intervention, logprobs: bool, request: Request | None
-    ) -> dict[str, Any]:
-        model, blocks, embedding = self._model, self._envoys, self._embedding
+        intervention = self.intervention(tokens, edits, reads, until=until)
+        model, blocks, layers, embedding = self._model, self._envoys, intervention.to_reach, self._embedding
         ids, response = tokens.ids, tokens.response
-        layers = intervention.to_reach
-        with model.trace(forward_inputs(self.module, tokens), backend=request) as tracer:
+        with self._tracing(), model.trace(forward_inputs(self.module, tokens), backend=request) as tracer:
             intervention.begin_pass(embedding.input)
             for layer in layers:
                 output = blocks[layer].output
@@ -200,6 +186,11 @@ class NNsightBackend(HookedBackend):
                 tracer.stop()
         return {} if request is not None else {"values": values, "chosen": chosen, "missed": missed}
 
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        with self._lock, torch.inference_mode(), evaluating(self.module), reaching_blocks():
+            yield
+
     def _request(self, edits: Sequence[Edit], reads: Sequence[Read], rows: int, width: int) -> Request | None:
         """What takes a trace over so many rows, each so many tokens wide, elsewhere; None runs it here."""
         return None
@@ -207,3 +198,15 @@ class NNsightBackend(HookedBackend):
     def _arguments(self, config: Any) -> dict[str, Any]:
         """Arguments of ``generate``."""
         return {"generation_config": config}
+
+
+def _found(saved: dict[str, Any], request: Request | None) -> dict[str, Any]:
+    """What a trace saved, here or where the request takes it.
+
+    Raises:
+        UnsupportedModelError: If a block that was to be read or edited never ran in a pass.
+    """
+    saved = saved if request is None else request.send()
+    require_reached(saved["missed"])
+    # Copies made outside inference mode: a caller may train with them.
+    return {**saved, "values": {name: value.clone() for name, value in saved["values"].items()}}

@@ -21,7 +21,7 @@ from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.streaming import watched_by_replay
 from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.adapter import TASK, NNsightBackend
-from persona_lens_nnsight.envoys import logits_envoy
+from persona_lens_nnsight.library import logits_envoy
 from persona_lens_nnsight.request import (
     INLINE_BYTES,
     Connection,

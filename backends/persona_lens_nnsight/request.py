@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from transformers import GenerationConfig
 
-from persona_lens.backend import ModelInfo, Operation, intervention, residual, sampling, writing
+from persona_lens.backend import ModelInfo, Operation, intervention, sampling, writing
 from persona_lens.backend.protocol import RemoteError, RequestTooLargeError, Traffic
 from persona_lens.models import ModelSource
 from persona_lens_nnsight.library import nnsight
@@ -31,27 +31,7 @@ from nnsight.intervention.backends.remote import RemoteBackend as Transport  # n
 from nnsight.schema.request import RequestModel  # noqa: E402
 from nnsight.schema.response import Status  # noqa: E402
 
-TRAVELLING: tuple[ModuleType, ...] = (intervention, residual, sampling, writing)
-# What switches a setting off that must have a value; the others are switched off by None.
-OFF = {
-    "early_stopping": False,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "length_penalty": 1.0,
-    "min_length": 0,
-    "no_repeat_ngram_size": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "output_scores": False,
-    "remove_invalid_values": False,
-    "repetition_penalty": 1.0,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-}
+TRAVELLING: tuple[ModuleType, ...] = (intervention, sampling, writing)
 # Names and not settings, or settings that do nothing beside a limit on new tokens.
 LEFT_ALONE = {"bos_token_id", "decoder_start_token_id", "max_length", "transformers_version"}
 
@@ -105,12 +85,12 @@ def plain_config(config: GenerationConfig, defaults: GenerationConfig | None) ->
     set_there = {} if defaults is None else defaults.to_dict()
     beyond = {name for name, value in set_there.items() if value is not None} - settings.keys() - LEFT_ALONE
     settings = {name: value for name, value in settings.items() if name not in LEFT_ALONE}
-    return settings | {name: OFF.get(name) for name in beyond}
+    neutral = GenerationConfig._get_default_generation_params()  # of settings that None does not switch off
+    return settings | {name: neutral.get(name) for name in beyond}
 
 
 CONNECT_SECONDS = 10.0
 INLINE_BYTES = 8 * 2**20  # larger results do not come back on the connection, but through a store
-Saved = TypeVar("Saved")
 
 
 @dataclass
@@ -127,6 +107,7 @@ class Connection:
         patience: Seconds before the second attempt; doubled before each further one.
         on_status: Told what the server says of a request, such as its place in the queue.
         store_hosts: Hosts other than the server's that results may be fetched from.
+        traffic: Requests sent so far.
     """
 
     server: Server
@@ -138,18 +119,13 @@ class Connection:
     patience: float = 2.0
     on_status: Callable[[str], None] = lambda text: None
     store_hosts: tuple[str, ...] = ()
-    _traffic: Traffic = field(default_factory=Traffic)
+    traffic: Traffic = field(default_factory=Traffic)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def traffic(self) -> Traffic:
-        """Requests sent so far."""
-        return self._traffic
 
     def count(self, traffic: Traffic) -> None:
         """Add to `traffic`, from any thread."""
         with self._lock:
-            self._traffic += traffic
+            self.traffic += traffic
 
 
 class Request(Transport):  # type: ignore[misc]  # nnsight has no types

@@ -30,7 +30,7 @@ from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.logit_lens import run
 from persona_lens.backend import Backend
 from persona_lens.backend.blocks import find_blocks, module_of, text_config
-from persona_lens.backend.residual import residual_of
+from persona_lens.backend.writing import residual_of
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 # What may be left, as a share of what a block adds, when two outputs are said to add up to it.

@@ -16,7 +16,7 @@ from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import forward_batches
 from persona_lens.backend.blocks import find_blocks, module_of
 from persona_lens.backend.hooked import evaluating
-from persona_lens.backend.residual import residual_of
+from persona_lens.backend.writing import residual_of
 from persona_lens.core.documents import Record
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from persona_lens.backend.blocks import require_reached
 from persona_lens.backend.edits import Edit, EditError, Edits, as_edits, check_edits
 from persona_lens.backend.protocol import Backend
-from persona_lens.backend.residual import residual_of, sinks_among, with_residual
 from persona_lens.backend.sinks import depend_on_sinks, limits_from, probe, sink_limits
 from persona_lens.backend.tokens import Positions
-from persona_lens.backend.writing import Writer
+from persona_lens.backend.writing import Writer, residual_of, sinks_among, with_residual
 
 BlockHook = Callable[[int, Tensor, Mapping[str, Any]], Tensor]
 """Takes a layer, its residual [batch, window, d_model] and what the block is given by keyword beside it, which is

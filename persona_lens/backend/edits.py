@@ -1,7 +1,7 @@
 """What to write into the residual stream: `Edit`.
 
 An edit is data. It can be compared, hashed, sent to another machine and kept in a record, and it never remembers a
-model. `residual` does the writing.
+model. `persona_lens.backend.writing` does the writing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.backend import residual
-from persona_lens.backend.residual import changed, prepared
+from persona_lens.backend import writing
 from persona_lens.backend.tokens import Condition, Positions, Schedule, Span
+from persona_lens.backend.writing import changed, prepared
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.plugins import Registry
 
@@ -42,7 +42,7 @@ class Operation(str, metaclass=_Named):
 
     Attributes:
         argument: What an edit must give for it: its ``threshold``, its ``target``, or nothing.
-        formula: What becomes of a residual, see `persona_lens.backend.residual.OPERATIONS`.
+        formula: What becomes of a residual, see `persona_lens.backend.writing.OPERATIONS`.
         moves: How far each token moves along the unit direction: a differentiable function of the residual [batch,
             tokens, d_model], the direction [d_model] and the argument, to [batch, tokens].
 
@@ -83,7 +83,7 @@ OPERATIONS: Registry[Operation] = Registry(
     Operation,
     "operation",
     EditError,
-    {name: Operation(name, *entry) for name, entry in residual.OPERATIONS.items()},
+    {name: Operation(name, *entry) for name, entry in writing.OPERATIONS.items()},
 )
 for _name, _operation in OPERATIONS.built_in.items():
     setattr(Operation, _name.upper(), _operation)
@@ -207,7 +207,7 @@ class Edit:
             "layer": self.layer,
             "direction": self.direction,
             "operation": str(self.operation),
-            "moves": None if self.operation in residual.OPERATIONS else self.operation.moves,
+            "moves": None if self.operation in writing.OPERATIONS else self.operation.moves,
             "coefficient": self.coefficient if isinstance(self.coefficient, Tensor) else float(self.coefficient),
             "level": self.target if self.threshold is None else self.threshold,
             "relative": self.relative,

@@ -3,8 +3,8 @@
 This is the part that all adapters share. An adapter only has to call `Intervention.begin_pass` before each forward pass
 and `Intervention.block` at each block's output, in whatever way its library lets it.
 
-Runs where the model runs, see `residual`: edits and reads are held as plain data, and at run time the code uses nothing
-but torch, `residual` and `writing`.
+Runs where the model runs, see `writing`: edits and reads are held as plain data, and at run time the code uses nothing
+but torch and `writing`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_lens.backend.residual import sinks_among
-from persona_lens.backend.writing import TokenMasks, Writer
+from persona_lens.backend.writing import TokenMasks, Writer, sinks_among
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from persona_lens.backend.edits import Edit
@@ -65,7 +64,8 @@ class Intervention:
         self._watcher = watcher
         self._watched = frozenset(watcher.layers if watcher is not None else ())
         reading = {layer for reader in self._readers for layer in reader.layers}
-        self._leaving_out = self._writer.leaving_out.union(*(reader.leaving_out for reader in self._readers))
+        leaving_out = (reader.layers for reader in self._readers if reader.leaves_out_sinks)
+        self._leaving_out = self._writer.leaving_out.union(*leaving_out)
         self._sink_limits = sink_limits
         self.read_or_edited = tuple(sorted(reading | self._writer.layers))
         self.only_watched = tuple(sorted(self._watched.difference(self.read_or_edited)))
@@ -97,7 +97,7 @@ class Intervention:
             sinks = sinks_among(h, limit, self.masks.first[:, -self.masks.window :])
         h = self._writer.block(layer, h, self.masks, sinks)
         for reader in self._readers:
-            if layer in reader.kept:
+            if layer in reader.layers:
                 reader.take(layer, h, self.masks, sinks)
         if self._watcher is not None and layer in self._watched:
             self._watcher.take(layer, h, self.masks)
@@ -119,98 +119,80 @@ def _detached(edit: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in edit.items()}
 
 
-def _readers(reads: Sequence[dict[str, Any]]) -> list[_MeanReader | _NormReader | _TokenReader]:
+def _readers(reads: Sequence[dict[str, Any]]) -> list[_MeanReader | _TokenReader]:
     """One reader for each read, but one for all means at the same layers: they share a pass over the residual."""
-    means_at: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    means: dict[tuple[object, ...], list[dict[str, Any]]] = {}
     for read in reads:
-        if read["is_mean"]:
-            means_at.setdefault(read["layers"], []).append(read)
-    means = [_MeanReader(together) for together in means_at.values()]
-    others = [read for read in reads if not read["is_mean"]]
-    return [*means, *(_NormReader(r) if r["kind"] == "response_norm" else _TokenReader(r) for r in others)]
+        if read["per_row"]:
+            means.setdefault((read["layers"], read["kind"] == "response_norm"), []).append(read)
+    return [*map(_MeanReader, means.values()), *(_TokenReader(read) for read in reads if not read["per_row"])]
 
 
 class _MeanReader:
-    """Sums in float32 of one or more means at the same layers, layer by layer, on the layer's own device."""
+    """Sums in float32 of one or more means at the same layers, layer by layer, on the layer's own device.
+
+    They are means of residuals, or of their lengths where the only one is ``response_norm``.
+    """
 
     def __init__(self, reads: Sequence[dict[str, Any]]) -> None:
         self.kinds: tuple[str, ...] = tuple(read["kind"] for read in reads)
         self.layers: tuple[int, ...] = reads[0]["layers"]
-        self.leaving_out = frozenset(self.layers if not all(read["sinks"] for read in reads) else ())
+        self.leaves_out_sinks = not all(read["sinks"] for read in reads)
+        self._of_lengths = self.kinds == ("response_norm",)
         self._whole = torch.tensor([read["sinks"] for read in reads]).reshape(1, -1, 1)
-        self.kept: dict[int, Tensor | None] = dict.fromkeys(self.layers)
+        self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
 
     def take(
         self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
     ) -> None:
-        if masks.decoding and "response_mean" not in self.kinds:
+        if masks.decoding and not any(kind.startswith("response") for kind in self.kinds):
             return
         fresh = h[:, -masks.fresh :]
+        if self._of_lengths:
+            fresh = fresh.float().norm(dim=-1, keepdim=True)
         if masks.padded or masks.fresh == 1:
             # Padding is blanked, not only weighted by zero: what a model computes there may be NaN.
             padding = ~masks.attention[:, -masks.fresh :, None].to(h.device)
             fresh = fresh.to(torch.float32, copy=True).masked_fill_(padding, 0)
         fresh = fresh.float()
-        so_far = self.kept[layer]
-        if masks.decoding and so_far is not None:
+        so_far = self._sums.get(layer)
+        if masks.decoding and so_far is not None and "response_mean" in self.kinds:
             so_far[:, self.kinds.index("response_mean")] += fresh[:, 0]
             return
-        weights = torch.stack([masks.of_mean(kind)[:, -masks.fresh :] for kind in self.kinds], dim=1).to(h.device)
-        if self.leaving_out and sinks is not None:
+        weights = torch.stack([masks.mask(kind)[:, -masks.fresh :] for kind in self.kinds], dim=1).to(h.device)
+        if self.leaves_out_sinks and sinks is not None:
             self._whole = self._whole.to(h.device)
             weights = weights & (self._whole | ~sinks[:, None, -masks.fresh :])
             counts = weights.sum(dim=2)
             self._counts[layer] = counts if so_far is None else self._counts[layer] + counts
         total = torch.bmm(weights.to(fresh.dtype), fresh)
-        self.kept[layer] = total if so_far is None else so_far.add_(total)
+        self._sums[layer] = total if so_far is None else so_far.add_(total)
 
-    def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers d_model"]]:
-        sums = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=2)
+    def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers ..."]]:
+        sums = torch.stack([self._sums[layer].cpu() for layer in self.layers], dim=2)
         means = {}
         for index, kind in enumerate(self.kinds):
-            counts = masks.of_mean(kind).sum(dim=1, keepdim=True).cpu()
+            counts = masks.mask(kind).sum(dim=1, keepdim=True).cpu()
             if not self._whole[0, index, 0]:
                 counts = torch.stack([self._counts[layer][:, index].cpu() for layer in self.layers], dim=1)
-            means[kind] = sums[:, index] / _counted(counts).unsqueeze(-1)
+            # A mean over nothing is NaN.
+            mean = sums[:, index] / torch.where(counts > 0, counts.float(), torch.nan).unsqueeze(-1)
+            means[kind] = mean.squeeze(-1) if self._of_lengths else mean
         return means
-
-
-class _NormReader:
-    """Sums of the lengths of the response tokens' residuals."""
-
-    def __init__(self, read: dict[str, Any]) -> None:
-        self.layers: tuple[int, ...] = read["layers"]
-        self.leaving_out = frozenset(() if read["sinks"] else self.layers)
-        self.kept: dict[int, Tensor | None] = dict.fromkeys(self.layers)
-
-    def take(
-        self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
-    ) -> None:
-        norms = h[:, -masks.fresh :].float().norm(dim=-1)
-        among = masks.response[:, -masks.fresh :].to(h.device)
-        if self.leaving_out and sinks is not None:
-            among = among & ~sinks[:, -masks.fresh :]
-        summed = torch.stack([norms.masked_fill(~among, 0).sum(dim=1), among.sum(dim=1)])
-        so_far = self.kept[layer]
-        self.kept[layer] = summed if so_far is None else so_far + summed
-
-    def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers"]]:
-        sums, counts = torch.stack([_filled(self.kept[layer]).cpu() for layer in self.layers], dim=2)
-        return {"response_norm": sums / _counted(counts)}
 
 
 class _TokenReader:
     """Keeps a value for every token: its projections, its residual's length, or all of its residual."""
 
-    leaving_out: frozenset[int] = frozenset()
+    leaves_out_sinks = False
 
     def __init__(self, read: dict[str, Any]) -> None:
         self.kind: str = read["kind"]
         self.layers: tuple[int, ...] = read["layers"]
         units: list[Tensor] | None = read["units"]
         self._units = dict(zip(self.layers, units, strict=True)) if units is not None else {}
-        self.kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self._kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
     def take(
         self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
@@ -221,24 +203,20 @@ class _TokenReader:
         if self._units:
             unit = self._units[layer] = self._units[layer].to(h.device)
             fresh = fresh @ unit.T
-        self.kept[layer].append(fresh)
+        self._kept[layer].append(fresh)
 
     def result(self, masks: TokenMasks) -> dict[str, Tensor]:
-        values = torch.stack([torch.cat(self.kept[layer], dim=1).cpu() for layer in self.layers], dim=1)
-        tokens = masks.attention.cpu()[:, : values.shape[2]]
-        lengths = tokens.sum(dim=1)
-        aligned = values.new_full((*values.shape[:2], int(lengths.max()), values.shape[3]), torch.nan)
-        for row, length in enumerate(lengths.tolist()):
-            aligned[row, :, aligned.shape[2] - length :] = values[row][:, tokens[row]]
+        values = torch.stack([torch.cat(self._kept[layer], dim=1).cpu() for layer in self.layers], dim=1)
+        aligned = aligned_right(values, masks.attention.cpu()[:, : values.shape[2]])
         return {self.kind: aligned.squeeze(-1) if self.kind == "norms" else aligned}
 
 
-def _counted(counts: Tensor) -> Tensor:
-    """What a sum is divided by: a mean over nothing is NaN."""
-    return torch.where(counts > 0, counts.float(), torch.nan)
-
-
-def _filled(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise RuntimeError("a layer that was to be read never ran; the adapter did not reach it")
-    return value
+def aligned_right(
+    values: Float[Tensor, "batch layers tokens k"], tokens: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch layers width k"]:
+    """The values of each row's tokens, padded on the left with NaN to those of the longest row."""
+    lengths = tokens.sum(dim=1).tolist()
+    aligned = values.new_full((*values.shape[:2], max(lengths), values.shape[3]), torch.nan)
+    for row, length in enumerate(lengths):
+        aligned[row, :, aligned.shape[2] - length :] = values[row][:, tokens[row]]
+    return aligned

@@ -18,15 +18,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.backend.blocks import ModuleBackend, window_of
 from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
 from persona_lens.backend.edits import Edit, apply_edit
+from persona_lens.backend.intervention import aligned_right
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.single_rows import LongTexts, SingleRowsBackend
-from persona_lens.backend.streaming import Watch, WatchableBackend, WatchedTokens, joined
+from persona_lens.backend.streaming import Watch, WatchableBackend, WatchedTokens
 from persona_lens.backend.tokens import Positions, Sampling, TokenBatch, TokenIds
 from persona_lens.core.progress import Progress, no_progress
 
@@ -300,6 +302,12 @@ def _streaming(backend: WatchableBackend, probe: Probe, edits: Sequence[Edit]) -
     errors = (told - expected).norm(dim=-1) / token_lengths(residual)
     missing = not torch.equal(told.isnan(), expected.isnan())
     return float("inf") if missing else float(errors.nan_to_num().max()), f"{len(passes)} passes"
+
+
+def joined(passes: Sequence[WatchedTokens]) -> Float[Tensor, "batch layers width k"]:
+    """The values of all passes as a read of `PROJECTIONS` brings them: left-padded with NaN."""
+    values = torch.cat([each.projections for each in passes], dim=2)
+    return aligned_right(values, ~values.isnan().all(dim=-1).all(dim=1))
 
 
 def _placement(backend: Backend, probe: Probe, kind: Positions) -> Measurement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -119,16 +119,11 @@ class Read:
         units = None if self.directions is None else [unit.clone() for unit in self.unit_directions(n_layers)]
         return {
             "kind": self.kind.value,
-            "is_mean": self.kind in MEANS,
+            "per_row": self.kind in (*MEANS, ReadKind.RESPONSE_NORM),
             "layers": self.resolved_layers(n_layers),
             "units": units,
             "sinks": not self.leaves_out_sinks,
         }
-
-
-def copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what reads brought: made outside inference mode, a caller may train with them."""
-    return {name: value.clone() for name, value in values.items()}
 
 
 def only_means(reads: Sequence[Read]) -> bool:

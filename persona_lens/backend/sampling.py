@@ -1,6 +1,6 @@
 """From logits to tokens: one sampler for every backend, seeded row by row; and log-probabilities of given tokens.
 
-Runs where the model runs, see `residual`.
+Runs where the model runs, see `writing`.
 """
 
 from __future__ import annotations

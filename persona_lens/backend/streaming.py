@@ -307,14 +307,3 @@ def watched_by_replay(
     listener = Listener(watch, len(prompts))
     replay(listener, TokenBatch.of(prompts, found.responses), projections)
     return Generation(*listener.cut(found.responses, found.ended), values)
-
-
-def joined(passes: Sequence[WatchedTokens]) -> Float[Tensor, "batch layers width k"]:
-    """The values of all passes as a read of `PROJECTIONS` brings them: left-padded with NaN."""
-    values = torch.cat([each.projections for each in passes], dim=2)
-    tokens = ~values.isnan().all(dim=-1).all(dim=1)
-    lengths = tokens.sum(dim=1).tolist()
-    aligned = values.new_full((*values.shape[:2], max(lengths), values.shape[3]), torch.nan)
-    for row, length in enumerate(lengths):
-        aligned[row, :, aligned.shape[2] - length :] = values[row][:, tokens[row]]
-    return aligned

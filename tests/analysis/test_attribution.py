@@ -14,7 +14,7 @@ from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.attribution import Attribution, Part, attribute
 from persona_lens.backend import Backend, Read, TokenBatch
 from persona_lens.backend.blocks import ModuleError, module_of
-from persona_lens.backend.residual import residual_of
+from persona_lens.backend.writing import residual_of
 from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import Delegating, backend_of, matrix, tiny_backend, wrapped_for

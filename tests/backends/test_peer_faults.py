@@ -24,7 +24,7 @@ from persona_lens.backend import (
     open_backend,
 )
 from persona_lens.backend.blocks import find_blocks
-from persona_lens.backend.residual import residual_of
+from persona_lens.backend.writing import residual_of
 from tests.backends.fixtures import (
     D_MODEL,
     N_LAYERS,

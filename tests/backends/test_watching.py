@@ -27,7 +27,8 @@ from persona_lens.backend import (
     watched_generation,
 )
 from persona_lens.backend.hooked import BusyError
-from persona_lens.backend.streaming import Listener, joined, replay
+from persona_lens.backend.parity import joined
+from persona_lens.backend.streaming import Listener, replay
 from persona_lens.steering import SteeredBackend, Steering
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import (
