@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, BackendError, BackendSpec
@@ -11,49 +10,29 @@ if TYPE_CHECKING:
     from persona_lens.backend.protocol import ServerStatus
 
 
-def _open(
-    model: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: Any = None,
-    trust_remote_code: bool = False,
-    remote: bool = False,
-    request_timeout: float | None = None,
-    requests_at_once: int | None = None,
-    store_hosts: Sequence[str] = (),
-    on_status: Callable[[str], None] | None = None,
-    offline: bool = False,
-) -> Backend:
-    here: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
-    there: dict[str, Any] = {
-        "request_timeout": request_timeout,
-        "requests_at_once": requests_at_once,
-        "store_hosts": store_hosts,
-        "on_status": on_status,
-        "offline": offline,
-    }
-    if not remote:
-        from persona_lens_nnsight.adapter import NNsightBackend
+# What only models on this machine take, and what only those on a server; neither takes it beside these values.
+HERE = ("dtype", "device", "device_map")
+THERE = ("request_timeout", "requests_at_once", "store_hosts", "on_status", "offline")
+UNSET: tuple[object, ...] = ("auto", None, False, (), [])
 
-        _refuse(there, "only means something for a remote model; add remote=True (--remote)")
-        return NNsightBackend.open(model, revision=revision, trust_remote_code=trust_remote_code, **here)
-    from persona_lens_nnsight.remote_adapter import RemoteNNsightBackend
 
-    _refuse(here, "is the server's to choose for a remote model; leave it out")
-    return RemoteNNsightBackend.open_remote(
-        model,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        **{name: value for name, value in there.items() if value is not None},
+def _open(model: str, *, remote: bool = False, **options: Any) -> Backend:
+    others, why = (
+        (HERE, "is the server's to choose for a remote model; leave it out")
+        if remote
+        else (THERE, "only means something for a remote model; add remote=True (--remote)")
     )
-
-
-def _refuse(options: dict[str, Any], why: str) -> None:
-    for name, value in options.items():
-        if value not in ("auto", None, False, (), []):
+    for name in others:
+        if options.pop(name, None) not in UNSET:
             raise BackendError(f"{name} {why}")
+    given = {name: value for name, value in options.items() if value is not None}
+    if remote:
+        from persona_lens_nnsight.remote_adapter import RemoteNNsightBackend
+
+        return RemoteNNsightBackend.open_remote(model, **given)
+    from persona_lens_nnsight.adapter import NNsightBackend
+
+    return NNsightBackend.open(model, **given)
 
 
 def _accepts(model: object) -> bool:
@@ -81,4 +60,5 @@ SPEC = BackendSpec(
     accepts=_accepts,
     wrap=_wrap,
     server=_server,
+    options=("revision", *HERE, "trust_remote_code", "remote", *THERE),
 )

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from persona_lens.backend import (
     BackendError,
     Edit,
     Edits,
-    Generation,
     Read,
     Sampling,
     TokenBatch,
-    Watch,
 )
+from persona_lens.backend.edits import edits_of_rows
 from persona_lens.backend.protocol import RemoteError, RequestTooLargeError, Traffic
 from persona_lens.backend.sinks import depend_on_sinks
-from persona_lens.backend.streaming import watched_by_replay
+from persona_lens.backend.streaming import WatchedByReplay
 from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.adapter import TASK, NNsightBackend
 from persona_lens_nnsight.library import logits_envoy
@@ -29,7 +29,6 @@ from persona_lens_nnsight.request import (
     model_key,
     plain_config,
     register_travelling,
-    remote_info,
     weightless,
 )
 from persona_lens_nnsight.server import Server, missing_model
@@ -37,7 +36,7 @@ from persona_lens_nnsight.server import Server, missing_model
 FLOAT_BYTES, ID_BYTES = 4, 8
 
 
-class RemoteNNsightBackend(NNsightBackend):
+class RemoteNNsightBackend(WatchedByReplay, NNsightBackend):
     """A model on the NDIF server that nnsight is configured for.
 
     Args:
@@ -48,11 +47,14 @@ class RemoteNNsightBackend(NNsightBackend):
         requests_at_once: How many may be under way at the same time.
     """
 
+    watched_as = "a remote generation"  # where no callback can travel
+
     def __init__(
         self, model: Any, tokenizer: Any, source: ModelSource, connection: Connection, requests_at_once: int = 1
     ) -> None:
         super().__init__(model, tokenizer, source.id, source.identity)
-        self.info = remote_info(self.info)
+        # Neither the weights nor what they are held in can be seen from here.
+        self.info = replace(self.info, weights=None, dtype="remote", device="remote", remote=True)
         self.calls_at_once = requests_at_once
         self._head = logits_envoy(model)
         self._connection = connection
@@ -139,80 +141,62 @@ class RemoteNNsightBackend(NNsightBackend):
         reads: Sequence[Read] = (),
     ) -> Traffic:
         """See `persona_lens.backend.protocol.RemoteBackend.generation_traffic`."""
-        longest, width = sampling.max_new_tokens + 1, max(map(len, prompts)) + sampling.max_new_tokens + 1
-        rows = self._rows_at_once(len(prompts), lambda count: self._result_bytes(reads, count, width))
-        some = [edit.rows(0, rows, max(map(len, prompts[:rows]))) for edit in edits]
-        payload = self._payload(
-            (rows, width, len(edits), *(read.kind for read in reads)),
-            lambda request: self._capture_generation(prompts[:rows], sampling.rows(0, rows), some, reads, request),
-        )
-        requests = -(-len(prompts) // rows)
-        down = self._result_bytes(reads, len(prompts), width) + len(prompts) * longest * ID_BYTES
-        return Traffic(requests, requests * payload, down)
+        longest, lengths = sampling.max_new_tokens + 1, [len(prompt) for prompt in prompts]
+
+        def capture(rows: int, some: Sequence[Edit], request: Request) -> None:
+            self._capture_generation(prompts[:rows], sampling.rows(0, rows), some, reads, request)
+
+        ids = len(prompts) * longest * ID_BYTES
+        return self._traffic("generate", lengths, max(lengths) + longest, edits, reads, capture, ids)
 
     def forward_traffic(
         self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
     ) -> Traffic:
         """See `persona_lens.backend.protocol.RemoteBackend.forward_traffic`."""
-        width = max(tokens.lengths)
-        rows = self._rows_at_once(len(tokens), lambda count: self._result_bytes(reads, count, width))
-        some = [edit.rows(0, rows, max(tokens.lengths[:rows])) for edit in edits]
-        payload = self._payload(
-            (rows, width, logprobs, len(edits), *(read.kind for read in reads)),
-            lambda request: self._capture_forward(tokens.rows(0, rows), some, reads, logprobs, request),
-        )
-        requests = -(-len(tokens) // rows)
+
+        def capture(rows: int, some: Sequence[Edit], request: Request) -> None:
+            self._capture_forward(tokens.rows(0, rows), some, reads, logprobs, request)
+
         values = sum(map(len, tokens.responses)) * FLOAT_BYTES if logprobs else 0
-        return Traffic(requests, requests * payload, self._result_bytes(reads, len(tokens), width) + values)
+        what = f"forward, {logprobs}"
+        return self._traffic(what, tokens.lengths, max(tokens.lengths), edits, reads, capture, values)
 
-    def generate_watched(
+    def _traffic(
         self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        watch: Watch,
-        edits: Edits = (),
-        reads: Sequence[Read] = (),
-    ) -> Generation:
-        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`.
+        what: str,
+        lengths: Sequence[int],
+        width: int,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        capture: Callable[[int, Sequence[Edit], Request], object],
+        beside: int,
+    ) -> Traffic:
+        """What a call sends, in batches halved until what they bring back fits; so many bytes come beside the reads.
 
-        A callback cannot travel: the values come back with the result and are told then, in the order of the passes.
-
-        Raises:
-            ReadError: If projections are asked for beside.
+        The bytes of another request of the same shape are as good as the same.
         """
-        return watched_by_replay(self, prompts, sampling, watch, edits, reads, "a remote generation")
+        rows = len(lengths)
+        while self._is_too_large(self._result_bytes(reads, rows, width), rows):
+            rows = -(-rows // 2)
+        shape = (what, rows, width, len(edits), *(read.kind for read in reads))
+        if shape not in self._payloads:
+            request = Request(self._connection)
+            capture(rows, edits_of_rows(edits, 0, rows, lengths), request)
+            self._payloads[shape] = len(request.payload)
+        requests = -(-len(lengths) // rows)
+        down = self._result_bytes(reads, len(lengths), width) + beside
+        return Traffic(requests, requests * self._payloads[shape], down)
 
     def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """Not possible: the weights are on the server."""
         raise BackendError("editing() needs the weights, which are on the server; open the model without remote")
 
-    def _payload(self, shape: tuple[object, ...], capture: Callable[[Request], object]) -> int:
-        """Bytes of a request; those of another request of the same shape are as good as the same."""
-        if shape not in self._payloads:
-            request = Request(self._connection)
-            capture(request)
-            self._payloads[shape] = len(request.payload)
-        return self._payloads[shape]
-
     def _result_bytes(self, reads: Sequence[Read], rows: int, width: int) -> int:
-        return (
-            FLOAT_BYTES
-            * rows
-            * sum(read.values_per_row(self.info.n_layers, self.info.d_model, width) for read in reads)
-        )
+        per_row = sum(read.values_per_row(self.info.n_layers, self.info.d_model, width) for read in reads)
+        return FLOAT_BYTES * rows * per_row
 
-    def _check_size(self, result: int, rows: int) -> None:
-        if rows > 1 and result > INLINE_BYTES and not self._connection.store_hosts:
-            raise RequestTooLargeError(
-                f"{rows} rows bring back {result / 2**20:.0f} MiB, and a server hands back {INLINE_BYTES / 2**20:.0f} "
-                "at once; fewer rows or layers do, or a store for large results (--store-host)"
-            )
-
-    def _rows_at_once(self, rows: int, result_bytes: Callable[[int], int]) -> int:
-        """Rows of a request once batches are halved until what they bring back fits."""
-        while rows > 1 and result_bytes(rows) > INLINE_BYTES and not self._connection.store_hosts:
-            rows = -(-rows // 2)
-        return rows
+    def _is_too_large(self, result: int, rows: int) -> bool:
+        return rows > 1 and result > INLINE_BYTES and not self._connection.store_hosts
 
     @property
     def device(self) -> None:
@@ -220,7 +204,11 @@ class RemoteNNsightBackend(NNsightBackend):
         return None
 
     def _request(self, edits: Sequence[Edit], reads: Sequence[Read], rows: int, width: int) -> Request:
-        self._check_size(self._result_bytes(reads, rows, width), rows)
+        if self._is_too_large(result := self._result_bytes(reads, rows, width), rows):
+            raise RequestTooLargeError(
+                f"{rows} rows bring back {result / 2**20:.0f} MiB, and a server hands back {INLINE_BYTES / 2**20:.0f} "
+                "at once; fewer rows or layers do, or a store for large results (--store-host)"
+            )
         if depend_on_sinks(edits, reads):
             assert self.sink_limits  # by a request of its own, if the model was opened offline
         return Request(self._connection)

@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 from transformers import GenerationConfig
 
-from persona_lens.backend import ModelInfo, Operation, intervention, sampling, writing
+from persona_lens.backend import Operation, intervention, sampling, writing
 from persona_lens.backend.protocol import RemoteError, RequestTooLargeError, Traffic
 from persona_lens.models import ModelSource
 from persona_lens_nnsight.library import nnsight
@@ -68,11 +68,6 @@ def model_key(model: Any, source: ModelSource, task: str, revision: str | None) 
     if model.kwargs.get("trust_remote_code"):
         identity["trust_remote_code"] = True
     return f"{kind.__module__}.{kind.__qualname__}:{json.dumps({**identity, 'task': task})}"
-
-
-def remote_info(info: ModelInfo) -> ModelInfo:
-    """The description of a model whose weights cannot be seen: neither their digest, nor what they are held in."""
-    return replace(info, weights=None, dtype="remote", device="remote", remote=True)
 
 
 def plain_config(config: GenerationConfig, defaults: GenerationConfig | None) -> dict[str, Any]:

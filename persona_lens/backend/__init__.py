@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from persona_lens.backend.edits import Edit, EditError, Edits, Operation, as_edits
+from persona_lens.backend.edits import Edit, Edits, Operation, as_edits
 from persona_lens.backend.protocol import Backend, BackendError, BackendSpec, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
 from persona_lens.backend.registry import backend_statuses, find_backend, open_backend, wrap_model
@@ -14,7 +14,16 @@ from persona_lens.backend.streaming import (
     WatchError,
     watched_generation,
 )
-from persona_lens.backend.tokens import Condition, Positions, Sampling, Schedule, Span, TokenBatch, TokenError
+from persona_lens.backend.tokens import (
+    Condition,
+    EditError,
+    Positions,
+    Sampling,
+    Schedule,
+    Span,
+    TokenBatch,
+    TokenError,
+)
 
 __all__ = [
     "Backend",

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 
-from persona_lens.backend.edits import Edit
+from persona_lens.backend.edits import Edit, edits_of_rows
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, RequestTooLargeError
-from persona_lens.backend.reads import Read, only_means
+from persona_lens.backend.reads import MEANS, Read
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.core.errors import PersonaLensError
 
@@ -88,14 +88,12 @@ def batches_of_passes(
     return batches[::-1]
 
 
-def repeats_prompts(tokens: TokenBatch) -> bool:
-    """Whether the rows repeat their prompts enough for computing each only once to pay."""
-    return 2 * len(set(tokens.prompts)) <= len(tokens)
-
-
 def can_run_prompts_once(tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> bool:
-    """Whether a backend that shares prompts computes those of these rows only once."""
-    return not edits and only_means(reads) and repeats_prompts(tokens)
+    """Whether a backend that shares prompts computes those of these rows only once: they repeat enough for it to pay.
+
+    Edits keep it from that, and reads of every token.
+    """
+    return not edits and all(read.kind in MEANS for read in reads) and 2 * len(set(tokens.prompts)) <= len(tokens)
 
 
 def batches_by_prompt(tokens: TokenBatch, max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
@@ -190,7 +188,7 @@ def generate_rows(
     lengths = [len(prompt) for prompt in prompts]
     return halving(
         lambda start, stop: backend.generate(
-            prompts[start:stop], sampling.rows(start, stop), _edits_of(edits, start, stop, lengths), reads
+            prompts[start:stop], sampling.rows(start, stop), edits_of_rows(edits, start, stop, lengths), reads
         ),
         len(prompts),
     )
@@ -207,14 +205,10 @@ def forward_rows(
     """`Backend.forward`, in pieces when the batch does not fit; the pieces come in the order of the rows."""
     return halving(
         lambda start, stop: backend.forward(
-            tokens.rows(start, stop), _edits_of(edits, start, stop, tokens.lengths), reads, logprobs=logprobs
+            tokens.rows(start, stop), edits_of_rows(edits, start, stop, tokens.lengths), reads, logprobs=logprobs
         ),
         len(tokens),
     )
-
-
-def _edits_of(edits: Sequence[Edit], start: int, stop: int, lengths: Sequence[int]) -> list[Edit]:
-    return [edit.rows(start, stop, max(lengths[start:stop])) for edit in edits]
 
 
 def forward_batches(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from persona_lens.backend.blocks import require_reached
-from persona_lens.backend.edits import Edit, EditError, Edits, as_edits, check_edits
+from persona_lens.backend.edits import Edit, Edits, as_edits, check_edits
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.sinks import depend_on_sinks, limits_from, probe, sink_limits
-from persona_lens.backend.tokens import Positions
+from persona_lens.backend.tokens import EditError, Positions
 from persona_lens.backend.writing import Writer, residual_of, sinks_among, with_residual
 
 BlockHook = Callable[[int, Tensor, Mapping[str, Any]], Tensor]

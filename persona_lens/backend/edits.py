@@ -18,14 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_lens.backend import writing
-from persona_lens.backend.tokens import Condition, Positions, Schedule, Span
+from persona_lens.backend.tokens import Condition, EditError, Positions, Schedule, Span
 from persona_lens.backend.writing import changed, prepared
-from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.plugins import Registry
-
-
-class EditError(PersonaLensError):
-    """An edit that cannot mean anything, or that does not fit the model or the batch."""
 
 
 class _Named(type):
@@ -327,6 +322,11 @@ def as_edits(edits: Edits | str) -> tuple[Edit, ...]:
     if all(isinstance(edit, Edit) for edit in listed):
         return listed
     raise EditError(f"edits are one Edit, several, or a Steering, got {type(edits).__name__}: {edits!r:.80}")
+
+
+def edits_of_rows(edits: Sequence[Edit], start: int, stop: int, lengths: Sequence[int]) -> list[Edit]:
+    """Edits of a batch for rows ``start`` to ``stop`` alone; ``lengths`` are the tokens of all rows."""
+    return [edit.rows(start, stop, max(lengths[start:stop])) for edit in edits]
 
 
 def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int | None = None) -> None:

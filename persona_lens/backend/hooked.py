@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, check_fits, rows_at_once
 from persona_lens.backend.blocks import (
@@ -197,7 +197,8 @@ class HookedBackend:
     ) -> Generation:
         tokens = self.padded_prompts(prompts, sampling, edits, reads)
         intervention = self.intervention(tokens, edits, reads, max_new_tokens=sampling.max_new_tokens, watcher=watcher)
-        processors = LogitsProcessorList([_Sampler(RowSampler(sampling, self.device))] if sampling.seeds else [])
+        sampler = RowSampler(sampling, self.device)
+        processors = LogitsProcessorList([lambda _, scores: sampler(scores)] if sampling.seeds else [])
         config = generation_config(sampling, reads, self.end_ids, self.pad_id, watched=watcher is not None)
         with self._running(intervention):
             ids = self.module.generate(
@@ -310,27 +311,12 @@ class _DeepestLayerReached(Exception):  # noqa: N818 - nothing went wrong
     """Ends a forward pass once nothing further is needed."""
 
 
-class _Sampler(LogitsProcessor):
-    def __init__(self, sampler: RowSampler) -> None:
-        self.sampler = sampler
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.sampler(scores)
-
-
-class _Delivering(StoppingCriteria):
-    """Lets a watcher call back after each step: by then the loop has to wait for the device in any case."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self.watcher = watcher
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        return self.watcher.deliver().to(input_ids.device)
-
-
 def stopping_criteria(watcher: Watcher | None) -> StoppingCriteriaList:
-    """What ends rows of a generation beside its configuration: the callback of a watch."""
-    return StoppingCriteriaList([] if watcher is None else [_Delivering(watcher)])
+    """What ends rows of a generation beside its configuration: the callback of a watch.
+
+    It is called after each step: by then the loop has to wait for the device in any case.
+    """
+    return StoppingCriteriaList([] if watcher is None else [lambda ids, *_, **__: watcher.deliver().to(ids.device)])
 
 
 @contextmanager

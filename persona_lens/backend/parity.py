@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from persona_lens.backend.blocks import ModuleBackend, window_of
 from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
@@ -29,7 +30,7 @@ from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.single_rows import LongTexts, SingleRowsBackend
 from persona_lens.backend.streaming import Watch, WatchableBackend, WatchedTokens
-from persona_lens.backend.tokens import Positions, Sampling, TokenBatch, TokenIds
+from persona_lens.backend.tokens import Positions, Sampling, TokenBatch, TokenIds, pad_left
 from persona_lens.core.progress import Progress, no_progress
 
 # Of unlike lengths, so that every batch is padded; the second halves are the responses of the existing text.
@@ -323,18 +324,14 @@ def _placement(backend: Backend, probe: Probe, kind: Positions) -> Measurement:
 
 
 def _mask(text: TokenBatch, kind: Positions) -> Tensor:
-    width = max(text.lengths)
-    mask = torch.zeros(len(text), width, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(text.prompts, text.responses, strict=True)):
-        start, boundary = width - len(prompt) - len(response), width - len(response)
-        first, stop = {
-            Positions.ALL: (start, width),
-            Positions.PROMPT: (start, boundary),
-            Positions.RESPONSE: (boundary, width),
-            Positions.GENERATING: (boundary - 1, width),
-        }[kind]
-        mask[row, first:stop] = True
-    return mask
+    tokens = pad_left(text, 0)
+    last_prompt = tokens.prompt & ~pad(tokens.prompt[:, 1:], (0, 1))
+    return {
+        Positions.ALL: tokens.attention,
+        Positions.PROMPT: tokens.prompt,
+        Positions.RESPONSE: tokens.response,
+        Positions.GENERATING: tokens.response | last_prompt,
+    }[kind]
 
 
 def _uncached(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
@@ -351,13 +348,8 @@ def _together(backend: Backend, text: TokenBatch, means: Sequence[Read], edits: 
 
 
 def _single_tokens(backend: Backend, probe: Probe, edits: Sequence[Edit], seeded: bool = False) -> Measurement:
-    sampling = probe.sampling(seeded)
-    singles = [
-        backend.generate(probe.prompts[i : i + 1], sampling.rows(i, i + 1), [e.rows(i, i + 1) for e in edits])
-        for i in range(len(probe.prompts))
-    ]
-    together = Generation(tuple(s.responses[0] for s in singles), tuple(s.ended[0] for s in singles))
-    return tokens_differ(_generate(backend, probe, edits, seeded), together)
+    singles = SingleRowsBackend(backend, cached=True)
+    return tokens_differ(_generate(backend, probe, edits, seeded), _generate(singles, probe, edits, seeded))
 
 
 def _zero(backend: Backend, probe: Probe) -> Measurement:

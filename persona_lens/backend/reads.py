@@ -126,11 +126,6 @@ class Read:
         }
 
 
-def only_means(reads: Sequence[Read]) -> bool:
-    """Whether nothing is read that has to be kept for every token."""
-    return all(read.kind in MEANS for read in reads)
-
-
 def check_reads(reads: Sequence[Read], n_layers: int, d_model: int) -> None:
     """Raise `ReadError` for the first read that does not fit a model of that size, or is asked for twice."""
     kinds = [read.kind for read in reads]

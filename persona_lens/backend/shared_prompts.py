@@ -78,29 +78,13 @@ class SharedPrompts:
         """Arguments of the pass over the common beginning, which must come first; None if there is none."""
         if not self._beginning.shape[1]:
             return None
-        positions = torch.arange(self._beginning.shape[1], device=self._beginning.device)
-        return {
-            "input_ids": self._beginning,
-            "attention_mask": torch.ones_like(self._beginning),
-            "position_ids": positions.unsqueeze(0),
-            "past_key_values": self._cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
+        return _inputs(self._beginning, torch.ones_like(self._beginning), self._cache) | {"logits_to_keep": 1}
 
     def prompt_inputs(self) -> dict[str, Any]:
         """Arguments of the pass over the prompts, which must come next."""
         if self._beginning.shape[1]:
             self._hand_out_beginning()
-        positions = (self._attention.long().cumsum(dim=1) - 1).clamp(min=0)
-        return {
-            "input_ids": self.tokens.ids,
-            "attention_mask": self._attention.long(),
-            "position_ids": positions[:, -self.tokens.ids.shape[1] :],
-            "past_key_values": self._cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
+        return _inputs(self.tokens.ids, self._attention, self._cache) | {"logits_to_keep": 1}
 
     def _hand_out_beginning(self) -> None:
         """Put the beginning's keys and values where they stand in each prompt; padding gets any, and is masked."""
@@ -130,15 +114,8 @@ class SharedPrompts:
     def response_inputs(self, continuations: Sequence[Continuation], responses: PaddedTokens) -> dict[str, Any]:
         """Arguments of a pass over some continuations, padded on the right."""
         prompts = torch.tensor([each.prompt for each in continuations])
-        before = self._attention[prompts]
-        columns = torch.arange(responses.ids.shape[1], device=responses.ids.device)
-        return {
-            "input_ids": responses.ids,
-            "attention_mask": torch.cat([before, responses.attention], dim=1).long(),
-            "position_ids": before.sum(dim=1, keepdim=True) + columns,
-            "past_key_values": self._of(prompts),
-            "use_cache": True,
-        }
+        attention = torch.cat([self._attention[prompts], responses.attention], dim=1)
+        return _inputs(responses.ids, attention, self._of(prompts))
 
     def _of(self, prompts: Tensor) -> DynamicCache:
         """The keys and values of some prompts; the cache of all stays as it is."""
@@ -146,6 +123,18 @@ class SharedPrompts:
         chosen.layers = [copy.copy(layer) for layer in self._cache.layers]
         chosen.batch_select_indices(prompts)
         return chosen
+
+
+def _inputs(ids: Tensor, attention: Tensor, cache: DynamicCache) -> dict[str, Any]:
+    """Arguments of a pass over these ids, of which attention has the tokens before them, too."""
+    positions = (attention.long().cumsum(dim=1) - 1).clamp(min=0)
+    return {
+        "input_ids": ids,
+        "attention_mask": attention.long(),
+        "position_ids": positions[:, -ids.shape[1] :],
+        "past_key_values": cache,
+        "use_cache": True,
+    }
 
 
 def _beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from persona_lens.backend.batches import SHORTEST_BEGINNING, context_length
 from persona_lens.backend.blocks import (
@@ -20,11 +21,11 @@ from persona_lens.backend.blocks import (
     module_of,
     vocabulary_size,
 )
-from persona_lens.backend.edits import Edit
+from persona_lens.backend.edits import Edit, edits_of_rows
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.sinks import sink_limits
-from persona_lens.backend.streaming import Watch, watched_by_replay
+from persona_lens.backend.streaming import WatchedByReplay
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 from persona_lens.core.errors import PersonaLensError, first_line
 from persona_lens.core.progress import note
@@ -111,9 +112,17 @@ def sound(backend: Backend) -> Backend:
 def _way(backend: Backend) -> Way:
     size = vocabulary_size(backend.module) if isinstance(backend, ModuleBackend) else IDS.stop
     texts = LongTexts.of([token % size for token in IDS])
-    if _holds(backend, texts):
+    tolerance = TOLERANCE.get(backend.info.dtype, TOLERANCE_16_BITS)
+
+    def holds(error_of: Callable[[Backend, TokenBatch], float], backend: Backend, text: TokenBatch) -> bool:
+        try:
+            return error_of(backend, text) <= tolerance
+        except Exception:  # noqa: BLE001 - of models' own code; the next way is tried
+            return False
+
+    if holds(_batch_error, backend, texts.alike) and holds(_generating_error, backend, texts.unlike):
         return Way.TOGETHER
-    if _generates(SingleRowsBackend(backend, cached=True), texts):
+    if holds(_generating_error, SingleRowsBackend(backend, cached=True), texts.unlike):
         return Way.ALONE
     try:
         uncached = _generating_error(SingleRowsBackend(backend, cached=False), texts.unlike)
@@ -123,31 +132,12 @@ def _way(backend: Backend) -> Way:
         raise UnsupportedModelError(
             f"{backend.info.architecture} cannot be read here: {first_line(error)}; use a model of another architecture"
         ) from error
-    if not uncached <= _tolerance(backend):  # no number is no agreement either
+    if not uncached <= tolerance:  # no number is no agreement either
         raise UnsupportedModelError(
             f"{backend.info.architecture} does not give while it generates what it gives for the finished text, not "
             "even row by row; use a model of another architecture"
         )
     return Way.UNCACHED
-
-
-def _tolerance(backend: Backend) -> float:
-    return TOLERANCE.get(backend.info.dtype, TOLERANCE_16_BITS)
-
-
-def _holds(backend: Backend, texts: LongTexts) -> bool:
-    try:
-        beginning = _batch_error(backend, texts.alike)
-    except Exception:  # noqa: BLE001 - of models' own code; a row by itself is tried next
-        return False
-    return beginning <= _tolerance(backend) and _generates(backend, texts)
-
-
-def _generates(backend: Backend, texts: LongTexts) -> bool:
-    try:
-        return _generating_error(backend, texts.unlike) <= _tolerance(backend)
-    except Exception:  # noqa: BLE001 - as above
-        return False
 
 
 def _batch_error(backend: Backend, text: TokenBatch) -> float:
@@ -206,7 +196,7 @@ class DelegatingBackend:
         return sink_limits(self.inner)
 
 
-class SingleRowsBackend(DelegatingBackend):
+class SingleRowsBackend(WatchedByReplay, DelegatingBackend):
     """A backend that runs every row of a batch by itself, which no padding reaches.
 
     Args:
@@ -214,6 +204,8 @@ class SingleRowsBackend(DelegatingBackend):
         cached: Whether a generation may keep what a row's earlier tokens left; where not it runs over the whole text
             for every token.
     """
+
+    watched_as = "a model that runs row by row"
 
     def __init__(self, inner: Backend, *, cached: bool) -> None:
         super().__init__(inner)
@@ -241,36 +233,22 @@ class SingleRowsBackend(DelegatingBackend):
         sampling.check_rows(len(prompts))
         if not self.cached:
             sampling = replace(sampling, use_cache=False)
+        lengths = [len(prompt) for prompt in prompts]
         rows = [
-            self.inner.generate([prompt], sampling.rows(i, i + 1), _row(edits, i, len(prompt)), reads)
+            self.inner.generate([prompt], sampling.rows(i, i + 1), edits_of_rows(edits, i, i + 1, lengths), reads)
             for i, prompt in enumerate(TokenBatch.of(prompts).prompts)
         ]
         values = _stacked([row.reads for row in rows])
         return Generation(tuple(row.responses[0] for row in rows), tuple(row.ended[0] for row in rows), values)
 
-    def generate_watched(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        watch: Watch,
-        edits: Sequence[Edit] = (),
-        reads: Sequence[Read] = (),
-    ) -> Generation:
-        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`: told once all rows are done.
-
-        Raises:
-            ReadError: If projections are asked for beside.
-        """
-        who = "a model that runs row by row"
-        return watched_by_replay(self, prompts, sampling, watch, edits, reads, who)
-
     def forward(
         self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
     ) -> ForwardResult:
         """See `Backend.forward`."""
+        each = (tokens.rows(i, i + 1) for i in range(len(tokens)))
         rows = [
-            self.inner.forward(tokens.rows(i, i + 1), _row(edits, i, length), reads, logprobs=logprobs)
-            for i, length in enumerate(tokens.lengths)
+            self.inner.forward(row, edits_of_rows(edits, i, i + 1, tokens.lengths), reads, logprobs=logprobs)
+            for i, row in enumerate(each)
         ]
         chosen = tuple(row.logprobs[0] for row in rows if row.logprobs is not None) if logprobs else None
         return ForwardResult(_stacked([row.reads for row in rows]), chosen)
@@ -280,10 +258,6 @@ class SingleRowsBackend(DelegatingBackend):
         return self.inner.editing(edits)
 
 
-def _row(edits: Sequence[Edit], row: int, width: int) -> list[Edit]:
-    return [edit.rows(row, row + 1, width) for edit in edits]
-
-
 def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Reads of single rows as those of a batch: values of tokens padded on the left with NaN."""
     found = {}
@@ -291,11 +265,7 @@ def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         values = [row[name] for row in rows]
         if name in (ReadKind.PROJECTIONS, ReadKind.ACTIVATIONS, ReadKind.NORMS):
             width = max(value.shape[2] for value in values)
-            values = [_padded(value, width - value.shape[2]) for value in values]
+            within = (0, 0) * (values[0].ndim - 3)  # of a token nothing is missing
+            values = [pad(value, (*within, width - value.shape[2], 0), value=torch.nan) for value in values]
         found[name] = torch.cat(values)
     return found
-
-
-def _padded(value: Tensor, missing: int) -> Tensor:
-    gap = value.new_full((*value.shape[:2], missing, *value.shape[3:]), torch.nan)
-    return torch.cat([gap, value], dim=2)

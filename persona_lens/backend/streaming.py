@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -285,25 +285,34 @@ def replay(listener: Listener, text: TokenBatch, projections: Float[Tensor, "bat
         step += 1
 
 
-def watched_by_replay(
-    backend: Backend,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    watch: Watch,
-    edits: Edits,
-    reads: Sequence[Read],
-    who: str,
-) -> Generation:
-    """A watched generation of a backend that can only tell once it is over, from a read of the projections.
+class WatchedByReplay:
+    """A backend that can tell a watch's callback only once a generation is over, from a read of the projections.
 
-    Raises:
-        ReadError: If projections are asked for beside; ``who`` says what is watched in this way.
+    Attributes:
+        watched_as: What it is that is watched in this way, for messages.
     """
-    if any(read.kind is ReadKind.PROJECTIONS for read in reads):
-        raise ReadError(f"{who} is watched by a read of projections, and takes no other; leave it out")
-    found = backend.generate(prompts, sampling, as_edits(edits), (*reads, watch.read))
-    values = dict(found.reads)
-    projections = values.pop(ReadKind.PROJECTIONS)
-    listener = Listener(watch, len(prompts))
-    replay(listener, TokenBatch.of(prompts, found.responses), projections)
-    return Generation(*listener.cut(found.responses, found.ended), values)
+
+    watched_as: ClassVar[str]
+    generate: Callable[..., Generation]
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Edits = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `WatchableBackend.generate_watched`.
+
+        Raises:
+            ReadError: If projections are asked for beside.
+        """
+        if any(read.kind is ReadKind.PROJECTIONS for read in reads):
+            raise ReadError(f"{self.watched_as} is watched by a read of projections, and takes no other; leave it out")
+        found = self.generate(prompts, sampling, as_edits(edits), (*reads, watch.read))
+        values = dict(found.reads)
+        projections = values.pop(ReadKind.PROJECTIONS)
+        listener = Listener(watch, len(prompts))
+        replay(listener, TokenBatch.of(prompts, found.responses), projections)
+        return Generation(*listener.cut(found.responses, found.ended), values)

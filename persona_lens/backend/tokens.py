@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from persona_lens.core.errors import PersonaLensError
 
@@ -152,27 +153,21 @@ class PaddedTokens:
 
 def pad_left(batch: TokenBatch, pad_id: int, device: torch.device | str = "cpu") -> PaddedTokens:
     """Pad a batch on the left, with masks counted from the rows' lengths."""
-    width = max(batch.lengths)
-    ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
-    prompt = torch.zeros_like(ids, dtype=torch.bool)
-    response = torch.zeros_like(prompt)
-    for row, (head, tail) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
-        start, boundary = width - len(head) - len(tail), width - len(tail)
-        ids[row, start:] = torch.tensor(head + tail, dtype=torch.long)
-        prompt[row, start:boundary] = True
-        response[row, boundary:] = True
-    ids, prompt, response = ids.to(device), prompt.to(device), response.to(device)
-    return PaddedTokens(ids, prompt | response, prompt, response)
+    rows = [torch.tensor(head + tail) for head, tail in zip(batch.prompts, batch.responses, strict=True)]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left").to(device)
+    columns = torch.arange(ids.shape[1], device=device)
+    start = len(columns) - torch.tensor(batch.lengths, device=device).unsqueeze(1)
+    boundary = len(columns) - torch.tensor([len(tail) for tail in batch.responses], device=device).unsqueeze(1)
+    attention, response = columns >= start, columns >= boundary
+    return PaddedTokens(ids, attention, attention & ~response, response)
 
 
 def pad_right(responses: Sequence[TokenIds], pad_id: int, device: torch.device | str = "cpu") -> PaddedTokens:
     """Pad responses alone on the right, where causal attention never sees the padding."""
-    ids = torch.full((len(responses), max(map(len, responses))), pad_id, dtype=torch.long)
-    response = torch.zeros_like(ids, dtype=torch.bool)
-    for row, tokens in enumerate(responses):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        response[row, : len(tokens)] = True
-    ids, response = ids.to(device), response.to(device)
+    rows = [torch.tensor(tokens, dtype=torch.long) for tokens in responses]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id).to(device)
+    lengths = torch.tensor([len(tokens) for tokens in responses], device=device).unsqueeze(1)
+    response = torch.arange(ids.shape[1], device=device) < lengths
     return PaddedTokens(ids, response, torch.zeros_like(response), response)
 
 
@@ -200,8 +195,8 @@ def cut_responses(
 FURTHEST = 2**31
 
 
-class PositionsError(PersonaLensError):
-    """Positions that name no tokens, or tokens that cannot be known."""
+class EditError(PersonaLensError):
+    """An edit, or a part of one, that cannot mean anything, or that does not fit the model or the batch."""
 
 
 class Positions(StrEnum):
@@ -223,7 +218,7 @@ class Span:
         stop: One past the last token; None for all that follow, however long the response becomes.
 
     Raises:
-        PositionsError: If no token is in it, or it counts from the end of what is still being generated.
+        EditError: If no token is in it, or it counts from the end of what is still being generated.
     """
 
     kind: Positions
@@ -232,22 +227,18 @@ class Span:
 
     def __post_init__(self) -> None:
         if any(abs(bound or 0) >= FURTHEST for bound in (self.start, self.stop)):
-            raise PositionsError(f"no text has {FURTHEST:,} tokens to count")
+            raise EditError(f"no text has {FURTHEST:,} tokens to count")
         if self.kind is not Positions.PROMPT and (self.start < 0 or (self.stop or 0) < 0):
-            raise PositionsError(
+            raise EditError(
                 f"{self} counts from the end, which only a prompt has before it is generated; use prompt[-3:], or "
                 "count from the beginning"
             )
         same_end = self.stop is not None and (self.start < 0) == (self.stop < 0)
         if same_end and self.stop is not None and self.start >= self.stop:
-            raise PositionsError(f"{self} holds no token: it must end after it begins")
+            raise EditError(f"{self} holds no token: it must end after it begins")
 
     def __str__(self) -> str:
         return f"{self.kind}[{self.start}:{'' if self.stop is None else self.stop}]"
-
-
-class ConditionError(PersonaLensError):
-    """A condition that can never be decided."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +255,7 @@ class Condition:
         above: Whether the projection has to be above the threshold, or below.
 
     Raises:
-        ConditionError: If the direction is no direction, or the threshold is not finite.
+        EditError: If the direction is no direction, or the threshold is not finite.
     """
 
     layer: int
@@ -274,9 +265,9 @@ class Condition:
 
     def __post_init__(self) -> None:
         if self.direction.ndim != 1 or not bool(torch.isfinite(self.direction).all() & self.direction.any()):
-            raise ConditionError("the direction of a condition must be float [d_model], finite and not zero everywhere")
+            raise EditError("the direction of a condition must be float [d_model], finite and not zero everywhere")
         if not isfinite(self.threshold):
-            raise ConditionError(f"the threshold of a condition must be finite, got {self.threshold}")
+            raise EditError(f"the threshold of a condition must be finite, got {self.threshold}")
         object.__setattr__(self, "direction", self.direction.detach().clone())
 
     def plain(self) -> dict[str, Any]:
@@ -288,10 +279,6 @@ class Condition:
             "threshold": float(self.threshold),
             "above": self.above,
         }
-
-
-class ScheduleError(PersonaLensError):
-    """A schedule that does not say how strong an edit is at some token."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +293,7 @@ class Schedule:
         points: Pairs of a token index and a factor, in ascending order; at least two.
 
     Raises:
-        ScheduleError: If there are fewer points, or they are out of order, negative in their index or not finite.
+        EditError: If there are fewer points, or they are out of order, negative in their index or not finite.
     """
 
     points: tuple[tuple[int, float], ...]
@@ -314,13 +301,13 @@ class Schedule:
     def __post_init__(self) -> None:
         places = [place for place, _ in self.points]
         if len(places) < 2:
-            raise ScheduleError("a schedule needs at least two points, such as 0:1 20:0; one is only a coefficient")
+            raise EditError("a schedule needs at least two points, such as 0:1 20:0; one is only a coefficient")
         if places[-1] >= FURTHEST:
-            raise ScheduleError(f"no text has {FURTHEST:,} tokens to count")
+            raise EditError(f"no text has {FURTHEST:,} tokens to count")
         if places != sorted(set(places)) or places[0] < 0:
-            raise ScheduleError(f"the token indices of a schedule must ascend from 0 or more, got {places}")
+            raise EditError(f"the token indices of a schedule must ascend from 0 or more, got {places}")
         if not all(isfinite(factor) for _, factor in self.points):
-            raise ScheduleError("the factors of a schedule must be finite")
+            raise EditError("the factors of a schedule must be finite")
 
     @staticmethod
     def of(factor: Callable[[int], float], tokens: int) -> Schedule:

@@ -13,7 +13,7 @@ from persona_lens.backend.batches import (
     batches_by_length,
     batches_by_prompt,
     batches_of_passes,
-    repeats_prompts,
+    can_run_prompts_once,
     tokens_at_once,
     tokens_of_pass,
 )
@@ -100,6 +100,6 @@ def test_by_default_the_prompts_bound_a_batch(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_when_prompts_are_worth_sharing() -> None:
-    assert repeats_prompts(TokenBatch.of([[1], [1], [2], [2]]))
-    assert not repeats_prompts(TokenBatch.of([[1], [1], [2]]))
-    assert not repeats_prompts(TokenBatch.of([[1]]))
+    assert can_run_prompts_once(TokenBatch.of([[1], [1], [2], [2]]), (), ())
+    assert not can_run_prompts_once(TokenBatch.of([[1], [1], [2]]), (), ())
+    assert not can_run_prompts_once(TokenBatch.of([[1]]), (), ())

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persona_lens.backend import Backend, Condition, Edit, Operation, Positions, Sampling, Schedule, Span, TokenBatch
-from persona_lens.backend.edits import EditError
 from persona_lens.backend.sinks import sink_limits
-from persona_lens.backend.tokens import ConditionError, PositionsError, ScheduleError
+from persona_lens.backend.tokens import EditError
 from tests.backends.fixtures import (
     ADAPTERS,
     D_MODEL,
@@ -244,18 +243,18 @@ def test_a_schedule_of_a_function_is_that_function_at_every_token() -> None:
 
 
 INVALID: dict[str, tuple[Any, type[Exception], str]] = {
-    "end of a response": (lambda: Span(Positions.RESPONSE, -3), PositionsError, r"response\[-3:\] counts from the end"),
-    "empty span": (lambda: Span(Positions.ALL, 3, 3), PositionsError, r"all\[3:3\] holds no token"),
-    "backwards": (lambda: Span(Positions.PROMPT, -1, -3), PositionsError, r"prompt\[-1:-3\] holds no token"),
-    "one point": (lambda: Schedule(((0, 1.0),)), ScheduleError, "at least two points"),
+    "end of a response": (lambda: Span(Positions.RESPONSE, -3), EditError, r"response\[-3:\] counts from the end"),
+    "empty span": (lambda: Span(Positions.ALL, 3, 3), EditError, r"all\[3:3\] holds no token"),
+    "backwards": (lambda: Span(Positions.PROMPT, -1, -3), EditError, r"prompt\[-1:-3\] holds no token"),
+    "one point": (lambda: Schedule(((0, 1.0),)), EditError, "at least two points"),
     "out of order": (
         lambda: Schedule(((3, 1.0), (1, 0.0))),
-        ScheduleError,
+        EditError,
         r"must ascend from 0 or more, got \[3, 1\]",
     ),
-    "infinite factor": (lambda: Schedule(((0, 1.0), (1, float("inf")))), ScheduleError, "must be finite"),
-    "no direction": (lambda: Condition(0, torch.zeros(3), 1.0), ConditionError, "finite and not zero everywhere"),
-    "no threshold": (lambda: Condition(0, torch.ones(3), float("nan")), ConditionError, "must be finite, got nan"),
+    "infinite factor": (lambda: Schedule(((0, 1.0), (1, float("inf")))), EditError, "must be finite"),
+    "no direction": (lambda: Condition(0, torch.zeros(3), 1.0), EditError, "finite and not zero everywhere"),
+    "no threshold": (lambda: Condition(0, torch.ones(3), float("nan")), EditError, "must be finite, got nan"),
 }
 
 
