@@ -269,11 +269,6 @@ class HookedBackend:
 
     @contextmanager
     def _running(self, intervention: Intervention, stop_at: int | None = None) -> Iterator[None]:
-        with self._lock, torch.inference_mode(), evaluating(self.module), self._intervening(intervention, stop_at):
-            yield
-
-    @contextmanager
-    def _intervening(self, intervention: Intervention, stop_at: int | None) -> Iterator[None]:
         def at_block(layer: int, h: Tensor, _: Mapping[str, Any]) -> Tensor:
             h = intervention.block(layer, h)
             if layer == stop_at:
@@ -284,7 +279,8 @@ class HookedBackend:
             intervention.begin_pass(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
 
         layers = {*intervention.layers, *(() if stop_at is None else (stop_at,))}
-        with self.attach(sorted(layers), at_block):
+        attached = self.attach(sorted(layers), at_block)
+        with self._lock, torch.inference_mode(), evaluating(self.module), attached:
             handle = self.module.register_forward_pre_hook(before_pass, with_kwargs=True)
             try:
                 yield
