@@ -183,15 +183,15 @@ def generate_rows(
     sampling: Sampling,
     edits: Sequence[Edit] = (),
     reads: Sequence[Read] = (),
-) -> Iterator[Generation]:
-    """`Backend.generate`, in pieces when the batch does not fit; the pieces come in the order of the rows."""
+) -> Generation:
+    """`Backend.generate`, in pieces when the batch does not fit."""
     lengths = [len(prompt) for prompt in prompts]
-    return halving(
-        lambda start, stop: backend.generate(
-            prompts[start:stop], sampling.rows(start, stop), edits_of_rows(edits, start, stop, lengths), reads
-        ),
-        len(prompts),
-    )
+
+    def run(start: int, stop: int) -> Generation:
+        some = edits_of_rows(edits, start, stop, lengths)
+        return backend.generate(prompts[start:stop], sampling.rows(start, stop), some, reads)
+
+    return Generation.joined(halving(run, len(prompts)))
 
 
 def forward_rows(
@@ -201,14 +201,14 @@ def forward_rows(
     reads: Sequence[Read] = (),
     *,
     logprobs: bool = False,
-) -> Iterator[ForwardResult]:
-    """`Backend.forward`, in pieces when the batch does not fit; the pieces come in the order of the rows."""
-    return halving(
-        lambda start, stop: backend.forward(
-            tokens.rows(start, stop), edits_of_rows(edits, start, stop, tokens.lengths), reads, logprobs=logprobs
-        ),
-        len(tokens),
-    )
+) -> ForwardResult:
+    """`Backend.forward`, in pieces when the batch does not fit."""
+
+    def run(start: int, stop: int) -> ForwardResult:
+        some = edits_of_rows(edits, start, stop, tokens.lengths)
+        return backend.forward(tokens.rows(start, stop), some, reads, logprobs=logprobs)
+
+    return ForwardResult.joined(halving(run, len(tokens)))
 
 
 def forward_batches(
@@ -241,12 +241,7 @@ def forward_batches(
     if not reads and not logprobs:
         raise TokenError("nothing is asked for: give reads, or logprobs=True")
     for batch in forward_plan(backend, tokens, (), reads, max_rows=max_rows, max_tokens=max_tokens):
-        chosen = TokenBatch(tuple(tokens.prompts[i] for i in batch), tuple(tokens.responses[i] for i in batch))
-        start = 0
-        for result in forward_rows(backend, chosen, (), reads, logprobs=logprobs):
-            rows = _rows_in(result)
-            yield batch[start : start + rows], result
-            start += rows
+        yield batch, forward_rows(backend, tokens.chosen(batch), (), reads, logprobs=logprobs)
 
 
 def forward_plan(
@@ -266,10 +261,6 @@ def forward_plan(
     if backend.shares_prompts and can_run_prompts_once(tokens, edits, reads):
         return batches_by_prompt(tokens, max_rows, max_tokens)
     return batches_of_passes(tokens.lengths, max_rows, backend.info.device, max_tokens)
-
-
-def _rows_in(result: ForwardResult) -> int:
-    return len(result.logprobs) if result.logprobs is not None else len(next(iter(result.reads.values())))
 
 
 UNLIMITED = 10**9  # tokenizers that know no limit name a number beyond this

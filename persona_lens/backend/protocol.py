@@ -9,11 +9,12 @@ import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from persona_lens.backend.reads import joined_reads
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
@@ -139,6 +140,14 @@ class Generation:
     ended: tuple[bool, ...]
     reads: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @staticmethod
+    def joined(pieces: Iterable[Generation]) -> Generation:
+        """Several batches as one."""
+        listed = list(pieces)
+        responses = tuple(response for piece in listed for response in piece.responses)
+        ended = tuple(flag for piece in listed for flag in piece.ended)
+        return Generation(responses, ended, joined_reads([piece.reads for piece in listed]))
+
 
 @dataclass(frozen=True)
 class ForwardResult:
@@ -152,6 +161,14 @@ class ForwardResult:
 
     reads: Mapping[str, Tensor] = field(default_factory=dict)
     logprobs: tuple[Tensor, ...] | None = None
+
+    @staticmethod
+    def joined(pieces: Iterable[ForwardResult]) -> ForwardResult:
+        """Several batches as one."""
+        listed = list(pieces)
+        logprobs = [row for piece in listed for row in piece.logprobs or ()]
+        asked = listed[0].logprobs is not None
+        return ForwardResult(joined_reads([piece.reads for piece in listed]), tuple(logprobs) if asked else None)
 
 
 @runtime_checkable

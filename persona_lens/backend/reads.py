@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from persona_lens.core.errors import PersonaLensError
 
@@ -124,6 +125,19 @@ class Read:
             "units": units,
             "sinks": not self.leaves_out_sinks,
         }
+
+
+def joined_reads(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Reads of several batches as those of one: values of tokens are padded on the left with NaN to the widest."""
+    joined = {}
+    for name in pieces[0]:
+        values = [piece[name] for piece in pieces]
+        if name in (ReadKind.PROJECTIONS, ReadKind.ACTIVATIONS, ReadKind.NORMS):
+            width = max(value.shape[2] for value in values)
+            within = (0, 0) * (values[0].ndim - 3)  # of a token nothing is missing
+            values = [pad(value, (*within, width - value.shape[2], 0), value=torch.nan) for value in values]
+        joined[name] = torch.cat(values) if len(values) > 1 else values[0]
+    return joined
 
 
 def check_reads(reads: Sequence[Read], n_layers: int, d_model: int) -> None:

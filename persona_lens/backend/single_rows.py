@@ -10,8 +10,6 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from persona_lens.backend.batches import SHORTEST_BEGINNING, context_length
 from persona_lens.backend.blocks import (
@@ -234,38 +232,20 @@ class SingleRowsBackend(WatchedByReplay, DelegatingBackend):
         if not self.cached:
             sampling = replace(sampling, use_cache=False)
         lengths = [len(prompt) for prompt in prompts]
-        rows = [
+        return Generation.joined(
             self.inner.generate([prompt], sampling.rows(i, i + 1), edits_of_rows(edits, i, i + 1, lengths), reads)
             for i, prompt in enumerate(TokenBatch.of(prompts).prompts)
-        ]
-        values = _stacked([row.reads for row in rows])
-        return Generation(tuple(row.responses[0] for row in rows), tuple(row.ended[0] for row in rows), values)
+        )
 
     def forward(
         self, tokens: TokenBatch, edits: Sequence[Edit] = (), reads: Sequence[Read] = (), *, logprobs: bool = False
     ) -> ForwardResult:
         """See `Backend.forward`."""
-        each = (tokens.rows(i, i + 1) for i in range(len(tokens)))
-        rows = [
+        return ForwardResult.joined(
             self.inner.forward(row, edits_of_rows(edits, i, i + 1, tokens.lengths), reads, logprobs=logprobs)
-            for i, row in enumerate(each)
-        ]
-        chosen = tuple(row.logprobs[0] for row in rows if row.logprobs is not None) if logprobs else None
-        return ForwardResult(_stacked([row.reads for row in rows]), chosen)
+            for i, row in enumerate(tokens.rows(i, i + 1) for i in range(len(tokens)))
+        )
 
     def editing(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """See `Backend.editing`."""
         return self.inner.editing(edits)
-
-
-def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Reads of single rows as those of a batch: values of tokens padded on the left with NaN."""
-    found = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if name in (ReadKind.PROJECTIONS, ReadKind.ACTIVATIONS, ReadKind.NORMS):
-            width = max(value.shape[2] for value in values)
-            within = (0, 0) * (values[0].ndim - 3)  # of a token nothing is missing
-            values = [pad(value, (*within, width - value.shape[2], 0), value=torch.nan) for value in values]
-        found[name] = torch.cat(values)
-    return found

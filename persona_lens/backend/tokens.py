@@ -6,7 +6,7 @@ the boundary, and a pad id can also be a real one (in many models it is the end-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
@@ -64,6 +64,11 @@ class TokenBatch:
     def rows(self, start: int, stop: int) -> TokenBatch:
         """Rows ``start`` to ``stop`` as a batch of their own."""
         return TokenBatch(self.prompts[start:stop], self.responses[start:stop])
+
+    def chosen(self, rows: Iterable[int]) -> TokenBatch:
+        """The rows of these indices, in that order, as a batch of their own."""
+        pairs = [(self.prompts[row], self.responses[row]) for row in rows]
+        return TokenBatch(*zip(*pairs, strict=True))
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `TokenError` for an id that a model of ``size`` token ids does not know."""

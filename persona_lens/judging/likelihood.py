@@ -289,11 +289,8 @@ class LikelihoodJudge:
         return [self.chat.encode(system, question) for system in (*self._systems, None)]
 
     def _weigh_question(self, question: str, answers: Sequence[tuple[int, ...]]) -> Iterator[Evidence]:
-        means = [
-            float(values.mean())
-            for result in forward_rows(self.backend, self._tokens(question, answers), logprobs=True)
-            for values in result.logprobs or ()
-        ]
+        result = forward_rows(self.backend, self._tokens(question, answers), logprobs=True)
+        means = [float(values.mean()) for values in result.logprobs or ()]
         pairs = len(self.trait.instructions)
         for index in range(len(answers)):
             column = means[index :: len(answers)]

@@ -123,11 +123,8 @@ class LocalJudge:
     def _of_prompts(self, prompts: Sequence[tuple[int, ...]]) -> list[Score]:
         if not prompts:
             return []
-        rows = [
-            values.tolist()
-            for result in forward_rows(self.backend, self._tokens(prompts), logprobs=True)
-            for values in result.logprobs or ()
-        ]
+        result = forward_rows(self.backend, self._tokens(prompts), logprobs=True)
+        rows = [values.tolist() for values in result.logprobs or ()]
         each = len(self._numbers.sequences)
         return [
             expected_number(self._numbers.distribution(rows[start : start + each]))

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
@@ -282,15 +281,12 @@ class Rollouts(RolloutBatches):
 
     def _make(self, batch: Sequence[int]) -> tuple[list[Row], dict[str, Tensor]]:
         call = self._call(batch)
-        pieces = list(generate_rows(self.backend, *call))
-        responses = [ids for piece in pieces for ids in piece.responses]
-        ended = [flag for piece in pieces for flag in piece.ended]
-        tensors = {read.kind.value: torch.cat([p.reads[read.kind.value] for p in pieces]) for read in self.reads}
+        found = generate_rows(self.backend, *call)
         rollouts = [
             Rollout(self.requests[i], len(prompt), ids, end, self.chat.answer(ids))
-            for i, prompt, ids, end in zip(batch, call[0], responses, ended, strict=True)
+            for i, prompt, ids, end in zip(batch, call[0], found.responses, found.ended, strict=True)
         ]
-        return [rollout.to_row() for rollout in rollouts], tensors
+        return [rollout.to_row() for rollout in rollouts], dict(found.reads)
 
 
 def row_seed(base: int, *parts: object) -> int:

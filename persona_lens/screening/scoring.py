@@ -172,12 +172,11 @@ class Scorer:
 
     def _read(self, texts: Sequence[tuple[int, Text]], batch: Sequence[int], kind: str) -> Unit:
         tokens = TokenBatch.of([texts[index][1].ids for index in batch])
-        rows, at = [], 0
-        for result in forward_rows(self.backend, tokens, (), [self.panel.read]):
-            for projected in result.reads["projections"]:
-                row, text = texts[batch[at]]
-                rows.append({"row": row, **_averaged(text, self.panel.values(projected[:, -len(text.ids) :]))})
-                at += 1
+        rows = []
+        projections = forward_rows(self.backend, tokens, (), [self.panel.read]).reads["projections"]
+        for index, projected in zip(batch, projections, strict=True):
+            row, text = texts[index]
+            rows.append({"row": row, **_averaged(text, self.panel.values(projected[:, -len(text.ids) :]))})
         return {"kind": kind, "rows": rows, "ran": sum(tokens.lengths)}
 
     def asked(self, prompts: Sequence[TokenIds]) -> tuple[list[TokenIds], Sampling]:
@@ -194,11 +193,9 @@ class Scorer:
         read = Read(ReadKind.RESPONSE_MEAN, self.panel.layers)
         places, units = self._units_at
         asked, sampling = self.asked([prompts[index][1] for index in batch])
-        responses: list[TokenIds] = []
-        values: list[Tensor] = []
-        for piece in generate_rows(self.backend, asked, sampling, (), [read]):
-            responses += piece.responses
-            values += torch.einsum("bgd,gd->bg", piece.reads["response_mean"][:, places], units)
+        found = generate_rows(self.backend, asked, sampling, (), [read])
+        responses = found.responses
+        values = list(torch.einsum("bgd,gd->bg", found.reads["response_mean"][:, places], units))
         rows: list[dict[str, Any]] = []
         for number, index in enumerate(batch):
             own = slice(number * self.settings.base_samples, (number + 1) * self.settings.base_samples)

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_lens.backend import Backend, Edit, ForwardResult, Generation, Positions, Read, Sampling, TokenBatch
+from persona_lens.backend import (
+    Backend,
+    Edit,
+    ForwardResult,
+    Generation,
+    Positions,
+    Read,
+    ReadKind,
+    Sampling,
+    TokenBatch,
+)
 from persona_lens.backend.batches import OutOfMemoryError, forward_rows, generate_rows, halving, is_out_of_memory
 from tests.backends.fixtures import Delegating, assert_close, direction, encode, tiny_backend
 
@@ -39,6 +49,7 @@ class SmallMemory(Delegating):
 PROMPTS = encode("one", "two and a half", "three", "four is more", "five!")
 RESPONSES = encode(" a", " bb", " ccc", " d", " and so on")
 N = len(PROMPTS)
+EVERYTHING = (*Read.means(), Read(ReadKind.ACTIVATIONS), Read(ReadKind.NORMS))
 
 
 def row_edits(width: int) -> list[Edit]:
@@ -58,14 +69,13 @@ def test_a_halved_generation_equals_the_whole(rows: int) -> None:
     backend = tiny_backend("transformers")
     edits = row_edits(max(map(len, PROMPTS)))
     sampling = Sampling(5, 1.0, 0.9, seeds=(3, 1, 4, 15, 9))
-    whole = backend.generate(PROMPTS, sampling, edits, Read.means())
+    whole = backend.generate(PROMPTS, sampling, edits, EVERYTHING)
     small = SmallMemory(backend, rows)
-    pieces = list(generate_rows(small, PROMPTS, sampling, edits, Read.means()))
-    assert [r for piece in pieces for r in piece.responses] == list(whole.responses)
-    assert [e for piece in pieces for e in piece.ended] == list(whole.ended)
-    assert_close({name: torch.cat([piece.reads[name] for piece in pieces]) for name in whole.reads}, whole.reads)
+    found = generate_rows(small, PROMPTS, sampling, edits, EVERYTHING)
+    assert (found.responses, found.ended) == (whole.responses, whole.ended)
+    assert_close(found.reads, whole.reads)
     assert small.calls[0] == N
-    assert max(len(piece.responses) for piece in pieces) <= rows
+    assert sum(call for call in small.calls if call <= rows) == N
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
@@ -73,21 +83,21 @@ def test_a_halved_forward_equals_the_whole(rows: int) -> None:
     backend = tiny_backend("transformers")
     text = TokenBatch.of(PROMPTS, RESPONSES)
     edits = row_edits(max(text.lengths))
-    whole = backend.forward(text, edits, Read.means(), logprobs=True)
+    whole = backend.forward(text, edits, EVERYTHING, logprobs=True)
     small = SmallMemory(backend, rows)
-    pieces = list(forward_rows(small, text, edits, Read.means(), logprobs=True))
-    assert_close({name: torch.cat([piece.reads[name] for piece in pieces]) for name in whole.reads}, whole.reads)
-    got = [row for piece in pieces for row in piece.logprobs or ()]
+    found = forward_rows(small, text, edits, EVERYTHING, logprobs=True)
+    assert_close(found.reads, whole.reads)
+    assert found.logprobs is not None
     assert whole.logprobs is not None
-    assert len(got) == N
-    for mine, theirs in zip(got, whole.logprobs, strict=True):
+    assert len(found.logprobs) == N
+    for mine, theirs in zip(found.logprobs, whole.logprobs, strict=True):
         assert_close(mine, theirs)
 
 
 def test_one_row_too_large_is_an_error_that_says_what_to_do() -> None:
     small = SmallMemory(tiny_backend("transformers"), 0)
     with pytest.raises(OutOfMemoryError, match="one row alone runs out of memory; use a shorter text, fewer new"):
-        list(generate_rows(small, PROMPTS, Sampling(2)))
+        generate_rows(small, PROMPTS, Sampling(2))
     assert small.calls == [5, 2, 1]
 
 

@@ -133,9 +133,8 @@ def generated(
             rows = [group[number] for number in batch]
             seeds = tuple(asked[row].seed for row in rows) if temperature else None
             sampling = Sampling(new, temperature, top_p, seeds)
-            pieces = list(generate_rows(backend, [asked[row].prompt for row in rows], sampling, edits))
-            found = [pair for piece in pieces for pair in zip(piece.responses, piece.ended, strict=True)]
-            yield [(row, ids, ended) for row, (ids, ended) in zip(rows, found, strict=True)]
+            found = generate_rows(backend, [asked[row].prompt for row in rows], sampling, edits)
+            yield list(zip(rows, found.responses, found.ended, strict=True))
 
 
 # Probabilities this close are not told apart: two batches of one text round differently, in 16 bits most of all.
@@ -186,12 +185,9 @@ def continuation_logprobs(
     found: list[list[float]] = [[] for _ in rows]
     done = 0
     for batch in forward_plan(backend, tokens, edits, max_rows=max_rows):
-        chosen = TokenBatch(tuple(tokens.prompts[i] for i in batch), tuple(tokens.responses[i] for i in batch))
-        values = (
-            row.tolist() for part in forward_rows(backend, chosen, edits, logprobs=True) for row in part.logprobs or ()
-        )
+        values = forward_rows(backend, tokens.chosen(batch), edits, logprobs=True).logprobs or ()
         for index, value in zip(batch, values, strict=True):
-            found[index] = value
+            found[index] = value.tolist()
         done += len(batch)
         progress(done, len(rows), "log-likelihoods")
     return found
@@ -238,9 +234,8 @@ def greedy_flags(
     done = 0
     for batch in batches_by_length(lengths, max_rows, tokens_at_once(backend.info.device)):
         sampling = Sampling(max(longest[number] for number in batch))
-        pieces = list(generate_rows(backend, [contexts[number] for number in batch], sampling, edits))
-        found = [pair for each in pieces for pair in zip(each.responses, each.ended, strict=True)]
-        for number, (response, ended) in zip(batch, found, strict=True):
+        found = generate_rows(backend, [contexts[number] for number in batch], sampling, edits)
+        for number, response, ended in zip(batch, found.responses, found.ended, strict=True):
             for index in together[contexts[number]]:
                 flags[index] = _is_written(rows[index], response, ended, backend, edits)
         done += len(batch)

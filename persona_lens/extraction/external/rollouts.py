@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from persona_lens.backend import Backend, Read
@@ -178,28 +177,23 @@ class ReadRollouts(RolloutBatches):
     ) -> None:
         self.given = given
         self.settings = settings
+        self._tokens = given.tokens
         # Above the most that any device is fast at, the limit says nothing.
         limit = settings.batch_tokens if settings.batch_tokens < MAX_TOKENS else None
-        batches = forward_plan(backend, given.tokens, (), reads, max_rows=settings.batch_size, max_tokens=limit)
+        batches = forward_plan(backend, self._tokens, (), reads, max_rows=settings.batch_size, max_tokens=limit)
         super().__init__(backend, given.requests, batches, reads=reads, folder=folder, prefix=prefix)
 
     def calls(self) -> Iterator[TokenBatch]:
         """What `run` would hand to `Backend.forward`, batch by batch."""
-        return map(self._tokens, self.batches)
-
-    def _tokens(self, batch: Sequence[int]) -> TokenBatch:
-        return TokenBatch(
-            tuple(self.given.prompts[i] for i in batch), tuple(self.given.rollouts[i].response_ids for i in batch)
-        )
+        return map(self._tokens.chosen, self.batches)
 
     def _purpose(self, index: int) -> str:
         given = self.given.rollouts[index]
         return json.dumps([super()._purpose(index), given.response_ids, given.response])
 
     def _make(self, batch: Sequence[int]) -> tuple[list[Row], dict[str, Tensor]]:
-        pieces = list(forward_rows(self.backend, self._tokens(batch), (), self.reads))
-        tensors = {read.kind.value: torch.cat([p.reads[read.kind.value] for p in pieces]) for read in self.reads}
-        return [self._row(index) for index in batch], tensors
+        found = forward_rows(self.backend, self._tokens.chosen(batch), (), self.reads)
+        return [self._row(index) for index in batch], dict(found.reads)
 
     def _row(self, index: int) -> Row:
         row = self.given.rollouts[index].to_row()
