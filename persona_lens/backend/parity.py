@@ -224,38 +224,37 @@ def _checks_against(backend: Backend, reference: Backend, probe: Probe, bounds: 
 
 
 def _self_checks(backend: Backend, probe: Probe, bounds: Bounds) -> Iterator[Check]:
+    def reads(name: str, measure: Callable[..., Measurement], *given: Any) -> Check:
+        return name, bounds.reads, partial(measure, backend, *given)
+
+    def tokens(name: str, measure: Callable[..., Measurement], *given: Any) -> Check:
+        return name, bounds.tokens, partial(measure, backend, *given)
+
     for name in ("no edits", "add", "edits at chosen positions"):
         what = f"reads while generating equal those of the finished text, {name}"
-        yield what, bounds.reads, partial(_generating_reads, backend, probe, probe.edits[name])
+        yield reads(what, _generating_reads, probe, probe.edits[name])
     if isinstance(backend, WatchableBackend):
         for name in ("no edits", "edits at chosen positions"):
             what = f"projections streamed while generating equal those of the finished text, {name}"
-            yield what, bounds.reads, partial(_streaming, backend, probe, probe.edits[name])
+            yield reads(what, _streaming, probe, probe.edits[name])
     for kind in Positions:
         what = f"an edit of {kind} tokens changes every one of them in every row, and no other"
-        yield what, bounds.reads, partial(_placement, backend, probe, kind)
+        yield reads(what, _placement, probe, kind)
     for name, edits in probe.edits.items():
-        yield f"the same tokens without a KV cache, {name}", bounds.tokens, partial(_uncached, backend, probe, edits)
+        yield tokens(f"the same tokens without a KV cache, {name}", _uncached, probe, edits)
     for name in ("no edits", "a coefficient for each row"):
-        run = backend, probe, probe.edits[name]
-        yield f"batch equals single rows, reads, {name}", bounds.reads, partial(_single_reads, *run)
-        yield f"batch equals single rows, greedy tokens, {name}", bounds.tokens, partial(_single_tokens, *run)
-    yield from _long_checks(backend, probe, bounds)
-    sampled = partial(_single_tokens, backend, probe, probe.edits["add"], seeded=True)
-    yield "samples do not depend on the batch", bounds.tokens, sampled
-    yield "coefficient 0 equals no edit", bounds.reads, partial(_zero, backend, probe)
-    yield "edits are gone after an error", bounds.reads, partial(_after_error, backend, probe)
-
-
-def _long_checks(backend: Backend, probe: Probe, bounds: Bounds) -> Iterator[Check]:
+        edits = probe.edits[name]
+        yield reads(f"batch equals single rows, reads, {name}", _single_reads, probe.text, Read.means(), edits)
+        yield tokens(f"batch equals single rows, greedy tokens, {name}", _single_tokens, probe, edits)
     long = probe.on_long_texts()
     for what, means in (("reads of responses", Read.means()[:1]), ("reads", Read.means())):
-        together = partial(_together, backend, probe.long.alike, means)
-        yield f"prompts that begin alike equal single rows, {what}", bounds.reads, together
-    yield "long texts equal single rows", bounds.reads, partial(_single_reads, backend, long, ())
-    what = "reads while generating equal those of the finished text, long prompts"
-    yield what, bounds.reads, partial(_generating_reads, backend, long, ())
-    yield "the same tokens without a KV cache, long prompts", bounds.tokens, partial(_uncached, backend, long, ())
+        yield reads(f"prompts that begin alike equal single rows, {what}", _single_reads, probe.long.alike, means)
+    yield reads("long texts equal single rows", _single_reads, long.text, Read.means())
+    yield reads("reads while generating equal those of the finished text, long prompts", _generating_reads, long, ())
+    yield tokens("the same tokens without a KV cache, long prompts", _uncached, long, ())
+    yield tokens("samples do not depend on the batch", _single_tokens, probe, probe.edits["add"], True)
+    yield reads("coefficient 0 equals no edit", _zero, probe)
+    yield reads("edits are gone after an error", _after_error, probe)
 
 
 def _forward(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> ForwardResult:
@@ -338,11 +337,7 @@ def _uncached(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurem
     return tokens_differ(_generate(backend, probe, edits, use_cache=False), _generate(backend, probe, edits))
 
 
-def _single_reads(backend: Backend, probe: Probe, edits: Sequence[Edit]) -> Measurement:
-    return _together(backend, probe.text, Read.means(), edits)
-
-
-def _together(backend: Backend, text: TokenBatch, means: Sequence[Read], edits: Sequence[Edit] = ()) -> Measurement:
+def _single_reads(backend: Backend, text: TokenBatch, means: Sequence[Read], edits: Sequence[Edit] = ()) -> Measurement:
     batch = backend.forward(text, edits, means, logprobs=True)
     return forwards_differ(batch, SingleRowsBackend(backend, cached=True).forward(text, edits, means, logprobs=True))
 
