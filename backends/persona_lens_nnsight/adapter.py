@@ -109,13 +109,10 @@ class NNsightBackend(HookedBackend):
         if watched:  # called by the loop, in the thread of the caller, after the trace's own thread took the values
             config["stopping_criteria"] = stopping_criteria(watcher)
         sampler = RowSampler(sampling, self.device) if sampling.seeds else None
-        with warnings.catch_warnings():
-            # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
-            warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
-            # A hook costs less than a stop of the trace does, and a watch looks at every layer of every token.
-            hooks = self.attach(intervention.only_watched, lambda layer, h, _: intervention.block(layer, h))
-            with self._tracing(), hooks:
-                return self._traced_generation(tokens, intervention, config, sampler, request)
+        # A hook costs less than a stop of the trace does, and a watch looks at every layer of every token.
+        hooks = self.attach(intervention.only_watched, lambda layer, h, _: intervention.block(layer, h))
+        with self._tracing(), hooks:
+            return self._traced_generation(tokens, intervention, config, sampler, request)
 
     def _traced_generation(
         self,
@@ -188,7 +185,9 @@ class NNsightBackend(HookedBackend):
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
-        with self._lock, torch.inference_mode(), evaluating(self.module), reaching_blocks():
+        with self._lock, torch.inference_mode(), evaluating(self.module), warnings.catch_warnings(), reaching_blocks():
+            # The loop over steps is open-ended on purpose; that it ends with the generation is no news.
+            warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             yield
 
     def _request(self, edits: Sequence[Edit], reads: Sequence[Read], rows: int, width: int) -> Request | None:

@@ -151,18 +151,17 @@ def test_exactly_what_was_asked_is_done_to_exactly_those_tokens(adapter: str, ar
 
 @pytest.mark.parametrize(("adapter", "architecture"), CASES)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(several=st.lists(edits, min_size=1, max_size=2))
+@given(several=st.lists(edits, min_size=1, max_size=2), row=st.integers(0, len(PROMPTS) - 1))
 def test_a_batch_equals_its_rows_alone_with_and_without_cache(
-    adapter: str, architecture: str, several: list[Edit]
+    adapter: str, architecture: str, several: list[Edit], row: int
 ) -> None:
     """Greedy tokens and reads while generating; and the same text once it is there."""
     backend = tiny_backend(adapter, architecture)
-    together = greedy(backend, several)
-    uncached = greedy(backend, several, use_cache=False)
+    together = greedy(backend, several, new=4)
+    uncached = greedy(backend, several, new=4, use_cache=False)
     assert uncached.responses == together.responses
-    for row, prompt in enumerate(PROMPTS):
-        alone = backend.generate([prompt], Sampling(6), several)
-        assert alone.responses[0] == together.responses[row]
+    alone = backend.generate([PROMPTS[row]], Sampling(4), several)
+    assert alone.responses[0] == together.responses[row]
     if all(edit.condition is None for edit in several):  # a threshold may be met on one side of a rounding
         again = activations(backend, TokenBatch.of(PROMPTS, together.responses), several)
         assert_close(together.reads["activations"], again, 1e-3)
