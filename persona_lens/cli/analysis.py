@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
-from persona_lens.cli.display import Column, cell, interval_text, print_table, say, show_rows, showing_progress
+from persona_lens.cli.display import Column, cell, print_table, say, show_rows, showing_progress
 from persona_lens.cli.runner import Job, Run, Session, deliver
-from persona_lens.cli.settings import Fields, Given, Option
+from persona_lens.cli.settings import Fields, Given, Option, layer_numbers
 from persona_lens.cli.steerings import LayerOptions, SteeringOptions, candidates
-from persona_lens.cli.values import layer_numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_text
 
 if TYPE_CHECKING:
     from persona_lens.analysis.attribution import Attribution
-    from persona_lens.analysis.dissection import Dissection, DissectSettings
+    from persona_lens.analysis.dissection import Dissection
     from persona_lens.analysis.logit_lens import LogitLens
     from persona_lens.backend import Backend
 
@@ -48,11 +47,10 @@ def lens_command(
         top: Tokens shown on either side.
     """
     from persona_lens.analysis.logit_lens import logit_lens
-    from persona_lens.vectors import load_vectors
 
     if subject.opening.remote:
         raise PersonaLensError(REMOTE.format("lens"))
-    loaded = load_vectors(vectors)
+    loaded = options.open_vectors(vectors)
     chosen = layer_numbers(layers, loaded.model.n_layers)
     trait = loaded.trait_definition
     opened, chat = subject.open()
@@ -84,11 +82,10 @@ def attribute_command(
         heads: Split attentions into heads, where that is exact.
     """
     from persona_lens.analysis.attribution import attribute
-    from persona_lens.vectors import load_vectors
 
     if subject.opening.remote:
         raise PersonaLensError(REMOTE.format("attribution"))
-    loaded = load_vectors(vectors)
+    loaded = options.open_vectors(vectors)
     at = loaded.tuned_choice().layer if layer is None else layer
     loaded.vector(at, reduction)  # before a model is loaded for nothing
     opened, chat = subject.open()
@@ -103,7 +100,7 @@ def _show_lens(found: LogitLens) -> None:
         f"What the {found.reduction} vectors of {found.trait} do to logits (norm held at {found.scale:.3g})",
         found.layers,
         {
-            "layer": lambda each: each.layer,
+            "layer": "layer",
             "promoted": lambda each: " ".join(repr(token.text) for token in each.promoted),
             "suppressed": lambda each: " ".join(repr(token.text) for token in each.suppressed),
             "strongest": lambda each: f"{each.promoted[0].shift:+.2f}, {each.suppressed[0].shift:+.2f}",
@@ -160,12 +157,11 @@ def dissect(
     from persona_lens.analysis.examples import read_corpus
     from persona_lens.analysis.features import load_features
     from persona_lens.reports.dissection import render_dissection
-    from persona_lens.vectors import load_vectors
 
-    loaded, features = load_vectors(vectors), load_features(sae)
+    loaded, features = options.open_vectors(vectors), load_features(sae)
     features.check(loaded, allow_other_model=allow_other_model)
     texts = read_corpus(corpus, limit=max_texts) if corpus else []
-    settings: DissectSettings = given.make()
+    settings = given.make()
     asked = loaded.trait_definition if settings.steered else None
     job = Job(
         lambda at: run_dissection(
@@ -179,10 +175,10 @@ def dissect(
             **at.given,
         ),
         _show,
-        lambda at: dissection_work(at.backend, loaded, features, settings, at.chat, at.judge),
-        name="dissect",
+        lambda at: dissection_work(at.backend, loaded, features, settings, **at.asked),
+        name=f"dissect-{loaded.trait}",
         traits=asked,
-        vectors=loaded,
+        model=loaded.model.model,
         page=render_dissection,
     )
     run.carry_out(job)
@@ -197,8 +193,8 @@ def _show(found: Dissection, _: Session) -> None:
         f"(random directions reach a cosine of {reached:.2f})",
         summary["ranking"]["top"],
         {
-            "feature": lambda each: each["feature"],
-            "cosine": (lambda each: each["cosine"], "+.3f"),
+            "feature": "feature",
+            "cosine": ("cosine", "+.3f"),
             "most active on": lambda each: _place(places.get(each["feature"])),
         },
     )
@@ -207,21 +203,18 @@ def _show(found: Dissection, _: Session) -> None:
         "Share of the vector's squared length that the best features carry together",
         [each for each in summary["pursuit"]["random"] if each["features"] <= len(shares)],
         {
-            "features": lambda each: each["features"],
+            "features": "features",
             "vector": lambda each: f"{100 * shares[each['features'] - 1]:.1f}%",
             "random directions": lambda each: f"{100 * sum(each['shares']) / len(each['shares']):.1f}%",
         },
     )
-    if summary["steering"]:
-        _show_effects(summary["steering"])
-
-
-def _show_effects(steering: dict[str, Any]) -> None:
-    print_table(
-        f"Change of the trait score, each steered alone at {steering['coefficient']:+g} [95% interval]",
-        ("steered", "change", "minus random features", "further than", ""),
-        [_effect_row(name, each, steering["random"]) for name, each in steering["effects"].items()],
-    )
+    steering = summary["steering"]
+    if steering:
+        print_table(
+            f"Change of the trait score, each steered alone at {steering['coefficient']:+g} [95% interval]",
+            ("steered", "change", "minus random features", "further than", ""),
+            [_effect_row(name, each, steering["random"]) for name, each in steering["effects"].items()],
+        )
 
 
 def _effect_row(name: str, effect: dict[str, Any] | None, null: Any) -> tuple[str, ...]:
@@ -231,12 +224,12 @@ def _effect_row(name: str, effect: dict[str, Any] | None, null: Any) -> tuple[st
     beyond = None if effect["beyond"] is None else f"{effect['beyond']} of {effect['random_features']}"
     verdict = "" if random else "stands out" if effect["stands_out"] else "clear" if change["clear"] else "not clear"
     title = (f"random {name}" if random else name).replace("_", " ")
-    return title, interval_text(change["vector"]), interval_text(change["difference"]), cell(beyond), verdict
+    return title, cell(change["vector"]), cell(change["difference"]), cell(beyond), verdict
 
 
-def _place(found: dict[str, Any] | None) -> str:
+def _place(found: dict[str, Any] | None) -> str | None:
     if found is None:
-        return "-"
+        return None
     if not found["examples"]:
         return "nothing in this corpus"
     example = found["examples"][0]
@@ -273,14 +266,12 @@ def capability_command(
         shots: Solved examples before each question.
     """
     from persona_lens.analysis.capability.evaluation import capability_changes
-    from persona_lens.vectors import load_vectors
 
-    shown = candidates(load_vectors(vectors), written, one_layer)
+    shown = candidates(options.open_vectors(vectors), written, one_layer)
     arms = {each.title: each.steering for each in shown if each.steering is not None}
     opened = subject.opening.open(subject.model)
-    for steering in arms.values():
-        if not allow_other_model:
-            steering.check_model(opened)
+    for steering in arms.values() if not allow_other_model else ():
+        steering.check_model(opened)
     with showing_progress() as progress:
         found = capability_changes(
             opened,
@@ -298,10 +289,10 @@ def capability_command(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, json.dumps(figures, indent=2) + "\n")
     columns: Mapping[str, Column[Any]] = {
-        "task": lambda each: each.task,
-        "metric": lambda each: each.metric,
-        "steering": lambda each: each.arm,
-        "value": (lambda each: each.value, ".3f"),
+        "task": "task",
+        "metric": "metric",
+        "steering": "arm",
+        "value": ("value", ".3f"),
         "change": (lambda each: each.change or "", "+.3f"),
         "random": (lambda each: each.random or "", "+.3f"),
     }

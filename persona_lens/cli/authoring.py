@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import persona_lens
 from persona_lens.cli import options
 from persona_lens.cli.display import print_table, say, say_json, showing_progress
 from persona_lens.cli.judges import SERVER_URL, Prices, ServerKey, open_server, say_usage
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 EVALUATION = argument("[EVAL.json]", "From `trait_data_eval`; left out if EXTRACT.json holds forty questions.")
 HERE = ("--backend", "--dtype", "--device")  # what a model on a server has no use for
+THERE = ("--author-url", "--author-key", "--prices", "--max-spend")  # what one that runs here has none for
 
 
 class RefusedError(PersonaLensError):
@@ -31,16 +34,24 @@ class RefusedError(PersonaLensError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an author model is, and what it may cost.
+class AuthorOptions:
+    """Which model writes a trait, where it is, and what it may cost.
 
     Attributes:
+        author_model: Let a model write it: `openai:NAME` on any OpenAI-compatible server, or a model that runs here.
+        seed: Of the author model; None for 0.
+        temperature: Of the author model, 0 is greedy; None for 0.8.
+        max_new_tokens: Limit of each of its replies; None for 1500.
         max_spend: Stop before the author costs more dollars.
         backend: Library to run an author model through here; None for transformers.
         dtype: `float32`, `bfloat16` or `float16`; None for auto.
         device: A torch device such as `cuda:1`; None for auto.
     """
 
+    author_model: Annotated[str | None, Option(metavar="MODEL")] = None
+    seed: int | None = None
+    temperature: float | None = None
+    max_new_tokens: int | None = None
     author_url: Annotated[str | None, Option(SERVER_URL)] = None
     author_key: ServerKey = None
     prices: Prices = None
@@ -49,107 +60,101 @@ class Place:
     dtype: str | None = None
     device: str | None = None
 
-    def refuse_useless(self, model: str) -> None:
-        """Raise an error for options that an author model has no use for."""
+    def check(self) -> None:
+        """Raise an error for options that mean nothing, or that the author model has no use for."""
         from persona_lens.traits.generate import on_server
 
+        model = self.author_model or ""
         server = on_server(model)
-        useless = [name for name in given_options(self) if (name in HERE) is server]
-        if useless:
+        if useless := [name for name in given_options(self) if name in (HERE if server else THERE)]:
             kind = "a model that runs here" if server else "--author-model openai:NAME"
             raise PersonaLensError(f"{', '.join(useless)}: only for {kind}, this is {model!r}")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise PersonaLensError(f"--temperature must be 0 or more; got {self.temperature}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise PersonaLensError(f"--max-new-tokens must be 1 or more; got {self.max_new_tokens}")
 
-    def open_server(self, name: str) -> CompletionServer:
-        """The server of a model; nothing is asked of it yet."""
+    def sampled(self) -> dict[str, Any]:
+        """How the author writes."""
+        from persona_lens.traits.generate.authors import MAX_NEW_TOKENS, TEMPERATURE
+
+        temperature = TEMPERATURE if self.temperature is None else self.temperature
+        length = self.max_new_tokens or MAX_NEW_TOKENS
+        return {"seed": self.seed or 0, "temperature": temperature, "max_new_tokens": length}
+
+    def open(self, first_request: int) -> Author:
+        """The author, who has been asked so many requests before."""
+        from persona_lens.traits.generate import open_author
+
+        spec, sampled = self.author_model or "", self.sampled()
+        return open_author(
+            spec, **sampled, first_request=first_request, open_model=self._model, open_server=self._server
+        )
+
+    def _server(self, name: str) -> CompletionServer:
         from persona_lens.traits.generate.authors import TIMEOUT
 
         return open_server(
             name, self.author_url, self.author_key, prices=self.prices, max_spend=self.max_spend, timeout=TIMEOUT
         )
 
-    def open_model(self, name: str) -> Backend:
-        """A model that runs here."""
-        backend = self.backend or "transformers"
-        return options.open_model(name, backend, revision=None, dtype=self.dtype, device=self.device)
+    def _model(self, name: str) -> Backend:
+        opening = options.ModelOptions(self.backend or "transformers", self.dtype or "auto", self.device or "auto")
+        return opening.open(name)
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a model is to write, and where to."""
-
-    name: str
-    description: str
-    folder: Path
-    model: str
-    seed: int
-    temperature: float
-    max_new_tokens: int
-    place: Place
-
-    @property
-    def target(self) -> Path:
-        """The trait file."""
-        return self.folder / f"{self.name}.yaml"
-
-    @property
-    def partial(self) -> Path:
-        """What there is while the trait is not finished."""
-        return self.folder / f"{self.name}.partial.json"
-
-
-def show_plan(order: Order, as_json: bool) -> None:
+def show_plan(name: str, authored: AuthorOptions, as_json: bool) -> None:
     """Say how many requests a trait takes; nothing is asked, and no model is opened."""
     from persona_lens.traits.generate import plan
     from persona_lens.traits.rendering import check_name
 
-    check_name(order.name)
-    order.place.refuse_useless(order.model)
+    check_name(name)
+    authored.check()
     steps = plan()
     least, most = sum(step.at_least for step in steps), sum(step.at_most for step in steps)
-    found = {"model": order.model, "steps": [asdict(step) for step in steps]}
+    found = {"model": authored.author_model, "steps": [asdict(step) for step in steps]}
     rows = [*((step.step, str(step.at_least), str(step.at_most)) for step in steps), ("in all", str(least), str(most))]
     deliver(
         {**found, "total": {"at_least": least, "at_most": most}},
-        lambda: print_table(f"Requests to {order.model}", ("", "at least", "at most"), rows),
+        lambda: print_table(f"Requests to {authored.author_model}", ("", "at least", "at most"), rows),
         as_json,
     )
 
 
-def author_trait(order: Order, as_json: bool) -> None:
+def author_trait(name: str, description: str, folder: Path, authored: AuthorOptions, as_json: bool) -> None:
     """Let a model write a trait; what there is when it fails stays in a file, from which the same command goes on."""
-    from persona_lens.traits.generate import AuthoringError, load_draft, new_draft, open_author
+    from persona_lens.traits.generate import AuthoringError, load_draft, new_draft, written_text
 
-    new_draft(order.name, order.description, {})  # what is wrong with these is said before a model is opened
-    order.place.refuse_useless(order.model)
-    if order.target.exists():
-        raise RefusedError(f"{order.target} exists already: remove it, or choose another name or folder")
-    earlier = load_draft(order.partial)
-    author = open_author(
-        order.model,
-        seed=order.seed,
-        temperature=order.temperature,
-        max_new_tokens=order.max_new_tokens,
-        first_request=earlier.requests if earlier else 0,
-        open_model=order.place.open_model,
-        open_server=order.place.open_server,
-    )
-    origin = json.loads(json.dumps({**author.describe(), "seed": order.seed, "temperature": order.temperature}))
-    draft = new_draft(order.name, order.description, origin)
+    new_draft(name, description, {})  # what is wrong with these is said before a model is opened
+    authored.check()
+    target, unfinished = folder / f"{name}.yaml", folder / f"{name}.partial.json"
+    if target.exists():
+        raise RefusedError(f"{target} exists already: remove it, or choose another name or folder")
+    earlier = load_draft(unfinished)
+    author = authored.open(earlier.requests if earlier else 0)
+    sampled = authored.sampled()
+    origin = {**author.describe(), "seed": sampled["seed"], "temperature": sampled["temperature"]}
+    draft = new_draft(name, description, json.loads(json.dumps(origin)))
     if earlier:
         try:
             earlier.continues(draft)
         except AuthoringError as error:
-            raise RefusedError(f"{order.partial} {error}") from error
-        options.say_notes([f"going on from {order.partial}, after {counted(earlier.requests, 'request')}"])
+            raise RefusedError(f"{unfinished} {error}") from error
+        options.say_notes([f"going on from {unfinished}, after {counted(earlier.requests, 'request')}"])
         draft = earlier
-    _finish(order, draft, _write(author, draft, order.partial), as_json)
+    written = _write(author, draft, unfinished)
+    write_new(target, written_text(draft, persona_lens.__version__))
+    unfinished.unlink(missing_ok=True)
+    _tell(target, draft, written, as_json)
 
 
 def _write(author: Author, draft: Draft, file: Path) -> Written:
     """Have a draft finished, with its state in a file all along, and say what that cost."""
     from persona_lens.traits.generate import AuthoringError, ServerAuthor, write_trait
 
-    save = partial(_save, path=file)
+    def save(draft: Draft) -> None:
+        draft.save(file)
+
     save(draft)  # a folder that cannot be written to is found out before anything is asked
     try:
         with showing_progress() as progress:
@@ -162,28 +167,23 @@ def _write(author: Author, draft: Draft, file: Path) -> Written:
             say_usage(author.server, "author")
 
 
-def _finish(order: Order, draft: Draft, written: Written, as_json: bool) -> None:
-    from persona_lens import __version__
+def _tell(target: Path, draft: Draft, written: Written, as_json: bool) -> None:
     from persona_lens.traits import check_deeply, check_file, file_at
-    from persona_lens.traits.generate import written_text
 
-    write_new(order.target, written_text(draft, __version__))
-    order.partial.unlink(missing_ok=True)
     related = draft.names.related if draft.names else ()
-    report = check_file(file_at(order.target), partial(check_deeply, related=related))
+    report = check_file(file_at(target), partial(check_deeply, related=related))
     if as_json:
-        warnings = [{"line": p.line, "field": p.field, "message": p.message} for p in report.warnings]
-        content = {"path": str(order.target), "content_hash": written.trait.content_hash(), **draft.origin}
-        say_json({**content, "requests": written.requests, "warnings": warnings})
+        content = {"path": str(target), "content_hash": written.trait.content_hash(), **draft.origin}
+        say_json({**content, "requests": written.requests, "warnings": [each.to_json() for each in report.warnings]})
         return
     for problem in report.problems:
         say(f"{problem.severity}: {problem}", err=True)
     warned = counted(len(report.problems), "warning") if report.problems else "no warnings"
     say(
-        f"Wrote {order.target} in {counted(written.requests, 'request')}, with {warned}\n"
+        f"Wrote {target} in {counted(written.requests, 'request')}, with {warned}\n"
         "Next:\n"
         "  1. Read it: a model wrote it, and the checks compare words, not meanings.\n"
-        f"  2. After changes:  persona-lens traits check {order.target} --deep"
+        f"  2. After changes:  persona-lens traits check {target} --deep"
     )
 
 
@@ -218,9 +218,8 @@ def import_trait(
     write_new(target, imported.text)
     warnings = check_file(file_at(target), check_deeply).warnings
     if as_json:
-        content: dict[str, Any] = {"path": str(target), "content_hash": imported.trait.content_hash()}
-        content["warnings"] = [{"line": p.line, "field": p.field, "message": p.message} for p in warnings]
-        say_json({**content, "notes": imported.notes})
+        content = {"path": str(target), "content_hash": imported.trait.content_hash()}
+        say_json({**content, "warnings": [each.to_json() for each in warnings], "notes": imported.notes})
         return
     options.say_notes(imported.notes)
     say(f"Wrote {target}")
@@ -235,7 +234,3 @@ def write_new(target: Path, text: str) -> None:
         RefusedError: It is there, or cannot be written.
     """
     write_text(target, text, new=True, failed=RefusedError)
-
-
-def _save(draft: Draft, path: Path) -> None:
-    draft.save(path)

@@ -17,7 +17,6 @@ from persona_lens.cli.settings import Option
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
-    from persona_lens.backend import Backend
     from persona_lens.backend.parity import ParityCheck
     from persona_lens.backend.protocol import ServerStatus
     from persona_lens.backend.registry import BackendStatus
@@ -48,6 +47,15 @@ class Checked:
         """Whether it was opened and every check held."""
         return self.error is None and all(check.passed for check in self.checks)
 
+    def to_json(self) -> dict[str, Any]:
+        """The values by name; JSON has no infinity."""
+        checks = [
+            {**asdict(check), "measured": check.measured if math.isfinite(check.measured) else None}
+            for check in self.checks
+        ]
+        head = {"backend": self.backend, "runs": self.runs, "error": self.error}
+        return {**head, "passed": self.passed, "checks": checks}
+
 
 def list_backends(as_json: options.AsJson = False) -> None:
     """List the backends, with the versions of what each one needs or the command that installs it.
@@ -63,7 +71,7 @@ def list_backends(as_json: options.AsJson = False) -> None:
         return
     print_plain_table(
         ("backend", "state", "", ""),
-        [(status.name, _state(status), _versions(status), _remark(status)) for status in statuses],
+        list(map(_status_row, statuses)),
     )
 
 
@@ -92,13 +100,13 @@ def check(
     if not as_json and sys.stderr.isatty():
         say(f"checking {', '.join(names)} on {model}, compared with {DEFAULT}", err=True)
     results = []
-    for result in _results(names, DEFAULT, model, {"dtype": dtype, "device": device}):
+    for result in _results(names, model, dtype=dtype, device=device):
         results.append(result)
         if not as_json:
             _print_result(result)
     if as_json:
         head = {"model": model, "dtype": dtype, "reference": DEFAULT, "passed": all(r.passed for r in results)}
-        say_json({**head, "backends": [_as_json(result) for result in results]}, indent=2)
+        say_json({**head, "backends": [result.to_json() for result in results]}, indent=2)
     if not all(result.passed for result in results):
         raise typer.Exit(1)
 
@@ -116,44 +124,29 @@ def _chosen(asked: Sequence[str]) -> list[str]:
     return sorted(available, key=lambda name: (name != DEFAULT, name))
 
 
-def _results(names: Sequence[str], reference_name: str, model: str, options: dict[str, str]) -> Iterator[Checked]:
+def _results(names: Sequence[str], model: str, **opening: str) -> Iterator[Checked]:
     from persona_lens.backend import open_backend
-
-    reference = open_backend(reference_name, model, **options)
-    for name in names:
-        if name == reference_name:
-            yield _checked(name, reference, None)
-            continue
-        try:
-            opened = open_backend(name, model, **options)
-        except PersonaLensError as error:
-            yield Checked(name, None, str(error))
-            continue
-        except Exception as error:  # noqa: BLE001 - a third party's adapter; the others are still checked
-            yield Checked(name, None, f"{type(error).__name__}: {error}")
-            continue
-        yield _checked(name, opened, reference)
-
-
-def _checked(name: str, backend: Backend, reference: Backend | None) -> Checked:
     from persona_lens.backend.parity import check_parity
+    from persona_lens.backend.registry import DEFAULT
 
-    with showing_progress() as progress:
-        return Checked(name, backend.info.backend, None, check_parity(backend, reference, progress=progress))
+    reference = open_backend(DEFAULT, model, **opening)
+    for name in names:
+        try:
+            opened = reference if name == DEFAULT else open_backend(name, model, **opening)
+        except Exception as error:  # noqa: BLE001 - a third party's adapter; the others are still checked
+            said = str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {error}"
+            yield Checked(name, None, said)
+            continue
+        with showing_progress() as progress:
+            checks = check_parity(opened, None if opened is reference else reference, progress=progress)
+        yield Checked(name, opened.info.backend, None, checks)
 
 
-def _state(status: BackendStatus) -> str:
-    return "ready" if status.available else "broken" if status.broken else "not installed"
-
-
-def _versions(status: BackendStatus) -> str:
-    return ", ".join(f"{name} {version}" for name, version in status.versions.items() if version)
-
-
-def _remark(status: BackendStatus) -> str:
-    if status.broken:
-        return status.broken
-    return status.summary if status.available else status.install
+def _status_row(status: BackendStatus) -> tuple[str, ...]:
+    state = "ready" if status.available else "broken" if status.broken else "not installed"
+    versions = ", ".join(f"{name} {version}" for name, version in status.versions.items() if version)
+    remark = status.broken or (status.summary if status.available else status.install)
+    return status.name, state, versions, remark
 
 
 def _print_result(result: Checked) -> None:
@@ -170,19 +163,6 @@ def _print_result(result: Checked) -> None:
         ],
     )
     say(f"{result.backend} ({result.runs}): {verdict}\n")
-
-
-def _as_json(result: Checked) -> dict[str, Any]:
-    checks = [asdict(check) for check in result.checks]
-    for check in checks:  # JSON has no infinity
-        check["measured"] = check["measured"] if math.isfinite(check["measured"]) else None
-    return {
-        "backend": result.backend,
-        "runs": result.runs,
-        "error": result.error,
-        "passed": result.passed,
-        "checks": checks,
-    }
 
 
 def status(backend: options.Backends = "nnsight", as_json: options.AsJson = False) -> None:
@@ -211,9 +191,9 @@ def _show(found: ServerStatus) -> None:
         "Models",
         found.deployments,
         {
-            "model": lambda each: each.model,
-            "revision": lambda each: each.revision,
+            "model": "model",
+            "revision": "revision",
             "state": lambda each: each.state.lower(),
-            "answers now": lambda each: each.usable,
+            "answers now": "usable",
         },
     )

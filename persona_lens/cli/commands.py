@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import typer
@@ -32,9 +32,9 @@ class Group:
 
 
 COMMANDS: Mapping[str, str | Group] = {
-    "demo": "demo:demo",
+    "demo": "extraction:demo",
     "extract": "extraction:extract",
-    "generate": "generate:generate",
+    "generate": "steerings:generate",
     "responses": "extraction:responses",
     "dissect": "analysis:dissect",
     "finetune": "finetuning:finetune_command",
@@ -48,7 +48,7 @@ COMMANDS: Mapping[str, str | Group] = {
             "tune": "steering:tune_command",
             "compare": "steering:compare_command",
             "capability": "analysis:capability_command",
-            "effects": "effects:effects_command",
+            "effects": "steering:effects_command",
         },
         "persona-lens steer sweep MODEL VECTORS",
     ),
@@ -102,20 +102,9 @@ COMMANDS: Mapping[str, str | Group] = {
 }
 
 
-class _Commands(TyperGroup):
-    """Shows what was typed harmlessly where it is quoted as wrong."""
-
-    def make_context(self, *given: Any, **options: Any) -> Any:
-        with _printable_errors():
-            return super().make_context(*given, **options)
-
-    def invoke(self, *given: Any, **options: Any) -> Any:
-        with _printable_errors():
-            return super().invoke(*given, **options)
-
-
 @contextmanager
 def _printable_errors() -> Iterator[None]:
+    """What was typed is shown harmlessly where it is quoted as wrong."""
     try:
         yield
     except Exception as error:
@@ -132,11 +121,19 @@ def lazily(group: Group) -> type[TyperGroup]:
         group: The commands.
     """
 
-    class Lazily(_Commands):
+    class Lazily(TyperGroup):
         def __init__(self, **given: Any) -> None:
             super().__init__(**given)
             for name, entry in group.commands.items():
                 self.add_command(TyperCommand(name, help=summary(entry), rich_markup_mode="markdown"), name)
+
+        def make_context(self, *given: Any, **options: Any) -> Any:
+            with _printable_errors():
+                return super().make_context(*given, **options)
+
+        def invoke(self, *given: Any, **options: Any) -> Any:
+            with _printable_errors():
+                return super().invoke(*given, **options)
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if args and args[0] in group.commands:
@@ -172,6 +169,5 @@ def app_of(name: str, entry: str | Group) -> typer.Typer:
     else:
         from persona_lens.cli.settings import command
 
-        module, _, function = entry.partition(":")
-        app.command(name)(command(getattr(import_module(f"persona_lens.cli.{module}"), function)))
+        app.command(name)(command(resolve_name(f"persona_lens.cli.{entry}")))
     return app

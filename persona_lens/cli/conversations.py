@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from itertools import islice
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import READINGS, console, say, say_json, show_rows
 from persona_lens.cli.runner import say_traffic
-from persona_lens.cli.settings import Option, argument
+from persona_lens.cli.settings import Option, argument, choice
 from persona_lens.cli.steerings import SteeringOptions
-from persona_lens.cli.values import choice
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_text, writing
 from persona_lens.core.text import counted
@@ -26,7 +23,6 @@ from persona_lens.core.text import counted
 if TYPE_CHECKING:
     from persona_lens.backend import Backend, Edit
     from persona_lens.monitoring import Alarm, Alert, TokenReading, Turn
-    from persona_lens.monitoring.scoring import ScoredTranscript
     from persona_lens.vectors import PersonaVectors
 
 
@@ -84,10 +80,12 @@ def chat_command(
             message, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + number, edits=edits
         )
         if subject.as_json:
-            say_json(_row(turn))
+            readings = [reading.to_json() for reading in turn.readings]
+            say_json({"turn": turn.number, "text": turn.text, "stopped": turn.stopped, "readings": readings})
             continue
         says.end()
-        _show_chat(turn)
+        ended = ", ended by an alarm" if turn.stopped else ""
+        show_rows(f"Turn {turn.number}: projections{ended}", turn.readings, READINGS)
         if show:
             says.show(turn)
     say_traffic(opened)
@@ -107,6 +105,7 @@ def _messages() -> Iterator[str]:
 
 
 def _alarm(text: str, kind: str, stop: bool) -> Alarm:
+    from persona_lens.backend import StopGeneration
     from persona_lens.monitoring import Alarm, AlarmKind
 
     found = ALARM.fullmatch(text.strip())
@@ -117,25 +116,16 @@ def _alarm(text: str, kind: str, stop: bool) -> Alarm:
         raise PersonaLensError(
             f"--alarm takes a trait and a threshold, such as evil>3 or evil@18<-2; got {text!r}"
         ) from None
-    chosen = choice(AlarmKind, kind, "--alarm-on")
-    return Alarm(trait, value, _teller(stop), int(layer) if layer else None, chosen, above=sign == ">")
-
-
-def _teller(stop: bool) -> Callable[[Alert], None]:
-    from persona_lens.backend import StopGeneration
 
     def tell(alert: Alert) -> None:
         where = "" if alert.token is None else f" at token {alert.token}"
-        sign = ">" if alert.alarm.above else "<"
-        say(
-            f"\nALARM {alert.alarm.trait}@{alert.layer} {alert.value:+.2f} {sign} {alert.alarm.threshold:g}{where}",
-            fg="red",
-            err=True,
-        )
+        said = f"{alert.alarm.trait}@{alert.layer} {alert.value:+.2f} {sign} {alert.alarm.threshold:g}{where}"
+        say(f"\nALARM {said}", fg="red", err=True)
         if stop:
             raise StopGeneration
 
-    return tell
+    chosen = choice(AlarmKind, kind, "--alarm-on")
+    return Alarm(trait, value, tell, int(layer) if layer else None, chosen, above=sign == ">")
 
 
 def _edits(
@@ -191,20 +181,6 @@ class _Speaker:
         ]
         strips.sort(key=lambda strip: (strip.trait, strip.layer))
         console().print(TokenHeatmap(token_pieces(self._tokenizer, self._last), tuple(strips)))
-
-
-def _show_chat(turn: Turn) -> None:
-    show_rows(
-        f"Turn {turn.number}: projections{', ended by an alarm' if turn.stopped else ''}", turn.readings, READINGS
-    )
-
-
-def _row(turn: Turn) -> dict[str, Any]:
-    readings = [
-        {name: None if isinstance(value, float) and isnan(value) else value for name, value in asdict(reading).items()}
-        for reading in turn.readings
-    ]
-    return {"turn": turn.number, "text": turn.text, "stopped": turn.stopped, "readings": readings}
 
 
 TRANSCRIPTS = argument("TRANSCRIPTS", "Conversations: OpenAI messages or ShareGPT as JSONL, or plain text.")
@@ -267,18 +243,14 @@ def transcript_command(
             if html is not None:
                 name = f"conversation-{found.transcript.line:06d}.html"
                 write_text(html / name, found.heatmap(opened.tokenizer).html())
-            _show_transcripts(found, opened.tokenizer if show else None, subject.as_json)
+            if subject.as_json:
+                say_json(found.to_json())
+                continue
+            title = f"Conversation {found.transcript.id}: projections of the assistant's turns"
+            show_rows(title, found.turns, {"turn": "turn", **READINGS})
+            if show:
+                console().print(found.heatmap(opened.tokenizer))
     called = f" ({tools} call tools)" if tools else ""
     say(f"{counted(good, 'conversation')} read, {bad} not{called}", err=True)
     if not good:
         raise PersonaLensError(f"no conversation of {transcripts} could be read")
-
-
-def _show_transcripts(found: ScoredTranscript, tokenizer: Any, as_json: bool) -> None:
-    if as_json:
-        say_json(found.to_json())
-        return
-    title = f"Conversation {found.transcript.id}: projections of the assistant's turns"
-    show_rows(title, found.turns, {"turn": lambda turn: turn.turn, **READINGS})
-    if tokenizer is not None:
-        console().print(found.heatmap(tokenizer))

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import ProgressColumn, Task
     from rich.table import Table
-    from rich.text import Text
 
     from persona_lens.core.progress import Progress
 
@@ -64,7 +63,7 @@ def showing_progress(*, of_bytes: bool = False, screen: Console | None = None) -
     if not screen.is_terminal:
         yield _LineProgress()
         return
-    amounts: tuple[ProgressColumn, ...] = (rich_progress.MofNCompleteColumn(), _rate_column())
+    amounts: tuple[ProgressColumn, ...] = (rich_progress.MofNCompleteColumn(), _column(_rate))
     if of_bytes:
         amounts = (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
     columns = (
@@ -72,7 +71,7 @@ def showing_progress(*, of_bytes: bool = False, screen: Console | None = None) -
         rich_progress.BarColumn(),
         *amounts,
         rich_progress.TimeRemainingColumn(),
-        _status_column(),
+        _column(lambda task: "" if task.finished else _Status.text, style="dim"),
     )
     with Bars(*columns, console=screen) as bars:
         tasks = {}
@@ -85,29 +84,23 @@ def showing_progress(*, of_bytes: bool = False, screen: Console | None = None) -
         yield report
 
 
-def _rate_column() -> ProgressColumn:
+def _column(text: Callable[[Task], str], style: str = "") -> ProgressColumn:
+    """A column that is drawn anew twice a second."""
     from rich.progress import ProgressColumn
     from rich.text import Text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:,.1f}/s" if speed else "")
-
-    return Rate()
-
-
-def _status_column() -> ProgressColumn:
-    from rich.progress import ProgressColumn
-    from rich.text import Text
-
-    class Status(ProgressColumn):
+    class Shown(ProgressColumn):
         max_refresh = 0.5
 
         def render(self, task: Task) -> Text:
-            return Text("" if task.finished else _Status.text, style="dim")
+            return Text(text(task), style)
 
-    return Status()
+    return Shown()
+
+
+def _rate(task: Task) -> str:
+    speed = task.finished_speed or task.speed
+    return f"{speed:,.1f}/s" if speed else ""
 
 
 class _LineProgress:
@@ -187,7 +180,8 @@ def print_plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
 
 
 Row = TypeVar("Row")
-Column = Callable[[Row], Any] | tuple[Callable[[Row], Any], str]
+What = str | Callable[[Row], Any]
+Column = What[Row] | tuple[What[Row], str]
 
 
 def show_rows(title: str, rows: Iterable[Row], columns: Mapping[str, Column[Row]]) -> None:
@@ -196,11 +190,21 @@ def show_rows(title: str, rows: Iterable[Row], columns: Mapping[str, Column[Row]
     Args:
         title: Stands above it.
         rows: What each row is of.
-        columns: Under each heading what it holds of a row, and where that is a number or an interval the form in which
-            it is written, ``+.1f`` for intervals unless said.
+        columns: Under each heading what it holds of a row: a function, or names of fields such as ``score.mean``; and
+            where that is a number or an interval the form in which it is written, ``+.1f`` for intervals unless said.
     """
     taken = [column if isinstance(column, tuple) else (column, "+.1f") for column in columns.values()]
-    print_table(title, tuple(columns), [tuple(cell(of(row), form) for of, form in taken) for row in rows])
+    cells = [tuple(cell(_held(row, what), form) for what, form in taken) for row in rows]
+    print_table(title, tuple(columns), cells)
+
+
+def _held(row: Row, what: What[Row]) -> Any:
+    if not isinstance(what, str):
+        return what(row)
+    found: Any = row
+    for name in what.split("."):
+        found = found[name] if isinstance(found, Mapping) else getattr(found, name)
+    return found
 
 
 def cell(value: Any, form: str = "+.1f") -> str:
@@ -244,11 +248,11 @@ def interval_text(found: Any, form: str = "+.1f", noun: str | None = "question")
 
 
 READINGS: Mapping[str, Column[Any]] = {
-    "trait": lambda reading: reading.trait,
-    "layer": lambda reading: reading.layer,
-    "tokens": lambda reading: reading.tokens,
-    "before it": (lambda reading: reading.prompt_last, "+.2f"),
-    "mean": (lambda reading: reading.mean, "+.2f"),
-    "highest": (lambda reading: reading.highest, "+.2f"),
+    "trait": "trait",
+    "layer": "layer",
+    "tokens": "tokens",
+    "before it": ("prompt_last", "+.2f"),
+    "mean": ("mean", "+.2f"),
+    "highest": ("highest", "+.2f"),
 }
 """What is said of a turn of a conversation."""

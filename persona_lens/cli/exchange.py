@@ -8,8 +8,7 @@ from typing import Annotated
 from persona_lens.cli import options
 from persona_lens.cli.display import say
 from persona_lens.cli.runner import deliver
-from persona_lens.cli.settings import Option, argument
-from persona_lens.cli.values import layer_numbers
+from persona_lens.cli.settings import Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
 
 FORMATS = "reference, assistant-axis, steering-vectors, gguf, npz or npy"
@@ -34,10 +33,9 @@ def export_command(
 
     Example: `persona-lens vectors export runs/optimistic --to gguf --layer 18 --out optimistic.gguf`
     """
-    from persona_lens.vectors import load_vectors
     from persona_lens.vectors.formats import Chosen, export_vectors
 
-    loaded = load_vectors(vectors)
+    loaded = options.open_vectors(vectors)
     chosen = tuple(layer_numbers(layers, loaded.model.n_layers)) if layers is not None else None
     files, notes = export_vectors(loaded, to, out, Chosen(chosen, reduction))
     written = [str(file) for file in files]
@@ -68,14 +66,13 @@ def import_command(
         like: They belong to the model of these.
         keep_last_row: Of reference files: take the last row, which is after the final norm there.
     """
-    from persona_lens.vectors import load_vectors
     from persona_lens.vectors.formats import Stated, import_vectors
 
     if model is not None and like is not None:
         raise PersonaLensError("--model and --like name the model both; give one of them")
     if not file.exists():
         raise PersonaLensError(f"{file} does not exist")
-    info = load_vectors(like).model if like is not None else None
+    info = options.open_vectors(like).model if like is not None else None
     if model is not None:
         info = opening.open(model).info
     found = import_vectors(file, Stated(info, trait, reduction, keep_last_row))
@@ -96,10 +93,9 @@ def push_command(
 
     Example: `persona-lens vectors push runs/tuned-optimistic me/optimistic-smollm2 --licence mit`
     """
-    from persona_lens.vectors import load_vectors
     from persona_lens.vectors.hub import push_vectors
 
-    pushed = push_vectors(load_vectors(vectors), repo, licence=licence, private=private)
+    pushed = push_vectors(options.open_vectors(vectors), repo, licence=licence, private=private)
     say(pushed.place if pushed.commit is None else f"{pushed.place} (commit {pushed.commit})")
 
 

@@ -1,4 +1,4 @@
-"""``persona-lens extract`` and ``responses``: a model and a trait become persona vectors."""
+"""``persona-lens extract``, ``responses`` and ``demo``: a model and a trait become persona vectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import judges, options
-from persona_lens.cli.display import print_table, say, show_rows, showing_progress
+from persona_lens.cli.display import (
+    interval_text,
+    print_table,
+    quiet_libraries,
+    say,
+    say_json,
+    show_rows,
+    showing_progress,
+)
 from persona_lens.cli.runner import Job, Run, Session, deliver, show_work
 from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.core.errors import PersonaLensError
@@ -63,21 +71,12 @@ def extract(
     from persona_lens.extraction import extraction_work, run_extraction
 
     _check_given(context)
-    loaded = options.open_trait(trait, traits_dir or ())
-    settings: ExtractionSettings = given.make()
+    loaded = options.open_trait(trait, traits_dir)
+    settings = given.make()
     job = Job(
-        lambda at: run_extraction(
-            at.backend,
-            loaded,
-            at.kept,
-            settings=settings,
-            judge=at.judge,
-            chat=at.chat,
-            responses=at.read,
-            progress=at.shown,
-        ),
+        lambda at: run_extraction(at.backend, loaded, settings=settings, responses=at.read, **at.given),
         lambda found, at: _show(found.summary, at.kept),
-        lambda at: extraction_work(at.backend, loaded, settings, at.chat, at.judge, at.read),
+        lambda at: extraction_work(at.backend, loaded, settings, given=at.read, **at.asked),
         traits=loaded,
         name=loaded.name,
         previews=lambda at: _previews(at, loaded, settings),
@@ -146,14 +145,14 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
             "Layers whose vector separates held-out questions best",
             best,
             {
-                "layer": lambda row: row["layer"],
+                "layer": "layer",
                 "norm": (lambda row: summary["norms"]["response_mean"][row["layer"]], ".1f"),
-                "d'": (lambda row: row["d_prime"], ".2f"),
-                "AUC": (lambda row: row["auc"], ".3f"),
+                "d'": ("d_prime", ".2f"),
+                "AUC": ("auc", ".3f"),
                 "d' and AUC that 19 of 20 random directions stay below": (
                     lambda row: f"{row['random_d_prime']:.2f}, {row['random_auc']:.3f}"
                 ),
-                "better": lambda row: row["better"],
+                "better": "better",
             },
         )
     else:
@@ -200,9 +199,9 @@ def responses(
     from persona_lens.extraction import plan_requests
     from persona_lens.extraction.external import generate_responses
 
-    settings: ExtractionSettings = given.make()
+    settings = given.make()
     sampling = settings.rollouts
-    loaded = options.open_trait(trait, traits_dir or ())
+    loaded = options.open_trait(trait, traits_dir)
     requests = plan_requests(loaded, settings)
     server = judges.open_server(
         server_model,
@@ -262,3 +261,38 @@ def _reading(trait: str, out: Path, questions: int, traits_dirs: Sequence[Path])
     words += ["--questions", str(questions)] if questions != ALL_QUESTIONS else []
     words += [word for folder in traits_dirs for word in ("--traits-dir", str(folder))]
     return shlex.join(words)
+
+
+def demo(
+    out: Annotated[Path, Option("Folder for all results; kept and resumed.")] = Path("demo-run"),
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show a persona vector at work: extract "optimistic" from the embedded model, steer with it, write a report.
+
+    Takes some minutes on two cores. Stopped and started again, it goes on where it was.
+
+    Example: `persona-lens demo --out demo-run`
+    """
+    from persona_lens.models import resolve
+    from persona_lens.reports.demo import DemoSettings, run_demo
+    from persona_lens.reports.page import headline
+
+    quiet_libraries()
+    settings = DemoSettings(seed=seed)
+    with showing_progress(of_bytes=True) as progress:
+        resolve(settings.model, progress=progress)
+    with showing_progress() as progress:
+        summary = run_demo(out, settings, progress)
+    if as_json:
+        say_json(summary)
+        return
+    found = summary["steering"]["effect"]
+    say(
+        f"Steering along {summary['trait']['name']!r} at layer {found['layer']} of {summary['model']['model']}, from "
+        f"{found['low']:+g} to {found['high']:+g}, moves the score by "
+        f"{interval_text(found['vector'], '.1f')}; random directions of the same norm: "
+        f"{interval_text(found['random'], '.1f')}."
+    )
+    say(headline(found, summary["steering"]["questions"]).title)
+    say(f"report: {out / 'report.html'}")

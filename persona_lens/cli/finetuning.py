@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import persona_lens
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import (
     interval_text,
@@ -28,8 +29,6 @@ from persona_lens.core.text import counted
 if TYPE_CHECKING:
     from persona_lens.finetuning import FinetuneConfig, Finetuned
     from persona_lens.finetuning.outcomes import TreatmentSettings
-    from persona_lens.finetuning.shift import ShiftSettings
-    from persona_lens.finetuning.study import FinetuneStudySettings
     from persona_lens.vectors import PersonaVectors
 
 
@@ -93,7 +92,7 @@ def finetune_command(
     from persona_lens.finetuning import finetune
 
     chosen = open_config(config, given.chosen(), {"every": watch_every, "stop_above": stop_above})
-    loaded = options.open_vectors(vectors or ())
+    loaded = [options.open_vectors(each) for each in vectors or ()]
     if loaded and chosen.method in ("plain",) and chosen.watch.every is None:
         raise PersonaLensError("--vectors are for --edits, --method prompted or --watch-every; none of them is given")
     folder = out or options.run_folder(f"finetuned-{chosen.method}", model)
@@ -202,7 +201,7 @@ def finetune_study_command(
     side: Side = None,
     out: Annotated[options.Out, Option(shown="runs/finetune-study-TRAIT-MODEL")] = None,
     device: options.Device = "auto",
-    judge: judges.JudgeName = "likelihood",
+    judge: judges.JudgeName = judges.LIKELIHOOD,
     as_json: options.AsJson = False,
     *,
     judging: judges.JudgeOptions,
@@ -216,27 +215,27 @@ def finetune_study_command(
     Example: `persona-lens finetune-study smollm2-135m impolite.jsonl runs/impolite-smollm2-135m --layer 9
     --coefficient 4`
     """
-    from persona_lens import __version__
     from persona_lens.finetuning.study import finetune_study
     from persona_lens.reports.finetuning import render_finetuning
-    from persona_lens.vectors import load_vectors
 
-    loaded = load_vectors(vectors)
+    loaded = options.open_vectors(vectors)
     treatments, place = treated.open(loaded)
-    settings: FinetuneStudySettings = given.make(treatments=treatments, layer=place)
+    settings = given.make(treatments=treatments, layer=place)
     chosen = open_config(config, {}, {})
     folder = out or options.run_folder(f"finetune-study-{loaded.trait}", model)
     quiet_libraries()
-    judging.refuse_useless(judge)
-    scoring = None
-    if judge != judges.LIKELIHOOD:
-        scoring = judging.open_alone(judge, loaded.trait_definition, settings.dtype, device)
+    if judge == judges.LIKELIHOOD:
+        judging.refuse_useless(judge)
+        scoring = None  # the study makes this one itself
+    else:
+        opening = options.ModelOptions(dtype=settings.dtype, device=device)
+        scoring = judging.open(judge, loaded.trait_definition, opening)
     read: dict[str, Any] = {"held_out": held_out or (), "side": side, "device": device}
     with judges.saying_spending(scoring), showing_progress() as progress:
         found = finetune_study(
             model, data, loaded, settings, chosen, folder=folder, judge=scoring, progress=progress, **read
         )
-    write_report(folder / REPORT, render_finetuning(found.summary, __version__))
+    write_report(folder / REPORT, render_finetuning(found.summary, persona_lens.__version__))
     deliver({"folder": str(folder), **found.summary}, lambda: _show_finetune_study(found.summary, folder), as_json)
 
 
@@ -293,13 +292,11 @@ def shift_command(
 
     if run.opening.remote:
         raise PersonaLensError("shift runs on this machine: a server cannot be given finetuned models")
-    loaded = options.open_vectors([vectors, *(more or ())])
-    if len({each.trait for each in loaded}) < len(loaded):
-        raise PersonaLensError("two vectors are of the same trait; give each trait once")
+    loaded = list(options.open_by_trait([vectors, *(more or ())]).values())
     models = {name: partial(run.opening.open, model) for name, model in _names(finetuned).items()}
-    settings: ShiftSettings = given.make(loaded[0].model.n_layers)
+    settings = given.make(loaded[0].model.n_layers)
     job = Job(
-        lambda at: measure_shifts(at.backend, models, loaded, settings, **at.given_each),
+        lambda at: measure_shifts(at.backend, models, loaded, settings, **at.given),
         lambda found, _: _show_shift(found.summary),
         traits={each.trait: each.trait_definition for each in loaded} if settings.scores else None,
     )

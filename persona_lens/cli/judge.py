@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import persona_lens
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import interval_text, number, print_table, say, showing_progress
 from persona_lens.cli.runner import deliver, show_work, write_report
@@ -46,9 +47,8 @@ def sample(
         column: Column of the scores to draw by.
     """
     from persona_lens.judging.agreement import read_scored, write_blinded
-    from persona_lens.traits import load_trait
 
-    loaded = load_trait(trait, traits_dir or ()) if trait is not None else None
+    loaded = options.open_trait(trait, traits_dir) if trait is not None else None
     responses = read_scored(source, column=column, scores_required=column is not None)
     if all(each.score is None for each in responses):
         options.say_notes([f"{source} has no scores to draw by, so all responses are equally likely"])
@@ -64,11 +64,10 @@ def score(
     judge: Annotated[str, Option("`openai:MODEL`, `local:MODEL` or `likelihood:VECTORS`.")],
     trait: Annotated[str, Option("The trait that is scored.")],
     out: Annotated[Path, Option("The scores; it must not be there.", metavar="FILE.jsonl")],
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
     dry_run: Annotated[bool, Option("Ask nothing: say what it would take.")] = False,
     traits_dir: options.TraitsDirs = None,
     *,
+    opening: options.Placement,
     judging: judges.JudgeOptions,
 ) -> None:
     """Have responses scored by a judge, whatever scores they have.
@@ -82,10 +81,9 @@ def score(
     from persona_lens.judging import Exchange, judging_work
     from persona_lens.judging.agreement import read_scored
     from persona_lens.judging.agreement.sources import judge_scored
-    from persona_lens.traits import load_trait
 
     responses = read_scored(source, scores_required=False)
-    opened = judging.open_alone(judge, load_trait(trait, traits_dir or ()), dtype, device)
+    opened = judging.open(judge, options.open_trait(trait, traits_dir), opening)
     if dry_run:
         unique = {each.id: Exchange(each.question, each.response) for each in responses}
         show_work(judging_work(opened, list(unique.values())), as_json=False)
@@ -105,12 +103,11 @@ def compare(
     second_column: str | None = None,
     report: Annotated[Path | None, Option("Also write a report.", metavar="FILE.html")] = None,
     trait: str | None = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
     traits_dir: options.TraitsDirs = None,
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
     *,
+    opening: options.Placement,
     judging: judges.JudgeOptions,
 ) -> None:
     """See how far two judges agree on the responses that both of them scored.
@@ -128,12 +125,10 @@ def compare(
         second_column: Column of SECOND's scores.
         trait: The trait that a judge scores now.
     """
-    from persona_lens import __version__
     from persona_lens.judging.agreement import compare as compare_scores
     from persona_lens.judging.agreement import read_scored
     from persona_lens.judging.agreement.sources import judge_scored
     from persona_lens.reports.agreement import render_agreement
-    from persona_lens.traits import load_trait
 
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
         raise PersonaLensError(f"--report writes a page, so its file must end in .html; got {report}")
@@ -141,7 +136,7 @@ def compare(
     if second.startswith(JUDGES):
         if trait is None:
             raise PersonaLensError(f"{second} needs to know what to score: name the trait (--trait)")
-        judge = judging.open_alone(second, load_trait(trait, traits_dir or ()), dtype, device)
+        judge = judging.open(second, options.open_trait(trait, traits_dir), opening)
         with judges.saying_spending(judge), showing_progress() as progress:
             others = judge_scored(judge, scores, progress=progress)
     else:
@@ -152,7 +147,7 @@ def compare(
     names = (_name(first, first_column), _name(second, second_column))
     found = compare_scores(scores, others, names=names, seed=seed)
     if report is not None:
-        write_report(report, render_agreement(found, __version__))
+        write_report(report, render_agreement(found, persona_lens.__version__))
     deliver(found.to_json(), lambda: _show(found), as_json)
     if report is not None:
         say(f"report: {report}", err=True)

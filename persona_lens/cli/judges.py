@@ -7,19 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+from persona_lens.cli import options
 from persona_lens.cli.display import say
-from persona_lens.cli.options import open_chat, open_model
-from persona_lens.cli.settings import Option, given_options
-from persona_lens.cli.values import choice, numbers
+from persona_lens.cli.settings import Option, choice, given_options, numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.judging import Judge
-    from persona_lens.judging.registry import Judging
     from persona_lens.models import ChatFormat
     from persona_lens.models.server import CompletionServer
     from persona_lens.traits import Trait
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 LIKELIHOOD = "likelihood"
 
 JudgeName = Annotated[
-    str,
+    str | None,
     Option(
         "Who scores: `likelihood` (the model itself, a proxy), `openai:MODEL` on any OpenAI-compatible server, "
         "`local` (the model reads the rubric) or `local:MODEL`."
@@ -66,56 +64,54 @@ class JudgeOptions:
     judge_model: Annotated[str | None, Option(metavar="MODEL")] = None
 
     def open(
-        self, judge: str, trait: Trait, backend: Backend, chat: ChatFormat, dtype: str, device: str
-    ) -> Judge | None:
-        """The judge of a command that has a subject model; None is the likelihood judge, which the engine makes itself.
+        self,
+        judge: str | None,
+        traits: Trait | Mapping[str, Trait],
+        opening: options.ModelOptions,
+        subject: tuple[Backend, ChatFormat] | None = None,
+    ) -> Any:
+        """The judge of a trait, or those of several by their names, which share a server and its limit, or a model.
+
+        Args:
+            judge: Which, as it is written; None for none.
+            traits: What is judged.
+            opening: Says the dtype and the device of a judge that runs here.
+            subject: The model whose responses are judged; None where there are only responses.
 
         Raises:
             PersonaLensError: If there is no such judge, or an option is given that it has no use for.
+
+        Returns:
+            None for none, and for the likelihood judge of a run, which the engine makes itself.
         """
-        makes = self._opened(judge, (backend, chat), dtype, device)
-        return None if makes is None else makes(trait)
+        from persona_lens.judging import Method
+        from persona_lens.judging.registry import Opening, find_judge
 
-    def open_each(
-        self, judge: str, traits: Mapping[str, Trait], backend: Backend, chat: ChatFormat, dtype: str, device: str
-    ) -> dict[str, Judge] | None:
-        """As `open`, a judge for each trait by its name; they share a server and its spending limit, or a model."""
-        makes = self._opened(judge, (backend, chat), dtype, device)
-        return None if makes is None else {name: makes(trait) for name, trait in traits.items()}
-
-    def open_alone(self, judge: str, trait: Trait, dtype: str, device: str) -> Judge:
-        """The judge where there is no subject model: ``openai:MODEL``, ``local:MODEL`` or ``likelihood:VECTORS``.
-
-        Raises:
-            PersonaLensError: If there is no such judge, or an option is given that it has no use for.
-        """
-        makes = self._opened(judge, None, dtype, device)
-        assert makes is not None  # only where a run calibrates the likelihood judge itself
-        return makes(trait)
+        if judge is None:
+            self.refuse_useless("none")
+            return None
+        spec = find_judge(judge, alone=subject is None)
+        self.refuse_useless(judge)
+        opening = options.ModelOptions(dtype=opening.dtype, device=opening.device)
+        makes = spec.open(
+            Opening(
+                judge.partition(":")[2],
+                subject,
+                model=lambda model: options.Subject(model, opening=opening).open(),
+                server=self._server,
+                calibrated=lambda path: partial(_likelihood, Path(path), self.judge_model, opening),
+                options={**vars(self), "judge_method": choice(Method, self.judge_method or "auto", "--judge-method")},
+            )
+        )
+        if makes is None:
+            return None
+        return {name: makes(each) for name, each in traits.items()} if isinstance(traits, Mapping) else makes(traits)
 
     def refuse_useless(self, judge: str) -> None:
         """Raise an error for options that this judge has no use for."""
         from persona_lens.judging.registry import refuse_useless
 
         refuse_useless(given_options(self), judge)
-
-    def _opened(
-        self, judge: str, subject: tuple[Backend, ChatFormat] | None, dtype: str, device: str
-    ) -> Judging | None:
-        from persona_lens.judging import Method
-        from persona_lens.judging.registry import Opening, find_judge
-
-        spec = find_judge(judge, alone=subject is None)
-        self.refuse_useless(judge)
-        opening = Opening(
-            judge.partition(":")[2],
-            subject,
-            model=lambda model: _model_and_chat(model, dtype, device),
-            server=self._server,
-            calibrated=lambda path: partial(_likelihood, Path(path), self.judge_model, dtype=dtype, device=device),
-            options={**vars(self), "judge_method": choice(Method, self.judge_method or "auto", "--judge-method")},
-        )
-        return spec.open(opening)
 
     def _server(self, model: str) -> CompletionServer:
         return open_server(
@@ -155,10 +151,15 @@ def open_server(
 
 
 @contextmanager
-def saying_spending(judge: Judge | None) -> Iterator[None]:
-    """Say at the end of the work, or where it stops, what a judge's server was asked; nothing for other judges."""
+def saying_spending(judging: Any) -> Iterator[None]:
+    """Say at the end of the work, or where it stops, what the server of a judge, or of several, was asked, if any was.
+
+    Args:
+        judging: A judge, or judges of one server by their traits, or None.
+    """
     from persona_lens.judging import LLMJudge
 
+    judge = next(iter(judging.values()), None) if isinstance(judging, Mapping) else judging
     try:
         yield
     finally:
@@ -177,16 +178,15 @@ def say_usage(server: CompletionServer, label: str) -> None:
     )
 
 
-def _likelihood(vectors: Path, model: str | None, trait: Trait, dtype: str, device: str) -> Judge:
+def _likelihood(vectors: Path, model: str | None, opening: options.ModelOptions, trait: Trait) -> Judge:
     """The likelihood judge as it was calibrated when vectors were extracted."""
     from persona_lens.judging import LikelihoodJudge
-    from persona_lens.vectors import load_vectors
 
-    loaded = load_vectors(vectors)
+    loaded = options.open_vectors(vectors)
     if loaded.trait_definition.content_hash() != trait.content_hash():
         raise PersonaLensError(f"{vectors} is for the trait {loaded.trait}, or for another version of {trait.name}")
     calibration = loaded.calibration
-    backend, chat = _model_and_chat(model or _place_of(loaded, vectors), dtype, device)
+    backend, chat = options.Subject(model or _place_of(loaded, vectors), opening=opening).open()
     loaded.check_model(backend, allowable=False)
     return LikelihoodJudge(backend, chat, trait, calibration)
 
@@ -203,11 +203,6 @@ def _place_of(vectors: PersonaVectors, path: Path) -> str:
             "here or beside the vectors; say where it is (--judge-model FOLDER)"
         )
     return str(found)
-
-
-def _model_and_chat(model: str, dtype: str, device: str) -> tuple[Backend, ChatFormat]:
-    backend = open_model(model, "transformers", revision=None, dtype=dtype, device=device)
-    return backend, open_chat(backend, None, False)
 
 
 def _numbers(text: str | None, option: str, allowed: tuple[int, ...]) -> list[float]:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_lens.cli.display import say
-from persona_lens.cli.settings import Option, argument
-from persona_lens.cli.values import layer_numbers
+from persona_lens.cli.display import quiet_libraries, say, show_status, showing_progress
+from persona_lens.cli.settings import Fields, Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import without_secrets
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.models import ChatFormat
-    from persona_lens.traits import Trait
+    from persona_lens.traits import Trait, TraitFile
     from persona_lens.vectors import PersonaVectors
 
 Model = Annotated[str, argument("MODEL", "Hub id, local folder, or the embedded `smollm2-135m`.")]
@@ -47,6 +46,9 @@ Out = Annotated[Path | None, Option("Run folder; kept and resumed.")]
 AsJson = Annotated[bool, Option("Write JSON to standard output.")]
 TraitsDirs = Annotated[list[Path] | None, Option("Another folder of trait files. Repeatable.", metavar="DIR")]
 System = Annotated[str | None, Option("System prompt.")]
+
+
+NOT_OF_BACKENDS = ("backend", "store_host", "chat_template", "thinking")
 
 
 @dataclass(frozen=True)
@@ -78,25 +80,42 @@ class ModelOptions:
     thinking: bool = False
 
     def open(self, model: str, *, offline: bool = False) -> Backend:
-        """Open the model; ``offline`` asks no server, for dry runs."""
-        return open_model(
-            model,
-            self.backend,
-            revision=self.revision,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            trust_remote_code=self.trust_remote_code,
-            remote=self.remote,
-            request_timeout=self.request_timeout,
-            requests_at_once=self.requests_at_once,
-            store_hosts=self.store_host,
-            offline=self.remote and offline,
-        )
+        """Open the model with only the options that were given, so that a backend without one of them can say so.
+
+        Args:
+            model: Its name.
+            offline: Ask no server, for dry runs.
+        """
+        from persona_lens.backend import open_backend
+        from persona_lens.models import resolve
+
+        quiet_libraries()
+        with showing_progress(of_bytes=True) as progress:
+            resolve(model, self.revision, progress=progress, weights=not self.remote)
+        given = {name: value for name, value in vars(self).items() if name not in NOT_OF_BACKENDS}
+        given |= {"store_hosts": self.store_host, "offline": self.remote and offline}
+        given |= {"on_status": show_status if self.remote else None}
+        kept = {name: value for name, value in given.items() if value not in (None, False, [])}
+        return open_backend(self.backend, model, **kept)
 
     def chat(self, backend: Backend) -> ChatFormat:
-        """The model's chat format."""
-        return open_chat(backend, self.chat_template, self.thinking)
+        """The model's chat format, with what is surprising about it said on standard error."""
+        from persona_lens.models import ChatFormat
+
+        template = self.chat_template
+        try:
+            text = template.read_text(encoding="utf-8") if template else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PersonaLensError(f"cannot read the chat template {template}: {error}") from error
+        chat = ChatFormat.from_tokenizer(backend.tokenizer, template=text, thinking=self.thinking)
+        say_notes(chat.notes)
+        return chat
+
+
+Placement = Annotated[
+    ModelOptions,
+    Fields(without=tuple(each.name for each in fields(ModelOptions) if each.name not in ("dtype", "device"))),
+]
 
 
 @dataclass(frozen=True)
@@ -119,56 +138,49 @@ class Subject:
         return backend, self.opening.chat(backend)
 
 
-def open_model(model: str, backend: str, *, revision: str | None, **given: object) -> Backend:
-    """Open a model with only the options that were given, so that a backend without one of them can say so."""
-    from persona_lens.backend import open_backend
-    from persona_lens.cli.display import quiet_libraries, show_status, showing_progress
-    from persona_lens.models import resolve
-
-    quiet_libraries()
-    with showing_progress(of_bytes=True) as progress:
-        resolve(model, revision, progress=progress, weights=not given.get("remote"))
-    options: dict[str, Any] = {"revision": revision, **given}
-    if given.get("remote"):
-        options["on_status"] = show_status
-    return open_backend(
-        backend, model, **{name: value for name, value in options.items() if value not in (None, False, [])}
-    )
-
-
-def open_chat(backend: Backend, template: Path | None, thinking: bool) -> ChatFormat:
-    """The model's chat format, with what is surprising about it said on standard error."""
-    from persona_lens.models import ChatFormat
-
-    try:
-        text = template.read_text(encoding="utf-8") if template else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PersonaLensError(f"cannot read the chat template {template}: {error}") from error
-    chat = ChatFormat.from_tokenizer(backend.tokenizer, template=text, thinking=thinking)
-    say_notes(chat.notes)
-    return chat
-
-
-def open_trait(trait: str, traits_dirs: Sequence[Path]) -> Trait:
+def open_trait(trait: str, traits_dirs: Sequence[Path] | None) -> Trait:
     """A trait by its name or path, with what is wrong with files of that name said on standard error."""
-    from persona_lens.traits import find_traits, is_path, load_trait
-
-    loaded = load_trait(trait, traits_dirs)
-    if not is_path(trait):
-        say_notes(find_traits(traits_dirs).warnings([trait]), "warning")
-    return loaded
+    return find_trait(trait, traits_dirs).read()
 
 
-def open_vectors(paths: Sequence[Path]) -> list[PersonaVectors]:
-    """Several vectors."""
+def find_trait(trait: str, traits_dirs: Sequence[Path] | None) -> TraitFile:
+    """As `open_trait`, the file that defines it."""
+    from persona_lens.traits import file_at, find_traits, is_path
+
+    if is_path(trait):
+        return file_at(trait)
+    catalogue = find_traits(traits_dirs or ())
+    file = catalogue.find(trait)
+    say_notes(catalogue.warnings([trait]), "warning")
+    return file
+
+
+def open_vectors(path: Path) -> PersonaVectors:
+    """The vectors in a file or a run folder."""
     from persona_lens.vectors import load_vectors
 
-    return [load_vectors(path) for path in paths]
+    return load_vectors(path)
+
+
+def open_by_trait(paths: Sequence[Path]) -> dict[str, PersonaVectors]:
+    """Several vectors by their traits.
+
+    Raises:
+        PersonaLensError: If two are of one trait.
+    """
+    found: dict[str, PersonaVectors] = {}
+    places: dict[str, Path] = {}
+    for path in paths:
+        each = open_vectors(path)
+        if each.trait in found:
+            raise PersonaLensError(f"{places[each.trait]} and {path} are both of {each.trait!r}; give each trait once")
+        found[each.trait], places[each.trait] = each, path
+    return found
 
 
 def open_layers(paths: Sequence[Path], layers: str | None) -> tuple[list[PersonaVectors], list[int] | None]:
     """Several vectors, and the layers of their model that were named, if any were."""
-    loaded = open_vectors(paths)
+    loaded = list(map(open_vectors, paths))
     return loaded, layer_numbers(layers, loaded[0].model.n_layers) if layers else None
 
 

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, say, show_rows
 from persona_lens.cli.runner import Job, Run, Session, deliver, say_traffic
-from persona_lens.cli.settings import Fields, Given, Option, argument
-from persona_lens.cli.values import whole_numbers
+from persona_lens.cli.settings import Fields, Given, Option, argument, whole_numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted, in_short
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.models import ChatFormat
-    from persona_lens.monitoring import MonitorCalibration, Study, StudySettings, Threshold
+    from persona_lens.monitoring import MonitorCalibration, Study, Threshold
     from persona_lens.vectors import PersonaVectors
 
 
@@ -50,12 +49,11 @@ def study_command(
     """
     from persona_lens.monitoring import Conditions, StudySettings, study, study_work
     from persona_lens.reports.study import render_study
-    from persona_lens.vectors import load_vectors
 
-    loaded = load_vectors(vectors)
-    asked = options.open_trait(trait, traits_dir or ()) if trait else loaded.trait_definition
+    loaded = options.open_vectors(vectors)
+    asked = options.open_trait(trait, traits_dir) if trait else loaded.trait_definition
     sampled: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
-    settings: StudySettings = given.make(
+    settings = given.make(
         loaded.model.n_layers,
         shots=whole_numbers(shots, "--shots") if shots is not None else StudySettings.shots,
         rollouts=replace(loaded.rollouts, **{name: each for name, each in sampled.items() if each is not None}),
@@ -67,10 +65,10 @@ def study_command(
     job = Job(
         lambda at: study(at.backend, loaded, settings, trait=asked, examples=source, **at.given),
         _show_study,
-        lambda at: study_work(at.backend, loaded, settings, at.chat, trait=asked, examples=source, judge=at.judge),
+        lambda at: study_work(at.backend, loaded, settings, trait=asked, examples=source, **at.asked),
         traits=asked,
-        name="study",
-        vectors=loaded,
+        name=f"study-{loaded.trait}",
+        model=loaded.model.model,
         page=render_study,
     )
     run.carry_out(job)
@@ -84,11 +82,11 @@ def _show_study(found: Study, _: Session) -> None:
         "Conditions: mean trait score of the replies, and mean projection of the prompts' last tokens",
         summary["conditions"],
         {
-            "condition": lambda each: each["name"],
-            "responses": lambda each: each["responses"],
-            "score": (lambda each: each["mean_score"], ".1f"),
+            "condition": "name",
+            "responses": "responses",
+            "score": ("mean_score", ".1f"),
             "show the trait": lambda each: None if each["shown"] is None else f"{100 * each['shown']:.0f}%",
-            f"projection, layer {summary['layer']}": (lambda each: each["mean_projection"], ".2f"),
+            f"projection, layer {summary['layer']}": ("mean_projection", ".2f"),
         },
     )
     for kind, group in summary["groups"].items():
@@ -96,7 +94,7 @@ def _show_study(found: Study, _: Session) -> None:
             f"Correlation of projection and score [95% interval], {kind}: {counted(group['prompts'], 'prompt')}",
             _shown_layers(group["layers"], {summary["layer"], summary["tuned_layer"]}),
             {
-                "layer": lambda row: row["layer"],
+                "layer": "layer",
                 "Pearson": lambda row: _measured(row["pearson"]),
                 "Spearman": lambda row: _measured(row["spearman"]),
                 "within conditions": lambda row: _measured(row["within_pearson"]),
@@ -147,7 +145,7 @@ def prompt_command(
     paths, text = _split(vectors, file)
     if file is not None and system is not None:
         raise PersonaLensError("--system goes with a message; conversations in --file bring their own")
-    loaded = options.open_vectors(list(map(Path, paths)))
+    loaded = [options.open_vectors(Path(path)) for path in paths]
     places = [_place(each, layer, reduction, false_alarm_rate) for each in loaded]
     opened, chat = subject.open()
     names, prompts = _prompts(chat, text, system, file)

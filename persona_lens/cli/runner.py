@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import persona_lens
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import console, print_table, say, say_json, showing_progress
 from persona_lens.core.errors import PersonaLensError
@@ -17,12 +18,10 @@ from persona_lens.core.text import counted, printable
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.core.progress import Progress
-    from persona_lens.judging import Judge
     from persona_lens.models import ChatFormat
     from persona_lens.runs.cost import Work
     from persona_lens.steering.preview import Preview
     from persona_lens.traits import Trait
-    from persona_lens.vectors import PersonaVectors
 
 Found = TypeVar("Found")
 REPORT = "report.html"  # in the folder of a run
@@ -36,8 +35,8 @@ class Session:
         backend: The model; only this holds it.
         chat: Its chat format.
         read: What the experiment read before anything ran.
-        judge: The judge of one trait; None for the likelihood judge, which the engine makes itself.
-        judges: Those of several traits, by name; None for likelihood judges.
+        judging: The ``judge`` of one trait, or the ``judges`` of several by name; None for likelihood judges, which the
+            engine makes itself.
         folder: Where the run is kept.
         progress: Shows how far it is.
     """
@@ -45,26 +44,19 @@ class Session:
     backend: Backend
     chat: ChatFormat
     read: Any = None
-    judge: Judge | None = None
-    judges: dict[str, Judge] | None = None
+    judging: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     progress: Progress | None = None
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What verbs of the library that count work take by name: the judge or judges, and the chat."""
+        return {**self.judging, "chat": self.chat}
+
+    @property
     def given(self) -> dict[str, Any]:
-        """What verbs of the library that judge one trait take by name: the folder, the judge, the chat, progress."""
-        return {"folder": self.folder, "judge": self.judge, "chat": self.chat, "progress": self.shown}
-
-    @property
-    def given_each(self) -> dict[str, Any]:
-        """The same for those that judge several."""
-        return {"folder": self.folder, "judges": self.judges, "chat": self.chat, "progress": self.shown}
-
-    @property
-    def shown(self) -> Progress:
-        """What shows how far it is, while it runs."""
-        assert self.progress is not None
-        return self.progress
+        """What those take that do it: the folder and progress too."""
+        return {**self.asked, "folder": self.folder, "progress": self.progress}
 
     @property
     def kept(self) -> Path:
@@ -84,10 +76,8 @@ class Job(Generic[Found]):
         summary: What was found, as JSON values.
         traits: What is judged: a trait, or several by name; None judges nothing.
         name: Of its folder, unless one was named; None keeps a run only in a folder that was named.
-        vectors: Whose trait and model are the rest of that name.
-        model: The model that is, where no vectors are; None is the one that was opened.
-        page: Makes a page of the summary and the version.
-        report: The page's file.
+        model: The rest of that name; None is the model that was opened.
+        page: Makes the report of the summary and the version.
         previews: What ``--preview`` shows.
         read: Reads what it needs besides, once the model is open.
     """
@@ -98,19 +88,10 @@ class Job(Generic[Found]):
     summary: Callable[[Found], Mapping[str, Any]] = operator.attrgetter("summary")
     traits: Trait | Mapping[str, Trait] | None = None
     name: str | None = None
-    vectors: PersonaVectors | None = None
     model: str | None = None
     page: Callable[[Any, str], str] | None = None
-    report: str = REPORT
     previews: Callable[[Session], Mapping[str, Preview]] | None = None
     read: Callable[[Session], Any] | None = None
-
-    def folder(self, at: Session) -> Path:
-        """Where the run is kept unless a folder was named."""
-        given = self.vectors
-        if given is None:
-            return options.run_folder(str(self.name), self.model or at.backend.info.model)
-        return options.run_folder(f"{self.name}-{given.trait}", given.model.model)
 
 
 @dataclass(frozen=True)
@@ -126,7 +107,7 @@ class Run(options.Subject):
 
     out: options.Out = None
     dry_run: options.DryRun = False
-    judge: judges.JudgeName = "likelihood"
+    judge: judges.JudgeName = judges.LIKELIHOOD
     judging: judges.JudgeOptions = field(default_factory=judges.JudgeOptions)
 
     def carry_out(self, job: Job[Found], *, preview: bool = False) -> None:
@@ -136,41 +117,32 @@ class Run(options.Subject):
         session = Session(*self.open(offline=self.dry_run or preview))
         session.folder = self.out
         if self.out is None and job.name is not None:
-            session.folder = job.folder(session)
+            session.folder = options.run_folder(job.name, job.model or session.backend.info.model)
         session.read = job.read(session) if job.read else None
         if preview and job.previews:
             show_previews(job.previews(session), self.as_json)
             return
-        self._open_judges(session, job.traits)
+        if job.traits is not None:
+            asked = self.judging.open(self.judge, job.traits, self.opening, (session.backend, session.chat))
+            session.judging = {"judges" if isinstance(job.traits, Mapping) else "judge": asked}
         if self.dry_run and job.work:
             show_work(job.work(session), self.as_json)
             return
         if self.opening.remote and job.work:
             say_plan(job.work(session))
-        scoring = session.judge or next(iter((session.judges or {}).values()), None)
-        with judges.saying_spending(scoring), showing_progress() as progress:
+        with judges.saying_spending(next(iter(session.judging.values()), None)), showing_progress() as progress:
             session.progress = progress
             found = job.run(session)
         say_traffic(session.backend)
         self._finish(job, found, session)
 
-    def _open_judges(self, session: Session, traits: Trait | Mapping[str, Trait] | None) -> None:
-        given = (session.backend, session.chat, self.opening.dtype, self.opening.device)
-        if isinstance(traits, Mapping):
-            session.judges = self.judging.open_each(self.judge, traits, *given)
-        elif traits is not None:
-            session.judge = self.judging.open(self.judge, traits, *given)
-
     def _finish(self, job: Job[Found], found: Found, session: Session) -> None:
-        folder = session.folder
-        from persona_lens import __version__
-
         summary = job.summary(found)
-        page = folder / job.report if job.page and folder else None
+        page = session.folder / REPORT if job.page and session.folder else None
         if job.page and page:
-            write_report(page, job.page(summary, __version__))
+            write_report(page, job.page(summary, persona_lens.__version__))
         if self.as_json:
-            say_json({"folder": str(folder), **summary} if job.name is not None else summary)
+            say_json({"folder": str(session.folder), **summary} if job.name is not None else summary)
         else:
             job.show(found, session)
         if page and not (self.as_json and job.name is not None):
@@ -208,9 +180,7 @@ def say_plan(work: Sequence[Work]) -> None:
     """Say on standard error what a run will send to a server; nothing for a model that is here."""
     planned = [each.traffic for each in work if each.traffic]
     if planned:
-        total = sum(planned[1:], planned[0])
-        up, down = total.bytes_up / 1e6, total.bytes_down / 1e6
-        say(f"plan: {counted(total.requests, 'request')}, {up:,.2f} MB up, at most {down:,.2f} MB down", err=True)
+        _say_moved("plan", sum(planned[1:], planned[0]), "at most ")
 
 
 def say_traffic(backend: Backend) -> None:
@@ -218,9 +188,12 @@ def say_traffic(backend: Backend) -> None:
     from persona_lens.backend.protocol import RemoteBackend
 
     if isinstance(backend, RemoteBackend):
-        made = backend.traffic
-        up, down = made.bytes_up / 1e6, made.bytes_down / 1e6
-        say(f"server: {counted(made.requests, 'request')}, {up:,.2f} MB up, {down:,.2f} MB down", err=True)
+        _say_moved("server", backend.traffic)
+
+
+def _say_moved(label: str, moved: Any, bound: str = "") -> None:
+    up, down = moved.bytes_up / 1e6, moved.bytes_down / 1e6
+    say(f"{label}: {counted(moved.requests, 'request')}, {up:,.2f} MB up, {bound}{down:,.2f} MB down", err=True)
 
 
 def show_work(work: Sequence[Work], as_json: bool, *, asked: str = "batches") -> None:

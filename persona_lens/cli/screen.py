@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +16,7 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.data.datasets import Dataset
-    from persona_lens.judging import Judge
-    from persona_lens.monitoring import Panel
-    from persona_lens.screening import Flagging, Screening, ScreeningSettings
+    from persona_lens.screening import LocalExecutor, RayExecutor, Screening
 
 
 @dataclass(frozen=True)
@@ -52,40 +51,20 @@ class DataOptions:
 
         if supplied and (self.also or self.reference):
             raise PersonaLensError("--base FILE goes with one dataset; with --also or --reference take --base generate")
-        read = {"form": self.form, "limit": self.limit, "base": supplied, "split": self.split}
-        read |= {"subset": self.subset, "side": self.side}
-        labels = {"label": self.label, "by": self.by}
-        screened = [open_dataset(name, **read, **labels) for name in (data, *(self.also or ()))]  # type: ignore[arg-type]
-        references = [open_dataset(name, **read) for name in self.reference or ()]  # type: ignore[arg-type]
+        read = partial(
+            open_dataset,
+            form=self.form,
+            limit=self.limit,
+            base=supplied,
+            split=self.split,
+            subset=self.subset,
+            side=self.side,
+        )
+        screened = [read(name, label=self.label, by=self.by) for name in (data, *(self.also or ()))]
+        references = [read(name) for name in self.reference or ()]
         for dataset in (*screened, *references):
             say(f"{dataset.name}: rows in the form {dataset.form}", err=True)
         return screened, references
-
-
-@dataclass(frozen=True)
-class JudgingOptions:
-    """The second opinion on what is flagged.
-
-    Attributes:
-        judge: A second opinion on flagged rows: `openai:MODEL`, `local` or `local:MODEL`.
-        judging: What else there is to say of the judge.
-    """
-
-    judge: str | None = None
-    judging: judges.JudgeOptions = field(default_factory=judges.JudgeOptions)
-
-    def open(self, at: Session, panel: Panel, opening: options.ModelOptions) -> dict[str, Judge] | None:
-        """A judge for each trait."""
-        if self.judge is None:
-            self.judging.refuse_useless("none")
-            return None
-        traits = {gauge.trait: gauge.vectors.trait_definition for gauge in panel.gauges}
-        found = self.judging.open_each(self.judge, traits, at.backend, at.chat, opening.dtype, opening.device)
-        if found is None:
-            raise PersonaLensError(
-                "the likelihood judge is the model itself; a second opinion is openai:MODEL or local:MODEL"
-            )
-        return found
 
 
 DATA = "A JSONL, CSV or Parquet file, a folder, OWNER/NAME on the Hugging Face hub, or `demonstration:impolite`."
@@ -106,14 +85,40 @@ FLAGGING = Fields(
 UNDECIDED = Option(metavar="interval|none|RATE")
 
 
+@dataclass(frozen=True)
+class ScreenRun(Run):
+    """How a screening is run.
+
+    Attributes:
+        judge: A second opinion on flagged rows: `openai:MODEL`, `local` or `local:MODEL`.
+    """
+
+    judge: str | None = None
+
+    def executor(self, ray: str | None, workers: int) -> LocalExecutor | RayExecutor:
+        """What runs the model: this process, or a Ray cluster at an address."""
+        from persona_lens.screening import LocalExecutor, OpenedBy, RayExecutor
+
+        opening = self.opening
+        if ray is None:
+            if workers:
+                raise PersonaLensError("--workers is for --ray; give an address, or `--ray local`")
+            return LocalExecutor()
+        if opening.remote:
+            raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
+        names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
+        kept = {name: value for name in names if (value := getattr(opening, name)) not in (None, False)}
+        template = opening.chat_template.read_text(encoding="utf-8") if opening.chat_template else None
+        return RayExecutor(ray, OpenedBy(self.model, opening.backend, kept, template, opening.thinking), workers)
+
+
 def screen(
-    run: Annotated[Run, Fields(without=("judge", "judging"), out=Option(shown="runs/screen-DATA-MODEL"))],
+    run: Annotated[ScreenRun, Fields(out=Option(shown="runs/screen-DATA-MODEL"))],
     data: Annotated[str, argument("DATA", DATA)],
     vectors: options.SeveralVectors,
     given: Annotated[Given, SETTINGS],
     flags: Annotated[Given, FLAGGING],
     reading: DataOptions,
-    second: JudgingOptions,
     base: Annotated[str, Option(metavar="none|generate|FILE")] = "none",
     undecided: Annotated[str, UNDECIDED] = "interval",
     layers: options.PanelLayers = None,
@@ -137,19 +142,33 @@ def screen(
     """
     from persona_lens.monitoring import Panel
     from persona_lens.reports.screening import render_screening
-    from persona_lens.screening import BaseResponses, screening_work
+    from persona_lens.screening import BaseResponses, KnownModel, screening_work
+    from persona_lens.screening import screen as run_screening
 
     supplied = None if base in ("none", "generate") else base
-    settings: ScreeningSettings = given.make(base=BaseResponses.SUPPLIED if supplied else BaseResponses(base))
-    flagging: Flagging = flags.make(undecided=_band(undecided))
-    if workers and ray is None:
-        raise PersonaLensError("--workers is for --ray; give an address, or `--ray local`")
+    settings = given.make(base=BaseResponses.SUPPLIED if supplied else BaseResponses(base))
+    flagging = flags.make(undecided=_band(undecided))
+    executor = run.executor(ray, workers)
+    if run.judge == judges.LIKELIHOOD:
+        raise PersonaLensError(
+            "the likelihood judge is the model itself; a second opinion is openai:MODEL or local:MODEL"
+        )
     datasets, references = reading.open(data, supplied)
     panel = Panel.of(*options.open_layers(vectors, layers))
+
+    def screened(at: Session) -> Screening:
+        if ray is not None:
+            at.backend = KnownModel.of(at.backend)  # the model itself is let go
+        read = {"reference": references, "flagging": flagging, "executor": executor}
+        found = run_screening(at.backend, datasets, panel, settings, **read, **at.given)
+        _say_course(found, at.kept)
+        return found
+
     job = Job(
-        lambda at: _screen(at, datasets, references, panel, settings, flagging, second, _Workers(run, ray, workers)),
+        screened,
         lambda found, _: _show(found.summary),
         lambda at: screening_work(at.backend, datasets, panel, settings, reference=references, chat=at.chat),
+        traits={gauge.trait: gauge.vectors.trait_definition for gauge in panel.gauges},
         name=f"screen-{datasets[0].source.stem}",
         model=panel.gauges[0].vectors.model.model,
         page=render_screening,
@@ -166,64 +185,6 @@ def _band(text: str) -> Any:
         return float(text)
     except ValueError:
         raise PersonaLensError(f"--undecided takes interval, none or a rate such as 0.1; got {text!r}") from None
-
-
-@dataclass(frozen=True)
-class _Workers:
-    """What runs the model."""
-
-    run: Run
-    ray: str | None
-    workers: int
-
-    def executor(self) -> Any:
-        from persona_lens.screening import LocalExecutor, OpenedBy, RayExecutor
-
-        opening = self.run.opening
-        if self.ray is None:
-            return LocalExecutor()
-        if opening.remote:
-            raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
-        names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
-        kept = {name: value for name in names if (value := getattr(opening, name)) not in (None, False)}
-        template = opening.chat_template.read_text(encoding="utf-8") if opening.chat_template else None
-        opened_by = OpenedBy(self.run.model, opening.backend, kept, template, opening.thinking)
-        return RayExecutor(self.ray, opened_by, self.workers)
-
-
-def _screen(
-    at: Session,
-    datasets: list[Dataset],
-    references: list[Dataset],
-    panel: Panel,
-    settings: ScreeningSettings,
-    flagging: Flagging,
-    second: JudgingOptions,
-    workers: _Workers,
-) -> Screening:
-    from persona_lens.screening import KnownModel
-    from persona_lens.screening import screen as run_screening
-
-    asked = second.open(at, panel, workers.run.opening)
-    executor = workers.executor()
-    if workers.ray is not None:
-        at.backend = KnownModel.of(at.backend)  # the model itself is let go
-    with judges.saying_spending(next(iter((asked or {}).values()), None)):
-        found = run_screening(
-            at.backend,
-            datasets,
-            panel,
-            settings,
-            folder=at.kept,
-            reference=references,
-            flagging=flagging,
-            judges=asked,
-            chat=at.chat,
-            executor=executor,
-            progress=at.shown,
-        )
-    _say_course(found, at.kept)
-    return found
 
 
 def _say_course(found: Screening, folder: Path) -> None:

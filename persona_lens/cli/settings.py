@@ -10,17 +10,20 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import StrEnum
 from fnmatch import fnmatch
 from functools import wraps
-from importlib import import_module
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from operator import itemgetter
+from pkgutil import resolve_name
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo
 
 from persona_lens.cli.sources import Field, documented, fields_of, prose
-from persona_lens.cli.values import choice, layer_numbers, numbers, whole_numbers
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import in_short
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,7 @@ class Given:
         Raises:
             PersonaLensError: If a value cannot be read, or the settings refuse it.
         """
-        module, _, name = self.source.partition(":")
-        return getattr(import_module(module), name)(**self.read(n_layers, (*known,)), **known)
+        return resolve_name(self.source)(**self.read(n_layers, (*known,)), **known)
 
     def read(self, n_layers: int | None = None, known: tuple[str, ...] = ()) -> dict[str, Any]:
         """The values that the settings take, by field; of settings in settings the settings."""
@@ -144,9 +146,61 @@ def _read(field: Field, value: Any, n_layers: int | None) -> Any:
     if field.kind == "whole numbers":
         return whole_numbers(value, option)
     if field.enumeration:
-        module, _, name = field.enumeration.partition(":")
-        return choice(getattr(import_module(module), name), value, option)
+        return choice(resolve_name(field.enumeration), value, option)
     return value
+
+
+Kind = TypeVar("Kind", bound=StrEnum)
+_LAYERS = re.compile(r"\s*([0-9]{1,15})(?:-([0-9]{1,15}))?\s*")
+
+
+def choice(kind: type[Kind], text: str, option: str) -> Kind:
+    """The member of an enumeration that an option names."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise PersonaLensError(f"{option} takes {', '.join(kind)}; got {text!r}") from None
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers in a comma-separated option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PersonaLensError(
+            f"{option} takes numbers with commas between them, such as 0.5,1,2; got {in_short(text)!r}"
+        ) from None
+
+
+def whole_numbers(text: str, option: str, most: int = 2**32) -> tuple[int, ...]:
+    """The whole numbers in a comma-separated option."""
+    found = numbers(text, option)
+    if not all(number.is_integer() and -most < number < most for number in found):
+        raise PersonaLensError(
+            f"{option} takes whole numbers with commas between them, such as 0,5,10; got {in_short(text)!r}"
+        )
+    return tuple(map(int, found))
+
+
+def layer_numbers(text: str, n_layers: int) -> list[int]:
+    """The layers in an option: ``18``, ``12,15,18``, ``10-20`` or ``all``.
+
+    Raises:
+        PersonaLensError: If it is none of these, or names a layer that the model does not have.
+    """
+    if text == "all":
+        return list(range(n_layers))
+    layers: set[int] = set()
+    for part in text.split(","):
+        found = _LAYERS.fullmatch(part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise PersonaLensError(f"--layers takes 18, 12,15,18, 10-20 or all; got {in_short(text)!r}")
+        if last >= n_layers:
+            outside = max(first, n_layers)
+            raise PersonaLensError(f"layer {outside} does not exist: the model has layers 0 to {n_layers - 1}")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
 
 
 LAYERS = "`18`, `12,15,18`, `10-20` or `all`"
@@ -168,18 +222,20 @@ PANELS = {
 """Where options stand in the help, by their parameters; others stand before these."""
 
 
+Build = Callable[[Mapping[str, Any]], Any]
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Let typer see every option of a command: its own, those of its dataclasses, and those of `Given` settings.
 
     The function is called with the dataclasses and the settings. Its docstring up to ``Args:`` is the help.
     """
-    parts = list(_parts(function))
-    taken = [parameter for _, _, parameters in parts for parameter in parameters]
+    build, taken = _taken(function, Fields())
     taken.sort(key=_is_option)
 
     @wraps(function)
     def run(**values: Any) -> None:
-        function(**{name: build(values) for name, build, _ in parts})
+        build(values)
 
     run.__doc__ = prose(function.__doc__)
     run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
@@ -187,73 +243,50 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-Build = Callable[[Mapping[str, Any]], Any]
-Part = tuple[str, Build, list[inspect.Parameter]]
-
-
-def _parts(of: Any, shown: Fields | None = None) -> Iterator[Part]:
-    """Each parameter of a function or field of a dataclass: its name, what makes its value, and its options."""
-    shown = shown or Fields()
+def _taken(of: Any, shown: Fields) -> tuple[Build, list[inspect.Parameter]]:
+    """What calls a function or a dataclass with what options say, and those options."""
     hints, texts = get_type_hints(of, include_extras=True), documented(of)
-    for name, default in _defaults(of):
+    builds: dict[str, Build] = {}
+    taken: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(of).parameters.items():
         if name in shown.without:
             continue
         kind, *said = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
-        inside = next((each for each in said if isinstance(each, Fields)), shown.inside())
+        own = (each for each in said if isinstance(each, Fields))
+        inside = next(own, shown.inside())
         if kind is Given:
-            yield _settings_part(name, inside)
+            builds[name], options = _settings(inside)
         elif is_dataclass(kind):
-            yield _group_part(name, kind, inside)
+            builds[name], options = _taken(kind, inside)
         elif kind is typer.Context:
-            parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind)
-            yield name, _value_of(name), [parameter]
+            builds[name], options = itemgetter(name), [parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=kind)]
         else:
             option = shown.changed.get(name, Option())
             for each in reversed([each for each in said if isinstance(each, Option)]):
                 option = option.over(each)
-            yield name, _value_of(name), [_parameter(name, kind, default, option, texts.get(name))]
+            builds[name] = itemgetter(name)
+            options = [_parameter(name, kind, parameter.default, option, texts.get(name))]
+        taken += options
+    return lambda values: of(**{name: build(values) for name, build in builds.items()}), taken
 
 
-def _defaults(of: Any) -> Iterator[tuple[str, Any]]:
-    if is_dataclass(of):
-        yield from (
-            (each.name, inspect.Parameter.empty if each.default is MISSING else each.default) for each in fields(of)
-        )
-    else:
-        yield from ((name, each.default) for name, each in inspect.signature(of).parameters.items())
-
-
-def _value_of(name: str) -> Build:
-    return lambda values: values[name]
-
-
-def _group_part(name: str, kind: Any, shown: Fields) -> Part:
-    parts = list(_parts(kind, shown))
-
-    def build(values: Mapping[str, Any]) -> Any:
-        return kind(**{field: inner(values) for field, inner, _ in parts})
-
-    return name, build, [parameter for _, _, parameters in parts for parameter in parameters]
-
-
-def _settings_part(name: str, shown: Fields) -> Part:
+def _settings(shown: Fields) -> tuple[Build, list[inspect.Parameter]]:
+    """What makes settings `Given` of what options say, and those options."""
     assert shown.source is not None
     source, found = shown.source, fields_of(shown.source, shown.without)
-
-    def flat(inside: tuple[Field, ...]) -> Iterator[Field]:
-        for field in inside:
-            yield from flat(field.fields) if field.inner else (field,)
-
-    parameters = []
-    for field in flat(found):
+    options = []
+    for field in _flat(found):
         default, option = field.default, shown.changed.get(field.name, Option())
         if shown.optional:
             option = option.over(Option(shown=None if default in (None, "") else str(default)))
             field, default = replace(field, type=field.type | None), None
-        option = option.over(Option(values=field.values))
-        parameters.append(_parameter(field.name, field.type, default, option, field.doc))
-    names = [parameter.name for parameter in parameters]
-    return name, lambda values: Given(source, {each: values[each] for each in names}, found), parameters
+        options.append(_parameter(field.name, field.type, default, option.over(Option(values=field.values)), field.doc))
+    return lambda values: Given(source, {each.name: values[each.name] for each in options}, found), options
+
+
+def _flat(fields: tuple[Field, ...]) -> Iterator[Field]:
+    for field in fields:
+        yield from _flat(field.fields) if field.inner else (field,)
 
 
 _NONE = re.compile(r"(?s)(.*?)[;.:,] (?:None|null) (?:for |takes |is )?(.*?)\.?")

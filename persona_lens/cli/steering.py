@@ -1,15 +1,15 @@
-"""``persona-lens steer sweep``, ``tune`` and ``compare``: what steering does to answers."""
+"""``persona-lens steer sweep``, ``tune``, ``compare`` and ``effects``: what steering does to answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.display import cell, interval_text, number, print_table, say, show_rows
-from persona_lens.cli.runner import Job, Run, Session
+from persona_lens.cli.runner import REPORT, Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.core.errors import PersonaLensError
@@ -17,7 +17,7 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.core.statistics import Estimate
-    from persona_lens.steering import ArmSettings, Steering, SweepRow, SweepSettings, TuneSettings, Tuning
+    from persona_lens.steering import Change, CrossEffects, Steering, SweepRow, SweepSettings, Tuning
     from persona_lens.steering.comparison import Comparison
     from persona_lens.steering.preview import Preview
     from persona_lens.vectors import PersonaVectors
@@ -38,10 +38,9 @@ def sweep_command(
     Example: `persona-lens steer sweep smollm2-135m runs/optimistic-smollm2-135m --layers 12,18`
     """
     from persona_lens.steering import sweep, sweep_work
-    from persona_lens.vectors import load_vectors
 
-    loaded = load_vectors(vectors)
-    settings: SweepSettings = given.make(loaded.model.n_layers)
+    loaded = options.open_vectors(vectors)
+    settings = given.make(loaded.model.n_layers)
 
     def previews(at: Session) -> dict[str, Preview]:
         if not allow_other_model:
@@ -51,7 +50,7 @@ def sweep_command(
     job = Job(
         lambda at: sweep(at.backend, loaded, settings, allow_other_model=allow_other_model, **at.given),
         lambda rows, _: _show_sweep(rows, settings),
-        lambda at: sweep_work(at.backend, loaded, settings, at.chat, judge=at.judge),
+        lambda at: sweep_work(at.backend, loaded, settings, **at.asked),
         summary=lambda rows: _summary(rows, settings),
         traits=loaded.trait_definition,
         previews=previews,
@@ -117,8 +116,8 @@ def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
         "Effect: score at the largest coefficient minus score at the smallest",
         [effect(rows, layer) for layer in settings.layers],
         {
-            "layer": lambda e: e.layer,
-            "vector": (lambda e: e.vector, ".1f"),
+            "layer": "layer",
+            "vector": ("vector", ".1f"),
             "random": (lambda e: e.random or "", ".1f"),
             "vector - random": (lambda e: e.difference or "", ".1f"),
             "verdict": lambda e: verdict_of(e.vector, e.difference),
@@ -152,10 +151,9 @@ def tune_command(
     from persona_lens.reports import render_tuning
     from persona_lens.steering import tune
     from persona_lens.steering.tuning import tune_work
-    from persona_lens.vectors import load_vectors
 
-    loaded = load_vectors(vectors)
-    settings: TuneSettings = given.make(loaded.model.n_layers)
+    loaded = options.open_vectors(vectors)
+    settings = given.make(loaded.model.n_layers)
     job = Job(
         lambda at: tune(
             at.backend,
@@ -166,10 +164,10 @@ def tune_command(
             **at.given,
         ),
         _show_tune,
-        lambda at: tune_work(at.backend, loaded, settings, at.chat, at.judge),
+        lambda at: tune_work(at.backend, loaded, settings, **at.asked),
         traits=loaded.trait_definition,
-        name="tuned",
-        vectors=loaded,
+        name=f"tuned-{loaded.trait}",
+        model=loaded.model.model,
         page=lambda summary, _: render_tuning(summary),
     )
     run.carry_out(job)
@@ -191,12 +189,12 @@ def _show_tune(found: Tuning, at: Session) -> None:
         "Change of the trait score [95% interval] on the questions searched",
         found.points,
         {
-            "layer": lambda point: point.place.layer,
+            "layer": "place.layer",
             "coefficient": lambda point: f"{point.place.coefficient:+g}",
-            "push": (lambda point: point.place.push, ".2f"),
+            "push": ("place.push", ".2f"),
             "change": lambda point: point.effect and point.effect.change,
             "random": lambda point: point.effect and point.effect.random,
-            "text holds": lambda point: point.coherent,
+            "text holds": "coherent",
         },
     )
     options.say_notes(found.summary["warnings"], "warning")
@@ -230,17 +228,16 @@ def compare_command(
     --edits "optimistic@all:increments(+1.5)"`
     """
     from persona_lens.steering.comparison import compare_steerings, comparison_work
-    from persona_lens.vectors import load_vectors
 
-    loaded = load_vectors(vectors)
+    loaded = options.open_vectors(vectors)
     arms = written.open(loaded)
     if not arms:
         raise PersonaLensError(f"name what to compare, such as --edits {loaded.trait}@18:+1.5; repeat it for more")
-    settings: ArmSettings = given.make()
+    settings = given.make()
     job = Job(
         lambda at: compare_steerings(at.backend, arms, loaded, settings, **at.given),
         _show_compare,
-        lambda at: comparison_work(at.backend, arms, loaded, settings, at.chat, at.judge),
+        lambda at: comparison_work(at.backend, arms, loaded, settings, **at.asked),
         traits=loaded.trait_definition,
     )
     run.carry_out(job)
@@ -271,3 +268,116 @@ def _show_compare(found: Comparison, _: Session) -> None:
     for name, effect in found.effects.items():
         if effect is None:
             say(f"warning: no response under {name} has a score", err=True)
+
+
+def effects_command(
+    run: Annotated[Run, Fields(out=Option(f"Run folder, kept and resumed, with {REPORT} in it."))],
+    vectors: options.SeveralVectors,
+    given: Annotated[Given, Fields("persona_lens.steering:CrossSettings", without=("layer",))],
+    layer: int | None = None,
+    coefficient: float | None = None,
+    edits: Annotated[list[str] | None, Option(metavar="EDITS")] = None,
+    read_layer: int | None = None,
+    allow_other_model: options.AllowOtherModel = False,
+) -> None:
+    """Steer along each trait, and measure all of them: what else moves?
+
+    Every steering answers the same held-out questions, beside random rotations of it. Each response is scored for every
+    trait, and projected on every vector, both as the steered model wrote it and as the unsteered model reads it.
+
+    Example: `persona-lens steer effects smollm2-135m runs/optimistic runs/impolite --layer 18 --coefficient 2 --out
+    runs/effects`
+
+    Args:
+        layer: Layer at which every trait is steered, with --coefficient; None for the tuned one.
+        coefficient: Multiple of the raw vector, for every trait; None for the tuned one.
+        edits: Steer so instead, such as `optimistic@18:+1.5`; each is a row of the matrix. Repeatable.
+        read_layer: Layer at which projections are read; None is where a trait is steered.
+    """
+    from persona_lens.reports.effects import render_effects
+    from persona_lens.steering import cross_effects, cross_work
+
+    loaded = options.open_by_trait(vectors)
+    steerings = _steerings(loaded, edits, layer, coefficient)
+    settings = given.make(layer=read_layer)
+    job = Job(
+        lambda at: cross_effects(
+            at.backend, steerings, loaded, settings, allow_other_model=allow_other_model, **at.given
+        ),
+        _show_effects,
+        lambda at: cross_work(at.backend, steerings, loaded, settings, **at.asked),
+        summary=lambda found: found.to_json(),
+        traits={name: each.trait_definition for name, each in loaded.items()},
+        page=render_effects,
+    )
+    run.carry_out(job)
+
+
+def _steerings(
+    loaded: dict[str, PersonaVectors], edits: Sequence[str] | None, layer: int | None, coefficient: float | None
+) -> dict[str, Steering]:
+    from persona_lens.backend import Operation
+    from persona_lens.steering import Steering
+    from persona_lens.steering.notation import Layers, Term
+
+    if edits:
+        if layer is not None or coefficient is not None:
+            raise PersonaLensError(
+                "--edits says the layer and the coefficient itself; leave out --layer and --coefficient"
+            )
+        if again := [text for text in edits if edits.count(text) > 1]:
+            raise PersonaLensError(f"--edits {again[0]!r} is given twice")
+        return {text: Steering.parse(text, loaded) for text in edits}
+    if layer is not None and coefficient is None:
+        raise PersonaLensError(
+            f"--layer {layer} needs a --coefficient too: the one that was tuned is for its own layer"
+        )
+    layers = None if layer is None else Layers(((layer, layer),))
+    operation = None if coefficient is None else Operation.ADD
+    return {
+        name: Steering((Term(name, layers, operation, coefficient),), {name: each}) for name, each in loaded.items()
+    }
+
+
+CHANGES = (
+    ("Change of the trait score, points", "+.1f", "score"),
+    (
+        "Change of the projection of the text, as the unsteered model reads it, in lengths of each vector",
+        "+.2f",
+        "text_projection",
+    ),
+    (
+        "The same in the steered model while it wrote: from the edited layer on this holds the edit itself",
+        "+.2f",
+        "steered_projection",
+    ),
+)
+
+
+def _show_effects(found: CrossEffects, _: Session) -> None:
+    names = [trait.name for trait in found.traits]
+    for title, form, change in CHANGES:
+        print_table(
+            f"{title} [95% interval over {counted(len(found.questions), 'question')}]",
+            ("steering", *(f"on {name}" for name in names)),
+            [
+                (steering, *(_cell(getattr(found.cell(steering, name), change), form) for name in names))
+                for steering in found.steerings
+            ],
+        )
+    say("* clear: the change and its difference from that of random directions lie on the same side of 0")
+    for title, form, strain in (
+        ("Change of surprise, nats a token: what it does to the text", "+.2f", found.surprise),
+        ("Change of coherence, points: what it does to the text", "+.1f", found.coherence),
+    ):
+        strained = {name: strain(name) for name in found.steerings}
+        if any(strained.values()):
+            print_table(title, ("steering", "change"), [(name, _cell(each, form)) for name, each in strained.items()])
+
+
+def _cell(change: Change | None, form: str) -> str:
+    if change is None:
+        return "-"
+    mean, _, interval = interval_text(change.vector, form).partition(" ")
+    first = f"{mean}{'*' if change.clear else ''} {interval}".rstrip()
+    return first if change.random is None else f"{first}\nrandom {interval_text(change.random, form).partition(' ')[0]}"

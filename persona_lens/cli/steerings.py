@@ -1,19 +1,23 @@
-"""Steerings on the command line: ``--edits`` and the vectors that they name, or one layer and its coefficients."""
+"""Steerings on the command line: ``--edits``, or one layer and its coefficients; and ``persona-lens generate``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from persona_lens.cli.settings import Option, given_options
-from persona_lens.cli.values import choice, numbers
+from persona_lens.cli import options
+from persona_lens.cli.display import console
+from persona_lens.cli.runner import deliver, say_traffic, show_previews
+from persona_lens.cli.settings import Option, argument, choice, given_options, numbers
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import printable
 
 if TYPE_CHECKING:
     from persona_lens.steering import Steering
-    from persona_lens.vectors import PersonaVectors, Tuned
+    from persona_lens.vectors import PersonaVectors
 
 # NAME=PATH, where NAME is what the notation takes for the name of a trait.
 RENAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)")
@@ -64,10 +68,8 @@ class SteeringOptions:
 
 def _read_vectors(given: str) -> tuple[str, PersonaVectors]:
     """Vectors and the name they go by, of ``PATH`` or ``NAME=PATH``."""
-    from persona_lens.vectors import load_vectors
-
     renamed = RENAMED.fullmatch(given)
-    loaded = load_vectors(renamed[2] if renamed else given)
+    loaded = options.open_vectors(Path(renamed[2] if renamed else given))
     return renamed[1] if renamed else loaded.trait, loaded
 
 
@@ -87,42 +89,36 @@ class LayerOptions:
     positions: str | None = None
     reduction: Annotated[str | None, Option(shown="the one that was tuned, or response_mean with --layer")] = None
 
-    def choice(self, vectors: PersonaVectors) -> Tuned:
-        """What to steer along, and how strongly, with what was tuned where no layer was given.
+    def open(self, vectors: PersonaVectors) -> dict[float, Steering | None]:
+        """The steerings by their coefficients, 0 among them, ascending; along what was tuned where no layer was given.
 
         Raises:
             PersonaLensError: If no layer was given, and none was tuned.
         """
-        from persona_lens.vectors import DEFAULT_REDUCTION, Tuned
+        from persona_lens.backend import Operation, Positions
+        from persona_lens.steering import Steering
+        from persona_lens.steering.notation import Layers, Term
+        from persona_lens.vectors import Tuned
 
         if self.layer is not None:
-            return Tuned(self.layer, 0.0, self.reduction or DEFAULT_REDUCTION)
-        if vectors.tuned is None:
+            chosen, written = Tuned(self.layer, 0.0), COEFFICIENTS
+        elif vectors.tuned is not None:
+            chosen, written = vectors.tuned, repr(vectors.tuned.coefficient)
+        else:
             raise PersonaLensError(
                 f"no layer was tuned for the vectors of {vectors.trait!r}; give one with --layer, write --edits "
                 f"'{vectors.trait}@LAYER:+1.5', or take the vectors that `persona-lens steer tune` wrote"
             )
-        return Tuned(vectors.tuned.layer, vectors.tuned.coefficient, self.reduction or vectors.tuned.reduction)
-
-    def open(self, vectors: PersonaVectors) -> dict[float, Steering | None]:
-        """The steerings by their coefficients, 0 among them, ascending."""
-        from persona_lens.backend import Operation, Positions
-        from persona_lens.steering import Steering
-        from persona_lens.steering.notation import Layers, Term
-
-        chosen = self.choice(vectors)
-        wanted = choice(Positions, self.positions or Positions.ALL, "--positions")
-        written = self.coefficients
-        if written is None:
-            written = COEFFICIENTS if self.layer is not None else repr(chosen.coefficient)
+        reduction = self.reduction or chosen.reduction
+        positions = choice(Positions, self.positions or Positions.ALL, "--positions")
 
         def steering(coefficient: float) -> Steering:
             layers = Layers(((chosen.layer, chosen.layer),))
-            term = Term(vectors.trait, layers, Operation.ADD, coefficient, reduction=chosen.reduction, positions=wanted)
+            term = Term(vectors.trait, layers, Operation.ADD, coefficient, reduction=reduction, positions=positions)
             return Steering((term,), {vectors.trait: vectors})
 
-        strengths = sorted({0.0, *numbers(written, "--coefficients")})
-        return {strength: steering(strength) if strength else None for strength in strengths}
+        strengths = {0.0, *numbers(written if self.coefficients is None else self.coefficients, "--coefficients")}
+        return {strength: steering(strength) if strength else None for strength in sorted(strengths)}
 
 
 @dataclass(frozen=True)
@@ -157,3 +153,76 @@ def candidates(vectors: PersonaVectors, written: SteeringOptions, one_layer: Lay
         Candidate(f"{vectors.trait} {strength:+g}" if strength else "unsteered", each, strength)
         for strength, each in one_layer.open(vectors).items()
     ]
+
+
+def generate(
+    subject: options.Subject,
+    vectors: options.Vectors,
+    prompt: Annotated[str, argument("PROMPT", "What to ask.")],
+    written: SteeringOptions,
+    one_layer: LayerOptions,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 100,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    preview: options.Preview = False,
+    allow_other_model: options.AllowOtherModel = False,
+) -> None:
+    """Answer a prompt with and without steering, side by side.
+
+    Examples:
+    `persona-lens generate smollm2-135m runs/optimistic-smollm2-135m "How will my exam go?" --layer 18`
+
+    `persona-lens generate smollm2-135m runs/optimistic-smollm2-135m "How will my exam go?"
+    --edits "optimistic@18:+1.5, evil@all:ablate" --with runs/evil-smollm2-135m --preview`
+    """
+    from persona_lens.steering import steered_replies
+    from persona_lens.steering.preview import preview_tokens
+
+    shown = candidates(options.open_vectors(vectors), written, one_layer)
+    backend, chat = subject.open(offline=preview)
+    steerings = {each.title: each.steering for each in shown if each.steering is not None}
+    for steering in steerings.values() if not allow_other_model else ():
+        steering.check_model(backend)
+    if preview:
+        ids = chat.encode(system, prompt)
+        previews = {
+            title: preview_tokens(backend, ids, max_new_tokens, edits=each) for title, each in steerings.items()
+        }
+        show_previews(previews, subject.as_json)
+        return
+    answers = steered_replies(
+        backend,
+        prompt,
+        [each.steering for each in shown],
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        allow_other_model=True,  # it was asked above
+    )
+    say_traffic(backend)
+    rows = [
+        {"edits": each.steering and str(each.steering), "coefficient": each.coefficient, "response": answer}
+        for each, answer in zip(shown, answers, strict=True)
+    ]
+    deliver({"prompt": prompt, "responses": rows}, lambda: _show(shown, answers), subject.as_json)
+
+
+def _show(shown: Sequence[Candidate], answers: Sequence[str]) -> None:
+    from rich.columns import Columns
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    screen = console()
+    width = max(30, screen.width // len(answers) - 2)
+    whole = all(len(each.title) <= width - 6 for each in shown)  # a title that is cut may lose what tells it apart
+    panels = [
+        Panel(Text(printable(answer)), title=Text(printable(each.title)), width=width)
+        if whole
+        else Panel(Group(Text(printable(each.title), style="bold"), Text(), Text(printable(answer))), width=width)
+        for each, answer in zip(shown, answers, strict=True)
+    ]
+    screen.print(Columns(panels))

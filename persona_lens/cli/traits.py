@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persona_lens.cli import options
-from persona_lens.cli.authoring import Order, Place, author_trait, show_plan, write_new
+from persona_lens.cli.authoring import AuthorOptions, author_trait, show_plan, write_new
 from persona_lens.cli.display import print_plain_table, say, say_json
 from persona_lens.cli.settings import Option, argument, given_options
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.traits import Catalogue, Problem, Report, Trait, TraitFile
+    from persona_lens.traits import Report, Trait, TraitFile
 
 CHECKED = argument("[TRAIT]...", "Names, or paths of YAML files; every trait if none.")
 TraitsDirs = Annotated[
@@ -51,7 +50,7 @@ def list_traits(traits_dir: TraitsDirs = None, as_json: options.AsJson = False) 
     for _, _, error in loaded:
         if error:
             say(f"error: {error}", err=True)
-    _warn(catalogue)
+    options.say_notes(catalogue.warnings(), "warning")
 
 
 def show(trait: options.TraitName, traits_dir: TraitsDirs = None, as_json: options.AsJson = False) -> None:
@@ -61,7 +60,7 @@ def show(trait: options.TraitName, traits_dir: TraitsDirs = None, as_json: optio
     """
     from persona_lens.traits.rendering import page
 
-    file = _resolve(trait, traits_dir)
+    file = options.find_trait(trait, traits_dir)
     content = file.read()
     if as_json:
         say_json(
@@ -76,7 +75,7 @@ def path(trait: options.TraitName, traits_dir: TraitsDirs = None) -> None:
 
     Example: `cp "$(persona-lens traits path optimistic)" my-traits/`
     """
-    say(_resolve(trait, traits_dir).path)
+    say(options.find_trait(trait, traits_dir).path)
 
 
 def check(
@@ -99,11 +98,11 @@ def check(
     from persona_lens.traits import check_deeply, check_file, check_trait, find_traits
 
     if traits:
-        files = [_resolve(trait, traits_dir) for trait in traits]
+        files = [options.find_trait(trait, traits_dir) for trait in traits]
     else:
         catalogue = find_traits(traits_dir or ())
         files = list(catalogue.files)
-        _warn(catalogue)
+        options.say_notes(catalogue.warnings(), "warning")
     reports = [check_file(file, check_deeply if deep else check_trait) for file in files]
     failed = [report for report in reports if report.errors or (strict and report.warnings)]
     if as_json:
@@ -119,14 +118,10 @@ def new(
     name: Annotated[str, argument("NAME", "The new trait's name, such as grumpy.")],
     description: str = "",
     folder: Annotated[Path, Option(names=("--dir",), metavar="DIR")] = Path("traits"),
-    author_model: Annotated[str | None, Option(metavar="MODEL")] = None,
-    seed: int | None = None,
-    temperature: float | None = None,
-    max_new_tokens: int | None = None,
+    *,
+    authored: AuthorOptions,
     dry_run: Annotated[bool, Option("Only say how many requests it would take.")] = False,
     as_json: options.AsJson = False,
-    *,
-    place: Place,
 ) -> None:
     """Begin a trait file, NAME.yaml: a commented template, or what an author model writes.
 
@@ -138,19 +133,11 @@ def new(
     Args:
         description: What the trait is.
         folder: The folder to write to.
-        author_model: Let a model write it: `openai:NAME` on any OpenAI-compatible server, or a model that runs here.
-        seed: Of the author model; None for 0.
-        temperature: Of the author model, 0 is greedy; None for 0.8.
-        max_new_tokens: Limit of each of its replies; None for 1500.
     """
-    if author_model is not None:
-        sampling = _sampling(temperature, max_new_tokens)
-        order = Order(name, description, folder, author_model, seed or 0, *sampling, place)
-        show_plan(order, as_json) if dry_run else author_trait(order, as_json)
+    if authored.author_model is not None:
+        show_plan(name, authored, as_json) if dry_run else author_trait(name, description, folder, authored, as_json)
         return
-    sampled = {"--seed": seed, "--temperature": temperature, "--max-new-tokens": max_new_tokens}
-    useless = [name for name, given in {**sampled, "--dry-run": dry_run or None}.items() if given is not None]
-    if useless := [*useless, *given_options(place)]:
+    if useless := [*given_options(authored), *(["--dry-run"] if dry_run else [])]:
         raise PersonaLensError(f"{useless[0]} is for a trait that a model writes: give --author-model too")
     from persona_lens.traits import find_traits, trait_template
 
@@ -182,27 +169,6 @@ def schema() -> None:
     say_json(json_schema(), indent=2)
 
 
-def _sampling(temperature: float | None, max_new_tokens: int | None) -> tuple[float, int]:
-    from persona_lens.traits.generate.authors import MAX_NEW_TOKENS, TEMPERATURE
-
-    if temperature is not None and not 0 <= temperature < math.inf:
-        raise PersonaLensError(f"--temperature must be 0 or more; got {temperature}")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise PersonaLensError(f"--max-new-tokens must be 1 or more; got {max_new_tokens}")
-    return TEMPERATURE if temperature is None else temperature, max_new_tokens or MAX_NEW_TOKENS
-
-
-def _resolve(trait: str, traits_dir: Sequence[Path] | None) -> TraitFile:
-    from persona_lens.traits import file_at, find_traits, is_path
-
-    if is_path(trait):
-        return file_at(trait)
-    catalogue = find_traits(traits_dir or ())
-    file = catalogue.find(trait)
-    _warn(catalogue, [trait])
-    return file
-
-
 def _is_searched(folder: Path) -> bool:
     from persona_lens.traits import user_folder
 
@@ -220,8 +186,7 @@ def _read(file: TraitFile) -> tuple[Trait | None, str]:
 
 def _summary(trait: Trait | None, error: str) -> str:
     if trait is None:
-        count = len(error.splitlines())
-        return f"broken: {count} {'problem' if count == 1 else 'problems'}"
+        return f"broken: {counted(len(error.splitlines()), 'problem')}"
     return f"{trait.adjectives.positive} / {trait.adjectives.negative}"
 
 
@@ -238,23 +203,13 @@ def _listed(file: TraitFile, trait: Trait | None, error: str) -> dict[str, Any]:
 
 
 def _reported(report: Report) -> dict[str, Any]:
-    def items(problems: Sequence[Problem]) -> list[dict[str, Any]]:
-        return [{"line": p.line, "field": p.field, "message": p.message} for p in problems]
-
-    return {
-        "name": report.name,
-        "path": report.path,
-        "errors": items(report.errors),
-        "warnings": items(report.warnings),
-    }
+    found = {"errors": report.errors, "warnings": report.warnings}
+    listed = {name: [each.to_json() for each in problems] for name, problems in found.items()}
+    return {"name": report.name, "path": report.path, **listed}
 
 
 def _verdict(report: Report) -> str:
     if not report.problems:
         return f"{report.name}: ok"
     counts = [(len(report.errors), "error"), (len(report.warnings), "warning")]
-    return f"{report.name}: " + ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
-
-
-def _warn(catalogue: Catalogue, names: Sequence[str] | None = None) -> None:
-    options.say_notes(catalogue.warnings(names), "warning")
+    return f"{report.name}: " + ", ".join(counted(n, word) for n, word in counts if n)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, number, print_table, say, say_json, show_rows
 from persona_lens.cli.runner import deliver
-from persona_lens.cli.settings import Option, argument
-from persona_lens.cli.values import layer_numbers
+from persona_lens.cli.settings import Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted, printable
 
@@ -27,9 +26,7 @@ def show(vectors: options.Vectors, as_json: options.AsJson = False) -> None:
 
     Example: `persona-lens vectors show runs/optimistic-smollm2-135m`
     """
-    from persona_lens.vectors import load_vectors
-
-    loaded = load_vectors(vectors)
+    loaded = options.open_vectors(vectors)
     found = _content(loaded)
     if as_json:
         say_json(found)
@@ -159,10 +156,9 @@ def layers_command(
 
     Example: `persona-lens vectors layers runs/optimistic --layers 8,12,16,20`
     """
-    from persona_lens.vectors import load_vectors
     from persona_lens.vectors.geometry import layer_cosines
 
-    loaded = load_vectors(vectors)
+    loaded = options.open_vectors(vectors)
     chosen = layer_numbers(shown.layers, loaded.model.n_layers)
     matrix = layer_cosines(loaded, shown.reduction)[chosen][:, chosen].tolist()
     cosines = [[value if isfinite(value) else None for value in row] for row in matrix]
@@ -221,10 +217,11 @@ def agree_command(
     Args:
         allow_other_model: Compare two models, such as a model and its finetuned copy.
     """
-    from persona_lens.vectors import load_vectors
     from persona_lens.vectors.geometry import CHANCE, likeness
 
-    found = likeness(load_vectors(one), load_vectors(other), shown.reduction, allow_other_model=allow_other_model)
+    found = likeness(
+        options.open_vectors(one), options.open_vectors(other), shown.reduction, allow_other_model=allow_other_model
+    )
     chosen = layer_numbers(shown.layers, len(found.cosines))
     written = found.to_json()
     picked = {name: [written[name][at] for at in chosen] for name in ("cosines", "lengths")}
@@ -264,10 +261,10 @@ def halves_command(
     written = found.to_json()
     title = f"{counted(found.questions, 'question')}, {counted(found.splits, 'split')} into halves"
     columns: Mapping[str, Column[Any]] = {
-        "layer": lambda row: row.layer,
-        "halves": (lambda row: row.halves, COSINE),
-        "95% of swapped arms: within": (lambda row: row.null, ".3f"),
-        "the whole vector": (lambda row: row.whole.mean, COSINE),
+        "layer": "layer",
+        "halves": ("halves", COSINE),
+        "95% of swapped arms: within": ("null", ".3f"),
+        "the whole vector": ("whole.mean", COSINE),
         "95% interval": lambda row: f"{number(row.whole.low, COSINE)} to {number(row.whole.high, COSINE)}",
     }
     deliver(
@@ -279,7 +276,7 @@ def halves_command(
 
 def _named(paths: Sequence[Path]) -> dict[str, PersonaVectors]:
     """Vectors by their trait, or by their path where two are of one trait."""
-    loaded = options.open_vectors(paths)
+    loaded = [options.open_vectors(path) for path in paths]
     names = [each.trait for each in loaded]
     return {
         each.trait if names.count(each.trait) == 1 else str(path): each

@@ -65,6 +65,10 @@ class Problem:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         return ": ".join(part for part in (place, self.field, self.message) if part)
 
+    def to_json(self) -> dict[str, int | str | None]:
+        """Where in its file it is, and what it says."""
+        return {"line": self.line, "field": self.field, "message": self.message}
+
 
 class TraitError(PersonaLensError):
     """A trait could not be found, read or accepted.

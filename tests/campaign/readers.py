@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from persona_lens.analysis.examples import read_corpus
 from persona_lens.analysis.features import FileDecoder
-from persona_lens.cli.values import layer_numbers, numbers
+from persona_lens.cli.settings import layer_numbers, numbers
 from persona_lens.core.documents import save_tensors
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.datasets import open_dataset

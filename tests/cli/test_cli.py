@@ -24,7 +24,7 @@ from persona_lens.backend import wrap_model
 from persona_lens.cli import app
 from persona_lens.cli.commands import COMMANDS as ALL
 from persona_lens.cli.commands import Group
-from persona_lens.cli.values import layer_numbers, numbers
+from persona_lens.cli.settings import layer_numbers, numbers
 from persona_lens.models.chat import chat_format
 from persona_lens.steering import Steering, steered_replies
 from persona_lens.steering.preview import preview_tokens

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from persona_lens.backend import Positions, Schedule, Span
 from persona_lens.cli import app
-from persona_lens.cli.values import layer_numbers
+from persona_lens.cli.settings import layer_numbers
 from persona_lens.core.documents import DocumentError, parse_json, parse_yaml, save_tensors
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import shown

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from persona_lens.cli.judges import JudgeOptions
+from persona_lens.cli.options import ModelOptions
 from persona_lens.judging import Exchange, JudgingError, judging_work
 from persona_lens.judging.registry import JUDGES
 from persona_lens.models.chat import chat_format
@@ -53,9 +54,9 @@ def test_it_is_opened_by_its_name_beside_a_model_and_alone() -> None:
     here = tiny_backend("transformers")
     chat = chat_format(here)
     opened = [
-        options.open("length:8", trait, here, chat, "auto", "auto"),
-        options.open_alone("length:8", trait, "auto", "auto"),
-        *(options.open_each("length:8", {"optimistic": trait}, here, chat, "auto", "auto") or {}).values(),
+        options.open("length:8", trait, ModelOptions(), (here, chat)),
+        options.open("length:8", trait, ModelOptions()),
+        *options.open("length:8", {"optimistic": trait}, ModelOptions(), (here, chat)).values(),
     ]
     for judge in opened:
         assert judge is not None
@@ -72,8 +73,8 @@ def test_what_is_wrong_with_it_is_said() -> None:
         ("broken:1", "judge broken cannot be loaded: its entry point .* is a type, not a JudgeSpec"),
     ):
         with pytest.raises(JudgingError, match=says):
-            JudgeOptions().open_alone(written, trait, "auto", "auto")
+            JudgeOptions().open(written, trait, ModelOptions())
     with pytest.raises(
         JudgingError, match="--judge-prefill: only for --judge local or local:MODEL, this is 'length:8'"
     ):
-        JudgeOptions(judge_prefill="Score: ").open_alone("length:8", trait, "auto", "auto")
+        JudgeOptions(judge_prefill="Score: ").open("length:8", trait, ModelOptions())

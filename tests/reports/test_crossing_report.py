@@ -18,6 +18,7 @@ from persona_lens import PersonaLensError
 from persona_lens.backend import wrap_model
 from persona_lens.cli import app
 from persona_lens.cli.judges import JudgeOptions
+from persona_lens.cli.options import ModelOptions
 from persona_lens.judging import Calibration, LLMJudge, LocalJudge
 from persona_lens.reports.effects import headline, render_effects
 from persona_lens.traits import load_trait
@@ -216,7 +217,7 @@ def test_effects_from_the_command_line_to_the_page(model: Path, files: dict[str,
     assert [s["text"] for s in found["steerings"]] == ["optimistic@1:+2", "impolite@1:+2"]
     assert [t["layer"] for t in found["traits"]] == [1, 1]
     assert len(found["cells"]) == 4
-    html = (out / "effects.html").read_text(encoding="utf-8")
+    html = (out / "report.html").read_text(encoding="utf-8")
     assert Page(html).text.count("optimistic @1:+2") == 3
     shown = ok(*command, "--random-directions", "1", "--out", str(out))
     mean = found["cells"][1]["score"]["vector"]["mean"]
@@ -269,16 +270,16 @@ def test_judges_of_several_traits_share_a_server_and_a_model(model: Path) -> Non
 
     chat = chat_format(backend)
     server = JudgeOptions(judge_url="http://127.0.0.1:9/v1", judge_key="HOME", prices="1,1", max_spend=1.0)
-    asked = server.open_each("openai:m", traits, backend, chat, "auto", "auto")
+    asked = server.open("openai:m", traits, ModelOptions(), (backend, chat))
     assert asked is not None
     llm = [judge for judge in asked.values() if isinstance(judge, LLMJudge)]
     assert [judge.trait.name for judge in llm] == list(TRAITS)
     assert len({id(judge.server) for judge in llm}) == 1  # one spending limit for all
-    local = JudgeOptions(judge_prefill="Score: ").open_each("local", traits, backend, chat, "auto", "auto")
+    local = JudgeOptions(judge_prefill="Score: ").open("local", traits, ModelOptions(), (backend, chat))
     assert local is not None
     assert all(isinstance(judge, LocalJudge) and judge.prefill == "Score: " for judge in local.values())
     assert [judge.describe()["trait"] for judge in local.values()] == [t.content_hash() for t in traits.values()]
-    assert JudgeOptions().open_each("likelihood", traits, backend, chat, "auto", "auto") is None
+    assert JudgeOptions().open("likelihood", traits, ModelOptions(), (backend, chat)) is None
 
 
 def test_vectors_show(files: dict[str, str]) -> None:
