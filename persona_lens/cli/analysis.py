@@ -16,10 +16,7 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_text
 
 if TYPE_CHECKING:
-    from persona_lens.analysis.attribution import Attribution
     from persona_lens.analysis.dissection import Dissection
-    from persona_lens.analysis.logit_lens import LogitLens
-    from persona_lens.backend import Backend
 
 
 PROMPTS = 8  # of the trait's questions, for the scale of the final norm
@@ -56,7 +53,15 @@ def lens_command(
     opened, chat = subject.open()
     prompts = [chat.encode(None, question) for question in trait.evaluation_questions[:PROMPTS]]
     found = logit_lens(opened, loaded, chosen, prompts, top=top, reduction=reduction)
-    deliver(found.to_json(), lambda: _show_lens(found), subject.as_json)
+    columns: Mapping[str, Column[Any]] = {
+        "layer": "layer",
+        "promoted": lambda each: " ".join(repr(token.text) for token in each.promoted),
+        "suppressed": lambda each: " ".join(repr(token.text) for token in each.suppressed),
+        "strongest": lambda each: f"{each.promoted[0].shift:+.2f}, {each.suppressed[0].shift:+.2f}",
+        "random": lambda each: f"±{each.random_most:.2f} (up to {each.random_limit:.2f})",
+    }
+    title = f"What the {reduction} vectors of {loaded.trait} do to logits (norm held at {found.scale:.3g})"
+    deliver(found.to_json(), lambda: show_rows(title, found.layers, columns), subject.as_json)
 
 
 def attribute_command(
@@ -91,43 +96,28 @@ def attribute_command(
     opened, chat = subject.open()
     ids = [*chat.encode(system, prompt), *(chat.encode_answer(response) if response else [])]
     found = attribute(opened, loaded, at, ids, reduction=reduction, heads=heads)
-    summary = {"trait": loaded.trait, "reduction": reduction, **found.to_json()}
-    deliver(summary, lambda: _show_attribution(found, opened, loaded.trait, top), subject.as_json)
-
-
-def _show_lens(found: LogitLens) -> None:
-    show_rows(
-        f"What the {found.reduction} vectors of {found.trait} do to logits (norm held at {found.scale:.3g})",
-        found.layers,
-        {
-            "layer": "layer",
-            "promoted": lambda each: " ".join(repr(token.text) for token in each.promoted),
-            "suppressed": lambda each: " ".join(repr(token.text) for token in each.suppressed),
-            "strongest": lambda each: f"{each.promoted[0].shift:+.2f}, {each.suppressed[0].shift:+.2f}",
-            "random": lambda each: f"±{each.random_most:.2f} (up to {each.random_limit:.2f})",
-        },
-    )
-
-
-def _show_attribution(found: Attribution, backend: Backend, trait: str, top: int) -> None:
-    token = str(backend.tokenizer.decode([found.ids[-1]]))
     total = float(found.projection[-1])
-    show_rows(
-        f"Projection of {token!r} on {trait} after layer {found.layer}: {total:+.3f}",
-        found.strongest(count=top),
-        {
-            "written by": str,
-            "projection": (lambda each: float(each.values[-1]), "+.3f"),
-            "share": lambda each: f"{100 * float(each.values[-1]) / total:+.0f}%" if total else None,
-        },
-    )
-    if found.heads:
-        strongest = sorted(found.heads, key=lambda each: -abs(float(each.values[-1])))[:top]
-        print_table("Heads", ("head", "projection"), [(str(h), f"{float(h.values[-1]):+.3f}") for h in strongest])
-    say(
-        f"all {len(found.parts)} parts sum to it but for {float(found.remainder[-1]):+.2g}, which is rounding in "
-        f"{backend.info.dtype}"
-    )
+
+    def show() -> None:
+        token = str(opened.tokenizer.decode([found.ids[-1]]))
+        show_rows(
+            f"Projection of {token!r} on {loaded.trait} after layer {at}: {total:+.3f}",
+            found.strongest(count=top),
+            {
+                "written by": str,
+                "projection": (lambda each: float(each.values[-1]), "+.3f"),
+                "share": lambda each: f"{100 * float(each.values[-1]) / total:+.0f}%" if total else None,
+            },
+        )
+        if found.heads:
+            strongest = sorted(found.heads, key=lambda each: -abs(float(each.values[-1])))[:top]
+            print_table("Heads", ("head", "projection"), [(str(h), f"{float(h.values[-1]):+.3f}") for h in strongest])
+        say(
+            f"all {len(found.parts)} parts sum to it but for {float(found.remainder[-1]):+.2g}, which is rounding in "
+            f"{opened.info.dtype}"
+        )
+
+    deliver({"trait": loaded.trait, "reduction": reduction, **found.to_json()}, show, subject.as_json)
 
 
 def dissect(
@@ -163,17 +153,9 @@ def dissect(
     texts = read_corpus(corpus, limit=max_texts) if corpus else []
     settings = given.make()
     asked = loaded.trait_definition if settings.steered else None
+    own: dict[str, Any] = {"corpus": texts, "trait": asked, "allow_other_model": allow_other_model}
     job = Job(
-        lambda at: run_dissection(
-            at.backend,
-            loaded,
-            features,
-            settings,
-            corpus=texts,
-            trait=asked,
-            allow_other_model=allow_other_model,
-            **at.given,
-        ),
+        lambda at: run_dissection(at.backend, loaded, features, settings, **own, **at.given),
         _show,
         lambda at: dissection_work(at.backend, loaded, features, settings, **at.asked),
         name=f"dissect-{loaded.trait}",

@@ -109,7 +109,6 @@ def show_plan(name: str, authored: AuthorOptions, as_json: bool) -> None:
     from persona_lens.traits.rendering import check_name
 
     check_name(name)
-    authored.check()
     steps = plan()
     least, most = sum(step.at_least for step in steps), sum(step.at_most for step in steps)
     found = {"model": authored.author_model, "steps": [asdict(step) for step in steps]}
@@ -126,7 +125,6 @@ def author_trait(name: str, description: str, folder: Path, authored: AuthorOpti
     from persona_lens.traits.generate import AuthoringError, load_draft, new_draft, written_text
 
     new_draft(name, description, {})  # what is wrong with these is said before a model is opened
-    authored.check()
     target, unfinished = folder / f"{name}.yaml", folder / f"{name}.partial.json"
     if target.exists():
         raise RefusedError(f"{target} exists already: remove it, or choose another name or folder")

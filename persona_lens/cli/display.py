@@ -190,8 +190,8 @@ def show_rows(title: str, rows: Iterable[Row], columns: Mapping[str, Column[Row]
     Args:
         title: Stands above it.
         rows: What each row is of.
-        columns: Under each heading what it holds of a row: a function, or names of fields such as ``score.mean``; and
-            where that is a number or an interval the form in which it is written, ``+.1f`` for intervals unless said.
+        columns: Under each heading what it holds of a row: a function, or fields such as ``score.mean``. And where
+            that is a number or an interval, the form in which it is written, ``+.1f`` for intervals unless said.
     """
     taken = [column if isinstance(column, tuple) else (column, "+.1f") for column in columns.values()]
     cells = [tuple(cell(_held(row, what), form) for what, form in taken) for row in rows]
@@ -203,7 +203,8 @@ def _held(row: Row, what: What[Row]) -> Any:
         return what(row)
     found: Any = row
     for name in what.split("."):
-        found = found[name] if isinstance(found, Mapping) else getattr(found, name)
+        if found is not None:
+            found = found[name] if isinstance(found, Mapping) else getattr(found, name)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,18 +27,54 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.finetuning import FinetuneConfig, Finetuned
+    from persona_lens.finetuning import FinetuneConfig
     from persona_lens.finetuning.outcomes import TreatmentSettings
     from persona_lens.vectors import PersonaVectors
 
 
 CONVERSATIONS = "Conversations in any form that `screen` reads, `demonstration:impolite` among them, or plain text."
-Data = Annotated[str, argument("DATA", CONVERSATIONS)]
-ConfigFile = Annotated[
-    Path | None, Option("Settings as YAML; see `finetune --print-config`.", metavar="FILE", shown="the paper's")
-]
-HeldOut = Annotated[str | None, Option("Conversations whose loss is only measured.", metavar="DATA")]
-Side = Annotated[str | None, Option("Of preference pairs: `chosen` or `rejected`.")]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained on what, and where it is kept.
+
+    Attributes:
+        config: Settings as YAML; see `finetune --print-config`.
+        held_out: Conversations whose loss is only measured.
+        side: Of preference pairs: `chosen` or `rejected`.
+    """
+
+    model: options.Model
+    data: Annotated[str, argument("DATA", CONVERSATIONS)]
+    config: Annotated[Path | None, Option(metavar="FILE", shown="the paper's")] = None
+    held_out: Annotated[str | None, Option(metavar="DATA")] = None
+    side: str | None = None
+    device: options.Device = "auto"
+    out: options.Out = None
+    as_json: options.AsJson = False
+
+    def folder(self, what: str) -> Path:
+        """Where it is kept."""
+        return self.out or options.run_folder(what, self.model)
+
+    def read(self) -> dict[str, Any]:
+        """What verbs of the library take by name."""
+        return {"held_out": self.held_out or (), "side": self.side, "device": self.device}
+
+    def settings(self, given: Mapping[str, Any], watched: Mapping[str, Any]) -> FinetuneConfig:
+        """The configuration of the file with what was given on the command line in place of what it says."""
+        from persona_lens.finetuning import make_config
+        from persona_lens.finetuning.config import read_config
+
+        fields = {**(read_config(self.config) if self.config else {}), **given}
+        looks = {name: value for name, value in watched.items() if value is not None}
+        if looks:
+            own = fields.get("watch")
+            fields["watch"] = {**(own if isinstance(own, dict) else {}), **looks}
+        return make_config(fields, str(self.config) if self.config else "the settings")
+
+
 CONFIG = Fields(
     "persona_lens.finetuning.config:FinetuneConfig",
     without=("lora", "watch"),
@@ -58,19 +94,12 @@ def _print_config(asked: bool) -> None:
 
 
 def finetune_command(
-    model: options.Model,
-    data: Data,
+    training: Annotated[Training, Fields(out=Option(shown="runs/finetuned-METHOD-MODEL"))],
     given: Annotated[Given, CONFIG],
-    config: ConfigFile = None,
     vectors: Annotated[list[Path] | None, Option(metavar="PATH")] = None,
-    held_out: HeldOut = None,
     watch_every: int | None = None,
     stop_above: float | None = None,
-    side: Side = None,
-    device: options.Device = "auto",
-    out: Annotated[options.Out, Option(shown="runs/finetuned-METHOD-MODEL")] = None,
     print_config: Annotated[bool, Option(at_once=_print_config)] = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Finetune MODEL on DATA, with the loss on what the assistant says and the paper's settings as defaults.
 
@@ -91,48 +120,35 @@ def finetune_command(
     """
     from persona_lens.finetuning import finetune
 
-    chosen = open_config(config, given.chosen(), {"every": watch_every, "stop_above": stop_above})
+    chosen = training.settings(given.chosen(), {"every": watch_every, "stop_above": stop_above})
     loaded = [options.open_vectors(each) for each in vectors or ()]
     if loaded and chosen.method in ("plain",) and chosen.watch.every is None:
         raise PersonaLensError("--vectors are for --edits, --method prompted or --watch-every; none of them is given")
-    folder = out or options.run_folder(f"finetuned-{chosen.method}", model)
+    folder = training.folder(f"finetuned-{chosen.method}")
     quiet_libraries()
-    read: dict[str, Any] = {"held_out": held_out or (), "side": side, "device": device}
     with showing_progress() as progress:
-        found = finetune(model, data, folder, chosen, vectors=loaded, progress=progress, **read)
-    deliver({"folder": str(folder), **found.summary}, lambda: _show_finetune(found, folder), as_json)
+        found = finetune(
+            training.model, training.data, folder, chosen, vectors=loaded, progress=progress, **training.read()
+        )
 
+    def show() -> None:
+        summary, loss, counts = found.summary, found.summary["loss"], found.summary["data"]
+        say(
+            f"{summary['method']}: {counted(summary['steps'], 'step')} over {counted(counts['examples'], 'example')}, "
+            f"{counted(counts['learned_tokens'], 'token')} to learn"
+        )
+        lost = {"shortened": "cut at max_length", "dropped": "left out: nothing to learn in max_length"}
+        options.say_notes([f"{counts[name]} {text}" for name, text in lost.items() if counts[name]])
+        first, last, learned, unseen = (number(loss[name], ".3f") for name in ("first", "last", "learned", "unseen"))
+        say(
+            f"loss, nats a token: {first} at first, {last} in the last quarter; without edits {learned} on what was "
+            f"learned, {unseen} on held-out data"
+        )
+        if summary["stopped"]:
+            say(f"stopped: {summary['stopped']}")
+        say(f"{summary['trained']}: {found.folder}; take {folder} for the model")
 
-def open_config(file: Path | None, given: Mapping[str, Any], watched: Mapping[str, Any]) -> FinetuneConfig:
-    """The configuration of a file with what was given on the command line in place of what it says."""
-    from persona_lens.finetuning import make_config
-    from persona_lens.finetuning.config import read_config
-
-    fields = {**(read_config(file) if file else {}), **given}
-    looks = {name: value for name, value in watched.items() if value is not None}
-    if looks:
-        own = fields.get("watch")
-        fields["watch"] = {**(own if isinstance(own, dict) else {}), **looks}
-    return make_config(fields, str(file) if file else "the settings")
-
-
-def _show_finetune(found: Finetuned, folder: Path) -> None:
-    summary, loss = found.summary, found.summary["loss"]
-    counts = summary["data"]
-    say(
-        f"{summary['method']}: {counted(summary['steps'], 'step')} over {counted(counts['examples'], 'example')}, "
-        f"{counted(counts['learned_tokens'], 'token')} to learn"
-    )
-    lost = {"shortened": "cut at max_length", "dropped": "left out: nothing to learn in max_length"}
-    options.say_notes([f"{counts[name]} {text}" for name, text in lost.items() if counts[name]])
-    first, last, learned, unseen = (number(loss[name], ".3f") for name in ("first", "last", "learned", "unseen"))
-    say(
-        f"loss, nats a token: {first} at first, {last} in the last quarter; without edits {learned} on what was "
-        f"learned, {unseen} on held-out data"
-    )
-    if summary["stopped"]:
-        say(f"stopped: {summary['stopped']}")
-    say(f"{summary['trained']}: {found.folder}; take {folder} for the model")
+    deliver({"folder": str(folder), **found.summary}, show, training.as_json)
 
 
 LEFT_OUT = ("everywhere", "post-hoc", "caft", "regularised", "prompted", "random")
@@ -166,43 +182,34 @@ class TreatmentOptions:
 
     def open(self, vectors: PersonaVectors) -> tuple[TreatmentSettings, int]:
         """The treatments, and their layer."""
-        from dataclasses import replace
-
         from persona_lens.finetuning.outcomes import TreatmentSettings
 
         left = [each.strip() for each in self.without.split(",")] if self.without else []
         if unknown := [each for each in left if each not in LEFT_OUT]:
             raise PersonaLensError(f"--without takes {', '.join(LEFT_OUT)}; got {unknown[0]!r}")
-        tuned, place, strength = vectors.tuned, self.layer, self.coefficient
-        if tuned is None and (place is None or strength is None):
+        tuned, layer, coefficient = vectors.tuned, self.layer, self.coefficient
+        if tuned is not None:
+            layer = tuned.layer if layer is None else layer
+            coefficient = tuned.coefficient if coefficient is None else coefficient
+        if layer is None or coefficient is None:
             raise PersonaLensError(
                 f"no layer was tuned for the vectors of {vectors.trait!r}; give --layer and --coefficient"
             )
-        if tuned is not None:
-            place = tuned.layer if place is None else place
-            strength = tuned.coefficient if strength is None else strength
-        assert place is not None
-        assert strength is not None
-        made = TreatmentSettings.of(vectors, place, strength, strength if self.increments is None else self.increments)
+        made = TreatmentSettings.of(
+            vectors, layer, coefficient, coefficient if self.increments is None else self.increments
+        )
         gone: dict[str, Any] = {
             name.replace("-", "_"): False if name in ("prompted", "random") else None for name in left
         }
-        return replace(made, penalty=self.penalty, **gone), place
+        return replace(made, penalty=self.penalty, **gone), layer
 
 
 def finetune_study_command(
-    model: options.Model,
-    data: Data,
+    training: Annotated[Training, Fields(out=Option(shown="runs/finetune-study-TRAIT-MODEL"))],
     vectors: options.Vectors,
     given: Annotated[Given, SETTINGS],
     treated: TreatmentOptions,
-    config: ConfigFile = None,
-    held_out: HeldOut = None,
-    side: Side = None,
-    out: Annotated[options.Out, Option(shown="runs/finetune-study-TRAIT-MODEL")] = None,
-    device: options.Device = "auto",
     judge: judges.JudgeName = judges.LIKELIHOOD,
-    as_json: options.AsJson = False,
     *,
     judging: judges.JudgeOptions,
 ) -> None:
@@ -216,52 +223,46 @@ def finetune_study_command(
     --coefficient 4`
     """
     from persona_lens.finetuning.study import finetune_study
-    from persona_lens.reports.finetuning import render_finetuning
+    from persona_lens.reports.finetuning import render_finetuning, verdicts
 
     loaded = options.open_vectors(vectors)
     treatments, place = treated.open(loaded)
     settings = given.make(treatments=treatments, layer=place)
-    chosen = open_config(config, {}, {})
-    folder = out or options.run_folder(f"finetune-study-{loaded.trait}", model)
+    chosen = training.settings({}, {})
+    folder = training.folder(f"finetune-study-{loaded.trait}")
     quiet_libraries()
     if judge == judges.LIKELIHOOD:
         judging.refuse_useless(judge)
         scoring = None  # the study makes this one itself
     else:
-        opening = options.ModelOptions(dtype=settings.dtype, device=device)
+        opening = options.ModelOptions(dtype=settings.dtype, device=training.device)
         scoring = judging.open(judge, loaded.trait_definition, opening)
-    read: dict[str, Any] = {"held_out": held_out or (), "side": side, "device": device}
     with judges.saying_spending(scoring), showing_progress() as progress:
-        found = finetune_study(
-            model, data, loaded, settings, chosen, folder=folder, judge=scoring, progress=progress, **read
-        )
+        read = {**training.read(), "judge": scoring, "folder": folder, "progress": progress}
+        found = finetune_study(training.model, training.data, loaded, settings, chosen, **read)
     write_report(folder / REPORT, render_finetuning(found.summary, persona_lens.__version__))
-    deliver({"folder": str(folder), **found.summary}, lambda: _show_finetune_study(found.summary, folder), as_json)
+    summary = found.summary
+    unknown = {"losses": {"last": None}, "change": "", "against_plain": "", "shift": None}
+    arms = {"base": {**unknown, "score": {"mean": summary["base"]["score"]}}, **summary["treatments"]}
 
+    def show() -> None:
+        show_rows(
+            f"{loaded.trait} after finetuning, {counted(len(settings.seeds), 'seed')} [95% interval]",
+            [{"treatment": name, **arm} for name, arm in arms.items()],
+            {
+                "": "treatment",
+                "score": ("score.mean", ".1f"),
+                "change": "change",
+                "beside plain": "against_plain",
+                "loss": ("losses.last.mean", ".2f"),
+                "shift": ("shift.mean", ".2f"),
+            },
+        )
+        for sentence in verdicts(summary):
+            say(sentence)
+        say(f"report: {folder / REPORT}")
 
-def _show_finetune_study(summary: Any, folder: Path) -> None:
-    from persona_lens.reports.finetuning import verdicts
-
-    base = {"score": summary["base"]["score"], "change": "", "against_plain": "", "losses": {"last": ""}, "shift": ""}
-    show_rows(
-        f"{summary['trait']} after finetuning, {counted(len(summary['settings']['seeds']), 'seed')} [95% interval]",
-        [("base", base), *summary["treatments"].items()],
-        {
-            "": lambda row: row[0],
-            "score": (lambda row: _mean(row[1]["score"]), ".1f"),
-            "change": lambda row: row[1]["change"],
-            "beside plain": lambda row: row[1]["against_plain"],
-            "loss": (lambda row: _mean(row[1]["losses"]["last"]), ".2f"),
-            "shift": (lambda row: _mean(row[1]["shift"]), ".2f"),
-        },
-    )
-    for sentence in verdicts(summary):
-        say(sentence)
-    say(f"report: {folder / REPORT}")
-
-
-def _mean(found: Any) -> Any:
-    return found["mean"] if isinstance(found, dict) else found
+    deliver({"folder": str(folder), **summary}, show, training.as_json)
 
 
 BASE = argument("BASE", "The model before finetuning; the vectors are its own.")

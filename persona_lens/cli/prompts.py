@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
-from persona_lens.cli.display import interval_text, say, show_rows
+from persona_lens.cli.display import Column, interval_text, print_table, say, show_rows
 from persona_lens.cli.runner import Job, Run, Session, deliver, say_traffic
 from persona_lens.cli.settings import Fields, Given, Option, argument, whole_numbers
 from persona_lens.core.errors import PersonaLensError
@@ -16,7 +17,7 @@ from persona_lens.core.text import counted, in_short
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.models import ChatFormat
-    from persona_lens.monitoring import MonitorCalibration, Study, Threshold
+    from persona_lens.monitoring import Gauge, MonitorCalibration, Study, Threshold
     from persona_lens.vectors import PersonaVectors
 
 
@@ -74,6 +75,14 @@ def study_command(
     run.carry_out(job)
 
 
+CORRELATIONS = {
+    "Pearson": "pearson",
+    "Spearman": "spearman",
+    "within conditions": "within_pearson",
+    "random directions": "null",
+}
+
+
 def _show_study(found: Study, _: Session) -> None:
     from persona_lens.reports.study import title, told
 
@@ -90,29 +99,17 @@ def _show_study(found: Study, _: Session) -> None:
         },
     )
     for kind, group in summary["groups"].items():
-        show_rows(
-            f"Correlation of projection and score [95% interval], {kind}: {counted(group['prompts'], 'prompt')}",
-            _shown_layers(group["layers"], {summary["layer"], summary["tuned_layer"]}),
-            {
-                "layer": "layer",
-                "Pearson": lambda row: _measured(row["pearson"]),
-                "Spearman": lambda row: _measured(row["spearman"]),
-                "within conditions": lambda row: _measured(row["within_pearson"]),
-                "random directions": lambda row: _measured(row["null"]),
-            },
-        )
+        best = sorted(group["layers"], key=lambda row: -(row["pearson"]["value"] or -2))[:5]
+        named = (summary["layer"], summary["tuned_layer"])
+        rows = [
+            (str(row["layer"]), *(interval_text(row[name], ".2f", noun=None) for name in CORRELATIONS.values()))
+            for row in group["layers"]
+            if row in best or row["layer"] in named
+        ]
+        heading = f"Correlation of projection and score [95% interval], {kind}: {counted(group['prompts'], 'prompt')}"
+        print_table(heading, ("layer", *CORRELATIONS), rows)
     for line in (title(summary), *told(summary)):
         say(line)
-
-
-def _shown_layers(rows: list[dict[str, Any]], named: set[int | None]) -> list[dict[str, Any]]:
-    """The five with the largest correlation, and those named, in their order."""
-    best = sorted(rows, key=lambda row: -(row["pearson"]["value"] or -2))[:5]
-    return [row for row in rows if row in best or row["layer"] in named]
-
-
-def _measured(found: dict[str, Any] | None) -> str:
-    return interval_text(found, ".2f", noun=None)
 
 
 VECTORS = argument(
@@ -142,17 +139,21 @@ def prompt_command(
         file: Conversations (OpenAI messages or ShareGPT as JSONL, or plain text) that end with the user.
         false_alarm_rate: Say which prompts raise an alarm at this rate.
     """
-    paths, text = _split(vectors, file)
     if file is not None and system is not None:
         raise PersonaLensError("--system goes with a message; conversations in --file bring their own")
-    loaded = [options.open_vectors(Path(path)) for path in paths]
-    places = [_place(each, layer, reduction, false_alarm_rate) for each in loaded]
+    if file is None and len(vectors) < 2:
+        raise PersonaLensError(
+            "give vectors and then the user's message in quotes, or prompts with --file; for example "
+            '`persona-lens monitor prompt MODEL VECTORS "How will my exam go?"`'
+        )
+    paths = vectors if file is not None else vectors[:-1]
+    places = [_place(options.open_vectors(Path(path)), layer, reduction, false_alarm_rate) for path in paths]
     opened, chat = subject.open()
-    names, prompts = _prompts(chat, text, system, file)
-    read = _read(opened, prompts, places, allow_other_model)
-    found = [[place.row(value) for place, value in zip(places, values, strict=True)] for values in read]
+    prompts = [(vectors[-1], chat.encode(system, vectors[-1]))] if file is None else list(_prompts(chat, file))
+    read = _read(opened, [ids for _, ids in prompts], places, allow_other_model)
     say_traffic(opened)
-    rows = [{"prompt": name, "traits": traits} for name, traits in zip(names, found, strict=True)]
+    found = [[place.row(value) for place, value in zip(places, values, strict=True)] for values in read]
+    rows = [{"prompt": name, "traits": traits} for (name, _), traits in zip(prompts, found, strict=True)]
     deliver({"prompts": rows}, lambda: _show_prompt(rows, false_alarm_rate), subject.as_json)
 
 
@@ -160,74 +161,49 @@ def prompt_command(
 class _Place:
     """Where a trait is read, and what is known of values there."""
 
-    vectors: PersonaVectors
-    layer: int
-    reduction: str
+    gauge: Gauge
     calibration: MonitorCalibration | None
     threshold: Threshold | None
 
     def row(self, value: float) -> dict[str, Any]:
         """What is said of a value."""
-        row: dict[str, Any] = {"trait": self.vectors.trait, "layer": self.layer, "projection": value}
-        row["probability"] = self.calibration.probability(value) if self.calibration else None
-        row["caveat"] = self.calibration.caveat if self.calibration else None
+        known = self.calibration
+        row: dict[str, Any] = {"trait": self.gauge.trait, "layer": self.gauge.layer, "projection": value}
+        row |= {"probability": known.probability(value) if known else None, "caveat": known.caveat if known else None}
         if self.threshold is not None:
             row |= {"threshold": self.threshold.to_json(), "alarm": value >= self.threshold.value}
         return row
 
 
-def _split(given: list[str], file: Path | None) -> tuple[list[str], str | None]:
-    """Vectors, and the message behind them."""
-    if file is not None:
-        return given, None
-    if len(given) < 2:
-        raise PersonaLensError(
-            "give vectors and then the user's message in quotes, or prompts with --file; for example "
-            '`persona-lens monitor prompt MODEL VECTORS "How will my exam go?"`'
-        )
-    return given[:-1], given[-1]
-
-
 def _place(vectors: PersonaVectors, layer: int | None, reduction: str | None, rate: float | None) -> _Place:
     """Where to read, which of the vectors, and what a study has found there, if one has."""
-    from persona_lens.monitoring import monitor_calibration, threshold_for
-    from persona_lens.vectors import DEFAULT_REDUCTION
+    from persona_lens.monitoring import Gauge, monitor_calibration, threshold_for
 
-    tuned = vectors.tuned
-    if vectors.monitor is not None:
-        stored = monitor_calibration(vectors)
-        layer, reduction = stored.layer if layer is None else layer, reduction or stored.reduction
-    elif layer is None and tuned is not None:
-        layer, reduction = tuned.layer, reduction or tuned.reduction
-    elif layer is None:
+    if (stored := vectors.monitor) is not None:
+        gauge = Gauge.of(vectors, stored.layer if layer is None else layer, reduction or stored.reduction)
+    elif layer is None and vectors.tuned is None:
         raise PersonaLensError(
             f"the vectors of {vectors.trait!r} are neither calibrated (`persona-lens monitor study`) nor tuned; name a "
             "layer with --layer"
         )
-    reduction = reduction or DEFAULT_REDUCTION
-    vectors.vector(layer, reduction)
-    known = (monitor := vectors.monitor) is not None and monitor.reduction == reduction and layer in monitor.layers
-    calibration = monitor_calibration(vectors, layer) if known else None
+    else:
+        gauge = Gauge.of(vectors, layer, reduction)
+    known = stored is not None and stored.reduction == gauge.reduction and gauge.layer in stored.layers
+    calibration = monitor_calibration(vectors, gauge.layer) if known else None
     if rate is not None and calibration is None:
         raise PersonaLensError(
             f"--false-alarm-rate needs a calibration, and the vectors of {vectors.trait!r} have none for this layer; "
             "make one with `persona-lens monitor study`, and use the vectors in its folder"
         )
     threshold = threshold_for(calibration, rate) if rate is not None and calibration is not None else None
-    return _Place(vectors, layer, reduction, calibration, threshold)
+    return _Place(gauge, calibration, threshold)
 
 
-def _prompts(
-    chat: ChatFormat, text: str | None, system: str | None, file: Path | None
-) -> tuple[list[str], list[list[int]]]:
-    """What the prompts are called, and their token ids."""
+def _prompts(chat: ChatFormat, file: Path) -> Iterator[tuple[str, list[int]]]:
+    """The last message of each conversation of a file, and the conversation's token ids."""
     from persona_lens.data.transcripts import BadTranscript, open_transcripts
     from persona_lens.models import ModelError
 
-    if file is None:
-        assert text is not None
-        return [text], [chat.encode(system, text)]
-    names, prompts = [], []
     for transcript in open_transcripts(file):
         if isinstance(transcript, BadTranscript):
             raise transcript.error
@@ -235,11 +211,9 @@ def _prompts(
         if last["role"] != "user":
             raise PersonaLensError(f"{transcript.place}: the conversation must end with the user, not {last['role']!r}")
         try:
-            prompts.append(chat.encode_messages(transcript.messages))
+            yield last["content"], chat.encode_messages(transcript.messages)
         except ModelError as error:
             raise PersonaLensError(f"{transcript.place}: {error}") from error
-        names.append(last["content"])
-    return names, prompts
 
 
 def _read(
@@ -248,36 +222,30 @@ def _read(
     """Each prompt's projection on each trait; one pass for all traits that use the same of their vectors."""
     from persona_lens.monitoring import prompt_projections
 
-    layers = sorted({place.layer for place in places})
     found = [[0.0] * len(places) for _ in prompts]
-    for reduction in dict.fromkeys(place.reduction for place in places):
-        members = [number for number, place in enumerate(places) if place.reduction == reduction]
-        read = prompt_projections(
-            backend,
-            prompts,
-            [places[number].vectors for number in members],
-            layers,
-            reduction=reduction,
-            allow_other_model=allow_other_model,
-        )
-        for at, number in enumerate(members):
-            for row, value in zip(found, read[:, at, layers.index(places[number].layer)].tolist(), strict=True):
+    for reduction in dict.fromkeys(place.gauge.reduction for place in places):
+        own = [(number, place.gauge) for number, place in enumerate(places) if place.gauge.reduction == reduction]
+        layers = sorted({gauge.layer for _, gauge in own})
+        vectors = [gauge.vectors for _, gauge in own]
+        allowed: dict[str, Any] = {"reduction": reduction, "allow_other_model": allow_other_model}
+        read = prompt_projections(backend, prompts, vectors, layers, **allowed)
+        for at, (number, gauge) in enumerate(own):
+            for row, value in zip(found, read[:, at, layers.index(gauge.layer)].tolist(), strict=True):
                 row[number] = value
     return found
 
 
 def _show_prompt(prompts: list[dict[str, Any]], rate: float | None) -> None:
     title = "Where the last token of the prompt stands, and how likely a reply shows the trait"
-    columns: dict[str, Any] = {"prompt": lambda row: in_short(row[0])} if len(prompts) > 1 else {}
+    columns: dict[str, Column[Any]] = {"prompt": lambda row: in_short(row["prompt"])} if len(prompts) > 1 else {}
     columns |= {
-        "trait": lambda row: f"{row[1]['trait']}@{row[1]['layer']}",
-        "projection": (lambda row: row[1]["projection"], ".3f"),
-        "probability": (lambda row: row[1]["probability"], ".2f"),
+        "trait": lambda row: f"{row['trait']}@{row['layer']}",
+        "projection": ("projection", ".3f"),
+        "probability": ("probability", ".2f"),
     }
     if rate is not None:
         title += f"; alarms at a false-alarm rate of {100 * rate:g}%"
-        columns["alarm from"] = (lambda row: row[1]["threshold"]["value"], ".3f")
-        columns["alarm"] = lambda row: "ALARM" if row[1]["alarm"] else ""
-    rows = [(each["prompt"], trait) for each in prompts for trait in each["traits"]]
+        columns |= {"alarm from": ("threshold.value", ".3f"), "alarm": lambda row: "ALARM" if row["alarm"] else ""}
+    rows = [{"prompt": each["prompt"], **trait} for each in prompts for trait in each["traits"]]
     show_rows(title, rows, columns)
-    options.say_notes(list(dict.fromkeys(trait["caveat"] for _, trait in rows if trait["caveat"])))
+    options.say_notes(list(dict.fromkeys(row["caveat"] for row in rows if row["caveat"])))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import options
-from persona_lens.cli.display import cell, interval_text, number, print_table, say, show_rows
+from persona_lens.cli.display import Column, interval_text, print_table, say, show_rows
 from persona_lens.cli.runner import REPORT, Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.cli.steerings import SteeringOptions
@@ -38,14 +38,25 @@ def sweep_command(
     Example: `persona-lens steer sweep smollm2-135m runs/optimistic-smollm2-135m --layers 12,18`
     """
     from persona_lens.steering import sweep, sweep_work
+    from persona_lens.steering.comparison import VECTOR
+    from persona_lens.steering.preview import preview_tokens
+    from persona_lens.steering.sweep import edits_of, plan_sweep
 
     loaded = options.open_vectors(vectors)
     settings = given.make(loaded.model.n_layers)
 
     def previews(at: Session) -> dict[str, Preview]:
+        """The first question under each coefficient."""
         if not allow_other_model:
             loaded.check_model(at.backend)
-        return _previews(at, loaded, settings)
+        shown = {"question_number": 0, "sample": 0, "direction": VECTOR}
+        planned = plan_sweep(loaded.trait_definition, settings)
+        requests = [request for request in planned if shown.items() <= request.labels.items()]
+        edits_for = edits_of(loaded, settings)
+        edits = [edit for request in requests for edit in edits_for([request])]
+        title = f"question 0: {requests[0].question} (each layer and coefficient in a response of its own)"
+        ids = at.chat.encode(requests[0].system, requests[0].question)
+        return {title: preview_tokens(at.backend, ids, settings.rollouts.max_new_tokens, edits=edits)}
 
     job = Job(
         lambda at: sweep(at.backend, loaded, settings, allow_other_model=allow_other_model, **at.given),
@@ -56,26 +67,6 @@ def sweep_command(
         previews=previews,
     )
     run.carry_out(job, preview=preview)
-
-
-def _previews(at: Session, vectors: PersonaVectors, settings: SweepSettings) -> dict[str, Preview]:
-    """The first question under each coefficient."""
-    from persona_lens.steering.comparison import VECTOR
-    from persona_lens.steering.preview import preview_tokens
-    from persona_lens.steering.sweep import edits_of, plan_sweep
-
-    requests = [
-        request
-        for request in plan_sweep(vectors.trait_definition, settings)
-        if (request.labels["question_number"], request.labels["sample"]) == (0, 0)
-        and request.labels["direction"] == VECTOR
-    ]
-    edits_for = edits_of(vectors, settings)
-    edits = [edit for request in requests for edit in edits_for([request])]
-    first = requests[0]
-    title = f"question 0: {first.question} (each layer and coefficient in a response of its own)"
-    ids = at.chat.encode(first.system, first.question)
-    return {title: preview_tokens(at.backend, ids, settings.rollouts.max_new_tokens, edits=edits)}
 
 
 def _curves(rows: list[SweepRow], settings: SweepSettings) -> dict[tuple[int, str], Any]:
@@ -104,14 +95,13 @@ def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
     measured = "surprise" if curves[settings.layers[0], "vector"][0].surprise else "coherence"
     meaning = {"surprise": "surprise under the unsteered model (nats a token)", "coherence": "coherence (0 to 100)"}
     for layer in settings.layers:
-        print_table(
-            f"Layer {layer}: trait score [95% interval], and {meaning[measured]}",
-            ("coefficient", *(f"{kind} {what}" for kind in directions for what in ("score", measured))),
-            [
-                (f"{points[0].coefficient:+g}", *(text for point in points for text in _cells(point, measured)))
-                for points in zip(*(curves[layer, kind] for kind in directions), strict=True)
-            ],
-        )
+        columns: dict[str, Column[Any]] = {"coefficient": lambda row: f"{row['vector'].coefficient:+g}"}
+        for kind in directions:
+            columns[f"{kind} score"] = (f"{kind}.score", ".1f")
+            columns[f"{kind} {measured}"] = (f"{kind}.{measured}.mean", ".2f")
+        points = zip(*(curves[layer, kind] for kind in directions), strict=True)
+        title = f"Layer {layer}: trait score [95% interval], and {meaning[measured]}"
+        show_rows(title, [dict(zip(directions, each, strict=True)) for each in points], columns)
     show_rows(
         "Effect: score at the largest coefficient minus score at the smallest",
         [effect(rows, layer) for layer in settings.layers],
@@ -123,11 +113,6 @@ def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
             "verdict": lambda e: verdict_of(e.vector, e.difference),
         },
     )
-
-
-def _cells(point: Any, measured: str) -> tuple[str, str]:
-    strain = getattr(point, measured)
-    return interval_text(point.score, ".1f"), cell(strain and strain.mean, ".2f")
 
 
 def tune_command(
@@ -149,21 +134,43 @@ def tune_command(
             layer; `persona_lens_basics` needs no hub.
     """
     from persona_lens.reports import render_tuning
+    from persona_lens.reports.page import verdict
     from persona_lens.steering import tune
     from persona_lens.steering.tuning import tune_work
 
     loaded = options.open_vectors(vectors)
     settings = given.make(loaded.model.n_layers)
+
+    def tuned(at: Session) -> Tuning:
+        measure = _accuracy_in(at, capability, settings.seed) if capability else None
+        return tune(at.backend, loaded, settings, command=options.repeated(context), capability=measure, **at.given)
+
+    def show(found: Tuning, at: Session) -> None:
+        show_rows(
+            "Change of the trait score [95% interval] on the questions searched",
+            found.points,
+            {
+                "layer": "place.layer",
+                "coefficient": lambda point: f"{point.place.coefficient:+g}",
+                "push": ("place.push", ".2f"),
+                "change": "effect.change",
+                "random": "effect.random",
+                "text holds": "coherent",
+            },
+        )
+        options.say_notes(found.summary["warnings"], "warning")
+        say(f"chosen: {found.steering}")
+        say(verdict(found.summary).title)
+        if found.confirmed is not None:
+            random = found.confirmed.random
+            beside = f", random directions {interval_text(random)}" if random else ""
+            others = counted(found.summary["confirm_questions"], "question")
+            say(f"on the other {others}: {interval_text(found.confirmed.change)}{beside}")
+        say(f"vectors with the choice stored: {at.kept / 'vectors.safetensors'}")
+
     job = Job(
-        lambda at: tune(
-            at.backend,
-            loaded,
-            settings,
-            command=options.repeated(context),
-            capability=_accuracy_in(at, capability, settings.seed) if capability else None,
-            **at.given,
-        ),
-        _show_tune,
+        tuned,
+        show,
         lambda at: tune_work(at.backend, loaded, settings, **at.asked),
         traits=loaded.trait_definition,
         name=f"tuned-{loaded.trait}",
@@ -180,32 +187,6 @@ def _accuracy_in(at: Session, task: str, seed: int) -> Callable[[Steering | None
     check_task(task)
     backend = at.backend
     return lambda steering: accuracy(backend, task, steering.edits() if steering else (), seed=seed)
-
-
-def _show_tune(found: Tuning, at: Session) -> None:
-    from persona_lens.reports.page import verdict
-
-    show_rows(
-        "Change of the trait score [95% interval] on the questions searched",
-        found.points,
-        {
-            "layer": "place.layer",
-            "coefficient": lambda point: f"{point.place.coefficient:+g}",
-            "push": ("place.push", ".2f"),
-            "change": lambda point: point.effect and point.effect.change,
-            "random": lambda point: point.effect and point.effect.random,
-            "text holds": "coherent",
-        },
-    )
-    options.say_notes(found.summary["warnings"], "warning")
-    say(f"chosen: {found.steering}")
-    say(verdict(found.summary).title)
-    if found.confirmed is not None:
-        random = found.confirmed.random
-        beside = f", random directions {interval_text(random)}" if random else ""
-        others = counted(found.summary["confirm_questions"], "question")
-        say(f"on the other {others}: {interval_text(found.confirmed.change)}{beside}")
-    say(f"vectors with the choice stored: {at.kept / 'vectors.safetensors'}")
 
 
 QUESTIONS = Option("How many of the held-out questions to ask.")
@@ -234,40 +215,33 @@ def compare_command(
     if not arms:
         raise PersonaLensError(f"name what to compare, such as --edits {loaded.trait}@18:+1.5; repeat it for more")
     settings = given.make()
+
+    def show(found: Comparison, _: Session) -> None:
+        effects = {name: effect.to_json() for name, effect in found.effects.items() if effect is not None}
+        measured = "surprise" if any(effect["surprise"] for effect in effects.values()) else "coherence"
+        changes = ("change", "random", "difference", "clear")
+        plain = {**found.summary["unsteered"], **dict.fromkeys(changes, "")}
+        show_rows(
+            f"Trait score of {loaded.trait}, its change [95% interval], and {measured}",
+            [{"steering": name, **row} for name, row in {"unsteered": plain, **effects}.items()],
+            {
+                "steering": "steering",
+                "score": ("score.mean", ".1f"),
+                **{name: name for name in changes},
+                measured: (f"{measured}.mean", ".2f"),
+            },
+        )
+        for name in found.effects:
+            if name not in effects:
+                say(f"warning: no response under {name} has a score", err=True)
+
     job = Job(
         lambda at: compare_steerings(at.backend, arms, loaded, settings, **at.given),
-        _show_compare,
+        show,
         lambda at: comparison_work(at.backend, arms, loaded, settings, **at.asked),
         traits=loaded.trait_definition,
     )
     run.carry_out(job)
-
-
-def _show_compare(found: Comparison, _: Session) -> None:
-    effects = [(name, effect) for name, effect in found.effects.items() if effect is not None]
-    measured = "surprise" if any(effect.surprise for _, effect in effects) else "coherence"
-    plain = found.summary["unsteered"]
-
-    def beside(effect: Any) -> str:
-        value = getattr(effect, measured) if effect else plain[measured]
-        return number(value and (value.mean if effect else value["mean"]), ".2f")
-
-    show_rows(
-        f"Trait score of {found.summary['trait']}, its change [95% interval], and {measured}",
-        [("unsteered", None), *effects],
-        {
-            "steering": lambda row: row[0],
-            "score": lambda row: number(row[1].score.mean if row[1] else plain["score"]["mean"], ".1f"),
-            "change": lambda row: row[1].change if row[1] else "",
-            "random": lambda row: row[1].random if row[1] else "",
-            "difference": lambda row: row[1].difference if row[1] else "",
-            "clear": lambda row: row[1].clear if row[1] else "",
-            measured: lambda row: beside(row[1]),
-        },
-    )
-    for name, effect in found.effects.items():
-        if effect is None:
-            say(f"warning: no response under {name} has a score", err=True)
 
 
 def effects_command(
@@ -339,32 +313,28 @@ def _steerings(
     }
 
 
-CHANGES = (
-    ("Change of the trait score, points", "+.1f", "score"),
-    (
+CHANGES = {
+    "score": ("Change of the trait score, points", "+.1f"),
+    "text_projection": (
         "Change of the projection of the text, as the unsteered model reads it, in lengths of each vector",
         "+.2f",
-        "text_projection",
     ),
-    (
+    "steered_projection": (
         "The same in the steered model while it wrote: from the edited layer on this holds the edit itself",
         "+.2f",
-        "steered_projection",
     ),
-)
+}
 
 
 def _show_effects(found: CrossEffects, _: Session) -> None:
-    names = [trait.name for trait in found.traits]
-    for title, form, change in CHANGES:
-        print_table(
-            f"{title} [95% interval over {counted(len(found.questions), 'question')}]",
-            ("steering", *(f"on {name}" for name in names)),
-            [
-                (steering, *(_cell(getattr(found.cell(steering, name), change), form) for name in names))
-                for steering in found.steerings
-            ],
-        )
+    over = f"[95% interval over {counted(len(found.questions), 'question')}]"
+    for change, (title, form) in CHANGES.items():
+        heads = ("steering", *(f"on {trait.name}" for trait in found.traits))
+        rows = [
+            (name, *(_cell(getattr(found.cell(name, trait.name), change), form) for trait in found.traits))
+            for name in found.steerings
+        ]
+        print_table(f"{title} {over}", heads, rows)
     say("* clear: the change and its difference from that of random directions lie on the same side of 0")
     for title, form, strain in (
         ("Change of surprise, nats a token: what it does to the text", "+.2f", found.surprise),

@@ -135,6 +135,7 @@ def new(
         folder: The folder to write to.
     """
     if authored.author_model is not None:
+        authored.check()
         show_plan(name, authored, as_json) if dry_run else author_trait(name, description, folder, authored, as_json)
         return
     if useless := [*given_options(authored), *(["--dry-run"] if dry_run else [])]:

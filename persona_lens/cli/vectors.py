@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
@@ -14,7 +14,7 @@ from persona_lens.cli.display import Column, number, print_table, say, say_json,
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.text import counted, printable
+from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.vectors import PersonaVectors
@@ -31,9 +31,10 @@ def show(vectors: options.Vectors, as_json: options.AsJson = False) -> None:
     if as_json:
         say_json(found)
         return
-    say(printable(loaded.trait))
-    for name, value in _facts(found).items():
-        say(f"  {name + ':':<12}{printable(value)}")
+    say(loaded.trait)
+    for name, value in _facts(loaded, found):
+        if value:
+            say(f"  {name + ':':<12}{value}")
     norms: Mapping[str, list[float]] = found["norms"]
     rows = [(str(at), *(f"{values[at]:.2f}" for values in norms.values())) for at in range(loaded.model.n_layers)]
     head = ("layer", *(name.replace("_", " ") for name in norms))
@@ -42,23 +43,17 @@ def show(vectors: options.Vectors, as_json: options.AsJson = False) -> None:
 
 def _content(vectors: PersonaVectors) -> dict[str, Any]:
     """What is told of vectors, as JSON values; nothing is taken for granted of what a file says of itself."""
-    from dataclasses import asdict
-
     given = vectors.provenance
     judge = given.get("judge")
+    told = {name: given.get(name) for name in ("tuned", "judge", "counts", "settings", "versions", "imported")}
     return {
+        **told,
         "trait": vectors.trait,
         "content_hash": vectors.content_hash,
         "model": asdict(vectors.model),
         "norms": {name: vectors.norms(name).tolist() for name in sorted(vectors.directions)},
-        "tuned": given.get("tuned"),
-        "judge": judge,
         "calibrated": isinstance(judge, Mapping) and bool(judge.get("calibration")),
-        "counts": given.get("counts"),
-        "settings": given.get("settings"),
-        "versions": given.get("versions"),
         "origin": _origin(given),
-        "imported": given.get("imported"),
         "missing_layers": list(vectors.missing_layers),
     }
 
@@ -70,44 +65,26 @@ def _origin(given: Mapping[str, Any]) -> str:
         return "a sum or difference of other vectors"
     if "scaled" in given:
         return "other vectors, scaled"
-    if given.get("kind") == "imported":
-        return f"imported; not known: {', '.join(map(str, given.get('not_known') or ()))}"
-    return "extraction" if given.get("kind") == "extraction" else "not known"
+    return str(given["kind"]) if given.get("kind") in ("imported", "extraction") else "not known"
 
 
-def _facts(found: Mapping[str, Any]) -> dict[str, str]:
+def _facts(vectors: PersonaVectors, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    from persona_lens.vectors.hub import made
     from persona_lens.vectors.provenance import kept_of_each_arm
 
-    model = found["model"]
-    facts = {
-        "model": f"{model['model']}, {counted(model['n_layers'], 'layer')} of {model['d_model']}, {model['dtype']}",
-        "weights": model["weights"],
-        "origin": found["origin"],
-        "imported": _listed(found["imported"], ("format", "file", "file_sha256")),
-        "no vector": ", ".join(map(str, found["missing_layers"])),
-        "tuned": _listed(found["tuned"], ("layer", "coefficient", "reduction")) or "no layer was tuned",
-        "judge": _listed(found["judge"], ("judge", "model", "server")),
-        "kept": kept_of_each_arm(found["counts"]),
-        "settings": _flat(found["settings"]),
-        "versions": _flat(found["versions"]),
-        "content": found["content_hash"],
-    }
-    if found["calibrated"]:
-        facts["judge"] += ", with its calibration"
-    return {name: str(value) for name, value in facts.items() if value}
-
-
-def _listed(given: Any, names: tuple[str, ...]) -> str:
-    if not isinstance(given, Mapping):
-        return ""
-    values = [(name, given[name]) for name in names if isinstance(given.get(name), str | int | float)]
-    return ", ".join(f"{name} {value}" if not isinstance(value, str) else value for name, value in values)
-
-
-def _flat(given: Any) -> str:
-    from persona_lens.reports.page import flat
-
-    return ", ".join(f"{name} {value}" for name, value in flat(given)) if isinstance(given, Mapping) else ""
+    model, tuned = vectors.model, vectors.tuned
+    yield "model", f"{model.model}, {counted(model.n_layers, 'layer')} of {model.d_model}, {model.dtype}"
+    yield "weights", model.weights or ""
+    yield "origin", found["origin"]
+    yield "no vector", ", ".join(map(str, vectors.missing_layers))
+    chosen = f"layer {tuned.layer}, coefficient {tuned.coefficient:g}, {tuned.reduction}" if tuned else ""
+    yield "tuned", chosen or "no layer was tuned"
+    yield "kept", kept_of_each_arm(vectors.provenance.get("counts"))
+    if isinstance(judge := vectors.provenance.get("judge"), Mapping):
+        named = [str(judge[name]) for name in ("judge", "model", "server") if isinstance(judge.get(name), str)]
+        yield "judge", ", ".join(named) + (", with its calibration" if found["calibrated"] else "")
+    yield from ((name, text) for name, text in made(vectors.provenance) if name != "judge")
+    yield "content", vectors.content_hash
 
 
 COSINE = "+.3f"

@@ -202,7 +202,7 @@ def _facts(vectors: PersonaVectors, repo: str, licence: str) -> dict[str, Any]:
         "missing": list(vectors.missing_layers),
         "norms": [[layer, *(f"{values[layer]:.2f}" for values in lengths)] for layer in range(vectors.model.n_layers)],
         "origin": _origin(given),
-        "made": list(_made(given)),
+        "made": list(made(given)),
         "digest": vectors.content_hash.removeprefix("sha256:"),
     }
 
@@ -252,7 +252,8 @@ def _origin(given: Mapping[str, Any]) -> str:
     return "They were computed from other vectors, or how they were made is not known."
 
 
-def _made(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def made(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How vectors were made, as their provenance says it: names and values in words."""
     for name in ("settings", "judge", "versions", "imported", "not_known"):
         value = given.get(name)
         if value:
