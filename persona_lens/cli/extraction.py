@@ -26,12 +26,8 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.extraction import ExtractionSettings
     from persona_lens.extraction.external import ExternalRollouts, Generated
-    from persona_lens.models.server import CompletionServer
-    from persona_lens.runs.rollouts import Request, RolloutSettings
     from persona_lens.steering.preview import Preview
-    from persona_lens.traits import Trait
 
 
 SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p")
@@ -68,19 +64,45 @@ def extract(
         responses: Read these responses (JSONL, CSV or Parquet) instead of generating any. Repeatable.
         allow_missing: Go on if the responses lack some that the trait asks for.
     """
-    from persona_lens.extraction import extraction_work, run_extraction
+    from persona_lens.backend import Read
+    from persona_lens.extraction import extraction_work, plan_requests, run_extraction
+    from persona_lens.extraction.external import external_rollouts
+    from persona_lens.steering.preview import preview_tokens
 
     _check_given(context)
     loaded = options.open_trait(trait, traits_dir)
     settings = given.make()
+
+    def read(at: Session) -> ExternalRollouts | None:
+        if not responses:
+            return None
+        asked = {"questions": settings.questions, "allow_missing": allow_missing}
+        found = external_rollouts(at.backend, at.chat, loaded, responses, **asked)
+        options.say_notes([*found.notes, *(["scores are those of the file; no judge runs"] if found.scores else [])])
+        return found
+
+    def previews(at: Session) -> dict[str, Preview]:
+        """What is read of the first prompt of each arm, with its response where it is there already."""
+        found: ExternalRollouts | None = at.read
+        requests = found.requests if found else plan_requests(loaded, settings)
+        first = {request.labels["arm"]: number for number, request in reversed(list(enumerate(requests)))}
+        previewed = {}
+        for arm, number in sorted(first.items(), reverse=True):
+            request = requests[number]
+            prompt = found.prompts[number] if found else at.chat.encode(request.system, request.question)
+            response = found.rollouts[number].response_ids if found else settings.rollouts.max_new_tokens
+            title = f"{arm}, question {request.labels['question_number']}: {request.question}"
+            previewed[title] = preview_tokens(at.backend, prompt, response, reads=Read.means(sinks=settings.sinks))
+        return previewed
+
     job = Job(
         lambda at: run_extraction(at.backend, loaded, settings=settings, responses=at.read, **at.given),
         lambda found, at: _show(found.summary, at.kept),
         lambda at: extraction_work(at.backend, loaded, settings, given=at.read, **at.asked),
         traits=loaded,
         name=loaded.name,
-        previews=lambda at: _previews(at, loaded, settings),
-        read=lambda at: _read_responses(at, loaded, responses, settings.questions, allow_missing),
+        previews=previews,
+        read=read,
     )
     run.carry_out(job, preview=preview)
 
@@ -97,38 +119,6 @@ def _check_given(context: typer.Context) -> None:
         raise PersonaLensError(
             f"{', '.join(wrong)}: with --responses nothing is generated, so this would do nothing; leave it out"
         )
-
-
-def _read_responses(
-    at: Session, trait: Trait, files: list[Path] | None, questions: int, allow_missing: bool
-) -> ExternalRollouts | None:
-    """The responses that are given, with what is to be said of them on standard error."""
-    if not files:
-        return None
-    from persona_lens.extraction.external import external_rollouts
-
-    given = external_rollouts(at.backend, at.chat, trait, files, questions=questions, allow_missing=allow_missing)
-    options.say_notes([*given.notes, *(["scores are those of the file; no judge runs"] if given.scores else [])])
-    return given
-
-
-def _previews(at: Session, trait: Trait, settings: ExtractionSettings) -> dict[str, Preview]:
-    """What is read of the first prompt of each arm, with its response where it is there already."""
-    from persona_lens.backend import Read
-    from persona_lens.extraction.means import plan_requests
-    from persona_lens.steering.preview import preview_tokens
-
-    given: ExternalRollouts | None = at.read
-    requests = given.requests if given else plan_requests(trait, settings)
-    first = {request.labels["arm"]: number for number, request in reversed(list(enumerate(requests)))}
-    previews = {}
-    for arm, number in sorted(first.items(), reverse=True):
-        request = requests[number]
-        prompt = given.prompts[number] if given else at.chat.encode(request.system, request.question)
-        response = given.rollouts[number].response_ids if given else settings.rollouts.max_new_tokens
-        title = f"{arm}, question {request.labels['question_number']}: {request.question}"
-        previews[title] = preview_tokens(at.backend, prompt, response, reads=Read.means(sinks=settings.sinks))
-    return previews
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
@@ -197,10 +187,10 @@ def responses(
         max_spend: Stop before the responses cost more dollars.
     """
     from persona_lens.extraction import plan_requests
-    from persona_lens.extraction.external import generate_responses
+    from persona_lens.extraction.external import generate_responses, planned_usage
+    from persona_lens.runs.cost import Work
 
     settings = given.make()
-    sampling = settings.rollouts
     loaded = options.open_trait(trait, traits_dir)
     requests = plan_requests(loaded, settings)
     server = judges.open_server(
@@ -215,11 +205,14 @@ def responses(
         timeout=timeout,
     )
     if dry_run:
-        _show_plan(server, requests, sampling, as_json)
+        usage, charged = planned_usage(requests, settings.rollouts), server.spending.prices
+        cost = charged.cost(usage) if charged else None
+        work = Work("generating", usage.requests, len(requests), usage.tokens, cost=cost)
+        show_work([work], as_json, asked="requests")
         return
     try:
         with showing_progress() as progress:
-            made = generate_responses(server, requests, sampling, out, progress=progress)
+            made = generate_responses(server, requests, settings.rollouts, out, progress=progress)
     finally:
         judges.say_usage(server, "server")
     _say_gaps(made)
@@ -232,15 +225,6 @@ def responses(
         )
 
     deliver({"file": str(out), **asdict(made), "cost": server.spending.cost}, show, as_json)
-
-
-def _show_plan(server: CompletionServer, requests: Sequence[Request], settings: RolloutSettings, as_json: bool) -> None:
-    from persona_lens.extraction.external import planned_usage
-    from persona_lens.runs.cost import Work
-
-    usage, prices = planned_usage(requests, settings), server.spending.prices
-    work = Work("generating", usage.requests, len(requests), usage.tokens, cost=prices.cost(usage) if prices else None)
-    show_work([work], as_json, asked="requests")
 
 
 def _say_gaps(made: Generated) -> None:

@@ -106,20 +106,16 @@ class Given:
         Raises:
             PersonaLensError: If a value cannot be read, or the settings refuse it.
         """
-        return resolve_name(self.source)(**self.read(n_layers, (*known,)), **known)
-
-    def read(self, n_layers: int | None = None, known: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The values that the settings take, by field; of settings in settings the settings."""
-        found: dict[str, Any] = {}
+        read = dict(known)
         for field in self.fields:
             if field.name in known:
                 continue
             if field.inner:
                 inside = Given(field.inner, self.values, field.fields)
-                found[field.name] = inside.make(n_layers, **field.fixed)
+                read[field.name] = inside.make(n_layers, **field.fixed)
             elif field.name in self.values:
-                found[field.name] = _read(field, self.values[field.name], n_layers)
-        return found
+                read[field.name] = _read(field, self.values[field.name], n_layers)
+        return resolve_name(self.source)(**read)
 
     def chosen(self) -> dict[str, Any]:
         """What was given, by field; of settings in settings a dictionary."""
