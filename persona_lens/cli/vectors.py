@@ -65,7 +65,9 @@ def _origin(given: Mapping[str, Any]) -> str:
         return "a sum or difference of other vectors"
     if "scaled" in given:
         return "other vectors, scaled"
-    return str(given["kind"]) if given.get("kind") in ("imported", "extraction") else "not known"
+    if given.get("kind") == "imported":
+        return f"imported; not known: {', '.join(map(str, given.get('not_known') or ()))}"
+    return "extraction" if given.get("kind") == "extraction" else "not known"
 
 
 def _facts(vectors: PersonaVectors, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -83,7 +85,7 @@ def _facts(vectors: PersonaVectors, found: Mapping[str, Any]) -> Iterator[tuple[
     if isinstance(judge := vectors.provenance.get("judge"), Mapping):
         named = [str(judge[name]) for name in ("judge", "model", "server") if isinstance(judge.get(name), str)]
         yield "judge", ", ".join(named) + (", with its calibration" if found["calibrated"] else "")
-    yield from ((name, text) for name, text in made(vectors.provenance) if name != "judge")
+    yield from ((name, text) for name, text in made(vectors.provenance) if name not in ("judge", "not known"))
     yield "content", vectors.content_hash
 
 
