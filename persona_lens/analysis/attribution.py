@@ -31,6 +31,7 @@ from persona_lens.analysis.logit_lens import run
 from persona_lens.backend import Backend
 from persona_lens.backend.blocks import find_blocks, module_of, text_config
 from persona_lens.backend.writing import residual_of
+from persona_lens.core.documents import Record
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 # What may be left, as a share of what a block adds, when two outputs are said to add up to it.
@@ -51,7 +52,7 @@ class Part(StrEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class Contribution:
+class Contribution(Record):
     """What one part adds to the projection.
 
     Attributes:
@@ -70,9 +71,13 @@ class Contribution:
         names = [self.part.value, "" if self.layer is None else str(self.layer)]
         return " ".join(filter(None, names)) + ("" if self.head is None else f".{self.head}")
 
+    def to_json(self) -> dict[str, Any]:
+        """The values by name, and what the part is called."""
+        return {"name": str(self), **super().to_json()}
+
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class Attribution(Record):
     """A projection, and who wrote it.
 
     Attributes:
@@ -101,22 +106,7 @@ class Attribution:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-
-        def listed(contributions: Sequence[Contribution]) -> list[dict[str, Any]]:
-            return [
-                {"name": str(each), "part": each.part.value, "layer": each.layer, "head": each.head}
-                | {"values": each.values.tolist()}
-                for each in contributions
-            ]
-
-        return {
-            "layer": self.layer,
-            "ids": list(self.ids),
-            "projection": self.projection.tolist(),
-            "remainder": self.remainder.tolist(),
-            "parts": listed(self.parts),
-            "heads": listed(self.heads),
-        }
+        return {**super().to_json(), "remainder": self.remainder.tolist()}
 
 
 def attribute(
@@ -140,16 +130,14 @@ def attribute(
         heads: Whether to split attentions into heads.
 
     Raises:
-        AnalysisError: If the row is empty or the vector is zero.
+        AnalysisError: If the row is empty.
         ModuleError: If the model runs elsewhere.
-        VectorsError: If the vectors belong to another model, or there is no such layer.
+        VectorsError: If the vectors belong to another model, or the layer has none.
     """
     vectors.check_model(backend, allowable=False)
     direction = vectors.vector(layer, reduction).double()
     if not ids:
         raise AnalysisError("there are no tokens to attribute; give the ids of a prompt")
-    if not float(direction.norm()) > 0:
-        raise AnalysisError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
     module = module_of(backend)
     blocks = find_blocks(module)[1]
     n_heads = int(text_config(module.config).num_attention_heads) if heads else 0
@@ -188,11 +176,9 @@ class _Watch:
         """The hooks, which are gone afterwards whatever happened."""
         with ExitStack() as stack:
             for layer, block in enumerate(blocks):
-                inside = [
-                    each for name, each in block.named_modules() if name and (self.n_heads or _depth(name) <= DEPTH)
-                ]
-                for each in inside:
-                    stack.callback(each.register_forward_hook(self._called, with_kwargs=True).remove)
+                for name, each in block.named_modules():
+                    if name and (self.n_heads or name.count(".") < DEPTH):
+                        stack.callback(each.register_forward_hook(self._called, with_kwargs=True).remove)
                 stack.callback(block.register_forward_pre_hook(self._entered, with_kwargs=True).remove)
                 left = self._left(layer, last=layer == len(blocks) - 1)
                 stack.callback(block.register_forward_hook(left).remove)
@@ -248,10 +234,6 @@ class _Watch:
     def _project(self, h: Tensor) -> Float[Tensor, " tokens"]:
         projected: Tensor = h[0].detach().double().cpu() @ self.direction
         return projected
-
-
-def _depth(name: str) -> int:
-    return name.count(".") + 1
 
 
 def _writers(calls: Sequence[_Call], added: Tensor, tolerance: float) -> tuple[_Call, _Call] | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from math import sqrt
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.features import Decoder, Features
+from persona_lens.analysis.features import Decoder, Features, spans
+from persona_lens.core.documents import Record
 
 CANDIDATES = 4096
 # Digits that are kept: the units have seven, and the last of a double depend on where in memory its matrix lies, so
@@ -22,7 +20,7 @@ EXHAUSTED = 1e-5  # of a direction's length: what is left of it beyond those alr
 
 
 @dataclass(frozen=True)
-class Pursuit:
+class Pursuit(Record):
     """A sparse reconstruction, feature by feature.
 
     Attributes:
@@ -39,10 +37,6 @@ class Pursuit:
     coefficients: tuple[float, ...]
     candidates: int
     exact: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
 def pursue(
@@ -73,7 +67,7 @@ def pursue(
         raise AnalysisError("a reconstruction takes at least one feature, chosen among at least one")
     chosen = cosines.abs().nan_to_num(nan=-1.0).topk(min(candidates, len(cosines))).indices
     chosen = chosen[torch.isfinite(cosines[chosen])]
-    rows = features.rows(chosen, chunk_rows(features.d_model))
+    rows = features.rows(chosen)
     units = rows / rows.norm(dim=-1, keepdim=True)
     target = direction.double() / direction.double().norm()
     left, basis = target, torch.empty(0, len(target), dtype=torch.float64)
@@ -102,9 +96,6 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-CHUNK_VALUES = 2**24  # numbers of a chunk: 64 MB in float32, whatever the width
-
-
 @dataclass(frozen=True)
 class RankedFeature:
     """A feature and how alike it is.
@@ -119,7 +110,7 @@ class RankedFeature:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(Record):
     """The features most like a vector, and least (method, section 8).
 
     Attributes:
@@ -136,15 +127,6 @@ class Ranking:
     features: int
     zero: int
     random_top: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return {**asdict(self), "random_top": list(self.random_top)}
-
-
-def chunk_rows(d_model: int) -> int:
-    """How many rows of a decoder are read at once."""
-    return max(1, CHUNK_VALUES // d_model)
 
 
 def decoder_cosines(decoder: Decoder, directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k features"]:
@@ -167,18 +149,11 @@ def decoder_cosines(decoder: Decoder, directions: Float[Tensor, "k d_model"]) ->
         raise AnalysisError("a direction that is zero or not finite has no cosine with anything")
     units = (directions.float() / norms).T.contiguous()
     found = torch.empty(len(directions), count)
-    for start, rows in _chunks(decoder):
-        lengths = rows.norm(dim=-1)
-        found[:, start : start + len(rows)] = ((rows @ units) / lengths.unsqueeze(-1)).T
+    for start, stop in spans(decoder):
+        rows = decoder.rows(start, stop)
+        found[:, start:stop] = ((rows @ units) / rows.norm(dim=-1, keepdim=True)).T
     found[~torch.isfinite(found)] = torch.nan
     return found
-
-
-def _chunks(decoder: Decoder) -> Iterator[tuple[int, Tensor]]:
-    count, width = decoder.shape
-    step = chunk_rows(width)
-    for start in range(0, count, step):
-        yield start, decoder.rows(start, min(start + step, count))
 
 
 def rank(cosines: Float[Tensor, " features"], count: int, random: Float[Tensor, "k features"] | None = None) -> Ranking:
@@ -207,8 +182,3 @@ def rank(cosines: Float[Tensor, " features"], count: int, random: Float[Tensor, 
         () if random is None else tuple(random.nan_to_num(nan=-2.0).amax(dim=1).sort(descending=True).values.tolist())
     )
     return Ranking(ends(True), ends(False), len(cosines), int((~known).sum()), beside)
-
-
-def chance(d_model: int) -> float:
-    """Standard deviation of the cosine of two random directions."""
-    return 1 / sqrt(d_model)

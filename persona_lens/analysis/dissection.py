@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.decomposition import RankedFeature, chance, decoder_cosines, pursue, rank
+from persona_lens.analysis.decomposition import RankedFeature, decoder_cosines, pursue, rank
 from persona_lens.analysis.examples import (
     WHOLE,
     FeatureEffect,
@@ -39,6 +39,7 @@ from persona_lens.steering import ArmRow, ArmSettings, Steering
 from persona_lens.steering.comparison import ARMS, UNSTEERED, arms_experiment, unsteered_means
 from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
+from persona_lens.vectors.geometry import chance
 
 DECOMPOSITION = "decomposition.json"
 SHOWN_SHARES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -145,13 +146,12 @@ def dissect(
     if settings.steered:
         coefficient_of(vectors, features, settings)  # what cannot be run must not claim the folder
         subject = Subject.of(backend, vectors, trait, judge, chat)
-    config = {**_config(vectors, features, settings, corpus), **_asked(subject, backend, chat)}
+    asked = model_config(backend, chat) if subject is None else subject.describe()
+    config = _config(vectors, features, settings, corpus, asked)
     with run_folder(folder, config) as run:
         if subject is not None:
             prepare_judge(subject.judge, run, ARMS)
-        found = _kept_decomposition(run) or decompose(backend, vectors, features, settings, corpus, progress)
-        if run is not None:
-            run.write_json(DECOMPOSITION, signed(found, DECOMPOSITION))
+        found = _kept(run, lambda: decompose(backend, vectors, features, settings, corpus, progress))
         answers = None
         if subject is not None:
             arms = steered_arms(vectors, features, settings, found)
@@ -162,23 +162,35 @@ def dissect(
     return dissection
 
 
-def _asked(subject: Subject | None, backend: Backend, chat: ChatFormat) -> dict[str, Any]:
-    """What is said of the model, and of who judges it, if it is asked anything; the vectors stand there already."""
-    if subject is None:
-        return model_config(backend, chat)
-    return {name: value for name, value in subject.describe().items() if name != "vectors"}
-
-
 def _config(
-    vectors: PersonaVectors, features: Features, settings: DissectSettings, corpus: Sequence[str]
+    vectors: PersonaVectors,
+    features: Features,
+    settings: DissectSettings,
+    corpus: Sequence[str],
+    asked: Mapping[str, Any],
 ) -> dict[str, Any]:
+    hashed = "sha256:" + hashlib.sha256("\0".join(corpus).encode()).hexdigest()
     return {
         "kind": "dissection",
         "settings": asdict(settings),
         "features": features.describe(),
+        "corpus": {"texts": len(corpus), "content_hash": hashed} if corpus else None,
+        **asked,
         "vectors": {"trait": vectors.trait, "content_hash": vectors.content_hash},
-        "corpus": {"texts": len(corpus), "content_hash": _hash(corpus)} if corpus else None,
     }
+
+
+def _kept(run: RunFolder | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the same run found before it was interrupted, or else what is found now."""
+    if run is None:
+        return make()
+    file = run.path / DECOMPOSITION
+    if not file.exists():
+        run.write_json(DECOMPOSITION, signed(make(), DECOMPOSITION))
+    found = run.read_json(DECOMPOSITION)
+    if not is_signed(found, DECOMPOSITION):
+        raise RunError(f"{file} is damaged; remove it, and the same command makes it again")
+    return {name: value for name, value in found.items() if name != CHECK}
 
 
 def decompose(
@@ -197,6 +209,7 @@ def decompose(
     ends = [each.feature for each in (*ranking.top, *ranking.bottom)]
     beside = max(1, settings.random_directions // 4)
     nulls = [pursue(features, random[i], cosines[1 + i], settings.pursuit).shares for i in range(beside)]
+    most = min(map(len, nulls))
     activity = (
         find_examples(backend, features, ends, corpus, count=settings.examples, progress=progress) if corpus else None
     )
@@ -208,7 +221,7 @@ def decompose(
         "ranking": ranking.to_json(),
         "pursuit": {
             **pursue(features, vector, cosines[0], settings.pursuit).to_json(),
-            "random": [{"features": k, "shares": [s[k - 1] for s in nulls]} for k in _counts(min(map(len, nulls)))],
+            "random": [{"features": k, "shares": [s[k - 1] for s in nulls]} for k in SHOWN_SHARES if k <= most],
         },
         "corpus": {
             "texts": len(corpus),
@@ -324,35 +337,15 @@ def _random_features(
     alive: Bool[Tensor, " features"] | None,
     settings: DissectSettings,
 ) -> list[int]:
-    eligible = torch.isfinite(cosines)
-    if alive is not None:
-        eligible &= alive
-    eligible[list(ends)] = False
-    places = eligible.nonzero()[:, 0]
     if not settings.steered:
         return []
+    eligible = torch.isfinite(cosines) if alive is None else torch.isfinite(cosines) & alive
+    eligible[list(ends)] = False
+    places = eligible.nonzero()[:, 0]
     if len(places) < settings.random_features:
         raise AnalysisError(
             f"{settings.random_features} random features are asked for, but only {len(places)} are "
             f"{'active in the corpus and ' if alive is not None else ''}not among those shown; ask for fewer of either"
         )
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(settings.seed))
-    return [int(place) for place in places[order[: settings.random_features]].sort().values]
-
-
-def _counts(most: int) -> list[int]:
-    return [k for k in SHOWN_SHARES if k <= most]
-
-
-def _kept_decomposition(run: RunFolder | None) -> dict[str, Any] | None:
-    """What an interrupted run of the same configuration had found."""
-    if run is None or not (run.path / DECOMPOSITION).exists():
-        return None
-    found = run.read_json(DECOMPOSITION)
-    if not is_signed(found, DECOMPOSITION):
-        raise RunError(f"{run.path / DECOMPOSITION} is damaged; remove it, and the same command makes it again")
-    return {name: value for name, value in found.items() if name != CHECK}
-
-
-def _hash(texts: Sequence[str]) -> str:
-    return "sha256:" + hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return sorted(places[order[: settings.random_features]].tolist())

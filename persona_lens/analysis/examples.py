@@ -25,7 +25,7 @@ from persona_lens.data.tables import read_rows
 from persona_lens.runs.answers import json_of, values_of
 from persona_lens.steering import ArmRow, Change, Steering
 from persona_lens.steering.comparison import UNSTEERED, change_of
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, VectorsError
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 COLUMNS = ("text", "response", "answer", "content")
 
@@ -286,8 +286,6 @@ def feature_steering(
     """
     layer = features.layer
     length = float(vectors.vector(layer, reduction).norm())
-    if not length > 0:
-        raise VectorsError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
     rows = torch.zeros(vectors.model.n_layers, vectors.model.d_model)
     rows[layer] = features.unit(feature) * length
     origin = {"feature": feature, "dictionary": features.name, "length_of": vectors.content_hash}

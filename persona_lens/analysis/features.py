@@ -9,11 +9,12 @@ import difflib
 import hashlib
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -29,9 +30,79 @@ _AFTER_BLOCK = re.compile(r"(?:blocks\.(\d+)\.hook_(?:resid_post|out)|(?:.*\.)?(
 _BEFORE_BLOCK = re.compile(r"blocks\.(\d+)\.hook_(?:resid_pre|in)")
 _DASHBOARD = re.compile(r"[\w.-]+/[\w.-]+")
 SAMPLED_ROWS = 16
+CHUNK_VALUES = 2**24  # numbers of a decoder that are read at once: 64 MB in float32, whatever the width
 
 Encode = Callable[[Tensor], Tensor]
 """Residuals [n, d_model] to activations [n, features], not negative where the feature is active."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorDecoder:
+    """Directions that are in memory.
+
+    Attributes:
+        weights: [features, d_model].
+    """
+
+    weights: Float[Tensor, "features d_model"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of features, and width of the residual stream."""
+        return int(self.weights.shape[0]), int(self.weights.shape[1])
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "n d_model"]:
+        """The directions of the features from ``start`` to ``stop - 1``, not normalised: float32."""
+        return self.weights[start:stop].detach().to("cpu", torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class FileDecoder:
+    """Directions in a safetensors file, of which only the rows asked for are ever read.
+
+    Attributes:
+        file: The file.
+        name: The tensor's name, [features, d_model].
+
+    Raises:
+        AnalysisError: If the file cannot be read, or holds no such matrix.
+    """
+
+    file: Path
+    name: str = "W_dec"
+    shape: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            opened: Any = safe_open(self.file, framework="pt")
+            names = list(opened.keys())
+            if self.name not in names:
+                there = ", ".join(sorted(names)) or "nothing"
+                raise AnalysisError(f"{self.file} holds no decoder {self.name!r}; it holds {there}")
+            shape = tuple(opened.get_slice(self.name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise AnalysisError(f"{self.file} is not a safetensors file, or is damaged: {error}") from error
+        if len(shape) != 2 or not all(shape):
+            raise AnalysisError(f"{self.name!r} in {self.file} must be [features, d_model], got {list(shape)}")
+        object.__setattr__(self, "shape", shape)
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "n d_model"]:
+        """See `TensorDecoder.rows`."""
+        # Opened anew each time: a file that stays open keeps every page that was read from it in memory.
+        opened: Any = safe_open(self.file, framework="pt")
+        found: Tensor = opened.get_slice(self.name)[start:stop]
+        return found.float()
+
+
+Decoder = TensorDecoder | FileDecoder
+"""Directions by the number of their feature."""
+
+
+def spans(decoder: Decoder) -> Iterator[tuple[int, int]]:
+    """From which to which feature a decoder is read at once, so that memory does not grow with their number."""
+    count, width = decoder.shape
+    step = max(1, CHUNK_VALUES // width)
+    return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +151,10 @@ class Features:
         unit: Tensor = row / row.norm()
         return unit
 
-    def rows(self, features: Int[Tensor, " n"], chunk: int) -> Float[Tensor, "n d_model"]:
-        """The directions of some features, read ``chunk`` rows at a time: not normalised, in the order given."""
+    def rows(self, features: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+        """The directions of some features, not normalised, in the order given."""
         found = torch.empty(len(features), self.d_model)
-        for start in range(0, self.count, chunk):
-            stop = min(start + chunk, self.count)
+        for start, stop in spans(self.decoder):
             inside = (features >= start) & (features < stop)
             if bool(inside.any()):
                 found[inside] = self.decoder.rows(start, stop)[features[inside] - start]
@@ -162,78 +232,6 @@ def _plain(model: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", model.rstrip("/").rpartition("/")[2].lower())
 
 
-@runtime_checkable
-class Decoder(Protocol):
-    """Directions by the number of their feature."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of features, and width of the residual stream."""
-        ...
-
-    def rows(self, start: int, stop: int) -> Float[Tensor, "n d_model"]:
-        """The directions of the features from ``start`` to ``stop - 1``, not normalised: float32."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class TensorDecoder:
-    """Directions that are in memory.
-
-    Attributes:
-        weights: [features, d_model].
-    """
-
-    weights: Float[Tensor, "features d_model"]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `Decoder.shape`."""
-        return int(self.weights.shape[0]), int(self.weights.shape[1])
-
-    def rows(self, start: int, stop: int) -> Float[Tensor, "n d_model"]:
-        """See `Decoder.rows`."""
-        return self.weights[start:stop].detach().to("cpu", torch.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class FileDecoder:
-    """Directions in a safetensors file, of which only the rows asked for are ever read.
-
-    Attributes:
-        file: The file.
-        name: The tensor's name, [features, d_model].
-
-    Raises:
-        AnalysisError: If the file cannot be read, or holds no such matrix.
-    """
-
-    file: Path
-    name: str = "W_dec"
-    shape: tuple[int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        try:
-            opened: Any = safe_open(self.file, framework="pt")
-            names = list(opened.keys())
-            if self.name not in names:
-                there = ", ".join(sorted(names)) or "nothing"
-                raise AnalysisError(f"{self.file} holds no decoder {self.name!r}; it holds {there}")
-            shape = tuple(opened.get_slice(self.name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise AnalysisError(f"{self.file} is not a safetensors file, or is damaged: {error}") from error
-        if len(shape) != 2 or not all(shape):
-            raise AnalysisError(f"{self.name!r} in {self.file} must be [features, d_model], got {list(shape)}")
-        object.__setattr__(self, "shape", shape)
-
-    def rows(self, start: int, stop: int) -> Float[Tensor, "n d_model"]:
-        """See `Decoder.rows`."""
-        # Opened anew each time: a file that stays open keeps every page that was read from it in memory.
-        opened: Any = safe_open(self.file, framework="pt")
-        found: Tensor = opened.get_slice(self.name)[start:stop]
-        return found.float()
-
-
 COMMAND = "pip install 'persona-lens[sae]'"
 CONFIG, WEIGHTS, DECODER = "cfg.json", "sae_weights.safetensors", "W_dec"
 
@@ -257,15 +255,21 @@ def load_features(where: str | Path) -> Features:
     if Path(where).is_dir():
         return _from_folder(Path(where))
     release, sae_id = _named(str(where))
+    with _saelens(f"load {where}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae = _library().SAE.from_pretrained(release, sae_id, device="cpu")
+    return _features(str(where), sae.cfg, TensorDecoder(sae.W_dec.detach()), lambda h: _encoded(sae, h))
+
+
+@contextmanager
+def _saelens(what: str) -> Iterator[None]:
+    """Says in one sentence what SAELens could not do; its errors may be anything."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sae = _library().SAE.from_pretrained(release, sae_id, device="cpu")
+        yield
     except AnalysisError:
         raise
     except Exception as error:
-        raise AnalysisError(f"SAELens cannot load {where}: {_first_line(error)}") from error
-    return _features(str(where), sae.cfg, TensorDecoder(sae.W_dec.detach()), lambda h: _encoded(sae, h))
+        raise AnalysisError(f"SAELens cannot {what}: {_first_line(error)}") from error
 
 
 def _from_folder(folder: Path) -> Features:
@@ -275,10 +279,8 @@ def _from_folder(folder: Path) -> Features:
                 f"{folder} holds no {name}; give a folder that SAELens saved (with save_model or save_inference_model)"
             )
     library = _library()
-    try:
+    with _saelens(f"read {folder / CONFIG}"):
         config = _config(library, folder)
-    except Exception as error:
-        raise AnalysisError(f"SAELens cannot read {folder / CONFIG}: {_first_line(error)}") from error
     decoder = FileDecoder(folder / WEIGHTS, DECODER)
     if decoder.shape != (config.d_sae, config.d_in):
         raise AnalysisError(
@@ -287,10 +289,8 @@ def _from_folder(folder: Path) -> Features:
 
     @cache
     def whole() -> Any:
-        try:
+        with _saelens(f"load {folder}"):
             return library.SAE.load_from_disk(folder, device="cpu")
-        except Exception as error:
-            raise AnalysisError(f"SAELens cannot load {folder}: {_first_line(error)}") from error
 
     return _features(folder.name, config, decoder, lambda h: _encoded(whole(), h))
 
@@ -304,7 +304,7 @@ def _config(library: Any, folder: Path) -> Any:
     return kind.from_dict(content)
 
 
-def _features(name: str, config: Any, decoder: FileDecoder | TensorDecoder, encode: Any) -> Features:
+def _features(name: str, config: Any, decoder: Decoder, encode: Any) -> Features:
     if "transcoder" in config.architecture():
         raise AnalysisError(
             f"{name} is a {config.architecture()}, which writes elsewhere than it reads; its directions are none of "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,26 +110,23 @@ def find_readout(module: Any) -> Readout:
         raise AnalysisError(f"no unembedding with weights in reach was found in {type(module).__name__}")
     around = module.get_submodule(path.rpartition(".")[0])
     candidates = [each for each in around.children() if each is not blocks]
-    outputs: dict[int, Tensor] = {}
-    seen: dict[str, Tensor] = {}
+    seen: dict[Any, Any] = {}
 
-    def keep_input(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen["head"] = args[0]
+    def keep(name: Any) -> Any:
+        return lambda *given: seen.__setitem__(name, residual_of(given[-1]))
 
-    def keep_output(number: int, output: Any) -> None:
-        value = residual_of(output)
-        if isinstance(value, Tensor):
-            outputs[number] = value
-
-    with _hooks() as add:
-        add(head.register_forward_pre_hook(keep_input))
-        add(blocks[-1].register_forward_hook(lambda *given: seen.__setitem__("last", residual_of(given[-1]))))
-        for number, each in enumerate(candidates):
-            add(each.register_forward_hook(lambda *given, number=number: keep_output(number, given[-1])))
+    with ExitStack() as stack:
+        for handle in (
+            head.register_forward_pre_hook(keep("head")),
+            blocks[-1].register_forward_hook(keep("last")),
+            *(each.register_forward_hook(keep(number)) for number, each in enumerate(candidates)),
+        ):
+            stack.callback(handle.remove)
         run(module, PROBE)
     if torch.equal(seen["head"], seen["last"]):
         return Readout(None, weight)
-    norms = [number for number, value in outputs.items() if torch.equal(value, seen["head"])]
+    outputs = {number: seen.get(number) for number in range(len(candidates))}
+    norms = [n for n, value in outputs.items() if isinstance(value, Tensor) and torch.equal(value, seen["head"])]
     if not norms:
         raise AnalysisError(
             f"in {type(module).__name__} something other than one norm stands between the last block and the "
@@ -143,12 +140,6 @@ def run(module: nn.Module, ids: list[int]) -> None:
     device = next(module.parameters()).device
     with torch.inference_mode(), evaluating(module):
         module(input_ids=torch.tensor([ids], device=device), use_cache=False)
-
-
-@contextmanager
-def _hooks() -> Iterator[Any]:
-    with ExitStack() as stack:
-        yield lambda handle: stack.callback(handle.remove)
 
 
 RANDOM_DIRECTIONS = 20
@@ -236,17 +227,14 @@ def logit_lens(
         seed: Of the random directions.
 
     Raises:
-        AnalysisError: If there are no layers or prompts, a vector is zero, or the model has no readout of a usual kind.
+        AnalysisError: If there are no layers or prompts, or the model has no readout of a usual kind.
         ModuleError: If the weights are out of reach.
-        VectorsError: If the vectors belong to another model, or there is no such layer.
+        VectorsError: If the vectors belong to another model, or a layer has none.
     """
     vectors.check_model(backend, allowable=False)
     if not layers or not prompts or top < 1:
         raise AnalysisError("the lens needs at least one layer, one prompt and one token to show")
     rows = torch.stack([vectors.vector(layer, reduction) for layer in layers])
-    for layer, row in zip(layers, rows, strict=True):
-        if not float(row.norm()) > 0:
-            raise AnalysisError(f"the {reduction} vector of {vectors.trait!r} at layer {layer} is zero")
     readout = find_readout(module_of(backend))
     scale = _scale(backend, readout, prompts)
     shifts = _centred(readout.shifts(rows, scale))

@@ -121,7 +121,7 @@ def cosines_command(
     if len(named) < 2:
         raise PersonaLensError(f"{vectors[0]} is given twice; a cosine is between two different VECTORS")
     found = cosines(named, shown.reduction)
-    chosen = layer_numbers(shown.layers, len(found.values))
+    chosen = layer_numbers(shown.layers, len(found.cosines))
     written = found.to_json()
     picked = {**written, "layers": chosen, "cosines": [written["cosines"][at] for at in chosen]}
     deliver(picked, lambda: _show_cosines(found, chosen), shown.as_json)
@@ -177,7 +177,7 @@ def pca_command(
     rows = [
         ("share of the variance", *(f"{found.explained[at]:.0%}" for at in shown)),
         ("95% of random ones: below", *(f"{found.random_explained[at]:.0%}" for at in shown)),
-        *((name, *(f"{found.coordinates[row, at]:+.2f}" for at in shown)) for row, name in enumerate(found.names)),
+        *((name, *(f"{found.coordinates[row, at]:+.2f}" for at in shown)) for row, name in enumerate(found.traits)),
     ]
     title, head = f"Components at layer {layer}", ("", *(f"{at + 1}" for at in shown))
     deliver(found.to_json(), lambda: print_table(title, head, rows), as_json)
@@ -206,7 +206,7 @@ def agree_command(
     picked = {name: [written[name][at] for at in chosen] for name in ("cosines", "lengths")}
 
     def show() -> None:
-        options.say_notes([f"different models: {difference}" for difference in found.differences])
+        options.say_notes([f"different models: {difference}" for difference in found.different_models])
         show_rows(
             f"Agreement (95% of random directions are within {CHANCE * found.null_std:.3f} of 0)",
             chosen,
@@ -233,9 +233,9 @@ def halves_command(
     Args:
         splits: Random splits of the questions that are averaged.
     """
-    from persona_lens.vectors.split_half import split_halves
+    from persona_lens.vectors.split_half import split_half_reliability
 
-    found = split_halves(run, shown.reduction, splits=splits, seed=seed)
+    found = split_half_reliability(run, shown.reduction, splits=splits, seed=seed)
     chosen = layer_numbers(shown.layers, len(found.layers))
     written = found.to_json()
     title = f"{counted(found.questions, 'question')}, {counted(found.splits, 'split')} into halves"
@@ -272,13 +272,13 @@ def _show_cosines(found: Cosines, layers: list[int]) -> None:
     if len(layers) == 1:
         rows = [
             (name, *(number(value, COSINE) for value in row))
-            for name, row in zip(found.names, found.at(layers[0]).tolist(), strict=True)
+            for name, row in zip(found.traits, found.cosines[layers[0]].tolist(), strict=True)
         ]
-        print_table(f"Cosines at layer {layers[0]} ({chance})", ("", *found.names), rows)
+        print_table(f"Cosines at layer {layers[0]} ({chance})", ("", *found.traits), rows)
         return
     rows = []
-    for (i, one), (j, other) in combinations(enumerate(found.names), 2):
-        values = {layer: value for layer in layers if isfinite(value := float(found.values[layer, i, j]))}
+    for (i, one), (j, other) in combinations(enumerate(found.traits), 2):
+        values = {layer: value for layer in layers if isfinite(value := float(found.cosines[layer, i, j]))}
         if not values:
             rows.append((f"{one}, {other}", *["-"] * 4))
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,8 +35,23 @@ class Record:
     """A dataclass whose fields are its JSON."""
 
     def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(cast(Any, self))
+        """The values by name: tensors and tuples as lists, and None for a number that is none."""
+        return {each.name: plain(getattr(self, each.name)) for each in fields(cast(Any, self))}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: see `Record.to_json`."""
+    if isinstance(value, Record):
+        return value.to_json()
+    if is_dataclass(value):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 class DocumentError(PersonaLensError):

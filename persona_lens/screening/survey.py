@@ -328,7 +328,7 @@ def fit_forecast(
     return ShiftForecast(
         trait,
         layer,
-        quantity.value,
+        quantity,
         float(line.slope),
         float(line.intercept),
         float(np.sqrt((residuals**2).sum() / (len(x) - 2))),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors
@@ -24,7 +25,7 @@ class GeometryError(PersonaLensError):
 
 
 @dataclass(frozen=True, eq=False)
-class Cosines:
+class Cosines(Record):
     """Cosine of every pair of traits at every layer.
 
     Two independent random directions in d dimensions have a cosine of mean 0 and standard deviation 1/sqrt(d): what is
@@ -32,45 +33,18 @@ class Cosines:
     language models have directions of their own that many differences of means share.
 
     Attributes:
-        names: The traits, in the order of both axes.
+        traits: In the order of both axes.
         reduction: Which of their vectors.
         d_model: Width of the residual stream.
-        values: float32 [layers, traits, traits], symmetric; NaN where a vector is zero.
+        null_std: Standard deviation of the cosine of two random directions.
+        cosines: float32 [layers, traits, traits], symmetric; NaN where a vector is zero.
     """
 
-    names: tuple[str, ...]
+    traits: tuple[str, ...]
     reduction: str
     d_model: int
-    values: Float[Tensor, "layers traits traits"]
-
-    @property
-    def null_std(self) -> float:
-        """Standard deviation of the cosine of two random directions."""
-        return 1 / sqrt(self.d_model)
-
-    def at(self, layer: int) -> Float[Tensor, "traits traits"]:
-        """The matrix of one layer.
-
-        Raises:
-            GeometryError: If there is no such layer.
-        """
-        if not 0 <= layer < len(self.values):
-            raise GeometryError(f"layer {layer} does not exist: the model has layers 0 to {len(self.values) - 1}")
-        matrix: Tensor = self.values[layer]
-        return matrix
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name, None where a cosine is undefined."""
-        return {
-            "traits": list(self.names),
-            "reduction": self.reduction,
-            "d_model": self.d_model,
-            "null_std": self.null_std,
-            "cosines": [
-                [[value if isfinite(value) else None for value in row] for row in matrix]
-                for matrix in self.values.tolist()
-            ],
-        }
+    null_std: float
+    cosines: Float[Tensor, "layers traits traits"]
 
 
 def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = DEFAULT_REDUCTION) -> Cosines:
@@ -85,9 +59,19 @@ def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = DEFAULT_REDU
         VectorsError: If there is no such reduction.
     """
     rows, first = stacked(vectors, reduction)
-    units = rows / rows.norm(dim=-1, keepdim=True)
+    units = _units(rows)
     values = torch.einsum("lad,lbd->lab", units, units).clamp(-1, 1).float()
-    return Cosines(tuple(vectors), reduction, first.model.d_model, values)
+    return Cosines(tuple(vectors), reduction, first.model.d_model, chance(first.model.d_model), values)
+
+
+def _units(rows: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+    units: Tensor = rows / rows.norm(dim=-1, keepdim=True)
+    return units
+
+
+def chance(d_model: int) -> float:
+    """Standard deviation of the cosine of two random directions."""
+    return 1 / sqrt(d_model)
 
 
 def stacked(
@@ -120,8 +104,7 @@ def layer_cosines(vectors: PersonaVectors, reduction: str = DEFAULT_REDUCTION) -
     Raises:
         VectorsError: If there is no such reduction.
     """
-    rows = vectors.rows(reduction).double()
-    units = rows / rows.norm(dim=-1, keepdim=True)
+    units = _units(vectors.rows(reduction).double())
     values: Tensor = (units @ units.T).clamp(-1, 1).float()
     return values
 
@@ -130,11 +113,11 @@ RANDOM_SETS = 200
 
 
 @dataclass(frozen=True, eq=False)
-class Components:
+class Components(Record):
     """Principal components of traits' directions at one layer, most important first.
 
     Attributes:
-        names: The traits.
+        traits: Their names.
         layer: Block index, 0-based.
         reduction: Which of their vectors.
         explained: float32 [components]: each one's share of the variance.
@@ -143,7 +126,7 @@ class Components:
         directions: float32 [components, d_model], of length one.
     """
 
-    names: tuple[str, ...]
+    traits: tuple[str, ...]
     layer: int
     reduction: str
     explained: Float[Tensor, " components"]
@@ -153,14 +136,7 @@ class Components:
 
     def to_json(self) -> dict[str, Any]:
         """All but the directions, as JSON values."""
-        return {
-            "traits": list(self.names),
-            "layer": self.layer,
-            "reduction": self.reduction,
-            "explained": self.explained.tolist(),
-            "random_explained": self.random_explained.tolist(),
-            "coordinates": self.coordinates.tolist(),
-        }
+        return {name: value for name, value in super().to_json().items() if name != "directions"}
 
 
 def principal_components(
@@ -209,7 +185,7 @@ def principal_components(
 
 
 def _prepared(rows: Tensor, normalised: bool, centred: bool) -> Tensor:
-    rows = rows / rows.norm(dim=-1, keepdim=True) if normalised else rows
+    rows = _units(rows) if normalised else rows
     return rows - rows.mean(dim=0) if centred else rows
 
 
@@ -226,41 +202,30 @@ def _random_shares(given: Tensor, normalised: bool, centred: bool, seed: int) ->
     found = []
     for _ in range(RANDOM_SETS):
         noise = torch.randn(given.shape, generator=generator, dtype=torch.float64)
-        noise *= given.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+        noise = _units(noise) * given.norm(dim=-1, keepdim=True)
         found.append(_shares(_prepared(noise, normalised, centred)))
     return torch.stack(found).quantile(0.95, dim=0)
 
 
 @dataclass(frozen=True, eq=False)
-class Likeness:
+class Likeness(Record):
     """Two vectors, layer by layer.
 
     Attributes:
-        names: Their traits.
+        traits: Their traits.
         reduction: Which of their vectors.
+        null_std: Standard deviation of the cosine of two random directions of this width.
+        different_models: What makes their models different, in words; empty for one model.
         cosines: float32 [layers]; NaN where one of them has no vector.
         lengths: float32 [layers]: length of the second over that of the first.
-        null_std: Standard deviation of the cosine of two random directions of this width.
-        differences: What makes their models different, in words; empty for one model.
     """
 
-    names: tuple[str, str]
+    traits: tuple[str, str]
     reduction: str
+    null_std: float
+    different_models: tuple[str, ...]
     cosines: Float[Tensor, " layers"]
     lengths: Float[Tensor, " layers"]
-    null_std: float
-    differences: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name, None where one is undefined."""
-        return {
-            "traits": list(self.names),
-            "reduction": self.reduction,
-            "null_std": self.null_std,
-            "different_models": list(self.differences),
-            "cosines": [value if isfinite(value) else None for value in self.cosines.tolist()],
-            "lengths": [value if isfinite(value) else None for value in self.lengths.tolist()],
-        }
 
 
 def likeness(
@@ -292,12 +257,7 @@ def likeness(
             "other, allow it with allow_other_model (--allow-other-model)"
         )
     a, b = one.rows(reduction).double(), other.rows(reduction).double()
-    cosines = torch.einsum("ld,ld->l", a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True))
-    return Likeness(
-        (one.trait, other.trait),
-        reduction,
-        cosines.clamp(-1, 1).float(),
-        (b.norm(dim=-1) / a.norm(dim=-1)).float(),
-        1 / sqrt(one.model.d_model),
-        tuple(different),
-    )
+    cosines = torch.einsum("ld,ld->l", _units(a), _units(b)).clamp(-1, 1).float()
+    lengths = (b.norm(dim=-1) / a.norm(dim=-1)).float()
+    null_std = chance(one.model.d_model)
+    return Likeness((one.trait, other.trait), reduction, null_std, tuple(different), cosines, lengths)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.core.text import printable
-from persona_lens.vectors.formats.form import ExchangeError, Exported
+from persona_lens.vectors.formats.form import ExchangeError, file_name
 from persona_lens.vectors.formats.registry import write_new
-from persona_lens.vectors.formats.rows import file_name
 from persona_lens.vectors.provenance import kept_of_each_arm
 from persona_lens.vectors.vectors import PersonaVectors, load_vectors
 
@@ -49,7 +48,7 @@ def push_vectors(vectors: PersonaVectors, repo: str, *, licence: str, private: b
     content = {VECTORS: vectors.to_bytes(), CARD: card.encode()}
     if _is_folder(repo):
         folder = Path(repo).expanduser()
-        write_new(Exported({str(folder / name): each for name, each in content.items()}))
+        write_new({str(folder / name): each for name, each in content.items()})
         return Pushed(str(folder))
     _check_id(repo)
     try:

@@ -6,18 +6,18 @@ file that somebody else wrote, or that is damaged, is met with the same words ev
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from math import isfinite
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short
-from persona_lens.core.text import shown as as_shown
 from persona_lens.judging.likelihood import Calibration
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import Trait, load_trait
@@ -41,7 +41,7 @@ class Tuned:
         reduction: Which of the vectors.
     """
 
-    layer: int
+    layer: Annotated[int, Field(ge=0)]
     coefficient: float
     reduction: str = DEFAULT_REDUCTION
 
@@ -76,7 +76,7 @@ class Quantity(StrEnum):
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Record):
     """A shift of the mean trait score that is to be expected.
 
     Attributes:
@@ -91,13 +91,9 @@ class Forecast:
     high: float
     outside: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class ShiftForecast:
+class ShiftForecast(Record):
     """A line from a dataset's mean value to the shift of the trait score after finetuning on it.
 
     Attributes:
@@ -117,7 +113,7 @@ class ShiftForecast:
 
     trait: str
     layer: int
-    quantity: str
+    quantity: Quantity
     slope: float
     intercept: float
     residual: float
@@ -137,9 +133,24 @@ class ShiftForecast:
         reach = float(stats.t.ppf(0.975, self.n - 2) * error)
         return Forecast(shift, shift - reach, shift + reach, not self.lowest <= value <= self.highest)
 
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
+
+TUNED = TypeAdapter(Tuned).validate_json
+LAYERS = TypeAdapter(tuple[int, ...]).validate_json
+
+
+def _checked(read: Callable[..., Found], stored: Any) -> Found:
+    """What is stored, if it is of that kind: no text for a number, no flag for one either, and all numbers finite.
+
+    Raises:
+        ValueError, TypeError: If it is not.
+    """
+    text = json.dumps(stored, allow_nan=False)
+    try:
+        return read(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
 
 class Provenanced:
@@ -156,14 +167,13 @@ class Provenanced:
         found = self.provenance.get(name)
         return found if isinstance(found, Mapping) else {}
 
-    def _read(self, what: str, read: Callable[[], Found], instead: str = "make them again") -> Found:
+    def _read(self, what: str, read: Callable[..., Found], stored: Any, instead: str = "make them again") -> Found:
         """Read something, or say that it is damaged and what to do instead."""
         try:
-            return read()
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error) or repr(error)
+            return _checked(read, stored)
+        except (TypeError, ValueError, RecursionError) as error:
             raise VectorsError(
-                f"{what} that the vectors of {self.trait!r} carry is damaged: {in_short(why, 200)}; {instead}"
+                f"{what} that the vectors of {self.trait!r} carry is damaged: {in_short(str(error), 200)}; {instead}"
             ) from None
 
     @property
@@ -177,7 +187,8 @@ class Provenanced:
         stored.pop("content_hash", None)
         if not stored:
             raise VectorsError("these vectors carry no trait; name it with trait=... (--trait)")
-        return self._read("the trait", lambda: Trait.model_validate(stored), "name it with trait=... (--trait)")
+        read, instead = lambda text, **_: Trait.model_validate_json(text), "name it with trait=... (--trait)"
+        return self._read("the trait", read, stored, instead)
 
     def trait_for(self, given: str | Trait | None) -> Trait:
         """The trait that somebody asks for by name or definition; the vectors' own if that is None.
@@ -207,14 +218,8 @@ class Provenanced:
                 "these vectors carry no calibration of the likelihood judge, so responses cannot be scored by it; name "
                 "another judge (--judge), or extract with the likelihood judge"
             )
-
-        def read() -> Calibration:
-            slope, intercept = float(stored["slope"]), float(stored["intercept"])
-            if not (isfinite(slope) and isfinite(intercept)):
-                raise ValueError(as_shown(stored))
-            return Calibration(slope, intercept)
-
-        return self._read("the calibration", read, "extract them again, or name another judge (--judge)")
+        again = "extract them again, or name another judge (--judge)"
+        return self._read("the calibration", TypeAdapter(Calibration).validate_json, stored, again)
 
     @property
     def rollouts(self) -> RolloutSettings:
@@ -222,13 +227,13 @@ class Provenanced:
         stored = self.stored("settings").get("rollouts")
         names = ("max_new_tokens", "temperature", "top_p")
         given = {name: stored[name] for name in names if name in stored} if isinstance(stored, Mapping) else {}
-        return self._read("the settings", lambda: RolloutSettings(**given))
+        return self._read("the settings", TypeAdapter(RolloutSettings).validate_json, given)
 
     @property
     def tuned(self) -> Tuned | None:
         """The layer and coefficient that were tuned for these vectors; None if that was not done."""
         found = self.provenance.get("tuned")
-        return self._read("what was tuned", lambda: _tuned(found)) if found else None
+        return self._read("what was tuned", TUNED, found) if found else None
 
     def tuned_choice(self) -> Tuned:
         """`tuned`, for where it is needed.
@@ -246,20 +251,21 @@ class Provenanced:
     @property
     def monitor(self) -> StoredMonitor | None:
         """What a monitoring study found; None if there was none."""
-        found = self.provenance.get("monitor")
-        again = "make it again with `persona-lens monitor study`"
-        return self._read("the calibration of the monitor", lambda: _monitor(found), again) if found else None
+        if not (found := self.provenance.get("monitor")):
+            return None
+        read, again = TypeAdapter(StoredMonitor).validate_json, "make it again with `persona-lens monitor study`"
+        return self._read("the calibration of the monitor", read, found, again)
 
     @property
     def forecasts(self) -> tuple[ShiftForecast, ...]:
         """How far finetuning would move the trait, by lines that were fitted before; almost always none."""
-        found = self.provenance.get(FORECASTS, ())
-        return self._read("the forecast", lambda: tuple(map(_forecast, found)), "fit it again")
+        read = TypeAdapter(tuple[ShiftForecast, ...]).validate_json
+        return self._read("the forecast", read, self.provenance.get(FORECASTS, ()), "fit it again")
 
     @property
     def missing_layers(self) -> tuple[int, ...]:
         """Layers without a vector, whose rows are zero: what another program's file did not hold."""
-        return self._read("missing_layers", lambda: _layers(self.provenance.get("missing_layers", [])))
+        return self._read("missing_layers", LAYERS, self.provenance.get("missing_layers", ()))
 
     @property
     def prompt_mean_sinks(self) -> bool:
@@ -287,43 +293,11 @@ def check_provenance(provenance: Any) -> dict[str, Any]:
     """What a file has to hold so that its vectors can be used at all.
 
     Raises:
-        TypeError: If it is no mapping, or ``missing_layers`` no list of layers.
-        ValueError: If what was tuned is no choice.
+        TypeError, ValueError: If it is no mapping, ``missing_layers`` no list of layers, or what was tuned no choice.
     """
     if not isinstance(provenance, dict):
         raise TypeError("provenance is a mapping")
-    _layers(provenance.get("missing_layers", []))
+    _checked(LAYERS, provenance.get("missing_layers", ()))
     if provenance.get("tuned"):
-        _tuned(provenance["tuned"])
+        _checked(TUNED, provenance["tuned"])
     return provenance
-
-
-def _layers(found: Any) -> tuple[int, ...]:
-    if not isinstance(found, list | tuple) or not all(type(layer) is int for layer in found):
-        raise TypeError("missing_layers is a list of layers")
-    return tuple(found)
-
-
-def _tuned(found: Any) -> Tuned:
-    match found:
-        case {"layer": int(layer), "coefficient": float() | int() as coefficient, "reduction": str(reduction)}:
-            if layer >= 0 and isfinite(coefficient) and bool not in (type(layer), type(coefficient)):
-                return Tuned(layer, coefficient, reduction)
-    raise ValueError("what was tuned is no layer with a coefficient and a reduction")
-
-
-def _monitor(found: Mapping[str, Any]) -> StoredMonitor:
-    shown, responses, questions = (tuple(map(int, found[name])) for name in ("shown", "responses", "questions"))
-    layers = {int(layer): entry for layer, entry in found["layers"].items()}
-    return StoredMonitor(int(found["layer"]), str(found["reduction"]), shown, responses, questions, layers)
-
-
-def _forecast(found: Mapping[str, Any]) -> ShiftForecast:
-    kinds: dict[str, Any] = {"str": str, "int": int, "float": int | float}
-    types = {each.name: str(each.type) for each in fields(ShiftForecast)}
-    for name, value in found.items():
-        if not isinstance(value, kinds[types[name]]) or isinstance(value, bool):
-            raise TypeError(f"{name} is a {type(value).__name__}")
-    Quantity(found["quantity"])
-    given: dict[str, Any] = {n: float(value) if types[n] == "float" else value for n, value in found.items()}
-    return ShiftForecast(**given)

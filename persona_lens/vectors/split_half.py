@@ -1,4 +1,4 @@
-"""`split_halves`: how much of a vector is the trait, and how much the questions that it was made from.
+"""`split_half_reliability`: how much of a vector is the trait, and how much the questions that it was made from.
 
 The responses of an extraction are cut into two halves by their questions, again and again, and a vector is made of each
 half. Two halves that share nothing but the trait agree as far as the vector is reliable.
@@ -6,9 +6,9 @@ half. Two halves that share nothing but the trait agree as far as the vector is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from persona_lens.core.documents import DocumentError, parse_json
+from persona_lens.core.documents import Record
 from persona_lens.core.statistics import CORRELATION, Estimate, jackknife_interval
+from persona_lens.data.tables import DataError, read_rows
 from persona_lens.runs import RunError
-from persona_lens.runs.chunks import open_shard
+from persona_lens.runs.chunks import ROW, open_shard
 from persona_lens.runs.rollouts import ACTIVATIONS, ROLLOUTS
 from persona_lens.traits import Arm
 from persona_lens.vectors.geometry import GeometryError
@@ -28,12 +29,11 @@ from persona_lens.vectors.vectors import PersonaVectors, load_vectors
 
 SPLITS = 200
 SCORES = "scores.jsonl"
-LABELS = ("question_number", "pair", "sample", "arm")
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class HalvesAt:
+class LayerReliability(Record):
     """One layer's reliability.
 
     Attributes:
@@ -52,7 +52,7 @@ class HalvesAt:
 
 
 @dataclass(frozen=True)
-class Halves:
+class Reliability(Record):
     """Reliability of a vector, layer by layer.
 
     Attributes:
@@ -67,35 +67,12 @@ class Halves:
     reduction: str
     questions: int
     splits: int
-    layers: tuple[HalvesAt, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name, None where one is undefined."""
-
-        def number(value: float | int) -> float | int | None:
-            return value if isfinite(value) else None
-
-        rows = [
-            {
-                "layer": row.layer,
-                "halves": number(row.halves),
-                "whole": {name: number(value) for name, value in row.whole.to_json().items()},
-                "null": number(row.null),
-            }
-            for row in self.layers
-        ]
-        return {
-            "trait": self.trait,
-            "reduction": self.reduction,
-            "questions": self.questions,
-            "splits": self.splits,
-            "layers": rows,
-        }
+    layers: tuple[LayerReliability, ...]
 
 
-def split_halves(
+def split_half_reliability(
     folder: Path | str, reduction: str = DEFAULT_REDUCTION, *, splits: int = SPLITS, seed: int = 0
-) -> Halves:
+) -> Reliability:
     """Split-half reliability of the vectors in an extraction's run folder, from its activations and scores.
 
     Args:
@@ -124,7 +101,7 @@ def split_halves(
     halves = _drawn_halves(questions, splits, rng)
     swaps = rng.random((splits, questions)) < 0.5
     rows = tuple(_at(layer, sums[:, :, layer], counts, halves, swaps) for layer in range(vectors.model.n_layers))
-    return Halves(vectors.trait, reduction, questions, splits, rows)
+    return Reliability(vectors.trait, reduction, questions, splits, rows)
 
 
 def _drawn_halves(questions: int, splits: int, rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -134,50 +111,38 @@ def _drawn_halves(questions: int, splits: int, rng: np.random.Generator) -> NDAr
     return found
 
 
-def _at(layer: int, sums: Array, counts: Array, halves: NDArray[np.bool_], swaps: NDArray[np.bool_]) -> HalvesAt:
+def _at(
+    layer: int, sums: Array, counts: Array, halves: NDArray[np.bool_], swaps: NDArray[np.bool_]
+) -> LayerReliability:
     flat = sums.reshape(len(counts) * 2, -1)
     products = flat @ flat.T  # all cosines of any halves are in here
-    observed = _cosines(products, counts, halves, np.zeros_like(swaps))
-    null = _cosines(products, counts, halves, swaps)
-    whole = _stepped_up(float(np.nanmean(observed)))
-    return HalvesAt(
-        layer,
-        float(np.nanmean(observed)),
-        _jackknife(whole, products, counts, halves),
-        float(np.nanquantile(np.abs(null), 0.95)),
-    )
+    as_they_are = np.zeros_like(swaps)
+    observed = _cosines(products, counts, halves, ~halves, as_they_are)
+    null = _cosines(products, counts, halves, ~halves, swaps)
+    whole = _stepped_up(observed)
+    without = [  # each question in turn
+        _stepped_up(_cosines(products, counts, halves & left, ~halves & left, as_they_are))
+        for left in ~np.eye(len(counts), dtype=bool)
+    ]
+    low, high = jackknife_interval(whole, np.asarray(without), CORRELATION) or (nan, nan)
+    estimate = Estimate(whole, low, high, len(counts))
+    return LayerReliability(layer, float(np.nanmean(observed)), estimate, float(np.nanquantile(np.abs(null), 0.95)))
 
 
-def _stepped_up(half: float) -> float:
+def _stepped_up(cosines: Array | float) -> float:
     """Of the agreement of halves, that of wholes."""
+    half = float(np.nanmean(cosines))
     return 2 * half / (1 + half)
 
 
-def _jackknife(whole: float, products: Array, counts: Array, halves: NDArray[np.bool_]) -> Estimate:
-    """The interval: how much the estimate owes to each question."""
-    n = len(counts)
-    without = []
-    for left_out in range(n):
-        present = np.arange(n) != left_out
-        found = _cosines(products, counts * present[:, None], halves, np.zeros_like(halves), present)
-        without.append(_stepped_up(float(np.nanmean(found))))
-    low, high = jackknife_interval(whole, np.asarray(without), CORRELATION) or (nan, nan)
-    return Estimate(whole, low, high, n)
-
-
 def _cosines(
-    products: Array,
-    counts: Array,
-    halves: NDArray[np.bool_],
-    swaps: NDArray[np.bool_],
-    present: NDArray[np.bool_] | None = None,
+    products: Array, counts: Array, one: NDArray[np.bool_], other: NDArray[np.bool_], swaps: NDArray[np.bool_]
 ) -> Array:
-    """The cosine of the two halves' vectors in each split; NaN where a half has nothing of an arm."""
-    here = np.ones(len(counts), dtype=bool) if present is None else present
-    one, other = (_weights(counts, half & here, swaps) for half in (halves, ~halves))
+    """The cosine of the vectors of two sets of questions in each split; NaN where a set has nothing of an arm."""
+    a, b = (_weights(counts, chosen, swaps) for chosen in (one, other))
     with np.errstate(divide="ignore", invalid="ignore"):
-        lengths = [np.sqrt(np.einsum("sa,ab,sb->s", w, products, w)) for w in (one, other)]
-        found: Array = np.einsum("sa,ab,sb->s", one, products, other) / (lengths[0] * lengths[1])
+        lengths = [np.sqrt(np.einsum("sa,ab,sb->s", w, products, w)) for w in (a, b)]
+        found: Array = np.einsum("sa,ab,sb->s", a, products, b) / (lengths[0] * lengths[1])
     return found
 
 
@@ -196,59 +161,42 @@ def _sums(run: Path, vectors: PersonaVectors, reduction: str) -> tuple[Array, Ar
 
     Questions of which nothing was kept are left out.
     """
-    rows = _rows(run / ROLLOUTS)
-    if sorted(rows, key=lambda row: _place(run, row)) != rows:
-        raise GeometryError(f"{run / ROLLOUTS} is not in order: the run is not finished, or damaged")
-    kept = _kept(run, len(rows))
-    questions = sorted({int(row["question_number"]) for row in rows})
+    rows, scores = _rows(run / ROLLOUTS), _rows(run / SCORES)
+    if len(scores) != len(rows):
+        raise GeometryError(f"{run / SCORES} has other rows than {ROLLOUTS}: the run is not finished, or damaged")
+    try:
+        answered = [(int(row["question_number"]), list(Arm).index(Arm(row["arm"]))) for row in rows]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise GeometryError(f"a row of {run / ROLLOUTS} does not say what it answers ({error!r})") from error
+    questions = sorted({question for question, _ in answered})
     shape = (len(questions), len(Arm), vectors.model.n_layers, vectors.model.d_model)
     sums, counts = np.zeros(shape), np.zeros(shape[:2])
     for at, values in _activations(run, reduction, len(rows), shape[2:]):
-        if kept[at]:
-            place = questions.index(int(rows[at]["question_number"])), list(Arm).index(Arm(rows[at]["arm"]))
+        if scores[at].get("kept") is True:
+            place = questions.index(answered[at][0]), answered[at][1]
             sums[place] += values
             counts[place] += 1
-    _check(run, vectors, reduction, sums, counts)
-    some = counts.any(axis=1)
-    return sums[some], counts[some]
-
-
-def _check(run: Path, vectors: PersonaVectors, reduction: str, sums: Array, counts: Array) -> None:
-    """Raise unless the sums give the run's own vectors."""
     with np.errstate(divide="ignore", invalid="ignore"):
         means = sums.sum(axis=0) / counts.sum(axis=0)[:, None, None]
     if not np.allclose(means[0] - means[1], vectors.rows(reduction).numpy(), rtol=1e-3, atol=1e-4):
         raise GeometryError(
             f"the activations and scores in {run} do not give the vectors in it; something was changed after the run"
         )
+    some = counts.any(axis=1)
+    return sums[some], counts[some]
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a run's file, one for each response in the order of the extraction's plan."""
+    if not file.is_file():
+        raise GeometryError(f"{file} is missing; give the run folder of a finished extraction")
     try:
-        found = [parse_json(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    except FileNotFoundError:
-        raise GeometryError(f"{file} is missing; give the run folder of a finished extraction") from None
-    except (OSError, ValueError, DocumentError) as error:
+        found = [row for _, row in read_rows(file)]
+    except DataError as error:
         raise GeometryError(f"{file} is damaged: {error}") from error
-    if not found or not all(isinstance(row, dict) for row in found):
-        raise GeometryError(f"{file} is damaged: every line is to be an object")
+    if any(row.get(ROW) != at for at, row in enumerate(found)):
+        raise GeometryError(f"{file} has other rows than were planned: the run is not finished, or damaged")
     return found
-
-
-def _place(run: Path, row: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Where a response stands in the extraction's plan, in whose order the scores are."""
-    try:
-        question, pair, sample, arm = (row[name] for name in LABELS)
-        return int(question), int(pair), int(sample), list(Arm).index(Arm(arm))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise GeometryError(f"a row of {run / ROLLOUTS} does not say what it answers ({error!r})") from error
-
-
-def _kept(run: Path, count: int) -> list[bool]:
-    rows = _rows(run / SCORES)
-    if len(rows) != count or any(row.get("row") != at for at, row in enumerate(rows)):
-        raise GeometryError(f"{run / SCORES} has other rows than {ROLLOUTS}: the run is not finished, or damaged")
-    return [row.get("kept") is True for row in rows]
 
 
 def _activations(run: Path, reduction: str, count: int, shape: tuple[int, ...]) -> Iterator[tuple[int, Array]]:

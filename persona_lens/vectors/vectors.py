@@ -86,7 +86,7 @@ class PersonaVectors(Provenanced):
                 "no such row; choose another layer"
             )
         row: Tensor = rows[layer]
-        if not bool(row.any()):
+        if float(row.norm()) == 0:
             raise VectorsError(
                 f"the {reduction} vector of {self.trait!r} at layer {layer} is zero: it points nowhere; choose another "
                 "layer"

@@ -61,13 +61,14 @@ def test_a_dictionary_must_fit_the_vectors_in_width_layer_and_model() -> None:
     other.check(own, allow_other_model=True)
 
 
-def test_unit_directions_rows_and_their_faults() -> None:
+def test_unit_directions_rows_and_their_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persona_lens.analysis.features.CHUNK_VALUES", 4 * D_MODEL)
     rows = directions(20)
     rows[5] = 0
     features = dictionary(rows)
     assert features.unit(3).norm() == pytest.approx(1)
     wanted = torch.tensor([17, 2, 9])
-    torch.testing.assert_close(features.rows(wanted, chunk=4), rows[wanted])
+    torch.testing.assert_close(features.rows(wanted), rows[wanted])
     with pytest.raises(AnalysisError, match="feature 20 does not exist: stand-in has features 0 to 19"):
         features.unit(20)
     with pytest.raises(AnalysisError, match="direction of feature 5 of stand-in is zero"):

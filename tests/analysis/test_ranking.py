@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis import decomposition as ranking_module
+from persona_lens.analysis import features as features_module
 from persona_lens.analysis.decomposition import decoder_cosines, pursue, rank
 from persona_lens.analysis.features import FileDecoder, TensorDecoder
 from tests.analysis.dictionaries import dictionary, directions
@@ -25,7 +25,7 @@ def test_cosines_are_the_same_however_the_decoder_is_read(
     save_file({"W_dec": rows, "W_enc": rows.T.contiguous()}, tmp_path / "sae.safetensors")
     vectors = directions(3, seed=5)
     want = torch.nn.functional.cosine_similarity(vectors.unsqueeze(1), rows.float().unsqueeze(0), dim=-1)
-    monkeypatch.setattr(ranking_module, "CHUNK_VALUES", chunk * D_MODEL)
+    monkeypatch.setattr(features_module, "CHUNK_VALUES", chunk * D_MODEL)
     for decoder in (TensorDecoder(rows), FileDecoder(tmp_path / "sae.safetensors")):
         assert decoder.shape == (41, D_MODEL)
         torch.testing.assert_close(decoder_cosines(decoder, vectors), want, rtol=1e-5, atol=1e-6)
@@ -39,7 +39,7 @@ def test_a_decoder_is_read_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) 
             asked.append((start, stop))
             return super().rows(start, stop)
 
-    monkeypatch.setattr(ranking_module, "CHUNK_VALUES", 16 * D_MODEL)
+    monkeypatch.setattr(features_module, "CHUNK_VALUES", 16 * D_MODEL)
     decoder_cosines(Watched(directions(40)), directions(1))
     assert asked == [(0, 16), (16, 32), (32, 40)]
 

@@ -28,25 +28,24 @@ def planted(layer0: tuple[float, float], layer1: tuple[float, float]) -> Persona
 
 def test_cosines_are_those_of_the_angles_layer_by_layer() -> None:
     found = cosines({"a": planted((2, 0), (0, 1)), "b": planted((3, 4), (0, -7)), "c": planted((0, 9), (1, 1))})
-    assert found.names == ("a", "b", "c")
+    assert found.traits == ("a", "b", "c")
     expected = torch.tensor(
         [
             [[1, 0.6, 0], [0.6, 1, 0.8], [0, 0.8, 1]],
             [[1, -1, sqrt(0.5)], [-1, 1, -sqrt(0.5)], [sqrt(0.5), -sqrt(0.5), 1]],
         ]
     )
-    torch.testing.assert_close(found.values, expected)
-    torch.testing.assert_close(found.at(1), expected[1])
-    assert found.values.abs().max() <= 1
+    torch.testing.assert_close(found.cosines, expected)
+    assert found.cosines.abs().max() <= 1
     other = cosines({"a": planted((2, 0), (0, 1)), "b": planted((3, 4), (0, -7))}, "prompt_last")
-    torch.testing.assert_close(other.values[:, 0, 1], torch.tensor([-1, 0.6]))
+    torch.testing.assert_close(other.cosines[:, 0, 1], torch.tensor([-1, 0.6]))
 
 
 def test_the_null_is_what_random_directions_have() -> None:
     generator = torch.Generator().manual_seed(0)
     many = {str(i): vectors(torch.randn(2, 64, generator=generator)) for i in range(60)}
     found = cosines(many)
-    above = found.values[:, *torch.triu_indices(60, 60, 1)]
+    above = found.cosines[:, *torch.triu_indices(60, 60, 1)]
     assert found.null_std == 1 / 8
     assert float(above.std()) == pytest.approx(found.null_std, rel=0.05)
     assert float((above.abs() < CHANCE * found.null_std).float().mean()) == pytest.approx(0.95, abs=0.02)
@@ -54,7 +53,7 @@ def test_the_null_is_what_random_directions_have() -> None:
 
 def test_a_zero_vector_has_no_cosine() -> None:
     found = cosines({"a": planted((0, 0), (1, 0)), "b": planted((1, 0), (1, 0))})
-    assert found.values[0].isnan().tolist() == [[True, True], [True, False]]
+    assert found.cosines[0].isnan().tolist() == [[True, True], [True, False]]
     written = found.to_json()
     assert written["cosines"][0] == [[None, None], [None, 1.0]]
     assert written["cosines"][1] == [[1.0, 1.0], [1.0, 1.0]]
@@ -72,5 +71,3 @@ def test_what_cannot_be_compared_is_refused() -> None:
         cosines({"a": one, "b": other})
     with pytest.raises(VectorsError, match="no reduction 'prompt_mean'"):
         cosines({"a": one}, "prompt_mean")
-    with pytest.raises(GeometryError, match="layer 2 does not exist"):
-        cosines({"a": one}).at(2)

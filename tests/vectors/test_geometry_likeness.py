@@ -41,7 +41,7 @@ def test_two_makings_are_compared_layer_by_layer() -> None:
     torch.testing.assert_close(found.lengths, torch.tensor([2.5, 3.0, 0.0]))
     assert found.cosines[2].isnan()
     assert found.null_std == 1 / 8
-    assert found.differences == ()
+    assert found.different_models == ()
     written = found.to_json()
     assert written["cosines"][2] is None
     json.dumps(written, allow_nan=False)
@@ -53,7 +53,7 @@ def test_two_models_are_compared_only_if_that_is_meant_and_possible() -> None:
     with pytest.raises(GeometryError, match=r"different models .weights.*allow_other_model .--allow-other-model."):
         likeness(one, tuned)
     found = likeness(one, tuned, allow_other_model=True)
-    assert found.differences == ("weights: sha256:a and sha256:b",)
+    assert found.different_models == ("weights: sha256:a and sha256:b",)
     assert found.cosines.tolist() == pytest.approx([1, 1, 1])
     smaller = vectors(torch.ones(2, 64), replace(INFO, n_layers=2))
     with pytest.raises(GeometryError, match="3 layers of 64, and 2 of 64"):

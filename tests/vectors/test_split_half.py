@@ -16,7 +16,7 @@ from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import VectorsError
 from persona_lens.vectors.geometry import GeometryError
-from persona_lens.vectors.split_half import _at, _drawn_halves, _stepped_up, split_halves
+from persona_lens.vectors.split_half import _at, _drawn_halves, _stepped_up, split_half_reliability
 from tests.planted import PlantedBackend
 
 TRAIT = load_trait("optimistic")
@@ -37,7 +37,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 def test_halves_of_a_run_agree_as_its_noise_says(run: Path) -> None:
     before = {file: file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()}
-    found = split_halves(run, splits=100)
+    found = split_half_reliability(run, splits=100)
     assert {file: file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()} == before
     assert (found.trait, found.questions, found.splits, len(found.layers)) == ("optimistic", 6, 100, 3)
     planted = PlantedBackend(TRAIT).planted["response_mean"]
@@ -48,8 +48,8 @@ def test_halves_of_a_run_agree_as_its_noise_says(run: Path) -> None:
         assert row.halves == pytest.approx(signal / (signal + noise), abs=0.12)
         assert row.halves < row.whole.mean == pytest.approx(_stepped_up(row.halves))
         assert row.whole.low < row.whole.mean < row.whole.high <= 1
-    assert split_halves(run, splits=100) == found
-    assert split_halves(run, splits=100, seed=1) != found
+    assert split_half_reliability(run, splits=100) == found
+    assert split_half_reliability(run, splits=100, seed=1) != found
     json.dumps(found.to_json(), allow_nan=False)
 
 
@@ -88,24 +88,24 @@ def test_the_interval_holds_what_the_whole_vector_has() -> None:
 
 def test_what_is_no_whole_extraction_is_refused(copy: Path) -> None:
     with pytest.raises(VectorsError, match="no reduction 'mean'"):
-        split_halves(copy, "mean")
+        split_half_reliability(copy, "mean")
     with pytest.raises(GeometryError, match="splits must be at least 1"):
-        split_halves(copy, splits=0)
+        split_half_reliability(copy, splits=0)
     scores = (copy / "scores.jsonl").read_text()
     (copy / "scores.jsonl").write_text("".join(line + "\n" for line in scores.splitlines()[1:]))
     with pytest.raises(GeometryError, match=r"scores\.jsonl has other rows"):
-        split_halves(copy)
+        split_half_reliability(copy)
     (copy / "scores.jsonl").write_text(scores.replace('"kept": true', '"kept": false', 4))
     with pytest.raises(GeometryError, match="do not give the vectors in it"):
-        split_halves(copy)
+        split_half_reliability(copy)
     (copy / "scores.jsonl").write_text("{")
     with pytest.raises(GeometryError, match=r"scores\.jsonl is damaged"):
-        split_halves(copy)
+        split_half_reliability(copy)
     (copy / "scores.jsonl").unlink()
     with pytest.raises(GeometryError, match=r"scores\.jsonl is missing; give the run folder"):
-        split_halves(copy)
+        split_half_reliability(copy)
     with pytest.raises(VectorsError, match="does not exist"):
-        split_halves(copy / "nothing")
+        split_half_reliability(copy / "nothing")
 
 
 def test_damaged_activations_and_responses_are_refused(copy: Path, run: Path) -> None:
@@ -113,15 +113,15 @@ def test_damaged_activations_and_responses_are_refused(copy: Path, run: Path) ->
     header, tensors = open_shard(shard)
     shard.write_bytes(pack_shard({name: rows[:, :2].contiguous() for name, rows in tensors.items()}, header))
     with pytest.raises(GeometryError, match="its responses and the vectors are"):
-        split_halves(copy)
+        split_half_reliability(copy)
     shard.write_bytes(pack_shard({"prompt_mean": tensors["prompt_mean"]}, header))
     with pytest.raises(GeometryError, match="is damaged, or holds no response_mean"):
-        split_halves(copy)
+        split_half_reliability(copy)
     shard.unlink()
     with pytest.raises(GeometryError, match=r"responses and rollouts\.jsonl"):
-        split_halves(copy)
+        split_half_reliability(copy)
     rows = (run / "rollouts.jsonl").read_text()
     for wrong in (rows.replace('"arm"', '"leg"'), rows.replace('"positive"', '"left"')):
         (copy / "rollouts.jsonl").write_text(wrong)
         with pytest.raises(GeometryError, match="does not say what it answers"):
-            split_halves(copy)
+            split_half_reliability(copy)

@@ -384,7 +384,7 @@ def test_prompt_means_with_and_without_sinks_are_never_mixed(tmp_path: Path) -> 
     assert (whole + whole).prompt_mean_sinks
     with pytest.raises(VectorsError, match=r"the prompt mean of 'a' takes in attention sinks, .* that of 'b' leaves"):
         cosines({"a": whole, "b": without}, "prompt_mean")
-    assert cosines({"a": whole, "b": without}).values.shape == (N_LAYERS, 2, 2)
+    assert cosines({"a": whole, "b": without}).cosines.shape == (N_LAYERS, 2, 2)
 
 
 def test_vectors_that_do_not_go_together_are_not_combined() -> None:

@@ -9,12 +9,14 @@ from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.capability.evaluation import (
     BUILTIN_TASK,
     CapabilityChange,
+    CapabilityResult,
+    Metric,
+    TaskResult,
     accuracy,
     capability_changes,
     check_task,
     evaluate_capability,
 )
-from persona_lens.analysis.capability.result import CapabilityResult, Metric, TaskResult
 
 __all__ = [
     "BUILTIN_TASK",

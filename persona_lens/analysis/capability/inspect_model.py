@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import anyio
+import anyio.to_thread
 from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
@@ -23,7 +25,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.capability.scoring import BatchQueue, Wanted, generated
+from persona_lens.analysis.capability.scoring import Wanted, generated
 from persona_lens.backend import Backend, Edit, Sampling, open_backend
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.registry import DEFAULT, find_backend
@@ -36,7 +38,7 @@ from persona_lens.vectors import load_vectors
 
 MAX_NEW_TOKENS = 2048  # where neither the task nor the command line names a limit
 BATCH_SIZE = 32
-POLL = 0.01  # seconds
+LULL = 0.05  # seconds without a further request after which a batch that is not full runs
 OWN = ("backend", "vectors", "edits", "batch_size", "thinking")
 
 # What would change the text or the answer's content, and what a backend does not have.
@@ -70,6 +72,57 @@ class Answered:
     ids: TokenIds
     ended: bool
     seconds: float
+
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+
+class BatchQueue(Generic[Asked, Answer]):
+    """Answers requests that wait at the same time together, one batch after another, in a thread.
+
+    Args:
+        run: Answers a batch; one answer a request, in their order.
+        size: Requests of a batch at most.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Asked]], Sequence[Answer]], size: int) -> None:
+        self._run = run
+        self._size = size
+        self._waiting: list[tuple[Asked, Future[Answer]]] = []
+        self._turn = anyio.Lock()
+
+    async def answer(self, request: Asked) -> Answer:
+        """The answer to a request; one that is cancelled before its turn is never run."""
+        mine: tuple[Asked, Future[Answer]] = (request, Future())
+        self._waiting.append(mine)
+        try:
+            async with self._turn:  # first come, first served: whoever has it and no answer yet is the first that waits
+                if not mine[1].done():
+                    await self._run_next()
+        finally:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+        return mine[1].result()
+
+    async def _run_next(self) -> None:
+        there = 0
+        while there < len(self._waiting) < self._size:
+            there = len(self._waiting)
+            await anyio.sleep(LULL)
+        batch = self._waiting[: self._size]
+        del self._waiting[: self._size]
+        try:
+            answers = await anyio.to_thread.run_sync(self._run, [request for request, _ in batch])
+        except Exception as error:  # noqa: BLE001 - it is raised where the answer is awaited
+            for _, future in batch:
+                future.set_exception(error)
+        except BaseException:  # this one was cancelled, and the others still wait
+            self._waiting[:0] = batch
+            raise
+        else:
+            for (_, future), found in zip(batch, answers, strict=True):
+                future.set_result(found)
 
 
 class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai are not there where it is not installed
@@ -126,13 +179,7 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
         room = wanted if self.limit is None else min(wanted, self.limit - len(prompt))
         if room < 1:
             return self._output("", len(prompt), 0, "model_length", 0.0)
-        future = self._queue.submit(self._asked(prompt, room, config))
-        try:
-            while not future.done():  # works under asyncio and trio alike
-                await anyio.sleep(POLL)
-        finally:
-            future.cancel()
-        answered = future.result()
+        answered = await self._queue.answer(self._asked(prompt, room, config))
         text, stopped = _until(self.chat.answer(answered.ids), config.stop_seqs or [])
         reason: StopReason = "stop" if answered.ended or stopped else "max_tokens" if room == wanted else "model_length"
         return self._output(text, len(prompt), len(answered.ids) + answered.ended, reason, answered.seconds)
@@ -161,10 +208,6 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
             answers |= {row: Answered(ids, whole, ended - begun) for row, ids, whole in rows}
             begun = ended
         return [answers[index] for index in range(len(batch))]
-
-    def close(self) -> None:
-        """End the thread that runs the batches."""
-        self._queue.close()
 
     def max_tokens(self) -> int | None:
         """New tokens where nothing else says how many."""

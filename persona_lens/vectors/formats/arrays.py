@@ -18,7 +18,6 @@ import io
 import zipfile
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,21 @@ from torch import Tensor
 
 from persona_lens.backend import ModelInfo
 from persona_lens.core.text import in_short
-from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated
-from persona_lens.vectors.formats.rows import HEADER, REDUCTIONS, assemble, file_name, model_of, reduction_of
+from persona_lens.vectors.formats.form import (
+    HEADER,
+    REDUCTIONS,
+    Chosen,
+    ExchangeError,
+    Exported,
+    Form,
+    Imported,
+    Stated,
+    assemble,
+    check_table,
+    file_name,
+    identity_of,
+    reduction_of,
+)
 from persona_lens.vectors.vectors import PersonaVectors
 
 MAX_TEXT = 2**24  # characters of the header
@@ -42,7 +54,7 @@ Stream = Any
 
 def _read_npy(file: Path, content: Any, stated: Stated) -> Imported:
     with file.open("rb") as stream:
-        rows = _table(_array(file, stream, "the array", model_of(file, stated)))
+        rows = _table(file, stream, "the array", identity_of(file, stated)[0])
     return assemble(file, NPY.name, {reduction_of(stated): rows}, stated)
 
 
@@ -63,11 +75,11 @@ def _read_npz(file: Path, content: Any, stated: Stated) -> Imported:
             if HEADER in names:
                 with archive.open(f"{HEADER}.npy") as stream:
                     header = _text(file, stream)
-            model, rows = model_of(file, stated, header), {}
+            model, rows = identity_of(file, stated, header)[0], {}
             for name in tables:
                 with archive.open(f"{name}.npy") as stream:
-                    array = _array(file, stream, f"the array {name!r}", model)
-                rows[name if name in REDUCTIONS else reduction_of(stated)] = _table(array)
+                    table = _table(file, stream, f"the array {name!r}", model)
+                rows[name if name in REDUCTIONS else reduction_of(stated)] = table
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, KeyError, ValueError, zlib.error) as error:
         raise ExchangeError(f"{file} is damaged: {in_short(str(error), 200)}") from error
     except OSError as error:
@@ -101,50 +113,40 @@ def _header(file: Path, stream: Stream, what: str) -> tuple[tuple[int, ...], np.
     return shape, kind
 
 
-def _array(file: Path, stream: Stream, what: str, model: ModelInfo) -> NDArray[Any]:
-    """The table of numbers that a stream begins with, if it is of the model's shape."""
+def _table(file: Path, stream: Stream, what: str, model: ModelInfo) -> dict[int, Tensor]:
+    """The rows of the table that a stream begins with, if it is of the model's shape."""
     start = stream.tell()
     shape, kind = _header(file, stream, what)
     if kind.kind != "f" or len(shape) != 2:
         raise ExchangeError(f"{what} in {file} is {kind} {list(shape)}; it must be floating-point [layers, d_model]")
-    if shape != (model.n_layers, model.d_model):
-        raise ExchangeError(
-            f"{what} in {file} is {list(shape)}, and {model.model} has {model.n_layers} layers of {model.d_model}: it "
-            "belongs to another model"
-        )
+    check_table(file, what, shape, model)
     begin = stream.tell()
     if stream.seek(0, io.SEEK_END) - begin < kind.itemsize * shape[0] * shape[1]:
         raise ExchangeError(
             f"{what} in {file} announces {list(shape)} numbers and has fewer: it is damaged or cut short"
         )
-    stream.seek(start)
-    with suppress(ValueError):
-        return np.lib.format.read_array(stream, allow_pickle=False)
-    raise ExchangeError(_cut_short(file, what, shape))
-
-
-def _cut_short(file: Path, what: str, shape: tuple[int, ...]) -> str:
-    return f"{what} in {file} announces {list(shape)} numbers and has fewer: it is damaged or cut short"
-
-
-def _text(file: Path, stream: Stream) -> str:
-    start = stream.tell()
-    shape, kind = _header(file, stream, f"the entry {HEADER!r}")
-    if kind.kind != "U" or shape != () or kind.itemsize > 4 * MAX_TEXT:
-        raise ExchangeError(f"the entry {HEADER!r} in {file} is {kind.kind} {list(shape)}; it must be one text")
-    stream.seek(start)
-    with suppress(ValueError):
-        return str(np.lib.format.read_array(stream, allow_pickle=False))
-    raise ExchangeError(f"the entry {HEADER!r} in {file} is damaged or cut short")
-
-
-def _table(array: NDArray[Any]) -> dict[int, Tensor]:
+    array = _read_array(file, stream, what, start)
     # Byte order and storage order are the writer's.
     return dict(enumerate(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))))
 
 
+def _text(file: Path, stream: Stream) -> str:
+    start, what = stream.tell(), f"the entry {HEADER!r}"
+    shape, kind = _header(file, stream, what)
+    if kind.kind != "U" or shape != () or kind.itemsize > 4 * MAX_TEXT:
+        raise ExchangeError(f"{what} in {file} is {kind.kind} {list(shape)}; it must be one text")
+    return str(_read_array(file, stream, what, start))
+
+
+def _read_array(file: Path, stream: Stream, what: str, start: int) -> NDArray[Any]:
+    stream.seek(start)
+    try:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+    except ValueError as error:
+        raise ExchangeError(f"{what} in {file} is damaged or cut short: {in_short(str(error), 120)}") from error
+
+
 def _write_npz(vectors: PersonaVectors, chosen: Chosen) -> Exported:
-    _refuse_layers(chosen)
     content: Mapping[str, NDArray[Any]] = {
         HEADER: np.array(vectors.header()),
         **{name: rows.numpy() for name, rows in sorted(vectors.directions.items())},
@@ -157,15 +159,9 @@ def _write_npz(vectors: PersonaVectors, chosen: Chosen) -> Exported:
 
 
 def _write_npy(vectors: PersonaVectors, chosen: Chosen) -> Exported:
-    _refuse_layers(chosen)
     content = _npy_bytes(vectors.rows(chosen.reduction).numpy())
     note = "the file says neither the model nor the trait; npz does"
     return Exported({f"{file_name(vectors.trait)}.npy": content}, (note,))
-
-
-def _refuse_layers(chosen: Chosen) -> None:
-    if chosen.layers is not None:
-        raise ExchangeError("NumPy files hold every layer, so that row l is layer l; leave --layers out")
 
 
 def _npy_bytes(array: NDArray[Any]) -> bytes:
@@ -174,9 +170,5 @@ def _npy_bytes(array: NDArray[Any]) -> bytes:
     return stream.getvalue()
 
 
-def _always(content: Any, stated: Stated) -> bool:
-    return True
-
-
-NPZ = Form("npz", "NumPy, with all that is known in it", ".npz", "npz", _always, _read_npz, _write_npz)
-NPY = Form("npy", "NumPy, one bare table", ".npy", "npy", _always, _read_npy, _write_npy)
+NPZ = Form("npz", "NumPy, with all that is known in it", ".npz", "npz", lambda *_: True, _read_npz, _write_npz, True)
+NPY = Form("npy", "NumPy, one bare table", ".npy", "npy", lambda *_: True, _read_npy, _write_npy, True)

@@ -1,4 +1,4 @@
-"""llama.cpp's control vectors: GGUF files that its ``--control-vector`` takes; repeng writes and reads them too.
+"""llama.cpp's control vectors: GGUF files that its ``--control-vector`` takes; repeng has them too, and as objects.
 
 What it expects: tensors ``direction.N`` with N >= 1, float32, of one dimension and equal length. ``direction.N`` is
 added to the residual stream after block N, counted from 0, at every token: N is the layer here, and nothing has to be
@@ -12,8 +12,8 @@ llama.cpp adds every direction in the file, unless ``--control-vector-layer-rang
 
 from __future__ import annotations
 
-import struct
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,97 +22,52 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import ModelInfo
-from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated
-from persona_lens.vectors.formats.rows import HEADER, REDUCTION, REDUCTIONS, assemble, file_name, reduction_of
+from persona_lens.core.errors import first_line
+from persona_lens.vectors.formats.form import (
+    HEADER,
+    REDUCTION,
+    REDUCTIONS,
+    Chosen,
+    ExchangeError,
+    Exported,
+    Form,
+    Imported,
+    Stated,
+    assemble,
+    file_name,
+    reduction_of,
+)
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors
 
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by the type of a value
-STRING, ARRAY = 8, 9
 MAX_FILE = 2**28
-MAX_ENTRIES = 4096
-MAX_VALUES = 2**18  # of all arrays together
-MAX_DIMENSIONS = 4
+MAX_VALUES = 2**16  # read from a file; a control vector has a few hundred
 
 
-class _Walk:
-    """A place in a file, moved on only within it."""
+@cache
+def _reader() -> Any:
+    """The library's reader, which by itself believes every length and count in a file."""
+    import gguf
 
-    def __init__(self, file: Path, content: bytes) -> None:
-        self.file, self.content, self.at = file, content, 4
-        self.values = 0
+    class BoundedReader(gguf.GGUFReader):
+        """Reads nothing that the file does not hold, and no more of it than a control vector has."""
 
-    def skip(self, size: int) -> None:
-        if size > len(self.content) - self.at:
-            raise ExchangeError(
-                f"{self.file} claims {size:,} bytes at byte {self.at:,} and has {len(self.content) - self.at:,} left: "
-                "it is damaged or cut short"
-            )
-        self.at += size
+        values = 0
 
-    def number(self, size: int) -> int:
-        start = self.at
-        self.skip(size)
-        return int(struct.unpack_from("<I" if size == 4 else "<Q", self.content, start)[0])
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            self.values += 1
+            if self.values > MAX_VALUES:
+                raise ValueError(f"it has over {MAX_VALUES:,} values")
+            claimed, left = int(count) * np.dtype(dtype).itemsize, len(self.data) - int(offset)
+            if claimed > left:
+                raise ValueError(f"it claims {claimed:,} bytes at byte {int(offset):,} and has {max(0, left):,} left")
+            return super()._get(offset, dtype, count, override_order)
 
-    def count(self, what: str, size: int = 8) -> int:
-        found = self.number(size)
-        if found > MAX_ENTRIES:
-            raise ExchangeError(f"{self.file} claims {found:,} {what}; a control vector has at most {MAX_ENTRIES:,}")
-        return found
-
-    def value(self, kind: int) -> None:
-        self.values += 1
-        if self.values > MAX_VALUES:
-            raise ExchangeError(f"{self.file} has over {MAX_VALUES:,} values; a control vector has a few")
-        if kind == STRING:
-            self.skip(self.number(8))
-        elif kind in SIZES:
-            self.skip(SIZES[kind])
-        elif kind == ARRAY:
-            inner = self.number(4)
-            if inner == ARRAY:
-                raise ExchangeError(f"{self.file} has arrays of arrays; a control vector has none")
-            for _ in range(self.count("entries of an array")):
-                self.value(inner)
-        else:
-            raise ExchangeError(f"{self.file} has a value of the unknown type {kind}: it is damaged")
-
-
-def check_bounds(file: Path) -> None:
-    """Raise unless everything that the header of a GGUF file announces is in the file.
-
-    Raises:
-        ExchangeError: Saying what is not.
-    """
-    if file.stat().st_size > MAX_FILE:
-        raise ExchangeError(f"{file} is {file.stat().st_size / 1e9:.1f} GB; a control vector is not so large")
-    walk = _Walk(file, file.read_bytes())
-    version = walk.number(4)
-    if version not in (2, 3):
-        raise ExchangeError(f"{file} is GGUF version {version} (or of another byte order); versions 2 and 3 are read")
-    tensors, values = walk.count("tensors"), walk.count("values")
-    for _ in range(values):
-        walk.skip(walk.number(8))
-        walk.value(walk.number(4))
-    for _ in range(tensors):
-        walk.skip(walk.number(8))
-        dimensions = walk.number(4)
-        if dimensions > MAX_DIMENSIONS:
-            raise ExchangeError(f"{file} has a tensor of {dimensions:,} dimensions: it is damaged")
-        elements = 1
-        for _ in range(dimensions):
-            elements *= walk.number(8)
-        walk.skip(4)
-        start = walk.number(8)
-        if elements + start > len(walk.content):
-            raise ExchangeError(
-                f"{file} announces a tensor of {elements:,} numbers at byte {start:,} of its data, which is more than "
-                "the file holds: it is damaged or cut short"
-            )
+    return BoundedReader
 
 
 ARCHITECTURE = "controlvector"
+MODEL_HINT, LAYER_COUNT = f"{ARCHITECTURE}.model_hint", f"{ARCHITECTURE}.layer_count"
 PREFIX = "direction."
 NO_PLACE = "layer 0 was left out: llama.cpp's control vectors begin with layer 1"
 
@@ -135,11 +90,9 @@ def _write(vectors: PersonaVectors, chosen: Chosen) -> Exported:
         notes.append(
             "llama.cpp adds all of the directions at once; --layers chooses some, or there --control-vector-layer-range"
         )
-    if vectors.tuned is not None and vectors.tuned.layer in rows and vectors.tuned.reduction == chosen.reduction:
-        at, strength = vectors.tuned.layer, vectors.tuned.coefficient
-        notes.append(
-            f"as it was tuned: --control-vector-scaled FILE:{strength:g} --control-vector-layer-range {at} {at}"
-        )
+    if (tuned := vectors.tuned) is not None and tuned.layer in rows and tuned.reduction == chosen.reduction:
+        span = f"--control-vector-layer-range {tuned.layer} {tuned.layer}"
+        notes.append(f"as it was tuned: --control-vector-scaled FILE:{tuned.coefficient:g} {span}")
     content = _bytes(vectors, rows, chosen.reduction)
     return Exported({f"{file_name(vectors.trait)}.gguf": content}, tuple(notes))
 
@@ -150,8 +103,8 @@ def _bytes(vectors: PersonaVectors, rows: dict[int, Tensor], reduction: str) -> 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "vectors.gguf"
         writer = gguf.GGUFWriter(file, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", model_type(vectors.model))
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(rows))
+        writer.add_string(MODEL_HINT, model_type(vectors.model))
+        writer.add_uint32(LAYER_COUNT, len(rows))
         writer.add_string(HEADER, vectors.header())
         writer.add_string(REDUCTION, reduction)
         for layer, row in sorted(rows.items()):
@@ -164,24 +117,16 @@ def _bytes(vectors: PersonaVectors, rows: dict[int, Tensor], reduction: str) -> 
 
 
 def _read(file: Path, content: Any, stated: Stated) -> Imported:
-    import gguf
-
-    check_bounds(file)
+    if file.stat().st_size > MAX_FILE:
+        raise ExchangeError(f"{file} is {file.stat().st_size / 1e9:.1f} GB; a control vector is not so large")
     try:
-        reader = gguf.GGUFReader(file)
-        architecture, hint, count, header, reduction = (
-            field.contents() if (field := reader.get_field(name)) is not None else None
-            for name in (
-                "general.architecture",
-                f"{ARCHITECTURE}.model_hint",
-                f"{ARCHITECTURE}.layer_count",
-                HEADER,
-                REDUCTION,
-            )
-        )
+        reader = _reader()(file)
+        names = ("general.architecture", MODEL_HINT, LAYER_COUNT, HEADER, REDUCTION)
+        fields = [reader.get_field(name) for name in names]
+        architecture, hint, count, header, reduction = (field.contents() if field else None for field in fields)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # the reader raises whatever numpy raises at the place that is damaged
-        raise ExchangeError(f"{file} is a damaged GGUF file: {error}") from error
+        raise ExchangeError(f"{file} is a damaged GGUF file, or cut short: {first_line(error)}") from error
     if architecture is not None and architecture != ARCHITECTURE:
         raise ExchangeError(f"{file} is a GGUF file of {str(architecture)[:40]!r}, not a control vector")
     rows = {_layer(file, name): _row(file, tensor) for name, tensor in tensors.items() if name.startswith(PREFIX)}
@@ -189,14 +134,12 @@ def _read(file: Path, content: Any, stated: Stated) -> Imported:
         raise ExchangeError(f"{file} has no tensor direction.N: it is no control vector")
     if isinstance(count, int) and count != len(rows):
         raise ExchangeError(f"{file} announces {count} directions and holds {len(rows)}: it is not whole")
-    if stated.model is not None and hint is not None and hint != model_type(stated.model):
-        stated_type = model_type(stated.model)
-        note: tuple[str, ...] = (f"the file says it is of a model of type {str(hint)[:40]!r}, not {stated_type!r}",)
-    else:
-        note = ()
+    notes: tuple[str, ...] = ()
+    if stated.model is not None and hint not in (None, kind := model_type(stated.model)):
+        notes = (f"the file says it is of a model of type {str(hint)[:40]!r}, not {kind!r}",)
     own = header if isinstance(header, str) else None
     named = reduction if reduction in REDUCTIONS else DEFAULT_REDUCTION
-    return assemble(file, FORM.name, {reduction_of(stated, named): rows}, stated, notes=note, header=own)
+    return assemble(file, FORM.name, {reduction_of(stated, named): rows}, stated, notes=notes, header=own)
 
 
 def _layer(file: Path, name: str) -> int:
@@ -217,4 +160,48 @@ def _row(file: Path, tensor: Any) -> Tensor:
     return torch.from_numpy(np.array(tensor.data, dtype=np.float32))
 
 
-FORM = Form("gguf", "llama.cpp and repeng", ".gguf", "gguf", lambda content, stated: True, _read, _write)
+FORM = Form("gguf", "llama.cpp and repeng", ".gguf", "gguf", lambda *_: True, _read, _write)
+
+
+def to_control_vector(
+    vectors: PersonaVectors, layers: tuple[int, ...] | None = None, reduction: str = DEFAULT_REDUCTION
+) -> Any:
+    """A ``ControlVector`` with these vectors.
+
+    Args:
+        vectors: The vectors.
+        layers: Block indices, 0-based; all by default.
+        reduction: Which of the vectors.
+
+    Raises:
+        ExchangeError: If the package is not installed.
+        VectorsError: If there is no such layer or reduction.
+    """
+    try:
+        from repeng import ControlVector
+    except (ImportError, AttributeError) as error:  # repeng 0.4 names np.float_, which numpy 2 no longer has
+        raise ExchangeError(f"the package repeng cannot be imported ({error}): pip install repeng 'numpy<2'") from error
+    rows = Chosen(layers, reduction).of(vectors)
+    return ControlVector(model_type(vectors.model), {layer: row.numpy().copy() for layer, row in rows.items()})
+
+
+def from_control_vector(given: Any, model: ModelInfo, trait: str, reduction: str = DEFAULT_REDUCTION) -> PersonaVectors:
+    """Vectors with what a ``ControlVector`` holds; layers that it does not hold are missing.
+
+    Args:
+        given: The object.
+        model: The model it belongs to, such as `Backend.info`.
+        trait: A name for it.
+        reduction: Under which name its vectors are kept.
+
+    Raises:
+        ExchangeError: If it belongs to another model.
+    """
+    if given.model_type != model_type(model):
+        raise ExchangeError(
+            f"the ControlVector is of a model of type {given.model_type!r}, and {model.model} is of type "
+            f"{model_type(model)!r}: it belongs to another model"
+        )
+    rows = {int(layer): torch.from_numpy(np.asarray(row, dtype=np.float32)) for layer, row in given.directions.items()}
+    stated = Stated(model, trait, reduction)
+    return assemble(Path("the ControlVector"), "repeng", {reduction_of(stated): rows}, stated).vectors

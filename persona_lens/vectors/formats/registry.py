@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from persona_lens.core.documents import write_once
 from persona_lens.core.plugins import Registry
-from persona_lens.vectors.formats import arrays, libraries, llama_cpp, torch_files
-from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated
-from persona_lens.vectors.formats.rows import reduction_of
-from persona_lens.vectors.formats.torch_files import load_archive
+from persona_lens.vectors.formats import arrays, llama_cpp, torch_files
+from persona_lens.vectors.formats.form import (
+    Chosen,
+    ExchangeError,
+    Form,
+    Imported,
+    Stated,
+    reduction_of,
+)
 from persona_lens.vectors.vectors import PersonaVectors
 
 READERS: tuple[Form, ...] = (
     torch_files.FOLDER,
     torch_files.FILE,
-    torch_files.FORM,
-    libraries.FORM,
+    torch_files.AXIS,
+    torch_files.FIELDS,
     llama_cpp.FORM,
     arrays.NPZ,
     arrays.NPY,
@@ -46,11 +51,14 @@ def import_vectors(path: Path | str, stated: Stated | None = None) -> Imported:
     file, stated = Path(path), stated or Stated()
     reduction_of(stated)
     try:
-        forms, content = [form for form in _others("file") if file.is_file() and form.recognises(file, stated)], None
+        others, content = [form for name, form in FORMS.usable().items() if name not in FORMATS], None
+        forms = [
+            form for form in others if form.container == "file" and file.is_file() and form.recognises(file, stated)
+        ]
         if not forms:
             container, content = _opened(file)
-            readers = (*READERS, *_others(container))
-            forms = [form for form in readers if form.container == container and form.recognises(content, stated)]
+            of_it = [form for form in (*READERS, *others) if form.container == container]
+            forms = [form for form in of_it if form.recognises(content, stated)]
         if not forms:
             raise ExchangeError(
                 f"{file} is a file of torch.save, but holds nothing that is known here ({_seen(content)}); formats: "
@@ -59,12 +67,6 @@ def import_vectors(path: Path | str, stated: Stated | None = None) -> Imported:
         return forms[0].read(file, content, stated)
     except OSError as error:
         raise ExchangeError(f"{file} cannot be read: {error}") from error
-
-
-def _others(container: str) -> list[Form]:
-    """The formats of other packages that are kept in containers of a kind."""
-    there = FORMS.usable().items()
-    return [form for name, form in there if name not in FORMATS and form.container == container]
 
 
 def _names() -> str:
@@ -86,7 +88,7 @@ def _opened(file: Path) -> tuple[str, Any]:
     if head.startswith(b"\x93NUMPY"):
         return "npy", None
     if head.startswith(b"PK"):
-        return ("npz", None) if _holds_arrays(file) else ("archive", load_archive(file, libraries.STAND_INS))
+        return ("npz", None) if _holds_arrays(file) else ("archive", torch_files.load_archive(file))
     if head[:1] == b"\x80":
         raise ExchangeError(
             f"{file} is a bare pickle, which can run code on opening, so it was not opened; write it with a current "
@@ -135,32 +137,32 @@ def export_vectors(
     if to not in FORMS.everything():
         there = ", ".join(f"{form.name} ({form.summary})" for form in FORMS.usable().values())
         raise ExchangeError(f"there is no format {to!r}; there are {there}")
-    form = FORMS.find(to)
-    made = form.write(vectors, chosen or Chosen())
-    made = replace(made, files=_placed(form, made, Path(out) if out is not None else None))
-    write_new(made)
-    return [Path(name) for name in made.files], made.notes
-
-
-def _placed(form: Form, made: Exported, out: Path | None) -> dict[str, bytes]:
+    form, chosen = FORMS.find(to), chosen or Chosen()
+    if form.whole and chosen.layers is not None:
+        raise ExchangeError(f"files of the format {form.name} hold every layer; leave --layers out")
+    made = form.write(vectors, chosen)
+    place = Path() if out is None else Path(out)
     if not form.suffix:
-        return {str((out or Path()) / name): content for name, content in made.files.items()}
-    if out is not None and out.suffix != form.suffix:
+        files = {str(place / name): content for name, content in made.files.items()}
+    elif out is not None and place.suffix != form.suffix:
         raise ExchangeError(f"a file of {form.name} ends in {form.suffix}; got {out}")
-    return {str(out or name): content for name, content in made.files.items()}
+    else:
+        files = {str(out or name): content for name, content in made.files.items()}
+    write_new(files)
+    return [Path(name) for name in files], made.notes
 
 
-def write_new(made: Exported) -> None:
+def write_new(files: Mapping[str, bytes]) -> None:
     """Write files whole or not at all, and none over one that holds something else.
 
     Raises:
         ExchangeError: If one does, or cannot be written.
     """
-    for name, content in made.files.items():
+    for name, content in files.items():
         if Path(name).exists() and (Path(name).is_dir() or Path(name).read_bytes() != content):
             raise ExchangeError(f"{name} exists and holds something else; choose another name (--out) or remove it")
     try:
-        for name, content in made.files.items():
+        for name, content in files.items():
             write_once(name, content, ExchangeError)
     except OSError as error:
         raise ExchangeError(f"{error.filename or 'a file'} cannot be written: {error}") from error

@@ -1,4 +1,7 @@
-"""Files of `torch.save`, opened so that nothing in them runs: the reference implementation's, assistant-axis's."""
+"""Files of `torch.save`, opened so that nothing in them runs, and the objects of steering-vectors.
+
+The reference implementation's files, assistant-axis's, and those with the fields of a ``SteeringVector``.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +11,85 @@ import pickletools
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from persona_lens.backend import ModelInfo
 from persona_lens.backend.protocol import MAX_NUMBERS
 from persona_lens.core.errors import first_line
 from persona_lens.core.text import in_short
-from persona_lens.vectors.formats.form import Chosen, ExchangeError, Exported, Form, Imported, Stated
-from persona_lens.vectors.formats.rows import HEADER, REDUCTION, REDUCTIONS, assemble, file_name, reduction_of
+from persona_lens.vectors.formats.form import (
+    HEADER,
+    REDUCTION,
+    REDUCTIONS,
+    Chosen,
+    ExchangeError,
+    Exported,
+    Form,
+    Imported,
+    Stated,
+    assemble,
+    check_table,
+    file_name,
+    reduction_of,
+)
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors
 
 MAX_ROWS = 2**20  # the widest residual stream has a fiftieth
+MORE = (
+    "{} holds more than tensors and plain values, such as code that would run on opening, so it was not opened ({}); "
+    "ask for the tensors alone"
+)
 
 
-def load_archive(file: Path, known: Mapping[str, type] | None = None) -> Any:
-    """What `torch.save` wrote: tensors, and containers, numbers and texts around them.
+class Fields:
+    """Takes the place of a pickled ``SteeringVector``: holds what it held."""
 
-    Args:
-        file: The file.
-        known: Classes that take the place of others while it is read, by the others' full names; they must be inert.
+
+STAND_INS = ("steering_vectors.steering_vector.SteeringVector", "steering_vectors.SteeringVector")
+
+
+def load_archive(file: Path) -> Any:
+    """What `torch.save` wrote: tensors, and containers, numbers and texts around them, and a ``SteeringVector``'s.
 
     Raises:
         ExchangeError: If the file is damaged, or holds anything else.
     """
-    _check_archive(file, known or {})
-    stand_ins: list[Any] = [(own, name) for name, own in (known or {}).items()]
+    _check_archive(file)
+    stand_ins: list[Any] = [(Fields, name) for name in STAND_INS]
     try:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ExchangeError(
-            f"{file} holds more than tensors and plain values, such as code that would run on opening, so it was not "
-            f"opened ({first_line(error)[:200]}); ask for the tensors alone"
-        ) from error
+        raise ExchangeError(MORE.format(file, first_line(error)[:200])) from error
     except Exception as error:  # a damaged archive raises whatever its part of torch raises
         raise ExchangeError(f"{file} is damaged: {first_line(error)[:200]}") from error
 
 
 # What the pickle of a file of tensors calls to build them. torch's unpickler allows more, and some of that, such as
 # bytearray, takes as much memory as it is told to.
-BUILDERS = frozenset(
-    {"collections.OrderedDict", "torch.Size", "torch.device", "torch.serialization._get_layout"}
-    | {
+BUILDERS = {
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.device",
+    "torch.serialization._get_layout",
+    *(
         f"torch._utils._rebuild_{kind}"
         for kind in ("tensor_v2", "parameter", "sparse_tensor", "meta_tensor_no_storage")
-    }
-)
+    ),
+    *STAND_INS,
+}
 DTYPES = re.compile(r"torch\.(\w+Storage|b?float\d*|u?int\d*|half|double|long|short|bool|storage\.UntypedStorage)")
 MAX_PICKLE = 2**26
 
 
-def _check_archive(file: Path, known: Mapping[str, type]) -> None:
+def _check_archive(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -77,12 +103,8 @@ def _check_archive(file: Path, known: Mapping[str, type]) -> None:
             named = {name for entry in pickled for name in _named(archive.read(entry))}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
         raise ExchangeError(f"{file} is not a whole file of torch.save: {first_line(error)[:200]}") from error
-    strangers = sorted(n for n in named if n not in BUILDERS and n not in known and not DTYPES.fullmatch(n))
-    if strangers:
-        raise ExchangeError(
-            f"{file} holds more than tensors and plain values, such as code that would run on opening, so it was not "
-            f"opened (it asks for {in_short(strangers[0], 200)}); ask for the tensors alone"
-        )
+    if strangers := sorted(name for name in named - BUILDERS if not DTYPES.fullmatch(name)):
+        raise ExchangeError(MORE.format(file, f"it asks for {in_short(strangers[0], 200)}"))
 
 
 def _named(pickled: bytes) -> Iterator[str]:
@@ -145,7 +167,7 @@ def _is_tensor(content: Any, stated: Stated) -> bool:
 def _read_file(file: Path, content: Any, stated: Stated) -> Imported:
     reduction = reduction_of(stated, _reduction_named(file) or "response_mean")
     trait = stated.trait or _trait_named(file)
-    return _imported(file, {reduction: (file, content)}, Stated(stated.model, trait, None, stated.keep_last_row))
+    return _imported(file, {reduction: (file, content)}, replace(stated, trait=trait))
 
 
 def _read_folder(folder: Path, content: Any, stated: Stated) -> Imported:
@@ -160,7 +182,7 @@ def _read_folder(folder: Path, content: Any, stated: Stated) -> Imported:
         there = {name: found for name, found in there.items() if name == reduction_of(stated)}
     if not there:
         raise ExchangeError(f"{folder} holds no file for {trait!r}; there are {', '.join(traits)}")
-    return _imported(folder, there, Stated(stated.model, trait, None, stated.keep_last_row))
+    return _imported(folder, there, replace(stated, trait=trait))
 
 
 def _imported(where: Path, files: dict[str, tuple[Path, Any]], stated: Stated) -> Imported:
@@ -189,8 +211,6 @@ def _trait_named(file: Path) -> str | None:
 
 
 def _write(vectors: PersonaVectors, chosen: Chosen) -> Exported:
-    if chosen.layers is not None:
-        raise ExchangeError("the reference implementation's files hold every layer; leave --layers out")
     if vectors.missing_layers:
         raise ExchangeError(
             f"the reference implementation's files hold every layer, and these vectors have none for layer "
@@ -201,25 +221,25 @@ def _write(vectors: PersonaVectors, chosen: Chosen) -> Exported:
         if reduction in vectors.directions:
             table = torch.cat([torch.zeros(1, vectors.model.d_model), vectors.rows(reduction)])
             files[f"{file_name(vectors.trait)}{ending}"] = archive_bytes(table)
-    return Exported(
-        files,
-        (
-            "row 0, the embedding's, is zero: vectors here begin after block 0",
-            "the last row is the residual stream before the final norm, which is where the reference implementation "
-            "steers; its own files have it after the norm",
-        ),
+    notes = (
+        "row 0, the embedding's, is zero: vectors here begin after block 0",
+        "the last row is the residual stream before the final norm, which is where the reference implementation "
+        "steers; its own files have it after the norm",
     )
+    return Exported(files, notes)
 
 
-FILE = Form("reference", "safety-research/persona_vectors, a folder", "", "archive", _is_tensor, _read_file, _write)
-FOLDER = Form(FILE.name, FILE.summary, "", "folder", lambda content, stated: True, _read_folder, _write)
+FILE = Form(
+    "reference", "safety-research/persona_vectors, a folder", "", "archive", _is_tensor, _read_file, _write, True
+)
+FOLDER = replace(FILE, container="folder", recognises=lambda *_: True, read=_read_folder)
 
 
 def _is_axis(content: Any, stated: Stated) -> bool:
     return isinstance(content, Tensor) or (isinstance(content, dict) and not {"axis", "vector"}.isdisjoint(content))
 
 
-def _read(file: Path, content: Any, stated: Stated) -> Imported:
+def _read_axis(file: Path, content: Any, stated: Stated) -> Imported:
     metadata: Any = {}
     if isinstance(content, dict):
         if "axis" not in content:
@@ -227,36 +247,88 @@ def _read(file: Path, content: Any, stated: Stated) -> Imported:
                 f"{file} holds the mean activations of one role ({str(content.get('role', 'not named'))[:80]!r}), "
                 "which are no direction; subtract those of the default role, and import the difference under 'axis'"
             )
-        content, metadata = content["axis"], content.get("metadata") or {}
+        content, metadata = content["axis"], content.get("metadata")
     axis = checked_tensor(content, f"the axis in {file}", 2)
+    if stated.model is not None:
+        check_table(file, "the axis", tuple(axis.shape), stated.model)
     own = metadata if isinstance(metadata, dict) else {}
-    header, reduction = own.get(HEADER), own.get(REDUCTION)
-    _check_shape(file, axis, stated)
-    rows = dict(enumerate(axis))
-    return assemble(
-        file,
-        FORM.name,
-        {reduction_of(stated, reduction if reduction in REDUCTIONS else DEFAULT_REDUCTION): rows},
-        stated,
-        header=header if isinstance(header, str) else None,
-    )
-
-
-def _check_shape(file: Path, axis: Tensor, stated: Stated) -> None:
-    model = stated.model
-    if model is not None and axis.shape != (model.n_layers, model.d_model):
-        raise ExchangeError(
-            f"the axis in {file} is {list(axis.shape)}, and {model.model} has {model.n_layers} layers of "
-            f"{model.d_model}: it belongs to another model"
-        )
+    header, named = own.get(HEADER), own.get(REDUCTION)
+    reduction = reduction_of(stated, named if named in REDUCTIONS else DEFAULT_REDUCTION)
+    header = header if isinstance(header, str) else None
+    return assemble(file, AXIS.name, {reduction: dict(enumerate(axis))}, stated, header=header)
 
 
 def _write_axis(vectors: PersonaVectors, chosen: Chosen) -> Exported:
-    if chosen.layers is not None:
-        raise ExchangeError("an axis has a row for every layer; leave --layers out")
     metadata = {HEADER: vectors.header(), REDUCTION: chosen.reduction}
     content = {"axis": vectors.rows(chosen.reduction).contiguous(), "metadata": metadata}
     return Exported({f"{file_name(vectors.trait)}.pt": archive_bytes(content)})
 
 
-FORM = Form("assistant-axis", "safety-research/assistant-axis", ".pt", "archive", _is_axis, _read, _write_axis)
+AXIS = Form(
+    "assistant-axis", "safety-research/assistant-axis", ".pt", "archive", _is_axis, _read_axis, _write_axis, True
+)
+
+
+LAYER_TYPE = "decoder_block"
+INSTALL = "pip install --no-deps steering-vectors"
+
+
+def to_steering_vector(
+    vectors: PersonaVectors, layers: tuple[int, ...] | None = None, reduction: str = DEFAULT_REDUCTION
+) -> Any:
+    """A ``SteeringVector`` with these vectors, which steers at all of its layers at once; see `to_control_vector`."""
+    try:
+        from steering_vectors import SteeringVector
+    except ImportError as error:
+        raise ExchangeError(f"the package steering-vectors cannot be imported ({error}): {INSTALL}") from error
+    return SteeringVector(dict(Chosen(layers, reduction).of(vectors)), LAYER_TYPE)
+
+
+def from_steering_vector(
+    given: Any, model: ModelInfo, trait: str, reduction: str = DEFAULT_REDUCTION
+) -> PersonaVectors:
+    """Vectors with what a ``SteeringVector`` holds; arguments as for `from_control_vector`.
+
+    Raises:
+        ExchangeError: If it is of another layer type or another model.
+    """
+    return _read_fields(Path("the SteeringVector"), vars(given), Stated(model, trait, reduction)).vectors
+
+
+def _is_steering_vector(content: Any, stated: Stated) -> bool:
+    return isinstance(content, Fields) or (isinstance(content, dict) and "layer_activations" in content)
+
+
+def _read_fields(file: Path, content: Any, stated: Stated) -> Imported:
+    fields = vars(content) if isinstance(content, Fields) else content
+    kind, activations = fields.get("layer_type", LAYER_TYPE), fields.get("layer_activations")
+    if kind != LAYER_TYPE:
+        raise ExchangeError(f"{file} is of layer type {str(kind)[:40]!r}; only {LAYER_TYPE!r} is the residual stream")
+    if not isinstance(activations, dict) or not activations:
+        raise ExchangeError(f"{file} has no layer_activations; a steering vector has tensors by layer there")
+    for layer in activations:
+        if type(layer) is not int:
+            raise ExchangeError(f"{file} has a layer {str(layer)[:40]!r}; layers are whole numbers")
+    rows = {at: checked_tensor(row, f"the vector of layer {at} in {file}", 1) for at, row in activations.items()}
+    return assemble(file, FIELDS.name, {reduction_of(stated): rows}, stated)
+
+
+def _write_fields(vectors: PersonaVectors, chosen: Chosen) -> Exported:
+    rows = {layer: row.contiguous().clone() for layer, row in chosen.of(vectors).items()}
+    content = {"layer_activations": rows, "layer_type": LAYER_TYPE}
+    notes = (
+        "in Python: SteeringVector(**torch.load(FILE, weights_only=True))",
+        *(("it steers at all of its layers at once; --layers chooses some",) if len(rows) > 1 else ()),
+    )
+    return Exported({f"{file_name(vectors.trait)}.pt": archive_bytes(content)}, notes)
+
+
+FIELDS = Form(
+    "steering-vectors",
+    "the package steering-vectors",
+    ".pt",
+    "archive",
+    _is_steering_vector,
+    _read_fields,
+    _write_fields,
+)

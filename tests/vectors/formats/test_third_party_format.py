@@ -15,8 +15,7 @@ from tests.vectors.formats.files import vectors
 THEIRS = """
 import json
 import torch
-from persona_lens.vectors.formats.form import Exported, Form
-from persona_lens.vectors.formats.rows import assemble
+from persona_lens.vectors.formats.form import Exported, Form, assemble
 
 def read(file, content, stated):
     rows = {int(layer): torch.tensor(row) for layer, row in json.loads(file.read_text()).items()}
