@@ -127,7 +127,7 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
         "persona_lens/reports/effects.html.j2",
         "persona_lens/reports/finetuning.html.j2",
         "persona_lens/reports/parts.html.j2",
-        "persona_lens/reports/template.html.j2",
+        "persona_lens/reports/vector.html.j2",
         "persona_lens/reports/tuning.html.j2",
         "persona_lens/reports/report.css",
         "persona_lens/reports/screening.html.j2",

@@ -260,7 +260,7 @@ def demo(
     """
     from persona_lens.models import resolve
     from persona_lens.reports.demo import DemoSettings, run_demo
-    from persona_lens.reports.page import headline
+    from persona_lens.reports.vector import headline
 
     quiet_libraries()
     settings = DemoSettings(seed=seed)

@@ -133,8 +133,7 @@ def tune_command(
         capability: Also measure the accuracy in this task of lm-evaluation-harness at every strength of the chosen
             layer; `persona_lens_basics` needs no hub.
     """
-    from persona_lens.reports import render_tuning
-    from persona_lens.reports.page import verdict
+    from persona_lens.reports.tuning import render_tuning, verdict
     from persona_lens.steering import tune
     from persona_lens.steering.tuning import tune_work
 

@@ -8,7 +8,8 @@ is tensors with one JSON header in a safetensors file, whose bytes depend on the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
@@ -142,21 +143,22 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def read_yaml(file: Path | str) -> Any:
     """Read a YAML file; as `parse_yaml`, with the file in the message."""
     path = Path(file)
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_YAML + 1)  # a mistyped path may well lead to a model's weights
+    with _reading(path), path.open("rb") as stream:
+        raw = stream.read(MAX_YAML + 1)  # a mistyped path may well lead to a model's weights
         return parse_yaml(raw.decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DocumentError(f"{path} cannot be read: {in_short(str(error), 300)}") from error
-    except DocumentError as error:
-        raise DocumentError(f"{path} is {error}") from error
 
 
 def read_json(file: Path | str) -> Any:
     """Read a JSON file; as `parse_json`, with the file in the message."""
     path = Path(file)
-    try:
+    with _reading(path):
         return parse_json(path.read_bytes())
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise DocumentError(f"{path} cannot be read: {in_short(str(error), 300)}") from error
     except DocumentError as error:
@@ -167,37 +169,18 @@ def checked(value: Any, *, finite: bool = True) -> Any:
     """The value, if no code behind it can fall over its depth, its numbers or its texts.
 
     Args:
-        value: Lists, mappings and what stands in them.
+        value: Lists, mappings and what stands in them, `MAX_DEPTH` levels deep at most.
         finite: Whether numbers have to be.
 
     Raises:
         DocumentError: Saying which of them it is.
     """
-    return checked_depth(value, lambda each: _inside(each, finite))
-
-
-def checked_depth(value: Any, inside: Callable[[Any], Iterable[Any]] | None = None) -> Any:
-    """The value, if it is nested no deeper than `MAX_DEPTH`.
-
-    Args:
-        value: Lists, mappings and what stands in them.
-        inside: What stands in one of them.
-
-    Raises:
-        DocumentError: If it is.
-    """
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for each in level for inner in (inside or _inner)(each)]
+        level = [inner for each in level for inner in _inside(each, finite)]
         if not level:
             return value
     raise DocumentError(f"nested more than {MAX_DEPTH} levels deep")
-
-
-def _inner(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, list | tuple) else ()
 
 
 _LARGEST = 10**MAX_DIGITS
@@ -238,10 +221,9 @@ def header_text(header: Mapping[str, Any]) -> str:
     """A header as it is written.
 
     Raises:
-        DocumentError: If it is nested so deep that it could not be read.
+        DocumentError: If it holds what could not be read; see `checked`.
     """
-    checked_depth(dict(header))
-    return json.dumps(dict(header), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return json.dumps(checked(dict(header)), sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], kind: str, header: str) -> bytes:

@@ -12,9 +12,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from persona_lens.core.errors import PersonaLensError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 Failed = type[PersonaLensError]
 PART = ".part"
@@ -129,8 +132,7 @@ def append(target: Path, content: bytes, failed: Failed = PersonaLensError) -> N
     _check_target(target, False, failed)
     with named(target, failed):
         there = target.exists()
-        raw = _Raw(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o666))
-        try:
+        with _Raw(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o666)) as raw:
             size = os.fstat(raw.fileno()).st_size
             try:
                 rest = memoryview(content)
@@ -141,8 +143,6 @@ def append(target: Path, content: bytes, failed: Failed = PersonaLensError) -> N
                 with suppress(OSError):
                     os.ftruncate(raw.fileno(), size)
                 raise
-        finally:
-            raw.close()
         if not there:
             sync_folder(target.parent)
 
@@ -267,31 +267,19 @@ class Comparison(io.RawIOBase):
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
-class _Raw(io.RawIOBase):
+class _Raw(io.FileIO):
     """A file that is open for writing, and remembers the error that ended it."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        super().__init__(descriptor, "wb")
         self._discarded = False
         self.error: OSError | None = None
 
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return os.lseek(self._descriptor, offset, whence)
-
-    def write(self, content: object) -> int:
+    def write(self, content: Buffer) -> int:
         if self._discarded:  # what the buffer still holds when it is closed
-            return len(memoryview(content))  # type: ignore[arg-type]
+            return memoryview(content).nbytes
         try:
-            return os.write(self._descriptor, content)  # type: ignore[arg-type]
+            return os.write(self.fileno(), content)
         except OSError as error:
             self.error = error
             raise
@@ -299,11 +287,6 @@ class _Raw(io.RawIOBase):
     def discard(self) -> None:
         """Take no more: the file will not be kept."""
         self._discarded = True
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            os.close(self._descriptor)
 
 
 def _created(part: Path) -> int:

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from persona_lens.core.documents import MAX_DEPTH, DocumentError, checked_depth
+from persona_lens.core.documents import MAX_DEPTH, DocumentError, checked
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short
 
@@ -203,7 +203,7 @@ def _json_row(path: Path, number: int, raw: bytes) -> dict[str, Any] | DataError
         line = raw.decode()
         row = json.loads(line)
         if line.count("[") + line.count("{") > MAX_DEPTH:
-            checked_depth(row)
+            checked(row, finite=False)
         if "\\u" in line:  # an escape may be half of a character, which no file could hold later
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError, DocumentError) as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -41,49 +42,8 @@ class Measures:
     steering: Steering | None = None
 
 
-def plain() -> Measures:
-    """Nothing: training as it is."""
-    return Measures()
-
-
-def preventative(steering: Steering) -> Measures:
-    """Push along the trait while training, so that the data need not: h + alpha v in every training forward.
-
-    At one layer, or by increments at all of them (method, section 6).
-
-    Raises:
-        FinetuningError: If something else than an addition is made.
-    """
-    if others := [edit.operation for edit in steering.edits() if edit.operation is not Operation.ADD]:
-        raise FinetuningError(f"preventative steering adds vectors, and {str(steering)!r} does {others[0]}; use caft")
-    return Measures(edits=steering.edits(), steering=steering)
-
-
-def caft(steering: Steering) -> Measures:
-    """Concept ablation finetuning: the direction is taken out of every training forward, so nothing is learned by it.
-
-    Raises:
-        FinetuningError: If something else than an ablation is made.
-    """
-    if others := [edit.operation for edit in steering.edits() if edit.operation is not Operation.ABLATE]:
-        raise FinetuningError(
-            f"caft ablates, and {str(steering)!r} does {others[0]}; write {steering.terms[0].trait}@LAYER:ablate"
-        )
-    return Measures(edits=steering.edits(), steering=steering)
-
-
-def regularised(steering: Steering) -> Measures:
-    """A loss term on the change of the projections on the steering's directions; nothing is edited."""
-    return Measures(penalised=steering.edits(), steering=steering)
-
-
-def prompted(prompts: Sequence[str]) -> Measures:
-    """Preventative prompting: the training data stands under system prompts that call the trait forth."""
-    return Measures(prompts=tuple(prompts))
-
-
-def measures_of(config: FinetuneConfig, vectors: Iterable[PersonaVectors]) -> Measures:
-    """What a configuration asks for.
+def measures_of(config: FinetuneConfig, vectors: Sequence[PersonaVectors]) -> Measures:
+    """What a configuration asks for (method, section 6).
 
     Args:
         config: Names the method.
@@ -93,24 +53,32 @@ def measures_of(config: FinetuneConfig, vectors: Iterable[PersonaVectors]) -> Me
         NotationError, SteeringError: If the edits are not written as steerings are, or name other vectors.
         FinetuningError: If they do something that the method does not, or vectors are missing.
     """
-    given = list(vectors)
     if config.method is Method.PLAIN:
-        return plain()
+        return Measures()
     if config.method is Method.PROMPTED:
         if config.prompt is not None:
-            return prompted([config.prompt])
-        if not given:
+            return Measures(prompts=(config.prompt,))
+        if not vectors:
             raise FinetuningError(
                 "prompted needs a system prompt (prompt), or vectors whose trait has some (--vectors)"
             )
-        trait = given[0].trait_definition
-        return prompted([trait.system_prompt(Arm.POSITIVE, pair) for pair in range(len(trait.instructions))])
-    if not given:
+        trait = vectors[0].trait_definition
+        pairs = range(len(trait.instructions))
+        return Measures(prompts=tuple(trait.system_prompt(Arm.POSITIVE, pair) for pair in pairs))
+    if not vectors:
         raise FinetuningError(f"the edits {config.edits!r} name vectors, and none are given (--vectors)")
     assert config.edits is not None  # a configuration without them is refused
-    steering = Steering.parse(config.edits, given)
-    made = {Method.PREVENTATIVE: preventative, Method.CAFT: caft, Method.REGULARISED: regularised}
-    return made[config.method](steering)
+    steering = Steering.parse(config.edits, vectors)
+    edits = steering.edits()
+    if config.method is Method.REGULARISED:
+        return Measures(penalised=edits, steering=steering)
+    made = Operation.ADD if config.method is Method.PREVENTATIVE else Operation.ABLATE
+    if others := [edit.operation for edit in edits if edit.operation is not made]:
+        does = f"{str(steering)!r} does {others[0]}"
+        if made is Operation.ADD:
+            raise FinetuningError(f"preventative steering adds vectors, and {does}; use caft")
+        raise FinetuningError(f"caft ablates, and {does}; write {steering.terms[0].trait}@LAYER:ablate")
+    return Measures(edits=edits, steering=steering)
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -298,20 +266,14 @@ def documented(config: FinetuneConfig | None = None) -> str:
 
 def _documented(model: BaseModel, indent: str) -> list[str]:
     lines: list[str] = []
+    dumped = model.model_dump(mode="json")
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
-        about = " ".join((field.description or "").split())
-        lines += [f"{indent}# {line}" for line in _wrapped(about, 100 - len(indent))]
+        about = textwrap.wrap(field.description or "", 100 - len(indent))
+        lines += [f"{indent}# {line}" for line in about]
         if isinstance(value, BaseModel):
             lines += [f"{indent}{name}:", *_documented(value, indent + "  ")]
-            continue
-        plain = model.model_dump(mode="json")[name]
-        shown = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
-        lines.append(f"{indent}{name}: {shown.removesuffix('...' + chr(10)).strip()}")
+        else:
+            written = yaml.safe_dump(dumped[name], default_flow_style=True, width=10**6, allow_unicode=True)
+            lines.append(f"{indent}{name}: {written.removesuffix('...' + chr(10)).strip()}")
     return lines
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)

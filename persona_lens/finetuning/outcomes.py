@@ -8,13 +8,12 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from persona_lens.core.statistics import CHANGES, SCORES, Ends, Estimate, crossed_interval
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Method, make_config, measures_of
 from persona_lens.finetuning.shift import correlated
 from persona_lens.runs.answers import json_of
-from persona_lens.steering import Steering
+from persona_lens.steering.comparison import minus
 from persona_lens.vectors import PersonaVectors
 
 PLAIN, POST_HOC, RANDOM = "plain", "post-hoc", "random"
@@ -33,10 +32,6 @@ class Treatment:
     name: str
     config: FinetuneConfig
     vectors: PersonaVectors
-
-    def at(self, seed: int) -> FinetuneConfig:
-        """The configuration with a seed."""
-        return self.config.model_copy(update={"seed": seed})
 
 
 @dataclass(frozen=True)
@@ -94,21 +89,21 @@ def treatments_of(settings: TreatmentSettings, config: FinetuneConfig, vectors: 
     """
     if config.method is not Method.PLAIN:
         raise FinetuningError(f"a study sets the method itself; take {config.method} out of the configuration")
-    wanted: list[tuple[str, Method, str | None]] = [
+    wanted = [
         ("preventative", Method.PREVENTATIVE, settings.preventative),
         ("preventative, all layers", Method.PREVENTATIVE, settings.everywhere),
         ("caft", Method.CAFT, settings.caft),
         ("regularised", Method.REGULARISED, settings.regularised),
+        ("prompted", Method.PROMPTED, None),
+        (RANDOM, Method.PREVENTATIVE, settings.preventative if settings.random else None),
     ]
     found = [Treatment(PLAIN, config, vectors)]
     for name, method, edits in wanted:
-        if edits is not None:
-            penalty = settings.penalty if method is Method.REGULARISED else None
-            found.append(Treatment(name, _with(config, method=method, edits=edits, penalty=penalty), vectors))
-    if settings.prompted:
-        found.append(Treatment("prompted", _with(config, method=Method.PROMPTED), vectors))
-    if settings.random and settings.preventative is not None:
-        found.append(Treatment(RANDOM, _with(config, method=Method.PREVENTATIVE, edits=settings.preventative), vectors))
+        if edits is None and not (method is Method.PROMPTED and settings.prompted):
+            continue
+        penalty = settings.penalty if method is Method.REGULARISED else None
+        own = {**config.model_dump(), "method": method, "edits": edits, "penalty": penalty}
+        found.append(Treatment(name, make_config(own), vectors))
     for each in found:
         measures_of(each.config, [each.vectors])
     return found
@@ -120,15 +115,6 @@ def turned(treatment: Treatment, seed: int) -> Treatment:
     null = own.random_like(seed)
     renamed = replace(null, trait=own.trait).with_provenance(trait=dict(own.stored("trait")))
     return replace(treatment, vectors=renamed)
-
-
-def post_hoc_of(settings: TreatmentSettings, vectors: PersonaVectors) -> Steering | None:
-    """The steering of the plainly finetuned model."""
-    return None if settings.post_hoc is None else Steering.parse(settings.post_hoc, vectors)
-
-
-def _with(config: FinetuneConfig, **changes: Any) -> FinetuneConfig:
-    return make_config({**config.model_dump(), **changes})
 
 
 LOSSES = ("last", "learned", "unseen")
@@ -160,31 +146,27 @@ class Outcome:
     capability: float | None = None
 
 
-def crossed_mean(values: Crossed, seed: int = 0, *, within: Ends | None = None) -> Estimate | None:
+def crossed_mean(values: Crossed, *, within: Ends | None = None, sign: float = 1.0) -> Estimate | None:
     """Mean over seeds and questions with a 95% interval that holds for others of both; None without values.
 
     Questions that a seed lacks are left out.
 
     Args:
         values: By seed and question.
-        seed: Of the resampling.
         within: See `persona_lens.core.statistics.bootstrap_mean`.
+        sign: What the values are multiplied by, 1 or -1.
     """
     common = sorted(set.intersection(*(set(each) for each in values.values()))) if values else []
     if not common:
         return None
-    table: NDArray[np.float64] = np.array([[each[question] for question in common] for each in values.values()])
-    low, high = crossed_interval(table, seed, within=within)
+    table = np.array([[sign * each[question] for question in common] for each in values.values()])
+    low, high = crossed_interval(table, within=within)
     return Estimate(float(table.mean()), low, high, table.size)
 
 
-def minus(these: Crossed, those: Crossed | Mapping[int, float]) -> dict[int, dict[int, float]]:
-    """Differences seed by seed and question by question; one row of values goes with every seed."""
-    found: dict[int, dict[int, float]] = {}
-    for seed, own in these.items():
-        other: Any = those[seed] if seed in those and isinstance(those[seed], Mapping) else those
-        found[seed] = {q: value - other[q] for q, value in own.items() if isinstance(other.get(q), int | float)}
-    return found
+def beside(these: Crossed, those: Crossed) -> Crossed:
+    """Differences seed by seed and question by question, of those that both have."""
+    return {seed: minus(own, those[seed]) for seed, own in these.items() if seed in those}
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -201,10 +183,20 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     for each in outcomes:
         if each.treatment != BASE and each.seed is not None:
             by_name.setdefault(each.treatment, {})[each.seed] = each
-    changes = {name: minus(_of(runs, "scores"), base.scores) for name, runs in by_name.items()}
+    changes = {name: beside(_of(runs, "scores"), dict.fromkeys(runs, base.scores)) for name, runs in by_name.items()}
     whole = crossed_mean(changes[PLAIN], within=CHANGES) if PLAIN in changes else None
     sign = -1.0 if whole is not None and whole.mean < 0 else 1.0
-    trained = [each for runs in by_name.values() for each in runs.values() if each.losses and each.scores]
+    points: list[dict[str, Any]] = [
+        {
+            "treatment": each.treatment,
+            "seed": each.seed,
+            "shift": fmean(each.moved.values()),
+            "change": fmean(each.scores.values()) - fmean(base.scores.values()),
+        }
+        for runs in by_name.values()
+        for each in runs.values()
+        if each.losses and each.scores
+    ]
     return {
         BASE: {
             "score": fmean(base.scores.values()) if base.scores else None,
@@ -213,19 +205,8 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         },
         "treatments": {name: _treatment(name, runs, changes, whole, sign) for name, runs in by_name.items()},
         "direction": sign,
-        "shift_correlation": correlated(
-            [fmean(each.moved.values()) for each in trained],
-            [fmean(each.scores.values()) - fmean(base.scores.values()) for each in trained],
-        ),
-        "points": [
-            {
-                "treatment": each.treatment,
-                "seed": each.seed,
-                "shift": fmean(each.moved.values()),
-                "change": fmean(each.scores.values()) - fmean(base.scores.values()),
-            }
-            for each in trained
-        ],
+        "shift_correlation": correlated([each["shift"] for each in points], [each["change"] for each in points]),
+        "points": points,
     }
 
 
@@ -239,7 +220,7 @@ def _treatment(
     """One treatment's figures; ``whole`` is plain training's change, ``sign`` its direction."""
     change = crossed_mean(changes[name], within=CHANGES)
     against = {
-        f"against_{other}": json_of(crossed_mean(_times(sign, minus(changes[name], changes[other])), within=CHANGES))
+        f"against_{other}": json_of(crossed_mean(beside(changes[name], changes[other]), within=CHANGES, sign=sign))
         if other in changes and name != other
         else None
         for other in (PLAIN, RANDOM)
@@ -260,10 +241,6 @@ def _treatment(
 
 def _of(runs: Mapping[int, Outcome], name: str) -> dict[int, Mapping[int, float]]:
     return {seed: getattr(each, name) for seed, each in runs.items() if getattr(each, name)}
-
-
-def _times(factor: float, values: Crossed) -> dict[int, dict[int, float]]:
-    return {seed: {q: factor * value for q, value in own.items()} for seed, own in values.items()}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float] | None:

@@ -18,6 +18,14 @@ from persona_lens.backend.sinks import depend_on_sinks, sink_limits
 from persona_lens.core.documents import read_json
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.transcripts import Transcript
+from persona_lens.finetuning.callbacks import (
+    CheckedCheckpoints,
+    MetricsFile,
+    ProjectionWatch,
+    TrainedError,
+    last_checkpoint,
+    named_writes,
+)
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Measures, measures_of
 from persona_lens.finetuning.examples import (
     Example,
@@ -28,6 +36,7 @@ from persona_lens.finetuning.examples import (
     in_system,
     read_conversations,
 )
+from persona_lens.finetuning.trainer import PreventativeSteering, ProjectionPenalty, make_trainer
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import taken_off
 from persona_lens.runs import RunFolder
@@ -145,15 +154,6 @@ class _Training:
 
     def done(self, place: Path) -> dict[str, Any]:
         """Train, and keep what came of it."""
-        from persona_lens.finetuning.callbacks import (
-            CheckedCheckpoints,
-            MetricsFile,
-            TrainedError,
-            last_checkpoint,
-            named_writes,
-        )
-        from persona_lens.finetuning.trainer import PreventativeSteering, ProjectionPenalty, make_trainer
-
         with _trainable(self.loaded, self.config) as model, ExitStack() as held:
             prevention = held.enter_context(PreventativeSteering(self.measures.edits, sink_limits=self.sink_limits))
             watch = self._watch()
@@ -187,9 +187,7 @@ class _Training:
         self.run.write_json(SUMMARY, summary)
         return summary
 
-    def _watch(self) -> Any:
-        from persona_lens.finetuning.callbacks import ProjectionWatch
-
+    def _watch(self) -> ProjectionWatch | None:
         wanted = self.config.watch
         if wanted.every is None:
             return None
@@ -205,8 +203,6 @@ class _Training:
 
     def _save(self, model: Any, place: Path) -> None:
         """What was trained; the folder is moved to its place when it is whole."""
-        from persona_lens.finetuning.callbacks import named_writes
-
         with self.run.writing_folder(place.name) as part, named_writes(place):
             model.save_pretrained(str(part))
             if self.config.weights == "full":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,6 @@ class Shifts:
     summary: Mapping[str, Any]
 
 
-def shift_of(
-    before: Float[Tensor, "prompts traits layers"], after: Float[Tensor, "prompts traits layers"]
-) -> Float[Tensor, "traits layers"]:
-    """(mean h_fine - mean h_base) . v̂, of projections of the same prompts in both models (method, section 6)."""
-    moved: Tensor = after.mean(dim=0) - before.mean(dim=0)
-    return moved
-
-
 def measure_shifts(
     base: Backend,
     finetuned: Mapping[str, Opening],
@@ -86,6 +79,8 @@ def measure_shifts(
     progress: Progress = shown_progress,
 ) -> Shifts:
     """Measure how far finetuned models have moved from their base along traits, and how their replies changed.
+
+    The shift is (mean h_fine - mean h_base) . v̂ over the last tokens of the same prompts (method, section 6).
 
     Args:
         base: The base model, which the vectors belong to.
@@ -109,27 +104,25 @@ def measure_shifts(
     chat = chat or chat_format(base)
     layers = settings.layers or tuple(range(base.info.n_layers))
     subjects = [_subject(base, each, settings, (judges or {}).get(each.trait), chat) for each in vectors]
-    by_trait = {each.vectors.trait: each for each in subjects}
     record = {
         "kind": "shift",
         "settings": asdict(settings),
         "finetuned": list(finetuned),
         "vectors": {each.trait: each.content_hash for each in vectors},
-        "judges": {name: each.judge.describe() for name, each in by_trait.items() if settings.scores},
+        "judges": {each.vectors.trait: each.judge.describe() for each in subjects if settings.scores},
         **model_config(base, chat),
     }
     with run_folder(folder, record) as run:
-        measuring = _Measuring(subjects, layers, settings, run, progress)
-        models = {"base": measuring.of(base, "base", 0)}
+        measured = partial(_measured, subjects, settings, layers, run, progress)
+        models = {"base": measured(base, "base", 0)}
         for number, (name, opened) in enumerate(finetuned.items(), start=1):
             backend = opened()
             _check_finetune(base, backend, name)
             if run is not None:  # a folder of the same name may hold another model by now
                 run.bind(name, asdict(backend.info))
-            models[name] = measuring.of(backend, name, number)
+            models[name] = measured(backend, name, number)
             del backend
-        used = {name: by_trait[name].judge_used(*answers) for name, answers in measuring.answers.items()}
-        found = Shifts({**_summary(models, vectors, layers), "judges": used})
+        found = Shifts(_summary(models, subjects, layers))
         if run is not None:
             run.write_json("summary.json", found.summary)
     return found
@@ -137,38 +130,48 @@ def measure_shifts(
 
 @dataclass(frozen=True)
 class _Measured:
-    projections: Mapping[str, Float[Tensor, "questions layers"]]
-    scores: Mapping[str, Mapping[int, float]]
+    projections: Float[Tensor, "questions layers"]
+    answers: Answers | None
+
+    def scores(self) -> dict[int, float]:
+        """By question; empty without answers."""
+        return by_question(self.answers.rows(ArmRow), "score") if self.answers else {}
 
 
-@dataclass(frozen=True)
-class _Measuring:
-    subjects: Sequence[Subject]
-    layers: tuple[int, ...]
-    settings: ShiftSettings
-    run: RunFolder | None
-    progress: Progress
-    answers: dict[str, list[Answers]] = field(default_factory=dict)
+def _measured(
+    subjects: Sequence[Subject],
+    settings: ShiftSettings,
+    layers: Sequence[int],
+    run: RunFolder | None,
+    progress: Progress,
+    backend: Backend,
+    name: str,
+    model: int,
+) -> dict[str, _Measured]:
+    """One model's projections and answers, by trait; models have numbers, the base 0."""
+    found = {}
+    for number, subject in enumerate(subjects, start=model * len(subjects)):
+        trait, subject = subject.vectors.trait, replace(subject, backend=backend)
+        prefix, answers = file_prefix(number, name, trait), None
+        projections = asked_projections(subject, settings.asked, layers, run, prefix, settings.reduction)
+        if settings.scores:
+            answers = arms_experiment(subject, {}, settings.asked, prefix).run(run, progress)
+        found[trait] = _Measured(projections, answers)
+    return found
 
-    def of(self, backend: Backend, name: str, model: int) -> _Measured:
-        """One model's projections and scores, by trait; models have numbers, the base 0."""
-        projections, scores = {}, {}
-        for number, each in enumerate(self.subjects, start=model * len(self.subjects)):
-            trait = each.vectors.trait
-            prefix = file_prefix(number, name, trait)
-            texts = list(
-                questions_of(each.trait, self.settings.asked.questions, "evaluation", FinetuningError).values()
-            )
-            prompts = [each.chat.encode(None, text) for text in texts]
-            projections[trait] = kept_projections(
-                backend, prompts, each.vectors, self.layers, texts, self.run, prefix, reduction=self.settings.reduction
-            )
-            if self.settings.scores:
-                asked = arms_experiment(replace(each, backend=backend), {}, self.settings.asked, prefix)
-                answers = asked.run(self.run, self.progress)
-                self.answers.setdefault(trait, []).append(answers)
-                scores[trait] = by_question(answers.rows(ArmRow), "score")
-        return _Measured(projections, scores)
+
+def asked_projections(
+    subject: Subject,
+    asked: ArmSettings,
+    layers: Sequence[int],
+    run: RunFolder | None,
+    prefix: str,
+    reduction: str = DEFAULT_REDUCTION,
+) -> Float[Tensor, "questions layers"]:
+    """Where the last prompt token of each question stands; see `kept_projections`."""
+    texts = list(questions_of(subject.trait, asked.questions, "evaluation", FinetuningError).values())
+    prompts = [subject.chat.encode(None, text) for text in texts]
+    return kept_projections(subject.backend, prompts, subject.vectors, layers, texts, run, prefix, reduction=reduction)
 
 
 def correlated(x: Sequence[float], y: Sequence[float]) -> dict[str, float | int | None]:
@@ -184,34 +187,38 @@ def correlated(x: Sequence[float], y: Sequence[float]) -> dict[str, float | int 
 
 
 def _summary(
-    models: Mapping[str, _Measured], vectors: Sequence[PersonaVectors], layers: tuple[int, ...]
+    models: Mapping[str, Mapping[str, _Measured]], subjects: Sequence[Subject], layers: Sequence[int]
 ) -> dict[str, Any]:
-    base, others = models["base"], {name: found for name, found in models.items() if name != "base"}
-    traits: dict[str, Any] = {}
-    for each in vectors:
-        name = each.trait
-        rows = {other: _row(base, found, name, layers) for other, found in others.items()}
+    traits, judges = {}, {}
+    for subject in subjects:
+        vectors, name = subject.vectors, subject.vectors.trait
+        base, *others = (found[name] for found in models.values())
+        rows = {other: _row(base, found, len(layers)) for other, found in zip(list(models)[1:], others, strict=True)}
         known = [row for row in rows.values() if row["change"] is not None]
+        changes = [row["change"]["mean"] for row in known]
         correlations = [
-            {
-                "layer": layer,
-                **correlated([row["shift"][i]["mean"] for row in known], [row["change"]["mean"] for row in known]),
-            }
+            {"layer": layer, **correlated([row["shift"][i]["mean"] for row in known], changes)}
             for i, layer in enumerate(layers)
         ]
-        score = _mean(base.scores[name], SCORES) if base.scores else None
-        tuned = each.tuned.layer if each.tuned and each.tuned.layer in layers else None
-        traits[name] = {"score": score, "layer": tuned, "models": rows, "correlations": correlations if known else []}
-    return {"layers": list(layers), "traits": traits}
+        traits[name] = {
+            "score": _mean(base.scores(), SCORES),
+            "layer": vectors.tuned.layer if vectors.tuned and vectors.tuned.layer in layers else None,
+            "models": rows,
+            "correlations": correlations if known else [],
+        }
+        if answers := [each.answers for each in (base, *others) if each.answers]:
+            judges[name] = subject.judge_used(*answers)
+    return {"layers": list(layers), "traits": traits, "judges": judges}
 
 
-def _row(base: _Measured, found: _Measured, trait: str, layers: tuple[int, ...]) -> dict[str, Any]:
-    moved = found.projections[trait] - base.projections[trait]
-    shift = [bootstrap_mean(moved[:, i].tolist()).to_json() for i in range(len(layers))]
-    if not found.scores:
-        return {"shift": shift, "score": None, "change": None}
-    before, after = base.scores[trait], found.scores[trait]
-    return {"shift": shift, "score": _mean(after, SCORES), "change": _mean(minus(after, before), CHANGES)}
+def _row(base: _Measured, found: _Measured, layers: int) -> dict[str, Any]:
+    moved = found.projections - base.projections
+    after = found.scores()
+    return {
+        "shift": [bootstrap_mean(moved[:, at].tolist()).to_json() for at in range(layers)],
+        "score": _mean(after, SCORES),
+        "change": _mean(minus(after, base.scores()), CHANGES),
+    }
 
 
 def _mean(values: Mapping[int, float], within: Ends) -> dict[str, Any] | None:

@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from persona_lens.analysis.capability import accuracy, check_task
-from persona_lens.backend import Backend, wrap_model
+from persona_lens.backend import wrap_model
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.transcripts import Transcript
-from persona_lens.extraction.experiment import Answers, Subject, questions_of
+from persona_lens.extraction.experiment import Answers, Subject
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError
 from persona_lens.finetuning.examples import fingerprint
 from persona_lens.finetuning.outcomes import (
@@ -24,20 +25,19 @@ from persona_lens.finetuning.outcomes import (
     Outcome,
     Treatment,
     TreatmentSettings,
-    post_hoc_of,
     summarise,
     treatments_of,
     turned,
 )
 from persona_lens.finetuning.run import Data, conversations_of, finetune
+from persona_lens.finetuning.shift import asked_projections
 from persona_lens.judging import Evidence, Exchange, Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import adapter_on
-from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder
 from persona_lens.runs.answers import by_question
 from persona_lens.steering import ArmRow, ArmSettings, Steering
-from persona_lens.steering.comparison import UNSTEERED, arms_experiment
+from persona_lens.steering.comparison import UNSTEERED, arms_experiment, minus
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
@@ -119,10 +119,15 @@ def finetune_study(
         VectorsError: If the vectors belong to another model.
     """
     config = config or FinetuneConfig()
-    _check(config, settings)
+    if config.weights == "full":
+        raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
+    if settings.task is not None:
+        check_task(settings.task)
     trained = treatments_of(settings.treatments, config, vectors)
     transcripts, others = conversations_of(data, side), conversations_of(held_out, side)
-    loaded, answering = _opened(model, config, settings.dtype, device)
+    loaded = answering = load(model, dtype=config.dtype, device=device)
+    if settings.dtype != config.dtype:
+        answering = load(model, dtype=settings.dtype, device=device)
     base = wrap_model(answering.model, answering.tokenizer)
     subject = Subject.of(base, vectors, None, judge, ChatFormat.from_tokenizer(loaded.tokenizer))
     vectors.vector(settings.layer)
@@ -130,33 +135,21 @@ def finetune_study(
     training = config.model_dump(mode="json")
     with RunFolder(folder, subject.config("finetune study", settings, data=of_data, config=training)) as run:
         work = _Work(loaded, answering, transcripts, others, subject, settings, run, progress)
-        outcomes, samples = work.all(trained)
+        outcomes = work.all(trained)
         summary = {
-            **work.named(),
+            "trait": subject.trait.name,
+            "model": base.info.model if answering.source.kind == "hub" else answering.source.id,
+            "conversations": len(transcripts),
             "names": {each.name: each.config.edits for each in trained} | {POST_HOC: settings.treatments.post_hoc},
             "settings": asdict(settings),
             "config": training,
             "judge": subject.judge_used(*work.answers),
             **summarise(outcomes),
-            "samples": samples,
+            "samples": _samples(subject.trait, work.shown),
         }
         run.write_lines(OUTCOMES, map(asdict, outcomes))
         run.write_json("summary.json", summary)
     return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)))
-
-
-def _check(config: FinetuneConfig, settings: FinetuneStudySettings) -> None:
-    """Refuse what would fail after hours of training."""
-    if config.weights == "full":
-        raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
-    if settings.task is not None:
-        check_task(settings.task)
-
-
-def _opened(model: str, config: FinetuneConfig, dtype: str, device: str) -> tuple[Loaded, Loaded]:
-    """The model that is trained, and the one that answers: the same, unless they differ in precision."""
-    loaded = load(model, dtype=config.dtype, device=device)
-    return loaded, loaded if dtype == config.dtype else load(model, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -170,99 +163,59 @@ class _Work:
     run: RunFolder
     progress: Progress
     answers: list[Answers] = field(default_factory=list)
+    shown: dict[str, list[ArmRow]] = field(default_factory=dict)  # the first replies of each
 
-    def named(self) -> dict[str, Any]:
-        """What was studied, in words."""
-        source = self.answering.source
-        model = self._backend().info.model if source.kind == "hub" else source.id
-        return {"trait": self.subject.trait.name, "model": model, "conversations": len(self.transcripts)}
+    def all(self, trained: Sequence[Treatment]) -> list[Outcome]:
+        """Every outcome."""
+        before, outcomes = self._measured(BASE, None, None, {}, {})
+        post_hoc = self.settings.treatments.post_hoc
+        for seed, each in product(self.settings.seeds, trained):
+            chosen = turned(each, seed) if each.name == RANDOM else each
+            found = finetune(
+                self.loaded,
+                self.transcripts,
+                self.run.path / "models" / _slug(each.name, seed),
+                chosen.config.model_copy(update={"seed": seed}),
+                vectors=[chosen.vectors],
+                held_out=self.held_out,
+                chat=self.subject.chat,
+                progress=self.progress,
+            )
+            steered = {}
+            if each.name == PLAIN and post_hoc is not None:
+                steered[POST_HOC] = Steering.parse(post_hoc, self.subject.vectors)
+            with adapter_on(self.answering.model, found.folder):
+                outcomes += self._measured(each.name, seed, before, found.summary["loss"], steered)[1]
+        return outcomes
 
-    def all(self, trained: Sequence[Treatment]) -> tuple[list[Outcome], list[dict[str, Any]]]:
-        """Every outcome, and first replies to the first questions."""
-        base = self._backend()
-        before = self._projections(base, BASE)
-        rows = self._answers(base, BASE, {})
-        outcomes = [self._outcome(BASE, None, rows[UNSTEERED], dict.fromkeys(before, 0.0), {}, base, ())]
-        shown = {BASE: rows[UNSTEERED]}
-        post_hoc = post_hoc_of(self.settings.treatments, self.subject.vectors)
-        for seed in self.settings.seeds:
-            for each in trained:
-                losses, place = self._train(each, seed)
-                with self._adapted(place) as backend:
-                    after = self._projections(backend, f"{_slug(each.name)}-{seed}")
-                    moved = {q: after[q] - before[q] for q in before}
-                    steered = {POST_HOC: post_hoc} if each.name == PLAIN and post_hoc else {}
-                    rows = self._answers(backend, f"{_slug(each.name)}-{seed}", steered)
-                    outcomes.append(self._outcome(each.name, seed, rows[UNSTEERED], moved, losses, backend, ()))
-                    shown.setdefault(each.name, rows[UNSTEERED])
-                    for name, steering in steered.items():
-                        edits = steering.edits()
-                        outcomes.append(self._outcome(name, seed, rows[name], {}, {}, backend, edits))
-                        shown.setdefault(name, rows[name])
-        return outcomes, _samples(self.subject.trait, shown)
-
-    def _train(self, treatment: Treatment, seed: int) -> tuple[Mapping[str, float | None], Path]:
-        chosen = turned(treatment, seed) if treatment.name == RANDOM else treatment
-        found = finetune(
-            self.loaded,
-            self.transcripts,
-            self.run.path / "models" / f"{_slug(treatment.name)}-{seed}",
-            chosen.at(seed),
-            vectors=[chosen.vectors],
-            held_out=self.held_out,
-            chat=self.subject.chat,
-            progress=self.progress,
-        )
-        return found.summary["loss"], found.folder
-
-    def _backend(self) -> Backend:
-        return wrap_model(self.answering.model, self.answering.tokenizer)
-
-    @contextmanager
-    def _adapted(self, place: Path) -> Iterator[Backend]:
-        with adapter_on(self.answering.model, place):
-            yield self._backend()
-
-    def _projections(self, backend: Backend, name: str) -> dict[int, float]:
-        """Of each question its last prompt token's projection at the layer."""
-        questions = questions_of(self.subject.trait, self.settings.asked.questions, "evaluation", FinetuningError)
-        texts = list(questions.values())
-        prompts = [self.subject.chat.encode(None, text) for text in texts]
-        found = kept_projections(
-            backend, prompts, self.subject.vectors, [self.settings.layer], texts, self.run, f"{name}-"
-        )
-        return dict(zip(questions, found[:, 0].tolist(), strict=True))
-
-    def _answers(self, backend: Backend, name: str, steered: Mapping[str, Steering]) -> dict[str, list[ArmRow]]:
-        """Replies by what they were given under, judged by the base model."""
-        judge = _unadapted(self.subject.judge, self.answering.model)
-        subject = replace(self.subject, backend=backend, judge=judge)
-        answers = arms_experiment(subject, steered, self.settings.asked, f"{name}-").run(self.run, self.progress)
-        self.answers.append(answers)
-        rows = answers.rows(ArmRow)
-        return {arm: [row for row in rows if row.arm == arm] for arm in (UNSTEERED, *steered)}
-
-    def _outcome(
+    def _measured(
         self,
-        name: str,
+        treatment: str,
         seed: int | None,
-        rows: Sequence[ArmRow],
-        moved: Mapping[int, float],
+        before: Mapping[int, float] | None,
         losses: Mapping[str, float | None],
-        backend: Backend,
-        edits: Sequence[Any],
-    ) -> Outcome:
-        quantity = "surprise" if any(row.surprise is not None for row in rows) else "coherence"
-        task = self.settings.task
-        return Outcome(
-            name,
-            seed,
-            by_question(rows, "score"),
-            by_question(rows, quantity),
-            moved,
-            losses,
-            accuracy(backend, task, edits).mean if task is not None else None,
-        )
+        steered: Mapping[str, Steering],
+    ) -> tuple[dict[int, float], list[Outcome]]:
+        """The model as it is now: its projections by question, its outcome, and that of each steering of it."""
+        backend, name = wrap_model(self.answering.model, self.answering.tokenizer), _slug(treatment, seed)
+        settings, layers = self.settings, [self.settings.layer]
+        subject = replace(self.subject, backend=backend, judge=_unadapted(self.subject.judge, self.answering.model))
+        found = asked_projections(subject, settings.asked, layers, self.run, f"{name}-")
+        projections = dict(zip(settings.asked.questions, found[:, 0].tolist(), strict=True))
+        moved = minus(projections, projections if before is None else before)
+        answers = arms_experiment(subject, steered, settings.asked, f"{name}-").run(self.run, self.progress)
+        self.answers.append(answers)
+        rows, outcomes = answers.rows(ArmRow), []
+        for arm, steering in {UNSTEERED: None, **steered}.items():
+            own = [row for row in rows if row.arm == arm]
+            quantity = "surprise" if any(row.surprise is not None for row in own) else "coherence"
+            edits = steering.edits() if steering else ()
+            able = accuracy(backend, settings.task, edits).mean if settings.task is not None else None
+            scores, measured = by_question(own, "score"), by_question(own, quantity)
+            what, trained = (treatment, (moved, losses)) if steering is None else (arm, ({}, {}))
+            outcomes.append(Outcome(what, seed, scores, measured, *trained, able))
+            self.shown.setdefault(what, own)
+        return projections, outcomes
 
 
 class _BaseJudge(LikelihoodJudge):
@@ -311,5 +264,6 @@ def _samples(trait: Trait, shown: Mapping[str, Sequence[ArmRow]], most: int = 3)
     ]
 
 
-def _slug(name: str) -> str:
-    return name.replace(",", "").replace(" ", "-")
+def _slug(treatment: str, seed: int | None) -> str:
+    name = treatment.replace(",", "").replace(" ", "-")
+    return name if seed is None else f"{name}-{seed}"

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.core.text import printable
-from persona_lens.judging.agreement import Agreement, Measure
+from persona_lens.judging.agreement import Agreement
 from persona_lens.reports import svg
-from persona_lens.reports.page import NONE, number, plain, render
+from persona_lens.reports.page import NONE, measured, number, plain, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,31 +27,14 @@ def render_agreement(agreement: Agreement, version: str = "") -> str:
         version: Of persona-lens, to be named on the page.
     """
     parts = {
-        "names": agreement.names,
-        "counts": agreement.counts,
-        "questions": agreement.questions,
-        "cuts": agreement.cuts,
-        "sides": agreement.sides,
-        "measures": agreement,
+        **agreement.to_json(),
         "headline": _headline(agreement),
         "figures": _draw_figures(agreement),
         "outside": _outside(agreement),
         "disagreed": agreement.most_disagreed(_SHOWN),
         "version": version,
     }
-    return render("agreement.html.j2", parts, {"measured": measured})
-
-
-def measured(measure: Measure, digits: int = 2, *, sign: bool = False, percent: bool = False) -> str:
-    """A measure with its interval, or why it has none."""
-    scale, unit = (100, "%") if percent else (1, "")
-
-    def write(value: float | None) -> str:
-        return NONE if value is None else number(scale * value, digits, sign=sign) + unit
-
-    if measure.low is None or measure.high is None:
-        return f"{write(measure.value)} ({printable(measure.reason or '')})"
-    return f"{write(measure.value)} ({write(measure.low)} to {write(measure.high)})"
+    return render("agreement.html.j2", parts)
 
 
 def _headline(agreement: Agreement) -> str:
@@ -76,11 +58,13 @@ def _outside(agreement: Agreement) -> int | None:
 
 
 @svg.figures
-def _draw_figures(agreement: Agreement) -> Iterator[svg.Drawing]:
-    mean = measured(agreement.mean_difference, 1, sign=True)
-    words = f"Each response by its two scores. Pearson r {measured(agreement.pearson)}; mean difference {mean}."
+def _draw_figures(agreement: Agreement) -> Iterator[svg.Drawn]:
+    found = agreement.to_json()
+    mean, low, high = (
+        measured(found[name], 1, sign=True) for name in ("mean_difference", "lower_limit", "upper_limit")
+    )
+    words = f"Each response by its two scores. Pearson r {measured(found['pearson'])}; mean difference {mean}."
     yield svg.draw("scatter", "Scores of both judges", words, scatter_figure, agreement)
-    low, high = (measured(limit, 1, sign=True) for limit in (agreement.lower_limit, agreement.upper_limit))
     words = (
         "Difference of the scores of each response against their mean. "
         f"Mean difference {mean}; limits of agreement {low} and {high}."
@@ -92,8 +76,8 @@ def scatter_figure(agreement: Agreement, width: int) -> Figure:
     """One judge's score against the other's, with the line on which they are equal and the threshold."""
     figure, axes = svg.panel(width, 470, 350)
     threshold = agreement.cuts.threshold
-    axes.axvline(threshold, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
-    axes.axhline(threshold, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+    axes.axvline(threshold, **svg.DOTTED)
+    axes.axhline(threshold, **svg.DOTTED)
     svg.square_of_percent(axes, "Score of the second judge", "score of the first judge")
     _dots(axes, ((pair.first, pair.second) for pair in agreement.pairs), width)
     return figure
@@ -102,7 +86,7 @@ def scatter_figure(agreement: Agreement, width: int) -> Figure:
 def difference_figure(agreement: Agreement, width: int) -> Figure:
     """Bland and Altman's plot: difference against mean, with the mean difference and the limits of agreement."""
     figure, axes = svg.panel(width, 400, 360)
-    axes.axhline(0, color=svg.MUTED, linewidth=1)
+    axes.axhline(0, **svg.ZERO)
     _dots(axes, (((pair.first + pair.second) / 2, pair.difference) for pair in agreement.pairs), width)
     lines = [
         (measure.value, label, colour, dashes)

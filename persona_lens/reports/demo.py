@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from persona_lens.backend import Backend, backend_statuses, open_backend
+from persona_lens.backend import backend_statuses, open_backend
 from persona_lens.backend.parity import check_parity
 from persona_lens.backend.registry import DEFAULT, installed_version
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction import Extraction, ExtractionSettings, run_extraction
-from persona_lens.reports import render_report
+from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.reports.vector import render_vector
 from persona_lens.runs import RunFolder
 from persona_lens.runs.answers import by_question
 from persona_lens.runs.rollouts import RolloutSettings
@@ -75,69 +75,41 @@ def run_demo(
     root = Path(folder)
     trait = load_trait(settings.trait)
     backend = open_backend(DEFAULT, settings.model)
+    layers = tuple(sorted({int(depth * backend.info.n_layers) for depth in DEPTHS}))
+    ends = (min(settings.coefficients), max(settings.coefficients))
+
+    def steered(name: str, layers: Sequence[int], coefficients: Sequence[float], **which: Any) -> list[SweepRow]:
+        asked = SweepSettings(
+            tuple(layers), tuple(coefficients), seed=settings.seed, rollouts=settings.rollouts, **which
+        )
+        return sweep(backend, extraction.vectors, asked, folder=root / name, name=name, progress=progress)
+
     with RunFolder(root, {"kind": "demo", "settings": asdict(settings), "model": asdict(backend.info)}) as run:
         extraction_settings = replace(settings.extraction, seed=settings.seed)
         extraction = run_extraction(
             backend, trait, root / "extraction", settings=extraction_settings, progress=progress
         )
-        choice = _try_layers(backend, extraction, settings, root, progress)
+        on = {"questions": settings.choice_questions, "question_set": "extraction", "random_directions": 0}
+        choice = steered("layer-choice", layers, ends, **on)
         layer = choose_layer(choice)
-        rows = _steer(backend, extraction, settings, layer, root, progress)
+        on = {"questions": settings.questions, "random_directions": settings.random_directions}
+        rows = steered("steering", [layer], settings.coefficients, **on)
         summary = {
-            **_subject(trait, backend, settings),
+            "trait": {"name": trait.name, "description": trait.description, "content_hash": trait.content_hash()},
+            "model": asdict(backend.info),
+            "command": f"persona-lens demo --out DIR --seed {settings.seed}",
+            "settings": asdict(settings),
+            "seed": settings.seed,
+            "versions": {name: found for name in LIBRARIES if (found := installed_version(name))},
             "extraction": extraction.summary,
             "layer_choice": _choice_summary(choice, layer, settings),
             "steering": _steering_summary(rows, layer, settings),
-            "samples": _samples(rows, trait, layer, settings),
+            "samples": _samples(rows, trait, settings),
             "agreement": _agreement(settings.model, progress),
         }
         run.write_json("summary.json", summary)
-        run.write_bytes("report.html", render_report(summary).encode())
+        run.write_bytes("report.html", render_vector(summary).encode())
     return summary
-
-
-def _subject(trait: Trait, backend: Backend, settings: DemoSettings) -> dict[str, Any]:
-    return {
-        "trait": {"name": trait.name, "description": trait.description, "content_hash": trait.content_hash()},
-        "model": asdict(backend.info),
-        "command": f"persona-lens demo --out DIR --seed {settings.seed}",
-        "settings": asdict(settings),
-        "seed": settings.seed,
-        "versions": {name: found for name in LIBRARIES if (found := installed_version(name))},
-    }
-
-
-def _try_layers(
-    backend: Backend, extraction: Extraction, settings: DemoSettings, root: Path, progress: Progress
-) -> list[SweepRow]:
-    layers = tuple(sorted({int(depth * backend.info.n_layers) for depth in DEPTHS}))
-    ends = (min(settings.coefficients), max(settings.coefficients))
-    tried = SweepSettings(
-        layers,
-        ends,
-        questions=settings.choice_questions,
-        question_set="extraction",
-        random_directions=0,
-        seed=settings.seed,
-        rollouts=settings.rollouts,
-    )
-    return sweep(
-        backend, extraction.vectors, tried, folder=root / "layer-choice", name="layer-choice", progress=progress
-    )
-
-
-def _steer(
-    backend: Backend, extraction: Extraction, settings: DemoSettings, layer: int, root: Path, progress: Progress
-) -> list[SweepRow]:
-    chosen = SweepSettings(
-        (layer,),
-        settings.coefficients,
-        questions=settings.questions,
-        random_directions=settings.random_directions,
-        seed=settings.seed,
-        rollouts=settings.rollouts,
-    )
-    return sweep(backend, extraction.vectors, chosen, folder=root / "steering", name="steering", progress=progress)
 
 
 def _choice_summary(rows: Sequence[SweepRow], chosen: int, settings: DemoSettings) -> dict[str, Any]:
@@ -168,7 +140,7 @@ def _steering_summary(rows: Sequence[SweepRow], layer: int, settings: DemoSettin
     }
 
 
-def _samples(rows: Sequence[SweepRow], trait: Trait, layer: int, settings: DemoSettings) -> list[dict[str, Any]]:
+def _samples(rows: Sequence[SweepRow], trait: Trait, settings: DemoSettings) -> list[dict[str, Any]]:
     """The first questions' responses, not the best ones."""
     shown = (min(settings.coefficients), 0.0, max(settings.coefficients))
     own = {(row.question, row.coefficient): row for row in rows if row.direction != "random"}

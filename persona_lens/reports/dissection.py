@@ -89,7 +89,7 @@ def _alike(summary: Summary) -> tuple[str, ...]:
 
 
 @svg.figures
-def _draw(summary: Summary) -> Iterator[svg.Drawing]:
+def _draw(summary: Summary) -> Iterator[svg.Drawn]:
     words = "Share of the squared length that the best k features carry, for the vector and for random directions."
     yield svg.draw("pursuit", "Sparse reconstruction", words, pursuit_figure, summary["pursuit"])
     if summary["steering"]:
@@ -129,18 +129,10 @@ def effect_figure(steering: Mapping[str, Any], width: int) -> Figure:
     for place, (label, name, style) in enumerate(shown):
         change = effects[name]["change"]["vector"]
         fill = svg.PAPER if label == RANDOM_LABEL else style["color"]
-        drawn: dict[str, Any] = {
-            **style,
-            **svg.BAR,
-            "linestyle": "",
-            "markerfacecolor": fill,
-            "zorder": svg.LINE["zorder"],
-        }
-        axes.errorbar(
-            [change["mean"]], [place], xerr=svg.reach([change]), **drawn, label=None if label in labelled else label
-        )
+        drawn = {**style, "markerfacecolor": fill, "zorder": svg.LINE["zorder"]}
+        svg.dots(axes, [change], [place], drawn, None if label in labelled else label)
         labelled.add(label)
-    axes.axvline(0, color=svg.MUTED, linewidth=1.5, zorder=1)
+    axes.axvline(0, **svg.ZERO)
     axes.set(xlabel="change of the mean trait score, points")
     svg.in_rows(axes, [name.replace("_", " ") for _, name, _ in shown])
     axes.xaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 CHANCE = 2.0  # standard deviations of a random cosine: the band in which about 95% of them lie
 MEASURES = ("score", "text_projection", "steered_projection")
-_STRONGEST = 45  # percent of colour in the strongest cell: more would hide its numbers
+_MOST_COLOUR = 45  # percent of colour in the strongest cell: more would hide its numbers
 
 Summary = Mapping[str, Any]
 Cell = Mapping[str, Any]
@@ -33,15 +33,14 @@ def render_effects(summary: Summary, version: str = "") -> str:
     parts = {
         **summary,
         "matrix": cells,
-        "tints": {measure: _tints(summary["cells"], measure) for measure in MEASURES},
-        "cosine_tints": {place: _tint(c["cosine"]) for place, c in cells.items() if c["cosine"] is not None},
+        "strongest": {measure: _strongest(summary["cells"], measure) for measure in MEASURES},
         "result": headline(summary),
         "null": any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
         "chance": CHANCE * summary["cosines"]["null_std"],
         "figures": _draw_figures(summary),
         "version": version,
     }
-    return render("effects.html.j2", parts, {"beyond": _beyond})
+    return render("effects.html.j2", parts, {"beyond": _beyond, "tint": _tint})
 
 
 def _beyond(text: str, name: str) -> str:
@@ -92,21 +91,20 @@ def _verb(count: int) -> str:
     return "moves" if count == 1 else "move"
 
 
-def _tints(cells: Sequence[Cell], measure: str) -> dict[tuple[str, str], str]:
-    """CSS of each cell's colour: its sign, and its share of the strongest."""
-    means = {(c["steering"], c["trait"]): c[measure]["vector"]["mean"] for c in cells if c[measure]}
-    strongest = max(map(abs, means.values()), default=0.0)
-    return {place: _tint(mean / strongest if strongest else 0.0) for place, mean in means.items()}
+def _strongest(cells: Sequence[Cell], measure: str) -> float:
+    """The largest change, whose cell has the strongest colour."""
+    return max((abs(cell[measure]["vector"]["mean"]) for cell in cells if cell[measure]), default=0.0)
 
 
-def _tint(share: float) -> str:
-    """The CSS variables of a cell, for a share from -1 to 1."""
-    colour = "var(--vector)" if share >= 0 else "var(--third)"
-    return f"--tint:{colour};--share:{abs(share) * _STRONGEST:.0f}%"
+def _tint(value: float, strongest: float = 1.0) -> str:
+    """The CSS variables of a cell: the colour by its sign, and how strong it is."""
+    colour = "var(--vector)" if value >= 0 else "var(--third)"
+    share = abs(value) / strongest if strongest else 0.0
+    return f"--tint:{colour};--share:{share * _MOST_COLOUR:.0f}%"
 
 
 @svg.figures
-def _draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
+def _draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
     found = summary["cosines"]
     if len(found["traits"]) < 2:
         return
@@ -163,9 +161,9 @@ def cosine_figure(
 
 def _panel(axes: Axes, cosine: Sequence[float | None], marked: Sequence[int], band: float) -> None:
     axes.axhspan(-band, band, color=svg.RANDOM, alpha=0.22, linewidth=0)
-    axes.axhline(0, color=svg.MUTED, linewidth=1)
+    axes.axhline(0, **svg.ZERO)
     for layer in marked:
-        axes.axvline(layer, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+        axes.axvline(layer, **svg.DOTTED)
     axes.plot(range(len(cosine)), [float("nan") if v is None else v for v in cosine], color=svg.VECTOR, zorder=3)
     axes.set_xlim(-0.5, len(cosine) - 0.5)
     axes.locator_params(axis="x", nbins=5, integer=True)

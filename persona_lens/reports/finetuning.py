@@ -94,7 +94,7 @@ def _loss(found: Summary) -> str:
 
 
 @svg.figures
-def _draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
+def _draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
     yield svg.draw("scores", "Trait score by treatment", _words(summary), _scores_figure, summary)
     if len(summary["points"]) > 1:
         words = f"{len(summary['points'])} finetuned models: shift along the vector, and change of the score."
@@ -111,14 +111,11 @@ def _scores_figure(summary: Summary, width: int) -> Figure:
     figure, axes = svg.panel(width, 70 + 46 * len(arms))
     for place, (name, found) in enumerate(arms.items()):
         colour = svg.RANDOM if name == NULL else svg.VECTOR
-        span = [[ends[0]] for ends in svg.reach([found["score"]])]
-        axes.errorbar(
-            [found["score"]["mean"]], [place], xerr=span, marker="o", markersize=9, color=colour, zorder=4, **svg.BAR
-        )
+        svg.dots(axes, [found["score"]], [place], {"color": colour, "zorder": 4})
         seeds = [value for value in found["seeds"] if value is not None]
         axes.plot(seeds, [place + 0.28] * len(seeds), linestyle="", marker="|", markersize=9, color=svg.MUTED, zorder=3)
     if summary["base"]["score"] is not None:
-        axes.axvline(summary["base"]["score"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+        axes.axvline(summary["base"]["score"], **svg.DOTTED)
     axes.set(
         title=f"Trait score of {summary['trait']}; dotted: before finetuning",
         yticks=range(len(arms)),
@@ -135,15 +132,9 @@ def _shift_figure(summary: Summary, width: int) -> Figure:
     figure, axes = svg.panel(width, 340)
     for point in summary["points"]:
         name = point["treatment"]
-        axes.plot(
-            [point["shift"]],
-            [point["change"]],
-            linestyle="",
-            marker="s" if name == NULL else "D" if name == PLAIN else "o",
-            markersize=8,
-            color=svg.RANDOM if name == NULL else svg.VECTOR,
-            zorder=3,
-        )
+        marker = "s" if name == NULL else "D" if name == PLAIN else "o"
+        style = {"marker": marker, "color": svg.RANDOM if name == NULL else svg.VECTOR, "zorder": 3}
+        svg.dots(axes, [point["shift"]], [point["change"]], style)
     axes.set(title="Change of the trait score", xlabel=f"shift at layer {summary['settings']['layer']}")
     axes.grid(True, axis="both")
     return figure

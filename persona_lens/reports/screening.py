@@ -84,7 +84,7 @@ def _conclusions(summary: Summary) -> Iterator[str]:
 
 
 @svg.figures
-def _draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
+def _draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
     labels, score = summary["labels"], summary["score"]
     for place, gauge in enumerate(summary["gauges"][:_MOST_DRAWN]):
         words = f"Shares of the rows of each dataset by their {QUANTITIES[score]} on {gauge}."
@@ -154,19 +154,11 @@ def means_figure(summary: Summary, width: int) -> Figure:
     for place, gauge in enumerate(gauges):
         offset = (place - (len(gauges) - 1) / 2) * 0.6 / max(len(gauges), 2)
         known = [(n, means[gauge][summary["score"]]) for n, (_, means) in enumerate(rows)]
-        known = [(n, found) for n, found in known if found is not None]
-        axes.errorbar(
-            [found["mean"] for _, found in known],
-            [n + offset for n, _ in known],
-            xerr=svg.reach([found for _, found in known]),
-            color=_COLOURS[place],
-            marker="o",
-            linestyle="",
-            label=gauge,
-            **svg.BAR,
-        )
+        drawn = [(found, n + offset) for n, found in known if found is not None]
+        if drawn:
+            svg.dots(axes, *zip(*drawn, strict=True), {"color": _COLOURS[place], "markersize": 6}, gauge)
     if summary["score"] != "raw":
-        axes.axvline(0, color=svg.MUTED, linewidth=1)
+        axes.axvline(0, **svg.ZERO)
     axes.set(xlabel=f"mean {QUANTITIES[summary['score']]}", ylim=(-0.5, len(rows) - 0.5))
     svg.in_rows(axes, [_short(name) for name, _ in rows])
     svg.legend(figure, axes, 2)

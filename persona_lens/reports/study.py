@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import NONE, number, plain, render
+from persona_lens.reports.page import NONE, measured, number, plain, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,44 +48,32 @@ def render_study(summary: Summary, version: str = "") -> str:
         "figures": _draw_figures(summary),
         "version": version,
     }
-    return render("study.html.j2", parts, {"measured": measured, "share": share})
+    return render("study.html.j2", parts, {"share": share})
 
 
-def measured(found: Mapping[str, Any], digits: int = 2) -> str:
-    """A number with its interval, in words where there is none."""
-    if found["value"] is None:
-        return "not defined: scores or projections do not vary"
-    if found["low"] is None:
-        return f"{number(found['value'], digits)} (no interval)"
-    return f"{number(found['value'], digits)} ({number(found['low'], digits)} to {number(found['high'], digits)})"
-
-
-def share(found: Mapping[str, Any] | None) -> str:
+def share(found: Summary | None) -> str:
     """A share of responses in percent with its interval."""
-    if found is None:
-        return NONE
-    value, low, high = (number(100 * found[name], 0) for name in ("value", "low", "high"))
-    return f"{value}% ({low} to {high}%) of {found['n']:,}"
+    return NONE if found is None else f"{measured(found, 0, percent=True)} of {found['n']:,}"
 
 
-def _first(summary: Summary) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _first(summary: Summary) -> tuple[Summary, Summary]:
     """The group that the headline is about, and its entry at the layer shown."""
-    group: Mapping[str, Any] = next(iter(summary["groups"].values()))
+    group: Summary = next(iter(summary["groups"].values()))
     return group, _entry(group, summary["layer"])
 
 
-def _tuned(summary: Summary) -> Mapping[str, Any] | None:
+def _tuned(summary: Summary) -> Summary | None:
     """The entry at the layer tuned for steering, if it is read and is another one."""
     at, entries = summary["tuned_layer"], _first(summary)[0]["layers"]
     return next((each for each in entries if each["layer"] == at != summary["layer"]), None)
 
 
-def _entry(group: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(each for each in group["layers"] if each["layer"] == layer)
+def _entry(group: Summary, layer: int) -> Summary:
+    found: Summary = next(each for each in group["layers"] if each["layer"] == layer)
     return found
 
 
-def _null(summary: Summary) -> Mapping[str, Any] | None:
+def _null(summary: Summary) -> Summary | None:
     """The random directions that had the vector's freedom: the best of all layers, if the layer was chosen so."""
     group, found = _first(summary)
     null = group["best_null"] if summary["layer_reason"] == "strongest" else found["null"]
@@ -124,7 +113,7 @@ def _limits(summary: Summary) -> list[str]:
 
 
 @svg.figures
-def _draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
+def _draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
     r = measured(_first(summary)[1]["pearson"])
     words = f"Each prompt by the projection of its last token and the mean score of its replies. Pearson r {r}."
     yield svg.draw("scatter", "Score by projection", words, scatter_figure, summary)
@@ -158,7 +147,7 @@ def scatter_figure(summary: Summary, width: int) -> Figure:
             _label(axes, condition["mean_projection"], condition["mean_score"], str(place))
     threshold = summary["calibration"].get("threshold")
     if threshold is not None and x.min() <= threshold["value"] <= x.max():
-        axes.axvline(threshold["value"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+        axes.axvline(threshold["value"], **svg.DOTTED)
     axes.set(
         title="Mean trait score of the replies",
         xlabel=f"projection of the prompt’s last token, layer {summary['layer']}",
@@ -207,30 +196,28 @@ def layer_figure(summary: Summary, width: int) -> Figure:
     spans = svg.reach([{"mean": value, **own} for value, own in zip(values, ends, strict=True)])
     line: dict[str, Any] = {"color": svg.VECTOR, "marker": "o", "markersize": 5, "elinewidth": 1.5, "zorder": 3}
     axes.errorbar(at, values, yerr=spans, label="trait vector", **line)
-    axes.axhline(0, color=svg.MUTED, linewidth=1)
-    axes.axvline(summary["layer"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=0)
+    axes.axhline(0, **svg.ZERO)
+    axes.axvline(summary["layer"], **svg.DOTTED, zorder=0)
     lowest = min([*values, *(each["null"]["low"] for each in nulls), 0.0])
     axes.set(title="Pearson’s r", xlabel="layer", ylim=(max(-1.05, lowest - 0.25), 1.05))
     figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 
-def reliability_figure(calibration: Mapping[str, Any], width: int) -> Figure:
+def reliability_figure(calibration: Summary, width: int) -> Figure:
     """What happened against what was predicted, with the line on which both are equal."""
     figure, axes = svg.panel(width, 400, svg.NARROW)
     svg.square_of_percent(axes, "Replies that show the trait, %", "probability that was predicted, %")
     bins = calibration["reliability"]
     shares = [{key: 100 * each["observed"][key] for key in ("value", "low", "high")} for each in bins]
     estimates = [{"mean": each["value"], **each} for each in shares]
-    style = {"color": svg.VECTOR, "marker": "o", "zorder": 3}
-    svg.points_with_intervals(axes, [100 * each["predicted"] for each in bins], estimates, style, "replies")
+    style = {"color": svg.VECTOR, "zorder": 3}
+    svg.dots(axes, [100 * each["predicted"] for each in bins], estimates, style, "replies")
     return figure
 
 
 def told(summary: Summary) -> list[str]:
     """What the study comes to, in a few lines."""
-    from persona_lens.core.statistics import few
-
     lines = [f"intervals rest on {said}"] if (said := few(summary["settings"]["questions"])) else []
     for kind, group in summary["groups"].items():
         if group["ceiling"] is not None:
@@ -256,7 +243,7 @@ def told(summary: Summary) -> list[str]:
     ]
 
 
-def _bracketed(found: Mapping[str, Any]) -> str:
+def _bracketed(found: Summary) -> str:
     if found["value"] is None or found["low"] is None:
         return number(found["value"], 2)
     return f"{number(found['value'], 2)} [{number(found['low'], 2)}, {number(found['high'], 2)}]"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -60,7 +59,6 @@ _SETTINGS: dict[Any, Any] = {
     "legend.fontsize": 13,
     "lines.linewidth": 2,
     "svg.fonttype": "none",
-    "svg.hashsalt": "persona-lens",
     "text.color": INK,
     "text.parse_math": False,
     "xtick.color": MUTED,
@@ -77,15 +75,11 @@ _FAMILY = re.compile(r"font-family: [^;]*;? ?")
 _NO_ROTATION = re.compile(r"rotate\(-?0(\.0)? ")
 
 
-@contextmanager
-def drawing_style() -> Iterator[None]:
+def drawing_style() -> AbstractContextManager[None]:
     """Draw with the report's settings, whatever the user's matplotlibrc says, and leave theirs as they were."""
-    import matplotlib
+    from matplotlib import style
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        yield
+    return style.context(_SETTINGS, after_reset=True)
 
 
 def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
@@ -93,18 +87,20 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
 
     Args:
         figure: Drawn in the colours of this module, inside `drawing_style`.
-        name: Unique in the page; every id in the SVG begins with it.
+        name: Unique in the page; every id in the SVG comes from it.
         title: Accessible name.
         description: What there is to see, for who does not see it.
     """
+    import matplotlib
+
     written = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     _shorten(figure)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": name}):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font has others
         figure.savefig(written, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(printable(written.getvalue()))  # XML knows no control characters
-    _localise(root, name)
+    _localise(root)
     for unwanted in [e for e in root if e.tag == "metadata" or e.find("style") is not None]:
         root.remove(unwanted)
     view = root.attrib["viewBox"]
@@ -130,14 +126,10 @@ def _shorten(figure: Figure) -> None:
             if isinstance(formatter, FixedFormatter):
                 formatter.seq = [_label(str(label)) for label in formatter.seq]
             elif isinstance(formatter, FuncFormatter):  # which has the labels that were set with their places
-                formatter.func = partial(_labelled, formatter.func)
+                formatter.func = lambda value, place, label=formatter.func: _label(str(label(value, place)))
     for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
         found: Any = text
         found.set_text(_label(found.get_text()))
-
-
-def _labelled(label: Callable[[Any, Any], str], value: Any, place: Any = None) -> str:
-    return _label(str(label(value, place)))
 
 
 def _label(text: str) -> str:
@@ -145,8 +137,8 @@ def _label(text: str) -> str:
     return shown if len(shown) <= MAX_LABEL else f"{shown[: MAX_LABEL - 1]}…"
 
 
-def _localise(root: ElementTree.Element, name: str) -> None:
-    """Plain tag names; ids that only this figure has, and only where they are used; the page's colours and font."""
+def _localise(root: ElementTree.Element) -> None:
+    """Plain tag names; ids only where they are used; the page's colours and font."""
     used = {found for e in root.iter() for value in e.attrib.values() for found in _UNIQUE.findall(value)}
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -158,14 +150,10 @@ def _localise(root: ElementTree.Element, name: str) -> None:
         if _NO_ROTATION.match(attributes.get("transform", "")):
             del attributes["transform"]
         element.attrib.clear()
-        element.attrib.update({key: _rewritten(key, value, name) for key, value in attributes.items()})
+        element.attrib.update({key: _rewritten(key, value) for key, value in attributes.items()})
 
 
-def _rewritten(key: str, value: str, name: str) -> str:
-    if key == "id":
-        return f"{name}-{value}"
-    if key in ("href", "clip-path"):
-        return _UNIQUE.sub(rf"#{name}-\1", value)
+def _rewritten(key: str, value: str) -> str:
     if key == "style":
         coloured = _COLOUR.sub(lambda match: _VARIABLES.get(match[0], match[0]), value)
         return _FAMILY.sub("", coloured)
@@ -180,36 +168,29 @@ class Drawing:
     """One figure.
 
     Attributes:
-        name: Unique in the page.
         wide: SVG for screens as wide as a line of text.
         narrow: SVG for phones.
-        description: What there is to see, in words.
     """
 
-    name: str
     wide: Markup
     narrow: Markup
-    description: str
 
 
-class Figures(dict[str, Drawing]):
-    """The figures of a page by name; None for one that there was nothing to draw for."""
-
-    def __missing__(self, name: str) -> None:
-        return None
+Drawn = tuple[str, Drawing]
+Place = float | Mapping[str, Any]  # a number or an estimate
 
 
-def figures(drawings: Callable[[Any], Iterable[Drawing]]) -> Callable[[Any], Figures]:
-    """Make of a function that draws one figure after another one that returns them all, drawn in the report's style."""
+def figures(drawings: Callable[[Any], Iterable[Drawn]]) -> Callable[[Any], dict[str, Drawing]]:
+    """Make of a function that draws one figure after another one that returns them by name, in the report's style."""
 
-    def drawn(subject: Any) -> Figures:
+    def drawn(subject: Any) -> dict[str, Drawing]:
         with drawing_style():
-            return Figures({drawing.name: drawing for drawing in drawings(subject)})
+            return dict(drawings(subject))
 
     return drawn
 
 
-def draw(name: str, title: str, words: str, draw_at: Callable[..., Figure], *data: Any) -> Drawing:
+def draw(name: str, title: str, words: str, draw_at: Callable[..., Figure], *data: Any) -> Drawn:
     """Draw a figure in both widths, inside a function that `figures` makes.
 
     Args:
@@ -220,7 +201,7 @@ def draw(name: str, title: str, words: str, draw_at: Callable[..., Figure], *dat
         data: What is drawn.
     """
     wide, narrow = (to_svg(draw_at(*data, width), f"{name}-{width}", title, words) for width in (WIDE, NARROW))
-    return Drawing(name, wide, narrow, words)
+    return name, Drawing(wide, narrow)
 
 
 def new_figure(width: int, height: int) -> Figure:
@@ -258,6 +239,8 @@ VECTOR_LABEL, RANDOM_LABEL = "trait vector", "random directions"
 BAR: dict[str, Any] = {"elinewidth": 2, "capsize": 4, "capthick": 2}
 LINE: dict[str, Any] = {"marker": "o", "color": VECTOR, "zorder": 4}
 DASHES, DOTS = (0, (4, 2)), (0, (1, 2))
+DOTTED: dict[str, Any] = {"color": MUTED, "linewidth": 1.5, "linestyle": DOTS, "zorder": 1}
+ZERO: dict[str, Any] = {"color": MUTED, "linewidth": 1.5, "zorder": 1}
 NULL: dict[str, Any] = {"marker": "s", "color": RANDOM, "linestyle": DASHES, "markerfacecolor": PAPER, "zorder": 3}
 
 
@@ -284,7 +267,7 @@ def mark_layer(axes: Axes, layer: int) -> None:
     if not low <= layer <= high:
         return
     right = layer > (low + high) / 2
-    axes.axvline(layer, color=MUTED, linewidth=1.5, linestyle=DOTS, zorder=1)
+    axes.axvline(layer, **DOTTED)
     axes.annotate(
         f"layer {layer}, used",
         (layer, 1.0),
@@ -309,12 +292,13 @@ def line_with_intervals(
     axes.errorbar(x, [e["mean"] for e in estimates], yerr=reach(estimates), markersize=7, label=label, **style, **BAR)
 
 
-def points_with_intervals(
-    axes: Axes, x: Sequence[float], estimates: Sequence[Mapping[str, Any]], style: Mapping[str, Any], label: str
+def dots(
+    axes: Axes, x: Sequence[Place], y: Sequence[Place], style: Mapping[str, Any], label: str | None = None
 ) -> None:
-    """Estimates with their intervals, not joined."""
-    means = [e["mean"] for e in estimates]
-    axes.errorbar(x, means, yerr=reach(estimates), markersize=8, **{"linestyle": "", **style}, **BAR, label=label)
+    """Numbers or estimates against each other, not joined; estimates have the bars of their intervals."""
+    bars = {f"{name}err": reach(p) for name, p in (("x", x), ("y", y)) if p and isinstance(p[0], Mapping)}
+    places = ([each["mean"] if isinstance(each, Mapping) else each for each in p] for p in (x, y))
+    axes.errorbar(*places, **bars, **{"linestyle": "", "marker": "o", "markersize": 8, **style}, **BAR, label=label)
 
 
 def reach(estimates: Sequence[Mapping[str, Any]]) -> list[list[float]]:

@@ -1,128 +1,88 @@
-"""The heat maps and figures of a tuning run."""
+"""The page of a tuning run: what was found at every layer and strength, and what the chosen one does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
-from persona_lens.reports.page import bounds, number, signed
+from persona_lens.reports.page import Headline, bounds, effect_headline, moves, number, render, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Summary = Mapping[str, Any]
-Value = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A layer and a strength.
-
-    Attributes:
-        layer: Block index.
-        coefficient: Multiple of the raw vector.
-        push: Length of the step over that of the residual.
-        value: Change of the trait score with its interval; None if no response has a score.
-        shade: How full the colour is, 0 to 100.
-        side: ``more``, ``less`` or nothing: which colour.
-        fallen: Whether the text falls apart here.
-        chosen: Whether this is the place that was taken.
-    """
-
-    layer: int
-    coefficient: float
-    push: float
-    value: Value | None
-    shade: int
-    side: str
-    fallen: bool
-    chosen: bool
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """One table.
-
-    Attributes:
-        pushes: The columns: strengths that were asked for.
-        rows: Each layer's cells, None where there is none.
-    """
-
-    pushes: tuple[float, ...]
-    rows: tuple[tuple[int, tuple[Cell | None, ...]], ...]
-
-
-@dataclass(frozen=True)
-class HeatMaps:
-    """What steering does, and what random directions of the same length do, in the same colours.
-
-    Attributes:
-        limit: Change of the score at which the colour is fullest, in either direction.
-        vector: Along the trait vector.
-        random: Along random directions; None without them.
-    """
-
-    limit: float
-    vector: HeatMap
-    random: HeatMap | None
-
-
-def heat_maps(summary: Summary) -> HeatMaps:
-    """Both heat maps of a summary's surface."""
-    effects = [point["effect"] for point in summary["surface"] if point["effect"]]
-    values = [effect[key]["mean"] for effect in effects for key in ("change", "random") if effect[key]]
-    limit = max([1.0, *map(abs, values)])
-    null = any(effect["random"] for effect in effects)
-    return HeatMaps(limit, _heat_map(summary, "change", limit), _heat_map(summary, "random", limit) if null else None)
-
-
-def _heat_map(summary: Summary, key: str, limit: float) -> HeatMap:
-    pushes = tuple(sorted(summary["settings"]["pushes"]))
-    rows = []
-    for layer in sorted({point["layer"] for point in summary["surface"]}):
-        points = [point for point in summary["surface"] if point["layer"] == layer]
-        found: list[Cell | None] = [None] * len(pushes)
-        for point, column in zip(points, _columns(points, pushes), strict=True):
-            found[column] = _cell(point, summary["chosen"], key, limit)
-        rows.append((layer, tuple(found)))
-    return HeatMap(pushes, tuple(rows))
-
-
-def _columns(points: Sequence[Mapping[str, Any]], pushes: Sequence[float]) -> list[int]:
-    """The column of each point. Its push is the one asked for but for the rounding of its coefficient."""
-    free = list(range(len(pushes)))
-    columns = []
-    for point in points:
-        column = min(free, key=lambda i: abs(pushes[i] - point["push"]))
-        free.remove(column)
-        columns.append(column)
-    return columns
-
-
-def _cell(point: Mapping[str, Any], chosen: Mapping[str, Any], key: str, limit: float) -> Cell:
-    value = point["effect"][key] if point["effect"] else None
-    mean = value["mean"] if value else 0.0
-    return Cell(
-        layer=point["layer"],
-        coefficient=point["coefficient"],
-        push=point["push"],
-        value=value,
-        shade=round(100 * abs(mean) / limit),
-        side="more" if mean > 0 else "less" if mean < 0 else "",
-        fallen=key == "change" and not point["coherent"],
-        chosen=(point["layer"], point["coefficient"]) == (chosen["layer"], chosen["coefficient"]),
-    )
-
-
 Point = Mapping[str, Any]
 MEASURED = {"surprise": "surprise, nats per token", "coherence": "coherence, 0 to 100"}
 _NOTHING = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 1}
 
 
+def render_tuning(summary: Summary) -> str:
+    """The page of a tuning run; see `persona_lens.reports.page.render`.
+
+    Args:
+        summary: JSON values as in the run's ``summary.json``; see `persona_lens.steering.tune`. It may also have
+            ``capability``: a list of mappings with ``accuracy`` (0 to 1) and ``score`` (0 to 100), both means with
+            their intervals or None, and ``coefficient``, or ``arm`` for what is not a coefficient at the chosen layer.
+    """
+    effects = [point["effect"] for point in summary["surface"] if point["effect"]]
+    changes = [effect[key]["mean"] for effect in effects for key in ("change", "random") if effect[key]]
+    parts = {
+        "capability": [],
+        **summary,
+        "verdict": verdict(summary),
+        "map": heat_map(summary),
+        "strongest": max([1.0, *map(abs, changes)]),  # both maps are in the same colours
+        "null": any(effect["random"] for effect in effects),
+        "figures": draw_tuning(summary),
+        "arms": names_of_arms(summary.get("capability") or []),
+    }
+    return render("tuning.html.j2", parts)
+
+
+def verdict(summary: Summary) -> Headline:
+    """The effect of the chosen steering on the questions that it was not chosen on.
+
+    The verdict is that of `persona_lens.core.statistics.verdict_of`, but ``unclear`` wherever the text falls apart.
+    """
+    effect, asked = summary["confirmed"], summary["confirm_questions"]
+    if effect is None:
+        title = "No result: no steered response to the questions kept for confirmation has a score"
+        return Headline("unclear", title, ("What the search found on the other questions is not confirmed.",))
+    plain = summary["unsteered"]["confirm"]["score"]
+    doing, how = "the chosen steering", " that played no part in the choice, it changes"
+    behind = f", from {number(plain['mean'])} unsteered" if plain else ""
+    towards = -1 if summary["towards"] == "less" else 1
+    found = effect_headline(effect, asked, doing, how, behind=behind, towards=towards)
+    if held(summary):
+        return found
+    title = f"The text falls apart: {doing} {moves(effect['change'])}, but its answers no longer hold together"
+    return Headline("unclear", title, (*found.sentences, "Scores of text that has fallen apart mean little."))
+
+
+def held(summary: Summary) -> bool:
+    """Whether the text holds together at the chosen place, on the questions searched and on the others."""
+    chosen = summary["chosen"]
+    same = [point for point in summary["curve"] if point["coefficient"] == chosen["coefficient"]]
+    return bool(chosen["coherent"] and all(point["coherent"] for point in same if point["effect"]))
+
+
+def heat_map(summary: Summary) -> list[tuple[int, list[Point | None]]]:
+    """The points of each layer in the columns of their pushes, which go up; None where there is none."""
+    pushes, rows = sorted(summary["settings"]["pushes"]), []
+    for layer in sorted({point["layer"] for point in summary["surface"]}):
+        row: list[Point | None] = [None] * len(pushes)
+        for point in summary["surface"]:
+            if point["layer"] == layer:
+                # Its push is the one asked for but for the rounding of its coefficient.
+                free = [column for column, there in enumerate(row) if there is None]
+                row[min(free, key=lambda column: abs(pushes[column] - point["push"]))] = point
+        rows.append((layer, row))
+    return rows
+
+
 @svg.figures
-def draw_tuning(summary: Summary) -> Iterator[svg.Drawing]:
+def draw_tuning(summary: Summary) -> Iterator[svg.Drawn]:
     """Every figure that the summary has something to draw for."""
     curve = curve_points(summary)
     if len(curve["vector"]) > 1:
@@ -168,14 +128,14 @@ def curve_figure(curve: Mapping[str, Sequence[Point]], summary: Summary, width: 
     known = [point for point in curve["vector"] if point[measured]]
     if known:
         svg.line_with_intervals(cost, known, measured, svg.LINE, svg.VECTOR_LABEL)
-    score.axhline(0, color=svg.MUTED, linewidth=1.5, zorder=1)
+    score.axhline(0, **svg.ZERO)
     score.set(title="Change of the mean trait score, points")
     score.margins(y=0.12)
     score.yaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))
     cost.set(title=MEASURED[measured].capitalize(), xlabel="steering coefficient")
     limit = summary["unsteered"]["confirm"]["limit"]
     if limit is not None:
-        cost.axhline(limit, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS)
+        cost.axhline(limit, **svg.DOTTED)
         # At the unsteered end of the axis, where the line of the curve is furthest from the limit.
         words = "text falls apart beyond" if measured == "surprise" else "text falls apart below"
         left, above = summary["towards"] == "more", measured == "surprise"
@@ -186,7 +146,7 @@ def curve_figure(curve: Mapping[str, Sequence[Point]], summary: Summary, width: 
     cost.xaxis.set_major_formatter(lambda value, _: signed(round(value, 6)))
     for axes in (score, cost):
         axes.axvline(0, color=svg.GRID, linewidth=1, zorder=0)
-        axes.axvline(summary["chosen"]["coefficient"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+        axes.axvline(summary["chosen"]["coefficient"], **svg.DOTTED)
     svg.legend(figure, score)
     return figure
 
@@ -195,32 +155,19 @@ def tradeoff_figure(points: Sequence[Point], summary: Summary, width: int) -> Fi
     """Change of the score against surprise or coherence, one dot a place."""
     measured, plain = summary["measured"], summary["unsteered"]["search"]
     figure, axes = svg.panel(width, 400, 380)
-    axes.axhline(0, color=svg.MUTED, linewidth=1.5, zorder=1)
+    axes.axhline(0, **svg.ZERO)
     for coherent, label in ((True, "text holds together"), (False, "text falls apart")):
-        some = [point for point in points if point["coherent"] == coherent]
-        style: dict[str, Any] = {
-            "marker": "o",
-            "color": svg.VECTOR,
-            "markerfacecolor": svg.VECTOR if coherent else svg.PAPER,
-        }
+        some = [_at(point, measured) for point in points if point["coherent"] == coherent]
+        style = {"color": svg.VECTOR, "markerfacecolor": svg.VECTOR if coherent else svg.PAPER, "zorder": 3}
         if some:
-            xs, ys = zip(*(_at(point, measured) for point in some), strict=True)
-            axes.plot(xs, ys, markersize=8, linestyle="", label=label, zorder=3, **style)
-    taken = [point for point in points if _is_chosen(point, summary)]
-    if taken:
-        x, y = _at(taken[0], measured)
-        bars: dict[str, Any] = {
-            "yerr": svg.reach([taken[0]["effect"]["change"]]),
-            "xerr": svg.reach([taken[0]["effect"][measured]]),
-        }
-        style = {"marker": "o", "color": svg.INK, "markerfacecolor": "none", "markeredgewidth": 2}
-        axes.errorbar([x], [y], **bars, markersize=15, linestyle="", label="chosen", zorder=4, **style, **svg.BAR)
+            svg.dots(axes, *zip(*some, strict=True), style, label)
+    for taken in (point["effect"] for point in points if _is_chosen(point, summary)):
+        ring = {"color": svg.INK, "markerfacecolor": "none", "markeredgewidth": 2, "markersize": 15, "zorder": 4}
+        svg.dots(axes, [taken[measured]], [taken["change"]], ring, "chosen")
     if plain[measured]:
-        axes.plot(
-            [plain[measured]["mean"]], [0], marker="D", color=svg.INK, linestyle="", markersize=8, label="unsteered"
-        )
+        svg.dots(axes, [plain[measured]["mean"]], [0], {"marker": "D", "color": svg.INK}, "unsteered")
     if plain["limit"] is not None:
-        axes.axvline(plain["limit"], color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS, zorder=1)
+        axes.axvline(plain["limit"], **svg.DOTTED)
     axes.set(title="Change of the mean trait score, points", xlabel=MEASURED[measured])
     axes.margins(x=0.08, y=0.12)
     axes.grid(True, axis="both")
@@ -262,13 +209,10 @@ def capability_figure(capability: Sequence[tuple[str, Mapping[str, Any]]], width
     """Trait score against accuracy, one dot an arm, with both intervals."""
     figure, axes = svg.panel(width, 380, 360)
     accuracies, scores = [each["accuracy"] for _, each in capability], [each["score"] for _, each in capability]
-    means = [estimate["mean"] for estimate in accuracies]
-    svg.points_with_intervals(axes, means, scores, svg.LINE, svg.VECTOR_LABEL)
-    axes.errorbar(
-        means, [s["mean"] for s in scores], xerr=svg.reach(accuracies), linestyle="", color=svg.VECTOR, **svg.BAR
-    )
-    for (name, _), x, score in zip(capability, means, scores, strict=True):
-        axes.annotate(name, (x, score["mean"]), (8, 8), textcoords="offset points", color=svg.INK, fontsize=12)
+    svg.dots(axes, accuracies, scores, svg.LINE, svg.VECTOR_LABEL)
+    for name, each in capability:
+        place = (each["accuracy"]["mean"], each["score"]["mean"])
+        axes.annotate(name, place, (8, 8), textcoords="offset points", color=svg.INK, fontsize=12)
     axes.set(title="Mean trait score, 0 to 100", xlabel="accuracy, share of right answers")
     axes.margins(x=0.12, y=0.15)
     axes.grid(True, axis="both")

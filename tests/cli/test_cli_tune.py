@@ -12,8 +12,7 @@ from typer.testing import CliRunner, Result
 
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
-from persona_lens.reports import render_tuning
-from persona_lens.reports.page import verdict
+from persona_lens.reports.tuning import render_tuning, verdict
 from persona_lens.vectors import load_vectors
 from tests.tiny import tiny_model, tiny_tokenizer
 

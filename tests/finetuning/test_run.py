@@ -248,7 +248,6 @@ def test_watching_and_stopping(loaded: Loaded, vectors: PersonaVectors, tmp_path
     assert again.summary == found.summary
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
     # What was seen last is what the model reads as after training.
-    from persona_lens.finetuning.shift import shift_of
     from persona_lens.models.chat import chat_format
     from persona_lens.monitoring.scoring import prompt_projections
 
@@ -256,7 +255,6 @@ def test_watching_and_stopping(loaded: Loaded, vectors: PersonaVectors, tmp_path
     prompts = [chat_format(backend).encode(None, q) for q in vectors.trait_definition.evaluation_questions]
     after = prompt_projections(backend, prompts, [vectors], [2], allow_other_model=True)
     assert float(after.mean()) == pytest.approx(found.summary["projections"][-1]["projection/impolite@2"], abs=1e-4)
-    assert float(shift_of(after, after).abs().max()) == 0
 
 
 def test_an_adapter_is_a_model_for_every_command(trained: dict[str, Path], base_folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from persona_lens.backend import open_backend, wrap_model
 from persona_lens.finetuning import FinetuningError, finetune
-from persona_lens.finetuning.shift import ShiftSettings, correlated, measure_shifts, shift_of
+from persona_lens.finetuning.shift import ShiftSettings, correlated, measure_shifts
 from persona_lens.models import load
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
@@ -22,12 +22,6 @@ from tests.finetuning.chats import conversations, small, vectors_of
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 ASKED = ArmSettings(questions=(0, 1, 2), random_directions=0, rollouts=RolloutSettings(4))
-
-
-def test_the_shift_is_the_difference_of_means_along_the_unit_vector() -> None:
-    before = torch.tensor([[[1.0, 5.0]], [[3.0, 5.0]]])  # two prompts, one trait, two layers
-    after = torch.tensor([[[2.0, 5.0]], [[8.0, 1.0]]])
-    assert shift_of(before, after).tolist() == [[3.0, -2.0]]
 
 
 def test_a_model_that_was_moved_by_hand_has_moved_so_far(base_folder: Path) -> None:

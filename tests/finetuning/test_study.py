@@ -14,8 +14,8 @@ from persona_lens.finetuning.outcomes import (
     BASE,
     Outcome,
     TreatmentSettings,
+    beside,
     crossed_mean,
-    minus,
     summarise,
     treatments_of,
     turned,
@@ -99,8 +99,7 @@ def test_the_interval_is_over_seeds_and_questions() -> None:
     assert found is not None
     assert (found.mean, found.low, found.high) == (50, 0, 100)
     assert crossed_mean({}) is None
-    assert minus({1: {0: 5.0, 1: 6.0}}, {0: 2.0}) == {1: {0: 3.0}}
-    assert minus({1: {0: 5.0}}, {1: {0: 2.0}}) == {1: {0: 3.0}}
+    assert beside({1: {0: 5.0, 1: 6.0}, 2: {0: 1.0}}, {1: {0: 2.0}}) == {1: {0: 3.0}}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from typer.testing import CliRunner, Result
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
 from persona_lens.judging.agreement import Agreement, Measure, Scored, compare, read_scored, response_id
-from persona_lens.reports.agreement import measured, render_agreement
+from persona_lens.reports.agreement import render_agreement
+from persona_lens.reports.page import measured
 from tests.judging.test_agreement import noisy, scored
 from tests.judging.test_agreement_blind import HOSTILE
 from tests.reports.test_report import Page
@@ -33,8 +35,8 @@ def test_the_page_shows_every_measure_with_its_interval() -> None:
     page = Page(render_agreement(found))
     text = " ".join(" ".join(page.words).split())
     for measure, digits, sign in ((found.pearson, 2, False), (found.spearman, 2, False), (found.upper_limit, 1, True)):
-        assert measured(measure, digits, sign=sign) in text
-    assert measured(found.pairwise_first, 1, percent=True) in text
+        assert measured(asdict(measure), digits, sign=sign) in text
+    assert measured(asdict(found.pairwise_first), 1, percent=True) in text
     assert "40 responses to 10 questions with both scores" in text
     assert "machine.jsonl" in text
     assert "people.csv" in text
@@ -91,11 +93,11 @@ def test_a_page_does_not_grow_with_equal_scores() -> None:
 
 
 def test_measures_in_words() -> None:
-    assert measured(Measure(0.5, 0.25, 0.75, 9)) == "0.50 (0.25 to 0.75)"
-    assert measured(Measure(-2.0, -4.0, 3.0, 9), 1, sign=True) == "−2.0 (−4.0 to +3.0)"
-    assert measured(Measure(0.947, 0.9, 1.0, 9), 1, percent=True) == "94.7% (90.0% to 100.0%)"
-    assert measured(Measure(0.5, None, None, 9, "one question only")) == "0.50 (one question only)"
-    assert measured(Measure(None, None, None, 9, "all\x00same")) == "– (all␀same)"
+    assert measured(asdict(Measure(0.5, 0.25, 0.75, 9))) == "0.50 (0.25 to 0.75)"
+    assert measured(asdict(Measure(-2.0, -4.0, 3.0, 9)), 1, sign=True) == "−2.0 (−4.0 to +3.0)"
+    assert measured(asdict(Measure(0.947, 0.9, 1.0, 9)), 1, percent=True) == "94.7% (90.0% to 100.0%)"
+    assert measured(asdict(Measure(0.5, None, None, 9, "one question only"))) == "0.50 (one question only)"
+    assert measured(asdict(Measure(None, None, None, 9, "all\x00same"))) == "– (all␀same)"
 
 
 # The command line

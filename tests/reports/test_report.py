@@ -17,21 +17,18 @@ import matplotlib
 import pytest
 
 from persona_lens.core.text import printable
-from persona_lens.reports import figures, render_report
-from persona_lens.reports.figures import draw_figures
-from persona_lens.reports.page import (
+from persona_lens.reports import vector
+from persona_lens.reports.page import bounds, flat, interval, number, signed
+from persona_lens.reports.svg import Drawing
+from persona_lens.reports.vector import (
     agreement_row,
-    bounds,
-    flat,
+    draw_figures,
     headline,
-    interval,
     layer_reason,
-    number,
+    render_vector,
     scientific,
-    signed,
     strained,
 )
-from persona_lens.reports.svg import Figures
 
 LAYERS = 30
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -238,7 +235,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(render_report(make_summary()))
+    return Page(render_vector(make_summary()))
 
 
 def change(summary: dict[str, Any], path: str, value: Any) -> None:
@@ -251,12 +248,12 @@ def change(summary: dict[str, Any], path: str, value: Any) -> None:
 
 
 def test_the_same_summary_gives_the_same_bytes_whatever_the_users_style() -> None:
-    first = render_report(make_summary())
+    first = render_vector(make_summary())
     with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "svg.hashsalt": "other", "lines.linewidth": 9}):
         before = dict(matplotlib.rcParams)
-        assert render_report(copy.deepcopy(make_summary())) == first
+        assert render_vector(copy.deepcopy(make_summary())) == first
         assert dict(matplotlib.rcParams) == before
-    assert render_report(json.loads(json.dumps(make_summary()))) == first
+    assert render_vector(json.loads(json.dumps(make_summary()))) == first
 
 
 def test_the_structure_is_sound(page: Page) -> None:
@@ -280,7 +277,7 @@ def test_every_figure_has_words_for_who_does_not_see_it(page: Page) -> None:
 
 
 def test_figures_take_the_colours_of_the_page() -> None:
-    html = render_report(make_summary())
+    html = render_vector(make_summary())
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert "var(--vector)" in drawn
     assert "var(--random)" in drawn
@@ -301,7 +298,7 @@ def assert_loads_nothing(html: str) -> None:
 
 
 def test_nothing_is_loaded_from_anywhere() -> None:
-    assert_loads_nothing(render_report(make_summary()))
+    assert_loads_nothing(render_vector(make_summary()))
 
 
 CHANGES: list[tuple[str, Any, str]] = [
@@ -338,7 +335,7 @@ def test_what_is_shown_comes_from_the_summary(page: Page) -> None:
     summary = make_summary()
     for path, value, _ in CHANGES:
         change(summary, path, value)
-    other = Page(render_report(summary))
+    other = Page(render_vector(summary))
     missing = [(path, shown) for path, _, shown in CHANGES if other.text.count(shown) <= page.text.count(shown)]
     assert not missing
 
@@ -356,7 +353,7 @@ DRAWN = {
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
         # The words are left out: what moves has to be the picture.
-        found = {name: drawing.wide + drawing.narrow for name, drawing in draw_figures(summary).items() if drawing}
+        found = {name: drawing.wide + drawing.narrow for name, drawing in draw_figures(summary).items()}
         return {name: re.sub(r"<(title|desc) .*?</\1>", "", body) for name, body in found.items()}
 
     before = drawn(make_summary())
@@ -397,10 +394,9 @@ def infected(text: str) -> dict[str, Any]:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     harmless = draw_cached()
-    monkeypatch.setattr(
-        figures, "draw_figures", lambda summary: harmless
-    )  # it sees none of this, as the next test shows
-    html = render_report(infected(text))
+    # It sees none of this, as the next test shows.
+    monkeypatch.setattr(vector, "draw_figures", lambda summary: harmless)
+    html = render_vector(infected(text))
     html.encode()
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\u200b\ufeff]", html)
     assert html.count("\u2068") == html.count("\u2069")  # what isolates, of the report itself
@@ -412,7 +408,7 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str, monkeypat
 
 
 @cache
-def draw_cached() -> Figures:
+def draw_cached() -> dict[str, Drawing]:
     return draw_figures(make_summary())
 
 
@@ -437,9 +433,9 @@ def test_a_clear_effect_is_called_one() -> None:
     assert verdict == "clear"
     assert words.startswith("A clear effect: steering from −2 to +2 raises the trait score by 52.4 points")
     assert "Over 20 held-out questions, going from −2 to +2 at layer 18 changes" in words
-    assert "by 52.4 (95% interval 43.1 to 61.7)." in words
-    assert "Random directions of the same length change it by 2.4 (−1.7 to 6.5)." in words
-    assert "vector minus random is 50.0 (39.5 to 60.5), which lies clear of zero." in words
+    assert "by +52.4 (95% interval +43.1 to +61.7)." in words
+    assert "Random directions of the same length change it by +2.4 (−1.7 to +6.5)." in words
+    assert "vector minus random is +50.0 (+39.5 to +60.5), which lies clear of zero." in words
 
 
 def test_an_effect_within_chance_is_not_called_clear() -> None:
@@ -456,7 +452,7 @@ def test_an_effect_no_larger_than_that_of_random_directions_is_not_called_clear(
     assert words.startswith("No clear effect: what steering from −2 to +2 does is not clearly more than")
     verdict, words = verdict_of(vector=estimate(3.0, 6.0), difference=estimate(9.0, 7.0))
     assert verdict == "unclear"
-    assert "above zero, though the vector's own effect does not" in words
+    assert "clear of zero, though the vector's own effect does not" in words
 
 
 def test_an_effect_the_wrong_way_round_is_called_that() -> None:
@@ -486,7 +482,7 @@ def test_questions_without_a_score_are_owned_up_to() -> None:
 def test_an_unclear_effect_makes_an_unclear_page() -> None:
     summary = make_summary()
     summary["steering"]["effect"] = effect(18, 1.4, 2.0)
-    text = Page(render_report(summary)).text
+    text = Page(render_vector(summary)).text
     assert "No clear effect" in text
     assert "A clear effect" not in text
 
@@ -498,7 +494,7 @@ def test_missing_parts_are_said_to_be_missing() -> None:
     summary["steering"]["effect"] = effect(18, 52.4, None)
     summary["samples"], summary["agreement"], summary["layer_choice"] = [], [], None
     summary["extraction"]["mean_score"] = {"negative": 30.0}
-    found = Page(render_report(summary))
+    found = Page(render_vector(summary))
     assert len(found.all("figure")) == 3
     for sentence in (
         "Separation was not measured",
@@ -521,7 +517,7 @@ def test_the_smallest_run_still_makes_a_page() -> None:
     summary["samples"] = [{"question": "?", "responses": [{"coefficient": 0.0, "score": None, "text": " "}]}]
     summary["layer_choice"]["layers"] = summary["layer_choice"]["layers"][:1]
     summary["extraction"]["norms"] = {"response_mean": [1.0], "prompt_mean": [], "prompt_last": [0.0]}
-    text = Page(render_report(summary)).text
+    text = Page(render_vector(summary)).text
     assert "No clear effect" in text
     assert "(empty answer)" in text
     assert "no score" in text
@@ -531,19 +527,19 @@ def test_a_summary_that_lacks_a_part_is_an_error() -> None:
     summary = make_summary()
     del summary["trait"]["content_hash"]
     with pytest.raises(Exception, match="content_hash"):
-        render_report(summary)
+        render_vector(summary)
 
 
 def test_backends_that_disagree_or_are_missing_are_shown_as_they_are() -> None:
     summary = make_summary()
     check = {"name": "seeded samples", "passed": False, "measured": math.inf, "tolerance": 0.0, "detail": "it broke"}
     summary["agreement"][1]["checks"].append(check)
-    text = Page(render_report(summary)).text
+    text = Page(render_vector(summary)).text
     assert "1 check failed" in text
     assert "3 of 4" in text
     assert "pip install 'persona-lens[transformer-lens]'" in text
-    assert agreement_row(make_summary()["agreement"][0]).verdict == "agrees"
-    assert agreement_row({"backend": "x", "version": "", "checks": []}).verdict == "not checked"
+    assert agreement_row(make_summary()["agreement"][0])["verdict"] == "agrees"
+    assert agreement_row({"backend": "x", "version": "", "checks": []})["verdict"] == "not checked"
 
 
 def test_strained_text_is_warned_of() -> None:
@@ -551,7 +547,7 @@ def test_strained_text_is_warned_of() -> None:
     assert strained(summary) == []
     summary["steering"]["curves"]["vector"][0]["surprise"]["mean"] = 3.91
     assert [coefficient for coefficient, _ in strained(summary)] == [-2.0]
-    assert "The text is strained at −2 (1.50 nats" in Page(render_report(summary)).text
+    assert "The text is strained at −2 (1.50 nats" in Page(render_vector(summary)).text
 
 
 def test_the_reason_for_the_layer_is_the_true_one() -> None:

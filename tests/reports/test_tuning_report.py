@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 
-from persona_lens import reports
 from persona_lens.core.text import printable
 from persona_lens.monitoring.markup import STEPS, dark, light
-from persona_lens.reports import render_tuning
-from persona_lens.reports.page import verdict
-from persona_lens.reports.svg import Figures
-from persona_lens.reports.tuning import draw_tuning, heat_maps, names_of_arms
+from persona_lens.reports import tuning
+from persona_lens.reports.svg import Drawing
+from persona_lens.reports.tuning import draw_tuning, names_of_arms, render_tuning, verdict
 from tests.reports.test_report import HOSTILE, Page, assert_loads_nothing, change, estimate, provenance
 
 LAYERS = (9, 11, 14, 16, 19, 21, 24, 26)
@@ -136,11 +134,11 @@ def text_of(summary: dict[str, Any]) -> str:
 
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes a second, and most tests are about words."""
-    monkeypatch.setattr(reports.tuning, "draw_tuning", lambda summary: drawn_once())
+    monkeypatch.setattr(tuning, "draw_tuning", lambda summary: drawn_once())
 
 
 @cache
-def drawn_once() -> Figures:
+def drawn_once() -> dict[str, Drawing]:
     return draw_tuning(make_tuning())
 
 
@@ -227,7 +225,7 @@ DRAWN = {
 
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
-        found = {name: each.wide + each.narrow for name, each in draw_tuning(summary).items() if each}
+        found = {name: each.wide + each.narrow for name, each in draw_tuning(summary).items()}
         return {name: re.sub(r"<(title|desc) .*?</\1>", "", body) for name, body in found.items()}
 
     full = {**make_tuning(), "capability": capability()}
@@ -257,31 +255,35 @@ def test_every_place_is_a_cell_of_both_maps(page: Page) -> None:
     assert page.text.count(", text falls apart") == sum(not place["coherent"] for place in summary["surface"])
 
 
-def test_both_maps_have_one_scale() -> None:
+def test_both_maps_have_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    undrawn(monkeypatch)
     summary = make_tuning()
     summary["surface"][3]["effect"]["random"] = estimate(-50.0, 3.0, 8)
     summary["surface"][4]["effect"]["change"] = estimate(25.0, 3.0, 8)
-    maps = heat_maps(summary)
-    assert maps.limit == 50
-    assert maps.random is not None
-    null, own = maps.random.rows[0][1][3], maps.vector.rows[0][1][4]
-    assert null is not None
-    assert own is not None
-    assert (null.shade, null.side, own.shade, own.side) == (100, "less", 50, "more")
-    assert not null.fallen
+    found = Page(render_tuning(summary))
+    assert "−50 +50 points" in found.text
+    own, null = cells(found)[4], cells(found)[len(summary["surface"]) + 3]
+    assert (own["class"], own["style"]) == ("cell more", "--shade:50%")
+    assert (null["class"], null["style"]) == ("cell less", "--shade:100%")
 
 
-def test_a_place_stands_in_the_column_of_its_push_whatever_was_rounded_or_left_out() -> None:
+def test_a_place_stands_in_the_column_of_its_push_whatever_was_rounded_or_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    undrawn(monkeypatch)
     summary = make_tuning()
     summary["settings"]["pushes"] = [0.9, 0.1, 0.2, 0.3, 0.45, 0.65]
     del summary["surface"][2]  # two pushes gave the same coefficient
-    (_, first), *_ = heat_maps(summary).vector.rows
-    assert [cell and round(cell.push, 2) for cell in first] == [0.1, 0.2, None, 0.45, 0.66, 0.91]
+    html = render_tuning(summary)
+    assert [float(push) for push in re.findall(r'<th scope="col">(0\.\d+)</th>', html)[:6]] == list(PUSHES)
+    first = re.findall(r"<td.*?</td>", html[html.index('class="heat"') :], re.DOTALL)[:6]
+    pushes = [re.findall(r"push ([\d.]+):", cell) for cell in first]
+    assert pushes == [["0.10"], ["0.20"], [], ["0.45"], ["0.66"], ["0.91"]]
 
 
 def test_the_colours_are_those_of_the_heat_map_of_tokens() -> None:
     """Which are tested to be legible."""
-    css = (Path(reports.__file__).parent / "report.css").read_text(encoding="utf-8")
+    css = (Path(tuning.__file__).parent / "report.css").read_text(encoding="utf-8")
     for shade in (light, dark):
         assert f"--low: {shade(-STEPS)}; --high: {shade(STEPS)};" in css
         assert f"--paper: {shade(0)};" in css

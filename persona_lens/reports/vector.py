@@ -1,12 +1,24 @@
-"""The report's figures, each drawn for a wide page and for a phone."""
+"""The page of a vector, as a demonstration makes it: how it was found, at which layer it is used, what it does."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
-from persona_lens.reports.page import bounds, interval, number, signed
+from persona_lens.reports.page import (
+    MINUS,
+    NONE,
+    Headline,
+    bounds,
+    counted,
+    effect_headline,
+    interval,
+    number,
+    render,
+    signed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,12 +28,128 @@ REDUCTIONS = {
     "prompt_mean": "prompt tokens, mean",
     "prompt_last": "last prompt token",
 }
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Summary = Mapping[str, Any]
 
 
+def render_vector(summary: Summary) -> str:
+    """The page of a demonstration run; see `persona_lens.reports.page.render`.
+
+    Args:
+        summary: JSON values as in the run's ``summary.json``: ``trait``, ``model``, ``command``, ``settings``,
+            ``seed``, ``extraction``, ``layer_choice`` (None if the layer was given), ``steering``, ``samples`` (the
+            first questions in their order, responses from the smallest coefficient to the largest), ``agreement`` and
+            ``versions``.
+    """
+    choice, steering = summary.get("layer_choice"), summary["steering"]
+    parts = {
+        **summary,
+        "layer_choice": choice,
+        "layer_reason": layer_reason(choice) if choice else None,
+        "agreement": [agreement_row(found) for found in summary["agreement"]],
+        "headline": headline(steering["effect"], steering["questions"]),
+        "strained": strained(summary),
+        "separates": separates(summary["extraction"]["separation"], steering["layer"]),
+        "rises": rises(summary["samples"]),
+        "figures": draw_figures(summary),
+        "reductions": REDUCTIONS,
+    }
+    return render("vector.html.j2", parts, {"scientific": scientific})
+
+
+def headline(effect: Summary, questions: int) -> Headline:
+    """What going from the smallest coefficient to the largest does, in words."""
+    span = f"from {signed(effect['low'])} to {signed(effect['high'])}"
+    change = {**effect, "change": effect["vector"]}
+    return effect_headline(change, questions, f"steering {span}", f", going {span} at layer {effect['layer']} changes")
+
+
+def strained(summary: Summary) -> list[tuple[float, float]]:
+    """Coefficients at which steered text surprises the unsteered model by more than the margin; with the excess."""
+    choice = summary.get("layer_choice")
+    points = summary["steering"]["curves"]["vector"]
+    plain = next((p["surprise"]["mean"] for p in points if p["coefficient"] == 0), None)
+    if choice is None or plain is None:
+        return []
+    excesses = [(p["coefficient"], p["surprise"]["mean"] - plain) for p in points]
+    return [(coefficient, excess) for coefficient, excess in excesses if excess > choice["margin"]]
+
+
+def layer_reason(choice: Summary) -> str:
+    """Why the layer was taken."""
+    limit = choice["unsteered_surprise"] + choice["margin"]
+    coherent = [row for row in choice["layers"] if row["surprise"] <= limit]
+    chosen = choice["chosen"]
+    if not coherent:
+        least = min(choice["layers"], key=lambda row: row["surprise"])["layer"]
+        why = "it is the one with the least surprise" if least == chosen else "it was set"
+        return f"At no layer does the text stay within the margin of coherence. Layer {chosen} was taken: {why}."
+    best = max(coherent, key=lambda row: row["effect"]["vector"]["mean"])["layer"]
+    among = f"the {len(coherent)} of {len(choice['layers'])} layers tried"
+    if best == chosen:
+        return f"Layer {chosen} was taken: among {among} whose text stays coherent it has the largest effect."
+    return (
+        f"Layer {chosen} was taken, though among {among} whose text stays coherent layer {best} has the largest effect."
+    )
+
+
+def separates(rows: list[Summary], layer: int) -> str:
+    """Whether the vector tells the two kinds of answer apart better than random directions do."""
+    at = next((row for row in rows if row["layer"] == layer), None)
+    if at is None:
+        return ""
+    return (
+        f"At layer {layer} the vector tells the two kinds of answer apart {'better' if at['better'] else 'no better'} "
+        f"than 19 of 20 random directions do: d′ {number(at['d_prime'], 2)} and AUC {number(at['auc'], 2)} against "
+        f"{number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. Of {counted(len(rows), 'layer')} it "
+        f"does better, by both, at {sum(row['better'] for row in rows)}."
+    )
+
+
+def rises(samples: list[Summary]) -> tuple[int, int]:
+    """In how many of the samples the last response scores above the first, and how many have both scores."""
+    ends = [(s["responses"][0]["score"], s["responses"][-1]["score"]) for s in samples if s["responses"]]
+    scored = [(low, high) for low, high in ends if low is not None and high is not None]
+    return sum(high > low for low, high in scored), len(scored)
+
+
+def scientific(value: float | None) -> str:
+    """A small number as ``1.2 × 10⁻⁷``."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3g}".replace("-", MINUS)
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}".replace("-", MINUS)
+
+
+def agreement_row(found: Summary) -> dict[str, Any]:
+    """The checks of a backend, and what they come to.
+
+    Returns:
+        What is given, with ``verdict``, in a few words; ``passed``, whether every check held, None if none was made;
+        ``tally``, how many held, of how many; and ``worst``, the largest measured error beside what is allowed, of the
+        checks that allow any.
+    """
+    checks = found.get("checks") or []
+    if not checks:
+        verdict = "not installed" if found.get("missing") else "not checked"
+        return {**found, "verdict": verdict, "passed": None, "tally": NONE, "worst": NONE}
+    failed = sum(not check["passed"] for check in checks)
+    measured = [c for c in checks if c["tolerance"] and c["measured"] is not None and math.isfinite(c["measured"])]
+    worst = max(measured, key=lambda c: float(c["measured"] / c["tolerance"]), default=None)
+    return {
+        **found,
+        "verdict": f"{counted(failed, 'check')} failed" if failed else "agrees",
+        "passed": not failed,
+        "tally": f"{len(checks) - failed} of {len(checks)}",
+        "worst": f"{scientific(worst['measured'])} of {scientific(worst['tolerance'])}" if worst else NONE,
+    }
+
+
 @svg.figures
-def draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
+def draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
     """Every figure that the summary has something to draw for."""
     extraction, choice, steering = summary["extraction"], summary.get("layer_choice"), summary["steering"]
     layer, moved = steering["layer"], steering["effect"]
@@ -37,7 +165,7 @@ def draw_figures(summary: Summary) -> Iterator[svg.Drawing]:
         yield svg.draw("separation", "Separation by layer", words, separation_figure, separation, layer)
 
 
-def effect_figure(effect: Mapping[str, Any], width: int) -> Figure:
+def effect_figure(effect: Summary, width: int) -> Figure:
     """The effect with its interval, beside that of random directions and their difference."""
     rows = [
         (label, effect[key], style)
@@ -49,11 +177,9 @@ def effect_figure(effect: Mapping[str, Any], width: int) -> Figure:
         if effect[key] is not None
     ]
     figure, axes = svg.panel(width, 56 + 52 * len(rows))
-    axes.axvline(0, color=svg.MUTED, linewidth=1.5)
+    axes.axvline(0, **svg.ZERO)
     for place, (label, estimate, style) in enumerate(rows):
-        axes.errorbar(
-            estimate["mean"], -place, xerr=svg.reach([estimate]), markersize=8, linewidth=0, **style, **svg.BAR
-        )
+        svg.dots(axes, [estimate], [-place], style)
         if width == svg.NARROW:
             text = axes.text(0, 0.36 - place, f"{label}: {bounds(estimate)}", transform=axes.get_yaxis_transform())
             text.set_bbox({"facecolor": svg.PAPER, "edgecolor": "none", "pad": 2})
@@ -73,9 +199,7 @@ def effect_figure(effect: Mapping[str, Any], width: int) -> Figure:
     return figure
 
 
-def curve_figure(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], choice: Mapping[str, Any] | None, width: int
-) -> Figure:
+def curve_figure(curves: Mapping[str, Sequence[Summary]], choice: Summary | None, width: int) -> Figure:
     """Score against coefficient, and below it the surprise, with intervals and the null."""
     figure = svg.new_figure(width, 500 if width == svg.WIDE else 470)
     score, surprise = figure.subplots(2, 1, sharex=True, height_ratios=[2.3, 1])
@@ -92,7 +216,7 @@ def curve_figure(
     plain = [p["surprise"]["mean"] for p in curves["vector"] if p["coefficient"] == 0]
     if choice and plain:
         limit = plain[0] + choice["margin"]
-        surprise.axhline(limit, color=svg.MUTED, linewidth=1.5, linestyle=svg.DOTS)
+        surprise.axhline(limit, **svg.DOTTED)
         svg.note(surprise, (0.99, limit), "margin of coherence", (0, 4), ha="right")
         surprise.margins(y=0.25)
     coefficients = [p["coefficient"] for p in curves["vector"]]
@@ -101,7 +225,7 @@ def curve_figure(
     return figure
 
 
-def choice_figure(choice: Mapping[str, Any], width: int) -> Figure:
+def choice_figure(choice: Summary, width: int) -> Figure:
     """Effect at each layer tried; filled where the text stays coherent."""
     figure, axes = svg.panel(width, 330)
     limit = choice["unsteered_surprise"] + choice["margin"]
@@ -110,19 +234,13 @@ def choice_figure(choice: Mapping[str, Any], width: int) -> Figure:
         rows = [row for row in choice["layers"] if (row["surprise"] <= limit) == coherent]
         if rows:
             effects = [row["effect"]["vector"] for row in rows]
-            style = {"marker": "o", "color": svg.VECTOR, "markerfacecolor": svg.VECTOR if coherent else svg.PAPER}
-            svg.points_with_intervals(axes, [row["layer"] for row in rows], effects, style, labels[coherent])
+            style = {"color": svg.VECTOR, "markerfacecolor": svg.VECTOR if coherent else svg.PAPER}
+            svg.dots(axes, [row["layer"] for row in rows], effects, style, labels[coherent])
     nulls = [(row["layer"], row["effect"]["random"]) for row in choice["layers"] if row["effect"]["random"]]
     if nulls:
-        svg.points_with_intervals(
-            axes,
-            [layer for layer, _ in nulls],
-            [null for _, null in nulls],
-            {**svg.NULL, "linestyle": ""},
-            svg.RANDOM_LABEL,
-        )
+        svg.dots(axes, *zip(*nulls, strict=True), {**svg.NULL, "linestyle": ""}, svg.RANDOM_LABEL)
     layers = [row["layer"] for row in choice["layers"]]
-    axes.axhline(0, color=svg.MUTED, linewidth=1.5)
+    axes.axhline(0, **svg.ZERO)
     axes.set(title="Effect on trait score, points", xlabel="layer steered")
     axes.set_xlim(min(layers) - 1, max(layers) + 1)
     axes.set_xticks(layers if len(layers) <= 12 else layers[:: len(layers) // 8])
@@ -147,7 +265,7 @@ def norm_figure(norms: Mapping[str, Sequence[float]], chosen: int, width: int) -
     return figure
 
 
-def separation_figure(rows: Sequence[Mapping[str, Any]], chosen: int, width: int) -> Figure:
+def separation_figure(rows: Sequence[Summary], chosen: int, width: int) -> Figure:
     """How far apart the two kinds of response are on the vector, by layer: d' and AUC."""
     figure = svg.new_figure(width, 340 if width == svg.WIDE else 560)
     panels = figure.subplots(*((1, 2) if width == svg.WIDE else (2, 1)))
@@ -174,13 +292,13 @@ def separation_figure(rows: Sequence[Mapping[str, Any]], chosen: int, width: int
     return figure
 
 
-def _effect_words(effect: Mapping[str, Any]) -> str:
+def _effect_words(effect: Summary) -> str:
     names = (("vector", "Trait vector"), ("random", "random directions"), ("difference", "vector minus random"))
     found = [f"{label} {interval(effect[key], sign=True)}" for key, label in names if effect[key]]
     return f"Changes of the mean trait score. {'; '.join(found)}."
 
 
-def _curve_words(steering: Mapping[str, Any]) -> str:
+def _curve_words(steering: Summary) -> str:
     sentences = []
     for kind, label in (("vector", svg.VECTOR_LABEL), ("random", svg.RANDOM_LABEL)):
         points = steering["curves"].get(kind) or []
@@ -190,7 +308,7 @@ def _curve_words(steering: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _choice_words(choice: Mapping[str, Any] | None) -> str:
+def _choice_words(choice: Summary | None) -> str:
     rows = choice["layers"] if choice else []
     listed = "; ".join(f"layer {row['layer']} {bounds(row['effect']['vector'], sign=True)}" for row in rows)
     return f"Effect of steering with 95% intervals: {listed}."
@@ -206,7 +324,7 @@ def _norm_words(norms: Mapping[str, Sequence[float]]) -> str:
     return f"Vector length: {listed}."
 
 
-def _separation_words(rows: Sequence[Mapping[str, Any]], chosen: int) -> str:
+def _separation_words(rows: Sequence[Summary], chosen: int) -> str:
     at = next((row for row in rows if row["layer"] == chosen), rows[-1] if rows else None)
     if at is None:
         return ""
