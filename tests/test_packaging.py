@@ -130,6 +130,7 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
         "persona_lens/reports/vector.html.j2",
         "persona_lens/reports/tuning.html.j2",
         "persona_lens/reports/report.css",
+        "persona_lens/reports/report.mplstyle",
         "persona_lens/reports/screening.html.j2",
         "persona_lens/reports/study.html.j2",
     } <= names

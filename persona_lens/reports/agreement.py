@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.judging.agreement import Agreement
 from persona_lens.reports import svg
-from persona_lens.reports.page import NONE, measured, number, plain, render
+from persona_lens.reports.page import NONE, number, plain, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def render_agreement(agreement: Agreement, version: str = "") -> str:
     parts = {
         **agreement.to_json(),
         "headline": _headline(agreement),
-        "figures": _draw_figures(agreement),
+        "figures": svg.drawn({"scatter": (scatter_figure, agreement), "difference": (difference_figure, agreement)}),
         "outside": _outside(agreement),
         "disagreed": agreement.most_disagreed(_SHOWN),
         "version": version,
@@ -55,21 +55,6 @@ def _outside(agreement: Agreement) -> int | None:
     if low is None or high is None:
         return None
     return sum(not low <= pair.difference <= high for pair in agreement.pairs)
-
-
-@svg.figures
-def _draw_figures(agreement: Agreement) -> Iterator[svg.Drawn]:
-    found = agreement.to_json()
-    mean, low, high = (
-        measured(found[name], 1, sign=True) for name in ("mean_difference", "lower_limit", "upper_limit")
-    )
-    words = f"Each response by its two scores. Pearson r {measured(found['pearson'])}; mean difference {mean}."
-    yield svg.draw("scatter", "Scores of both judges", words, scatter_figure, agreement)
-    words = (
-        "Difference of the scores of each response against their mean. "
-        f"Mean difference {mean}; limits of agreement {low} and {high}."
-    )
-    yield svg.draw("difference", "Differences by mean score", words, difference_figure, agreement)
 
 
 def scatter_figure(agreement: Agreement, width: int) -> Figure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Summary = Mapping[str, Any]
-TOP_LABEL, RANDOM_LABEL = "top features", "random features"
 
 
 def render_dissection(summary: Summary, version: str = "") -> str:
@@ -23,12 +22,15 @@ def render_dissection(summary: Summary, version: str = "") -> str:
         summary: JSON values as in the run's ``summary.json``, see `persona_lens.analysis.dissect`.
         version: Of persona-lens, to be named on the page.
     """
-    corpus = summary["corpus"]
+    corpus, steering = summary["corpus"], summary["steering"]
+    figures = {"pursuit": (pursuit_figure, summary["pursuit"])}
+    if steering:
+        figures["effects"] = (effect_figure, steering)
     parts = {
         **summary,
         "result": headline(summary),
         "places": {each["feature"]: each for each in corpus["features"]} if corpus else {},
-        "figures": _draw(summary),
+        "figures": svg.drawn(figures),
         "version": version,
     }
     return render("dissection.html.j2", parts)
@@ -88,27 +90,18 @@ def _alike(summary: Summary) -> tuple[str, ...]:
     )
 
 
-@svg.figures
-def _draw(summary: Summary) -> Iterator[svg.Drawn]:
-    words = "Share of the squared length that the best k features carry, for the vector and for random directions."
-    yield svg.draw("pursuit", "Sparse reconstruction", words, pursuit_figure, summary["pursuit"])
-    if summary["steering"]:
-        words = "Change of the trait score under each top feature alone, the whole vector, and random features."
-        yield svg.draw("effects", "Features steered alone", words, effect_figure, summary["steering"])
-
-
 def pursuit_figure(pursuit: Mapping[str, Any], width: int) -> Figure:
     """Share of the squared length against the number of features."""
     figure, axes = svg.panel(width, 340, 330)
     counts = range(1, len(pursuit["shares"]) + 1)
-    axes.plot(counts, [100 * share for share in pursuit["shares"]], color=svg.VECTOR, label="trait vector")
+    axes.plot(counts, [100 * share for share in pursuit["shares"]], color=svg.VECTOR, label=svg.VECTOR_LABEL)
     null = pursuit["random"]
     if null:
         at = [each["features"] for each in null]
         lows, highs = ([100 * pick(each["shares"]) for each in null] for pick in (min, max))
         axes.fill_between(at, lows, highs, color=svg.RANDOM, alpha=0.25, linewidth=0)
         means = [100 * sum(each["shares"]) / len(each["shares"]) for each in null]
-        axes.plot(at, means, color=svg.RANDOM, linestyle=svg.NULL["linestyle"], label="random directions")
+        axes.plot(at, means, color=svg.RANDOM, linestyle=svg.NULL["linestyle"], label=svg.RANDOM_LABEL)
     axes.set(title="Share of the squared length, %", xlabel="features", ylim=(0, 102))
     axes.margins(x=0.02)
     svg.legend(figure, axes)
@@ -120,21 +113,20 @@ def effect_figure(steering: Mapping[str, Any], width: int) -> Figure:
     effects = steering["effects"]
     groups: list[tuple[str, Sequence[str], dict[str, Any]]] = [
         ("whole vector", ["vector"], {"marker": "D", "color": svg.INK}),
-        (TOP_LABEL, [f"feature_{i}" for i in steering["top"]], {"marker": "o", "color": svg.VECTOR}),
-        (RANDOM_LABEL, [f"feature_{i}" for i in steering["random"]], {**svg.NULL, "linestyle": ""}),
+        ("top features", [f"feature_{i}" for i in steering["top"]], svg.LINE),
+        ("random features", [f"feature_{i}" for i in steering["random"]], {**svg.NULL, "linestyle": ""}),
     ]
-    shown = [(label, name, style) for label, names, style in groups for name in names if effects.get(name)]
-    figure, axes = svg.panel(width, 130 + 24 * len(shown))
-    labelled: set[str] = set()
-    for place, (label, name, style) in enumerate(shown):
-        change = effects[name]["change"]["vector"]
-        fill = svg.PAPER if label == RANDOM_LABEL else style["color"]
-        drawn = {**style, "markerfacecolor": fill, "zorder": svg.LINE["zorder"]}
-        svg.dots(axes, [change], [place], drawn, None if label in labelled else label)
-        labelled.add(label)
+    figure, axes = svg.panel(width, 130 + 24 * sum(map(bool, effects.values())))
+    rows: list[str] = []
+    for label, names, style in groups:
+        shown = [name for name in names if effects.get(name)]
+        changes = [effects[name]["change"]["vector"] for name in shown]
+        if changes:
+            svg.dots(axes, changes, range(len(rows), len(rows) + len(shown)), style, label)
+        rows += [name.replace("_", " ") for name in shown]
     axes.axvline(0, **svg.ZERO)
     axes.set(xlabel="change of the mean trait score, points")
-    svg.in_rows(axes, [name.replace("_", " ") for _, name, _ in shown])
+    svg.in_rows(axes, rows)
     axes.xaxis.set_major_formatter(lambda value, _: number(value, 0, sign=True))
     svg.legend(figure, axes)
     return figure

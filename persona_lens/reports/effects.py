@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted, printable
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, bounds, number, render
+from persona_lens.reports.page import Headline, bounds, render
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CHANCE = 2.0  # standard deviations of a random cosine: the band in which about 95% of them lie
@@ -30,14 +29,17 @@ def render_effects(summary: Summary, version: str = "") -> str:
         version: Of persona-lens, to be named on the page.
     """
     cells = {(cell["steering"], cell["trait"]): cell for cell in summary["cells"]}
+    chance, pairs = CHANCE * summary["cosines"]["null_std"], _pairs(summary["cosines"])
+    layers = {trait["name"]: trait["layer"] for trait in summary["traits"]}
     parts = {
         **summary,
         "matrix": cells,
         "strongest": {measure: _strongest(summary["cells"], measure) for measure in MEASURES},
         "result": headline(summary),
         "null": any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
-        "chance": CHANCE * summary["cosines"]["null_std"],
-        "figures": _draw_figures(summary),
+        "chance": chance,
+        "pairs": pairs,
+        "figures": svg.drawn({"cosines": (cosine_figure, pairs, layers, chance)} if pairs else {}),
         "version": version,
     }
     return render("effects.html.j2", parts, {"beyond": _beyond, "tint": _tint})
@@ -103,71 +105,42 @@ def _tint(value: float, strongest: float = 1.0) -> str:
     return f"--tint:{colour};--share:{share * _MOST_COLOUR:.0f}%"
 
 
-@svg.figures
-def _draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
-    found = summary["cosines"]
-    if len(found["traits"]) < 2:
-        return
-    layers = {trait["name"]: trait["layer"] for trait in summary["traits"]}
-    band = CHANCE * found["null_std"]
-    pairs = _pairs(found)
-    said = "; ".join(
-        f"{one} and {other} from {number(min(known), 2)} to {number(max(known), 2)}"
-        for (one, other), values in pairs
-        if (known := [value for value in values if value is not None])
-    )
-    words = (
-        f"Cosine of each pair of vectors over {counted(len(found['cosines']), 'layer')}: {printable(said)}. "
-        f"Random directions: within {number(band, 3)} of 0."
-    )
-    yield svg.draw("cosines", "Cosines by layer", words, cosine_figure, pairs, layers, band)
+def _pairs(found: Summary) -> list[dict[str, Any]]:
+    """Each pair of traits: their ``names``, their cosine ``by_layer``, and which of these are ``known``."""
+    pairs = []
+    for (i, one), (j, other) in combinations(enumerate(found["traits"]), 2):
+        by_layer = [matrix[i][j] for matrix in found["cosines"]]
+        known = [value for value in by_layer if value is not None]
+        pairs.append({"names": (one, other), "by_layer": by_layer, "known": known})
+    return pairs
 
 
-def _pairs(found: Mapping[str, Any]) -> list[tuple[tuple[str, str], list[float | None]]]:
-    return [
-        ((one, other), [matrix[i][j] for matrix in found["cosines"]])
-        for (i, one), (j, other) in combinations(enumerate(found["traits"]), 2)
-    ]
-
-
-def cosine_figure(
-    pairs: Sequence[tuple[tuple[str, str], Sequence[float | None]]],
-    layers: Mapping[str, int],
-    band: float,
-    width: int,
-) -> Figure:
+def cosine_figure(pairs: Sequence[Summary], layers: Mapping[str, int], band: float, width: int) -> Figure:
     """One panel a pair: its cosine at each layer, the band of random directions, and the layers that were read."""
-    columns = min(len(pairs), 3 if width == svg.WIDE else 2)
+    columns, fit = (3, 15) if width == svg.WIDE else (2, 13)
+    columns = min(len(pairs), columns)
     rows = -(-len(pairs) // columns)
     figure = svg.new_figure(width, 30 + (190 if width == svg.WIDE else 170) * rows)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    values = [value for _, each in pairs for value in each if value is not None]
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    values = [value for each in pairs for value in each["known"]]
     low, high = min([-1.5 * band, *values]), max([1.5 * band, *values])
     room = 0.06 * (high - low)
-    for number_, axes in enumerate(panels):
-        if number_ >= len(pairs):
-            axes.set_visible(False)
-            continue
-        (one, other), cosine = pairs[number_]
-        _panel(axes, cosine, sorted({layers[one], layers[other]}), band)
-        axes.set(ylim=(low - room, min(high + room, 1.05)))
-        fit = 15 if width == svg.WIDE else 13
-        axes.set_title(f"{_short(one, fit)}\n{_short(other, fit)}", fontsize=12)
-        if number_ + columns >= len(pairs):
-            axes.set_xlabel("layer")
-            axes.xaxis.set_tick_params(labelbottom=True)
+    for axes, pair in zip(panels, pairs, strict=False):
+        axes.axhspan(-band, band, color=svg.RANDOM, alpha=0.22, linewidth=0)
+        axes.axhline(0, **svg.ZERO)
+        for layer in {layers[name] for name in pair["names"]}:
+            axes.axvline(layer, **svg.DOTTED)
+        cosines = [float("nan") if value is None else value for value in pair["by_layer"]]
+        axes.plot(range(len(cosines)), cosines, color=svg.VECTOR, zorder=3)
+        axes.set(xlim=(-0.5, len(cosines) - 0.5), ylim=(low - room, min(high + room, 1.05)))
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        axes.set_title("\n".join(_short(name, fit) for name in pair["names"]), fontsize=12)
+    for axes in panels[len(pairs) :]:
+        axes.set_visible(False)
+    for axes in panels[len(pairs) - columns : len(pairs)]:  # the lowest of each column
+        axes.set_xlabel("layer")
+        axes.xaxis.set_tick_params(labelbottom=True)
     return figure
-
-
-def _panel(axes: Axes, cosine: Sequence[float | None], marked: Sequence[int], band: float) -> None:
-    axes.axhspan(-band, band, color=svg.RANDOM, alpha=0.22, linewidth=0)
-    axes.axhline(0, **svg.ZERO)
-    for layer in marked:
-        axes.axvline(layer, **svg.DOTTED)
-    axes.plot(range(len(cosine)), [float("nan") if v is None else v for v in cosine], color=svg.VECTOR, zorder=3)
-    axes.set_xlim(-0.5, len(cosine) - 0.5)
-    axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.grid(True, axis="y")
 
 
 def _short(name: str, most: int) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.core.statistics import Verdict
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, bounds, interval, number, render, side
+from persona_lens.reports.page import Headline, interval, number, render, side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +24,10 @@ def render_finetuning(summary: Summary, version: str = "") -> str:
         summary: As `persona_lens.finetuning.study.finetune_study` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
     """
-    own = {"result": headline(summary), "losses": LOSSES, "figures": _draw_figures(summary), "version": version}
+    figures = {"scores": (_scores_figure, summary)}
+    if len(summary["points"]) > 1:
+        figures["shift"] = (_shift_figure, summary)
+    own = {"result": headline(summary), "losses": LOSSES, "figures": svg.drawn(figures), "version": version}
     return render("finetuning.html.j2", {**summary, **own})
 
 
@@ -41,49 +43,39 @@ def headline(summary: Summary) -> Headline:
     plain, kept, null = (arms.get(name) for name in (PLAIN, PREVENTATIVE, NULL))
     if plain is None or plain["change"] is None:
         return Headline("unclear", "No result: no reply of the finetuned models has a score", ())
-    sign = -1 if summary["direction"] < 0 else 1
-    moved = side(plain["change"])
     seeds = counted(len(summary["settings"]["seeds"]), "seed")
     sentences = [
         f"Plain finetuning changes the mean trait score by {interval(plain['change'], sign=True)} over {seeds} and "
         f"{counted(len(summary['settings']['asked']['questions']), 'held-out question')}."
     ]
-    if not moved:
+    if not side(plain["change"]):
         return Headline("unclear", "Plain finetuning does not clearly move the trait", tuple(sentences))
     if kept is None or kept["against_plain"] is None:
         return Headline("no null", "Plain finetuning moves the trait; nothing was done against it", tuple(sentences))
-    held = kept["against_plain"]["high"] < 0
     sentences.append(
         f"Under preventative steering it changes by {interval(kept['change'], sign=True)}; towards the trait that is "
         f"{interval(kept['against_plain'], sign=True)} beside plain finetuning. Its loss in training was "
         f"{_loss(kept)}, that of plain finetuning {_loss(plain)}."
     )
-    verdict, title = _protected(held, null, kept)
-    sentences += _beside_null(null, kept)
-    if sign < 0:
+    alone, beyond = null and null["against_plain"], kept["against_random"]
+    title = "Preventative steering holds the trait back"
+    if alone is not None and beyond is not None:
+        sentences.append(
+            f"A random direction of equal norm {'protects' if alone['high'] < 0 else 'does not clearly protect'}: "
+            f"{interval(alone, sign=True)} beside plain finetuning. Preventative steering differs from it by "
+            f"{interval(beyond, sign=True)}."
+        )
+    if kept["against_plain"]["high"] >= 0:
+        verdict, title = "unclear", "Preventative steering does not clearly hold the trait back"
+    elif beyond is None:
+        verdict, title = "no null", f"{title}, with nothing to compare it with"
+    elif beyond["high"] < 0:
+        verdict, title = "clear", f"{title}, and random directions do not as much"
+    else:
+        verdict, title = "unclear", f"{title}, but not clearly more than random directions"
+    if summary["direction"] < 0:
         sentences.append("The data teaches less of the trait, so protecting means that the score falls less.")
     return Headline(verdict, title, tuple(sentences))
-
-
-def _protected(held: bool, null: Summary | None, kept: Summary) -> tuple[Verdict, str]:
-    if not held:
-        return "unclear", "Preventative steering does not clearly hold the trait back"
-    if null is None or kept["against_random"] is None:
-        return "no null", "Preventative steering holds the trait back, with nothing to compare it with"
-    if kept["against_random"]["high"] < 0:
-        return "clear", "Preventative steering holds the trait back, and random directions do not as much"
-    return "unclear", "Preventative steering holds the trait back, but not clearly more than random directions"
-
-
-def _beside_null(null: Summary | None, kept: Summary) -> list[str]:
-    if null is None or null["against_plain"] is None or kept["against_random"] is None:
-        return []
-    alone = null["against_plain"]
-    protects = "protects" if alone["high"] < 0 else "does not clearly protect"
-    return [
-        f"A random direction of equal norm {protects}: {interval(alone, sign=True)} beside plain finetuning. "
-        f"Preventative steering differs from it by {interval(kept['against_random'], sign=True)}."
-    ]
 
 
 def _loss(found: Summary) -> str:
@@ -91,19 +83,6 @@ def _loss(found: Summary) -> str:
     if spread is None:
         return "not measured"
     return f"{number(spread['mean'], 2)} ({number(spread['low'], 2)} to {number(spread['high'], 2)} over seeds)"
-
-
-@svg.figures
-def _draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
-    yield svg.draw("scores", "Trait score by treatment", _words(summary), _scores_figure, summary)
-    if len(summary["points"]) > 1:
-        words = f"{len(summary['points'])} finetuned models: shift along the vector, and change of the score."
-        yield svg.draw("shift", "Shift and change of the trait score", words, _shift_figure, summary)
-
-
-def _words(summary: Summary) -> str:
-    parts = (f"{name} {bounds(each['score'])}" for name, each in summary["treatments"].items())
-    return f"Mean trait score, base model {number(summary['base']['score'])}: " + "; ".join(parts) + "."
 
 
 def _scores_figure(summary: Summary, width: int) -> Figure:

@@ -83,17 +83,14 @@ def _conclusions(summary: Summary) -> Iterator[str]:
             yield f"{dataset['name']}, {gauge}: the {what} is {bounds(found, 3, sign=True)}, {side} 0{ending}."
 
 
-@svg.figures
-def _draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
+def _draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
     labels, score = summary["labels"], summary["score"]
+    found = {"datasets": (means_figure, summary)}
     for place, gauge in enumerate(summary["gauges"][:_MOST_DRAWN]):
-        words = f"Shares of the rows of each dataset by their {QUANTITIES[score]} on {gauge}."
-        yield svg.draw(f"rows-{place}", f"Rows by value, {gauge}", words, histogram_figure, summary, gauge)
+        found[f"rows-{place}"] = (histogram_figure, summary, gauge)
         if labels:
-            words = f"Labelled rows found against clean rows found, as the threshold on {gauge} goes down."
-            yield svg.draw(f"roc-{place}", f"ROC curves, {gauge}", words, roc_figure, labels, score, gauge)
-    words = "The mean of each dataset and group with its 95% interval."
-    yield svg.draw("datasets", "Means of datasets", words, means_figure, summary)
+            found[f"roc-{place}"] = (roc_figure, labels, score, gauge)
+    return svg.drawn(found)
 
 
 def histogram_figure(summary: Summary, gauge: str, width: int) -> Figure:

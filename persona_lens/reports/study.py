@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,17 +112,13 @@ def _limits(summary: Summary) -> list[str]:
     return sentences
 
 
-@svg.figures
-def _draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
-    r = measured(_first(summary)[1]["pearson"])
-    words = f"Each prompt by the projection of its last token and the mean score of its replies. Pearson r {r}."
-    yield svg.draw("scatter", "Score by projection", words, scatter_figure, summary)
+def _draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
+    found = {"scatter": (scatter_figure, summary)}
     if len(_first(summary)[0]["layers"]) > 1:
-        words = f"Correlation at every layer read, beside random directions. At layer {summary['layer']}: {r}."
-        yield svg.draw("layers", "Correlation by layer", words, layer_figure, summary)
+        found["layers"] = (layer_figure, summary)
     if "curve" in summary["calibration"]:
-        words = "Share of replies that show the trait against the probability that was predicted for their prompts."
-        yield svg.draw("reliability", "Reliability", words, reliability_figure, summary["calibration"])
+        found["reliability"] = (reliability_figure, summary["calibration"])
+    return svg.drawn(found)
 
 
 def scatter_figure(summary: Summary, width: int) -> Figure:
@@ -183,22 +179,13 @@ def layer_figure(summary: Summary, width: int) -> Figure:
         low, high = ([each["null"][end] for each in nulls] for end in ("low", "high"))
         band = [each["layer"] for each in nulls]
         axes.fill_between(band, low, high, color=svg.RANDOM, alpha=0.22, linewidth=0, zorder=1)
-        axes.plot(
-            band,
-            [each["null"]["mean"] for each in nulls],
-            color=svg.RANDOM,
-            linestyle=svg.DASHES,
-            label="random directions",
-        )
-    found = [each["pearson"] for each in rows]
-    values = [each["value"] for each in found]
-    ends = [{end: each["value"] if each[end] is None else each[end] for end in ("low", "high")} for each in found]
-    spans = svg.reach([{"mean": value, **own} for value, own in zip(values, ends, strict=True)])
-    line: dict[str, Any] = {"color": svg.VECTOR, "marker": "o", "markersize": 5, "elinewidth": 1.5, "zorder": 3}
-    axes.errorbar(at, values, yerr=spans, label="trait vector", **line)
+        means = [each["null"]["mean"] for each in nulls]
+        axes.plot(band, means, color=svg.RANDOM, linestyle=svg.DASHES, label=svg.RANDOM_LABEL)
+    line = {"color": svg.VECTOR, "linestyle": "solid", "markersize": 5, "zorder": 3}
+    svg.dots(axes, at, [_estimate(each["pearson"]) for each in rows], line, svg.VECTOR_LABEL)
     axes.axhline(0, **svg.ZERO)
     axes.axvline(summary["layer"], **svg.DOTTED, zorder=0)
-    lowest = min([*values, *(each["null"]["low"] for each in nulls), 0.0])
+    lowest = min([*(each["pearson"]["value"] for each in rows), *(each["null"]["low"] for each in nulls), 0.0])
     axes.set(title="Pearson’s r", xlabel="layer", ylim=(max(-1.05, lowest - 0.25), 1.05))
     figure.legend(loc="outside upper right", ncols=2)
     return figure
@@ -209,11 +196,16 @@ def reliability_figure(calibration: Summary, width: int) -> Figure:
     figure, axes = svg.panel(width, 400, svg.NARROW)
     svg.square_of_percent(axes, "Replies that show the trait, %", "probability that was predicted, %")
     bins = calibration["reliability"]
-    shares = [{key: 100 * each["observed"][key] for key in ("value", "low", "high")} for each in bins]
-    estimates = [{"mean": each["value"], **each} for each in shares]
+    shares = [_estimate(each["observed"], 100) for each in bins]
     style = {"color": svg.VECTOR, "zorder": 3}
-    svg.dots(axes, [100 * each["predicted"] for each in bins], estimates, style, "replies")
+    svg.dots(axes, [100 * each["predicted"] for each in bins], shares, style, "replies")
     return figure
+
+
+def _estimate(found: Summary, scale: float = 1) -> Summary:
+    """A value as an estimate, whose interval may be missing."""
+    ends = {end: found["value"] if found[end] is None else found[end] for end in ("low", "high")}
+    return {name: scale * value for name, value in {"mean": found["value"], **ends}.items()}
 
 
 def told(summary: Summary) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -36,38 +37,6 @@ _VARIABLES = {
     RANDOM: "var(--random)",
     THIRD: "var(--third)",
 }
-_SETTINGS: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 13,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.titlesize": 13,
-    "axes.unicode_minus": True,
-    "font.family": "DejaVu Sans",  # measures the text and ships with matplotlib; the page's own font is shown
-    "font.size": 13,
-    "grid.color": GRID,
-    "grid.linewidth": 1,
-    "legend.frameon": False,
-    "legend.fontsize": 13,
-    "lines.linewidth": 2,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "xtick.labelsize": 13,
-    "xtick.major.size": 4,
-    "ytick.color": MUTED,
-    "ytick.labelsize": 13,
-    "ytick.major.size": 0,
-}
 MAX_LABEL = 200  # characters
 _UNIQUE = re.compile(r"#(\w+)")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
@@ -79,39 +48,30 @@ def drawing_style() -> AbstractContextManager[None]:
     """Draw with the report's settings, whatever the user's matplotlibrc says, and leave theirs as they were."""
     from matplotlib import style
 
-    return style.context(_SETTINGS, after_reset=True)
+    return style.context(Path(__file__).with_name("report.mplstyle"), after_reset=True)
 
 
-def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
-    """The figure as an inline SVG element.
+def to_svg(figure: Figure, name: str) -> Markup:
+    """The figure as an inline SVG element, which the page names and describes.
 
     Args:
         figure: Drawn in the colours of this module, inside `drawing_style`.
-        name: Unique in the page; every id in the SVG comes from it.
-        title: Accessible name.
-        description: What there is to see, for who does not see it.
+        name: Unique in the page, for a width; every id in the SVG comes from it.
     """
     import matplotlib
 
     written = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     _shorten(figure)
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": name}):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": f"{name} {figure.get_figwidth()}"}):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font has others
         figure.savefig(written, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(printable(written.getvalue()))  # XML knows no control characters
     _localise(root)
     for unwanted in [e for e in root if e.tag == "metadata" or e.find("style") is not None]:
         root.remove(unwanted)
-    view = root.attrib["viewBox"]
-    root.attrib.clear()
-    root.attrib.update(
-        {"viewBox": view, "role": "img", "aria-labelledby": f"{name}-title", "aria-describedby": f"{name}-desc"}
-    )
-    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        element.text = isolated(printable(text))
-        root.insert(position, element)
+    said = {"aria-labelledby": f"figure-{name}-title", "aria-describedby": f"figure-{name}-words"}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", **said}
     # ElementTree has escaped every text and attribute.
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
@@ -176,32 +136,21 @@ class Drawing:
     narrow: Markup
 
 
-Drawn = tuple[str, Drawing]
 Place = float | Mapping[str, Any]  # a number or an estimate
 
 
-def figures(drawings: Callable[[Any], Iterable[Drawn]]) -> Callable[[Any], dict[str, Drawing]]:
-    """Make of a function that draws one figure after another one that returns them by name, in the report's style."""
-
-    def drawn(subject: Any) -> dict[str, Drawing]:
-        with drawing_style():
-            return dict(drawings(subject))
-
-    return drawn
-
-
-def draw(name: str, title: str, words: str, draw_at: Callable[..., Figure], *data: Any) -> Drawn:
-    """Draw a figure in both widths, inside a function that `figures` makes.
+def drawn(wanted: Mapping[str, Sequence[Any]]) -> dict[str, Drawing]:
+    """Figures by name.
 
     Args:
-        name: Unique in the page.
-        title: Accessible name.
-        words: What there is to see.
-        draw_at: Makes the figure from the data and a width in CSS pixels.
-        data: What is drawn.
+        wanted: By name, which is unique in the page: what draws the figure, given data and a width in CSS pixels; and
+            the data.
     """
-    wide, narrow = (to_svg(draw_at(*data, width), f"{name}-{width}", title, words) for width in (WIDE, NARROW))
-    return name, Drawing(wide, narrow)
+    with drawing_style():
+        return {
+            name: Drawing(*(to_svg(draw_at(*data, width), name) for width in (WIDE, NARROW)))
+            for name, (draw_at, *data) in wanted.items()
+        }
 
 
 def new_figure(width: int, height: int) -> Figure:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, bounds, effect_headline, moves, number, render, signed
+from persona_lens.reports.page import Headline, effect_headline, moves, number, render, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,15 +27,17 @@ def render_tuning(summary: Summary) -> str:
     """
     effects = [point["effect"] for point in summary["surface"] if point["effect"]]
     changes = [effect[key]["mean"] for effect in effects for key in ("change", "random") if effect[key]]
+    beside = measured_places(summary)
     parts = {
-        "capability": [],
         **summary,
+        "capability": named_arms(summary),
+        "beside": beside,
+        "largest": max(beside, key=lambda point: abs(_at(point, summary["measured"])[1]), default=None),
         "verdict": verdict(summary),
         "map": heat_map(summary),
         "strongest": max([1.0, *map(abs, changes)]),  # both maps are in the same colours
         "null": any(effect["random"] for effect in effects),
         "figures": draw_tuning(summary),
-        "arms": names_of_arms(summary.get("capability") or []),
     }
     return render("tuning.html.j2", parts)
 
@@ -81,23 +83,32 @@ def heat_map(summary: Summary) -> list[tuple[int, list[Point | None]]]:
     return rows
 
 
-@svg.figures
-def draw_tuning(summary: Summary) -> Iterator[svg.Drawn]:
+def draw_tuning(summary: Summary) -> dict[str, svg.Drawing]:
     """Every figure that the summary has something to draw for."""
+    found = {}
     curve = curve_points(summary)
     if len(curve["vector"]) > 1:
-        yield svg.draw("curve", "Steering curve", _curve_words(curve), curve_figure, curve, summary)
-    beside = [point for point in summary["surface"] if point["effect"] and point["effect"][summary["measured"]]]
-    if beside:
-        words = _tradeoff_words(beside, summary)
-        yield svg.draw("tradeoff", "Effect against what it costs", words, tradeoff_figure, beside, summary)
-    everything = summary.get("capability") or []
-    named = zip(names_of_arms(everything), everything, strict=True)
-    capability = [(name, each) for name, each in named if each["accuracy"] and each["score"]]
-    if capability:
-        words = _capability_words(capability)
-        yield svg.draw("capability", "Trait against capability", words, capability_figure, capability)
-    yield svg.draw("norms", "Lengths by layer", _norm_words(summary), norm_figure, summary)
+        found["curve"] = (curve_figure, curve, summary)
+    if beside := measured_places(summary):
+        found["tradeoff"] = (tradeoff_figure, beside, summary)
+    if capability := [each for each in named_arms(summary) if each["accuracy"] and each["score"]]:
+        found["capability"] = (capability_figure, capability)
+    return svg.drawn({**found, "norms": (norm_figure, summary)})
+
+
+def measured_places(summary: Summary) -> list[Point]:
+    """The places with both a score and a surprise or coherence."""
+    return [point for point in summary["surface"] if point["effect"] and point["effect"][summary["measured"]]]
+
+
+def named_arms(summary: Summary) -> list[Summary]:
+    """What was tested for capability, with what each is called in the figure: its coefficient, or else its number."""
+    arms = summary.get("capability") or []
+    names = (each.get("coefficient") for each in arms)
+    return [
+        {**each, "name": f"#{place}" if name is None else signed(name)}
+        for place, (each, name) in enumerate(zip(arms, names, strict=True), start=1)
+    ]
 
 
 def curve_points(summary: Summary) -> dict[str, list[dict[str, Any]]]:
@@ -197,22 +208,14 @@ def norm_figure(summary: Summary, width: int) -> Figure:
     return figure
 
 
-def names_of_arms(capability: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How each arm is named in the figure: by its coefficient, or else by its number in the table."""
-    return [
-        f"#{place}" if (coefficient := each.get("coefficient")) is None else signed(coefficient)
-        for place, each in enumerate(capability, start=1)
-    ]
-
-
-def capability_figure(capability: Sequence[tuple[str, Mapping[str, Any]]], width: int) -> Figure:
+def capability_figure(capability: Sequence[Summary], width: int) -> Figure:
     """Trait score against accuracy, one dot an arm, with both intervals."""
     figure, axes = svg.panel(width, 380, 360)
-    accuracies, scores = [each["accuracy"] for _, each in capability], [each["score"] for _, each in capability]
+    accuracies, scores = ([each[name] for each in capability] for name in ("accuracy", "score"))
     svg.dots(axes, accuracies, scores, svg.LINE, svg.VECTOR_LABEL)
-    for name, each in capability:
+    for each in capability:
         place = (each["accuracy"]["mean"], each["score"]["mean"])
-        axes.annotate(name, place, (8, 8), textcoords="offset points", color=svg.INK, fontsize=12)
+        axes.annotate(each["name"], place, (8, 8), textcoords="offset points", color=svg.INK, fontsize=12)
     axes.set(title="Mean trait score, 0 to 100", xlabel="accuracy, share of right answers")
     axes.margins(x=0.12, y=0.15)
     axes.grid(True, axis="both")
@@ -225,52 +228,3 @@ def _at(point: Point, measured: str) -> tuple[float, float]:
 
 def _is_chosen(point: Point, summary: Summary) -> bool:
     return all(point[key] == summary["chosen"][key] for key in ("layer", "coefficient"))
-
-
-def _curve_words(curve: Mapping[str, Sequence[Point]]) -> str:
-    sentences = []
-    for kind, label in (("vector", svg.VECTOR_LABEL), ("random", svg.RANDOM_LABEL)):
-        listed = ", ".join(
-            f"{bounds(point['change'], sign=True)} at {signed(point['coefficient'])}"
-            for point in curve[kind]
-            if point["coefficient"]
-        )
-        if listed:
-            sentences.append(f"Change of the mean trait score along the {label}: {listed}.")
-    return " ".join(sentences)
-
-
-def _tradeoff_words(points: Sequence[Point], summary: Summary) -> str:
-    measured = summary["measured"]
-    holding = sum(bool(point["coherent"]) for point in points)
-    taken = [_at(point, measured) for point in points if _is_chosen(point, summary)]
-    strongest = max(points, key=lambda point: abs(_at(point, measured)[1]))
-    x, y = _at(strongest, measured)
-    digits = 2 if measured == "surprise" else 1
-    chosen = (
-        f" The chosen place changes it by {number(taken[0][1], sign=True)} at {number(taken[0][0], digits)}."
-        if taken
-        else ""
-    )
-    return (
-        f"Change of the mean trait score against {measured} at {len(points)} places, of which {holding} hold together. "
-        f"The largest change, {number(y, sign=True)}, comes at a {measured} of {number(x, digits)}.{chosen}"
-    )
-
-
-def _capability_words(capability: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    listed = "; ".join(
-        f"{name}: accuracy {bounds(each['accuracy'], 3)}, trait score {bounds(each['score'])}"
-        for name, each in capability
-    )
-    return f"Trait score against accuracy with 95% intervals. {listed}."
-
-
-def _norm_words(summary: Summary) -> str:
-    at = summary["chosen"]["layer"]
-    residual, vector = summary["residual_norms"], summary["vector_norms"]
-    return (
-        f"Mean length of the residual from {number(residual[0], 2)} at layer 0 to {number(residual[-1], 2)} at layer "
-        f"{len(residual) - 1}; of the vector from {number(vector[0], 2)} to {number(vector[-1], 2)}. At layer {at}: "
-        f"{number(residual[at], 2)} and {number(vector[at], 2)}."
-    )

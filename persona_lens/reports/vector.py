@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
@@ -14,7 +14,6 @@ from persona_lens.reports.page import (
     bounds,
     counted,
     effect_headline,
-    interval,
     number,
     render,
     signed,
@@ -148,21 +147,18 @@ def agreement_row(found: Summary) -> dict[str, Any]:
     }
 
 
-@svg.figures
-def draw_figures(summary: Summary) -> Iterator[svg.Drawn]:
+def draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
     """Every figure that the summary has something to draw for."""
     extraction, choice, steering = summary["extraction"], summary.get("layer_choice"), summary["steering"]
-    layer, moved = steering["layer"], steering["effect"]
-    yield svg.draw("effect", "Effect of steering", _effect_words(moved), effect_figure, moved)
-    yield svg.draw("curve", "Steering curve", _curve_words(steering), curve_figure, steering["curves"], choice)
+    norms, separation, layer = extraction["norms"], extraction["separation"], steering["layer"]
+    found = {"effect": (effect_figure, steering["effect"]), "curve": (curve_figure, steering["curves"], choice)}
     if choice:
-        yield svg.draw("choice", "Effect by layer", _choice_words(choice), choice_figure, choice)
-    norms, separation = extraction["norms"], extraction["separation"]
+        found["choice"] = (choice_figure, choice)
     if any(norms.get(name) for name in REDUCTIONS):
-        yield svg.draw("norms", "Vector length by layer", _norm_words(norms), norm_figure, norms, layer)
+        found["norms"] = (norm_figure, norms, layer)
     if separation:
-        words = _separation_words(separation, layer)
-        yield svg.draw("separation", "Separation by layer", words, separation_figure, separation, layer)
+        found["separation"] = (separation_figure, separation, layer)
+    return svg.drawn(found)
 
 
 def effect_figure(effect: Summary, width: int) -> Figure:
@@ -290,48 +286,3 @@ def separation_figure(rows: Sequence[Summary], chosen: int, width: int) -> Figur
         svg.mark_layer(axes, chosen)
     svg.legend(figure, panels[0])
     return figure
-
-
-def _effect_words(effect: Summary) -> str:
-    names = (("vector", "Trait vector"), ("random", "random directions"), ("difference", "vector minus random"))
-    found = [f"{label} {interval(effect[key], sign=True)}" for key, label in names if effect[key]]
-    return f"Changes of the mean trait score. {'; '.join(found)}."
-
-
-def _curve_words(steering: Summary) -> str:
-    sentences = []
-    for kind, label in (("vector", svg.VECTOR_LABEL), ("random", svg.RANDOM_LABEL)):
-        points = steering["curves"].get(kind) or []
-        listed = ", ".join(f"{number(p['score']['mean'])} at {signed(p['coefficient'])}" for p in points)
-        if listed:
-            sentences.append(f"Mean trait score along the {label}: {listed}.")
-    return " ".join(sentences)
-
-
-def _choice_words(choice: Summary | None) -> str:
-    rows = choice["layers"] if choice else []
-    listed = "; ".join(f"layer {row['layer']} {bounds(row['effect']['vector'], sign=True)}" for row in rows)
-    return f"Effect of steering with 95% intervals: {listed}."
-
-
-def _norm_words(norms: Mapping[str, Sequence[float]]) -> str:
-    listed = "; ".join(
-        f"{label} from {number(values[0], 2)} at layer 0 to {number(values[-1], 2)} at layer {len(values) - 1}, "
-        f"largest {number(max(values), 2)} at layer {max(range(len(values)), key=values.__getitem__)}"
-        for name, label in REDUCTIONS.items()
-        if (values := norms.get(name))
-    )
-    return f"Vector length: {listed}."
-
-
-def _separation_words(rows: Sequence[Summary], chosen: int) -> str:
-    at = next((row for row in rows if row["layer"] == chosen), rows[-1] if rows else None)
-    if at is None:
-        return ""
-    best = max(rows, key=lambda row: float(row["auc"]))
-    return (
-        f"At layer {at['layer']} the trait vector has d′ {number(at['d_prime'], 2)} and AUC {number(at['auc'], 2)}, "
-        f"19 of 20 random directions at most {number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. "
-        f"The largest AUC is "
-        f"{number(best['auc'], 2)}, at layer {best['layer']}."
-    )

@@ -210,11 +210,11 @@ def test_figures_are_whole_whatever_their_labels_say() -> None:
         axes.set_xticks([0, 1], [NASTY, HEBREW])
         axes.set_title("x" * 100_000)
         figure.legend()
-        made = to_svg(figure, "f", NASTY, NASTY)
+        made = to_svg(figure, "f")
     root = ElementTree.fromstring(made)
     texts = [text for element in root.iter() for text in [element.text or ""] if text.strip()]
     assert not ACTS.search(made)
-    assert sum("[/x][red]:smile:" in text for text in texts) >= 4
+    assert sum("[/x][red]:smile:" in text for text in texts) >= 2
     assert f"{ISOLATE}{HEBREW}{END_ISOLATE}" in texts
     assert max(map(len, texts)) < 1000
 

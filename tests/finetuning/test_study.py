@@ -59,7 +59,9 @@ def test_the_null_has_the_norm_and_another_direction(vectors: PersonaVectors) ->
 
 def outcome(name: str, seed: int | None, scores: list[float], loss: float = 1.0, moved: float = 0.0) -> Outcome:
     losses = {} if seed is None else {"last": loss, "learned": loss, "unseen": None}
-    return Outcome(name, seed, dict(enumerate(scores)), {}, dict.fromkeys(range(len(scores)), moved), losses)
+    return Outcome(
+        name, seed, dict(enumerate(map(float, scores))), {}, dict.fromkeys(range(len(scores)), moved), losses
+    )
 
 
 def test_outcomes_by_hand() -> None:

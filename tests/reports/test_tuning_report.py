@@ -17,7 +17,7 @@ from persona_lens.core.text import printable
 from persona_lens.monitoring.markup import STEPS, dark, light
 from persona_lens.reports import tuning
 from persona_lens.reports.svg import Drawing
-from persona_lens.reports.tuning import draw_tuning, names_of_arms, render_tuning, verdict
+from persona_lens.reports.tuning import draw_tuning, named_arms, render_tuning, verdict
 from tests.reports.test_report import HOSTILE, Page, assert_loads_nothing, change, estimate, provenance
 
 LAYERS = (9, 11, 14, 16, 19, 21, 24, 26)
@@ -225,8 +225,7 @@ DRAWN = {
 
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
-        found = {name: each.wide + each.narrow for name, each in draw_tuning(summary).items()}
-        return {name: re.sub(r"<(title|desc) .*?</\1>", "", body) for name, body in found.items()}
+        return {name: each.wide + each.narrow for name, each in draw_tuning(summary).items()}
 
     full = {**make_tuning(), "capability": capability()}
     before = drawn(full)
@@ -415,7 +414,7 @@ def test_capability_is_shown_where_it_was_measured(page: Page) -> None:
     assert "0.377 (0.344 to 0.410)" in found.text
     assert "+3.1: accuracy 0.377" in found.text
     assert "<b>both</b>" in found.text
-    assert names_of_arms(capability()) == ["0", "+3.1", "#3"]
+    assert [each["name"] for each in named_arms({"capability": capability()})] == ["0", "+3.1", "#3"]
 
 
 def test_the_smallest_run_still_makes_a_page() -> None:
