@@ -7,26 +7,21 @@ from persona_lens.finetuning.config import (
     FinetuneConfig,
     FinetuningError,
     LoraSettings,
-    Method,
     WatchSettings,
     documented,
     make_config,
 )
 from persona_lens.finetuning.edits import TrainingEdits
-from persona_lens.finetuning.examples import Example, Examples, collate, encode_examples, read_conversations
+from persona_lens.finetuning.examples import collate, encode_examples, read_conversations
 from persona_lens.finetuning.run import Finetuned, finetune
-from persona_lens.finetuning.trainer import PreventativeSteering, ProjectionPenalty
+from persona_lens.finetuning.trainer import PreventativeSteering
 
 __all__ = [
-    "Example",
-    "Examples",
     "FinetuneConfig",
     "Finetuned",
     "FinetuningError",
     "LoraSettings",
-    "Method",
     "PreventativeSteering",
-    "ProjectionPenalty",
     "ProjectionWatch",
     "TrainingEdits",
     "WatchSettings",

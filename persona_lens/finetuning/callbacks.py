@@ -42,25 +42,21 @@ class MetricsFile(TrainerCallback):
         """Forget lines of what will be done again: those that the checkpoint does not know."""
         lines = [_line(logged["step"], logged) for logged in state.log_history]
         self._folder.write_lines(METRICS, [line for line in lines if line], replace=True)
-        self._say(args, state, 0)
+        self._say(args, state)
 
-    def _say(self, args: Any, state: Any, batches: int) -> None:
+    def _say(self, args: Any, state: Any) -> None:
         each = args.gradient_accumulation_steps
-        self._progress(state.global_step * each + batches, state.max_steps * each, "finetuning")
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin to count the batches of a step."""
-        self._batches = 0
+        self._progress(state.global_step * each + self._batches, state.max_steps * each, "finetuning")
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say how far it is: a step may consist of many batches, and take minutes."""
         self._batches += 1
-        self._say(args, state, self._batches)
+        self._say(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say how far it is."""
         self._batches = 0
-        self._say(args, state, 0)
+        self._say(args, state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Say of how many batches the loss was looked at."""

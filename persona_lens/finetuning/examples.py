@@ -33,10 +33,6 @@ class Example:
     ids: TokenIds
     learned: tuple[bool, ...]
 
-    def cut(self, length: int) -> Example:
-        """The first tokens."""
-        return Example(self.ids[:length], self.learned[:length])
-
 
 @dataclass(frozen=True)
 class Examples:
@@ -125,7 +121,7 @@ def encode_examples(transcripts: Iterable[Transcript], chat: ChatFormat, max_len
     for transcript in transcripts:
         conversations += 1
         for example in _encoded(transcript, chat, ends):
-            kept = example.cut(max_length)
+            kept = Example(example.ids[:max_length], example.learned[:max_length])
             shortened += len(kept.ids) < len(example.ids) and any(kept.learned)
             dropped += not any(kept.learned)
             rows += [kept] if any(kept.learned) else []

@@ -154,10 +154,10 @@ class PreventativeSteering(TrainerCallback):
 
 
 class PenalisedTrainer(Trainer):
-    """A Trainer with `ProjectionPenalty` added to its loss, over the tokens that are learned."""
+    """A Trainer with a `ProjectionPenalty`, if there is one, added to its loss, over the tokens that are learned."""
 
-    def __init__(self, *args: Any, penalty: ProjectionPenalty, weight: float, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, *, penalty: ProjectionPenalty | None, weight: float, **options: Any) -> None:
+        super().__init__(**options)
         self._penalty = penalty
         self._weight = weight
 
@@ -165,7 +165,7 @@ class PenalisedTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss; in evaluation without the term."""
-        if not model.training:
+        if self._penalty is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counted = inputs["labels"] != IGNORED
         before = self._penalty.base(inputs)
@@ -189,18 +189,15 @@ def make_trainer(
     penalty: ProjectionPenalty | None,
 ) -> Trainer:
     """A Trainer for a configuration; checkpoints go to ``folder``."""
-    made: Any = PenalisedTrainer if penalty is not None else Trainer
-    options: dict[str, Any] = {}
-    if penalty is not None:
-        options = {"penalty": penalty, "weight": 1.0 if config.penalty is None else config.penalty}
-    trainer: Trainer = made(
+    trainer = PenalisedTrainer(
+        penalty=penalty,
+        weight=1.0 if config.penalty is None else config.penalty,
         model=model,
         args=_arguments(model, config, folder, bool(held_out)),
         train_dataset=list(examples),
         eval_dataset=list(held_out) or None,
         data_collator=partial(collate, pad_id=pad_id),
         callbacks=list(callbacks),
-        **options,
     )
     for shown in (PrinterCallback, ProgressCallback):  # metrics.jsonl has it all
         trainer.remove_callback(shown)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.judging.agreement import Agreement
 from persona_lens.reports import svg
-from persona_lens.reports.page import NONE, number, plain, render
+from persona_lens.reports.page import number, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,25 +28,12 @@ def render_agreement(agreement: Agreement, version: str = "") -> str:
     """
     parts = {
         **agreement.to_json(),
-        "headline": _headline(agreement),
         "figures": svg.drawn({"scatter": (scatter_figure, agreement), "difference": (difference_figure, agreement)}),
         "outside": _outside(agreement),
         "disagreed": agreement.most_disagreed(_SHOWN),
         "version": version,
     }
     return render("agreement.html.j2", parts)
-
-
-def _headline(agreement: Agreement) -> str:
-    """What the numbers say, and no more."""
-    r, same = agreement.pearson, agreement.same_side
-    if r.value is None:
-        return f"No correlation can be given: {r.reason}"
-    share = NONE if same.value is None else f"{number(100 * same.value, 0)}%"
-    return (
-        f"The scores correlate with r = {number(r.value, 2)}, and {share} of the responses are on the same side of "
-        f"{plain(agreement.cuts.threshold)}"
-    )
 
 
 def _outside(agreement: Agreement) -> int | None:

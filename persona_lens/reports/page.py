@@ -89,12 +89,12 @@ def side(found: Mapping[str, Any]) -> int:
     return estimate(found).side
 
 
-def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
-    """A number with a real minus sign; a dash where there is none."""
+def number(value: float | None, digits: int = 1, *, sign: bool = False, percent: bool = False) -> str:
+    """A number, or a share in percent, with a real minus sign; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return NONE
-    rounded = round(value, digits) + 0.0  # no negative zero
-    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", MINUS)
+    rounded = round(100 * value if percent else value, digits) + 0.0  # no negative zero
+    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}{'%' if percent else ''}".replace("-", MINUS)
 
 
 def signed(value: float) -> str:
@@ -128,12 +128,7 @@ def _few(found: Mapping[str, Any]) -> str:
 
 def measured(found: Mapping[str, Any], digits: int = 2, *, sign: bool = False, percent: bool = False) -> str:
     """A ``value`` with its interval (``low``, ``high``), or the ``reason`` why it has none."""
-
-    def write(value: float | None) -> str:
-        written = number(100 * value if percent and value is not None else value, digits, sign=sign)
-        return f"{written}%" if percent and written != NONE else written
-
-    value, low, high = (write(found[key]) for key in ("value", "low", "high"))
+    value, low, high = (number(found[key], digits, sign=sign, percent=percent) for key in ("value", "low", "high"))
     if low == NONE:
         return f"{value} ({printable(found.get('reason') or 'no interval')})"
     return f"{value} ({low} to {high})"

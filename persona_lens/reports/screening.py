@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import bounds, number, render
+from persona_lens.reports.page import number, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +39,6 @@ def render_screening(summary: Summary, version: str = "") -> str:
         "screened": [dataset for dataset in summary["datasets"] if not dataset["reference"]],
         "references": [dataset for dataset in summary["datasets"] if dataset["reference"]],
         "drawn": {gauge: place for place, gauge in enumerate(drawn)},
-        "lines": list(_conclusions(summary)),
         "figures": _draw_figures(summary),
         "version": version,
     }
@@ -48,7 +46,7 @@ def render_screening(summary: Summary, version: str = "") -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{number(100 * part / whole)}%" if whole else number(None)
+    return number(part / whole if whole else None, percent=True)
 
 
 def _means(summary: Summary, quantity: str) -> Iterator[Any]:
@@ -61,26 +59,6 @@ def _random(values: Sequence[float]) -> str:
     if not values:
         return number(None)
     return f"{number(float(np.mean(values)), 2)} ({number(min(values), 2)} to {number(max(values), 2)})"
-
-
-def _conclusions(summary: Summary) -> Iterator[str]:
-    """A sentence on each dataset and trait, no stronger than the interval allows."""
-    score = summary["score"]
-    for dataset in summary["datasets"]:
-        if dataset["reference"]:
-            continue
-        for gauge, means in dataset["means"].items():
-            found = means["difference"] or means["prompt_difference"]
-            if found is None:
-                continue
-            what = QUANTITIES["difference" if means["difference"] else "prompt_difference"]
-            side = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "not clearly on either side of"
-            flagged = dataset["flagged"]
-            ending = ""
-            if flagged is not None:
-                kept = dataset["rows"] - dataset["rejected"]
-                ending = f"; {flagged[gauge]:,} of {counted(kept, 'row')} flagged by the {QUANTITIES[score]}"
-            yield f"{dataset['name']}, {gauge}: the {what} is {bounds(found, 3, sign=True)}, {side} 0{ending}."
 
 
 def _draw_figures(summary: Summary) -> dict[str, svg.Drawing]:

@@ -10,7 +10,7 @@ import numpy as np
 from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import NONE, measured, number, plain, render
+from persona_lens.reports.page import NONE, measured, number, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,6 @@ def render_study(summary: Summary, version: str = "") -> str:
         "entries": {name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
         "tuned": _tuned(summary),
         "title": title(summary),
-        "limits": _limits(summary),
         "figures": _draw_figures(summary),
         "version": version,
     }
@@ -94,22 +93,6 @@ def title(summary: Summary) -> str:
         "reversed": f"The wrong way round: prompts further along the vector have replies with less of it, {value}",
         "unclear": f"Where a prompt ends does not clearly say how its replies will be: {value}",
     }[summary["verdict"]]
-
-
-def _limits(summary: Summary) -> list[str]:
-    """What bounds the correlation whatever is projected on, in sentences."""
-    group, _ = _first(summary)
-    scores = [each["mean_score"] for each in summary["conditions"] if each["mean_score"] is not None]
-    sentences = [
-        f"From condition to condition the mean score goes from {number(min(scores))} to {number(max(scores))}; the "
-        f"number of the condition alone correlates with the score by r = {_bracketed(group['level'])}."
-    ]
-    if group["ceiling"] is not None:
-        sentences.append(
-            f"With {plain(summary['settings']['samples'])} responses a prompt, chance in sampling them keeps every "
-            f"predictor below about r = {number(group['ceiling'], 2)}."
-        )
-    return sentences
 
 
 def _draw_figures(summary: Summary) -> dict[str, svg.Drawing]:

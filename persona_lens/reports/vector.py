@@ -14,7 +14,6 @@ from persona_lens.reports.page import (
     bounds,
     counted,
     effect_headline,
-    number,
     render,
     signed,
 )
@@ -49,7 +48,6 @@ def render_vector(summary: Summary) -> str:
         "agreement": [agreement_row(found) for found in summary["agreement"]],
         "headline": headline(steering["effect"], steering["questions"]),
         "strained": strained(summary),
-        "separates": separates(summary["extraction"]["separation"], steering["layer"]),
         "rises": rises(summary["samples"]),
         "figures": draw_figures(summary),
         "reductions": REDUCTIONS,
@@ -90,19 +88,6 @@ def layer_reason(choice: Summary) -> str:
         return f"Layer {chosen} was taken: among {among} whose text stays coherent it has the largest effect."
     return (
         f"Layer {chosen} was taken, though among {among} whose text stays coherent layer {best} has the largest effect."
-    )
-
-
-def separates(rows: list[Summary], layer: int) -> str:
-    """Whether the vector tells the two kinds of answer apart better than random directions do."""
-    at = next((row for row in rows if row["layer"] == layer), None)
-    if at is None:
-        return ""
-    return (
-        f"At layer {layer} the vector tells the two kinds of answer apart {'better' if at['better'] else 'no better'} "
-        f"than 19 of 20 random directions do: d′ {number(at['d_prime'], 2)} and AUC {number(at['auc'], 2)} against "
-        f"{number(at['random_d_prime'], 2)} and {number(at['random_auc'], 2)}. Of {counted(len(rows), 'layer')} it "
-        f"does better, by both, at {sum(row['better'] for row in rows)}."
     )
 
 
