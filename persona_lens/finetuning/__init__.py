@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from persona_lens.finetuning.callbacks import ProjectionWatch
 from persona_lens.finetuning.config import (
     FinetuneConfig,
     FinetuningError,
@@ -11,10 +10,10 @@ from persona_lens.finetuning.config import (
     documented,
     make_config,
 )
-from persona_lens.finetuning.edits import TrainingEdits
+from persona_lens.finetuning.edits import PreventativeSteering, TrainingEdits
 from persona_lens.finetuning.examples import collate, encode_examples, read_conversations
 from persona_lens.finetuning.run import Finetuned, finetune
-from persona_lens.finetuning.trainer import PreventativeSteering
+from persona_lens.finetuning.trainer import ProjectionWatch
 
 __all__ = [
     "FinetuneConfig",

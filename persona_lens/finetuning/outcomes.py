@@ -26,12 +26,10 @@ class Treatment:
     Attributes:
         name: What it is called.
         config: How; its seed is set for each run.
-        vectors: What its edits are made of.
     """
 
     name: str
     config: FinetuneConfig
-    vectors: PersonaVectors
 
 
 @dataclass(frozen=True)
@@ -97,24 +95,22 @@ def treatments_of(settings: TreatmentSettings, config: FinetuneConfig, vectors: 
         ("prompted", Method.PROMPTED, None),
         (RANDOM, Method.PREVENTATIVE, settings.preventative if settings.random else None),
     ]
-    found = [Treatment(PLAIN, config, vectors)]
+    found = [Treatment(PLAIN, config)]
     for name, method, edits in wanted:
         if edits is None and not (method is Method.PROMPTED and settings.prompted):
             continue
         penalty = settings.penalty if method is Method.REGULARISED else None
         own = {**config.model_dump(), "method": method, "edits": edits, "penalty": penalty}
-        found.append(Treatment(name, make_config(own), vectors))
+        found.append(Treatment(name, make_config(own)))
     for each in found:
-        measures_of(each.config, [each.vectors])
+        measures_of(each.config, [vectors])
     return found
 
 
-def turned(treatment: Treatment, seed: int) -> Treatment:
-    """The treatment in random directions of equal norm."""
-    own = treatment.vectors
-    null = own.random_like(seed)
-    renamed = replace(null, trait=own.trait).with_provenance(trait=dict(own.stored("trait")))
-    return replace(treatment, vectors=renamed)
+def turned(vectors: PersonaVectors, seed: int) -> PersonaVectors:
+    """Random directions of equal norm, in the name of the trait."""
+    null = replace(vectors.random_like(seed), trait=vectors.trait)
+    return null.with_provenance(trait=dict(vectors.stored("trait")))
 
 
 LOSSES = ("last", "learned", "unseen")

@@ -18,15 +18,8 @@ from persona_lens.backend.sinks import depend_on_sinks, sink_limits
 from persona_lens.core.documents import read_json
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.transcripts import Transcript
-from persona_lens.finetuning.callbacks import (
-    CheckedCheckpoints,
-    MetricsFile,
-    ProjectionWatch,
-    TrainedError,
-    last_checkpoint,
-    named_writes,
-)
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Measures, measures_of
+from persona_lens.finetuning.edits import PreventativeSteering
 from persona_lens.finetuning.examples import (
     Example,
     Examples,
@@ -36,7 +29,16 @@ from persona_lens.finetuning.examples import (
     in_system,
     read_conversations,
 )
-from persona_lens.finetuning.trainer import PreventativeSteering, ProjectionPenalty, make_trainer
+from persona_lens.finetuning.trainer import (
+    CheckedCheckpoints,
+    MetricsFile,
+    ProjectionPenalty,
+    ProjectionWatch,
+    TrainedError,
+    last_checkpoint,
+    make_trainer,
+    named_writes,
+)
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import taken_off
 from persona_lens.runs import RunFolder

@@ -168,22 +168,21 @@ class _Work:
     def all(self, trained: Sequence[Treatment]) -> list[Outcome]:
         """Every outcome."""
         before, outcomes = self._measured(BASE, None, None, {}, {})
-        post_hoc = self.settings.treatments.post_hoc
+        vectors, post_hoc = self.subject.vectors, self.settings.treatments.post_hoc
         for seed, each in product(self.settings.seeds, trained):
-            chosen = turned(each, seed) if each.name == RANDOM else each
             found = finetune(
                 self.loaded,
                 self.transcripts,
                 self.run.path / "models" / _slug(each.name, seed),
-                chosen.config.model_copy(update={"seed": seed}),
-                vectors=[chosen.vectors],
+                each.config.model_copy(update={"seed": seed}),
+                vectors=[turned(vectors, seed) if each.name == RANDOM else vectors],
                 held_out=self.held_out,
                 chat=self.subject.chat,
                 progress=self.progress,
             )
             steered = {}
             if each.name == PLAIN and post_hoc is not None:
-                steered[POST_HOC] = Steering.parse(post_hoc, self.subject.vectors)
+                steered[POST_HOC] = Steering.parse(post_hoc, vectors)
             with adapter_on(self.answering.model, found.folder):
                 outcomes += self._measured(each.name, seed, before, found.summary["loss"], steered)[1]
         return outcomes

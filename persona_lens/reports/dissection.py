@@ -23,7 +23,7 @@ def render_dissection(summary: Summary, version: str = "") -> str:
         version: Of persona-lens, to be named on the page.
     """
     corpus, steering = summary["corpus"], summary["steering"]
-    figures = {"pursuit": (pursuit_figure, summary["pursuit"])}
+    figures: svg.Wanted = {"pursuit": (pursuit_figure, summary["pursuit"])}
     if steering:
         figures["effects"] = (effect_figure, steering)
     parts = {
@@ -42,19 +42,17 @@ def headline(summary: Summary) -> Headline:
     It is ``clear`` if a top feature stands out from the random ones, ``unclear`` if none does, ``no-null`` if nothing
     was steered or nothing stands beside it.
     """
-    alike = _alike(summary)
     steering = summary["steering"]
     if steering is None:
-        return Headline("no-null", "Nothing was steered: only directions were compared", alike)
+        return Headline("no-null", "Nothing was steered: only directions were compared", ())
     effects = steering["effects"]
     top = [each for i in steering["top"] if (each := effects[f"feature_{i}"])]
     if not steering["random"] or not top:
-        return Headline("no-null", "The top features were steered with nothing to compare them with", alike)
+        return Headline("no-null", "The top features were steered with nothing to compare them with", ())
     outstanding = steering["stand_out"]
     best = max(top, key=lambda each: each["change"]["vector"]["mean"] * (1 if steering["coefficient"] > 0 else -1))
     change = best["change"]
     sentences = [
-        *alike,
         f"Of the top features feature {best['feature']} changes the score most, by "
         f"{bounds(change['vector'], sign=True)}. Of {counted(len(steering['random']), 'random feature')} as long, "
         f"which change it by {bounds(change['random'], sign=True)} on average, {best['beyond']} move it less.",
@@ -70,24 +68,6 @@ def headline(summary: Summary) -> Headline:
     stand = "stands" if len(outstanding) == 1 else "stand"
     title = f"{len(outstanding)} of {counted(len(top), 'top feature')} {stand} out from the random features"
     return Headline("clear", title, tuple(sentences))
-
-
-def _alike(summary: Summary) -> tuple[str, ...]:
-    """How alike the vector and the dictionary are, in two sentences."""
-    ranking, pursuit = summary["ranking"], summary["pursuit"]
-    first = ranking["top"][0]
-    beside = (
-        f" Random directions reach {number(max(ranking['random_top']), 2)} at most, among the same features."
-        if ranking["random_top"]
-        else ""
-    )
-    taken = min(len(pursuit["shares"]), 16)
-    share = number(100 * pursuit["shares"][taken - 1], 0)
-    return (
-        f"The feature most like the vector is {first['feature']}, with a cosine of {number(first['cosine'], 2)}."
-        + beside,
-        f"The best {counted(taken, 'feature')} together carry {share}% of its squared length.",
-    )
 
 
 def pursuit_figure(pursuit: Mapping[str, Any], width: int) -> Figure:
@@ -120,9 +100,8 @@ def effect_figure(steering: Mapping[str, Any], width: int) -> Figure:
     rows: list[str] = []
     for label, names, style in groups:
         shown = [name for name in names if effects.get(name)]
-        changes = [effects[name]["change"]["vector"] for name in shown]
-        if changes:
-            svg.dots(axes, changes, range(len(rows), len(rows) + len(shown)), style, label)
+        changes = (effects[name]["change"]["vector"] for name in shown)
+        svg.dots(axes, [(change, place) for place, change in enumerate(changes, len(rows))], style, label)
         rows += [name.replace("_", " ") for name in shown]
     axes.axvline(0, **svg.ZERO)
     axes.set(xlabel="change of the mean trait score, points")

@@ -24,7 +24,7 @@ def render_finetuning(summary: Summary, version: str = "") -> str:
         summary: As `persona_lens.finetuning.study.finetune_study` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
     """
-    figures = {"scores": (_scores_figure, summary)}
+    figures: svg.Wanted = {"scores": (_scores_figure, summary)}
     if len(summary["points"]) > 1:
         figures["shift"] = (_shift_figure, summary)
     own = {"result": headline(summary), "losses": LOSSES, "figures": svg.drawn(figures), "version": version}
@@ -90,7 +90,7 @@ def _scores_figure(summary: Summary, width: int) -> Figure:
     figure, axes = svg.panel(width, 70 + 46 * len(arms))
     for place, (name, found) in enumerate(arms.items()):
         colour = svg.RANDOM if name == NULL else svg.VECTOR
-        svg.dots(axes, [found["score"]], [place], {"color": colour, "zorder": 4})
+        svg.dots(axes, [(found["score"], place)], {"color": colour, "zorder": 4})
         seeds = [value for value in found["seeds"] if value is not None]
         axes.plot(seeds, [place + 0.28] * len(seeds), linestyle="", marker="|", markersize=9, color=svg.MUTED, zorder=3)
     if summary["base"]["score"] is not None:
@@ -113,7 +113,7 @@ def _shift_figure(summary: Summary, width: int) -> Figure:
         name = point["treatment"]
         marker = "s" if name == NULL else "D" if name == PLAIN else "o"
         style = {"marker": marker, "color": svg.RANDOM if name == NULL else svg.VECTOR, "zorder": 3}
-        svg.dots(axes, [point["shift"]], [point["change"]], style)
+        svg.dots(axes, [(point["shift"], point["change"])], style)
     axes.set(title="Change of the trait score", xlabel=f"shift at layer {summary['settings']['layer']}")
     axes.grid(True, axis="both")
     return figure

@@ -63,7 +63,7 @@ def _random(values: Sequence[float]) -> str:
 
 def _draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
     labels, score = summary["labels"], summary["score"]
-    found = {"datasets": (means_figure, summary)}
+    found: svg.Wanted = {"datasets": (means_figure, summary)}
     for place, gauge in enumerate(summary["gauges"][:_MOST_DRAWN]):
         found[f"rows-{place}"] = (histogram_figure, summary, gauge)
         if labels:
@@ -130,8 +130,7 @@ def means_figure(summary: Summary, width: int) -> Figure:
         offset = (place - (len(gauges) - 1) / 2) * 0.6 / max(len(gauges), 2)
         known = [(n, means[gauge][summary["score"]]) for n, (_, means) in enumerate(rows)]
         drawn = [(found, n + offset) for n, found in known if found is not None]
-        if drawn:
-            svg.dots(axes, *zip(*drawn, strict=True), {"color": _COLOURS[place], "markersize": 6}, gauge)
+        svg.dots(axes, drawn, {"color": _COLOURS[place], "markersize": 6}, gauge)
     if summary["score"] != "raw":
         axes.axvline(0, **svg.ZERO)
     axes.set(xlabel=f"mean {QUANTITIES[summary['score']]}", ylim=(-0.5, len(rows) - 0.5))

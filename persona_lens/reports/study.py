@@ -96,7 +96,7 @@ def title(summary: Summary) -> str:
 
 
 def _draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
-    found = {"scatter": (scatter_figure, summary)}
+    found: svg.Wanted = {"scatter": (scatter_figure, summary)}
     if len(_first(summary)[0]["layers"]) > 1:
         found["layers"] = (layer_figure, summary)
     if "curve" in summary["calibration"]:
@@ -156,7 +156,6 @@ def layer_figure(summary: Summary, width: int) -> Figure:
     """Pearson's r with its interval by layer, and the range of random directions."""
     figure, axes = svg.panel(width, 340, 300)
     rows = [each for each in _first(summary)[0]["layers"] if each["pearson"]["value"] is not None]
-    at = [each["layer"] for each in rows]
     nulls = [each for each in rows if each["null"] is not None and each["null"]["low"] is not None]
     if nulls:
         low, high = ([each["null"][end] for each in nulls] for end in ("low", "high"))
@@ -165,7 +164,7 @@ def layer_figure(summary: Summary, width: int) -> Figure:
         means = [each["null"]["mean"] for each in nulls]
         axes.plot(band, means, color=svg.RANDOM, linestyle=svg.DASHES, label=svg.RANDOM_LABEL)
     line = {"color": svg.VECTOR, "linestyle": "solid", "markersize": 5, "zorder": 3}
-    svg.dots(axes, at, [_estimate(each["pearson"]) for each in rows], line, svg.VECTOR_LABEL)
+    svg.dots(axes, [(each["layer"], _estimate(each["pearson"])) for each in rows], line, svg.VECTOR_LABEL)
     axes.axhline(0, **svg.ZERO)
     axes.axvline(summary["layer"], **svg.DOTTED, zorder=0)
     lowest = min([*(each["pearson"]["value"] for each in rows), *(each["null"]["low"] for each in nulls), 0.0])
@@ -179,9 +178,8 @@ def reliability_figure(calibration: Summary, width: int) -> Figure:
     figure, axes = svg.panel(width, 400, svg.NARROW)
     svg.square_of_percent(axes, "Replies that show the trait, %", "probability that was predicted, %")
     bins = calibration["reliability"]
-    shares = [_estimate(each["observed"], 100) for each in bins]
-    style = {"color": svg.VECTOR, "zorder": 3}
-    svg.dots(axes, [100 * each["predicted"] for each in bins], shares, style, "replies")
+    shares = [(100 * each["predicted"], _estimate(each["observed"], 100)) for each in bins]
+    svg.dots(axes, shares, {"color": svg.VECTOR, "zorder": 3}, "replies")
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +86,14 @@ def _shorten(figure: Figure) -> None:
             if isinstance(formatter, FixedFormatter):
                 formatter.seq = [_label(str(label)) for label in formatter.seq]
             elif isinstance(formatter, FuncFormatter):  # which has the labels that were set with their places
-                formatter.func = lambda value, place, label=formatter.func: _label(str(label(value, place)))
+                formatter.func = _labelling(formatter.func)
     for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
         found: Any = text
         found.set_text(_label(found.get_text()))
+
+
+def _labelling(label: Callable[[Any, Any], Any]) -> Callable[[Any, Any], str]:
+    return lambda value, place=None: _label(str(label(value, place)))
 
 
 def _label(text: str) -> str:
@@ -137,9 +141,10 @@ class Drawing:
 
 
 Place = float | Mapping[str, Any]  # a number or an estimate
+Wanted = dict[str, tuple[Any, ...]]
 
 
-def drawn(wanted: Mapping[str, Sequence[Any]]) -> dict[str, Drawing]:
+def drawn(wanted: Wanted) -> dict[str, Drawing]:
     """Figures by name.
 
     Args:
@@ -241,13 +246,16 @@ def line_with_intervals(
     axes.errorbar(x, [e["mean"] for e in estimates], yerr=reach(estimates), markersize=7, label=label, **style, **BAR)
 
 
-def dots(
-    axes: Axes, x: Sequence[Place], y: Sequence[Place], style: Mapping[str, Any], label: str | None = None
-) -> None:
-    """Numbers or estimates against each other, not joined; estimates have the bars of their intervals."""
-    bars = {f"{name}err": reach(p) for name, p in (("x", x), ("y", y)) if p and isinstance(p[0], Mapping)}
-    places = ([each["mean"] if isinstance(each, Mapping) else each for each in p] for p in (x, y))
-    axes.errorbar(*places, **bars, **{"linestyle": "", "marker": "o", "markersize": 8, **style}, **BAR, label=label)
+def dots(axes: Axes, places: Iterable[tuple[Place, Place]], style: Mapping[str, Any], label: str | None = None) -> None:
+    """Pairs of numbers or estimates, not joined; estimates have the bars of their intervals."""
+    given: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 8, **style, **BAR, "label": label}
+    for name, values in zip("xy", zip(*places, strict=True), strict=False):
+        estimates = [each for each in values if isinstance(each, Mapping)]
+        if estimates:
+            given[f"{name}err"] = reach(estimates)
+        given[name] = [each["mean"] for each in estimates] or values
+    if "x" in given:
+        axes.errorbar(**given)
 
 
 def reach(estimates: Sequence[Mapping[str, Any]]) -> list[list[float]]:

@@ -85,7 +85,7 @@ def heat_map(summary: Summary) -> list[tuple[int, list[Point | None]]]:
 
 def draw_tuning(summary: Summary) -> dict[str, svg.Drawing]:
     """Every figure that the summary has something to draw for."""
-    found = {}
+    found: svg.Wanted = {}
     curve = curve_points(summary)
     if len(curve["vector"]) > 1:
         found["curve"] = (curve_figure, curve, summary)
@@ -170,13 +170,12 @@ def tradeoff_figure(points: Sequence[Point], summary: Summary, width: int) -> Fi
     for coherent, label in ((True, "text holds together"), (False, "text falls apart")):
         some = [_at(point, measured) for point in points if point["coherent"] == coherent]
         style = {"color": svg.VECTOR, "markerfacecolor": svg.VECTOR if coherent else svg.PAPER, "zorder": 3}
-        if some:
-            svg.dots(axes, *zip(*some, strict=True), style, label)
+        svg.dots(axes, some, style, label)
     for taken in (point["effect"] for point in points if _is_chosen(point, summary)):
         ring = {"color": svg.INK, "markerfacecolor": "none", "markeredgewidth": 2, "markersize": 15, "zorder": 4}
-        svg.dots(axes, [taken[measured]], [taken["change"]], ring, "chosen")
+        svg.dots(axes, [(taken[measured], taken["change"])], ring, "chosen")
     if plain[measured]:
-        svg.dots(axes, [plain[measured]["mean"]], [0], {"marker": "D", "color": svg.INK}, "unsteered")
+        svg.dots(axes, [(plain[measured]["mean"], 0)], {"marker": "D", "color": svg.INK}, "unsteered")
     if plain["limit"] is not None:
         axes.axvline(plain["limit"], **svg.DOTTED)
     axes.set(title="Change of the mean trait score, points", xlabel=MEASURED[measured])
@@ -211,8 +210,7 @@ def norm_figure(summary: Summary, width: int) -> Figure:
 def capability_figure(capability: Sequence[Summary], width: int) -> Figure:
     """Trait score against accuracy, one dot an arm, with both intervals."""
     figure, axes = svg.panel(width, 380, 360)
-    accuracies, scores = ([each[name] for each in capability] for name in ("accuracy", "score"))
-    svg.dots(axes, accuracies, scores, svg.LINE, svg.VECTOR_LABEL)
+    svg.dots(axes, [(each["accuracy"], each["score"]) for each in capability], svg.LINE, svg.VECTOR_LABEL)
     for each in capability:
         place = (each["accuracy"]["mean"], each["score"]["mean"])
         axes.annotate(each["name"], place, (8, 8), textcoords="offset points", color=svg.INK, fontsize=12)

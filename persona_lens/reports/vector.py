@@ -136,7 +136,10 @@ def draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
     """Every figure that the summary has something to draw for."""
     extraction, choice, steering = summary["extraction"], summary.get("layer_choice"), summary["steering"]
     norms, separation, layer = extraction["norms"], extraction["separation"], steering["layer"]
-    found = {"effect": (effect_figure, steering["effect"]), "curve": (curve_figure, steering["curves"], choice)}
+    found: svg.Wanted = {
+        "effect": (effect_figure, steering["effect"]),
+        "curve": (curve_figure, steering["curves"], choice),
+    }
     if choice:
         found["choice"] = (choice_figure, choice)
     if any(norms.get(name) for name in REDUCTIONS):
@@ -160,7 +163,7 @@ def effect_figure(effect: Summary, width: int) -> Figure:
     figure, axes = svg.panel(width, 56 + 52 * len(rows))
     axes.axvline(0, **svg.ZERO)
     for place, (label, estimate, style) in enumerate(rows):
-        svg.dots(axes, [estimate], [-place], style)
+        svg.dots(axes, [(estimate, -place)], style)
         if width == svg.NARROW:
             text = axes.text(0, 0.36 - place, f"{label}: {bounds(estimate)}", transform=axes.get_yaxis_transform())
             text.set_bbox({"facecolor": svg.PAPER, "edgecolor": "none", "pad": 2})
@@ -213,13 +216,10 @@ def choice_figure(choice: Summary, width: int) -> Figure:
     labels = {True: "text stays coherent", False: "text too surprising"}
     for coherent in (True, False):
         rows = [row for row in choice["layers"] if (row["surprise"] <= limit) == coherent]
-        if rows:
-            effects = [row["effect"]["vector"] for row in rows]
-            style = {"color": svg.VECTOR, "markerfacecolor": svg.VECTOR if coherent else svg.PAPER}
-            svg.dots(axes, [row["layer"] for row in rows], effects, style, labels[coherent])
+        style = {"color": svg.VECTOR, "markerfacecolor": svg.VECTOR if coherent else svg.PAPER}
+        svg.dots(axes, [(row["layer"], row["effect"]["vector"]) for row in rows], style, labels[coherent])
     nulls = [(row["layer"], row["effect"]["random"]) for row in choice["layers"] if row["effect"]["random"]]
-    if nulls:
-        svg.dots(axes, *zip(*nulls, strict=True), {**svg.NULL, "linestyle": ""}, svg.RANDOM_LABEL)
+    svg.dots(axes, nulls, {**svg.NULL, "linestyle": ""}, svg.RANDOM_LABEL)
     layers = [row["layer"] for row in choice["layers"]]
     axes.axhline(0, **svg.ZERO)
     axes.set(title="Effect on trait score, points", xlabel="layer steered")

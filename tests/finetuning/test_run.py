@@ -157,7 +157,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int
 ) -> None:
     """Stopped behind a checkpoint, with metrics of a step that is done again and a checkpoint that was cut short."""
-    from persona_lens.finetuning.callbacks import MetricsFile
+    from persona_lens.finetuning.trainer import MetricsFile
 
     config = small(save_every=2, max_steps=6, accumulation=2, method="preventative",
                    edits="impolite@1:+3 schedule(0:1 6:0)", watch={"every": 3})  # fmt: skip
@@ -186,7 +186,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str) -> None:
-    from persona_lens.finetuning.callbacks import CheckedCheckpoints, last_checkpoint
+    from persona_lens.finetuning.trainer import CheckedCheckpoints, last_checkpoint
 
     for number in (9, 10):
         folder = tmp_path / f"checkpoint-{number}"

@@ -54,6 +54,7 @@ def test_the_largest_disagreements_are_on_the_page_in_order() -> None:
     assert len(re.findall(r"\br[0-9a-f]{16}\b", html)) == 10
 
 
+@pytest.mark.usefixtures("drawing")
 def test_the_page_is_complete_in_itself_and_repeats() -> None:
     html = render_agreement(agreement())
     page = Page(html)
@@ -77,6 +78,7 @@ def test_texts_and_names_of_others_do_no_harm() -> None:
     html.encode()
 
 
+@pytest.mark.usefixtures("drawing")
 def test_a_page_without_measures_says_why() -> None:
     html = render_agreement(compare(scored([1.0, 2.0]), scored([2.0, 3.0])))
     assert "only 2 of the responses have both scores; 3 are needed" in html
@@ -86,6 +88,7 @@ def test_a_page_without_measures_says_why() -> None:
     assert "No correlation can be given: all scores of first are the same" in constant
 
 
+@pytest.mark.usefixtures("drawing")
 def test_a_page_does_not_grow_with_equal_scores() -> None:
     few, many = ([float(i % 10) * 10 for i in range(n)] for n in (50, 1500))
     sizes = [len(render_agreement(compare(scored(x, questions=4), scored(x, questions=4)))) for x in (few, many)]

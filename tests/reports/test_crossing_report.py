@@ -26,6 +26,7 @@ from persona_lens.vectors import PersonaVectors, Tuned
 from tests.reports.test_report import HOSTILE, Page
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("drawing")
 TRAITS = ("optimistic", "impolite", "evil")
 
 

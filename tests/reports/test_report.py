@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -17,9 +16,7 @@ import matplotlib
 import pytest
 
 from persona_lens.core.text import printable
-from persona_lens.reports import vector
 from persona_lens.reports.page import bounds, flat, interval, number, signed
-from persona_lens.reports.svg import Drawing
 from persona_lens.reports.vector import (
     agreement_row,
     draw_figures,
@@ -247,6 +244,7 @@ def change(summary: dict[str, Any], path: str, value: Any) -> None:
     at[last] = value
 
 
+@pytest.mark.usefixtures("drawing")
 def test_the_same_summary_gives_the_same_bytes_whatever_the_users_style() -> None:
     first = render_vector(make_summary())
     with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "svg.hashsalt": "other", "lines.linewidth": 9}):
@@ -256,7 +254,8 @@ def test_the_same_summary_gives_the_same_bytes_whatever_the_users_style() -> Non
     assert render_vector(json.loads(json.dumps(make_summary()))) == first
 
 
-def test_the_structure_is_sound(page: Page) -> None:
+def assert_sound(page: Page) -> None:
+    """Every report hangs together, and every figure has words for who does not see it."""
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     targets = [a["href"] for a in page.all("a") + page.all("use") if a.get("href")]
@@ -266,16 +265,22 @@ def test_the_structure_is_sound(page: Page) -> None:
     assert len(page.all("h1")) == len(page.all("main")) == len(page.all("title")) == 1
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert all(after <= before + 1 for before, after in pairwise(levels)), levels
+    assert len(page.all("figure")) == len(page.all("figcaption"))
+    assert all(a["role"] == "img" and a["aria-labelledby"] and a["aria-describedby"] for a in page.all("svg"))
+    assert all(a.get("scope") in ("col", "row", "colgroup") for a in page.all("th"))
+
+
+def test_the_structure_is_sound(page: Page) -> None:
+    assert_sound(page)
+    assert len(page.all("figure")) == 5
+    assert len(page.all("svg")) == 10  # wide and narrow
 
 
 def test_every_figure_has_words_for_who_does_not_see_it(page: Page) -> None:
-    assert len(page.all("figure")) == len(page.all("figcaption")) == 5
-    assert len(page.all("svg")) == 10  # wide and narrow
-    assert all(a["role"] == "img" and a["aria-labelledby"] and a["aria-describedby"] for a in page.all("svg"))
     assert "Mean trait score along the trait vector: 18.9 at −2, 33.4 at −1, 52.7 at 0" in page.text
-    assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
 
 
+@pytest.mark.usefixtures("drawing")
 def test_figures_take_the_colours_of_the_page() -> None:
     html = render_vector(make_summary())
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
@@ -297,6 +302,7 @@ def assert_loads_nothing(html: str) -> None:
     assert "default-src 'none'" in html
 
 
+@pytest.mark.usefixtures("drawing")
 def test_nothing_is_loaded_from_anywhere() -> None:
     assert_loads_nothing(render_vector(make_summary()))
 
@@ -331,8 +337,8 @@ CHANGES: list[tuple[str, Any, str]] = [
 ]
 
 
-def test_what_is_shown_comes_from_the_summary(page: Page) -> None:
-    summary = make_summary()
+def test_what_is_shown_comes_from_the_summary() -> None:
+    page, summary = Page(render_vector(make_summary())), make_summary()
     for path, value, _ in CHANGES:
         change(summary, path, value)
     other = Page(render_vector(summary))
@@ -350,6 +356,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.usefixtures("drawing")
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
         return {name: drawing.wide + drawing.narrow for name, drawing in draw_figures(summary).items()}
@@ -389,29 +396,27 @@ def infected(text: str) -> dict[str, Any]:
     return summary
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    harmless = draw_cached()
-    # It sees none of this, as the next test shows.
-    monkeypatch.setattr(vector, "draw_figures", lambda summary: harmless)
-    html = render_vector(infected(text))
+def assert_harmless(html: str, text: str, usual: Page) -> None:
+    """A text stands in a page in many places, and adds nothing but words."""
     html.encode()
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\u200b\ufeff]", html)
     assert html.count("\u2068") == html.count("\u2069")  # what isolates, of the report itself
     found = Page(html)
-    assert {tag for tag, _ in found.tags} <= {tag for tag, _ in page.tags}
+    assert {tag for tag, _ in found.tags} <= {tag for tag, _ in usual.tags}
     assert len(found.all("style")) == 1
     assert not [a for _, a in found.tags if any(name.startswith("on") for name in a)]
     assert found.text.count(" ".join(printable(text).split())) >= 12
 
 
-@cache
-def draw_cached() -> dict[str, Drawing]:
-    return draw_figures(make_summary())
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
+    """Figures see none of this, as the next test shows."""
+    assert_harmless(render_vector(infected(text)), text, page)
 
 
+@pytest.mark.usefixtures("drawing")
 def test_no_text_of_others_reaches_a_figure() -> None:
-    assert draw_figures(infected(" ".join(HOSTILE))) == draw_cached()
+    assert draw_figures(infected(" ".join(HOSTILE))) == draw_figures(make_summary())
 
 
 def test_all_that_is_invisible_is_made_visible() -> None:
@@ -485,6 +490,7 @@ def test_an_unclear_effect_makes_an_unclear_page() -> None:
     assert "A clear effect" not in text
 
 
+@pytest.mark.usefixtures("drawing")
 def test_missing_parts_are_said_to_be_missing() -> None:
     summary = make_summary()
     summary["extraction"]["separation"] = []
@@ -506,6 +512,7 @@ def test_missing_parts_are_said_to_be_missing() -> None:
     assert "None" not in found.text
 
 
+@pytest.mark.usefixtures("drawing")
 def test_the_smallest_run_still_makes_a_page() -> None:
     summary = make_summary()
     tiny = {"coefficient": 0.0, "score": estimate(50, 0, 1), "surprise": estimate(2.4, 0, 1)}

@@ -6,19 +6,24 @@ import copy
 import json
 import math
 import re
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from persona_lens.core.text import printable
 from persona_lens.monitoring.markup import STEPS, dark, light
 from persona_lens.reports import tuning
-from persona_lens.reports.svg import Drawing
 from persona_lens.reports.tuning import draw_tuning, named_arms, render_tuning, verdict
-from tests.reports.test_report import HOSTILE, Page, assert_loads_nothing, change, estimate, provenance
+from tests.reports.test_report import (
+    HOSTILE,
+    Page,
+    assert_harmless,
+    assert_loads_nothing,
+    assert_sound,
+    change,
+    estimate,
+    provenance,
+)
 
 LAYERS = (9, 11, 14, 16, 19, 21, 24, 26)
 PUSHES = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
@@ -132,37 +137,19 @@ def text_of(summary: dict[str, Any]) -> str:
     return Page(render_tuning(summary)).text
 
 
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a second, and most tests are about words."""
-    monkeypatch.setattr(tuning, "draw_tuning", lambda summary: drawn_once())
-
-
-@cache
-def drawn_once() -> dict[str, Drawing]:
-    return draw_tuning(make_tuning())
-
-
+@pytest.mark.usefixtures("drawing")
 def test_the_same_summary_gives_the_same_bytes() -> None:
     first = render_tuning(make_tuning())
     assert render_tuning(json.loads(json.dumps(make_tuning()))) == first
 
 
 def test_the_structure_is_sound(page: Page) -> None:
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    targets = [str(a["href"])[1:] for a in page.all("a") + page.all("use") if a.get("href")]
-    assert set(targets) <= set(ids)
-    named = [str(a[key]) for _, a in page.tags for key in ("aria-labelledby", "aria-describedby") if key in a]
-    assert set(" ".join(named).split()) <= set(ids)
-    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
-    assert len(page.all("figure")) == len(page.all("figcaption")) == 4
+    assert_sound(page)
+    assert len(page.all("figure")) == 4  # the heat maps are no drawing
     assert len(page.all("svg")) == 6
-    assert all(a["role"] == "img" and a["aria-labelledby"] and a["aria-describedby"] for a in page.all("svg"))
-    assert all(a.get("scope") in ("col", "row", "colgroup") for a in page.all("th"))
 
 
+@pytest.mark.usefixtures("drawing")
 def test_nothing_is_loaded_from_anywhere() -> None:
     assert_loads_nothing(render_tuning(make_tuning()))
 
@@ -201,8 +188,8 @@ CHANGES: list[tuple[str, Any, str]] = [
 ]
 
 
-def test_what_is_shown_comes_from_the_summary(page: Page) -> None:
-    summary = make_tuning()
+def test_what_is_shown_comes_from_the_summary() -> None:
+    page, summary = Page(render_tuning(make_tuning())), make_tuning()
     for path, value, _ in CHANGES:
         change(summary, path, value)
     other = text_of(summary)
@@ -223,6 +210,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.usefixtures("drawing")
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
         return {name: each.wide + each.narrow for name, each in draw_tuning(summary).items()}
@@ -254,8 +242,7 @@ def test_every_place_is_a_cell_of_both_maps(page: Page) -> None:
     assert page.text.count(", text falls apart") == sum(not place["coherent"] for place in summary["surface"])
 
 
-def test_both_maps_have_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    undrawn(monkeypatch)
+def test_both_maps_have_one_scale() -> None:
     summary = make_tuning()
     summary["surface"][3]["effect"]["random"] = estimate(-50.0, 3.0, 8)
     summary["surface"][4]["effect"]["change"] = estimate(25.0, 3.0, 8)
@@ -266,10 +253,7 @@ def test_both_maps_have_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (null["class"], null["style"]) == ("cell less", "--shade:100%")
 
 
-def test_a_place_stands_in_the_column_of_its_push_whatever_was_rounded_or_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    undrawn(monkeypatch)
+def test_a_place_stands_in_the_column_of_its_push_whatever_was_rounded_or_left_out() -> None:
     summary = make_tuning()
     summary["settings"]["pushes"] = [0.9, 0.1, 0.2, 0.3, 0.45, 0.65]
     del summary["surface"][2]  # two pushes gave the same coefficient
@@ -335,8 +319,7 @@ def test_nothing_is_called_more_than_it_is(changes: dict[str, Any], shown: str, 
     assert words.startswith("A clear effect") == (shown == "clear")
 
 
-def test_text_that_falls_apart_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    undrawn(monkeypatch)
+def test_text_that_falls_apart_is_no_success() -> None:
     summary = make_tuning()
     for place in summary["curve"]:
         place["coherent"] = False
@@ -349,6 +332,7 @@ def test_text_that_falls_apart_is_no_success(monkeypatch: pytest.MonkeyPatch) ->
     assert "A clear effect" not in text
 
 
+@pytest.mark.usefixtures("drawing")
 def test_no_confirmed_effect_is_no_result() -> None:
     summary = make_tuning()
     summary["confirmed"] = None
@@ -363,6 +347,7 @@ def test_no_confirmed_effect_is_no_result() -> None:
 # What is missing
 
 
+@pytest.mark.usefixtures("drawing")
 def test_a_missing_null_is_said_to_be_missing() -> None:
     summary = make_tuning()
     for place in [*summary["surface"], *summary["curve"], {"effect": summary["confirmed"]}]:
@@ -375,6 +360,7 @@ def test_a_missing_null_is_said_to_be_missing() -> None:
     assert "random directions" not in "".join(str(draw_tuning(summary)["curve"]))
 
 
+@pytest.mark.usefixtures("drawing")
 def test_places_without_a_score_and_an_empty_summary_of_samples() -> None:
     summary = make_tuning()
     summary["surface"][0].update(effect=None, coherent=False)
@@ -389,6 +375,7 @@ def test_places_without_a_score_and_an_empty_summary_of_samples() -> None:
     assert "nan" not in found.text.lower().split()
 
 
+@pytest.mark.usefixtures("drawing")
 def test_a_judge_of_coherence_is_shown_as_that() -> None:
     summary = make_tuning()
     summary["measured"], summary["judge"] = "coherence", {"judge": "openai", "model": "gpt-9", "samples": 3}
@@ -417,6 +404,7 @@ def test_capability_is_shown_where_it_was_measured(page: Page) -> None:
     assert [each["name"] for each in named_arms({"capability": capability()})] == ["0", "+3.1", "#3"]
 
 
+@pytest.mark.usefixtures("drawing")
 def test_the_smallest_run_still_makes_a_page() -> None:
     summary = make_tuning()
     only = copy.deepcopy(summary["surface"][0])
@@ -432,8 +420,7 @@ def test_the_smallest_run_still_makes_a_page() -> None:
     assert "one question, so no interval" in text
 
 
-def test_a_summary_that_lacks_a_part_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    undrawn(monkeypatch)
+def test_a_summary_that_lacks_a_part_is_an_error() -> None:
     summary = make_tuning()
     del summary["trait_hash"]
     with pytest.raises(Exception, match="trait_hash"):
@@ -454,18 +441,10 @@ def infected(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    undrawn(monkeypatch)
-    html = render_tuning(infected(text))
-    html.encode()
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\u200b\ufeff]", html)
-    assert html.count("\u2068") == html.count("\u2069")  # what isolates, of the report itself
-    found = Page(html)
-    assert {tag for tag, _ in found.tags} <= {tag for tag, _ in page.tags}
-    assert len(found.all("style")) == 1
-    assert not [a for _, a in found.tags if any(name.startswith("on") for name in a)]
-    assert found.text.count(" ".join(printable(text).split())) >= 12
+def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
+    assert_harmless(render_tuning(infected(text)), text, page)
 
 
+@pytest.mark.usefixtures("drawing")
 def test_no_text_of_others_reaches_a_figure() -> None:
-    assert draw_tuning(infected(" ".join(HOSTILE))) == drawn_once()
+    assert draw_tuning(infected(" ".join(HOSTILE))) == draw_tuning(make_tuning())
