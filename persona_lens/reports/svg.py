@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -86,14 +87,14 @@ def _shorten(figure: Figure) -> None:
             if isinstance(formatter, FixedFormatter):
                 formatter.seq = [_label(str(label)) for label in formatter.seq]
             elif isinstance(formatter, FuncFormatter):  # which has the labels that were set with their places
-                formatter.func = _labelling(formatter.func)
+                formatter.func = partial(_labelled, formatter.func)
     for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
         found: Any = text
         found.set_text(_label(found.get_text()))
 
 
-def _labelling(label: Callable[[Any, Any], Any]) -> Callable[[Any, Any], str]:
-    return lambda value, place=None: _label(str(label(value, place)))
+def _labelled(label: Callable[[Any, Any], Any], value: Any, place: Any = None) -> str:
+    return _label(str(label(value, place)))
 
 
 def _label(text: str) -> str:
