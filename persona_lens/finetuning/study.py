@@ -119,15 +119,10 @@ def finetune_study(
         VectorsError: If the vectors belong to another model.
     """
     config = config or FinetuneConfig()
-    if config.weights == "full":
-        raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
-    if settings.task is not None:
-        check_task(settings.task)
+    _check(config, settings)
     trained = treatments_of(settings.treatments, config, vectors)
     transcripts, others = conversations_of(data, side), conversations_of(held_out, side)
-    loaded = answering = load(model, dtype=config.dtype, device=device)
-    if settings.dtype != config.dtype:
-        answering = load(model, dtype=settings.dtype, device=device)
+    loaded, answering = _opened(model, config.dtype, settings.dtype, device)
     base = wrap_model(answering.model, answering.tokenizer)
     subject = Subject.of(base, vectors, None, judge, ChatFormat.from_tokenizer(loaded.tokenizer))
     vectors.vector(settings.layer)
@@ -150,6 +145,20 @@ def finetune_study(
         run.write_lines(OUTCOMES, map(asdict, outcomes))
         run.write_json("summary.json", summary)
     return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)))
+
+
+def _check(config: FinetuneConfig, settings: FinetuneStudySettings) -> None:
+    """Refuse what would fail after hours of training."""
+    if config.weights == "full":
+        raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
+    if settings.task is not None:
+        check_task(settings.task)
+
+
+def _opened(model: str, training: str, answering: str, device: str) -> tuple[Loaded, Loaded]:
+    """The model that is trained, and the one that answers: the same, unless they differ in precision."""
+    loaded = load(model, dtype=training, device=device)
+    return loaded, loaded if answering == training else load(model, dtype=answering, device=device)
 
 
 @dataclass(frozen=True)
