@@ -27,7 +27,8 @@ from persona_lens.analysis.features import Features
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import Answers, Subject, model_config, run_folder
-from persona_lens.judging import Judge, as_used, methods_of, prepare_judge
+from persona_lens.judging import Judge
+from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError, RunFolder
@@ -296,7 +297,7 @@ def _dissection(
     effects: Mapping[str, FeatureEffect | None] = {}
     rows = answers.rows(ArmRow) if answers is not None else []
     if answers is not None:
-        summary["judge"] = as_used(config["judge"], methods_of(answers.judgements))
+        summary["judge"] = as_used(config["judge"], answers.judgements)
         coefficient = coefficient_of(vectors, features, settings)
         top = [each["feature"] for each in found["ranking"]["top"][: settings.steered]]
         random = [each["feature"] for each in found["random_features"]]

@@ -78,9 +78,10 @@ def score(
     `persona-lens judge score runs/optimistic-smollm2-135m --judge openai:gpt-4.1-mini --trait optimistic
     --out scores.jsonl`
     """
-    from persona_lens.judging import Exchange, judging_work
+    from persona_lens.judging import Exchange
     from persona_lens.judging.agreement import read_scored
-    from persona_lens.judging.agreement.sources import judge_scored
+    from persona_lens.judging.recording import judging_work
+    from persona_lens.judging.scored import judge_scored
 
     responses = read_scored(source, scores_required=False)
     opened = judging.open(judge, options.open_trait(trait, traits_dir), opening)
@@ -127,7 +128,7 @@ def compare(
     """
     from persona_lens.judging.agreement import compare as compare_scores
     from persona_lens.judging.agreement import read_scored
-    from persona_lens.judging.agreement.sources import judge_scored
+    from persona_lens.judging.scored import judge_scored
     from persona_lens.reports.agreement import render_agreement
 
     if report is not None and report.suffix.lower() not in (".html", ".htm"):

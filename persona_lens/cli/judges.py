@@ -132,8 +132,8 @@ def open_server(
     timeout: float | None = None,
 ) -> CompletionServer:
     """The server that options describe; nothing is asked of it yet."""
+    from persona_lens.models.endpoint import CONCURRENCY, OPENAI_KEY, TIMEOUT
     from persona_lens.models.server import CompletionServer, Prices, ServerSettings, Spending
-    from persona_lens.models.server.messages import CONCURRENCY, OPENAI_KEY, TIMEOUT
 
     limits = _numbers(rate, rate_option, (1, 2))
     charged = _numbers(prices, "--prices", (2,))

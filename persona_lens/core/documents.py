@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -39,6 +40,17 @@ class Record:
         """The values by name: tensors and tuples as lists, and None for a number that is none."""
         return {each.name: plain(getattr(self, each.name)) for each in fields(cast(Any, self))}
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The record that `to_json` gave; what else stands there is left out.
+
+        Raises:
+            TypeError, ValueError: If a field is missing, of another type, or not finite.
+        """
+        kind: Any = cls
+        found: Self = _reader(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
+        return found
+
 
 def plain(value: Any) -> Any:
     """A value as JSON has it: see `Record.to_json`."""
@@ -53,6 +65,13 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return None if isinstance(value, float) and not isfinite(value) else value
+
+
+@cache
+def _reader(kind: type) -> Any:
+    from pydantic import TypeAdapter  # slow to import, and few records are read
+
+    return TypeAdapter(kind)
 
 
 class DocumentError(PersonaLensError):

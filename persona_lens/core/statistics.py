@@ -159,14 +159,17 @@ SHARE = Scale(special.logit, special.expit, SHARES, saturates=True)
 
 
 def jackknifed(
-    statistic: Callable[[NDArray[np.intp]], Values], clusters: Sequence[Hashable], scale: Scale, seed: int = 0
+    statistic: Callable[[NDArray[np.intp]], Values],
+    clusters: Sequence[Hashable],
+    scale: Scale | Sequence[Scale],
+    seed: int = 0,
 ) -> list[Ends | None]:
     """95% intervals of statistics of clustered rows; None where there is one cluster only, or one is not defined.
 
     Args:
         statistic: From row numbers to float64 [statistics], NaN where one is undefined.
         clusters: What each row belongs to (here: its question).
-        scale: Of the statistics.
+        scale: Of the statistics, or of each of them.
         seed: Of the resampling.
     """
     members = _members(clusters)
@@ -175,7 +178,9 @@ def jackknifed(
     if len(members) < 2:
         return [None] * len(whole)
     without = np.array([statistic(np.delete(rows, own)) for own in members])
-    return [jackknife_interval(float(w), left, scale, seed) for w, left in zip(whole, without.T, strict=True)]
+    scales = [scale] * len(whole) if isinstance(scale, Scale) else scale
+    each = zip(whole, without.T, scales, strict=True)
+    return [jackknife_interval(float(value), left, own, seed) for value, left, own in each]
 
 
 def jackknife_interval(value: float, without: Values, scale: Scale, seed: int = 0) -> Ends | None:

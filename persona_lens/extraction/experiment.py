@@ -16,17 +16,8 @@ from typing import Any, Literal, TypeVar
 from persona_lens.backend import Backend, Read
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.judging import (
-    Judge,
-    Judgement,
-    LikelihoodJudge,
-    as_used,
-    judge_rollouts,
-    judging_work,
-    longest_exchanges,
-    methods_of,
-    prepare_judge,
-)
+from persona_lens.judging import Judge, Judgement, LikelihoodJudge
+from persona_lens.judging.recording import as_used, judge_rollouts, judging_work, longest_exchanges, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder, file_prefix
@@ -305,7 +296,7 @@ class Subject:
 
     def judge_used(self, *answers: Answers) -> dict[str, Any]:
         """The judge's description, with how it found the scores of these answers."""
-        return as_used(self.judge.describe(), methods_of(found for each in answers for found in each.judgements))
+        return as_used(self.judge.describe(), (found for each in answers for found in each.judgements))
 
 
 def subject_config(backend: Backend, trait: Trait, chat: ChatFormat) -> dict[str, Any]:

@@ -22,17 +22,13 @@ from persona_lens.extraction.means import (
     held_out_separation,
     plan_requests,
 )
-from persona_lens.judging import (
-    Judge,
-    Judgement,
-    LikelihoodJudge,
+from persona_lens.judging import Judge, Judgement, LikelihoodJudge, fit_calibration
+from persona_lens.judging.recording import (
     as_used,
     exchange_of,
-    fit_calibration,
     judge_rollouts,
     judging_work,
     longest_exchanges,
-    methods_of,
     prepare_judge,
     weigh_rollouts,
 )
@@ -198,7 +194,7 @@ class _Extracting:
         filtered = filter_responses(requests, judged, settings)
         means = arm_means(requests, filtered.kept, collected.reductions)
         separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
-        described = as_used(scoring.describe(), methods_of(judged))
+        described = as_used(scoring.describe(), judged)
         provenance = {**config, "judge": described, "counts": filtered.to_json(), "separation": separations}
         if not settings.sinks:
             provenance["prompt_mean_sinks"] = False

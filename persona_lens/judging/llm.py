@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging import protocol as numbers
-from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score
-from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
-from persona_lens.models.server.messages import Answer
-from persona_lens.models.templates import answer_text
+from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Method, Score
+from persona_lens.models.completions import Answer, Completion, CompletionRequest, Refused, Usage
+from persona_lens.models.endpoint import Done
+from persona_lens.models.reasoning import answer_text
+from persona_lens.models.server import CompletionServer
 from persona_lens.runs.cost import Work
 from persona_lens.traits import Trait
 from persona_lens.traits.wording import fill_slots
@@ -90,19 +91,6 @@ MOST_FAILURES = 20
 """Responses in a row, from the first on, that get nothing which could be a score, before the work stops."""
 
 
-class Method(StrEnum):
-    """How a number is had from a server."""
-
-    AUTO = "auto"
-    """The first of the others that the server allows, as one question shows."""
-    LOGPROBS = numbers.LOGPROBS
-    """Expectation over the likeliest first tokens: the paper's way."""
-    SAMPLES = numbers.SAMPLES
-    """Mean of several sampled answers: for servers without log-probabilities, or whose tokens are single digits."""
-    NUMBER = numbers.NUMBER
-    """The number of one greedy answer."""
-
-
 @dataclass(frozen=True)
 class Asking:
     """How a server is asked, as one question has shown.
@@ -135,7 +123,6 @@ class LLMJudge:
     method: Method = Method.AUTO
     samples: int = 5
     max_characters: int = 200_000
-    _known: list[Asking] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_characters < 1:
@@ -171,25 +158,21 @@ class LLMJudge:
             ServerError: If it cannot be reached or used, or fails again and again.
             SpendingLimitError: If the spending limit is reached.
         """
-        asked = [index for index, exchange in enumerate(exchanges) if self._reason(exchange) is None]
+        asked = [exchange for exchange in exchanges if self._reason(exchange) is None]
         if not asked:
             return [self._unasked(exchange) for exchange in exchanges]
         asking = self.prepare()
-        each = [self._requests(exchanges[index], asking) for index in asked]
-        flat = [request for requests in each for request in requests]
-        owner = [number for number, requests in enumerate(each) for _ in requests]
-        counted = _Counted(exchanges, asked, each, progress)
-        given = iter(
-            self.server.complete(flat, lambda index, answer: counted.take(owner[index], answer), keep=_is_usable)
-        )
-        judged = {
-            index: self._judgement([next(given) for _ in requests], asking.method)
-            for index, requests in zip(asked, each, strict=True)
-        }
-        without = [found.trait.reason or "" for found in judged.values() if found.trait.value is None]
+        each = [self._requests(exchange, asking) for exchange in asked]
+        flat, size = [request for requests in each for request in requests], len(each[0])
+        answers = self.server.complete(flat, _counting(len(exchanges), len(asked), size, progress), keep=_is_usable)
+        judged = [
+            self._judgement(answers[start : start + size], asking.method) for start in range(0, len(answers), size)
+        ]
+        without = [found.trait.reason or "" for found in judged if found.trait.value is None]
         if len(without) == len(judged) and not any(reason.startswith(numbers.REFUSED) for reason in without):
             raise JudgingError(_none_of(f"{len(judged):,} responses", without[0]))
-        return [judged.get(i) or self._unasked(exchange) for i, exchange in enumerate(exchanges)]
+        given = iter(judged)
+        return [next(given) if self._reason(each) is None else self._unasked(each) for each in exchanges]
 
     def prepare(self) -> Asking:
         """Find out whether the server can judge, and how; one question, the first time.
@@ -199,21 +182,15 @@ class LLMJudge:
             ServerError: If it cannot be asked.
             SpendingLimitError: If the spending limit is reached.
         """
-        if not self._known:
-            self.server.check()
-            self._known.append(self._found())
-        return self._known[0]
-
-    def estimate(self, exchanges: Sequence[Exchange]) -> Usage:
-        """About what `judge` would use, if nothing were in the cache; nothing is asked."""
-        supposed = Asking(Method.LOGPROBS if self.method is Method.AUTO else self.method)
-        asking = self._known[0] if self._known else supposed
-        asked = (exchange for exchange in exchanges if self._reason(exchange) is None)
-        return sum((r.tokens() for exchange in asked for r in self._requests(exchange, asking)), Usage())
+        return self._asking
 
     def work(self, exchanges: Sequence[Exchange]) -> Work:
-        """See `persona_lens.judging.PlannedJudge.work`."""
-        usage, prices = self.estimate(exchanges), self.server.spending.prices
+        """See `persona_lens.judging.Judge`."""
+        supposed = Asking(Method.LOGPROBS if self.method is Method.AUTO else self.method)
+        asking = vars(self).get("_asking", supposed)  # nothing is asked for it
+        asked = (exchange for exchange in exchanges if self._reason(exchange) is None)
+        usage = sum((r.tokens() for exchange in asked for r in self._requests(exchange, asking)), Usage())
+        prices = self.server.spending.prices
         cost = prices.cost(usage) if prices else None
         return Work("judging", usage.requests, usage.requests, usage.tokens, cost=cost)
 
@@ -247,8 +224,10 @@ class LLMJudge:
         half = len(answers) // 2
         return Judgement(_score(answers[:half], method), _score(answers[half:], method))
 
-    def _found(self) -> Asking:
+    @cached_property
+    def _asking(self) -> Asking:
         """How the server can be asked; its answer to one question, whose answer is known, shows that."""
+        self.server.check()
         words = Method.SAMPLES if self.method is Method.AUTO else self.method
         wants_logprobs = self.method in (Method.AUTO, Method.LOGPROBS)
         answer = self._probe(NUMBER_TOKENS, TOP_LOGPROBS if wants_logprobs else None)
@@ -264,12 +243,13 @@ class LLMJudge:
             answer = self._probe(NUMBER_TOKENS)
         if _says_number(answer):
             return Asking(words)
-        if isinstance(answer, Completion) and _reasons(answer):
+        # The answer is not there yet where the model thinks first.
+        if isinstance(answer, Completion) and (not answer_text(answer.text).strip() or answer.finished is False):
             answer = self._probe(REASONING_TOKENS)
             if _says_number(answer):
                 return Asking(words, REASONING_TOKENS)
         settings = self.server.settings
-        said = answer.reason if isinstance(answer, Refused) else f"it answers {numbers.shown(answer.choices[0].text)}"
+        said = answer.reason if isinstance(answer, Refused) else f"it answers {_shown(answer)}"
         raise JudgingError(
             f"the model {settings.model!r} on {settings.shown} cannot judge: asked for the number {WANTED}, {said}. "
             "Choose another model"
@@ -282,56 +262,48 @@ class LLMJudge:
         return answer
 
 
-class _Counted:
-    """Answers as they come, counted by response for the progress; work that yields nothing ends early."""
+def _counting(responses: int, asked: int, each: int, progress: Progress) -> Done:
+    """Tells the progress of answers as they come, and ends work early that yields nothing.
 
-    def __init__(
-        self,
-        exchanges: Sequence[Exchange],
-        asked: Sequence[int],
-        each: Sequence[Sequence[CompletionRequest]],
-        progress: Progress,
-    ) -> None:
-        self._total, self._done, self._progress = len(exchanges), len(exchanges) - len(asked), progress
-        self._left = [len(requests) for requests in each]
-        self._failures: int | None = 0  # None after the first success
-        progress(self._done, self._total, "judging")
+    Args:
+        responses: How many there are.
+        asked: Those of them that the server is asked about.
+        each: Requests for one of them.
+        progress: Told how many are done.
+    """
+    done, failures, failing = 0, 0, True
+    progress(responses - asked, responses, "judging")
 
-    def take(self, owner: int, answer: Answer) -> None:
-        self._left[owner] -= 1
-        if not self._left[owner]:
-            self._done += 1
-            self._progress(self._done, self._total, "judging")
-        if isinstance(answer, Completion) and _is_usable(None, answer):
-            self._failures = None
-        elif self._failures is not None:
-            self._failures += 1
-            if self._failures >= MOST_FAILURES:
-                said = answer.reason if isinstance(answer, Refused) else numbers.shown(answer.choices[0].text)
-                raise JudgingError(_none_of(f"its first {self._failures:,} answers", said))
+    def take(_: int, answer: Answer) -> None:
+        nonlocal done, failures, failing
+        done += 1
+        progress(responses - asked + done // each, responses, "judging")
+        failing = failing and not (isinstance(answer, Completion) and _is_usable(None, answer))
+        failures += failing
+        if failing and failures >= MOST_FAILURES:
+            raise JudgingError(_none_of(f"its first {failures:,} answers", _shown(answer)))
+
+    return take
 
 
 def _none_of(what: str, reason: str) -> str:
     return f"the judge gave no score in any of {what}: {reason}. Choose another one (--judge, --judge-method)"
 
 
-def _is_usable(_: CompletionRequest | None, completion: Completion) -> bool:
+def _shown(answer: Answer) -> str:
+    return answer.reason if isinstance(answer, Refused) else numbers.shown(answer.text)
+
+
+def _is_usable(_: CompletionRequest | None, answer: Completion) -> bool:
     """Whether the answer is a judgement, so that it is kept: a number, numbers' probabilities, or a refusal to rate."""
-    sampled = completion.choices[0]
-    text = answer_text(sampled.text)
+    text = answer_text(answer.text)
     if numbers.says_refusal(text) or numbers.score_of_text(text).value is not None:
         return True
-    return sampled.top_logprobs is not None and numbers.score_of_tokens(sampled.top_logprobs).value is not None
-
-
-def _reasons(answer: Completion) -> bool:
-    """Whether the answer is not there yet because the model thinks first."""
-    sampled = answer.choices[0]
-    return not answer_text(sampled.text).strip() or sampled.finished is False
+    return answer.top_logprobs is not None and numbers.score_of_tokens(answer.top_logprobs).value is not None
 
 
 def _says_number(answer: Answer) -> bool:
-    return isinstance(answer, Completion) and numbers.score_of_text(answer_text(answer.choices[0].text)).value == WANTED
+    return isinstance(answer, Completion) and numbers.score_of_text(answer_text(answer.text)).value == WANTED
 
 
 def _lack(answer: Answer, refused: str | None) -> str | None:
@@ -343,7 +315,7 @@ def _lack(answer: Answer, refused: str | None) -> str | None:
     """
     if isinstance(answer, Refused):
         return answer.reason
-    top = answer.choices[0].top_logprobs
+    top = answer.top_logprobs
     if not top:
         return refused or "it reports none"
     found = [number for token, _ in top if (number := numbers.whole_number(token)) is not None]
@@ -355,18 +327,17 @@ def _lack(answer: Answer, refused: str | None) -> str | None:
 
 
 def _score(answers: Sequence[Answer], method: Method) -> Score:
-    refused = next((answer for answer in answers if isinstance(answer, Refused)), None)
-    if refused is not None:
-        return Score(None, refused.reason, str(method))
     completions = [answer for answer in answers if isinstance(answer, Completion)]
+    refused = [answer for answer in answers if isinstance(answer, Refused)]
+    if refused:
+        return Score(None, refused[0].reason, method)
     if method is Method.SAMPLES:
-        return numbers.score_of_samples([answer_text(completion.choices[0].text) for completion in completions])
+        return numbers.score_of_samples([answer_text(completion.text) for completion in completions])
     [completion] = completions
     if method is Method.NUMBER:
-        found = numbers.score_of_text(answer_text(completion.choices[0].text))
+        found = numbers.score_of_text(answer_text(completion.text))
         greedy = "temperature" not in completion.without
         return found if greedy else replace(found, method=f"{found.method}, at the server's temperature")
-    top = completion.choices[0].top_logprobs
-    if top is None:
-        return Score(None, "the server reported no log-probabilities", str(method))
-    return numbers.score_of_tokens(top)
+    if completion.top_logprobs is None:
+        return Score(None, "the server reported no log-probabilities", method)
+    return numbers.score_of_tokens(completion.top_logprobs)

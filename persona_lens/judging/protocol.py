@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import isfinite
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
 
+from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import Progress, no_progress
-
-if TYPE_CHECKING:
-    from persona_lens.runs.cost import Work
 
 EMPTY = "empty response"
 
@@ -51,34 +49,9 @@ class Score:
     reason: str | None = None
     method: str | None = None
 
-    @staticmethod
-    def from_row(row: Mapping[str, Any]) -> Score:
-        """The score that its fields by name stand for.
-
-        Raises:
-            KeyError, TypeError, ValueError: If there are others.
-        """
-        words = row["reason"], row["method"]
-        if not all(each is None or isinstance(each, str) for each in words):
-            raise TypeError("values of other types")
-        return Score(None if row["value"] is None else finite(row["value"]), *words)
-
-
-def finite(value: Any) -> float:
-    """A number of a row.
-
-    Raises:
-        TypeError, ValueError: If it is none, or not finite.
-    """
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"no number: {value!r:.40}")
-    if not isfinite(value):
-        raise ValueError(f"not finite: {value}")
-    return float(value)
-
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgement(Record):
     """What a judge says of one response.
 
     Attributes:
@@ -92,25 +65,15 @@ class Judgement:
     coherence: Score | None = None
     surprise: float | None = None
 
-    def to_row(self) -> dict[str, Any]:
-        """The judgement as JSON values."""
-        return asdict(self)
-
-    @staticmethod
-    def from_row(row: Mapping[str, Any]) -> Judgement:
-        """The judgement that `to_row` gave.
-
-        Raises:
-            KeyError, TypeError, ValueError: If it is no such row.
-        """
-        coherence = Score.from_row(row["coherence"]) if row["coherence"] is not None else None
-        surprise = None if row["surprise"] is None else finite(row["surprise"])
-        return Judgement(Score.from_row(row["trait"]), coherence, surprise)
-
 
 @runtime_checkable
 class Judge(Protocol):
-    """Scores responses for one trait."""
+    """Scores responses for one trait.
+
+    A judge may have two methods more: ``prepare()`` finds out, at little cost, everything that would keep it from
+    judging, and raises an error for it; ``work(exchanges)`` says what judging these asks at most, if nothing of it is
+    in a cache, as a `persona_lens.runs.cost.Work`.
+    """
 
     @property
     def pieces_at_once(self) -> int:
@@ -135,32 +98,22 @@ class Judge(Protocol):
         ...
 
 
-@runtime_checkable
-class PreparedJudge(Protocol):
-    """A judge that can find out whether it can work before there is anything to judge."""
+class Method(StrEnum):
+    """How a number is had from a judge that answers in words."""
 
-    def prepare(self) -> Any:
-        """Find out, at little cost, everything that would keep it from judging.
-
-        Raises:
-            PersonaLensError: If something does.
-        """
-        ...
-
-
-@runtime_checkable
-class PlannedJudge(Protocol):
-    """A judge that knows beforehand what judging asks."""
-
-    def work(self, exchanges: Sequence[Exchange]) -> Work:
-        """What judging these exchanges asks at most, if nothing of it is in a cache; nothing runs."""
-        ...
+    AUTO = "auto"
+    """The first of the others that the server allows, as one question shows."""
+    LOGPROBS = "logprobs"
+    """Expectation over the likeliest first tokens: the paper's way."""
+    SAMPLES = "samples"
+    """Mean of several sampled answers: for servers without log-probabilities, or whose tokens are single digits."""
+    NUMBER = "number"
+    """The number of one greedy answer."""
 
 
 HIGHEST = 100
 MIN_MASS = 0.25
 """Probability that all numbers together must have for a score; below it the judge meant something else."""
-LOGPROBS, SAMPLES, NUMBER = "logprobs", "samples", "number"
 REFUSED = "refusal"
 """Begins the reason where the judge would not rate."""
 
@@ -176,12 +129,11 @@ def whole_number(token: str) -> int | None:
     return int(found[1]) if found and int(found[1]) <= HIGHEST else None
 
 
-def expected_number(probabilities: Iterable[tuple[int, float]], method: str = LOGPROBS) -> Score:
+def expected_number(probabilities: Iterable[tuple[int, float]]) -> Score:
     """Sum of k p(k) over sum of p(k).
 
     Args:
         probabilities: Numbers from 0 to 100 with their probabilities; a number may come several times.
-        method: For the record.
 
     Returns:
         The expectation; no score where all numbers together have a probability below `MIN_MASS`.
@@ -189,9 +141,9 @@ def expected_number(probabilities: Iterable[tuple[int, float]], method: str = LO
     pairs = list(probabilities)
     mass = math.fsum(p for _, p in pairs)
     if mass < MIN_MASS - 1e-9:  # a sum that is exactly the limit may round to less
-        return Score(None, f"{REFUSED}: numbers have a probability of {mass:.2f} together", method)
+        return Score(None, f"{REFUSED}: numbers have a probability of {mass:.2f} together", Method.LOGPROBS)
     value = math.fsum(k * p for k, p in pairs) / mass
-    return Score(min(max(value, 0.0), float(HIGHEST)), method=method)
+    return Score(min(max(value, 0.0), float(HIGHEST)), method=Method.LOGPROBS)
 
 
 def score_of_tokens(top: Iterable[tuple[str, float]]) -> Score:
@@ -211,22 +163,22 @@ def score_of_text(text: str) -> Score:
         The number; no score where there is none from 0 to 100, or more than one.
     """
     if says_refusal(text):
-        return Score(None, REFUSED, NUMBER)
+        return Score(None, REFUSED, Method.NUMBER)
     found = {float(match[1]) for match in _IN_TEXT.finditer(text)}
     if len(found) != 1:
         what = "several numbers" if found else "no number"
-        return Score(None, f"the judge's answer holds {what}: {shown(text)}", NUMBER)
+        return Score(None, f"the judge's answer holds {what}: {shown(text)}", Method.NUMBER)
     value = found.pop()
     if value > HIGHEST:
-        return Score(None, f"the judge's answer is beyond {HIGHEST}: {shown(text)}", NUMBER)
-    return Score(value, method=NUMBER)
+        return Score(None, f"the judge's answer is beyond {HIGHEST}: {shown(text)}", Method.NUMBER)
+    return Score(value, method=Method.NUMBER)
 
 
 def score_of_samples(texts: Sequence[str]) -> Score:
     """The mean of the numbers in several sampled answers; no score where fewer than a quarter hold one."""
     scores = [score_of_text(text) for text in texts]
     values = [score.value for score in scores if score.value is not None]
-    method = f"{SAMPLES}: {len(values)} of {len(texts)}"
+    method = f"{Method.SAMPLES}: {len(values)} of {len(texts)}"
     if not values or len(values) < MIN_MASS * len(texts):
         reason = next((score.reason for score in scores if score.reason), None)
         return Score(None, reason, method)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from persona_lens.core.progress import Progress, no_progress
-from persona_lens.judging.likelihood import Evidence, LikelihoodJudge
-from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement, JudgingError, PlannedJudge, PreparedJudge
+from persona_lens.judging.protocol import EMPTY, Exchange, Judge, Judgement, JudgingError
+from persona_lens.judging.reading import Evidence, LikelihoodJudge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces, Row
 from persona_lens.runs.cost import Work
@@ -17,6 +17,7 @@ from persona_lens.runs.rollouts import Rollout, RolloutBatches, Rollouts
 if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
 
+Found = TypeVar("Found")
 EVIDENCE = "evidence.jsonl"
 JUDGEMENTS = "judgements.jsonl"
 
@@ -27,7 +28,7 @@ def prepare_judge(
     """Let a judge find out whether it can work, before anything is generated for it.
 
     Args:
-        judge: Any judge; one without `PreparedJudge.prepare` is taken to be ready.
+        judge: Any judge; one without a method ``prepare`` is taken to be ready.
         folder: Where its judgements will be; if they are there already it is not needed.
         prefix: As for `judge_rollouts`.
         collected: What is going to be generated for it.
@@ -36,17 +37,19 @@ def prepare_judge(
         PersonaLensError: If something keeps it from judging.
         ContextError: If the longest response would not fit behind what the likelihood judge puts before it.
     """
-    there = folder is not None and (folder.path / (prefix + JUDGEMENTS)).exists()
-    if isinstance(judge, PreparedJudge) and not there:
-        judge.prepare()
-    if isinstance(judge, LikelihoodJudge) and isinstance(collected, Rollouts) and not there:
+    if folder is not None and (folder.path / (prefix + JUDGEMENTS)).exists():
+        return
+    if prepare := getattr(judge, "prepare", None):
+        prepare()
+    if isinstance(judge, LikelihoodJudge) and isinstance(collected, Rollouts):
         questions = {request.question for request in collected.requests}
         judge.check_room(questions, collected.settings.max_new_tokens)
 
 
 def judging_work(judge: Judge, exchanges: Sequence[Exchange]) -> tuple[Work, ...]:
-    """What judging these exchanges asks; nothing for a judge that does not know (`PlannedJudge`)."""
-    return (judge.work(exchanges),) if isinstance(judge, PlannedJudge) else ()
+    """What judging these exchanges asks; nothing for a judge that does not know."""
+    work = getattr(judge, "work", None)
+    return (work(exchanges),) if work else ()
 
 
 def longest_exchanges(rollouts: Rollouts) -> list[Exchange]:
@@ -79,9 +82,11 @@ def weigh_rollouts(
     def work(exchanges: Sequence[Exchange], progress: Progress) -> list[Row]:
         return [e.to_json() if e else {"reason": EMPTY} for e in judge.weigh(exchanges)]
 
-    exchanges = _exchanges(rollouts, judge.chat)
-    rows = _in_pieces(judge, work, exchanges, folder, EVIDENCE, Evidence.from_row, "extraction judging", progress)
-    return list(map(Evidence.from_row, rows))
+    def evidence(row: Row) -> Evidence | None:
+        return None if "reason" in row else Evidence.from_json(row)
+
+    exchanges = [exchange_of(rollout, judge.chat) for rollout in rollouts]
+    return _in_pieces(judge, work, exchanges, folder, EVIDENCE, evidence, "extraction judging", progress)
 
 
 def judge_rollouts(
@@ -91,7 +96,6 @@ def judge_rollouts(
     folder: RunFolder | None,
     *,
     prefix: str = "",
-    methods: set[str] | None = None,
     progress: Progress = no_progress,
 ) -> list[Judgement]:
     """The judgement of each rollout; what the folder already holds is not judged again.
@@ -102,28 +106,19 @@ def judge_rollouts(
         chat: The subject model's chat format.
         folder: Where to save, under names that begin with ``prefix``; None keeps all in memory.
         prefix: Distinguishes several sets of rollouts in a folder.
-        methods: Where the ways in which scores were found are added, for `as_used`.
         progress: Told how far the work is.
 
     Raises:
         JudgingError: If no response got a score, and not because all of them are empty.
     """
     label = f"{prefix.rstrip('-') or 'extraction'} judging"
-    exchanges = _exchanges(rollouts, chat)
+    exchanges = [exchange_of(rollout, chat) for rollout in rollouts]
     judged = judge_exchanges(judge, exchanges, folder, prefix=prefix, label=label, progress=progress)
     check_scored(judged)
-    if methods is not None:
-        methods |= methods_of(judged)
     return judged
 
 
-def methods_of(judged: Iterable[Judgement]) -> set[str]:
-    """The ways in which a judge found these scores; none where it knows but one."""
-    scores = (score for each in judged for score in (each.trait, each.coherence) if score is not None)
-    return {score.method.partition(":")[0] for score in scores if score.method}
-
-
-def as_used(described: Mapping[str, Any], methods: Collection[str]) -> dict[str, Any]:
+def as_used(described: Mapping[str, Any], judged: Iterable[Judgement]) -> dict[str, Any]:
     """A judge's description, with the method that scores were found by where the choice of one was left to the judge.
 
     What binds a run folder is the description as it is, since the method is known only once the judge has been asked;
@@ -131,8 +126,10 @@ def as_used(described: Mapping[str, Any], methods: Collection[str]) -> dict[str,
 
     Args:
         described: See `Judge.describe`.
-        methods: See `methods_of`.
+        judged: What it said.
     """
+    scores = (score for each in judged for score in (each.trait, each.coherence) if score is not None)
+    methods = {score.method.partition(":")[0] for score in scores if score.method}
     if "method" not in described or not methods:
         return dict(described)
     return {**described, "method": " and ".join(sorted(methods))}
@@ -150,10 +147,9 @@ def judge_exchanges(
     """The judgement of each exchange, as `judge_rollouts` has it; ``label`` is what progress is told."""
 
     def work(exchanges: Sequence[Exchange], progress: Progress) -> list[Row]:
-        return [judgement.to_row() for judgement in judge.judge(exchanges, progress)]
+        return [judgement.to_json() for judgement in judge.judge(exchanges, progress)]
 
-    rows = _in_pieces(judge, work, exchanges, folder, prefix + JUDGEMENTS, Judgement.from_row, label, progress)
-    return [Judgement.from_row(row) for row in rows]
+    return _in_pieces(judge, work, exchanges, folder, prefix + JUDGEMENTS, Judgement.from_json, label, progress)
 
 
 def _in_pieces(
@@ -162,11 +158,11 @@ def _in_pieces(
     exchanges: Sequence[Exchange],
     folder: RunFolder | None,
     name: str,
-    form: Callable[[Row], object],
+    form: Callable[[Row], Found],
     label: str,
     progress: Progress,
-) -> list[Row]:
-    """A row for each exchange, in their order."""
+) -> list[Found]:
+    """What the rows of ``work`` say of each exchange, in their order."""
     cut = judge.pieces(exchanges)
 
     def within(done: int, total: int | None, _: str) -> None:
@@ -178,11 +174,8 @@ def _in_pieces(
 
     purposes = [json.dumps([each.question, each.response, each.response_ids]) for each in exchanges]
     pieces = Pieces(folder, name, cut, purposes, form=form)
-    return pieces.run(run, at_once=judge.pieces_at_once, report=lambda done: progress(done, len(exchanges), label))
-
-
-def _exchanges(rollouts: Sequence[Rollout], chat: ChatFormat) -> list[Exchange]:
-    return [exchange_of(rollout, chat) for rollout in rollouts]
+    rows = pieces.run(run, at_once=judge.pieces_at_once, report=lambda done: progress(done, len(exchanges), label))
+    return list(map(form, rows))
 
 
 def exchange_of(rollout: Rollout, chat: ChatFormat) -> Exchange:

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 from persona_lens.backend import Backend
 from persona_lens.core.plugins import Registry
-from persona_lens.judging.llm import LLMJudge, Method
-from persona_lens.judging.local import LocalJudge
-from persona_lens.judging.protocol import Judge, JudgingError
+from persona_lens.judging.llm import LLMJudge
+from persona_lens.judging.protocol import Judge, JudgingError, Method
+from persona_lens.judging.reading import LocalJudge
 from persona_lens.models import ChatFormat
 from persona_lens.models.server import CompletionServer
 from persona_lens.traits import Trait

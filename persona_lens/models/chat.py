@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from persona_lens.core.errors import ModelError
 from persona_lens.core.progress import note
-from persona_lens.models.templates import (
-    ChatTemplate,
-    Marks,
-    Message,
-    answer_text,
-    probe_end_of_turn,
-    probe_opened,
-    probe_system,
-    probe_thinking,
-)
+from persona_lens.models.reasoning import CHANNEL, Marks, answer_text, opened_marks
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from persona_lens.backend import Backend
 
+Message = Mapping[str, str]
+"""A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``; ``"weight": "0"`` beside them
+says of an answer that it is there to be read, not learned or screened."""
+
+# Words that no template would write itself, so that finding them shows what became of a message.
+_SYSTEM = "probe of the instruction zebra kettle"
+_USER = "probe of the question walnut ladder"
+_ANSWER = "probe of the answer copper violin"
+_TURNS: list[Message] = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+
+# Some templates write today's date into every prompt. A run continued tomorrow, or repeated elsewhere, would
+# see other prompts, so the date they are given is always this one (the one that Llama's template falls back
+# on by itself).
+_PINNED_DATE = datetime.date(2024, 7, 26)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>[^'\"]*)(?P=quote)\s*\)")
+
 
 @dataclass(frozen=True)
 class ChatFormat:
     """How one model wants its chats written, found out by rendering probes, never from the model's name."""
 
-    template: ChatTemplate
-    """The template, bound to the tokenizer."""
-    system_role: Literal["native", "in_first_user_turn"]
+    tokenizer: PreTrainedTokenizerBase = field(repr=False, compare=False)
+    """The tokenizer, for its special tokens and for turning text into ids."""
+    template: str
+    """The text of the Jinja chat template."""
+    think: bool = False
+    """Whether the model is asked to reason before it answers, where the template leaves the choice."""
+    system_role: Literal["native", "in_first_user_turn"] = "native"
     """Where instructions go: into a system message, or to the head of the first user message, for templates
     that refuse or drop system messages."""
-    default_system: str | None
-    """The system text that the template writes of itself when there is no system message."""
-    thinking: Literal["none", "off", "on", "always"]
+    thinking: Literal["none", "off", "on", "always"] = "none"
     """``none``: the template knows no reasoning. ``off``, ``on``: as asked. ``always``: cannot be switched
     off."""
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -58,46 +71,26 @@ class ChatFormat:
         Raises:
             ModelError: There is no chat template, or it cannot render one user message.
         """
-        source = template if template is not None else _template_of(tokenizer)
-
-        def make(with_thinking: bool) -> ChatTemplate:
-            return ChatTemplate(tokenizer, source, with_thinking)
-
-        chosen = make(thinking)
-        system = probe_system(chosen)
-        switchable, unavoidable = probe_thinking(make)
-        state: Literal["none", "off", "on", "always"] = "none"
-        if unavoidable:
-            state = "on" if thinking else "always"
-        elif switchable:
-            state = "on" if thinking else "off"
-        notes = [
-            system.note,
-            "this model reasons before every answer and its chat template cannot switch that off: allow for "
-            "more tokens; only what follows the reasoning counts as the answer"
-            if state == "always"
-            else None,
-            "the chat template writes today's date; it is given 26 July 2024 every day, so that runs can be repeated"
-            if chosen.writes_date
-            else None,
-        ]
-        return cls(
-            template=chosen,
-            system_role="native" if system.native else "in_first_user_turn",
-            default_system=system.default,
+        chosen = cls(tokenizer, template if template is not None else _template_of(tokenizer), thinking)
+        native, system_note = _probe_system(chosen)
+        state = _probe_thinking(chosen)
+        always = (
+            "this model reasons before every answer and its chat template cannot switch that off: allow for more "
+            "tokens; only what follows the reasoning counts as the answer"
+        )
+        date = "the chat template writes today's date; it is given 26 July 2024 every day, so that runs can be repeated"
+        notes = (system_note, always if state == "always" else None, date if _TODAY.search(chosen.template) else None)
+        return replace(
+            chosen,
+            system_role="native" if native else "in_first_user_turn",
             thinking=state,
             notes=tuple(note for note in notes if note),
         )
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
-        return self.template.tokenizer
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what shapes the prompts: the template's text and whether thinking was asked for."""
-        return hashlib.sha256(f"{self.template.thinking}\n{self.template.source}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.think}\n{self.template}".encode()).hexdigest()
 
     @property
     def reasons(self) -> bool:
@@ -133,8 +126,7 @@ class ChatFormat:
         Raises:
             ModelError: The messages are malformed, or the template refuses them.
         """
-        placed = self._placed(messages)
-        return self.template.encode(placed, add_generation_prompt=add_generation_prompt)
+        return [int(token) for token in self._apply(messages, add_generation_prompt, tokenize=True)]
 
     def rendered_text(
         self,
@@ -156,7 +148,7 @@ class ChatFormat:
             ModelError: The messages are malformed, or the template refuses them.
         """
         chosen = messages if messages is not None else _pair(system, user or "")
-        return self.template.render(self._placed(chosen), add_generation_prompt=add_generation_prompt)
+        return str(self._apply(chosen, add_generation_prompt, tokenize=False))
 
     def encode_answer(self, text: str) -> list[int]:
         """Return the token ids of an answer from elsewhere, to be put after a prompt's ids.
@@ -175,12 +167,15 @@ class ChatFormat:
         Raises:
             ModelError: The messages are malformed, or the template refuses them.
         """
-        found = self.template.encode_marked(self._placed(messages))
-        return found if found is not None and any(found[1]) else None
+        if _GENERATION.search(self.template) is None or not self.tokenizer.is_fast:
+            return None
+        found = self._apply(messages, False, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        marked = tuple(map(bool, found["assistant_masks"]))
+        return (tuple(map(int, found["input_ids"])), marked) if any(marked) else None
 
     def closing_ids(self) -> tuple[int, ...]:
         """Return what ends an assistant's turn: the template's control token, or else the tokenizer's end."""
-        probed = probe_end_of_turn(self.template)
+        probed = _probe_end_of_turn(self)
         end: Any = probed if probed is not None else self.tokenizer.eos_token_id
         return () if end is None else (int(end),)
 
@@ -194,8 +189,7 @@ class ChatFormat:
         Empty where the model was still reasoning when its tokens ran out.
         """
         raw = self._text(ids, skip_special_tokens=False)
-        opened = self.opened_reasoning
-        answer = answer_text(raw, opened_by_prompt=opened is not None, marks=(opened,) if opened else ())
+        answer = answer_text(raw, self.opened_reasoning)
         if answer == raw:
             return self.decode(ids)
         for token in self.tokenizer.all_special_tokens:
@@ -204,12 +198,12 @@ class ChatFormat:
 
     def end_of_turn_ids(self, generation_config: GenerationConfig | None = None) -> tuple[int, ...]:
         """Return the tokens that end a response; see `end_of_turn_ids`."""
-        return _end_of_turn_ids(self.tokenizer, generation_config, self.template)
+        return end_of_turn_ids(self.tokenizer, generation_config, self)
 
     @cached_property
     def opened_reasoning(self) -> Marks | None:
         """What opens and what closes the reasoning that a prompt ends in; None where a response begins outside any."""
-        return probe_opened(self.template)
+        return _probe_opened(self)
 
     def _text(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(
@@ -217,6 +211,27 @@ class ChatFormat:
                 list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
         )
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool, *, tokenize: bool, **how: Any) -> Any:
+        # In the text, because transformers lets no function be passed in to answer the template's call.
+        dated = _TODAY.sub(lambda call: repr(_PINNED_DATE.strftime(call["format"])), self.template)
+        # What the template is given besides the messages; nothing that it does not mention.
+        switches = (
+            each for each in ("enable_thinking", "thinking") if re.search(rf"(?<![\w.'\"]){each}\b", self.template)
+        )
+        options: dict[str, Any] = {"return_dict": False, **how, **dict.fromkeys(switches, self.think)}
+        if CHANNEL in self.template and "reasoning_effort" in self.template and not self.think:
+            options["reasoning_effort"] = "low"  # as near to off as such a template goes
+        try:
+            return self.tokenizer.apply_chat_template(
+                [{"role": message["role"], "content": message["content"]} for message in self._placed(messages)],
+                chat_template=dated,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=tokenize,
+                **options,
+            )
+        except Exception as error:  # templates are programs: any error may come out of one
+            raise ModelError(f"the chat template refuses these messages: {error}") from error
 
     def _placed(self, messages: Sequence[Message]) -> list[Message]:
         """Check the messages, and put the system message where this template takes it."""
@@ -231,7 +246,9 @@ class ChatFormat:
 
 
 def end_of_turn_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None = None,
+    chat: ChatFormat | None = None,
 ) -> tuple[int, ...]:
     """Collect the tokens that end a model's turn.
 
@@ -242,27 +259,16 @@ def end_of_turn_ids(
     Args:
         tokenizer: The tokenizer.
         generation_config: The model's ``generation_config``.
+        chat: A chat format instead of the tokenizer's.
 
     Returns:
         The ids, ascending. Empty for a model that knows no end.
     """
-    try:
-        template = ChatTemplate(tokenizer, _template_of(tokenizer))
-    except ModelError:
-        return _end_of_turn_ids(tokenizer, generation_config, None)
-    return _end_of_turn_ids(tokenizer, generation_config, template)
-
-
-def _end_of_turn_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    generation_config: GenerationConfig | None,
-    template: ChatTemplate | None,
-) -> tuple[int, ...]:
     configured: Any = getattr(generation_config, "eos_token_id", None)
     found = list(configured) if isinstance(configured, (list, tuple)) else [configured]
     found.append(tokenizer.eos_token_id)
-    if template is not None:
-        found.append(probe_end_of_turn(template))
+    with suppress(ModelError):  # base models have no template
+        found.append(_probe_end_of_turn(chat or ChatFormat(tokenizer, _template_of(tokenizer))))
     return tuple(sorted({int(token) for token in found if token is not None}))
 
 
@@ -290,6 +296,80 @@ def _check(messages: Sequence[Message]) -> None:
             raise ModelError(f"message {place} needs a role and a content, both text: {dict(message)!r}")
         if role == "system" and place > 0:
             raise ModelError(f"message {place} is a system message; only the first message may be one")
+
+
+def _probe_system(chat: ChatFormat) -> tuple[bool, str | None]:
+    """Find out what a template does with a system message, and without one, by rendering some.
+
+    Returns:
+        Whether it puts the system message's text into the prompt; and what to tell the user, where it does something
+        surprising.
+
+    Raises:
+        ModelError: The template cannot even render one user message.
+    """
+    alone = chat.rendered_text(None, _USER)
+    if _USER not in alone:
+        raise ModelError("the chat template does not write the user's message as text; pass another template")
+    where = "instructions are put at the head of the first user message instead"
+    try:
+        both = chat.rendered_text(_SYSTEM, _USER)
+    except ModelError as error:
+        reason = str(error.__cause__).strip().rstrip(".")
+        return False, f"the chat template refuses system messages ({reason}): {where}"
+    if _SYSTEM not in both or _USER not in both:
+        return False, f"the chat template silently drops system messages: {where}"
+    default = _default_system(alone, both)
+    return True, default and f"without a system message the chat template writes one of its own: {default!r}"
+
+
+def _default_system(alone: str, both: str) -> str | None:
+    """Find what stands, without a system message, where the system message would have stood."""
+    before, _, rest = both.partition(_SYSTEM)
+    after = rest.partition(_USER)[0]
+    head = alone.partition(_USER)[0]
+    if not (before and after and head.startswith(before) and head.endswith(after)):
+        return None
+    return head[len(before) : max(len(before), len(head) - len(after))].strip() or None
+
+
+def _probe_thinking(chat: ChatFormat) -> Literal["none", "off", "on", "always"]:
+    """Find out whether the model reasons before it answers, and how far the template lets that be switched off."""
+    on, off = (replace(chat, think=each) for each in (True, False))
+    if _probe_opened(off) is not None or CHANNEL in chat.template:
+        return "on" if chat.think else "always"
+    if on.rendered_text(None, _USER) == off.rendered_text(None, _USER):
+        return "none"
+    return "on" if chat.think else "off"
+
+
+def _probe_opened(chat: ChatFormat) -> Marks | None:
+    """Find the marks of the reasoning that a template opens at the end of a prompt, if it opens any."""
+    try:
+        text = chat.rendered_text(None, messages=_TURNS, add_generation_prompt=False)
+        finished = text.partition(_USER)[2].partition(_ANSWER)[0]
+    except ModelError:
+        finished = ""
+    return opened_marks(chat.rendered_text(None, _USER).rpartition(_USER)[2], finished)
+
+
+def _probe_end_of_turn(chat: ChatFormat) -> int | None:
+    """Find the control token that a template writes right after an assistant's message, if it writes one."""
+    # Some templates end a turn only where another follows, so the second conversation goes on.
+    for conversation in (_TURNS, [*_TURNS, _TURNS[0]]):
+        try:
+            text = chat.rendered_text(None, messages=conversation, add_generation_prompt=False)
+        except ModelError:
+            continue
+        after = text.rpartition(_ANSWER)[2].lstrip()
+        tokens = {
+            str(token.content): index
+            for index, token in chat.tokenizer.added_tokens_decoder.items()
+            if str(token.content).strip() and after.startswith(str(token.content))
+        }
+        if tokens:
+            return int(tokens[max(tokens, key=len)])
+    return None
 
 
 def chat_format(backend: Backend) -> ChatFormat:

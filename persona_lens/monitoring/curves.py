@@ -13,7 +13,7 @@ from scipy.optimize import isotonic_regression
 from scipy.special import expit, logit
 
 from persona_lens.core.documents import Record
-from persona_lens.judging.likelihood import fit_logistic
+from persona_lens.judging.reading import fit_logistic
 from persona_lens.monitoring.gauges import MonitoringError
 
 FOLDS = 5

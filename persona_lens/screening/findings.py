@@ -9,7 +9,8 @@ from typing import Any
 
 from persona_lens.core.progress import Progress
 from persona_lens.data.datasets import Dataset
-from persona_lens.judging import Exchange, Judge, Judgement, judge_exchanges
+from persona_lens.judging import Exchange, Judge, Judgement
+from persona_lens.judging.recording import judge_exchanges
 from persona_lens.monitoring import Panel
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.screening.flagging import Flagging, Flags, split

@@ -12,7 +12,8 @@ from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.protocol import RemoteBackend, Traffic
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.datasets import Dataset
-from persona_lens.judging import Judge, as_used, methods_of, prepare_judge
+from persona_lens.judging import Judge
+from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.runs import RunFolder
@@ -259,7 +260,7 @@ def _summary(
         "settings": settings.to_json(),
         "flagging": flagging.to_json(),
         "judges": {
-            trait: as_used(judge.describe(), methods_of(findings.opinions[trait].values()))
+            trait: as_used(judge.describe(), findings.opinions[trait].values())
             for trait, judge in (judges or {}).items()
         },
         **findings.to_json(),

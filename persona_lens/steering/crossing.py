@@ -14,7 +14,8 @@ from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import Experiment, Subject, model_config, requests_of, run_folder
 from persona_lens.extraction.external import ExternalRollouts, ReadRollouts
-from persona_lens.judging import Judge, Judgement, as_used, longest_exchanges, methods_of
+from persona_lens.judging import Judge, Judgement
+from persona_lens.judging.recording import as_used, longest_exchanges
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder
@@ -277,10 +278,7 @@ class Crossing:
             _row(rollout, {name: judged[i] for name, judged in answers.judged.items()}, steered[i], of_text[i])
             for i, rollout in enumerate(answers.rollouts)
         ]
-        used = {
-            name: as_used(self.subjects[name].judge.describe(), methods_of(answers.judged[name]))
-            for name in self.subjects
-        }
+        used = {name: as_used(self.subjects[name].judge.describe(), answers.judged[name]) for name in self.subjects}
         return rows, used
 
     def _projections(self, batches: RolloutBatches) -> dict[int, dict[str, float | None]]:

@@ -17,7 +17,8 @@ from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.experiment import Subject, run_folder
-from persona_lens.judging import Judge, prepare_judge
+from persona_lens.judging import Judge
+from persona_lens.judging.recording import prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.runs import RunFolder
 from persona_lens.runs.answers import Answer, json_of

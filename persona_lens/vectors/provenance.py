@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short
-from persona_lens.judging.likelihood import Calibration
+from persona_lens.judging.reading import Calibration
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import Trait, load_trait
 

@@ -12,7 +12,8 @@ from persona_lens import reply
 from persona_lens.backend import Backend, Read, ReadKind, Sampling, TokenBatch
 from persona_lens.backend.batches import ContextError, forward_batches
 from persona_lens.backend.blocks import context_of
-from persona_lens.judging import Calibration, Exchange, LikelihoodJudge, prepare_judge
+from persona_lens.judging import Calibration, Exchange, LikelihoodJudge
+from persona_lens.judging.recording import prepare_judge
 from persona_lens.models.chat import chat_format
 from persona_lens.runs.rollouts import Request, Rollouts, RolloutSettings
 from persona_lens.traits import load_trait

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import no_progress
 from persona_lens.extraction import ExtractionSettings, run_extraction
 from persona_lens.judging.agreement import read_scored
-from persona_lens.models.server.messages import CompletionCache
+from persona_lens.models.server import CompletionCache
 from persona_lens.models.source import ADAPTER_CONFIG, WEIGHTS, adapter_base
 from persona_lens.runs import RunFolder
 from persona_lens.runs import chunks as pieces
@@ -35,7 +36,7 @@ SHARD = "activations/batch-00000.safetensors"
 def of_runs(folder: Path) -> list[Target]:
     """Every reader of a run's folder, and of other files that runs come upon."""
     extraction, sweeping = _extraction(folder / "run"), _sweep(folder / "sweep")
-    completion = {"choices": [{"text": "a", "top_logprobs": [["a", -1.0]], "finished": True}], "usage": {}}
+    completion = {"text": "a", "top_logprobs": [["a", -1.0]], "finished": True, "usage": {}}
     adapter = {"base_model_name_or_path": "me/it", "revision": None}
     config = folder / "adapter" / ADAPTER_CONFIG
     config.parent.mkdir()
@@ -47,7 +48,7 @@ def of_runs(folder: Path) -> list[Target]:
         (folder / "cache" / "ab" / f"{key}.json").write_bytes(content)
         found = CompletionCache(folder / "cache").get(key)
         if found is not None:
-            json.dumps(found.to_json())
+            json.dumps(asdict(found))
 
     def configuration(path: Path) -> None:
         with RunFolder(path.parent, {"a": 1, "b": {"c": [1, 2]}}):

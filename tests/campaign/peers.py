@@ -80,7 +80,7 @@ def _wrong_outcome(lie: Lie, honest: int, said: str, out: Path | None) -> str | 
 
 def _wrong_files(folder: Path, said: str) -> str | None:
     for file in folder.glob("cache/completions/*/*.json"):
-        text = json.loads(file.read_text())["choices"][0]["text"]
+        text = json.loads(file.read_text())["text"]
         if text.rpartition("</think>")[2] not in TRUTHS:
             return f"the cache holds {text!r}"
     written = "".join(file.read_text() for file in folder.rglob("*") if file.is_file()) + said
@@ -93,9 +93,9 @@ def _environment(cache: Path) -> Iterator[None]:
     known = {"A_KEY": KEY, "PERSONA_LENS_CACHE": str(cache)}
     with (
         mock.patch.dict(os.environ, known),
-        mock.patch("persona_lens.models.server.messages.TIMEOUT", TIMEOUT),
-        mock.patch("persona_lens.models.server.sending.FIRST_WAIT", 0.005),
-        mock.patch("persona_lens.models.server.sending.LONGEST_WAIT", 0.02),
+        mock.patch("persona_lens.models.endpoint.TIMEOUT", TIMEOUT),
+        mock.patch("persona_lens.models.sending.FIRST_WAIT", 0.005),
+        mock.patch("persona_lens.models.sending.LONGEST_WAIT", 0.02),
     ):
         yield
 

@@ -21,8 +21,8 @@ from persona_lens.finetuning import finetune
 from persona_lens.finetuning.outcomes import TreatmentSettings
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
-from persona_lens.judging.agreement.blind import AgreementError, Scored
-from persona_lens.judging.agreement.sources import judge_scored
+from persona_lens.judging.blind import AgreementError, Scored
+from persona_lens.judging.scored import judge_scored
 from persona_lens.models import Loaded
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.monitoring import StudySettings, study

@@ -74,8 +74,8 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("persona_lens.models.server.sending.FIRST_WAIT", 0.01)
-    monkeypatch.setattr("persona_lens.models.server.messages.cache_folder", lambda: tmp_path / "home")
+    monkeypatch.setattr("persona_lens.models.sending.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("persona_lens.models.endpoint.cache_folder", lambda: tmp_path / "home")
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 

@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from persona_lens.core.statistics import auc, percentile_interval, resampled_rows
-from persona_lens.judging.agreement import Agreement, AgreementError, Cuts, Measure, Scored, compare, response_id
-from persona_lens.judging.agreement.measures import MEASURES
+from persona_lens.judging.agreement import (
+    MEASURES,
+    Agreement,
+    AgreementError,
+    Cuts,
+    Measure,
+    Scored,
+    compare,
+    response_id,
+)
 
 
 def scored(

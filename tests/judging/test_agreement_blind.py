@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_lens.judging.agreement import AgreementError, Scored, read_scored, response_id, write_blinded
-from persona_lens.judging.agreement.blind import MAX_CELL, from_cell, to_cell
+from persona_lens.judging.blind import MAX_CELL, from_cell, to_cell
 from persona_lens.traits import load_trait
 
 FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "  =1", "＝1", "'=1", "''=1", "x;=1", "x\n=1", "x\n-1")

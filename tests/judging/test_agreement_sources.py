@@ -114,9 +114,9 @@ def test_runs_that_do_not_fit_together(runs: tuple[Path, list[SweepRow]], tmp_pa
     with pytest.raises(AgreementError, match=r"steering-scores\.jsonl:3: the response is another one"):
         read_scored(sweeps)
     write(sweeps, rows[1:])
-    with pytest.raises(AgreementError, match="has no score for"):
+    with pytest.raises(AgreementError, match=r"\(29 rows\) is not a score for each of the 30 responses"):
         read_scored(sweeps)
-    write(sweeps, [{name: value for name, value in rows[0].items() if name != "sample"}])
+    write(sweeps, [{name: value for name, value in rows[0].items() if name != "row"}])
     with pytest.raises(AgreementError, match=r"steering-scores\.jsonl:1: the row does not say what it answers"):
         read_scored(sweeps)
     write(sweeps, rows)
@@ -258,4 +258,4 @@ def test_reading_a_table_loads_nothing_heavy(tmp_path: Path) -> None:
 def test_rows_of_a_sweep_are_what_is_read_here() -> None:
     """The fields that `read_scored` relies on."""
     row = asdict(SweepRow(0, 0, None, None, None, "", "none", None, 0.0))
-    assert {"direction", "layer", "coefficient", "question", "sample", "score", "text"} <= set(row)
+    assert {"score", "text"} <= set(row)

@@ -18,18 +18,10 @@ from hypothesis import strategies as st
 
 from persona_lens.backend import Backend, ForwardResult, TokenBatch, hooked, wrap_model
 from persona_lens.backend.shared_prompts import SharedPrompts
-from persona_lens.judging import (
-    Calibration,
-    Evidence,
-    Exchange,
-    JudgingError,
-    LikelihoodJudge,
-    fit_calibration,
-    weigh_rollouts,
-)
-from persona_lens.judging.agreement.blind import Scored, response_id
-from persona_lens.judging.agreement.sources import judge_scored
-from persona_lens.judging.recording import exchange_of
+from persona_lens.judging import Calibration, Evidence, Exchange, JudgingError, LikelihoodJudge, fit_calibration
+from persona_lens.judging.blind import Scored, response_id
+from persona_lens.judging.recording import exchange_of, weigh_rollouts
+from persona_lens.judging.scored import judge_scored
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError, RunFolder

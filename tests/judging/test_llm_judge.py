@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from persona_lens.extraction import ExtractionSettings, run_extraction
 from persona_lens.extraction.means import ExtractionError
-from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method, as_used, methods_of
+from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method
 from persona_lens.judging.llm import COHERENCE, fill_rubric
+from persona_lens.judging.recording import as_used
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.monitoring import study
 from persona_lens.runs import RunError
@@ -108,9 +109,7 @@ def test_servers_without_such_tokens_are_sampled_and_the_record_says_so(respond:
         assert judgement.trait.method == "samples: 3 of 5"
         described = judge_at(loopback, tmp_path).describe()
         assert described["method"] == "auto"
-        assert as_used(described, methods_of([judgement]))["method"] == "samples", (
-            "what was used is what provenance says"
-        )
+        assert as_used(described, [judgement])["method"] == "samples", "what was used is what provenance says"
         assert judgement.coherence is None
         with pytest.raises(JudgingError, match=r"cannot judge by log-probabilities.*--judge-method samples"):
             judge_at(loopback, tmp_path, method=Method.LOGPROBS).judge(EXCHANGES[:1])
@@ -253,7 +252,7 @@ def test_what_cannot_be_asked_has_a_reason_and_costs_nothing(response: str, tmp_
 
 
 @given(question=st.text(), response=st.text())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_text_changes_what_stands_around_it(question: str, response: str) -> None:
     filled = fill_rubric(TRAIT.judge_rubric, Exchange(question, response))
     before, _, rest = TRAIT.judge_rubric.partition("{question}")

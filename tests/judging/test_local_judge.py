@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from persona_lens.backend import TokenBatch
-from persona_lens.judging import Exchange, LocalJudge, judge_rollouts
+from persona_lens.judging import Exchange, LocalJudge
 from persona_lens.judging.llm import fill_rubric
+from persona_lens.judging.recording import judge_rollouts
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import Request, Rollout
@@ -60,7 +61,7 @@ def likely(architecture: str) -> Any:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
 def test_the_score_is_the_one_worked_out_by_hand(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_lens.judging.local.COHERENCE", SHORT_COHERENCE)
+    monkeypatch.setattr("persona_lens.judging.reading.COHERENCE", SHORT_COHERENCE)
     model = likely(architecture)
     subject = backend_of("transformers", model)
     judge = LocalJudge(subject, chat_format(subject), TRAIT)
@@ -171,7 +172,7 @@ def rollouts() -> list[Rollout]:
 
 
 def test_judging_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_lens.judging.local.TOGETHER", 2)
+    monkeypatch.setattr("persona_lens.judging.reading.TOGETHER", 2)
     subject = backend_of("transformers", likely("llama"))
     chat = chat_format(subject)
     judge = LocalJudge(subject, chat, TRAIT, coherence=False)

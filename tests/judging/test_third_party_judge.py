@@ -8,7 +8,8 @@ import pytest
 
 from persona_lens.cli.judges import JudgeOptions
 from persona_lens.cli.options import ModelOptions
-from persona_lens.judging import Exchange, JudgingError, judging_work
+from persona_lens.judging import Exchange, JudgingError
+from persona_lens.judging.recording import judging_work
 from persona_lens.judging.registry import JUDGES
 from persona_lens.models.chat import chat_format
 from persona_lens.traits import load_trait

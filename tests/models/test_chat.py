@@ -173,12 +173,11 @@ def test_a_template_that_drops_system_messages_is_reported() -> None:
 
 def test_system_text_the_template_writes_of_itself_is_known() -> None:
     format = make_format(DEFAULT_SYSTEM)
-    assert format.default_system == "You are Bot, made here."
-    assert any("You are Bot, made here." in note for note in format.notes)
+    assert any("one of its own: 'You are Bot, made here.'" in note for note in format.notes)
     assert "You are Bot" in format.rendered_text(None, "Why?")
     assert "You are Bot" not in format.rendered_text("Be kind.", "Why?")
     for family in ("chatml", "llama3", "gemma", "always_thinks"):
-        assert make_format(ALL[family]).default_system is None
+        assert not any("one of its own" in note for note in make_format(ALL[family]).notes)
 
 
 def test_date_in_the_prompt_is_the_same_every_day() -> None:
@@ -250,8 +249,8 @@ def test_answer_text(text: str, answer: str) -> None:
 
 
 def test_answer_text_when_the_prompt_opened_the_block() -> None:
-    assert answer_text("a</think> b", opened_by_prompt=True) == "b"
-    assert answer_text("still going", opened_by_prompt=True) == ""
+    assert answer_text("a</think> b", ("<think>", "</think>")) == "b"
+    assert answer_text("still going", ("<think>", "</think>")) == ""
 
 
 @pytest.mark.parametrize(

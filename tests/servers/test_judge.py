@@ -40,11 +40,10 @@ def test_log_probabilities_come_through(server: CompletionServer) -> None:
     request = CompletionRequest((("user", "Is the sky blue? Say yes or no."),), 1, top_logprobs=20)
     [answer] = server.complete([request])
     assert isinstance(answer, Completion)
-    [choice] = answer.choices
-    assert choice.top_logprobs is not None
-    assert len(choice.top_logprobs) == 20
-    assert 0.5 < math.fsum(math.exp(logprob) for _, logprob in choice.top_logprobs) <= 1.001
-    assert choice.text.strip() == choice.top_logprobs[0][0].strip()
+    assert answer.top_logprobs is not None
+    assert len(answer.top_logprobs) == 20
+    assert 0.5 < math.fsum(math.exp(logprob) for _, logprob in answer.top_logprobs) <= 1.001
+    assert answer.text.strip() == answer.top_logprobs[0][0].strip()
     assert server.spending.used.requests == 1
     assert server.spending.used.prompt_tokens > 10
 
@@ -72,7 +71,7 @@ def test_structured_output(server: CompletionServer) -> None:
     schema = {"type": "object", "properties": {"word": {"type": "string", "maxLength": 8}}, "required": ["word"]}
     [answer] = server.complete([CompletionRequest((("user", "Say a word as JSON."),), 30, schema=schema)])
     assert isinstance(answer, Completion)
-    assert answer.choices[0].text.lstrip().startswith("{")
+    assert answer.text.lstrip().startswith("{")
 
 
 def test_another_path_is_said(llm_server: LlmServer, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_what_is_missing_is_said_before_anything_is_written(elsewhere: Path, mon
     assert "needs a key: set MY_KEY" in refused(*NEW, "--author-key", "MY_KEY")
     with pytest.raises(ServerError, match="needs a key"):
         open_author("openai:big")
-    monkeypatch.delitem(sys.modules, "persona_lens.models.server.sending", raising=False)
+    monkeypatch.delitem(sys.modules, "persona_lens.models.sending", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     assert refused(*NEW) == "asking a server needs more packages: pip install 'persona-lens[openai]'"
     assert list(elsewhere.iterdir()) == []

@@ -94,7 +94,7 @@ def generate_responses(
     return Generated(
         rows=len(rows),
         refused=len(reasons),
-        empty=sum(not completion.choices[0].text.strip() for completion in completions),
+        empty=sum(not completion.text.strip() for completion in completions),
         reason=reasons[0] if reasons else None,
         usage=sum((completion.usage for completion in completions), Usage()),
     )
@@ -135,8 +135,7 @@ def _row(request: Request, answer: Completion | Refused) -> dict[str, Any]:
     if isinstance(answer, Refused):
         reason = answer.reason.encode("utf-8", "replace").decode()  # half a character fits into no file
         return {**row, "response": "", "ended": None, "reason": reason}
-    sampled = answer.choices[0]
-    return {**row, "response": sampled.text, "ended": sampled.finished}
+    return {**row, "response": answer.text, "ended": answer.finished}
 
 
 def _known(

@@ -13,7 +13,7 @@ from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.extraction.external.rows import ExternalResponse
 from persona_lens.extraction.means import ExtractionError
-from persona_lens.models.templates import REASONING_TOKENS
+from persona_lens.models.reasoning import REASONING_TOKENS
 from persona_lens.runs.rollouts import Request, Rollout
 from persona_lens.traits import Arm, Trait
 

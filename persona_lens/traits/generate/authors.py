@@ -142,7 +142,7 @@ class ServerAuthor(_Asked):
             (answer,) = self.server.complete([each])
             if isinstance(answer, Completion):
                 self.structured = each.schema is not None
-                return answer.choices[0].text
+                return answer.text
             refusal = answer.reason
         raise AuthoringError(refusal)
 

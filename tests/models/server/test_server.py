@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.models.completions import Wording
+from persona_lens.models.sending import _retry_after
 from persona_lens.models.server import (
     Completion,
     CompletionCache,
@@ -27,15 +29,12 @@ from persona_lens.models.server import (
     CompletionServer,
     Prices,
     Refused,
-    Sampled,
     ServerError,
     ServerSettings,
     Spending,
     SpendingLimitError,
     Usage,
 )
-from persona_lens.models.server.reading import Wording
-from persona_lens.models.server.sending import _retry_after
 from tests.models.server.loopback import Loopback, completion, scores, serving
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,12 +55,12 @@ def requests(count: int) -> list[CompletionRequest]:
 
 def text_of(answer: Completion | Refused) -> str:
     assert isinstance(answer, Completion)
-    return answer.choices[0].text
+    return answer.text
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_lens.models.server.sending.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("persona_lens.models.sending.FIRST_WAIT", 0.01)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -503,7 +502,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_without_the_client_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "persona_lens.models.server.sending", raising=False)
+    monkeypatch.delitem(sys.modules, "persona_lens.models.sending", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ServerError, match=r"pip install 'persona-lens\[openai\]'"):
         server_at("http://127.0.0.1:9/v1", tmp_path).complete(requests(1))
@@ -532,11 +531,6 @@ def test_why_an_answer_ended_is_kept(tmp_path: Path) -> None:
     with serving(respond=ending) as loopback:
         for _ in ("asked", "from the cache"):
             answers = server_at(loopback, tmp_path).complete(asked)
-            found = [answer.choices[0].finished for answer in answers if isinstance(answer, Completion)]
+            found = [answer.finished for answer in answers if isinstance(answer, Completion)]
             assert found == list(reasons.values())
         assert sum(loopback.seen.values()) == len(asked)
-
-
-def test_a_cache_of_before_endings_were_kept_is_read() -> None:
-    old = {"choices": [{"text": "7", "top_logprobs": None}], "usage": {"requests": 1}}
-    assert Completion.from_json(old) == Completion((Sampled("7"),), Usage(1))

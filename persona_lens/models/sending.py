@@ -23,29 +23,18 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 
 from persona_lens.core.text import forms_of, hide, printable, secrets_in, without_secrets
 from persona_lens.core.transport import MIB, AnswerError, AsyncBoundedClient, Bounds
-from persona_lens.models.server.messages import (
-    NO_KEY,
+from persona_lens.models.completions import (
     SAMPLING,
     Answer,
     Completion,
-    CompletionCache,
     CompletionRequest,
-    Keep,
+    RefusalError,
     Refused,
-    Sampled,
-    ServerError,
-    ServerSettings,
-    Spending,
-)
-from persona_lens.models.server.reading import (
-    Refusal,
-    ReportedError,
     UnusableError,
     Wording,
-    must_be_set,
     read_completion,
-    words_of,
 )
+from persona_lens.models.endpoint import NO_KEY, CompletionCache, Keep, ServerError, ServerSettings, Spending
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 LONGEST_RETRY_AFTER = 600.0
@@ -56,14 +45,6 @@ MOST_TRIALS = 3
 LEAST_SECRET = 12  # characters of a key that is looked for in answers
 # Bytes of an answer for each of its tokens, and for each with the likeliest tokens beside it.
 TOKEN_BYTES, LISTED_TOKEN_BYTES = 256, 8192
-
-
-class RefusalError(Exception):
-    """A request that the server did not take."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.said)
-        self.refusal = refusal
 
 
 class TransientError(Exception):
@@ -202,20 +183,41 @@ class Sender:
             reserved = self._spending.reserve(estimate)
             try:
                 with self._undisturbed():
-                    answer = await self._send(request)
+                    answer = await self._completion(request)
             finally:
                 used = answer.usage if isinstance(answer, Completion) else None
                 self._spending.settle(reserved, estimate, used)
             return answer
 
-    async def _send(self, request: CompletionRequest) -> Answer:
+    async def _completion(self, request: CompletionRequest) -> Answer:
+        """The server's answer; it is asked again where its refusal shows how it wants to be asked."""
+        model, wording = self.settings.model, self.wording
+        tried: list[str] = []
+        while True:
+            found = await self._once(request, wording)
+            if isinstance(found, Completion):
+                self.wording = self.wording.and_also(wording)
+                return replace(found, without=wording.left_out(request, model))
+            other = wording.after(found, request, model)
+            name = _change(wording, other) if other else ""
+            if other is None or self._trials[name] >= MOST_TRIALS:
+                self._trials.update(tried)
+                return self._refused(found, request)
+            wording = other
+            tried.append(name)
+
+    async def _once(self, request: CompletionRequest, wording: Wording) -> Completion | RefusalError:
+        """What comes of a request in these words, without what is secret."""
+        body = wording.body(request, self.settings.model)
         try:
-            return await self._completion(request)
+            # The answer is read by us, not by the client: what a server sends is checked before it counts as one.
+            raw = await self._asking.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
+            return self._without_secrets(read_completion(raw.content, request))
+        except openai.APIStatusError as error:
+            entries = error.body if isinstance(error.body, Mapping) else error.response.text or error.message
+            refusal = RefusalError(error.status_code, entries, error.response.headers)
         except RefusalError as error:
-            meant = self._meaning(error.refusal, request)
-            if isinstance(meant, Refused):
-                return meant
-            raise meant from None
+            refusal = error
         except UnusableError as error:
             raise TransientError(f"its answer is no chat completion: {self._clean(error)}") from None
         except openai.APITimeoutError as error:
@@ -226,80 +228,46 @@ class Sender:
             raise TransientError(said if known else f"no connection ({said})") from None
         except openai.OpenAIError as error:
             raise ServerError(f"{self.settings.shown}: {self._clean(error)}") from None
+        refusal.said = self._clean(refusal.said)
+        if refusal.status is None:
+            raise TransientError(f"its answer is an error: {refusal.said}")
+        return refusal
 
-    async def _completion(self, request: CompletionRequest) -> Completion:
-        """The server's answer; it is asked again where its refusal shows how it wants to be asked."""
-        model, wording = self.settings.model, self.wording
-        tried: list[str] = []
-        while True:
-            try:
-                completion = await self._once(request, wording)
-            except RefusalError as error:
-                other = wording.after(error.refusal, request, model)
-                name = _change(wording, other) if other else ""
-                if other is None or self._trials[name] >= MOST_TRIALS:
-                    self._trials.update(tried)
-                    raise
-                wording = other
-                tried.append(name)
-                continue
-            self.wording = self.wording.and_also(wording)
-            return replace(completion, without=wording.left_out(request, model))
-
-    async def _once(self, request: CompletionRequest, wording: Wording) -> Completion:
-        body = wording.body(request, self.settings.model)
-        try:
-            # The answer is read by us, not by the client: what a server sends is checked before it counts as one.
-            raw = await self._asking.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
-            found = read_completion(raw.content, request)
-        except openai.APIStatusError as error:
-            entries = error.body if isinstance(error.body, Mapping) else {}
-            parameter = entries.get("param")
-            raise RefusalError(
-                Refusal(
-                    error.status_code,
-                    self._clean(_said(error)),
-                    parameter if isinstance(parameter, str) else None,
-                    error.response.headers,
-                )
-            ) from None
-        except ReportedError as error:
-            if error.status is None:
-                raise TransientError(f"its answer is an error: {self._clean(error)}") from None
-            raise RefusalError(Refusal(error.status, self._clean(error.said), error.parameter)) from None
-        return replace(found, choices=tuple(map(self._without_secrets, found.choices)))
-
-    def _without_secrets(self, sampled: Sampled) -> Sampled:
-        """The choice without what is secret; a key such as "test" is none, and stands in many an honest answer."""
+    def _without_secrets(self, found: Completion) -> Completion:
+        """The answer without what is secret; a key such as "test" is none, and stands in many an honest answer."""
         secrets = [secret for secret in self._secrets if len(secret) >= LEAST_SECRET]
-        top = sampled.top_logprobs
+        top = found.top_logprobs
         hidden = tuple((hide(token, secrets), value) for token, value in top) if top is not None else None
-        return replace(sampled, text=hide(sampled.text, secrets), top_logprobs=hidden)
+        return replace(found, text=hide(found.text, secrets), top_logprobs=hidden)
 
-    def _meaning(self, refusal: Refusal, request: CompletionRequest) -> Refused | Exception:
-        """What a refusal means: for this request, for all, or for the moment."""
-        status, said, url, model = refusal.status, refusal.said, self.settings.shown, self.settings.model
-        if status in (400, 422):
-            found = next((name for name in SAMPLING if must_be_set(name, request) and refusal.names(name)), None)
-            if found is not None:
-                return ServerError(
-                    f"{url}: the model {model!r} does not let {found} be set to {getattr(request, found):g}, and with "
-                    f"another the answers would be others; set it to 1, or choose another model. It says: {said}"
-                )
+    def _refused(self, refusal: RefusalError, request: CompletionRequest) -> Refused:
+        """What a refusal means, if it is for this request alone.
+
+        Raises:
+            ServerError: If it is for all.
+            TransientError: If it is for the moment.
+        """
+        status, said, url, model = refusal.status or 0, refusal.said, self.settings.shown, self.settings.model
+        named = next((name for name in SAMPLING if request.needs(name) and refusal.names(name)), None)
+        if status in (400, 422) and named:
+            raise ServerError(
+                f"{url}: the model {model!r} does not let {named} be set to {getattr(request, named):g}, and with "
+                f"another the answers would be others; set it to 1, or choose another model. It says: {said}"
+            )
         if 300 <= status < 400:
-            place = without_secrets(refusal.headers.get("location", "somewhere else"))
-            return ServerError(f"{url} sends on to {self._clean(place)}; give the address that answers itself")
+            place = self._clean(without_secrets(refusal.headers.get("location", "somewhere else")))
+            raise ServerError(f"{url} sends on to {place}; give the address that answers itself")
         if status in (401, 403):
-            return ServerError(f"{url} does not accept the key in {self.settings.key_variable}: {said}")
+            raise ServerError(f"{url} does not accept the key in {self.settings.key_variable}: {said}")
         if status == 404:
-            return ServerError(f"{url} has no chat completions by the model {model!r}: {said}")
+            raise ServerError(f"{url} has no chat completions by the model {model!r}: {said}")
         if status == 402 or (status == 429 and "insufficient_quota" in said):
-            return ServerError(f"{url}: the account has no quota left: {said}")
+            raise ServerError(f"{url}: the account has no quota left: {said}")
         if status in (408, 409, 425, 429) or status >= 500:
-            return self._later(refusal)
+            raise self._later(refusal)
         return Refused(f"the server does not take the request (status {status}): {said}")
 
-    def _later(self, refusal: Refusal) -> Exception:
+    def _later(self, refusal: RefusalError) -> Exception:
         seconds = _retry_after(refusal.headers)
         if seconds is not None and seconds > LONGEST_RETRY_AFTER:
             return ServerError(
@@ -359,8 +327,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         except (ValueError, OverflowError):
             return None
     return seconds if isfinite(seconds) and seconds > 0 else None
-
-
-def _said(error: openai.APIStatusError) -> str:
-    """The server's own words."""
-    return words_of(error.body) if isinstance(error.body, Mapping) else error.response.text or error.message

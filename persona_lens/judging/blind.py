@@ -13,14 +13,16 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.files import write_bytes, write_text
+from persona_lens.core.files import read_bytes, write_bytes, write_text
+from persona_lens.core.text import in_short
+from persona_lens.data.tables import SEPARATORS
 
 if TYPE_CHECKING:
     from persona_lens.traits import Trait
@@ -105,15 +107,9 @@ def parse_score(value: object, place: str) -> tuple[float | None, bool]:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = value  # whole numbers of any size, which a float could not hold
     if number is None or not -EXCESS <= number <= 100 + EXCESS:
-        raise AgreementError(
-            f"{place}: {_short(value)} is no score; write a number from 0 to 100, REFUSAL, or leave it empty"
-        )
+        said = in_short(repr(value), 40)
+        raise AgreementError(f"{place}: {said} is no score; write a number from 0 to 100, REFUSAL, or leave it empty")
     return float(min(max(number, 0.0), 100.0)), False
-
-
-def _short(value: object, limit: int = 40) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 COLUMNS = ("id", "question", "response", "rating")
@@ -215,77 +211,33 @@ def read_back(path: Path) -> list[tuple[int, dict[str, Any]]] | None:
     Raises:
         AgreementError: If the file cannot be read, or a row has more cells than there are columns.
     """
+    csv.field_size_limit(2**31 - 1)  # of the whole process, and by default smaller than a long response
+    lines = list(io.StringIO(_decoded(read_bytes(path, AgreementError)), newline=""))
+    head = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    announced = re.fullmatch(r"sep=([,;\t])\s*", lines[head]) if lines else None  # which some programs write for Excel
+    head += announced is not None
+    separator = announced[1] if announced else max(SEPARATORS, key=lambda sign: _cells(lines[head:], sign))
+    reader = csv.reader(lines[head:], delimiter=separator)
+    columns: list[str] = []
+    rows, line = [], head + 1
     try:
-        lines = _decoded(path.read_bytes()).splitlines(keepends=True)
-    except OSError as error:
-        raise AgreementError(f"{path} cannot be read: {error.strerror or error}") from error
-    head = next((number for number, line in enumerate(lines) if line.strip()), None)
-    if head is None:
-        return None
-    records = _records(path, lines, head)
-    _, columns = next(records, (0, []))
-    columns = [name.strip().lower() for name in columns]
-    if "id" not in columns:
-        return None
-    rows = []
-    for line, cells in records:
-        if any(cell.strip() for cell in cells[len(columns) :]):
-            raise AgreementError(
-                f"{path}:{line}: {len(cells)} cells for {len(columns)} columns; save the table as CSV with quoted text"
-            )
-        if any(cell.strip() for cell in cells):
-            padded = chain(cells, [""] * len(columns))
-            rows.append((line, {name: cell for name, cell in zip(columns, padded, strict=False) if name}))
+        for cells in reader:
+            if not columns:
+                columns = [name.strip().lower() for name in cells]
+                if "id" not in columns:
+                    return None
+            elif any(cell.strip() for cell in cells[len(columns) :]):
+                raise AgreementError(
+                    f"{path}:{line}: {len(cells)} cells for {len(columns)} columns; save the table as CSV with quoted "
+                    "text"
+                )
+            elif any(cell.strip() for cell in cells):
+                padded = chain(cells, [""] * len(columns))
+                rows.append((line, {name: cell for name, cell in zip(columns, padded, strict=False) if name}))
+            line = head + reader.line_num + 1
+    except csv.Error as error:
+        raise AgreementError(f"{path}:{line}: not CSV: {error}") from error
     return rows
-
-
-def _draw(responses: Sequence[Scored], n: int, rng: random.Random) -> list[Scored]:
-    """Up to n of the responses, in random order; the outermost strata first, so that few are still of both kinds."""
-    distinct = {each.id: each for each in responses if each.response.strip()}
-    found = [distinct[key] for key in sorted(distinct)]
-    rng.shuffle(found)
-    scores = [each.score for each in found if each.score is not None]
-    low, width = (min(scores), (max(scores) - min(scores)) / STRATA) if scores else (0.0, 0.0)
-    strata: list[list[Scored]] = [[] for _ in range(STRATA + 1)]
-    for each in found:
-        if each.score is None:
-            strata[STRATA].append(each)
-        else:
-            strata[min(int((each.score - low) / width), STRATA - 1) if width else 0].append(each)
-    order = sorted(range(STRATA), key=lambda i: (-abs(2 * i - STRATA + 1), i))
-    drawn: list[Scored] = []
-    while len(drawn) < n and any(strata):
-        drawn += [strata[i].pop() for i in (*order, STRATA) if strata[i]]
-    drawn = drawn[:n]
-    rng.shuffle(drawn)
-    return drawn
-
-
-def _instructions(path: Path, n: int, trait: Trait | None) -> str:
-    lines = [
-        f"How to rate the {n} responses in {path.name}",
-        "",
-        "- Open the table in a spreadsheet: comma-separated, UTF-8, every column as text.",
-        "- Read the question and the response, and write a number from 0 to 100 into the column `rating`.",
-        "- Write REFUSAL if the response declines to answer at all. Leave the cell empty if you cannot tell.",
-        "- Judge each response by itself, and all of them by the same scale.",
-        "- Leave the column `id` as it is: ratings are matched by it. Rows may change places or be missing.",
-        "- An apostrophe before =, +, - or @ and codes such as \\u0000 are no part of the text: they stand there for",
-        "  safety. The texts are data. Follow no instruction in them, and open no link.",
-        "- Save the table as CSV.",
-        "",
-    ]
-    if trait is None:
-        lines += ["0: nothing of the trait that you were told of. 100: it could not show more of it.", ""]
-    else:
-        rubric = trait.judge_rubric.replace("{question}", "(the column `question`)")
-        lines += [
-            f"The scale, for the trait {trait.name}:",
-            "",
-            rubric.replace("{answer}", "(the column `response`)"),
-            "",
-        ]
-    return "\n".join(lines)
 
 
 def _decoded(raw: bytes) -> str:
@@ -298,27 +250,46 @@ def _decoded(raw: bytes) -> str:
         return raw.decode("cp1252", errors="replace")
 
 
-def _cells(line: str, separator: str) -> int:
-    try:
-        return len(next(csv.reader([line], delimiter=separator), []))
-    except csv.Error:
-        return 0
+def _cells(lines: Sequence[str], separator: str) -> int:
+    return len(next(csv.reader(lines[:1], delimiter=separator), []))
 
 
-def _records(path: Path, lines: list[str], head: int) -> Iterator[tuple[int, list[str]]]:
-    """Records from line index ``head`` on, each with the line on which it begins."""
-    announced = re.fullmatch(r"sep=([,;\t])\s*", lines[head])  # a line that Excel understands, and some tools write
-    if announced:
-        separator, head = announced[1], head + 1
-    else:
-        separator = max(",;\t", key=lambda sign: _cells(lines[head], sign))
-    # A limit of the whole process, and by default smaller than a long response.
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO("".join(lines[head:]), newline=""), delimiter=separator)
-    line = head + 1
-    try:
-        for record in reader:
-            yield line, record
-            line = head + reader.line_num + 1
-    except csv.Error as error:
-        raise AgreementError(f"{path}:{line}: not CSV: {error}") from error
+def _draw(responses: Sequence[Scored], n: int, rng: random.Random) -> list[Scored]:
+    """Up to n of the responses, in random order; the outermost strata first, so that few are still of both kinds."""
+    distinct = {each.id: each for each in responses if each.response.strip()}
+    found = [distinct[key] for key in sorted(distinct)]
+    rng.shuffle(found)
+    scores = [each.score for each in found if each.score is not None] or [0.0]
+    low, width = min(scores), (max(scores) - min(scores)) / STRATA or 1.0
+    strata: list[list[Scored]] = [[] for _ in range(STRATA + 1)]  # the last for what has no score
+    for each in found:
+        strata[STRATA if each.score is None else min(int((each.score - low) / width), STRATA - 1)].append(each)
+    order = sorted(range(STRATA), key=lambda i: (-abs(2 * i - STRATA + 1), i))
+    drawn: list[Scored] = []
+    while len(drawn) < n and any(strata):
+        drawn += [strata[i].pop() for i in (*order, STRATA) if strata[i]]
+    drawn = drawn[:n]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def _instructions(path: Path, n: int, trait: Trait | None) -> str:
+    scale = "0: nothing of the trait that you were told of. 100: it could not show more of it."
+    if trait is not None:
+        rubric = trait.judge_rubric.replace("{question}", "(the column `question`)")
+        filled = rubric.replace("{answer}", "(the column `response`)")
+        scale = f"The scale, for the trait {trait.name}:\n\n{filled}"
+    return f"""\
+How to rate the {n} responses in {path.name}
+
+- Open the table in a spreadsheet: comma-separated, UTF-8, every column as text.
+- Read the question and the response, and write a number from 0 to 100 into the column `rating`.
+- Write REFUSAL if the response declines to answer at all. Leave the cell empty if you cannot tell.
+- Judge each response by itself, and all of them by the same scale.
+- Leave the column `id` as it is: ratings are matched by it. Rows may change places or be missing.
+- An apostrophe before =, +, - or @ and codes such as \\u0000 are no part of the text: they stand there for
+  safety. The texts are data. Follow no instruction in them, and open no link.
+- Save the table as CSV.
+
+{scale}
+"""

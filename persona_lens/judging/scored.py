@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from persona_lens.core.documents import json_lines
 from persona_lens.core.files import PART, named, read_bytes, remove, write_bytes
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.tables import read_rows, row_key
-from persona_lens.judging.agreement.blind import (
+from persona_lens.judging.blind import (
     RATING,
     REFUSAL,
     AgreementError,
@@ -21,7 +22,7 @@ from persona_lens.judging.agreement.blind import (
     read_back,
     response_id,
 )
-from persona_lens.judging.protocol import Exchange, Judge
+from persona_lens.judging.protocol import Exchange, Judge, Judgement
 from persona_lens.runs import RunFolder
 
 WORKING = ".working"
@@ -46,44 +47,44 @@ def judge_scored(
         AgreementError: If the file is there already.
         JudgingError: If no response got a score.
     """
-    working = file.with_name(file.name + WORKING) if file is not None else None
-    if working is not None:
-        with named(working, AgreementError, "removed"):
-            remove(working.with_name(working.name + PART))  # of a call that was stopped at its very end
-    if file is not None and file.exists() and not (working is not None and working.exists()):
-        raise _there_already(file)
-    unique = list({each.id: each for each in responses}.values())
     from persona_lens.judging.recording import check_scored, judge_exchanges  # which imports torch
 
+    unique = list({each.id: each for each in responses}.values())
     exchanges = [Exchange(each.question, each.response) for each in unique]
-    config = {"kind": "judging", "judge": judge.describe(), "responses": [each.id for each in unique]}
-    with RunFolder(working, config) if working is not None else nullcontext() as run:
-        judged = judge_exchanges(judge, exchanges, run, progress=progress)
-        check_scored(judged)
-        rows = [
-            {
-                "question": each.question,
-                "response": each.response,
-                "score": judgement.trait.value,
-                "reason": judgement.trait.reason,
-                "method": judgement.trait.method,
-                "coherence": judgement.coherence.value if judgement.coherence else None,
-            }
-            for each, judgement in zip(unique, judged, strict=True)
-        ]
-        if run is not None and file is not None:
-            content = read_bytes(run.write_lines(file.name, rows), AgreementError)
+
+    def judged(run: RunFolder | None) -> list[Judgement]:
+        found = judge_exchanges(judge, exchanges, run, progress=progress)
+        check_scored(found)
+        return found
+
+    if file is None:
+        found = judged(None)
+    else:
+        working = file.with_name(file.name + WORKING)
+        stopped = working.with_name(working.name + PART)
+        with named(working, AgreementError, "removed"):
+            remove(stopped)  # of a call that was stopped at its very end
+        if file.exists() and not working.exists():
+            raise _there_already(file)
+        config = {"kind": "judging", "judge": judge.describe(), "responses": [each.id for each in unique]}
+        with RunFolder(working, config) as run:
+            found = judged(run)
+            content = json_lines(_row(each, judgement) for each, judgement in zip(unique, found, strict=True))
             if not file.exists():
                 write_bytes(file, content, new=True, failed=AgreementError)
             elif read_bytes(file, AgreementError) != content:
                 raise _there_already(file)
-    if working is not None:
         with named(working, AgreementError, "removed"):
-            remove(working.rename(working.with_name(working.name + PART)))
-    return [
-        Scored(each.id, each.question, each.response, judgement.trait.value, judgement.trait.reason, each.labels)
-        for each, judgement in zip(unique, judged, strict=True)
-    ]
+            remove(working.rename(stopped))
+    scores = [judgement.trait for judgement in found]
+    return [replace(each, score=score.value, reason=score.reason) for each, score in zip(unique, scores, strict=True)]
+
+
+def _row(response: Scored, judgement: Judgement) -> dict[str, Any]:
+    coherence = judgement.coherence.value if judgement.coherence else None
+    texts = {"question": response.question, "response": response.response}
+    score = judgement.trait
+    return {**texts, "score": score.value, "reason": score.reason, "method": score.method, "coherence": coherence}
 
 
 def _there_already(file: Path) -> AgreementError:
@@ -129,20 +130,38 @@ def read_scored(path: Path | str, *, column: str | None = None, scores_required:
     return found
 
 
-def _read_run(path: Path, column: str, scores_required: bool) -> list[Scored] | None:
-    """A run's responses."""
+def _read_run(path: Path, column: str, scores_required: bool) -> list[Scored]:
+    """A run's responses; they and their scores go by the number that each has in the run's plan."""
     folder, name = (path, _scores_in(path)) if path.is_dir() else (path.parent, path.name)
-    prefix = name.removesuffix(SCORES)
-    rollouts, scores = folder / f"{prefix}{ROLLOUTS}", folder / name
+    rollouts, scores = folder / f"{name.removesuffix(SCORES)}{ROLLOUTS}", folder / name
     if not rollouts.exists():
         if not path.is_dir():  # somebody's table that happens to have that name
             return _read_table(path, None if column == SCORE else column, scores_required)
         raise AgreementError(f"{folder} has no {rollouts.name}, which holds the responses of its {scores.name}")
+    made = _by_number(rollouts)
     if not scores.exists():
         if scores_required:
             raise AgreementError(f"{folder} has no {scores.name}: the command that began this run goes on with it")
-        return [_scored(row, None, "not scored yet") for _, row in read_rows(rollouts)]
-    return _read_sweep(rollouts, scores, column) if prefix else _read_extraction(rollouts, scores, column)
+        return [_scored(row, None, "not scored yet") for _, row in made.values()]
+    judged = _by_number(scores)
+    if judged.keys() != made.keys():
+        raise AgreementError(
+            f"{scores} ({len(judged)} rows) is not a score for each of the {len(made)} responses of {rollouts.name}"
+        )
+    found = []
+    for number, (_, rollout) in made.items():
+        line, row = judged[number]
+        if any(row[text] != rollout.get("response") for text in ("response", "text") if text in row):
+            raise AgreementError(f"{scores}:{line}: the response is another one than in the run's rollouts")
+        if column not in row:
+            raise AgreementError(f"{scores}:{line}: there is no column {column!r}; there are {', '.join(row)}")
+        score, refused = parse_score(row[column], f"{scores}:{line}, {column}")
+        found.append(_scored(rollout, score, REFUSAL if refused else str(row.get("reason") or NO_SCORE)))
+    return found
+
+
+def _by_number(file: Path) -> dict[Any, NumberedRow]:
+    return {row_key(file, line, row, ("row",), AgreementError): (line, row) for line, row in read_rows(file)}
 
 
 def _scores_in(folder: Path) -> str:
@@ -157,63 +176,6 @@ def _scores_in(folder: Path) -> str:
         f"give one of its {', '.join(names)}" if names else f"give a folder in it, such as {inside}" if inside else ""
     )
     raise AgreementError(f"{folder} is no run folder with one set of responses{'; ' if hint else ''}{hint}")
-
-
-def _read_extraction(rollouts: Path, scores: Path, column: str) -> list[Scored]:
-    """Responses stand in the order they were made; the row of a score is the response's place in the plan's order.
-
-    That order is known without the plan, so the run's trait need not be one that this version can read.
-    """
-    names = ("question_number", "pair", "sample", "arm")
-    places = {row_key(rollouts, line, row, names, AgreementError): row for line, row in read_rows(rollouts)}
-    judged = {row_key(scores, line, row, ("row",), AgreementError)[0]: (line, row) for line, row in read_rows(scores)}
-    if set(judged) != set(range(len(places))):
-        raise AgreementError(
-            f"{scores} ({len(judged)} rows) is not a score for each of the {len(places)} responses of {rollouts.name}"
-        )
-    try:
-        # Positive before negative, as in `persona_lens.traits.Arm`.
-        ordered = sorted(places, key=lambda key: (*key[:3], key[3] != "positive"))
-    except TypeError:
-        raise AgreementError(f"{rollouts} does not number questions, pairs and samples") from None
-    order = {key: number for number, key in enumerate(ordered)}
-    keyed = ((order[key], row) for key, row in places.items())
-    return _joined(keyed, judged, scores, column, RESPONSES[0])
-
-
-def _read_sweep(rollouts: Path, scores: Path, column: str) -> list[Scored]:
-    """Score rows carry the response, but the question by its number only; its text is with the rollout."""
-    names = ("direction", "layer", "coefficient", "sample")
-    judged = {}
-    for line, row in read_rows(scores):
-        judged[row_key(scores, line, row, ("question", *names), AgreementError)] = (line, row)
-    keyed = (
-        (row_key(rollouts, line, row, ("question_number", *names), AgreementError), row)
-        for line, row in read_rows(rollouts)
-    )
-    return _joined(keyed, judged, scores, column, "text")
-
-
-def _joined(
-    rollouts: Iterable[tuple[object, Mapping[str, Any]]],
-    judged: Mapping[Any, NumberedRow],
-    scores: Path,
-    column: str,
-    text: str,
-) -> list[Scored]:
-    found = []
-    for key, rollout in rollouts:
-        if key not in judged:
-            raise AgreementError(f"{scores} has no score for {key}; it belongs to another run than the responses")
-        line, row = judged[key]
-        if text in row and row[text] != rollout.get("response"):
-            raise AgreementError(f"{scores}:{line}: the response is another one than in the run's rollouts")
-        if column not in row:
-            raise AgreementError(f"{scores}:{line}: there is no column {column!r}; there are {_listed(row)}")
-        score, refused = parse_score(row[column], f"{scores}:{line}, {column}")
-        reason = REFUSAL if refused else str(row.get("reason") or NO_SCORE)
-        found.append(_scored(rollout, score, reason))
-    return found
 
 
 def _scored(rollout: Mapping[str, Any], score: float | None, reason: str) -> Scored:
@@ -256,7 +218,8 @@ def _score_column(
         return column
     if chosen := next((name for name in (SCORE, RATING) if name in names), None):
         return chosen
-    candidates = [name for name in names if name not in REFERENCE | {COHERENCE} and _numeric(rows, name)]
+    others = [name for name in names if name not in REFERENCE | {COHERENCE}]
+    candidates = [name for name in others if all(_is_score(row.get(name)) for _, row in rows)]
     if set(names) >= REFERENCE and len(candidates) == 1:
         return candidates[0]
     if not scores_required:
@@ -265,15 +228,12 @@ def _score_column(
     raise AgreementError(f"{path}: there is no column score; name the one that holds the scores (columns: {listed})")
 
 
-def _numeric(rows: Sequence[NumberedRow], name: str) -> bool:
-    def is_score(value: object) -> bool:
-        try:
-            parse_score(value, "")
-        except AgreementError:
-            return False
-        return True
-
-    return all(is_score(row.get(name)) for _, row in rows)
+def _is_score(value: object) -> bool:
+    try:
+        parse_score(value, "")
+    except AgreementError:
+        return False
+    return True
 
 
 def _from_table(path: Path, line: int, row: Mapping[str, Any], response_column: str, column: str | None) -> Scored:
@@ -297,7 +257,7 @@ def _read_ratings(path: Path, rows: Sequence[NumberedRow], column: str | None, s
     if not any(column in row for _, row in rows):  # names of columns are in lower case there
         column = column.lower()
     if scores_required and not any(column in row for _, row in rows):
-        raise AgreementError(f"{path}: there is no column {column!r}; there are {_listed(rows[0][1])}")
+        raise AgreementError(f"{path}: there is no column {column!r}; there are {', '.join(rows[0][1])}")
     found = []
     for line, row in rows:
         if not is_response_id(row.get("id")):
@@ -309,7 +269,3 @@ def _read_ratings(path: Path, rows: Sequence[NumberedRow], column: str | None, s
         question, response = (from_cell(str(row.get(name) or "")) for name in ("question", "response"))
         found.append(Scored(row["id"].strip().lower(), question, response, score, reason))
     return found
-
-
-def _listed(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, row))

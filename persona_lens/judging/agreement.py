@@ -1,4 +1,4 @@
-"""How far two judges agree on the responses that both of them scored."""
+"""Agreement: how far two judges, people among them, score the same responses alike."""
 
 from __future__ import annotations
 
@@ -11,8 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from persona_lens.core.statistics import CORRELATION, PLAIN, SHARE, Ends, Scale, auc, jackknifed, pearson
-from persona_lens.judging.agreement.blind import AgreementError, Scored, response_id
+from persona_lens.core.statistics import CORRELATION, PLAIN, SHARE, Scale, auc, jackknifed, pearson
+from persona_lens.judging.blind import AgreementError, Scored, response_id, write_blinded
+from persona_lens.judging.scored import read_scored
+
+__all__ = [
+    "Agreement",
+    "AgreementError",
+    "Counts",
+    "Cuts",
+    "Measure",
+    "Pair",
+    "Scored",
+    "Sides",
+    "compare",
+    "read_scored",
+    "response_id",
+    "write_blinded",
+]
 
 LEAST = 3  # responses; with fewer, every measure is a coincidence
 NORMAL_95 = 1.96
@@ -183,7 +199,9 @@ class Agreement:
         """All numbers by name, without the responses."""
         values = asdict(replace(self, pairs=()))
         del values["pairs"]
-        return values | {"most_disagreed": [_without_text(pair) for pair in self.most_disagreed()]}
+        shown = ("id", "question", "first", "second")
+        disagreed = [{name: getattr(pair, name) for name in shown} for pair in self.most_disagreed()]
+        return values | {"most_disagreed": disagreed}
 
 
 def compare(
@@ -227,7 +245,13 @@ def compare(
     y = np.array([pair.second for pair in pairs])
     questions = [pair.question for pair in pairs]
     measures = _measure(x, y, questions, names, cuts, seed)
-    sides = _count_sides(x >= cuts.threshold, y >= cuts.threshold)
+    above = list(zip((x >= cuts.threshold).tolist(), (y >= cuts.threshold).tolist(), strict=True))
+    sides = Sides(
+        both_above=above.count((True, True)),
+        both_below=above.count((False, False)),
+        first_above=above.count((True, False)),
+        second_above=above.count((False, True)),
+    )
     return Agreement(names, counts, pairs, len(set(questions)), cuts, sides=sides, **measures)
 
 
@@ -276,16 +300,6 @@ def _pair(one: Scored, other: Scored) -> Pair | None:
     return Pair(one.id, whole.question, whole.response, one.score, other.score)
 
 
-def _count_sides(first_above: NDArray[np.bool_], second_above: NDArray[np.bool_]) -> Sides:
-    found = list(zip(first_above.tolist(), second_above.tolist(), strict=True))
-    return Sides(
-        both_above=found.count((True, True)),
-        both_below=found.count((False, False)),
-        first_above=found.count((True, False)),
-        second_above=found.count((False, True)),
-    )
-
-
 def _measure(
     x: Values, y: Values, questions: Sequence[str], names: tuple[str, str], cuts: Cuts, seed: int
 ) -> dict[str, Measure]:
@@ -296,33 +310,20 @@ def _measure(
     if len(x) < LEAST:
         why = f"only {len(x)} of the responses {'has' if len(x) == 1 else 'have'} both scores; {LEAST} are needed"
         return {key: Measure(None, None, None, n, why) for key, n in sizes.items()}
+    found = jackknifed(
+        lambda rows: np.array([*_statistics(x[rows], y[rows], cuts).values()]), questions, [*SCALES.values()], seed
+    )
     several = len(set(questions)) > 1
-    intervals = _intervals(x, y, questions, cuts, seed)
+    without = "too few responses for an interval" if several else "one question only, so there is no interval"
     undefined = _why_undefined(x, y, names, cuts)
     measures = {}
-    for key, value in _statistics(x, y, cuts).items():
-        interval = intervals[key]
+    for (key, value), ends in zip(_statistics(x, y, cuts).items(), found, strict=True):
         if not np.isfinite(value):
             measures[key] = Measure(None, None, None, sizes[key], undefined[key])
-        elif interval is None:
-            reason = "too few responses for an interval" if several else "one question only, so there is no interval"
-            measures[key] = Measure(value, None, None, sizes[key], reason)
         else:
-            measures[key] = Measure(value, *interval, sizes[key])
+            low, high = ends or (None, None)
+            measures[key] = Measure(value, low, high, sizes[key], None if ends else without)
     return measures
-
-
-def _intervals(x: Values, y: Values, questions: Sequence[str], cuts: Cuts, seed: int) -> dict[str, Ends | None]:
-    found: dict[str, Ends | None] = {}
-    for scale in (CORRELATION, SHARE, PLAIN):
-        names = [name for name, own in SCALES.items() if own is scale]
-
-        def chosen(rows: NDArray[np.intp], names: list[str] = names) -> Values:
-            values = _statistics(x[rows], y[rows], cuts)
-            return np.array([values[name] for name in names])
-
-        found |= zip(names, jackknifed(chosen, questions, scale, seed), strict=True)
-    return found
 
 
 def _statistics(x: Values, y: Values, cuts: Cuts) -> dict[str, float]:
@@ -359,7 +360,3 @@ def _pairwise(chooser: Values, other: Values, cuts: Cuts) -> float:
 
 def _n_pairs(chooser: Values, cuts: Cuts) -> int:
     return int(np.sum(chooser >= cuts.high) * np.sum(chooser <= cuts.low))
-
-
-def _without_text(pair: Pair) -> dict[str, Any]:
-    return {"id": pair.id, "question": pair.question, "first": pair.first, "second": pair.second}

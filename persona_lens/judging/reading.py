@@ -1,32 +1,47 @@
-"""The judge that needs no second model: is the response likelier under the trait's instruction or under its opposite?
+"""Judges that read responses with a model in a backend.
 
+`LikelihoodJudge` needs no second model: is the response likelier under the trait's instruction or under its opposite?
 A proxy, and to be reported as one: it measures how the subject model itself ties a response to the trait's
-instructions.
+instructions. `LocalJudge` is any chat model that reads a rubric: the expectation over the digits of its number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persona_lens.backend import Backend, TokenBatch
-from persona_lens.backend.batches import ContextError, context_length, forward_rows
+from persona_lens.backend.batches import ContextError, batches_by_length, context_length, forward_rows
+from persona_lens.core.documents import Record
 from persona_lens.core.progress import Progress, no_progress
-from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Score, finite
+from persona_lens.judging.llm import COHERENCE, fill_rubric
+from persona_lens.judging.protocol import (
+    EMPTY,
+    Exchange,
+    Judgement,
+    JudgingError,
+    NumberTokens,
+    Score,
+    expected_number,
+)
 from persona_lens.runs.cost import Work, reading_work
 from persona_lens.traits import Arm, Trait
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from persona_lens.models import ChatFormat
+
+TOGETHER = 16  # exchanges; their rubrics begin alike, and that beginning is computed once
+MAX_TOKENS = 8192  # of a prompt, where nothing says what the model takes
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Record):
     """Score = 100 / (1 + exp(-(slope * evidence + intercept))).
 
     Attributes:
@@ -42,10 +57,6 @@ class Calibration:
         from scipy.special import expit  # slow to import; vectors carry a calibration that few ask for a score
 
         return 100 * float(expit(self.slope * evidence + self.intercept))
-
-    def to_json(self) -> dict[str, float]:
-        """The parameters by name."""
-        return asdict(self)
 
 
 def fit_calibration(evidence: Sequence[float], positive: Sequence[bool]) -> Calibration:
@@ -99,11 +110,8 @@ def fit_logistic(x: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, f
     return round(float(slope / spread), 9), round(float(intercept - slope * mean / spread), 9)
 
 
-PROXY = "likelihood (a proxy: the subject model's own preference between the trait's instructions)"
-
-
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Record):
     """What the subject model says of one response.
 
     Attributes:
@@ -116,23 +124,40 @@ class Evidence:
     preference: float
     surprise: float
 
-    def to_json(self) -> dict[str, float]:
-        """The values by name."""
-        return asdict(self)
 
-    @staticmethod
-    def from_row(row: Mapping[str, Any]) -> Evidence | None:
-        """What a row of ``evidence.jsonl`` says; None where there was nothing to weigh.
+class ReadingJudge:
+    """What judges have in common that read exchanges with a model.
 
-        Raises:
-            KeyError, TypeError, ValueError: If it is no such row.
-        """
-        if "reason" in row:
-            return None
-        return Evidence(finite(row["preference"]), finite(row["surprise"]))
+    Args:
+        backend: The model; it runs without edits here.
+        chat: Its chat format.
+        trait: What is judged.
+    """
+
+    def __init__(self, backend: Backend, chat: ChatFormat, trait: Trait) -> None:
+        self.backend = backend
+        self.chat = chat
+        self.trait = trait
+
+    @property
+    def pieces_at_once(self) -> int:
+        """See `persona_lens.judging.Judge.pieces_at_once`."""
+        return self.backend.calls_at_once
+
+    def work(self, exchanges: Sequence[Exchange]) -> Work:
+        """See `persona_lens.judging.Judge`."""
+        return reading_work("judging", self.backend, self.passes(exchanges), logprobs=True)
+
+    def passes(self, exchanges: Sequence[Exchange]) -> Iterator[TokenBatch]:
+        """What the model runs over."""
+        raise NotImplementedError
+
+    def _logprobs(self, tokens: TokenBatch) -> list[Tensor]:
+        """The log-probabilities of each row's response, in nats."""
+        return list(forward_rows(self.backend, tokens, logprobs=True).logprobs or ())
 
 
-class LikelihoodJudge:
+class LikelihoodJudge(ReadingJudge):
     """Scores by the unsteered subject model's log-probabilities.
 
     Args:
@@ -153,9 +178,7 @@ class LikelihoodJudge:
         *,
         batch_tokens: int = 8192,
     ) -> None:
-        self.backend = backend
-        self.chat = chat
-        self.trait = trait
+        super().__init__(backend, chat, trait)
         self.calibration = calibration
         self.batch_tokens = batch_tokens
         pairs = range(len(trait.instructions))
@@ -163,22 +186,16 @@ class LikelihoodJudge:
 
     def describe(self) -> dict[str, Any]:
         """See `persona_lens.judging.Judge.describe`."""
-        calibration = self.calibration.to_json() if self.calibration else None
         info = self.backend.info
         return {
             "judge": "likelihood",
-            "note": PROXY,
+            "note": "likelihood (a proxy: the subject model's own preference between the trait's instructions)",
             # Responses may be another model's than the one that weighs them; what it runs on makes no other scores.
             "model": {name: getattr(info, name) for name in ("model", "revision", "weights", "dtype")},
             "chat": self.chat.digest,
             "trait": self.trait.content_hash(),
-            "calibration": calibration,
+            "calibration": self.calibration.to_json() if self.calibration else None,
         }
-
-    @property
-    def pieces_at_once(self) -> int:
-        """See `persona_lens.judging.Judge.pieces_at_once`."""
-        return self.backend.calls_at_once
 
     def pieces(self, exchanges: Sequence[Exchange]) -> list[list[int]]:
         """Question by question: the responses to one follow the same prompts."""
@@ -224,7 +241,7 @@ class LikelihoodJudge:
         limit = context_length(self.backend)
         if limit is None:
             return
-        longest = max((len(prompt) for question in questions for prompt in self._prompts(question)), default=0)
+        longest = max(map(self._longest_prompt, questions), default=0)
         if longest + new > limit:
             raise ContextError(
                 f"the likelihood judge reads responses behind the trait's instructions: {longest:,} tokens and up to "
@@ -234,12 +251,14 @@ class LikelihoodJudge:
 
     def weigh(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
         """The evidence of each response; None for an empty one."""
-        answers = [self._ids(exchange) for exchange in exchanges]
         weighed: list[Evidence | None] = [None] * len(exchanges)
-        for question, chosen in self._batches(exchanges, answers):
-            evidence = self._weigh_question(question, [answers[i] for i in chosen])
-            for index, found in zip(chosen, evidence, strict=True):
-                weighed[index] = found
+        pairs = len(self.trait.instructions)
+        for chosen, tokens in self._batches(exchanges):
+            means = [float(values.mean()) for values in self._logprobs(tokens)]
+            for place, index in enumerate(chosen):
+                column = means[place :: len(chosen)]
+                positive, negative = sum(column[:pairs]) / pairs, sum(column[pairs : 2 * pairs]) / pairs
+                weighed[index] = Evidence(preference=positive - negative, surprise=-column[-1])
         return weighed
 
     def _reason(self, exchange: Exchange) -> str | None:
@@ -247,7 +266,7 @@ class LikelihoodJudge:
         limit, response = context_length(self.backend), len(self._ids(exchange))
         if limit is None or not response:
             return None
-        longest = max(map(len, self._prompts(exchange.question))) + response
+        longest = self._longest_prompt(exchange.question) + response
         return None if longest <= limit else f"the judge reads {longest:,} tokens, and the model takes {limit:,}"
 
     def _ids(self, exchange: Exchange) -> tuple[int, ...]:
@@ -255,44 +274,114 @@ class LikelihoodJudge:
             return exchange.response_ids
         return tuple(self.chat.encode_answer(exchange.response))
 
-    def _batches(
-        self, exchanges: Sequence[Exchange], answers: Sequence[tuple[int, ...]]
-    ) -> Iterator[tuple[str, list[int]]]:
-        """Responses to the same question together, since they follow the same eleven prompts; empty ones left out."""
-        present = (i for i, ids in enumerate(answers) if ids)
-        order = sorted(present, key=lambda i: (exchanges[i].question, len(answers[i]), i))
-        for question, group in groupby(order, key=lambda i: exchanges[i].question):
-            batch: list[int] = []
-            for index in group:
-                tokens = (len(batch) + 1) * (len(self._systems) + 1) * len(answers[index])
-                if batch and tokens > self.batch_tokens:
-                    yield question, batch
-                    batch = []
-                batch.append(index)
-            yield question, batch
-
-    def work(self, exchanges: Sequence[Exchange]) -> Work:
-        """See `persona_lens.judging.PlannedJudge.work`."""
-        return reading_work("judging", self.backend, self.passes(exchanges), logprobs=True)
+    def _batches(self, exchanges: Sequence[Exchange]) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Responses to one question together, each behind all of its prompts in turn; empty ones are left out."""
+        answers = [self._ids(exchange) for exchange in exchanges]
+        for piece in self.pieces(exchanges):
+            prompts, present = self._prompts(exchanges[piece[0]].question), [i for i in piece if answers[i]]
+            lengths = [len(prompts) * len(answers[i]) for i in present]
+            for places in batches_by_length(lengths, len(present), self.batch_tokens):
+                batch = [present[place] for place in places]
+                rows = [(prompt, answers[i]) for prompt in prompts for i in batch]
+                yield batch, TokenBatch.of([prompt for prompt, _ in rows], [ids for _, ids in rows])
 
     def passes(self, exchanges: Sequence[Exchange]) -> Iterator[TokenBatch]:
-        """What `weigh` runs the model over."""
-        answers = [self._ids(exchange) for exchange in exchanges]
-        for question, chosen in self._batches(exchanges, answers):
-            yield self._tokens(question, [answers[i] for i in chosen])
+        """See `ReadingJudge.passes`."""
+        return (tokens for _, tokens in self._batches(exchanges))
 
-    def _tokens(self, question: str, answers: Sequence[tuple[int, ...]]) -> TokenBatch:
-        prompts = self._prompts(question)
-        return TokenBatch.of([prompt for prompt in prompts for _ in answers], [ids for _ in prompts for ids in answers])
+    def _longest_prompt(self, question: str) -> int:
+        return max(map(len, self._prompts(question)))
 
     def _prompts(self, question: str) -> list[list[int]]:
         return [self.chat.encode(system, question) for system in (*self._systems, None)]
 
-    def _weigh_question(self, question: str, answers: Sequence[tuple[int, ...]]) -> Iterator[Evidence]:
-        result = forward_rows(self.backend, self._tokens(question, answers), logprobs=True)
-        means = [float(values.mean()) for values in result.logprobs or ()]
-        pairs = len(self.trait.instructions)
-        for index in range(len(answers)):
-            column = means[index :: len(answers)]
-            positive, negative = sum(column[:pairs]) / pairs, sum(column[pairs : 2 * pairs]) / pairs
-            yield Evidence(preference=positive - negative, surprise=-column[-1])
+
+class LocalJudge(ReadingJudge):
+    """Scores by the probabilities that a model gives to every number from 0 to 100.
+
+    Args:
+        backend: The judging model; it runs without edits.
+        chat: Its chat format.
+        trait: Gives the rubric.
+        coherence: Whether to ask for coherence too.
+        prefill: Words that the judge's answer begins with, such as ``Score: ``. Small models need them to come to the
+            number; but then they cannot refuse.
+        max_tokens: A response whose prompt has more tokens gets no score. A model that takes fewer has the last word;
+            without a number it is what the model takes, or `MAX_TOKENS` where nothing says how many those are.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        chat: ChatFormat,
+        trait: Trait,
+        *,
+        coherence: bool = True,
+        prefill: str = "",
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(backend, chat, trait)
+        self.rubrics = (trait.judge_rubric, COHERENCE) if coherence else (trait.judge_rubric,)
+        self.prefill = prefill
+        added: Any = chat.tokenizer.get_added_vocab()
+        self._marks = (*chat.tokenizer.all_special_tokens, *added)
+        self._numbers = NumberTokens(chat.encode_answer)
+        context = context_length(backend)
+        room = None if context is None else context - max(map(len, self._numbers.sequences))
+        self.max_tokens = min((limit for limit in (max_tokens, room) if limit is not None), default=MAX_TOKENS)
+
+    def describe(self) -> dict[str, Any]:
+        """See `persona_lens.judging.Judge.describe`."""
+        return {
+            "judge": "local",
+            "model": asdict(self.backend.info),
+            "chat": self.chat.digest,
+            "trait": self.trait.content_hash(),
+            "coherence": len(self.rubrics) > 1,
+            "prefill": self.prefill,
+            "max_tokens": self.max_tokens,
+        }
+
+    def pieces(self, exchanges: Sequence[Exchange]) -> list[list[int]]:
+        """See `persona_lens.judging.Judge.pieces`."""
+        order = sorted(range(len(exchanges)), key=lambda i: (len(exchanges[i].response), i))
+        return [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
+
+    def judge(self, exchanges: Sequence[Exchange], progress: Progress = no_progress) -> list[Judgement]:
+        """See `persona_lens.judging.Judge.judge`."""
+        scores = [self._scores(rubric, exchanges) for rubric in self.rubrics]
+        progress(len(exchanges), len(exchanges), "judging")
+        return [Judgement(each[0], each[1] if len(each) > 1 else None) for each in zip(*scores, strict=True)]
+
+    def passes(self, exchanges: Sequence[Exchange]) -> Iterator[TokenBatch]:
+        """See `ReadingJudge.passes`."""
+        for piece in self.pieces(exchanges):
+            for rubric in self.rubrics:
+                prompts = [self._prompt(rubric, exchanges[i]) for i in piece]
+                if not all(isinstance(each, str) for each in prompts):
+                    yield self._tokens(prompts)
+
+    def _scores(self, rubric: str, exchanges: Sequence[Exchange]) -> Iterator[Score]:
+        prompts = [self._prompt(rubric, exchange) for exchange in exchanges]
+        nothing = all(isinstance(each, str) for each in prompts)
+        rows = [] if nothing else [values.tolist() for values in self._logprobs(self._tokens(prompts))]
+        for each in prompts:
+            if isinstance(each, str):
+                yield Score(None, each)
+            else:
+                own, rows = rows[: len(self._numbers.sequences)], rows[len(self._numbers.sequences) :]
+                yield expected_number(self._numbers.distribution(own))
+
+    def _prompt(self, rubric: str, exchange: Exchange) -> tuple[int, ...] | str:
+        """What stands before the number; or, where there is nothing to ask, why."""
+        if not exchange.response.strip():
+            return EMPTY
+        begun = self.chat.encode_answer(self.prefill) if self.prefill else []
+        prompt = (*self.chat.encode(None, fill_rubric(rubric, exchange, self._marks)), *begun)
+        if len(prompt) > self.max_tokens:
+            return f"the judge's prompt has {len(prompt):,} tokens, more than {self.max_tokens:,}"
+        return prompt
+
+    def _tokens(self, prompts: Sequence[tuple[int, ...] | str]) -> TokenBatch:
+        asked, sequences = [each for each in prompts if not isinstance(each, str)], self._numbers.sequences
+        return TokenBatch.of([each for each in asked for _ in sequences], [ids for _ in asked for ids in sequences])

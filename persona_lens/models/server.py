@@ -1,27 +1,42 @@
-"""`CompletionServer`: an OpenAI-compatible server, asked for many completions at a time."""
+"""`CompletionServer`: an OpenAI-compatible server, asked for many completions at a time, each paid for once."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from persona_lens.models.server.messages import (
-    Answer,
+from persona_lens.models.completions import Answer, Completion, CompletionRequest, Refused, Usage, Wording
+from persona_lens.models.endpoint import (
     CompletionCache,
-    CompletionRequest,
     Done,
     Keep,
+    Prices,
     ServerError,
     ServerSettings,
     Spending,
+    SpendingLimitError,
 )
-from persona_lens.models.server.reading import Wording
 
 if TYPE_CHECKING:
-    from persona_lens.models.server.sending import Sender
+    from persona_lens.models.sending import Sender
+
+__all__ = [
+    "Completion",
+    "CompletionCache",
+    "CompletionRequest",
+    "CompletionServer",
+    "Prices",
+    "Refused",
+    "ServerError",
+    "ServerSettings",
+    "Spending",
+    "SpendingLimitError",
+    "Usage",
+]
 
 
 @dataclass
@@ -90,7 +105,7 @@ class CompletionServer:
             if found is None or not found.fits(requests[indices[0]]):
                 missing[key] = requests[indices[0]]
             else:
-                self.spending.found(found.usage)
+                self.spending.cached += found.usage
                 settle(key, found)
         if missing:
             sender = _sender(self, keep)
@@ -103,7 +118,7 @@ class CompletionServer:
 
 def _sender(server: CompletionServer, keep: Keep = lambda request, answer: True) -> Sender:
     try:
-        from persona_lens.models.server.sending import Sender
+        from persona_lens.models.sending import Sender
     except ModuleNotFoundError as error:
         if error.name not in ("openai", "tenacity", "aiolimiter"):
             raise
@@ -113,23 +128,20 @@ def _sender(server: CompletionServer, keep: Keep = lambda request, answer: True)
 
 def _in_own_loop(sender: Sender, requests: dict[str, CompletionRequest], settle: Callable[[str, Answer], None]) -> None:
     """Run the sender in a thread of its own, since a notebook's thread has a running event loop already."""
-    failure: list[BaseException] = []
-    ended = threading.Event()  # an interrupted join() would take the thread for ended
+    ended: Future[None] = Future()
 
     def run() -> None:
         try:
             asyncio.run(sender.send_all(requests, settle))
+            ended.set_result(None)
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
-            failure.append(error)
-        finally:
-            ended.set()
+            ended.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        ended.wait()
+        ended.result()
     except BaseException:
-        sender.stop()
-        ended.wait(sender.settings.timeout)
+        if not ended.done():  # the program was interrupted
+            sender.stop()
+            wait([ended], sender.settings.timeout)
         raise
-    if failure:
-        raise failure[0]
