@@ -306,31 +306,26 @@ def feature_effects(
         coefficient: With which all were steered.
     """
     towards = 1 if coefficient > 0 else -1
-    pooled = [row for row in rows if row.arm in {arm_name(feature) for feature in random}]
+    by_arm: dict[str, list[ArmRow]] = {}
+    for row in rows:
+        by_arm.setdefault(row.arm, []).append(row)
+    pooled = [row for feature in random for row in by_arm[arm_name(feature)]]
     names: dict[str, int | None] = {WHOLE: None, **{arm_name(feature): feature for feature in (*top, *random)}}
-    plain = [row for row in rows if row.arm == UNSTEERED]
-    if not any(row.arm == WHOLE for row in rows):
-        del names[WHOLE]
 
-    def change(own: Sequence[ArmRow], null: Sequence[ArmRow], quantity: str) -> Change | None:
+    def change(name: str, quantity: str) -> Change | None:
+        own, null = by_arm[name], () if names[name] in random else pooled
         within = CHANGES if quantity == "score" else None
-        return change_of(*(values_of(each, quantity) for each in (plain, own, null)), within=within)
+        return change_of(*(values_of(each, quantity) for each in (by_arm[UNSTEERED], own, null)), within=within)
 
-    moved = {
-        feature: found.vector.mean * towards
-        for feature in random
-        if (found := change([r for r in rows if r.arm == arm_name(feature)], (), "score")) is not None
-    }
+    scores = {name: change(name, "score") for name in names}
+    moved = {each: found.vector.mean * towards for each in random if (found := scores[arm_name(each)]) is not None}
     effects: dict[str, FeatureEffect | None] = {}
     for name, feature in names.items():
-        own = [row for row in rows if row.arm == name]
-        null = () if feature in random else pooled
-        score = change(own, null, "score")
-        if score is None:
+        if (score := scores[name]) is None:
             effects[name] = None
             continue
         beyond = sum(score.vector.mean * towards > other for of, other in moved.items() if of != feature)
         others = len(moved) - (feature in moved)
-        surprise = change(own, null, "surprise")
+        surprise = change(name, "surprise")
         effects[name] = FeatureEffect(feature, score, surprise, beyond if others else None, others, towards)
     return effects

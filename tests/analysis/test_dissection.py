@@ -113,7 +113,7 @@ def rows_of(**scores: float | None) -> list[ArmRow]:
 
 
 def test_one_random_feature_that_moves_the_score_as_far_is_enough_not_to_be_clear() -> None:
-    scores = {"unsteered": 50.0, "feature_1": 60.0, "feature_7": 50.0, "feature_8": 51.0}
+    scores = {"unsteered": 50.0, "vector": 55.0, "feature_1": 60.0, "feature_7": 50.0, "feature_8": 51.0}
     clear = feature_effects(rows_of(**scores), [1], [7, 8], 1.0)["feature_1"]
     assert clear is not None
     assert (clear.beyond, clear.stands_out) == (2, True)
@@ -125,7 +125,7 @@ def test_one_random_feature_that_moves_the_score_as_far_is_enough_not_to_be_clea
     wrong_way = feature_effects(rows_of(**{**scores, "feature_1": 30.0}), [1], [7, 8], 1.0)["feature_1"]
     assert wrong_way is not None
     assert (wrong_way.beyond, wrong_way.stands_out) == (0, False)
-    alone = feature_effects(rows_of(unsteered=50.0, feature_1=60.0), [1], [], 1.0)["feature_1"]
+    alone = feature_effects(rows_of(unsteered=50.0, vector=55.0, feature_1=60.0), [1], [], 1.0)["feature_1"]
     assert alone is not None
     assert (alone.beyond, alone.stands_out) == (None, False)
     silent = feature_effects(rows_of(**{**scores, "feature_1": None}), [1], [7, 8], 1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -16,13 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.capability.scoring import (
-    Continuation,
-    Wanted,
-    continuation_logprobs,
-    generated,
-    greedy_flags,
-)
+from persona_lens.analysis.capability.scoring import Continuation, EditedModel, Wanted
 from persona_lens.backend import Backend, Edits, Positions, as_edits
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
@@ -85,9 +80,9 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         for edit in self.edits:
             if not isinstance(edit.positions, Positions) or not isinstance(edit.coefficient, int | float | None):
                 raise AnalysisError("an edit with a value for each row fits one batch only; give one for all rows")
-        self.model = backend
+        self.model = EditedModel(backend, self.edits, batch_size, progress)
+        self.info = backend.info
         self.tokenizer = backend.tokenizer
-        self.rows_at_once = batch_size
         self.total_length = max_length or context_length(backend) or DEFAULT_CONTEXT
         self.add_bos_token = add_bos_token
         self.seed = seed
@@ -105,9 +100,9 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         """The id that ends a text."""
         if self.tokenizer.eos_token_id is not None:
             return int(self.tokenizer.eos_token_id)
-        if self.model.end_ids:
-            return self.model.end_ids[0]
-        raise AnalysisError(f"the tokenizer of {self.model.info.model} knows no token that ends a text")
+        if self.model.backend.end_ids:
+            return self.model.backend.end_ids[0]
+        raise AnalysisError(f"the tokenizer of {self.info.model} knows no token that ends a text")
 
     @property
     def prefix_token_id(self) -> int:
@@ -122,7 +117,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness puts down about the model."""
-        return {"model_info": asdict(self.model.info), "edits": [edit.content_hash for edit in self.edits]}
+        return {"model_info": asdict(self.info), "edits": [edit.content_hash for edit in self.edits]}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text, without its system message where the template refuses one.
@@ -131,22 +126,17 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
             AnalysisError: If the model has no chat template.
         """
         if not self.tokenizer.chat_template:
-            raise AnalysisError(f"{self.model.info.model} has no chat template; measure it without apply_chat_template")
-        try:
-            return self._rendered(chat_history, add_generation_prompt)
-        except jinja2.TemplateError:
-            return self._rendered([m for m in chat_history if m["role"] != "system"], add_generation_prompt)
-
-    def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        template: Any = self.tokenizer.apply_chat_template
-        return str(
-            template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+            raise AnalysisError(f"{self.info.model} has no chat template; measure it without apply_chat_template")
+        render: Any = partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
+        try:
+            return str(render(chat_history))
+        except jinja2.TemplateError:
+            return str(render([message for message in chat_history if message["role"] != "system"]))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids of a text; no second first token where the text brings one, as chat templates do."""
@@ -166,8 +156,8 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **others: object
     ) -> list[tuple[float, bool]]:
         rows = [self._row(context, tokens) for _, context, tokens in requests]
-        found = continuation_logprobs(self.model, rows, self.edits, max_rows=self.rows_at_once, progress=self.progress)
-        flags = greedy_flags(self.model, rows, found, self.edits, max_rows=self.rows_at_once, progress=self.progress)
+        found = self.model.logprobs(rows)
+        flags = self.model.greedy_flags(rows, found)
         answers = [(sum(values), flag) for values, flag in zip(found, flags, strict=True)]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -190,9 +180,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
         """Log-probability in nats of each whole text, in windows that each predict what the one before left."""
         windows = [list(self._windows(*request.args)) for request in requests]
         rows = [row for each in windows for row in each]
-        found = iter(
-            continuation_logprobs(self.model, rows, self.edits, max_rows=self.rows_at_once, progress=self.progress)
-        )
+        found = iter(self.model.logprobs(rows))
         totals = [float(sum(sum(next(found)) for _ in each)) for each in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -226,7 +214,7 @@ class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no typ
             before[context] += 1
         texts = [""] * len(asked)
         done = 0
-        for batch in generated(self.model, rows, self.edits, max_rows=self.rows_at_once):
+        for batch in self.model.generated(rows):
             for index, ids, _ in batch:
                 texts[index] = self._text(ids, settings[index][3])
                 self.cache_hook.add_partial("generate_until", asked[index], texts[index])

@@ -25,7 +25,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.capability.scoring import Wanted, generated
+from persona_lens.analysis.capability.scoring import EditedModel, Wanted
 from persona_lens.backend import Backend, Edit, Sampling, open_backend
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.registry import DEFAULT, find_backend
@@ -157,8 +157,9 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
             raise AnalysisError(f"the provider persona-lens runs models itself and takes no base URL: {base_url!r}")
         own = {name: model_args.pop(name, None) for name in OWN}
         self.backend = _open(own["backend"], model_name, model_args)
-        self.edits = _steering(self.backend, own["vectors"], own["edits"])
         self.batch_size = _batch_size(own["batch_size"])
+        edits = _steering(self.backend, own["vectors"], own["edits"])
+        self.model = EditedModel(self.backend, edits, self.batch_size)
         self.chat = ChatFormat.from_tokenizer(self.backend.tokenizer, thinking=bool(own["thinking"]))
         self.limit = context_length(self.backend)
         self._queue: BatchQueue[Wanted, Answered] = BatchQueue(self._run, self.batch_size)
@@ -203,7 +204,7 @@ class PersonaLensAPI(ModelAPI):  # type: ignore[misc]  # the types of inspect_ai
     def _run(self, batch: Sequence[Wanted]) -> list[Answered]:
         answers: dict[int, Answered] = {}
         begun = time.monotonic()
-        for rows in generated(self.backend, batch, self.edits, max_rows=self.batch_size):
+        for rows in self.model.generated(batch):
             ended = time.monotonic()
             answers |= {row: Answered(ids, whole, ended - begun) for row, ids, whole in rows}
             begun = ended

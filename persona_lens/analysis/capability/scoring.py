@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, and responses, in batches."""
+"""`EditedModel`: log-likelihoods of continuations, and responses, in batches under edits."""
 
 from __future__ import annotations
 
@@ -34,32 +34,6 @@ class Wanted:
     seed: int
 
 
-def generated(
-    backend: Backend, asked: Sequence[Wanted], edits: Sequence[Edit] = (), *, max_rows: int = 64
-) -> Iterator[list[tuple[int, TokenIds, bool]]]:
-    """Generate responses, those that are sampled alike together, in batches of like length.
-
-    Args:
-        backend: The model.
-        asked: What to generate.
-        edits: Applied throughout.
-        max_rows: Rows that run at once at most; fewer where memory runs out.
-
-    Yields:
-        Batch by batch: for each row its place in ``asked``, the response's token ids, and whether its turn ended.
-    """
-    alike: dict[tuple[int, float, float], list[int]] = {}
-    for place, each in enumerate(asked):
-        alike.setdefault((each.max_new_tokens, each.temperature, each.top_p), []).append(place)
-    for (new, temperature, top_p), group in alike.items():
-        for batch in batches_by_length([len(asked[i].prompt) + new for i in group], max_rows, MAX_TOKENS):
-            rows = [group[number] for number in batch]
-            seeds = tuple(asked[row].seed for row in rows) if temperature else None
-            sampling = Sampling(new, temperature, top_p, seeds)
-            found = generate_rows(backend, [asked[row].prompt for row in rows], sampling, edits)
-            yield list(zip(rows, found.responses, found.ended, strict=True))
-
-
 # Probabilities this close are not told apart: two batches of one text round differently, in 16 bits most of all.
 MARGIN = 0.01
 
@@ -80,85 +54,103 @@ class Continuation:
     tokens: TokenIds
 
 
-def continuation_logprobs(
-    backend: Backend,
-    rows: Sequence[Continuation],
-    edits: Sequence[Edit] = (),
-    *,
-    max_rows: int = 64,
-    progress: Progress = no_progress,
-) -> list[list[float]]:
-    """The log-probability in nats of every token of each continuation.
+@dataclass(frozen=True)
+class EditedModel:
+    """A model that scores and generates any number of rows, under the same edits throughout.
 
-    Args:
+    Attributes:
         backend: The model.
-        rows: What to score.
-        edits: Applied throughout.
+        edits: Go to every call.
         max_rows: Rows that run at once at most; fewer where memory runs out.
-        progress: Told how many rows are done.
+        progress: Told what is done.
     """
-    if not rows:
-        return []
-    tokens = TokenBatch.of([row.context for row in rows], [row.tokens for row in rows])
-    found: list[list[float]] = [[] for _ in rows]
-    done = 0
-    for batch in forward_plan(backend, tokens, edits, max_rows=max_rows):
-        values = forward_rows(backend, tokens.chosen(batch), edits, logprobs=True).logprobs or ()
-        for index, value in zip(batch, values, strict=True):
-            found[index] = value.tolist()
-        done += len(batch)
-        progress(done, len(rows), "log-likelihoods")
-    return found
 
+    backend: Backend
+    edits: Sequence[Edit] = ()
+    max_rows: int = 64
+    progress: Progress = no_progress
 
-def greedy_flags(
-    backend: Backend,
-    rows: Sequence[Continuation],
-    logprobs: Sequence[Sequence[float]],
-    edits: Sequence[Edit] = (),
-    *,
-    max_rows: int = 64,
-    progress: Progress = no_progress,
-) -> list[bool]:
-    """Whether greedy decoding after each context writes exactly the continuation.
+    def generated(self, asked: Sequence[Wanted]) -> Iterator[list[tuple[int, TokenIds, bool]]]:
+        """Generate responses, those that are sampled alike together, in batches of like length.
 
-    Args:
-        backend: The model.
-        rows: The continuations.
-        logprobs: From `continuation_logprobs` for the same rows.
-        edits: Those that the log-probabilities were found under.
-        max_rows: Rows that run at once at most.
-        progress: Told after how many contexts it was generated, of those where that was needed.
+        Yields:
+            Batch by batch: for each row its place in ``asked``, the response's token ids, and whether its turn ended.
+        """
+        alike: dict[tuple[int, float, float], list[int]] = {}
+        for place, each in enumerate(asked):
+            alike.setdefault((each.max_new_tokens, each.temperature, each.top_p), []).append(place)
+        for (new, temperature, top_p), group in alike.items():
+            for batch in batches_by_length([len(asked[i].prompt) + new for i in group], self.max_rows, MAX_TOKENS):
+                rows = [group[number] for number in batch]
+                seeds = tuple(asked[row].seed for row in rows) if temperature else None
+                sampling = Sampling(new, temperature, top_p, seeds)
+                found = generate_rows(self.backend, [asked[row].prompt for row in rows], sampling, self.edits)
+                yield list(zip(rows, found.responses, found.ended, strict=True))
 
-    Raises:
-        AnalysisError: If a continuation goes on after a token that ends the model's turn, where generation stops,
-            and the log-probabilities leave the question open.
-    """
-    flags = flags_from_logprobs(rows, logprobs)
-    pending = [index for index, flag in enumerate(flags) if flag is None]
-    for index in pending:
-        if set(rows[index].tokens[:-1]) & set(backend.end_ids):
+    def logprobs(self, rows: Sequence[Continuation]) -> list[list[float]]:
+        """The log-probability in nats of every token of each continuation."""
+        if not rows:
+            return []
+        tokens = TokenBatch.of([row.context for row in rows], [row.tokens for row in rows])
+        found: list[list[float]] = [[] for _ in rows]
+        done = 0
+        for batch in forward_plan(self.backend, tokens, self.edits, max_rows=self.max_rows):
+            values = forward_rows(self.backend, tokens.chosen(batch), self.edits, logprobs=True).logprobs or ()
+            for index, value in zip(batch, values, strict=True):
+                found[index] = value.tolist()
+            done += len(batch)
+            self.progress(done, len(rows), "log-likelihoods")
+        return found
+
+    def greedy_flags(self, rows: Sequence[Continuation], logprobs: Sequence[Sequence[float]]) -> list[bool]:
+        """Whether greedy decoding after each context writes exactly the continuation.
+
+        Args:
+            rows: The continuations.
+            logprobs: Theirs, from `logprobs`.
+
+        Raises:
+            AnalysisError: If a continuation goes on after a token that ends the model's turn, where generation stops,
+                and the log-probabilities leave the question open.
+        """
+        flags = flags_from_logprobs(rows, logprobs)
+        # One generation decides all that may follow the same context.
+        together: dict[TokenIds, list[int]] = {}
+        for index, flag in enumerate(flags):
+            if flag is None:
+                together.setdefault(rows[index].context, []).append(index)
+                self._check_end(rows[index])
+        contexts = list(together)
+        longest = [max(len(rows[index].tokens) for index in indices) for indices in together.values()]
+        lengths = [len(context) + new for context, new in zip(contexts, longest, strict=True)]
+        done = 0
+        for batch in batches_by_length(lengths, self.max_rows, tokens_at_once(self.backend.info.device)):
+            sampling = Sampling(max(longest[number] for number in batch))
+            found = generate_rows(self.backend, [contexts[number] for number in batch], sampling, self.edits)
+            for number, response, ended in zip(batch, found.responses, found.ended, strict=True):
+                for index in together[contexts[number]]:
+                    flags[index] = self._is_written(rows[index], response, ended)
+            done += len(batch)
+            self.progress(done, len(contexts), "greedy continuations")
+        return [bool(flag) for flag in flags]
+
+    def _check_end(self, row: Continuation) -> None:
+        if set(row.tokens[:-1]) & set(self.backend.end_ids):
             raise AnalysisError(
                 "a continuation goes on after an end-of-turn token, so whether it is what the model would write cannot "
-                f"be told: {backend.tokenizer.decode(list(rows[index].tokens))!r}"
+                f"be told: {self.backend.tokenizer.decode(list(row.tokens))!r}"
             )
-    # One generation decides all that may follow the same context.
-    together: dict[TokenIds, list[int]] = {}
-    for index in pending:
-        together.setdefault(rows[index].context, []).append(index)
-    contexts = list(together)
-    longest = [max(len(rows[index].tokens) for index in together[context]) for context in contexts]
-    lengths = [len(context) + new for context, new in zip(contexts, longest, strict=True)]
-    done = 0
-    for batch in batches_by_length(lengths, max_rows, tokens_at_once(backend.info.device)):
-        sampling = Sampling(max(longest[number] for number in batch))
-        found = generate_rows(backend, [contexts[number] for number in batch], sampling, edits)
-        for number, response, ended in zip(batch, found.responses, found.ended, strict=True):
-            for index in together[contexts[number]]:
-                flags[index] = _is_written(rows[index], response, ended, backend, edits)
-        done += len(batch)
-        progress(done, len(contexts), "greedy continuations")
-    return [bool(flag) for flag in flags]
+
+    def _is_written(self, row: Continuation, response: TokenIds, ended: bool) -> bool:
+        """Whether the continuation is how the response to its context begins."""
+        ends = self.backend.end_ids
+        if row.tokens[-1] not in ends:
+            return response[: len(row.tokens)] == row.tokens
+        if not ended or response != row.tokens[:-1]:
+            return False
+        # Which of several tokens ended the turn is not told: the likeliest of them.
+        likely = self.logprobs([Continuation(row.context, (*response, end)) for end in ends])
+        return row.tokens[-1] == max(zip(likely, ends, strict=True), key=lambda each: each[0][-1])[1]
 
 
 def flags_from_logprobs(rows: Sequence[Continuation], logprobs: Sequence[Sequence[float]]) -> list[bool | None]:
@@ -184,19 +176,3 @@ def _flag(tokens: Sequence[bool | None]) -> bool | None:
     if False in tokens:
         return False
     return None if None in tokens else True
-
-
-def _is_written(row: Continuation, response: TokenIds, ended: bool, backend: Backend, edits: Sequence[Edit]) -> bool:
-    """Whether the continuation is how the response to its context begins."""
-    if row.tokens[-1] not in backend.end_ids:
-        return response[: len(row.tokens)] == row.tokens
-    # Which of several tokens ended the turn is not told.
-    return ended and response == row.tokens[:-1] and _same_end(backend, row, edits)
-
-
-def _same_end(backend: Backend, row: Continuation, edits: Sequence[Edit]) -> bool:
-    """Whether the row's last token is the likeliest of all that end a turn."""
-    ends = backend.end_ids
-    rows = [Continuation(row.context, (*row.tokens[:-1], end)) for end in ends]
-    values = [each[-1] for each in continuation_logprobs(backend, rows, edits)]
-    return ends[values.index(max(values))] == row.tokens[-1]

@@ -26,9 +26,8 @@ from lm_eval.models.huggingface import HFLM
 from persona_lens.analysis.capability.harness import BackendLM
 from persona_lens.analysis.capability.scoring import (
     Continuation,
-    continuation_logprobs,
+    EditedModel,
     flags_from_logprobs,
-    greedy_flags,
 )
 
 TEXTS = ("The sun is hot. " * 12, "Short.", "A", "Fish live in the water, " * 5)
@@ -80,7 +79,7 @@ def close(got: list[tuple[float, bool]], want: list[tuple[float, bool]]) -> None
 def greedy_requests(model: Any) -> list[Any]:
     """Continuations that greedy decoding writes, and the same with another last token."""
     contexts = [tuple(model.tok_encode(text))[-20:] for text in TEXTS]
-    found = model.model.generate(contexts, Sampling(7)).responses
+    found = model.model.backend.generate(contexts, Sampling(7)).responses
     written = [(context, list(ids)) for context, ids in zip(contexts, found, strict=True) if ids]
     other = [(context, [*ids[:-1], (ids[-1] + 1) % 200 + 3]) for context, ids in written]
     return [(("context", "continuation"), list(context), ids) for context, ids in (*written, *other)]
@@ -185,8 +184,8 @@ class _Counting(Delegating):
 def test_what_stays_open_is_decided_by_generating_and_nothing_else_is() -> None:
     backend = _Counting(wrap_model(*tiny()))
     rows = [Continuation((10, 11, 12), (token,)) for token in range(3, 60)]
-    logprobs = continuation_logprobs(backend, rows)
-    flags = greedy_flags(backend, rows, logprobs)
+    logprobs = EditedModel(backend).logprobs(rows)
+    flags = EditedModel(backend).greedy_flags(rows, logprobs)
     best = int(torch.tensor([each[0] for each in logprobs]).argmax())
     assert sum(flags) <= 1
     assert all(not flag for index, flag in enumerate(flags) if index != best)
@@ -201,12 +200,12 @@ def test_a_continuation_that_ends_the_turn(ends: tuple[int, ...]) -> None:
     vocab = len(tiny_tokenizer())
     for prompt in ((20, 5), (33, 40, 8)):
         every = [Continuation(prompt, (token,)) for token in range(vocab)]
-        values = [each[0] for each in continuation_logprobs(backend, every)]
+        values = [each[0] for each in EditedModel(backend).logprobs(every)]
         rows = [every[end] for end in ends]
-        flags = [greedy_flags(backend, [row], [[values[row.tokens[0]]]])[0] for row in rows]
+        flags = [EditedModel(backend).greedy_flags([row], [[values[row.tokens[0]]]])[0] for row in rows]
         assert flags == [values.index(max(values)) == end for end in ends]
     with pytest.raises(AnalysisError, match="goes on after an end-of-turn token"):
-        greedy_flags(backend, [Continuation((5, 6), (2, 7))], [[-1.0, -1.0]])
+        EditedModel(backend).greedy_flags([Continuation((5, 6), (2, 7))], [[-1.0, -1.0]])
 
 
 def test_sampling_has_a_seed_a_row() -> None:
