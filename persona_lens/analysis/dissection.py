@@ -26,13 +26,12 @@ from persona_lens.analysis.examples import (
 from persona_lens.analysis.features import Features
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.experiment import Answers, Subject, model_config, run_folder
+from persona_lens.extraction.experiment import Answers, Subject, json_of, model_config, run_folder
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError, RunFolder
-from persona_lens.runs.answers import json_of
 from persona_lens.runs.chunks import CHECK, is_signed, signed
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
@@ -281,7 +280,7 @@ def dissection_work(
         return ()
     whole = Steering.parse(f"{WHOLE}@{features.layer}:+1", {WHOLE: vectors})
     names = [WHOLE, *(f"feature {i}" for i in range(settings.steered + settings.random_features))]
-    subject = Subject.planned(backend, vectors, chat, judge)
+    subject = Subject.of(backend, vectors, None, judge, chat, planned=True)
     return arms_experiment(subject, dict.fromkeys(names, whole), _arm_settings(settings)).work()
 
 

@@ -22,7 +22,7 @@ from persona_lens.core.documents import Record
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES
 from persona_lens.data.tables import read_rows
-from persona_lens.runs.answers import json_of, values_of
+from persona_lens.extraction.experiment import json_of, values_of
 from persona_lens.steering import ArmRow, Change, Steering
 from persona_lens.steering.comparison import UNSTEERED, change_of
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors

@@ -26,7 +26,8 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.extraction.external import ExternalRollouts, Generated
+    from persona_lens.extraction.external import ExternalRollouts
+    from persona_lens.extraction.generating import Generated
     from persona_lens.steering.preview import Preview
 
 
@@ -187,7 +188,7 @@ def responses(
         max_spend: Stop before the responses cost more dollars.
     """
     from persona_lens.extraction import plan_requests
-    from persona_lens.extraction.external import generate_responses, planned_usage
+    from persona_lens.extraction.generating import generate_responses, planned_usage
     from persona_lens.runs.cost import Work
 
     settings = given.make()

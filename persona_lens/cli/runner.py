@@ -18,10 +18,12 @@ from persona_lens.core.text import counted, printable
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.core.progress import Progress
+    from persona_lens.extraction.experiment import Subject
     from persona_lens.models import ChatFormat
     from persona_lens.runs.cost import Work
     from persona_lens.steering.preview import Preview
     from persona_lens.traits import Trait
+    from persona_lens.vectors import PersonaVectors
 
 Found = TypeVar("Found")
 REPORT = "report.html"  # in the folder of a run
@@ -57,6 +59,12 @@ class Session:
     def given(self) -> dict[str, Any]:
         """What those take that do it: the folder and progress too."""
         return {**self.asked, "folder": self.folder, "progress": self.progress}
+
+    def planned(self, vectors: PersonaVectors) -> Subject:
+        """Who is asked about these vectors' trait, to count what would be asked."""
+        from persona_lens.extraction.experiment import Subject
+
+        return Subject.of(self.backend, vectors, planned=True, **self.asked)
 
     @property
     def kept(self) -> Path:

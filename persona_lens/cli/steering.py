@@ -37,7 +37,7 @@ def sweep_command(
 
     Example: `persona-lens steer sweep smollm2-135m runs/optimistic-smollm2-135m --layers 12,18`
     """
-    from persona_lens.steering import sweep, sweep_work
+    from persona_lens.steering import sweep, sweep_experiment
     from persona_lens.steering.comparison import VECTOR
     from persona_lens.steering.preview import preview_tokens
     from persona_lens.steering.sweep import edits_of, plan_sweep
@@ -61,7 +61,7 @@ def sweep_command(
     job = Job(
         lambda at: sweep(at.backend, loaded, settings, allow_other_model=allow_other_model, **at.given),
         lambda rows, _: _show_sweep(rows, settings),
-        lambda at: sweep_work(at.backend, loaded, settings, **at.asked),
+        lambda at: sweep_experiment(at.planned(loaded), settings).work(),
         summary=lambda rows: _summary(rows, settings),
         traits=loaded.trait_definition,
         previews=previews,
@@ -134,8 +134,7 @@ def tune_command(
             layer; `persona_lens_basics` needs no hub.
     """
     from persona_lens.reports.tuning import render_tuning, verdict
-    from persona_lens.steering import tune
-    from persona_lens.steering.tuning import tune_work
+    from persona_lens.steering import tune, tune_work
 
     loaded = options.open_vectors(vectors)
     settings = given.make(loaded.model.n_layers)
@@ -170,7 +169,7 @@ def tune_command(
     job = Job(
         tuned,
         show,
-        lambda at: tune_work(at.backend, loaded, settings, **at.asked),
+        lambda at: tune_work(at.planned(loaded), settings),
         traits=loaded.trait_definition,
         name=f"tuned-{loaded.trait}",
         model=loaded.model.model,
@@ -207,7 +206,7 @@ def compare_command(
     Example: `persona-lens steer compare smollm2-135m runs/optimistic-smollm2-135m --edits optimistic@18:+1.5
     --edits "optimistic@all:increments(+1.5)"`
     """
-    from persona_lens.steering.comparison import compare_steerings, comparison_work
+    from persona_lens.steering.comparison import arms_experiment, compare_steerings
 
     loaded = options.open_vectors(vectors)
     arms = written.open(loaded)
@@ -237,7 +236,7 @@ def compare_command(
     job = Job(
         lambda at: compare_steerings(at.backend, arms, loaded, settings, **at.given),
         show,
-        lambda at: comparison_work(at.backend, arms, loaded, settings, **at.asked),
+        lambda at: arms_experiment(at.planned(loaded), arms, settings).work(),
         traits=loaded.trait_definition,
     )
     run.carry_out(job)
@@ -268,7 +267,7 @@ def effects_command(
         read_layer: Layer at which projections are read; None is where a trait is steered.
     """
     from persona_lens.reports.effects import render_effects
-    from persona_lens.steering import cross_effects, cross_work
+    from persona_lens.steering import Crossing, cross_effects
 
     loaded = options.open_by_trait(vectors)
     steerings = _steerings(loaded, edits, layer, coefficient)
@@ -278,7 +277,7 @@ def effects_command(
             at.backend, steerings, loaded, settings, allow_other_model=allow_other_model, **at.given
         ),
         _show_effects,
-        lambda at: cross_work(at.backend, steerings, loaded, settings, **at.asked),
+        lambda at: Crossing(at.backend, steerings, loaded, settings, **at.judging, own_chat=at.chat).work(),
         summary=lambda found: found.to_json(),
         traits={name: each.trait_definition for name, each in loaded.items()},
         page=render_effects,

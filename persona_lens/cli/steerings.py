@@ -47,7 +47,7 @@ class SteeringOptions:
             PersonaLensError: If vectors cannot be read, share a name, or were named by ``--with`` and are not used.
         """
         from persona_lens.steering import Steering, load_steering
-        from persona_lens.steering.files import is_steering_file
+        from persona_lens.steering.given import is_steering_file
 
         more = list(map(_read_vectors, self.more_vectors or ()))
         named: dict[str, PersonaVectors] = {}

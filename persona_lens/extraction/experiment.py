@@ -6,31 +6,49 @@ figures are. How it is configured, what it would cost, how it runs and what its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, TypeVar
 
 from persona_lens.backend import Backend, Read
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.core.statistics import SCORES, Ends, Estimate, bootstrap_mean
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge
-from persona_lens.judging.recording import as_used, judge_rollouts, judging_work, longest_exchanges, prepare_judge
+from persona_lens.judging.recording import (
+    as_used,
+    exchange_of,
+    judge_rollouts,
+    judging_work,
+    longest_exchanges,
+    prepare_judge,
+)
 from persona_lens.models import ChatFormat
-from persona_lens.models.chat import chat_format
+from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.runs.answers import Answer
-from persona_lens.runs.cost import Work, generating_work
-from persona_lens.runs.rollouts import EditsFor, Request, Rollout, RolloutBatches, Rollouts, RolloutSettings, row_seed
+from persona_lens.runs.cost import Work
+from persona_lens.runs.rollouts import (
+    EditsFor,
+    ReadRollouts,
+    Request,
+    Rollout,
+    RolloutBatches,
+    Rollouts,
+    RolloutSettings,
+    Texts,
+    row_seed,
+)
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
 LIBRARIES = ("persona-lens", "torch", "transformers")
 HOLD_REASONING = "responses_hold_reasoning"  # means over a response take it in, judges do not see it
 QuestionSet = Literal["evaluation", "extraction"]
-Row = TypeVar("Row", bound=Answer)
+Row = TypeVar("Row", bound="Answer")
 ONLY = ""
 
 
@@ -100,6 +118,71 @@ def requests_of(
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One response to one of a trait's questions, with its judgement; an experiment adds the labels of its variants.
+
+    Attributes:
+        question: Number of the question.
+        sample: Number of the sample.
+        score: Trait score, 0 to 100; None if the response has none.
+        surprise: -log p under the model without edits and system prompt, nats a token; None if the response is empty,
+            or from a judge that does not compute it.
+        coherence: 0 to 100; None from a judge that does not ask.
+        text: The response.
+    """
+
+    question: int
+    sample: int
+    score: float | None
+    surprise: float | None
+    coherence: float | None
+    text: str
+
+    def to_row(self) -> dict[str, Any]:
+        """The answer as JSON values, its labels first."""
+        values, own = asdict(self), Answer.__dataclass_fields__
+        return {name: values[name] for name in sorted(values, key=lambda name: name in own)}
+
+
+Value = tuple[int, float | None]
+"""Number of a question, and what was measured of one response to it; None where there is nothing to measure."""
+
+
+def averaged(values: Iterable[Value]) -> dict[int, float]:
+    """The mean for each question; questions without a value are left out."""
+    found: dict[int, list[float]] = {}
+    for question, value in values:
+        if value is not None:
+            found.setdefault(question, []).append(value)
+    return {question: fmean(each) for question, each in sorted(found.items())}
+
+
+def values_of(rows: Iterable[Answer], quantity: str) -> list[Value]:
+    """The ``score``, ``surprise`` or ``coherence`` of each row, with the number of its question."""
+    return [(row.question, getattr(row, quantity)) for row in rows]
+
+
+def estimated(values: Mapping[int, float], within: Ends | None = None) -> Estimate | None:
+    """The mean over questions, whose ends may be known; None without any value."""
+    return bootstrap_mean(list(values.values()), within=within) if values else None
+
+
+def by_question(rows: Iterable[Answer], quantity: str) -> dict[int, float]:
+    """Mean of ``score``, ``surprise`` or ``coherence`` for each question; questions without a value are left out."""
+    return averaged(values_of(rows, quantity))
+
+
+def mean_of(rows: Iterable[Answer], quantity: str) -> Estimate | None:
+    """Mean of ``score``, ``surprise`` or ``coherence`` over questions; None without any value."""
+    return estimated(by_question(rows, quantity), None if quantity == "surprise" else SCORES)
+
+
+def json_of(estimate: Any) -> Any:
+    """What has values by name, as JSON; None stays None."""
+    return None if estimate is None else estimate.to_json()
+
+
+@dataclass(frozen=True)
 class Answers:
     """What an experiment's run yields.
 
@@ -120,20 +203,17 @@ class Answers:
 
     def rows(self, kind: type[Row]) -> list[Row]:
         """Every response as a row of this kind, whose fields besides those of `Answer` are labels of the requests."""
-        rows = []
-        for rollout, judgement in zip(self.rollouts, self.judgements, strict=True):
-            labels = dict(rollout.request.labels)
-            rows.append(
-                kind(
-                    question=labels.pop("question_number"),
-                    score=judgement.trait.value,
-                    surprise=judgement.surprise,
-                    coherence=judgement.coherence.value if judgement.coherence else None,
-                    text=rollout.response,
-                    **labels,
-                )
+        return [
+            kind(
+                question=rollout.request.labels["question_number"],
+                score=judgement.trait.value,
+                surprise=judgement.surprise,
+                coherence=judgement.coherence.value if judgement.coherence else None,
+                text=rollout.response,
+                **{name: label for name, label in rollout.request.labels.items() if name != "question_number"},
             )
-        return rows
+            for rollout, judgement in zip(self.rollouts, self.judgements, strict=True)
+        ]
 
 
 # The experiment
@@ -152,6 +232,7 @@ class Experiment:
         edits_for: Edits of a batch, given its requests.
         reads: What is read while the model writes.
         prefix: What the names of its files begin with.
+        given: Responses that are there, to be read instead of made.
     """
 
     backend: Backend
@@ -162,34 +243,34 @@ class Experiment:
     edits_for: EditsFor | None = None
     reads: Sequence[Read] = ()
     prefix: str = ""
+    given: Texts | None = None
 
-    def rollouts(self, folder: RunFolder | None = None) -> Rollouts:
-        """The responses, to be made.
+    def rollouts(self, folder: RunFolder | None = None) -> Rollouts | ReadRollouts:
+        """The responses, to be made or to be read.
 
         Raises:
             ContextError: If a prompt and its response would not fit the model.
         """
-        return Rollouts(
-            self.backend,
-            self.chat,
-            self.requests,
-            self.settings,
-            folder=folder,
-            reads=self.reads,
-            edits_for=self.edits_for,
-            prefix=self.prefix,
-        )
+        where: dict[str, Any] = {"folder": folder, "reads": self.reads, "prefix": self.prefix}
+        if self.given is None:
+            edits_for = self.edits_for
+            return Rollouts(self.backend, self.chat, self.requests, self.settings, edits_for=edits_for, **where)
+        note_reasoning(self.chat)
+        return ReadRollouts(self.backend, self.given, self.settings, **where)
 
     def work(self) -> tuple[Work, ...]:
         """What a run would ask of the model, and of the judges'; nothing runs."""
-        rollouts = self.rollouts()
-        longest = longest_exchanges(rollouts)
+        collected = self.rollouts()
+        if isinstance(collected, ReadRollouts):
+            exchanges = [exchange_of(each, self.chat) for each in collected.given.rollouts]
+        else:
+            exchanges = longest_exchanges(collected)
         judging = [
             replace(work, label=f"{work.label} {name}".strip())
             for name, judge in self.judges.items()
-            for work in judging_work(judge, longest)
+            for work in judging_work(judge, exchanges)
         ]
-        return generating_work(rollouts), *judging
+        return collected.work(), *judging
 
     def run(self, folder: RunFolder | None = None, progress: Progress = shown_progress) -> Answers:
         """Make and judge what is not in the folder yet; without one, everything stays in memory."""
@@ -232,6 +313,7 @@ class Subject:
         chat: ChatFormat | None = None,
         *,
         allow_other_model: bool | None = None,
+        planned: bool = False,
     ) -> Subject:
         """The subject, with what is not given found.
 
@@ -242,27 +324,16 @@ class Subject:
             judge: By default the same model, unsteered, by likelihood, as it was calibrated for the vectors.
             chat: The model's own by default.
             allow_other_model: Take vectors of another model; None where that cannot be allowed.
+            planned: Only find out what would be asked: neither the model nor a calibration is needed.
 
         Raises:
             VectorsError: If the vectors belong to another model, or carry no trait or no calibration.
         """
-        if not allow_other_model:
+        if not (allow_other_model or planned):
             vectors.check_model(backend, allowable=allow_other_model is not None)
         chosen, chat = vectors.trait_for(trait), chat or chat_format(backend)
-        judge = judge or LikelihoodJudge(backend, chat, chosen, vectors.calibration)
+        judge = judge or LikelihoodJudge(backend, chat, chosen, None if planned else vectors.calibration)
         return Subject(backend, vectors, chosen, chat, judge)
-
-    @staticmethod
-    def planned(
-        backend: Backend,
-        vectors: PersonaVectors,
-        chat: ChatFormat,
-        judge: Judge | None = None,
-        trait: str | Trait | None = None,
-    ) -> Subject:
-        """The subject, to find out what would be asked of it: neither the model nor a calibration is needed."""
-        chosen = vectors.trait_for(trait)
-        return Subject(backend, vectors, chosen, chat, judge or LikelihoodJudge(backend, chat, chosen))
 
     def experiment(
         self,

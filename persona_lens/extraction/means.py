@@ -17,7 +17,7 @@ from torch import Tensor
 
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.statistics import auc, separation
-from persona_lens.judging import Judgement
+from persona_lens.judging import Judgement, Score
 from persona_lens.runs.rollouts import Request, RolloutSettings, row_seed
 from persona_lens.traits import Arm, Trait
 
@@ -62,11 +62,7 @@ class ExtractionSettings:
         if not 0 <= self.coherence <= 100:
             raise ExtractionError(f"coherence must be from 0 to 100, got {self.coherence}")
 
-    def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
-
-    def reading_json(self) -> dict[str, Any]:
+    def of_reading(self) -> dict[str, Any]:
         """Those that mean something where responses are given and nothing is sampled, as JSON values."""
         kept = asdict(self)
         del kept["samples"]
@@ -109,10 +105,6 @@ class Filtered:
     kept: tuple[bool, ...]
     counts: dict[str, dict[str, int]]
 
-    def to_json(self) -> dict[str, Any]:
-        """The counts, by arm."""
-        return self.counts
-
 
 KEPT, LOST_TWIN = "kept", "lost_twin"
 NO_SCORE, FAILED, INCOHERENT = "no_score", "failed_threshold", "incoherent"
@@ -137,11 +129,13 @@ def filter_responses(
         fault or (KEPT if not settings.paired or passing[_pair(request)] == len(Arm) else LOST_TWIN)
         for request, fault in zip(requests, faults, strict=True)
     ]
-    counts = {
-        arm.value: _counts([o for r, o in zip(requests, outcomes, strict=True) if r.labels["arm"] == arm])
-        for arm in Arm
-    }
-    _refuse_empty(requests, judged, counts, settings)
+    counts = {}
+    for arm in Arm:
+        own = [number for number, request in enumerate(requests) if request.labels["arm"] == arm]
+        found = [outcomes[number] for number in own]
+        counts[arm.value] = {name: found.count(name) for name in (KEPT, FAILED, INCOHERENT, LOST_TWIN, NO_SCORE)}
+        if KEPT not in found:
+            raise _nothing_left(arm, [judged[number].trait for number in own], found.count(INCOHERENT), settings)
     return Filtered(tuple(outcome == KEPT for outcome in outcomes), counts)
 
 
@@ -161,32 +155,18 @@ def _pair(request: Request) -> tuple[object, ...]:
     return tuple(value for name, value in sorted(request.labels.items()) if name != "arm")
 
 
-def _counts(outcomes: Sequence[str]) -> dict[str, int]:
-    return {name: outcomes.count(name) for name in (KEPT, FAILED, INCOHERENT, LOST_TWIN, NO_SCORE)}
-
-
-def _refuse_empty(
-    requests: Sequence[Request],
-    judged: Sequence[Judgement],
-    counts: dict[str, dict[str, int]],
-    settings: ExtractionSettings,
-) -> None:
-    for arm in Arm:
-        if counts[arm.value][KEPT]:
-            continue
-        scores = [j.trait for r, j in zip(requests, judged, strict=True) if r.labels["arm"] == arm]
-        seen = sorted(score.value for score in scores if score.value is not None)
-        what = f"from {seen[0]:.0f} to {seen[-1]:.0f}, median {median(seen):.0f}" if seen else "none at all"
-        hint = "let each arm be filtered on its own (--unpaired), " if settings.paired else ""
-        incoherent = counts[arm.value][INCOHERENT]
-        also = f" {incoherent} of them were not coherent (below {settings.coherence:g})." if incoherent else ""
-        reason = next((score.reason for score in scores if score.reason), None)
-        why = f" Why there is no score: {reason}." if reason and not seen else ""
-        raise ExtractionError(
-            f"no response of the {arm} arm is left: its scores were {what}, the threshold is {settings.threshold:g}."
-            f"{also}{why} Choose another threshold, {hint}or take more samples, each with a new folder (--out); "
-            "rollouts.jsonl shows whether the model follows the trait's instructions."
-        )
+def _nothing_left(arm: Arm, scores: Sequence[Score], incoherent: int, settings: ExtractionSettings) -> ExtractionError:
+    seen = sorted(score.value for score in scores if score.value is not None)
+    what = f"from {seen[0]:.0f} to {seen[-1]:.0f}, median {median(seen):.0f}" if seen else "none at all"
+    hint = "let each arm be filtered on its own (--unpaired), " if settings.paired else ""
+    also = f" {incoherent} of them were not coherent (below {settings.coherence:g})." if incoherent else ""
+    reason = next((score.reason for score in scores if score.reason), None)
+    why = f" Why there is no score: {reason}." if reason and not seen else ""
+    return ExtractionError(
+        f"no response of the {arm} arm is left: its scores were {what}, the threshold is {settings.threshold:g}."
+        f"{also}{why} Choose another threshold, {hint}or take more samples, each with a new folder (--out); "
+        "rollouts.jsonl shows whether the model follows the trait's instructions."
+    )
 
 
 Reductions = Callable[[], Iterator[tuple[list[int], dict[str, Tensor]]]]

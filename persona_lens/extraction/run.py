@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import wraps
 from inspect import signature
@@ -12,8 +12,15 @@ from typing import Any, ParamSpec
 
 from persona_lens.backend import Backend, ModelInfo, Read
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.experiment import HOLD_REASONING, run_folder, subject_config
-from persona_lens.extraction.external import ExternalRollouts, ExternalScores, Paths, ReadRollouts, external_rollouts
+from persona_lens.extraction.experiment import (
+    HOLD_REASONING,
+    ONLY,
+    Answers,
+    Experiment,
+    run_folder,
+    subject_config,
+)
+from persona_lens.extraction.external import ExternalRollouts, ExternalScores, Paths, external_rollouts
 from persona_lens.extraction.means import (
     ExtractionSettings,
     Filtered,
@@ -25,18 +32,13 @@ from persona_lens.extraction.means import (
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, fit_calibration
 from persona_lens.judging.recording import (
     as_used,
-    exchange_of,
-    judge_rollouts,
-    judging_work,
-    longest_exchanges,
-    prepare_judge,
     weigh_rollouts,
 )
 from persona_lens.models import ChatFormat
-from persona_lens.models.chat import chat_format, note_reasoning
+from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder
-from persona_lens.runs.cost import Work, generating_work, reading_work
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts
+from persona_lens.runs.cost import Work
+from persona_lens.runs.rollouts import Rollout, RolloutBatches
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
 
@@ -86,31 +88,44 @@ def run_extraction(
         judge: Who scores the responses; the likelihood judge by default.
         chat: Chat format; the model's own by default.
         responses: A file of responses that another program generated, or several, to be read instead of generating
-            any; see `persona_lens.extraction.external.read_responses`. The settings of sampling mean nothing then.
+            any; see `persona_lens.extraction.responses.read_responses`. The settings of sampling mean nothing then.
         allow_missing: Go on if ``responses`` lacks some that an extraction asks for.
         progress: Told how far the work is.
 
     Raises:
-        ExtractionError: If the filter leaves nothing of an arm;
-            or if ``responses`` does not fit the trait or the model.
+        ExtractionError: If the filter leaves nothing of an arm, or ``responses`` does not fit the trait or the model.
         RunError: If the folder belongs to another run.
         TraitError: If the trait cannot be found or read.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
-    settings = settings or ExtractionSettings()
-    chat = chat or chat_format(backend)
-    given = responses
-    if given is not None and not isinstance(given, ExternalRollouts):
-        given = external_rollouts(
-            backend, chat, trait, given, questions=settings.questions, allow_missing=allow_missing
-        )
-        for note in given.notes:
+    settings, chat = settings or ExtractionSettings(), chat or chat_format(backend)
+    read = responses
+    if read is not None and not isinstance(read, ExternalRollouts):
+        read = external_rollouts(backend, chat, trait, read, questions=settings.questions, allow_missing=allow_missing)
+        for note in read.notes:
             warnings.warn(note, stacklevel=2)
-    extracting = _Extracting(backend, trait, settings, chat, judge, given)
-    extracting.requests()  # before the folder: what cannot be run must not claim it
-    config = extracting.config()
+    experiment = _experiment(backend, trait, settings, chat, judge, read)  # what cannot be run claims no folder
+    scoring = judge or (read.scores if read else None)
+    config: dict[str, Any] = {
+        "kind": "extraction",
+        "settings": settings.of_reading() if read else asdict(settings),
+        **({"responses": read.to_json()} if read else {}),
+        "judge": scoring.describe() if scoring else {"judge": LIKELIHOOD},
+        **subject_config(backend, trait, chat),
+    }
     with run_folder(folder, config) as run:
-        return extracting.run(run, run.config if run is not None else config, progress)
+        answers = experiment.run(run, progress)
+        scoring, judged = _judged(scoring, answers, LikelihoodJudge(backend, chat, trait), run, progress)
+        filtered = filter_responses(experiment.requests, judged, settings)
+        # As the run began with it: a device of another number makes no other vectors.
+        known = {**(run.config if run else config), "judge": as_used(scoring.describe(), judged)}
+        vectors = _vectors(trait, answers.collected, filtered, settings, known)
+        summary = _summary(vectors, judged, filtered, answers.rollouts)
+        if run is not None:
+            run.write_rows(SCORES, map(_score_row, judged, filtered.kept))
+            run.write_bytes(VECTORS, vectors.to_bytes())
+            run.write_json(SUMMARY, summary)
+    return Extraction(vectors, scoring, answers.rollouts, summary)
 
 
 def _alone(run: Callable[Arguments, Extraction]) -> Callable[Arguments, PersonaVectors]:
@@ -138,102 +153,67 @@ def extraction_work(
     given: ExternalRollouts | None = None,
 ) -> tuple[Work, ...]:
     """What `run_extraction` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    return _Extracting(backend, trait, settings, chat, judge, given).work()
+    if judge is None and (given is None or given.scores is None):
+        judge = LikelihoodJudge(backend, chat, trait)
+    return _experiment(backend, trait, settings, chat, judge, given).work()
 
 
-@dataclass(frozen=True)
-class _Extracting:
-    """What is asked of whom, and how it is scored."""
+def _experiment(
+    backend: Backend,
+    trait: Trait,
+    settings: ExtractionSettings,
+    chat: ChatFormat,
+    judge: Judge | None,
+    given: ExternalRollouts | None,
+) -> Experiment:
+    requests = plan_requests(trait, settings) if given is None else given.requests
+    reads, judges = Read.means(sinks=settings.sinks), {ONLY: judge} if judge else {}
+    return Experiment(backend, chat, requests, settings.rollouts, judges, reads=reads, given=given)
 
-    backend: Backend
-    trait: Trait
-    settings: ExtractionSettings
-    chat: ChatFormat
-    judge: Judge | None
-    given: ExternalRollouts | None
 
-    def requests(self) -> Sequence[Request]:
-        """What is asked, or was."""
-        return plan_requests(self.trait, self.settings) if self.given is None else self.given.requests
+def _judged(
+    scoring: Judge | ExternalScores | None,
+    answers: Answers,
+    likelihood: LikelihoodJudge,
+    run: RunFolder | None,
+    progress: Progress,
+) -> tuple[Judge | ExternalScores, list[Judgement]]:
+    """Who scored, and the scores; without a judge or scores that came, by likelihood, calibrated on these answers."""
+    if isinstance(scoring, ExternalScores):
+        return scoring, list(scoring.judgements)
+    if scoring is not None:
+        return scoring, answers.judgements
+    weighed = weigh_rollouts(likelihood, answers.rollouts, run, progress=progress)
+    known = [(e.preference, r.request.labels["arm"]) for e, r in zip(weighed, answers.rollouts, strict=True) if e]
+    calibration = fit_calibration([x for x, _ in known], [arm == Arm.POSITIVE for _, arm in known])
+    judge = LikelihoodJudge(likelihood.backend, likelihood.chat, likelihood.trait, calibration)
+    return judge, [judge.judgement_of(each) for each in weighed]
 
-    def config(self) -> dict[str, Any]:
-        """Everything that determines the result, as JSON values."""
-        scoring = self.judge or (self.given.scores if self.given else None)
-        described = scoring.describe() if scoring else {"judge": LIKELIHOOD}
-        config: dict[str, Any] = {"kind": "extraction", "settings": self.settings.to_json()}
-        if self.given is not None:
-            config |= {"settings": self.settings.reading_json(), "responses": self.given.to_json()}
-        return {**config, "judge": described, **subject_config(self.backend, self.trait, self.chat)}
 
-    def work(self) -> tuple[Work, ...]:
-        """What a run would ask of the model, and of the judge's; nothing runs."""
-        scoring = self.judge or LikelihoodJudge(self.backend, self.chat, self.trait)
-        collected = self.collected(None)
-        if isinstance(collected, Rollouts):
-            return generating_work(collected), *judging_work(scoring, longest_exchanges(collected))
-        reading = reading_work("reading", self.backend, collected.calls(), collected.reads)
-        if collected.given.scores is not None and self.judge is None:
-            return (reading,)
-        return reading, *judging_work(scoring, [exchange_of(each, self.chat) for each in collected.given.rollouts])
-
-    def collected(self, run: RunFolder | None) -> Rollouts | ReadRollouts:
-        """The responses, to be made or to be read."""
-        reads, rollouts = Read.means(sinks=self.settings.sinks), self.settings.rollouts
-        if self.given is None:
-            return Rollouts(self.backend, self.chat, self.requests(), rollouts, folder=run, reads=reads)
-        note_reasoning(self.chat)
-        return ReadRollouts(self.backend, self.given, rollouts, folder=run, reads=reads)
-
-    def run(self, run: RunFolder | None, config: dict[str, Any], progress: Progress) -> Extraction:
-        """Collect, judge, filter and take means, from a configuration as the run began with it."""
-        requests, settings, collected = self.requests(), self.settings, self.collected(run)
-        if self.judge is not None:
-            prepare_judge(self.judge, run)
-        rollouts = collected.run(progress)
-        scoring, judged = self._judged(rollouts, run, progress)
-        filtered = filter_responses(requests, judged, settings)
-        means = arm_means(requests, filtered.kept, collected.reductions)
-        separations = held_out_separation(requests, filtered.kept, collected.reductions, means, settings.seed)
-        described = as_used(scoring.describe(), judged)
-        provenance = {**config, "judge": described, "counts": filtered.to_json(), "separation": separations}
-        if not settings.sinks:
-            provenance["prompt_mean_sinks"] = False
-        if self.trait.graded_prompts:  # so that a study needs nothing but the vectors
-            provenance["trait"] = {**config["trait"], "graded_prompts": list(self.trait.graded_prompts)}
-        # As the run began with it: a device of another number makes no other vectors.
-        vectors = PersonaVectors(self.trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
-        summary = _summary(vectors, judged, filtered, rollouts)
-        if run is not None:
-            run.write_rows(SCORES, map(_score_row, judged, filtered.kept))
-            run.write_bytes(VECTORS, vectors.to_bytes())
-            run.write_json(SUMMARY, summary)
-        return Extraction(vectors, scoring, rollouts, summary)
-
-    def _judged(
-        self, rollouts: Sequence[Rollout], run: RunFolder | None, progress: Progress
-    ) -> tuple[Judge | ExternalScores, list[Judgement]]:
-        """Who scored, and the scores; without a judge or scores that came, by likelihood, calibrated on these."""
-        if self.judge is not None:
-            return self.judge, judge_rollouts(self.judge, rollouts, self.chat, run, progress=progress)
-        if self.given is not None and self.given.scores is not None:
-            return self.given.scores, list(self.given.scores.judgements)
-        uncalibrated = LikelihoodJudge(self.backend, self.chat, self.trait)
-        weighed = weigh_rollouts(uncalibrated, rollouts, run, progress=progress)
-        known = [
-            (e.preference, r.request.labels["arm"] == Arm.POSITIVE) for e, r in zip(weighed, rollouts, strict=True) if e
-        ]
-        calibration = fit_calibration([x for x, _ in known], [y for _, y in known])
-        judge = LikelihoodJudge(self.backend, self.chat, self.trait, calibration)
-        return judge, [judge.judgement_of(e) for e in weighed]
+def _vectors(
+    trait: Trait,
+    collected: RolloutBatches,
+    filtered: Filtered,
+    settings: ExtractionSettings,
+    config: Mapping[str, Any],
+) -> PersonaVectors:
+    """The vectors, with everything that they rest on in their provenance."""
+    of_kept = (collected.requests, filtered.kept, collected.reductions)
+    means = arm_means(*of_kept)
+    separation = held_out_separation(*of_kept, means, settings.seed)
+    provenance = {**config, "counts": filtered.counts, "separation": separation}
+    if not settings.sinks:
+        provenance["prompt_mean_sinks"] = False
+    if trait.graded_prompts:  # so that a study needs nothing but the vectors
+        provenance["trait"] = {**config["trait"], "graded_prompts": list(trait.graded_prompts)}
+    return PersonaVectors(trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
 
 
 def _summary(
     vectors: PersonaVectors, judged: Sequence[Judgement], filtered: Filtered, rollouts: Sequence[Rollout]
 ) -> dict[str, Any]:
-    by_arm: dict[str, list[float]] = {arm.value: [] for arm in Arm}
-    for rollout, judgement in zip(rollouts, judged, strict=True):
-        if judgement.trait.value is not None:
-            by_arm[rollout.request.labels["arm"]].append(judgement.trait.value)
+    scores = [(r.request.labels["arm"], j.trait.value) for r, j in zip(rollouts, judged, strict=True)]
+    by_arm = {arm.value: [value for of, value in scores if of == arm and value is not None] for arm in Arm}
     return {
         "trait": vectors.trait,
         "model": asdict(vectors.model),
@@ -241,7 +221,7 @@ def _summary(
         "responses": len(rollouts),
         "tokens": sum(len(rollout.response_ids) for rollout in rollouts),
         "mean_score": {arm: sum(values) / len(values) for arm, values in by_arm.items() if values},
-        "counts": filtered.to_json(),
+        "counts": filtered.counts,
         "norms": {name: vectors.norms(name).tolist() for name in vectors.directions},
         "separation": vectors.provenance["separation"],
         **({HOLD_REASONING: True} if vectors.stored("chat").get(HOLD_REASONING) else {}),

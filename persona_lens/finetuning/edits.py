@@ -19,7 +19,7 @@ from persona_lens.backend.editing import check_everywhere, hooking_blocks, modul
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.writing import Writer
 from persona_lens.finetuning.config import FinetuningError
-from persona_lens.steering.replies import GivenEdits, GivenVectors, given_edits
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 
 class TrainingEdits:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from persona_lens.core.statistics import CHANGES, SCORES, Ends, Estimate, crossed_interval
+from persona_lens.extraction.experiment import json_of
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Method, make_config, measures_of
 from persona_lens.finetuning.shift import correlated
-from persona_lens.runs.answers import json_of
 from persona_lens.steering.comparison import minus
 from persona_lens.vectors import PersonaVectors
 

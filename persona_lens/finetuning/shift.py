@@ -15,14 +15,13 @@ from torch import Tensor
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, CORRELATION, SCORES, Ends, bootstrap_mean, jackknifed, pearson
-from persona_lens.extraction.experiment import Answers, Subject, model_config, questions_of, run_folder
+from persona_lens.extraction.experiment import Answers, Subject, by_question, model_config, questions_of, run_folder
 from persona_lens.finetuning.config import FinetuningError
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.runs.answers import by_question
 from persona_lens.steering import ArmRow, ArmSettings
 from persona_lens.steering.comparison import arms_experiment, minus
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
@@ -103,7 +102,8 @@ def measure_shifts(
         each.check_model(base, allowable=False)
     chat = chat or chat_format(base)
     layers = settings.layers or tuple(range(base.info.n_layers))
-    subjects = [_subject(base, each, settings, (judges or {}).get(each.trait), chat) for each in vectors]
+    given, planned = judges or {}, not settings.scores  # without scores no calibration is needed
+    subjects = [Subject.of(base, each, None, given.get(each.trait), chat, planned=planned) for each in vectors]
     record = {
         "kind": "shift",
         "settings": asdict(settings),
@@ -223,15 +223,6 @@ def _row(base: _Measured, found: _Measured, layers: int) -> dict[str, Any]:
 
 def _mean(values: Mapping[int, float], within: Ends) -> dict[str, Any] | None:
     return bootstrap_mean(list(values.values()), within=within).to_json() if values else None
-
-
-def _subject(
-    base: Backend, vectors: PersonaVectors, settings: ShiftSettings, judge: Judge | None, chat: ChatFormat
-) -> Subject:
-    """The base model, asked about a trait; without scores no calibration is needed."""
-    if settings.scores:
-        return Subject.of(base, vectors, None, judge, chat)
-    return Subject.planned(base, vectors, chat, judge)
 
 
 def _check_finetune(base: Backend, other: Backend, name: str) -> None:

@@ -14,7 +14,7 @@ from persona_lens.analysis.capability import accuracy, check_task
 from persona_lens.backend import wrap_model
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.transcripts import Transcript
-from persona_lens.extraction.experiment import Answers, Subject
+from persona_lens.extraction.experiment import Answers, Subject, by_question
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError
 from persona_lens.finetuning.examples import fingerprint
 from persona_lens.finetuning.outcomes import (
@@ -35,7 +35,6 @@ from persona_lens.judging import Evidence, Exchange, Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import adapter_on
 from persona_lens.runs import RunFolder
-from persona_lens.runs.answers import by_question
 from persona_lens.steering import ArmRow, ArmSettings, Steering
 from persona_lens.steering.comparison import UNSTEERED, arms_experiment, minus
 from persona_lens.traits import Trait

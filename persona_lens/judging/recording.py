@@ -53,9 +53,9 @@ def judging_work(judge: Judge, exchanges: Sequence[Exchange]) -> tuple[Work, ...
 
 
 def longest_exchanges(rollouts: Rollouts) -> list[Exchange]:
-    """What there would be to judge, if every response were as long as it may be: about four characters a token."""
-    tokens = rollouts.settings.max_new_tokens
-    return [Exchange(request.question, "word" * tokens, (0,) * tokens) for request in rollouts.requests]
+    """What there would be to judge, if every response were as long as it may be."""
+    supposed = rollouts.longest().rollouts
+    return [Exchange(each.request.question, each.response, each.response_ids) for each in supposed]
 
 
 def check_scored(judged: Sequence[Judgement]) -> None:

@@ -26,7 +26,7 @@ from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.monitoring.gauges import MonitoringError, Panel, TraitReading
-from persona_lens.steering.replies import GivenEdits, GivenVectors, given_edits
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 
 class AlarmKind(StrEnum):

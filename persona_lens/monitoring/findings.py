@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from persona_lens.core.statistics import Verdict
+from persona_lens.extraction.experiment import Answer
 from persona_lens.monitoring.calibration import SHOWN_FROM, calibrate, threshold_for, with_monitor_calibration
 from persona_lens.monitoring.conditions import Condition, Kind, StudySettings
 from persona_lens.monitoring.correlation import LEAST, Correlations, correlate
 from persona_lens.monitoring.curves import Observations, Values
 from persona_lens.monitoring.gauges import MonitoringError
-from persona_lens.runs.answers import Answer
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 

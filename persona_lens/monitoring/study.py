@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import (
+    Answer,
     Answers,
     Experiment,
     Subject,
@@ -27,7 +28,6 @@ from persona_lens.models import ChatFormat
 from persona_lens.monitoring.conditions import Condition, Examples, StudySettings, plan_conditions
 from persona_lens.monitoring.findings import PromptRow, StudyRow, findings
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, projected
-from persona_lens.runs.answers import Answer
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request
 from persona_lens.traits import Trait
@@ -126,7 +126,7 @@ def study_work(
     judge: Judge | None = None,
 ) -> tuple[Work, ...]:
     """What `study` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    subject = Subject.planned(backend, vectors, chat, judge, trait)
+    subject = Subject.of(backend, vectors, trait, judge, chat, planned=True)
     return _experiment(subject, settings, plan_conditions(vectors, subject.trait, settings, examples)).work()
 
 

@@ -12,9 +12,9 @@ from persona_lens.backend.parity import check_parity
 from persona_lens.backend.registry import DEFAULT, installed_version
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction.experiment import by_question
 from persona_lens.reports.vector import render_vector
 from persona_lens.runs import RunFolder
-from persona_lens.runs.answers import by_question
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SweepRow, SweepSettings, choose_layer, curve, effect, sweep
 from persona_lens.steering.comparison import COHERENCE_MARGIN

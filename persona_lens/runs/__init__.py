@@ -10,7 +10,6 @@ from persona_lens.runs.folder import (
     accepting_changes,
     differences,
     file_prefix,
-    json_bytes,
 )
 
 __all__ = [
@@ -21,5 +20,4 @@ __all__ = [
     "accepting_changes",
     "differences",
     "file_prefix",
-    "json_bytes",
 ]

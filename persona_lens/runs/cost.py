@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from persona_lens.backend import Backend, Read, TokenBatch
+from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch
 from persona_lens.backend.protocol import RemoteBackend, Traffic
-from persona_lens.runs.rollouts import Rollouts
+from persona_lens.backend.tokens import TokenIds
+
+Call = tuple[list[TokenIds], Sampling, Sequence[Edit], tuple[Read, ...]]
+"""Arguments of `Backend.generate` for one batch."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,13 @@ class Work:
         return self.traffic.requests if self.traffic else self.calls
 
 
-def generating_work(rollouts: Rollouts, label: str = "rollouts") -> Work:
-    """What making these rollouts asks; nothing runs."""
-    backend, calls = rollouts.backend, list(rollouts.calls())
+def generating_work(label: str, backend: Backend, calls: Sequence[Call]) -> Work:
+    """What these calls of `Backend.generate` ask, responses taken to be as long as they may be; nothing runs."""
     traffic = None
     if isinstance(backend, RemoteBackend):
         traffic = sum((backend.generation_traffic(*call) for call in calls), Traffic())
-    prompts = [prompt for these, *_ in calls for prompt in these]
-    longest = rollouts.settings.max_new_tokens
-    return Work(label, len(calls), len(prompts), sum(map(len, prompts)) + longest * len(prompts), traffic)
+    rows = [len(prompt) + sampling.max_new_tokens for prompts, sampling, *_ in calls for prompt in prompts]
+    return Work(label, len(calls), len(rows), sum(rows), traffic)
 
 
 def reading_work(

@@ -31,7 +31,6 @@ from persona_lens.core.files import (
     read_bytes,
     remove,
     sentence,
-    write_bytes,
     writing,
     writing_folder,
 )
@@ -125,7 +124,7 @@ class RunFolder:
     def _claim(self) -> None:
         file = self.path / CONFIG
         if not file.exists():
-            self._write(CONFIG, json_bytes(self.config))
+            self.write_bytes(CONFIG, json_bytes(self.config), replace=True)
             return
         stored = self._stored()
         accepted, bound = stored.pop(ACCEPTED, []), stored.pop(BOUND, {})
@@ -135,7 +134,7 @@ class RunFolder:
         accepted += lines
         self.config = {**stored, **({ACCEPTED: accepted} if accepted else {})}
         if lines:
-            self._write(CONFIG, json_bytes({**self.config, **({BOUND: bound} if bound else {})}))
+            self.write_bytes(CONFIG, json_bytes({**self.config, **({BOUND: bound} if bound else {})}), replace=True)
 
     def _accept(self, lines: Sequence[str], stored: Mapping[str, Any]) -> None:
         """Refuse a configuration that differs, unless changes are accepted and it is the same kind of run."""
@@ -179,7 +178,7 @@ class RunFolder:
             self.config[ACCEPTED] = whole[ACCEPTED] = [*accepted, *lines]
         else:
             bound[name] = value
-        self._write(CONFIG, json_bytes(whole))
+        self.write_bytes(CONFIG, json_bytes(whole), replace=True)
 
     def write_bytes(self, name: str, content: bytes, *, replace: bool = False) -> Path:
         """Write a file whole or not at all; ``replace`` as for `writing`."""
@@ -224,10 +223,6 @@ class RunFolder:
         with writing_folder(self.path / name, RunError) as part:
             yield part
 
-    def _write(self, name: str, content: bytes) -> None:
-        self._check_writable(name)
-        write_bytes(self.path / name, content, failed=RunError)
-
     def _check_writable(self, name: str) -> None:
         if self._readable_only:
             raise RunError(
@@ -251,7 +246,7 @@ class RunFolder:
         if self.keeps(name) and not (self.path / name).is_symlink():
             stored = self.read_json(name)
             wanted = json.loads(json.dumps(value))
-            if not differences(_without(stored, free), _without(wanted, free)):
+            if all(line.partition(":")[0] in free for line in differences(stored, wanted)):
                 return self.path / name
         return self.write_bytes(name, json_bytes(value))
 
@@ -283,20 +278,8 @@ class RunFolder:
         self._check_writable(name)
         append(self.path / name, json_lines(rows), RunError)
 
-    def remove(self, name: str) -> None:
-        """Remove a file, and its folder if that is empty then; neither need be there."""
-        target = self.path / name
-        with named(target, RunError, "removed"):
-            target.unlink(missing_ok=True)
-            if target.parent != self.path and target.parent.is_dir() and not any(target.parent.iterdir()):
-                target.parent.rmdir()
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSONL file, without that of an interrupted write, which is cut from the file."""
-        return list(self.each_row(name))
-
-    def each_row(self, name: str) -> Iterator[dict[str, Any]]:
-        """The rows of a JSONL file one at a time, as `rows` has them; memory does not grow with their number."""
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """The rows of a JSONL file one at a time, without that of an interrupted write, which is cut from the file."""
         return (row for _, row in self.each_line(name))
 
     def each_line(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -335,10 +318,6 @@ class RunFolder:
         return (self.path / name).exists() and not _ACCEPTING.get()
 
 
-def _without(value: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: each for key, each in value.items() if key not in keys}
-
-
 def json_bytes(value: Any) -> bytes:
     """A JSON value as it is written."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -356,21 +335,16 @@ def differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
     What cannot change a result is no difference: which of several devices, and the patch versions of libraries.
     """
     if isinstance(stored, dict) and isinstance(wanted, dict):
-        keys = [*stored, *(key for key in wanted if key not in stored)]
-        return [
-            line
-            for key in keys
-            for line in differences(stored.get(key, _ABSENT), wanted.get(key, _ABSENT), f"{path}.{key}".lstrip("."))
+        pairs = [
+            (f"{path}.{key}".lstrip("."), stored.get(key, _ABSENT), wanted.get(key, _ABSENT))
+            for key in {**stored, **wanted}
         ]
-    if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
-        return [
-            line
-            for number, (one, other) in enumerate(zip(stored, wanted, strict=True))
-            for line in differences(one, other, f"{path}[{number}]")
-        ]
-    if _binding(path, stored) == _binding(path, wanted) and type(stored) is type(wanted):
-        return []
-    return [] if stored == wanted else [f"{path}: {_shown(stored)} -> {_shown(wanted)}"]
+    elif isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
+        pairs = [(f"{path}[{i}]", one, other) for i, (one, other) in enumerate(zip(stored, wanted, strict=True))]
+    else:
+        alike = type(stored) is type(wanted) and _binding(path, stored) == _binding(path, wanted)
+        return [] if alike or stored == wanted else [f"{path}: {_shown(stored)} -> {_shown(wanted)}"]
+    return [line for place, one, other in pairs for line in differences(one, other, place)]
 
 
 def _binding(path: str, value: Any) -> Any:

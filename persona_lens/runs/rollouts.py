@@ -1,4 +1,4 @@
-"""Rollouts: a model's responses to planned requests, saved batch by batch with what was read on the way."""
+"""Rollouts: a model's responses, made or read again, saved batch by batch with what was read on the way."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, Read, Sampling, TokenError
-from persona_lens.backend.batches import batches_by_length, check_fits, context_length, generate_rows
+from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch, TokenError
+from persona_lens.backend.batches import (
+    MAX_TOKENS,
+    batches_by_length,
+    check_fits,
+    context_length,
+    forward_plan,
+    forward_rows,
+    generate_rows,
+)
 from persona_lens.backend.tokens import ID_LIMIT, TokenIds
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import note_reasoning
 from persona_lens.runs.chunks import ADVICE, Pieces, Row, load_shard, pack_shard
+from persona_lens.runs.cost import Call, Work, generating_work, reading_work
 from persona_lens.runs.folder import RunError, RunFolder
-
-if TYPE_CHECKING:
-    from persona_lens.models import ChatFormat
-
 
 ROLLOUTS = "rollouts.jsonl"
 ACTIVATIONS = "activations"
@@ -126,9 +131,6 @@ class RolloutSettings:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, tuple(seeds))
 
 
-Call = tuple[list[TokenIds], Sampling, Sequence[Edit], tuple[Read, ...]]
-"""Arguments of `Backend.generate` for one batch."""
-
 EditsFor = Callable[[Sequence[Request]], Sequence[Edit]]
 
 
@@ -182,10 +184,11 @@ class RolloutBatches(ABC):
     def reductions(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """What was read, batch by batch: indices of requests, and tensors whose first axis follows them."""
         for number, batch in enumerate(self.batches):
-            if self.folder:
-                yield batch, self._saved(number)
-            else:
-                yield batch, self._kept[number]
+            yield batch, self._saved(number) if self.folder else self._kept[number]
+
+    @abstractmethod
+    def work(self) -> Work:
+        """What `run` would ask of the model; nothing runs."""
 
     @abstractmethod
     def _make(self, batch: Sequence[int]) -> tuple[list[Row], dict[str, Tensor]]:
@@ -273,6 +276,16 @@ class Rollouts(RolloutBatches):
         """What `run` would hand to `Backend.generate`, batch by batch."""
         return map(self._call, self.batches)
 
+    def work(self) -> Work:
+        """See `RolloutBatches.work`; every response is taken to be as long as it may be."""
+        return generating_work("rollouts", self.backend, list(self.calls()))
+
+    def longest(self) -> Texts:
+        """The responses if every one were as long as it may be: about four characters a token."""
+        tokens = self.settings.max_new_tokens
+        supposed = (Rollout(request, 0, (0,) * tokens, None, "word" * tokens) for request in self.requests)
+        return Texts(tuple(supposed), tuple(self._prompts))
+
     def _call(self, batch: Sequence[int]) -> Call:
         requests = [self.requests[i] for i in batch]
         edits = self.edits_for(requests) if self.edits_for else ()
@@ -287,6 +300,80 @@ class Rollouts(RolloutBatches):
             for i, prompt, ids, end in zip(batch, call[0], found.responses, found.ended, strict=True)
         ]
         return [rollout.to_row() for rollout in rollouts], dict(found.reads)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Responses that are there, to be read by a model.
+
+    Attributes:
+        rollouts: The responses.
+        prompts: Token ids of each one's prompt.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    prompts: tuple[TokenIds, ...]
+
+    @property
+    def requests(self) -> list[Request]:
+        """What the responses answer."""
+        return [rollout.request for rollout in self.rollouts]
+
+    @property
+    def tokens(self) -> TokenBatch:
+        """Prompts and responses."""
+        return TokenBatch(self.prompts, tuple(rollout.response_ids for rollout in self.rollouts))
+
+
+class ReadRollouts(RolloutBatches):
+    """Responses that are there, read by the model in a run folder.
+
+    Batches are planned once: rows of like length together, or, where the backend computes a prompt only once, those of
+    the same prompts.
+
+    Args:
+        backend: The model.
+        given: The responses.
+        settings: Its sizes of a batch are used, and nothing else.
+        folder: Where to save, under names that begin with ``prefix``; None keeps all in memory.
+        reads: What to read.
+        prefix: Distinguishes several sets of rollouts in a folder.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        given: Texts,
+        settings: RolloutSettings,
+        *,
+        folder: RunFolder | None = None,
+        reads: Sequence[Read] = (),
+        prefix: str = "",
+    ) -> None:
+        self.given = given
+        self._tokens = given.tokens
+        # Above the most that any device is fast at, the limit says nothing.
+        limit = settings.batch_tokens if settings.batch_tokens < MAX_TOKENS else None
+        batches = forward_plan(backend, self._tokens, (), reads, max_rows=settings.batch_size, max_tokens=limit)
+        super().__init__(backend, given.requests, batches, reads=reads, folder=folder, prefix=prefix)
+
+    def calls(self) -> Iterator[TokenBatch]:
+        """What `run` would hand to `Backend.forward`, batch by batch."""
+        return map(self._tokens.chosen, self.batches)
+
+    def work(self) -> Work:
+        """See `RolloutBatches.work`."""
+        return reading_work("reading", self.backend, self.calls(), self.reads)
+
+    def _purpose(self, index: int) -> str:
+        given = self.given.rollouts[index]
+        return json.dumps([super()._purpose(index), given.response_ids, given.response])
+
+    def _make(self, batch: Sequence[int]) -> tuple[list[Row], dict[str, Tensor]]:
+        found = forward_rows(self.backend, self._tokens.chosen(batch), (), self.reads)
+        rows = (self.given.rollouts[index].to_row() for index in batch)
+        # Nothing was sampled here, so there is no seed.
+        return [{name: value for name, value in row.items() if name != "seed"} for row in rows], dict(found.reads)
 
 
 def row_seed(base: int, *parts: object) -> int:

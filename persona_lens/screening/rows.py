@@ -73,7 +73,7 @@ def scored_windows(folder: RunFolder, gauges: int, dataset: int | None = None) -
         gauges: How many gauges its panel has.
         dataset: Only rows of this one.
     """
-    units = folder.each_row(SCORES)
+    units = folder.rows(SCORES)
     for (number, _), found in groupby(units, key=lambda unit: (unit["dataset"], unit["window"])):
         if dataset is None or number == dataset:
             yield _merged(number, list(found), gauges)

@@ -8,28 +8,23 @@ from persona_lens.steering.comparison import (
     ArmSettings,
     Change,
     Comparison,
-    arm_effect,
     compare_steerings,
-    comparison_work,
 )
-from persona_lens.steering.crossing import CrossSettings, cross_effects, cross_work
-from persona_lens.steering.effects import CrossCell, CrossEffects, CrossRow, CrossTrait
-from persona_lens.steering.files import load_steering
+from persona_lens.steering.crossing import Crossing, CrossSettings, cross_effects
+from persona_lens.steering.effects import CrossEffects
+from persona_lens.steering.given import given_edits, load_steering, reply, steered_replies
 from persona_lens.steering.notation import NotationError, parse_terms
-from persona_lens.steering.replies import given_edits, reply, steered_replies
 from persona_lens.steering.steering import SteeredBackend, Steering, SteeringError
 from persona_lens.steering.sweep import (
-    CurvePoint,
-    Effect,
     SweepRow,
     SweepSettings,
     choose_layer,
     curve,
     effect,
     sweep,
-    sweep_work,
+    sweep_experiment,
 )
-from persona_lens.steering.tuning import TuneSettings, Tuning, tune
+from persona_lens.steering.tuning import TuneSettings, Tuning, tune, tune_work
 
 __all__ = [
     "ArmEffect",
@@ -37,13 +32,9 @@ __all__ = [
     "ArmSettings",
     "Change",
     "Comparison",
-    "CrossCell",
     "CrossEffects",
-    "CrossRow",
     "CrossSettings",
-    "CrossTrait",
-    "CurvePoint",
-    "Effect",
+    "Crossing",
     "NotationError",
     "SteeredBackend",
     "Steering",
@@ -52,12 +43,9 @@ __all__ = [
     "SweepSettings",
     "TuneSettings",
     "Tuning",
-    "arm_effect",
     "choose_layer",
     "compare_steerings",
-    "comparison_work",
     "cross_effects",
-    "cross_work",
     "curve",
     "effect",
     "given_edits",
@@ -66,6 +54,7 @@ __all__ = [
     "reply",
     "steered_replies",
     "sweep",
-    "sweep_work",
+    "sweep_experiment",
     "tune",
+    "tune_work",
 ]

@@ -14,26 +14,30 @@ from typing import Any, get_args
 
 from persona_lens.backend import Backend, Edit, Read
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.core.statistics import CHANGES, Ends, Estimate, bootstrap_mean, clear_side
+from persona_lens.core.statistics import CHANGES, Ends, Estimate, clear_side
 from persona_lens.extraction.experiment import (
+    Answer,
     Experiment,
     QuestionSet,
     Subject,
+    Value,
     Variant,
+    averaged,
+    estimated,
+    json_of,
+    mean_of,
     questions_of,
     requests_of,
     run_folder,
+    values_of,
 )
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
-from persona_lens.runs.answers import Answer, Value, averaged, json_of, mean_of, values_of
-from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import Request, RolloutSettings
+from persona_lens.runs.rollouts import EditsFor, Request, RolloutSettings
 from persona_lens.steering.steering import Steering, SteeringError, rowwise
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
-RowEdits = Callable[[Sequence[Request]], list[Edit]]
 VECTOR, RANDOM, NONE = "vector", "random", "none"
 UNSTEERED = "unsteered"
 ARMS = "arms-"  # begins the names of their files
@@ -86,12 +90,8 @@ def change_of(
 
 def beside_null(moved: Mapping[int, float], null: Mapping[int, float], within: Ends | None = None) -> Change | None:
     """A change and that of its null, each by question; None where there is no question."""
-
-    def mean(values: Mapping[int, float]) -> Estimate | None:
-        return bootstrap_mean(list(values.values()), within=within) if values else None
-
-    found = mean(moved)
-    return None if found is None else Change(found, mean(null), mean(minus(moved, null)))
+    found = estimated(moved, within)
+    return Change(found, estimated(null, within), estimated(minus(moved, null), within)) if found else None
 
 
 def minus(these: Mapping[int, float], those: Mapping[int, float]) -> dict[int, float]:
@@ -160,7 +160,7 @@ def arm_variants(names: Iterable[str], random_directions: int) -> list[Variant]:
     return [Variant({"arm": arm, "direction": direction}) for arm, direction in arms]
 
 
-def arm_edits(arms: Mapping[str, Steering], random_directions: int, seed: int) -> RowEdits:
+def arm_edits(arms: Mapping[str, Steering], random_directions: int, seed: int) -> EditsFor:
     """The edits of a batch, every row under its own arm's."""
 
     @cache
@@ -172,7 +172,7 @@ def arm_edits(arms: Mapping[str, Steering], random_directions: int, seed: int) -
 
 def edits_by_row(
     edits: Callable[[Mapping[str, Any], int | None], tuple[Edit, ...]], random_directions: int, seed: int
-) -> RowEdits:
+) -> EditsFor:
     """The edits of a batch, every row under its own.
 
     Args:
@@ -344,15 +344,3 @@ def compare_steerings(
             run.write_rows("arms-scores.jsonl", map(Answer.to_row, rows))
             run.write_json("summary.json", summary)
     return Comparison(tuple(rows), effects, summary)
-
-
-def comparison_work(
-    backend: Backend,
-    arms: Mapping[str, Steering],
-    vectors: PersonaVectors,
-    settings: ArmSettings,
-    chat: ChatFormat,
-    judge: Judge | None = None,
-) -> tuple[Work, ...]:
-    """What `compare_steerings` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    return arms_experiment(Subject.planned(backend, vectors, chat, judge), arms, settings).work()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,13 @@ import torch
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import Experiment, Subject, model_config, requests_of, run_folder
-from persona_lens.extraction.external import ExternalRollouts, ReadRollouts
-from persona_lens.judging import Judge, Judgement
-from persona_lens.judging.recording import as_used, longest_exchanges
+from persona_lens.judging import Judge
+from persona_lens.judging.recording import as_used
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder
-from persona_lens.runs.cost import Work, reading_work
-from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, RolloutSettings
+from persona_lens.runs.cost import Work
+from persona_lens.runs.rollouts import Request, RolloutBatches, Rollouts, RolloutSettings, Texts
 from persona_lens.steering.comparison import arm_edits, arm_variants, check_asked
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
@@ -114,19 +113,6 @@ def cross_effects(
     return effects
 
 
-def cross_work(
-    backend: Backend,
-    steerings: Mapping[str, Steering],
-    traits: Mapping[str, PersonaVectors],
-    settings: CrossSettings,
-    *,
-    judges: Mapping[str, Judge] | None = None,
-    chat: ChatFormat | None = None,
-) -> tuple[Work, ...]:
-    """What `cross_effects` with these arguments would ask of the model, and of the judges'; nothing runs."""
-    return Crossing(backend, steerings, traits, settings, judges, chat).work()
-
-
 @dataclass(frozen=True, eq=False)
 class Crossing:
     """A planned crossing: everything that is known before the model is asked.
@@ -198,7 +184,14 @@ class Crossing:
     @cached_property
     def subjects(self) -> dict[str, Subject]:
         """The model as it is judged for each trait."""
-        return {name: self._subject(name, each) for name, each in self.vectors.items()}
+        found = {}
+        for name, vectors in self.vectors.items():
+            judge = self.judges[name] if self.judges else None
+            try:
+                found[name] = Subject.of(self.backend, vectors, None, judge, self.chat, allow_other_model=True)
+            except VectorsError as error:
+                raise VectorsError(f"{name}: {error}") from None
+        return found
 
     def check_model(self) -> None:
         """Raise `persona_lens.vectors.vectors.VectorsError` unless all vectors belong to the backend's model."""
@@ -231,53 +224,56 @@ class Crossing:
 
     def measured(self) -> tuple[CrossTrait, ...]:
         """The traits, with where they are read."""
-        lengths = {name: each.vectors.norms(self.settings.reduction) for name, each in self.subjects.items()}
-        return tuple(
-            CrossTrait(name, each.trait.description, self.layers[name], float(lengths[name][self.layers[name]]))
-            for name, each in self.subjects.items()
-        )
+        found = []
+        for name, each in self.subjects.items():
+            layer, lengths = self.layers[name], each.vectors.norms(self.settings.reduction)
+            found.append(CrossTrait(name, each.trait.description, layer, float(lengths[layer])))
+        return tuple(found)
 
     @property
     def experiment(self) -> Experiment:
         """What is asked, and who scores it."""
-        return Experiment(
-            self.backend,
-            self.chat,
-            self.requests,
-            self.settings.rollouts,
-            {name: each.judge for name, each in self.subjects.items()},
-            arm_edits(self.steerings, self.settings.random_directions, self.settings.seed),
-            [self._read()],
-            STEERED,
-        )
+        judges = {name: each.judge for name, each in self.subjects.items()}
+        edits_for = arm_edits(self.steerings, self.settings.random_directions, self.settings.seed)
+        asked = (self.backend, self.chat, self.requests, self.settings.rollouts)
+        return Experiment(*asked, judges, edits_for, [self._read()], STEERED)
+
+    def reread(self, texts: Texts) -> Experiment:
+        """The same texts, to be read by the model without any edit."""
+        asked = (self.backend, self.chat, self.requests, self.settings.rollouts)
+        return Experiment(*asked, {}, reads=[self._read()], prefix=TEXT, given=texts)
 
     def work(self) -> tuple[Work, ...]:
         """What a run would ask of the model, and of the judges'; nothing runs."""
         generating, *judging = self.experiment.work()
-        longest = longest_exchanges(self.experiment.rollouts())
-        supposed = [
-            Rollout(request, 0, each.response_ids or (), None, each.response)
-            for request, each in zip(self.requests, longest, strict=True)
-        ]
-        again = self.reread(supposed, None)
-        return generating, reading_work("reading", self.backend, again.calls(), again.reads), *judging
-
-    def reread(self, rollouts: Sequence[Rollout], run: RunFolder | None) -> ReadRollouts:
-        """The same texts, to be read by the model without any edit."""
-        prompts = tuple(tuple(self.chat.encode(r.request.system, r.request.question)) for r in rollouts)
-        given = ExternalRollouts(tuple(rollouts), prompts, None, ())
-        return ReadRollouts(self.backend, given, self.settings.rollouts, folder=run, reads=[self._read()], prefix=TEXT)
+        rollouts = self.experiment.rollouts()
+        assert isinstance(rollouts, Rollouts)
+        return generating, *self.reread(rollouts.longest()).work(), *judging
 
     def rows(self, run: RunFolder | None, progress: Progress) -> tuple[list[CrossRow], dict[str, Any]]:
         """Run what is not there yet: generate, judge, read again. With the rows comes what the judges used."""
         answers = self.experiment.run(run, progress)
-        again = self.reread(answers.rollouts, run)
-        again.run(progress)
-        steered, of_text = self._projections(answers.collected), self._projections(again)
-        rows = [
-            _row(rollout, {name: judged[i] for name, judged in answers.judged.items()}, steered[i], of_text[i])
-            for i, rollout in enumerate(answers.rollouts)
-        ]
+        prompts = tuple(tuple(self.chat.encode(each.system, each.question)) for each in self.requests)
+        again = self.reread(Texts(tuple(answers.rollouts), prompts)).run(run, progress)
+        steered, of_text = self._projections(answers.collected), self._projections(again.collected)
+        rows = []
+        for number, rollout in enumerate(answers.rollouts):
+            judged = {name: each[number] for name, each in answers.judged.items()}
+            surprise = (each.surprise for each in judged.values() if each.surprise is not None)
+            coherence = (each.coherence.value for each in judged.values() if each.coherence)
+            labels = dict(rollout.request.labels)
+            row = CrossRow(
+                question=labels.pop("question_number"),
+                scores={name: each.trait.value for name, each in judged.items()},
+                steered_projections=steered[number],
+                text_projections=of_text[number],
+                # Neither depends on the trait that the judge looks for.
+                surprise=next(surprise, None),
+                coherence=next((value for value in coherence if value is not None), None),
+                text=rollout.response,
+                **labels,
+            )
+            rows.append(row)
         used = {name: as_used(self.subjects[name].judge.describe(), answers.judged[name]) for name in self.subjects}
         return rows, used
 
@@ -301,13 +297,6 @@ class Crossing:
     def _read(self) -> Read:
         return Read(ReadKind.RESPONSE_MEAN, tuple(sorted(set(self.layers.values()))))
 
-    def _subject(self, name: str, vectors: PersonaVectors) -> Subject:
-        try:
-            judge = self.judges[name] if self.judges else None
-            return Subject.of(self.backend, vectors, None, judge, self.chat, allow_other_model=True)
-        except VectorsError as error:
-            raise VectorsError(f"{name}: {error}") from None
-
     def _layer(self, name: str, vectors: PersonaVectors) -> int:
         if self.settings.layer is not None:
             return self.settings.layer
@@ -321,29 +310,3 @@ class Crossing:
                 "tuned for it; name a layer (layer=..., --read-layer)"
             )
         return tuned.layer
-
-
-def _row(
-    rollout: Rollout,
-    judged: Mapping[str, Judgement],
-    while_steered: dict[str, float | None],
-    of_text: dict[str, float | None],
-) -> CrossRow:
-    labels = rollout.request.labels
-    surprise = [each.surprise for each in judged.values() if each.surprise is not None]
-    coherence = [
-        each.coherence.value for each in judged.values() if each.coherence and each.coherence.value is not None
-    ]
-    return CrossRow(
-        arm=labels["arm"],
-        direction=labels["direction"],
-        question=labels["question_number"],
-        sample=labels["sample"],
-        scores={name: each.trait.value for name, each in judged.items()},
-        steered_projections=while_steered,
-        text_projections=of_text,
-        # Neither depends on the trait that the judge looks for.
-        surprise=surprise[0] if surprise else None,
-        coherence=coherence[0] if coherence else None,
-        text=rollout.response,
-    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from persona_lens.core.statistics import CHANGES, Ends
-from persona_lens.runs.answers import Value, json_of
+from persona_lens.extraction.experiment import Value, json_of
 from persona_lens.steering.comparison import NONE, RANDOM, UNSTEERED, VECTOR, Change, change_of
 from persona_lens.steering.steering import Steering
 from persona_lens.vectors import PersonaVectors
@@ -90,9 +90,7 @@ class CrossCell:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        own = {name: getattr(self, name) for name in ("steering", "trait", "own", "cosine")}
-        changes = ("score", "text_projection", "steered_projection")
-        return {**own, **{name: json_of(getattr(self, name)) for name in changes}}
+        return {name: json_of(each) if isinstance(each, Change) else each for name, each in vars(self).items()}
 
 
 @dataclass(frozen=True, eq=False)

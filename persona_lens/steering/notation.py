@@ -297,9 +297,6 @@ class _Reader(Transformer[Token, Any]):
     def schedule(self, *points: tuple[int, float]) -> dict[str, Any]:
         return {"schedule": Schedule(points)}
 
-    def condition_layer(self, layer: int) -> int:
-        return layer
-
     def when(self, trait: str, *parts: Any) -> dict[str, Any]:
         *layer, side, threshold = parts
         return {"when": When(trait, layer[0] if layer else None, threshold, side == ">")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,8 +22,8 @@ from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sinks import depend_on_sinks, left_out, sinks_of
 from persona_lens.backend.tokens import pad_left
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_steering
 from persona_lens.steering.notation import Layers, Term, When
-from persona_lens.steering.replies import GivenEdits, GivenVectors, given_steering
 from persona_lens.steering.steering import Steering
 
 if TYPE_CHECKING:
@@ -122,11 +123,9 @@ class Preview:
         from rich.table import Table
         from rich.text import Text
 
-        table: Table = Table()
-        table.add_column("token", justify="right")
-        table.add_column("id", justify="right")
-        table.add_column("text", overflow="fold")
-        table.add_column("part")
+        table: Table = Table("token", "id", "text", "part")
+        table.columns[0].justify = table.columns[1].justify = "right"
+        table.columns[2].overflow = "fold"
         for edit in self.edits:
             table.add_column(Text(f"{edit.text}\n{_where(edit.layers, self.n_layers)}"), overflow="fold")
         if self.reads:
@@ -134,17 +133,11 @@ class Preview:
         if self._sinks:
             table.add_column("sink at")
         for token in self.tokens:
-            table.add_row(
-                str(token.index),
-                "" if token.id is None else str(token.id),
-                _quoted(token),
-                token.part,
-                *self._of(token),
-            )
+            known = "" if token.id is None else str(token.id)
+            table.add_row(str(token.index), known, _quoted(token), token.part, *self._of(token))
         if self.rest:
-            table.add_row(
-                "…", "", Text(f"{self.rest} more, if it gets so long"), "response", *self._of(self.tokens[-1])
-            )
+            more = Text(f"{self.rest} more, if it gets so long")
+            table.add_row("…", "", more, "response", *self._of(self.tokens[-1]))
         return table
 
     def __str__(self) -> str:
@@ -206,7 +199,7 @@ def preview_tokens(
     plain = as_edits(written)
     check_edits(plain, info.n_layers, info.d_model, batch=1)
     check_reads(reads, info.n_layers, info.d_model)
-    parts = list(_by_term(written) if isinstance(written, Steering) else _by_likeness(written))
+    parts = list(_parts(written))
     known, to_come = ((), response) if isinstance(response, int) else (tuple(response), 0)
     text = TokenBatch.of([prompt], [known])
     sinks = sinks_of(backend, text, to_come) if depend_on_sinks(plain, reads) else None
@@ -230,24 +223,24 @@ def preview_tokens(
     return Preview(tokens, tuple(edit for edit, _ in parts), described, len(treatment) - shown, info.n_layers)
 
 
-def _by_term(steering: Steering) -> Iterator[tuple[PreviewedEdit, tuple[Edit, ...]]]:
-    for term, edits in steering.by_term():
+def _parts(written: Steering | tuple[Edit, ...]) -> Iterator[tuple[PreviewedEdit, tuple[Edit, ...]]]:
+    """The terms of a steering, or edits that are alike, each with its edits."""
+    for term, edits in written.by_term() if isinstance(written, Steering) else _by_likeness(written):
         assert term.operation is not None  # settled when the steering was made
+        masked = any(isinstance(edit.positions, Tensor) for edit in edits)
+        text = f"{term}, at masked tokens" if masked else str(term)
         condition = None if term.when is None else str(term.when)
         layers = tuple(edit.layer for edit in edits)
-        yield PreviewedEdit(str(term), layers, term.operation, term.relative, condition), edits
+        yield PreviewedEdit(text, layers, term.operation, term.relative, condition), edits
 
 
-def _by_likeness(edits: Sequence[Edit]) -> Iterator[tuple[PreviewedEdit, tuple[Edit, ...]]]:
+def _by_likeness(edits: Sequence[Edit]) -> list[tuple[Term, tuple[Edit, ...]]]:
+    """Edits that differ only in their layers and vectors, with the notation of steerings for them."""
     alike: dict[str, list[Edit]] = {}
     for edit in edits:
         same = replace(edit, layer=0, direction=torch.ones(1), condition=None)
         alike.setdefault(f"{same.content_hash} {_when(edit)}", []).append(edit)
-    for group in alike.values():
-        first = group[0]
-        condition = None if first.condition is None else str(_when(first))
-        layers = tuple(edit.layer for edit in group)
-        yield PreviewedEdit(_written(first), layers, first.operation, first.relative, condition), tuple(group)
+    return [(_term(group[0]), tuple(group)) for group in alike.values()]
 
 
 def _when(edit: Edit) -> When | None:
@@ -256,11 +249,11 @@ def _when(edit: Edit) -> When | None:
     return When(NAMELESS, None if found.layer == edit.layer else found.layer, found.threshold, found.above)
 
 
-def _written(edit: Edit) -> str:
+def _term(edit: Edit) -> Term:
     """An edit in the notation of steerings, as far as that goes."""
     level = edit.target if edit.threshold is None else edit.threshold
     amount = _rounded(float(edit.coefficient)) if level is None else level
-    term = Term(
+    return Term(
         NAMELESS,
         operation=edit.operation,
         amount=None if edit.operation is not Operation.ADD and level is None and amount == 1 else amount,
@@ -270,7 +263,6 @@ def _written(edit: Edit) -> str:
         schedule=edit.schedule,
         when=_when(edit),
     )
-    return f"{term}, at masked tokens" if isinstance(edit.positions, Tensor) else str(term)
 
 
 def _factors(
@@ -389,10 +381,6 @@ def _where(layers: Sequence[int], n_layers: int) -> str:
         return "nothing is left to ablate"
     if sorted(set(layers)) == list(range(n_layers)):
         return "all layers"
-    ranges: list[tuple[int, int]] = []
-    for layer in sorted(set(layers)):
-        if ranges and ranges[-1][1] == layer - 1:
-            ranges[-1] = (ranges[-1][0], layer)
-        else:
-            ranges.append((layer, layer))
-    return f"{'layer' if len(set(layers)) == 1 else 'layers'} {Layers(tuple(ranges))}"
+    numbers = sorted(set(layers))
+    ranges = [list(run) for _, run in groupby(numbers, lambda layer: layer - numbers.index(layer))]
+    return f"{'layer' if len(numbers) == 1 else 'layers'} {Layers(tuple((run[0], run[-1]) for run in ranges))}"

@@ -8,7 +8,7 @@ from math import floor, log10
 from typing import Any
 
 from persona_lens.core.statistics import Estimate
-from persona_lens.runs.answers import json_of
+from persona_lens.extraction.experiment import json_of
 from persona_lens.steering.comparison import (
     COHERENCE_MARGIN,
     MIN_COHERENCE,
@@ -96,25 +96,21 @@ def surface(rows: Sequence[ArmRow], arms: dict[str, Place], margin: float = COHE
         rows: Responses of all arms.
         arms: Where each arm steers, by its name.
         margin: Nats a token by which text may surprise the unsteered model more than its own does.
+
+    Raises:
+        SteeringError: If the judge gave neither surprise nor coherence.
     """
     plain = unsteered_means(rows)["surprise"]
     points = []
     for arm, place in arms.items():
         effect = arm_effect(rows, arm)
-        coherent, surely = holds_together(effect, plain, margin) if effect is not None else (False, False)
+        coherent, surely = _holds_together(effect, plain, margin) if effect is not None else (False, False)
         points.append(Point(place, effect, coherent, surely))
     return points
 
 
-def holds_together(effect: ArmEffect, plain: Estimate | None, margin: float) -> tuple[bool, bool]:
-    """Whether an arm's text holds together, by its surprise or by the coherence that a judge gave.
-
-    Returns:
-        Whether the mean says so, and whether the whole interval does.
-
-    Raises:
-        SteeringError: If the judge gave neither.
-    """
+def _holds_together(effect: ArmEffect, plain: Estimate | None, margin: float) -> tuple[bool, bool]:
+    """Whether text holds together, by its surprise or the coherence that a judge gave: by the mean, and surely."""
     if effect.coherence is not None:
         return effect.coherence.mean >= MIN_COHERENCE, effect.coherence.low >= MIN_COHERENCE
     if effect.surprise is None or plain is None:

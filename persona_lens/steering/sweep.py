@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from persona_lens.backend import Backend, Edit, Positions
+from persona_lens.core.documents import Record
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Estimate
 from persona_lens.extraction.experiment import (
+    Answer,
     Experiment,
     QuestionSet,
     Subject,
     Variant,
+    by_question,
+    mean_of,
     questions_of,
     requests_of,
     run_folder,
 )
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
-from persona_lens.runs.answers import Answer, by_question, mean_of
-from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import Request, RolloutSettings
+from persona_lens.runs.rollouts import EditsFor, Request, RolloutSettings
 from persona_lens.steering.comparison import (
     COHERENCE_MARGIN,
     MIN_COHERENCE,
@@ -34,7 +36,6 @@ from persona_lens.steering.comparison import (
     RANDOM,
     VECTOR,
     Change,
-    RowEdits,
     beside_null,
     check_asked,
     edits_by_row,
@@ -132,7 +133,7 @@ def sweep(
         VectorsError: If the vectors belong to another model, or carry no calibration.
     """
     subject = Subject.of(backend, vectors, trait, judge, chat, allow_other_model=allow_other_model)
-    experiment = _experiment(subject, settings, f"{name}-")
+    experiment = sweep_experiment(subject, settings, f"{name}-")
     for layer in settings.layers:  # what cannot be run must not claim the folder
         vectors.vector(layer, settings.reduction)
     with run_folder(folder, subject.config("sweep", settings)) as run:
@@ -142,19 +143,8 @@ def sweep(
     return rows
 
 
-def sweep_work(
-    backend: Backend,
-    vectors: PersonaVectors,
-    settings: SweepSettings,
-    chat: ChatFormat,
-    trait: Trait | None = None,
-    judge: Judge | None = None,
-) -> tuple[Work, ...]:
-    """What `sweep` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    return _experiment(Subject.planned(backend, vectors, chat, judge, trait), settings).work()
-
-
-def _experiment(subject: Subject, settings: SweepSettings, prefix: str = "") -> Experiment:
+def sweep_experiment(subject: Subject, settings: SweepSettings, prefix: str = "") -> Experiment:
+    """What a sweep asks, whose rows are `SweepRow`; ``prefix`` begins the names of its files."""
     requests = plan_sweep(subject.trait, settings)
     return subject.experiment(requests, settings.rollouts, prefix, edits_of(subject.vectors, settings))
 
@@ -166,21 +156,18 @@ def plan_sweep(trait: Trait, settings: SweepSettings) -> list[Request]:
         SteeringError: If more questions are asked for than the trait has.
     """
     directions = [VECTOR, RANDOM] if settings.random_directions else [VECTOR]
-    steered: list[tuple[str, int | None, float]] = [
-        (direction, layer, coefficient)
+    variants = [Variant({"direction": NONE, "layer": None, "coefficient": 0.0})]
+    variants += [
+        Variant({"direction": direction, "layer": layer, "coefficient": coefficient})
         for layer in settings.layers
         for direction in directions
         for coefficient in sorted(set(settings.coefficients) - {0.0})
-    ]
-    variants = [
-        Variant({"direction": direction, "layer": layer, "coefficient": coefficient})
-        for direction, layer, coefficient in [(NONE, None, 0.0), *steered]
     ]
     questions = questions_of(trait, settings.questions, settings.question_set, SteeringError)
     return requests_of(questions, variants, settings.samples, settings.seed, "sweep", settings.question_set)
 
 
-def edits_of(vectors: PersonaVectors, settings: SweepSettings) -> RowEdits:
+def edits_of(vectors: PersonaVectors, settings: SweepSettings) -> EditsFor:
     """The edits of a batch: one for each layer and direction in it, its coefficient 0 in the rows of the others."""
     seeds = range(settings.seed, settings.seed + settings.random_directions)
     nulls = {seed: vectors.random_like(seed) for seed in seeds}
@@ -194,7 +181,7 @@ def edits_of(vectors: PersonaVectors, settings: SweepSettings) -> RowEdits:
 
 
 @dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(Record):
     """Mean score at one coefficient, with its interval over questions.
 
     Attributes:
@@ -208,10 +195,6 @@ class CurvePoint:
     score: Estimate
     surprise: Estimate | None
     coherence: Estimate | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -260,14 +243,12 @@ def effect(rows: Sequence[SweepRow], layer: int) -> Effect:
         raise SteeringError(f"no response was steered at layer {layer}{_steered_layers(rows)}")
     low, high = coefficients[0], coefficients[-1]
 
-    def moved(direction: str) -> dict[int, float]:
-        at = {low: [], high: [], 0.0: [row for row in rows if row.direction == NONE]}
-        for row in rows:
-            if (row.layer, row.direction) == (layer, direction) and row.coefficient in (low, high):
-                at[row.coefficient].append(row)
-        return minus(by_question(at[high], "score"), by_question(at[low], "score"))
+    def at(direction: str, coefficient: float) -> dict[int, float]:
+        place = (layer, direction, coefficient) if coefficient else (None, NONE, 0.0)
+        return by_question([row for row in rows if (row.layer, row.direction, row.coefficient) == place], "score")
 
-    found = beside_null(moved(VECTOR), moved(RANDOM), CHANGES)
+    moved, null = (minus(at(direction, high), at(direction, low)) for direction in (VECTOR, RANDOM))
+    found = beside_null(moved, null, CHANGES)
     if found is None:
         raise SteeringError(f"no question has a response at both ends of the sweep at layer {layer}")
     return Effect(found.vector, found.random, found.difference, layer, low, high)

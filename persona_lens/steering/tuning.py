@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import Estimate
-from persona_lens.extraction.experiment import Subject, run_folder
+from persona_lens.extraction.experiment import Answer, Answers, Subject, json_of, run_folder
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.runs import RunFolder
-from persona_lens.runs.answers import Answer, json_of
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering.comparison import (
@@ -51,6 +48,7 @@ from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned
 
 SHOWN_SAMPLES = 6
 SEARCH, CONFIRM = "search-", "confirm-"  # begin the names of their files
+STORED = ("towards", "search_questions", "confirm_questions", "confirmed", "warnings")  # with the vectors, too
 Capability = Callable[[Steering | None], Estimate]
 
 
@@ -169,34 +167,29 @@ def tune(
     search, confirm = _split(subject.trait, settings)
     vectors.vector(max(settings.layers or ()), settings.reduction)  # what cannot be run must not claim the folder
     with run_folder(folder, subject.config("tune", settings)) as run:
-        norms = _residual_norms(subject, search, run, progress)
-        tried = _tried(vectors, settings, norms)
-        arms = _arms(vectors, tried, settings)
-        searched = arms_experiment(subject, arms, search, SEARCH).run(run, progress)
-        points = surface(searched.rows(ArmRow), dict(zip(arms, tried, strict=True)), settings.margin)
-        chosen = choose_point(points, settings.towards.sign)
+        norms, lengths = _residual_norms(subject, search, run, progress), vectors.norms(settings.reduction).tolist()
+        tried = places(settings.layers or (), settings.pushes, settings.towards.sign, lengths, norms)
+        searched = _try(subject, settings, tried, search, SEARCH, run, progress)
+        chosen = choose_point(searched.points, settings.towards.sign)
         on_layer = [place for place in tried if place.layer == chosen.place.layer]
-        along = _arms(vectors, on_layer, settings)
-        asked = arms_experiment(subject, along, confirm, CONFIRM).run(run, progress)
-        curve = surface(asked.rows(ArmRow), dict(zip(along, on_layer, strict=True)), settings.margin)
-        found = _Found(subject, settings, norms, searched.rows(ArmRow), points, chosen, asked.rows(ArmRow), curve)
-        summary = {"command": command, **found.summary(), "judge": subject.judge_used(searched, asked)}
+        asked = _try(subject, settings, on_layer, confirm, CONFIRM, run, progress)
+        summary = {"command": command, **_summary(subject, settings, norms, searched, chosen, asked)}
         if capability is not None:
-            summary["capability"] = _trade_off(found, along, capability)
-        tuning = Tuning(found.vectors(summary), found.steering, tuple(points), chosen, found.at_chosen.effect, summary)
+            summary["capability"] = _trade_off(asked, capability)
+        steering, effect, place = _at(vectors, chosen.place, settings), asked.at(chosen).effect, chosen.place
+        choice = Tuned(place.layer, place.coefficient, settings.reduction)
+        tuned = vectors.with_tuned(choice, {"push": place.push, **{name: summary[name] for name in STORED}})
         if run is not None:
-            run.write_rows("search-scores.jsonl", map(Answer.to_row, found.rows))
-            run.write_rows("confirm-scores.jsonl", map(Answer.to_row, found.confirmed))
-            run.write_bytes("vectors.safetensors", tuning.vectors.to_bytes())
+            run.write_rows("search-scores.jsonl", map(Answer.to_row, searched.rows))
+            run.write_rows("confirm-scores.jsonl", map(Answer.to_row, asked.rows))
+            run.write_bytes("vectors.safetensors", tuned.to_bytes())
             run.write_json("summary.json", summary, free=("command",))
-    return tuning
+    return Tuning(tuned, steering, tuple(searched.points), chosen, effect, summary)
 
 
-def tune_work(
-    backend: Backend, vectors: PersonaVectors, settings: TuneSettings, chat: ChatFormat, judge: Judge | None = None
-) -> tuple[Work, ...]:
-    """What `tune` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    subject, settings = Subject.planned(backend, vectors, chat, judge), _placed(settings, backend)
+def tune_work(subject: Subject, settings: TuneSettings) -> tuple[Work, ...]:
+    """What `tune` would ask of the model, and of the judge's; nothing runs."""
+    settings, vectors = _placed(settings, subject.backend), subject.vectors
     search, confirm = _split(subject.trait, settings)
     found: list[Work] = []
     for asked, layers in ((search, settings.layers or ()), (confirm, (settings.layers or ())[:1])):
@@ -228,11 +221,6 @@ def _split(trait: Trait, settings: TuneSettings) -> tuple[ArmSettings, ArmSettin
     return search, replace(search, questions=others, samples=settings.confirm_samples)
 
 
-def _tried(vectors: PersonaVectors, settings: TuneSettings, norms: Float[Tensor, " layers"]) -> list[Place]:
-    lengths = vectors.norms(settings.reduction).tolist()
-    return places(settings.layers or (), settings.pushes, settings.towards.sign, lengths, norms.tolist())
-
-
 def _arms(vectors: PersonaVectors, tried: Sequence[Place], settings: TuneSettings) -> dict[str, Steering]:
     """Steerings by name, in the order of the places."""
     return {str(steering): steering for steering in (_at(vectors, place, settings) for place in tried)}
@@ -250,88 +238,92 @@ def _at(vectors: PersonaVectors, place: Place, settings: TuneSettings) -> Steeri
     return Steering((term,), {vectors.trait: vectors})
 
 
-def _residual_norms(
-    subject: Subject, settings: ArmSettings, run: RunFolder | None, progress: Progress
-) -> Float[Tensor, " layers"]:
+def _residual_norms(subject: Subject, settings: ArmSettings, run: RunFolder | None, progress: Progress) -> list[float]:
     """Mean length of the residual over the tokens of unsteered responses, sinks left out, at every layer."""
     prepare_judge(subject.judge, run, SEARCH)  # before anything is generated for it
     collected = arms_experiment(subject, {}, settings, "norms-", [Read(ReadKind.RESPONSE_NORM)]).rollouts(run)
     collected.run(progress)
-    norms = torch.cat([tensors["response_norm"] for _, tensors in collected.reductions()])
-    mean: Tensor = norms.nanmean(dim=0)
+    mean = torch.cat([tensors["response_norm"] for _, tensors in collected.reductions()]).nanmean(dim=0)
     if not bool(mean.isfinite().all()):
         raise SteeringError("every unsteered response is empty, so the length of the residual is not known")
-    return mean
+    return [float(norm) for norm in mean]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What the search and the confirmation came to."""
+class _Tried:
+    """What came of steering at some places: by the names of their arms, in the order of the points."""
 
-    subject: Subject
-    settings: TuneSettings
-    norms: Float[Tensor, " layers"]
+    arms: Mapping[str, Steering]
+    answers: Answers
     rows: Sequence[ArmRow]
     points: Sequence[Point]
-    chosen: Point
-    confirmed: Sequence[ArmRow]
-    curve: Sequence[Point]
 
-    @property
-    def steering(self) -> Steering:
-        """The choice."""
-        return _at(self.subject.vectors, self.chosen.place, self.settings)
-
-    @property
-    def at_chosen(self) -> Point:
-        """What the choice did on the questions that confirm it."""
-        return next(point for point in self.curve if point.place == self.chosen.place)
-
-    def vectors(self, summary: Mapping[str, Any]) -> PersonaVectors:
-        """The vectors with the choice in their provenance."""
-        place = self.chosen.place
-        kept = ("towards", "search_questions", "confirm_questions", "confirmed", "warnings")
-        stored = {"push": place.push, **{name: summary[name] for name in kept}}
-        return self.subject.vectors.with_tuned(Tuned(place.layer, place.coefficient, self.settings.reduction), stored)
-
-    def summary(self) -> dict[str, Any]:
-        """Every figure."""
-        trait, settings, chosen = self.subject.trait, self.settings, self.chosen
-        return {
-            **self.subject.describe(),
-            "trait": trait.name,
-            "description": trait.description,
-            "trait_hash": trait.content_hash(),
-            "towards": str(settings.towards),
-            "settings": json.loads(json.dumps(asdict(settings))),
-            "search_questions": settings.search_questions,
-            "confirm_questions": len(trait.evaluation_questions) - settings.search_questions,
-            "residual_norms": self.norms.tolist(),
-            "vector_norms": self.subject.vectors.norms(settings.reduction).tolist(),
-            "measured": "surprise" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
-            "unsteered": {
-                "search": _unsteered(self.rows, settings.margin),
-                "confirm": _unsteered(self.confirmed, settings.margin),
-            },
-            "surface": [point.to_json() for point in self.points],
-            "chosen": {"steering": str(self.steering), **chosen.to_json()},
-            "confirmed": json_of(self.at_chosen.effect),
-            "curve": [point.to_json() for point in self.curve],
-            "warnings": [
-                *warnings_about(self.points, chosen, settings.towards.sign),
-                *warnings_confirmed(self.at_chosen),
-            ],
-            "samples": _samples(self.confirmed, trait, str(self.steering)),
-        }
+    def at(self, chosen: Point) -> Point:
+        """What steering did here at the place of another point."""
+        return next(point for point in self.points if point.place == chosen.place)
 
 
-def _trade_off(found: _Found, along: Mapping[str, Steering], capability: Capability) -> list[dict[str, Any]]:
+def _try(
+    subject: Subject,
+    settings: TuneSettings,
+    tried: Sequence[Place],
+    asked: ArmSettings,
+    prefix: str,
+    run: RunFolder | None,
+    progress: Progress,
+) -> _Tried:
+    arms = _arms(subject.vectors, tried, settings)
+    answers = arms_experiment(subject, arms, asked, prefix).run(run, progress)
+    rows = answers.rows(ArmRow)
+    return _Tried(arms, answers, rows, surface(rows, dict(zip(arms, tried, strict=True)), settings.margin))
+
+
+def _summary(
+    subject: Subject,
+    settings: TuneSettings,
+    norms: Sequence[float],
+    searched: _Tried,
+    chosen: Point,
+    confirmed: _Tried,
+) -> dict[str, Any]:
+    """Every figure."""
+    trait, at_chosen, steering = subject.trait, confirmed.at(chosen), _at(subject.vectors, chosen.place, settings)
+    return {
+        **subject.describe(),
+        "judge": subject.judge_used(searched.answers, confirmed.answers),
+        "trait": trait.name,
+        "description": trait.description,
+        "trait_hash": trait.content_hash(),
+        "towards": str(settings.towards),
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "search_questions": settings.search_questions,
+        "confirm_questions": len(trait.evaluation_questions) - settings.search_questions,
+        "residual_norms": list(norms),
+        "vector_norms": subject.vectors.norms(settings.reduction).tolist(),
+        "measured": "surprise" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
+        "unsteered": {
+            "search": _unsteered(searched.rows, settings.margin),
+            "confirm": _unsteered(confirmed.rows, settings.margin),
+        },
+        "surface": [point.to_json() for point in searched.points],
+        "chosen": {"steering": str(steering), **chosen.to_json()},
+        "confirmed": json_of(at_chosen.effect),
+        "curve": [point.to_json() for point in confirmed.points],
+        "warnings": [
+            *warnings_about(searched.points, chosen, settings.towards.sign),
+            *warnings_confirmed(at_chosen),
+        ],
+        "samples": _samples(confirmed.rows, trait, str(steering)),
+    }
+
+
+def _trade_off(tried: _Tried, capability: Capability) -> list[dict[str, Any]]:
     """Trait score and capability, unsteered and at every strength of a layer."""
     scored: list[tuple[float, Steering | None, Estimate | None]] = [
-        (0.0, None, unsteered_means(found.confirmed)["score"]),
+        (0.0, None, unsteered_means(tried.rows)["score"]),
         *(
             (point.place.coefficient, steering, point.effect.score if point.effect else None)
-            for point, steering in zip(found.curve, along.values(), strict=True)
+            for point, steering in zip(tried.points, tried.arms.values(), strict=True)
         ),
     ]
     return [

@@ -21,8 +21,8 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.datasets import open_dataset
 from persona_lens.data.tables import all_rows
 from persona_lens.data.transcripts import open_transcripts
-from persona_lens.extraction.external import read_responses
-from persona_lens.extraction.external.matching import match_responses
+from persona_lens.extraction.external import match_responses
+from persona_lens.extraction.responses import read_responses
 from persona_lens.finetuning.config import documented, make_config, read_config
 from persona_lens.judging.agreement import read_scored
 from persona_lens.models.source import folder_content

@@ -18,7 +18,7 @@ from persona_lens.data.sources import demonstration_path
 from persona_lens.data.tables import DataError, read_rows
 from persona_lens.data.transcripts import open_transcripts
 from persona_lens.extraction import ExtractionSettings, run_extraction
-from persona_lens.extraction.external import read_responses
+from persona_lens.extraction.responses import read_responses
 from persona_lens.finetuning.examples import encode_examples, read_conversations
 from persona_lens.models import ChatFormat
 from persona_lens.runs.rollouts import RolloutSettings

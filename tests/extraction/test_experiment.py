@@ -12,11 +12,18 @@ import pytest
 from persona_lens.backend import Backend
 from persona_lens.core.progress import no_progress
 from persona_lens.core.statistics import CHANGES
-from persona_lens.extraction.experiment import Experiment, Subject, Variant, questions_of, requests_of, run_folder
+from persona_lens.extraction.experiment import (
+    Answer,
+    Experiment,
+    Subject,
+    Variant,
+    questions_of,
+    requests_of,
+    run_folder,
+    values_of,
+)
 from persona_lens.judging import Exchange, Judge, Judgement, Score
-from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.answers import Answer, values_of
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering.comparison import Change, change_of
@@ -90,9 +97,7 @@ class Lengths:
 
 def test_its_cost_is_known_before_and_the_rows_carry_its_labels(tmp_path: Path) -> None:
     settings = ToneSettings()
-    generating, judging = plan(
-        Subject.planned(planted(), vectors(), chat_format(planted()), Lengths()), settings
-    ).work()
+    generating, judging = plan(Subject.of(planted(), vectors(), judge=Lengths(), planned=True), settings).work()
     assert (generating.label, generating.rows) == ("rollouts", 9)
     assert (judging.label, judging.rows, judging.cost) == ("judging", 9, 0.5)
     found = tones(planted(), vectors(), settings, tmp_path / "run", Lengths())

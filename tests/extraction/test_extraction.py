@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,10 @@ def test_the_filter_keeps_what_it_should(paired: bool) -> None:
 def test_the_filter_counts_why_responses_went() -> None:
     requests = [request(arm, pair=pair) for pair in range(len(FILTER_CASES)) for arm in (POSITIVE, NEGATIVE)]
     scores = [judged(value) for positive, negative, _, _ in FILTER_CASES for value in (positive, negative)]
-    paired = filter_responses(requests, scores, filtering(True)).to_json()
+    paired = filter_responses(requests, scores, filtering(True)).counts
     assert paired["positive"] == {"kept": 3, "failed_threshold": 2, "incoherent": 0, "lost_twin": 2, "no_score": 2}
     assert paired["negative"] == {"kept": 3, "failed_threshold": 2, "incoherent": 0, "lost_twin": 2, "no_score": 2}
-    unpaired = filter_responses(requests, scores, filtering(False)).to_json()
+    unpaired = filter_responses(requests, scores, filtering(False)).counts
     assert unpaired["positive"] == {"kept": 5, "failed_threshold": 2, "incoherent": 0, "lost_twin": 0, "no_score": 2}
     assert unpaired["negative"] == {"kept": 5, "failed_threshold": 2, "incoherent": 0, "lost_twin": 0, "no_score": 2}
 
@@ -151,8 +152,8 @@ def test_incoherent_responses_do_not_count(paired: bool) -> None:
     judgements = [judged(90, 50), judged(10, 49.9), judged(90, 49), judged(10, 20), judged(90, 100), judged(10, 100)]
     found = filter_responses(requests, judgements, filtering(paired))
     assert found.kept == (not paired, False, False, False, True, True)
-    assert found.to_json()["positive"]["incoherent"] == 1
-    assert found.to_json()["negative"]["incoherent"] == 2
+    assert found.counts["positive"]["incoherent"] == 1
+    assert found.counts["negative"]["incoherent"] == 2
     unread = Judgement(Score(90.0), Score(None, "refusal"))
     with pytest.raises(ExtractionError, match=r"positive arm is left.*3 of them were not coherent \(below 50\)"):
         filter_responses(
@@ -372,7 +373,7 @@ def test_provenance_holds_all_that_made_the_vectors(tmp_path: Path) -> None:
     found = run_extraction(backend, TRAIT, tmp_path, settings=settings)
     kept = load_vectors(tmp_path).provenance
     assert kept == found.vectors.provenance == json.loads(json.dumps(kept))
-    assert kept["settings"] == json.loads(json.dumps(settings.to_json()))
+    assert kept["settings"] == json.loads(json.dumps(asdict(settings)))
     assert kept["model"]["weights"] == "sha256:planted"
     assert kept["trait"]["content_hash"] == TRAIT.content_hash()
     assert kept["trait"]["instructions"][0]["positive"] == TRAIT.instructions[0].positive

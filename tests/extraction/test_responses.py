@@ -14,8 +14,9 @@ import pytest
 from persona_lens.backend import Backend
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.blocks import context_of
-from persona_lens.extraction.external import ExternalRollouts, external_rollouts, read_responses
+from persona_lens.extraction.external import ExternalRollouts, external_rollouts
 from persona_lens.extraction.means import ExtractionError
+from persona_lens.extraction.responses import read_responses
 from persona_lens.judging import Judgement, Score
 from persona_lens.models.chat import chat_format
 from persona_lens.runs.rollouts import Request
@@ -85,8 +86,14 @@ def test_a_row_keeps_what_it_says(tmp_path: Path) -> None:
         "seed": 7,
     }
     (found,) = read_responses(write(tmp_path, [row]))
-    assert (found.text, found.ids, found.judgement, found.ended) == ("Hm.", (5, 6), Judgement(Score(12.5)), False)
-    assert found.labels == {"arm": "negative", "question_number": 3, "system": "Be.", "sample": 2}
+    assert (found.response, found.response_ids, found.judgement, found.ended) == (
+        "Hm.",
+        (5, 6),
+        Judgement(Score(12.5)),
+        False,
+    )
+    assert (found.arm, found.question, found.question_number, found.pair) == (Arm.NEGATIVE, None, 3, None)
+    assert (found.system, found.sample) == ("Be.", 2)
     assert found.place == f"{tmp_path / 'rows.jsonl'}:1"
 
 
@@ -98,13 +105,15 @@ def test_cells_of_csv_are_numbers_lists_and_nothing(tmp_path: Path) -> None:
         "negative;;0;1;;;;;;;\n"
     )
     first, second = read_responses(path)
-    assert first.labels == {"arm": "positive", "question_number": 4, "pair": 0, "sample": 1}
-    assert (first.text, first.ids, first.ended) == ("", (1, 2), True)
+    assert (first.arm, first.question, first.question_number, first.pair) == (Arm.POSITIVE, None, 4, 0)
+    assert (first.system, first.sample) == (None, 1)
+    assert (first.response, first.response_ids, first.ended) == ("", (1, 2), True)
     assert first.judgement == Judgement(Score(55.5), Score(71.0))
-    assert second.labels == {"arm": "negative", "question_number": 0, "pair": 1}
-    assert (second.text, second.ids) == ("", None)
+    assert (second.arm, second.question, second.question_number, second.pair) == (Arm.NEGATIVE, None, 0, 1)
+    assert (second.system, second.sample) == (None, None)
+    assert (second.response, second.response_ids) == ("", None)
     assert second.judgement == Judgement(Score(None, "no score was given"), Score(None, "no coherence was given"))
-    assert (second.file, second.line) == (str(path), 3)
+    assert second.place == f"{path}:3"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +190,8 @@ def test_every_response_finds_its_request(tmp_path: Path) -> None:
         ({"pair": None, "system": TRAIT.system_prompt(Arm.POSITIVE, 2) + " "}, "rows.jsonl:1: "),
         (
             {"system": TRAIT.system_prompt(Arm.POSITIVE, 2)},
-            "rows.jsonl:1: the row's system prompt is not that of its pair 0",
+            f"rows.jsonl:1: pair 0 is {TRAIT.system_prompt(Arm.POSITIVE, 0)!r}, but the row's system prompt is "
+            f"{TRAIT.system_prompt(Arm.POSITIVE, 2)!r}",
         ),
     ],
 )

@@ -24,12 +24,12 @@ from persona_lens.backend import Backend, Read
 from persona_lens.cli import app
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.extraction import Extraction, ExtractionSettings, extraction_work, plan_requests, run_extraction
-from persona_lens.extraction.external import ExternalScores, ReadRollouts, external_rollouts
+from persona_lens.extraction.external import ExternalScores, external_rollouts
 from persona_lens.extraction.means import ExtractionError, arm_means
 from persona_lens.judging import Exchange, Judgement
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import Rollouts, RolloutSettings
+from persona_lens.runs.rollouts import ReadRollouts, Rollouts, RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import load_vectors
 from tests.backends.fixtures import ADAPTERS, FEW_ARCHITECTURES, backend_of

@@ -14,13 +14,9 @@ from typer.testing import CliRunner, Result
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
 from persona_lens.extraction import ExtractionSettings, plan_requests
-from persona_lens.extraction.external import (
-    Generated,
-    generate_responses,
-    planned_usage,
-    read_responses,
-)
+from persona_lens.extraction.generating import Generated, generate_responses, planned_usage
 from persona_lens.extraction.means import ExtractionError
+from persona_lens.extraction.responses import read_responses
 from persona_lens.models.server import (
     CompletionCache,
     CompletionServer,
@@ -117,7 +113,7 @@ def test_each_request_is_asked_as_planned_and_becomes_a_row(tmp_path: Path) -> N
     assert seen == len(bodies) > 10
     assert [path.name for path in out.parent.iterdir()] == ["responses.jsonl"]
     given = read_responses(out)
-    assert [response.text for response in given] == [row["response"] for row in rows]
+    assert [response.response for response in given] == [row["response"] for row in rows]
     assert [response.ended for response in given] == [row["ended"] for row in rows]
 
 
@@ -208,7 +204,7 @@ def test_a_place_that_cannot_be_written_is_found_out_before_anything_is_asked(na
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "file").touch()
     with serving(respond=chatting) as loopback:
-        with pytest.raises(ExtractionError, match=r"got .*csv|choose another"):
+        with pytest.raises(ExtractionError, match=r"got .*csv|choose (another|a shorter)"):
             generate_responses(server_at(loopback, tmp_path / "cache"), REQUESTS, SETTINGS, tmp_path / name)
         assert not loopback.seen
 
@@ -237,7 +233,7 @@ def test_what_the_server_refuses_becomes_a_row_with_a_reason(tmp_path: Path) -> 
         if refused:
             assert row["ended"] is None
             assert row["reason"].startswith("the server does not take the request (status 400): the prompt")
-    assert [response.text == "" for response in read_responses(out)] == ["reason" in row for row in rows_of(out)]
+    assert [response.response == "" for response in read_responses(out)] == ["reason" in row for row in rows_of(out)]
 
 
 def test_a_server_that_refuses_everything_is_an_error_with_its_reason(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run", CONFIG) as run:
         run.append("rows.jsonl", [{"a": 1}])
     with RunFolder(tmp_path / "run", dict(reversed(CONFIG.items()))) as again:  # the order of keys means nothing
-        assert again.rows("rows.jsonl") == [{"a": 1}]
+        assert list(again.rows("rows.jsonl")) == [{"a": 1}]
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_partial_line_is_cut(tmp_path: Path) -> None:
         run.append("rows.jsonl", [{"n": 1}, {"n": 2}])
         with (tmp_path / "rows.jsonl").open("ab") as stream:
             stream.write(b'{"n": 3, "te')
-        assert run.rows("rows.jsonl") == [{"n": 1}, {"n": 2}]
+        assert list(run.rows("rows.jsonl")) == [{"n": 1}, {"n": 2}]
         run.append("rows.jsonl", [{"n": 3}])
     assert (tmp_path / "rows.jsonl").read_bytes() == b'{"n": 1}\n{"n": 2}\n{"n": 3}\n'
 
@@ -166,7 +166,7 @@ def test_any_cut_leaves_whole_rows_and_can_be_gone_on_from(
         if texts:
             os.truncate(file, cut)
         finished = sum(end <= cut for end in ends[1:])
-        assert run.rows("rows.jsonl") == [{"text": text} for text in texts[:finished]]
+        assert list(run.rows("rows.jsonl")) == [{"text": text} for text in texts[:finished]]
         run.append("rows.jsonl", [{"text": text} for text in texts[finished:]])
         assert (file.read_bytes() if texts else b"") == whole
 
@@ -175,7 +175,7 @@ def test_a_damaged_line_is_said(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as run:
         (tmp_path / "rows.jsonl").write_bytes(b'{"n": 1}\n{"n": \n{"n": 3}\n')
         with pytest.raises(RunError, match=r"line 2 of .*rows\.jsonl is damaged"):
-            run.rows("rows.jsonl")
+            list(run.rows("rows.jsonl"))
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
                 run.append("rows.jsonl", [{"a": 2}])
         assert (tmp_path / "rows.jsonl").read_bytes() == before
         run.write_lines("rows.jsonl", [{"a": 3}], replace=True)
-        assert run.rows("rows.jsonl") == [{"a": 3}]
+        assert list(run.rows("rows.jsonl")) == [{"a": 3}]
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -25,7 +25,6 @@ from persona_lens.steering import (
     Steering,
     SteeringError,
     cross_effects,
-    cross_work,
 )
 from persona_lens.steering.comparison import change_of
 from persona_lens.steering.crossing import Crossing
@@ -458,7 +457,8 @@ def test_unsteered_both_projections_are_one_and_steered_they_differ_by_the_edit(
 
 def test_work_is_told_without_running(tiny: Backend) -> None:
     traits = {"optimistic": vectors_of(tiny, OPTIMISTIC), "impolite": vectors_of(tiny, IMPOLITE)}
-    work = cross_work(tiny, arms(traits), traits, CrossSettings(questions=1, random_directions=1, rollouts=SHORT))
+    asked = CrossSettings(questions=1, random_directions=1, rollouts=SHORT)
+    work = Crossing(tiny, arms(traits), traits, asked).work()
     rows = 2 * 5  # questions; unsteered, and two steerings with their nulls
     assert [(each.label, each.rows) for each in work] == [
         ("rollouts", rows),

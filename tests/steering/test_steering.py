@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -121,7 +121,7 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any], message: 
 # The edits of a batch
 
 
-def total(edits: list[Edit], row: int) -> Tensor:
+def total(edits: Sequence[Edit], row: int) -> Tensor:
     """What is added to a row's residuals, by layer: [layers, d_model]."""
     added = torch.zeros(N_LAYERS, D_MODEL)
     for edit in edits:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.statistics import Estimate
+from persona_lens.extraction.experiment import Subject
 from persona_lens.judging import Calibration, Exchange, Judgement, Score
-from persona_lens.models.chat import chat_format
 from persona_lens.reports.tuning import render_tuning
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
@@ -164,7 +164,7 @@ def test_capability_is_measured_at_every_strength_of_the_chosen_layer() -> None:
 
 def test_what_would_be_asked_is_known_beforehand() -> None:
     backend, vectors = model()
-    work = tune_work(backend, vectors, settings(), chat_format(backend))
+    work = tune_work(Subject.of(backend, vectors, planned=True), settings())
     counted: dict[str, int] = {}
     for each in work:
         counted[each.label] = counted.get(each.label, 0) + each.rows

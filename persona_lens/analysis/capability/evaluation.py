@@ -19,7 +19,7 @@ from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import SHARES, Estimate, bootstrap_mean
 from persona_lens.steering import Steering
 from persona_lens.steering.comparison import UNSTEERED
-from persona_lens.steering.replies import GivenEdits, GivenVectors, given_edits
+from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 BUILTIN_TASK = "persona_lens_basics"
 TASKS = Path(__file__).with_name("tasks")

@@ -33,7 +33,7 @@ from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
 from persona_lens.runs.rollouts import row_seed
 from persona_lens.steering import Steering, load_steering
-from persona_lens.steering.files import is_steering_file
+from persona_lens.steering.given import is_steering_file
 from persona_lens.vectors import load_vectors
 
 MAX_NEW_TOKENS = 2048  # where neither the task nor the command line names a limit

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from math import isnan
 from pathlib import Path
@@ -25,50 +24,42 @@ from persona_lens.traits import Arm
 _LISTS = ("response_ids", "prompt_ids")
 _REFERENCE = {"question", "prompt", "answer", "question_id"}
 _REFERENCE_ID = re.compile(r"(?P<trait>.+)_\d+_(?P<arm>pos|neg)_(?P<pair>\d+)")
-
-
-@dataclass(frozen=True)
-class ExternalResponse:
-    """A response that another program generated.
-
-    Attributes:
-        text: The response as text.
-        ids: Its token ids, as generated; at least one of the two is there.
-        judgement: The scores that came with it: the trait's, and coherence where the row has that column too. None
-            where the row has no score column.
-        line: Line of the file, counted from 1.
-        labels: What it answers, as far as the row says: ``arm``, ``question``, ``question_number``, ``pair``,
-            ``system`` and ``sample``.
-        file: The file.
-        prompt: The whole prompt as text, if the row has it.
-        prompt_ids: The whole prompt as token ids, if the row has it.
-        ended: Whether the model ended its turn, if the row says.
-    """
-
-    text: str | None
-    ids: tuple[int, ...] | None
-    judgement: Judgement | None
-    line: int
-    labels: Mapping[str, Any]
-    file: str = ""
-    prompt: str | None = None
-    prompt_ids: tuple[int, ...] | None = None
-    ended: bool | None = None
-
-    @property
-    def place(self) -> str:
-        """File and line, for messages."""
-        return f"{self.file}:{self.line}"
-
+_NEEDED = {
+    "arm (positive or negative)": ("arm",),
+    "question (its text) or question_number": ("question", "question_number"),
+    "pair (the instruction's number) or system (the system prompt)": ("pair", "system"),
+    "response (text) or response_ids (token ids)": ("response", "response_ids"),
+}
+"""What a row has to say, and the columns of which one says it."""
 
 Ids = tuple[Annotated[int, Strict(), Field(ge=0, lt=ID_LIMIT)], ...]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
-class _Row(BaseModel):
+class ExternalResponse(BaseModel):
+    """A response that another program generated: a row of a file, None where it says nothing.
+
+    Attributes:
+        place: File and line, for messages.
+        arm: Of the extraction.
+        question: Its text.
+        question_number: Its number among the trait's extraction questions.
+        pair: Number of the instruction pair.
+        system: The system prompt.
+        sample: Number of the sample.
+        response: The response as text.
+        response_ids: Its token ids, as generated; at least one of the two is there.
+        prompt: The whole prompt as text.
+        prompt_ids: The whole prompt as token ids.
+        score: The trait's score that came with it.
+        coherence: Its coherence.
+        ended: Whether the model ended its turn.
+    """
+
     model_config = ConfigDict(extra="ignore", frozen=True)
 
+    place: str
     arm: Arm | None = None
     question: str | None = None
     question_number: Number | None = None
@@ -83,50 +74,41 @@ class _Row(BaseModel):
     coherence: Percent | None = None
     ended: bool | None = None
 
+    @property
+    def judgement(self) -> Judgement | None:
+        """The scores that came with it, as far as the row has their columns; None where it has no score column."""
+        given = {
+            name: Score(value, f"no {name} was given" if value is None else None)
+            for name in ("score", "coherence")
+            if name in self.model_fields_set
+            for value in [getattr(self, name)]
+        }
+        return Judgement(given["score"], given.get("coherence")) if "score" in given else None
 
-def response_of(row: Mapping[str, Any], file: str, line: int) -> ExternalResponse:
-    """Read one row.
 
-    Args:
-        row: Its values by column. The per-response files of the reference implementation are recognised by their
-            columns.
-        file: Where it stands, for messages.
-        line: And on which line.
-
-    Raises:
-        ExtractionError: If a column is missing, or holds something else than it should.
-    """
-    place = f"{file}:{line}"
-    if row.keys() >= _REFERENCE and "arm" not in row:
+def _response(row: Mapping[str, Any], place: str) -> ExternalResponse:
+    """A row as a response; the reference implementation's are recognised by their columns."""
+    if _is_reference(row):
         row = _from_reference(row, place)
+    values = {name: _value(name, value) for name, value in row.items()}
     try:
-        found = _Row.model_validate({name: _value(name, value) for name, value in row.items()})
+        found = ExternalResponse.model_validate({**values, "place": place})
     except ValidationError as error:
-        raise ExtractionError(f"{place}: {_first(error)}") from error
-    _check_columns(found, row, place)
-    labels = {
-        name: value
-        for name in ("arm", "question", "question_number", "pair", "system", "sample")
-        if (value := getattr(found, name)) is not None
-    }
-    return ExternalResponse(
-        text=found.response,
-        ids=found.response_ids,
-        judgement=_judgement(found, row),
-        line=line,
-        labels=labels,
-        file=file,
-        prompt=found.prompt,
-        prompt_ids=found.prompt_ids,
-        ended=found.ended,
-    )
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ExtractionError(f"{place}: {where}: {first['msg']}; got {shown(first['input'])}") from error
+    for needed, names in _NEEDED.items():
+        if all(getattr(found, name) is None for name in names):
+            columns = ", ".join(map(str, row)) or "none"
+            raise ExtractionError(f"{place}: the row has no {needed}; its columns are: {columns}")
+    return found
 
 
-def ignored_columns(row: Mapping[str, Any]) -> list[str]:
+def _ignored(row: Mapping[str, Any]) -> list[str]:
     """Columns with text that are no part of a response; those of the reference implementation's files all are."""
-    if row.keys() >= _REFERENCE and "arm" not in row:
+    if _is_reference(row):
         return []
-    known = {*_Row.model_fields, *own_columns(row)}
+    known = {*ExternalResponse.model_fields, *own_columns(row)} - {"place"}
     return [name for name, value in row.items() if name not in known and isinstance(value, str) and value]
 
 
@@ -144,37 +126,8 @@ def _value(name: str, value: Any) -> Any:
     return value
 
 
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}; got {shown(first['input'])}"
-
-
-def _check_columns(found: _Row, row: Mapping[str, Any], place: str) -> None:
-    wanted = {
-        "arm (positive or negative)": found.arm,
-        "question (its text) or question_number": found.question_number if found.question is None else found.question,
-        "pair (the instruction's number) or system (the system prompt)": (
-            found.pair if found.system is None else found.system
-        ),
-        "response (text) or response_ids (token ids)": (
-            found.response_ids if found.response is None else found.response
-        ),
-    }
-    missing = [name for name, value in wanted.items() if value is None]
-    if missing:
-        columns = ", ".join(map(str, row)) or "none"
-        raise ExtractionError(f"{place}: the row has no {missing[0]}; its columns are: {columns}")
-
-
-def _judgement(found: _Row, row: Mapping[str, Any]) -> Judgement | None:
-    if "score" not in row:
-        return None
-    return Judgement(_score(found.score, "score"), _score(found.coherence, "coherence") if "coherence" in row else None)
-
-
-def _score(value: float | None, name: str) -> Score:
-    return Score(value, f"no {name} was given" if value is None else None)
+def _is_reference(row: Mapping[str, Any]) -> bool:
+    return row.keys() >= _REFERENCE and "arm" not in row
 
 
 def _from_reference(row: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -219,8 +172,8 @@ def read_responses(path: Path | str) -> list[ExternalResponse]:
     """
     found, ignored = [], dict[str, None]()
     for line, row in read_rows(path):
-        found.append(response_of(row, str(path), line))
-        ignored |= dict.fromkeys(ignored_columns(row))
+        found.append(_response(row, f"{path}:{line}"))
+        ignored |= dict.fromkeys(_ignored(row))
     if ignored:
         note(f"{path}: columns that are not read: {', '.join(printable(str(name)) for name in islice(ignored, 8))}")
     return found

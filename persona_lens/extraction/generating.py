@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from persona_lens.core.documents import json_lines
-from persona_lens.core.files import write_bytes
+from persona_lens.core.files import make_folder, named, write_bytes
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
@@ -75,29 +77,27 @@ def generate_responses(
     if not requests:
         raise ExtractionError("there is nothing to generate: no requests are given")
     asked = [_asked(request, settings) for request in requests]
-    earlier = _content(out)
-    if earlier is None:
-        _check_folder(out)
-        answers = _answers(server, asked, progress)
-    else:
+    with named(out, ExtractionError, "used"):
+        earlier = out.read_bytes() if out.exists() else None
+    if earlier is not None:
         answers = _known(server, asked, earlier, out)
-    rows = [_row(request, answer) for request, answer in zip(requests, answers, strict=True)]
+    else:
+        _check_place(out)
+        done = count(1)
+        answers = server.complete(asked, lambda index, answer: progress(next(done), len(asked), "generating"))
+    rows = list(map(_row, requests, answers))
     reasons = [row["reason"] for row in rows if "reason" in row]
     if len(reasons) == len(rows):
         raise ExtractionError(f"the server answered none of {len(rows):,} requests: {reasons[0]}")
     content = json_lines(rows)
-    if earlier is None:
-        _write(out, content)
-    elif content != earlier:
-        raise _other(out)
-    completions = [answer for answer in answers if isinstance(answer, Completion)]
-    return Generated(
-        rows=len(rows),
-        refused=len(reasons),
-        empty=sum(not completion.text.strip() for completion in completions),
-        reason=reasons[0] if reasons else None,
-        usage=sum((completion.usage for completion in completions), Usage()),
-    )
+    if content != earlier:
+        if out.exists():  # it was there with something else, or has come meanwhile
+            raise _other(out)
+        write_bytes(out, content, new=True, failed=ExtractionError)
+    completed = [answer for answer in answers if isinstance(answer, Completion)]
+    empty = sum(not each.text.strip() for each in completed)
+    used = sum((each.usage for each in completed), Usage())
+    return Generated(len(rows), len(reasons), empty, reasons[0] if reasons else None, used)
 
 
 def planned_usage(requests: Sequence[Request], settings: RolloutSettings) -> Usage:
@@ -117,25 +117,30 @@ def _asked(request: Request, settings: RolloutSettings) -> CompletionRequest:
     )
 
 
-def _answers(
-    server: CompletionServer, asked: Sequence[CompletionRequest], progress: Progress
-) -> list[Completion | Refused]:
-    answered = 0
-
-    def count(index: int, answer: Completion | Refused) -> None:
-        nonlocal answered
-        answered += 1
-        progress(answered, len(asked), "generating")
-
-    return server.complete(asked, count)
-
-
 def _row(request: Request, answer: Completion | Refused) -> dict[str, Any]:
     row = {**request.labels, "system": request.system, "question": request.question}
     if isinstance(answer, Refused):
         reason = answer.reason.encode("utf-8", "replace").decode()  # half a character fits into no file
         return {**row, "response": "", "ended": None, "reason": reason}
     return {**row, "response": answer.text, "ended": answer.finished}
+
+
+def _other(out: Path) -> ExtractionError:
+    return ExtractionError(
+        f"{out} is there already and does not hold these responses, or they are no longer in the cache; it stays as it "
+        "is. Choose another file, or remove it"
+    )
+
+
+def _check_place(out: Path) -> None:
+    """Find out that the file cannot be written before anything is paid for."""
+    make_folder(out.parent, ExtractionError)
+    with named(out, ExtractionError), tempfile.TemporaryFile(dir=out.parent):
+        pass
+
+
+class _RefusedRow(BaseModel):
+    reason: str
 
 
 def _known(
@@ -151,54 +156,13 @@ def _known(
         raise _other(out)
     answers: list[Completion | Refused] = []
     for request, line in zip(asked, lines, strict=True):
-        found = server.cache.get(request.key(server.settings.model, server.settings.shown))
-        answers.append(found or _refusal(line, out))
+        found: Completion | Refused | None = server.cache.get(request.key(server.settings.model, server.settings.shown))
+        if found is None:
+            try:
+                found = Refused(_RefusedRow.model_validate_json(line).reason)
+            except ValidationError:
+                raise _other(out) from None
+        answers.append(found)
     completed = [request for request, answer in zip(asked, answers, strict=True) if isinstance(answer, Completion)]
     server.complete(completed)  # all from the cache, and counted as such
     return answers
-
-
-def _refusal(line: bytes, out: Path) -> Refused:
-    try:
-        reason = json.loads(line)["reason"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise _other(out) from None
-    if not isinstance(reason, str):
-        raise _other(out)
-    return Refused(reason)
-
-
-def _other(out: Path) -> ExtractionError:
-    return ExtractionError(
-        f"{out} is there already and does not hold these responses, or they are no longer in the cache; it stays as it "
-        "is. Choose another file, or remove it"
-    )
-
-
-def _content(out: Path) -> bytes | None:
-    try:
-        return out.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ExtractionError(f"{out} cannot be used: {error.strerror or error}; choose another file") from error
-
-
-def _check_folder(out: Path) -> None:
-    """Find out that the file cannot be written before anything is paid for."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise _unwritable(out, error) from error
-
-
-def _write(out: Path, content: bytes) -> None:
-    if out.exists():  # which it was not when the work began
-        raise _other(out)
-    write_bytes(out, content, new=True, failed=ExtractionError)
-
-
-def _unwritable(out: Path, error: OSError) -> ExtractionError:
-    return ExtractionError(f"{out} cannot be written: {error.strerror or error}; choose another place")

@@ -1,4 +1,4 @@
-"""Responses matched to a trait, and as token ids of the model that reads them, checked against its chat template."""
+"""`external_rollouts`: files of responses, matched to a trait, and as token ids of the model that reads them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 from persona_lens.backend import Backend
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
-from persona_lens.extraction.external.rows import ExternalResponse
 from persona_lens.extraction.means import ExtractionError
+from persona_lens.extraction.responses import ExternalResponse, read_files
+from persona_lens.judging import Judgement, Score
+from persona_lens.judging.protocol import EMPTY
+from persona_lens.models import ChatFormat
 from persona_lens.models.reasoning import REASONING_TOKENS
-from persona_lens.runs.rollouts import Request, Rollout
+from persona_lens.runs.rollouts import Request, Rollout, Texts
 from persona_lens.traits import Arm, Trait
 
-if TYPE_CHECKING:
-    from persona_lens.models import ChatFormat
-
-
+Paths = Path | str | Sequence[Path | str]
 _SHOWN = 300  # characters of a text that are compared and shown where it matches nothing
+_AROUND = 30  # characters shown where two texts differ
+CUT_OFF = "\ufffd"  # what a tokenizer writes for a character that was generated in part
 
 
 @dataclass(frozen=True, order=True)
@@ -84,14 +87,14 @@ def match_responses(given: Sequence[ExternalResponse], trait: Trait, questions: 
     counted: dict[tuple[int, int, Arm], int] = {}
     left_out = 0
     for response in given:
-        question, arm = _question(response, trait), Arm(response.labels["arm"])
-        pair = _pair(response, trait, arm)
+        assert response.arm is not None  # of each row that is one
+        question, pair, arm = _question(response, trait), _pair(response, trait, response.arm), response.arm
         if question >= questions:
             left_out += 1
             continue
         cell = (question, pair, arm)
-        sample = response.labels.get("sample", counted.get(cell, 0))
         counted[cell] = counted.get(cell, 0) + 1
+        sample = counted[cell] - 1 if response.sample is None else response.sample
         slot = Slot(question, pair, sample, arm is Arm.NEGATIVE)
         if slot in found:
             raise ExtractionError(
@@ -109,48 +112,54 @@ def match_responses(given: Sequence[ExternalResponse], trait: Trait, questions: 
 
 
 def _question(response: ExternalResponse, trait: Trait) -> int:
-    labels, questions = response.labels, trait.extraction_questions
-    number = labels.get("question_number")
-    if number is not None and number >= len(questions):
-        raise ExtractionError(
-            f"{response.place}: question_number {number}, but trait {trait.name} has the questions 0 to "
-            f"{len(questions) - 1}"
-        )
-    if "question" not in labels:
-        return int(labels["question_number"])
-    text = labels["question"].strip()
-    if text not in questions:
-        raise ExtractionError(
-            f"{response.place}: {_short(text)} is no extraction question of trait {trait.name}; "
-            f"the nearest is {_nearest(text, questions)}"
-        )
-    if number is not None and questions[number] != text:
-        raise ExtractionError(
-            f"{response.place}: question_number {number} is {_short(questions[number])}, but the row's question is "
-            f"{_short(text)}"
-        )
-    return questions.index(text)
+    return _number_of(
+        response,
+        (response.question_number, response.question and response.question.strip()),
+        trait.extraction_questions,
+        column="question_number",
+        field="question",
+        are=f"trait {trait.name} has the questions",
+        kind=f"extraction question of trait {trait.name}",
+    )
 
 
 def _pair(response: ExternalResponse, trait: Trait, arm: Arm) -> int:
-    labels, pairs = response.labels, range(len(trait.instructions))
-    number = labels.get("pair")
-    if number is not None and number not in pairs:
+    return _number_of(
+        response,
+        (response.pair, response.system),
+        [trait.system_prompt(arm, pair) for pair in range(len(trait.instructions))],
+        column="pair",
+        field="system prompt",
+        are=f"trait {trait.name} has the instruction pairs",
+        kind=f"system prompt of the {arm} arm of trait {trait.name}",
+    )
+
+
+def _number_of(
+    response: ExternalResponse,
+    said: tuple[int | None, str | None],
+    there: Sequence[str],
+    *,
+    column: str,
+    field: str,
+    are: str,
+    kind: str,
+) -> int:
+    """Which of the trait's texts a row means, of which it says the number, the text, or both."""
+    number, text = said
+    if number is not None and number >= len(there):
+        raise ExtractionError(f"{response.place}: {column} {number}, but {are} 0 to {len(there) - 1}")
+    if text is None:
+        assert number is not None  # of each row that is one
+        return number
+    if text not in there:
+        (nearest,) = get_close_matches(text[:_SHOWN], there, n=1, cutoff=0.0)
+        raise ExtractionError(f"{response.place}: {_short(text)} is no {kind}; the nearest is {_short(nearest)}")
+    if number is not None and there[number] != text:
         raise ExtractionError(
-            f"{response.place}: pair {number}, but trait {trait.name} has the instruction pairs 0 to {pairs[-1]}"
+            f"{response.place}: {column} {number} is {_short(there[number])}, but the row's {field} is {_short(text)}"
         )
-    if "system" not in labels:
-        return int(labels["pair"])
-    prompts = [trait.system_prompt(arm, pair) for pair in pairs]
-    system = labels["system"]
-    if system not in prompts:
-        raise ExtractionError(
-            f"{response.place}: {_short(system)} is no system prompt of the {arm} arm of trait {trait.name}; "
-            f"the nearest is {_nearest(system, prompts)}"
-        )
-    if number is not None and prompts[number] != system:
-        raise ExtractionError(f"{response.place}: the row's system prompt is not that of its pair {number}")
-    return prompts.index(system)
+    return there.index(text)
 
 
 def _missing(slots: Set[Slot], trait: Trait, questions: int) -> str | None:
@@ -169,53 +178,30 @@ def _missing(slots: Set[Slot], trait: Trait, questions: int) -> str | None:
     )
 
 
-def _nearest(text: str, choices: Sequence[str]) -> str:
-    (nearest,) = get_close_matches(text[:_SHOWN], choices, n=1, cutoff=0.0)
-    return _short(nearest)
-
-
 def _short(text: str) -> str:
     return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
 
 
-CUT_OFF = "\ufffd"  # what a tokenizer writes for a character that was generated in part
-_AROUND = 30  # characters shown where two texts differ
-
-
-@dataclass(frozen=True)
 class ResponseEncoder:
-    """What is known of a model's tokens.
+    """Makes token ids of responses, and checks those that they came with.
 
-    Attributes:
+    Args:
+        backend: Whose model reads them.
         chat: Its chat format.
-        end_ids: Ids that end a turn.
-        vocabulary: Ids are below this.
-        control: Ids that no response has inside; those with which reasoning is set apart may be there.
-        longest: Tokens of a prompt and its response at most; None where that is not known.
     """
 
-    chat: ChatFormat
-    end_ids: frozenset[int]
-    vocabulary: int
-    control: frozenset[int]
-    longest: int | None
-
-    @classmethod
-    def of(cls, backend: Backend, chat: ChatFormat) -> ResponseEncoder:
-        """Of a backend's model."""
+    def __init__(self, backend: Backend, chat: ChatFormat) -> None:
         tokenizer = backend.tokenizer
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         marks = REASONING_TOKENS.union(chat.opened_reasoning or ())
+        # Tokens with which reasoning is set apart may stand inside a response.
         reasoning = {i for i in special if tokenizer.convert_ids_to_tokens(i) in marks}
-        end_ids = frozenset(backend.end_ids)
-        return cls(
-            chat=chat,
-            end_ids=end_ids,
-            vocabulary=max(tokenizer.get_vocab().values()) + 1,
-            control=frozenset(special - reasoning) | end_ids,
-            longest=context_length(backend),
-        )
+        self.chat = chat
+        self._end_ids = frozenset(backend.end_ids)
+        self._control = frozenset(special - reasoning) | self._end_ids
+        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
+        self._longest = context_length(backend)
 
     def prompt(self, request: Request, response: ExternalResponse) -> TokenIds:
         """The prompt's ids, equal to those that came with the response.
@@ -248,25 +234,25 @@ class ResponseEncoder:
             ExtractionError: If its ids are none of this model's, do not give its text, or are too many.
         """
         ids, ended = self._ids(response), response.ended
-        if ids and ids[-1] in self.end_ids:
+        if ids and ids[-1] in self._end_ids:
             ids, ended = ids[:-1], True
         self._check(ids, response)
-        if self.longest is not None and len(prompt) + len(ids) > self.longest:
+        if self._longest is not None and len(prompt) + len(ids) > self._longest:
             raise ExtractionError(
                 f"{response.place}: the prompt has {len(prompt):,} tokens and the response {len(ids):,}, but the model "
-                f"takes {self.longest:,} together; leave the response out, or cut it"
+                f"takes {self._longest:,} together; leave the response out, or cut it"
             )
         return Rollout(request, len(prompt), ids, ended, self.chat.answer(ids))
 
     def gives_back(self, rollout: Rollout, response: ExternalResponse) -> bool:
         """Whether the ids stand for exactly the text that was given, if only a text was."""
-        return response.ids is not None or self.chat.decode(rollout.response_ids) == response.text
+        return response.response_ids is not None or self.chat.decode(rollout.response_ids) == response.response
 
     def _ids(self, response: ExternalResponse) -> TokenIds:
-        if response.ids is not None:
-            return response.ids
-        text = response.text or ""
-        control = self.chat.tokenizer.convert_ids_to_tokens(sorted(self.control))
+        if response.response_ids is not None:
+            return response.response_ids
+        text = response.response or ""
+        control = self.chat.tokenizer.convert_ids_to_tokens(sorted(self._control))
         ending = next((token for token in control if token and text.endswith(token)), None)
         if ending is not None:
             raise ExtractionError(
@@ -277,19 +263,19 @@ class ResponseEncoder:
 
     def _check(self, ids: TokenIds, response: ExternalResponse) -> None:
         for place, token in enumerate(ids):
-            if token >= self.vocabulary:
+            if token >= self._vocabulary:
                 raise ExtractionError(
                     f"{response.place}: response_ids has {token} at place {place}, but this model's ids end at "
-                    f"{self.vocabulary - 1}; were the responses generated by another model?"
+                    f"{self._vocabulary - 1}; were the responses generated by another model?"
                 )
-            if token in self.control:
+            if token in self._control:
                 raise ExtractionError(
                     f"{response.place}: response_ids has the control token {self._shown([token])} at place {place} of "
                     f"{len(ids)}; only the last one may be such, and end the turn"
                 )
-        if response.ids is None or response.text is None:
+        if response.response_ids is None or response.response is None:
             return
-        given = _trimmed(response.text)
+        given = _trimmed(response.response)
         readings = [_trimmed(self.chat.decode(ids)), _trimmed(self.chat.answer(ids))]
         if given not in readings:
             raise ExtractionError(
@@ -315,3 +301,100 @@ def _where(given: str, here: str) -> str:
     place = _first_difference(given, here)
     theirs, ours = (repr(text[place : place + _AROUND]) if text[place:] else "the end" for text in (given, here))
     return f"character {place}, counted from 0: {theirs} in the file, {ours} here"
+
+
+@dataclass(frozen=True)
+class ExternalScores:
+    """Scores that came with the responses, in place of a judge.
+
+    Attributes:
+        judgements: One for each response.
+        digests: SHA-256 of each file.
+    """
+
+    judgements: tuple[Judgement, ...]
+    digests: tuple[str, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """See `persona_lens.judging.Judge.describe`."""
+        return {"judge": "given", "file_sha256": list(self.digests)}
+
+
+@dataclass(frozen=True)
+class ExternalRollouts(Texts):
+    """An extraction's rollouts that another program generated, in the order of its plan.
+
+    Attributes:
+        scores: The scores, if every row has one or says that there is none.
+        digests: SHA-256 of each file.
+        notes: What the user should be told, one sentence each.
+    """
+
+    scores: ExternalScores | None
+    digests: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What determines the rollouts besides model and trait: the files' content."""
+        return {"file_sha256": list(self.digests)}
+
+
+def external_rollouts(
+    backend: Backend,
+    chat: ChatFormat,
+    trait: Trait,
+    paths: Paths,
+    *,
+    questions: int,
+    allow_missing: bool = False,
+) -> ExternalRollouts:
+    """Read files of responses for an extraction.
+
+    Args:
+        backend: The model that will read them; it does not run here.
+        chat: Its chat format.
+        trait: The trait that they were generated for.
+        paths: One file or several, see `persona_lens.extraction.responses.read_responses`.
+        questions: How many of the trait's extraction questions are used.
+        allow_missing: Go on without responses that an extraction asks for and the files do not hold.
+
+    Raises:
+        DataError: If a file cannot be read.
+        ExtractionError: If a row does not fit the trait or the model, or responses are missing.
+    """
+    files = [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
+    responses, digests = read_files(files)
+    matched = match_responses(responses, trait, questions, allow_missing=allow_missing)
+    encoder = ResponseEncoder(backend, chat)
+    rollouts, prompts, changed = [], [], 0
+    for slot, response in matched.responses:
+        request = slot.request(trait)
+        prompts.append(encoder.prompt(request, response))
+        rollouts.append(encoder.rollout(request, response, prompts[-1]))
+        changed += not encoder.gives_back(rollouts[-1], response)
+    given = [response.judgement for _, response in matched.responses if response.judgement is not None]
+    scores = None
+    if len(given) == len(rollouts) and any(each.trait.value is not None for each in given):
+        scores = ExternalScores(tuple(map(_of_text, given, rollouts)), digests)
+    notes = _notes(matched, len(given), scores, changed)
+    return ExternalRollouts(tuple(rollouts), tuple(prompts), scores, digests, notes)
+
+
+def _of_text(judgement: Judgement, rollout: Rollout) -> Judgement:
+    """The judgement; of a response without text that there is none."""
+    empty = Score(None, EMPTY)
+    return judgement if rollout.response else Judgement(empty, empty if judgement.coherence else None)
+
+
+def _notes(matched: Matched, scored: int, scores: ExternalScores | None, changed: int) -> tuple[str, ...]:
+    total = len(matched.responses)
+    notes = {
+        f"{matched.missing}; the extraction goes on without them": matched.missing,
+        f"{matched.left_out:,} responses belong to questions that are not used, and are left out": matched.left_out,
+        f"{changed:,} of {total:,} responses read otherwise once this model's tokenizer has encoded their text, which "
+        "changes some texts; give response_ids to read exactly what was generated": changed,
+        f"{scored:,} of {total:,} responses come with a score column, so the scores in the file are not used": (
+            scored and scores is None
+        ),
+    }
+    return tuple(note for note, holds in notes.items() if holds)
