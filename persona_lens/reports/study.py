@@ -166,7 +166,7 @@ def layer_figure(summary: Summary, width: int) -> Figure:
     line = {"color": svg.VECTOR, "linestyle": "solid", "markersize": 5, "zorder": 3}
     svg.dots(axes, [(each["layer"], _estimate(each["pearson"])) for each in rows], line, svg.VECTOR_LABEL)
     axes.axhline(0, **svg.ZERO)
-    axes.axvline(summary["layer"], **svg.DOTTED, zorder=0)
+    axes.axvline(summary["layer"], **svg.DOTTED)
     lowest = min([*(each["pearson"]["value"] for each in rows), *(each["null"]["low"] for each in nulls), 0.0])
     axes.set(title="Pearson’s r", xlabel="layer", ylim=(max(-1.05, lowest - 0.25), 1.05))
     figure.legend(loc="outside upper right", ncols=2)
