@@ -169,7 +169,7 @@ def layer_figure(summary: Summary, width: int) -> Figure:
     axes.axvline(summary["layer"], **svg.DOTTED)
     lowest = min([*(each["pearson"]["value"] for each in rows), *(each["null"]["low"] for each in nulls), 0.0])
     axes.set(title="Pearson’s r", xlabel="layer", ylim=(max(-1.05, lowest - 0.25), 1.05))
-    figure.legend(loc="outside upper right", ncols=2)
+    svg.legend(figure, axes)
     return figure
 
 
