@@ -76,7 +76,7 @@ def screening_ratios(dtype: str, pairs: int, samples: int = SAMPLES) -> Iterator
         path = Path(folder) / "samples.jsonl"
         write_samples(path, tokenizer, samples)
         rows = list(open_dataset(path))
-        texts = [encode_sample(row, chat, Turns.LAST).texts[0] for row in rows]
+        texts = [encode_sample(row, chat, Turns.LAST)[0] for row in rows]
         chosen = random.Random(1).sample(texts, min(PART, samples))
         asked = [(torch.tensor([text.ids]), text.answers[0].prompt) for text in chosen]
         tokens, part = sum(len(text.ids) for text in texts), sum(len(text.ids) for text in chosen)

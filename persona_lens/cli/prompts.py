@@ -15,7 +15,6 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted, in_short
 
 if TYPE_CHECKING:
-    from persona_lens.backend import Backend
     from persona_lens.models import ChatFormat
     from persona_lens.monitoring import Gauge, MonitorCalibration, Study, Threshold
     from persona_lens.vectors import PersonaVectors
@@ -139,6 +138,8 @@ def prompt_command(
         file: Conversations (OpenAI messages or ShareGPT as JSONL, or plain text) that end with the user.
         false_alarm_rate: Say which prompts raise an alarm at this rate.
     """
+    from persona_lens.monitoring.scoring import gauge_projections
+
     if file is not None and system is not None:
         raise PersonaLensError("--system goes with a message; conversations in --file bring their own")
     if file is None and len(vectors) < 2:
@@ -150,9 +151,10 @@ def prompt_command(
     places = [_place(options.open_vectors(Path(path)), layer, reduction, false_alarm_rate) for path in paths]
     opened, chat = subject.open()
     prompts = [(vectors[-1], chat.encode(system, vectors[-1]))] if file is None else list(_prompts(chat, file))
-    read = _read(opened, [ids for _, ids in prompts], places, allow_other_model)
+    asked, gauges = [ids for _, ids in prompts], [place.gauge for place in places]
+    read = gauge_projections(opened, asked, gauges, allow_other_model=allow_other_model)
     say_traffic(opened)
-    found = [[place.row(value) for place, value in zip(places, values, strict=True)] for values in read]
+    found = [[place.row(value) for place, value in zip(places, values, strict=True)] for values in read.tolist()]
     rows = [{"prompt": name, "traits": traits} for (name, _), traits in zip(prompts, found, strict=True)]
     deliver({"prompts": rows}, lambda: _show_prompt(rows, false_alarm_rate), subject.as_json)
 
@@ -214,25 +216,6 @@ def _prompts(chat: ChatFormat, file: Path) -> Iterator[tuple[str, list[int]]]:
             yield last["content"], chat.encode_messages(transcript.messages)
         except ModelError as error:
             raise PersonaLensError(f"{transcript.place}: {error}") from error
-
-
-def _read(
-    backend: Backend, prompts: list[list[int]], places: list[_Place], allow_other_model: bool
-) -> list[list[float]]:
-    """Each prompt's projection on each trait; one pass for all traits that use the same of their vectors."""
-    from persona_lens.monitoring import prompt_projections
-
-    found = [[0.0] * len(places) for _ in prompts]
-    for reduction in dict.fromkeys(place.gauge.reduction for place in places):
-        own = [(number, place.gauge) for number, place in enumerate(places) if place.gauge.reduction == reduction]
-        layers = sorted({gauge.layer for _, gauge in own})
-        vectors = [gauge.vectors for _, gauge in own]
-        allowed: dict[str, Any] = {"reduction": reduction, "allow_other_model": allow_other_model}
-        read = prompt_projections(backend, prompts, vectors, layers, **allowed)
-        for at, (number, gauge) in enumerate(own):
-            for row, value in zip(found, read[:, at, layers.index(gauge.layer)].tolist(), strict=True):
-                row[number] = value
-    return found
 
 
 def _show_prompt(prompts: list[dict[str, Any]], rate: float | None) -> None:

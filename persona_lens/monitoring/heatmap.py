@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rich.style import Style
@@ -36,13 +37,13 @@ def render(heatmap: TokenHeatmap, console: Console) -> Iterator[RenderableType]:
         head = Text()
         if trait:
             head.append(f"{printable(trait)}  ", "bold")
-        yield head.append(_legend(scale) if coloured else _range(scale))
+        low, _, high = scale.ends
+        yield head.append(_legend(scale) if coloured else Text(f"each token with its value, {low} to {high}", _DULL))
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(no_wrap=True, style="dim")
         grid.add_column(ratio=1, overflow="fold")
         for strip in heatmap.strips_of(trait):
-            tokens = _coloured(heatmap, strip, scale) if coloured else _numbered(heatmap, strip, scale)
-            grid.add_row(Text(printable(strip.label)), tokens)
+            grid.add_row(Text(printable(strip.label)), _tokens(heatmap, strip, scale, coloured))
         yield grid
     notes = [
         "without colour: no value" if heatmap.has_gaps and coloured else "",
@@ -61,37 +62,19 @@ def _legend(scale: Scale) -> Text:
     return legend.append(f" {high}", _DULL)
 
 
-def _range(scale: Scale) -> Text:
-    low, _, high = scale.ends
-    return Text(f"each token with its value, {low} to {high}", _DULL)
-
-
-def _coloured(heatmap: TokenHeatmap, strip: Strip, scale: Scale) -> Text:
+def _tokens(heatmap: TokenHeatmap, strip: Strip, scale: Scale, coloured: bool) -> Text:
     text = Text()
     for piece in heatmap.pieces:
-        shown, ending = _split(piece)
-        for place in range(len(piece.ids)):
-            style = _style(scale.step(strip.values[piece.start + place]), control=piece.special)
-            text.append(_FURTHER if place else shown, style)
+        shown, ending = (piece.shown[:-1], "\n") if piece.shown.endswith("\n") else (piece.shown, "")
+        values = strip.values[piece.start : piece.stop]
+        if coloured:
+            for place, value in enumerate(values):
+                text.append(_FURTHER if place else shown, _style(scale.step(value), control=piece.special))
+        else:
+            text.append(shown).append(f"[{' '.join(map(scale.write, values))}]", _DULL)
         text.append(ending)
     text.rstrip()
     return text
-
-
-def _numbered(heatmap: TokenHeatmap, strip: Strip, scale: Scale) -> Text:
-    text = Text()
-    for piece in heatmap.pieces:
-        shown, ending = _split(piece)
-        values = " ".join(scale.write(value) for value in strip.values[piece.start : piece.stop])
-        text.append(shown).append(f"[{values}]", _DULL).append(ending)
-    text.rstrip()
-    return text
-
-
-def _split(piece: TokenPiece) -> tuple[str, str]:
-    """What a piece shows, and the line feed that may end it."""
-    shown = piece.shown
-    return (shown[:-1], "\n") if shown.endswith("\n") else (shown, "")
 
 
 def _style(step: int | None, *, control: bool = False) -> Style:
@@ -187,12 +170,13 @@ class TokenHeatmap:
     @cached_property
     def scales(self) -> Mapping[str, Scale]:
         """The scale of each trait, the same for all its layers."""
-        return {trait: self._scale(self.strips_of(trait), self._centre(trait)) for trait in self.traits}
-
-    def _scale(self, strips: Sequence[Strip], centre: float) -> Scale:
-        # Outliers are told layer by layer: a token that is an attention sink is one in many layers.
-        limit = self.limit or max(Scale.of(strip.values, centre).limit for strip in strips)
-        return Scale.of((value for strip in strips for value in strip.values), centre, limit)
+        found = {}
+        for trait in self.traits:
+            each, centre = [strip.values for strip in self.strips_of(trait)], self._centre(trait)
+            # Outliers are told layer by layer: a token that is an attention sink is one in many layers.
+            limit = self.limit or max(Scale.of(values, centre).limit for values in each)
+            found[trait] = Scale.of(chain.from_iterable(each), centre, limit)
+        return found
 
     def strips_of(self, trait: str) -> tuple[Strip, ...]:
         """The strips of a trait."""

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from persona_lens.screening.executor import Executor, KnownModel, LocalExecutor, OpenedBy, RayExecutor
-from persona_lens.screening.flagging import Flagging
-from persona_lens.screening.rows import Band, Decision, RowThreshold, ScoredRow, threshold_of
+from persona_lens.screening.findings import fit_forecast, with_forecasts
+from persona_lens.screening.rows import Decision, ScoredRow
 from persona_lens.screening.run import Screening, screen, screening_work
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, Turns
 from persona_lens.screening.scoring import Scorer
-from persona_lens.screening.survey import Separation, fit_forecast, separation_of, with_forecasts
+from persona_lens.screening.survey import (
+    Band,
+    Flagging,
+    RowThreshold,
+    Separation,
+    decide,
+    separation_of,
+    threshold_of,
+)
 from persona_lens.vectors.provenance import Forecast, Quantity, ShiftForecast
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     "Separation",
     "ShiftForecast",
     "Turns",
+    "decide",
     "fit_forecast",
     "screen",
     "screening_work",

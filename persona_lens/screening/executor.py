@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle
 from math import ceil
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
@@ -164,15 +165,14 @@ class RayExecutor:
         threads = self.threads or (max(1, (os.cpu_count() or 1) // count) if self.address == LOCAL else 1)
         needs = {"num_cpus": 1, "num_gpus": gpu_share(gpus, count)}
         worker = ray.remote(**needs, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(_Worker)
-        panel = ray.put(scorer.panel)
-        given = (self.opened, scorer.settings, threads, scorer.backend.info)
+        given = (self.opened, scorer.panel, scorer.settings, threads, scorer.backend.info)
         workers = [worker.remote(*given) for _ in range(count)]
         running: deque[Any] = deque()
         turn = cycle(workers)
         for window, skip in jobs:
             if len(running) >= _WAITING * count:
                 yield self._result(ray, running.popleft())
-            running.append(next(turn).units.remote(panel, window, skip))
+            running.append(next(turn).units.remote(window, skip))
         while running:
             yield self._result(ray, running.popleft())
 
@@ -199,25 +199,26 @@ def gpu_share(gpus: int, workers: int) -> float:
 class _Worker:
     """A process that opens the model when it gets its first window."""
 
-    def __init__(self, opened: OpenedBy, settings: ScreeningSettings, threads: int, wanted: ModelInfo) -> None:
-        self._opened, self._settings, self._threads, self._wanted = opened, settings, threads, wanted
-        self._scorer: Scorer | None = None
+    def __init__(
+        self, opened: OpenedBy, panel: Panel, settings: ScreeningSettings, threads: int, wanted: ModelInfo
+    ) -> None:
+        self._opened, self._panel, self._settings = opened, panel, settings
+        self._threads, self._wanted = threads, wanted
 
-    def units(self, panel: Panel, window: Window, skip: int) -> list[Unit]:
+    def units(self, window: Window, skip: int) -> list[Unit]:
         """Everything about a window, but for what is there already.
 
         Raises:
             ScreeningError: If the model here is not the one that the command opened.
         """
-        if self._scorer is None:
-            self._scorer = self._open(panel)
         return list(self._scorer.units(window, skip))
 
-    def _open(self, panel: Panel) -> Scorer:
+    @cached_property
+    def _scorer(self) -> Scorer:
         import torch
 
         torch.set_num_threads(self._threads)
-        scorer = self._opened.scorer(panel, self._settings)
+        scorer = self._opened.scorer(self._panel, self._settings)
         if different := self._wanted.differences(scorer.backend.info):
             raise ScreeningError(
                 f"a worker found another model under the name {self._opened.model} ({'; '.join(different)}); give "

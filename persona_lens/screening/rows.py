@@ -1,30 +1,31 @@
-"""`ScoredRow`: a row with its values, read back; from which value on it is flagged; and what is written of it."""
+"""`ScoredRow`: a row with its values, read back; what is written of it; and a dataset split by `Decision`."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import groupby
-from typing import Any
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
-from persona_lens.core.documents import Record, json_lines
+from persona_lens.core.documents import json_lines
 from persona_lens.data.datasets import Dataset
-from persona_lens.data.tables import writing_parquet
+from persona_lens.data.sources import FileSource, LibrarySource
+from persona_lens.data.tables import PARQUET_ROWS, RawRow, writing_parquet
 from persona_lens.runs import RunFolder
-from persona_lens.screening.samples import ScreeningError
 from persona_lens.screening.scoring import Unit
 from persona_lens.vectors.provenance import Quantity
 
 SCORES = "scores.jsonl"
-
-
+RESULTS, RESULTS_WITHOUT_PYARROW = "results.parquet", "results.jsonl"
+REJECTS, BASE = "rejects.jsonl", "base"
 QUANTITIES = tuple(Quantity)
 
 
@@ -60,153 +61,51 @@ class ScoredRow:
     base: NDArray[np.float64]
     responses: tuple[tuple[str, ...], ...] = ()
 
-    def value(self, quantity: Quantity, gauge: int) -> float:
-        """One number; NaN where there is none."""
-        return float(self.values[QUANTITIES.index(quantity), gauge])
 
-
-def scored_windows(folder: RunFolder, gauges: int, dataset: int | None = None) -> Iterator[list[ScoredRow]]:
+def scored_windows(folder: RunFolder, gauges: int) -> Iterator[list[ScoredRow]]:
     """The rows that a run has saved, window by window, in the order of the datasets.
 
     Args:
         folder: The run.
         gauges: How many gauges its panel has.
-        dataset: Only rows of this one.
     """
     units = folder.rows(SCORES)
-    for (number, _), found in groupby(units, key=lambda unit: (unit["dataset"], unit["window"])):
-        if dataset is None or number == dataset:
-            yield _merged(number, list(found), gauges)
+    for (dataset, _), (heads, *others) in groupby(units, key=lambda unit: (unit["dataset"], unit["window"])):
+        found: defaultdict[tuple[str, int], list[Unit]] = defaultdict(list)
+        for unit in others:
+            for entry in unit["rows"]:
+                found[unit["kind"], entry["row"]].append(entry)
+        yield [
+            _row(dataset, head, {kind: found[kind, head["number"]] for kind in ("own", "base", "supplied")}, gauges)
+            for head in heads["rows"]
+        ]
 
 
-def _merged(dataset: int, units: Sequence[Unit], gauges: int) -> list[ScoredRow]:
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {"own": {}, "base": {}, "supplied": {}}
-    for unit in units:
-        for entry in unit["rows"] if unit["kind"] != "rows" else ():
-            found[unit["kind"]].setdefault(entry["row"], []).append(entry)
-    heads = next(unit["rows"] for unit in units if unit["kind"] == "rows")
-    return [
-        _row(dataset, head, {kind: rows.get(head["number"], []) for kind, rows in found.items()}, gauges)
-        for head in heads
-    ]
-
-
-def _row(dataset: int, head: dict[str, Any], found: Mapping[str, Sequence[dict[str, Any]]], gauges: int) -> ScoredRow:
-    raw = _mean(found["own"], "values", "tokens", gauges)
-    prompt = _mean(found["own"], "prompt", "answers", gauges)
-    if found["supplied"]:  # responses to one prompt: each counts alike
-        beside = _mean(found["supplied"], "values", "answers", gauges)
+def _row(dataset: int, head: Unit, found: Mapping[str, Sequence[Unit]], gauges: int) -> ScoredRow:
+    own, base, supplied = found["own"], found["base"], found["supplied"]
+    raw = _mean(own, "values", "tokens", gauges)
+    prompt = _mean(own, "prompt", "answers", gauges)
+    if supplied:  # responses to one prompt: each counts alike
+        beside = _mean(supplied, "values", "answers", gauges)
     else:
-        beside = _mean([entry for entry in found["base"] if entry["values"] is not None], "values", "tokens", gauges)
+        beside = _mean([entry for entry in base if entry["values"] is not None], "values", "tokens", gauges)
     return ScoredRow(
         dataset=dataset,
         problem=head.get("problem"),
-        tokens=sum(entry["tokens"] for entry in found["own"]),
+        tokens=sum(entry["tokens"] for entry in own),
         values=np.stack([raw, raw - beside, raw - prompt]),
         prompt=prompt,
         base=beside,
-        responses=tuple(tuple(entry["texts"]) for entry in found["base"]),
+        responses=tuple(tuple(entry["texts"]) for entry in base),
         **{name: head[name] for name in ("number", "line", "id", "label", "group")},
     )
 
 
-def _mean(entries: Sequence[dict[str, Any]], what: str, weight: str, gauges: int) -> NDArray[np.float64]:
+def _mean(entries: Sequence[Unit], what: str, weight: str, gauges: int) -> NDArray[np.float64]:
     if not entries:
         return np.full(gauges, np.nan)
     weights = np.array([entry[weight] for entry in entries], dtype=np.float64)
     return np.asarray(weights @ np.array([entry[what] for entry in entries]) / weights.sum())
-
-
-class Decision(StrEnum):
-    """What becomes of a row."""
-
-    KEPT = "kept"
-    FLAGGED = "flagged"
-    UNDECIDED = "undecided"
-
-
-class Band(StrEnum):
-    """Where rows are undecided."""
-
-    INTERVAL = "interval"  # within the 95% interval of the threshold
-    NONE = "none"  # nowhere: above the threshold is flagged
-
-
-@dataclass(frozen=True)
-class RowThreshold(Record):
-    """Rows above ``high`` are flagged, rows above ``low`` undecided (method, section 7).
-
-    Attributes:
-        gauge: Trait and layer.
-        false_positive_rate: Share of the reference rows that may be above ``value``.
-        value: The percentile of the reference, in residual-stream units.
-        low: Lower end of the band of undecided rows.
-        high: Its upper end.
-        rows: How many reference rows there are.
-    """
-
-    gauge: str
-    false_positive_rate: float
-    value: float
-    low: float
-    high: float
-    rows: int
-
-    def decide(self, score: float) -> Decision:
-        """What becomes of a row with this value; without one it is undecided."""
-        if score <= self.low:
-            return Decision.KEPT
-        return Decision.FLAGGED if score > self.high else Decision.UNDECIDED
-
-
-def threshold_of(
-    gauge: str, reference: NDArray[np.float64], rate: float, undecided: Band | float = Band.INTERVAL
-) -> RowThreshold:
-    """The lowest threshold above which no more than a share of the reference lies.
-
-    Args:
-        gauge: Trait and layer.
-        reference: Values of clean rows; NaN is left out.
-        rate: The share: 0.05 is the 95th percentile.
-        undecided: A larger share: rows between both percentiles are undecided. ``interval``: those within the
-            percentile's 95% interval, which rests on ranks alone; it ends at the largest reference row, however few
-            there are. ``none``: no row.
-
-    Raises:
-        ScreeningError: If a share is none, or there are no reference rows.
-    """
-    check_rates(rate, undecided)
-    known = np.sort(reference[np.isfinite(reference)])
-    if not len(known):
-        raise ScreeningError("no row of the reference set has a value, so that there is no threshold")
-    value = _at(known, rate)
-    if undecided is Band.NONE:
-        return RowThreshold(gauge, rate, value, value, value, len(known))
-    if undecided is Band.INTERVAL:
-        ranks = stats.binom.ppf([0.025, 0.975], len(known), 1 - rate)
-        low, high = (float(known[int(np.clip(rank, 0, len(known) - 1))]) for rank in ranks)
-        return RowThreshold(gauge, rate, value, min(low, value), max(high, value), len(known))
-    return RowThreshold(gauge, rate, value, _at(known, float(undecided)), value, len(known))
-
-
-def check_rates(rate: float, undecided: Band | float) -> None:
-    """Raise `ScreeningError` unless ``rate`` is a share and ``undecided`` a band or a larger share."""
-    if not 0 < rate < 1:
-        raise ScreeningError(f"a false-positive rate is above 0 and below 1, such as 0.05; got {rate:g}")
-    if not isinstance(undecided, Band) and not rate < undecided < 1:
-        raise ScreeningError(
-            f"rows are undecided up to a rate above the false-positive rate {rate:g} and below 1; got {undecided:g}"
-        )
-
-
-def decide(thresholds: Sequence[RowThreshold], scores: Sequence[float]) -> Decision:
-    """Flagged if any trait flags the row, else undecided if any is, else kept."""
-    decisions = {each.decide(score) for each, score in zip(thresholds, scores, strict=True)}
-    return next(each for each in (Decision.FLAGGED, Decision.UNDECIDED, Decision.KEPT) if each in decisions)
-
-
-def _at(ordered: NDArray[np.float64], rate: float) -> float:
-    return float(np.quantile(ordered, 1 - rate, method="inverted_cdf"))
 
 
 Key = tuple[int, int]
@@ -243,12 +142,11 @@ def excerpts_of(datasets: Sequence[Dataset], wanted: Collection[Key]) -> dict[Ke
     return found
 
 
-RESULTS, RESULTS_WITHOUT_PYARROW = "results.parquet", "results.jsonl"
-REJECTS, BASE = "rejects.jsonl", "base"
-
-Result = dict[str, Any]
-_KINDS = {"row": "int64", "line": "int64", "tokens": "int64", "reference": "bool_"}
-_TEXTS = ("dataset", "id", "label", "group", "decision")
+# The columns of the table that come before the values, by their kinds in Parquet.
+_HEAD = {
+    "dataset": "string", "row": "int64", "line": "int64", "id": "string", "label": "string", "group": "string",
+    "reference": "bool_", "tokens": "int64", "decision": "string",
+}  # fmt: skip
 
 
 def has_pyarrow() -> bool:
@@ -260,58 +158,59 @@ def has_pyarrow() -> bool:
     return True
 
 
-def columns_of(gauges: Sequence[str], judged: Sequence[str]) -> tuple[str, ...]:
-    """The table's columns.
+def result_of(
+    row: ScoredRow, name: str, reference: bool, decision: str | None, gauges: Sequence[str]
+) -> dict[str, Any]:
+    """A row of the table; numbers that are not there are None.
 
     Args:
+        row: The row.
+        name: What its dataset is called.
+        reference: Whether that is a clean reference.
+        decision: What becomes of the row.
         gauges: Traits with their layers, such as ``optimistic@18``: each has a column for every value.
-        judged: The traits that a judge was asked about.
     """
-    values = [f"{gauge}.{name}" for gauge in gauges for name in (*QUANTITIES, "prompt", "base")]
-    head = ("dataset", "row", "line", "id", "label", "group", "reference", "tokens", "decision")
-    return (*head, *values, *(f"judge.{trait}" for trait in judged))
-
-
-def result_of(row: ScoredRow, name: str, reference: bool, decision: Decision | None, gauges: Sequence[str]) -> Result:
-    """A row of the table; numbers that are not there are None."""
-    found: Result = {
-        "dataset": name,
-        "row": row.number,
-        "line": row.line,
-        "id": row.id,
-        "label": row.label,
-        "group": row.group,
-        "reference": reference,
-        "tokens": row.tokens,
-        "decision": decision.value if decision else None,
-    }
+    about = (name, row.number, row.line, row.id, row.label, row.group, reference, row.tokens, decision)
+    found: dict[str, Any] = dict(zip(_HEAD, about, strict=True))
     for number, gauge in enumerate(gauges):
-        for place, quantity in enumerate(QUANTITIES):
-            found[f"{gauge}.{quantity}"] = _number(row.values[place, number])
-        found[f"{gauge}.prompt"] = _number(row.prompt[number])
-        found[f"{gauge}.base"] = _number(row.base[number])
+        values = (*row.values[:, number], row.prompt[number], row.base[number])
+        for column, value in zip(_columns_of(gauge), values, strict=True):
+            found[column] = float(value) if math.isfinite(value) else None
     return found
 
 
+def _columns_of(gauge: str) -> list[str]:
+    return [f"{gauge}.{name}" for name in (*QUANTITIES, "prompt", "base")]
+
+
+Write = Callable[[Sequence[Mapping[str, Any]]], None]
+"""Takes some more rows of a file."""
+
+
 @contextmanager
-def writing_results(folder: RunFolder, columns: Sequence[str]) -> Iterator[Callable[[Sequence[Result]], None]]:
-    """Write the table piece by piece: Parquet, or JSONL where pyarrow is not installed."""
+def writing_results(folder: RunFolder, gauges: Sequence[str], judged: Sequence[str]) -> Iterator[Write]:
+    """Write the table piece by piece: Parquet, or JSONL where pyarrow is not installed.
+
+    Args:
+        folder: The run.
+        gauges: As for `result_of`.
+        judged: The traits that a judge was asked about, each with a column ``judge.TRAIT``.
+    """
     if not has_pyarrow():
         with writing_lines(folder, RESULTS_WITHOUT_PYARROW) as append:
             yield append
         return
     import pyarrow as pa
 
-    def kind(name: str) -> Any:
-        return getattr(pa, _KINDS[name])() if name in _KINDS else pa.string() if name in _TEXTS else pa.float64()
-
-    schema = pa.schema([(name, kind(name)) for name in columns])
+    numbers = [*(name for gauge in gauges for name in _columns_of(gauge)), *(f"judge.{trait}" for trait in judged)]
+    kinds = {**_HEAD, **dict.fromkeys(numbers, "float64")}
+    schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in kinds.items()])
     with folder.writing(RESULTS) as stream, writing_parquet(stream, schema) as write:
         yield write
 
 
 @contextmanager
-def writing_lines(folder: RunFolder, name: str) -> Iterator[Callable[[Iterable[Mapping[str, Any]]], None]]:
+def writing_lines(folder: RunFolder, name: str) -> Iterator[Write]:
     """Write a JSONL file piece by piece."""
     with folder.writing(name) as stream:
 
@@ -333,5 +232,116 @@ def base_of(row: ScoredRow) -> dict[str, Any]:
     return {"row": row.number, "id": row.id, **said}
 
 
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+class Decision(StrEnum):
+    """What becomes of a row."""
+
+    KEPT = "kept"
+    FLAGGED = "flagged"
+    UNDECIDED = "undecided"
+
+
+DECISIONS = tuple(Decision)
+
+
+FOLDER = "split"
+Placed = tuple[RawRow, Decision | None]
+"""A row, and what becomes of it; None for one that is in none of the files."""
+
+
+def split(dataset: Dataset, decisions: Iterable[Decision | None], folder: RunFolder, stem: str) -> list[str]:
+    """Write a dataset's rows into three files, or three folders for one that ``save_to_disk`` wrote.
+
+    Lines of JSONL and records of CSV are copied byte for byte. Rows of the hub and of folders become Parquet.
+
+    Args:
+        dataset: The dataset.
+        decisions: For each of its rows in order; None for one that could not be read, which is in none of the files.
+        folder: The run; the files come into its ``split``.
+        stem: What their names begin with.
+
+    Returns:
+        Names of the files, kept, flagged, undecided.
+    """
+    source = dataset.source
+    made = iter(decisions)
+    placed = ((row, next(made, None)) for row in source.rows())
+    if isinstance(source, LibrarySource):
+        return (_split_saved if source.saved else _split_streamed)(source, placed, folder, stem)
+    assert isinstance(source, FileSource)
+    if source.path.suffix.lower() == ".parquet":
+        return _split_parquet(source.path, placed, folder, stem)
+    return _split_text(source.path, placed, folder, stem)
+
+
+def _split_text(path: Path, placed: Iterable[Placed], folder: RunFolder, stem: str) -> list[str]:
+    with path.open("rb") as stream, _streams(folder, stem, path.suffix) as (names, outputs):
+        record: list[bytes] = []  # its lines so far; at first, what stands above all records
+        targets: Sequence[BinaryIO] = list(outputs.values())
+        ended = 0
+        for row, decision in placed:
+            record += islice(stream, row.line - 1 - ended)
+            _copy(record, targets)
+            targets = [outputs[decision]] if decision else []
+            record, ended = list(islice(stream, 1)), row.line
+        _copy([*record, *stream], targets)
+    return names
+
+
+def _copy(record: list[bytes], targets: Sequence[BinaryIO]) -> None:
+    while record and not record[-1].strip():
+        record.pop()
+    for target in targets:
+        target.write(b"".join(record) + (b"\n" if record and not record[-1].endswith(b"\n") else b""))
+
+
+def _split_parquet(path: Path, placed: Iterable[Placed], folder: RunFolder, stem: str) -> list[str]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile, ParquetWriter
+
+    made = iter(placed)
+    with ParquetFile(path) as file, _streams(folder, stem, ".parquet") as (names, outputs), ExitStack() as stack:
+        writers = {
+            decision: stack.enter_context(ParquetWriter(stream, file.schema_arrow))
+            for decision, stream in outputs.items()
+        }
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+            own = [decision for _, decision in islice(made, len(batch))]
+            for decision, writer in writers.items():
+                chosen = batch.filter(pa.array([each is decision for each in own]))
+                if len(chosen):
+                    writer.write_batch(chosen)
+    return names
+
+
+def _split_saved(source: LibrarySource, placed: Iterable[Placed], folder: RunFolder, stem: str) -> list[str]:
+    rows: dict[Decision, list[int]] = {decision: [] for decision in Decision}
+    for row, decision in placed:
+        if decision is not None:
+            rows[decision].append(row.number)
+    names = [f"{FOLDER}/{stem}-{decision}" for decision in Decision]
+    for name, chosen in zip(names, rows.values(), strict=True):
+        if not folder.keeps(name):
+            with folder.writing_folder(name) as part:
+                source.loaded.select(chosen).save_to_disk(str(part))
+    return names
+
+
+def _split_streamed(source: LibrarySource, placed: Iterable[Placed], folder: RunFolder, stem: str) -> list[str]:
+    features = source.loaded.features
+    schema = features.arrow_schema if features is not None else None
+    with _streams(folder, stem, ".parquet") as (names, outputs), ExitStack() as stack:
+        writers = {
+            decision: stack.enter_context(writing_parquet(stream, schema)) for decision, stream in outputs.items()
+        }
+        for row, decision in placed:
+            if decision is not None and row.values is not None:
+                writers[decision]([row.values])
+    return names
+
+
+@contextmanager
+def _streams(folder: RunFolder, stem: str, suffix: str) -> Iterator[tuple[list[str], dict[Decision, BinaryIO]]]:
+    names = [f"{FOLDER}/{stem}-{decision}{suffix}" for decision in Decision]
+    with ExitStack() as stack:
+        streams = [stack.enter_context(folder.writing(name)) for name in names]
+        yield names, dict(zip(Decision, streams, strict=True))

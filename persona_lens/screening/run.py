@@ -15,16 +15,16 @@ from persona_lens.data.datasets import Dataset
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models.chat import chat_format, note_reasoning
-from persona_lens.monitoring import Gauge, Panel
+from persona_lens.monitoring import Panel
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import is_signed, signed
 from persona_lens.runs.cost import Work
 from persona_lens.screening.executor import Executor, Job, LocalExecutor
-from persona_lens.screening.findings import Findings, find, write_rows
-from persona_lens.screening.flagging import Flagging
+from persona_lens.screening.findings import Findings, sum_up, write_rows
 from persona_lens.screening.rows import SCORES
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, windows_of
-from persona_lens.screening.scoring import Scorer, Unit
+from persona_lens.screening.scoring import Reading, Scorer, Unit
+from persona_lens.screening.survey import Flagging, Survey
 
 if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
@@ -68,8 +68,8 @@ def screen(
 ) -> Screening:
     """Say what datasets would do to a model's character (method, section 7).
 
-    Memory does not grow with the number of rows, but for 8 bytes for each value of a reference or labelled row. A run
-    that was stopped goes on with the same call, and ends with the same bytes.
+    Memory grows by some dozens of bytes for each row. A run that was stopped goes on with the same call, and ends with
+    the same bytes.
 
     Args:
         backend: The model, before it is trained on any of this.
@@ -89,40 +89,39 @@ def screen(
         VectorsError: If vectors belong to another model.
         RunError: If the folder holds another run.
     """
-    settings, flagging = settings or ScreeningSettings(), flagging or Flagging()
+    settings, flagging, judges = settings or ScreeningSettings(), flagging or Flagging(), judges or {}
     flagging = replace(flagging, score=flagging.resolved_score(settings))
     everything = _checked(backend, datasets, reference, panel, settings, judges)
     chat = chat or chat_format(backend)
     if settings.base is BaseResponses.GENERATE:
         note_reasoning(chat)
-    whole = with_random_directions(panel, flagging.random_directions * any(dataset.label for dataset in everything))
+    labelled = any(dataset.label for dataset in everything)
+    whole = panel.with_random_directions(flagging.random_directions if labelled else 0)
     scorer = Scorer(backend, chat, whole, settings)
-    config = {
-        **_config(scorer, everything, len(reference)),
-        "flagging": flagging.to_json(),
-        "judges": {trait: judge.describe() for trait, judge in (judges or {}).items()},
-    }
-    with RunFolder(folder, config) as run:
-        if not (run.path / SUMMARY).exists():
-            for trait, judge in (judges or {}).items():
-                prepare_judge(judge, run, f"{trait}-")
-        rows, tokens, seconds = _score(run, scorer, everything, executor or LocalExecutor(), progress)
-        findings = find(run, everything, len(reference), panel, whole, flagging, judges or {}, progress)
-        write_rows(run, everything, whole, findings, generated=settings.base is BaseResponses.GENERATE)
-        summary = _summary(backend, settings, flagging, judges, findings)
+    about = {"model": asdict(backend.info), "settings": settings.to_json(), "flagging": flagging.to_json()}
+    with RunFolder(folder, {**about, **_config(scorer, everything, len(reference), judges)}) as run:
+        for trait, judge in judges.items() if not (run.path / SUMMARY).exists() else ():
+            prepare_judge(judge, run, f"{trait}-")
+        course = _score(run, scorer, everything, executor or LocalExecutor(), progress)
+        findings = Findings.of(Survey(run, everything, len(reference), len(whole.gauges)), panel, flagging)
+        figures, decisions, opinions = sum_up(findings, whole, flagging, judges, progress)
+        write_rows(findings, decisions, opinions, whole, generated=settings.base is BaseResponses.GENERATE)
+        used = {trait: as_used(judges[trait].describe(), said.values()) for trait, said in opinions.items()}
+        summary = {**about, "judges": used, **figures}
         run.write_json(SUMMARY, summary)
-    return Screening(Path(folder), summary, rows, tokens, seconds)
+    return Screening(Path(folder), summary, *course)
 
 
-def _config(scorer: Scorer, datasets: Sequence[Dataset], of_reference: int) -> dict[str, Any]:
+def _config(
+    scorer: Scorer, datasets: Sequence[Dataset], references: int, judges: Mapping[str, Judge]
+) -> dict[str, Any]:
     return {
         "kind": "screening",
-        "model": asdict(scorer.backend.info),
         "chat": scorer.chat.digest,
         "gauges": [[str(gauge), gauge.vectors.content_hash, gauge.reduction] for gauge in scorer.panel.gauges],
-        "settings": scorer.settings.to_json(),
         "datasets": [dataset.describe() for dataset in datasets],
-        "reference": of_reference,
+        "reference": references,
+        "judges": {trait: judge.describe() for trait, judge in judges.items()},
     }
 
 
@@ -137,35 +136,23 @@ def screening_work(
 ) -> tuple[Work, ...]:
     """What a screening would ask of the model; the datasets are read and encoded, nothing runs."""
     settings = settings or ScreeningSettings()
-    everything = _checked(backend, datasets, reference, panel, settings, None)
+    everything = _checked(backend, datasets, reference, panel, settings, {})
     scorer = Scorer(backend, chat or chat_format(backend), panel, settings)
     remote = backend if isinstance(backend, RemoteBackend) else None
     reading, generating = Work("reading", 0, 0, 0), Work("base responses", 0, 0, 0)
     for window in windows_of(everything, settings.look_ahead):
-        plan = scorer.plan(window)
-        for texts, batches in ((plan.texts, plan.own), (plan.supplied, plan.base)):
-            for batch in batches:
-                tokens = TokenBatch.of([texts[index][1].ids for index in batch])
+        for batch in scorer.plan(window).batches:
+            if isinstance(batch, Reading):
+                tokens = TokenBatch.of([text.ids for _, text in batch.texts])
                 traffic = remote.forward_traffic(tokens, (), [panel.read]) if remote else None
-                reading = _more(reading, len(batch), sum(tokens.lengths), traffic)
-        for batch in plan.generated:
-            prompts, sampling = scorer.asked([plan.prompts[index][1] for index in batch])
+                reading = _more(reading, len(tokens), sum(tokens.lengths), traffic)
+                continue
+            prompts, sampling = scorer.asked(batch)
             reads = [Read(ReadKind.RESPONSE_MEAN, panel.layers)]
             traffic = remote.generation_traffic(prompts, sampling, (), reads) if remote else None
             most = sum(map(len, prompts)) + len(prompts) * settings.max_new_tokens
             generating = _more(generating, len(prompts), most, traffic)
     return (reading, generating) if generating.calls else (reading,)
-
-
-def with_random_directions(panel: Panel, count: int) -> Panel:
-    """The panel with so many random directions behind it at each of its layers."""
-    first = {gauge.layer: gauge for gauge in reversed(panel.gauges)}
-    nulls = [
-        Gauge(first[layer].vectors.random_like(seed), layer, first[layer].reduction)
-        for seed in range(count)
-        for layer in panel.layers
-    ]
-    return Panel((*panel.gauges, *nulls))
 
 
 def _checked(
@@ -174,13 +161,12 @@ def _checked(
     reference: Sequence[Dataset],
     panel: Panel,
     settings: ScreeningSettings,
-    judges: Mapping[str, Judge] | None,
+    judges: Mapping[str, Judge],
 ) -> tuple[Dataset, ...]:
     """The datasets, those of the reference behind the others."""
     if not datasets:
         raise ScreeningError("there is no dataset to screen; give at least one")
-    for gauge in panel.gauges:
-        gauge.vectors.check_model(backend, allowable=False)
+    panel.check_model(backend)
     supplied = settings.base is BaseResponses.SUPPLIED
     for dataset in (*datasets, *reference):
         if supplied != (dataset.base is not None):
@@ -218,14 +204,19 @@ def _score(
     return rows, tokens, time.perf_counter() - begun
 
 
+def _place_after(last: Unit | None) -> tuple[int, int, int]:
+    """Dataset, window and number of the unit behind another; a dataset that is through has no further window."""
+    if last is None:
+        return 0, 0, 0
+    if last["unit"] + 1 < last["of"]:
+        return last["dataset"], last["window"], last["unit"] + 1
+    return last["dataset"], last["window"] + 1, 0
+
+
 def _follows(unit: Unit, last: Unit | None) -> bool:
     """Whether a unit is the one that was to be saved behind another; a dataset may have no rows at all."""
-    place = (unit["dataset"], unit["window"], unit["unit"])
-    if last is None:
-        return place[1:] == (0, 0)
-    if last["unit"] + 1 < last["of"]:
-        return place == (last["dataset"], last["window"], last["unit"] + 1)
-    return place == (last["dataset"], last["window"] + 1, 0) or (place[0] > last["dataset"] and place[1:] == (0, 0))
+    place, expected = (unit["dataset"], unit["window"], unit["unit"]), _place_after(last)
+    return place == expected or (expected[2] == 0 and place[0] > expected[0] and place[1:] == (0, 0))
 
 
 def _finished(unit: Unit, settings: ScreeningSettings) -> int:
@@ -237,34 +228,10 @@ def _finished(unit: Unit, settings: ScreeningSettings) -> int:
 
 def _jobs(datasets: Sequence[Dataset], size: int, last: Unit | None) -> Iterator[Job]:
     """Every window but for those that are whole; the first may be there in part."""
-    if last is None:
-        start, skip = (0, 0), 0
-    elif last["unit"] + 1 == last["of"]:
-        start, skip = (last["dataset"], last["window"] + 1), 0
-    else:
-        start, skip = (last["dataset"], last["window"]), last["unit"] + 1
-    for window in windows_of(datasets, size, start):
-        yield window, skip
+    dataset, window, skip = _place_after(last)
+    for found in windows_of(datasets, size, (dataset, window)):
+        yield found, skip
         skip = 0
-
-
-def _summary(
-    backend: Backend,
-    settings: ScreeningSettings,
-    flagging: Flagging,
-    judges: Mapping[str, Judge] | None,
-    findings: Findings,
-) -> dict[str, Any]:
-    return {
-        "model": asdict(backend.info),
-        "settings": settings.to_json(),
-        "flagging": flagging.to_json(),
-        "judges": {
-            trait: as_used(judge.describe(), findings.opinions[trait].values())
-            for trait, judge in (judges or {}).items()
-        },
-        **findings.to_json(),
-    }
 
 
 def _more(work: Work, rows: int, tokens: int, traffic: Traffic | None) -> Work:

@@ -1,13 +1,14 @@
-"""`Sample`: a row as token ids with the tokens of its answers that count, in windows of rows of like length."""
+"""A row as `Text`s: token ids with the tokens of its answers that count; settings, and windows of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.datasets import Dataset, GivenRow
 from persona_lens.data.encoding import EncodedTranscript, encode_one_by_one, encode_transcript
@@ -30,8 +31,8 @@ class Turns(StrEnum):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Tokens of an answer.
+class Span:
+    """Where an answer stands among a text's tokens.
 
     Attributes:
         prompt: How many tokens the model had before it began to answer.
@@ -49,7 +50,7 @@ class Text:
     """Token ids that run together, and the answers in them."""
 
     ids: TokenIds
-    answers: tuple[Answer, ...]
+    answers: tuple[Span, ...]
 
     @property
     def prompts(self) -> tuple[TokenIds, ...]:
@@ -57,21 +58,7 @@ class Text:
         return tuple(self.ids[: answer.prompt] for answer in self.answers)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A row as one model's chat template writes it.
-
-    Attributes:
-        row: The row.
-        texts: Almost always one: several where the answers do not stand in one text, since the template changes earlier
-            ones.
-    """
-
-    row: GivenRow
-    texts: tuple[Text, ...]
-
-
-def encode_sample(row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | None = None) -> Sample:
+def encode_sample(row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | None = None) -> tuple[Text, ...]:
     """Encode a row that has messages; boundaries are counted in ids.
 
     The last answer is encoded by itself after the prompt that it answers. With ``turns`` all, a conversation of several
@@ -82,6 +69,9 @@ def encode_sample(row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | 
         chat: The model's chat format.
         turns: Which answers count.
         longest: Tokens of a text at most.
+
+    Returns:
+        Almost always one text: several where the answers do not stand in one.
 
     Raises:
         ScreeningError: If the template refuses it, the answers are empty, or it is too long; without its place.
@@ -97,12 +87,12 @@ def encode_sample(row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | 
         raise ScreeningError(
             f"{most:,} tokens, and {longest:,} are the most that can be taken; cut it, or leave it out"
         )
-    return Sample(row, texts)
+    return texts
 
 
 def text_of(prompt: Sequence[int], response: Sequence[int]) -> Text:
     """An answer behind its prompt."""
-    return Text((*prompt, *response), (Answer(len(prompt), len(prompt), len(prompt) + len(response)),))
+    return Text((*prompt, *response), (Span(len(prompt), len(prompt), len(prompt) + len(response)),))
 
 
 def _texts(row: GivenRow, chat: ChatFormat, turns: Turns) -> tuple[Text, ...]:
@@ -127,7 +117,7 @@ def _counted(encoded: EncodedTranscript) -> tuple[Text, ...]:
     texts = []
     for begin, ids in zip(encoded.starts, encoded.texts, strict=True):
         own = [m for m in said if m.prompt_stop and m.stop > m.start and begin <= m.start < begin + len(ids)]
-        answers = (Answer((m.prompt_stop or 0) - begin, m.start - begin, m.stop - begin) for m in own)
+        answers = (Span((m.prompt_stop or 0) - begin, m.start - begin, m.stop - begin) for m in own)
         texts += [Text(ids, tuple(answers))] if own else []
     return tuple(texts)
 
@@ -141,7 +131,7 @@ class BaseResponses(StrEnum):
 
 
 @dataclass(frozen=True)
-class ScreeningSettings:
+class ScreeningSettings(Record):
     """How samples are scored; every field is part of a run's configuration.
 
     Attributes:
@@ -190,15 +180,6 @@ class ScreeningSettings:
         for name in ("base_samples", "max_new_tokens", "max_tokens", "look_ahead", "batch_tokens", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ScreeningError(f"{name} must be at least 1, got {value}")
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return {name: value.value if isinstance(value, StrEnum) else value for name, value in asdict(self).items()}
-
-    @staticmethod
-    def from_json(given: Mapping[str, Any]) -> ScreeningSettings:
-        """The settings that `to_json` gave."""
-        return ScreeningSettings(**{**given, "turns": Turns(given["turns"]), "base": BaseResponses(given["base"])})
 
 
 @dataclass(frozen=True)

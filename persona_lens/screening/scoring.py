@@ -5,9 +5,9 @@ A batch's results are one JSON object, a *unit*: what is saved of a run, and wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +17,10 @@ from persona_lens.backend import Backend, Read, ReadKind, Sampling, TokenBatch
 from persona_lens.backend.batches import batches_by_length, context_length, forward_plan, forward_rows, generate_rows
 from persona_lens.data.tables import DataError
 from persona_lens.monitoring import Panel
+from persona_lens.monitoring.gauges import projected
 from persona_lens.runs.rollouts import row_seed
 from persona_lens.screening.samples import (
     BaseResponses,
-    Sample,
     ScreeningError,
     ScreeningSettings,
     Text,
@@ -38,28 +38,36 @@ GENERATED_TOKENS = 32768  # tokens of a batch of base responses, prompts and pad
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Texts that are read together, each with the number of its row.
+
+    Attributes:
+        kind: ``own`` answers, or base responses that were ``supplied``.
+        texts: At least one.
+    """
+
+    kind: str
+    texts: tuple[tuple[int, Text], ...]
+
+
+@dataclass(frozen=True)
+class Generating:
+    """Prompts that base responses are generated to together, each with the rows that need the response."""
+
+    prompts: tuple[tuple[tuple[int, ...], TokenIds], ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a window asks of the model; nothing runs.
 
     Attributes:
-        samples: The rows that can be scored.
-        problems: Of the others, why not, by the row's number.
-        texts: What is read, with the row it belongs to.
-        own: Indices of the texts that run together.
-        prompts: What base responses are generated to, with the rows that need the response.
-        generated: Indices of the prompts that run together.
-        supplied: Base responses behind their prompts, with the row.
-        base: Indices of those that run together.
+        problems: Of rows that cannot be scored, why not, by the row's number.
+        batches: What runs, one after the other.
     """
 
-    samples: tuple[Sample, ...]
     problems: dict[int, str]
-    texts: tuple[tuple[int, Text], ...]
-    own: tuple[list[int], ...]
-    prompts: tuple[tuple[tuple[int, ...], TokenIds], ...]
-    generated: tuple[list[int], ...]
-    supplied: tuple[tuple[int, Text], ...]
-    base: tuple[list[int], ...]
+    batches: tuple[Reading | Generating, ...]
 
 
 @dataclass(frozen=True)
@@ -90,117 +98,99 @@ class Scorer:
             projection on the trait's unit vector, in residual-stream units, one for each gauge of the panel.
         """
         plan = self.plan(window)
-        makers: list[Callable[[], Unit]] = [
-            partial(_rows_unit, window, plan),
-            *(partial(self._read, plan.texts, batch, "own") for batch in plan.own),
-            *(partial(self._generate, plan.prompts, batch) for batch in plan.generated),
-            *(partial(self._read, plan.supplied, batch, "supplied") for batch in plan.base),
-        ]
-        place = {"dataset": window.dataset, "window": window.number}
-        for number, make in enumerate(makers[skip:], skip):
-            yield {**place, "unit": number, "of": len(makers), **make()}
+        of = 1 + len(plan.batches)
+        for number, batch in enumerate((None, *plan.batches)):
+            if number >= skip:
+                made = _rows_unit(window, plan) if batch is None else self._run(batch)
+                yield {"dataset": window.dataset, "window": window.number, "unit": number, "of": of, **made}
 
     def plan(self, window: Window) -> Plan:
         """Encode a window and cut it into batches."""
-        samples, problems = [], {}
+        problems: dict[int, str] = {}
+        own: list[tuple[int, Text]] = []
+        supplied: list[tuple[int, Text]] = []
+        asked: dict[TokenIds, list[int]] = {}  # seeds are the prompt's: the same prompt has the same responses
         for row in window.rows:
             if row.messages is None:
                 problems[row.number] = row.problem or "it cannot be read"
                 continue
             try:
-                samples.append(encode_sample(row, self.chat, self.settings.turns, self._longest))
+                texts = encode_sample(row, self.chat, self.settings.turns, self._longest)
             except (DataError, ScreeningError) as error:
                 problems[row.number] = f"{window.name}:{row.line}: {error}"
-        texts = tuple((sample.row.number, text) for sample in samples for text in sample.texts)
-        with_base = [sample for sample in samples if self._has_base(window.dataset, sample)]
-        asked: dict[TokenIds, list[int]] = {}  # seeds are the prompt's: the same prompt has the same responses
-        supplied: tuple[tuple[int, Text], ...] = ()
-        if self.settings.base is BaseResponses.GENERATE:
-            for sample in with_base:
-                for prompt in (prompt for text in sample.texts for prompt in text.prompts):
-                    asked.setdefault(prompt, []).append(sample.row.number)
-        elif self.settings.base is BaseResponses.SUPPLIED:
-            supplied = tuple((s.row.number, text) for s in with_base for text in self._base_texts(s))
-        return Plan(
-            tuple(samples),
-            problems,
-            texts,
-            self._cut(texts),
-            tuple((tuple(rows), prompt) for prompt, rows in asked.items()),
-            self._cut_prompts(list(asked)),
-            supplied,
-            self._cut(supplied),
-        )
+                continue
+            own += ((row.number, text) for text in texts)
+            if not self._has_base(window.dataset, row.number):
+                continue
+            if self.settings.base is BaseResponses.GENERATE:
+                for prompt in (prompt for text in texts for prompt in text.prompts):
+                    asked.setdefault(prompt, []).append(row.number)
+            prompt = texts[-1].prompts[-1]
+            given = (text_of(prompt, self.chat.encode_answer(response)) for response in row.base)
+            supplied += ((row.number, text) for text in given if self._fits(text))
+        prompts = [(tuple(rows), prompt) for prompt, rows in asked.items()]
+        generated = [Generating(tuple(prompts[index] for index in batch)) for batch in self._cut_prompts(list(asked))]
+        return Plan(problems, (*self._cut("own", own), *generated, *self._cut("supplied", supplied)))
 
     @cached_property
     def _longest(self) -> int | None:
         limits = [limit for limit in (self.settings.max_tokens, context_length(self.backend)) if limit is not None]
         return min(limits, default=None)
 
-    @cached_property
-    def _units_at(self) -> tuple[Tensor, Tensor]:
-        """Of each gauge: its place among the layers read, int64 [gauges]; and its unit vector, [gauges, d_model]."""
-        rows = torch.tensor([self.panel.layers.index(gauge.layer) for gauge in self.panel.gauges])
-        directions = torch.stack([gauge.direction for gauge in self.panel.gauges])
-        return rows, directions / directions.norm(dim=-1, keepdim=True)
-
-    def _has_base(self, dataset: int, sample: Sample) -> bool:
-        drawn = row_seed(self.settings.seed, "base", dataset, sample.row.number)
-        return drawn < self.settings.base_share * 2**63
-
-    def _base_texts(self, sample: Sample) -> list[Text]:
-        prompt = sample.texts[-1].prompts[-1]
-        texts = (text_of(prompt, self.chat.encode_answer(response)) for response in sample.row.base)
-        return [text for text in texts if self._fits(text)]
+    def _has_base(self, dataset: int, row: int) -> bool:
+        return row_seed(self.settings.seed, "base", dataset, row) < self.settings.base_share * 2**63
 
     def _fits(self, text: Text) -> bool:
         longest = self._longest
         return text.answers[0].stop > text.answers[0].start and (longest is None or len(text.ids) <= longest)
 
-    def _cut(self, texts: Sequence[tuple[int, Text]]) -> tuple[list[int], ...]:
+    def _cut(self, kind: str, texts: Sequence[tuple[int, Text]]) -> list[Reading]:
         if not texts:
-            return ()
+            return []
         tokens = TokenBatch.of([text.ids for _, text in texts])
         rows, most = self.settings.batch_size, self.settings.batch_tokens
-        return tuple(forward_plan(self.backend, tokens, (), [self.panel.read], max_rows=rows, max_tokens=most))
+        plan = forward_plan(self.backend, tokens, (), [self.panel.read], max_rows=rows, max_tokens=most)
+        return [Reading(kind, tuple(texts[index] for index in batch)) for batch in plan]
 
-    def _cut_prompts(self, prompts: Sequence[TokenIds]) -> tuple[list[int], ...]:
+    def _cut_prompts(self, prompts: Sequence[TokenIds]) -> list[list[int]]:
         lengths = [len(prompt) + self.settings.max_new_tokens for prompt in prompts]
         samples = self.settings.base_samples  # those of a prompt run together
         at_once = max(1, self.settings.batch_size // samples)
-        return tuple(batches_by_length(lengths, at_once, GENERATED_TOKENS // samples))
+        return batches_by_length(lengths, at_once, GENERATED_TOKENS // samples)
 
-    def _read(self, texts: Sequence[tuple[int, Text]], batch: Sequence[int], kind: str) -> Unit:
-        tokens = TokenBatch.of([texts[index][1].ids for index in batch])
-        rows = []
-        projections = forward_rows(self.backend, tokens, (), [self.panel.read]).reads["projections"]
-        for index, projected in zip(batch, projections, strict=True):
-            row, text = texts[index]
-            rows.append({"row": row, **_averaged(text, self.panel.values(projected[:, -len(text.ids) :]))})
-        return {"kind": kind, "rows": rows, "ran": sum(tokens.lengths)}
+    def _run(self, batch: Reading | Generating) -> Unit:
+        return self._read(batch) if isinstance(batch, Reading) else self._generate(batch)
 
-    def asked(self, prompts: Sequence[TokenIds]) -> tuple[list[TokenIds], Sampling]:
-        """What is generated for base responses to prompts: each as often as there are samples, side by side."""
+    def _read(self, batch: Reading) -> Unit:
+        tokens = TokenBatch.of([text.ids for _, text in batch.texts])
+        read = forward_rows(self.backend, tokens, (), [self.panel.read]).reads["projections"]
+        rows = [
+            {"row": row, **_averaged(text, self.panel.values(values[:, -len(text.ids) :]))}
+            for (row, text), values in zip(batch.texts, read, strict=True)
+        ]
+        return {"kind": batch.kind, "rows": rows, "ran": sum(tokens.lengths)}
+
+    def asked(self, batch: Generating) -> tuple[list[TokenIds], Sampling]:
+        """What is generated for base responses: each prompt as often as there are samples, side by side."""
         samples, settings = range(self.settings.base_samples), self.settings
+        prompts = [prompt for _, prompt in batch.prompts]
         seeds = None
         if settings.temperature:
             seeds = tuple(row_seed(settings.seed, "base response", n, *prompt) for prompt in prompts for n in samples)
         sampling = Sampling(settings.max_new_tokens, settings.temperature, seeds=seeds)
         return [prompt for prompt in prompts for _ in samples], sampling
 
-    def _generate(self, prompts: Sequence[tuple[tuple[int, ...], TokenIds]], batch: Sequence[int]) -> Unit:
+    def _generate(self, batch: Generating) -> Unit:
         """Base responses, read while they are generated (method, section 7)."""
-        read = Read(ReadKind.RESPONSE_MEAN, self.panel.layers)
-        places, units = self._units_at
-        asked, sampling = self.asked([prompts[index][1] for index in batch])
-        found = generate_rows(self.backend, asked, sampling, (), [read])
-        responses = found.responses
-        values = list(torch.einsum("bgd,gd->bg", found.reads["response_mean"][:, places], units))
+        layers, samples = self.panel.layers, self.settings.base_samples
+        asked, sampling = self.asked(batch)
+        found = generate_rows(self.backend, asked, sampling, (), [Read(ReadKind.RESPONSE_MEAN, layers)])
+        responses, values = found.responses, list(projected(found.reads["response_mean"], layers, self.panel.gauges))
         rows: list[dict[str, Any]] = []
-        for number, index in enumerate(batch):
-            own = slice(number * self.settings.base_samples, (number + 1) * self.settings.base_samples)
+        for number, (members, _) in enumerate(batch.prompts):
+            own = slice(number * samples, (number + 1) * samples)
             entry = self._base_entry(responses[own], values[own])
-            rows += [{"row": row, **entry} for row in prompts[index][0]]
+            rows += [{"row": row, **entry} for row in members]
         return {"kind": "base", "rows": rows, "ran": sum(map(len, asked)) + sum(map(len, responses))}
 
     def _base_entry(self, responses: Sequence[TokenIds], values: Sequence[Tensor]) -> dict[str, Any]:

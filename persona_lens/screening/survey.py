@@ -1,11 +1,11 @@
-"""`Survey`: one pass over what was scored: means, the reference, labels, extremes; and what finetuning would shift."""
+"""`Survey`: what was scored, column by column; and from which value on rows are flagged (`Flagging`)."""
 
 from __future__ import annotations
 
-import heapq
-from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -13,67 +13,142 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from persona_lens.core.documents import Record
+from persona_lens.core.files import named
 from persona_lens.core.statistics import Estimate, auc, auc_interval, bootstrap_mean, large_mean
+from persona_lens.data.datasets import Dataset
 from persona_lens.data.transcripts import CALLS_TOOLS
-from persona_lens.screening.rows import QUANTITIES, ScoredRow
-from persona_lens.screening.samples import ScreeningError
-from persona_lens.vectors import PersonaVectors
-from persona_lens.vectors.provenance import FORECASTS, Quantity, ShiftForecast
+from persona_lens.runs import RunError, RunFolder
+from persona_lens.screening.rows import DECISIONS, QUANTITIES, Decision, ScoredRow, scored_windows
+from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings
+from persona_lens.vectors.provenance import Quantity
 
 KEPT = 1000
-"""Rows up to which all are kept and resampled; of more, the mean is as good as normal."""
+"""Rows up to which all are resampled; of more, the mean is as good as normal."""
+CLEAN = ("normal", "clean", "none", "0", "false", "False", "no")
+MOST_LABELS, MOST_GROUPS = 20, 50
+OTHERS, NO_GROUP = "(others)", "(none)"
+NONE = -1  # of a label or group
+_POINTS = 100
+
+Values = NDArray[np.float64]
+Rows = slice | NDArray[np.intp]
+"""Numbers of rows in a survey."""
 
 
-class StreamedMeans:
-    """Means over rows that come in pieces.
+@dataclass(eq=False)
+class Survey:
+    """Every row in columns, in the order of the datasets.
 
-    Args:
-        columns: How many quantities a row has.
-        seed: Of the resampling.
+    The values lie in a file without a name and are read column by column, so that memory grows by no more than some
+    bytes for each row.
+
+    Attributes:
+        run: The run.
+        datasets: What was scored, the clean references last.
+        references: How many of them are clean references.
+        gauges: How many gauges there are.
+        seed: Of the bootstraps.
+        table: By row, as `_kind` has it.
+        labels: Label of each code, of rows that are not references and have values.
+        groups: Dataset and group of each code.
     """
 
-    def __init__(self, columns: int, seed: int = 0) -> None:
-        self._seed = seed
-        self._first: list[NDArray[np.float64]] = []
-        self._rows = 0
-        self._n = np.zeros(columns, dtype=np.int64)
-        self._mean = np.zeros(columns)
-        self._squares = np.zeros(columns)
+    run: RunFolder
+    datasets: Sequence[Dataset]
+    references: int
+    gauges: int
+    seed: int = 0
+    table: NDArray[Any] = field(init=False)
+    labels: list[str] = field(default_factory=list)
+    groups: list[tuple[int, str]] = field(default_factory=list)
 
-    def add(self, values: NDArray[np.float64]) -> None:
-        """Take in rows: float64 [rows, columns], NaN where a row lacks a quantity."""
-        self._rows += len(values)
-        if self._rows <= KEPT:
-            self._first.append(np.array(values, dtype=np.float64))
-        else:
-            self._first = []
-        there = np.isfinite(values)
-        count = there.sum(axis=0)
-        mean = np.where(there, values, 0.0).sum(axis=0) / np.maximum(count, 1)
-        squares = (np.where(there, values - mean, 0.0) ** 2).sum(axis=0)
-        # Chan's update: sums of squares about the mean so far, so that a large mean does not swallow a small spread.
-        total = np.maximum(self._n + count, 1)
-        self._squares += squares + (mean - self._mean) ** 2 * self._n * count / total
-        self._mean += (mean - self._mean) * count / total
-        self._n += count
+    def __post_init__(self) -> None:
+        fields = [("dataset", "i4"), ("number", "i8"), ("tokens", "i8"), ("rejected", "?"), ("tools", "?")]
+        codes = [("label", "i4"), ("group", "i4")]
+        kind = np.dtype([*fields, *codes, ("values", "f8", (len(QUANTITIES), self.gauges))])
+        with named(self.run.path, RunError), TemporaryFile(dir=self.run.path) as file:
+            for rows in scored_windows(self.run, self.gauges):
+                np.array([self._entry(row) for row in rows], kind).tofile(file)
+            file.flush()
+            self.table = np.memmap(file, kind, "r") if file.tell() else np.empty(0, kind)
 
-    def estimates(self) -> list[Estimate | None]:
-        """The mean of each quantity with its 95% interval; None where no row has it."""
-        return [self._estimate(column) for column in range(len(self._n))]
+    def _entry(self, row: ScoredRow) -> tuple[Any, ...]:
+        bad = row.problem is not None
+        about = (row.dataset, row.number, row.tokens, bad, bad and CALLS_TOOLS in str(row.problem))
+        return (*about, self._label(row), self._group(row), row.values)
 
-    def _estimate(self, column: int) -> Estimate | None:
-        n = int(self._n[column])
-        if not n:
-            return None
-        if self._rows <= KEPT:
-            known = np.concatenate([rows[:, column] for rows in self._first])
-            return bootstrap_mean(known[np.isfinite(known)].tolist(), self._seed)
-        return large_mean(float(self._mean[column]), float(self._squares[column]), n)
+    def _label(self, row: ScoredRow) -> int:
+        if row.label is None or row.problem is not None or row.dataset >= self.first_reference:
+            return NONE
+        if row.label not in self.labels:
+            if len(self.labels) == MOST_LABELS:
+                raise ScreeningError(
+                    f"the column of labels has more than {MOST_LABELS} different values, such as {row.label[:40]!r}; "
+                    "name one of few"
+                )
+            self.labels.append(row.label)
+        return self.labels.index(row.label)
+
+    def _group(self, row: ScoredRow) -> int:
+        if self.datasets[row.dataset].by is None:
+            return NONE
+        key = (row.dataset, NO_GROUP if row.group is None else row.group)
+        if key not in self.groups and sum(number == row.dataset for number, _ in self.groups) >= MOST_GROUPS:
+            key = (row.dataset, OTHERS)
+        if key not in self.groups:
+            self.groups.append(key)
+        return self.groups.index(key)
+
+    @property
+    def first_reference(self) -> int:
+        """Number of the first dataset that is a clean reference."""
+        return len(self.datasets) - self.references
+
+    def rows_of(self, first: int, stop: int) -> slice:
+        """The rows of some datasets that follow each other."""
+        start, end = np.searchsorted(self.table["dataset"], (first, stop))
+        return slice(int(start), int(end))
+
+    def column(self, quantity: Quantity, gauge: int) -> Values:
+        """Float64 [rows]; NaN where a row lacks the quantity."""
+        return np.asarray(self.table["values"][:, QUANTITIES.index(quantity), gauge])
+
+    def tally(self, rows: Rows, gauges: Sequence[str], *numbers: int) -> dict[str, Any]:
+        """Counts of rows, and by gauge and quantity the mean with its interval, as JSON values.
+
+        Args:
+            rows: Which.
+            gauges: Names of the first gauges, those of traits.
+            numbers: What the seed of the resampling depends on.
+        """
+        seed = int(np.random.SeedSequence((self.seed, *numbers)).generate_state(1)[0])
+        means: dict[str, dict[str, Any]] = {gauge: {} for gauge in gauges}
+        for number, gauge in enumerate(gauges):
+            for quantity in QUANTITIES:
+                found = mean_of(self.column(quantity, number)[rows], seed)
+                means[gauge][quantity.value] = found.to_json() if found else None
+        rejected, tools = (int(self.table[name][rows].sum()) for name in ("rejected", "tools"))
+        count, tokens = len(self.table["tokens"][rows]), int(self.table["tokens"][rows].sum())
+        counts = {"rows": count, "rejected": rejected, "call_tools": tools, "tokens": tokens}
+        return {**counts, "means": means if count else {}}
 
 
-CLEAN = ("normal", "clean", "none", "0", "false", "False", "no")
-_POINTS = 100
-_MOST = 20  # labels
+def mean_of(values: Values, seed: int = 0) -> Estimate | None:
+    """The mean of rows that may lack a quantity (NaN), with its 95% interval; None where no row has it."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return None
+    if len(values) <= KEPT:
+        return bootstrap_mean(known.tolist(), seed)
+    mean = float(known.mean())
+    return large_mean(mean, float(((known - mean) ** 2).sum()), len(known))
+
+
+def largest(values: Values, most: int) -> NDArray[np.intp]:
+    """Places of the largest values, the largest first and of equal ones the earlier; NaN is left out."""
+    there = np.flatnonzero(np.isfinite(values))
+    found: NDArray[np.intp] = there[np.argsort(-values[there], kind="stable")[:most]]
+    return found
 
 
 @dataclass(frozen=True)
@@ -123,34 +198,6 @@ def _roc(positive: NDArray[np.intp], negative: NDArray[np.intp], places: int) ->
     return tuple((float(x), float(y)) for x, y in zip(shares[0][kept], shares[1][kept], strict=True))
 
 
-class LabelledValues:
-    """The values of labelled rows, 8 bytes each, by label.
-
-    Args:
-        columns: How many values a row has.
-    """
-
-    def __init__(self, columns: int) -> None:
-        self._columns = columns
-        self._values: dict[str, array[float]] = {}
-
-    def add(self, label: str, values: NDArray[np.float64]) -> None:
-        """Take in a row: float64 [columns].
-
-        Raises:
-            ScreeningError: If there are more labels than can be labels.
-        """
-        if label not in self._values and len(self._values) == _MOST:
-            raise ScreeningError(
-                f"the column of labels has more than {_MOST} different values, such as {label[:40]!r}; name one of few"
-            )
-        self._values.setdefault(label, array("d")).extend(values.tolist())
-
-    def by_label(self) -> Mapping[str, NDArray[np.float64]]:
-        """Float64 [rows, columns] by label, labels in their order of appearance."""
-        return {label: np.array(values).reshape(-1, self._columns) for label, values in self._values.items()}
-
-
 def clean_label(labels: Sequence[str], chosen: str | None) -> str:
     """The label of clean rows.
 
@@ -170,183 +217,136 @@ def clean_label(labels: Sequence[str], chosen: str | None) -> str:
     return found
 
 
-MOST_GROUPS = 50
-OTHERS = "(others)"
-NO_GROUP = "(none)"
+class Band(StrEnum):
+    """Where rows are undecided."""
 
-Extreme = tuple[float, int, int]
-"""Value, dataset and row."""
-
-
-@dataclass
-class Tally:
-    """Rows of a dataset, or of a group of its rows."""
-
-    means: StreamedMeans
-    rows: int = 0
-    rejected: int = 0
-    tools: int = 0
-    tokens: int = 0
-
-    def add(self, rows: Sequence[ScoredRow], traits: int) -> None:
-        """Take in rows."""
-        self.rows += len(rows)
-        self.rejected += sum(row.problem is not None for row in rows)
-        self.tools += sum(CALLS_TOOLS in (row.problem or "") for row in rows)
-        self.tokens += sum(row.tokens for row in rows)
-        self.means.add(np.stack([row.values[:, :traits].ravel() for row in rows]))
-
-    def to_json(self, gauges: Sequence[str]) -> dict[str, Any]:
-        """Counts, and by gauge and quantity the mean with its interval."""
-        found = iter(self.means.estimates())
-        means: dict[str, dict[str, Any]] = {gauge: {} for gauge in gauges}
-        for quantity in QUANTITIES:
-            for gauge in gauges:
-                estimate = next(found)
-                means[gauge][quantity.value] = estimate.to_json() if isinstance(estimate, Estimate) else None
-        counts = {"rows": self.rows, "rejected": self.rejected, "call_tools": self.tools, "tokens": self.tokens}
-        return {**counts, "means": means}
+    INTERVAL = "interval"  # within the 95% interval of the threshold
+    NONE = "none"  # nowhere: above the threshold is flagged
 
 
-@dataclass
-class Survey:
-    """What one pass over the rows finds; its memory grows by 8 bytes for each value of a reference or labelled row.
+@dataclass(frozen=True)
+class RowThreshold(Record):
+    """Rows above ``high`` are flagged, rows above ``low`` undecided (method, section 7).
 
     Attributes:
-        traits: How many gauges are of traits; those of random directions come behind them.
-        gauges: How many there are.
-        score: By which value rows are ranked and flagged.
-        reference: Which datasets are clean references.
-        top_k: How many extremes are kept on either side.
-        seed: Of the bootstraps.
+        gauge: Trait and layer.
+        false_positive_rate: Share of the reference rows that may be above ``value``.
+        value: The percentile of the reference, in residual-stream units.
+        low: Lower end of the band of undecided rows.
+        high: Its upper end.
+        rows: How many reference rows there are.
     """
 
-    traits: int
-    gauges: int
-    score: Quantity
-    reference: Collection[int]
-    top_k: int
-    seed: int = 0
-    datasets: dict[int, Tally] = field(default_factory=dict)
-    groups: dict[tuple[int, str], Tally] = field(default_factory=dict)
-    top: list[list[Extreme]] = field(init=False)
-    bottom: list[list[Extreme]] = field(init=False)
-    labelled: LabelledValues = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.top, self.bottom = [[] for _ in range(self.traits)], [[] for _ in range(self.traits)]
-        self.labelled = LabelledValues(len(QUANTITIES) * self.gauges)
-        self.lowest, self.highest = np.full(self.traits, np.inf), np.full(self.traits, -np.inf)
-        self._reference: array[float] = array("d")
-
-    @property
-    def reference_scores(self) -> NDArray[np.float64]:
-        """Float64 [rows, traits]."""
-        return np.array(self._reference).reshape(-1, self.traits)
-
-    def add(self, rows: Sequence[ScoredRow]) -> None:
-        """Take in rows of one dataset."""
-        number = rows[0].dataset
-        tally = self.datasets.setdefault(number, self._new_tally(number))
-        tally.add(rows, self.traits)
-        self._group(number, rows)
-        for row in rows:
-            if row.problem is None:
-                self._note(row)
-
-    def _note(self, row: ScoredRow) -> None:
-        scores = row.values[QUANTITIES.index(self.score), : self.traits]
-        there = np.isfinite(scores)
-        self.lowest = np.where(there, np.minimum(self.lowest, scores), self.lowest)
-        self.highest = np.where(there, np.maximum(self.highest, scores), self.highest)
-        if row.dataset in self.reference:
-            self._reference.extend(scores.tolist())
-            return
-        if row.label is not None:
-            self.labelled.add(row.label, row.values.ravel())
-        for gauge in np.flatnonzero(there):
-            score = float(scores[gauge])
-            keep_largest(self.top[gauge], (score, -row.dataset, -row.number), self.top_k)
-            keep_largest(self.bottom[gauge], (-score, -row.dataset, -row.number), self.top_k)
-
-    def _group(self, number: int, rows: Sequence[ScoredRow]) -> None:
-        members: dict[str, list[ScoredRow]] = {}
-        for row in rows:
-            if row.group is not None or any(each == number for each, _ in self.groups):
-                members.setdefault(NO_GROUP if row.group is None else row.group, []).append(row)
-        for group, found in members.items():
-            full = sum(each == number for each, _ in self.groups) >= MOST_GROUPS
-            key = (number, OTHERS if full and (number, group) not in self.groups else group)
-            self.groups.setdefault(key, self._new_tally(number, len(self.groups) + 1)).add(found, self.traits)
-
-    def _new_tally(self, *numbers: int) -> Tally:
-        seed = np.random.SeedSequence((self.seed, *numbers)).generate_state(1)[0]
-        return Tally(StreamedMeans(len(QUANTITIES) * self.traits, int(seed)))
+    gauge: str
+    false_positive_rate: float
+    value: float
+    low: float
+    high: float
+    rows: int
 
 
-def keep_largest(heap: list[Extreme], item: Extreme, most: int) -> None:
-    """Add to a heap that holds the largest items only."""
-    if len(heap) < most:
-        heapq.heappush(heap, item)
-    elif most and item > heap[0]:
-        heapq.heapreplace(heap, item)
-
-
-_LEAST = 3
-
-
-def fit_forecast(
-    trait: str,
-    layer: int,
-    values: Sequence[float],
-    shifts: Sequence[float],
-    *,
-    quantity: Quantity = Quantity.DIFFERENCE,
-    source: str = "",
-) -> ShiftForecast:
-    """Fit a line by least squares.
+def threshold_of(
+    gauge: str, reference: NDArray[np.float64], rate: float, undecided: Band | float = Band.INTERVAL
+) -> RowThreshold:
+    """The lowest threshold above which no more than a share of the reference lies.
 
     Args:
-        trait: The trait.
-        layer: Layer of the values.
-        values: Mean value of each dataset.
-        shifts: Trait score after finetuning on it, minus that before.
-        quantity: Which value.
-        source: What was finetuned, in words.
+        gauge: Trait and layer.
+        reference: Values of clean rows; NaN is left out.
+        rate: The share: 0.05 is the 95th percentile.
+        undecided: A larger share: rows between both percentiles are undecided. ``interval``: those within the
+            percentile's 95% interval, which rests on ranks alone; it ends at the largest reference row, however few
+            there are. ``none``: no row.
 
     Raises:
-        ScreeningError: If there are fewer than three datasets, or their values are all the same.
+        ScreeningError: If a share is none, or there are no reference rows.
     """
-    x, y = np.asarray(values, dtype=np.float64), np.asarray(shifts, dtype=np.float64)
-    if len(x) != len(y) or len(x) < _LEAST or not np.ptp(x):
+    check_rates(rate, undecided)
+    known = np.sort(reference[np.isfinite(reference)])
+    if not len(known):
+        raise ScreeningError("no row of the reference set has a value, so that there is no threshold")
+    value = _at(known, rate)
+    if undecided is Band.NONE:
+        return RowThreshold(gauge, rate, value, value, value, len(known))
+    if undecided is Band.INTERVAL:
+        ranks = stats.binom.ppf([0.025, 0.975], len(known), 1 - rate)
+        low, high = (float(known[int(np.clip(rank, 0, len(known) - 1))]) for rank in ranks)
+        return RowThreshold(gauge, rate, value, min(low, value), max(high, value), len(known))
+    return RowThreshold(gauge, rate, value, _at(known, float(undecided)), value, len(known))
+
+
+def check_rates(rate: float, undecided: Band | float) -> None:
+    """Raise `ScreeningError` unless ``rate`` is a share and ``undecided`` a band or a larger share."""
+    if not 0 < rate < 1:
+        raise ScreeningError(f"a false-positive rate is above 0 and below 1, such as 0.05; got {rate:g}")
+    if not isinstance(undecided, Band) and not rate < undecided < 1:
         raise ScreeningError(
-            f"a forecast is fitted on at least {_LEAST} datasets of different values, each with a shift; got "
-            f"{len(x)} values and {len(y)} shifts"
+            f"rows are undecided up to a rate above the false-positive rate {rate:g} and below 1; got {undecided:g}"
         )
-    line = stats.linregress(x, y)
-    residuals = y - line.intercept - line.slope * x
-    return ShiftForecast(
-        trait,
-        layer,
-        quantity,
-        float(line.slope),
-        float(line.intercept),
-        float(np.sqrt((residuals**2).sum() / (len(x) - 2))),
-        len(x),
-        float(x.mean()),
-        float(((x - x.mean()) ** 2).sum()),
-        float(x.min()),
-        float(x.max()),
-        source,
-    )
 
 
-def with_forecasts(vectors: PersonaVectors, forecasts: Sequence[ShiftForecast]) -> PersonaVectors:
-    """The same vectors with forecasts in their provenance, where `screen` finds them.
+def _at(ordered: NDArray[np.float64], rate: float) -> float:
+    return float(np.quantile(ordered, 1 - rate, method="inverted_cdf"))
+
+
+def decide(thresholds: Sequence[RowThreshold], scores: NDArray[np.float64]) -> NDArray[np.int8]:
+    """What becomes of rows: flagged if any trait flags them, else undecided if any is (as without a value), else kept.
+
+    Args:
+        thresholds: One for each trait's gauge.
+        scores: float64 [rows, traits].
+
+    Returns:
+        Of each row the place of its decision in `DECISIONS`.
+    """
+    low, high = (np.array([getattr(each, end) for each in thresholds]) for end in ("low", "high"))
+    flagged, kept = (scores > high).any(axis=1), (scores <= low).all(axis=1)
+    places = [DECISIONS.index(each) for each in (Decision.FLAGGED, Decision.KEPT, Decision.UNDECIDED)]
+    return np.select([flagged, kept], places[:2], places[2]).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Flagging(Record):
+    """How rows are ranked and flagged; part of a run's configuration.
+
+    Attributes:
+        score: By which value; None takes the difference to the base responses where every row has one, else the raw
+            projection.
+        false_positive_rate: Share of the reference rows that may be flagged, by each trait.
+        undecided: See `persona_lens.screening.threshold_of`.
+        clean: Label of clean rows; None finds one that is usual.
+        random_directions: How many of them stand beside the traits where rows are labelled.
+        top_k: How many rows are shown at either end.
+        judged: Flagged rows of a trait that a judge is asked about at most, the largest first.
 
     Raises:
-        ScreeningError: If a forecast is of another trait.
+        ScreeningError: If a value is out of range.
     """
-    if other := [each.trait for each in forecasts if each.trait != vectors.trait]:
-        raise ScreeningError(f"the forecast is of {other[0]!r}, but the vectors are of {vectors.trait!r}")
-    return vectors.with_provenance(**{FORECASTS: [each.to_json() for each in forecasts]})
+
+    score: Quantity | None = None
+    false_positive_rate: float = 0.05
+    undecided: Band | float = Band.INTERVAL
+    clean: str | None = None
+    random_directions: int = 20
+    top_k: int = 10
+    judged: int = 100
+
+    def __post_init__(self) -> None:
+        check_rates(self.false_positive_rate, self.undecided)
+        for name in ("random_directions", "top_k", "judged"):
+            if getattr(self, name) < 0:
+                raise ScreeningError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    def resolved_score(self, settings: ScreeningSettings) -> Quantity:
+        """By which value rows are flagged in a run with these settings.
+
+        Raises:
+            ScreeningError: If not every row has it.
+        """
+        whole = settings.base is not BaseResponses.NONE and settings.base_share == 1
+        if self.score is Quantity.DIFFERENCE and not whole:
+            raise ScreeningError(
+                "rows are ranked by the difference to base responses, but not every row gets one; generate or supply "
+                "them for all, or rank by raw or prompt_difference"
+            )
+        return self.score or (Quantity.DIFFERENCE if whole else Quantity.RAW)

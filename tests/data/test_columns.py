@@ -100,7 +100,7 @@ def test_an_answer_of_weight_0_is_neither_learned_nor_screened(tmp_path: Path) -
         assert chat.decode(learned) == "good"
     for given in open_dataset(file):
         for turns in Turns:
-            (text,) = encode_sample(given, chat, turns).texts
+            (text,) = encode_sample(given, chat, turns)
             assert [chat.decode(text.ids[a.start : a.stop]) for a in text.answers] == ["good"]
 
 

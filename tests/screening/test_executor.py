@@ -69,7 +69,7 @@ def test_a_worker_that_opens_another_model_says_so(tmp_path: Path) -> None:
     backend, panel, by = opened(tmp_path / "model")
     other = replace(backend.info, n_layers=99)
     with pytest.raises(ScreeningError, match=r"another model under the name .*n_layers: 99 and"):
-        rays._Worker(by, SETTINGS, 1, other).units(panel, Window(0, 0, "rows", ()), 0)
+        rays._Worker(by, panel, SETTINGS, 1, other).units(Window(0, 0, "rows", ()), 0)
     with pytest.raises(ScreeningError, match="open in the workers, not in this process"):
         KnownModel.of(backend).forward(None)
 
@@ -113,7 +113,7 @@ def test_work_is_handed_out_in_turn_and_comes_back_in_order(monkeypatch: pytest.
         def __init__(self, worker: Any) -> None:
             self.worker = worker
 
-        def remote(self, panel: Any, window: Any, skip: int) -> Any:
+        def remote(self, window: Any, skip: int) -> Any:
             return (self.worker, window, skip)
 
     class Stand:
@@ -132,9 +132,6 @@ def test_work_is_handed_out_in_turn_and_comes_back_in_order(monkeypatch: pytest.
 
         def nodes(self) -> list[str]:
             return ["a", "b"]
-
-        def put(self, value: Any) -> Any:
-            return value
 
         def remote(self, **needs: float) -> Any:
             assert (needs["num_cpus"], needs["num_gpus"]) == (1, 0)

@@ -9,40 +9,46 @@ from persona_lens.core.statistics import bootstrap_mean
 from persona_lens.screening import (
     Band,
     Decision,
+    RowThreshold,
     ScreeningError,
+    decide,
     fit_forecast,
     separation_of,
     threshold_of,
     with_forecasts,
 )
-from persona_lens.screening.survey import LabelledValues, StreamedMeans, clean_label
+from persona_lens.screening.rows import DECISIONS
+from persona_lens.screening.survey import clean_label, largest, mean_of
 from persona_lens.vectors import VectorsError
 from tests.screening.made import vectors
 
 
-def test_streamed_means_are_those_of_the_bootstrap_over_all_rows() -> None:
-    values = np.random.default_rng(0).normal(2, 3, (400, 2))
-    values[::3, 1] = np.nan
-    means = StreamedMeans(2)
-    for piece in np.array_split(values, 7):
-        means.add(piece)
-    for column, found in enumerate(means.estimates()):
-        known = values[np.isfinite(values[:, column]), column]
-        expected = bootstrap_mean(known.tolist())
-        assert found is not None
-        assert found.n == len(known)
-        assert found.mean == pytest.approx(expected.mean)
-        assert found.low == pytest.approx(expected.low, abs=0.05)
-        assert found.high == pytest.approx(expected.high, abs=0.05)
+def test_means_are_those_of_the_bootstrap_over_the_rows_that_have_a_value() -> None:
+    values = np.random.default_rng(0).normal(2, 3, 1500)
+    values[::3] = np.nan
+    known = values[np.isfinite(values)]
+    few = mean_of(values[:900])
+    assert few == bootstrap_mean(known[:600].tolist())
+    many, expected = mean_of(values), bootstrap_mean(known.tolist())
+    assert many is not None
+    assert many.n == expected.n == 1000
+    assert many.mean == pytest.approx(expected.mean)
+    assert (many.low, many.high) == pytest.approx((expected.low, expected.high), abs=0.03)
 
 
 def test_a_quantity_that_no_row_has_has_no_mean() -> None:
-    means = StreamedMeans(2)
-    means.add(np.array([[1.0, np.nan]]))
-    one, none = means.estimates()
-    assert none is None
+    assert mean_of(np.full(2, np.nan)) is None
+    one = mean_of(np.array([1.0, np.nan]))
     assert one is not None
     assert (one.mean, one.low, one.high, one.n) == (1, 1, 1, 1)
+
+
+def test_the_largest_come_first_and_of_equal_ones_the_earlier() -> None:
+    assert largest(np.array([1.0, 3.0, np.nan, 3.0, 2.0]), 3).tolist() == [1, 3, 4]
+
+
+def decided(threshold: RowThreshold, *scores: float) -> list[Decision]:
+    return [DECISIONS[place] for place in decide([threshold], np.array(scores)[:, None])]
 
 
 def test_the_threshold_holds_its_rate_on_the_reference() -> None:
@@ -62,16 +68,22 @@ def test_the_band_is_the_interval_of_the_percentile() -> None:
     assert 0.9 < covered < 0.99
     each = found[0]
     assert each.low < each.value < each.high
-    assert each.decide(each.low) is Decision.KEPT
-    assert each.decide(each.value) is each.decide(each.high) is Decision.UNDECIDED
-    assert each.decide(np.nextafter(each.high, np.inf)) is Decision.FLAGGED
-    assert each.decide(float("nan")) is Decision.UNDECIDED
+    beyond = float(np.nextafter(each.high, np.inf))
+    kept, flagged, undecided = DECISIONS
+    assert decided(each, each.low, each.value, each.high, beyond) == [kept, undecided, undecided, flagged]
+    assert decided(each, float("nan")) == [undecided]
 
 
 def test_a_few_reference_rows_can_still_flag() -> None:
     found = threshold_of("kind@1", np.arange(10.0), 0.05)
     assert found.high == 9
-    assert found.decide(9.5) is Decision.FLAGGED
+    assert decided(found, 9.5) == [Decision.FLAGGED]
+
+
+def test_a_row_is_flagged_if_any_trait_flags_it_and_kept_if_all_keep_it() -> None:
+    both = [threshold_of("kind@1", np.arange(10.0), 0.05, Band.NONE), threshold_of("odd@1", np.arange(10.0), 0.3)]
+    found = decide(both, np.array([[20.0, np.nan], [0.0, 6.0], [0.0, 0.0]]))
+    assert [DECISIONS[place] for place in found] == [Decision.FLAGGED, Decision.UNDECIDED, Decision.KEPT]
 
 
 def test_undecided_up_to_a_rate() -> None:
@@ -113,14 +125,6 @@ def test_the_clean_label_is_found_or_asked_for() -> None:
             clean_label(labels, chosen)
     with pytest.raises(ScreeningError, match="all rows have the label 'normal'"):
         clean_label(["normal"], None)
-
-
-def test_a_column_of_texts_is_no_column_of_labels() -> None:
-    values = LabelledValues(1)
-    for number in range(20):
-        values.add(f"label {number}", np.array([1.0]))
-    with pytest.raises(ScreeningError, match="more than 20 different values"):
-        values.add("label 20", np.array([1.0]))
 
 
 def test_a_forecast_is_a_line_with_a_prediction_interval_that_travels_with_the_vectors() -> None:

@@ -455,6 +455,12 @@ def test_what_cannot_be_screened(given: dict[str, Any], said: str, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_column_of_texts_is_no_column_of_labels(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", pairs(21, level=[f"label {n}" for n in range(21)]))
+    with pytest.raises(ScreeningError, match=r"more than 20 different values, such as 'label 20'"):
+        run(tmp_path / "run", [open_dataset(path, label="level")], flagging=Flagging(random_directions=0))
+
+
 def test_without_pyarrow_results_are_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from persona_lens.screening import rows as module
 
