@@ -58,10 +58,10 @@ def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = DEFAULT_REDU
         GeometryError: If there are no vectors, or they are of different models.
         VectorsError: If there is no such reduction.
     """
-    rows, first = stacked(vectors, reduction)
-    units = _units(rows)
+    units = _units(_stacked(vectors, reduction))
+    d_model = units.shape[-1]
     values = torch.einsum("lad,lbd->lab", units, units).clamp(-1, 1).float()
-    return Cosines(tuple(vectors), reduction, first.model.d_model, chance(first.model.d_model), values)
+    return Cosines(tuple(vectors), reduction, d_model, chance(d_model), values)
 
 
 def _units(rows: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
@@ -74,10 +74,8 @@ def chance(d_model: int) -> float:
     return 1 / sqrt(d_model)
 
 
-def stacked(
-    vectors: Mapping[str, PersonaVectors], reduction: str
-) -> tuple[Float[Tensor, "layers traits d_model"], PersonaVectors]:
-    """The rows of several vectors side by side, in float64, and the first of the vectors.
+def _stacked(vectors: Mapping[str, PersonaVectors], reduction: str) -> Float[Tensor, "layers traits d_model"]:
+    """The rows of several vectors side by side, in float64.
 
     Raises:
         GeometryError: If there are no vectors, or they are of different models.
@@ -93,7 +91,8 @@ def stacked(
                 "their directions have nothing to do with each other; give vectors of one model"
             )
         first.check_alike(other, reduction)
-    return torch.stack([each.rows(reduction) for each in vectors.values()], dim=1).double(), first
+    found: Tensor = torch.stack([each.rows(reduction) for each in vectors.values()], dim=1).double()
+    return found
 
 
 def layer_cosines(vectors: PersonaVectors, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, "layers layers"]:
@@ -165,7 +164,7 @@ def principal_components(
     """
     if len(vectors) < 3:
         raise GeometryError(f"{len(vectors)} vectors have no components worth the name; give at least three")
-    stacked(vectors, reduction)  # of one model, or refused
+    _stacked(vectors, reduction)  # of one model, or refused
     given = torch.stack([each.vector(layer, reduction) for each in vectors.values()]).double()
     rows = _prepared(given, normalised, centred)
     kept = len(rows) - centred

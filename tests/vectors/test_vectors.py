@@ -94,14 +94,19 @@ def test_a_run_folder_stands_for_the_file_in_it(tmp_path: Path) -> None:
 
 def test_bytes_are_a_function_of_the_content(tmp_path: Path) -> None:
     """In processes whose sets and hashes have other orders."""
-    hashes, contents = set(), set()
-    for number, seed in enumerate(["0", "1", "random"]):
-        path = tmp_path / f"{number}.safetensors"
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", SAVE, str(path)]
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        hashes.add(done.stdout)
-        contents.add(path.read_bytes())
+    files = {seed: tmp_path / f"{seed}.safetensors" for seed in ("0", "1")}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVE, str(path)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed, path in files.items()
+    ]
+    hashes = {each.communicate()[0] for each in running}
+    assert [each.returncode for each in running] == [0, 0]
+    contents = {path.read_bytes() for path in files.values()}
     assert len(hashes) == len(contents) == 1
     path = tmp_path / "again.safetensors"
     loaded = load_vectors(tmp_path / "0.safetensors")
