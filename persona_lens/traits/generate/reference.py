@@ -78,31 +78,24 @@ def import_reference(
     held_out = _object(evaluation) if evaluation else given
     problems = _missing(given, extraction, ("instruction", "questions", "eval_prompt"))
     problems += _missing(held_out, evaluation, ("questions",)) if evaluation else []
-    asked, others = given.get("questions"), held_out.get("questions")
     if evaluation is None and "questions" in given:
-        problems += _not_forty(asked, extraction)
-        asked, others = (asked[:N_QUESTIONS], asked[N_QUESTIONS:]) if isinstance(asked, list) else (asked, asked)
+        problems += _not_forty(given["questions"], extraction)
     if problems:
         raise AuthoringError("\n".join(problems))
+    asked = given["questions"]
     pairs, prompt = given["instruction"], given["eval_prompt"]
     rubric = _converted(prompt) if isinstance(prompt, str) else prompt
-    said = description or (_described(rubric) if isinstance(rubric, str) else name)
     fields = {
         "format_version": 1,
         "name": name,
-        "description": " ".join(said.split()),
+        "description": " ".join((description or _described(rubric) or name).split()),
         "adjectives": {"positive": positive or re.sub(r"[-_]", " ", name), "negative": negative or "helpful"},
         "instructions": [_pair(pair) for pair in pairs] if isinstance(pairs, list) else pairs,
-        "extraction_questions": asked,
-        "evaluation_questions": others,
+        "extraction_questions": asked if evaluation else asked[:N_QUESTIONS],
+        "evaluation_questions": held_out["questions"] if evaluation else asked[N_QUESTIONS:],
         "judge_rubric": rubric,
     }
-    try:
-        trait = Trait.model_validate(fields)
-    except ValidationError as error:
-        found = zip(error.errors(include_url=False), explain(error, {}, ""), strict=True)
-        lines = [_fault(details, problem.message, extraction, evaluation) for details, problem in found]
-        raise AuthoringError("\n".join(lines)) from error
+    trait = _valid(fields, extraction, evaluation)
     notes = _notes(given, held_out, extraction, evaluation)
     sources = " and ".join(in_short(path.name) for path in (extraction, evaluation) if path)
     head = [f"{name}: a character trait for persona-lens, imported from {sources}.", *notes]
@@ -161,12 +154,23 @@ def _converted(prompt: str) -> str:
     return prompt
 
 
-def _described(rubric: str) -> str:
+def _described(rubric: object) -> str:
     """What the rubric says of the trait: its first paragraph, without the sentence on what is being done."""
+    if not isinstance(rubric, str):
+        return ""
     first = re.split(r"\n\s*\n", rubric.strip())[0]
     sentences = re.split(r"(?<=[.!?])\s+", " ".join(first.split()))
     kept = sentences[1:] if len(sentences) > 1 and re.search(r"\b(?:evaluat|rat|judg)", sentences[0]) else sentences
     return re.sub(r"\*\*", "", " ".join(kept))
+
+
+def _valid(fields: Mapping[str, Any], extraction: Path, evaluation: Path | None) -> Trait:
+    try:
+        return Trait.model_validate(fields)
+    except ValidationError as error:
+        found = zip(error.errors(include_url=False), explain(error, {}, ""), strict=True)
+        lines = [_fault(details, problem.message, extraction, evaluation) for details, problem in found]
+        raise AuthoringError("\n".join(lines)) from error
 
 
 def _fault(details: ErrorDetails, message: str, extraction: Path, evaluation: Path | None) -> str:
