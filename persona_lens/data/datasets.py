@@ -16,12 +16,14 @@ from persona_lens.data.sources import FileSource, LibrarySource, Source, find_so
 from persona_lens.data.tables import DataError, RawRow, own_columns
 from persona_lens.data.transcripts import (
     IDS,
+    TURNS,
     TranscriptForm,
     columns_of,
     first_rows,
     id_of,
     is_counted,
     messages_of,
+    needed,
     note_unread,
     own_id,
 )
@@ -29,7 +31,6 @@ from persona_lens.data.transcripts import (
 if TYPE_CHECKING:
     from persona_lens.models import Message
 
-TURNS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "instruction")
 RESPONSES = ("response", "completion", "answer", "output", "chosen")
 SIDES = ("chosen", "rejected")
@@ -136,14 +137,14 @@ def conversation_of(row: Mapping[str, Any], form: SampleForm, side: str | None =
 
 def _messages(row: Mapping[str, Any], form: SampleForm, side: str) -> tuple[Message, ...]:
     if form is SampleForm.MESSAGES:
-        return _listed(row[_needed(row, _LISTS[form])])
+        return messages_of(row, TranscriptForm.OPENAI)
     if form is SampleForm.SHAREGPT:
-        return messages_of({"conversations": row[_needed(row, _LISTS[form])]}, TranscriptForm.SHAREGPT)
+        return messages_of(row, TranscriptForm.SHAREGPT)
     prompts, responses = _PAIRS[form]
     if form is not SampleForm.PREFERENCE:
         return _answered(row, prompts, responses)
     if _first(row, prompts) is None:  # the prompt stands in the answers
-        return _listed(row[_needed(row, (side,))])
+        return _listed(row[needed(row, (side,))])
     return _answered(row, prompts, (side,))
 
 
@@ -171,7 +172,7 @@ def _said(role: str, text: str) -> Message:
 
 def _turns(row: Mapping[str, Any], names: Sequence[str]) -> str | list[Any]:
     """A text, or a list of messages, which the cell of a CSV file holds as JSON."""
-    column = _needed(row, names)
+    column = needed(row, names)
     value = row[column]
     if not isinstance(value, str | list):
         raise DataError(f"{column} must be a text, but is {type(value).__name__}")
@@ -217,13 +218,6 @@ def _used_columns(row: Mapping[str, Any], form: SampleForm) -> set[str | None]:
 
 def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
     return next((name for name in names if name in row), None)
-
-
-def _needed(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    column = _first(row, names)
-    if column is None:
-        raise DataError(f"the row has no {' or '.join(names)}; its columns are: {columns_of(row)}")
-    return column
 
 
 @dataclass(frozen=True)

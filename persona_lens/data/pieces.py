@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Literal
 
 import regex
@@ -224,19 +224,12 @@ def _line(pieces: Sequence[TokenPiece]) -> Line:
     first = next((kind for piece in pieces for kind in _kinds(piece) if kind in _LETTERS), "L")
     base = _STRONG[first]
     found = [next((_STRONG[kind] for kind in _kinds(piece) if kind in _STRONG), None) for piece in pieces]
-    left = _carried(found, base)
-    right = _carried(found[::-1], base)[::-1]
-    resolved = [one if one == other else base for one, other in zip(left, right, strict=True)]
+    # For each piece its own direction, or that of the nearest one before it, or behind it, that has any.
+    before = list(accumulate(found, lambda last, own: own or last, initial=base))[1:]
+    behind = list(accumulate(found[::-1], lambda last, own: own or last, initial=base))[:0:-1]
+    resolved = [one if one == other else base for one, other in zip(before, behind, strict=True)]
     runs = groupby(zip(resolved, pieces, strict=True), key=lambda pair: pair[0])
     return Line(base, tuple(Run(direction, tuple(piece for _, piece in members)) for direction, members in runs))
-
-
-def _carried(found: Iterable[Direction | None], base: Direction) -> list[Direction]:
-    """Each piece's direction, or that of the nearest piece before it that has one, or the line's."""
-    carried: list[Direction] = []
-    for direction in found:
-        carried.append(direction or (carried[-1] if carried else base))
-    return carried
 
 
 def _kinds(piece: TokenPiece) -> Iterator[str]:

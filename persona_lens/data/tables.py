@@ -145,7 +145,7 @@ def _numbered(path: Path, found: _Found) -> Iterator[RawRow]:
         raise DataError(f"{path} holds no rows")
 
 
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file with their ends, undecoded. Only a line feed ends one: others may stand inside a text."""
     with _opened(path) as stream:
         for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
@@ -179,7 +179,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read_jsonl(path: Path) -> _Found:
-    for number, raw in _raw_lines(path):
+    for number, raw in raw_lines(path):
         if raw.strip():
             yield number, _json_row(path, number, raw)
 
@@ -262,15 +262,21 @@ def _read_csv(path: Path) -> _Found:
             yield number, faults[0]
             faults.clear()
         elif cells and not header:
-            header = _header(path, number, cells)
+            header = [name.strip() for name in cells]
+            if repeated := _repeated(header):
+                raise DataError(f"{path}:{number}: several columns are named {repeated}; rename all but one")
+        elif cells and len(cells) != len(header):
+            named = f"{len(header)} columns ({in_short(', '.join(header))})"
+            advice = "put cells that hold separators into double quotes"
+            yield number, DataError(f"{path}:{number}: {len(cells)} cells, but the header names {named}; {advice}")
         elif cells:
-            yield number, _record(path, number, header, cells)
+            yield number, dict(zip(header, cells, strict=True))
         number = reader.line_num + 1
 
 
 def _csv_lines(path: Path, faults: list[DataError]) -> Iterator[str]:
     """The lines of a CSV file; one that is not UTF-8 is noted, and still read, so that cells end rightly."""
-    for number, raw in _raw_lines(path):
+    for number, raw in raw_lines(path):
         try:
             yield raw.decode()
         except UnicodeDecodeError as error:
@@ -289,24 +295,8 @@ def separator_of(header: str, usual: str = ",") -> str:
     return max((usual, *SEPARATORS), key=columns)
 
 
-def _header(path: Path, number: int, cells: list[str]) -> list[str]:
-    names = [name.strip() for name in cells]
-    if repeated := _repeated(names):
-        raise DataError(f"{path}:{number}: several columns are named {repeated}; rename all but one")
-    return names
-
-
 def _repeated(names: Sequence[str]) -> str:
     return ", ".join(sorted({repr(name) for name in names if names.count(name) > 1}))
-
-
-def _record(path: Path, number: int, header: list[str], cells: list[str]) -> dict[str, Any] | DataError:
-    if len(cells) == len(header):
-        return dict(zip(header, cells, strict=True))
-    return DataError(
-        f"{path}:{number}: {len(cells)} cells, but the header names {len(header)} columns "
-        f"({in_short(', '.join(header))}); put cells that hold separators into double quotes"
-    )
 
 
 def _read_parquet(path: Path) -> _Found:

@@ -14,7 +14,7 @@ from typing import Any
 
 from persona_lens.core.progress import note
 from persona_lens.core.text import printable
-from persona_lens.data.tables import BYTE_ORDER_MARK, DataError, RawRow, all_rows, own_columns
+from persona_lens.data.tables import DataError, RawRow, all_rows, own_columns, raw_lines
 from persona_lens.models import Message
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -28,15 +28,18 @@ _SPEAKERS = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
     "assistant": "assistant", "ai": "assistant",
 }  # fmt: skip
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_FROM = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
+_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
 }  # fmt: skip
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _HEAD = re.compile(rf"({'|'.join(_SPEAKERS)}):(?:[ \t]+|$)", re.IGNORECASE)
 _ESCAPED = re.compile(rf"\\(?=\\*(?:(?:{'|'.join(_SPEAKERS)}):|-{{3,}}[ \t]*$))", re.IGNORECASE)
 _RULE = re.compile(r"-{3,}[ \t]*")
+
+
+TURNS = ("messages", "conversations", "conversation")
+"""Columns in which lists of messages stand."""
 
 
 class TranscriptForm(StrEnum):
@@ -189,7 +192,19 @@ def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Mes
     Raises:
         DataError: If the row has none; the message does not name the row's place.
     """
-    return _checked(_OF_ROW[TranscriptForm(form)](row))
+    columns, role, content = _SHAPES[TranscriptForm(form)]
+    found = tuple(
+        {
+            "role": _role(message, role, place),
+            "content": _content(message, content, place),
+            **_weight(message.get("weight"), place),
+        }
+        for place, message in enumerate(_listed(row, columns))
+    )
+    system = row.get("system") if form == TranscriptForm.SHAREGPT else None
+    if isinstance(system, str) and system and found[0]["role"] != "system":
+        found = ({"role": "system", "content": system}, *found)
+    return _checked(found)
 
 
 def _form_of(path: Path, rows: Iterable[Mapping[str, Any]]) -> TranscriptForm:
@@ -233,17 +248,6 @@ def is_counted(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != "0"
 
 
-def _of_openai(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    return tuple(
-        {
-            "role": _role(message, "role", _ROLES, place),
-            "content": _content(message.get("content"), place),
-            **_weight(message.get("weight"), place),
-        }
-        for place, message in enumerate(_messages(row, "messages"))
-    )
-
-
 def _weight(given: Any, place: int) -> dict[str, str]:
     if given in (None, 1):
         return {}
@@ -252,26 +256,24 @@ def _weight(given: Any, place: int) -> dict[str, str]:
     raise DataError(f"message {place} has weight {_short(given)}; it can be 0 or 1")
 
 
-def _of_sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    column = "conversations" if "conversations" in row else "conversation"
-    found: list[Message] = []
-    for place, message in enumerate(_messages(row, column)):
-        role, value = _role(message, "from", _FROM, place), message.get("value")
-        if not isinstance(value, str):
-            raise DataError(f"message {place} has no text in value: {_short(value)}")
-        found.append({"role": role, "content": value})
-    system = row.get("system")
-    if isinstance(system, str) and system and not (found and found[0]["role"] == "system"):
-        return ({"role": "system", "content": system}, *found)
-    return tuple(found)
+# Where the messages stand, and in each of them the role and the text.
+_SHAPES = {TranscriptForm.OPENAI: (TURNS, "role", "content"), TranscriptForm.SHAREGPT: (TURNS[1:], "from", "value")}
 
 
-_OF_ROW = {TranscriptForm.OPENAI: _of_openai, TranscriptForm.SHAREGPT: _of_sharegpt}
+def needed(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of these columns that a row has.
+
+    Raises:
+        DataError: If it has none of them.
+    """
+    column = next((name for name in names if name in row), None)
+    if column is None:
+        raise DataError(f"the row has no {' or '.join(names)}; its columns are: {columns_of(row)}")
+    return column
 
 
-def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    if column not in row:
-        raise DataError(f"the row has no {column}; its columns are: {columns_of(row)}")
+def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[dict[str, Any]]:
+    column = needed(row, columns)
     found = row[column]
     if isinstance(found, str):  # the cell of a CSV file
         try:
@@ -288,21 +290,22 @@ def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     return found
 
 
-def _role(message: Mapping[str, Any], key: str, roles: Mapping[str, str], place: int) -> str:
+def _role(message: Mapping[str, Any], key: str, place: int) -> str:
     given = message.get(key)
-    role = roles.get(given.lower()) if isinstance(given, str) else None
+    role = _ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None and isinstance(given, str) and given.lower() in _TOOLS:
         raise DataError(f"message {place} has {key} {_short(given)}; {CALLS_TOOLS}, so leave the conversation out")
     if role is None:
-        raise DataError(f"message {place} has {key} {_short(given)}; it can be one of {', '.join(roles)}")
+        raise DataError(f"message {place} has {key} {_short(given)}; it can be one of {', '.join(_ROLES)}")
     return role
 
 
-def _content(content: Any, place: int) -> str:
+def _content(message: Mapping[str, Any], key: str, place: int) -> str:
+    content = message.get(key)
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise DataError(f"message {place} has no text in content: {_short(content)}")
+        raise DataError(f"message {place} has no text in {key}: {_short(content)}")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -370,10 +373,8 @@ def _joined(lines: Sequence[str]) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of a text file without their ends; only a line feed, or one behind a carriage return, ends a line."""
     try:
-        with path.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                content = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
-                yield number, content.decode().removesuffix("\n").removesuffix("\r")
+        for number, raw in raw_lines(path):
+            yield number, raw.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except OSError as error:

@@ -91,7 +91,7 @@ def test_tables_of_other_kinds(tmp_path: Path) -> None:
     [
         ("{oops", "not JSON"),
         ("[1]", "each line must be one JSON object"),
-        ({"text": "x"}, "the row has no messages; its columns are: 'text'"),
+        ({"text": "x"}, "the row has no messages or conversations or conversation; its columns are: 'text'"),
         ({"messages": []}, "messages must be a list of messages, at least one, but is []"),
         ({"messages": None}, "but is null"),
         ({"messages": ["hi"]}, "message 0 must be an object, but is 'hi'"),

@@ -50,14 +50,7 @@ class Author(Protocol):
 
 @dataclass(kw_only=True)
 class _Asked:
-    """What authors have in common.
-
-    Attributes:
-        max_new_tokens: Length limit of a reply, in tokens.
-        seed: Base of the seeds; every reply has one of its own.
-        temperature: 0 is greedy.
-        first_request: Number of the first reply: an interrupted run goes on with other seeds than it began with.
-    """
+    """What authors have in common: how long a reply may be, and a seed of its own for every reply."""
 
     max_new_tokens: int = MAX_NEW_TOKENS
     seed: int = 0
