@@ -14,11 +14,8 @@ from __future__ import annotations
 
 from persona_lens.traits.checks import Advice, Report, check_deeply, check_file, check_trait
 from persona_lens.traits.discovery import (
-    ENTRY_POINT_GROUP,
     USER_FOLDER_VARIABLE,
     Catalogue,
-    Shadowed,
-    Source,
     SourceKind,
     TraitFile,
     file_at,
@@ -30,21 +27,16 @@ from persona_lens.traits.discovery import (
 )
 from persona_lens.traits.parsing import Problem, Severity, TraitError, parse_trait, read_trait
 from persona_lens.traits.rendering import trait_template
-from persona_lens.traits.schema import Adjectives, Arm, InstructionPair, Trait, json_schema
+from persona_lens.traits.schema import Arm, Trait, json_schema
 
 __all__ = [
-    "ENTRY_POINT_GROUP",
     "USER_FOLDER_VARIABLE",
-    "Adjectives",
     "Advice",
     "Arm",
     "Catalogue",
-    "InstructionPair",
     "Problem",
     "Report",
     "Severity",
-    "Shadowed",
-    "Source",
     "SourceKind",
     "Trait",
     "TraitError",

@@ -256,6 +256,18 @@ def install_pack(tmp_path: Path, name: str, files: dict[str, str], entry_points:
     return target
 
 
+def lay_out_pack(tmp_path: Path, name: str, files: dict[str, str], entry_points: dict[str, str]) -> Path:
+    """What installing a package leaves behind."""
+    target = tmp_path / "installed"
+    points = "".join(f"{key} = {value}\n" for key, value in entry_points.items())
+    about = {"METADATA": f"Name: {name}\nVersion: 1.0\n", "entry_points.txt": f"[persona_lens.traits]\n{points}"}
+    for folder, texts in ((name, files), (f"{name}-1.0.dist-info", about)):
+        (target / folder).mkdir(parents=True)
+        for path, text in texts.items():
+            (target / folder / path).write_text(text, encoding="utf-8")
+    return target
+
+
 def run_with(target: Path, code: str) -> str:
     path = os.pathsep.join([str(target), str(REPOSITORY)])
     run = subprocess.run(
@@ -304,7 +316,7 @@ print(catalogue.warnings(), catalogue.find("evil").source.label)
 
 def test_a_package_beats_the_built_in_and_loses_to_the_user(tmp_path: Path) -> None:
     pack = {"__init__.py": "", "optimistic.yaml": optimistic().replace("persona-lens contributors", "a stranger")}
-    target = install_pack(tmp_path, "other_pack", pack, {"pack": "other_pack"})
+    target = lay_out_pack(tmp_path, "other_pack", pack, {"pack": "other_pack"})
     code = "from persona_lens.traits import load_trait; print(load_trait('optimistic').author)"
     assert run_with(target, code) == "a stranger"
     write_trait(tmp_path / "user", "optimistic", author="the user")
@@ -312,7 +324,7 @@ def test_a_package_beats_the_built_in_and_loses_to_the_user(tmp_path: Path) -> N
 
 
 def test_a_broken_package_is_reported_and_breaks_nothing(tmp_path: Path) -> None:
-    target = install_pack(
+    target = lay_out_pack(
         tmp_path,
         "broken_pack",
         {"__init__.py": "", "raises.py": "raise RuntimeError('oh no')", "leaves.py": "raise SystemExit(3)"},

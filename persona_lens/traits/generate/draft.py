@@ -75,12 +75,14 @@ class Draft(BaseModel):
     @property
     def missing(self) -> list[str]:
         """What is still to be written, in words."""
-        found = [] if self.names else ["the adjectives"]
-        if short := N_INSTRUCTION_PAIRS - len(self.instructions):
-            found.append(f"{short} of {N_INSTRUCTION_PAIRS} instruction pairs")
-        if short := 2 * N_QUESTIONS - len(self.questions):
-            found.append(f"{short} of {2 * N_QUESTIONS} questions")
-        return found if self.rubric else [*found, "the rubric"]
+        pairs, questions = N_INSTRUCTION_PAIRS - len(self.instructions), 2 * N_QUESTIONS - len(self.questions)
+        found = {
+            "the adjectives": self.names is None,
+            f"{pairs} of {N_INSTRUCTION_PAIRS} instruction pairs": pairs,
+            f"{questions} of {2 * N_QUESTIONS} questions": questions,
+            "the rubric": self.rubric is None,
+        }
+        return [what for what, lacks in found.items() if lacks]
 
     def fields(self) -> dict[str, Any]:
         """The finished draft as what `Trait` takes.

@@ -41,7 +41,7 @@ from persona_lens.traits.generate.replies import (
     items,
     reply_schema,
 )
-from persona_lens.traits.parsing import Severity, field_name
+from persona_lens.traits.parsing import Severity, explain, field_name
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, QUESTION_FIELDS, Trait
 from persona_lens.traits.wording import normalised, overlaps
 
@@ -208,14 +208,19 @@ def write_trait(
         _gather(session, part, getattr(session.limits, part.key))
         session.require(part.what, len(getattr(draft, part.key)), part.total)
     _ask_whole(session, "rubric", "rubric", rubric_request, RubricReply)
+    trait, advice = _checked(draft)
     for _ in range(session.limits.repairs):
-        if not _repair(session):
+        faults = _faults(draft, advice)
+        for part, found in zip((_INSTRUCTIONS, _QUESTIONS), faults, strict=True):
+            if found:
+                _replace(session, part, found)
+        if not any(faults):
             break
-    advice = _advice(draft)
+        trait, advice = _checked(draft)
     if errors := [found for found in advice if found.severity is Severity.ERROR]:
         shown = "; ".join(f"{field_name(found.loc)} {found.message}" for found in errors)
         raise AuthoringError(f"the trait {draft.name} cannot be used as it is: {shown}")
-    return Written(_trait(draft), tuple(advice), draft.requests)
+    return Written(trait, tuple(advice), draft.requests)
 
 
 def _ask_whole(session: Session, key: str, what: str, request: Callable[[Draft], str], reply: type[BaseModel]) -> None:
@@ -307,28 +312,14 @@ _QUESTIONS = _Part(
 )
 
 
-def _advice(draft: Draft) -> list[Advice]:
-    related = draft.names.related if draft.names else ()
-    return check_deeply(_trait(draft), related)
-
-
-def _trait(draft: Draft) -> Trait:
+def _checked(draft: Draft) -> tuple[Trait, list[Advice]]:
+    """The trait that a finished draft makes, and what the checks find fault with."""
     try:
-        return Trait.model_validate(draft.fields())
+        trait = Trait.model_validate(draft.fields())
     except ValidationError as error:  # somebody has edited the draft of an interrupted run
-        faults = error.errors(include_url=False, include_input=False)
-        shown = "; ".join(f"{field_name(fault['loc'])} {fault['msg']}" for fault in faults)
+        shown = "; ".join(f"{problem.field} {problem.message}" for problem in explain(error, {}, ""))
         raise AuthoringError(f"the trait {draft.name} is not valid: {shown}") from error
-
-
-def _repair(session: Session) -> bool:
-    """Replace what the checks find fault with; returns whether there was anything."""
-    advice = _advice(session.draft)
-    faults = _faults(session.draft, advice)
-    for part, found in ((_INSTRUCTIONS, faults[0]), (_QUESTIONS, faults[1])):
-        if found:
-            _replace(session, part, found)
-    return any(faults)
+    return trait, check_deeply(trait, draft.names.related if draft.names else ())
 
 
 def _faults(draft: Draft, advice: Sequence[Advice]) -> tuple[dict[int, str], dict[int, str]]:
