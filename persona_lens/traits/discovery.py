@@ -58,29 +58,6 @@ class Located(NamedTuple):
     problem: str | None = None
 
 
-def locate_all(traits_dirs: Sequence[str | Path] = ()) -> list[Located]:
-    """List the trait files of every source, farthest source first.
-
-    Args:
-        traits_dirs: Folders named by the user for this call; the last one is the nearest.
-
-    Raises:
-        TraitError: One of ``traits_dirs`` is no folder. A source that nobody named in this call never raises.
-    """
-    for folder in traits_dirs:
-        if not Path(folder).is_dir():
-            reason = "is a file, not a folder" if Path(folder).exists() else "does not exist"
-            raise TraitError(f"the traits folder {folder} {reason}: give a folder that holds NAME.yaml files")
-    packages = plugins(ENTRY_POINT_GROUP, lambda point: tuple(_entry_point_files(point)))
-    return [
-        _built_in(),
-        *(Located(Source(SourceKind.PACKAGE, f"package {p.package}"), p.found or (), p.broken) for p in packages),
-        _user(),
-        _folder(Source(SourceKind.WORKING_DIRECTORY, "./traits"), Path("traits")),
-        *(_folder(Source(SourceKind.OPTION, str(folder)), Path(folder)) for folder in traits_dirs),
-    ]
-
-
 def user_folder() -> Path:
     """Give the user's own traits folder.
 
@@ -181,12 +158,18 @@ class Shadowed:
     Attributes:
         used: The definition in use.
         hidden: The definition that it hides.
-        identical: Whether both would give the same results.
     """
 
     used: TraitFile
     hidden: TraitFile
-    identical: bool
+
+    @property
+    def identical(self) -> bool:
+        """Whether both would give the same results."""
+        try:
+            return self.used.read().content_hash() == self.hidden.read().content_hash()
+        except TraitError:
+            return False
 
     def __str__(self) -> str:
         likeness = "the same content" if self.identical else "other content"
@@ -259,19 +242,27 @@ def find_traits(traits_dirs: Sequence[str | Path] = ()) -> Catalogue:
     Raises:
         TraitError: One of ``traits_dirs`` is no folder.
     """
-    located = locate_all(traits_dirs)
+    for folder in traits_dirs:
+        if not Path(folder).is_dir():
+            reason = "is a file, not a folder" if Path(folder).exists() else "does not exist"
+            raise TraitError(f"the traits folder {folder} {reason}: give a folder that holds NAME.yaml files")
+    packages = plugins(ENTRY_POINT_GROUP, lambda point: tuple(_entry_point_files(point)))
+    located = [
+        _built_in(),
+        *(Located(Source(SourceKind.PACKAGE, f"package {p.package}"), p.found or (), p.broken) for p in packages),
+        _user(),
+        _folder(Source(SourceKind.WORKING_DIRECTORY, "./traits"), Path("traits")),
+        *(_folder(Source(SourceKind.OPTION, str(folder)), Path(folder)) for folder in traits_dirs),
+    ]
     definitions: dict[str, list[TraitFile]] = {}
     for place in located:
         for file in place.files:
             name = file.name.rpartition(".")[0]
             definitions.setdefault(name, []).append(TraitFile(name, place.source, file))
-    files, shadowed = [], []
-    for name in sorted(definitions):
-        used, hidden = _choose(definitions[name])
-        files.append(used)
-        shadowed += [Shadowed(used, other, _identical(used, other)) for other in hidden]
+    chosen = [_choose(definitions[name]) for name in sorted(definitions)]
     problems = tuple(f"{each.source.label}: {each.problem}" for each in located if each.problem is not None)
-    return Catalogue(tuple(files), tuple(shadowed), problems)
+    shadowed = tuple(Shadowed(used, other) for used, hidden in chosen for other in hidden)
+    return Catalogue(tuple(used for used, _ in chosen), shadowed, problems)
 
 
 def load_trait(name_or_path: str | os.PathLike[str], traits_dirs: Sequence[str | Path] = ()) -> Trait:
@@ -335,11 +326,4 @@ def _same_file(one: TraitFile, other: TraitFile) -> bool:
     try:
         return one.location.samefile(other.location)
     except OSError:
-        return False
-
-
-def _identical(one: TraitFile, other: TraitFile) -> bool:
-    try:
-        return one.read().content_hash() == other.read().content_hash()
-    except TraitError:
         return False

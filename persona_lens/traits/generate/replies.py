@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Annotated, Any, Self, TypeVar
 
 import pydantic_core
@@ -22,7 +23,7 @@ from pydantic import (
 from pydantic.types import StringConstraints
 
 from persona_lens.core.text import in_short
-from persona_lens.traits.schema import PLACEHOLDER, SLOTS
+from persona_lens.traits.schema import PLACEHOLDER
 from persona_lens.traits.wording import normalised
 
 MAX_REPLY = 200_000
@@ -44,19 +45,9 @@ def _finished(text: str) -> str:
     return text
 
 
-def _without_slots(text: str) -> str:
-    if any(f"{{{slot}}}" in text for slot in SLOTS):
-        raise ValueError("must not hold the slots of a rubric")
-    return text
-
-
 Word = Annotated[str, BeforeValidator(_tidy), StringConstraints(min_length=2, max_length=60), AfterValidator(_finished)]
 Sentence = Annotated[
-    str,
-    BeforeValidator(_tidy),
-    StringConstraints(min_length=8, max_length=1000),
-    AfterValidator(_finished),
-    AfterValidator(_without_slots),
+    str, BeforeValidator(_tidy), StringConstraints(min_length=8, max_length=1000), AfterValidator(_finished)
 ]
 
 
@@ -159,9 +150,8 @@ def found_json(text: str) -> object:
 def _values(text: str) -> Iterator[tuple[int, object]]:
     """The outermost JSON objects and lists in a text, with their lengths."""
     end = 0
-    for tries, start in enumerate(match.start() for match in re.finditer(r"[{\[]", text)):
-        if tries >= _MAX_STARTS:
-            return
+    for match in islice(re.finditer(r"[{\[]", text), _MAX_STARTS):
+        start = match.start()
         if start < end:
             continue
         for candidate in (text[start:], _TRAILING_COMMA.sub(lambda match: match[1] or "", text[start:])):

@@ -288,7 +288,7 @@ def _pair_fault(pair: PairReply, known: Sequence[PairReply]) -> str:
         return f'both arms say "{in_short(pair.positive)}"'
     for other in known:
         for text, there in ((pair.positive, other.positive), (pair.negative, other.negative)):
-            if similarity(there, text) >= MAX_SIMILARITY or normalised(text) == normalised(there):
+            if similarity(there, text) >= MAX_SIMILARITY:
                 return f'"{in_short(text)}" is there already'
     return ""
 
