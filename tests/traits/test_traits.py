@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.traits import Arm, Trait, TraitError, check_trait, json_schema, parse_trait, read_trait
+from persona_lens.traits import Arm, Trait, TraitError, check_trait, json_schema, load_trait, parse_trait, read_trait
 from persona_lens.traits import trait_template as template
 from persona_lens.traits.parsing import MAX_BYTES
 from persona_lens.traits.wording import article, fill_slots
@@ -174,12 +174,8 @@ def test_content_hash_sees_every_change_of_content(changed: dict[str, Any]) -> N
 
 def test_content_hash_is_the_same_in_every_process() -> None:
     code = "from persona_lens.traits import load_trait; print(load_trait('evil').content_hash())"
-    run = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert run[0] == run[1]
-    assert run[0].startswith("sha256:")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == load_trait("evil").content_hash()
 
 
 def test_every_problem_is_reported_at_once_with_its_line() -> None:
@@ -363,7 +359,7 @@ def test_arbitrary_text_is_a_trait_error_and_nothing_else(text: str) -> None:
     assert all(problem.file == "x.yaml" for problem in caught.value.problems)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     field=st.sampled_from(sorted(fields())),
     value=st.recursive(
