@@ -170,10 +170,10 @@ PAIR = {"pos": "Sigh a lot.", "neg": "Smile a lot."}
         ),
         (extraction(eval_prompt=PROMPT.replace("100", "10")), None, "{x}: eval_prompt: does not name the scale"),
         ("[]", None, "{x}: holds a list, but a trait is an object"),
-        ('{"a": 1\n"b": 2}', None, "{x}:2: not JSON"),
-        ("", None, "{x}:1: not JSON: Expecting value, in column 1"),
-        ("[" * 100_000, None, "{x}: not the JSON of a trait"),
-        ('{"a": ' + "9" * 5000 + "}", None, "{x}: not the JSON of a trait"),
+        ('{"a": 1\n"b": 2}', None, "{x}: not JSON: Expecting ',' delimiter at line 2"),
+        ("", None, "{x}: not JSON: Expecting value at line 1, column 1"),
+        ("[" * 100_000, None, "{x}: not JSON that can be read"),
+        ('{"a": ' + "9" * 5000 + "}", None, "{x}: not JSON that can be read"),
     ],
 )
 def test_every_fault_is_named_with_file_and_key(tmp_path: Path, one: object, other: object, expected: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from persona_lens.core.documents import DocumentError, parse_json
 from persona_lens.core.text import in_short
 from persona_lens.traits.generate.authors import AuthoringError
 from persona_lens.traits.parsing import TraitError, explain, read_text, wrong_count
@@ -104,14 +104,11 @@ def import_reference(
 
 def _object(path: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(read_text(path))
+        data = parse_json(read_text(path))
     except TraitError as error:
         raise AuthoringError(str(error)) from error
-    except json.JSONDecodeError as error:
-        message = f"{path}:{error.lineno}: not JSON: {error.msg}, in column {error.colno}"
-        raise AuthoringError(f"{message}. Give a file of the folder trait_data_extract or trait_data_eval") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; hostile nesting
-        raise AuthoringError(f"{path}: not the JSON of a trait: {in_short(str(error), 100)}") from error
+    except DocumentError as error:
+        raise AuthoringError(f"{path}: {error}. Give a file of trait_data_extract or trait_data_eval") from error
     if not isinstance(data, dict):
         raise AuthoringError(f"{path}: holds {_kind(data)}, but a trait is an object with the key `instruction`")
     return data
