@@ -170,16 +170,12 @@ def note_unread(
         rows: Some of its rows.
         used: From a row to the columns of it that are read.
     """
-    held = (column for row in rows for column, value in row.items() if _is_text(value) and column not in used(row))
-    unread = list(dict.fromkeys(held))
+    held = ((row, column) for row in rows for column, value in row.items() if value and isinstance(value, str | list))
+    unread = list(dict.fromkeys(column for row, column in held if column not in used(row)))
     if unread:
         shown = ", ".join(map(printable, unread[:_COLUMNS]))
         more = f" and {len(unread) - _COLUMNS} more" if len(unread) > _COLUMNS else ""
         note(f"{name}: columns that are no part of a conversation are not read: {shown}{more}")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | list) and bool(value)
 
 
 def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Message, ...]:

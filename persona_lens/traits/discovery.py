@@ -207,7 +207,12 @@ class Catalogue:
         for file in self.files:
             if file.name == name:
                 return file
-        raise TraitError(self._unknown(name))
+        close = difflib.get_close_matches(name.lower(), self.names, n=1)
+        lines = [f"there is no trait {in_short(name)!r}" + (f"; did you mean {close[0]}?" if close else "")]
+        lines.append(f"Available: {', '.join(self.names) or 'none'}")
+        lines += [f"Not searched: {problem}" for problem in self.problems]
+        lines.append("A trait of your own: `persona-lens traits new NAME`")
+        raise TraitError("\n".join(lines))
 
     def warnings(self, names: Iterable[str] | None = None) -> list[str]:
         """Say what a user should know about these traits: shadowed definitions and sources that failed.
@@ -218,14 +223,6 @@ class Catalogue:
         wanted = set(self.names if names is None else names)
         hidden = [str(shadowed) for shadowed in self.shadowed if shadowed.used.name in wanted]
         return [*hidden, *self.problems]
-
-    def _unknown(self, name: str) -> str:
-        close = difflib.get_close_matches(name.lower(), self.names, n=1)
-        lines = [f"there is no trait {in_short(name)!r}" + (f"; did you mean {close[0]}?" if close else "")]
-        lines.append(f"Available: {', '.join(self.names) or 'none'}")
-        lines += [f"Not searched: {problem}" for problem in self.problems]
-        lines.append("A trait of your own: `persona-lens traits new NAME`")
-        return "\n".join(lines)
 
 
 def find_traits(traits_dirs: Sequence[str | Path] = ()) -> Catalogue:

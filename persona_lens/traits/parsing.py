@@ -250,8 +250,6 @@ def _message(details: ErrorDetails, places: Places) -> str:
             return _not_a_slug(loc, places)
         case "string_unicode":
             return "holds half a character (a lone surrogate such as \\ud800): remove it"
-        case "too_short" | "too_long":
-            return wrong_count(context["actual_length"], context.get("min_length") or context["max_length"])
         case "literal_error":
             return "is not a version this program knows: write 1, or upgrade persona-lens"
         case "tuple_type":
@@ -299,12 +297,6 @@ def _not_a_slug(loc: Loc, places: Places) -> str:
     slug = "".join(c if c.isascii() and c.isalnum() else "-" for c in written)
     slug = slug.strip("-").lstrip("0123456789-")[:MAX_NAME]
     return "takes lower-case letters, digits, - and _ and begins with a letter" + (f": write {slug}" if slug else "")
-
-
-def wrong_count(given: int, needed: int) -> str:
-    """What to say of a list that has not as many items as it needs."""
-    change = f"add {needed - given}" if given < needed else f"remove {given - needed}"
-    return f"has {given} items, but exactly {needed} are needed: {change}"
 
 
 def parse_trait(text: str, file: str = "<text>") -> Trait:

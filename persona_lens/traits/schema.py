@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.types import StringConstraints
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from persona_lens.core.text import counted, in_short
 from persona_lens.traits.wording import article, normalised
@@ -31,6 +31,11 @@ QUESTION_FIELDS = ("extraction_questions", "evaluation_questions")
 N_INSTRUCTION_PAIRS = 5
 N_QUESTIONS = 20
 N_GRADED_PROMPTS = 8
+_COUNTS = {
+    "instructions": N_INSTRUCTION_PAIRS,
+    **dict.fromkeys(QUESTION_FIELDS, N_QUESTIONS),
+    "graded_prompts": N_GRADED_PROMPTS,  # or none
+}
 
 BrokenRule = tuple[Loc, str]
 """Where a rule is broken, and what to do about it."""
@@ -48,7 +53,7 @@ def broken_rules(fields: Mapping[Any, object]) -> list[BrokenRule]:
         *_alike_arms(texts),
         *_repetitions(texts),
         *_rubric(fields.get("judge_rubric")),
-        *_few_graded_prompts(fields.get("graded_prompts")),
+        *_counts(fields),
     ]
 
 
@@ -87,11 +92,11 @@ def _repetitions(texts: Mapping[Loc, str]) -> Iterator[BrokenRule]:
     for arm in Arm:
         for loc, _, number in _repeats(_items(texts, "instructions", arm)):
             yield loc, f"repeats pair #{number}: write it from another angle"
+    for loc, _, number in _repeats(_items(texts, "graded_prompts")):
+        yield loc, f"repeats #{number}: each prompt is one step further"
     for loc, first, number in _repeats(chain.from_iterable(_items(texts, field) for field in QUESTION_FIELDS)):
         why = "write another" if first[0] == loc[0] else "evaluation must ask what extraction has not seen"
         yield loc, f'repeats {first[0]} #{number} ("{in_short(texts[loc], 40)}"): {why}'
-    for loc, _, number in _repeats(_items(texts, "graded_prompts")):
-        yield loc, f"repeats #{number}: each prompt is one step further"
 
 
 def _items(texts: Mapping[Loc, str], field: str, *part: str) -> Iterator[tuple[Loc, str]]:
@@ -111,11 +116,21 @@ def _repeats(texts: Iterable[tuple[Loc, str]]) -> Iterator[tuple[Loc, Loc, int]]
             yield loc, first, int(first[1]) + 1
 
 
-def _few_graded_prompts(prompts: object) -> Iterator[BrokenRule]:
-    given = len(prompts) if isinstance(prompts, list | tuple) else 0
-    if 0 < given < N_GRADED_PROMPTS:
-        needed = f"exactly {N_GRADED_PROMPTS} are needed, or none: write the others, or leave it out"
-        yield ("graded_prompts",), f"has {counted(given, 'item')}, but {needed}"
+def _counts(fields: Mapping[Any, object]) -> Iterator[BrokenRule]:
+    for name, needed in _COUNTS.items():
+        value = fields.get(name)
+        given = len(value) if isinstance(value, list | tuple) else needed
+        if name == "graded_prompts" and 0 < given < needed:
+            advice = "or none: write the others, or leave it out"
+            yield (name,), f"has {counted(given, 'item')}, but exactly {needed} are needed, {advice}"
+        elif given != needed and (given or name != "graded_prompts"):
+            yield (name,), wrong_count(given, needed)
+
+
+def wrong_count(given: int, needed: int) -> str:
+    """What to say of a list that has not as many items as it needs."""
+    change = f"add {needed - given}" if given < needed else f"remove {given - needed}"
+    return f"has {given} items, but exactly {needed} are needed: {change}"
 
 
 def _rubric(rubric: object) -> Iterator[BrokenRule]:
@@ -142,16 +157,19 @@ SLUG_PATTERN = r"^[a-z][a-z0-9_-]*$"
 Slug = Annotated[str, StringConstraints(pattern=SLUG_PATTERN, max_length=MAX_NAME)]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\r\n]+$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
+# How many items there are is a content rule: pydantic would count the valid ones only, and name a bad one twice.
 Questions = Annotated[
     tuple[Text, ...],
-    Field(min_length=N_QUESTIONS, max_length=N_QUESTIONS, json_schema_extra={"uniqueItems": True}),
+    Field(json_schema_extra={"minItems": N_QUESTIONS, "maxItems": N_QUESTIONS, "uniqueItems": True}),
 ]
-# All or none; that they are not fewer is a content rule, since an empty list is as good as no field.
 GradedPrompts = Annotated[
     tuple[Text, ...],
     Field(
-        max_length=N_GRADED_PROMPTS,
-        json_schema_extra={"uniqueItems": True, "anyOf": [{"maxItems": 0}, {"minItems": N_GRADED_PROMPTS}]},
+        json_schema_extra={
+            "maxItems": N_GRADED_PROMPTS,
+            "uniqueItems": True,
+            "anyOf": [{"maxItems": 0}, {"minItems": N_GRADED_PROMPTS}],
+        }
     ),
 ]
 
@@ -208,7 +226,7 @@ class Trait(_Frozen):
 
     instructions: Annotated[
         tuple[InstructionPair, ...],
-        Field(min_length=N_INSTRUCTION_PAIRS, max_length=N_INSTRUCTION_PAIRS),
+        Field(json_schema_extra={"minItems": N_INSTRUCTION_PAIRS, "maxItems": N_INSTRUCTION_PAIRS}),
     ]
     """Five pairs of contrastive system instructions."""
 
@@ -254,7 +272,10 @@ class Trait(_Frozen):
         try:
             trait = handler(data)
         except ValidationError as error:
-            reports += [_recounted(e) for e in error.errors(include_url=False) if not _is_miscounted(e)]
+            reports += [
+                InitErrorDetails(type=each["type"], loc=each["loc"], input=each["input"], ctx=each.get("ctx", {}))
+                for each in error.errors(include_url=False)
+            ]
         if reports:
             raise ValidationError.from_exception_data(cls.__name__, reports)
         return trait
@@ -299,19 +320,6 @@ class Trait(_Frozen):
         content = self.model_dump(mode="json", include=_DETERMINING)
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return f"sha256:{hashlib.sha256(canonical.encode('utf-8')).hexdigest()}"
-
-
-def _is_miscounted(error: ErrorDetails) -> bool:
-    # Pydantic counts the valid items only: one bad question of twenty would be reported as a missing one as well.
-    given, needed = error["input"], error.get("ctx", {}).get("min_length")
-    return error["type"] == "too_short" and isinstance(given, list | tuple) and len(given) == needed
-
-
-def _recounted(error: ErrorDetails) -> InitErrorDetails:
-    context = dict(error.get("ctx", {}))
-    if "actual_length" in context and isinstance(error["input"], list | tuple):
-        context["actual_length"] = len(error["input"])
-    return InitErrorDetails(type=error["type"], loc=error["loc"], input=error["input"], ctx=context)
 
 
 def json_schema() -> dict[str, Any]:

@@ -177,10 +177,12 @@ def items(kind: type[ItemT] | Any, data: object, key: str) -> tuple[list[ItemT],
     adapter: TypeAdapter[ItemT] = TypeAdapter(kind)
     good: list[ItemT] = []
     bad: list[str] = []
-    listed = _listed(data, key)
-    if not listed:
+    if isinstance(data, Mapping):
+        lists = [value for value in data.values() if isinstance(value, list)]
+        data = data.get(key) if isinstance(data.get(key), list) else lists[0] if len(lists) == 1 else [data]
+    if not isinstance(data, list) or not data:
         return [], [f'it has no list "{key}" with something in it']
-    for number, item in enumerate(listed, 1):
+    for number, item in enumerate(data, 1):
         for shape in (item, _unwrapped(item)):
             try:
                 good.append(adapter.validate_python(shape))
@@ -190,13 +192,6 @@ def items(kind: type[ItemT] | Any, data: object, key: str) -> tuple[list[ItemT],
         else:
             bad.append(f"{key} #{number}: {fault}")
     return good, bad
-
-
-def _listed(data: object, key: str) -> list[Any]:
-    if isinstance(data, Mapping):
-        lists = [value for value in data.values() if isinstance(value, list)]
-        data = data.get(key) if isinstance(data.get(key), list) else lists[0] if len(lists) == 1 else [data]
-    return data if isinstance(data, list) else []
 
 
 def _unwrapped(item: object) -> object:
