@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import read_bytes, write_bytes, write_text
 from persona_lens.core.text import in_short
-from persona_lens.data.tables import SEPARATORS
+from persona_lens.data.tables import separator_of
 
 if TYPE_CHECKING:
     from persona_lens.traits import Trait
@@ -216,7 +216,7 @@ def read_back(path: Path) -> list[tuple[int, dict[str, Any]]] | None:
     head = next((number for number, line in enumerate(lines) if line.strip()), 0)
     announced = re.fullmatch(r"sep=([,;\t])\s*", lines[head]) if lines else None  # which some programs write for Excel
     head += announced is not None
-    separator = announced[1] if announced else max(SEPARATORS, key=lambda sign: _cells(lines[head:], sign))
+    separator = announced[1] if announced else separator_of("".join(lines[head : head + 1]))
     reader = csv.reader(lines[head:], delimiter=separator)
     columns: list[str] = []
     rows, line = [], head + 1
@@ -248,10 +248,6 @@ def _decoded(raw: bytes) -> str:
     except UnicodeDecodeError:
         # Spreadsheets also save in the machine's own encoding. Ids and ratings are the same in all of them.
         return raw.decode("cp1252", errors="replace")
-
-
-def _cells(lines: Sequence[str], separator: str) -> int:
-    return len(next(csv.reader(lines[:1], delimiter=separator), []))
 
 
 def _draw(responses: Sequence[Scored], n: int, rng: random.Random) -> list[Scored]:
