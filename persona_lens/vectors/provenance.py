@@ -6,7 +6,6 @@ file that somebody else wrote, or that is damaged, is met with the same words ev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,7 +31,7 @@ class VectorsError(PersonaLensError):
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Record):
     """Where and how strongly to steer, as `persona_lens.steering.tune` found it.
 
     Attributes:
@@ -47,7 +46,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class StoredMonitor:
+class StoredMonitor(Record):
     """What a monitoring study left with the vectors; `persona_lens.monitoring.monitor_calibration` makes curves of it.
 
     Attributes:
@@ -134,25 +133,6 @@ class ShiftForecast(Record):
         return Forecast(shift, shift - reach, shift + reach, not self.lowest <= value <= self.highest)
 
 
-TUNED = TypeAdapter(Tuned).validate_json
-LAYERS = TypeAdapter(tuple[int, ...]).validate_json
-
-
-def _checked(read: Callable[..., Found], stored: Any) -> Found:
-    """What is stored, if it is of that kind: no text for a number, no flag for one either, and all numbers finite.
-
-    Raises:
-        ValueError, TypeError: If it is not.
-    """
-    text = json.dumps(stored, allow_nan=False)
-    try:
-        return read(text, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
-
-
 class Provenanced:
     """A trait's vectors as far as they say where they come from and what was found with them.
 
@@ -167,13 +147,14 @@ class Provenanced:
         found = self.provenance.get(name)
         return found if isinstance(found, Mapping) else {}
 
-    def _read(self, what: str, read: Callable[..., Found], stored: Any, instead: str = "make them again") -> Found:
+    def _read(self, what: str, read: Callable[[Any], Found], stored: Any, instead: str = "make them again") -> Found:
         """Read something, or say that it is damaged and what to do instead."""
         try:
-            return _checked(read, stored)
+            return read(stored)
         except (TypeError, ValueError, RecursionError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise VectorsError(
-                f"{what} that the vectors of {self.trait!r} carry is damaged: {in_short(str(error), 200)}; {instead}"
+                f"{what} that the vectors of {self.trait!r} carry is damaged: {in_short(why, 200)}; {instead}"
             ) from None
 
     @property
@@ -187,8 +168,7 @@ class Provenanced:
         stored.pop("content_hash", None)
         if not stored:
             raise VectorsError("these vectors carry no trait; name it with trait=... (--trait)")
-        read, instead = lambda text, **_: Trait.model_validate_json(text), "name it with trait=... (--trait)"
-        return self._read("the trait", read, stored, instead)
+        return self._read("the trait", Trait.model_validate, stored, "name it with trait=... (--trait)")
 
     def trait_for(self, given: str | Trait | None) -> Trait:
         """The trait that somebody asks for by name or definition; the vectors' own if that is None.
@@ -219,7 +199,7 @@ class Provenanced:
                 "another judge (--judge), or extract with the likelihood judge"
             )
         again = "extract them again, or name another judge (--judge)"
-        return self._read("the calibration", TypeAdapter(Calibration).validate_json, stored, again)
+        return self._read("the calibration", Calibration.from_json, stored, again)
 
     @property
     def rollouts(self) -> RolloutSettings:
@@ -227,13 +207,13 @@ class Provenanced:
         stored = self.stored("settings").get("rollouts")
         names = ("max_new_tokens", "temperature", "top_p")
         given = {name: stored[name] for name in names if name in stored} if isinstance(stored, Mapping) else {}
-        return self._read("the settings", TypeAdapter(RolloutSettings).validate_json, given)
+        return self._read("the settings", TypeAdapter(RolloutSettings).validate_python, given)
 
     @property
     def tuned(self) -> Tuned | None:
         """The layer and coefficient that were tuned for these vectors; None if that was not done."""
         found = self.provenance.get("tuned")
-        return self._read("what was tuned", TUNED, found) if found else None
+        return self._read("what was tuned", Tuned.from_json, found) if found else None
 
     def tuned_choice(self) -> Tuned:
         """`tuned`, for where it is needed.
@@ -253,19 +233,21 @@ class Provenanced:
         """What a monitoring study found; None if there was none."""
         if not (found := self.provenance.get("monitor")):
             return None
-        read, again = TypeAdapter(StoredMonitor).validate_json, "make it again with `persona-lens monitor study`"
-        return self._read("the calibration of the monitor", read, found, again)
+        again = "make it again with `persona-lens monitor study`"
+        return self._read("the calibration of the monitor", StoredMonitor.from_json, found, again)
 
     @property
     def forecasts(self) -> tuple[ShiftForecast, ...]:
         """How far finetuning would move the trait, by lines that were fitted before; almost always none."""
-        read = TypeAdapter(tuple[ShiftForecast, ...]).validate_json
-        return self._read("the forecast", read, self.provenance.get(FORECASTS, ()), "fit it again")
+        stored = self.provenance.get(FORECASTS, ())
+        return self._read(
+            "the forecast", lambda found: tuple(map(ShiftForecast.from_json, found)), stored, "fit it again"
+        )
 
     @property
     def missing_layers(self) -> tuple[int, ...]:
         """Layers without a vector, whose rows are zero: what another program's file did not hold."""
-        return self._read("missing_layers", LAYERS, self.provenance.get("missing_layers", ()))
+        return self._read("missing_layers", _layers, self.provenance.get("missing_layers", ()))
 
     @property
     def prompt_mean_sinks(self) -> bool:
@@ -297,7 +279,13 @@ def check_provenance(provenance: Any) -> dict[str, Any]:
     """
     if not isinstance(provenance, dict):
         raise TypeError("provenance is a mapping")
-    _checked(LAYERS, provenance.get("missing_layers", ()))
+    _layers(provenance.get("missing_layers", ()))
     if provenance.get("tuned"):
-        _checked(TUNED, provenance["tuned"])
+        Tuned.from_json(provenance["tuned"])
     return provenance
+
+
+def _layers(found: Any) -> tuple[int, ...]:
+    if not isinstance(found, list | tuple) or not all(type(layer) is int for layer in found):
+        raise TypeError("missing_layers is a list of layers")
+    return tuple(found)
