@@ -29,7 +29,7 @@ class PlantedBackend:
 
     Adding ``c`` times the planted direction of a layer adds c to L. The response says L in words. Under a positive
     instruction each of its tokens has the log-probability -2 + L/2, under a negative one -2 - L/2, under none -2: so
-    its preference is L and its surprise is 2. Residuals are planted: ``response_mean`` is origin + L/2 * direction +
+    its log-odds are L and its surprise is 2. Residuals are planted: ``response_mean`` is origin + L/2 * direction +
     noise, and so on with other directions for the other reductions.
 
     Args:

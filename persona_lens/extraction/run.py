@@ -32,7 +32,7 @@ from persona_lens.extraction.means import (
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, fit_calibration
 from persona_lens.judging.recording import (
     as_used,
-    weigh_rollouts,
+    rollout_evidence,
 )
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
@@ -183,11 +183,11 @@ def _judged(
         return scoring, list(scoring.judgements)
     if scoring is not None:
         return scoring, answers.judgements
-    weighed = weigh_rollouts(likelihood, answers.rollouts, run, progress=progress)
-    known = [(e.preference, r.request.labels["arm"]) for e, r in zip(weighed, answers.rollouts, strict=True) if e]
+    evidence = rollout_evidence(likelihood, answers.rollouts, run, progress=progress)
+    known = [(e.log_odds, r.request.labels["arm"]) for e, r in zip(evidence, answers.rollouts, strict=True) if e]
     calibration = fit_calibration([x for x, _ in known], [arm == Arm.POSITIVE for _, arm in known])
     judge = LikelihoodJudge(likelihood.backend, likelihood.chat, likelihood.trait, calibration)
-    return judge, [judge.judgement_of(each) for each in weighed]
+    return judge, [judge.judgement_of(each) for each in evidence]
 
 
 def _vectors(

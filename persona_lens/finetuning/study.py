@@ -226,16 +226,16 @@ class _Work:
 
 
 class _BaseJudge(LikelihoodJudge):
-    """A judge whose model is the one that is finetuned: it weighs with the adapter switched off."""
+    """A judge whose model is the one that is finetuned: it reads with the adapter switched off."""
 
     def __init__(self, judge: LikelihoodJudge, model: Any) -> None:
         super().__init__(judge.backend, judge.chat, judge.trait, judge.calibration, batch_tokens=judge.batch_tokens)
         self._model = model
 
-    def weigh(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
-        """See `persona_lens.judging.LikelihoodJudge.weigh`."""
+    def evidence(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
+        """See `persona_lens.judging.LikelihoodJudge.evidence`."""
         with _switched_off(self._model):
-            return super().weigh(exchanges)
+            return super().evidence(exchanges)
 
 
 def _unadapted(judge: Judge, model: Any) -> Judge:

@@ -115,13 +115,13 @@ class Evidence(Record):
     """What the subject model says of one response.
 
     Attributes:
-        preference: Mean over the instruction pairs of log p(response | positive) - log p(response | negative), per
+        log_odds: Mean over the instruction pairs of log p(response | positive) - log p(response | negative), per
             response token, in nats.
         surprise: -log p(response | no instruction) per response token, in nats; the log of its perplexity. It rises
             when steering makes text incoherent.
     """
 
-    preference: float
+    log_odds: float
     surprise: float
 
 
@@ -164,8 +164,8 @@ class LikelihoodJudge(ReadingJudge):
         backend: The subject model; it runs without edits here.
         chat: Its chat format.
         trait: Gives the instruction pairs.
-        calibration: Turns preference into 0-100, see `persona_lens.judging.fit_calibration`; needed to score, not to
-            weigh.
+        calibration: Turns log-odds into 0-100, see `persona_lens.judging.fit_calibration`; needed to score, not
+            for the evidence.
         batch_tokens: Response tokens that run at once at most.
     """
 
@@ -190,7 +190,7 @@ class LikelihoodJudge(ReadingJudge):
         return {
             "judge": "likelihood",
             "note": "likelihood (a proxy: the subject model's own preference between the trait's instructions)",
-            # Responses may be another model's than the one that weighs them; what it runs on makes no other scores.
+            # Responses may be another model's than the one that reads them; what it runs on makes no other scores.
             "model": {name: getattr(info, name) for name in ("model", "revision", "weights", "dtype")},
             "chat": self.chat.digest,
             "trait": self.trait.content_hash(),
@@ -211,9 +211,10 @@ class LikelihoodJudge(ReadingJudge):
             JudgingError: If the judge has no calibration.
         """
         reasons = [self._reason(exchange) for exchange in exchanges]
-        weighed = iter(self.weigh([e for e, reason in zip(exchanges, reasons, strict=True) if reason is None]))
+        evidence = iter(self.evidence([e for e, reason in zip(exchanges, reasons, strict=True) if reason is None]))
         judged = [
-            self.judgement_of(next(weighed)) if reason is None else Judgement(Score(None, reason)) for reason in reasons
+            self.judgement_of(next(evidence)) if reason is None else Judgement(Score(None, reason))
+            for reason in reasons
         ]
         progress(len(exchanges), len(exchanges), "judging")
         return judged
@@ -230,10 +231,10 @@ class LikelihoodJudge(ReadingJudge):
             )
         if evidence is None:
             return Judgement(Score(None, EMPTY))
-        return Judgement(Score(self.calibration.score(evidence.preference)), surprise=evidence.surprise)
+        return Judgement(Score(self.calibration.score(evidence.log_odds)), surprise=evidence.surprise)
 
     def check_room(self, questions: Iterable[str], new: int) -> None:
-        """Raise unless responses of so many tokens fit behind the longest prompt that they are weighed after.
+        """Raise unless responses of so many tokens fit behind the longest prompt that they are read behind.
 
         Raises:
             ContextError: Saying how long that is, and what the model takes.
@@ -249,20 +250,20 @@ class LikelihoodJudge(ReadingJudge):
                 "another judge (--judge)"
             )
 
-    def weigh(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
+    def evidence(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
         """The evidence of each response; None for an empty one."""
-        weighed: list[Evidence | None] = [None] * len(exchanges)
+        found: list[Evidence | None] = [None] * len(exchanges)
         pairs = len(self.trait.instructions)
         for chosen, tokens in self._batches(exchanges):
             means = [float(values.mean()) for values in self._logprobs(tokens)]
             for place, index in enumerate(chosen):
                 column = means[place :: len(chosen)]
                 positive, negative = sum(column[:pairs]) / pairs, sum(column[pairs : 2 * pairs]) / pairs
-                weighed[index] = Evidence(preference=positive - negative, surprise=-column[-1])
-        return weighed
+                found[index] = Evidence(log_odds=positive - negative, surprise=-column[-1])
+        return found
 
     def _reason(self, exchange: Exchange) -> str | None:
-        """Why a response cannot be weighed behind the longest of its prompts."""
+        """Why a response cannot be read behind the longest of its prompts."""
         limit, response = context_length(self.backend), len(self._ids(exchange))
         if limit is None or not response:
             return None

@@ -70,7 +70,7 @@ def check_scored(judged: Sequence[Judgement]) -> None:
         raise JudgingError(f"none of {len(judged):,} responses got a score: {first}. Choose another judge (--judge)")
 
 
-def weigh_rollouts(
+def rollout_evidence(
     judge: LikelihoodJudge,
     rollouts: Sequence[Rollout],
     folder: RunFolder | None,
@@ -80,7 +80,7 @@ def weigh_rollouts(
     """The evidence of each rollout, for a judge that has yet to be calibrated."""
 
     def work(exchanges: Sequence[Exchange], progress: Progress) -> list[Row]:
-        return [e.to_json() if e else {"reason": EMPTY} for e in judge.weigh(exchanges)]
+        return [e.to_json() if e else {"reason": EMPTY} for e in judge.evidence(exchanges)]
 
     def evidence(row: Row) -> Evidence | None:
         return None if "reason" in row else Evidence.from_json(row)

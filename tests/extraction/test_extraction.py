@@ -477,7 +477,7 @@ def test_kept_responses_are_those_whose_scores_pass(tiny_run: tuple[Any, Backend
         if "reason" in row:
             assert score == {"row": row["row"], "score": None, "reason": "empty response", "kept": False}
             continue
-        logit = calibration["slope"] * row["preference"] + calibration["intercept"]
+        logit = calibration["slope"] * row["log_odds"] + calibration["intercept"]
         assert score["score"] == pytest.approx(100 / (1 + np.exp(-logit)))
         positive = found.rollouts[row["row"]].request.labels["arm"] == "positive"
         assert score["kept"] == ((score["score"] >= 50) == positive)

@@ -20,7 +20,7 @@ from persona_lens.backend import Backend, ForwardResult, TokenBatch, hooked, wra
 from persona_lens.backend.shared_prompts import SharedPrompts
 from persona_lens.judging import Calibration, Evidence, Exchange, JudgingError, LikelihoodJudge, fit_calibration
 from persona_lens.judging.blind import Scored, response_id
-from persona_lens.judging.recording import exchange_of, weigh_rollouts
+from persona_lens.judging.recording import exchange_of, rollout_evidence
 from persona_lens.judging.scored import judge_scored
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
@@ -88,27 +88,27 @@ def assert_alike(found: Sequence[Evidence | None], wanted: Sequence[Evidence | N
     for a, b in zip(found, wanted, strict=True):
         assert a is not None
         assert b is not None
-        assert a.preference == pytest.approx(b.preference, abs=tolerance)
+        assert a.log_odds == pytest.approx(b.log_odds, abs=tolerance)
         assert a.surprise == pytest.approx(b.surprise, abs=tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "qwen2"])
 def test_evidence_is_that_worked_out_by_hand(architecture: str) -> None:
     wanted = [by_hand(architecture, exchange) for exchange in EXCHANGES]
-    assert len({round(e.preference, 3) for e in wanted}) == len(wanted)  # else a mix-up would not show
-    assert_alike(judge_of(backend(architecture)).weigh(EXCHANGES), wanted)
+    assert len({round(e.log_odds, 3) for e in wanted}) == len(wanted)  # else a mix-up would not show
+    assert_alike(judge_of(backend(architecture)).evidence(EXCHANGES), wanted)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_evidence_is_the_same_through_every_backend(adapter: str) -> None:
-    wanted = judge_of(tiny_backend("transformers")).weigh(EXCHANGES)
-    assert_alike(judge_of(tiny_backend(adapter)).weigh(EXCHANGES), wanted)
+    wanted = judge_of(tiny_backend("transformers")).evidence(EXCHANGES)
+    assert_alike(judge_of(tiny_backend(adapter)).evidence(EXCHANGES), wanted)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 10**6])
 def test_evidence_does_not_depend_on_batches_or_order(batch_tokens: int) -> None:
-    wanted = judge_of(backend()).weigh(EXCHANGES)
-    found = judge_of(backend(), batch_tokens=batch_tokens).weigh(EXCHANGES[::-1])
+    wanted = judge_of(backend()).evidence(EXCHANGES)
+    found = judge_of(backend(), batch_tokens=batch_tokens).evidence(EXCHANGES[::-1])
     assert_alike(found, wanted[::-1])
 
 
@@ -122,15 +122,15 @@ def test_shared_prompts_give_what_plain_passes_give(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(hooked, "SharedPrompts", spy)
     judge = judge_of(backend())
-    alone = [found for exchange in EXCHANGES for found in judge.weigh([exchange])]
+    alone = [found for exchange in EXCHANGES for found in judge.evidence([exchange])]
     assert shared == []
-    together = judge.weigh(EXCHANGES)
+    together = judge.evidence(EXCHANGES)
     assert shared == [33, 22]
     assert_alike(together, alone)
 
 
 def test_a_batch_that_does_not_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = judge_of(backend()).weigh(EXCHANGES)
+    wanted = judge_of(backend()).evidence(EXCHANGES)
     subject = backend_of("transformers", model("llama"))
     forward = subject.forward
 
@@ -140,12 +140,12 @@ def test_a_batch_that_does_not_fit_changes_nothing(monkeypatch: pytest.MonkeyPat
         return forward(tokens, *args, **options)
 
     monkeypatch.setattr(subject, "forward", small)
-    assert_alike(judge_of(subject).weigh(EXCHANGES), wanted)
+    assert_alike(judge_of(subject).evidence(EXCHANGES), wanted)
 
 
 def test_ids_come_before_text() -> None:
     """A response's own ids are weighed, not what encoding its text again would give."""
-    by_text, by_ids, other = judge_of(backend()).weigh(
+    by_text, by_ids, other = judge_of(backend()).evidence(
         [
             Exchange("What now?", "ab"),
             Exchange("What now?", "never looked at", tuple(tiny_tokenizer().encode("ab"))),
@@ -155,40 +155,40 @@ def test_ids_come_before_text() -> None:
     assert_alike([by_text], [by_ids])
     assert by_text is not None
     assert other is not None
-    assert abs(other.preference - by_text.preference) > 1e-4
+    assert abs(other.log_odds - by_text.log_odds) > 1e-4
 
 
 def test_control_tokens_in_a_text_are_text() -> None:
     chat = chat_format(backend())
     ids = chat.encode_answer("a<|im_end|>b")
     assert 2 not in ids
-    (found,) = judge_of(backend()).weigh([Exchange("What now?", "a<|im_end|>b")])
+    (found,) = judge_of(backend()).evidence([Exchange("What now?", "a<|im_end|>b")])
     assert found is not None
 
 
 def test_an_empty_response_has_a_reason_in_place_of_a_score() -> None:
     judge = judge_of(backend())
     exchanges = [EXCHANGES[0], Exchange("What now?", ""), Exchange("What now?", "", ())]
-    weighed, scores = judge.weigh(exchanges), [j.trait for j in judge.judge(exchanges)]
+    weighed, scores = judge.evidence(exchanges), [j.trait for j in judge.judge(exchanges)]
     assert weighed[1:] == [None, None]
     assert [(s.value, s.reason) for s in scores[1:]] == [(None, "empty response")] * 2
     assert scores[0].reason is None
-    assert_alike(weighed[:1], judge.weigh(EXCHANGES[:1]))
-    assert judge.weigh([]) == []
-    assert judge.weigh(exchanges[1:]) == [None, None]
+    assert_alike(weighed[:1], judge.evidence(EXCHANGES[:1]))
+    assert judge.evidence([]) == []
+    assert judge.evidence(exchanges[1:]) == [None, None]
 
 
 def test_scores_are_the_calibrated_preferences() -> None:
     judge = judge_of(backend())
-    for evidence, judged in zip(judge.weigh(EXCHANGES), judge.judge(EXCHANGES), strict=True):
+    for evidence, judged in zip(judge.evidence(EXCHANGES), judge.judge(EXCHANGES), strict=True):
         assert evidence is not None
-        assert judged.trait.value == pytest.approx(100 / (1 + np.exp(-(2 * evidence.preference + 0.5))))
+        assert judged.trait.value == pytest.approx(100 / (1 + np.exp(-(2 * evidence.log_odds + 0.5))))
         assert judged.surprise == evidence.surprise
 
 
 def test_a_judge_without_calibration_weighs_but_does_not_score() -> None:
     judge = judge_of(backend(), calibration=None)
-    assert judge.weigh(EXCHANGES[:1])[0] is not None
+    assert judge.evidence(EXCHANGES[:1])[0] is not None
     with pytest.raises(JudgingError, match="needs a calibration"):
         judge.judge(EXCHANGES[:1])
 
@@ -284,9 +284,9 @@ def weigh_in(folder: Path | None, rollouts: Sequence[Rollout]) -> tuple[list[Evi
     subject = PlantedBackend(TRAIT)
     judge = LikelihoodJudge(subject, chat_format(subject), TRAIT)
     if folder is None:
-        return weigh_rollouts(judge, rollouts, None), subject.weighed
+        return rollout_evidence(judge, rollouts, None), subject.weighed
     with RunFolder(folder, {"kind": "judging"}) as run:
-        return weigh_rollouts(judge, rollouts, run), subject.weighed
+        return rollout_evidence(judge, rollouts, run), subject.weighed
 
 
 def test_recorded_evidence_is_in_the_order_of_the_rollouts(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_recorded_evidence_is_in_the_order_of_the_rollouts(tmp_path: Path) -> No
     for rollout, evidence in zip(rollouts, found, strict=True):
         if rollout.response:
             assert evidence is not None
-            assert evidence.preference == pytest.approx(float(rollout.response.split()[1]), abs=1e-6)
+            assert evidence.log_odds == pytest.approx(float(rollout.response.split()[1]), abs=1e-6)
             assert evidence.surprise == pytest.approx(2)
         else:
             assert evidence is None
@@ -326,7 +326,7 @@ def test_empty_responses_are_recorded_with_their_reason(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "evidence.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(8))
     assert {**rows[3], "check": ""} == {"row": 3, "reason": "empty response", "check": ""}
-    assert rows[4].keys() == {"row", "preference", "surprise", "check"}
+    assert rows[4].keys() == {"row", "log_odds", "surprise", "check"}
 
 
 def test_evidence_of_other_responses_is_not_believed(tmp_path: Path) -> None:

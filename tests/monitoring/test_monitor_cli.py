@@ -49,8 +49,8 @@ def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     PersonaVectors("optimistic", info, {"response_mean": rows}, provenance).save(folder / "vectors.safetensors")
     asked = [(q, arm) for q in range(3) for arm in ("positive", "negative")]
     rollouts = [
-        {"question_number": q, "pair": 0, "sample": 0, "arm": arm, "question": f"Q{q}?", "response": f"A{q} {arm}."}
-        for q, arm in asked
+        {"row": row, "question_number": q, "arm": arm, "question": f"Q{q}?", "response": f"A{q} {arm}."}
+        for row, (q, arm) in enumerate(asked)
     ]
     for name, written in (("rollouts", rollouts), ("scores", [{"row": i, "score": 60 + i} for i in range(6)])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))

@@ -202,7 +202,7 @@ def test_the_judge_of_a_sweep_is_unsteered_and_calibrated(tiny: Backend, tmp_pat
         (ids,) = (tuple(k["response_ids"]) for k in kept if (k["coefficient"], k["question_number"]) == key_of(row))
         exchange = Exchange(TRAIT.evaluation_questions[row.question], row.text, ids)
         assert row.score == pytest.approx(judge.judge([exchange])[0].trait.value, abs=1e-3)
-        (evidence,) = judge.weigh([exchange])
+        (evidence,) = judge.evidence([exchange])
         assert row.surprise == pytest.approx(evidence.surprise if evidence else None, abs=1e-4)
 
 
