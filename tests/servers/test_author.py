@@ -10,7 +10,8 @@ import pytest
 
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.traits.generate import AuthoringError, Draft, Limits, ServerAuthor, load_draft, plan, write_trait
-from persona_lens.traits.generate.replies import NamesReply, reply_schema
+from persona_lens.traits.generate.authors import reply_schema
+from persona_lens.traits.generate.draft import NamesReply
 from tests.servers.server import LlmServer
 
 pytestmark = pytest.mark.real

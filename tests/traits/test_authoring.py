@@ -27,7 +27,8 @@ from persona_lens.traits.generate import (
     write_trait,
     written_text,
 )
-from persona_lens.traits.generate.replies import QuestionsReply, Sentence, found_json, items, reply_schema
+from persona_lens.traits.generate.authors import found_json, items, reply_schema
+from persona_lens.traits.generate.draft import QuestionsReply, Sentence
 from tests.planted import PlantedBackend
 from tests.scripted import NAMES, PAIRS, QUESTIONS, RUBRIC, Good, ScriptedAuthor, sloppy
 

@@ -17,7 +17,8 @@ from persona_lens.core.files import CACHE_VARIABLE
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerError, ServerSettings
 from persona_lens.traits import USER_FOLDER_VARIABLE, read_trait
 from persona_lens.traits.generate import AuthoringError, Draft, ServerAuthor, load_draft, open_author, write_trait
-from persona_lens.traits.generate.replies import QuestionsReply, reply_schema
+from persona_lens.traits.generate.authors import reply_schema
+from persona_lens.traits.generate.draft import QuestionsReply
 from tests.models.server.loopback import Loopback, completion, serving
 from tests.scripted import QUESTIONS, Good
 

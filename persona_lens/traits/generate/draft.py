@@ -1,22 +1,23 @@
-"""`Draft`: what is to be written and what there is of it; how an author is asked for the rest."""
+"""`Draft`: what is to be written, the replies that there are of it, and how an author is asked for the rest."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.types import StringConstraints
 
 from persona_lens.core.files import write_text
 from persona_lens.core.text import in_short
 from persona_lens.traits.generate.authors import AuthoringError
-from persona_lens.traits.generate.replies import NamesReply, PairReply, RubricReply, Sentence
 from persona_lens.traits.parsing import TraitError, read_text
 from persona_lens.traits.rendering import check_name, trait_text
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER
-from persona_lens.traits.wording import ANCHORS, rubric_text
+from persona_lens.traits.wording import ANCHORS, normalised, rubric_text
 
 _WIDTH = 108
 
@@ -42,6 +43,88 @@ def written_text(draft: Draft, version: str) -> str:
         *textwrap.wrap(f"The description given: {in_short(draft.description, 5000)}", _WIDTH),
     ]
     return trait_text(draft.fields(), head)
+
+
+_BULLET = re.compile(r"^(?:(?:\(?\d{1,2}[.):]|[-*•])\s+)+")
+
+
+def _tidy(value: object) -> object:
+    return _BULLET.sub("", " ".join(value.split())).strip() if isinstance(value, str) else value
+
+
+def _finished(text: str) -> str:
+    if PLACEHOLDER in text or re.search(r"\.\.\.\s*\.\.\.|<[\w ]+>|\{[\w ]*\}|^\W*$", text):
+        raise ValueError("is a placeholder, not a text")
+    if not text.isprintable():
+        raise ValueError("holds control characters")
+    return text
+
+
+Word = Annotated[str, BeforeValidator(_tidy), StringConstraints(min_length=2, max_length=60), AfterValidator(_finished)]
+Sentence = Annotated[
+    str, BeforeValidator(_tidy), StringConstraints(min_length=8, max_length=1000), AfterValidator(_finished)
+]
+
+
+def _usable(related: list[str]) -> list[str]:
+    words = (" ".join(word.split()) for word in related)
+    usable = [w for w in dict.fromkeys(words) if sum(map(str.isalpha, w)) >= 3 and len(w) <= 40 and w.isprintable()]
+    return usable[:10]
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class NamesReply(_Reply):
+    """The adjectives of both arms, and words that would give the trait away."""
+
+    positive: Word
+    negative: Word
+    related: Annotated[list[str], AfterValidator(_usable)]
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if normalised(self.positive) == normalised(self.negative):
+            raise ValueError("positive and negative are the same word")
+        return self
+
+
+class PairReply(_Reply):
+    """One pair of instructions."""
+
+    positive: Sentence
+    negative: Sentence
+
+
+class PairsReply(_Reply):
+    """Pairs of instructions."""
+
+    instructions: list[PairReply]
+
+
+class QuestionsReply(_Reply):
+    """Questions."""
+
+    questions: list[Sentence]
+
+
+class RubricReply(_Reply):
+    """The body of a rubric."""
+
+    definition: Annotated[Sentence, Field(min_length=20)]
+    score_0: Sentence
+    score_25: Sentence
+    score_50: Sentence
+    score_75: Sentence
+    score_100: Sentence
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        scores = [normalised(text) for name, text in self if name.startswith("score_")]
+        if len(set(scores)) < len(scores):
+            raise ValueError("two scores are described in the same words")
+        return self
 
 
 MAX_DESCRIPTION = 2000

@@ -19,27 +19,21 @@ from persona_lens.traits.checks import (
     check_deeply,
     similarity,
 )
-from persona_lens.traits.generate.authors import Author, AuthoringError
+from persona_lens.traits.generate.authors import Author, AuthoringError, found_json, in_words, items, reply_schema
 from persona_lens.traits.generate.draft import (
     SYSTEM,
     Draft,
-    again,
-    instructions_request,
-    names_request,
-    questions_request,
-    rubric_request,
-)
-from persona_lens.traits.generate.replies import (
     NamesReply,
     PairReply,
     PairsReply,
     QuestionsReply,
     RubricReply,
     Sentence,
-    found_json,
-    in_words,
-    items,
-    reply_schema,
+    again,
+    instructions_request,
+    names_request,
+    questions_request,
+    rubric_request,
 )
 from persona_lens.traits.parsing import Severity, explain, field_name
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, QUESTION_FIELDS, Trait
