@@ -105,7 +105,7 @@ def written_everywhere(
     """
     sinks = None
     if layer in writer.leaving_out:
-        sinks = sinks_among(h, float("inf") if limits is None else limits[layer], first_tokens(h, given))
+        sinks = sinks_among(layer, h, limits, first_tokens(h, given))
     return writer.block(layer, h, None, sinks)
 
 

@@ -213,14 +213,6 @@ class Edit:
             "sinks": not self.leaves_out_sinks,
         }
 
-    def check_width(self, width: int) -> None:
-        """Raise `EditError` if a positions mask does not cover a left-padded batch of ``width`` tokens."""
-        if isinstance(self.positions, Tensor) and self.positions.shape[1] != width:
-            raise EditError(
-                f"positions mask is {self.positions.shape[1]} tokens wide, the left-padded batch is {width}; "
-                "in a generation the mask covers the prompts only"
-            )
-
     @property
     def content_hash(self) -> str:
         """SHA-256 over everything that determines what the edit does."""
@@ -329,8 +321,10 @@ def edits_of_rows(edits: Sequence[Edit], start: int, stop: int, lengths: Sequenc
     return [edit.rows(start, stop, max(lengths[start:stop])) for edit in edits]
 
 
-def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int | None = None) -> None:
-    """Raise `EditError` for the first edit that does not fit the model, or a batch of that many rows."""
+def check_edits(
+    edits: Sequence[Edit], n_layers: int, d_model: int, batch: int | None = None, width: int | None = None
+) -> None:
+    """Raise `EditError` for the first edit that does not fit the model, or a batch of so many rows and tokens a row."""
     for edit in edits:
         if edit.layer >= n_layers:
             raise EditError(f"layer {edit.layer} does not exist: the model has layers 0 to {n_layers - 1}")
@@ -343,6 +337,11 @@ def check_edits(edits: Sequence[Edit], n_layers: int, d_model: int, batch: int |
         for name, value in (("coefficient", edit.coefficient), ("positions mask", edit.positions)):
             if isinstance(value, Tensor) and value.shape[0] != batch:
                 raise EditError(f"{name} has {value.shape[0]} rows, the batch has {batch}")
+        if isinstance(edit.positions, Tensor) and edit.positions.shape[1] != width:
+            raise EditError(
+                f"positions mask is {edit.positions.shape[1]} tokens wide, the left-padded batch is {width}; "
+                "in a generation the mask covers the prompts only"
+            )
 
 
 def apply_edit(

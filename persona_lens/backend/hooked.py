@@ -165,7 +165,7 @@ class HookedBackend:
 
     def check_request(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> None:
         """Raise unless edits, reads and tokens fit the model, and the edits the batch."""
-        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens))
+        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens), max(tokens.lengths))
         check_reads(reads, self.info.n_layers, self.info.d_model)
         tokens.check_vocabulary(vocabulary_size(self.module))
 

@@ -56,8 +56,6 @@ class Intervention:
         watcher: Watcher | None = None,
         until: int | None = None,
     ) -> None:
-        for edit in edits:
-            edit.check_width(tokens.ids.shape[1])
         self.masks = TokenMasks(tokens, end_ids, max_new_tokens)
         self._writer = Writer([_detached(edit.plain()) for edit in edits])
         self._readers = _readers([read.plain(n_layers) for read in reads])
@@ -93,8 +91,7 @@ class Intervention:
             self._reached.add(layer)
         sinks = None
         if layer in self._leaving_out:  # as the layer's edits find the residual, for its reads too
-            limit = float("inf") if self._sink_limits is None else self._sink_limits[layer]
-            sinks = sinks_among(h, limit, self.masks.first[:, -self.masks.window :])
+            sinks = sinks_among(layer, h, self._sink_limits, self.masks.first[:, -self.masks.window :])
         h = self._writer.block(layer, h, self.masks, sinks)
         for reader in self._readers:
             if layer in reader.layers:

@@ -6,7 +6,7 @@ the boundary, and a pad id can also be a real one (in many models it is the end-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
@@ -313,11 +313,6 @@ class Schedule:
             raise EditError(f"the token indices of a schedule must ascend from 0 or more, got {places}")
         if not all(isfinite(factor) for _, factor in self.points):
             raise EditError("the factors of a schedule must be finite")
-
-    @staticmethod
-    def of(factor: Callable[[int], float], tokens: int) -> Schedule:
-        """The schedule of a function, which is asked for the first ``tokens`` tokens; the last value stays."""
-        return Schedule(tuple((index, float(factor(index))) for index in range(tokens)))
 
     def __str__(self) -> str:
         return " ".join(f"{place}:{factor:g}" for place, factor in self.points)

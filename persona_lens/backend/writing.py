@@ -38,16 +38,21 @@ def with_residual(output: Any, h: Tensor) -> Any:
 
 
 def sinks_among(
-    h: Float[Tensor, "batch tokens d_model"], limit: float, first: Bool[Tensor, "batch tokens"] | None
+    layer: int,
+    h: Float[Tensor, "batch tokens d_model"],
+    limits: Sequence[float] | None,
+    first: Bool[Tensor, "batch tokens"] | None,
 ) -> Bool[Tensor, "batch tokens"]:
     """Which tokens are attention sinks at a layer: the first of a text, and those whose residual is massive.
 
     Args:
-        h: Residual of the layer.
-        limit: The length beyond which it is massive there, a constant of the model, see `persona_lens.backend.sinks`.
+        layer: The layer.
+        h: Its residual.
+        limits: For each layer the length beyond which it is massive there, constants of the model, see
+            `persona_lens.backend.sinks`; None where they are not known.
         first: True at each text's first token; None where that is not known.
     """
-    massive: Tensor = h.detach().float().norm(dim=-1) > limit
+    massive: Tensor = h.detach().float().norm(dim=-1) > (float("inf") if limits is None else limits[layer])
     return massive if first is None else massive | first.to(h.device)
 
 

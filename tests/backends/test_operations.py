@@ -233,7 +233,7 @@ def _everywhere(like: Tensor, v: Tensor) -> Tensor:
 
 
 def test_a_schedule_of_a_function_is_that_function_at_every_token() -> None:
-    schedule = Schedule.of(lambda index: 0.5**index, 30)
+    schedule = Schedule(tuple((index, 0.5**index) for index in range(30)))
     backend = tiny_backend("transformers")
     edit = Edit(LAYER, direction(), positions=Positions.RESPONSE, schedule=schedule)
     change = (activations(backend, edits=[edit]) - activations(backend))[1, LAYER, -len(RESPONSES[1]) :]
