@@ -202,9 +202,6 @@ def preview_tokens(
     check_edits(plain, info.n_layers, info.d_model, 1, len(prompt) + len(known))
     check_reads(reads, info.n_layers, info.d_model)
     parts = list(_parts(written))
-    check_edits(plain, info.n_layers, info.d_model, 1, len(prompt) + len(known))
-    check_reads(reads, info.n_layers, info.d_model)
-    parts = list(_by_term(written) if isinstance(written, Steering) else _by_likeness(written))
     sinks = sinks_of(backend, text, to_come) if depend_on_sinks(plain, reads) else None
     factors = _factors(text, to_come, [group for _, group in parts], sinks)
     taken = _taken(text, to_come, reads, info.n_layers, sinks)
