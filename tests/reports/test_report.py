@@ -356,7 +356,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.usefixtures("drawing")
+@pytest.mark.usefixtures("drawing_wide")
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
         return {name: drawing.wide + drawing.narrow for name, drawing in draw_figures(summary).items()}
@@ -414,7 +414,7 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
     assert_harmless(render_vector(infected(text)), text, page)
 
 
-@pytest.mark.usefixtures("drawing")
+@pytest.mark.usefixtures("drawing_wide")
 def test_no_text_of_others_reaches_a_figure() -> None:
     assert draw_figures(infected(" ".join(HOSTILE))) == draw_figures(make_summary())
 

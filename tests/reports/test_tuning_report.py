@@ -210,7 +210,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.usefixtures("drawing")
+@pytest.mark.usefixtures("drawing_wide")
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
         return {name: each.wide + each.narrow for name, each in draw_tuning(summary).items()}
@@ -445,6 +445,6 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
     assert_harmless(render_tuning(infected(text)), text, page)
 
 
-@pytest.mark.usefixtures("drawing")
+@pytest.mark.usefixtures("drawing_wide")
 def test_no_text_of_others_reaches_a_figure() -> None:
     assert draw_tuning(infected(" ".join(HOSTILE))) == draw_tuning(make_tuning())
