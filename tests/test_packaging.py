@@ -350,7 +350,11 @@ def test_light_imports_load_neither_torch_nor_transformers(code: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "unloaded"),
-    [("vectors", {"transformers", "scipy"}), ("steering", {"transformers"}), ("screening", {"transformers"})],
+    [
+        ("vectors", {"transformers", "scipy"}),
+        ("steering", {"transformers"}),
+        ("screening", {"transformers", "ray", "datasets"}),
+    ],
 )
 def test_what_runs_no_model_does_not_load_its_library(package: str, unloaded: set[str]) -> None:
     loaded = _run("-c", f"import persona_lens.{package}\nimport sys\nprint(' '.join(sys.modules))").split()

@@ -16,7 +16,7 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.data.datasets import Dataset
-    from persona_lens.screening import LocalExecutor, RayExecutor, Screening
+    from persona_lens.screening import RayExecutor, Screening
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,15 @@ class ScreenRun(Run):
 
     judge: str | None = None
 
-    def executor(self, ray: str | None, workers: int) -> LocalExecutor | RayExecutor:
-        """What runs the model: this process, or a Ray cluster at an address."""
-        from persona_lens.screening import LocalExecutor, OpenedBy, RayExecutor
+    def executor(self, ray: str | None, workers: int) -> RayExecutor | None:
+        """What runs the model: a Ray cluster at an address; None for this process."""
+        from persona_lens.screening import OpenedBy, RayExecutor
 
         opening = self.opening
         if ray is None:
             if workers:
                 raise PersonaLensError("--workers is for --ray; give an address, or `--ray local`")
-            return LocalExecutor()
+            return None
         if opening.remote:
             raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
         names = ("dtype", "device", "device_map", "revision", "trust_remote_code")

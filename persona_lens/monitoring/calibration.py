@@ -176,12 +176,10 @@ def _brier(observations: Observations, probability: Values) -> Values:
 
 
 def _gain(observations: Observations, gained: Values, seed: int) -> Estimate:
-    means = [
-        float(gained[rows].sum() / observations.responses[rows].sum())
-        for question in np.unique(observations.questions)
-        for rows in [observations.questions == question]
-    ]
-    return bootstrap_mean(means, seed)
+    """The mean of what was gained at a response, over questions."""
+    place = np.unique(observations.questions, return_inverse=True)[1]
+    means = np.bincount(place, weights=gained) / np.bincount(place, weights=observations.responses)
+    return bootstrap_mean(means.tolist(), seed)
 
 
 def _reliability(observations: Observations, probability: Values) -> Iterator[Bin]:

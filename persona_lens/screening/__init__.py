@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from persona_lens.screening.executor import Executor, KnownModel, LocalExecutor, OpenedBy, RayExecutor
+from persona_lens.screening.executor import Executor, KnownModel, OpenedBy, RayExecutor
 from persona_lens.screening.findings import fit_forecast, with_forecasts
 from persona_lens.screening.rows import Decision, ScoredRow
 from persona_lens.screening.run import Screening, screen, screening_work
@@ -27,7 +27,6 @@ __all__ = [
     "Flagging",
     "Forecast",
     "KnownModel",
-    "LocalExecutor",
     "OpenedBy",
     "Quantity",
     "RayExecutor",

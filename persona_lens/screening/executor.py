@@ -1,4 +1,4 @@
-"""Who scores the windows of rows: this process, or others on this machine or elsewhere, over Ray."""
+"""Who scores the windows of rows in the place of this process: others on this machine or elsewhere, over Ray."""
 
 from __future__ import annotations
 
@@ -33,16 +33,6 @@ class Executor(Protocol):
     def units(self, scorer: Scorer, jobs: Iterable[Job]) -> Iterator[Iterable[Unit]]:
         """The units of each window that are not there yet, in the order of the windows."""
         ...
-
-
-@dataclass(frozen=True)
-class LocalExecutor:
-    """This process, one window after the other."""
-
-    def units(self, scorer: Scorer, jobs: Iterable[Job]) -> Iterator[Iterable[Unit]]:
-        """See `Executor`."""
-        for window, skip in jobs:
-            yield scorer.units(window, skip)
 
 
 LOCAL = "local"

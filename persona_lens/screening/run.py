@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from persona_lens.monitoring import Panel
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import is_signed, signed
 from persona_lens.runs.cost import Work
-from persona_lens.screening.executor import Executor, Job, LocalExecutor
+from persona_lens.screening.executor import Executor, Job
 from persona_lens.screening.findings import Findings, sum_up, write_rows
 from persona_lens.screening.rows import SCORES
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, windows_of
@@ -102,7 +103,7 @@ def screen(
     with RunFolder(folder, {**about, **_config(scorer, everything, len(reference), judges)}) as run:
         for trait, judge in judges.items() if not (run.path / SUMMARY).exists() else ():
             prepare_judge(judge, run, f"{trait}-")
-        course = _score(run, scorer, everything, executor or LocalExecutor(), progress)
+        course = _score(run, scorer, everything, executor, progress)
         findings = Findings.of(Survey(run, everything, len(reference), len(whole.gauges)), panel, flagging)
         figures, decisions, opinions = sum_up(findings, whole, flagging, judges, progress)
         write_rows(findings, decisions, opinions, whole, generated=settings.base is BaseResponses.GENERATE)
@@ -180,7 +181,7 @@ def _checked(
 
 
 def _score(
-    run: RunFolder, scorer: Scorer, datasets: Sequence[Dataset], executor: Executor, progress: Progress
+    run: RunFolder, scorer: Scorer, datasets: Sequence[Dataset], executor: Executor | None, progress: Progress
 ) -> tuple[int, int, float]:
     """Score what is not scored yet; rows, tokens and seconds of that."""
     done, ran, last = 0, 0, None
@@ -194,7 +195,8 @@ def _score(
     total = None if None in counts else sum(count for count in counts if count is not None)
     rows, tokens, begun = 0, 0, time.perf_counter()
     progress(done, total, ROWS)
-    for units in executor.units(scorer, _jobs(datasets, scorer.settings.look_ahead, last)):
+    jobs = _jobs(datasets, scorer.settings.look_ahead, last)
+    for units in executor.units(scorer, jobs) if executor else starmap(scorer.units, jobs):
         for unit in units:
             run.append(SCORES, [signed(unit, SCORES)])
             rows += _finished(unit, scorer.settings)

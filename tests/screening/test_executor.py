@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -97,13 +96,6 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     data = [open_dataset(jsonl(tmp_path / "rows.jsonl", pairs(3)))]
     with pytest.raises(ScreeningError, match=r"pip install 'persona-lens\[ray\]'"):
         screen(backend, data, panel, SETTINGS, folder=tmp_path / "r", executor=RayExecutor("local", by))
-
-
-def test_importing_screening_does_not_load_ray() -> None:
-    code = "import sys, persona_lens.screening; print('ray' in sys.modules or 'datasets' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": _path()}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == "False"
 
 
 def test_work_is_handed_out_in_turn_and_comes_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
