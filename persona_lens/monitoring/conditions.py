@@ -22,8 +22,8 @@ Examples = Sequence[tuple[str, str]] | Path | str
 class Conditions(StrEnum):
     """What a study varies."""
 
-    PROMPTS = "prompts"
-    SHOTS = "shots"
+    PROMPTS = "prompts"  # a graded system prompt
+    SHOTS = "shots"  # a number of answered questions before the one that is asked
     BOTH = "both"
 
 
@@ -76,13 +76,6 @@ class StudySettings:
         return tuple(sorted(self.layers)) if self.layers else tuple(range(vectors.model.n_layers))
 
 
-class Kind(StrEnum):
-    """What a condition is made of."""
-
-    PROMPTS = "prompts"  # a graded system prompt
-    SHOTS = "shots"  # a number of answered questions before the one that is asked
-
-
 @dataclass(frozen=True)
 class Condition:
     """What comes before a question.
@@ -94,7 +87,7 @@ class Condition:
         examples: Questions and answers that come before, as turns of the conversation.
     """
 
-    kind: Kind
+    kind: Conditions
     level: int
     system: str | None = None
     examples: tuple[tuple[str, str], ...] = ()
@@ -102,7 +95,7 @@ class Condition:
     @property
     def name(self) -> str:
         """Such as ``prompt 3`` or ``5 shots``."""
-        return f"prompt {self.level}" if self.kind is Kind.PROMPTS else counted(self.level, "shot")
+        return f"prompt {self.level}" if self.kind is Conditions.PROMPTS else counted(self.level, "shot")
 
     def to_json(self) -> dict[str, Any]:
         """The condition as JSON values."""
@@ -125,7 +118,7 @@ def plan_conditions(
                 f"the trait {trait.name!r} has no graded prompts: write eight of them into its file, from holding the "
                 "trait back to calling it forth (graded_prompts:), and name the file (--trait FILE)"
             )
-        found += [Condition(Kind.PROMPTS, level, prompt) for level, prompt in enumerate(prompts, 1)]
+        found += [Condition(Conditions.PROMPTS, level, prompt) for level, prompt in enumerate(prompts, 1)]
     if settings.conditions is not Conditions.PROMPTS:
         if examples is None:
             raise MonitoringError(
@@ -138,7 +131,7 @@ def plan_conditions(
                 f"{most} examples are asked for, but there are {len(answered)}: ask for fewer (--shots), or give the "
                 "folder of a larger extraction (--examples)"
             )
-        found += [Condition(Kind.SHOTS, n, None, tuple(answered[:n])) for n in sorted(settings.shots)]
+        found += [Condition(Conditions.SHOTS, n, None, tuple(answered[:n])) for n in sorted(settings.shots)]
     return found
 
 

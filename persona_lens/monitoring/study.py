@@ -27,7 +27,7 @@ from persona_lens.extraction.experiment import (
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring.calibration import SHOWN_FROM, calibrate, threshold_for, with_monitor_calibration
-from persona_lens.monitoring.conditions import Condition, Examples, Kind, StudySettings, plan_conditions
+from persona_lens.monitoring.conditions import Condition, Conditions, Examples, StudySettings, plan_conditions
 from persona_lens.monitoring.correlation import LEAST, Correlations, correlate
 from persona_lens.monitoring.curves import Observations, Values
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, projected
@@ -67,7 +67,7 @@ class PromptRow:
     """
 
     condition: str
-    kind: Kind
+    kind: Conditions
     question: int
     scores: tuple[float, ...]
     projections: Float[Values, "directions layers"]
