@@ -162,18 +162,17 @@ class CrossEffects:
         def lengths(value: float | None) -> float | None:
             return None if value is None or not length else value / length
 
+        steering = self.steerings[name]
+        along = {steering.vectors[term.trait].content_hash for term in steering.terms}
         return CrossCell(
             name,
             of,
-            any(self.vectors[of].content_hash == self._edited(name, term.trait) for term in self.steerings[name].terms),
+            self.vectors[of].content_hash in along,
             self._change(name, lambda row: row.scores[of], CHANGES),
             self._change(name, lambda row: lengths(row.text_projections[of])),
             self._change(name, lambda row: lengths(row.steered_projections[of])),
             self._cosine(name, of),
         )
-
-    def _edited(self, steering: str, trait: str) -> str:
-        return self.steerings[steering].vectors[trait].content_hash
 
     def _cosine(self, steering: str, trait: str) -> float | None:
         edits = self.steerings[steering].edits()

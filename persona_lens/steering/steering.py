@@ -66,7 +66,11 @@ class Steering:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "terms", tuple(_settled(term, self._vectors_of(term.trait)) for term in self.terms))
-        named = self._used()
+        if not self.terms:
+            raise SteeringError("a steering needs at least one term, such as optimistic@18:+1.5")
+        conditions = [term.when.trait for term in self.terms if term.when is not None]
+        names = dict.fromkeys([term.trait for term in self.terms] + conditions)
+        named = {name: self._vectors_of(name) for name in names}
         first = next(iter(named.values()))
         for other in named.values():
             if different := first.model.differences(other.model):
@@ -191,12 +195,6 @@ class Steering:
             there = ", ".join(sorted(self.vectors)) or "none"
             raise SteeringError(f"there are no vectors for {name!r}; there are vectors for: {there}")
         return self.vectors[name]
-
-    def _used(self) -> dict[str, PersonaVectors]:
-        if not self.terms:
-            raise SteeringError("a steering needs at least one term, such as optimistic@18:+1.5")
-        conditions = [term.when.trait for term in self.terms if term.when is not None]
-        return {name: self._vectors_of(name) for name in dict.fromkeys([t.trait for t in self.terms] + conditions)}
 
     def _edits_of(self, term: Term) -> Iterator[Edit]:
         assert term.layers is not None  # settled when this was made
