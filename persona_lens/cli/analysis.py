@@ -68,7 +68,7 @@ def attribute_command(
     subject: options.Subject,
     vectors: options.Vectors,
     prompt: str,
-    layer: options.OneLayer = None,
+    layer: Annotated[int | None, Option("Layer of the vector, counted from 0.", shown="the tuned one")] = None,
     response: str | None = None,
     system: options.System = None,
     top: int = 12,

@@ -150,20 +150,17 @@ class _Speaker:
 
     def __call__(self, reading: TokenReading) -> None:
         self._ids.append(reading.id)
-        text = self._text()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._say(text)
+        self._say()
 
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-
-    def _say(self, text: str) -> None:
-        say(text[self._said :], nl=False)
-        self._said = len(text)
+    def _say(self, *, all_of_it: bool = False) -> None:
+        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        if all_of_it or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            say(text[self._said :], nl=False)
+            self._said = len(text)
 
     def end(self) -> None:
         """The reply is over."""
-        self._say(self._text())
+        self._say(all_of_it=True)
         say()
         self._ids, self._last, self._said = [], self._ids, 0
 

@@ -145,17 +145,14 @@ def compare(
         if trait is not None:
             raise PersonaLensError(f"--trait: only where SECOND is a judge ({', '.join(JUDGES)}…), this is {second!r}")
         others = read_scored(second, column=second_column)
-    names = (_name(first, first_column), _name(second, second_column))
-    found = compare_scores(scores, others, names=names, seed=seed)
+    columns = ((first, first_column), (second, second_column))
+    one, other = (path if column is None else f"{path}, {column}" for path, column in columns)
+    found = compare_scores(scores, others, names=(one, other), seed=seed)
     if report is not None:
         write_report(report, render_agreement(found, persona_lens.__version__))
     deliver(found.to_json(), lambda: _show(found), as_json)
     if report is not None:
         say(f"report: {report}", err=True)
-
-
-def _name(path: str, column: str | None) -> str:
-    return path if column is None else f"{path}, {column}"
 
 
 def _show(agreement: Agreement) -> None:

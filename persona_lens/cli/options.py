@@ -30,7 +30,6 @@ TraitName = Annotated[str, argument("TRAIT", "A trait's name, or the path of its
 AllowOtherModel = Annotated[bool, Option("Use the vectors on a model that they were not extracted from.")]
 Layers = Annotated[str, Option("Layers.")]
 PanelLayers = Annotated[str | None, Option("Layers at which each trait is read.", shown="where each was tuned")]
-OneLayer = Annotated[int | None, Option("Layer of the vector, counted from 0.", shown="the tuned one")]
 Reduction = Annotated[str, Option("Which of the vectors.")]
 MaxNewTokens = Annotated[int, Option("Length limit of a response.")]
 Temperature = Annotated[float, Option("0 is greedy.")]
