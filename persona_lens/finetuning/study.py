@@ -118,13 +118,12 @@ def finetune_study(
         VectorsError: If the vectors belong to another model.
     """
     config = config or FinetuneConfig()
-    _check(config, settings)
+    _check(config, settings, vectors)
     trained = treatments_of(settings.treatments, config, vectors)
     transcripts, others = conversations_of(data, side), conversations_of(held_out, side)
     loaded, answering = _opened(model, config.dtype, settings.dtype, device)
     base = wrap_model(answering.model, answering.tokenizer)
     subject = Subject.of(base, vectors, None, judge, ChatFormat.from_tokenizer(loaded.tokenizer))
-    vectors.vector(settings.layer)
     of_data = [fingerprint(each) if each else None for each in (transcripts, others)]
     training = config.model_dump(mode="json")
     with RunFolder(folder, subject.config("finetune study", settings, data=of_data, config=training)) as run:
@@ -146,8 +145,9 @@ def finetune_study(
     return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)))
 
 
-def _check(config: FinetuneConfig, settings: FinetuneStudySettings) -> None:
+def _check(config: FinetuneConfig, settings: FinetuneStudySettings, vectors: PersonaVectors) -> None:
     """Refuse what would fail after hours of training."""
+    vectors.vector(settings.layer)
     if config.weights == "full":
         raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
     if settings.task is not None:
