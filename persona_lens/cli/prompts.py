@@ -47,7 +47,8 @@ def study_command(
         max_new_tokens: Length limit of a response; None is as extracted.
         temperature: 0 is greedy; None is as extracted.
     """
-    from persona_lens.monitoring import Conditions, StudySettings, study, study_work
+    from persona_lens.extraction.experiment import Subject
+    from persona_lens.monitoring import Conditions, StudySettings, plan_conditions, study, study_experiment
     from persona_lens.reports.study import render_study
 
     loaded = options.open_vectors(vectors)
@@ -65,7 +66,11 @@ def study_command(
     job = Job(
         lambda at: study(at.backend, loaded, settings, trait=asked, examples=source, **at.given),
         _show_study,
-        lambda at: study_work(at.backend, loaded, settings, trait=asked, examples=source, **at.asked),
+        lambda at: study_experiment(
+            Subject.of(at.backend, loaded, asked, planned=True, **at.asked),
+            settings,
+            plan_conditions(loaded, asked, settings, source),
+        ).work(),
         traits=asked,
         name=f"study-{loaded.trait}",
         model=loaded.model.model,

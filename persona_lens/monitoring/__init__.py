@@ -9,7 +9,7 @@ from persona_lens.monitoring.calibration import (
     monitor_calibration,
     threshold_for,
 )
-from persona_lens.monitoring.conditions import Conditions, StudySettings, examples_of
+from persona_lens.monitoring.conditions import Conditions, StudySettings, examples_of, plan_conditions
 from persona_lens.monitoring.conversation import Alarm, AlarmKind, Alert, ConversationMonitor, TokenReading, Turn
 from persona_lens.monitoring.correlation import Correlations, correlate
 from persona_lens.monitoring.curves import Observations
@@ -17,7 +17,7 @@ from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitR
 from persona_lens.monitoring.heatmap import TokenHeatmap
 from persona_lens.monitoring.markup import Strip
 from persona_lens.monitoring.scoring import ScoredTranscript, prompt_projections, score_transcripts
-from persona_lens.monitoring.study import Study, StudyRow, study, study_work
+from persona_lens.monitoring.study import Study, StudyRow, study, study_experiment
 
 __all__ = [
     "Alarm",
@@ -45,9 +45,10 @@ __all__ = [
     "correlate",
     "examples_of",
     "monitor_calibration",
+    "plan_conditions",
     "prompt_projections",
     "score_transcripts",
     "study",
-    "study_work",
+    "study_experiment",
     "threshold_for",
 ]

@@ -31,8 +31,6 @@ from persona_lens.monitoring.conditions import Condition, Conditions, Examples, 
 from persona_lens.monitoring.correlation import LEAST, Correlations, correlate
 from persona_lens.monitoring.curves import Observations, Values
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, projected
-from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import Request
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
@@ -147,7 +145,7 @@ def study(
     layers = settings.layers_of(vectors)
     panel = Panel(tuple(Gauge(vectors, layer, settings.reduction) for layer in layers))
     panel = panel.with_random_directions(settings.random_directions, settings.seed)
-    experiment = _experiment(subject, settings, conditions)
+    experiment = study_experiment(subject, settings, conditions)
     experiment.rollouts()  # what cannot be run must not claim the folder
     varied = [condition.to_json() for condition in conditions]
     with run_folder(folder, subject.config("study", settings, conditions=varied)) as run:
@@ -171,36 +169,17 @@ def study(
     return found
 
 
-def study_work(
-    backend: Backend,
-    vectors: PersonaVectors,
-    settings: StudySettings,
-    chat: ChatFormat,
-    *,
-    trait: str | Trait | None = None,
-    examples: Examples | None = None,
-    judge: Judge | None = None,
-) -> tuple[Work, ...]:
-    """What `study` with these arguments would ask of the model, and of the judge's; nothing runs."""
-    subject = Subject.of(backend, vectors, trait, judge, chat, planned=True)
-    return _experiment(subject, settings, plan_conditions(vectors, subject.trait, settings, examples)).work()
-
-
-def _experiment(subject: Subject, settings: StudySettings, conditions: Sequence[Condition]) -> Experiment:
-    reads = [Read(ReadKind.PROMPT_LAST, settings.layers_of(subject.vectors))]
-    requests = plan_study(subject.trait, settings, conditions)
-    return subject.experiment(requests, settings.rollouts, PREFIX, reads=reads)
-
-
-def plan_study(trait: Trait, settings: StudySettings, conditions: Sequence[Condition]) -> list[Request]:
-    """One request for each question, sample and condition; all conditions share their seeds.
+def study_experiment(subject: Subject, settings: StudySettings, conditions: Sequence[Condition]) -> Experiment:
+    """A study's requests, one for each question, sample and condition; all conditions share their seeds.
 
     Raises:
         MonitoringError: If more questions are asked for than the trait has.
     """
-    questions = questions_of(trait, settings.questions, "evaluation", MonitoringError)
+    questions = questions_of(subject.trait, settings.questions, "evaluation", MonitoringError)
     variants = [Variant({"condition": each.name}, each.system, each.examples) for each in conditions]
-    return requests_of(questions, variants, settings.samples, settings.seed, "study")
+    requests = requests_of(questions, variants, settings.samples, settings.seed, "study")
+    reads = [Read(ReadKind.PROMPT_LAST, settings.layers_of(subject.vectors))]
+    return subject.experiment(requests, settings.rollouts, PREFIX, reads=reads)
 
 
 def _read(answers: Answers, panel: Panel) -> Float[NDArray[np.float64], "responses directions layers"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from persona_lens.backend import Generation
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction.experiment import Subject
 from persona_lens.judging import Calibration
 from persona_lens.models.chat import chat_format
 from persona_lens.monitoring import (
@@ -25,8 +26,9 @@ from persona_lens.monitoring import (
     StudySettings,
     examples_of,
     monitor_calibration,
+    plan_conditions,
     study,
-    study_work,
+    study_experiment,
     threshold_for,
 )
 from persona_lens.reports.study import render_study, title
@@ -169,13 +171,11 @@ def test_it_is_gone_on_with_and_ends_with_the_same_bytes(tmp_path: Path) -> None
 
 def test_conditions_share_seeds_and_what_is_asked_is_known_beforehand() -> None:
     backend, vectors = model()
-    work = {each.label: each.rows for each in study_work(backend, vectors, settings(), chat_format(backend))}
-    assert work["rollouts"] == QUESTIONS * 2 * 8
+    subject = Subject.of(backend, vectors, planned=True)
+    experiment = study_experiment(subject, settings(), plan_conditions(vectors, TRAIT, settings()))
+    assert {each.label: each.rows for each in experiment.work()}["rollouts"] == QUESTIONS * 2 * 8
     seeds: dict[tuple[int, int], set[int]] = {}
-    from persona_lens.monitoring.conditions import plan_conditions
-    from persona_lens.monitoring.study import plan_study
-
-    for request in plan_study(TRAIT, settings(), plan_conditions(vectors, TRAIT, settings())):
+    for request in experiment.requests:
         seeds.setdefault((request.labels["question_number"], request.labels["sample"]), set()).add(request.seed)
     assert {len(found) for found in seeds.values()} == {1}
     assert len(set.union(*seeds.values())) == QUESTIONS * 2
