@@ -127,7 +127,7 @@ def _matched(
         "accuracy_change": cost,
         "accuracy_all_layers_minus_one": bootstrap_mean(gained).to_json(),
         "score_all_layers_minus_one": _json(_paired(found.rows, "all layers", "one layer")),
-        "surprise_all_layers_minus_one": _json(_paired(found.rows, "all layers", "one layer", "surprise")),
+        "surprise_all_layers_minus_one": _json(_paired(found.rows, "all layers", "one layer", "nll")),
     }
 
 

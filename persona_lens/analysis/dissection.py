@@ -306,7 +306,7 @@ def _dissection(
             "coefficient": coefficient,
             "top": top,
             "random": random,
-            "unsteered": {name: json_of(plain[name]) for name in ("score", "surprise")},
+            "unsteered": {name: json_of(plain[name]) for name in ("score", "nll")},
             "effects": {name: json_of(each) for name, each in effects.items()},
             "stand_out": [i for i in top if (each := effects[arm_name(i)]) is not None and each.stands_out],
             "samples": _samples(rows, [UNSTEERED, WHOLE, *map(arm_name, top)]),

@@ -227,7 +227,7 @@ class FeatureEffect:
         feature: Its number; None for the whole vector.
         change: Steered minus unsteered, with that of the random features, taken together question by question, as its
             null.
-        surprise: Change of -log p under the unsteered model, nats a token, likewise; None where no judge says.
+        nll: Change of -log p under the unsteered model, nats a token, likewise; None where no judge says.
         beyond: How many of the random features change the score less, in the direction of the coefficient; None
             without random features.
         random_features: How many there are.
@@ -236,7 +236,7 @@ class FeatureEffect:
 
     feature: int | None
     change: Change
-    surprise: Change | None
+    nll: Change | None
     beyond: int | None
     random_features: int
     towards: int
@@ -251,7 +251,7 @@ class FeatureEffect:
         return {
             "feature": self.feature,
             "change": self.change.to_json(),
-            "surprise": json_of(self.surprise),
+            "nll": json_of(self.nll),
             "beyond": self.beyond,
             "random_features": self.random_features,
             "stands_out": self.stands_out,
@@ -326,6 +326,6 @@ def feature_effects(
             continue
         beyond = sum(score.vector.mean * towards > other for of, other in moved.items() if of != feature)
         others = len(moved) - (feature in moved)
-        surprise = change(name, "surprise")
-        effects[name] = FeatureEffect(feature, score, surprise, beyond if others else None, others, towards)
+        nll = change(name, "nll")
+        effects[name] = FeatureEffect(feature, score, nll, beyond if others else None, others, towards)
     return effects

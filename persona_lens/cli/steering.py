@@ -92,8 +92,8 @@ def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
 
     curves = _curves(rows, settings)
     directions = list(dict.fromkeys(kind for _, kind in curves))
-    measured = "surprise" if curves[settings.layers[0], "vector"][0].surprise else "coherence"
-    meaning = {"surprise": "surprise under the unsteered model (nats a token)", "coherence": "coherence (0 to 100)"}
+    measured = "nll" if curves[settings.layers[0], "vector"][0].nll else "coherence"
+    meaning = {"nll": "surprise under the unsteered model (nats a token)", "coherence": "coherence (0 to 100)"}
     for layer in settings.layers:
         columns: dict[str, Column[Any]] = {"coefficient": lambda row: f"{row['vector'].coefficient:+g}"}
         for kind in directions:
@@ -150,7 +150,7 @@ def tune_command(
             {
                 "layer": "place.layer",
                 "coefficient": lambda point: f"{point.place.coefficient:+g}",
-                "push": ("place.push", ".2f"),
+                "strength": ("place.strength", ".2f"),
                 "change": "effect.change",
                 "random": "effect.random",
                 "text holds": "coherent",
@@ -216,7 +216,7 @@ def compare_command(
 
     def show(found: Comparison, _: Session) -> None:
         effects = {name: effect.to_json() for name, effect in found.effects.items() if effect is not None}
-        measured = "surprise" if any(effect["surprise"] for effect in effects.values()) else "coherence"
+        measured = "nll" if any(effect["nll"] for effect in effects.values()) else "coherence"
         changes = ("change", "random", "difference", "clear")
         plain = {**found.summary["unsteered"], **dict.fromkeys(changes, "")}
         show_rows(
@@ -335,7 +335,7 @@ def _show_effects(found: CrossEffects, _: Session) -> None:
         print_table(f"{title} {over}", heads, rows)
     say("* clear: the change and its difference from that of random directions lie on the same side of 0")
     for title, form, strain in (
-        ("Change of surprise, nats a token: what it does to the text", "+.2f", found.surprise),
+        ("Change of surprise, nats a token: what it does to the text", "+.2f", found.nll),
         ("Change of coherence, points: what it does to the text", "+.1f", found.coherence),
     ):
         strained = {name: strain(name) for name in found.steerings}

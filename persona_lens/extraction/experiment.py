@@ -125,7 +125,7 @@ class Answer:
         question: Number of the question.
         sample: Number of the sample.
         score: Trait score, 0 to 100; None if the response has none.
-        surprise: -log p under the model without edits and system prompt, nats a token; None if the response is empty,
+        nll: -log p under the model without edits and system prompt, nats a token; None if the response is empty,
             or from a judge that does not compute it.
         coherence: 0 to 100; None from a judge that does not ask.
         text: The response.
@@ -134,7 +134,7 @@ class Answer:
     question: int
     sample: int
     score: float | None
-    surprise: float | None
+    nll: float | None
     coherence: float | None
     text: str
 
@@ -158,7 +158,7 @@ def averaged(values: Iterable[Value]) -> dict[int, float]:
 
 
 def values_of(rows: Iterable[Answer], quantity: str) -> list[Value]:
-    """The ``score``, ``surprise`` or ``coherence`` of each row, with the number of its question."""
+    """The ``score``, ``nll`` or ``coherence`` of each row, with the number of its question."""
     return [(row.question, getattr(row, quantity)) for row in rows]
 
 
@@ -168,13 +168,13 @@ def estimated(values: Mapping[int, float], within: Ends | None = None) -> Estima
 
 
 def by_question(rows: Iterable[Answer], quantity: str) -> dict[int, float]:
-    """Mean of ``score``, ``surprise`` or ``coherence`` for each question; questions without a value are left out."""
+    """Mean of ``score``, ``nll`` or ``coherence`` for each question; questions without a value are left out."""
     return averaged(values_of(rows, quantity))
 
 
 def mean_of(rows: Iterable[Answer], quantity: str) -> Estimate | None:
-    """Mean of ``score``, ``surprise`` or ``coherence`` over questions; None without any value."""
-    return estimated(by_question(rows, quantity), None if quantity == "surprise" else SCORES)
+    """Mean of ``score``, ``nll`` or ``coherence`` over questions; None without any value."""
+    return estimated(by_question(rows, quantity), None if quantity == "nll" else SCORES)
 
 
 def json_of(estimate: Any) -> Any:
@@ -207,7 +207,7 @@ class Answers:
             kind(
                 question=rollout.request.labels["question_number"],
                 score=judgement.trait.value,
-                surprise=judgement.surprise,
+                nll=judgement.nll,
                 coherence=judgement.coherence.value if judgement.coherence else None,
                 text=rollout.response,
                 **{name: label for name, label in rollout.request.labels.items() if name != "question_number"},

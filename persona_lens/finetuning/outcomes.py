@@ -127,7 +127,7 @@ class Outcome:
         treatment: Its name.
         seed: Of the training; the base model has none.
         scores: Mean trait score of the replies to each question.
-        measured: Mean ``surprise`` or ``coherence`` of the replies to each question, as the judge gives it.
+        measured: Mean ``nll`` or ``coherence`` of the replies to each question, as the judge gives it.
         moved: Of each question the projection of its last prompt token minus the base model's, at the layer.
         losses: See `persona_lens.finetuning.Finetuned`; empty where nothing was trained.
         capability: Share of right answers; None if it was not measured.

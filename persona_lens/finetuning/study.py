@@ -215,7 +215,7 @@ class _Work:
         rows, outcomes = answers.rows(ArmRow), []
         for arm, steering in {UNSTEERED: None, **steered}.items():
             own = [row for row in rows if row.arm == arm]
-            quantity = "surprise" if any(row.surprise is not None for row in own) else "coherence"
+            quantity = "nll" if any(row.nll is not None for row in own) else "coherence"
             edits = steering.edits() if steering else ()
             able = accuracy(backend, settings.task, edits).mean if settings.task is not None else None
             scores, measured = by_question(own, "score"), by_question(own, quantity)

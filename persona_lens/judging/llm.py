@@ -129,7 +129,7 @@ class LLMJudge:
             raise JudgingError("samples and max_characters are at least 1")
 
     @property
-    def pieces_at_once(self) -> int:
+    def concurrency(self) -> int:
         """One: what runs at the same time is the server's matter."""
         return 1
 

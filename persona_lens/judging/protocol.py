@@ -57,13 +57,13 @@ class Judgement(Record):
     Attributes:
         trait: How strongly the response shows the trait.
         coherence: How coherent it is; None from a judge that does not ask.
-        surprise: -log p of the response under the unsteered subject model, nats a token; None from a judge that does
+        nll: -log p of the response under the unsteered subject model, nats a token; None from a judge that does
             not compute it, or for an empty response.
     """
 
     trait: Score
     coherence: Score | None = None
-    surprise: float | None = None
+    nll: float | None = None
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ class Judge(Protocol):
     """
 
     @property
-    def pieces_at_once(self) -> int:
+    def concurrency(self) -> int:
         """How many pieces may be judged at the same time, in threads."""
         ...
 

@@ -117,12 +117,12 @@ class Evidence(Record):
     Attributes:
         log_odds: Mean over the instruction pairs of log p(response | positive) - log p(response | negative), per
             response token, in nats.
-        surprise: -log p(response | no instruction) per response token, in nats; the log of its perplexity. It rises
+        nll: -log p(response | no instruction) per response token, in nats; the log of its perplexity. It rises
             when steering makes text incoherent.
     """
 
     log_odds: float
-    surprise: float
+    nll: float
 
 
 class ReadingJudge:
@@ -140,8 +140,8 @@ class ReadingJudge:
         self.trait = trait
 
     @property
-    def pieces_at_once(self) -> int:
-        """See `persona_lens.judging.Judge.pieces_at_once`."""
+    def concurrency(self) -> int:
+        """See `persona_lens.judging.Judge.concurrency`."""
         return self.backend.calls_at_once
 
     def work(self, exchanges: Sequence[Exchange]) -> Work:
@@ -231,7 +231,7 @@ class LikelihoodJudge(ReadingJudge):
             )
         if evidence is None:
             return Judgement(Score(None, EMPTY))
-        return Judgement(Score(self.calibration.score(evidence.log_odds)), surprise=evidence.surprise)
+        return Judgement(Score(self.calibration.score(evidence.log_odds)), nll=evidence.nll)
 
     def check_room(self, questions: Iterable[str], new: int) -> None:
         """Raise unless responses of so many tokens fit behind the longest prompt that they are read behind.
@@ -259,7 +259,7 @@ class LikelihoodJudge(ReadingJudge):
             for place, index in enumerate(chosen):
                 column = means[place :: len(chosen)]
                 positive, negative = sum(column[:pairs]) / pairs, sum(column[pairs : 2 * pairs]) / pairs
-                found[index] = Evidence(log_odds=positive - negative, surprise=-column[-1])
+                found[index] = Evidence(log_odds=positive - negative, nll=-column[-1])
         return found
 
     def _reason(self, exchange: Exchange) -> str | None:

@@ -174,7 +174,7 @@ def _in_pieces(
 
     purposes = [json.dumps([each.question, each.response, each.response_ids]) for each in exchanges]
     pieces = Pieces(folder, name, cut, purposes, form=form)
-    rows = pieces.run(run, at_once=judge.pieces_at_once, report=lambda done: progress(done, len(exchanges), label))
+    rows = pieces.run(run, at_once=judge.concurrency, report=lambda done: progress(done, len(exchanges), label))
     return list(map(form, rows))
 
 

@@ -113,17 +113,17 @@ def run_demo(
 
 
 def _choice_summary(rows: Sequence[SweepRow], chosen: int, settings: DemoSettings) -> dict[str, Any]:
-    unsteered = by_question([row for row in rows if row.layer is None], "surprise").values()
+    unsteered = by_question([row for row in rows if row.layer is None], "nll").values()
     layers = []
     for layer in sorted({row.layer for row in rows if row.layer is not None}):
         points = curve(rows, layer)
-        surprise = max(point.surprise.mean for point in (points[0], points[-1]) if point.surprise)
-        layers.append({"layer": layer, "effect": effect(rows, layer).to_json(), "surprise": surprise})
+        nll = max(point.nll.mean for point in (points[0], points[-1]) if point.nll)
+        layers.append({"layer": layer, "effect": effect(rows, layer).to_json(), "nll": nll})
     return {
         "question_set": "extraction",
         "questions": settings.choice_questions,
         "layers": layers,
-        "unsteered_surprise": sum(unsteered) / len(unsteered),
+        "unsteered_nll": sum(unsteered) / len(unsteered),
         "margin": COHERENCE_MARGIN,
         "chosen": chosen,
     }

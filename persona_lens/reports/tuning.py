@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Summary = Mapping[str, Any]
 Point = Mapping[str, Any]
-MEASURED = {"surprise": "surprise, nats per token", "coherence": "coherence, 0 to 100"}
+MEASURED = {"nll": "surprise, nats per token", "coherence": "coherence, 0 to 100"}
 _NOTHING = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 1}
 
 
@@ -70,15 +70,15 @@ def held(summary: Summary) -> bool:
 
 
 def heat_map(summary: Summary) -> list[tuple[int, list[Point | None]]]:
-    """The points of each layer in the columns of their pushes, which go up; None where there is none."""
-    pushes, rows = sorted(summary["settings"]["pushes"]), []
+    """The points of each layer in the columns of their strengths, which go up; None where there is none."""
+    strengths, rows = sorted(summary["settings"]["strengths"]), []
     for layer in sorted({point["layer"] for point in summary["surface"]}):
-        row: list[Point | None] = [None] * len(pushes)
+        row: list[Point | None] = [None] * len(strengths)
         for point in summary["surface"]:
             if point["layer"] == layer:
-                # Its push is the one asked for but for the rounding of its coefficient.
+                # Its strength is the one asked for but for the rounding of its coefficient.
                 free = [column for column, there in enumerate(row) if there is None]
-                row[min(free, key=lambda column: abs(pushes[column] - point["push"]))] = point
+                row[min(free, key=lambda column: abs(strengths[column] - point["strength"]))] = point
         rows.append((layer, row))
     return rows
 
@@ -148,8 +148,8 @@ def curve_figure(curve: Mapping[str, Sequence[Point]], summary: Summary, width: 
     if limit is not None:
         cost.axhline(limit, **svg.DOTTED)
         # At the unsteered end of the axis, where the line of the curve is furthest from the limit.
-        words = "text falls apart beyond" if measured == "surprise" else "text falls apart below"
-        left, above = summary["towards"] == "more", measured == "surprise"
+        words = "text falls apart beyond" if measured == "nll" else "text falls apart below"
+        left, above = summary["towards"] == "more", measured == "nll"
         ends = {"ha": "left" if left else "right", "va": "bottom" if above else "top"}
         box = {"facecolor": svg.PAPER, "edgecolor": "none", "pad": 1}
         svg.note(cost, (0.01 if left else 0.99, limit), words, (0, 4 if above else -4), **ends, bbox=box)

@@ -66,20 +66,20 @@ def strained(summary: Summary) -> list[tuple[float, float]]:
     """Coefficients at which steered text surprises the unsteered model by more than the margin; with the excess."""
     choice = summary.get("layer_choice")
     points = summary["steering"]["curves"]["vector"]
-    plain = next((p["surprise"]["mean"] for p in points if p["coefficient"] == 0), None)
+    plain = next((p["nll"]["mean"] for p in points if p["coefficient"] == 0), None)
     if choice is None or plain is None:
         return []
-    excesses = [(p["coefficient"], p["surprise"]["mean"] - plain) for p in points]
+    excesses = [(p["coefficient"], p["nll"]["mean"] - plain) for p in points]
     return [(coefficient, excess) for coefficient, excess in excesses if excess > choice["margin"]]
 
 
 def layer_reason(choice: Summary) -> str:
     """Why the layer was taken."""
-    limit = choice["unsteered_surprise"] + choice["margin"]
-    coherent = [row for row in choice["layers"] if row["surprise"] <= limit]
+    limit = choice["unsteered_nll"] + choice["margin"]
+    coherent = [row for row in choice["layers"] if row["nll"] <= limit]
     chosen = choice["chosen"]
     if not coherent:
-        least = min(choice["layers"], key=lambda row: row["surprise"])["layer"]
+        least = min(choice["layers"], key=lambda row: row["nll"])["layer"]
         why = "it is the one with the least surprise" if least == chosen else "it was set"
         return f"At no layer does the text stay within the margin of coherence. Layer {chosen} was taken: {why}."
     best = max(coherent, key=lambda row: row["effect"]["vector"]["mean"])["layer"]
@@ -186,8 +186,8 @@ def effect_figure(effect: Summary, width: int) -> Figure:
 def curve_figure(curves: Mapping[str, Sequence[Summary]], choice: Summary | None, width: int) -> Figure:
     """Score against coefficient, and below it the surprise, with intervals and the null."""
     figure = svg.new_figure(width, 500 if width == svg.WIDE else 470)
-    score, surprise = figure.subplots(2, 1, sharex=True, height_ratios=[2.3, 1])
-    for axes, quantity in ((score, "score"), (surprise, "surprise")):
+    score, nll = figure.subplots(2, 1, sharex=True, height_ratios=[2.3, 1])
+    for axes, quantity in ((score, "score"), (nll, "nll")):
         for kind, style in (("random", svg.NULL), ("vector", svg.LINE)):
             points = curves.get(kind) or []
             if points:
@@ -195,16 +195,16 @@ def curve_figure(curves: Mapping[str, Sequence[Summary]], choice: Summary | None
                 svg.line_with_intervals(axes, points, quantity, style, label)
     score.set(title="Mean trait score, 0 to 100", ylim=(0, 100), yticks=range(0, 101, 20))
     score.axvline(0, color=svg.GRID, linewidth=1, zorder=0)
-    surprise.axvline(0, color=svg.GRID, linewidth=1, zorder=0)
-    surprise.set(title="Surprise, nats per token", xlabel="steering coefficient")
-    plain = [p["surprise"]["mean"] for p in curves["vector"] if p["coefficient"] == 0]
+    nll.axvline(0, color=svg.GRID, linewidth=1, zorder=0)
+    nll.set(title="Surprise, nats per token", xlabel="steering coefficient")
+    plain = [p["nll"]["mean"] for p in curves["vector"] if p["coefficient"] == 0]
     if choice and plain:
         limit = plain[0] + choice["margin"]
-        surprise.axhline(limit, **svg.DOTTED)
-        svg.note(surprise, (0.99, limit), "margin of coherence", (0, 4), ha="right")
-        surprise.margins(y=0.25)
+        nll.axhline(limit, **svg.DOTTED)
+        svg.note(nll, (0.99, limit), "margin of coherence", (0, 4), ha="right")
+        nll.margins(y=0.25)
     coefficients = [p["coefficient"] for p in curves["vector"]]
-    surprise.set_xticks(coefficients, [signed(c) for c in coefficients])
+    nll.set_xticks(coefficients, [signed(c) for c in coefficients])
     svg.legend(figure, score)
     return figure
 
@@ -212,10 +212,10 @@ def curve_figure(curves: Mapping[str, Sequence[Summary]], choice: Summary | None
 def choice_figure(choice: Summary, width: int) -> Figure:
     """Effect at each layer tried; filled where the text stays coherent."""
     figure, axes = svg.panel(width, 330)
-    limit = choice["unsteered_surprise"] + choice["margin"]
+    limit = choice["unsteered_nll"] + choice["margin"]
     labels = {True: "text stays coherent", False: "text too surprising"}
     for coherent in (True, False):
-        rows = [row for row in choice["layers"] if (row["surprise"] <= limit) == coherent]
+        rows = [row for row in choice["layers"] if (row["nll"] <= limit) == coherent]
         style = {"color": svg.VECTOR, "markerfacecolor": svg.VECTOR if coherent else svg.PAPER}
         svg.dots(axes, [(row["layer"], row["effect"]["vector"]) for row in rows], style, labels[coherent])
     nulls = [(row["layer"], row["effect"]["random"]) for row in choice["layers"] if row["effect"]["random"]]

@@ -41,7 +41,7 @@ from persona_lens.vectors import PersonaVectors
 VECTOR, RANDOM, NONE = "vector", "random", "none"
 UNSTEERED = "unsteered"
 ARMS = "arms-"  # begins the names of their files
-QUANTITIES = ("score", "surprise", "coherence")
+QUANTITIES = ("score", "nll", "coherence")
 # Nats a token by which steered text may surprise the unsteered model more than its own text does, and still count as
 # coherent.
 COHERENCE_MARGIN = 1.0
@@ -228,7 +228,7 @@ class ArmEffect:
         change: Score minus the unsteered model's.
         random: The same change along random directions; None without them.
         difference: ``change`` minus ``random``; None without them.
-        surprise: -log p under the unsteered model, nats a token; None where the judge does not compute it.
+        nll: -log p under the unsteered model, nats a token; None where the judge does not compute it.
         coherence: 0 to 100; None where the judge does not ask.
         empty: Share of responses without a score.
     """
@@ -238,7 +238,7 @@ class ArmEffect:
     change: Estimate
     random: Estimate | None
     difference: Estimate | None
-    surprise: Estimate | None
+    nll: Estimate | None
     coherence: Estimate | None
     empty: float
 
@@ -263,11 +263,11 @@ def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
     if all(row.score is None for row in plain):
         raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
     found = change_of(*(values_of(each, "score") for each in (plain, own, null)), within=CHANGES)
-    score, surprise, coherence = (mean_of(own, quantity) for quantity in QUANTITIES)
+    score, nll, coherence = (mean_of(own, quantity) for quantity in QUANTITIES)
     if found is None or score is None:
         return None
     empty = sum(row.score is None for row in own) / len(own)
-    return ArmEffect(arm, score, found.vector, found.random, found.difference, surprise, coherence, empty)
+    return ArmEffect(arm, score, found.vector, found.random, found.difference, nll, coherence, empty)
 
 
 def unsteered_means(rows: Sequence[ArmRow]) -> dict[str, Estimate | None]:

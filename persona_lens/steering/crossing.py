@@ -259,7 +259,7 @@ class Crossing:
         rows = []
         for number, rollout in enumerate(answers.rollouts):
             judged = {name: each[number] for name, each in answers.judged.items()}
-            surprise = (each.surprise for each in judged.values() if each.surprise is not None)
+            nll = (each.nll for each in judged.values() if each.nll is not None)
             coherence = (each.coherence.value for each in judged.values() if each.coherence)
             labels = dict(rollout.request.labels)
             row = CrossRow(
@@ -268,7 +268,7 @@ class Crossing:
                 steered_projections=steered[number],
                 text_projections=of_text[number],
                 # Neither depends on the trait that the judge looks for.
-                surprise=next(surprise, None),
+                nll=next(nll, None),
                 coherence=next((value for value in coherence if value is not None), None),
                 text=rollout.response,
                 **labels,

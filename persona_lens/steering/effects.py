@@ -30,7 +30,7 @@ class CrossRow:
         steered_projections: By trait, of the mean response token in the model as it was steered while it wrote, on the
             trait's unit vector, in residual-stream units; None if the response is empty.
         text_projections: The same in the unsteered model that reads the text.
-        surprise: -log p under the unsteered model, nats a token; None where no judge computes it.
+        nll: -log p under the unsteered model, nats a token; None where no judge computes it.
         coherence: 0 to 100; None where no judge asks.
         text: The response.
     """
@@ -42,7 +42,7 @@ class CrossRow:
     scores: Mapping[str, float | None]
     steered_projections: Mapping[str, float | None]
     text_projections: Mapping[str, float | None]
-    surprise: float | None
+    nll: float | None
     coherence: float | None
     text: str
 
@@ -134,9 +134,9 @@ class CrossEffects:
         """How alike the vectors are, layer by layer."""
         return cosines(self.vectors, self.reduction)
 
-    def surprise(self, steering: str) -> Change | None:
+    def nll(self, steering: str) -> Change | None:
         """How much more a steering's responses surprise the unsteered model, nats a token; None if no judge says."""
-        return self._change(steering, lambda row: row.surprise)
+        return self._change(steering, lambda row: row.nll)
 
     def coherence(self, steering: str) -> Change | None:
         """How coherence changes under a steering, points of 100; None if no judge asks for it."""
@@ -195,7 +195,7 @@ class CrossEffects:
             "name": name,
             "text": str(self.steerings[name]),
             "layers": sorted({edit.layer for edit in self.steerings[name].edits()}),
-            "surprise": json_of(self.surprise(name)),
+            "nll": json_of(self.nll(name)),
             "coherence": json_of(self.coherence(name)),
         }
 

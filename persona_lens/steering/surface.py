@@ -31,12 +31,12 @@ class Place:
     Attributes:
         layer: Block index, 0-based.
         coefficient: Multiple of the raw vector; negative steers away from the trait.
-        push: Length of the step over the mean length of the residual at that layer.
+        strength: Length of the step over the mean length of the residual at that layer.
     """
 
     layer: int
     coefficient: float
-    push: float
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,17 @@ class Point:
 
 
 def places(
-    layers: Sequence[int], pushes: Sequence[float], towards: int, vector_norms: Sequence[float], norms: Sequence[float]
+    layers: Sequence[int],
+    strengths: Sequence[float],
+    towards: int,
+    vector_norms: Sequence[float],
+    norms: Sequence[float],
 ) -> list[Place]:
-    """Every layer at every push, as coefficients of two significant digits.
+    """Every layer at every strength, as coefficients of two significant digits.
 
     Args:
         layers: Layers to try.
-        pushes: Step lengths in residual norms.
+        strengths: Step lengths in residual norms.
         towards: 1 for more of the trait, -1 for less.
         vector_norms: Length of the vector at each layer of the model.
         norms: Mean length of the residual at each layer of the model.
@@ -80,7 +84,7 @@ def places(
         if not vector_norms[layer]:
             raise SteeringError(f"the vector at layer {layer} is zero; there is nothing to steer along")
         unit = norms[layer] / vector_norms[layer]
-        coefficients = dict.fromkeys(_two_digits(push * unit) for push in sorted(pushes))
+        coefficients = dict.fromkeys(_two_digits(strength * unit) for strength in sorted(strengths))
         found += [Place(layer, towards * c, c / unit) for c in coefficients]
     return found
 
@@ -100,7 +104,7 @@ def surface(rows: Sequence[ArmRow], arms: dict[str, Place], margin: float = COHE
     Raises:
         SteeringError: If the judge gave neither surprise nor coherence.
     """
-    plain = unsteered_means(rows)["surprise"]
+    plain = unsteered_means(rows)["nll"]
     points = []
     for arm, place in arms.items():
         effect = arm_effect(rows, arm)
@@ -113,13 +117,13 @@ def _holds_together(effect: ArmEffect, plain: Estimate | None, margin: float) ->
     """Whether text holds together, by its surprise or the coherence that a judge gave: by the mean, and surely."""
     if effect.coherence is not None:
         return effect.coherence.mean >= MIN_COHERENCE, effect.coherence.low >= MIN_COHERENCE
-    if effect.surprise is None or plain is None:
+    if effect.nll is None or plain is None:
         raise SteeringError(
             "this judge gives neither surprise nor coherence, so that text which falls apart cannot be told; take the "
             "likelihood judge or a judge of trait and coherence"
         )
     limit = plain.mean + margin
-    return effect.surprise.mean <= limit, effect.surprise.high <= limit
+    return effect.nll.mean <= limit, effect.nll.high <= limit
 
 
 def choose_point(points: Sequence[Point], towards: int) -> Point:
@@ -132,29 +136,30 @@ def choose_point(points: Sequence[Point], towards: int) -> Point:
     """
     coherent = [(point, point.effect) for point in points if point.coherent and point.effect is not None]
     if not coherent:
-        raise SteeringError("text fell apart at every layer and strength that was tried; try gentler pushes")
+        raise SteeringError("text fell apart at every layer and strength that was tried; try gentler strengths")
     found = [each for each in coherent if each[0].surely] or coherent
-    return max(found, key=lambda each: (towards * each[1].change.mean, -each[0].place.push))[0]
+    return max(found, key=lambda each: (towards * each[1].change.mean, -each[0].place.strength))[0]
 
 
 def warnings_about(points: Sequence[Point], chosen: Point, towards: int) -> list[str]:
     """What somebody who steers at the chosen place should know."""
     place, found = chosen.place, []
     stronger = sorted(
-        (p for p in points if p.place.layer == place.layer and p.place.push > place.push), key=lambda p: p.place.push
+        (p for p in points if p.place.layer == place.layer and p.place.strength > place.strength),
+        key=lambda p: p.place.strength,
     )
     if stronger and not stronger[0].coherent:
         found.append(
             f"near the coherence cliff: at coefficient {stronger[0].place.coefficient:g}, the next that was tried, "
             "text no longer holds together"
         )
-    if place.push >= NEAR_CLIFF:
+    if place.strength >= NEAR_CLIFF:
         found.append(
-            f"the step is {place.push:.2f} of the residual's length; the paper saw text fall apart near "
+            f"the step is {place.strength:.2f} of the residual's length; the paper saw text fall apart near "
             f"{CLIFF[0]:g} to {CLIFF[1]:g}"
         )
     if not stronger:
-        found.append("the strongest push that was tried at this layer was taken; a stronger one may do more")
+        found.append("the greatest strength that was tried at this layer was taken; a stronger one may do more")
     if chosen.effect is not None and towards * chosen.effect.change.low <= 0:
         found.append("the effect at the chosen place is not clear of zero on the questions that were searched")
     return found

@@ -187,13 +187,13 @@ class CurvePoint(Record):
     Attributes:
         coefficient: Multiple of the raw vector.
         score: Trait score, 0 to 100.
-        surprise: -log p under the unsteered model, nats a token; None where the judge did not compute it.
+        nll: -log p under the unsteered model, nats a token; None where the judge did not compute it.
         coherence: 0 to 100; None where the judge did not ask.
     """
 
     coefficient: float
     score: Estimate
-    surprise: Estimate | None
+    nll: Estimate | None
     coherence: Estimate | None = None
 
 
@@ -225,10 +225,10 @@ def curve(rows: Sequence[SweepRow], layer: int, direction: str = VECTOR) -> list
     points = []
     for coefficient in sorted({row.coefficient for row in chosen}):
         at = [row for row in chosen if row.coefficient == coefficient]
-        score, surprise, coherence = (mean_of(at, quantity) for quantity in QUANTITIES)
+        score, nll, coherence = (mean_of(at, quantity) for quantity in QUANTITIES)
         if score is None:
             raise SteeringError(f"no response at layer {layer}, coefficient {coefficient:g} has a score")
-        points.append(CurvePoint(coefficient, score, surprise, coherence))
+        points.append(CurvePoint(coefficient, score, nll, coherence))
     return points
 
 
@@ -266,7 +266,7 @@ def choose_layer(rows: Sequence[SweepRow], margin: float = COHERENCE_MARGIN) -> 
     """
     layers = sorted({row.layer for row in rows if row.layer is not None})
     unsteered = [row for row in rows if row.direction == NONE]
-    own = by_question(unsteered, "surprise")
+    own = by_question(unsteered, "nll")
     if not own and not by_question(unsteered, "coherence"):
         raise SteeringError("every unsteered response is empty; there is nothing to compare steered text with")
     most = margin + fmean(own.values()) if own else -MIN_COHERENCE
@@ -285,8 +285,8 @@ def choose_layer(rows: Sequence[SweepRow], margin: float = COHERENCE_MARGIN) -> 
 
 
 def _incoherence(point: CurvePoint) -> float:
-    if point.surprise is not None:
-        return point.surprise.mean
+    if point.nll is not None:
+        return point.nll.mean
     return -point.coherence.mean if point.coherence is not None else inf
 
 

@@ -70,7 +70,7 @@ class TuneSettings:
 
     Attributes:
         layers: Layers tried, each alone; None for eight between 30% and 85% of the depth.
-        pushes: Strengths tried at each: the length of the step over the mean length of the residual there.
+        strengths: Strengths tried at each: the length of the step over the mean length of the residual there.
         towards: More of the trait, or less.
         search_questions: How many of the held-out questions the search uses; the result is confirmed on the others.
         samples: Responses for each question and place in the search.
@@ -84,7 +84,7 @@ class TuneSettings:
     """
 
     layers: tuple[int, ...] | None = None
-    pushes: tuple[float, ...] = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
+    strengths: tuple[float, ...] = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
     towards: Towards = Towards.MORE
     search_questions: int = 8  # fewer than elsewhere: the result rests on those that are left
     samples: int = 1
@@ -99,8 +99,10 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise SteeringError(f"layers must be given, each once: got {list(self.layers)}")
-        if not self.pushes or not all(0 < push < 10 for push in self.pushes):
-            raise SteeringError(f"pushes are step lengths in residual norms, such as 0.1 to 1: got {list(self.pushes)}")
+        if not self.strengths or not all(0 < strength < 10 for strength in self.strengths):
+            raise SteeringError(
+                f"strengths are step lengths in residual norms, such as 0.1 to 1: got {list(self.strengths)}"
+            )
         if min(self.search_questions, self.samples, self.confirm_samples) < 1 or self.random_directions < 0:
             raise SteeringError("questions and samples must be at least 1, random_directions at least 0")
         if self.margin <= 0:
@@ -168,7 +170,7 @@ def tune(
     vectors.vector(max(settings.layers or ()), settings.reduction)  # what cannot be run must not claim the folder
     with run_folder(folder, subject.config("tune", settings)) as run:
         norms, lengths = _residual_norms(subject, search, run, progress), vectors.norms(settings.reduction).tolist()
-        tried = places(settings.layers or (), settings.pushes, settings.towards.sign, lengths, norms)
+        tried = places(settings.layers or (), settings.strengths, settings.towards.sign, lengths, norms)
         searched = _try(subject, settings, tried, search, SEARCH, run, progress)
         chosen = choose_point(searched.points, settings.towards.sign)
         on_layer = [place for place in tried if place.layer == chosen.place.layer]
@@ -178,7 +180,7 @@ def tune(
             summary["capability"] = _trade_off(asked, capability)
         steering, effect, place = _at(vectors, chosen.place, settings), asked.at(chosen).effect, chosen.place
         choice = Tuned(place.layer, place.coefficient, settings.reduction)
-        tuned = vectors.with_tuned(choice, {"push": place.push, **{name: summary[name] for name in STORED}})
+        tuned = vectors.with_tuned(choice, {"strength": place.strength, **{name: summary[name] for name in STORED}})
         if run is not None:
             run.write_rows("search-scores.jsonl", map(Answer.to_row, searched.rows))
             run.write_rows("confirm-scores.jsonl", map(Answer.to_row, asked.rows))
@@ -193,7 +195,11 @@ def tune_work(subject: Subject, settings: TuneSettings) -> tuple[Work, ...]:
     search, confirm = _split(subject.trait, settings)
     found: list[Work] = []
     for asked, layers in ((search, settings.layers or ()), (confirm, (settings.layers or ())[:1])):
-        tried = [Place(layer, 1.0 + number, push) for layer in layers for number, push in enumerate(settings.pushes)]
+        tried = [
+            Place(layer, 1.0 + number, strength)
+            for layer in layers
+            for number, strength in enumerate(settings.strengths)
+        ]
         found += arms_experiment(subject, _arms(vectors, tried, settings), asked).work()
     return tuple(found)
 
@@ -300,7 +306,7 @@ def _summary(
         "confirm_questions": len(trait.evaluation_questions) - settings.search_questions,
         "residual_norms": list(norms),
         "vector_norms": subject.vectors.norms(settings.reduction).tolist(),
-        "measured": "surprise" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
+        "measured": "nll" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
         "unsteered": {
             "search": _unsteered(searched.rows, settings.margin),
             "confirm": _unsteered(confirmed.rows, settings.margin),
@@ -336,8 +342,8 @@ def _trade_off(tried: _Tried, capability: Capability) -> list[dict[str, Any]]:
 def _unsteered(rows: Sequence[ArmRow], margin: float) -> dict[str, Any]:
     """Means of the unsteered responses, and the surprise, or else the coherence, at which text stops to be coherent."""
     means = unsteered_means(rows)
-    surprise = means["surprise"]
-    limit = MIN_COHERENCE if means["coherence"] else surprise.mean + margin if surprise else None
+    nll = means["nll"]
+    limit = MIN_COHERENCE if means["coherence"] else nll.mean + margin if nll else None
     return {**{quantity: json_of(mean) for quantity, mean in means.items()}, "limit": limit}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.core.text import printable
-from persona_lens.vectors.formats.form import ExchangeError, file_name
+from persona_lens.vectors.formats.form import FormatError, file_name
 from persona_lens.vectors.formats.registry import write_new
 from persona_lens.vectors.provenance import kept_of_each_arm
 from persona_lens.vectors.vectors import PersonaVectors, load_vectors
@@ -42,7 +42,7 @@ def push_vectors(vectors: PersonaVectors, repo: str, *, licence: str, private: b
         private: Whether a repository that has to be made is for its owner only.
 
     Raises:
-        ExchangeError: If the repository holds other vectors, or the hub refuses; the message says why.
+        FormatError: If the repository holds other vectors, or the hub refuses; the message says why.
     """
     card = model_card(vectors, repo, licence)
     content = {VECTORS: vectors.to_bytes(), CARD: card.encode()}
@@ -53,7 +53,7 @@ def push_vectors(vectors: PersonaVectors, repo: str, *, licence: str, private: b
     _check_id(repo)
     try:
         return _push(repo, content, private)
-    except ExchangeError:
+    except FormatError:
         raise
     except Exception as error:  # the hub's client raises errors of several libraries
         raise _explained(error, repo) from error
@@ -67,12 +67,12 @@ def pull_vectors(repo: str, *, revision: str | None = None) -> PersonaVectors:
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ExchangeError: If they cannot be had; the message says why.
+        FormatError: If they cannot be had; the message says why.
         VectorsError: If the file is damaged, or of another version.
     """
     if _is_folder(repo):
         if revision is not None:
-            raise ExchangeError(f"a revision ({revision!r}) belongs to the hub, and {repo} is a folder; leave it out")
+            raise FormatError(f"a revision ({revision!r}) belongs to the hub, and {repo} is a folder; leave it out")
         return load_vectors(Path(repo).expanduser() / VECTORS)
     _check_id(repo)
     try:
@@ -89,7 +89,7 @@ def _is_folder(repo: str) -> bool:
 
 def _check_id(repo: str) -> None:
     if not HUB_ID.fullmatch(repo):
-        raise ExchangeError(f"{repo!r} is neither a folder nor a hub id; write owner/name, or a folder as ./name")
+        raise FormatError(f"{repo!r} is neither a folder nor a hub id; write owner/name, or a folder as ./name")
 
 
 def _push(repo: str, content: dict[str, bytes], private: bool) -> Pushed:
@@ -101,7 +101,7 @@ def _push(repo: str, content: dict[str, bytes], private: bool) -> Pushed:
     if api.file_exists(repo, VECTORS, revision=head):
         there = Path(hf_hub_download(repo, VECTORS, revision=head)).read_bytes()
         if there != content[VECTORS]:
-            raise ExchangeError(
+            raise FormatError(
                 f"{repo} holds other vectors; push to another repository, or delete {VECTORS} there first"
             )
     made: Any = api.create_commit(
@@ -121,20 +121,20 @@ def _explained(error: Exception, repo: str) -> Exception:
     if isinstance(error, PersonaLensError):
         return error
     if isinstance(error, errors.GatedRepoError):
-        return ExchangeError(f"{repo} is gated: ask for access at https://huggingface.co/{repo}, then `hf auth login`")
+        return FormatError(f"{repo} is gated: ask for access at https://huggingface.co/{repo}, then `hf auth login`")
     if isinstance(error, errors.RevisionNotFoundError):
-        return ExchangeError(f"{repo} has no such revision; check its branches and tags, or leave it out")
+        return FormatError(f"{repo} has no such revision; check its branches and tags, or leave it out")
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return ExchangeError(f"{repo} is not in this machine's cache, and the hub cannot be reached; check the network")
+        return FormatError(f"{repo} is not in this machine's cache, and the hub cannot be reached; check the network")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return ExchangeError(f"there is no {repo} on the hub, or you may not see it; if you may, `hf auth login` first")
+        return FormatError(f"there is no {repo} on the hub, or you may not see it; if you may, `hf auth login` first")
     if isinstance(error, errors.EntryNotFoundError):
-        return ExchangeError(f"{repo} has no {VECTORS}: it holds no persona vectors, or another program's")
+        return FormatError(f"{repo} has no {VECTORS}: it holds no persona vectors, or another program's")
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
         if error.response.status_code in (401, 403):
-            return ExchangeError(f"the hub does not let you write to {repo}: `hf auth login`, or check the owner")
-        return ExchangeError(f"the hub refused {repo}: {error.server_message or str(error).splitlines()[0]}")
-    return ExchangeError(f"{repo} could not be reached: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            return FormatError(f"the hub does not let you write to {repo}: `hf auth login`, or check the owner")
+        return FormatError(f"the hub refused {repo}: {error.server_message or str(error).splitlines()[0]}")
+    return FormatError(f"{repo} could not be reached: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
 
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,39}")
@@ -151,13 +151,13 @@ def model_card(vectors: PersonaVectors, repo: str, licence: str) -> str:
         licence: The vectors' licence as the hub writes it, such as ``mit`` or ``cc-by-4.0``.
 
     Raises:
-        ExchangeError: If that is no licence as the hub writes them.
+        FormatError: If that is no licence as the hub writes them.
     """
     import yaml
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     if not LICENCE.fullmatch(licence):
-        raise ExchangeError(f"a licence is written as on the hub, such as mit or cc-by-4.0; got {licence!r}")
+        raise FormatError(f"a licence is written as on the hub, such as mit or cc-by-4.0; got {licence!r}")
     metadata: dict[str, Any] = {
         "license": licence,
         "library_name": "persona-lens",

@@ -90,7 +90,7 @@ def _texts() -> list[Target]:
         Steering.parse(text, [own]).edits()
 
     def options(text: str) -> None:
-        for read in (lambda: layer_numbers(text, 40), lambda: numbers(text, "--pushes")):
+        for read in (lambda: layer_numbers(text, 40), lambda: numbers(text, "--strengths")):
             with suppress(PersonaLensError):
                 read()
 

@@ -110,7 +110,7 @@ def _effects(folder: Path) -> None:
 
 
 def _tune(folder: Path) -> None:
-    settings = TuneSettings((1,), pushes=(0.1, 0.2), search_questions=3, random_directions=1, rollouts=SMALL)
+    settings = TuneSettings((1,), strengths=(0.1, 0.2), search_questions=3, random_directions=1, rollouts=SMALL)
     tune(Normed(TRAIT), vectors(), settings, folder=folder)
 
 

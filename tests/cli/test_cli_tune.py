@@ -17,7 +17,7 @@ from persona_lens.vectors import load_vectors
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TINY = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
-SMALL = ("--layers", "0,1", "--pushes", "0.05,0.1", "--search-questions", "17", "--confirm-samples", "1")
+SMALL = ("--layers", "0,1", "--strengths", "0.05,0.1", "--search-questions", "17", "--confirm-samples", "1")
 FILES = {
     *("run.json", "norms-rollouts.jsonl", "activations", "summary.json", "vectors.safetensors", "report.html"),
     *(f"{phase}-{kind}.jsonl" for phase in ("search", "confirm") for kind in ("rollouts", "judgements", "scores")),
@@ -115,8 +115,8 @@ def test_another_tuning_does_not_take_its_folder(home: Path, tuned: tuple[Path, 
     [
         (("--layers", "7"), "layer 7 does not exist: the model has layers 0 to 2"),
         (("--layers", "one"), "--layers takes 18, 12,15,18, 10-20 or all; got 'one'"),
-        (("--pushes", "much"), "--pushes takes numbers with commas between them"),
-        (("--pushes", "-0.2"), r"pushes are step lengths in residual norms, such as 0.1 to 1: got [-0.2]"),
+        (("--strengths", "much"), "--strengths takes numbers with commas between them"),
+        (("--strengths", "-0.2"), r"strengths are step lengths in residual norms, such as 0.1 to 1: got [-0.2]"),
         (("--towards", "mor"), "--towards takes more, less; got 'mor'"),
         (("--search-questions", "20"), "has 20 held-out questions; search on fewer than that"),
         (("--samples", "0"), "must be at least 1"),

@@ -80,7 +80,7 @@ class TooFewError(VectorsError):
 class Lengths:
     """A judge that is somebody's own, and says what it costs."""
 
-    pieces_at_once = 1
+    concurrency = 1
 
     def describe(self) -> dict[str, Any]:
         return {"judge": "lengths"}

@@ -300,7 +300,7 @@ class Saying:
     """A judge that says what it was told to, in order."""
 
     judgements: tuple[Judgement, ...]
-    pieces_at_once = 1
+    concurrency = 1
 
     def describe(self) -> dict[str, Any]:
         return {"judge": "saying"}

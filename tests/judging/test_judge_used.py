@@ -34,7 +34,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 class Choosing:
     """A judge that is free in how it finds a score, and once asked takes samples."""
 
-    pieces_at_once = 1
+    concurrency = 1
 
     def describe(self) -> dict[str, Any]:
         return {"judge": "choosing", "method": "auto"}
@@ -48,7 +48,7 @@ class Choosing:
 
 
 def _tune(folder: Path, judge: Judge) -> None:
-    settings = TuneSettings((1,), pushes=(0.1,), search_questions=3, random_directions=0, rollouts=SMALL)
+    settings = TuneSettings((1,), strengths=(0.1,), search_questions=3, random_directions=0, rollouts=SMALL)
     tune(Normed(TRAIT), vectors(), settings, folder=folder, judge=judge)
 
 

@@ -89,7 +89,7 @@ def assert_alike(found: Sequence[Evidence | None], wanted: Sequence[Evidence | N
         assert a is not None
         assert b is not None
         assert a.log_odds == pytest.approx(b.log_odds, abs=tolerance)
-        assert a.surprise == pytest.approx(b.surprise, abs=tolerance)
+        assert a.nll == pytest.approx(b.nll, abs=tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "qwen2"])
@@ -183,7 +183,7 @@ def test_scores_are_the_calibrated_preferences() -> None:
     for evidence, judged in zip(judge.evidence(EXCHANGES), judge.judge(EXCHANGES), strict=True):
         assert evidence is not None
         assert judged.trait.value == pytest.approx(100 / (1 + np.exp(-(2 * evidence.log_odds + 0.5))))
-        assert judged.surprise == evidence.surprise
+        assert judged.nll == evidence.nll
 
 
 def test_a_judge_without_calibration_weighs_but_does_not_score() -> None:
@@ -297,7 +297,7 @@ def test_recorded_evidence_is_in_the_order_of_the_rollouts(tmp_path: Path) -> No
         if rollout.response:
             assert evidence is not None
             assert evidence.log_odds == pytest.approx(float(rollout.response.split()[1]), abs=1e-6)
-            assert evidence.surprise == pytest.approx(2)
+            assert evidence.nll == pytest.approx(2)
         else:
             assert evidence is None
     assert weigh_in(tmp_path, rollouts) == (found, passes)
@@ -326,7 +326,7 @@ def test_empty_responses_are_recorded_with_their_reason(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "evidence.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(8))
     assert {**rows[3], "check": ""} == {"row": 3, "reason": "empty response", "check": ""}
-    assert rows[4].keys() == {"row", "log_odds", "surprise", "check"}
+    assert rows[4].keys() == {"row", "log_odds", "nll", "check"}
 
 
 def test_evidence_of_other_responses_is_not_believed(tmp_path: Path) -> None:

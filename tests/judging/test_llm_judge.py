@@ -275,7 +275,7 @@ def test_an_ordinary_text_stands_as_it_is() -> None:
 class Unready:
     """A judge that finds out that it cannot judge."""
 
-    pieces_at_once = 1
+    concurrency = 1
 
     def describe(self) -> dict[str, Any]:
         return {"judge": "unready"}
@@ -381,7 +381,7 @@ def test_a_sweep_by_a_server_is_coherent_where_the_judge_says_so(tmp_path: Path)
     with serving(respond=respond) as loopback:
         rows = sweep(backend, vectors, chosen, judge=judge_at(loopback, tmp_path))
     assert {row.coherence for row in rows} == {30}
-    assert {row.surprise for row in rows} == {None}
+    assert {row.nll for row in rows} == {None}
     points = curve(rows, 0)
-    assert all(p.coherence is not None and p.coherence.mean == 30 and p.surprise is None for p in points)
+    assert all(p.coherence is not None and p.coherence.mean == 30 and p.nll is None for p in points)
     assert choose_layer(rows) in (0, 1)

@@ -21,7 +21,7 @@ from persona_lens.judging.registry import JudgeSpec
 from persona_lens.runs.cost import Work
 
 class LengthJudge:
-    pieces_at_once = 1
+    concurrency = 1
 
     def __init__(self, trait, most):
         self.trait, self.most = trait, most

@@ -70,7 +70,7 @@ def make_summary(names: tuple[str, ...] = TRAITS, *, null: bool = True) -> dict[
         ],
         "judges": {name: {"judge": "likelihood"} for name in names},
         "steerings": [
-            {"name": name, "text": f"{name}@18:+2", "layers": [18], "surprise": change(0.3), "coherence": None}
+            {"name": name, "text": f"{name}@18:+2", "layers": [18], "nll": change(0.3), "coherence": None}
             for name in names
         ],
         "cells": cells,
@@ -224,7 +224,7 @@ def test_effects_from_the_command_line_to_the_page(model: Path, files: dict[str,
     mean = found["cells"][1]["score"]["vector"]["mean"]
     assert f"{mean:+.1f}" in shown
     assert "random" in shown
-    assert "surprise" in shown
+    assert "nll" in shown
 
 
 def test_edits_of_ones_own_and_the_tuned_choice(model: Path, files: dict[str, str]) -> None:

@@ -64,8 +64,8 @@ def effect(layer: int, vector: float, random: float | None, half: float = 9.3, n
 def curve(scores: tuple[float, ...], surprises: tuple[float, ...]) -> list[dict[str, Any]]:
     coefficients = (-2.0, -1.0, 0.0, 1.0, 2.0)
     return [
-        {"coefficient": c, "score": estimate(score, 6.2), "surprise": estimate(surprise, 0.17)}
-        for c, score, surprise in zip(coefficients, scores, surprises, strict=True)
+        {"coefficient": c, "score": estimate(score, 6.2), "nll": estimate(nll, 0.17)}
+        for c, score, nll in zip(coefficients, scores, surprises, strict=True)
     ]
 
 
@@ -170,12 +170,12 @@ def make_summary() -> dict[str, Any]:
         "layer_choice": {
             "question_set": "extraction",
             "questions": 6,
-            "unsteered_surprise": 2.38,
+            "unsteered_nll": 2.38,
             "margin": 1.0,
             "chosen": 18,
             "layers": [
-                {"layer": layer, "effect": effect(layer, found, None, 14.0, 6), "surprise": surprise}
-                for layer, found, surprise in tried
+                {"layer": layer, "effect": effect(layer, found, None, 14.0, 6), "nll": nll}
+                for layer, found, nll in tried
             ],
         },
         "steering": {"layer": 18, "questions": 20, "samples": 1, "curves": curves, "effect": effect(18, 52.4, 2.4)},
@@ -313,10 +313,10 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("steering/effect/random/mean", -1.23, "change it by −1.2"),
     ("steering/effect/difference/high", 77.77, "to +77.8)"),
     ("steering/curves/vector/4/score/mean", 66.66, "66.7 at +2"),
-    ("steering/curves/random/0/surprise/mean", 2.22, "2.22 ("),
+    ("steering/curves/random/0/nll/mean", 2.22, "2.22 ("),
     ("steering/questions", 17, "17 held-out questions"),
     ("layer_choice/layers/1/effect/vector/mean", 33.33, "layer 15 +33.3"),
-    ("layer_choice/unsteered_surprise", 2.22, "stands at 2.22"),
+    ("layer_choice/unsteered_nll", 2.22, "stands at 2.22"),
     ("extraction/responses", 1234, "1,234 answers"),
     ("extraction/tokens", 98765, "98,765 tokens"),
     ("extraction/mean_score/positive", 77.71, "77.7"),
@@ -515,8 +515,8 @@ def test_missing_parts_are_said_to_be_missing() -> None:
 @pytest.mark.usefixtures("drawing")
 def test_the_smallest_run_still_makes_a_page() -> None:
     summary = make_summary()
-    tiny = {"coefficient": 0.0, "score": estimate(50, 0, 1), "surprise": estimate(2.4, 0, 1)}
-    up = {"coefficient": 0.5, "score": estimate(50, 0, 1), "surprise": estimate(2.4, 0, 1)}
+    tiny = {"coefficient": 0.0, "score": estimate(50, 0, 1), "nll": estimate(2.4, 0, 1)}
+    up = {"coefficient": 0.5, "score": estimate(50, 0, 1), "nll": estimate(2.4, 0, 1)}
     summary["steering"].update(curves={"vector": [tiny, up]}, questions=1)
     summary["steering"]["effect"] = {**effect(0, 0.0, None, 0.0, 1), "low": 0.0, "high": 0.5}
     summary["samples"] = [{"question": "?", "responses": [{"coefficient": 0.0, "score": None, "text": " "}]}]
@@ -550,7 +550,7 @@ def test_backends_that_disagree_or_are_missing_are_shown_as_they_are() -> None:
 def test_strained_text_is_warned_of() -> None:
     summary = make_summary()
     assert strained(summary) == []
-    summary["steering"]["curves"]["vector"][0]["surprise"]["mean"] = 3.91
+    summary["steering"]["curves"]["vector"][0]["nll"]["mean"] = 3.91
     assert [coefficient for coefficient, _ in strained(summary)] == [-2.0]
     assert "The text is strained at −2 (1.50 nats" in Page(render_vector(summary)).text
 

@@ -26,24 +26,24 @@ from tests.reports.test_report import (
 )
 
 LAYERS = (9, 11, 14, 16, 19, 21, 24, 26)
-PUSHES = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
+STRENGTHS = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
 PLAIN, MARGIN = 1.37, 1.0
 CHOSEN = (16, 3.1)
 
 
 def point(layer: int, number: int, n: int = 8, sign: int = 1) -> dict[str, Any]:
-    """A place whose effect rises with the push and falls with the distance from layer 17, until text falls apart."""
-    push, coefficient = PUSHES[number] * 1.01, round(sign * (0.4 + 0.9 * number), 2)
-    gain = sign * (70 * push - 60 * push**2) * math.exp(-(((layer - 17) / 6) ** 2))
-    null = -sign * 9 * push * math.sin(layer)
-    surprise = PLAIN + 0.4 * push + 2.2 * push**3
+    """A place whose effect rises with the strength and falls with the distance from layer 17, till text falls apart."""
+    strength, coefficient = STRENGTHS[number] * 1.01, round(sign * (0.4 + 0.9 * number), 2)
+    gain = sign * (70 * strength - 60 * strength**2) * math.exp(-(((layer - 17) / 6) ** 2))
+    null = -sign * 9 * strength * math.sin(layer)
+    nll = PLAIN + 0.4 * strength + 2.2 * strength**3
     effect = {
         "arm": f"optimistic@{layer}:{coefficient:+g}",
         "score": estimate(61.3 + gain, 9.1, n),
         "change": estimate(gain, 8.4, n),
         "random": estimate(null, 5.2, n),
         "difference": estimate(gain - null, 9.7, n),
-        "surprise": estimate(surprise, 0.21, n),
+        "nll": estimate(nll, 0.21, n),
         "coherence": None,
         "clear": int(gain - null > 14),
         "empty": 0.125 * (number == 5),
@@ -51,8 +51,8 @@ def point(layer: int, number: int, n: int = 8, sign: int = 1) -> dict[str, Any]:
     return {
         "layer": layer,
         "coefficient": coefficient,
-        "push": push,
-        "coherent": surprise <= PLAIN + MARGIN,
+        "strength": strength,
+        "coherent": nll <= PLAIN + MARGIN,
         "effect": effect,
     }
 
@@ -60,13 +60,13 @@ def point(layer: int, number: int, n: int = 8, sign: int = 1) -> dict[str, Any]:
 def make_tuning(sign: int = 1) -> dict[str, Any]:
     of = provenance()
     layer, coefficient = CHOSEN[0], sign * CHOSEN[1]
-    surface = [point(each, number, sign=sign) for each in LAYERS for number in range(len(PUSHES))]
-    curve = [point(layer, number, 12, sign) for number in range(len(PUSHES))]
+    surface = [point(each, number, sign=sign) for each in LAYERS for number in range(len(STRENGTHS))]
+    curve = [point(layer, number, 12, sign) for number in range(len(STRENGTHS))]
     (chosen,) = (each for each in surface if (each["layer"], each["coefficient"]) == (layer, coefficient))
     (confirmed,) = (each for each in curve if each["coefficient"] == coefficient)
     confirmed["effect"] |= {"change": estimate(sign * 24.6, 6.1, 12), "random": estimate(-1.9, 4.4, 12)}
     confirmed["effect"] |= {"difference": estimate(sign * 26.5, 7.2, 12), "clear": sign}
-    plain = {"score": estimate(61.3, 7.7, 8), "surprise": estimate(PLAIN, 0.1, 8), "coherence": None}
+    plain = {"score": estimate(61.3, 7.7, 8), "nll": estimate(PLAIN, 0.1, 8), "coherence": None}
     return {
         "command": "persona-lens steer tune smollm2-135m runs/optimistic",
         "vectors": "sha256:89ab",
@@ -85,7 +85,7 @@ def make_tuning(sign: int = 1) -> dict[str, Any]:
         "towards": "more" if sign > 0 else "less",
         "settings": {
             "layers": list(LAYERS),
-            "pushes": list(PUSHES),
+            "strengths": list(STRENGTHS),
             "samples": 1,
             "confirm_samples": 2,
             "random_directions": 5,
@@ -97,7 +97,7 @@ def make_tuning(sign: int = 1) -> dict[str, Any]:
         "confirm_questions": 12,
         "residual_norms": [40.0 + 3 * layer for layer in range(30)],
         "vector_norms": [1.5 + layer for layer in range(30)],
-        "measured": "surprise",
+        "measured": "nll",
         "unsteered": {"search": {**plain, "limit": PLAIN + MARGIN}, "confirm": {**plain, "limit": PLAIN + MARGIN}},
         "surface": surface,
         "chosen": {"steering": confirmed["effect"]["arm"], **copy.deepcopy(chosen)},
@@ -164,13 +164,13 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("confirm_questions", 13, "12 held-out questions of 13"),
     ("search_questions", 7, "7 held-out questions"),
     ("chosen/steering", "optimistic@3:+9", "optimistic@3:+9"),
-    ("chosen/push", 0.777, "a step 0.78 times"),
+    ("chosen/strength", 0.777, "a step 0.78 times"),
     ("surface/0/effect/change/mean", 5.55, "+5.5 ("),
     ("surface/1/effect/random/high", 33.31, "to +33.3)"),
-    ("surface/2/effect/surprise/mean", 9.87, "9.87 ("),
+    ("surface/2/effect/nll/mean", 9.87, "9.87 ("),
     ("surface/2/effect/score/mean", 44.41, "44.4 ("),
     ("surface/3/effect/empty", 0.375, "38%"),
-    ("surface/4/push", 0.6789, "0.679"),
+    ("surface/4/strength", 0.6789, "0.679"),
     ("curve/1/effect/change/mean", 22.21, "+22.2 ("),
     ("curve/2/effect/difference/low", -7.77, "(−7.8 to"),
     ("residual_norms/5", 56.789, "56.789"),
@@ -199,10 +199,10 @@ def test_what_is_shown_comes_from_the_summary() -> None:
 DRAWN = {
     "curve/1/effect/change/low": {"curve"},
     "curve/1/effect/random/mean": {"curve"},
-    "curve/1/effect/surprise/mean": {"curve"},
+    "curve/1/effect/nll/mean": {"curve"},
     "unsteered/confirm/limit": {"curve"},
     "unsteered/search/limit": {"tradeoff"},
-    "surface/7/effect/surprise/mean": {"tradeoff"},
+    "surface/7/effect/nll/mean": {"tradeoff"},
     "surface/7/coherent": {"tradeoff"},
     "vector_norms/5": {"norms"},
     "residual_norms/29": {"norms"},
@@ -235,10 +235,12 @@ def test_every_place_is_a_cell_of_both_maps(page: Page) -> None:
     summary = make_tuning()
     assert len(cells(page)) == 2 * len(summary["surface"])
     for place, cell in zip(summary["surface"], cells(page), strict=False):
-        assert str(cell["title"]).startswith(f"layer {place['layer']}, coefficient +{place['coefficient']:g}, push ")
+        assert str(cell["title"]).startswith(
+            f"layer {place['layer']}, coefficient +{place['coefficient']:g}, strength "
+        )
         assert ("fallen" in str(cell["class"]).split()) == (not place["coherent"])
     chosen = [str(cell["title"]) for cell in cells(page) if "chosen" in str(cell["class"]).split()]
-    assert [title.startswith("layer 16, coefficient +3.1, push") for title in chosen] == [True, True]
+    assert [title.startswith("layer 16, coefficient +3.1, strength") for title in chosen] == [True, True]
     assert page.text.count(", text falls apart") == sum(not place["coherent"] for place in summary["surface"])
 
 
@@ -255,13 +257,13 @@ def test_both_maps_have_one_scale() -> None:
 
 def test_a_place_stands_in_the_column_of_its_push_whatever_was_rounded_or_left_out() -> None:
     summary = make_tuning()
-    summary["settings"]["pushes"] = [0.9, 0.1, 0.2, 0.3, 0.45, 0.65]
-    del summary["surface"][2]  # two pushes gave the same coefficient
+    summary["settings"]["strengths"] = [0.9, 0.1, 0.2, 0.3, 0.45, 0.65]
+    del summary["surface"][2]  # two strengths gave the same coefficient
     html = render_tuning(summary)
-    assert [float(push) for push in re.findall(r'<th scope="col">(0\.\d+)</th>', html)[:6]] == list(PUSHES)
+    assert [float(strength) for strength in re.findall(r'<th scope="col">(0\.\d+)</th>', html)[:6]] == list(STRENGTHS)
     first = re.findall(r"<td.*?</td>", html[html.index('class="heat"') :], re.DOTALL)[:6]
-    pushes = [re.findall(r"push ([\d.]+):", cell) for cell in first]
-    assert pushes == [["0.10"], ["0.20"], [], ["0.45"], ["0.66"], ["0.91"]]
+    strengths = [re.findall(r"strength ([\d.]+):", cell) for cell in first]
+    assert strengths == [["0.10"], ["0.20"], [], ["0.45"], ["0.66"], ["0.91"]]
 
 
 def test_the_colours_are_those_of_the_heat_map_of_tokens() -> None:
@@ -380,9 +382,9 @@ def test_a_judge_of_coherence_is_shown_as_that() -> None:
     summary = make_tuning()
     summary["measured"], summary["judge"] = "coherence", {"judge": "openai", "model": "gpt-9", "samples": 3}
     for place in [*summary["surface"], *summary["curve"]]:
-        place["effect"].update(coherence=estimate(77.7, 4.0, 8), surprise=None)
+        place["effect"].update(coherence=estimate(77.7, 4.0, 8), nll=None)
     for plain in summary["unsteered"].values():
-        plain.update(coherence=estimate(91.2, 3.0, 8), surprise=None, limit=50.0)
+        plain.update(coherence=estimate(91.2, 3.0, 8), nll=None, limit=50.0)
     text = text_of(summary)
     assert "Below a mean of 50 text counts as fallen apart" in text
     assert "Coherence, 0 to 100" in text
@@ -408,13 +410,13 @@ def test_capability_is_shown_where_it_was_measured(page: Page) -> None:
 def test_the_smallest_run_still_makes_a_page() -> None:
     summary = make_tuning()
     only = copy.deepcopy(summary["surface"][0])
-    for name in ("score", "change", "random", "difference", "surprise"):
+    for name in ("score", "change", "random", "difference", "nll"):
         only["effect"][name] = estimate(0.0, 0.0, 1)
     summary.update(
         surface=[only], curve=[only], chosen={**only, "steering": "optimistic@9:+0.4"}, confirmed=only["effect"]
     )
     summary.update(residual_norms=[1.0] * 10, vector_norms=[1.0] * 10, confirm_questions=1)
-    summary["settings"]["pushes"] = [0.1]
+    summary["settings"]["strengths"] = [0.1]
     text = text_of(summary)
     assert "No clear effect" in text
     assert "one question, so no interval" in text

@@ -69,7 +69,7 @@ def jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 class LengthJudge:
     """Scores a response by its length."""
 
-    pieces_at_once = 1
+    concurrency = 1
 
     def describe(self) -> dict[str, Any]:
         """See `Judge`."""

@@ -105,7 +105,7 @@ def said(text: str) -> float:
 class Reader:
     """Scores 50 points, and so many for each unit that a text says it is along the first vector."""
 
-    pieces_at_once = 1
+    concurrency = 1
 
     def __init__(self, points: float, coherence: float | None = None) -> None:
         self.points, self.coherence = points, coherence
@@ -377,7 +377,7 @@ def test_the_folder_holds_the_figures_and_refuses_another_run(planted: PlantedPa
     assert rows == [{"row": number, **asdict(row)} for number, row in enumerate(found.rows)]
     assert summary["cells"][0]["score"]["vector"]["mean"] == pytest.approx(20.0)
     assert [s["text"] for s in summary["steerings"]] == ["optimistic@1:+2", "impolite@1:-1"]
-    assert summary["steerings"][0]["surprise"]["vector"]["mean"] == 0
+    assert summary["steerings"][0]["nll"]["vector"]["mean"] == 0
     assert [sample["trait"] for sample in summary["samples"]] == ["optimistic", "impolite"]
     assert [r["steering"] for r in summary["samples"][0]["responses"]] == [None, "optimistic", "impolite"]
     assert (tmp_path / "effects-01-impolite-judgements.jsonl").exists()
@@ -430,7 +430,7 @@ def test_by_default_each_trait_has_its_own_calibrated_judge_of_the_unsteered_mod
             ids = tuple(response["response_ids"]) if whole else None
             (expected,) = judge.judge([Exchange(response["question"], row.text, ids)])
             assert row.scores[name] == pytest.approx(expected.trait.value, abs=1e-3)
-    assert found.surprise("optimistic") is not None
+    assert found.nll("optimistic") is not None
     assert found.coherence("optimistic") is None
 
 

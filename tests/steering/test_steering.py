@@ -203,7 +203,7 @@ def test_the_judge_of_a_sweep_is_unsteered_and_calibrated(tiny: Backend, tmp_pat
         exchange = Exchange(TRAIT.evaluation_questions[row.question], row.text, ids)
         assert row.score == pytest.approx(judge.judge([exchange])[0].trait.value, abs=1e-3)
         (evidence,) = judge.evidence([exchange])
-        assert row.surprise == pytest.approx(evidence.surprise if evidence else None, abs=1e-4)
+        assert row.nll == pytest.approx(evidence.nll if evidence else None, abs=1e-4)
 
 
 def key_of(row: SweepRow) -> tuple[float, int]:
@@ -285,8 +285,8 @@ def test_planted_steering_has_the_effect_that_was_planted() -> None:
         for point in points:  # all questions the same, so that the interval has no width
             assert point.score.mean == pytest.approx(scored(point.coefficient), abs=0.05)
             assert point.score.high - point.score.low == pytest.approx(0, abs=0.05)
-            assert point.surprise is not None
-            assert point.surprise.mean == pytest.approx(2)
+            assert point.nll is not None
+            assert point.nll.mean == pytest.approx(2)
         cosines = [
             float(torch.cosine_similarity(vectors.random_like(9 + q % 3)[layer], vectors[layer], dim=0))
             for q in range(7)
@@ -311,10 +311,10 @@ def row(
     coefficient: float,
     question: int,
     score: float | None,
-    surprise: float | None = 2.0,
+    nll: float | None = 2.0,
     sample: int = 0,
 ) -> SweepRow:
-    return SweepRow(question, sample, score, surprise, None, "…", direction, layer, coefficient)
+    return SweepRow(question, sample, score, nll, None, "…", direction, layer, coefficient)
 
 
 ROWS = [
@@ -339,7 +339,7 @@ def test_the_curve_is_a_mean_over_questions_of_means_over_samples() -> None:
     points = curve(ROWS, 5)
     assert [p.coefficient for p in points] == [-1.0, 0.0, 2.0]
     assert [p.score.mean for p in points] == pytest.approx([(15 + 35) / 2, 50, (80 + 90 + 99) / 3])
-    assert [p.surprise.mean for p in points if p.surprise] == pytest.approx([(3 + 2) / 2, 2.5, 2])
+    assert [p.nll.mean for p in points if p.nll] == pytest.approx([(3 + 2) / 2, 2.5, 2])
     assert [p.score.n for p in points] == [2, 2, 3]
     assert [p.score.mean for p in curve(ROWS, 5, "random")] == pytest.approx([45.5, 50, 45])
     assert json.loads(json.dumps(points[0].to_json()))["score"]["mean"] == 25.0
@@ -369,7 +369,7 @@ def test_what_was_not_swept_has_no_figures() -> None:
             ask(ROWS, 6)
     with pytest.raises(SteeringError, match="along the random at layer 7"):
         curve(ROWS, 7, "random")
-    silent = [replace(r, score=None, surprise=None) if r.coefficient == 2.0 else r for r in ROWS]
+    silent = [replace(r, score=None, nll=None) if r.coefficient == 2.0 else r for r in ROWS]
     with pytest.raises(SteeringError, match="no response at layer 5, coefficient 2 has a score"):
         curve(silent, 5)
     with pytest.raises(SteeringError, match="no question has a response at both ends"):
@@ -379,9 +379,9 @@ def test_what_was_not_swept_has_no_figures() -> None:
 def layers_of(figures: dict[int, tuple[float, float | None]]) -> list[SweepRow]:
     """A sweep of two questions: by layer, the effect of coefficient 1 and the surprise there."""
     rows = [row("none", None, 0.0, q, 50.0, 2.0) for q in (0, 1)]
-    for layer, (gain, surprise) in figures.items():
-        score = None if surprise is None else 50.0 + gain
-        rows += [row("vector", layer, 1.0, q, score, surprise) for q in (0, 1)]
+    for layer, (gain, nll) in figures.items():
+        score = None if nll is None else 50.0 + gain
+        rows += [row("vector", layer, 1.0, q, score, nll) for q in (0, 1)]
         rows += [row("vector", layer, -1.0, q, 50.0, 2.0) for q in (0, 1)]
     return rows
 
@@ -410,12 +410,12 @@ def test_the_margin_of_coherence_can_be_set() -> None:
 
 def test_a_layer_is_incoherent_at_either_end() -> None:
     rows = layers_of({3: (10, 2.5), 4: (30, 2.5)})
-    rows = [replace(r, surprise=9.0) if (r.layer, r.coefficient) == (4, -1.0) else r for r in rows]
+    rows = [replace(r, nll=9.0) if (r.layer, r.coefficient) == (4, -1.0) else r for r in rows]
     assert choose_layer(rows) == 3
 
 
 def test_without_unsteered_text_there_is_no_choice() -> None:
-    rows = [replace(r, score=None, surprise=None) if r.direction == "none" else r for r in ROWS]
+    rows = [replace(r, score=None, nll=None) if r.direction == "none" else r for r in ROWS]
     with pytest.raises(SteeringError, match="every unsteered response is empty"):
         choose_layer(rows)
 

@@ -75,7 +75,7 @@ def test_the_strongest_coherent_place_is_taken(towards: Towards, tmp_path: Path)
     backend, vectors = model()
     found = tune(backend, vectors, settings(towards=towards), folder=tmp_path)
     sign = towards.sign
-    # A push p moves the leaning by p * NORM / |v|, so the coefficient is the leaning.
+    # A relative strength p moves the leaning by p * NORM / |v|, so the coefficient is the leaning.
     leanings = [sign * point.place.coefficient for point in found.points]
     assert [point.coherent for point in found.points] == [leaning <= 2 for leaning in leanings]
     assert {point.coherent for point in found.points} == {True, False}
@@ -126,7 +126,7 @@ def test_questions_that_were_searched_are_not_those_of_the_result() -> None:
 
     class Watching:
         def __init__(self) -> None:
-            self.pieces_at_once = 1
+            self.concurrency = 1
 
         def describe(self) -> dict[str, Any]:
             return {"judge": "watching"}
@@ -178,10 +178,10 @@ def test_what_would_be_asked_is_known_beforehand() -> None:
     [
         ({"search_questions": 20}, "has 20 held-out questions; search on fewer"),
         ({"layers": ()}, "layers must be given"),
-        ({"pushes": (0.0,)}, "pushes are step lengths in residual norms"),
+        ({"strengths": (0.0,)}, "strengths are step lengths in residual norms"),
         ({"samples": 0}, "must be at least 1"),
         ({"margin": 0.0}, "margin must be above 0"),
-        ({"pushes": (5.0,)}, "fell apart at every layer and strength"),
+        ({"strengths": (5.0,)}, "fell apart at every layer and strength"),
     ],
 )
 def test_what_cannot_be_tuned_is_said(changes: dict[str, Any], message: str) -> None:
@@ -211,10 +211,10 @@ def test_layers_that_do_not_exist_and_other_models_claim_no_folder(tmp_path: Pat
 def test_places_are_coefficients_of_two_digits_for_each_push() -> None:
     found = places((0, 2), (0.1, 0.3), -1, [4.0, 1.0, 0.5], [10.0, 10.0, 20.0])
     assert [(p.layer, p.coefficient) for p in found] == [(0, -0.25), (0, -0.75), (2, -4.0), (2, -12.0)]
-    assert [p.push for p in found] == pytest.approx([0.1, 0.3, 0.1, 0.3])
+    assert [p.strength for p in found] == pytest.approx([0.1, 0.3, 0.1, 0.3])
     (rounded,) = places((0,), (0.1,), 1, [3.0], [10.0])
     assert rounded.coefficient == 0.33
-    assert rounded.push == pytest.approx(0.099)
+    assert rounded.strength == pytest.approx(0.099)
     with pytest.raises(SteeringError, match="the vector at layer 1 is zero"):
         places((1,), (0.1,), 1, [1.0, 0.0], [1.0, 1.0])
 
@@ -225,10 +225,10 @@ def test_layers_are_spread_over_the_depth_where_vectors_steer(n_layers: int, lay
     assert len(shown_layers(80)) == 8
 
 
-def point(layer: int, push: float, change: tuple[float, float, float], coherent: bool = True) -> Point:
+def point(layer: int, strength: float, change: tuple[float, float, float], coherent: bool = True) -> Point:
     estimate = Estimate(*change, 8)
     effect = ArmEffect("arm", estimate, estimate, None, None, None, None, 0.0)
-    return Point(Place(layer, push, push), effect, coherent)
+    return Point(Place(layer, strength, strength), effect, coherent)
 
 
 def test_the_strongest_coherent_point_is_chosen_and_what_to_know_about_it_is_said() -> None:
@@ -239,13 +239,13 @@ def test_the_strongest_coherent_point_is_chosen_and_what_to_know_about_it_is_sai
         point(2, 0.1, (90.0, 80.0, 99.0), coherent=False),
     ]
     chosen = choose_point(points, 1)
-    assert (chosen.place.layer, chosen.place.push) == (1, 0.3)
+    assert (chosen.place.layer, chosen.place.strength) == (1, 0.3)
     assert choose_point(points, -1) is points[2]
     sure = replace(point(3, 0.2, (20.0, 10.0, 30.0)), surely=True)
     assert choose_point([*points, sure], 1) is sure
     assert warnings_about(points, chosen, 1) == []
     assert any("0.90 of the residual's length" in each for each in warnings_about(points, points[0], 1))
-    assert any("strongest push that was tried" in each for each in warnings_about(points, points[0], 1))
+    assert any("greatest strength that was tried" in each for each in warnings_about(points, points[0], 1))
     weak = point(3, 0.1, (1.0, -3.0, 5.0))
     assert any("not clear of zero" in each for each in warnings_about([weak], weak, 1))
 
@@ -305,7 +305,7 @@ def test_the_summary_says_how_the_run_is_repeated_and_what_text_was_measured_by(
     assert summary["model"]["model"] == "planted"
     assert summary["vectors"] == vectors.content_hash
     assert summary["judge"]["judge"] == "likelihood"
-    assert summary["measured"] == "surprise"
+    assert summary["measured"] == "nll"
     assert summary["unsteered"]["search"]["limit"] == pytest.approx(2.0 + settings().margin)
     # What is said of the curve is said of the questions that confirm.
     assert {each["effect"]["change"]["n"] for each in summary["curve"]} == {summary["confirm_questions"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from persona_lens.vectors.formats.form import Chosen, ExchangeError, Imported, Stated
+from persona_lens.vectors.formats.form import Chosen, FormatError, Imported, Stated
 from persona_lens.vectors.formats.llama_cpp import from_control_vector, to_control_vector
 from persona_lens.vectors.formats.registry import FORMATS, export_vectors, import_vectors
 from persona_lens.vectors.formats.torch_files import from_steering_vector, to_steering_vector
@@ -10,7 +10,7 @@ from persona_lens.vectors.formats.torch_files import from_steering_vector, to_st
 __all__ = [
     "FORMATS",
     "Chosen",
-    "ExchangeError",
+    "FormatError",
     "Imported",
     "Stated",
     "export_vectors",

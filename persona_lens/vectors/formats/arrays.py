@@ -32,9 +32,9 @@ from persona_lens.vectors.formats.form import (
     HEADER,
     REDUCTIONS,
     Chosen,
-    ExchangeError,
     Exported,
     Form,
+    FormatError,
     Imported,
     Stated,
     assemble,
@@ -67,7 +67,7 @@ def _read_npz(file: Path, content: Any, stated: Stated) -> Imported:
             if stated.reduction is not None and stated.reduction in tables:
                 tables = [stated.reduction]
             if len(tables) > 1 and not set(tables) <= set(REDUCTIONS):
-                raise ExchangeError(
+                raise FormatError(
                     f"{file} holds several arrays ({', '.join(tables[:5])}) and none is named {', '.join(REDUCTIONS)}; "
                     "rename the one that is meant"
                 )
@@ -81,9 +81,9 @@ def _read_npz(file: Path, content: Any, stated: Stated) -> Imported:
                     table = _table(file, stream, f"the array {name!r}", model)
                 rows[name if name in REDUCTIONS else reduction_of(stated)] = table
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, KeyError, ValueError, zlib.error) as error:
-        raise ExchangeError(f"{file} is damaged: {in_short(str(error), 200)}") from error
+        raise FormatError(f"{file} is damaged: {in_short(str(error), 200)}") from error
     except OSError as error:
-        raise ExchangeError(f"{file} cannot be read: {error}") from error
+        raise FormatError(f"{file} cannot be read: {error}") from error
     return assemble(file, NPZ.name, rows, stated, header=header)
 
 
@@ -91,10 +91,10 @@ def _check_entries(file: Path, archive: zipfile.ZipFile) -> None:
     """Raise for what unpacks to far more than it is, or would take memory for other reasons."""
     entries = archive.infolist()
     if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
-        raise ExchangeError(f"{file} is packed in a way that NumPy does not pack; it was not opened")
+        raise FormatError(f"{file} is packed in a way that NumPy does not pack; it was not opened")
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > MOST_PACKED * file.stat().st_size:
-        raise ExchangeError(f"{file} claims to unpack to {unpacked:,} bytes, far more than its size; it was not opened")
+        raise FormatError(f"{file} claims to unpack to {unpacked:,} bytes, far more than its size; it was not opened")
 
 
 def _header(file: Path, stream: Stream, what: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -104,9 +104,9 @@ def _header(file: Path, stream: Stream, what: str) -> tuple[tuple[int, ...], np.
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, kind = read(stream)
     except Exception as error:  # the header is a Python literal, and may be anything
-        raise ExchangeError(f"{what} in {file} is no NumPy array, or is damaged: {str(error)[:120]}") from error
+        raise FormatError(f"{what} in {file} is no NumPy array, or is damaged: {str(error)[:120]}") from error
     if kind.hasobject:
-        raise ExchangeError(
+        raise FormatError(
             f"{what} in {file} holds Python objects, which NumPy pickles and which can run code on opening, so it was "
             "not opened; save an array of numbers"
         )
@@ -118,13 +118,11 @@ def _table(file: Path, stream: Stream, what: str, model: ModelInfo) -> dict[int,
     start = stream.tell()
     shape, kind = _header(file, stream, what)
     if kind.kind != "f" or len(shape) != 2:
-        raise ExchangeError(f"{what} in {file} is {kind} {list(shape)}; it must be floating-point [layers, d_model]")
+        raise FormatError(f"{what} in {file} is {kind} {list(shape)}; it must be floating-point [layers, d_model]")
     check_table(file, what, shape, model)
     begin = stream.tell()
     if stream.seek(0, io.SEEK_END) - begin < kind.itemsize * shape[0] * shape[1]:
-        raise ExchangeError(
-            f"{what} in {file} announces {list(shape)} numbers and has fewer: it is damaged or cut short"
-        )
+        raise FormatError(f"{what} in {file} announces {list(shape)} numbers and has fewer: it is damaged or cut short")
     array = _read_array(file, stream, what, start)
     # Byte order and storage order are the writer's.
     return dict(enumerate(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))))
@@ -134,7 +132,7 @@ def _text(file: Path, stream: Stream) -> str:
     start, what = stream.tell(), f"the entry {HEADER!r}"
     shape, kind = _header(file, stream, what)
     if kind.kind != "U" or shape != () or kind.itemsize > 4 * MAX_TEXT:
-        raise ExchangeError(f"{what} in {file} is {kind.kind} {list(shape)}; it must be one text")
+        raise FormatError(f"{what} in {file} is {kind.kind} {list(shape)}; it must be one text")
     return str(_read_array(file, stream, what, start))
 
 
@@ -143,7 +141,7 @@ def _read_array(file: Path, stream: Stream, what: str, start: int) -> NDArray[An
     try:
         return np.lib.format.read_array(stream, allow_pickle=False)
     except ValueError as error:
-        raise ExchangeError(f"{what} in {file} is damaged or cut short: {in_short(str(error), 120)}") from error
+        raise FormatError(f"{what} in {file} is damaged or cut short: {in_short(str(error), 120)}") from error
 
 
 def _write_npz(vectors: PersonaVectors, chosen: Chosen) -> Exported:

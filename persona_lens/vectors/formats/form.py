@@ -24,7 +24,7 @@ REDUCTION = "persona_lens.reduction"
 Rows = Mapping[str, Mapping[int, Tensor]]
 
 
-class ExchangeError(PersonaLensError):
+class FormatError(PersonaLensError):
     """A file that cannot be exchanged; the message says why, and what to do."""
 
 
@@ -135,13 +135,13 @@ def assemble(
         header: What `PersonaVectors.header` wrote into the file, if it did.
 
     Raises:
-        ExchangeError: If the model or the trait is not known, or the rows are not the model's.
+        FormatError: If the model or the trait is not known, or the rows are not the model's.
         VectorsError: If the header is damaged.
     """
     model, own_trait, provenance = identity_of(file, stated, header)
     trait = stated.trait or own_trait
     if not trait:
-        raise ExchangeError(f"{file} does not say which trait it is of; name it (--trait)")
+        raise FormatError(f"{file} does not say which trait it is of; name it (--trait)")
     directions, missing = _directions(file, rows, model)
     if missing:
         notes += (f"there is no vector for {_listed(missing)}: steering there is refused",)
@@ -161,27 +161,27 @@ def identity_of(file: Path, stated: Stated, header: str | None = None) -> tuple[
     """Model, trait and provenance of a file: those in its header if there is one, and else what the user names.
 
     Raises:
-        ExchangeError: If neither says which model it is of, or the two differ.
+        FormatError: If neither says which model it is of, or the two differ.
         VectorsError: If the header is damaged.
     """
     if header is None:
         if stated.model is None:
-            raise ExchangeError(
+            raise FormatError(
                 f"{file} does not say which model it belongs to; name it (--model), or other vectors of it (--like)"
             )
         return stated.model, None, {}
     trait, model, provenance = read_header(header, file)
     if stated.model is not None and (different := model.differences(stated.model)):
-        raise ExchangeError(
+        raise FormatError(
             f"{file} says that its vectors belong to another model than the one named: {'; '.join(different)}"
         )
     return model, trait, provenance
 
 
 def check_table(file: Path, what: str, shape: tuple[int, ...], model: ModelInfo) -> None:
-    """Raise `ExchangeError` unless a table in a file has a row for every layer of the model."""
+    """Raise `FormatError` unless a table in a file has a row for every layer of the model."""
     if shape != (model.n_layers, model.d_model):
-        raise ExchangeError(
+        raise FormatError(
             f"{what} in {file} is {list(shape)}, and {model.model} has {model.n_layers} layers of {model.d_model}: it "
             "belongs to another model"
         )
@@ -193,22 +193,22 @@ def _directions(file: Path, rows: Rows, model: ModelInfo) -> tuple[dict[str, Ten
         found = torch.zeros(model.n_layers, model.d_model)
         for layer, row in layers.items():
             if not 0 <= layer < model.n_layers:
-                raise ExchangeError(
+                raise FormatError(
                     f"{file} has a vector for layer {layer}, and {model.model} has layers 0 to {model.n_layers - 1}: "
                     "it belongs to another model"
                 )
             if row.shape != (model.d_model,):
-                raise ExchangeError(
+                raise FormatError(
                     f"the vector of layer {layer} in {file} has shape {list(row.shape)}, and the residual stream of "
                     f"{model.model} is {model.d_model} wide: it belongs to another model"
                 )
             found[layer] = row
             if not bool(torch.isfinite(found[layer]).all()):
-                raise ExchangeError(f"the vector of layer {layer} in {file} holds NaN or infinity; it cannot be used")
+                raise FormatError(f"the vector of layer {layer} in {file} holds NaN or infinity; it cannot be used")
         directions[reduction] = found
         missing |= {layer for layer in range(model.n_layers) if not bool(found[layer].any())}
     if not directions or len(missing) == model.n_layers:
-        raise ExchangeError(f"{file} holds no vector that is not zero; nothing is in it to be imported")
+        raise FormatError(f"{file} holds no vector that is not zero; nothing is in it to be imported")
     return directions, sorted(missing)
 
 
@@ -231,10 +231,10 @@ def reduction_of(stated: Stated, default: str = DEFAULT_REDUCTION) -> str:
     """The reduction that the user names, or the default.
 
     Raises:
-        ExchangeError: If there is no such reduction.
+        FormatError: If there is no such reduction.
     """
     if stated.reduction is not None and stated.reduction not in REDUCTIONS:
-        raise ExchangeError(f"a reduction is one of {', '.join(REDUCTIONS)}; got {stated.reduction!r}")
+        raise FormatError(f"a reduction is one of {', '.join(REDUCTIONS)}; got {stated.reduction!r}")
     return stated.reduction or default
 
 

@@ -28,9 +28,9 @@ from persona_lens.vectors.formats.form import (
     REDUCTION,
     REDUCTIONS,
     Chosen,
-    ExchangeError,
     Exported,
     Form,
+    FormatError,
     Imported,
     Stated,
     assemble,
@@ -84,7 +84,7 @@ def _write(vectors: PersonaVectors, chosen: Chosen) -> Exported:
     rows = chosen.of(vectors)
     dropped = rows.pop(0, None) is not None
     if not rows:
-        raise ExchangeError(f"nothing is left to be written: {NO_PLACE}; choose other layers")
+        raise FormatError(f"nothing is left to be written: {NO_PLACE}; choose other layers")
     notes = [NO_PLACE] if dropped else []
     if len(rows) > 1:
         notes.append(
@@ -118,7 +118,7 @@ def _bytes(vectors: PersonaVectors, rows: dict[int, Tensor], reduction: str) -> 
 
 def _read(file: Path, content: Any, stated: Stated) -> Imported:
     if file.stat().st_size > MAX_FILE:
-        raise ExchangeError(f"{file} is {file.stat().st_size / 1e9:.1f} GB; a control vector is not so large")
+        raise FormatError(f"{file} is {file.stat().st_size / 1e9:.1f} GB; a control vector is not so large")
     try:
         reader = _reader()(file)
         names = ("general.architecture", MODEL_HINT, LAYER_COUNT, HEADER, REDUCTION)
@@ -126,14 +126,14 @@ def _read(file: Path, content: Any, stated: Stated) -> Imported:
         architecture, hint, count, header, reduction = (field.contents() if field else None for field in fields)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # the reader raises whatever numpy raises at the place that is damaged
-        raise ExchangeError(f"{file} is a damaged GGUF file, or cut short: {first_line(error)}") from error
+        raise FormatError(f"{file} is a damaged GGUF file, or cut short: {first_line(error)}") from error
     if architecture is not None and architecture != ARCHITECTURE:
-        raise ExchangeError(f"{file} is a GGUF file of {str(architecture)[:40]!r}, not a control vector")
+        raise FormatError(f"{file} is a GGUF file of {str(architecture)[:40]!r}, not a control vector")
     rows = {_layer(file, name): _row(file, tensor) for name, tensor in tensors.items() if name.startswith(PREFIX)}
     if not rows:
-        raise ExchangeError(f"{file} has no tensor direction.N: it is no control vector")
+        raise FormatError(f"{file} has no tensor direction.N: it is no control vector")
     if isinstance(count, int) and count != len(rows):
-        raise ExchangeError(f"{file} announces {count} directions and holds {len(rows)}: it is not whole")
+        raise FormatError(f"{file} announces {count} directions and holds {len(rows)}: it is not whole")
     notes: tuple[str, ...] = ()
     if stated.model is not None and hint not in (None, kind := model_type(stated.model)):
         notes = (f"the file says it is of a model of type {str(hint)[:40]!r}, not {kind!r}",)
@@ -145,15 +145,15 @@ def _read(file: Path, content: Any, stated: Stated) -> Imported:
 def _layer(file: Path, name: str) -> int:
     text = name.removeprefix(PREFIX)
     if not text.isascii() or not text.isdecimal() or len(text) > 6:
-        raise ExchangeError(f"{file} has a tensor {name[:40]!r}; a direction is named {PREFIX}N, N being a layer")
+        raise FormatError(f"{file} has a tensor {name[:40]!r}; a direction is named {PREFIX}N, N being a layer")
     if int(text) == 0:
-        raise ExchangeError(f"{file} has a {PREFIX}0, which llama.cpp refuses: its control vectors begin with layer 1")
+        raise FormatError(f"{file} has a {PREFIX}0, which llama.cpp refuses: its control vectors begin with layer 1")
     return int(text)
 
 
 def _row(file: Path, tensor: Any) -> Tensor:
     if tensor.tensor_type.name != "F32" or len(tensor.shape) != 1:
-        raise ExchangeError(
+        raise FormatError(
             f"{tensor.name} in {file} is {tensor.tensor_type.name} {tensor.shape.tolist()}; directions are F32, of one "
             "dimension"
         )
@@ -174,13 +174,13 @@ def to_control_vector(
         reduction: Which of the vectors.
 
     Raises:
-        ExchangeError: If the package is not installed.
+        FormatError: If the package is not installed.
         VectorsError: If there is no such layer or reduction.
     """
     try:
         from repeng import ControlVector
     except (ImportError, AttributeError) as error:  # repeng 0.4 names np.float_, which numpy 2 no longer has
-        raise ExchangeError(f"the package repeng cannot be imported ({error}): pip install repeng 'numpy<2'") from error
+        raise FormatError(f"the package repeng cannot be imported ({error}): pip install repeng 'numpy<2'") from error
     rows = Chosen(layers, reduction).of(vectors)
     return ControlVector(model_type(vectors.model), {layer: row.numpy().copy() for layer, row in rows.items()})
 
@@ -195,10 +195,10 @@ def from_control_vector(given: Any, model: ModelInfo, trait: str, reduction: str
         reduction: Under which name its vectors are kept.
 
     Raises:
-        ExchangeError: If it belongs to another model.
+        FormatError: If it belongs to another model.
     """
     if given.model_type != model_type(model):
-        raise ExchangeError(
+        raise FormatError(
             f"the ControlVector is of a model of type {given.model_type!r}, and {model.model} is of type "
             f"{model_type(model)!r}: it belongs to another model"
         )

@@ -12,8 +12,8 @@ from persona_lens.core.plugins import Registry
 from persona_lens.vectors.formats import arrays, llama_cpp, torch_files
 from persona_lens.vectors.formats.form import (
     Chosen,
-    ExchangeError,
     Form,
+    FormatError,
     Imported,
     Stated,
     reduction_of,
@@ -32,7 +32,7 @@ READERS: tuple[Form, ...] = (
 FORMATS = {form.name: form for form in READERS}
 """Those of this package by name."""
 
-FORMS: Registry[Form] = Registry("persona_lens.formats", Form, "format", ExchangeError, FORMATS)
+FORMS: Registry[Form] = Registry("persona_lens.formats", Form, "format", FormatError, FORMATS)
 """With those of other packages."""
 
 
@@ -44,7 +44,7 @@ def import_vectors(path: Path | str, stated: Stated | None = None) -> Imported:
         stated: What the file does not say itself: the model, the trait, the reduction.
 
     Raises:
-        ExchangeError: If it is of no known format, damaged, or does not fit the model; or if neither file nor user say
+        FormatError: If it is of no known format, damaged, or does not fit the model; or if neither file nor user say
             which model and trait it is of.
         VectorsError: If what `persona_lens` wrote into it is damaged.
     """
@@ -60,13 +60,13 @@ def import_vectors(path: Path | str, stated: Stated | None = None) -> Imported:
             of_it = [form for form in (*READERS, *others) if form.container == container]
             forms = [form for form in of_it if form.recognises(content, stated)]
         if not forms:
-            raise ExchangeError(
+            raise FormatError(
                 f"{file} is a file of torch.save, but holds nothing that is known here ({_seen(content)}); formats: "
                 f"{_names()}"
             )
         return forms[0].read(file, content, stated)
     except OSError as error:
-        raise ExchangeError(f"{file} cannot be read: {error}") from error
+        raise FormatError(f"{file} cannot be read: {error}") from error
 
 
 def _names() -> str:
@@ -77,10 +77,10 @@ def _opened(file: Path) -> tuple[str, Any]:
     """What kind of container it is, by its first bytes, and of an archive what is in it."""
     if file.is_dir():
         if not any(file.glob("*_diff.pt")):
-            raise ExchangeError(f"{file} is a folder without files named TRAIT_response_avg_diff.pt or the like")
+            raise FormatError(f"{file} is a folder without files named TRAIT_response_avg_diff.pt or the like")
         return "folder", None
     if not file.is_file():
-        raise ExchangeError(f"{file} does not exist")
+        raise FormatError(f"{file} does not exist")
     with file.open("rb") as stream:
         head = stream.read(16)
     if head.startswith(b"GGUF"):
@@ -90,16 +90,16 @@ def _opened(file: Path) -> tuple[str, Any]:
     if head.startswith(b"PK"):
         return ("npz", None) if _holds_arrays(file) else ("archive", torch_files.load_archive(file))
     if head[:1] == b"\x80":
-        raise ExchangeError(
+        raise FormatError(
             f"{file} is a bare pickle, which can run code on opening, so it was not opened; write it with a current "
             "torch.save, or as NumPy"
         )
     if head[8:9] == b"{":
-        raise ExchangeError(
+        raise FormatError(
             f"{file} is a safetensors file; those of this program need no import, and of others the tensors have to be "
             "saved as NumPy first"
         )
-    raise ExchangeError(f"{file} is of no known format; formats: {_names()}")
+    raise FormatError(f"{file} is of no known format; formats: {_names()}")
 
 
 def _holds_arrays(file: Path) -> bool:
@@ -107,7 +107,7 @@ def _holds_arrays(file: Path) -> bool:
         with zipfile.ZipFile(file) as archive:
             return any(name.endswith(".npy") for name in archive.namelist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ExchangeError(f"{file} is damaged: {error}") from error
+        raise FormatError(f"{file} is damaged: {error}") from error
 
 
 def _seen(content: Any) -> str:
@@ -131,21 +131,21 @@ def export_vectors(
         What was written, and what the user should be told, one sentence each.
 
     Raises:
-        ExchangeError: If there is no such format, it cannot hold this, or a file exists and holds something else.
+        FormatError: If there is no such format, it cannot hold this, or a file exists and holds something else.
         VectorsError: If there is no such layer or reduction.
     """
     if to not in FORMS.everything():
         there = ", ".join(f"{form.name} ({form.summary})" for form in FORMS.usable().values())
-        raise ExchangeError(f"there is no format {to!r}; there are {there}")
+        raise FormatError(f"there is no format {to!r}; there are {there}")
     form, chosen = FORMS.find(to), chosen or Chosen()
     if form.whole and chosen.layers is not None:
-        raise ExchangeError(f"files of the format {form.name} hold every layer; leave --layers out")
+        raise FormatError(f"files of the format {form.name} hold every layer; leave --layers out")
     made = form.write(vectors, chosen)
     place = Path() if out is None else Path(out)
     if not form.suffix:
         files = {str(place / name): content for name, content in made.files.items()}
     elif out is not None and place.suffix != form.suffix:
-        raise ExchangeError(f"a file of {form.name} ends in {form.suffix}; got {out}")
+        raise FormatError(f"a file of {form.name} ends in {form.suffix}; got {out}")
     else:
         files = {str(out or name): content for name, content in made.files.items()}
     write_new(files)
@@ -156,13 +156,13 @@ def write_new(files: Mapping[str, bytes]) -> None:
     """Write files whole or not at all, and none over one that holds something else.
 
     Raises:
-        ExchangeError: If one does, or cannot be written.
+        FormatError: If one does, or cannot be written.
     """
     for name, content in files.items():
         if Path(name).exists() and (Path(name).is_dir() or Path(name).read_bytes() != content):
-            raise ExchangeError(f"{name} exists and holds something else; choose another name (--out) or remove it")
+            raise FormatError(f"{name} exists and holds something else; choose another name (--out) or remove it")
     try:
         for name, content in files.items():
-            write_once(name, content, ExchangeError)
+            write_once(name, content, FormatError)
     except OSError as error:
-        raise ExchangeError(f"{error.filename or 'a file'} cannot be written: {error}") from error
+        raise FormatError(f"{error.filename or 'a file'} cannot be written: {error}") from error

@@ -28,9 +28,9 @@ from persona_lens.vectors.formats.form import (
     REDUCTION,
     REDUCTIONS,
     Chosen,
-    ExchangeError,
     Exported,
     Form,
+    FormatError,
     Imported,
     Stated,
     assemble,
@@ -59,7 +59,7 @@ def load_archive(file: Path) -> Any:
     """What `torch.save` wrote: tensors, and containers, numbers and texts around them, and a ``SteeringVector``'s.
 
     Raises:
-        ExchangeError: If the file is damaged, or holds anything else.
+        FormatError: If the file is damaged, or holds anything else.
     """
     _check_archive(file)
     stand_ins: list[Any] = [(Fields, name) for name in STAND_INS]
@@ -67,9 +67,9 @@ def load_archive(file: Path) -> Any:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ExchangeError(MORE.format(file, first_line(error)[:200])) from error
+        raise FormatError(MORE.format(file, first_line(error)[:200])) from error
     except Exception as error:  # a damaged archive raises whatever its part of torch raises
-        raise ExchangeError(f"{file} is damaged: {first_line(error)[:200]}") from error
+        raise FormatError(f"{file} is damaged: {first_line(error)[:200]}") from error
 
 
 # What the pickle of a file of tensors calls to build them. torch's unpickler allows more, and some of that, such as
@@ -94,17 +94,17 @@ def _check_archive(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > file.stat().st_size:
-                raise ExchangeError(
+                raise FormatError(
                     f"{file} claims to unpack to {unpacked:,} bytes, more than its size; it was not opened"
                 )
             pickled = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
             if sum(entry.file_size for entry in pickled) > MAX_PICKLE:
-                raise ExchangeError(f"{file} has far more around its tensors than a vector needs; it was not opened")
+                raise FormatError(f"{file} has far more around its tensors than a vector needs; it was not opened")
             named = {name for entry in pickled for name in _named(archive.read(entry))}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise ExchangeError(f"{file} is not a whole file of torch.save: {first_line(error)[:200]}") from error
+        raise FormatError(f"{file} is not a whole file of torch.save: {first_line(error)[:200]}") from error
     if strangers := sorted(name for name in named - BUILDERS if not DTYPES.fullmatch(name)):
-        raise ExchangeError(MORE.format(file, f"it asks for {in_short(strangers[0], 200)}"))
+        raise FormatError(MORE.format(file, f"it asks for {in_short(strangers[0], 200)}"))
 
 
 def _named(pickled: bytes) -> Iterator[str]:
@@ -132,16 +132,16 @@ def checked_tensor(value: object, what: str, dimensions: int) -> Tensor:
         dimensions: How many it must have.
 
     Raises:
-        ExchangeError: If it is none, or has other dimensions.
+        FormatError: If it is none, or has other dimensions.
     """
     if type(value) is not Tensor or value.layout != torch.strided or value.device.type != "cpu":
         kind = type(value).__name__ if not isinstance(value, Tensor) else f"{value.layout} tensor on {value.device}"
-        raise ExchangeError(f"{what} is a {kind}; it must be an ordinary tensor")
+        raise FormatError(f"{what} is a {kind}; it must be an ordinary tensor")
     if value.numel() > MAX_NUMBERS or (len(value.shape) > 0 and len(value) > MAX_ROWS):
-        raise ExchangeError(f"{what} is {list(value.shape)}; no model is so large")
+        raise FormatError(f"{what} is {list(value.shape)}; no model is so large")
     if value.ndim != dimensions or not value.is_floating_point():
         shape = "[layers, d_model]" if dimensions == 2 else "[d_model]"
-        raise ExchangeError(f"{what} is {value.dtype} {list(value.shape)}; it must be floating-point {shape}")
+        raise FormatError(f"{what} is {value.dtype} {list(value.shape)}; it must be floating-point {shape}")
     return value.detach()
 
 
@@ -175,13 +175,13 @@ def _read_folder(folder: Path, content: Any, stated: Stated) -> Imported:
     traits = sorted({name for file in folder.glob("*_diff.pt") if (name := _trait_named(file))})
     trait = stated.trait or (traits[0] if len(traits) == 1 else None)
     if trait is None:
-        raise ExchangeError(f"{folder} holds vectors of {', '.join(traits)}; name one of them (--trait)")
+        raise FormatError(f"{folder} holds vectors of {', '.join(traits)}; name one of them (--trait)")
     files = {name: folder / f"{trait}{ending}" for name, ending in ENDINGS.items()}
     there = {name: (file, load_archive(file)) for name, file in files.items() if file.is_file()}
     if stated.reduction is not None:
         there = {name: found for name, found in there.items() if name == reduction_of(stated)}
     if not there:
-        raise ExchangeError(f"{folder} holds no file for {trait!r}; there are {', '.join(traits)}")
+        raise FormatError(f"{folder} holds no file for {trait!r}; there are {', '.join(traits)}")
     return _imported(folder, there, replace(stated, trait=trait))
 
 
@@ -191,7 +191,7 @@ def _imported(where: Path, files: dict[str, tuple[Path, Any]], stated: Stated) -
     for reduction, (file, content) in files.items():
         tensor = checked_tensor(content, f"what {file} holds", 2)
         if stated.model is not None and tensor.shape != (stated.model.n_layers + 1, stated.model.d_model):
-            raise ExchangeError(
+            raise FormatError(
                 f"{file} holds {list(tensor.shape)}; for {stated.model.model}, with {stated.model.n_layers} layers of "
                 f"{stated.model.d_model}, it would be {[stated.model.n_layers + 1, stated.model.d_model]} (the "
                 f"reference implementation) or {[stated.model.n_layers, stated.model.d_model]} (assistant-axis)"
@@ -212,7 +212,7 @@ def _trait_named(file: Path) -> str | None:
 
 def _write(vectors: PersonaVectors, chosen: Chosen) -> Exported:
     if vectors.missing_layers:
-        raise ExchangeError(
+        raise FormatError(
             f"the reference implementation's files hold every layer, and these vectors have none for layer "
             f"{vectors.missing_layers[0]}"
         )
@@ -243,7 +243,7 @@ def _read_axis(file: Path, content: Any, stated: Stated) -> Imported:
     metadata: Any = {}
     if isinstance(content, dict):
         if "axis" not in content:
-            raise ExchangeError(
+            raise FormatError(
                 f"{file} holds the mean activations of one role ({str(content.get('role', 'not named'))[:80]!r}), "
                 "which are no direction; subtract those of the default role, and import the difference under 'axis'"
             )
@@ -280,7 +280,7 @@ def to_steering_vector(
     try:
         from steering_vectors import SteeringVector
     except ImportError as error:
-        raise ExchangeError(f"the package steering-vectors cannot be imported ({error}): {INSTALL}") from error
+        raise FormatError(f"the package steering-vectors cannot be imported ({error}): {INSTALL}") from error
     return SteeringVector(dict(Chosen(layers, reduction).of(vectors)), LAYER_TYPE)
 
 
@@ -290,7 +290,7 @@ def from_steering_vector(
     """Vectors with what a ``SteeringVector`` holds; arguments as for `from_control_vector`.
 
     Raises:
-        ExchangeError: If it is of another layer type or another model.
+        FormatError: If it is of another layer type or another model.
     """
     return _read_fields(Path("the SteeringVector"), vars(given), Stated(model, trait, reduction)).vectors
 
@@ -303,12 +303,12 @@ def _read_fields(file: Path, content: Any, stated: Stated) -> Imported:
     fields = vars(content) if isinstance(content, Fields) else content
     kind, activations = fields.get("layer_type", LAYER_TYPE), fields.get("layer_activations")
     if kind != LAYER_TYPE:
-        raise ExchangeError(f"{file} is of layer type {str(kind)[:40]!r}; only {LAYER_TYPE!r} is the residual stream")
+        raise FormatError(f"{file} is of layer type {str(kind)[:40]!r}; only {LAYER_TYPE!r} is the residual stream")
     if not isinstance(activations, dict) or not activations:
-        raise ExchangeError(f"{file} has no layer_activations; a steering vector has tensors by layer there")
+        raise FormatError(f"{file} has no layer_activations; a steering vector has tensors by layer there")
     for layer in activations:
         if type(layer) is not int:
-            raise ExchangeError(f"{file} has a layer {str(layer)[:40]!r}; layers are whole numbers")
+            raise FormatError(f"{file} has a layer {str(layer)[:40]!r}; layers are whole numbers")
     rows = {at: checked_tensor(row, f"the vector of layer {at} in {file}", 1) for at, row in activations.items()}
     return assemble(file, FIELDS.name, {reduction_of(stated): rows}, stated)
 

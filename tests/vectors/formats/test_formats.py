@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError, load_vectors
-from persona_lens.vectors.formats import FORMATS, Chosen, ExchangeError, Stated, export_vectors, import_vectors
+from persona_lens.vectors.formats import FORMATS, Chosen, FormatError, Stated, export_vectors, import_vectors
 from tests.vectors.formats.files import INFO, exported, gguf_of, vectors
 
 STATED = Stated(INFO, "grumpy")
@@ -44,7 +44,7 @@ def test_files_depend_on_the_content_alone_and_nothing_is_written_over(name: str
     before = file.read_bytes()
     assert exported(name, tmp_path) == file
     assert file.read_bytes() == before
-    with pytest.raises(ExchangeError, match="exists and holds something else"):
+    with pytest.raises(FormatError, match="exists and holds something else"):
         exported(name, tmp_path, 2.0 * vectors() if name != "reference" else replace_trait(2.0 * vectors()))
     assert file.read_bytes() == before
 
@@ -60,7 +60,7 @@ def test_a_file_that_says_what_it_is_needs_no_help(name: str, tmp_path: Path) ->
     assert (found.trait, found.model) == ("grumpy", INFO)
     assert found.provenance["counts"] == given.provenance["counts"]
     other = replace(INFO, weights="sha256:b")
-    with pytest.raises(ExchangeError, match="another model than the one named: weights: sha256:a and sha256:b"):
+    with pytest.raises(FormatError, match="another model than the one named: weights: sha256:a and sha256:b"):
         import_vectors(exported(name, tmp_path, given), Stated(other))
     last = exported(name, tmp_path / "last", chosen=Chosen(reduction="prompt_last"))
     if name != "npz":
@@ -72,10 +72,10 @@ def test_a_file_that_says_what_it_is_needs_no_help(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - set(SELF_DESCRIBING)))
 def test_a_file_that_does_not_say_its_model_or_trait_asks_for_them(name: str, tmp_path: Path) -> None:
     file = exported(name, tmp_path)
-    with pytest.raises(ExchangeError, match=r"does not say which model .*--model"):
+    with pytest.raises(FormatError, match=r"does not say which model .*--model"):
         import_vectors(file)
     moved = file.rename(tmp_path / f"x{file.suffix}")
-    with pytest.raises(ExchangeError, match=r"does not say which trait .*--trait"):
+    with pytest.raises(FormatError, match=r"does not say which trait .*--trait"):
         import_vectors(moved, Stated(INFO))
 
 
@@ -109,7 +109,7 @@ def test_a_folder_of_the_reference_is_one_set_of_vectors(tmp_path: Path) -> None
         name: rows.tolist() for name, rows in given.directions.items()
     }
     torch.save(table, tmp_path / "out" / "kind_response_avg_diff.pt")
-    with pytest.raises(ExchangeError, match="vectors of grumpy, kind; name one"):
+    with pytest.raises(FormatError, match="vectors of grumpy, kind; name one"):
         import_vectors(tmp_path / "out", Stated(INFO))
     assert list(import_vectors(tmp_path / "out", Stated(INFO, "kind")).vectors.directions) == ["response_mean"]
 
@@ -136,7 +136,7 @@ def test_control_vectors_begin_with_layer_1_and_say_what_they_are(tmp_path: Path
     assert quiet == ()
     assert [tensor.name for tensor in gguf.GGUFReader(one[0]).tensors] == ["direction.2"]
     assert import_vectors(one[0]).vectors.missing_layers == (0, 1, 3)
-    with pytest.raises(ExchangeError, match="nothing is left to be written: layer 0"):
+    with pytest.raises(FormatError, match="nothing is left to be written: layer 0"):
         export_vectors(vectors(), "gguf", tmp_path / "zero.gguf", Chosen((0,)))
     assert not (tmp_path / "zero.gguf").exists()
 
@@ -166,7 +166,7 @@ def test_an_axis_is_a_bare_tensor_too(tmp_path: Path) -> None:
     assert found.provenance["imported"]["format"] == "assistant-axis"
     assert torch.equal(found.rows(), vectors().rows())
     torch.save({"vector": vectors().rows(), "type": "pos_3", "role": "demon"}, tmp_path / "role.pt")
-    with pytest.raises(ExchangeError, match="mean activations of one role"):
+    with pytest.raises(FormatError, match="mean activations of one role"):
         import_vectors(tmp_path / "role.pt", STATED)
     rounded = vectors().rows().bfloat16()
     torch.save({"axis": rounded, "n_roles": 3}, tmp_path / "pipeline.pt")
@@ -175,22 +175,22 @@ def test_an_axis_is_a_bare_tensor_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["reference", "assistant-axis", "npz", "npy"])
 def test_formats_of_all_layers_take_no_choice_of_them(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ExchangeError, match="leave --layers out"):
+    with pytest.raises(FormatError, match="leave --layers out"):
         exported(name, tmp_path, chosen=Chosen((1,)))
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ExchangeError, match=r"no format 'onnx'; there are reference .*, gguf .llama.cpp and repeng., npz"
+        FormatError, match=r"no format 'onnx'; there are reference .*, gguf .llama.cpp and repeng., npz"
     ):
         export_vectors(vectors(), "onnx")
-    with pytest.raises(ExchangeError, match=r"ends in \.gguf; got .*v\.bin"):
+    with pytest.raises(FormatError, match=r"ends in \.gguf; got .*v\.bin"):
         export_vectors(vectors(), "gguf", tmp_path / "v.bin")
     with pytest.raises(VectorsError, match="layer 9 does not exist"):
         exported("gguf", tmp_path, chosen=Chosen((9,)))
     with pytest.raises(VectorsError, match="no reduction 'mean'"):
         exported("npy", tmp_path, chosen=Chosen(reduction="mean"))
-    with pytest.raises(ExchangeError, match="response_mean, prompt_mean, prompt_last; got 'mean'"):
+    with pytest.raises(FormatError, match="response_mean, prompt_mean, prompt_last; got 'mean'"):
         import_vectors(exported("npy", tmp_path), Stated(INFO, "t", "mean"))
     odd = PersonaVectors("../../etc/x y", INFO, vectors().directions)
     assert FORMATS["npy"].write(odd, Chosen()).files.keys() == {"etc_x_y.npy"}
@@ -201,6 +201,6 @@ def test_what_is_made_of_vectors_with_gaps_has_them_too(tmp_path: Path) -> None:
     for made in (2.0 * gappy, gappy + vectors(), gappy.random_like(1)):
         assert made.missing_layers == (0,)
     assert gappy.norms()[0] == 0
-    with pytest.raises(ExchangeError, match="none for layer 0"):
+    with pytest.raises(FormatError, match="none for layer 0"):
         exported("reference", tmp_path, gappy)
     assert sorted(Chosen().of(gappy)) == [1, 2, 3]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors import VectorsError, load_vectors
-from persona_lens.vectors.formats import FORMATS, ExchangeError, Stated, import_vectors
+from persona_lens.vectors.formats import FORMATS, FormatError, Stated, import_vectors
 from tests.vectors.formats import files as f
 from tests.vectors.formats.files import INFO, exported
 
@@ -237,5 +237,5 @@ def test_a_header_cannot_claim_strange_gaps(missing: Any, tmp_path: Path) -> Non
 
 
 def test_the_sentence_is_an_exchange_error(tmp_path: Path) -> None:
-    with pytest.raises(ExchangeError):
+    with pytest.raises(FormatError):
         import_vectors(tmp_path / "nothing")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
-from persona_lens.vectors.formats import ExchangeError
+from persona_lens.vectors.formats import FormatError
 from persona_lens.vectors.hub import model_card, pull_vectors, push_vectors
 from tests.vectors.formats.files import INFO, vectors
 from tests.vectors.formats.loopback_hub import LoopbackHub, serving
@@ -58,10 +58,10 @@ def test_a_folder_is_a_hub(tmp_path: Path) -> None:
     assert sorted(file.name for file in Path(repo).iterdir()) == ["README.md", "vectors.safetensors"]
     assert pull_vectors(repo).content_hash == described().content_hash
     push_vectors(described(), repo, licence="mit")
-    with pytest.raises(ExchangeError, match=r"vectors\.safetensors exists and holds something else"):
+    with pytest.raises(FormatError, match=r"vectors\.safetensors exists and holds something else"):
         push_vectors(2.0 * described(), repo, licence="mit")
     assert pull_vectors(repo).content_hash == described().content_hash
-    with pytest.raises(ExchangeError, match=r"a revision .'main'. belongs to the hub"):
+    with pytest.raises(FormatError, match=r"a revision .'main'. belongs to the hub"):
         pull_vectors(repo, revision="main")
     with pytest.raises(VectorsError, match="does not exist"):
         pull_vectors(str(tmp_path / "nothing"))
@@ -76,27 +76,27 @@ def test_the_hub_takes_them_and_gives_them_back(hub: LoopbackHub) -> None:
     found = pull_vectors("me/grumpy")
     assert found.content_hash == described().content_hash
     assert pull_vectors("me/grumpy", revision=pushed.commit).content_hash == found.content_hash
-    with pytest.raises(ExchangeError, match="me/grumpy holds other vectors"):
+    with pytest.raises(FormatError, match="me/grumpy holds other vectors"):
         push_vectors(2.0 * described(), "me/grumpy", licence="mit")
     assert hub.files["me/grumpy"]["vectors.safetensors"] == described().to_bytes()
 
 
 def test_what_the_hub_refuses_is_said_in_a_sentence(hub: LoopbackHub) -> None:
-    with pytest.raises(ExchangeError, match="there is no me/nothing on the hub, or you may not see it"):
+    with pytest.raises(FormatError, match="there is no me/nothing on the hub, or you may not see it"):
         pull_vectors("me/nothing")
     hub.files["me/other"], hub.commits["me/other"] = {"model.bin": b"x"}, ["0" * 40]
-    with pytest.raises(ExchangeError, match=r"me/other has no vectors\.safetensors"):
+    with pytest.raises(FormatError, match=r"me/other has no vectors\.safetensors"):
         pull_vectors("me/other")
-    with pytest.raises(ExchangeError, match="no such revision"):
+    with pytest.raises(FormatError, match="no such revision"):
         pull_vectors("me/other", revision="v9")
     hub.files["me/other"]["vectors.safetensors"] = b"nonsense that is long enough"
     with pytest.raises(VectorsError, match="not a safetensors file, or is damaged"):
         pull_vectors("me/other")
     hub.refuses = 403
-    with pytest.raises(ExchangeError, match="does not let you write to me/new"):
+    with pytest.raises(FormatError, match="does not let you write to me/new"):
         push_vectors(described(), "me/new", licence="mit")
     for repo in ("nameonly", "a/b/c", "me/na me"):
-        with pytest.raises(ExchangeError, match="neither a folder nor a hub id"):
+        with pytest.raises(FormatError, match="neither a folder nor a hub id"):
             pull_vectors(repo)
 
 
@@ -104,7 +104,7 @@ def test_a_hub_that_is_not_there_is_said_in_a_sentence(monkeypatch: pytest.Monke
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ExchangeError, match=r"me/grumpy (is not in this machine's cache|could not be reached)"):
+    with pytest.raises(FormatError, match=r"me/grumpy (is not in this machine's cache|could not be reached)"):
         pull_vectors("me/grumpy")
 
 
@@ -154,5 +154,5 @@ def test_what_others_wrote_is_no_markdown() -> None:
     assert "\n# Free" not in card
     assert "\n# b" not in card
     assert "\x1b" not in card
-    with pytest.raises(ExchangeError, match="a licence is written as on the hub"):
+    with pytest.raises(FormatError, match="a licence is written as on the hub"):
         model_card(described(), "me/t", "mit\ntags: [x]")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from persona_lens.vectors.formats import (
-    ExchangeError,
+    FormatError,
     from_control_vector,
     from_steering_vector,
     to_control_vector,
@@ -66,7 +66,7 @@ def test_steering_vectors_come_and_go(packages: None) -> None:
         "notes": ["there is no vector for layers 0, 2: steering there is refused"],
     }
     assert sorted(to_steering_vector(given, reduction="prompt_mean").layer_activations) == [0, 1, 2, 3]
-    with pytest.raises(ExchangeError, match="of layer type 'mlp'"):
+    with pytest.raises(FormatError, match="of layer type 'mlp'"):
         from_steering_vector(SteeringVector({1: torch.ones(6)}, "mlp"), INFO, "t")
 
 
@@ -82,16 +82,16 @@ def test_control_vectors_come_and_go(packages: None) -> None:
     assert not np.array_equal(made.directions[1], given[1].numpy()), "a copy"
     back = from_control_vector(made, INFO, "grumpy", "prompt_last")
     assert torch.equal(back.vector(1, "prompt_last"), 2 * given[1])
-    with pytest.raises(ExchangeError, match="of type 'gpt2', and tiny is of type 'llama'"):
+    with pytest.raises(FormatError, match="of type 'gpt2', and tiny is of type 'llama'"):
         from_control_vector(ControlVector("gpt2", made.directions), INFO, "t")
-    with pytest.raises(ExchangeError, match="layer 7, and tiny has layers 0 to 3"):
+    with pytest.raises(FormatError, match="layer 7, and tiny has layers 0 to 3"):
         from_control_vector(ControlVector("llama", {7: made.directions[1]}), INFO, "t")
 
 
 def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("steering_vectors", "repeng"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ExchangeError, match=r"steering-vectors cannot be imported .*pip install --no-deps"):
+    with pytest.raises(FormatError, match=r"steering-vectors cannot be imported .*pip install --no-deps"):
         to_steering_vector(vectors())
-    with pytest.raises(ExchangeError, match=r"repeng cannot be imported .*pip install repeng"):
+    with pytest.raises(FormatError, match=r"repeng cannot be imported .*pip install repeng"):
         to_control_vector(vectors())

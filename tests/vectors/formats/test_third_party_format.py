@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.vectors.formats import ExchangeError, Stated, export_vectors, import_vectors
+from persona_lens.vectors.formats import FormatError, Stated, export_vectors, import_vectors
 from persona_lens.vectors.formats.registry import FORMS
 from tests.vectors.formats.files import vectors
 
@@ -41,15 +41,15 @@ def test_it_is_written_recognised_and_read(tmp_path: Path) -> None:
     found = import_vectors(file, Stated(given.model, given.trait)).vectors
     torch.testing.assert_close(found[1], given[1])
     assert found.provenance["imported"]["format"] == "lines"
-    with pytest.raises(ExchangeError, match=r"a file of lines ends in \.lines"):
+    with pytest.raises(FormatError, match=r"a file of lines ends in \.lines"):
         export_vectors(given, "lines", tmp_path / "made.txt")
 
 
 @pytest.mark.usefixtures("planted")
 def test_a_broken_one_is_said_and_hides_nothing() -> None:
     with pytest.raises(
-        ExchangeError, match=r"format broken cannot be loaded: its entry point .* is a function, not a Form"
+        FormatError, match=r"format broken cannot be loaded: its entry point .* is a function, not a Form"
     ):
         export_vectors(vectors(), "broken")
-    with pytest.raises(ExchangeError, match=r"there is no format 'rows'; there are .*npz .*lines \(their program\)"):
+    with pytest.raises(FormatError, match=r"there is no format 'rows'; there are .*npz .*lines \(their program\)"):
         export_vectors(vectors(), "rows")
