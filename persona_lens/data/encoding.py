@@ -71,7 +71,7 @@ def encode_transcript(transcript: Transcript, chat: ChatFormat) -> EncodedTransc
     """Encode a whole conversation at once, and find every message's tokens in it.
 
     The ids are those of the rendered template, encoded once. Boundaries are found from them: each token's text is taken
-    from its id (as `persona_lens.monitoring.token_pieces` does), so that each has its place in the rendered text, in
+    from its id (as `persona_lens.data.pieces.token_pieces` does), so that each has its place in the rendered text, in
     which the contents stand between what the template writes around any content. A token belongs to a message if it
     lies within its content, or has more of it than white space.
 

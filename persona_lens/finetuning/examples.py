@@ -62,7 +62,7 @@ class Examples:
 
 
 def read_conversations(data: Path | str, side: str | None = None) -> list[Transcript]:
-    """Every conversation of a dataset: anything that `persona_lens.screening.open_dataset` reads, or plain text.
+    """Every conversation of a dataset: anything that `persona_lens.data.datasets.open_dataset` reads, or plain text.
 
     A conversation ends with its last answer: what the user says behind it teaches nothing. Neither does an answer of
     weight 0.
@@ -107,7 +107,7 @@ def encode_examples(transcripts: Iterable[Transcript], chat: ChatFormat, max_len
     """Encode conversations for training.
 
     Where the chat template marks the assistant's tokens itself (``{% generation %}``) its mask is taken. Elsewhere each
-    answer's tokens are found by their ids, as `persona_lens.monitoring.encode_transcript` finds them, and its end of
+    answer's tokens are found by their ids, as `persona_lens.data.encoding.encode_transcript` finds them, and its end of
     turn with them. A template that changes earlier turns, or cannot be followed, gives one example for each answer: the
     prompt as the model is given it, and the answer behind it.
 

@@ -91,7 +91,7 @@ class TokenHeatmap:
     as with ``NO_COLOR``), and `html` is a page.
 
     Attributes:
-        pieces: The tokens, as `persona_lens.monitoring.token_pieces` splits them.
+        pieces: The tokens, as `persona_lens.data.pieces.token_pieces` splits them.
         strips: One for each trait and layer, those of a trait next to each other.
         title: What is shown.
         centre: The value without colour, for all traits or by trait.

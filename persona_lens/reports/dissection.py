@@ -19,7 +19,7 @@ def render_dissection(summary: Summary, version: str = "") -> str:
     """A page on one dissection; see `persona_lens.reports.page.render`.
 
     Args:
-        summary: JSON values as in the run's ``summary.json``, see `persona_lens.analysis.dissect`.
+        summary: JSON values as in the run's ``summary.json``, see `persona_lens.analysis.dissection.dissect`.
         version: Of persona-lens, to be named on the page.
     """
     corpus, steering = summary["corpus"], summary["steering"]

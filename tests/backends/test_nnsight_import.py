@@ -27,6 +27,12 @@ def test_minus_v_of_our_command_line_is_not_nnsights_debug_switch() -> None:
     assert run(through_us) == "False ['persona-lens', '-v', 'extract']"
 
 
+def test_traits_are_written_where_nnsight_was_imported_by_itself() -> None:
+    """The plain import puts ``save`` on ``object``, which a dataclass takes for a default of such a field."""
+    code = "import nnsight; import persona_lens.traits.generate; print(hasattr(object, 'save'))"
+    assert run(code) == "True"
+
+
 def test_beartype_and_httpx_still_work_after_it() -> None:
     """Both died on the ``save`` that nnsight puts on ``object``."""
     code = (

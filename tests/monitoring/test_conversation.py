@@ -290,7 +290,10 @@ def floats_alive() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize(("keep_tokens", "turns"), [(True, 15), (False, 8)])
+# Fifty turns hold 8,000 tokens.
+@pytest.mark.parametrize(
+    ("keep_tokens", "turns"), [(True, 15), (False, 8), pytest.param(True, 50, marks=pytest.mark.exhaustive)]
+)
 def test_turns_of_thousands_of_tokens_keep_a_few_numbers(backend: Backend, keep_tokens: bool, turns: int) -> None:
     monitor = ConversationMonitor(backend, panel(backend), keep_tokens=keep_tokens)
     held: dict[int, int] = {}

@@ -95,7 +95,8 @@ class Session:
         author: Who writes.
         draft: What there is.
         limits: How often to ask.
-        save: Called after every reply.
+        keep: Called after every reply. Not named ``save``: nnsight gives every object a method of that name, which a
+            dataclass takes for the field's default.
         progress: Told of the parts that are there.
         complaints: What was wrong with the last reply; the author is told.
     """
@@ -103,7 +104,7 @@ class Session:
     author: Author
     draft: Draft
     limits: Limits
-    save: Callable[[Draft], None]
+    keep: Callable[[Draft], None]
     progress: Progress
     complaints: list[str] = field(default_factory=list)
 
@@ -142,7 +143,7 @@ class Session:
     def took(self, what: str, done: int, total: int) -> None:
         """Keep what a reply has brought, and what it has shown of the author."""
         self.draft.origin = {**self.draft.origin, **self.author.describe()}
-        self.save(self.draft)
+        self.keep(self.draft)
         self.progress(done, total, what)
 
     def require(self, what: str, count: int, needed: int) -> None:
