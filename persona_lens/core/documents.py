@@ -184,19 +184,20 @@ def _reading(path: Path) -> Iterator[None]:
         raise DocumentError(f"{path} is {error}") from error
 
 
-def checked(value: Any, *, finite: bool = True) -> Any:
+def checked(value: Any, *, finite: bool = True, bounded: bool = True) -> Any:
     """The value, if no code behind it can fall over its depth, its numbers or its texts.
 
     Args:
         value: Lists, mappings and what stands in them, `MAX_DEPTH` levels deep at most.
         finite: Whether numbers have to be.
+        bounded: Whether whole numbers may have `MAX_DIGITS` digits at most.
 
     Raises:
         DocumentError: Saying which of them it is.
     """
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for each in level for inner in _inside(each, finite)]
+        level = [inner for each in level for inner in _inside(each, finite, bounded)]
         if not level:
             return value
     raise DocumentError(f"nested more than {MAX_DEPTH} levels deep")
@@ -205,13 +206,13 @@ def checked(value: Any, *, finite: bool = True) -> Any:
 _LARGEST = 10**MAX_DIGITS
 
 
-def _inside(value: Any, finite: bool) -> Any:
+def _inside(value: Any, finite: bool, bounded: bool) -> Any:
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError:
             raise DocumentError("an escape in it stands for half of a character") from None
-    elif type(value) is int and not -_LARGEST < value < _LARGEST:
+    elif bounded and type(value) is int and not -_LARGEST < value < _LARGEST:
         raise DocumentError(f"a whole number in it has more than {MAX_DIGITS} digits")
     elif finite and isinstance(value, float) and not isfinite(value):
         raise DocumentError(f"a number in it is {value}")

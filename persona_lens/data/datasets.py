@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice, zip_longest
@@ -19,6 +19,7 @@ from persona_lens.data.transcripts import (
     TURNS,
     TranscriptForm,
     columns_of,
+    first_of,
     first_rows,
     id_of,
     is_counted,
@@ -86,13 +87,13 @@ def detect_form(rows: Sequence[Mapping[str, Any]], place: str) -> SampleForm:
         DataError: If they have the columns of no form.
     """
     for row in rows:
-        if (column := _first(row, TURNS)) is not None:
+        if (column := first_of(row, TURNS)) is not None:
             return SampleForm.SHAREGPT if _is_sharegpt(column, row[column]) else SampleForm.MESSAGES
         if all(side in row for side in SIDES):
             return SampleForm.PREFERENCE
         if "instruction" in row and "output" in row:
             return SampleForm.ALPACA
-        if _first(row, PROMPTS) is not None and _first(row, RESPONSES) is not None:
+        if first_of(row, PROMPTS) is not None and first_of(row, RESPONSES) is not None:
             return SampleForm.PROMPT_RESPONSE
     raise DataError(
         f"{place}: the rows have no form that is known; they need the columns messages, conversations, prompt and "
@@ -143,7 +144,7 @@ def _messages(row: Mapping[str, Any], form: SampleForm, side: str) -> tuple[Mess
     prompts, responses = _PAIRS[form]
     if form is not SampleForm.PREFERENCE:
         return _answered(row, prompts, responses)
-    if _first(row, prompts) is None:  # the prompt stands in the answers
+    if first_of(row, prompts) is None:  # the prompt stands in the answers
         return _listed(row[needed(row, (side,))])
     return _answered(row, prompts, (side,))
 
@@ -208,16 +209,12 @@ def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
 def _used_columns(row: Mapping[str, Any], form: SampleForm) -> set[str | None]:
     """Columns of a row that are read as its conversation, or that this project wrote."""
     if form in _LISTS:
-        read: list[str | None] = [_first(row, _LISTS[form])]
+        read: list[str | None] = [first_of(row, _LISTS[form])]
     else:
         prompts, responses = _PAIRS[form]
-        answers = SIDES if form is SampleForm.PREFERENCE else (_first(row, responses),)
-        read = [HISTORY, *ADDED, _first(row, prompts), *answers]
+        answers = SIDES if form is SampleForm.PREFERENCE else (first_of(row, responses),)
+        read = [HISTORY, *ADDED, first_of(row, prompts), *answers]
     return {*SYSTEMS, *own_columns(row), *read}
-
-
-def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    return next((name for name in names if name in row), None)
 
 
 @dataclass(frozen=True)
@@ -328,7 +325,7 @@ class Dataset:
                 f"the row {own!r} of {self.name}; put them into the same order"
             )
         column = (
-            "responses" if isinstance(supplied.values.get("responses"), list) else _first(supplied.values, RESPONSES)
+            "responses" if isinstance(supplied.values.get("responses"), list) else first_of(supplied.values, RESPONSES)
         )
         found = supplied.values[column] if column is not None else ()
         texts = found if isinstance(found, list) else [found]

@@ -150,8 +150,9 @@ def open_transcripts(path: Path | str, form: TranscriptForm | str | None = None)
         raise DataError(f"{path} is text, not a table, so its form cannot be {chosen}; it is read as plain")
     rows = first_rows(all_rows(path))
     found = chosen or _form_of(path, rows)
-    used = {"messages"} if found is TranscriptForm.OPENAI else {"conversations", "conversation", "system"}
-    note_unread(str(path), rows, lambda row: {*IDS, *used, *own_columns(row)})
+    columns, *_ = _SHAPES[found]
+    beside = {"system"} if found is TranscriptForm.SHAREGPT else set()
+    note_unread(str(path), rows, lambda row: {*IDS, first_of(row, columns), *beside, *own_columns(row)})
     return TranscriptFile(path, found)
 
 
@@ -198,7 +199,7 @@ def messages_of(row: Mapping[str, Any], form: TranscriptForm | str) -> tuple[Mes
         for place, message in enumerate(_listed(row, columns))
     )
     system = row.get("system") if form == TranscriptForm.SHAREGPT else None
-    if isinstance(system, str) and system and found[0]["role"] != "system":
+    if isinstance(system, str) and system.strip() and found[0]["role"] != "system":
         found = ({"role": "system", "content": system}, *found)
     return _checked(found)
 
@@ -256,13 +257,18 @@ def _weight(given: Any, place: int) -> dict[str, str]:
 _SHAPES = {TranscriptForm.OPENAI: (TURNS, "role", "content"), TranscriptForm.SHAREGPT: (TURNS[1:], "from", "value")}
 
 
+def first_of(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """The first of these columns that a row has; None where it has none."""
+    return next((name for name in names if name in row), None)
+
+
 def needed(row: Mapping[str, Any], names: Sequence[str]) -> str:
     """The first of these columns that a row has.
 
     Raises:
         DataError: If it has none of them.
     """
-    column = next((name for name in names if name in row), None)
+    column = first_of(row, names)
     if column is None:
         raise DataError(f"the row has no {' or '.join(names)}; its columns are: {columns_of(row)}")
     return column

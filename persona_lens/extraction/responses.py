@@ -77,13 +77,14 @@ class ExternalResponse(BaseModel):
     @property
     def judgement(self) -> Judgement | None:
         """The scores that came with it, as far as the row has their columns; None where it has no score column."""
-        given = {
-            name: Score(value, f"no {name} was given" if value is None else None)
-            for name in ("score", "coherence")
-            if name in self.model_fields_set
-            for value in [getattr(self, name)]
-        }
-        return Judgement(given["score"], given.get("coherence")) if "score" in given else None
+        score, coherence = (_score(name, getattr(self, name)) for name in ("score", "coherence"))
+        if "score" not in self.model_fields_set:
+            return None
+        return Judgement(score, coherence if "coherence" in self.model_fields_set else None)
+
+
+def _score(name: str, value: float | None) -> Score:
+    return Score(value, f"no {name} was given" if value is None else None)
 
 
 def _response(row: Mapping[str, Any], place: str) -> ExternalResponse:

@@ -213,8 +213,7 @@ class ChatFormat:
         )
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool, *, tokenize: bool, **how: Any) -> Any:
-        # In the text, because transformers lets no function be passed in to answer the template's call.
-        dated = _TODAY.sub(lambda call: repr(_PINNED_DATE.strftime(call["format"])), self.template)
+        placed = [{"role": message["role"], "content": message["content"]} for message in self._placed(messages)]
         # What the template is given besides the messages; nothing that it does not mention.
         switches = (
             each for each in ("enable_thinking", "thinking") if re.search(rf"(?<![\w.'\"]){each}\b", self.template)
@@ -223,8 +222,10 @@ class ChatFormat:
         if CHANNEL in self.template and "reasoning_effort" in self.template and not self.think:
             options["reasoning_effort"] = "low"  # as near to off as such a template goes
         try:
+            # In the text, because transformers lets no function be passed in to answer the template's call.
+            dated = _TODAY.sub(lambda call: repr(_PINNED_DATE.strftime(call["format"])), self.template)
             return self.tokenizer.apply_chat_template(
-                [{"role": message["role"], "content": message["content"]} for message in self._placed(messages)],
+                placed,
                 chat_template=dated,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=tokenize,

@@ -244,9 +244,9 @@ class RunFolder:
             free: Keys of the object that say nothing of the result either.
         """
         if self.keeps(name) and not (self.path / name).is_symlink():
-            stored = self.read_json(name)
-            wanted = json.loads(json.dumps(value))
-            if all(line.partition(":")[0] in free for line in differences(stored, wanted)):
+            objects = self.read_json(name), json.loads(json.dumps(value))
+            stored, wanted = ({key: one[key] for key in one if key not in free} for one in objects)
+            if not differences(stored, wanted):
                 return self.path / name
         return self.write_bytes(name, json_bytes(value))
 

@@ -59,6 +59,12 @@ def test_jsonl(tmp_path: Path, name: str, mark: str, ascii_only: bool) -> None:
     assert list(read_rows(str(path))) == [(1, ROWS[0]), (3, ROWS[1])]
 
 
+def test_brackets_in_a_text_change_nothing_in_what_numbers_a_row_may_have(tmp_path: Path) -> None:
+    rows = [{"id": 10**30, "text": text} for text in ("a", "[" * 1000)]
+    path = _write(tmp_path, "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert [row for _, row in read_rows(path)] == rows
+
+
 def test_parquet_over_several_row_groups(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     rows = [{"question": f"q{i}", "response_ids": [i, i + 1], "score": None if i % 2 else i / 2} for i in range(2500)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,9 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "t.jsonl", {"id": "1", "messages": [ASK, SAY], "system_prompt": "Be a pirate.", "n": 3})
     with pytest.warns(PersonaLensNote, match="are not read: system_prompt$"):
         open_transcripts(path)
+    path = jsonl(tmp_path / "c.jsonl", {"conversations": [ASK, SAY]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PersonaLensNote)
+        assert [said(each) for each in open_transcripts(path, "openai")] == [
+            [("user", "How will it go?"), ("assistant", "Well.")]
+        ]

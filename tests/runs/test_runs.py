@@ -199,9 +199,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 def test_what_a_run_wrote_is_not_replaced_by_something_else(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as run:
-        run.write_json("summary.json", {"mean": 1.5, "model": {"device": "cuda:0"}, "command": "a"})
+        run.write_json("summary.json", {"mean": 1.5, "model": {"device": "cuda:0"}, "command": ["a", 1]})
         before = (tmp_path / "summary.json").read_bytes()
-        run.write_json("summary.json", {"mean": 1.5, "model": {"device": "cuda:3"}, "command": "b"}, free=("command",))
+        run.write_json(
+            "summary.json", {"mean": 1.5, "model": {"device": "cuda:3"}, "command": ["b"]}, free=("command",)
+        )
+        run.write_json(
+            "summary.json", {"mean": 1.5, "model": {"device": "cuda:0"}, "command": ["a", 2]}, free=("command",)
+        )
         assert (tmp_path / "summary.json").read_bytes() == before
         with pytest.raises(RunError, match=r"summary\.json is there, and what this run gives now is something else"):
             run.write_json("summary.json", {"mean": 2.5, "model": {"device": "cuda:0"}, "command": "a"})

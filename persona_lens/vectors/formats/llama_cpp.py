@@ -41,6 +41,7 @@ from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors
 
 MAX_FILE = 2**28
+MAX_ENTRIES = 4096  # tensors, and values with a name
 MAX_VALUES = 2**16  # read from a file; a control vector has a few hundred
 
 
@@ -63,7 +64,19 @@ def _reader() -> Any:
                 raise ValueError(f"it claims {claimed:,} bytes at byte {int(offset):,} and has {max(0, left):,} left")
             return super()._get(offset, dtype, count, override_order)
 
+        def _build_fields(self, offs: Any, count: Any) -> Any:
+            return super()._build_fields(offs, _few(count, "values"))
+
+        def _build_tensor_info(self, offs: Any, count: Any) -> Any:
+            return super()._build_tensor_info(offs, _few(count, "tensors"))
+
     return BoundedReader
+
+
+def _few(count: Any, what: str) -> Any:
+    if count > MAX_ENTRIES:
+        raise ValueError(f"it claims {int(count):,} {what}, and a control vector has at most {MAX_ENTRIES:,}")
+    return count
 
 
 ARCHITECTURE = "controlvector"

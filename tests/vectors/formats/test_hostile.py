@@ -118,8 +118,9 @@ def test_a_gguf_file_cannot_claim_more_than_it_holds(tmp_path: Path) -> None:
     key = f.text("k")
     huge = struct.pack("<Q", 2**60)
     cases: list[tuple[bytes, str]] = [
-        (f.gguf_header(2**60, 0), "claims 8 bytes at byte 24 and has 0 left"),
-        (f.gguf_header(0, 2**60), "claims 8 bytes at byte 24"),
+        (f.gguf_header(2**60, 0), "claims 1,152,921,504,606,846,976 tensors, and a control vector has at most 4,096"),
+        (f.gguf_header(4096, 0), "claims 8 bytes at byte 24 and has 0 left"),
+        (f.gguf_header(0, 2**60), "claims 1,152,921,504,606,846,976 values"),
         (f.gguf_header(0, 1, huge), "claims 1,152,921,504,606,846,976 bytes at byte 32"),
         (f.gguf_header(0, 1, key + struct.pack("<I", 8) + huge), "claims .* bytes at byte"),
         (f.gguf_header(0, 1, key + struct.pack("<II", 9, 0) + huge), "claims 1 bytes at byte"),
