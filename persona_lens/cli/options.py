@@ -101,14 +101,16 @@ class ModelOptions:
         """The model's chat format, with what is surprising about it said on standard error."""
         from persona_lens.models import ChatFormat
 
-        template = self.chat_template
-        try:
-            text = template.read_text(encoding="utf-8") if template else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise PersonaLensError(f"cannot read the chat template {template}: {error}") from error
-        chat = ChatFormat.from_tokenizer(backend.tokenizer, template=text, thinking=self.thinking)
+        chat = ChatFormat.from_tokenizer(backend.tokenizer, template=self.template(), thinking=self.thinking)
         say_notes(chat.notes)
         return chat
+
+    def template(self) -> str | None:
+        """The text of the chat template that was named, if one was."""
+        try:
+            return self.chat_template.read_text(encoding="utf-8") if self.chat_template else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PersonaLensError(f"cannot read the chat template {self.chat_template}: {error}") from error
 
 
 Placement = Annotated[

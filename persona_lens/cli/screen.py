@@ -108,8 +108,8 @@ class ScreenRun(Run):
             raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
         names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
         kept = {name: value for name in names if (value := getattr(opening, name)) not in (None, False)}
-        template = opening.chat_template.read_text(encoding="utf-8") if opening.chat_template else None
-        return RayExecutor(ray, OpenedBy(self.model, opening.backend, kept, template, opening.thinking), workers)
+        opened_by = OpenedBy(self.model, opening.backend, kept, opening.template(), opening.thinking)
+        return RayExecutor(ray, opened_by, workers)
 
 
 def screen(

@@ -108,6 +108,8 @@ class Shown:
 def cosines_command(vectors: options.SeveralVectors, shown: Shown) -> None:
     """Compare the directions of several traits, layer by layer, with what random directions have.
 
+    One layer is shown as a matrix, several as a line for each pair.
+
     Example: `persona-lens vectors cosines runs/optimistic runs/impolite runs/evil --layer 18`
     """
     from persona_lens.vectors.geometry import cosines

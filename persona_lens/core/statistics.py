@@ -216,8 +216,8 @@ def auc_interval(positive: Values, negative: Values) -> Ends:
 
     An AUC of 0 or 1, which has no variance, gets the interval of what the smaller kind may have missed.
     """
-    above, below = _wins(positive, negative), _wins(negative, positive)
-    value = float(above.mean())
+    above, below = (_wins(*each) / len(each[1]) for each in ((positive, negative), (negative, positive)))
+    value = auc(positive, negative)
     parts = [_of_mean(each) for each in (above, below) if len(each) > 1]
     variance = sum(part for part, _ in parts)
     if value in SHARES or variance == 0:
@@ -309,11 +309,9 @@ def _clipped(ends: Ends, within: Ends | None) -> Ends:
 
 
 def _wins(these: Values, those: Values) -> Values:
-    """Of each of these, the share of those that it exceeds, ties counting half."""
+    """Of each of these, how many of those it exceeds, ties counting half."""
     ordered = np.sort(those)
-    found: Values = (np.searchsorted(ordered, these, "left") + np.searchsorted(ordered, these, "right")) / (
-        2 * len(those)
-    )
+    found: Values = (np.searchsorted(ordered, these, "left") + np.searchsorted(ordered, these, "right")) / 2
     return found
 
 
@@ -376,8 +374,9 @@ def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float6
 
 def auc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
     """Probability that a positive value exceeds a negative one, ties counting half."""
-    # scipy.stats.mannwhitneyu works out a p-value too, which is slow in a bootstrap.
-    return float(_wins(positive, negative).mean())
+    # scipy.stats.mannwhitneyu works out a p-value too, which is slow in a bootstrap. Halves add up exactly, so that
+    # values in equal orders have equal AUCs.
+    return float(_wins(positive, negative).sum()) / (len(positive) * len(negative))
 
 
 def separation(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:

@@ -152,6 +152,8 @@ def _check(config: FinetuneConfig, settings: FinetuneStudySettings, vectors: Per
         raise FinetuningError("a study trains adapters, one after the other on the same model; take weights lora")
     if settings.task is not None:
         check_task(settings.task)
+    if settings.treatments.post_hoc is not None:
+        Steering.parse(settings.treatments.post_hoc, vectors)
 
 
 def _opened(model: str, training: str, answering: str, device: str) -> tuple[Loaded, Loaded]:

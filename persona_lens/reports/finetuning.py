@@ -51,7 +51,14 @@ def headline(summary: Summary) -> Headline:
     if not side(plain["change"]):
         return Headline("unclear", "Plain finetuning does not clearly move the trait", tuple(sentences))
     if kept is None or kept["against_plain"] is None:
-        return Headline("no null", "Plain finetuning moves the trait; nothing was done against it", tuple(sentences))
+        others = [name for name in arms if name not in (PLAIN, PREVENTATIVE, NULL)]
+        if others:
+            found = "; ".join(f"{name} {interval(arms[name]['against_plain'], sign=True)}" for name in others)
+            sentences.append(f"Of other treatments the change towards the trait beside that is: {found}.")
+        said = "preventative steering at one layer was not tried" if others else "nothing was done against it"
+        if kept is not None:
+            said = "no reply under preventative steering has a score to set beside it"
+        return Headline("no null", f"Plain finetuning moves the trait; {said}", tuple(sentences))
     sentences.append(
         f"Under preventative steering it changes by {interval(kept['change'], sign=True)}; towards the trait that is "
         f"{interval(kept['against_plain'], sign=True)} beside plain finetuning. Its loss in training was "

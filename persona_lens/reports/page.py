@@ -63,9 +63,10 @@ def effect_headline(
     if random is None or difference is None:
         null = "No random directions were run beside it, so any direction of that length might do the same."
         return Headline(shown, title, (first, null))
+    own = "is the wrong way round" if side(change) == -towards else "does not"
     ending = {"clear": "which lies clear of zero", "reversed": "which lies on the wrong side of zero"}.get(
         shown,
-        "which lies clear of zero, though the vector's own effect does not"
+        f"which lies clear of zero, though the vector's own effect {own}"
         if side(difference) == towards
         else "so it is not shown that this direction is special",
     )
@@ -127,10 +128,11 @@ def _few(found: Mapping[str, Any]) -> str:
 
 
 def measured(found: Mapping[str, Any], digits: int = 2, *, sign: bool = False, percent: bool = False) -> str:
-    """A ``value`` with its interval (``low``, ``high``), or the ``reason`` why it has none."""
+    """A ``value`` with its interval (``low``, ``high``), or the ``reason`` why it has none, if one is given."""
     value, low, high = (number(found[key], digits, sign=sign, percent=percent) for key in ("value", "low", "high"))
     if low == NONE:
-        return f"{value} ({printable(found.get('reason') or 'no interval')})"
+        unsaid = "no interval" if found["value"] is not None else "not defined, for lack of variation"
+        return f"{value} ({printable(found.get('reason') or unsaid)})"
     return f"{value} ({low} to {high})"
 
 

@@ -108,8 +108,8 @@ class RolloutSettings:
         max_new_tokens: Length limit of a response.
         temperature: 0 is greedy.
         top_p: Nucleus.
-        batch_size: Rows that run at once at most. Part of the configuration since sums in other batches round
-            otherwise.
+        batch_size: Rows that run at once at most, fewer where memory runs out. Part of the configuration since sums in
+            other batches round otherwise.
         batch_tokens: Tokens that run at once at most, responses and padding included.
     """
 

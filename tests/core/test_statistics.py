@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -116,6 +117,15 @@ def test_of_a_mean_the_jackknife_is_the_interval_of_the_mean() -> None:
     assert list(ends) == pytest.approx([expected.low, expected.high])
     assert jackknifed(lambda rows: np.array([values[rows].mean()]), [0] * 9, PLAIN) == [None]
     assert jackknifed(lambda rows: np.array([np.nan]), range(9), PLAIN) == [None]
+
+
+def test_an_auc_is_the_nearest_number_to_a_share_of_pairs() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        positive, negative = (rng.integers(0, 9, rng.integers(3, 40)).astype(float) for _ in range(2))
+        wins = sum(Fraction(int(a > b)) + Fraction(int(a == b), 2) for a in positive for b in negative)
+        assert auc(positive, negative) == float(wins / (len(positive) * len(negative)))
+        assert auc(np.flip(positive), negative) == auc(positive, negative)
 
 
 def test_an_auc_of_one_is_no_certainty_of_few_rows() -> None:

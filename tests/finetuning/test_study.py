@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
 from persona_lens.models import Loaded, load
 from persona_lens.reports.finetuning import headline, render_finetuning
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.steering import ArmSettings
+from persona_lens.steering import ArmSettings, NotationError
 from persona_lens.vectors import PersonaVectors
 from tests.finetuning.chats import conversations, small, vectors_of, write_conversations
 
@@ -194,6 +195,14 @@ def test_the_report_says_what_the_intervals_allow(studied: Path) -> None:
     assert headline(summary).verdict == "unclear"
     arms["preventative"]["against_plain"] = interval(-30, 10)
     assert headline(summary).title == "Preventative steering does not clearly hold the trait back"
+    kept = arms.pop("preventative")
+    arms["caft"]["against_plain"] = interval(-12, -4)
+    assert headline(summary).title.endswith("preventative steering at one layer was not tried")
+    assert "caft −8.0 (95% interval −12.0 to −4.0" in headline(summary).sentences[-1]
+    alone = {**summary, "treatments": {"plain": arms["plain"]}}
+    assert headline(alone).title == "Plain finetuning moves the trait; nothing was done against it"
+    arms["preventative"] = {**kept, "against_plain": None}
+    assert "no reply under preventative steering has a score" in headline(summary).title
     arms["plain"]["change"] = interval(-1, 40)
     assert headline(summary).title == "Plain finetuning does not clearly move the trait"
 
@@ -228,3 +237,12 @@ def test_the_command(base_folder: Path, tmp_path: Path) -> None:
 def test_settings_that_mean_nothing(vectors: PersonaVectors, changes: dict[str, Any]) -> None:
     with pytest.raises(FinetuningError):
         FinetuneStudySettings(TreatmentSettings.of(vectors, 1, 1.0), 1, **changes)
+
+
+def test_a_steering_that_is_none_is_found_out_before_anything_is_trained(
+    vectors: PersonaVectors, tmp_path: Path
+) -> None:
+    settings = FinetuneStudySettings(replace(TreatmentSettings.of(vectors, 1, 1.0), post_hoc="impolite@1:much"), 1)
+    with pytest.raises(NotationError):
+        finetune_study("no-such-model", "no-such-data", vectors, settings, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -309,6 +309,7 @@ def test_a_clear_effect_is_called_one_in_either_direction() -> None:
             "one question, so no interval",
         ),
         ({"change": estimate(-9.0, 2.0), "difference": estimate(-9.0, 3.0)}, "reversed", "the wrong way round"),
+        ({"change": estimate(-9.0, 2.0), "difference": estimate(9.0, 3.0)}, "unclear", "own effect is the wrong way"),
         ({"random": None, "difference": None}, "no null", "No random directions were run"),
         ({"random": None, "difference": None, "change": estimate(-9.0, 1.0)}, "reversed", "wrong way round"),
         ({"change": estimate(24.6, 6.1, 11)}, "clear", "Over 11 held-out questions of 12"),

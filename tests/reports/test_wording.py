@@ -10,7 +10,7 @@ import pytest
 from persona_lens.backend import BackendError, find_backend
 from persona_lens.cli.steerings import Candidate, _show
 from persona_lens.core.text import counted
-from persona_lens.reports.page import addend
+from persona_lens.reports.page import addend, measured
 
 ENGINE = Path(__file__).resolve().parents[2] / "persona_lens"
 
@@ -45,6 +45,13 @@ def test_what_commands_say_counts_with_one_function(noun: str) -> None:
 
 def test_what_is_added_has_one_sign() -> None:
     assert (addend(0.861, 3), addend(-0.861, 3)) == ("+ 0.861", "\N{MINUS SIGN} 0.861")
+
+
+def test_a_measure_without_an_interval_says_why() -> None:
+    none = {"low": None, "high": None}
+    assert measured({"value": 0.5, **none}) == "0.50 (no interval)"
+    assert measured({"value": 0.5, **none, "reason": "one question"}) == "0.50 (one question)"
+    assert measured({"value": None, **none}) == "\N{EN DASH} (not defined, for lack of variation)"
 
 
 def test_replies_that_differ_at_the_end_of_their_names_can_be_told_apart(

@@ -126,6 +126,7 @@ def test_the_embedded_demonstrations_can_be_named(model: Path, vectors: Path, tm
         (("--turns", "first"), "--turns takes last, all; got 'first'"),
         (("--score", "best"), "--score takes raw, difference, prompt_difference"),
         (("--workers", 2), "--workers is for --ray"),
+        (("--ray", "local", "--chat-template", "gone.jinja"), "cannot read the chat template gone.jinja"),
         (("--judge-key", "X"), "--judge-key: only for --judge openai:MODEL"),
         (("--judge", "likelihood"), "a second opinion is openai:MODEL or local"),
         (("--judge", "local"), "nothing is flagged without a reference"),

@@ -168,5 +168,7 @@ def _npy_bytes(array: NDArray[Any]) -> bytes:
     return stream.getvalue()
 
 
-NPZ = Form("npz", "NumPy, with all that is known in it", ".npz", "npz", lambda *_: True, _read_npz, _write_npz, True)
-NPY = Form("npy", "NumPy, one bare table", ".npy", "npy", lambda *_: True, _read_npy, _write_npy, True)
+NPZ = Form(
+    "npz", "NumPy, with all that is known in it", ".npz", "npz", lambda *_: True, _read_npz, _write_npz, whole=True
+)
+NPY = Form("npy", "NumPy, one bare table", ".npy", "npy", lambda *_: True, _read_npy, _write_npy, whole=True)

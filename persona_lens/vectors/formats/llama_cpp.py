@@ -148,7 +148,8 @@ def _read(file: Path, content: Any, stated: Stated) -> Imported:
     if isinstance(count, int) and count != len(rows):
         raise FormatError(f"{file} announces {count} directions and holds {len(rows)}: it is not whole")
     notes: tuple[str, ...] = ()
-    if stated.model is not None and hint not in (None, kind := model_type(stated.model)):
+    kind = model_type(stated.model) if stated.model is not None else hint
+    if hint is not None and hint != kind:
         notes = (f"the file says it is of a model of type {str(hint)[:40]!r}, not {kind!r}",)
     own = header if isinstance(header, str) else None
     named = reduction if reduction in REDUCTIONS else DEFAULT_REDUCTION

@@ -230,7 +230,7 @@ def _write(vectors: PersonaVectors, chosen: Chosen) -> Exported:
 
 
 FILE = Form(
-    "reference", "safety-research/persona_vectors, a folder", "", "archive", _is_tensor, _read_file, _write, True
+    "reference", "safety-research/persona_vectors, a folder", "", "archive", _is_tensor, _read_file, _write, whole=True
 )
 FOLDER = replace(FILE, container="folder", recognises=lambda *_: True, read=_read_folder)
 
@@ -265,7 +265,7 @@ def _write_axis(vectors: PersonaVectors, chosen: Chosen) -> Exported:
 
 
 AXIS = Form(
-    "assistant-axis", "safety-research/assistant-axis", ".pt", "archive", _is_axis, _read_axis, _write_axis, True
+    "assistant-axis", "safety-research/assistant-axis", ".pt", "archive", _is_axis, _read_axis, _write_axis, whole=True
 )
 
 
