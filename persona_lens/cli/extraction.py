@@ -27,7 +27,7 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.extraction.external import ExternalRollouts
-    from persona_lens.extraction.generating import Generated
+    from persona_lens.extraction.responses import Generated
     from persona_lens.steering.preview import Preview
 
 
@@ -188,7 +188,7 @@ def responses(
         max_spend: Stop before the responses cost more dollars.
     """
     from persona_lens.extraction import plan_requests
-    from persona_lens.extraction.generating import generate_responses, planned_usage
+    from persona_lens.extraction.responses import generate_responses, planned_usage
     from persona_lens.runs.cost import Work
 
     settings = given.make()

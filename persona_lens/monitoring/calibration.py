@@ -18,8 +18,8 @@ from scipy.stats import binomtest
 from persona_lens.core.documents import Record
 from persona_lens.core.statistics import Estimate, Verdict, bootstrap_mean, percentile_interval, resampled_rows
 from persona_lens.core.text import in_short
-from persona_lens.monitoring.curves import KINDS, Curve, Observations, Values
 from persona_lens.monitoring.gauges import MonitoringError
+from persona_lens.monitoring.prediction import KINDS, Curve, Observations, Values
 from persona_lens.vectors import PersonaVectors
 
 SHOWN_FROM = 50.0

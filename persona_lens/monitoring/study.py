@@ -28,9 +28,8 @@ from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring.calibration import SHOWN_FROM, calibrate, threshold_for, with_monitor_calibration
 from persona_lens.monitoring.conditions import Condition, Conditions, Examples, StudySettings, plan_conditions
-from persona_lens.monitoring.correlation import LEAST, Correlations, correlate
-from persona_lens.monitoring.curves import Observations, Values
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, projected
+from persona_lens.monitoring.prediction import LEAST, Correlations, Observations, Values, correlate
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 

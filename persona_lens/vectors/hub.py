@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.core.text import printable
+from persona_lens.vectors.formats import write_new
 from persona_lens.vectors.formats.form import FormatError, file_name
-from persona_lens.vectors.formats.registry import write_new
 from persona_lens.vectors.provenance import kept_of_each_arm
 from persona_lens.vectors.vectors import PersonaVectors, load_vectors
 

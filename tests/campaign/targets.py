@@ -16,7 +16,7 @@ from persona_lens.analysis.dissection import DissectSettings, dissect
 from persona_lens.backend import wrap_model
 from persona_lens.data.datasets import open_dataset
 from persona_lens.extraction import ExtractionSettings, plan_requests, run_extraction
-from persona_lens.extraction.generating import generate_responses
+from persona_lens.extraction.responses import generate_responses
 from persona_lens.finetuning import finetune
 from persona_lens.finetuning.outcomes import TreatmentSettings
 from persona_lens.finetuning.shift import ShiftSettings, measure_shifts

@@ -14,9 +14,8 @@ from typer.testing import CliRunner, Result
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
 from persona_lens.extraction import ExtractionSettings, plan_requests
-from persona_lens.extraction.generating import Generated, generate_responses, planned_usage
 from persona_lens.extraction.means import ExtractionError
-from persona_lens.extraction.responses import read_responses
+from persona_lens.extraction.responses import Generated, generate_responses, planned_usage, read_responses
 from persona_lens.models.server import (
     CompletionCache,
     CompletionServer,

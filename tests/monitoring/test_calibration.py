@@ -12,7 +12,7 @@ import torch
 
 from persona_lens.monitoring import MonitoringError, Observations, calibrate, monitor_calibration, threshold_for
 from persona_lens.monitoring.calibration import MonitorCalibration, Share, with_monitor_calibration
-from persona_lens.monitoring.curves import Isotonic, Logistic
+from persona_lens.monitoring.prediction import Isotonic, Logistic
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
 from tests.planted import PlantedBackend

@@ -16,7 +16,7 @@ from persona_lens.judging import Calibration
 from persona_lens.models.chat import chat_format
 from persona_lens.monitoring import ConversationMonitor, Panel, monitor_calibration, prompt_projections, threshold_for
 from persona_lens.monitoring.calibration import calibrate, with_monitor_calibration
-from persona_lens.monitoring.curves import Observations
+from persona_lens.monitoring.prediction import Observations
 from persona_lens.reports.study import title
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, load_vectors

@@ -12,7 +12,7 @@ from persona_lens import open_backend
 from persona_lens.backend import Read
 from persona_lens.extraction import ExtractionSettings, plan_requests
 from persona_lens.extraction.external import external_rollouts
-from persona_lens.extraction.generating import generate_responses
+from persona_lens.extraction.responses import generate_responses
 from persona_lens.models.chat import chat_format
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.runs.rollouts import ReadRollouts, RolloutSettings

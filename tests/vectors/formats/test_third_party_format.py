@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.vectors.formats import FormatError, Stated, export_vectors, import_vectors
-from persona_lens.vectors.formats.registry import FORMS
+from persona_lens.vectors.formats import FORMS, FormatError, Stated, export_vectors, import_vectors
 from tests.vectors.formats.files import vectors
 
 THEIRS = """

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from persona_lens.core.statistics import bootstrap_mean, pearson
-from persona_lens.monitoring.correlation import Measured, correlate
+from persona_lens.monitoring.prediction import Measured, correlate
 
 X = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 Y = np.array([2.0, 1.0, 4.0, 3.0, 5.0])  # r by hand: deviations multiply to 8, squares sum to 10 and 10
