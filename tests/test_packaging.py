@@ -280,7 +280,7 @@ def test_the_order_is_the_one_that_contributors_read() -> None:
 
 
 def test_the_specification_that_contributors_read_is_the_one_there_is() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     example = ast.parse(text.partition("```python\n")[2].partition("```")[0])
     (call,) = (node for node in ast.walk(example) if isinstance(node, ast.Call))
     assert [keyword.arg for keyword in call.keywords] == [field.name for field in fields(BackendSpec)]
