@@ -86,6 +86,9 @@ def _summary(rows: list[SweepRow], settings: SweepSettings) -> dict[str, Any]:
     return {"curves": listed, "effects": [effect(rows, layer).to_json() for layer in settings.layers]}
 
 
+SHOWN = {"nll": "surprise", "coherence": "coherence"}
+
+
 def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
     from persona_lens.core.statistics import verdict_of
     from persona_lens.steering import effect
@@ -98,7 +101,7 @@ def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
         columns: dict[str, Column[Any]] = {"coefficient": lambda row: f"{row['vector'].coefficient:+g}"}
         for kind in directions:
             columns[f"{kind} score"] = (f"{kind}.score", ".1f")
-            columns[f"{kind} {measured}"] = (f"{kind}.{measured}.mean", ".2f")
+            columns[f"{kind} {SHOWN[measured]}"] = (f"{kind}.{measured}.mean", ".2f")
         points = zip(*(curves[layer, kind] for kind in directions), strict=True)
         title = f"Layer {layer}: trait score [95% interval], and {meaning[measured]}"
         show_rows(title, [dict(zip(directions, each, strict=True)) for each in points], columns)
@@ -220,13 +223,13 @@ def compare_command(
         changes = ("change", "random", "difference", "clear")
         plain = {**found.summary["unsteered"], **dict.fromkeys(changes, "")}
         show_rows(
-            f"Trait score of {loaded.trait}, its change [95% interval], and {measured}",
+            f"Trait score of {loaded.trait}, its change [95% interval], and {SHOWN[measured]}",
             [{"steering": name, **row} for name, row in {"unsteered": plain, **effects}.items()],
             {
                 "steering": "steering",
                 "score": ("score.mean", ".1f"),
                 **{name: name for name in changes},
-                measured: (f"{measured}.mean", ".2f"),
+                SHOWN[measured]: (f"{measured}.mean", ".2f"),
             },
         )
         for name in found.effects:

@@ -70,6 +70,7 @@ def test_steerings_are_compared_with_the_unsteered_model_and_their_nulls(made: t
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"} == files
     assert "seed: 0 -> 1" in refused(*command, "--seed", "1")
     shown = run(*command[:-1]).stdout
+    assert "surprise" in shown
     assert ONE in shown
     assert "unsteered" in shown
 

@@ -133,6 +133,11 @@ def page() -> Page:
     return Page(render_tuning(make_tuning()))
 
 
+def test_a_reader_is_told_of_surprise_not_of_the_name_of_its_field(page: Page) -> None:
+    assert "comes at a surprise of" in page.text
+    assert "nll" not in page.text
+
+
 def text_of(summary: dict[str, Any]) -> str:
     return Page(render_tuning(summary)).text
 
