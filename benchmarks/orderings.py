@@ -38,7 +38,7 @@ SHARES = {"one layer": (0.25, 0.5, 1.0), "all layers": (0.03, 0.06, 0.12, 0.25)}
 
 def reductions(backend: Backend, vectors: PersonaVectors, settings: ArmSettings, folder: Path) -> dict[str, Any]:
     """Effect of each reduction at each push, and of pairs of reductions question by question."""
-    layer, tuned = vectors.tuned_choice().layer, vectors.provenance["tuned"]["push"]
+    layer, tuned = vectors.tuned_choice().layer, vectors.provenance["tuned"]["strength"]
     pushes = [round(100 * share * tuned) for share in PUSHES]
     arms = {
         f"{name} {push}%": Steering.parse(f"{vectors.trait}.{name}@{layer}:+{push}%", vectors)
