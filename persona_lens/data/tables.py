@@ -166,14 +166,17 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         opening, damaged = partial(gzip.open, path), (gzip.BadGzipFile, EOFError, zlib.error)
     elif suffix == ".zst":
         try:
-            import zstandard
+            import pyarrow
         except ImportError as error:
-            raise DataError(f"{path}: reading .zst needs zstandard: `pip install zstandard`") from error
-        opening, damaged = lambda: io.BufferedReader(zstandard.open(path)), (zstandard.ZstdError,)
+            raise DataError(f"{path}: reading .zst needs pyarrow: `pip install 'persona-lens[parquet]'`") from error
+        # Unlike the package zstandard, this says where a file is cut short.
+        opening, damaged = lambda: io.BufferedReader(pyarrow.input_stream(path, compression="zstd")), (OSError,)
     try:
         with opening() as stream:
             yield stream
     except damaged as error:
+        if getattr(error, "errno", None):  # what the system says, not what the bytes are
+            raise
         program = {".gz": "gzip", ".zst": "zstd"}[suffix]
         raise DataError(f"{path} is damaged, or not compressed by {program}: {error}") from error
 

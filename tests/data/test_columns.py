@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
 from persona_lens.cli.screen import DataOptions
@@ -140,6 +141,25 @@ def _generated(file: Path) -> Path:
     return file
 
 
+def compressed(content: bytes) -> bytes:
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(stream, "zstd") as packing:
+        packing.write(content)
+    return bytes(stream.getvalue())
+
+
+def test_zstd_that_is_cut_short_or_none_is_damaged(tmp_path: Path) -> None:
+    """Its whole blocks end at a line, so that nothing else shows that rows are gone."""
+    file = tmp_path / "a.jsonl.zst"
+    for content in (compressed(b'{"a": 1}\n' * 50_000)[:-5], b"anything"):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="is damaged, or not compressed by zstd"):
+            list(read_rows(file))
+    file.unlink()
+    with pytest.raises(DataError, match="there is no"):
+        list(read_rows(file))
+
+
 def test_lists_of_rows_and_compressed_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"question": "Q?", "response": "A."}, {"question": "R?", "response": "B."}]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -149,15 +169,8 @@ def test_lists_of_rows_and_compressed_lines(tmp_path: Path, monkeypatch: pytest.
     for file in (whole, packed):
         assert [row for _, row in read_rows(file)] == rows
         assert len(list(open_dataset(file))) == 2
-    try:
-        import zstandard
-    except ImportError:
-        zstd.write_bytes(b"anything")
-        with pytest.raises(DataError, match="pip install zstandard"):
-            list(read_rows(zstd))
-    else:
-        zstd.write_bytes(zstandard.ZstdCompressor().compress(lines))
-        assert [row for _, row in read_rows(zstd)] == rows
+    zstd.write_bytes(compressed(lines))
+    assert [row for _, row in read_rows(zstd)] == rows
     monkeypatch.setattr(tables, "LONGEST_LINE", 1000)
     packed.write_bytes(gzip.compress(b" " * 10**6))
     with pytest.raises(DataError, match="1: the line has more than 1,000 bytes"):
