@@ -45,10 +45,17 @@ class Record:
         """The record that `to_json` gave; what else stands there is left out.
 
         Raises:
-            TypeError, ValueError: If a field is missing, of another type, or not finite.
+            TypeError, ValueError: If a field is missing, of another type, or not finite, naming the first such field.
         """
+        from pydantic import ValidationError  # slow to import, and few records are read
+
         kind: Any = cls
-        found: Self = _reader(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
+        try:
+            found: Self = _reader(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
         return found
 
 
@@ -69,7 +76,7 @@ def plain(value: Any) -> Any:
 
 @cache
 def _reader(kind: type) -> Any:
-    from pydantic import TypeAdapter  # slow to import, and few records are read
+    from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
 

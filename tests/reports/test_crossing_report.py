@@ -224,7 +224,7 @@ def test_effects_from_the_command_line_to_the_page(model: Path, files: dict[str,
     mean = found["cells"][1]["score"]["vector"]["mean"]
     assert f"{mean:+.1f}" in shown
     assert "random" in shown
-    assert "nll" in shown
+    assert "surprise" in shown
 
 
 def test_edits_of_ones_own_and_the_tuned_choice(model: Path, files: dict[str, str]) -> None:
