@@ -181,7 +181,10 @@ def test_the_command_writes_readings_and_heat_maps(made: tuple[str, str], tmp_pa
     assert isinstance(again.exception, PersonaLensError)
     assert "is already there" in str(again.exception)
     said = CliRunner().invoke(app, [*command, "--limit", "1", "--json"])
-    assert json.loads(said.stdout)["turns"] == rows[0]["turns"]
+    turns = json.loads(said.stdout)["turns"]
+    assert len(turns) == len(rows[0]["turns"])
+    for alone, together in zip(turns, rows[0]["turns"], strict=True):
+        assert alone == pytest.approx(together, rel=1e-4)  # a GPU rounds otherwise in another batch
     for wrong, message in ((["--tokens"], "--tokens adds to what --out writes"), (["--form", "xml"], "xml")):
         refused = CliRunner().invoke(app, [*command, *wrong])
         assert isinstance(refused.exception, PersonaLensError), refused.output
