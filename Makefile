@@ -25,16 +25,20 @@ export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/perso
 export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
 SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
 
-.PHONY: demo test test-all test-gpu test-remote test-servers test-programs test-sae campaign lint format bench clean
+.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae campaign lint format bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
 
-# By default xdist begins with the files of many tests; the longest here have few and would come last.
+# By default xdist begins with the files of many tests; the longest here have few, and tests/conftest.py puts them first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
   --ignore tests/ndif --ignore tests/servers --ignore tests/programs --ignore tests/sae
 
-test: lint
+# What lint needs is one core, while the tests load.
+test: $(VENV)/.development
+	@$(MAKE) --no-print-directory -j2 lint suite
+
+suite:
 	$(PYTEST)
 
 # Those too of which `make test` runs a few: every architecture on every adapter, the demonstration as it is.
