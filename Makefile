@@ -38,7 +38,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 test: $(VENV)/.development
 	@$(MAKE) --no-print-directory -j2 lint suite
 
-suite:
+suite: $(VENV)/.development
 	$(PYTEST)
 
 # Those too of which `make test` runs a few: every architecture on every adapter, the demonstration as it is.

@@ -23,6 +23,7 @@ from persona_lens.core.text import counted
 if TYPE_CHECKING:
     from persona_lens.backend import Backend, Edit
     from persona_lens.monitoring import Alarm, Alert, TokenReading, Turn
+    from persona_lens.monitoring.scoring import ScoredTranscript
     from persona_lens.vectors import PersonaVectors
 
 
@@ -216,9 +217,7 @@ def transcript_command(
 
     if tokens and out is None:
         raise PersonaLensError("--tokens adds to what --out writes; name a file with --out")
-    for path in (out, html):
-        if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
-            raise PersonaLensError(f"{path} is already there; name another, or remove it")
+    _check_free(out, html)
     file = open_transcripts(transcripts, form)
     say(f"{transcripts}: conversations in the form {file.form}", err=True)
     panel = Panel.of(*options.open_layers(vectors, layers))
@@ -242,12 +241,24 @@ def transcript_command(
                 write_text(html / name, found.heatmap(opened.tokenizer).html())
             if subject.as_json:
                 say_json(found.to_json())
-                continue
-            title = f"Conversation {found.transcript.id}: projections of the assistant's turns"
-            show_rows(title, found.turns, {"turn": "turn", **READINGS})
-            if show:
-                console().print(found.heatmap(opened.tokenizer))
+            else:
+                _show_readings(found, opened.tokenizer if show else None)
     called = f" ({tools} call tools)" if tools else ""
     say(f"{counted(good, 'conversation')} read, {bad} not{called}", err=True)
     if not good:
         raise PersonaLensError(f"no conversation of {transcripts} could be read")
+
+
+def _check_free(*places: Path | None) -> None:
+    """Refuse a file that is there, and a folder that holds anything."""
+    for path in places:
+        if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
+            raise PersonaLensError(f"{path} is already there; name another, or remove it")
+
+
+def _show_readings(found: ScoredTranscript, tokenizer: Any | None) -> None:
+    """The readings of a conversation as a table, and with a tokenizer its heat map."""
+    title = f"Conversation {found.transcript.id}: projections of the assistant's turns"
+    show_rows(title, found.turns, {"turn": "turn", **READINGS})
+    if tokenizer is not None:
+        console().print(found.heatmap(tokenizer))

@@ -26,9 +26,14 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
+    from persona_lens.extraction import ExtractionSettings
     from persona_lens.extraction.external import ExternalRollouts
     from persona_lens.extraction.responses import Generated
+    from persona_lens.models.server import CompletionServer
+    from persona_lens.runs.cost import Work
+    from persona_lens.runs.rollouts import Request, RolloutSettings
     from persona_lens.steering.preview import Preview
+    from persona_lens.traits import Trait
 
 
 SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p")
@@ -65,10 +70,8 @@ def extract(
         responses: Read these responses (JSONL, CSV or Parquet) instead of generating any. Repeatable.
         allow_missing: Go on if the responses lack some that the trait asks for.
     """
-    from persona_lens.backend import Read
-    from persona_lens.extraction import extraction_work, plan_requests, run_extraction
+    from persona_lens.extraction import extraction_work, run_extraction
     from persona_lens.extraction.external import external_rollouts
-    from persona_lens.steering.preview import preview_tokens
 
     _check_given(context)
     loaded = options.open_trait(trait, traits_dir)
@@ -82,30 +85,35 @@ def extract(
         options.say_notes([*found.notes, *(["scores are those of the file; no judge runs"] if found.scores else [])])
         return found
 
-    def previews(at: Session) -> dict[str, Preview]:
-        """What is read of the first prompt of each arm, with its response where it is there already."""
-        found: ExternalRollouts | None = at.read
-        requests = found.requests if found else plan_requests(loaded, settings)
-        first = {request.labels["arm"]: number for number, request in reversed(list(enumerate(requests)))}
-        previewed = {}
-        for arm, number in sorted(first.items(), reverse=True):
-            request = requests[number]
-            prompt = found.prompts[number] if found else at.chat.encode(request.system, request.question)
-            response = found.rollouts[number].response_ids if found else settings.rollouts.max_new_tokens
-            title = f"{arm}, question {request.labels['question_number']}: {request.question}"
-            previewed[title] = preview_tokens(at.backend, prompt, response, reads=Read.means(sinks=settings.sinks))
-        return previewed
-
     job = Job(
         lambda at: run_extraction(at.backend, loaded, settings=settings, responses=at.read, **at.given),
         lambda found, at: _show(found.summary, at.kept),
         lambda at: extraction_work(at.backend, loaded, settings, given=at.read, **at.asked),
         traits=loaded,
         name=loaded.name,
-        previews=previews,
+        previews=lambda at: _previews(at, loaded, settings),
         read=read,
     )
     run.carry_out(job, preview=preview)
+
+
+def _previews(at: Session, trait: Trait, settings: ExtractionSettings) -> dict[str, Preview]:
+    """What is read of the first prompt of each arm, with its response where it is there already."""
+    from persona_lens.backend import Read
+    from persona_lens.extraction import plan_requests
+    from persona_lens.steering.preview import preview_tokens
+
+    found: ExternalRollouts | None = at.read
+    requests = found.requests if found else plan_requests(trait, settings)
+    first = {request.labels["arm"]: number for number, request in reversed(list(enumerate(requests)))}
+    previewed = {}
+    for arm, number in sorted(first.items(), reverse=True):
+        request = requests[number]
+        prompt = found.prompts[number] if found else at.chat.encode(request.system, request.question)
+        response = found.rollouts[number].response_ids if found else settings.rollouts.max_new_tokens
+        title = f"{arm}, question {request.labels['question_number']}: {request.question}"
+        previewed[title] = preview_tokens(at.backend, prompt, response, reads=Read.means(sinks=settings.sinks))
+    return previewed
 
 
 def _check_given(context: typer.Context) -> None:
@@ -188,8 +196,7 @@ def responses(
         max_spend: Stop before the responses cost more dollars.
     """
     from persona_lens.extraction import plan_requests
-    from persona_lens.extraction.responses import generate_responses, planned_usage
-    from persona_lens.runs.cost import Work
+    from persona_lens.extraction.responses import generate_responses
 
     settings = given.make()
     loaded = options.open_trait(trait, traits_dir)
@@ -206,10 +213,7 @@ def responses(
         timeout=timeout,
     )
     if dry_run:
-        usage, charged = planned_usage(requests, settings.rollouts), server.spending.prices
-        cost = charged.cost(usage) if charged else None
-        work = Work("generating", usage.requests, len(requests), usage.tokens, cost=cost)
-        show_work([work], as_json, asked="requests")
+        show_work([_planned(server, requests, settings.rollouts)], as_json, asked="requests")
         return
     try:
         with showing_progress() as progress:
@@ -218,14 +222,22 @@ def responses(
         judges.say_usage(server, "server")
     _say_gaps(made)
 
-    def show() -> None:
-        say(
-            f"{counted(made.rows, 'response')}: {out}\n"
-            f"read them:  {_reading(trait, out, settings.questions, traits_dir or ())}\n"
-            f"MODEL is the model that the server calls {server_model}: its hub id, or a folder with its weights"
-        )
+    told = (
+        f"{counted(made.rows, 'response')}: {out}\n"
+        f"read them:  {_reading(trait, out, settings.questions, traits_dir or ())}\n"
+        f"MODEL is the model that the server calls {server_model}: its hub id, or a folder with its weights"
+    )
+    deliver({"file": str(out), **asdict(made), "cost": server.spending.cost}, lambda: say(told), as_json)
 
-    deliver({"file": str(out), **asdict(made), "cost": server.spending.cost}, show, as_json)
+
+def _planned(server: CompletionServer, requests: Sequence[Request], settings: RolloutSettings) -> Work:
+    """What a server would be asked at most."""
+    from persona_lens.extraction.responses import planned_usage
+    from persona_lens.runs.cost import Work
+
+    usage, charged = planned_usage(requests, settings), server.spending.prices
+    cost = charged.cost(usage) if charged else None
+    return Work("generating", usage.requests, len(requests), usage.tokens, cost=cost)
 
 
 def _say_gaps(made: Generated) -> None:

@@ -95,6 +95,13 @@ class ScreenRun(Run):
 
     judge: str | None = None
 
+    def check_judge(self) -> None:
+        """Refuse a second opinion that is none."""
+        if self.judge == judges.LIKELIHOOD:
+            raise PersonaLensError(
+                "the likelihood judge is the model itself; a second opinion is openai:MODEL or local:MODEL"
+            )
+
     def executor(self, ray: str | None, workers: int) -> RayExecutor | None:
         """What runs the model: a Ray cluster at an address; None for this process."""
         from persona_lens.screening import OpenedBy, RayExecutor
@@ -149,10 +156,7 @@ def screen(
     settings = given.make(base=BaseResponses.SUPPLIED if supplied else BaseResponses(base))
     flagging = flags.make(undecided=_band(undecided))
     executor = run.executor(ray, workers)
-    if run.judge == judges.LIKELIHOOD:
-        raise PersonaLensError(
-            "the likelihood judge is the model itself; a second opinion is openai:MODEL or local:MODEL"
-        )
+    run.check_judge()
     datasets, references = reading.open(data, supplied)
     panel = Panel.of(*options.open_layers(vectors, layers))
 

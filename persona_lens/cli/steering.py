@@ -136,7 +136,7 @@ def tune_command(
         capability: Also measure the accuracy in this task of lm-evaluation-harness at every strength of the chosen
             layer; `persona_lens_basics` needs no hub.
     """
-    from persona_lens.reports.tuning import render_tuning, verdict
+    from persona_lens.reports.tuning import render_tuning
     from persona_lens.steering import tune, tune_work
 
     loaded = options.open_vectors(vectors)
@@ -146,32 +146,9 @@ def tune_command(
         measure = _accuracy_in(at, capability, settings.seed) if capability else None
         return tune(at.backend, loaded, settings, command=options.repeated(context), capability=measure, **at.given)
 
-    def show(found: Tuning, at: Session) -> None:
-        show_rows(
-            "Change of the trait score [95% interval] on the questions searched",
-            found.points,
-            {
-                "layer": "place.layer",
-                "coefficient": lambda point: f"{point.place.coefficient:+g}",
-                "strength": ("place.strength", ".2f"),
-                "change": "effect.change",
-                "random": "effect.random",
-                "text holds": "coherent",
-            },
-        )
-        options.say_notes(found.summary["warnings"], "warning")
-        say(f"chosen: {found.steering}")
-        say(verdict(found.summary).title)
-        if found.confirmed is not None:
-            random = found.confirmed.random
-            beside = f", random directions {interval_text(random)}" if random else ""
-            others = counted(found.summary["confirm_questions"], "question")
-            say(f"on the other {others}: {interval_text(found.confirmed.change)}{beside}")
-        say(f"vectors with the choice stored: {at.kept / 'vectors.safetensors'}")
-
     job = Job(
         tuned,
-        show,
+        _show_tuning,
         lambda at: tune_work(at.planned(loaded), settings),
         traits=loaded.trait_definition,
         name=f"tuned-{loaded.trait}",
@@ -179,6 +156,32 @@ def tune_command(
         page=lambda summary, _: render_tuning(summary),
     )
     run.carry_out(job)
+
+
+def _show_tuning(found: Tuning, at: Session) -> None:
+    from persona_lens.reports.tuning import verdict
+
+    show_rows(
+        "Change of the trait score [95% interval] on the questions searched",
+        found.points,
+        {
+            "layer": "place.layer",
+            "coefficient": lambda point: f"{point.place.coefficient:+g}",
+            "strength": ("place.strength", ".2f"),
+            "change": "effect.change",
+            "random": "effect.random",
+            "text holds": "coherent",
+        },
+    )
+    options.say_notes(found.summary["warnings"], "warning")
+    say(f"chosen: {found.steering}")
+    say(verdict(found.summary).title)
+    if found.confirmed is not None:
+        random = found.confirmed.random
+        beside = f", random directions {interval_text(random)}" if random else ""
+        others = counted(found.summary["confirm_questions"], "question")
+        say(f"on the other {others}: {interval_text(found.confirmed.change)}{beside}")
+    say(f"vectors with the choice stored: {at.kept / 'vectors.safetensors'}")
 
 
 def _accuracy_in(at: Session, task: str, seed: int) -> Callable[[Steering | None], Estimate]:

@@ -26,6 +26,8 @@ from persona_lens.models.server import Completion, CompletionRequest, Completion
 from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.traits import Arm
 
+SUFFIXES = (".jsonl", ".ndjson")
+SEEDS = 2**31  # servers keep a seed as a signed number of 32 or 64 bits
 _LISTS = ("response_ids", "prompt_ids")
 _REFERENCE = {"question", "prompt", "answer", "question_id"}
 _REFERENCE_ID = re.compile(r"(?P<trait>.+)_\d+_(?P<arm>pos|neg)_(?P<pair>\d+)")
@@ -204,10 +206,6 @@ def read_files(paths: Sequence[Path]) -> tuple[list[ExternalResponse], tuple[str
         if first < number:
             raise ExtractionError(f"{paths[first]} and {paths[number]} have the same content; give each file once")
     return responses, digests
-
-
-SUFFIXES = (".jsonl", ".ndjson")
-SEEDS = 2**31  # servers keep a seed as a signed number of 32 or 64 bits
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, isnan
+from math import isfinite
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.backend import Backend, Read
+from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
@@ -211,7 +212,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class TraitReading:
+class TraitReading(Record):
     """One trait at one layer over one turn of the assistant, in residual-stream units.
 
     Attributes:
@@ -231,7 +232,3 @@ class TraitReading:
     mean: float
     highest: float
     prompt_last: float
-
-    def to_json(self) -> dict[str, str | int | float | None]:
-        """The values by name, NaN as null."""
-        return {name: None if isinstance(v, float) and isnan(v) else v for name, v in vars(self).items()}

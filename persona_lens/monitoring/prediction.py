@@ -21,8 +21,11 @@ from persona_lens.monitoring.gauges import MonitoringError
 
 LEAST = 3  # prompts; with fewer, every correlation is a coincidence
 LEAST_SD = 1.0  # points: conditions whose scores vary less are left out within conditions (method, section 5)
+FOLDS = 5
+DIGITS = 9  # the last bits of an optimiser must not decide whether two runs agree
 
 Values = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,6 @@ def _null(values: Values) -> Null:
         return Null(None, None, None, 0)
     low, high = np.percentile(defined, [2.5, 97.5])
     return Null(float(defined.mean()), float(low), float(high), len(defined))
-
-
-FOLDS = 5
-DIGITS = 9  # the last bits of an optimiser must not decide whether two runs agree
-
-Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,13 @@ class Work:
     traffic: Traffic | None = None
     cost: float | None = None
 
+    def __add__(self, other: Work) -> Work:
+        """More work of the same kind."""
+        traffic = self.traffic + other.traffic if self.traffic and other.traffic else self.traffic or other.traffic
+        known = [each for each in (self.cost, other.cost) if each is not None]
+        calls, rows, tokens = self.calls + other.calls, self.rows + other.rows, self.tokens + other.tokens
+        return Work(self.label, calls, rows, tokens, traffic, sum(known) if known else None)
+
     @property
     def requests(self) -> int:
         """Requests to a server, or batches for a model that is here."""

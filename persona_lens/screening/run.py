@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
-from persona_lens.backend.protocol import RemoteBackend, Traffic
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.datasets import Dataset
 from persona_lens.judging import Judge
@@ -19,7 +18,7 @@ from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.monitoring import Panel
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import is_signed, signed
-from persona_lens.runs.cost import Work
+from persona_lens.runs.cost import Work, generating_work, reading_work
 from persona_lens.screening.executor import Executor, Job
 from persona_lens.screening.findings import Findings, sum_up, write_rows
 from persona_lens.screening.rows import SCORES
@@ -139,20 +138,14 @@ def screening_work(
     settings = settings or ScreeningSettings()
     everything = _checked(backend, datasets, reference, panel, settings, {})
     scorer = Scorer(backend, chat or chat_format(backend), panel, settings)
-    remote = backend if isinstance(backend, RemoteBackend) else None
     reading, generating = Work("reading", 0, 0, 0), Work("base responses", 0, 0, 0)
+    means = (Read(ReadKind.RESPONSE_MEAN, panel.layers),)
     for window in windows_of(everything, settings.look_ahead):
-        for batch in scorer.plan(window).batches:
-            if isinstance(batch, Reading):
-                tokens = TokenBatch.of([text.ids for _, text in batch.texts])
-                traffic = remote.forward_traffic(tokens, (), [panel.read]) if remote else None
-                reading = _more(reading, len(tokens), sum(tokens.lengths), traffic)
-                continue
-            prompts, sampling = scorer.asked(batch)
-            reads = [Read(ReadKind.RESPONSE_MEAN, panel.layers)]
-            traffic = remote.generation_traffic(prompts, sampling, (), reads) if remote else None
-            most = sum(map(len, prompts)) + len(prompts) * settings.max_new_tokens
-            generating = _more(generating, len(prompts), most, traffic)
+        batches = scorer.plan(window).batches
+        passes = [TokenBatch.of([text.ids for _, text in each.texts]) for each in batches if isinstance(each, Reading)]
+        calls = [(*scorer.asked(each), (), means) for each in batches if not isinstance(each, Reading)]
+        reading += reading_work(reading.label, backend, passes, [panel.read])
+        generating += generating_work(generating.label, backend, calls)
     return (reading, generating) if generating.calls else (reading,)
 
 
@@ -234,8 +227,3 @@ def _jobs(datasets: Sequence[Dataset], size: int, last: Unit | None) -> Iterator
     for found in windows_of(datasets, size, (dataset, window)):
         yield found, skip
         skip = 0
-
-
-def _more(work: Work, rows: int, tokens: int, traffic: Traffic | None) -> Work:
-    total = work.traffic + traffic if work.traffic and traffic else traffic
-    return replace(work, calls=work.calls + 1, rows=work.rows + rows, tokens=work.tokens + tokens, traffic=total)

@@ -7,12 +7,13 @@ same path.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 from persona_lens.backend import Backend, Edit, Read
+from persona_lens.core.documents import Record
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Ends, Estimate, clear_side
 from persona_lens.extraction.experiment import (
@@ -50,7 +51,7 @@ MIN_COHERENCE = 50.0
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(Record):
     """Steered minus unsteered, with 95% intervals over questions.
 
     Attributes:
@@ -70,7 +71,7 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        return {**asdict(self), "clear": self.clear}
+        return {**super().to_json(), "clear": self.clear}
 
 
 def change_of(
@@ -219,7 +220,7 @@ def arms_experiment(
 
 
 @dataclass(frozen=True)
-class ArmEffect:
+class ArmEffect(Record):
     """One arm beside the unsteered model and beside its null, question by question.
 
     Attributes:
@@ -249,7 +250,7 @@ class ArmEffect:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        return {**asdict(self), "clear": self.clear}
+        return {**super().to_json(), "clear": self.clear}
 
 
 def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from persona_lens.core.documents import Record
 from persona_lens.core.statistics import CHANGES, Ends
 from persona_lens.extraction.experiment import Value, json_of
 from persona_lens.steering.comparison import NONE, RANDOM, UNSTEERED, VECTOR, Change, change_of
@@ -66,7 +67,7 @@ class CrossTrait:
 
 
 @dataclass(frozen=True)
-class CrossCell:
+class CrossCell(Record):
     """What one steering does to one trait.
 
     Attributes:
@@ -87,10 +88,6 @@ class CrossCell:
     text_projection: Change | None
     steered_projection: Change | None
     cosine: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name."""
-        return {name: json_of(each) if isinstance(each, Change) else each for name, each in vars(self).items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sinks import depend_on_sinks, left_out, sinks_of
 from persona_lens.backend.tokens import pad_left
+from persona_lens.core.documents import Record
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_steering
 from persona_lens.steering.notation import Layers, Term, When
 from persona_lens.steering.steering import Steering
@@ -98,7 +99,7 @@ class PreviewedToken:
 
 
 @dataclass(frozen=True)
-class Preview:
+class Preview(Record):
     """What will be edited and read. It prints as a table, by `rich` in colour.
 
     Attributes:
@@ -114,10 +115,6 @@ class Preview:
     reads: tuple[PreviewedRead, ...]
     rest: int
     n_layers: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The preview as JSON values."""
-        return asdict(self)
 
     def __rich__(self) -> Table:
         from rich.table import Table
