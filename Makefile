@@ -25,7 +25,7 @@ export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/perso
 export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
 SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
 
-.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae campaign lint format bench clean
+.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae campaign lint format bench docs picture wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
@@ -85,8 +85,22 @@ format: $(VENV)/.development
 bench: $(VENV)/.development
 	$(BIN)/python -m benchmarks
 
+# The site, into site/; a dead link or a name that is not there is an error.
+docs: $(VENV)/.development
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The picture of the demonstration's report, by Chromium; in 32 colours it is light.
+picture: demo
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1000,1125 --screenshot=docs/figures/report.png $(DEMO)/report.html
+	$(BIN)/python -c "from PIL import Image as I; f = 'docs/figures/report.png'; I.open(f).convert('RGB').quantize(32).save(f, optimize=True)"
+
+# One file to carry to another machine; docs/install.md says how it is installed.
+wheel: $(VENV)/.development
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	@ls dist/*.whl
+
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -11,15 +11,19 @@ from pkgutil import resolve_name
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from persona_lens.traits import find_traits
+from tests.pages import README, ROOT, SITE, blocks_of
+
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TWO_SCREENS = 90  # lines
 GROUPS = {f"persona_lens.{name}" for name in ("traits", "backends", "operations", "formats", "judges")}
 DOCUMENTS = [
-    path
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "notebooks/*.ipynb")
-    for path in sorted(ROOT.glob(pattern))
+    *SITE,
+    *(path for pattern in ("*.md", "benchmarks/*.md", "notebooks/*.ipynb") for path in sorted(ROOT.glob(pattern))),
 ]
+MAX_README = 150  # lines
+# Nobody has put persona-lens on an index, where somebody else may take the name.
+FROM_AN_INDEX = re.compile(r"(pip|uv|pipx)\b[^\n]*\binstall\b[^\n]*?(?<![\w/.-])persona-lens\b(?!-)")
 # - **A trait**, ... 160 lines: `traits/optimistic.yaml`
 ADDED = re.findall(r"^- \*\*An? (\w+)\*\*(.*?)(\d+) lines: `([^`]+)`$", CONTRIBUTING, re.MULTILINE | re.DOTALL)
 
@@ -80,3 +84,52 @@ def test_adding_it_takes_as_many_lines_as_is_said(said: str, example: str) -> No
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(code))):
                 lines[name] = len(code.strip().splitlines())
     assert int(said) == sum(lines[name] for name in names.split(", "))
+
+
+def test_the_readme_is_short_and_begins_with_two_commands_and_the_environment() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= MAX_README
+    first, second, *_ = blocks_of(README, "bash")
+    assert [line.split("#")[0].strip() for line in first.text.splitlines()] == ["make demo", "make test"]
+    assert second.text == ". .venv/bin/activate\n"
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"demo", "test", "docs", "wheel"} <= set(targets)
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.suffix == ".md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Also where the files are read as they are, without the site."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
+        place, _, anchor = target.partition("#")
+        if target.startswith("https://"):
+            continue
+        file = document.parent / place if place else document
+        assert file.is_file() or file.parent.name == "reference", target
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, (
+                target
+            )
+
+
+def test_the_environment_variables_are_those_of_the_code() -> None:
+    source = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "persona_lens").rglob("*.py"))
+    pattern = r"\bPERSONA_LENS_[A-Z0-9_]+\b"
+    told = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(pattern, told)) == set(re.findall(pattern, source))
+
+
+def test_every_built_in_trait_is_named() -> None:
+    names = {file.name for file in find_traits().files if file.source.kind == "built-in"}
+    assert names == {path.stem for path in (ROOT / "traits").glob("*.yaml")}
+    told = (ROOT / "docs" / "making.md").read_text(encoding="utf-8")
+    for name in names:
+        assert f"*{name}*" in told, name
+
+
+def test_nobody_is_told_to_install_it_from_an_index() -> None:
+    code = [path for folder in ("persona_lens", "backends") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*DOCUMENTS, *code]:
+        found = FROM_AN_INDEX.search(text_of(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8"))
+        assert found is None, f"{path}: {found}"
+    assert FROM_AN_INDEX.search("pip install 'persona-lens[nnsight]'")

@@ -7,19 +7,23 @@ import email
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from graphlib import TopologicalSorter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from persona_lens.backend import Backend, BackendSpec
+from persona_lens.core.plugins import install_command
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "persona_lens"
@@ -139,13 +143,13 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
 def test_the_metadata_names_the_extras_the_licence_and_the_readme(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
-        content = email.message_from_bytes(archive.read(metadata))
-        entry_points = archive.read(metadata.replace("METADATA", "entry_points.txt")).decode()
+        (described,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        content = email.message_from_bytes(archive.read(described))
+        entry_points = archive.read(described.replace("METADATA", "entry_points.txt")).decode()
     assert {"transformer-lens", "nnsight", "all"} <= set(content.get_all("Provides-Extra", []))
     assert content["Requires-Python"] == ">=3.11"
     assert content["License-Expression"] == "MIT"
-    assert metadata.replace("METADATA", "licenses/LICENSE") in names
+    assert described.replace("METADATA", "licenses/LICENSE") in names
     assert str(content.get_payload()).lstrip().startswith("# persona-lens")
     # The libraries of the adapters are extras, never dependencies of everybody.
     always = [line for line in content.get_all("Requires-Dist", []) if "extra ==" not in line]
@@ -174,6 +178,48 @@ def test_the_installed_wheel_finds_its_backends(installed: Path, tmp_path: Path)
     backends = _from_wheel(installed, tmp_path, "backends", "list", "--json")["backends"]
     assert [backend["name"] for backend in backends] == ["nnsight", "transformer_lens", "transformers"]
     assert [backend["broken"] for backend in backends] == [None] * 3
+
+
+def test_the_wheel_runs_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+    """With the dependencies of this one in reach, which `pip` would take from an index."""
+    environment, here = tmp_path / "venv", Path(sysconfig.get_path("purelib"))
+    _run("-m", "venv", "--without-pip", str(environment))
+    python, command = environment / "bin" / "python", environment / "bin" / "persona-lens"
+    _run("-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet", str(wheel))
+    (place,) = environment.glob("lib/python*/site-packages")
+    (place / "dependencies.pth").write_text(f"{here}\n")  # whose own .pth files, such as the checkout's, are not read
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PERSONA_LENS"))}
+    for arguments in (["--version"], ["traits", "check", "optimistic"], ["steer", "tune", "--help"]):
+        done = subprocess.run(
+            [command, *arguments], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    code = "import persona_lens, persona_lens_nnsight; print(persona_lens.__file__, persona_lens_nnsight.__file__)"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
+    assert all(Path(file).is_relative_to(environment) for file in done.stdout.split())
+
+
+def test_the_command_for_an_extra_names_what_it_needs_and_never_persona_lens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On an index that name may be anybody's."""
+    stated = metadata.requires("persona-lens") or []
+    extras = [extra for extra in metadata.metadata("persona-lens").get_all("Provides-Extra") or [] if extra != "all"]
+    assert {"nnsight", "openai", "sae"} <= set(extras)
+    for extra in extras:
+        command = install_command(extra)
+        assert command.startswith("pip install ")
+        assert "persona-lens" not in command
+        for requirement in shlex.split(command)[2:]:
+            assert [line for line in stated if line.startswith(requirement) and extra in line], requirement
+    assert install_command("nnsight") == "pip install 'nnsight>=0.8.1'"
+    assert install_command("none-such") == "pip install -e '.[none-such]' in the checkout"
+
+    def missing(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    assert install_command("nnsight") == "pip install -e '.[nnsight]' in the checkout"
 
 
 def test_the_checkout_is_out_of_reach_of_the_installed_wheel(installed: Path, tmp_path: Path) -> None:

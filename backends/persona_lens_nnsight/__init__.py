@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, BackendError, BackendSpec
+from persona_lens.core.plugins import install_command
 
 if TYPE_CHECKING:
     from persona_lens.backend.protocol import ServerStatus
@@ -55,7 +56,7 @@ SPEC = BackendSpec(
     name="nnsight",
     summary="nnsight traces, here or on an NDIF server",
     requires=("nnsight",),
-    install="pip install 'persona-lens[nnsight]'",
+    install=install_command("nnsight"),
     open=_open,
     accepts=_accepts,
     wrap=_wrap,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from persona_lens.backend import BackendSpec
+from persona_lens.core.plugins import install_command
 
 SPEC = BackendSpec.of_class(
     "persona_lens_transformer_lens.adapter:TransformerLensBackend",
@@ -11,5 +12,5 @@ SPEC = BackendSpec.of_class(
     name="transformer_lens",
     summary="hooks of a TransformerLens TransformerBridge, weights unmodified",
     requires=("transformer-lens",),
-    install="pip install 'persona-lens[transformer-lens]'",
+    install=install_command("transformer-lens"),
 )

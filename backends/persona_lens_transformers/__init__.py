@@ -11,5 +11,5 @@ SPEC = BackendSpec.of_class(
     name="transformers",
     summary="plain PyTorch hooks on a Hugging Face model (the default)",
     requires=("transformers",),
-    install="pip install persona-lens",
+    install="pip install transformers",
 )

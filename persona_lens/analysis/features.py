@@ -23,6 +23,7 @@ from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.backend.registry import installed_version
+from persona_lens.core.plugins import install_command
 from persona_lens.vectors import PersonaVectors
 
 # Where in a model an autoencoder may sit, and which layer that is here: the stream after block l.
@@ -232,7 +233,6 @@ def _plain(model: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", model.rstrip("/").rpartition("/")[2].lower())
 
 
-COMMAND = "pip install 'persona-lens[sae]'"
 CONFIG, WEIGHTS, DECODER = "cfg.json", "sae_weights.safetensors", "W_dec"
 
 
@@ -360,18 +360,18 @@ def _named(where: str) -> tuple[str, str]:
 
 @cache
 def _library() -> Any:
-    found = installed_version("transformer-lens")
+    found, command = installed_version("transformer-lens"), install_command("sae")
     if installed_version("sae-lens") is None:
-        raise AnalysisError(f"sparse autoencoders are loaded with SAELens, which is not installed: {COMMAND}")
+        raise AnalysisError(f"sparse autoencoders are loaded with SAELens, which is not installed: {command}")
     if found is not None and int(found.partition(".")[0]) >= 4:
         raise AnalysisError(
             f"SAELens needs a TransformerLens below 4, and {found} is installed; this installs one that both work "
-            f"with: {COMMAND} 'transformer-lens<4'"
+            f"with: {command}"
         )
     try:
         import sae_lens
     except Exception as error:
-        raise AnalysisError(f"SAELens cannot be imported ({_first_line(error)}); install it anew: {COMMAND}") from error
+        raise AnalysisError(f"SAELens cannot be imported ({_first_line(error)}); install it anew: {command}") from error
     return sae_lens
 
 

@@ -131,7 +131,7 @@ def dissect(
 ) -> None:
     """Take a vector apart into the features of a sparse autoencoder, and steer the top ones alone.
 
-    Needs SAELens: `pip install 'persona-lens[sae]'`. Random directions stand beside cosines and reconstruction, random
+    Needs SAELens, by the extra `sae`. Random directions stand beside cosines and reconstruction, random
     features beside the steered ones.
 
     Example: `persona-lens dissect smollm2-135m runs/optimistic-smollm2-135m --sae sae-18 --coefficient 4 --corpus
@@ -237,7 +237,7 @@ def capability_command(
 ) -> None:
     """Measure what the model can do, unsteered and steered, on tasks of lm-evaluation-harness.
 
-    Needs `pip install 'persona-lens[lm-eval]'`. Changes are taken question by question, with 95% intervals.
+    Needs lm-evaluation-harness, by the extra `lm-eval`. Changes are taken question by question, with 95% intervals.
 
     Example: `persona-lens steer capability smollm2-135m runs/optimistic-smollm2-135m --layer 18 --coefficients=1,2`
 

@@ -1,8 +1,10 @@
-"""What other packages add: entry points of a group, and what is wrong with those that cannot be used."""
+"""What other packages add: entry points of a group and what is wrong with them, and what an extra needs installed."""
 
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -44,6 +46,20 @@ def plugins(group: str, read: Callable[[Any], Thing]) -> Iterator[Plugin[Thing]]
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             message = f"its entry point `{point.name} = {point.value}` fails: {reason}"
             yield Plugin(point.name, _package(point), broken=message)
+
+
+def install_command(extra: str) -> str:
+    """How to install what an extra needs: its requirements by name, as they stand in this installation's metadata.
+
+    No command names persona-lens itself, which comes from a checkout or a wheel: on an index the name may be anybody's.
+    """
+    try:
+        stated = metadata.requires("persona-lens") or []
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        stated = []
+    marked = [re.fullmatch(r"(.+?) *; *extra == ['\"](.+)['\"]", line) for line in stated]
+    needed = [shlex.quote(found[1]) for found in marked if found and found[2] == extra]
+    return f"pip install {' '.join(needed)}" if needed else f"pip install -e '.[{extra}]' in the checkout"
 
 
 def _package(point: Any) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 from persona_lens.core.errors import first_line
 from persona_lens.core.files import sha256_of
+from persona_lens.core.plugins import install_command
 from persona_lens.data.tables import DataError, RawRow, all_rows, read_rows
 
 _FOLDER = Path(__file__).parent / "demonstrations"
@@ -206,7 +207,7 @@ class LibrarySource:
         except ImportError as error:
             raise DataError(
                 f"{self.name}: reading datasets of the hub and folders needs the library datasets: "
-                "`pip install 'persona-lens[datasets]'`"
+                + install_command("datasets")
             ) from error
         try:
             if not self.saved:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from persona_lens.core.documents import MAX_DEPTH, DocumentError, checked
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.plugins import install_command
 from persona_lens.core.text import in_short
 
 SEPARATORS = (",", ";", "\t")
@@ -168,7 +169,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         try:
             import pyarrow
         except ImportError as error:
-            raise DataError(f"{path}: reading .zst needs pyarrow: `pip install 'persona-lens[parquet]'`") from error
+            raise DataError(f"{path}: reading .zst needs pyarrow: {install_command('parquet')}") from error
         # Unlike the package zstandard, this says where a file is cut short.
         opening, damaged = lambda: io.BufferedReader(pyarrow.input_stream(path, compression="zstd")), (OSError,)
     try:
@@ -307,7 +308,7 @@ def _read_parquet(path: Path) -> _Found:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: `pip install 'persona-lens[parquet]'`") from error
+        raise DataError(f"{path}: reading Parquet needs pyarrow: {install_command('parquet')}") from error
     number = 0
     try:
         with ParquetFile(path) as file:

@@ -16,6 +16,7 @@ from typing import Any
 from persona_lens.backend import ModelInfo, wrap_model
 from persona_lens.backend.sinks import depend_on_sinks, sink_limits
 from persona_lens.core.documents import read_json
+from persona_lens.core.plugins import install_command
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Measures, measures_of
@@ -44,7 +45,6 @@ from persona_lens.models.source import taken_off
 from persona_lens.runs import RunFolder
 from persona_lens.vectors import PersonaVectors
 
-INSTALL = "pip install 'persona-lens[finetune]'"
 SUMMARY, CHECKPOINTS, ADAPTER, MODEL = "summary.json", "checkpoints", "adapter", "model"
 CHECKED = 64  # training examples whose loss without edits is measured at the end
 _MODULES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
@@ -296,7 +296,7 @@ def _dtype(config: FinetuneConfig) -> str:
 def _require(config: FinetuneConfig) -> None:
     missing = [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise FinetuningError(f"finetuning needs {' and '.join(missing)}: {INSTALL}")
+        raise FinetuningError(f"finetuning needs {' and '.join(missing)}: {install_command('finetune')}")
     for name in config.report_to:
         if not any(importlib.util.find_spec(module) for module in _MODULES[name]):
             raise FinetuningError(f"report_to {name} needs it installed: pip install {name}")

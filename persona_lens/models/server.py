@@ -9,6 +9,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from persona_lens.core.plugins import install_command
 from persona_lens.models.completions import Answer, Completion, CompletionRequest, Refused, Usage, Wording
 from persona_lens.models.endpoint import (
     CompletionCache,
@@ -122,7 +123,7 @@ def _sender(server: CompletionServer, keep: Keep = lambda request, answer: True)
     except ModuleNotFoundError as error:
         if error.name not in ("openai", "tenacity", "aiolimiter"):
             raise
-        raise ServerError("asking a server needs more packages: pip install 'persona-lens[openai]'") from None
+        raise ServerError(f"asking a server needs more packages: {install_command('openai')}") from None
     return Sender(server.settings, server.cache, server.spending, server.wording, keep)
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from persona_lens.core.documents import DocumentError, read_json
 from persona_lens.core.errors import ModelError, first_line
 from persona_lens.core.files import named
+from persona_lens.core.plugins import install_command
 from persona_lens.core.progress import Progress
 from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, ensure_embedded
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-INSTALL = "pip install 'persona-lens[finetune]'"
 
 
 def adapter_base(folder: Path) -> tuple[str, str | None]:
@@ -54,7 +54,7 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
 def require_peft() -> None:
     """Raise `ModelError` unless PEFT is installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ModelError(f"adapters need peft: {INSTALL}")
+        raise ModelError(f"adapters need peft: {install_command('finetune')}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 
 from persona_lens.core.errors import first_line
+from persona_lens.core.plugins import install_command
 from persona_lens.screening.samples import ScreeningError, ScreeningSettings, Window
 from persona_lens.screening.scoring import Scorer, Unit
 
@@ -221,5 +222,5 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ScreeningError("several processes or machines need Ray: `pip install 'persona-lens[ray]'`") from error
+        raise ScreeningError(f"several processes or machines need Ray: {install_command('ray')}") from error
     return ray

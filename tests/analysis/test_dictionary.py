@@ -10,6 +10,7 @@ import torch
 
 from persona_lens.analysis import AnalysisError, features
 from persona_lens.analysis.features import layer_of_hook, load_features
+from persona_lens.core.plugins import install_command
 from persona_lens.vectors import PersonaVectors
 from tests.analysis.dictionaries import LAYER, dictionary, directions
 from tests.backends.fixtures import tiny_backend
@@ -112,11 +113,11 @@ def test_without_saelens_one_sentence_says_what_to_install(tmp_path: Path, monke
     absent = {"sae-lens": None, "transformer-lens": "4.3.0"}
     for where in (folder, "gemma-scope-2b-pt-res/layer_20"):
         said = loading(monkeypatch, absent, where)
-        assert said.endswith("is not installed: pip install 'persona-lens[sae]'")
+        assert said.endswith(f"is not installed: {install_command('sae')}")
     newer = {"sae-lens": "6.54.0", "transformer-lens": "4.3.0"}
     said = loading(monkeypatch, newer, folder)
     assert "needs a TransformerLens below 4, and 4.3.0 is installed" in said
-    assert said.endswith("pip install 'persona-lens[sae]' 'transformer-lens<4'")
+    assert said.endswith(f": {install_command('sae')}")
 
 
 def test_a_place_without_an_autoencoder_is_refused(tmp_path: Path) -> None:

