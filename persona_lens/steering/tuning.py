@@ -13,7 +13,7 @@ import torch
 
 from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.core.statistics import Estimate
+from persona_lens.core.statistics import FEW, Estimate
 from persona_lens.extraction.experiment import Answer, Answers, Subject, json_of, run_folder
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import prepare_judge
@@ -72,7 +72,9 @@ class TuneSettings:
         layers: Layers tried, each alone; None for eight between 30% and 85% of the depth.
         strengths: Strengths tried at each: the length of the step over the mean length of the residual there.
         towards: More of the trait, or less.
-        search_questions: How many of the held-out questions the search uses; the result is confirmed on the others.
+        search_questions: How many of the held-out questions the search uses.
+        confirm_questions: How many of the others the choice is confirmed on, which the result rests on; None takes half
+            as many again as the search has, at least 5, as far as there are so many.
         samples: Responses for each question and place in the search.
         confirm_samples: The same when the chosen place is confirmed.
         random_directions: How many random rotations stand beside each place.
@@ -86,7 +88,8 @@ class TuneSettings:
     layers: tuple[int, ...] | None = None
     strengths: tuple[float, ...] = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
     towards: Towards = Towards.MORE
-    search_questions: int = 8  # fewer than elsewhere: the result rests on those that are left
+    search_questions: int = 8  # fewer than elsewhere: the result rests on the others
+    confirm_questions: int | None = None
     samples: int = 1
     confirm_samples: int = 2
     random_directions: int = 5
@@ -103,7 +106,8 @@ class TuneSettings:
             raise SteeringError(
                 f"strengths are step lengths in residual norms, such as 0.1 to 1: got {list(self.strengths)}"
             )
-        if min(self.search_questions, self.samples, self.confirm_samples) < 1 or self.random_directions < 0:
+        counts = (self.search_questions, self.samples, self.confirm_samples, self.confirm_questions)
+        if min(count for count in counts if count is not None) < 1 or self.random_directions < 0:
             raise SteeringError("questions and samples must be at least 1, random_directions at least 0")
         if self.margin <= 0:
             raise SteeringError(f"margin must be above 0 nats, got {self.margin}")
@@ -165,8 +169,9 @@ def tune(
         SteeringError: If text falls apart everywhere, or the judge cannot tell; or settings do not fit the trait.
         VectorsError: If the vectors belong to another model, or carry no calibration.
     """
-    subject, settings = Subject.of(backend, vectors, trait, judge, chat), _placed(settings or TuneSettings(), backend)
-    search, confirm = _split(subject.trait, settings)
+    subject = Subject.of(backend, vectors, trait, judge, chat)
+    settings = _settled(settings or TuneSettings(), subject)
+    search, confirm = _split(settings)
     vectors.vector(max(settings.layers or ()), settings.reduction)  # what cannot be run must not claim the folder
     with run_folder(folder, subject.config("tune", settings)) as run:
         norms, lengths = _residual_norms(subject, search, run, progress), vectors.norms(settings.reduction).tolist()
@@ -191,8 +196,8 @@ def tune(
 
 def tune_work(subject: Subject, settings: TuneSettings) -> tuple[Work, ...]:
     """What `tune` would ask of the model, and of the judge's; nothing runs."""
-    settings, vectors = _placed(settings, subject.backend), subject.vectors
-    search, confirm = _split(subject.trait, settings)
+    settings, vectors = _settled(settings, subject), subject.vectors
+    search, confirm = _split(settings)
     found: list[Work] = []
     for asked, layers in ((search, settings.layers or ()), (confirm, (settings.layers or ())[:1])):
         tried = [
@@ -204,27 +209,33 @@ def tune_work(subject: Subject, settings: TuneSettings) -> tuple[Work, ...]:
     return tuple(found)
 
 
-def _placed(settings: TuneSettings, backend: Backend) -> TuneSettings:
-    return replace(settings, layers=settings.layers or shown_layers(backend.info.n_layers))
-
-
-def _split(trait: Trait, settings: TuneSettings) -> tuple[ArmSettings, ArmSettings]:
-    """Questions that are searched, and those that the choice is confirmed on."""
-    there = len(trait.evaluation_questions)
-    if settings.search_questions >= there:
+def _settled(settings: TuneSettings, subject: Subject) -> TuneSettings:
+    """The settings with what depends on the model and the trait: the layers, and the questions to confirm on."""
+    there, asked = len(subject.trait.evaluation_questions), settings.confirm_questions
+    left = there - settings.search_questions
+    if left < max(1, asked or 0):
+        wanted = "at least one" if asked is None else f"the {asked} that are asked for (--confirm-questions)"
         raise SteeringError(
-            f"trait {trait.name} has {there} held-out questions; search on fewer than that, since the choice is "
-            f"confirmed on the others: got {settings.search_questions}"
+            f"trait {subject.trait.name} has {there} held-out questions, of which a search on "
+            f"{settings.search_questions} leaves {max(left, 0)} to confirm the choice on, and not {wanted}; search on "
+            "fewer (--search-questions)"
         )
+    confirm = asked or min(left, max(FEW, -(-3 * settings.search_questions // 2)))
+    layers = settings.layers or shown_layers(subject.backend.info.n_layers)
+    return replace(settings, layers=layers, confirm_questions=confirm)
+
+
+def _split(settings: TuneSettings) -> tuple[ArmSettings, ArmSettings]:
+    """Questions that are searched, and those that the choice is confirmed on."""
+    first, stop = settings.search_questions, settings.search_questions + (settings.confirm_questions or 0)
     search = ArmSettings(
-        questions=tuple(range(settings.search_questions)),
+        questions=tuple(range(first)),
         samples=settings.samples,
         random_directions=settings.random_directions,
         seed=settings.seed,
         rollouts=settings.rollouts,
     )
-    others = tuple(range(settings.search_questions, there))
-    return search, replace(search, questions=others, samples=settings.confirm_samples)
+    return search, replace(search, questions=tuple(range(first, stop)), samples=settings.confirm_samples)
 
 
 def _arms(vectors: PersonaVectors, tried: Sequence[Place], settings: TuneSettings) -> dict[str, Steering]:
@@ -303,7 +314,8 @@ def _summary(
         "towards": str(settings.towards),
         "settings": json.loads(json.dumps(asdict(settings))),
         "search_questions": settings.search_questions,
-        "confirm_questions": len(trait.evaluation_questions) - settings.search_questions,
+        "confirm_questions": settings.confirm_questions,
+        "left_questions": len(trait.evaluation_questions) - settings.search_questions,
         "residual_norms": list(norms),
         "vector_norms": subject.vectors.norms(settings.reduction).tolist(),
         "measured": "nll" if chosen.effect is None or chosen.effect.coherence is None else "coherence",

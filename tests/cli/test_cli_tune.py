@@ -77,7 +77,7 @@ def test_the_folder_holds_the_choice_and_the_page_and_says_so(tuned: tuple[Path,
     assert f"chosen: {summary['chosen']['steering']}" in said
     assert f"report: {out / 'report.html'}" in said
     assert verdict(summary).title in said
-    assert re.search(r"on the other 3 questions: [+-]\d", said)
+    assert re.search(r"on 3 questions of 3 that the search left: [+-]\d", said)
 
 
 def test_the_command_on_the_page_is_the_one_that_was_given(home: Path, tuned: tuple[Path, str]) -> None:
@@ -118,7 +118,7 @@ def test_another_tuning_does_not_take_its_folder(home: Path, tuned: tuple[Path, 
         (("--strengths", "much"), "--strengths takes numbers with commas between them"),
         (("--strengths", "-0.2"), r"strengths are step lengths in residual norms, such as 0.1 to 1: got [-0.2]"),
         (("--towards", "mor"), "--towards takes more, less; got 'mor'"),
-        (("--search-questions", "20"), "has 20 held-out questions; search on fewer than that"),
+        (("--search-questions", "20"), "has 20 held-out questions, of which a search on 20 leaves 0"),
         (("--samples", "0"), "must be at least 1"),
         (("--judge", "likelyhood"), "got 'likelyhood'"),
     ],

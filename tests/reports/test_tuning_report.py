@@ -95,6 +95,7 @@ def make_tuning(sign: int = 1) -> dict[str, Any]:
         },
         "search_questions": 8,
         "confirm_questions": 12,
+        "left_questions": 12,
         "residual_norms": [40.0 + 3 * layer for layer in range(30)],
         "vector_norms": [1.5 + layer for layer in range(30)],
         "measured": "nll",

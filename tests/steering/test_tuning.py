@@ -30,7 +30,7 @@ from persona_lens.steering.surface import (
     warnings_about,
     warnings_confirmed,
 )
-from persona_lens.steering.tuning import Towards, tune_work
+from persona_lens.steering.tuning import Towards, _settled, _split, tune_work
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
 from tests.planted import LEANING, PlantedBackend
@@ -82,7 +82,7 @@ def test_the_strongest_coherent_place_is_taken(towards: Towards, tmp_path: Path)
     best = max(leaning for leaning in leanings if leaning <= 2)
     assert sign * found.chosen.place.coefficient == best
     assert found.confirmed is not None
-    assert found.confirmed.change.n == len(TRAIT.evaluation_questions) - 3
+    assert found.confirmed.change.n == 5
     expected = 100 / (1 + torch.tensor(-sign * best).exp()) - 50
     assert found.confirmed.change.mean == pytest.approx(float(expected), abs=0.01)
     assert found.confirmed.clear
@@ -138,10 +138,19 @@ def test_questions_that_were_searched_are_not_those_of_the_result() -> None:
             asked.append({exchange.question for exchange in exchanges})
             return [Judgement(Score(50.0 + len(e.response) % 7), Score(90.0), None) for e in exchanges]
 
-    tune(backend, vectors, settings(), judge=Watching())
+    tune(backend, vectors, settings(confirm_questions=6), judge=Watching())
     searched, confirmed = asked[0], asked[-1]
     assert searched == set(TRAIT.evaluation_questions[:3])
-    assert confirmed == set(TRAIT.evaluation_questions[3:])
+    assert confirmed == set(TRAIT.evaluation_questions[3:9])
+
+
+@pytest.mark.parametrize(("searched", "confirmed"), [(1, 5), (3, 5), (5, 8), (8, 12), (10, 10), (18, 2)])
+def test_the_confirmation_is_sized_with_the_search(searched: int, confirmed: int) -> None:
+    backend, vectors = model()
+    subject = Subject.of(backend, vectors, planned=True)
+    search, confirm = _split(_settled(settings(search_questions=searched), subject))
+    assert (len(search.questions), len(confirm.questions)) == (searched, confirmed)
+    assert not set(search.questions) & set(confirm.questions)
 
 
 def test_capability_is_measured_at_every_strength_of_the_chosen_layer() -> None:
@@ -176,7 +185,9 @@ def test_what_would_be_asked_is_known_beforehand() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"search_questions": 20}, "has 20 held-out questions; search on fewer"),
+        ({"search_questions": 20}, "has 20 held-out questions, of which a search on 20 leaves 0"),
+        ({"confirm_questions": 18}, "leaves 17 to confirm the choice on, and not the 18 that are asked for"),
+        ({"confirm_questions": 0}, "must be at least 1"),
         ({"layers": ()}, "layers must be given"),
         ({"strengths": (0.0,)}, "strengths are step lengths in residual norms"),
         ({"samples": 0}, "must be at least 1"),
