@@ -77,6 +77,7 @@ COMMANDS: Mapping[str, str | Group] = {
         "Know how the model will behave before it answers, and read what it said.",
         {
             "study": "prompts:study_command",
+            "baseline": "prompts:baseline_command",
             "prompt": "prompts:prompt_command",
             "transcript": "conversations:transcript_command",
             "chat": "conversations:chat_command",

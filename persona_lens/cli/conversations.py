@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -22,12 +21,9 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend, Edit
-    from persona_lens.monitoring import Alarm, Alert, TokenReading, Turn
+    from persona_lens.monitoring import Alarm, Alert, Panel, TokenReading, Turn
     from persona_lens.monitoring.scoring import ScoredTranscript
     from persona_lens.vectors import PersonaVectors
-
-
-ALARM = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(?:@(\d+))?\s*([<>])\s*([-+]?[0-9.]+(?:e[-+]?\d+)?)")
 
 
 def chat_command(
@@ -50,10 +46,12 @@ def chat_command(
     Messages come from standard input, one a line, until it ends (Ctrl-D). With `--edits` the model answers steered, and
     values are those after the edits. `--json` writes a line for every turn.
 
-    Example: `persona-lens monitor chat smollm2-135m runs/tuned-optimistic-smollm2-135m --alarm "optimistic>4" --show`
+    Example: `persona-lens monitor chat smollm2-135m runs/baseline-optimistic-smollm2-135m --layer 18
+    --alarm "optimistic>2sd"`
 
     Args:
-        alarms: Say so when a trait goes too far, such as `evil>3` or `evil@18<-2`. Repeatable.
+        alarms: Say so when a trait goes too far: `evil>3` in residual-stream units, `evil@18<-2` at one layer,
+            `evil>2sd` in standard deviations from the model's own neutral replies (`monitor baseline`). Repeatable.
         alarm_on: What alarms listen to: `prompt_last`, `token`, `running_mean` or `turn_mean`.
         stop: An alarm ends the reply.
         show: Show each reply's tokens coloured by their values.
@@ -76,6 +74,7 @@ def chat_command(
         keep_tokens=show,
         allow_other_model=allow_other_model,
     )
+    _say_alarms(listening, panel, system)
     for number, message in enumerate(_messages()):
         turn = monitor.reply(
             message, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + number, edits=edits
@@ -109,24 +108,29 @@ def _alarm(text: str, kind: str, stop: bool) -> Alarm:
     from persona_lens.backend import StopGeneration
     from persona_lens.monitoring import Alarm, AlarmKind
 
-    found = ALARM.fullmatch(text.strip())
-    try:
-        trait, layer, sign, threshold = found.groups() if found else ("", "", "", "")
-        value = float(threshold)
-    except ValueError:
-        raise PersonaLensError(
-            f"--alarm takes a trait and a threshold, such as evil>3 or evil@18<-2; got {text!r}"
-        ) from None
-
     def tell(alert: Alert) -> None:
         where = "" if alert.token is None else f" at token {alert.token}"
-        said = f"{alert.alarm.trait}@{alert.layer} {alert.value:+.2f} {sign} {alert.alarm.threshold:g}{where}"
+        counted_in = "" if alert.sds is None else f" ({alert.sds:+.1f} SD)"
+        sign = ">" if alert.alarm.above else "<"
+        beyond = f"{alert.alarm.threshold:g}{'sd' if alert.alarm.in_sd else ''}"
+        said = f"{alert.alarm.trait}@{alert.layer} {alert.value:+.2f}{counted_in} {sign} {beyond}{where}"
         say(f"\nALARM {said}", fg="red", err=True)
         if stop:
             raise StopGeneration
 
-    chosen = choice(AlarmKind, kind, "--alarm-on")
-    return Alarm(trait, value, tell, int(layer) if layer else None, chosen, above=sign == ">")
+    return Alarm.parse(text, tell, choice(AlarmKind, kind, "--alarm-on"))
+
+
+def _say_alarms(alarms: Sequence[Alarm], panel: Panel, system: str | None) -> None:
+    """What alarms that count from a baseline come to, and where that was measured under another system prompt."""
+    from persona_lens.monitoring.alarms import described
+
+    for alarm in (each for each in alarms if each.in_sd):
+        gauge = panel.gauges[panel.find(alarm.trait, alarm.layer)]
+        say(f"alarm {described(alarm, gauge)}", err=True)
+        stored = gauge.vectors.baseline
+        if stored is not None and stored.system != system:
+            options.say_notes([f"the baseline of {alarm.trait} was measured under another system prompt than this one"])
 
 
 def _edits(

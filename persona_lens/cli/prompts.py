@@ -1,4 +1,4 @@
-"""``persona-lens monitor study`` and ``prompt``: what a prompt says of the replies to it, before there are any."""
+"""``persona-lens monitor study``, ``baseline`` and ``prompt``: what is known of replies before there are any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from persona_lens.core.text import counted, in_short
 
 if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
-    from persona_lens.monitoring import Gauge, MonitorCalibration, Study, Threshold
+    from persona_lens.monitoring import Baseline, Gauge, MonitorCalibration, Study, Threshold
     from persona_lens.vectors import PersonaVectors
 
 
@@ -53,11 +53,10 @@ def study_command(
 
     loaded = options.open_vectors(vectors)
     asked = options.open_trait(trait, traits_dir) if trait else loaded.trait_definition
-    sampled: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
     settings = given.make(
         loaded.model.n_layers,
         shots=whole_numbers(shots, "--shots") if shots is not None else StudySettings.shots,
-        rollouts=replace(loaded.rollouts, **{name: each for name, each in sampled.items() if each is not None}),
+        rollouts=_rollouts(loaded, max_new_tokens, temperature, batch_size),
     )
     prompts = settings.conditions is Conditions.PROMPTS
     if prompts and (shots is not None or examples is not None):
@@ -114,6 +113,70 @@ def _show_study(found: Study, _: Session) -> None:
         print_table(heading, ("layer", *CORRELATIONS), rows)
     for line in (title(summary), *told(summary)):
         say(line)
+
+
+def baseline_command(
+    run: Annotated[Run, Fields(without=("judge", "judging"), out=Option(shown="runs/baseline-TRAIT-MODEL"))],
+    vectors: options.Vectors,
+    given: Annotated[Given, Fields("persona_lens.monitoring:BaselineSettings", without=("rollouts",))],
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    batch_size: options.BatchSize = 64,
+) -> None:
+    """Measure where the model's own neutral replies stand on a trait, for alarms such as `evil>2sd` to count from.
+
+    The unsteered model answers everyday questions and some of the trait's held-out ones. The folder gets
+    `vectors.safetensors` with the baseline stored in it, for `monitor chat` to use.
+
+    Example: `persona-lens monitor baseline smollm2-135m runs/optimistic-smollm2-135m`
+
+    Args:
+        max_new_tokens: Length limit of a reply; None is as extracted.
+        temperature: 0 is greedy; None is as extracted.
+    """
+    from persona_lens.monitoring import measure_baseline
+    from persona_lens.monitoring.baseline import baseline_experiment
+
+    loaded = options.open_vectors(vectors)
+    settings = given.make(loaded.model.n_layers, rollouts=_rollouts(loaded, max_new_tokens, temperature, batch_size))
+    job = Job(
+        lambda at: measure_baseline(at.backend, loaded, settings, **at.given),
+        _show_baseline,
+        lambda at: baseline_experiment(at.backend, loaded, settings, at.chat).work(),
+        name=f"baseline-{loaded.trait}",
+        model=loaded.model.model,
+    )
+    run.carry_out(job)
+
+
+def _rollouts(vectors: PersonaVectors, max_new_tokens: int | None, temperature: float | None, batch_size: int) -> Any:
+    """How replies are made: as those that the vectors were extracted from, unless said otherwise."""
+    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
+    return replace(vectors.rollouts, **{name: each for name, each in said.items() if each is not None})
+
+
+def _show_baseline(found: Baseline, at: Session) -> None:
+    from statistics import fmean, stdev
+
+    from persona_lens.core.statistics import few
+
+    stored = found.vectors.baseline
+    assert stored is not None
+    said, answers = few(stored.replies, "answer"), counted(stored.replies, "neutral answer")
+    show_rows(
+        f"{found.vectors.trait}: projections in {answers} of {stored.tokens:,} tokens",
+        stored.layers.items(),
+        {
+            "layer": lambda row: row[0],
+            "mean": (lambda row: row[1].mean, "+.2f"),
+            "SD of tokens": (lambda row: row[1].sd, ".2f"),
+            "SD of answers' means": (lambda row: stdev(row[1].means), ".2f"),
+            "prompts' last tokens": (lambda row: fmean(row[1].prompts), "+.2f"),
+            "their SD": (lambda row: stdev(row[1].prompts), ".2f"),
+        },
+    )
+    options.say_notes([f"the baseline rests on {said}"] if said else [], "warning")
+    say(f"vectors with the baseline stored: {at.kept / 'vectors.safetensors'}")
 
 
 VECTORS = argument(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from persona_lens.monitoring.alarms import Alarm, AlarmKind, Alert
+from persona_lens.monitoring.baseline import Baseline, BaselineSettings, measure_baseline
 from persona_lens.monitoring.calibration import (
     MonitorCalibration,
     Threshold,
@@ -10,7 +12,7 @@ from persona_lens.monitoring.calibration import (
     threshold_for,
 )
 from persona_lens.monitoring.conditions import Conditions, StudySettings, examples_of, plan_conditions
-from persona_lens.monitoring.conversation import Alarm, AlarmKind, Alert, ConversationMonitor, TokenReading, Turn
+from persona_lens.monitoring.conversation import ConversationMonitor, TokenReading, Turn
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading
 from persona_lens.monitoring.heatmap import TokenHeatmap
 from persona_lens.monitoring.markup import Strip
@@ -22,6 +24,8 @@ __all__ = [
     "Alarm",
     "AlarmKind",
     "Alert",
+    "Baseline",
+    "BaselineSettings",
     "Conditions",
     "ConversationMonitor",
     "Correlations",
@@ -43,6 +47,7 @@ __all__ = [
     "calibrate",
     "correlate",
     "examples_of",
+    "measure_baseline",
     "monitor_calibration",
     "plan_conditions",
     "prompt_projections",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -25,71 +23,9 @@ from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import chat_format, note_reasoning
+from persona_lens.monitoring.alarms import Alarm, AlarmKind, Alert, Scale
 from persona_lens.monitoring.gauges import MonitoringError, Panel, TraitReading
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
-
-
-class AlarmKind(StrEnum):
-    """What an alarm listens to."""
-
-    PROMPT_LAST = "prompt_last"  # the last prompt token, before anything is said
-    TOKEN = "token"  # each token of the reply
-    RUNNING_MEAN = "running_mean"  # mean over the reply so far
-    TURN_MEAN = "turn_mean"  # mean over the whole reply, once it is there
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """Calls back when a trait's value goes beyond a threshold, and again only after it was back.
-
-    Attributes:
-        trait: Name of the trait.
-        threshold: In residual-stream units.
-        callback: Given an `Alert`. While a reply is generated it may raise `persona_lens.backend.StopGeneration`, which
-            ends the reply after the token; it must not ask the model anything.
-        layer: Where the trait is read; may be left out if that is one layer only.
-        kind: A value of `AlarmKind`.
-        above: Whether values above the threshold are beyond it, or below.
-
-    Raises:
-        MonitoringError: If the kind does not exist, or the threshold is not finite.
-    """
-
-    trait: str
-    threshold: float
-    callback: Callable[[Alert], None]
-    layer: int | None = None
-    kind: AlarmKind | str = AlarmKind.TOKEN
-    above: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in tuple(AlarmKind):
-            raise MonitoringError(f"an alarm listens to {', '.join(AlarmKind)}; got {self.kind!r}")
-        if not isfinite(self.threshold):
-            raise MonitoringError(f"the threshold of an alarm must be finite, got {self.threshold}")
-
-    def is_beyond(self, value: float) -> bool:
-        """Whether the value is on the wrong side of the threshold."""
-        return value > self.threshold if self.above else value < self.threshold
-
-
-@dataclass(frozen=True)
-class Alert:
-    """What an alarm tells.
-
-    Attributes:
-        alarm: The alarm.
-        layer: Where the trait was read.
-        value: What went beyond the threshold.
-        turn: Number of the assistant's turn, from 0.
-        token: Index of the token within the reply; None at the last prompt token, and once the turn is over.
-    """
-
-    alarm: Alarm
-    layer: int
-    value: float
-    turn: int
-    token: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +71,8 @@ class Turn:
 class _TurnMeter:
     """Gathers one turn token by token, and sounds alarms."""
 
-    def __init__(self, panel: Panel, alarms: Sequence[Alarm], turn: int) -> None:
-        self._alarms = [(panel.find(alarm.trait, alarm.layer), alarm) for alarm in alarms]
+    def __init__(self, panel: Panel, alarms: Sequence[tuple[int, Alarm, Scale]], turn: int) -> None:
+        self._alarms = alarms
         self._gauges, self._turn = panel.gauges, turn
         self._beyond: set[int] = set()
         self.said: list[Tensor] = []
@@ -169,16 +105,18 @@ class _TurnMeter:
     def _sound(self, kind: AlarmKind, values: Float[Tensor, " gauges"], token: int | None) -> bool:
         """Let every alarm of a kind sound, also those after one that wants to stop."""
         stop = False
-        for number, (gauge, alarm) in enumerate(self._alarms):
+        for number, (gauge, alarm, scale) in enumerate(self._alarms):
             if alarm.kind != kind:
                 continue
             value = float(values[gauge])
-            if not alarm.is_beyond(value):
+            stands = scale.count(value, max(1, len(self.said)))
+            if not alarm.is_beyond(stands):
                 self._beyond.discard(number)
             elif number not in self._beyond:
                 self._beyond.add(number)
                 try:
-                    alarm.callback(Alert(alarm, self._gauges[gauge].layer, value, self._turn, token))
+                    counted = stands if alarm.in_sd else None
+                    alarm.callback(Alert(alarm, self._gauges[gauge].layer, value, self._turn, token, counted))
                 except StopGeneration:
                     stop = True
         return stop
@@ -195,14 +133,14 @@ class ConversationMonitor:
         panel: What is read, such as ``Panel.of([evil, optimistic], layers=18)``.
         chat: Chat format; the model's own by default.
         system: System prompt.
-        alarms: Who is told when a value goes too far.
+        alarms: Who is told when a value goes too far, such as ``Alarm.parse("evil>2sd", print)``.
         on_token: Told of every token that `reply` generates, as it comes.
         keep_tokens: Keep the values of every reply's tokens, a float a gauge and token.
         allow_other_model: Use vectors that belong to another model.
 
     Raises:
         VectorsError: If vectors belong to another model.
-        MonitoringError: If an alarm listens to what is not monitored.
+        MonitoringError: If an alarm listens to what is not monitored, or counts from a baseline that is not there.
     """
 
     def __init__(
@@ -218,13 +156,12 @@ class ConversationMonitor:
         allow_other_model: bool = False,
     ) -> None:
         panel.check_model(backend, allow_other_model=allow_other_model)
-        for alarm in alarms:
-            panel.find(alarm.trait, alarm.layer)
+        found = [(panel.find(alarm.trait, alarm.layer), alarm) for alarm in alarms]
+        self._alarms = [(gauge, alarm, Scale.of(alarm, panel.gauges[gauge])) for gauge, alarm in found]
         self.panel = panel
         self._backend = backend
         self._chat = chat or chat_format(backend)
         note_reasoning(self._chat)
-        self._alarms = tuple(alarms)
         self._on_token = on_token
         self._keep_tokens = keep_tokens
         self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]

@@ -66,6 +66,46 @@ class StoredMonitor(Record):
     layers: Mapping[int, Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class LayerBaseline(Record):
+    """Where a model's own unsteered replies stand along a trait at one layer, in residual-stream units.
+
+    Attributes:
+        mean: Over all tokens of all replies.
+        sd: Standard deviation of those tokens.
+        means: Of each reply, at least two.
+        highest: Of each reply's tokens.
+        lowest: Of each reply's tokens.
+        prompts: The last prompt token before each reply.
+    """
+
+    mean: float
+    sd: Annotated[float, Field(ge=0)]
+    means: Annotated[tuple[float, ...], Field(min_length=2)]
+    highest: tuple[float, ...]
+    lowest: tuple[float, ...]
+    prompts: Annotated[tuple[float, ...], Field(min_length=2)]
+
+
+@dataclass(frozen=True)
+class StoredBaseline(Record):
+    """What alarms may count from; `persona_lens.monitoring.measure_baseline` makes it.
+
+    Attributes:
+        reduction: Which of the vectors.
+        system: System prompt that the replies were given under; None for none.
+        replies: How many there are.
+        tokens: How many they have together.
+        layers: By layer.
+    """
+
+    reduction: str
+    system: str | None
+    replies: int
+    tokens: int
+    layers: Mapping[int, LayerBaseline]
+
+
 class Quantity(StrEnum):
     """What is said of a row of a dataset, in residual-stream units along a trait's unit vector (method, section 7)."""
 
@@ -235,6 +275,13 @@ class Provenanced:
             return None
         again = "make it again with `persona-lens monitor study`"
         return self._read("the calibration of the monitor", StoredMonitor.from_json, found, again)
+
+    @property
+    def baseline(self) -> StoredBaseline | None:
+        """Where the model's own neutral replies stand; None if that was not measured."""
+        found = self.provenance.get("baseline")
+        again = "measure it again with `persona-lens monitor baseline`"
+        return self._read("the baseline", StoredBaseline.from_json, found, again) if found else None
 
     @property
     def forecasts(self) -> tuple[ShiftForecast, ...]:

@@ -213,6 +213,23 @@ def test_a_chat_is_read_turn_by_turn_and_alarms_sound(model: Path, plain: Path) 
     assert "ALARM" not in chat(model, plain, "--layers", "1", "--alarm", "optimistic>1e6").stderr
 
 
+def test_an_alarm_counts_from_a_baseline_that_one_command_measures(model: Path, plain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "baseline"
+    small = ("baseline", model, plain, "--dtype", "float32", "--questions", 1, "--neutral", 3, "--out", out)
+    assert parsed(*small, "--dry-run")["work"][0]["rows"] == 4
+    said = " ".join(run(*small).stdout.split())
+    assert "4 neutral answers" in said
+    assert "SD of tokens" in said
+    warned = chat(
+        model, out, "--layers", "1", "--alarm", "optimistic>-9sd", "--system", "Be brief.", said="Hello\n"
+    ).stderr
+    assert "alarm optimistic>-9sd: above " in warned
+    assert "it rests on only 4 neutral answers" in warned
+    assert "was measured under another system prompt" in warned
+    assert "SD) > -9sd at token 0" in warned
+    assert "ALARM" not in chat(model, out, "--layers", "1", "--alarm", "optimistic>99sd", said="Hello\n").stderr
+
+
 def test_a_chat_can_be_steered(model: Path, plain: Path) -> None:
     def mean(*edits: str) -> float:
         said = chat(model, plain, "--layers", "1", "--json", *edits, said="Hello\n").stdout
@@ -225,8 +242,8 @@ def test_a_chat_can_be_steered(model: Path, plain: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--alarm", "optimistic"), "--alarm takes a trait and a threshold, such as evil>3 or evil@18<-2; got 'optim"),
-        (("--alarm", "optimistic>1.2.3"), "--alarm takes a trait and a threshold"),
+        (("--alarm", "optimistic"), "an alarm is written evil>3 .*; got 'optimistic'"),
+        (("--alarm", "optimistic>2sd"), "carry no such baseline; measure it once with `persona-lens monitor baseline"),
         (("--alarm", "evil>3"), "evil"),
         (("--alarm", "optimistic>3", "--alarm-on", "word"), "--alarm-on takes prompt_last, token, running_mean"),
         (("--edits", "optimistic@1:+1", "--edits", "optimistic@1:+2"), "put the terms into one --edits"),
