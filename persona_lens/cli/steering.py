@@ -105,9 +105,10 @@ def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
         points = zip(*(curves[layer, kind] for kind in directions), strict=True)
         title = f"Layer {layer}: trait score [95% interval], and {meaning[measured]}"
         show_rows(title, [dict(zip(directions, each, strict=True)) for each in points], columns)
+    effects = [effect(rows, layer) for layer in settings.layers]
     show_rows(
         "Effect: score at the largest coefficient minus score at the smallest",
-        [effect(rows, layer) for layer in settings.layers],
+        effects,
         {
             "layer": "layer",
             "vector": ("vector", ".1f"),
@@ -116,6 +117,18 @@ def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
             "verdict": lambda e: verdict_of(e.vector, e.difference),
         },
     )
+    if both := [each for each in effects if each.promotion and each.suppression]:
+        show_rows(
+            "Of which: score at each end minus that of the unsteered model",
+            both,
+            {
+                "layer": "layer",
+                "promotion": ("promotion.vector", "+.1f"),
+                "random": ("promotion.random", "+.1f"),
+                "suppression": ("suppression.vector", "+.1f"),
+                "random ": ("suppression.random", "+.1f"),
+            },
+        )
 
 
 def tune_command(
@@ -180,7 +193,8 @@ def _show_tuning(found: Tuning, at: Session) -> None:
         random = found.confirmed.random
         beside = f", random directions {interval_text(random)}" if random else ""
         others = counted(found.summary["confirm_questions"], "question")
-        say(f"on the other {others}: {interval_text(found.confirmed.change)}{beside}")
+        left = found.summary["left_questions"]
+        say(f"on {others} of {left} that the search left: {interval_text(found.confirmed.change)}{beside}")
     say(f"vectors with the choice stored: {at.kept / 'vectors.safetensors'}")
 
 

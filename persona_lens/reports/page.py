@@ -27,11 +27,13 @@ class Headline:
         verdict: See `persona_lens.core.statistics.verdict_of`; each page says what makes its own.
         title: In one line.
         sentences: With all numbers.
+        basis: What it rests on and who judged, such as ``16 held-out questions, judged by …``.
     """
 
     verdict: str
     title: str
     sentences: tuple[str, ...]
+    basis: str = ""
 
 
 def effect_headline(

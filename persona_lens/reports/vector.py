@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
@@ -14,6 +15,7 @@ from persona_lens.reports.page import (
     bounds,
     counted,
     effect_headline,
+    interval,
     render,
     signed,
 )
@@ -47,6 +49,7 @@ def render_vector(summary: Summary) -> str:
         "layer_reason": layer_reason(choice) if choice else None,
         "agreement": [agreement_row(found) for found in summary["agreement"]],
         "headline": headline(steering["effect"], steering["questions"]),
+        "sides": sides(steering["effect"]),
         "strained": strained(summary),
         "rises": rises(summary["samples"]),
         "figures": draw_figures(summary),
@@ -59,7 +62,34 @@ def headline(effect: Summary, questions: int) -> Headline:
     """What going from the smallest coefficient to the largest does, in words."""
     span = f"from {signed(effect['low'])} to {signed(effect['high'])}"
     change = {**effect, "change": effect["vector"]}
-    return effect_headline(change, questions, f"steering {span}", f", going {span} at layer {effect['layer']} changes")
+    how = f", going {span} at layer {effect['layer']} changes"
+    found = effect_headline(change, questions, f"steering {span}", how)
+    return replace(found, sentences=(*found.sentences, *which_way(effect)))
+
+
+def sides(effect: Summary) -> list[tuple[str, float, Summary]]:
+    """The two sides of an effect, each against the unsteered model: what it is called, its coefficient, the change.
+
+    None of them where the model was steered to one side only, so that the effect is that side.
+    """
+    named = (("promotion", "high"), ("suppression", "low"))
+    found = [(name, effect[end], change) for name, end in named if (change := effect.get(name))]
+    return found if len(found) == len(named) else []
+
+
+def which_way(effect: Summary) -> tuple[str, ...]:
+    """How much of an effect is promotion and how much is suppression, in a sentence, where there are both."""
+    found = sides(effect)
+    if not found:
+        return ()
+    said = [
+        f"{name} ({signed(coefficient)}) changes it by {interval(change['vector'], sign=True)}"
+        + (f", random directions by {bounds(change['random'], sign=True)}" if change["random"] else "")
+        for name, coefficient, change in found
+    ]
+    right = [name for (name, _, change), way in zip(found, (1, -1), strict=True) if change["clear"] == way]
+    both = {0: "neither is clear by itself", 1: f"only the {''.join(right)} is clear by itself", 2: "both are clear"}
+    return (f"Against the unsteered model, {'; '.join(said)}: {both[len(right)]}.",)
 
 
 def strained(summary: Summary) -> list[tuple[float, float]]:

@@ -205,11 +205,17 @@ class Effect(Change):
         layer: Layer steered.
         low: Smallest coefficient.
         high: Largest coefficient.
+        promotion: Score at the largest coefficient minus that of the unsteered model; None where that one is not above
+            0, or no question has both.
+        suppression: Score at the smallest coefficient minus that of the unsteered model: below 0 where the trait is
+            held back. None where that one is not below 0, or no question has both.
     """
 
     layer: int
     low: float
     high: float
+    promotion: Change | None = None
+    suppression: Change | None = None
 
 
 def curve(rows: Sequence[SweepRow], layer: int, direction: str = VECTOR) -> list[CurvePoint]:
@@ -247,11 +253,15 @@ def effect(rows: Sequence[SweepRow], layer: int) -> Effect:
         place = (layer, direction, coefficient) if coefficient else (None, NONE, 0.0)
         return by_question([row for row in rows if (row.layer, row.direction, row.coefficient) == place], "score")
 
-    moved, null = (minus(at(direction, high), at(direction, low)) for direction in (VECTOR, RANDOM))
-    found = beside_null(moved, null, CHANGES)
+    def change(to: float, since: float) -> Change | None:
+        moved, null = (minus(at(direction, to), at(direction, since)) for direction in (VECTOR, RANDOM))
+        return beside_null(moved, null, CHANGES)
+
+    found = change(high, low)
     if found is None:
         raise SteeringError(f"no question has a response at both ends of the sweep at layer {layer}")
-    return Effect(found.vector, found.random, found.difference, layer, low, high)
+    ends = (change(high, 0.0) if high > 0 else None, change(low, 0.0) if low < 0 else None)
+    return Effect(found.vector, found.random, found.difference, layer, low, high, *ends)
 
 
 def choose_layer(rows: Sequence[SweepRow], margin: float = COHERENCE_MARGIN) -> int:

@@ -8,9 +8,11 @@ import math
 import re
 import subprocess
 import sys
+from base64 import b64decode
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 import pytest
@@ -49,16 +51,20 @@ def estimate(mean: float, half: float, n: int = 20) -> dict[str, Any]:
 
 
 def effect(layer: int, vector: float, random: float | None, half: float = 9.3, n: int = 20) -> dict[str, Any]:
-    null = None if random is None else estimate(random, 4.1, n)
-    difference = None if random is None else estimate(vector - random, half + 1.2, n)
     return {
         "layer": layer,
         "low": -2.0,
         "high": 2.0,
-        "vector": estimate(vector, half, n),
-        "random": null,
-        "difference": difference,
+        **moved(vector, random, half, n),
+        "promotion": {**moved(0.4 * vector, random, half, n), "clear": 1},
+        "suppression": {**moved(-0.6 * vector, random, half, n), "clear": -1},
     }
+
+
+def moved(vector: float, random: float | None, half: float, n: int) -> dict[str, Any]:
+    null = None if random is None else estimate(random, 4.1, n)
+    difference = None if random is None else estimate(vector - random, half + 1.2, n)
+    return {"vector": estimate(vector, half, n), "random": null, "difference": difference}
 
 
 def curve(scores: tuple[float, ...], surprises: tuple[float, ...]) -> list[dict[str, Any]]:
@@ -258,7 +264,7 @@ def assert_sound(page: Page) -> None:
     """Every report hangs together, and every figure has words for who does not see it."""
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    targets = [a["href"] for a in page.all("a") + page.all("use") if a.get("href")]
+    targets = [a["href"] for a in page.all("a") + page.all("use") if a.get("href") and "download" not in a]
     assert {str(target)[1:] for target in targets} <= set(ids)
     named = [str(a[key]) for _, a in page.tags for key in ("aria-labelledby", "aria-describedby") if key in a]
     assert set(" ".join(named).split()) <= set(ids)
@@ -296,10 +302,24 @@ def assert_loads_nothing(html: str) -> None:
     for tag, attributes in Page(html).tags:
         assert tag not in ("script", "img", "iframe", "object", "embed", "base", "form")
         for name in ("src", "href", "action", "data", "poster", "srcset"):
-            assert str(attributes.get(name, "#")).startswith(("#", "data:,"))
+            if "download" in attributes and name == "href":
+                assert_saves_a_figure(attributes)
+            else:
+                assert str(attributes.get(name, "#")).startswith(("#", "data:,"))
         assert not any(name.startswith("on") for name in attributes)
     assert not re.search(r"@import|url\((?!#)|https?://|//www", html)
     assert "default-src 'none'" in html
+
+
+def assert_saves_a_figure(attributes: dict[str, str | None]) -> None:
+    """The file that a link saves is a figure that stands alone: it has colours of its own, and does nothing."""
+    kind, _, content = str(attributes["href"]).partition(",")
+    assert (kind, str(attributes["download"])[-4:]) == ("data:image/svg+xml;base64", ".svg")
+    figure = b64decode(content).decode()
+    root = ElementTree.fromstring(figure)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root.find("{http://www.w3.org/2000/svg}rect") is not None
+    assert not re.search(r"var\(|aria-|<script|\son\w+=|href=\"[^#]", figure)
 
 
 @pytest.mark.usefixtures("drawing")
