@@ -20,7 +20,7 @@ from persona_lens.cli.display import quiet_libraries
 from persona_lens.data.datasets import open_dataset
 from persona_lens.data.sources import Level
 from persona_lens.finetuning import finetune
-from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
+from persona_lens.finetuning.shift import ShiftSettings, shift
 from persona_lens.models import load
 from persona_lens.monitoring import Panel
 from persona_lens.runs.rollouts import RolloutSettings
@@ -62,7 +62,7 @@ def main() -> int:
             opening[level.value] = lambda folder=folder: open_backend("transformers", str(folder))
         settings = ShiftSettings(LAYERS, asked=asked)
         where = arguments.folder / f"{vectors.trait}-shift"
-        found = measure_shifts(base, opening, [vectors], settings, folder=where).summary["traits"][vectors.trait]
+        found = shift(base, opening, [vectors], settings, folder=where).summary["traits"][vectors.trait]
         rows = {
             level: {"dP": dp[level], "shift": [at["mean"] for at in each["shift"]], "change": each["change"]["mean"]}
             for level, each in found["models"].items()

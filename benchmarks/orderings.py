@@ -27,7 +27,7 @@ from persona_lens.core.statistics import Estimate, bootstrap_mean
 from persona_lens.extraction.experiment import by_question
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering
-from persona_lens.steering.comparison import ArmRow, Comparison, compare_steerings
+from persona_lens.steering.comparison import ArmRow, Comparison, compare
 from persona_lens.vectors import PersonaVectors, load_vectors
 
 REDUCTIONS = ("response_mean", "prompt_mean", "prompt_last")
@@ -46,9 +46,9 @@ def reductions(backend: Backend, vectors: PersonaVectors, settings: ArmSettings,
         for push in pushes
     }
     with showing_progress() as progress:
-        found = compare_steerings(backend, arms, vectors, settings, folder=folder, progress=progress)
+        found = compare(backend, arms, vectors, settings, folder=folder, progress=progress)
     differences = {
-        f"response_mean minus {other} at {push}%": _paired(found.rows, f"response_mean {push}%", f"{other} {push}%")
+        f"response_mean minus {other} at {push}%": _paired(found.answers, f"response_mean {push}%", f"{other} {push}%")
         for other in REDUCTIONS[1:]
         for push in pushes
     }
@@ -69,7 +69,7 @@ def increments(backend: Backend, vectors: PersonaVectors, settings: ArmSettings,
     }
     arms = {f"{way} {c:g}": steering for way, each in ways.items() for c, steering in each.items()}
     with showing_progress() as progress:
-        found = compare_steerings(backend, arms, vectors, settings, folder=folder, progress=progress)
+        found = compare(backend, arms, vectors, settings, folder=folder, progress=progress)
     equal = _equal_effect(found, ways)
     matched = {way: Steering.parse(written[way].format(c), vectors) for way, c in equal["coefficients"].items()}
     return {
@@ -110,7 +110,7 @@ def _matched(
     """Score, surprise and capability of both ways at equal effect, and of the unsteered model."""
     beside = replace(settings, random_directions=3)
     with showing_progress() as progress:
-        found = compare_steerings(backend, arms, vectors, beside, folder=folder, progress=progress)
+        found = compare(backend, arms, vectors, beside, folder=folder, progress=progress)
     accuracy: dict[str, list[float]] = {}
     for name, steering in {"unsteered": None, **arms}.items():
         result = evaluate_capability(backend, edits=steering.edits() if steering else ())
@@ -126,8 +126,8 @@ def _matched(
         "accuracy": {name: bootstrap_mean(scores).to_json() for name, scores in accuracy.items()},
         "accuracy_change": cost,
         "accuracy_all_layers_minus_one": bootstrap_mean(gained).to_json(),
-        "score_all_layers_minus_one": _json(_paired(found.rows, "all layers", "one layer")),
-        "surprise_all_layers_minus_one": _json(_paired(found.rows, "all layers", "one layer", "nll")),
+        "score_all_layers_minus_one": _json(_paired(found.answers, "all layers", "one layer")),
+        "surprise_all_layers_minus_one": _json(_paired(found.answers, "all layers", "one layer", "nll")),
     }
 
 

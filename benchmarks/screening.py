@@ -87,7 +87,7 @@ def screening_ratios(dtype: str, pairs: int, samples: int = SAMPLES) -> Iterator
         found = screen(backend, [data], panel, ScreeningSettings(), folder=Path(folder) / "run")
         seconds = time.perf_counter() - start
         after = _seconds(lambda: reference_way(model, asked, panel))
-    assert found.rows == samples
+    assert found.scored == samples
     scaled = [each * tokens / part for each in (before, after)]
     ratios = [seconds / each for each in scaled]
     layer = panel.gauges[0].layer

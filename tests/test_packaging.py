@@ -38,13 +38,13 @@ ORDER = (
     "runs",
     "judging",
     "vectors",
+    "reports",
     "extraction",
     "steering",
     "monitoring",
     "screening",
     "analysis",
     "finetuning",
-    "reports",
     "cli",
 )
 LIBRARIES = ("transformer_lens", "nnsight", *ADAPTERS)

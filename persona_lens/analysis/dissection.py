@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from persona_lens.analysis.examples import (
 from persona_lens.analysis.features import Features
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.experiment import Answers, Subject, json_of, model_config, run_folder
+from persona_lens.extraction.experiment import Answer, Answered, Answers, Subject, json_of, model_config, run_folder
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models import ChatFormat
@@ -86,19 +86,22 @@ class DissectSettings:
             raise AnalysisError("a coefficient of 0 steers nothing; give another, or steered=0")
 
 
-@dataclass(frozen=True)
-class Dissection:
+@dataclass(frozen=True, repr=False, eq=False)
+class Dissection(Answered[ArmRow]):
     """What was found.
 
     Attributes:
-        rows: Every response; empty if nothing was steered.
+        answers: Every response; empty if nothing was steered.
         effects: By arm: ``vector`` and ``feature_N``.
-        summary: Every figure, as in ``summary.json``.
+        summary: See `persona_lens.reports.result.Result`.
+        folder: See `persona_lens.reports.result.Result`.
     """
 
-    rows: tuple[ArmRow, ...]
+    kind = "dissection"
+    answers: tuple[ArmRow, ...]
     effects: Mapping[str, FeatureEffect | None]
     summary: Mapping[str, Any]
+    folder: Path | None = None
 
 
 def dissect(
@@ -158,8 +161,9 @@ def dissect(
             answers = arms_experiment(subject, arms, _arm_settings(settings)).run(run, progress)
         dissection = _dissection(answers, found, vectors, features, settings, run.config if run else config)
         if run is not None:
+            run.write_rows(f"{ARMS}scores.jsonl", map(Answer.to_row, dissection.answers))
             run.write_json("summary.json", dissection.summary)
-    return dissection
+    return replace(dissection, folder=run.path if run else None)
 
 
 def _config(

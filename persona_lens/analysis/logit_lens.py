@@ -205,7 +205,7 @@ class LogitLens(Record):
     layers: tuple[LensLayer, ...]
 
 
-def logit_lens(
+def lens(
     backend: Backend,
     vectors: PersonaVectors,
     layers: Sequence[int],

@@ -43,7 +43,7 @@ def lens_command(
     Args:
         top: Tokens shown on either side.
     """
-    from persona_lens.analysis.logit_lens import logit_lens
+    from persona_lens.analysis.logit_lens import lens
 
     if subject.opening.remote:
         raise PersonaLensError(REMOTE.format("lens"))
@@ -52,7 +52,7 @@ def lens_command(
     trait = loaded.trait_definition
     opened, chat = subject.open()
     prompts = [chat.encode(None, question) for question in trait.evaluation_questions[:PROMPTS]]
-    found = logit_lens(opened, loaded, chosen, prompts, top=top, reduction=reduction)
+    found = lens(opened, loaded, chosen, prompts, top=top, reduction=reduction)
     columns: Mapping[str, Column[Any]] = {
         "layer": "layer",
         "promoted": lambda each: " ".join(repr(token.text) for token in each.promoted),

@@ -70,7 +70,7 @@ def extract(
         responses: Read these responses (JSONL, CSV or Parquet) instead of generating any. Repeatable.
         allow_missing: Go on if the responses lack some that the trait asks for.
     """
-    from persona_lens.extraction import extraction_work, run_extraction
+    from persona_lens.extraction import extract, extraction_work
     from persona_lens.extraction.external import external_rollouts
 
     _check_given(context)
@@ -86,7 +86,7 @@ def extract(
         return found
 
     job = Job(
-        lambda at: run_extraction(at.backend, loaded, settings=settings, responses=at.read, **at.given),
+        lambda at: extract(at.backend, loaded, settings=settings, responses=at.read, **at.given),
         lambda found, at: _show(found.summary, at.kept),
         lambda at: extraction_work(at.backend, loaded, settings, given=at.read, **at.asked),
         traits=loaded,
@@ -271,8 +271,8 @@ def demo(
 
     Example: `persona-lens demo --out demo-run`
     """
+    from persona_lens.analysis.demo import DemoSettings, run_demo
     from persona_lens.models import resolve
-    from persona_lens.reports.demo import DemoSettings, run_demo
     from persona_lens.reports.vector import headline
 
     quiet_libraries()

@@ -289,7 +289,7 @@ def shift_command(
     Args:
         more: Vectors of further traits. Repeatable.
     """
-    from persona_lens.finetuning.shift import measure_shifts
+    from persona_lens.finetuning.shift import shift
 
     if run.opening.remote:
         raise PersonaLensError("shift runs on this machine: a server cannot be given finetuned models")
@@ -297,7 +297,7 @@ def shift_command(
     models = {name: partial(run.opening.open, model) for name, model in _names(finetuned).items()}
     settings = given.make(loaded[0].model.n_layers)
     job = Job(
-        lambda at: measure_shifts(at.backend, models, loaded, settings, **at.given),
+        lambda at: shift(at.backend, models, loaded, settings, **at.given),
         lambda found, _: _show_shift(found.summary),
         traits={each.trait: each.trait_definition for each in loaded} if settings.scores else None,
     )

@@ -193,10 +193,10 @@ def _band(text: str) -> Any:
 
 def _say_course(found: Screening, folder: Path) -> None:
     """Say on standard error how fast it went, and what could not be read."""
-    if found.rows:
+    if found.scored:
         say(
-            f"{counted(found.rows, 'row')}, {counted(found.tokens, 'token')} in {found.seconds:,.1f} s: "
-            f"{found.rows / found.seconds:,.1f} rows and {found.tokens / found.seconds:,.0f} tokens a second",
+            f"{counted(found.scored, 'row')}, {counted(found.tokens, 'token')} in {found.seconds:,.1f} s: "
+            f"{found.scored / found.seconds:,.1f} rows and {found.tokens / found.seconds:,.0f} tokens a second",
             err=True,
         )
     for dataset in found.summary["datasets"]:

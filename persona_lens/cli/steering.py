@@ -60,36 +60,26 @@ def sweep_command(
 
     job = Job(
         lambda at: sweep(at.backend, loaded, settings, allow_other_model=allow_other_model, **at.given),
-        lambda rows, _: _show_sweep(rows, settings),
+        lambda found, _: _show_sweep(found.answers, settings),
         lambda at: sweep_experiment(at.planned(loaded), settings).work(),
-        summary=lambda rows: _summary(rows, settings),
+        summary=lambda found: found.summary,
         traits=loaded.trait_definition,
         previews=previews,
     )
     run.carry_out(job, preview=preview)
 
 
-def _curves(rows: list[SweepRow], settings: SweepSettings) -> dict[tuple[int, str], Any]:
+def _curves(rows: Sequence[SweepRow], settings: SweepSettings) -> dict[tuple[int, str], Any]:
     from persona_lens.steering import curve
 
     directions = ["vector", "random"] if settings.random_directions > 0 else ["vector"]
     return {(layer, kind): curve(rows, layer, kind) for layer in settings.layers for kind in directions}
 
 
-def _summary(rows: list[SweepRow], settings: SweepSettings) -> dict[str, Any]:
-    from persona_lens.steering import effect
-
-    listed = [
-        {"layer": layer, "direction": kind, "points": [point.to_json() for point in points]}
-        for (layer, kind), points in _curves(rows, settings).items()
-    ]
-    return {"curves": listed, "effects": [effect(rows, layer).to_json() for layer in settings.layers]}
-
-
 SHOWN = {"nll": "surprise", "coherence": "coherence"}
 
 
-def _show_sweep(rows: list[SweepRow], settings: SweepSettings) -> None:
+def _show_sweep(rows: Sequence[SweepRow], settings: SweepSettings) -> None:
     from persona_lens.core.statistics import verdict_of
     from persona_lens.steering import effect
 
@@ -172,7 +162,7 @@ def tune_command(
 
 
 def _show_tuning(found: Tuning, at: Session) -> None:
-    from persona_lens.reports.tuning import verdict
+    from persona_lens.reports.tuning import headline
 
     show_rows(
         "Change of the trait score [95% interval] on the questions searched",
@@ -188,7 +178,7 @@ def _show_tuning(found: Tuning, at: Session) -> None:
     )
     options.say_notes(found.summary["warnings"], "warning")
     say(f"chosen: {found.steering}")
-    say(verdict(found.summary).title)
+    say(headline(found.summary).title)
     if found.confirmed is not None:
         random = found.confirmed.random
         beside = f", random directions {interval_text(random)}" if random else ""
@@ -226,7 +216,7 @@ def compare_command(
     Example: `persona-lens steer compare smollm2-135m runs/optimistic-smollm2-135m --edits optimistic@18:+1.5
     --edits "optimistic@all:increments(+1.5)"`
     """
-    from persona_lens.steering.comparison import arms_experiment, compare_steerings
+    from persona_lens.steering.comparison import arms_experiment, compare
 
     loaded = options.open_vectors(vectors)
     arms = written.open(loaded)
@@ -254,7 +244,7 @@ def compare_command(
                 say(f"warning: no response under {name} has a score", err=True)
 
     job = Job(
-        lambda at: compare_steerings(at.backend, arms, loaded, settings, **at.given),
+        lambda at: compare(at.backend, arms, loaded, settings, **at.given),
         show,
         lambda at: arms_experiment(at.planned(loaded), arms, settings).work(),
         traits=loaded.trait_definition,
@@ -287,15 +277,14 @@ def effects_command(
         read_layer: Layer at which projections are read; None is where a trait is steered.
     """
     from persona_lens.reports.effects import render_effects
-    from persona_lens.steering import Crossing, cross_effects
+    from persona_lens.steering import Crossing
+    from persona_lens.steering.crossing import effects
 
     loaded = options.open_by_trait(vectors)
     steerings = _steerings(loaded, edits, layer, coefficient)
     settings = given.make(layer=read_layer)
     job = Job(
-        lambda at: cross_effects(
-            at.backend, steerings, loaded, settings, allow_other_model=allow_other_model, **at.given
-        ),
+        lambda at: effects(at.backend, steerings, loaded, settings, allow_other_model=allow_other_model, **at.given),
         _show_effects,
         lambda at: Crossing(at.backend, steerings, loaded, settings, **at.judging, own_chat=at.chat).work(),
         summary=lambda found: found.to_json(),

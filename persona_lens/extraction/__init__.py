@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from persona_lens.extraction.means import ExtractionError, ExtractionSettings, Filtered, filter_responses, plan_requests
-from persona_lens.extraction.run import Extraction, extract, extraction_work, run_extraction
+from persona_lens.extraction.run import Extraction, extract, extraction_work
 
 __all__ = [
     "Extraction",
@@ -14,5 +14,4 @@ __all__ = [
     "extraction_work",
     "filter_responses",
     "plan_requests",
-    "run_extraction",
 ]

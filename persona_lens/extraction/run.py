@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import wraps
-from inspect import signature
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 from persona_lens.backend import Backend, ModelInfo, Read
+from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import (
     HOLD_REASONING,
@@ -36,6 +35,8 @@ from persona_lens.judging.recording import (
 )
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
+from persona_lens.reports.kinds import without_ids
+from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Rollout, RolloutBatches
@@ -46,27 +47,37 @@ VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
 LIKELIHOOD = "likelihood"
-Arguments = ParamSpec("Arguments")
 
 
-@dataclass(frozen=True)
-class Extraction:
+@dataclass(frozen=True, repr=False, eq=False)
+class Extraction(Result):
     """What an extraction yields.
 
     Attributes:
         vectors: The persona vectors.
         judge: The judge; the likelihood judge is calibrated on this extraction. Or the scores that came with responses.
         rollouts: Every response.
-        summary: The figures, as they stand in ``summary.json``.
+        scores: The score of each, and whether it was kept, as JSON values.
+        summary: See `Result`.
+        folder: See `Result`.
     """
 
+    kind = "extraction"
     vectors: PersonaVectors
     judge: Judge | ExternalScores
     rollouts: list[Rollout]
+    scores: list[dict[str, Any]]
     summary: dict[str, Any]
+    folder: Path | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`."""
+        both = zip(self.rollouts, self.scores, strict=True)
+        return [without_ids({**rollout.to_row(), **score}) for rollout, score in both]
 
 
-def run_extraction(
+def extract(
     backend: Backend,
     trait: str | Trait,
     folder: Path | str | None = None,
@@ -78,7 +89,7 @@ def run_extraction(
     allow_missing: bool = False,
     progress: Progress = shown_progress,
 ) -> Extraction:
-    """Extract a trait's vectors, and keep the judge and the responses too.
+    """Extract a trait's vectors.
 
     Args:
         backend: The model.
@@ -121,27 +132,12 @@ def run_extraction(
         known = {**(run.config if run else config), "judge": as_used(scoring.describe(), judged)}
         vectors = _vectors(trait, answers.collected, filtered, settings, known)
         summary = _summary(vectors, judged, filtered, answers.rollouts)
+        scores = list(map(_score_row, judged, filtered.kept))
         if run is not None:
-            run.write_rows(SCORES, map(_score_row, judged, filtered.kept))
+            run.write_rows(SCORES, scores)
             run.write_bytes(VECTORS, vectors.to_bytes())
             run.write_json(SUMMARY, summary)
-    return Extraction(vectors, scoring, answers.rollouts, summary)
-
-
-def _alone(run: Callable[Arguments, Extraction]) -> Callable[Arguments, PersonaVectors]:
-    """The same verb, which gives the vectors alone."""
-
-    @wraps(run)
-    def extract(*args: Arguments.args, **options: Arguments.kwargs) -> PersonaVectors:
-        return run(*args, **options).vectors
-
-    extract.__name__ = extract.__qualname__ = "extract"
-    vars(extract)["__signature__"] = signature(run).replace(return_annotation="PersonaVectors")
-    extract.__doc__ = (run.__doc__ or "").replace(", and keep the judge and the responses too", "")
-    return extract
-
-
-extract = _alone(run_extraction)
+    return Extraction(vectors, scoring, answers.rollouts, scores, plain(summary), run.path if run else None)
 
 
 def extraction_work(
@@ -152,7 +148,7 @@ def extraction_work(
     judge: Judge | None = None,
     given: ExternalRollouts | None = None,
 ) -> tuple[Work, ...]:
-    """What `run_extraction` with these arguments would ask of the model, and of the judge's; nothing runs."""
+    """What `extract` with these arguments would ask of the model, and of the judge's; nothing runs."""
     if judge is None and (given is None or given.scores is None):
         judge = LikelihoodJudge(backend, chat, trait)
     return _experiment(backend, trait, settings, chat, judge, given).work()

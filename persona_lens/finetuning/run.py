@@ -42,6 +42,7 @@ from persona_lens.finetuning.trainer import (
 )
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import taken_off
+from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.vectors import PersonaVectors
 
@@ -51,17 +52,20 @@ _MODULES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
 Data = Path | str | Sequence[Transcript]
 
 
-@dataclass(frozen=True)
-class Finetuned:
-    """What a finetuning left.
+@dataclass(frozen=True, repr=False, eq=False)
+class Finetuned(Result):
+    """What a finetuning left, whose rows are those of ``metrics.jsonl``.
 
     Attributes:
-        folder: The adapter, or the whole model: what every command takes for a model.
-        summary: Every figure, as it stands in ``summary.json``.
+        model: The adapter, or the whole model: what every command takes for a model.
+        summary: See `Result`.
+        folder: See `Result`.
     """
 
-    folder: Path
+    kind = "finetune"
+    model: Path
     summary: Mapping[str, Any]
+    folder: Path
 
 
 def finetune(
@@ -119,11 +123,11 @@ def finetune(
     with RunFolder(folder, record) as run:
         place = run.path / (ADAPTER if config.weights == "lora" else MODEL)
         if (run.path / SUMMARY).is_file():
-            return Finetuned(place, run.read_json(SUMMARY))
+            return Finetuned(place, run.read_json(SUMMARY), run.path)
         # Of the model before training, which a run that continues from a checkpoint could not measure any more.
         limits = sink_limits(backend) if depend_on_sinks(measures.edits) else None
         work = _Training(loaded, config, examples, unseen, measures, tuple(vectors), chat, run, info, limits, progress)
-        return Finetuned(place, work.done(place))
+        return Finetuned(place, work.done(place), run.path)
 
 
 def _described(

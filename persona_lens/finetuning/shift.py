@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.backend import Backend
+from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, CORRELATION, SCORES, Ends, bootstrap_mean, jackknifed, pearson
 from persona_lens.extraction.experiment import Answers, Subject, by_question, model_config, questions_of, run_folder
@@ -21,6 +22,8 @@ from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.monitoring.scoring import kept_projections
+from persona_lens.reports.kinds import shifts_of
+from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.steering import ArmRow, ArmSettings
 from persona_lens.steering.comparison import arms_experiment, minus
@@ -53,20 +56,28 @@ class ShiftSettings:
             raise FinetuningError("name layers to measure the shift at, or leave them out for all")
 
 
-@dataclass(frozen=True)
-class Shifts:
-    """What was found.
+@dataclass(frozen=True, repr=False, eq=False)
+class Shifts(Result):
+    """What was found; a row for each trait, model and layer.
 
     Attributes:
         summary: Every figure, as it stands in ``summary.json``: by trait the scores, and for each model the shift by
             layer and the change of the score; and over the models the correlation of the two by layer. Beside them, the
             judges as they scored.
+        folder: See `Result`.
     """
 
+    kind = "shift"
     summary: Mapping[str, Any]
+    folder: Path | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`."""
+        return list(shifts_of(None, self.summary))
 
 
-def measure_shifts(
+def shift(
     base: Backend,
     finetuned: Mapping[str, Opening],
     vectors: Sequence[PersonaVectors],
@@ -122,7 +133,7 @@ def measure_shifts(
                 run.bind(name, asdict(backend.info))
             models[name] = measured(backend, name, number)
             del backend
-        found = Shifts(_summary(models, subjects, layers))
+        found = Shifts(plain(_summary(models, subjects, layers)), run.path if run else None)
         if run is not None:
             run.write_json("summary.json", found.summary)
     return found

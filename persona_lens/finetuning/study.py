@@ -34,6 +34,7 @@ from persona_lens.finetuning.shift import asked_projections
 from persona_lens.judging import Evidence, Exchange, Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import adapter_on
+from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.steering import ArmRow, ArmSettings, Steering
 from persona_lens.steering.comparison import UNSTEERED, arms_experiment, minus
@@ -70,17 +71,20 @@ class FinetuneStudySettings:
             raise FinetuningError("a study asks evaluation questions; its random directions are trained, not asked")
 
 
-@dataclass(frozen=True)
-class FinetuneStudy:
-    """What a study found.
+@dataclass(frozen=True, repr=False, eq=False)
+class FinetuneStudy(Result):
+    """What a study found, whose rows are the outcomes.
 
     Attributes:
         outcomes: Of every treatment and seed.
-        summary: Every figure, as it stands in ``summary.json``.
+        summary: See `Result`.
+        folder: See `Result`.
     """
 
+    kind = "finetune study"
     outcomes: tuple[Outcome, ...]
     summary: Mapping[str, Any]
+    folder: Path
 
 
 def finetune_study(
@@ -142,7 +146,7 @@ def finetune_study(
         }
         run.write_lines(OUTCOMES, map(asdict, outcomes))
         run.write_json("summary.json", summary)
-    return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)))
+    return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)), run.path)
 
 
 def _check(config: FinetuneConfig, settings: FinetuneStudySettings, vectors: PersonaVectors) -> None:
@@ -193,7 +197,7 @@ class _Work:
             steered = {}
             if each.name == PLAIN and post_hoc is not None:
                 steered[POST_HOC] = Steering.parse(post_hoc, vectors)
-            with adapter_on(self.answering.model, found.folder):
+            with adapter_on(self.answering.model, found.model):
                 outcomes += self._measured(each.name, seed, before, found.summary["loss"], steered)[1]
         return outcomes
 

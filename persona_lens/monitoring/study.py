@@ -12,10 +12,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from persona_lens.backend import Backend, Read, ReadKind
+from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import Verdict
 from persona_lens.extraction.experiment import (
     Answer,
+    Answered,
     Answers,
     Experiment,
     Subject,
@@ -90,21 +92,24 @@ class PromptRow:
         return {"condition": self.condition, "question": self.question, "projection": projection, "score": self.score}
 
 
-@dataclass(frozen=True)
-class Study:
+@dataclass(frozen=True, repr=False, eq=False)
+class Study(Answered[StudyRow]):
     """What a study found.
 
     Attributes:
         vectors: The vectors with the calibration in their provenance; without, if none could be made.
-        rows: Every response.
+        answers: Every response.
         prompts: Every prompt, with its projections and the mean score of its responses.
-        summary: Every figure, as it stands in ``summary.json``.
+        summary: See `persona_lens.reports.result.Result`.
+        folder: See `persona_lens.reports.result.Result`.
     """
 
+    kind = "study"
     vectors: PersonaVectors
-    rows: tuple[StudyRow, ...]
+    answers: tuple[StudyRow, ...]
     prompts: tuple[PromptRow, ...]
     summary: dict[str, Any]
+    folder: Path | None = None
 
 
 def study(
@@ -159,7 +164,8 @@ def study(
             "model": asdict(vectors.model),
             "settings": {**asdict(settings), "layers": list(layers), "shots": list(settings.shots)},
         }
-        found = Study(kept, tuple(rows), prompts, {**about, **made, **figures})
+        summary = plain({**about, **made, **figures})
+        found = Study(kept, tuple(rows), prompts, summary, run.path if run else None)
         if run is not None:
             run.write_rows(f"{PREFIX}scores.jsonl", map(Answer.to_row, rows))
             run.write_lines(f"{PREFIX}prompts.jsonl", (each.to_json() for each in prompts))

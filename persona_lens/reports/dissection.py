@@ -22,33 +22,36 @@ def render_dissection(summary: Summary, version: str = "") -> str:
         summary: JSON values as in the run's ``summary.json``, see `persona_lens.analysis.dissection.dissect`.
         version: Of persona-lens, to be named on the page.
     """
-    corpus, steering = summary["corpus"], summary["steering"]
-    figures: svg.Wanted = {"pursuit": (pursuit_figure, summary["pursuit"])}
-    if steering:
-        figures["effects"] = (effect_figure, steering)
+    corpus = summary["corpus"]
     parts = {
         **summary,
         "result": headline(summary),
         "places": {each["feature"]: each for each in corpus["features"]} if corpus else {},
-        "figures": svg.drawn(figures),
+        "figures": svg.drawn(figures(summary)),
         "version": version,
     }
     return render("dissection.html.j2", parts)
 
 
+def figures(summary: Summary) -> svg.Wanted:
+    """Every figure that the summary has something to draw for."""
+    found: svg.Wanted = {"effects": (effect_figure, summary["steering"])} if summary["steering"] else {}
+    return {**found, "pursuit": (pursuit_figure, summary["pursuit"])}
+
+
 def headline(summary: Summary) -> Headline:
     """The result in words, no stronger than the intervals allow.
 
-    It is ``clear`` if a top feature stands out from the random ones, ``unclear`` if none does, ``no-null`` if nothing
+    It is ``clear`` if a top feature stands out from the random ones, ``unclear`` if none does, ``no null`` if nothing
     was steered or nothing stands beside it.
     """
     steering = summary["steering"]
     if steering is None:
-        return Headline("no-null", "Nothing was steered: only directions were compared", ())
+        return Headline("no null", "Nothing was steered: only directions were compared", ())
     effects = steering["effects"]
     top = [each for i in steering["top"] if (each := effects[f"feature_{i}"])]
     if not steering["random"] or not top:
-        return Headline("no-null", "The top features were steered with nothing to compare them with", ())
+        return Headline("no null", "The top features were steered with nothing to compare them with", ())
     outstanding = steering["stand_out"]
     best = max(top, key=lambda each: each["change"]["vector"]["mean"] * (1 if steering["coefficient"] > 0 else -1))
     change = best["change"]

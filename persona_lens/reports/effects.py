@@ -30,7 +30,6 @@ def render_effects(summary: Summary, version: str = "") -> str:
     """
     cells = {(cell["steering"], cell["trait"]): cell for cell in summary["cells"]}
     chance, pairs = CHANCE * summary["cosines"]["null_std"], _pairs(summary["cosines"])
-    layers = {trait["name"]: trait["layer"] for trait in summary["traits"]}
     parts = {
         **summary,
         "matrix": cells,
@@ -39,10 +38,17 @@ def render_effects(summary: Summary, version: str = "") -> str:
         "null": any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
         "chance": chance,
         "pairs": pairs,
-        "figures": svg.drawn({"cosines": (cosine_figure, pairs, layers, chance)} if pairs else {}),
+        "figures": svg.drawn(figures(summary)),
         "version": version,
     }
     return render("effects.html.j2", parts, {"beyond": _beyond, "tint": _tint})
+
+
+def figures(summary: Summary) -> svg.Wanted:
+    """Every figure that the summary has something to draw for."""
+    layers = {trait["name"]: trait["layer"] for trait in summary["traits"]}
+    pairs, chance = _pairs(summary["cosines"]), CHANCE * summary["cosines"]["null_std"]
+    return {"cosines": (cosine_figure, pairs, layers, chance)} if pairs else {}
 
 
 def _beyond(text: str, name: str) -> str:
@@ -53,7 +59,7 @@ def _beyond(text: str, name: str) -> str:
 def headline(summary: Summary) -> Headline:
     """The result in words, no stronger than the intervals allow.
 
-    It is ``clear`` if every steering along a measured trait clearly moves that trait, ``no-null`` if there is nothing
+    It is ``clear`` if every steering along a measured trait clearly moves that trait, ``no null`` if there is nothing
     to hold it against, ``unclear`` otherwise.
     """
     scored = [cell for cell in summary["cells"] if cell["score"]]
@@ -61,7 +67,7 @@ def headline(summary: Summary) -> Headline:
     asked = counted(len(summary["questions"]), "held-out question")
     if not any(cell["score"]["difference"] for cell in scored):
         return Headline(
-            "no-null",
+            "no null",
             "Nothing to compare it with",
             (f"{asked} were asked, but no random directions were run: any push of that strength might do the same.",),
         )

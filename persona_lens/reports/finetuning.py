@@ -24,11 +24,15 @@ def render_finetuning(summary: Summary, version: str = "") -> str:
         summary: As `persona_lens.finetuning.study.finetune_study` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
     """
-    figures: svg.Wanted = {"scores": (_scores_figure, summary)}
-    if len(summary["points"]) > 1:
-        figures["shift"] = (_shift_figure, summary)
-    own = {"result": headline(summary), "losses": LOSSES, "figures": svg.drawn(figures), "version": version}
+    drawn = svg.drawn(figures(summary))
+    own = {"result": headline(summary), "losses": LOSSES, "figures": drawn, "version": version}
     return render("finetuning.html.j2", {**summary, **own})
+
+
+def figures(summary: Summary) -> svg.Wanted:
+    """Every figure that the summary has something to draw for."""
+    found: svg.Wanted = {"scores": (_scores_figure, summary)}
+    return {**found, "shift": (_shift_figure, summary)} if len(summary["points"]) > 1 else found
 
 
 def verdicts(summary: Summary) -> list[str]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import number, render
+from persona_lens.reports.page import Headline, number, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def render_screening(summary: Summary, version: str = "") -> str:
         "screened": [dataset for dataset in summary["datasets"] if not dataset["reference"]],
         "references": [dataset for dataset in summary["datasets"] if dataset["reference"]],
         "drawn": {gauge: place for place, gauge in enumerate(drawn)},
-        "figures": _draw_figures(summary),
+        "figures": svg.drawn(figures(summary)),
         "version": version,
     }
     return render("screening.html.j2", parts, {"share": _share, "random": _random})
@@ -61,14 +62,43 @@ def _random(values: Sequence[float]) -> str:
     return f"{number(float(np.mean(values)), 2)} ({number(min(values), 2)} to {number(max(values), 2)})"
 
 
-def _draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
+def headline(summary: Summary) -> Headline:
+    """What was measured: how labels are told apart, or else what projects higher than the reference."""
+    labels, score = summary["labels"], summary["score"]
+    known = [
+        (label, gauge, found)
+        for label, quantities in (labels["labels"] if labels else {}).items()
+        for gauge, found in quantities.get(score, {}).items()
+    ]
+    if known:
+        label, gauge, found = max(known, key=lambda each: float(each[2]["auc"]))
+        beyond = not found["random"] or found["low"] > max(found["random"])
+        verdict = "no null" if not found["random"] else "clear" if beyond and found["low"] > 0.5 else "unclear"
+        title = f"{label} and {labels['clean']} rows are told apart with an AUC of {number(found['auc'], 3)} by {gauge}"
+        return Headline(verdict, title, tuple(f"{line}." for line in told(summary)))
+    flagged = sum(
+        each["decisions"]["flagged"] for each in summary["datasets"] if each["decisions"] and not each["reference"]
+    )
+    if summary["thresholds"]:
+        title = f"{flagged:,} rows project higher than the reference"
+        return Headline("no null", title, tuple(f"{line}." for line in told(summary)))
+    return Headline("no null", "Projections were measured, with nothing to hold them against", ())
+
+
+def rows_screened(summary: Summary) -> str:
+    """How many rows were screened."""
+    return counted(sum(dataset["rows"] for dataset in summary["datasets"] if not dataset["reference"]), "row")
+
+
+def figures(summary: Summary) -> svg.Wanted:
+    """Every figure that the summary has something to draw for."""
     labels, score = summary["labels"], summary["score"]
     found: svg.Wanted = {"datasets": (means_figure, summary)}
     for place, gauge in enumerate(summary["gauges"][:_MOST_DRAWN]):
         found[f"rows-{place}"] = (histogram_figure, summary, gauge)
         if labels:
             found[f"roc-{place}"] = (roc_figure, labels, score, gauge)
-    return svg.drawn(found)
+    return found
 
 
 def histogram_figure(summary: Summary, gauge: str, width: int) -> Figure:

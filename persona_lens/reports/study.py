@@ -10,7 +10,7 @@ import numpy as np
 from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import NONE, measured, number, render
+from persona_lens.reports.page import NONE, Headline, measured, number, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def render_study(summary: Summary, version: str = "") -> str:
         "entries": {name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
         "tuned": _tuned(summary),
         "title": title(summary),
-        "figures": _draw_figures(summary),
+        "figures": svg.drawn(figures(summary)),
         "version": version,
     }
     return render("study.html.j2", parts, {"share": share})
@@ -95,13 +95,22 @@ def title(summary: Summary) -> str:
     }[summary["verdict"]]
 
 
-def _draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
+def headline(summary: Summary) -> Headline:
+    """The title with what it rests on: the correlation with its interval, beside that of random directions."""
+    r, null = _first(summary)[1]["pearson"], _null(summary)
+    beside = f" Random directions reach {number(null['high'], 2)}." if null else ""
+    said = f"Over {counted(r['n'], 'question')}, Pearson’s r is {measured(r)} at layer {summary['layer']}.{beside}"
+    return Headline(summary["verdict"], title(summary), (said,))
+
+
+def figures(summary: Summary) -> svg.Wanted:
+    """Every figure that the summary has something to draw for."""
     found: svg.Wanted = {"scatter": (scatter_figure, summary)}
     if len(_first(summary)[0]["layers"]) > 1:
         found["layers"] = (layer_figure, summary)
     if "curve" in summary["calibration"]:
         found["reliability"] = (reliability_figure, summary["calibration"])
-    return svg.drawn(found)
+    return found
 
 
 def scatter_figure(summary: Summary, width: int) -> Figure:

@@ -6,12 +6,13 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Figures are drawn in these stand-ins; in the SVG each becomes a CSS variable, which the page sets for light and dark.
-INK = "#010101"
-MUTED = "#020202"
-GRID = "#030303"
-PAPER = "#040404"
-VECTOR = "#050505"
-RANDOM = "#060606"
-THIRD = "#070707"
+# The colours of a light page; in a page's SVG each becomes the CSS variable of that colour, which changes in the dark.
+INK = "#1b1f24"
+MUTED = "#59616d"
+GRID = "#dfe3e8"
+PAPER = "#ffffff"
+VECTOR = "#0068ad"
+RANDOM = "#8a5a00"
+THIRD = "#a2357c"
 _VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -180,20 +181,55 @@ def drawn(wanted: Wanted) -> dict[str, Drawing]:
         }
 
 
-def new_figure(width: int, height: int) -> Figure:
-    """An empty figure of a size in CSS pixels."""
-    from matplotlib.figure import Figure
+_GIVEN: ContextVar[Axes | None] = ContextVar("axes to draw on", default=None)
 
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+
+@contextmanager
+def drawing_on(axes: Axes | None) -> Iterator[None]:
+    """Within it the first panel of a figure is drawn on these axes, and the others nowhere; None draws as usual."""
+    token = _GIVEN.set(axes)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def new_figure(width: int, height: int) -> Figure:
+    """An empty figure of a size in CSS pixels, which a notebook shows."""
+    figure = _shown_figure()(figsize=(width / 72, height / 72), layout="constrained")
     layout: Any = figure.get_layout_engine()
     layout.set(w_pad=8 / 72, h_pad=6 / 72, hspace=0.06, wspace=0.06)
     return figure
 
 
+@cache
+def _shown_figure() -> type[Figure]:
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        """Notebooks show figures made by pyplot only, which draws on a global state."""
+
+        def _repr_png_(self) -> bytes:
+            written = io.BytesIO()
+            self.savefig(written, format="png", dpi=96)
+            return written.getvalue()
+
+    return Shown
+
+
+def panels(width: int, wide: int, narrow: int | None, rows: int, columns: int = 1, **grid: Any) -> tuple[Figure, Any]:
+    """A figure of several panels, with its height on a wide page and on a phone, and its axes, row by row."""
+    figure = new_figure(width, wide if width == WIDE or narrow is None else narrow)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **grid).flat)
+    if (given := _GIVEN.get()) is not None:
+        return cast("Figure", given.figure), [given, *axes[1:]]
+    return figure, axes
+
+
 def panel(width: int, wide: int, narrow: int | None = None) -> tuple[Figure, Axes]:
     """A figure of one panel, with its height on a wide page and on a phone."""
-    figure = new_figure(width, wide if width == WIDE or narrow is None else narrow)
-    return figure, figure.add_subplot()
+    figure, axes = panels(width, wide, narrow, 1)
+    return figure, axes[0]
 
 
 def in_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -225,6 +261,9 @@ def legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i] == RANDOM_LABEL)  # the null last
     narrow = figure.get_figwidth() * 72 < WIDE
+    if _GIVEN.get() is not None:  # whose figure may have other panels
+        axes.legend([handles[i] for i in order], [labels[i] for i in order])
+        return
     figure.legend(
         [handles[i] for i in order],
         [labels[i] for i in order],

@@ -33,16 +33,16 @@ def render_tuning(summary: Summary) -> str:
         "capability": named_arms(summary),
         "beside": beside,
         "largest": max(beside, key=lambda point: abs(_at(point, summary["measured"])[1]), default=None),
-        "verdict": verdict(summary),
+        "verdict": headline(summary),
         "map": heat_map(summary),
         "strongest": max([1.0, *map(abs, changes)]),  # both maps are in the same colours
         "null": any(effect["random"] for effect in effects),
-        "figures": draw_tuning(summary),
+        "figures": svg.drawn(figures(summary)),
     }
     return render("tuning.html.j2", parts)
 
 
-def verdict(summary: Summary) -> Headline:
+def headline(summary: Summary) -> Headline:
     """The effect of the chosen steering on the questions that it was not chosen on.
 
     The verdict is that of `persona_lens.core.statistics.verdict_of`, but ``unclear`` wherever the text falls apart.
@@ -83,7 +83,7 @@ def heat_map(summary: Summary) -> list[tuple[int, list[Point | None]]]:
     return rows
 
 
-def draw_tuning(summary: Summary) -> dict[str, svg.Drawing]:
+def figures(summary: Summary) -> svg.Wanted:
     """Every figure that the summary has something to draw for."""
     found: svg.Wanted = {}
     curve = curve_points(summary)
@@ -93,7 +93,7 @@ def draw_tuning(summary: Summary) -> dict[str, svg.Drawing]:
         found["tradeoff"] = (tradeoff_figure, beside, summary)
     if capability := [each for each in named_arms(summary) if each["accuracy"] and each["score"]]:
         found["capability"] = (capability_figure, capability)
-    return svg.drawn({**found, "norms": (norm_figure, summary)})
+    return {**found, "norms": (norm_figure, summary)}
 
 
 def measured_places(summary: Summary) -> list[Point]:
@@ -131,8 +131,7 @@ def curve_points(summary: Summary) -> dict[str, list[dict[str, Any]]]:
 def curve_figure(curve: Mapping[str, Sequence[Point]], summary: Summary, width: int) -> Figure:
     """Change of the score against the coefficient with the null, and below it surprise or coherence with its limit."""
     measured = summary["measured"]
-    figure = svg.new_figure(width, 520 if width == svg.WIDE else 490)
-    score, cost = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, 1])
+    figure, (score, cost) = svg.panels(width, 520, 490, 2, sharex=True, height_ratios=[2.1, 1])
     for kind, style, label in (("random", svg.NULL, svg.RANDOM_LABEL), ("vector", svg.LINE, svg.VECTOR_LABEL)):
         if curve[kind]:
             svg.line_with_intervals(score, curve[kind], "change", style, label)

@@ -52,7 +52,7 @@ def render_vector(summary: Summary) -> str:
         "sides": sides(steering["effect"]),
         "strained": strained(summary),
         "rises": rises(summary["samples"]),
-        "figures": draw_figures(summary),
+        "figures": svg.drawn(figures(summary)),
         "reductions": REDUCTIONS,
     }
     return render("vector.html.j2", parts, {"scientific": scientific})
@@ -162,7 +162,7 @@ def agreement_row(found: Summary) -> dict[str, Any]:
     }
 
 
-def draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
+def figures(summary: Summary) -> svg.Wanted:
     """Every figure that the summary has something to draw for."""
     extraction, choice, steering = summary["extraction"], summary.get("layer_choice"), summary["steering"]
     norms, separation, layer = extraction["norms"], extraction["separation"], steering["layer"]
@@ -176,7 +176,7 @@ def draw_figures(summary: Summary) -> dict[str, svg.Drawing]:
         found["norms"] = (norm_figure, norms, layer)
     if separation:
         found["separation"] = (separation_figure, separation, layer)
-    return svg.drawn(found)
+    return found
 
 
 def effect_figure(effect: Summary, width: int) -> Figure:
@@ -215,8 +215,7 @@ def effect_figure(effect: Summary, width: int) -> Figure:
 
 def curve_figure(curves: Mapping[str, Sequence[Summary]], choice: Summary | None, width: int) -> Figure:
     """Score against coefficient, and below it the surprise, with intervals and the null."""
-    figure = svg.new_figure(width, 500 if width == svg.WIDE else 470)
-    score, nll = figure.subplots(2, 1, sharex=True, height_ratios=[2.3, 1])
+    figure, (score, nll) = svg.panels(width, 500, 470, 2, sharex=True, height_ratios=[2.3, 1])
     for axes, quantity in ((score, "score"), (nll, "nll")):
         for kind, style in (("random", svg.NULL), ("vector", svg.LINE)):
             points = curves.get(kind) or []
@@ -278,8 +277,7 @@ def norm_figure(norms: Mapping[str, Sequence[float]], chosen: int, width: int) -
 
 def separation_figure(rows: Sequence[Summary], chosen: int, width: int) -> Figure:
     """How far apart the two kinds of response are on the vector, by layer: d' and AUC."""
-    figure = svg.new_figure(width, 340 if width == svg.WIDE else 560)
-    panels = figure.subplots(*((1, 2) if width == svg.WIDE else (2, 1)))
+    figure, panels = svg.panels(width, 340, 560, *((1, 2) if width == svg.WIDE else (2, 1)))
     layers = [row["layer"] for row in rows]
     for axes, key, title, chance in (
         (panels[0], "d_prime", "d′, standard deviations apart", 0.0),

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
+from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.datasets import Dataset
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.monitoring import Panel
+from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import is_signed, signed
 from persona_lens.runs.cost import Work, generating_work, reading_work
@@ -33,21 +35,22 @@ SUMMARY = "summary.json"
 ROWS, TOKENS = "screening rows", "tokens read"
 
 
-@dataclass(frozen=True)
-class Screening:
-    """A finished screening.
+@dataclass(frozen=True, repr=False, eq=False)
+class Screening(Result):
+    """A finished screening, whose rows are those of ``results.parquet``.
 
     Attributes:
         folder: The run folder, with ``results.parquet``, ``rejects.jsonl`` and the split files.
-        summary: Every figure that is shown, as JSON values.
-        rows: Rows that were scored or rejected by this call; those of an earlier, interrupted one are left out.
+        summary: See `Result`.
+        scored: Rows that were scored or rejected by this call; those of an earlier, interrupted one are left out.
         tokens: Tokens that the model ran over for them.
         seconds: How long that took.
     """
 
+    kind = "screening"
     folder: Path
     summary: Mapping[str, Any]
-    rows: int
+    scored: int
     tokens: int
     seconds: float
 
@@ -109,7 +112,7 @@ def screen(
         used = {trait: as_used(judges[trait].describe(), said.values()) for trait, said in opinions.items()}
         summary = {**about, "judges": used, **figures}
         run.write_json(SUMMARY, summary)
-    return Screening(Path(folder), summary, *course)
+    return Screening(Path(folder), plain(summary), *course)
 
 
 def _config(

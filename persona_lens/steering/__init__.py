@@ -8,14 +8,15 @@ from persona_lens.steering.comparison import (
     ArmSettings,
     Change,
     Comparison,
-    compare_steerings,
+    compare,
 )
-from persona_lens.steering.crossing import Crossing, CrossSettings, cross_effects
+from persona_lens.steering.crossing import Crossing, CrossSettings
 from persona_lens.steering.effects import CrossEffects
 from persona_lens.steering.given import given_edits, load_steering, reply, steered_replies
 from persona_lens.steering.notation import NotationError, parse_terms
 from persona_lens.steering.steering import SteeredBackend, Steering, SteeringError
 from persona_lens.steering.sweep import (
+    Sweep,
     SweepRow,
     SweepSettings,
     choose_layer,
@@ -39,13 +40,13 @@ __all__ = [
     "SteeredBackend",
     "Steering",
     "SteeringError",
+    "Sweep",
     "SweepRow",
     "SweepSettings",
     "TuneSettings",
     "Tuning",
     "choose_layer",
-    "compare_steerings",
-    "cross_effects",
+    "compare",
     "curve",
     "effect",
     "given_edits",

@@ -1,4 +1,4 @@
-"""`compare_steerings`: several steerings on the same questions, each beside the unsteered model and random directions.
+"""`compare`: several steerings on the same questions, each beside the unsteered model and random directions.
 
 An arm is a steering by its name. Unsteered and steered rows run in the same batches, with the same seeds, through the
 same path.
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from persona_lens.backend import Backend, Edit, Read
-from persona_lens.core.documents import Record
+from persona_lens.core.documents import Record, plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Ends, Estimate, clear_side
 from persona_lens.extraction.experiment import (
     Answer,
+    Answered,
     Experiment,
     QuestionSet,
     Subject,
@@ -277,22 +278,25 @@ def unsteered_means(rows: Sequence[ArmRow]) -> dict[str, Estimate | None]:
     return {quantity: mean_of(plain, quantity) for quantity in QUANTITIES}
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False, eq=False)
+class Comparison(Answered[ArmRow]):
     """Several steerings side by side.
 
     Attributes:
-        rows: Every response.
+        answers: Every response.
         effects: By the name of the arm; None for an arm none of whose responses has a score.
-        summary: Every figure, as it stands in ``summary.json``.
+        summary: See `persona_lens.reports.result.Result`.
+        folder: See `persona_lens.reports.result.Result`.
     """
 
-    rows: tuple[ArmRow, ...]
+    kind = "comparison"
+    answers: tuple[ArmRow, ...]
     effects: Mapping[str, ArmEffect | None]
     summary: Mapping[str, Any]
+    folder: Path | None = None
 
 
-def compare_steerings(
+def compare(
     backend: Backend,
     arms: Mapping[str, Steering],
     vectors: PersonaVectors,
@@ -344,4 +348,4 @@ def compare_steerings(
         if run is not None:
             run.write_rows("arms-scores.jsonl", map(Answer.to_row, rows))
             run.write_json("summary.json", summary)
-    return Comparison(tuple(rows), effects, summary)
+    return Comparison(tuple(rows), effects, plain(summary), run.path if run else None)

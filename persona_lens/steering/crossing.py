@@ -55,7 +55,7 @@ class CrossSettings:
         check_asked("evaluation", self.random_directions, samples=self.samples, questions=self.questions)
 
 
-def cross_effects(
+def effects(
     backend: Backend,
     steerings: Mapping[str, Steering],
     traits: Mapping[str, PersonaVectors],
@@ -98,19 +98,20 @@ def cross_effects(
         crossing.check_model()
     with run_folder(folder, crossing.config()) as run:
         rows, used = crossing.rows(run, progress)
-        effects = CrossEffects(
+        found = CrossEffects(
             steerings=dict(steerings),
             vectors=dict(traits),
             traits=crossing.measured(),
             questions=crossing.questions,
-            rows=tuple(rows),
+            answers=tuple(rows),
             reduction=crossing.settings.reduction,
             config=crossing.config(used),
+            folder=run.path if run else None,
         )
         if run is not None:
             run.write_rows(SCORES, map(asdict, rows))
-            run.write_json("summary.json", effects.to_json())
-    return effects
+            run.write_json("summary.json", found.summary)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ class Crossing:
         steerings: By name.
         vectors: Of the traits that are measured, by name.
         settings: See `CrossSettings`.
-        judges: Who scores each trait; as in `cross_effects`.
+        judges: Who scores each trait; as in `effects`.
         own_chat: Chat format; the model's own by default.
     """
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from persona_lens.core.documents import Record
+from persona_lens.core.documents import Record, plain
 from persona_lens.core.statistics import CHANGES, Ends
 from persona_lens.extraction.experiment import Value, json_of
+from persona_lens.reports.result import Result
 from persona_lens.steering.comparison import NONE, RANDOM, UNSTEERED, VECTOR, Change, change_of
 from persona_lens.steering.steering import Steering
 from persona_lens.vectors import PersonaVectors
@@ -90,8 +92,8 @@ class CrossCell(Record):
     cosine: float | None
 
 
-@dataclass(frozen=True, eq=False)
-class CrossEffects:
+@dataclass(frozen=True, repr=False, eq=False)
+class CrossEffects(Result):
     """What a crossing found.
 
     Attributes:
@@ -99,18 +101,32 @@ class CrossEffects:
         vectors: Of the traits measured, by name.
         traits: The traits measured.
         questions: What was asked, with the trait that each question comes from.
-        rows: Every response.
+        answers: Every response.
         reduction: Which of the vectors projections were taken on.
         config: What determines all of it, as in ``run.json``.
+        folder: See `Result`.
     """
 
+    kind = "effects"
     steerings: Mapping[str, Steering]
     vectors: Mapping[str, PersonaVectors]
     traits: tuple[CrossTrait, ...]
     questions: Mapping[str, str]
-    rows: tuple[CrossRow, ...]
+    answers: tuple[CrossRow, ...]
     reduction: str
     config: Mapping[str, Any]
+    folder: Path | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`."""
+        return [plain(asdict(each)) for each in self.answers]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:  # type: ignore[override]  # made when it is asked for
+        """See `Result`."""
+        found: dict[str, Any] = plain(self.to_json())
+        return found
 
     @cached_property
     def cells(self) -> tuple[CrossCell, ...]:
@@ -183,7 +199,7 @@ class CrossEffects:
         self, steering: str, value: Callable[[CrossRow], float | None], within: Ends | None = None
     ) -> Change | None:
         def of(arm: str, direction: str) -> list[Value]:
-            return [(r.question, value(r)) for r in self.rows if (r.arm, r.direction) == (arm, direction)]
+            return [(r.question, value(r)) for r in self.answers if (r.arm, r.direction) == (arm, direction)]
 
         return change_of(of(UNSTEERED, NONE), of(steering, VECTOR), of(steering, RANDOM), within=within)
 
@@ -203,7 +219,7 @@ class CrossEffects:
             if trait in shown:
                 continue
             shown.add(trait)
-            rows = [r for r in self.rows if r.question == number and r.sample == 0 and r.direction != RANDOM]
+            rows = [r for r in self.answers if r.question == number and r.sample == 0 and r.direction != RANDOM]
             responses = [
                 {"steering": None if r.arm == UNSTEERED else r.arm, "text": r.text, "scores": dict(r.scores)}
                 for r in rows

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from persona_lens.backend import Backend, Edit, Positions
-from persona_lens.core.documents import Record
+from persona_lens.core.documents import Record, plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Estimate
 from persona_lens.extraction.experiment import (
     Answer,
+    Answered,
     Experiment,
     QuestionSet,
     Subject,
@@ -98,6 +100,30 @@ class SweepRow(Answer):
     coefficient: float
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class Sweep(Answered[SweepRow]):
+    """What a sweep found.
+
+    Attributes:
+        answers: Every response.
+        summary: See `persona_lens.reports.result.Result`.
+        folder: See `persona_lens.reports.result.Result`.
+    """
+
+    kind = "sweep"
+    answers: tuple[SweepRow, ...]
+    summary: Mapping[str, Any]
+    folder: Path | None = None
+
+    def effect(self, layer: int) -> Effect:
+        """See `effect`."""
+        return effect(self.answers, layer)
+
+    def curve(self, layer: int, direction: str = VECTOR) -> list[CurvePoint]:
+        """See `curve`."""
+        return curve(self.answers, layer, direction)
+
+
 def sweep(
     backend: Backend,
     vectors: PersonaVectors,
@@ -110,7 +136,7 @@ def sweep(
     chat: ChatFormat | None = None,
     allow_other_model: bool = False,
     progress: Progress = shown_progress,
-) -> list[SweepRow]:
+) -> Sweep:
     """Steer along the vectors and score the responses.
 
     Steered and unsteered rows run in the same batches, through the same path.
@@ -137,10 +163,35 @@ def sweep(
     for layer in settings.layers:  # what cannot be run must not claim the folder
         vectors.vector(layer, settings.reduction)
     with run_folder(folder, subject.config("sweep", settings)) as run:
-        rows = experiment.run(run, progress).rows(SweepRow)
+        answers = experiment.run(run, progress)
+        rows = answers.rows(SweepRow)
+        summary = _summary(subject, settings, rows) | {"judge": subject.judge_used(answers)}
         if run is not None:
             run.write_rows(f"{name}-scores.jsonl", map(Answer.to_row, rows))
-    return rows
+            run.write_json("summary.json", summary)
+    return Sweep(tuple(rows), plain(summary), run.path if run else None)
+
+
+def _summary(subject: Subject, settings: SweepSettings, rows: Sequence[SweepRow]) -> dict[str, Any]:
+    """Every figure; of a layer at which nothing can be compared there is no effect."""
+    kinds = (VECTOR, RANDOM) if settings.random_directions else (VECTOR,)
+    layers: list[dict[str, Any]] = []
+    for layer in settings.layers:
+        found: dict[str, Any] = {"layer": layer, "effect": None, "curves": {}}
+        with suppress(SteeringError):
+            found["effect"] = effect(rows, layer).to_json()
+            found["curves"] = {kind: [point.to_json() for point in curve(rows, layer, kind)] for kind in kinds}
+        layers.append(found)
+    known = [each for each in layers if each["effect"] and each["curves"]]
+    chosen = max(known, key=lambda each: abs(each["effect"]["vector"]["mean"]), default=None)
+    return {
+        "trait": subject.trait.name,
+        "model": asdict(subject.backend.info),
+        "questions": settings.questions,
+        "settings": asdict(settings),
+        "layers": layers,
+        "chosen": chosen["layer"] if chosen else None,
+    }
 
 
 def sweep_experiment(subject: Subject, settings: SweepSettings, prefix: str = "") -> Experiment:

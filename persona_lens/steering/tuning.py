@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
+from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import FEW, Estimate
 from persona_lens.extraction.experiment import Answer, Answers, Subject, json_of, run_folder
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import prepare_judge
 from persona_lens.models import ChatFormat
+from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
@@ -113,8 +115,8 @@ class TuneSettings:
             raise SteeringError(f"margin must be above 0 nats, got {self.margin}")
 
 
-@dataclass(frozen=True)
-class Tuning:
+@dataclass(frozen=True, repr=False, eq=False)
+class Tuning(Result):
     """What tuning found.
 
     Attributes:
@@ -123,15 +125,25 @@ class Tuning:
         points: The whole surface, on the questions searched.
         chosen: The point taken.
         confirmed: Its effect on the other held-out questions; None if no response had a score there.
-        summary: Every figure, as it stands in ``summary.json``.
+        answers: Every response, of the search and of the confirmation.
+        summary: See `Result`.
+        folder: See `Result`.
     """
 
+    kind = "tune"
     vectors: PersonaVectors
     steering: Steering
     points: tuple[Point, ...]
     chosen: Point
     confirmed: ArmEffect | None
+    answers: Mapping[str, Sequence[ArmRow]]
     summary: dict[str, Any]
+    folder: Path | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`; each says which part it is of."""
+        return [{"part": part, **plain(row.to_row())} for part, rows in self.answers.items() for row in rows]
 
 
 def tune(
@@ -191,7 +203,9 @@ def tune(
             run.write_rows("confirm-scores.jsonl", map(Answer.to_row, asked.rows))
             run.write_bytes("vectors.safetensors", tuned.to_bytes())
             run.write_json("summary.json", summary, free=("command",))
-    return Tuning(tuned, steering, tuple(searched.points), chosen, effect, summary)
+    answers = {"search": searched.rows, "confirm": asked.rows}
+    kept = (plain(summary), run.path if run else None)
+    return Tuning(tuned, steering, tuple(searched.points), chosen, effect, answers, *kept)
 
 
 def tune_work(subject: Subject, settings: TuneSettings) -> tuple[Work, ...]:

@@ -88,7 +88,7 @@ def test_the_feature_that_is_the_vector_steers_as_it_does_and_clear_of_the_other
         assert effect.random_features == 2, "a random feature stands beside the others, not beside itself"
     shown = {each["feature"] for end in ("top", "bottom") for each in found.summary["ranking"][end]}
     assert not shown & set(steering["random"])
-    assert len(found.rows) == 3 * (1 + 1 + 2 + 3)
+    assert len(found.answers) == 3 * (1 + 1 + 2 + 3)
 
 
 def test_towards_less_the_same_feature_is_clear_the_other_way(backend: PlantedBackend) -> None:
@@ -176,7 +176,7 @@ def test_without_steering_no_model_runs_and_no_trait_is_needed(backend: PlantedB
     bare = PersonaVectors(TRAIT.name, backend.info, {"response_mean": backend.planted["response_mean"]})
     found = dissect(backend, bare, planted_dictionary(backend), replace(SETTINGS, steered=0))
     assert found.summary["steering"] is None
-    assert (found.rows, backend.generated) == ((), [])
+    assert (found.answers, backend.generated) == ((), [])
     assert found.summary["pursuit"]["features"][0] == OWN
     assert found.summary["pursuit"]["shares"][0] == pytest.approx(1)
     assert all(max(each["shares"]) < 1 for each in found.summary["pursuit"]["random"])

@@ -1,4 +1,4 @@
-"""The logit lens against the models' own final norms and unembeddings."""
+"""The logit found against the models' own final norms and unembeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.logit_lens import FrozenNorm, find_readout, logit_lens
+from persona_lens.analysis.logit_lens import FrozenNorm, find_readout, lens
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.blocks import module_of
 from persona_lens.vectors import PersonaVectors, VectorsError
@@ -82,19 +82,19 @@ def test_a_norms_gain_and_kind_are_measured_however_it_keeps_them() -> None:
 def test_the_lens_ranks_tokens_by_their_shift_and_stands_beside_random_directions() -> None:
     backend = backend_of("transformers", with_gains("llama"))
     vectors = vectors_of(backend)
-    lens = logit_lens(backend, vectors, [0, 2], PROMPTS, top=4)
-    assert [each.layer for each in lens.layers] == [0, 2]
+    found = lens(backend, vectors, [0, 2], PROMPTS, top=4)
+    assert [each.layer for each in found.layers] == [0, 2]
     readout = find_readout(module_of(backend))
-    shifts = readout.shifts(vectors[2].unsqueeze(0), lens.scale)[0]
+    shifts = readout.shifts(vectors[2].unsqueeze(0), found.scale)[0]
     centred = shifts - shifts.mean()
-    top = lens.layers[1]
+    top = found.layers[1]
     assert [token.id for token in top.promoted] == centred.topk(4).indices.tolist()
     assert [token.id for token in top.suppressed] == (-centred).topk(4).indices.tolist()
     assert top.promoted[0].shift == pytest.approx(float(centred.max()), rel=1e-4)
     assert top.promoted[0].text == backend.tokenizer.decode([top.promoted[0].id])
     assert 0 < top.random_most <= top.random_limit
     assert top.norm == pytest.approx(float(vectors[2].norm()))
-    double = logit_lens(backend, vectors * 2.0, [2], PROMPTS, top=4).layers[0]
+    double = lens(backend, vectors * 2.0, [2], PROMPTS, top=4).layers[0]
     assert double.promoted[0].shift == pytest.approx(2 * top.promoted[0].shift, rel=1e-4)
     assert double.random_most == pytest.approx(2 * top.random_most, rel=1e-4)
 
@@ -106,7 +106,7 @@ def test_a_token_whose_row_the_vector_is_comes_first() -> None:
     rows: Tensor = readout.unembedding.detach().float()
     v = (rows[42] - rows.mean(dim=0)) / readout.norm.gain
     vectors = PersonaVectors("token", backend.info, {"response_mean": v.repeat(N_LAYERS, 1) * 50})
-    layer = logit_lens(backend, vectors, [1], PROMPTS).layers[0]
+    layer = lens(backend, vectors, [1], PROMPTS).layers[0]
     assert layer.promoted[0].id == 42
     assert layer.promoted[0].shift > layer.random_limit
 
@@ -115,15 +115,15 @@ def test_what_makes_no_sense_is_refused() -> None:
     backend = tiny_backend("transformers")
     vectors = vectors_of(backend)
     with pytest.raises(AnalysisError, match="at least one layer"):
-        logit_lens(backend, vectors, [], PROMPTS)
+        lens(backend, vectors, [], PROMPTS)
     with pytest.raises(AnalysisError, match="at least one layer"):
-        logit_lens(backend, vectors, [1], [])
+        lens(backend, vectors, [1], [])
     rows = torch.zeros(N_LAYERS, D_MODEL).index_fill(0, torch.tensor([0]), 1.0)
     zero = PersonaVectors("none", backend.info, {"response_mean": rows})
     with pytest.raises(VectorsError, match="'none' at layer 1 is zero"):
-        logit_lens(backend, zero, [1], PROMPTS)
+        lens(backend, zero, [1], PROMPTS)
     with pytest.raises(VectorsError, match="layer 7"):
-        logit_lens(backend, vectors, [7], PROMPTS)
+        lens(backend, vectors, [7], PROMPTS)
 
 
 def test_a_model_with_more_than_a_norm_before_the_unembedding_is_refused() -> None:

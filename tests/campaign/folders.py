@@ -14,7 +14,7 @@ import pytest
 
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import no_progress
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.judging.agreement import read_scored
 from persona_lens.models.server import CompletionCache
 from persona_lens.models.source import ADAPTER_CONFIG, WEIGHTS, adapter_base
@@ -146,7 +146,7 @@ def _extraction(folder: Path) -> Finished:
     backend, settings = PlantedBackend(trait), ExtractionSettings(questions=4, paired=False, rollouts=SMALL)
     return Finished(
         folder,
-        lambda: run_extraction(backend, trait, folder, settings=settings, progress=no_progress),
+        lambda: extract(backend, trait, folder, settings=settings, progress=no_progress),
         read_scored,
         lambda run: split_half_reliability(run, splits=3),
     )

@@ -15,11 +15,11 @@ import torch
 from persona_lens.analysis.dissection import DissectSettings, dissect
 from persona_lens.backend import wrap_model
 from persona_lens.data.datasets import open_dataset
-from persona_lens.extraction import ExtractionSettings, plan_requests, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract, plan_requests
 from persona_lens.extraction.responses import generate_responses
 from persona_lens.finetuning import finetune
 from persona_lens.finetuning.outcomes import TreatmentSettings
-from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
+from persona_lens.finetuning.shift import ShiftSettings, shift
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
 from persona_lens.judging.blind import AgreementError, Scored
 from persona_lens.judging.scored import judge_scored
@@ -29,8 +29,8 @@ from persona_lens.monitoring import StudySettings, study
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep
-from persona_lens.steering.comparison import compare_steerings
-from persona_lens.steering.crossing import CrossSettings, cross_effects
+from persona_lens.steering.comparison import compare
+from persona_lens.steering.crossing import CrossSettings, effects
 from persona_lens.steering.tuning import TuneSettings, tune
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
@@ -89,7 +89,7 @@ def tiny_vectors() -> PersonaVectors:
 
 
 def _extract(folder: Path) -> None:
-    run_extraction(planted(), TRAIT, folder, settings=ExtractionSettings(questions=2, paired=False, rollouts=SMALL))
+    extract(planted(), TRAIT, folder, settings=ExtractionSettings(questions=2, paired=False, rollouts=SMALL))
 
 
 def _sweep(folder: Path) -> None:
@@ -99,14 +99,14 @@ def _sweep(folder: Path) -> None:
 
 def _compare(folder: Path) -> None:
     arms = {"up": Steering.parse(f"{TRAIT.name}@1:+1", vectors())}
-    compare_steerings(planted(), arms, vectors(), ArmSettings((0, 1, 2), random_directions=2, rollouts=SMALL),
+    compare(planted(), arms, vectors(), ArmSettings((0, 1, 2), random_directions=2, rollouts=SMALL),
                       folder=folder)  # fmt: skip
 
 
 def _effects(folder: Path) -> None:
     arms = {TRAIT.name: Steering.parse(f"{TRAIT.name}@1:+1", tiny_vectors())}
     settings = CrossSettings(questions=2, random_directions=1, rollouts=RolloutSettings(4, batch_size=4))
-    cross_effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder)
+    effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder)
 
 
 def _tune(folder: Path) -> None:
@@ -136,7 +136,7 @@ def _shift(folder: Path) -> None:
         name: partial(wrap_model, tiny_model(seed=seed), tiny_tokenizer()) for seed, name in ((1, "a/b"), (2, "a--b"))
     }
     asked = ArmSettings((0, 1), random_directions=0, rollouts=RolloutSettings(4))
-    measure_shifts(made.backend(), others, [tiny_vectors()], ShiftSettings(asked=asked), folder=folder)
+    shift(made.backend(), others, [tiny_vectors()], ShiftSettings(asked=asked), folder=folder)
 
 
 def _finetune(folder: Path) -> None:

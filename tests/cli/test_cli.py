@@ -433,18 +433,17 @@ def test_steering_reports_curves_and_effects(
     out, _ = extracted
     sweep = tmp_path / "sweep"
     said = parsed(*steering(model, out, "--coefficients", "-2,2", "--out", str(sweep), "--json"))
-    assert [(c["layer"], c["direction"]) for c in said["curves"]] == [
+    assert [(each["layer"], kind) for each in said["layers"] for kind in each["curves"]] == [
         (layer, direction) for layer in (0, 2) for direction in ("vector", "random")
     ]
-    for found in said["curves"]:
-        assert [point["coefficient"] for point in found["points"]] == [-2.0, 0.0, 2.0]
-        assert all(p["score"]["low"] <= p["score"]["mean"] <= p["score"]["high"] for p in found["points"])
-    assert [e["layer"] for e in said["effects"]] == [0, 2]
+    for points in (curve for each in said["layers"] for curve in each["curves"].values()):
+        assert [point["coefficient"] for point in points] == [-2.0, 0.0, 2.0]
+        assert all(p["score"]["low"] <= p["score"]["mean"] <= p["score"]["high"] for p in points)
+    assert [each["effect"]["layer"] for each in said["layers"]] == [0, 2]
     rows = [json.loads(line) for line in (sweep / "sweep-scores.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * (1 + 2 * 2 * 2)
     by_hand = [r["score"] for r in rows if (r["direction"], r["layer"], r["coefficient"]) == ("vector", 2, 2.0)]
-    (curve,) = (c for c in said["curves"] if (c["layer"], c["direction"]) == (2, "vector"))
-    assert curve["points"][-1]["score"]["mean"] == pytest.approx(sum(by_hand) / len(by_hand))
+    assert said["layers"][1]["curves"]["vector"][-1]["score"]["mean"] == pytest.approx(sum(by_hand) / len(by_hand))
     again = parsed(*steering(model, out, "--coefficients", "-2,2", "--json"))  # in memory
     assert again == said
     assert "settings.questions: 3 -> 2" in refused(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
-from persona_lens.reports.tuning import render_tuning, verdict
+from persona_lens.reports.tuning import headline, render_tuning
 from persona_lens.vectors import load_vectors
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -76,7 +76,7 @@ def test_the_folder_holds_the_choice_and_the_page_and_says_so(tuned: tuple[Path,
     assert (stored.layer, stored.coefficient) == (summary["chosen"]["layer"], summary["chosen"]["coefficient"])
     assert f"chosen: {summary['chosen']['steering']}" in said
     assert f"report: {out / 'report.html'}" in said
-    assert verdict(summary).title in said
+    assert headline(summary).title in said
     assert re.search(r"on 3 questions of 3 that the search left: [+-]\d", said)
 
 

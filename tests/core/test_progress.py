@@ -53,20 +53,19 @@ def test_a_notebook_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def verbs() -> dict[str, Any]:
     from persona_lens.analysis.capability import evaluate_capability
+    from persona_lens.analysis.demo import run_demo
     from persona_lens.analysis.dissection import dissect
-    from persona_lens.extraction import run_extraction
+    from persona_lens.extraction import extract
     from persona_lens.finetuning import finetune
-    from persona_lens.finetuning.shift import measure_shifts
+    from persona_lens.finetuning.shift import shift
     from persona_lens.finetuning.study import finetune_study
     from persona_lens.monitoring import study
-    from persona_lens.reports.demo import run_demo
     from persona_lens.screening import screen
-    from persona_lens.steering import compare_steerings, cross_effects, tune
+    from persona_lens.steering import compare, tune
+    from persona_lens.steering.crossing import effects
 
-    every = (evaluate_capability, run_demo, run_extraction, dissect, finetune, measure_shifts, finetune_study, study)
-    return {
-        verb.__name__: verb for verb in (*every, screen, cross_effects, compare_steerings, tune, pl.sweep, pl.extract)
-    }
+    every = (evaluate_capability, run_demo, extract, dissect, finetune, shift, finetune_study, study)
+    return {verb.__name__: verb for verb in (*every, screen, effects, compare, tune, pl.sweep, pl.extract)}
 
 
 def test_every_verb_shows_itself_by_default() -> None:

@@ -18,7 +18,7 @@ from persona_lens.data.datasets import SampleForm, conversation_of, detect_form,
 from persona_lens.data.sources import demonstration_path
 from persona_lens.data.tables import DataError, read_rows
 from persona_lens.data.transcripts import open_transcripts
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.responses import read_responses
 from persona_lens.finetuning.examples import encode_examples, read_conversations
 from persona_lens.models import ChatFormat
@@ -127,7 +127,7 @@ def test_columns_that_this_project_wrote_itself_are_not_named(tmp_path: Path) ->
         open_dataset(demonstration_path("impolite"))
         open_transcripts(demonstration_path("impolite"))
         backend, settings = PlantedBackend(TRAIT), ExtractionSettings(questions=2, rollouts=RolloutSettings(12))
-        run_extraction(backend, TRAIT, tmp_path / "run", settings=settings)
+        extract(backend, TRAIT, tmp_path / "run", settings=settings)
         for file in (tmp_path / "run" / "rollouts.jsonl", _generated(tmp_path / "responses.jsonl")):
             open_dataset(file)
             read_responses(file)

@@ -20,7 +20,6 @@ from persona_lens.extraction import (
     extract,
     filter_responses,
     plan_requests,
-    run_extraction,
 )
 from persona_lens.extraction.means import ExtractionError, _separation_row, arm_means, held_out_separation
 from persona_lens.judging import Judgement, JudgingError, Score
@@ -309,7 +308,7 @@ def test_a_fold_without_an_arm_has_no_separation() -> None:
 def test_the_planted_difference_is_recovered_to_the_bit(tmp_path: Path) -> None:
     backend = PlantedBackend(TRAIT)
     settings = ExtractionSettings(questions=4, samples=2)
-    vectors = extract(backend, TRAIT, tmp_path, settings=settings)
+    vectors = extract(backend, TRAIT, tmp_path, settings=settings).vectors
     assert vectors.directions.keys() == backend.planted.keys()
     for name, planted in backend.planted.items():
         torch.testing.assert_close(vectors.directions[name], planted, rtol=0, atol=1e-6)
@@ -322,7 +321,7 @@ def test_the_planted_difference_is_recovered_to_the_bit(tmp_path: Path) -> None:
 def test_responses_against_their_instruction_do_not_count(paired: bool) -> None:
     """A tenth of them disobey: without the filter the vector would be a fifth shorter."""
     backend = PlantedBackend(TRAIT, disobeys=lambda seed: seed % 10 == 0)
-    found = run_extraction(backend, TRAIT, settings=ExtractionSettings(questions=6, paired=paired))
+    found = extract(backend, TRAIT, settings=ExtractionSettings(questions=6, paired=paired))
     disobeying = dict.fromkeys(Arm, 0)
     for rollout in found.rollouts:
         disobeying[Arm(rollout.request.labels["arm"])] += rollout.request.seed % 10 == 0
@@ -338,7 +337,7 @@ def test_responses_against_their_instruction_do_not_count(paired: bool) -> None:
 
 def test_empty_responses_are_counted_and_left_out(tmp_path: Path) -> None:
     backend = PlantedBackend(TRAIT, silent=lambda seed: seed % 7 == 0)
-    found = run_extraction(backend, TRAIT, tmp_path, settings=ExtractionSettings(questions=6))
+    found = extract(backend, TRAIT, tmp_path, settings=ExtractionSettings(questions=6))
     silent = [r.request.seed % 7 == 0 for r in found.rollouts]
     assert any(silent)
     assert sum(c["no_score"] for c in found.summary["counts"].values()) == sum(silent)
@@ -362,7 +361,7 @@ def test_a_model_that_says_nothing_is_refused() -> None:
 
 def test_held_out_separation_stands_in_the_summary() -> None:
     settings = ExtractionSettings(questions=8)
-    clear = run_extraction(PlantedBackend(TRAIT, noise=1.0), TRAIT, settings=settings).summary["separation"]
+    clear = extract(PlantedBackend(TRAIT, noise=1.0), TRAIT, settings=settings).summary["separation"]
     assert [row["layer"] for row in clear] == list(range(N_LAYERS))
     assert min(row["auc"] for row in clear) > 0.95
 
@@ -370,7 +369,7 @@ def test_held_out_separation_stands_in_the_summary() -> None:
 def test_provenance_holds_all_that_made_the_vectors(tmp_path: Path) -> None:
     backend = PlantedBackend(TRAIT)
     settings = ExtractionSettings(questions=3, seed=5, rollouts=RolloutSettings(max_new_tokens=20, top_p=0.9))
-    found = run_extraction(backend, TRAIT, tmp_path, settings=settings)
+    found = extract(backend, TRAIT, tmp_path, settings=settings)
     kept = load_vectors(tmp_path).provenance
     assert kept == found.vectors.provenance == json.loads(json.dumps(kept))
     assert kept["settings"] == json.loads(json.dumps(asdict(settings)))
@@ -399,8 +398,8 @@ def test_a_folder_belongs_to_one_extraction(tmp_path: Path) -> None:
 
 def test_memory_and_folder_give_the_same_vectors(tmp_path: Path) -> None:
     settings = ExtractionSettings(questions=4)
-    kept = run_extraction(PlantedBackend(TRAIT, noise=0.5), TRAIT, settings=settings)
-    saved = run_extraction(PlantedBackend(TRAIT, noise=0.5), TRAIT, tmp_path, settings=settings)
+    kept = extract(PlantedBackend(TRAIT, noise=0.5), TRAIT, settings=settings)
+    saved = extract(PlantedBackend(TRAIT, noise=0.5), TRAIT, tmp_path, settings=settings)
     assert kept.vectors.to_bytes() == saved.vectors.to_bytes() == (tmp_path / "vectors.safetensors").read_bytes()
     assert kept.summary == saved.summary == json.loads((tmp_path / "summary.json").read_text())
 
@@ -447,7 +446,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Backend, Pa
         module.get_output_embeddings().weight[2] *= 3  # so that more responses end of themselves
     backend = backend_of("transformers", module)
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    return module, backend, folder, run_extraction(backend, TRAIT, folder, settings=TINY)
+    return module, backend, folder, extract(backend, TRAIT, folder, settings=TINY)
 
 
 def test_row_l_is_the_residual_after_block_l_end_of_turn_left_out(
@@ -484,7 +483,7 @@ def test_kept_responses_are_those_whose_scores_pass(tiny_run: tuple[Any, Backend
 
 
 def test_every_backend_extracts_the_same_vectors() -> None:
-    found = {adapter: run_extraction(tiny_backend(adapter), TRAIT, settings=TINY) for adapter in ADAPTERS}
+    found = {adapter: extract(tiny_backend(adapter), TRAIT, settings=TINY) for adapter in ADAPTERS}
     reference = found["transformers"]
     for adapter in ADAPTERS[1:]:
         assert found[adapter].rollouts == reference.rollouts

@@ -23,7 +23,7 @@ from persona_lens import PersonaLensError
 from persona_lens.backend import Backend, Read
 from persona_lens.cli import app
 from persona_lens.core.progress import Progress, no_progress
-from persona_lens.extraction import Extraction, ExtractionSettings, extraction_work, plan_requests, run_extraction
+from persona_lens.extraction import Extraction, ExtractionSettings, extract, extraction_work, plan_requests
 from persona_lens.extraction.external import ExternalScores, external_rollouts
 from persona_lens.extraction.means import ExtractionError, arm_means
 from persona_lens.judging import Exchange, Judgement
@@ -67,7 +67,7 @@ def backend_with(adapter: str, architecture: str) -> Backend:
 def generated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Extraction, list[Row]]:
     """An extraction by generation, and the rows that it saved, each with its score."""
     out = tmp_path_factory.mktemp("runs") / "generated"
-    found = run_extraction(backend_with("transformers", "llama"), TRAIT, out, settings=SETTINGS)
+    found = extract(backend_with("transformers", "llama"), TRAIT, out, settings=SETTINGS)
     scores = [json.loads(line)["score"] for line in (out / "scores.jsonl").read_text().splitlines()]
     by_labels = {tuple(r.request.labels.values()): score for r, score in zip(found.rollouts, scores, strict=True)}
     rows = rows_of(out)
@@ -114,7 +114,7 @@ def assert_same(found: Extraction, wanted: Extraction) -> None:
 
 def read(path: Path | list[Path], backend: Backend, folder: Path | None = None, **more: Any) -> Extraction:
     settings = more.pop("settings", SETTINGS)
-    return run_extraction(backend, TRAIT, folder, settings=settings, responses=path, **more)
+    return extract(backend, TRAIT, folder, settings=settings, responses=path, **more)
 
 
 # The vectors

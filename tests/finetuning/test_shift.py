@@ -12,7 +12,7 @@ import torch
 
 from persona_lens.backend import open_backend, wrap_model
 from persona_lens.finetuning import FinetuningError, finetune
-from persona_lens.finetuning.shift import ShiftSettings, correlated, measure_shifts
+from persona_lens.finetuning.shift import ShiftSettings, correlated, shift
 from persona_lens.models import load
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
@@ -34,7 +34,7 @@ def test_a_model_that_was_moved_by_hand_has_moved_so_far(base_folder: Path) -> N
     down = model.model.layers[2].mlp.down_proj
     down.bias = torch.nn.Parameter(1.75 * unit)
     moved = wrap_model(model, loaded.tokenizer)
-    found = measure_shifts(base, {"moved": lambda: moved}, [vectors], ShiftSettings(scores=False, asked=ASKED)).summary
+    found = shift(base, {"moved": lambda: moved}, [vectors], ShiftSettings(scores=False, asked=ASKED)).summary
     shifts = found["traits"]["impolite"]["models"]["moved"]["shift"]
     assert [each["mean"] for each in shifts] == pytest.approx([0, 0, 1.75], abs=1e-4)
     assert found["traits"]["impolite"]["models"]["moved"]["change"] is None
@@ -69,13 +69,13 @@ def test_adapters_are_measured_unmerged_as_merged(base_folder: Path, tmp_path: P
     expected = (last_tokens(merged).mean(0) - last_tokens(loaded.model).mean(0)) @ (vectors[1] / vectors[1].norm())
     opening = {"run": lambda: open_backend("transformers", str(place), dtype="float32", device="cpu")}
     settings = ShiftSettings(layers=(1,), asked=ASKED)
-    found = measure_shifts(base, opening, [vectors], settings, folder=tmp_path / "shift").summary["traits"]["impolite"]
+    found = shift(base, opening, [vectors], settings, folder=tmp_path / "shift").summary["traits"]["impolite"]
     assert found["models"]["run"]["shift"][0]["mean"] == pytest.approx(float(expected), abs=1e-4)
     assert found["score"]["n"] == 3
     change = found["models"]["run"]["score"]["mean"] - found["score"]["mean"]
     assert found["models"]["run"]["change"]["mean"] == pytest.approx(change)
     assert found["correlations"] == [{"layer": 1, "value": None, "low": None, "high": None, "n": 1}]
-    again = measure_shifts(base, opening, [vectors], settings, folder=tmp_path / "shift").summary
+    again = shift(base, opening, [vectors], settings, folder=tmp_path / "shift").summary
     assert again["traits"]["impolite"] == found
 
 
@@ -86,11 +86,11 @@ def test_a_model_that_was_trained_again_is_another(base_folder: Path, tmp_path: 
     settings = ShiftSettings(layers=(1,), asked=ASKED)
     models = [wrap_model(tiny_model(seed=seed), tiny_tokenizer()) for seed in (1, 2)]
     both = {"a/b": lambda: models[0], "a--b": lambda: models[1]}
-    found = measure_shifts(base, both, [vectors], settings, folder=tmp_path / "run").summary["traits"]["impolite"]
+    found = shift(base, both, [vectors], settings, folder=tmp_path / "run").summary["traits"]["impolite"]
     scores = [found["models"][name]["score"]["mean"] for name in both]
     assert scores[0] != scores[1]
     with pytest.raises(RunError, match=r"(?s)a/b\.weights: .*--accept-changes"):
-        measure_shifts(base, {**both, "a/b": lambda: models[1]}, [vectors], settings, folder=tmp_path / "run")
+        shift(base, {**both, "a/b": lambda: models[1]}, [vectors], settings, folder=tmp_path / "run")
 
 
 def test_correlation_with_its_interval() -> None:
@@ -109,10 +109,10 @@ def test_what_cannot_be_compared(base_folder: Path) -> None:
     base = open_backend("transformers", str(base_folder), dtype="float32", device="cpu")
     vectors = vectors_of(load(str(base_folder), dtype="float32", device="cpu"))
     with pytest.raises(FinetuningError, match="there are none to compare"):
-        measure_shifts(base, {}, [vectors])
+        shift(base, {}, [vectors])
     other = wrap_model(tiny_model("qwen2"), tiny_tokenizer())
     with pytest.raises(FinetuningError, match="qwen is no finetune of tiny-base: architecture is Qwen2ForCausalLM"):
-        measure_shifts(base, {"qwen": lambda: other}, [vectors], ShiftSettings(scores=False, asked=ASKED))
+        shift(base, {"qwen": lambda: other}, [vectors], ShiftSettings(scores=False, asked=ASKED))
     assert (base.info.n_layers, base.info.d_model) == (N_LAYERS, D_MODEL)
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from persona_lens import PersonaLensError
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.judging.agreement import AgreementError, read_scored, response_id
 from persona_lens.steering import SweepRow, SweepSettings, sweep
 from persona_lens.traits import load_trait
@@ -46,14 +46,14 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]], encoding: str = "utf-8"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepRow]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sequence[SweepRow]]:
     """A folder with an extraction and a sweep in it, and the sweep's rows."""
     folder = tmp_path_factory.mktemp("runs")
     backend = PlantedBackend(TRAIT, noise=0.5)
     settings = ExtractionSettings(questions=4, samples=2)
-    found = run_extraction(backend, TRAIT, folder / "extraction", settings=settings)
+    found = extract(backend, TRAIT, folder / "extraction", settings=settings)
     steps = SweepSettings(layers=(1,), coefficients=(-2.0, 2.0), questions=3, samples=2, random_directions=1)
-    return folder, sweep(backend, found.vectors, steps, folder=folder / "steering", name="steering")
+    return folder, sweep(backend, found.vectors, steps, folder=folder / "steering", name="steering").answers
 
 
 # Runs
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SweepRow]
 def test_an_extraction_has_each_response_with_its_own_score(runs: tuple[Path, list[SweepRow]], tmp_path: Path) -> None:
     folder = shutil.copytree(runs[0] / "extraction", tmp_path / "extraction")
     settings = ExtractionSettings(questions=4, samples=2)
-    again = run_extraction(PlantedBackend(TRAIT, noise=0.5), TRAIT, settings=settings)
+    again = extract(PlantedBackend(TRAIT, noise=0.5), TRAIT, settings=settings)
     # As many different scores as responses, so that none can be taken for another's.
     write(folder / "scores.jsonl", [{"row": i, "score": float(i), "reason": None} for i in range(80)])
     found = read_scored(folder)

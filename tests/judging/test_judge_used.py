@@ -15,14 +15,15 @@ from persona_lens.backend import wrap_model
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.data.datasets import open_dataset
 from persona_lens.finetuning.outcomes import TreatmentSettings
-from persona_lens.finetuning.shift import ShiftSettings, measure_shifts
+from persona_lens.finetuning.shift import ShiftSettings, shift
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
 from persona_lens.judging import Exchange, Judge, Judgement, Score
 from persona_lens.monitoring import StudySettings, study
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import Flagging, screen
-from persona_lens.steering import ArmSettings, CrossSettings, Steering, cross_effects
-from persona_lens.steering.comparison import compare_steerings
+from persona_lens.steering import ArmSettings, CrossSettings, Steering
+from persona_lens.steering.comparison import compare
+from persona_lens.steering.crossing import effects
 from persona_lens.steering.tuning import TuneSettings, tune
 from tests.analysis.dictionaries import dictionary
 from tests.campaign.targets import SMALL, TRAIT, Normed, planted, tiny_vectors, vectors
@@ -54,21 +55,21 @@ def _tune(folder: Path, judge: Judge) -> None:
 
 def _compare(folder: Path, judge: Judge) -> None:
     arms = {"up": Steering.parse(f"{TRAIT.name}@1:+1", vectors())}
-    compare_steerings(planted(), arms, vectors(), ArmSettings((0, 1), rollouts=SMALL), folder=folder, judge=judge)
+    compare(planted(), arms, vectors(), ArmSettings((0, 1), rollouts=SMALL), folder=folder, judge=judge)
 
 
 def _effects(folder: Path, judge: Judge) -> None:
     arms = {TRAIT.name: Steering.parse(f"{TRAIT.name}@1:+1", tiny_vectors())}
     settings = CrossSettings(questions=1, random_directions=0, rollouts=RolloutSettings(4))
     judges = {TRAIT.name: judge}
-    cross_effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder, judges=judges)
+    effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder, judges=judges)
 
 
 def _shift(folder: Path, judge: Judge) -> None:
     other = {"other": partial(wrap_model, tiny_model(seed=1), tiny_tokenizer())}
     asked = ArmSettings((0,), random_directions=0, rollouts=RolloutSettings(4))
     judges = {TRAIT.name: judge}
-    measure_shifts(made.backend(), other, [tiny_vectors()], ShiftSettings(asked=asked), folder=folder, judges=judges)
+    shift(made.backend(), other, [tiny_vectors()], ShiftSettings(asked=asked), folder=folder, judges=judges)
 
 
 def _dissect(folder: Path, judge: Judge) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Exchange, JudgingError, LLMJudge, Method
 from persona_lens.judging.llm import COHERENCE, fill_rubric
@@ -19,8 +19,9 @@ from persona_lens.models.server import CompletionCache, CompletionServer, Server
 from persona_lens.monitoring import study
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.steering import Steering, SweepSettings, choose_layer, cross_effects, curve, sweep, tune
-from persona_lens.steering.comparison import compare_steerings
+from persona_lens.steering import Steering, SweepSettings, choose_layer, curve, sweep, tune
+from persona_lens.steering.comparison import compare
+from persona_lens.steering.crossing import effects
 from persona_lens.traits import load_trait
 from tests.models.server.loopback import Loopback, completion, serving
 from tests.planted import PlantedBackend
@@ -292,18 +293,18 @@ class Unready:
 
 def test_nothing_is_generated_for_a_judge_that_cannot_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = PlantedBackend(TRAIT)
-    vectors = run_extraction(backend, TRAIT, settings=SMALL).vectors
+    vectors = extract(backend, TRAIT, settings=SMALL).vectors
     steering = Steering.parse("optimistic@1:+1", vectors)
     asked: list[Any] = []
     monkeypatch.setattr(backend, "generate", lambda *given, **more: asked.append(given))
     judge = Unready()
     for work in (
-        lambda: run_extraction(backend, TRAIT, tmp_path / "a", settings=SMALL, judge=judge),
+        lambda: extract(backend, TRAIT, tmp_path / "a", settings=SMALL, judge=judge),
         lambda: sweep(backend, vectors, SweepSettings(layers=(1,)), folder=tmp_path / "b", judge=judge),
-        lambda: compare_steerings(backend, {"one": steering}, vectors, folder=tmp_path / "c", judge=judge),
+        lambda: compare(backend, {"one": steering}, vectors, folder=tmp_path / "c", judge=judge),
         lambda: tune(backend, vectors, folder=tmp_path / "d", judge=judge),
         lambda: study(backend, vectors, trait=TRAIT, folder=tmp_path / "e", judge=judge),
-        lambda: cross_effects(
+        lambda: effects(
             backend, {TRAIT.name: steering}, {TRAIT.name: vectors}, folder=tmp_path / "f", judges={TRAIT.name: judge}
         ),
     ):
@@ -326,7 +327,7 @@ def by_arm(body: dict[str, Any]) -> dict[str, Any]:
 def test_an_extraction_by_a_server_goes_on_without_asking_twice(tmp_path: Path) -> None:
     with serving(respond=by_arm) as loopback:
         judge = judge_at(loopback, tmp_path / "cache")
-        found = run_extraction(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
+        found = extract(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
         assert found.summary["counts"]["positive"]["kept"] == 15
         assert found.vectors.provenance["judge"] == {**judge.describe(), "method": "logprobs"}
         asked = sum(loopback.seen.values())
@@ -336,13 +337,13 @@ def test_an_extraction_by_a_server_goes_on_without_asking_twice(tmp_path: Path) 
         assert {row["coherence"] for row in rows} == {95}
         for name in ("judgements.jsonl", "scores.jsonl", "summary.json"):
             (tmp_path / "run" / name).unlink()
-        run_extraction(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
+        extract(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
         assert sum(loopback.seen.values()) == asked
         assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")} == files
     # With what the folder holds, no server is needed any more; another judge is another run.
-    run_extraction(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
+    extract(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
     with pytest.raises(RunError, match="judge"):
-        run_extraction(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL)
+        extract(PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL)
 
 
 def test_the_judge_in_the_documentation_works(tmp_path: Path) -> None:
@@ -353,7 +354,7 @@ def test_the_judge_in_the_documentation_works(tmp_path: Path) -> None:
     judge = namespace["Exclamations"]()
     backend = PlantedBackend(TRAIT)
     with pytest.raises(ExtractionError, match="positive arm is left: its scores were from 0 to 0"):
-        run_extraction(backend, TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
+        extract(backend, TRAIT, tmp_path / "run", settings=SMALL, judge=judge)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["judge"] == judge.describe()
     rows = (tmp_path / "run" / "judgements.jsonl").read_text().splitlines()
     assert len(rows) == 30
@@ -365,7 +366,7 @@ def test_incoherence_is_why_nothing_is_left(tmp_path: Path) -> None:
         return completion("9", {"9": 1.0}) if about_coherence(body) else by_arm(body)
 
     with serving(respond=respond) as loopback, pytest.raises(ExtractionError, match="15 of them were not coherent"):
-        run_extraction(
+        extract(
             PlantedBackend(TRAIT), TRAIT, tmp_path / "run", settings=SMALL, judge=judge_at(loopback, tmp_path / "c")
         )
     assert (tmp_path / "run" / "rollouts.jsonl").exists()  # responses are there before anything can go wrong
@@ -376,10 +377,10 @@ def test_a_sweep_by_a_server_is_coherent_where_the_judge_says_so(tmp_path: Path)
         return completion("30", {"30": 1.0}) if about_coherence(body) else by_arm(body)
 
     backend = PlantedBackend(TRAIT)
-    vectors = run_extraction(backend, TRAIT, settings=SMALL).vectors
+    vectors = extract(backend, TRAIT, settings=SMALL).vectors
     chosen = SweepSettings(layers=(0, 1), questions=2, random_directions=0, rollouts=SMALL.rollouts)
     with serving(respond=respond) as loopback:
-        rows = sweep(backend, vectors, chosen, judge=judge_at(loopback, tmp_path))
+        rows = sweep(backend, vectors, chosen, judge=judge_at(loopback, tmp_path)).answers
     assert {row.coherence for row in rows} == {30}
     assert {row.nll for row in rows} == {None}
     points = curve(rows, 0)

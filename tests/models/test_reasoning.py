@@ -9,7 +9,7 @@ import pytest
 
 from persona_lens import load_vectors
 from persona_lens.core.progress import PersonaLensNote
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import ConversationMonitor, Panel
 from persona_lens.runs.rollouts import Rollouts, RolloutSettings
@@ -29,7 +29,7 @@ def test_vectors_of_a_model_that_reasons_say_that_the_reasoning_is_in_them(tmp_p
     backend = PlantedBackend(TRAIT, respond=lambda leaning: f"Hm.</think>\n\nleaning {leaning:+.3f}")
     chat = ChatFormat.from_tokenizer(backend.tokenizer, template=OPENS)
     with pytest.warns(PersonaLensNote, match=SAID):
-        found = run_extraction(backend, TRAIT, tmp_path, settings=ExtractionSettings(questions=3), chat=chat)
+        found = extract(backend, TRAIT, tmp_path, settings=ExtractionSettings(questions=3), chat=chat)
     assert found.summary["responses_hold_reasoning"] is True
     vectors = load_vectors(tmp_path)
     assert vectors.provenance["chat"]["responses_hold_reasoning"] is True

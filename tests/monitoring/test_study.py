@@ -16,7 +16,7 @@ from torch import Tensor
 
 from persona_lens.backend import Generation
 from persona_lens.backend.tokens import TokenIds
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.experiment import Subject
 from persona_lens.judging import Calibration
 from persona_lens.models.chat import chat_format
@@ -200,9 +200,7 @@ def test_examples_stand_before_the_question_as_turns() -> None:
 
 
 def test_examples_are_the_best_positive_response_to_each_question(tmp_path: Path) -> None:
-    run = run_extraction(
-        PlantedBackend(TRAIT), TRAIT, tmp_path, settings=ExtractionSettings(questions=3, rollouts=SHORT)
-    )
+    run = extract(PlantedBackend(TRAIT), TRAIT, tmp_path, settings=ExtractionSettings(questions=3, rollouts=SHORT))
     chosen = {0: (2, 95.0), 1: (0, 99.0), 2: (4, 90.0)}  # by question: the pair made best, and its score
     rows = []
     for number, rollout in enumerate(run.rollouts):
@@ -246,9 +244,7 @@ def test_old_vectors_get_the_graded_prompts_of_the_same_trait() -> None:
 
 def test_extracted_vectors_carry_the_graded_prompts(tmp_path: Path) -> None:
     chosen = RolloutSettings(max_new_tokens=20, temperature=0.6, batch_size=10)
-    run = run_extraction(
-        PlantedBackend(TRAIT), TRAIT, tmp_path, settings=ExtractionSettings(questions=2, rollouts=chosen)
-    )
+    run = extract(PlantedBackend(TRAIT), TRAIT, tmp_path, settings=ExtractionSettings(questions=2, rollouts=chosen))
     assert run.vectors.provenance["trait"]["graded_prompts"] == list(TRAIT.graded_prompts)
     assert "graded_prompts" not in json.loads((tmp_path / "run.json").read_text())["trait"]
     assert load_vectors(tmp_path).rollouts == RolloutSettings(max_new_tokens=20, temperature=0.6)

@@ -100,7 +100,7 @@ def test_a_key_that_is_accepted(strict_server: str, models: Path) -> None:
 def test_the_key_is_in_nothing_that_is_kept(strict_server: str, models: Path, tmp_path: Path) -> None:
     backend = remote(models / "llama")
     settings = ExtractionSettings(questions=4, paired=False, rollouts=RolloutSettings(max_new_tokens=24))
-    vectors = extract(backend, "optimistic", tmp_path / "run", settings=settings)
+    vectors = extract(backend, "optimistic", tmp_path / "run", settings=settings).vectors
     kept = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(kept) > 5
     for text in (*kept, repr(vars(backend)).encode(), vectors.to_bytes()):

@@ -97,7 +97,7 @@ def test_the_headline_says_no_more_than_the_cells() -> None:
     assert "steering optimistic changes impolite by −10.0 (−12.0 to −8.0), random directions by +0.2" in " ".join(
         found.sentences
     )
-    assert headline(make_summary(null=False)).verdict == "no-null"
+    assert headline(make_summary(null=False)).verdict == "no null"
     weak = make_summary()
     weak["cells"][0]["score"]["clear"] = 0
     assert headline(weak).verdict == "unclear"
@@ -105,7 +105,7 @@ def test_the_headline_says_no_more_than_the_cells() -> None:
     empty = make_summary()
     for cell in empty["cells"]:
         cell["score"] = None
-    assert headline(empty).verdict == "no-null"
+    assert headline(empty).verdict == "no null"
     Page(render_effects(empty))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from persona_lens.monitoring.markup import STEPS, dark, light
-from persona_lens.reports import tuning
-from persona_lens.reports.tuning import draw_tuning, named_arms, render_tuning, verdict
+from persona_lens.reports import svg, tuning
+from persona_lens.reports.tuning import figures, headline, named_arms, render_tuning
 from tests.reports.test_report import (
     HOSTILE,
     Page,
@@ -219,7 +219,7 @@ DRAWN = {
 @pytest.mark.usefixtures("drawing_wide")
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
-        return {name: each.wide + each.narrow for name, each in draw_tuning(summary).items()}
+        return {name: each.wide + each.narrow for name, each in svg.drawn(figures(summary)).items()}
 
     full = {**make_tuning(), "capability": capability()}
     before = drawn(full)
@@ -286,7 +286,7 @@ def test_the_colours_are_those_of_the_heat_map_of_tokens() -> None:
 def verdict_of(sign: int = 1, **changes: Any) -> tuple[str, str]:
     summary = make_tuning(sign)
     summary["confirmed"].update(changes)
-    found = verdict(summary)
+    found = headline(summary)
     return found.verdict, " ".join((found.title, *found.sentences))
 
 
@@ -332,7 +332,7 @@ def test_text_that_falls_apart_is_no_success() -> None:
     summary = make_tuning()
     for place in summary["curve"]:
         place["coherent"] = False
-    assert verdict(summary).verdict == "unclear"
+    assert headline(summary).verdict == "unclear"
     assert "The text falls apart: the chosen steering raises" in text_of(summary)
     for place in [*summary["surface"], summary["chosen"]]:
         place["coherent"] = False
@@ -366,7 +366,7 @@ def test_a_missing_null_is_said_to_be_missing() -> None:
     assert len(cells(found)) == len(summary["surface"])
     assert "No random directions were run" in found.text
     assert "None was run." in found.text
-    assert "random directions" not in "".join(str(draw_tuning(summary)["curve"]))
+    assert "random directions" not in "".join(str(svg.drawn(figures(summary))["curve"]))
 
 
 @pytest.mark.usefixtures("drawing")
@@ -456,4 +456,4 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
 
 @pytest.mark.usefixtures("drawing_wide")
 def test_no_text_of_others_reaches_a_figure() -> None:
-    assert draw_tuning(infected(" ".join(HOSTILE))) == draw_tuning(make_tuning())
+    assert svg.drawn(figures(infected(" ".join(HOSTILE)))) == svg.drawn(figures(make_tuning()))

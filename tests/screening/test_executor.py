@@ -59,7 +59,7 @@ def test_two_workers_one_of_which_dies_give_the_same(tmp_path: Path, monkeypatch
     known = KnownModel.of(backend)
     done = screen(known, data, panel, SETTINGS, folder=tmp_path / "two", executor=executor)
     assert (tmp_path / "died").exists()
-    assert done.rows == 80
+    assert done.scored == 80
     for name in ("scores.jsonl", "results.parquet", "rejects.jsonl", "summary.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 

@@ -21,7 +21,7 @@ LAYER = 20
 def test_impolite_replies_lie_above_normal_ones_and_random_directions_do_not_see_them(tmp_path: Path) -> None:
     backend = pl.open_backend("transformers", "smollm2-135m")
     settings = ExtractionSettings(questions=4, rollouts=RolloutSettings(max_new_tokens=12, temperature=0.6))
-    vectors = pl.extract(backend, "impolite", settings=settings)
+    vectors = pl.extract(backend, "impolite", settings=settings).vectors
     data = open_dataset("demonstration:impolite", label="level", limit=45)
     found = screen(backend, [data], Panel.of(vectors, LAYER), folder=tmp_path, flagging=Flagging(random_directions=40))
     strong = found.summary["labels"]["labels"]["strong"]

@@ -275,7 +275,7 @@ def test_a_finished_run_is_not_scored_again_and_another_is_refused(tmp_path: Pat
     path = jsonl(tmp_path / "rows.jsonl", pairs(9))
     first = run(tmp_path / "run", path)
     again = run(tmp_path / "run", path)
-    assert (first.rows, again.rows, again.tokens) == (9, 0, 0)
+    assert (first.scored, again.scored, again.tokens) == (9, 0, 0)
     assert again.summary == first.summary
     jsonl(path, pairs(9, 5))
     with pytest.raises(PersonaLensError, match="holds a run with another configuration"):
@@ -420,7 +420,7 @@ def test_rows_do_not_depend_on_who_is_screened_beside_them(tmp_path: Path) -> No
     alone = screen(
         made.backend(), [open_dataset(paths[1])], Panel(panel().gauges[1:2]), SMALL, folder=tmp_path / "alone"
     )
-    assert alone.rows == 12
+    assert alone.scored == 12
     np.testing.assert_allclose(both["odd@0.raw"][12:], table(tmp_path / "alone")["odd@0.raw"], atol=1e-5)
 
 

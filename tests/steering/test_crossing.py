@@ -24,10 +24,9 @@ from persona_lens.steering import (
     CrossSettings,
     Steering,
     SteeringError,
-    cross_effects,
 )
 from persona_lens.steering.comparison import change_of
-from persona_lens.steering.crossing import Crossing
+from persona_lens.steering.crossing import Crossing, effects
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
 from tests.backends.fixtures import tiny_backend
@@ -208,7 +207,7 @@ def test_nothing_is_clear_without_a_null_with_one_question_or_on_both_sides() ->
 
 def test_every_cell_is_what_was_planted(planted: PlantedPair) -> None:
     traits = pair(planted)
-    found = cross_effects(planted, arms(traits), traits, SETTINGS, judges=judges())
+    found = effects(planted, arms(traits), traits, SETTINGS, judges=judges())
     # Steering +2 along the first adds 2 * first: texts say 2. Steering -1 along the second: -(3 * 4) / 16 = -0.75.
     expected = {
         # (steering, trait): points, text in lengths, residual of the steered model in lengths, cosine
@@ -234,7 +233,7 @@ def test_every_cell_is_what_was_planted(planted: PlantedPair) -> None:
 def test_the_null_is_the_same_steering_turned(planted: PlantedPair) -> None:
     traits = pair(planted)
     steerings = arms(traits)
-    found = cross_effects(planted, steerings, traits, replace(SETTINGS, seed=7), judges=judges())
+    found = effects(planted, steerings, traits, replace(SETTINGS, seed=7), judges=judges())
     changes = found.cell("optimistic", "optimistic").steered_projection
     # Four questions and three rotations: question i has rotation i modulo 3.
     turned = [steerings["optimistic"].null(7 + i % 3)[0] for i in range(4)]
@@ -244,22 +243,22 @@ def test_the_null_is_the_same_steering_turned(planted: PlantedPair) -> None:
     assert changes.difference is not None
     assert changes.random.mean == pytest.approx(sum(along) / 4, abs=1e-5)
     assert changes.difference.mean == pytest.approx(2 - sum(along) / 4, abs=1e-5)
-    bare = cross_effects(planted, steerings, traits, replace(SETTINGS, random_directions=0), judges=judges())
-    assert {row.direction for row in bare.rows} == {"none", "vector"}
+    bare = effects(planted, steerings, traits, replace(SETTINGS, random_directions=0), judges=judges())
+    assert {row.direction for row in bare.answers} == {"none", "vector"}
     assert all(cell.score and cell.score.random is None and cell.score.clear == 0 for cell in bare.cells)
 
 
 def test_all_are_asked_the_same_held_out_questions_of_every_trait(planted: PlantedPair) -> None:
     traits = pair(planted)
     scoring = judges()
-    found = cross_effects(planted, arms(traits), traits, replace(SETTINGS, samples=2), judges=scoring)
+    found = effects(planted, arms(traits), traits, replace(SETTINGS, samples=2), judges=scoring)
     asked = [*OPTIMISTIC.evaluation_questions[:2], *IMPOLITE.evaluation_questions[:2]]
     assert list(found.questions) == asked
     assert list(found.questions.values()) == ["optimistic"] * 2 + ["impolite"] * 2
-    arms_seen = {(r.arm, r.direction) for r in found.rows}
+    arms_seen = {(r.arm, r.direction) for r in found.answers}
     assert len(arms_seen) == 5
     for arm in arms_seen:
-        assert sorted((r.question, r.sample) for r in found.rows if (r.arm, r.direction) == arm) == [
+        assert sorted((r.question, r.sample) for r in found.answers if (r.arm, r.direction) == arm) == [
             (question, sample) for question in range(4) for sample in range(2)
         ]
     for judge in scoring.values():
@@ -285,8 +284,8 @@ def test_empty_responses_count_for_nothing(planted: PlantedPair) -> None:
     traits = pair(planted)
     seeds = {r.seed for r in Crossing(planted, arms(traits), traits, SETTINGS, judges()).requests[:1]}
     planted.silent = seeds.__contains__
-    found = cross_effects(planted, arms(traits), traits, SETTINGS, judges=judges())
-    silent = [row for row in found.rows if not row.text]
+    found = effects(planted, arms(traits), traits, SETTINGS, judges=judges())
+    silent = [row for row in found.answers if not row.text]
     assert {row.question for row in silent} == {0}
     assert all(value is None for row in silent for value in (*row.scores.values(), *row.text_projections.values()))
     assert all(cell.score and cell.score.vector.n == 3 for cell in found.cells)
@@ -309,22 +308,22 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(planted: PlantedPai
     traits = pair(planted)
     folder = tmp_path / "run"
     with pytest.raises(SteeringError, match="at least one steering"):
-        cross_effects(planted, {}, traits, folder=folder)
+        effects(planted, {}, traits, folder=folder)
     with pytest.raises(SteeringError, match="no judge for impolite"):
-        cross_effects(planted, arms(traits), traits, judges={"optimistic": Reader(1.0)}, folder=folder)
+        effects(planted, arms(traits), traits, judges={"optimistic": Reader(1.0)}, folder=folder)
     with pytest.raises(VectorsError, match="layer 9 does not exist"):
-        cross_effects(planted, arms(traits), traits, CrossSettings(layer=9), judges=judges(), folder=folder)
+        effects(planted, arms(traits), traits, CrossSettings(layer=9), judges=judges(), folder=folder)
     with pytest.raises(SteeringError, match="cannot be called 'unsteered'"):
-        cross_effects(planted, {"unsteered": arms(traits)["optimistic"]}, traits, judges=judges(), folder=folder)
+        effects(planted, {"unsteered": arms(traits)["optimistic"]}, traits, judges=judges(), folder=folder)
     with pytest.raises(SteeringError, match="at least 1"):
         CrossSettings(questions=0)
     bare = PersonaVectors("optimistic", planted.info, traits["optimistic"].directions, {})
     with pytest.raises(VectorsError, match="carry no trait"):
-        cross_effects(planted, arms(traits), {"optimistic": bare}, judges=judges(), folder=folder)
+        effects(planted, arms(traits), {"optimistic": bare}, judges=judges(), folder=folder)
     elsewhere = replace(planted.info, weights="sha256:other")
     other = PersonaVectors("impolite", elsewhere, traits["impolite"].directions, traits["impolite"].provenance)
     with pytest.raises(VectorsError, match="belong to another model"):
-        cross_effects(planted, arms(traits), {**traits, "impolite": other}, judges=judges(), folder=folder)
+        effects(planted, arms(traits), {**traits, "impolite": other}, judges=judges(), folder=folder)
     assert planted.calls == 0
     assert not folder.exists()
 
@@ -355,26 +354,26 @@ def test_a_run_that_was_stopped_anywhere_ends_the_same(tmp_path: Path) -> None:
     settings = replace(SETTINGS, rollouts=RolloutSettings(batch_size=6))
     whole = PlantedPair()
     traits = pair(whole)
-    cross_effects(whole, arms(traits), traits, settings, judges=judges(), folder=tmp_path / "whole")
+    effects(whole, arms(traits), traits, settings, judges=judges(), folder=tmp_path / "whole")
     assert whole.calls >= 6
     for stop in range(1, whole.calls + 1):
         stopped = PlantedPair()
         stopped.fails_at = stop
         folder = tmp_path / f"{stop}"
         with pytest.raises(KeyboardInterrupt):
-            cross_effects(stopped, arms(traits), traits, settings, judges=judges(), folder=folder)
-        cross_effects(stopped, arms(traits), traits, settings, judges=judges(), folder=folder)
+            effects(stopped, arms(traits), traits, settings, judges=judges(), folder=folder)
+        effects(stopped, arms(traits), traits, settings, judges=judges(), folder=folder)
         assert stopped.calls == whole.calls + 1  # what was there was not made again
         assert content(folder) == content(tmp_path / "whole")
 
 
 def test_the_folder_holds_the_figures_and_refuses_another_run(planted: PlantedPair, tmp_path: Path) -> None:
     traits = pair(planted)
-    found = cross_effects(planted, arms(traits), traits, SETTINGS, judges=judges(), folder=tmp_path)
+    found = effects(planted, arms(traits), traits, SETTINGS, judges=judges(), folder=tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == json.loads(json.dumps(found.to_json()))
     rows = [json.loads(line) for line in (tmp_path / "effects-scores.jsonl").read_text().splitlines()]
-    assert rows == [{"row": number, **asdict(row)} for number, row in enumerate(found.rows)]
+    assert rows == [{"row": number, **asdict(row)} for number, row in enumerate(found.answers)]
     assert summary["cells"][0]["score"]["vector"]["mean"] == pytest.approx(20.0)
     assert [s["text"] for s in summary["steerings"]] == ["optimistic@1:+2", "impolite@1:-1"]
     assert summary["steerings"][0]["nll"]["vector"]["mean"] == 0
@@ -382,20 +381,18 @@ def test_the_folder_holds_the_figures_and_refuses_another_run(planted: PlantedPa
     assert [r["steering"] for r in summary["samples"][0]["responses"]] == [None, "optimistic", "impolite"]
     assert (tmp_path / "effects-01-impolite-judgements.jsonl").exists()
     calls = planted.calls
-    again = cross_effects(planted, arms(traits), traits, SETTINGS, judges=judges(), folder=tmp_path)
-    assert again.rows == found.rows
+    again = effects(planted, arms(traits), traits, SETTINGS, judges=judges(), folder=tmp_path)
+    assert again.answers == found.answers
     assert planted.calls == calls
     with pytest.raises(RunError, match=r"settings\.questions: 2 -> 3"):
-        cross_effects(planted, arms(traits), traits, replace(SETTINGS, questions=3), judges=judges(), folder=tmp_path)
+        effects(planted, arms(traits), traits, replace(SETTINGS, questions=3), judges=judges(), folder=tmp_path)
 
 
 def test_names_that_are_no_file_names_do_no_harm(planted: PlantedPair, tmp_path: Path) -> None:
     traits = {"../a": pair(planted)["optimistic"], "A/..": pair(planted)["impolite"]}
     scoring: dict[str, Any] = dict(zip(traits, judges().values(), strict=True))
     steerings = {"../up": Steering.parse("optimistic@1:+1", traits["../a"])}
-    found = cross_effects(
-        planted, steerings, traits, replace(SETTINGS, layer=1), judges=scoring, folder=tmp_path / "run"
-    )
+    found = effects(planted, steerings, traits, replace(SETTINGS, layer=1), judges=scoring, folder=tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert found.cell("../up", "../a").own
 
@@ -416,7 +413,7 @@ def test_by_default_each_trait_has_its_own_calibrated_judge_of_the_unsteered_mod
 ) -> None:
     traits = {"optimistic": vectors_of(tiny, OPTIMISTIC), "impolite": vectors_of(tiny, IMPOLITE)}
     settings = CrossSettings(questions=1, random_directions=1, rollouts=SHORT)
-    found = cross_effects(tiny, arms(traits), traits, settings, folder=tmp_path)
+    found = effects(tiny, arms(traits), traits, settings, folder=tmp_path)
     kept = {
         (row["arm"], row["direction"], row["question_number"]): row
         for row in map(json.loads, (tmp_path / "effects-rollouts.jsonl").read_text().splitlines())
@@ -424,7 +421,7 @@ def test_by_default_each_trait_has_its_own_calibrated_judge_of_the_unsteered_mod
     chat = chat_format(tiny)
     for name, trait in (("optimistic", OPTIMISTIC), ("impolite", IMPOLITE)):
         judge = LikelihoodJudge(tiny, chat, trait, Calibration(4.0, 0.5))
-        for row in found.rows:
+        for row in found.answers:
             response = kept[row.arm, row.direction, row.question]
             whole = chat.decode(response["response_ids"]) == row.text
             ids = tuple(response["response_ids"]) if whole else None
@@ -437,14 +434,14 @@ def test_by_default_each_trait_has_its_own_calibrated_judge_of_the_unsteered_mod
 def test_unsteered_both_projections_are_one_and_steered_they_differ_by_the_edit(tiny: Backend) -> None:
     traits = {"optimistic": vectors_of(tiny, OPTIMISTIC), "impolite": vectors_of(tiny, IMPOLITE)}
     settings = CrossSettings(questions=2, random_directions=1, rollouts=SHORT)
-    found = cross_effects(
+    found = effects(
         tiny,
         {"optimistic": Steering.parse("optimistic@1:+3", traits)},
         traits,
         replace(settings, layer=1),
         judges=judges(),
     )
-    for row in found.rows:
+    for row in found.answers:
         steered, text = row.steered_projections["optimistic"], row.text_projections["optimistic"]
         assert steered is not None
         assert text is not None
@@ -471,8 +468,8 @@ def test_work_is_told_without_running(tiny: Backend) -> None:
 def test_coherence_and_surprise_are_kept_once(planted: PlantedPair) -> None:
     traits = pair(planted)
     scoring: dict[str, Any] = {"optimistic": Reader(10.0), "impolite": Reader(-5.0, coherence=80.0)}
-    found = cross_effects(planted, arms(traits), traits, SETTINGS, judges=scoring)
-    assert {row.coherence for row in found.rows} == {80.0}
+    found = effects(planted, arms(traits), traits, SETTINGS, judges=scoring)
+    assert {row.coherence for row in found.answers} == {80.0}
     change = found.coherence("optimistic")
     assert isinstance(change, Change)
     assert change.vector.mean == 0

@@ -178,7 +178,7 @@ def test_steered_and_unsteered_rows_of_one_batch_are_what_each_is_alone(tiny: Ba
     settings = SweepSettings(
         layers=(0, 1), coefficients=(-1.0, 1.0), questions=2, random_directions=2, rollouts=SHORT, seed=4
     )
-    rows = sweep(tiny, vectors, settings)
+    rows = sweep(tiny, vectors, settings).answers
     requests = plan_sweep(TRAIT, settings)
     chat = chat_format(tiny)
     texts = set()
@@ -195,7 +195,7 @@ def test_steered_and_unsteered_rows_of_one_batch_are_what_each_is_alone(tiny: Ba
 
 def test_the_judge_of_a_sweep_is_unsteered_and_calibrated(tiny: Backend, tmp_path: Path) -> None:
     settings = SweepSettings(layers=(1,), coefficients=(1.0,), questions=2, random_directions=0, rollouts=SHORT)
-    rows = sweep(tiny, vectors_for(tiny), settings, folder=tmp_path)
+    rows = sweep(tiny, vectors_for(tiny), settings, folder=tmp_path).answers
     judge = LikelihoodJudge(tiny, chat_format(tiny), TRAIT, CALIBRATION)
     kept = [json.loads(line) for line in (tmp_path / "sweep-rollouts.jsonl").read_text().splitlines()]
     for row in rows:
@@ -213,8 +213,8 @@ def key_of(row: SweepRow) -> tuple[float, int]:
 def test_a_sweep_is_kept_and_gone_on_with(tiny: Backend, tmp_path: Path) -> None:
     vectors = vectors_for(tiny)
     settings = SweepSettings(layers=(1,), questions=3, random_directions=1, rollouts=SHORT)
-    in_memory = sweep(tiny, vectors, settings)
-    rows = sweep(tiny, vectors, settings, folder=tmp_path)
+    in_memory = sweep(tiny, vectors, settings).answers
+    rows = sweep(tiny, vectors, settings, folder=tmp_path).answers
     assert rows == in_memory
     kept = [json.loads(line) for line in (tmp_path / "sweep-scores.jsonl").read_text().splitlines()]
     assert kept == [{"row": number, **asdict(row)} for number, row in enumerate(rows)]
@@ -223,7 +223,7 @@ def test_a_sweep_is_kept_and_gone_on_with(tiny: Backend, tmp_path: Path) -> None
     os.truncate(tmp_path / "sweep-rollouts.jsonl", len(files["sweep-rollouts.jsonl"]) // 2)
     (tmp_path / "sweep-judgements.jsonl").unlink()
     (tmp_path / "sweep-scores.jsonl").unlink()
-    assert sweep(tiny, vectors, settings, folder=tmp_path) == rows
+    assert sweep(tiny, vectors, settings, folder=tmp_path).answers == rows
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"} == files
     with pytest.raises(RunError, match=r"settings\.seed: 0 -> 1"):
         sweep(tiny, vectors, replace(settings, seed=1), folder=tmp_path)
@@ -237,7 +237,10 @@ def test_vectors_of_another_model_are_refused_unless_allowed(tiny: Backend) -> N
     settings = SweepSettings(layers=(1,), coefficients=(1.0,), questions=1, random_directions=0, rollouts=SHORT)
     with pytest.raises(VectorsError, match="another model than the one opened: weights: sha256:other and "):
         sweep(tiny, vectors, settings)
-    assert sweep(tiny, vectors, settings, allow_other_model=True) == sweep(tiny, vectors_for(tiny), settings)
+    assert (
+        sweep(tiny, vectors, settings, allow_other_model=True).answers
+        == sweep(tiny, vectors_for(tiny), settings).answers
+    )
 
 
 def test_a_sweep_that_cannot_be_run_claims_no_folder(tiny: Backend, tmp_path: Path) -> None:
@@ -271,9 +274,9 @@ def test_a_vector_with_nan_steers_nothing(tiny: Backend) -> None:
 def test_planted_steering_has_the_effect_that_was_planted() -> None:
     """Adding c vectors makes a response lean by c; a random direction by c times its cosine with the vector."""
     backend = PlantedBackend(TRAIT)
-    vectors = extract(backend, TRAIT, settings=ExtractionSettings(questions=4))
+    vectors = extract(backend, TRAIT, settings=ExtractionSettings(questions=4)).vectors
     settings = SweepSettings(layers=(0, 2), coefficients=(-1.0, 0.5, 2.0), questions=7, random_directions=3, seed=9)
-    rows = sweep(backend, vectors, settings)
+    rows = sweep(backend, vectors, settings).answers
     calibration = Calibration(**vectors.provenance["judge"]["calibration"])
 
     def scored(leaning: float) -> float:

@@ -17,7 +17,7 @@ from persona_lens import reply
 from persona_lens.backend import Backend, Edit, Operation, Positions, Read, Sampling
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.edits import apply_edit
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import NotationError, Steering, SteeringError, load_steering
@@ -278,9 +278,9 @@ def test_a_run_on_a_steered_model_is_another_run(tmp_path: Path) -> None:
     steered = parse("kind@1:+8").on(BACKEND)
     assert reply(steered, text) != reply(BACKEND, text)
     with pytest.raises(Exception):  # noqa: B017, PT011 - a model this small keeps no responses; its folder is claimed
-        run_extraction(BACKEND, "optimistic", tmp_path / "run", settings=settings)
+        extract(BACKEND, "optimistic", tmp_path / "run", settings=settings)
     with pytest.raises(RunError, match=r"backend: .* -> .*steered sha256:"):
-        run_extraction(steered, "optimistic", tmp_path / "run", settings=settings)
+        extract(steered, "optimistic", tmp_path / "run", settings=settings)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -20,7 +20,7 @@ from persona_lens.reports.tuning import render_tuning
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
-from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect, compare_steerings
+from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect, compare
 from persona_lens.steering.surface import (
     Place,
     Point,
@@ -210,7 +210,7 @@ def test_layers_that_do_not_exist_and_other_models_claim_no_folder(tmp_path: Pat
     scoring = replace(vectors, model=replace(vectors.model, weights="sha256:x"))
     arms = {"a": Steering.parse(f"{vectors.trait}@1:+1", vectors)}
     with pytest.raises(VectorsError, match="another model"):
-        compare_steerings(backend, arms, scoring, folder=tmp_path / "run")
+        compare(backend, arms, scoring, folder=tmp_path / "run")
     with pytest.raises(VectorsError, match="no layer was tuned"):
         vectors.edit()
     assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ from persona_lens.backend import backend_statuses, open_backend
 from persona_lens.backend.parity import check_parity
 from persona_lens.backend.registry import DEFAULT, installed_version
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.experiment import by_question
 from persona_lens.reports.vector import render_vector
 from persona_lens.runs import RunFolder
@@ -78,17 +78,15 @@ def run_demo(
     layers = tuple(sorted({int(depth * backend.info.n_layers) for depth in DEPTHS}))
     ends = (min(settings.coefficients), max(settings.coefficients))
 
-    def steered(name: str, layers: Sequence[int], coefficients: Sequence[float], **which: Any) -> list[SweepRow]:
+    def steered(name: str, layers: Sequence[int], coefficients: Sequence[float], **which: Any) -> tuple[SweepRow, ...]:
         asked = SweepSettings(
             tuple(layers), tuple(coefficients), seed=settings.seed, rollouts=settings.rollouts, **which
         )
-        return sweep(backend, extraction.vectors, asked, folder=root / name, name=name, progress=progress)
+        return sweep(backend, extraction.vectors, asked, folder=root / name, name=name, progress=progress).answers
 
     with RunFolder(root, {"kind": "demo", "settings": asdict(settings), "model": asdict(backend.info)}) as run:
         extraction_settings = replace(settings.extraction, seed=settings.seed)
-        extraction = run_extraction(
-            backend, trait, root / "extraction", settings=extraction_settings, progress=progress
-        )
+        extraction = extract(backend, trait, root / "extraction", settings=extraction_settings, progress=progress)
         on = {"questions": settings.choice_questions, "question_set": "extraction", "random_directions": 0}
         choice = steered("layer-choice", layers, ends, **on)
         layer = choose_layer(choice)

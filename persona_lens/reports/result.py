@@ -1,0 +1,187 @@
+"""`Result`: what an experiment found, to be looked at in the same ways whatever the experiment was."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.core.documents import json_lines, read_json
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import CONFIG, write_bytes
+from persona_lens.core.text import in_short
+from persona_lens.reports import svg
+from persona_lens.reports.kinds import KINDS, SUMMARY, Kind
+from persona_lens.reports.page import Headline, environment
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from persona_lens.vectors import PersonaVectors
+
+TABLES, IMAGES = (".csv", ".jsonl"), (".png", ".svg", ".pdf")
+
+
+class ResultError(PersonaLensError):
+    """A result that cannot be read, shown or written."""
+
+
+class Result:
+    """What an experiment found. Each kind says the same of itself, as it comes or as it is read from its run folder.
+
+    Attributes:
+        kind: What was done, as in ``run.json``: ``sweep``, ``tune``, ….
+        summary: Every figure that is shown, as JSON values: the run's ``summary.json``.
+        folder: The run folder; None for what was kept in memory.
+    """
+
+    kind: str
+    summary: Mapping[str, Any]
+    folder: Path | None
+
+    @staticmethod
+    def load(folder: Path | str) -> StoredResult:
+        """The result of a finished run.
+
+        Raises:
+            ResultError: If the folder holds no run, or one that is not finished.
+        """
+        path = Path(folder)
+        if not (path / CONFIG).is_file():
+            raise ResultError(f"{path} holds no run: there is no {CONFIG} in it")
+        kind = read_json(path / CONFIG).get("kind")
+        if kind not in KINDS:
+            raise ResultError(f"{path} holds a run of the kind {kind!r}, which has no result to be shown")
+        if not (path / SUMMARY).is_file():
+            raise ResultError(f"the run in {path} ({kind}) is not finished; the command that began it goes on with it")
+        return StoredResult(kind, read_json(path / SUMMARY), path)
+
+    @property
+    def _told(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What was counted, as plain records: one a response, unless the kind has others."""
+        if self.folder is None:
+            raise ResultError(f"the rows of this {self.kind} were not kept; give it a folder")
+        return list(self._told.rows(self.folder, self.summary))
+
+    @property
+    def headline(self) -> Headline:
+        """What it comes to, in words no stronger than the intervals allow."""
+        return self._told.headline(self.summary)
+
+    @property
+    def verdict(self) -> str:
+        """The headline in one sentence, with what it rests on and who judged."""
+        rests = f" ({basis})" if (basis := self._told.basis(self.summary)) else ""
+        return f"{self.headline.title}{rests}."
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What `plot` can draw; the first is what it draws unless it is told."""
+        return tuple(self._told.figures(self.summary))
+
+    def plot(self, axes: Axes | None = None, figure: str | None = None) -> Figure:
+        """Draw one of the figures.
+
+        Args:
+            axes: Where; on a new figure by default. Of a figure of several panels only the first is drawn on them.
+            figure: Which of `figures`.
+
+        Raises:
+            ResultError: If there is no such figure.
+
+        Returns:
+            The figure, to be shown, changed or saved (`matplotlib.figure.Figure.savefig`).
+        """
+        wanted = self._told.figures(self.summary)
+        name = figure or next(iter(wanted), None)
+        if name not in wanted:
+            there = f"it has {', '.join(wanted)}" if wanted else "it has nothing to draw"
+            raise ResultError(f"this {self.kind} has no figure {name!r}: {there}" if name else f"{there}: {self!r}")
+        draw, *data = wanted[name]
+        # Axes that are given keep the style of the figure that they are in.
+        with svg.drawing_style() if axes is None else nullcontext(), svg.drawing_on(axes):
+            drawn: Figure = draw(*data, svg.WIDE)
+        return drawn
+
+    def to_pandas(self) -> DataFrame:
+        """The rows as a table; values in groups have columns such as ``scores.evil``.
+
+        Raises:
+            ResultError: If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ResultError("a table needs pandas: pip install pandas") from error
+        return pandas.json_normalize(self.rows)
+
+    def report(self) -> str:
+        """The page, as HTML that loads nothing."""
+        return self._told.rendered(self.summary)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the page (``.html``), the figure (``.png``, ``.svg``, ``.pdf``) or the rows (``.csv``, ``.jsonl``).
+
+        Raises:
+            ResultError: If the name ends otherwise, or the file cannot be written.
+        """
+        target = Path(path)
+        suffix = target.suffix.lower()
+        if suffix in IMAGES:
+            written = io.BytesIO()
+            self.plot().savefig(written, format=suffix[1:])
+            content = written.getvalue()
+        elif suffix == ".csv":
+            content = self.to_pandas().to_csv(index=False).encode()
+        elif suffix == ".jsonl":
+            content = json_lines(self.rows)
+        elif suffix == ".html":
+            content = self.report().encode()
+        else:
+            known = ", ".join((".html", *IMAGES, *TABLES))
+            raise ResultError(f"{target} can be written as {known}; take one of these endings")
+        return write_bytes(target, content, failed=ResultError)
+
+    def __repr__(self) -> str:
+        where = f", {self.folder}" if self.folder else ""
+        return f"<{self.kind}: {in_short(self.verdict, 200)}{where}>"
+
+    def _repr_html_(self) -> str:
+        image = None
+        if self.figures:
+            written = io.BytesIO()
+            self.plot().savefig(written, format="png", dpi=72)
+            image = base64.b64encode(written.getvalue()).decode()
+        shown = {"result": self.headline, "verdict": self.verdict, "image": image, "folder": self.folder}
+        return environment().get_template("result_view.html.j2").render(kind=self.kind, **shown)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class StoredResult(Result):
+    """A result that was read from its run folder."""
+
+    kind: str
+    summary: Mapping[str, Any]
+    folder: Path
+
+    @cached_property
+    def vectors(self) -> PersonaVectors:
+        """The vectors that the run left.
+
+        Raises:
+            VectorsError: If it left none.
+        """
+        from persona_lens.vectors import load_vectors
+
+        return load_vectors(self.folder)
