@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
+    from persona_lens.analysis.capability import evaluate_capability as evaluate_capability
+    from persona_lens.analysis.demo import DemoSettings as DemoSettings
+    from persona_lens.analysis.demo import run_demo as run_demo
+    from persona_lens.analysis.dissection import DissectSettings as DissectSettings
+    from persona_lens.analysis.dissection import dissect as dissect
+    from persona_lens.analysis.logit_lens import lens as lens
     from persona_lens.backend import Backend as Backend
     from persona_lens.backend import Edit as Edit
     from persona_lens.backend import Positions as Positions
@@ -21,32 +27,124 @@ if TYPE_CHECKING:
     from persona_lens.backend import open_backend as open_backend
     from persona_lens.backend import wrap_model as wrap_model
     from persona_lens.core.errors import PersonaLensError as PersonaLensError
+    from persona_lens.core.progress import no_progress as no_progress
+    from persona_lens.data.datasets import open_dataset as open_dataset
+    from persona_lens.extraction import ExtractionSettings as ExtractionSettings
     from persona_lens.extraction import extract as extract
+    from persona_lens.finetuning import FinetuneConfig as FinetuneConfig
+    from persona_lens.finetuning import LoraSettings as LoraSettings
+    from persona_lens.finetuning import PreventativeSteering as PreventativeSteering
+    from persona_lens.finetuning import TrainingEdits as TrainingEdits
+    from persona_lens.finetuning import WatchSettings as WatchSettings
+    from persona_lens.finetuning import finetune as finetune
+    from persona_lens.finetuning.outcomes import TreatmentSettings as TreatmentSettings
+    from persona_lens.finetuning.shift import ShiftSettings as ShiftSettings
+    from persona_lens.finetuning.shift import shift as shift
+    from persona_lens.finetuning.study import FinetuneStudySettings as FinetuneStudySettings
+    from persona_lens.finetuning.study import finetune_study as finetune_study
+    from persona_lens.judging import LikelihoodJudge as LikelihoodJudge
+    from persona_lens.judging import LLMJudge as LLMJudge
+    from persona_lens.judging import LocalJudge as LocalJudge
+    from persona_lens.judging.registry import judges as judges
+    from persona_lens.models.chat import chat_format as chat_format
+    from persona_lens.models.endpoint import ServerSettings as ServerSettings
+    from persona_lens.monitoring import ConversationMonitor as ConversationMonitor
+    from persona_lens.monitoring import Panel as Panel
+    from persona_lens.monitoring import StudySettings as StudySettings
+    from persona_lens.monitoring import study as study
+    from persona_lens.monitoring.scoring import monitor as monitor
+    from persona_lens.reports.result import Result as Result
+    from persona_lens.runs.rollouts import RolloutSettings as RolloutSettings
+    from persona_lens.screening import Flagging as Flagging
+    from persona_lens.screening import ScreeningSettings as ScreeningSettings
+    from persona_lens.screening import screen as screen
+    from persona_lens.steering import ArmSettings as ArmSettings
+    from persona_lens.steering import CrossSettings as CrossSettings
     from persona_lens.steering import Steering as Steering
+    from persona_lens.steering import SweepSettings as SweepSettings
+    from persona_lens.steering import TuneSettings as TuneSettings
+    from persona_lens.steering import compare as compare
     from persona_lens.steering import load_steering as load_steering
     from persona_lens.steering import reply as reply
     from persona_lens.steering import sweep as sweep
+    from persona_lens.steering import tune as tune
+    from persona_lens.steering.crossing import effects as effects
+    from persona_lens.steering.given import generate as generate
+    from persona_lens.steering.given import load as load
+    from persona_lens.traits import Trait as Trait
     from persona_lens.traits import load_trait as load_trait
     from persona_lens.vectors import PersonaVectors as PersonaVectors
     from persona_lens.vectors import load_vectors as load_vectors
+    from persona_lens.vectors.formats import export_vectors as export_vectors
+    from persona_lens.vectors.formats import formats as formats
+    from persona_lens.vectors.formats import import_vectors as import_vectors
 
 _HOMES = {
+    "ArmSettings": "steering",
     "Backend": "backend",
+    "ConversationMonitor": "monitoring",
+    "CrossSettings": "steering",
+    "DemoSettings": "analysis.demo",
+    "DissectSettings": "analysis.dissection",
     "Edit": "backend",
+    "ExtractionSettings": "extraction",
+    "FinetuneConfig": "finetuning",
+    "FinetuneStudySettings": "finetuning.study",
+    "Flagging": "screening",
+    "LLMJudge": "judging",
+    "LikelihoodJudge": "judging",
+    "LocalJudge": "judging",
+    "LoraSettings": "finetuning",
+    "Panel": "monitoring",
     "PersonaLensError": "core.errors",
     "PersonaVectors": "vectors",
     "Positions": "backend",
+    "PreventativeSteering": "finetuning",
     "Read": "backend",
+    "Result": "reports.result",
+    "RolloutSettings": "runs.rollouts",
     "Sampling": "backend",
+    "ScreeningSettings": "screening",
+    "ServerSettings": "models.endpoint",
+    "ShiftSettings": "finetuning.shift",
     "Steering": "steering",
+    "StudySettings": "monitoring",
+    "SweepSettings": "steering",
     "TokenBatch": "backend",
-    "reply": "steering",
+    "TrainingEdits": "finetuning",
+    "Trait": "traits",
+    "TreatmentSettings": "finetuning.outcomes",
+    "TuneSettings": "steering",
+    "WatchSettings": "finetuning",
+    "chat_format": "models.chat",
+    "compare": "steering",
+    "dissect": "analysis.dissection",
+    "effects": "steering.crossing",
+    "evaluate_capability": "analysis.capability",
+    "export_vectors": "vectors.formats",
     "extract": "extraction",
+    "finetune": "finetuning",
+    "finetune_study": "finetuning.study",
+    "formats": "vectors.formats",
+    "generate": "steering.given",
+    "import_vectors": "vectors.formats",
+    "judges": "judging.registry",
+    "lens": "analysis.logit_lens",
+    "load": "steering.given",
     "load_steering": "steering",
     "load_trait": "traits",
     "load_vectors": "vectors",
+    "monitor": "monitoring.scoring",
+    "no_progress": "core.progress",
     "open_backend": "backend",
+    "open_dataset": "data.datasets",
+    "reply": "steering",
+    "run_demo": "analysis.demo",
+    "screen": "screening",
+    "shift": "finetuning.shift",
+    "study": "monitoring",
     "sweep": "steering",
+    "tune": "steering",
     "wrap_model": "backend",
 }
 

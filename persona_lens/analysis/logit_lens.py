@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from persona_lens.backend.blocks import find_blocks, module_of
 from persona_lens.backend.hooked import evaluating
 from persona_lens.backend.writing import residual_of
 from persona_lens.core.documents import Record
+from persona_lens.models.chat import chat_format
+from persona_lens.reports.result import Result
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
 
 # Any tokens will do, but not one alone: the embedding of one that pads is often zero, and the norm of that is too.
@@ -143,6 +145,7 @@ def run(module: nn.Module, ids: list[int]) -> None:
 
 
 RANDOM_DIRECTIONS = 20
+PROMPTS = 8  # of the trait's questions, for the scale of the final norm
 
 
 @dataclass(frozen=True)
@@ -182,8 +185,8 @@ class LensLayer:
     random_limit: float
 
 
-@dataclass(frozen=True)
-class LogitLens(Record):
+@dataclass(frozen=True, repr=False)
+class LogitLens(Record, Result):
     """The lens of a trait's vectors (the direct path only).
 
     A shift is what adding the raw vector once to the residual after the last block does to a logit:
@@ -204,12 +207,30 @@ class LogitLens(Record):
     scale: float
     layers: tuple[LensLayer, ...]
 
+    kind = "lens"
+    folder = None
+
+    @property
+    def summary(self) -> dict[str, Any]:  # type: ignore[override]  # made when it is asked for
+        """See `persona_lens.reports.result.Result`."""
+        return self.to_json()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One a layer and token."""
+        return [
+            {"layer": each.layer, "side": side, **asdict(token)}
+            for each in self.layers
+            for side, tokens in (("promoted", each.promoted), ("suppressed", each.suppressed))
+            for token in tokens
+        ]
+
 
 def lens(
     backend: Backend,
     vectors: PersonaVectors,
-    layers: Sequence[int],
-    prompts: Sequence[Sequence[int]],
+    layers: Sequence[int] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
     *,
     top: int = 10,
     reduction: str = DEFAULT_REDUCTION,
@@ -220,8 +241,9 @@ def lens(
     Args:
         backend: The model, in this process.
         vectors: Of this model.
-        layers: Which layers' vectors.
-        prompts: Token ids of prompts; at their last tokens the scale of the final norm is taken.
+        layers: Which layers' vectors; None for all.
+        prompts: Token ids of prompts; at their last tokens the scale of the final norm is taken. By default those of
+            the trait's first evaluation questions.
         top: How many tokens on either side.
         reduction: Which of the vectors.
         seed: Of the random directions.
@@ -232,6 +254,10 @@ def lens(
         VectorsError: If the vectors belong to another model, or a layer has none.
     """
     vectors.check_model(backend, allowable=False)
+    layers = range(vectors.model.n_layers) if layers is None else layers
+    if prompts is None:
+        chat, questions = chat_format(backend), vectors.trait_definition.evaluation_questions[:PROMPTS]
+        prompts = [chat.encode(None, question) for question in questions]
     if not layers or not prompts or top < 1:
         raise AnalysisError("the lens needs at least one layer, one prompt and one token to show")
     rows = torch.stack([vectors.vector(layer, reduction) for layer in layers])

@@ -87,7 +87,7 @@ for _name, _operation in OPERATIONS.built_in.items():
 Where: TypeAlias = Positions | Span | Bool[Tensor, "batch width"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """A change to the residual stream after one block.
 
@@ -132,6 +132,15 @@ class Edit:
         for name in ("direction", "coefficient", "positions"):
             if isinstance(value := getattr(self, name), Tensor):
                 object.__setattr__(self, name, value.clone())
+
+    def __repr__(self) -> str:
+        rows = self.coefficient
+        strength = f"{len(rows)} coefficients" if isinstance(rows, Tensor) else f"coefficient {rows:g}"
+        named = (("threshold", self.threshold), ("target", self.target))
+        more = "".join(f", {name} {value:g}" for name, value in named if value is not None)
+        where = "a mask" if isinstance(self.positions, Tensor) else self.positions
+        along = f"a direction of length {float(self.direction.norm()):.3g}"
+        return f"<Edit {self.operation} at layer {self.layer}, {strength}{more}, {along}, on {where}>"
 
     @staticmethod
     def add(

@@ -110,6 +110,9 @@ class HookedBackend:
         self.pad_id = padding_id(tokenizer, self.end_ids, vocabulary_size(module))
         self._lock = RunLock()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.info.in_short}>"
+
     def attach(self, layers: Sequence[int], hook: BlockHook) -> AbstractContextManager[None]:
         """Hooks at the output of the named blocks while the context is open."""
         return hooking_blocks(self.blocks, layers, hook)

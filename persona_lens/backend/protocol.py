@@ -84,6 +84,12 @@ class ModelInfo:
     backend: str
     remote: bool = False
 
+    @property
+    def in_short(self) -> str:
+        """The model in a few words: ``smollm2-135m: 30 layers of 576, bfloat16 on cpu``."""
+        name = self.model.rstrip("/").rpartition("/")[2] or self.model
+        return f"{name}: {self.n_layers} layers of {self.d_model}, {self.dtype} on {self.device}"
+
     @staticmethod
     def from_json(found: Any) -> ModelInfo:
         """The model that a header names, which `dataclasses.asdict` wrote there.

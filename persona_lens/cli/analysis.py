@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from persona_lens.analysis.dissection import Dissection
 
 
-PROMPTS = 8  # of the trait's questions, for the scale of the final norm
 REMOTE = (
     "the weights of a model on a server cannot be read, so there is no {} of it; leave out --remote to open the model "
     "on this machine"
@@ -49,10 +48,8 @@ def lens_command(
         raise PersonaLensError(REMOTE.format("lens"))
     loaded = options.open_vectors(vectors)
     chosen = layer_numbers(layers, loaded.model.n_layers)
-    trait = loaded.trait_definition
-    opened, chat = subject.open()
-    prompts = [chat.encode(None, question) for question in trait.evaluation_questions[:PROMPTS]]
-    found = lens(opened, loaded, chosen, prompts, top=top, reduction=reduction)
+    opened, _ = subject.open()
+    found = lens(opened, loaded, chosen, top=top, reduction=reduction)
     columns: Mapping[str, Column[Any]] = {
         "layer": "layer",
         "promoted": lambda each: " ".join(repr(token.text) for token in each.promoted),

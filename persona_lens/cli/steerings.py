@@ -176,7 +176,7 @@ def generate(
     `persona-lens generate smollm2-135m runs/optimistic-smollm2-135m "How will my exam go?"
     --edits "optimistic@18:+1.5, evil@all:ablate" --with runs/evil-smollm2-135m --preview`
     """
-    from persona_lens.steering import steered_replies
+    from persona_lens.steering import generate
     from persona_lens.steering.preview import preview_tokens
 
     shown = candidates(options.open_vectors(vectors), written, one_layer)
@@ -191,7 +191,7 @@ def generate(
         }
         show_previews(previews, subject.as_json)
         return
-    answers = steered_replies(
+    answers = generate(
         backend,
         prompt,
         [each.steering for each in shown],

@@ -131,3 +131,8 @@ def refuse_useless(given: Sequence[str], written: str) -> None:
         if names and not is_written(written, spec.uses_options):
             ways = " or ".join(spec.uses_options)
             raise JudgingError(f"{', '.join(names)}: only for --judge {ways}, this is {written!r}")
+
+
+def judges() -> dict[str, JudgeSpec]:
+    """The judges by name, those of other packages too; `docs/judging.md` says what each is."""
+    return JUDGES.usable()

@@ -1,11 +1,13 @@
-"""Prompts and finished conversations, projected on traits: `prompt_projections`, `score_transcripts`."""
+"""Prompts and finished conversations, projected on traits: `prompt_projections`, `monitor`, `score_transcripts`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count, islice
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +16,20 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import context_length, forward_batches
+from persona_lens.core.documents import plain
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.progress import note
+from persona_lens.core.progress import Progress, note, shown_progress
+from persona_lens.core.statistics import bootstrap_mean
 from persona_lens.data.encoding import EncodedTranscript, UnfollowedError, encode_one_by_one, encode_transcript
 from persona_lens.data.pieces import token_pieces
-from persona_lens.data.transcripts import BadTranscript, Transcript
+from persona_lens.data.tables import DataError
+from persona_lens.data.transcripts import BadTranscript, Transcript, messages_of, open_transcripts
+from persona_lens.models import Message
+from persona_lens.models.chat import chat_format
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading, projected
 from persona_lens.monitoring.heatmap import TokenHeatmap
 from persona_lens.monitoring.markup import Strip
+from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces, Row
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
@@ -177,6 +185,89 @@ class ScoredTranscript:
             found["ids"] = list(self.encoded.ids)
             found["values"] = self.values.tolist()
         return found
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Monitored(Result):
+    """Conversations that were read; a row for each of the assistant's turns and gauge.
+
+    Attributes:
+        conversations: Those that were read.
+        summary: See `Result`.
+    """
+
+    kind = "monitor"
+    folder = None
+    conversations: tuple[ScoredTranscript, ...]
+    summary: dict[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`."""
+        return [{"id": each.transcript.id, **turn.to_json()} for each in self.conversations for turn in each.turns]
+
+
+def monitor(
+    backend: Backend,
+    conversations: Path | str | Iterable[Transcript | BadTranscript | Sequence[Message]],
+    vectors: PersonaVectors | Iterable[PersonaVectors],
+    layers: int | Sequence[int] | None = None,
+    *,
+    chat: ChatFormat | None = None,
+    allow_other_model: bool = False,
+    progress: Progress = shown_progress,
+) -> Monitored:
+    """Read traits off conversations that are over; all of them are kept in memory.
+
+    Args:
+        backend: The model.
+        conversations: A file of them (`persona_lens.data.transcripts.open_transcripts`), or conversations, each a list
+            of ``{"role", "content"}``.
+        vectors: What is read.
+        layers: Where; by default where each was tuned.
+        chat: Chat format; the model's own by default.
+        allow_other_model: Use vectors that belong to another model.
+        progress: Told how far the work is.
+
+    Raises:
+        DataError: If the file cannot be read.
+        MonitoringError: If no conversation can be read.
+        VectorsError: If vectors belong to another model, or nothing was tuned.
+    """
+    if isinstance(conversations, Path | str):
+        given: Iterable[Any] = open_transcripts(conversations)
+    else:
+        given = (_transcript(each, line) for line, each in enumerate(conversations, start=1))
+    panel, found, problems = Panel.of(vectors, layers), [], []
+    for each in score_transcripts(
+        backend, given, panel, chat or chat_format(backend), allow_other_model=allow_other_model
+    ):
+        if isinstance(each, ScoredTranscript):
+            found.append(each)
+        else:
+            problems.append(each.problem)
+        progress(len(found) + len(problems), None, "conversations")
+    if not found:
+        raise MonitoringError(f"no conversation can be read: {problems[0] if problems else 'there is none'}")
+    means = {str(gauge): _mean_of_turns(found, number) for number, gauge in enumerate(panel.gauges)}
+    summary = {"conversations": len(found), "not_read": problems, "gauges": means, "model": asdict(backend.info)}
+    return Monitored(tuple(found), plain(summary))
+
+
+def _transcript(given: Transcript | BadTranscript | Sequence[Message], line: int) -> Transcript | BadTranscript:
+    if isinstance(given, Transcript | BadTranscript):
+        return given
+    try:
+        return Transcript(messages_of({"messages": list(given)}, "openai"), str(line), line, "conversation")
+    except DataError as error:
+        return BadTranscript(line, f"conversation {line}: {error}")
+
+
+def _mean_of_turns(found: Sequence[ScoredTranscript], gauge: int) -> dict[str, Any] | None:
+    """The mean of the replies' means, over conversations."""
+    own = [[turn.mean for turn in each.turns[gauge :: len(each.panel.gauges)] if turn.tokens] for each in found]
+    means = [fmean(each) for each in own if each]
+    return bootstrap_mean(means).to_json() if means else None
 
 
 def score_transcripts(

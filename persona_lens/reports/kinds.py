@@ -114,6 +114,11 @@ def _responses(folder: Path, _: Summary) -> Iterator[Row]:
     return ({**rollout, **score} for rollout, score in both)
 
 
+def _nothing(_: Path, __: Summary) -> Iterator[Row]:
+    """What is kept in memory only has no rows in a folder."""
+    return iter(())
+
+
 def _screened(folder: Path, _: Summary) -> Iterator[Row]:
     from pyarrow import parquet
 
@@ -301,6 +306,57 @@ def projections_figure(rows: Sequence[Summary], width: int) -> Figure:
     return figure
 
 
+# Readings
+
+
+def _monitor(summary: Summary) -> Headline:
+    told = tuple(f"{gauge}: {bounds(mean, 2)} on average." for gauge, mean in summary["gauges"].items())
+    lost = f", {counted(len(summary['not_read']), 'other')} not" if summary["not_read"] else ""
+    return Headline("no null", f"{counted(summary['conversations'], 'conversation')} read{lost}", told)
+
+
+def _monitor_figures(summary: Summary) -> svg.Wanted:
+    known = {gauge: mean for gauge, mean in summary["gauges"].items() if mean}
+    return {"means": (_means_figure, known)} if known else {}
+
+
+def _means_figure(means: Summary, width: int) -> Figure:
+    figure, axes = svg.panel(width, 90 + 34 * len(means))
+    svg.dots(axes, [(mean, place) for place, mean in enumerate(means.values())], svg.LINE)
+    axes.set(xlabel="mean projection of replies, residual-stream units", ylim=(-0.6, len(means) - 0.4))
+    svg.in_rows(axes, list(means))
+    return figure
+
+
+def _lens(summary: Summary) -> Headline:
+    layers = summary["layers"]
+    beyond = [each for each in layers if each["promoted"][0]["shift"] > each["random_limit"]]
+    told = tuple(
+        f"Layer {each['layer']}: {', '.join(repr(token['text']) for token in each['promoted'][:5])}."
+        for each in beyond[:3] + beyond[3:][-3:]
+    )
+    title = f"Vectors move some token further than random directions any at {len(beyond)} of {len(layers)} layers"
+    return Headline("clear" if beyond else "unclear", title, told)
+
+
+def _lens_figures(summary: Summary) -> svg.Wanted:
+    return {"tokens": (lens_figure, summary["layers"][-1])}
+
+
+def lens_figure(layer: Summary, width: int) -> Figure:
+    """The tokens that the vector of one layer moves most, and how far random directions move any."""
+    tokens = [*layer["promoted"], *reversed(layer["suppressed"])]
+    figure, axes = svg.panel(width, 100 + 22 * len(tokens))
+    shifts = [token["shift"] for token in tokens]
+    axes.barh(range(len(tokens)), shifts, color=[svg.VECTOR if shift > 0 else svg.THIRD for shift in shifts])
+    for side_of in (1, -1):
+        axes.axvline(side_of * layer["random_most"], **svg.DOTTED)
+    axes.axvline(0, **svg.ZERO)
+    axes.set(title=f"Change of logits, layer {layer['layer']}; dotted: the most of a random direction")
+    svg.in_rows(axes, [repr(token["text"]) for token in tokens])
+    return figure
+
+
 # The table
 
 
@@ -363,6 +419,8 @@ KINDS: Mapping[str, Kind] = {
         _lines("arms-scores.jsonl"),
         dissection.render_dissection,
     ),
+    "monitor": Kind(_monitor, lambda _: "", _monitor_figures, _nothing),
+    "lens": Kind(_lens, lambda _: "", _lens_figures, _nothing),
     "demo": Kind(
         lambda summary: vector.headline(summary["steering"]["effect"], summary["steering"]["questions"]),
         _over(QUESTION, "steering", "questions"),

@@ -12,7 +12,7 @@ from persona_lens.steering.comparison import (
 )
 from persona_lens.steering.crossing import Crossing, CrossSettings
 from persona_lens.steering.effects import CrossEffects
-from persona_lens.steering.given import given_edits, load_steering, reply, steered_replies
+from persona_lens.steering.given import generate, given_edits, load_steering, reply
 from persona_lens.steering.notation import NotationError, parse_terms
 from persona_lens.steering.steering import SteeredBackend, Steering, SteeringError
 from persona_lens.steering.sweep import (
@@ -49,11 +49,11 @@ __all__ = [
     "compare",
     "curve",
     "effect",
+    "generate",
     "given_edits",
     "load_steering",
     "parse_terms",
     "reply",
-    "steered_replies",
     "sweep",
     "sweep_experiment",
     "tune",

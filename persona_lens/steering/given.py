@@ -10,11 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from persona_lens.backend import Backend, Edit, Edits, ModelInfo, Sampling, as_edits
 from persona_lens.core.documents import DocumentError, read_artifact, read_yaml
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
+from persona_lens.reports.result import Result
 from persona_lens.steering.steering import FORMAT_VERSION, METADATA, Steering, SteeringError, rowwise
-from persona_lens.vectors import PersonaVectors, load_vectors
+from persona_lens.traits import Trait, load_trait
+from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
 
 GivenEdits: TypeAlias = Edits | str
 GivenVectors: TypeAlias = PersonaVectors | Iterable[PersonaVectors] | Mapping[str, PersonaVectors] | None
@@ -72,6 +75,30 @@ class SteeringDocument(BaseModel):
 def is_steering_file(text: str) -> bool:
     """Whether a text names a file to load a steering from, rather than being one."""
     return text.endswith((*YAML_SUFFIXES, ".safetensors"))
+
+
+def load(path: Path | str) -> PersonaVectors | Steering | Trait | Result:
+    """What a file or run folder holds: vectors, a steering, a trait, or the result of a finished run.
+
+    Raises:
+        PersonaLensError: If there is nothing there, or it is none of these.
+    """
+    file = Path(path)
+    if file.is_dir():
+        return Result.load(file)
+    if not file.is_file():
+        raise SteeringError(f"there is nothing at {file}")
+    if file.suffix in YAML_SUFFIXES:
+        found = read_yaml(file)
+        steers = isinstance(found, Mapping) and "edits" in found
+        return load_steering(file) if steers else load_trait(str(file))
+    try:
+        return load_vectors(file)
+    except VectorsError as error:
+        try:
+            return load_steering(file)
+        except PersonaLensError:
+            raise error from None
 
 
 def load_steering(path: Path | str, vectors: Mapping[str, PersonaVectors] | None = None) -> Steering:
@@ -172,10 +199,11 @@ def reply(
     return chat.answer(generation.responses[0])
 
 
-def steered_replies(
+def generate(
     backend: Backend,
     question: str,
-    steerings: Sequence[Steering | None],
+    steerings: Sequence[GivenEdits | None],
+    vectors: GivenVectors = None,
     *,
     system: str | None = None,
     max_new_tokens: int = 100,
@@ -189,7 +217,8 @@ def steered_replies(
     Args:
         backend: The model.
         question: User message.
-        steerings: What the answers are given under; None is unsteered.
+        steerings: What the answers are given under, each as `reply` takes it; None is unsteered.
+        vectors: Those that a notation names.
         system: System prompt.
         max_new_tokens: Length limit in tokens.
         temperature: 0 is greedy.
@@ -202,10 +231,8 @@ def steered_replies(
     """
     chat = chat or chat_format(backend)
     rows = len(steerings)
-    for steering in steerings:
-        if steering is not None and not allow_other_model:
-            steering.check_model(backend)
-    edits = rowwise(() if steering is None else steering.edits() for steering in steerings)
+    checked = None if allow_other_model else backend
+    edits = rowwise(() if each is None else given_edits(each, vectors, checked) for each in steerings)
     sampling = Sampling(max_new_tokens, temperature, seeds=(seed,) * rows if temperature else None)
     generation = backend.generate([chat.encode(system, question)] * rows, sampling, edits)
     return [chat.answer(ids) for ids in generation.responses]

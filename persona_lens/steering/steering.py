@@ -46,7 +46,7 @@ class SteeringError(PersonaLensError):
     """A steering that cannot be carried out as asked."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Steering:
     """What to do to the residual stream, in words, with the vectors that the words name.
 
@@ -98,6 +98,10 @@ class Steering:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.terms))
+
+    def __repr__(self) -> str:
+        model = next(iter(self.vectors.values())).model
+        return f"<Steering {self} of {model.in_short}>"
 
     def edits(self) -> tuple[Edit, ...]:
         """The edits, term by term and layer by layer."""
@@ -244,6 +248,9 @@ class SteeredBackend(DelegatingBackend):
         self.steering = steering
         self._edits = steering.edits()
         self._name = f"steered {steering.content_hash[:19]}"
+
+    def __repr__(self) -> str:
+        return f"<{self.inner!r} under {self.steering}>"
 
     @property
     def info(self) -> ModelInfo:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from markupsafe import escape
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
@@ -32,7 +33,7 @@ LAYERS = "residual stream after block l, 0-based; the last layer before the fina
 PROMPT_MEAN = "prompt_mean"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PersonaVectors(Provenanced):
     """Difference of mean activations between a trait's two arms, for every layer and reduction (method, section 2).
 
@@ -66,6 +67,17 @@ class PersonaVectors(Provenanced):
                 )
         if self.directions and not any(bool(rows.any()) for rows in self.directions.values()):
             raise VectorsError(f"the vectors of {self.trait!r} are zero at every layer: they point nowhere")
+
+    def __repr__(self) -> str:
+        tuned = f", tuned to layer {self.tuned.layer} and coefficient {self.tuned.coefficient:+g}" if self.tuned else ""
+        return f"<PersonaVectors {self.trait} of {self.model.in_short}; {', '.join(self.directions)}{tuned}>"
+
+    def _repr_html_(self) -> str:
+        shown = range(0, self.model.n_layers, -(-self.model.n_layers // 8))
+        lines = [("length at layer", *map(str, shown))]
+        lines += [(name, *(f"{float(self.norms(name)[layer]):.3g}" for layer in shown)) for name in self.directions]
+        rows = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines)
+        return f"<p>{escape(repr(self))}</p><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
     def __getitem__(self, layer: int) -> Float[Tensor, " d_model"]:
         """The response-mean vector of a layer, which steers best; the others are in `directions`."""

@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationMixin
 from typer.testing import CliRunner, Result
 
+import persona_lens as pl
 from persona_lens import PersonaLensError
 from persona_lens.backend import wrap_model
 from persona_lens.cli import app
@@ -26,7 +27,7 @@ from persona_lens.cli.commands import COMMANDS as ALL
 from persona_lens.cli.commands import Group
 from persona_lens.cli.settings import layer_numbers, numbers
 from persona_lens.models.chat import chat_format
-from persona_lens.steering import Steering, steered_replies
+from persona_lens.steering import Steering
 from persona_lens.steering.preview import preview_tokens
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, load_vectors
@@ -532,7 +533,7 @@ def test_steerings_that_are_written_stand_side_by_side(
     ]
     assert [row["edits"] for row in rows] == [None, *map(str, steerings)]
     backend = wrap_model(tiny_model(), tiny_tokenizer())
-    answers = steered_replies(backend, "What is new?", [None, *steerings], max_new_tokens=8)
+    answers = pl.generate(backend, "What is new?", [None, *steerings], max_new_tokens=8)
     assert [row["response"] for row in rows] == answers
     assert len(set(answers)) > 2
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*generate, *TINY]).stdout

@@ -219,7 +219,11 @@ def test_a_sweep_is_kept_and_gone_on_with(tiny: Backend, tmp_path: Path) -> None
     kept = [json.loads(line) for line in (tmp_path / "sweep-scores.jsonl").read_text().splitlines()]
     assert kept == [{"row": number, **asdict(row)} for number, row in enumerate(rows)]
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"}
-    assert files.keys() == {"run.json", "sweep-rollouts.jsonl", "sweep-judgements.jsonl", "sweep-scores.jsonl"}
+    assert files.keys() == {
+        "run.json",
+        "summary.json",
+        *(f"sweep-{name}.jsonl" for name in ("rollouts", "judgements", "scores")),
+    }
     os.truncate(tmp_path / "sweep-rollouts.jsonl", len(files["sweep-rollouts.jsonl"]) // 2)
     (tmp_path / "sweep-judgements.jsonl").unlink()
     (tmp_path / "sweep-scores.jsonl").unlink()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from persona_lens import reply
-from persona_lens.steering import Steering, steered_replies
+from persona_lens.steering import Steering, generate
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import ADAPTERS, tiny_backend
@@ -50,24 +50,24 @@ STEERINGS = [
 def test_each_steering_has_the_reply_that_it_has_alone(adapter: str, temperature: float) -> None:
     backend = tiny_backend(adapter)
     options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": temperature, "seed": 3}
-    found = steered_replies(backend, QUESTION, STEERINGS, **options)
+    found = generate(backend, QUESTION, STEERINGS, **options)
     alone = [reply(backend, QUESTION, edits=each.edits() if each else (), **options) for each in STEERINGS]
     assert found == alone
     assert len(set(found)) > 4
 
 
 def test_the_system_prompt_reaches_every_reply() -> None:
-    found = steered_replies(BACKEND, QUESTION, STEERINGS, system="Be brief.", max_new_tokens=NEW)
+    found = generate(BACKEND, QUESTION, STEERINGS, system="Be brief.", max_new_tokens=NEW)
     assert found[0] == reply(BACKEND, QUESTION, system="Be brief.", max_new_tokens=NEW)
-    assert found != steered_replies(BACKEND, QUESTION, STEERINGS, max_new_tokens=NEW)
+    assert found != generate(BACKEND, QUESTION, STEERINGS, max_new_tokens=NEW)
 
 
 def test_another_model_is_refused_unless_allowed() -> None:
     foreign = Steering.parse("kind@1:+2", replace(KIND, model=replace(KIND.model, weights="sha256:other")))
     with pytest.raises(VectorsError, match="belong to another model"):
-        steered_replies(BACKEND, QUESTION, [None, foreign])
-    allowed = steered_replies(BACKEND, QUESTION, [foreign], max_new_tokens=NEW, allow_other_model=True)
-    assert allowed == steered_replies(BACKEND, QUESTION, STEERINGS[1:2], max_new_tokens=NEW)
+        generate(BACKEND, QUESTION, [None, foreign])
+    allowed = generate(BACKEND, QUESTION, [foreign], max_new_tokens=NEW, allow_other_model=True)
+    assert allowed == generate(BACKEND, QUESTION, STEERINGS[1:2], max_new_tokens=NEW)
 
 
 def test_reasoning_is_no_part_of_a_reply() -> None:
@@ -76,4 +76,4 @@ def test_reasoning_is_no_part_of_a_reply() -> None:
     )
     planted = PersonaVectors("optimistic", backend.info, backend.planted)
     steerings = [Steering.parse(text, planted) for text in ("optimistic@1:-1", "optimistic@1:+0.5")]
-    assert steered_replies(backend, QUESTION, steerings) == ["leaning -1.000", "leaning +0.500"]
+    assert generate(backend, QUESTION, steerings) == ["leaning -1.000", "leaning +0.500"]

@@ -38,6 +38,11 @@ FORMS: Registry[Form] = Registry("persona_lens.formats", Form, "format", FormatE
 """With those of other packages."""
 
 
+def formats() -> dict[str, Form]:
+    """The formats by name, those of other packages too."""
+    return FORMS.usable()
+
+
 def import_vectors(path: Path | str, stated: Stated | None = None) -> Imported:
     """Read vectors that another program wrote; which one, its content says. Nothing in it is run.
 
