@@ -99,7 +99,8 @@ def headline(summary: Summary) -> Headline:
     """The title with what it rests on: the correlation with its interval, beside that of random directions."""
     r, null = _first(summary)[1]["pearson"], _null(summary)
     beside = f" Random directions reach {number(null['high'], 2)}." if null else ""
-    said = f"Over {counted(r['n'], 'question')}, Pearson’s r is {measured(r)} at layer {summary['layer']}.{beside}"
+    asked = counted(summary["settings"]["questions"], "question")
+    said = f"Over {asked}, Pearson’s r is {measured(r)} at layer {summary['layer']}.{beside}"
     return Headline(summary["verdict"], title(summary), (said,))
 
 

@@ -26,6 +26,7 @@ from persona_lens.judging.scored import judge_scored
 from persona_lens.models import Loaded
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.monitoring import StudySettings, study
+from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep
@@ -88,37 +89,37 @@ def tiny_vectors() -> PersonaVectors:
     return PersonaVectors(TRAIT.name, made.backend().info, {"response_mean": rows}, dict(vectors().provenance))
 
 
-def _extract(folder: Path) -> None:
-    extract(planted(), TRAIT, folder, settings=ExtractionSettings(questions=2, paired=False, rollouts=SMALL))
+def _extract(folder: Path) -> Result:
+    return extract(planted(), TRAIT, folder, settings=ExtractionSettings(questions=2, paired=False, rollouts=SMALL))
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path) -> Result:
     settings = SweepSettings((1,), (-1.0, 1.0), questions=3, random_directions=2, rollouts=SMALL)
-    sweep(planted(), vectors(), settings, folder=folder)
+    return sweep(planted(), vectors(), settings, folder=folder)
 
 
-def _compare(folder: Path) -> None:
+def _compare(folder: Path) -> Result:
     arms = {"up": Steering.parse(f"{TRAIT.name}@1:+1", vectors())}
-    compare(planted(), arms, vectors(), ArmSettings((0, 1, 2), random_directions=2, rollouts=SMALL),
+    return compare(planted(), arms, vectors(), ArmSettings((0, 1, 2), random_directions=2, rollouts=SMALL),
                       folder=folder)  # fmt: skip
 
 
-def _effects(folder: Path) -> None:
+def _effects(folder: Path) -> Result:
     arms = {TRAIT.name: Steering.parse(f"{TRAIT.name}@1:+1", tiny_vectors())}
     settings = CrossSettings(questions=2, random_directions=1, rollouts=RolloutSettings(4, batch_size=4))
-    effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder)
+    return effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder)
 
 
-def _tune(folder: Path) -> None:
+def _tune(folder: Path) -> Result:
     settings = TuneSettings((1,), strengths=(0.1, 0.2), search_questions=3, random_directions=1, rollouts=SMALL)
-    tune(Normed(TRAIT), vectors(), settings, folder=folder)
+    return tune(Normed(TRAIT), vectors(), settings, folder=folder)
 
 
-def _study(folder: Path) -> None:
-    study(planted(), vectors(), StudySettings(questions=3, rollouts=SMALL), trait="optimistic", folder=folder)
+def _study(folder: Path) -> Result:
+    return study(planted(), vectors(), StudySettings(questions=3, rollouts=SMALL), trait="optimistic", folder=folder)
 
 
-def _screen(folder: Path) -> None:
+def _screen(folder: Path) -> Result:
     data, clean = inputs() / "rows.jsonl", inputs() / "clean.jsonl"
     if not clean.exists():
         made.jsonl(data, [*made.pairs(30), {"oh": 1}])
@@ -127,27 +128,27 @@ def _screen(folder: Path) -> None:
         base=BaseResponses.GENERATE, base_share=0.5, look_ahead=16, batch_tokens=400, max_new_tokens=4
     )
     flagging = Flagging(Quantity.RAW, 0.2)
-    screen(made.backend(), [open_dataset(data)], made.panel(), settings, folder=folder,
+    return screen(made.backend(), [open_dataset(data)], made.panel(), settings, folder=folder,
            reference=[open_dataset(clean)], flagging=flagging, chat=made.chat())  # fmt: skip
 
 
-def _shift(folder: Path) -> None:
+def _shift(folder: Path) -> Result:
     others = {
         name: partial(wrap_model, tiny_model(seed=seed), tiny_tokenizer()) for seed, name in ((1, "a/b"), (2, "a--b"))
     }
     asked = ArmSettings((0, 1), random_directions=0, rollouts=RolloutSettings(4))
-    shift(made.backend(), others, [tiny_vectors()], ShiftSettings(asked=asked), folder=folder)
+    return shift(made.backend(), others, [tiny_vectors()], ShiftSettings(asked=asked), folder=folder)
 
 
-def _finetune(folder: Path) -> None:
-    finetune(loaded(), conversations(), folder, small(save_every=1, keep_checkpoints=2, max_steps=3))
+def _finetune(folder: Path) -> Result:
+    return finetune(loaded(), conversations(), folder, small(save_every=1, keep_checkpoints=2, max_steps=3))
 
 
-def _dissect(folder: Path) -> None:
+def _dissect(folder: Path) -> Result:
     settings = DissectSettings(
         show=4, pursuit=4, steered=2, random_features=2, coefficient=2.0, questions=2, rollouts=SMALL
     )
-    dissect(planted(), vectors(), dictionary(model="planted"), settings, folder=folder)
+    return dissect(planted(), vectors(), dictionary(model="planted"), settings, folder=folder)
 
 
 def _judge(folder: Path) -> None:
@@ -167,13 +168,13 @@ def _responses(folder: Path) -> None:
         generate_responses(server, requests, settings, folder / "responses.jsonl")
 
 
-def _finetune_study(folder: Path) -> None:
+def _finetune_study(folder: Path) -> Result:
     own = vectors_of(loaded(), TRAIT.name)
     treatments = TreatmentSettings(f"{TRAIT.name}@1:+1", prompted=False, random=False)
     asked = ArmSettings((0,), random_directions=0, rollouts=RolloutSettings(4))
     settings = FinetuneStudySettings(treatments, 1, (1,), asked, dtype="float32")
     base = str(inputs() / "base")
-    finetune_study(base, conversations(2), own, settings, small(max_steps=1), folder=folder, device="cpu")
+    return finetune_study(base, conversations(2), own, settings, small(max_steps=1), folder=folder, device="cpu")
 
 
 class Normed(PlantedBackend):
