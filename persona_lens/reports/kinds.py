@@ -72,7 +72,7 @@ def judge_name(described: Summary) -> str:
     """What a judge is called, given what it says of itself."""
     kind, model = described.get("judge"), described.get("model")
     if kind == "likelihood":
-        return "the likelihood judge (a proxy)"
+        return "the likelihood judge, a proxy"
     if kind == "given":
         return "the scores that came with the responses"
     named = model.get("model") if isinstance(model, Mapping) else model
@@ -157,10 +157,9 @@ def _extraction(summary: Summary) -> Headline:
 
 
 def _extraction_figures(summary: Summary) -> svg.Wanted:
-    rows = summary["separation"]
-    best = max(rows, key=lambda row: float(row["d_prime"]))["layer"] if rows else -1
-    found: svg.Wanted = {"separation": (vector.separation_figure, rows, best)} if rows else {}
-    return {**found, "norms": (vector.norm_figure, summary["norms"], best)}
+    rows, unused = summary["separation"], -1
+    found: svg.Wanted = {"separation": (vector.separation_figure, rows, unused)} if rows else {}
+    return {**found, "norms": (vector.norm_figure, summary["norms"], unused)}
 
 
 # Sweep
