@@ -143,7 +143,6 @@ def dissect(
     from persona_lens.analysis.dissection import dissection_work
     from persona_lens.analysis.examples import read_corpus
     from persona_lens.analysis.features import load_features
-    from persona_lens.reports.dissection import render_dissection
 
     loaded, features = options.open_vectors(vectors), load_features(sae)
     features.check(loaded, allow_other_model=allow_other_model)
@@ -158,7 +157,6 @@ def dissect(
         name=f"dissect-{loaded.trait}",
         traits=asked,
         model=loaded.model.model,
-        page=render_dissection,
     )
     run.carry_out(job)
 

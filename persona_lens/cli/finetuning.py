@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import persona_lens
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import (
     interval_text,
@@ -223,7 +222,7 @@ def finetune_study_command(
     --coefficient 4`
     """
     from persona_lens.finetuning.study import finetune_study
-    from persona_lens.reports.finetuning import render_finetuning, verdicts
+    from persona_lens.reports.finetuning import verdicts
 
     loaded = options.open_vectors(vectors)
     treatments, place = treated.open(loaded)
@@ -240,7 +239,7 @@ def finetune_study_command(
     with judges.saying_spending(scoring), showing_progress() as progress:
         read = {**training.read(), "judge": scoring, "folder": folder, "progress": progress}
         found = finetune_study(training.model, training.data, loaded, settings, chosen, **read)
-    write_report(folder / REPORT, render_finetuning(found.summary, persona_lens.__version__))
+    write_report(folder / REPORT, found.report())
     summary = found.summary
     unknown = {"losses": {"last": None}, "change": "", "against_plain": "", "shift": None}
     arms = {"base": {**unknown, "score": {"mean": summary["base"]["score"]}}, **summary["treatments"]}

@@ -49,7 +49,6 @@ def study_command(
     """
     from persona_lens.extraction.experiment import Subject
     from persona_lens.monitoring import Conditions, StudySettings, plan_conditions, study, study_experiment
-    from persona_lens.reports.study import render_study
 
     loaded = options.open_vectors(vectors)
     asked = options.open_trait(trait, traits_dir) if trait else loaded.trait_definition
@@ -73,7 +72,6 @@ def study_command(
         traits=asked,
         name=f"study-{loaded.trait}",
         model=loaded.model.model,
-        page=render_study,
     )
     run.carry_out(job)
 
@@ -87,7 +85,7 @@ CORRELATIONS = {
 
 
 def _show_study(found: Study, _: Session) -> None:
-    from persona_lens.reports.study import title, told
+    from persona_lens.reports.study import told
 
     summary = found.summary
     show_rows(
@@ -111,7 +109,7 @@ def _show_study(found: Study, _: Session) -> None:
         ]
         heading = f"Correlation of projection and score [95% interval], {kind}: {counted(group['prompts'], 'prompt')}"
         print_table(heading, ("layer", *CORRELATIONS), rows)
-    for line in (title(summary), *told(summary)):
+    for line in told(summary):
         say(line)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import persona_lens
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import console, print_table, say, say_json, showing_progress
 from persona_lens.core.errors import PersonaLensError
@@ -20,12 +18,13 @@ if TYPE_CHECKING:
     from persona_lens.core.progress import Progress
     from persona_lens.extraction.experiment import Subject
     from persona_lens.models import ChatFormat
+    from persona_lens.reports.result import Result
     from persona_lens.runs.cost import Work
     from persona_lens.steering.preview import Preview
     from persona_lens.traits import Trait
     from persona_lens.vectors import PersonaVectors
 
-Found = TypeVar("Found")
+Found = TypeVar("Found", bound="Result")
 REPORT = "report.html"  # in the folder of a run
 
 
@@ -81,11 +80,9 @@ class Job(Generic[Found]):
         run: Runs it.
         show: Prints what was found.
         work: Counts what it asks for.
-        summary: What was found, as JSON values.
         traits: What is judged: a trait, or several by name; None judges nothing.
         name: Of its folder, unless one was named; None keeps a run only in a folder that was named.
         model: The rest of that name; None is the model that was opened.
-        page: Makes the report of the summary and the version.
         previews: What ``--preview`` shows.
         read: Reads what it needs besides, once the model is open.
     """
@@ -93,11 +90,9 @@ class Job(Generic[Found]):
     run: Callable[[Session], Found]
     show: Callable[[Found, Session], None]
     work: Callable[[Session], Sequence[Work]] | None = None
-    summary: Callable[[Found], Mapping[str, Any]] = operator.attrgetter("summary")
     traits: Trait | Mapping[str, Trait] | None = None
     name: str | None = None
     model: str | None = None
-    page: Callable[[Any, str], str] | None = None
     previews: Callable[[Session], Mapping[str, Preview]] | None = None
     read: Callable[[Session], Any] | None = None
 
@@ -145,14 +140,14 @@ class Run(options.Subject):
         self._finish(job, found, session)
 
     def _finish(self, job: Job[Found], found: Found, session: Session) -> None:
-        summary = job.summary(found)
-        page = session.folder / REPORT if job.page and session.folder else None
-        if job.page and page:
-            write_report(page, job.page(summary, persona_lens.__version__))
+        page = session.folder / REPORT if found.has_page and session.folder else None
+        if page:
+            write_report(page, found.report())
         if self.as_json:
-            say_json({"folder": str(session.folder), **summary} if job.name is not None else summary)
+            say_json({"folder": str(session.folder), **found.summary} if job.name is not None else found.summary)
         else:
             job.show(found, session)
+            say(found.verdict)
         if page and not (self.as_json and job.name is not None):
             say(f"report: {page}", err=job.name is None)
 

@@ -148,7 +148,6 @@ def screen(
         workers: With --ray.
     """
     from persona_lens.monitoring import Panel
-    from persona_lens.reports.screening import render_screening
     from persona_lens.screening import BaseResponses, KnownModel, screening_work
     from persona_lens.screening import screen as run_screening
 
@@ -175,7 +174,6 @@ def screen(
         traits={gauge.trait: gauge.vectors.trait_definition for gauge in panel.gauges},
         name=f"screen-{datasets[0].source.stem}",
         model=panel.gauges[0].vectors.model.model,
-        page=render_screening,
     )
     run.carry_out(job)
 

@@ -62,7 +62,6 @@ def sweep_command(
         lambda at: sweep(at.backend, loaded, settings, allow_other_model=allow_other_model, **at.given),
         lambda found, _: _show_sweep(found.answers, settings),
         lambda at: sweep_experiment(at.planned(loaded), settings).work(),
-        summary=lambda found: found.summary,
         traits=loaded.trait_definition,
         previews=previews,
     )
@@ -139,7 +138,6 @@ def tune_command(
         capability: Also measure the accuracy in this task of lm-evaluation-harness at every strength of the chosen
             layer; `persona_lens_basics` needs no hub.
     """
-    from persona_lens.reports.tuning import render_tuning
     from persona_lens.steering import tune, tune_work
 
     loaded = options.open_vectors(vectors)
@@ -156,14 +154,11 @@ def tune_command(
         traits=loaded.trait_definition,
         name=f"tuned-{loaded.trait}",
         model=loaded.model.model,
-        page=lambda summary, _: render_tuning(summary),
     )
     run.carry_out(job)
 
 
 def _show_tuning(found: Tuning, at: Session) -> None:
-    from persona_lens.reports.tuning import headline
-
     show_rows(
         "Change of the trait score [95% interval] on the questions searched",
         found.points,
@@ -178,7 +173,6 @@ def _show_tuning(found: Tuning, at: Session) -> None:
     )
     options.say_notes(found.summary["warnings"], "warning")
     say(f"chosen: {found.steering}")
-    say(headline(found.summary).title)
     if found.confirmed is not None:
         random = found.confirmed.random
         beside = f", random directions {interval_text(random)}" if random else ""
@@ -276,7 +270,6 @@ def effects_command(
         edits: Steer so instead, such as `optimistic@18:+1.5`; each is a row of the matrix. Repeatable.
         read_layer: Layer at which projections are read; None is where a trait is steered.
     """
-    from persona_lens.reports.effects import render_effects
     from persona_lens.steering import Crossing
     from persona_lens.steering.crossing import effects
 
@@ -287,9 +280,7 @@ def effects_command(
         lambda at: effects(at.backend, steerings, loaded, settings, allow_other_model=allow_other_model, **at.given),
         _show_effects,
         lambda at: Crossing(at.backend, steerings, loaded, settings, **at.judging, own_chat=at.chat).work(),
-        summary=lambda found: found.to_json(),
         traits={name: each.trait_definition for name, each in loaded.items()},
-        page=render_effects,
     )
     run.carry_out(job)
 

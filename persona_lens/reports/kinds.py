@@ -38,14 +38,14 @@ class Kind:
         asked: What that was counted over, such as ``16 held-out questions``.
         figures: What can be drawn, the main one first.
         rows: The rows in its folder.
-        page: The report; by default the headline, the figures and every number.
+        page: The report, given the version of persona-lens too; by default the headline, the figures and every number.
     """
 
     headline: Callable[[Summary], Headline]
     asked: Callable[[Summary], str]
     figures: Callable[[Summary], svg.Wanted]
     rows: Callable[[Path, Summary], Iterator[Row]]
-    page: Callable[[Summary], str] | None = None
+    page: Callable[[Summary, str], str] | None = None
 
     def basis(self, summary: Summary) -> str:
         """What the headline rests on, and who judged."""
@@ -55,17 +55,17 @@ class Kind:
         judged = "judged by " + " and ".join(names) if names else ""
         return ", ".join(filter(None, [self.asked(summary), judged]))
 
-    def rendered(self, summary: Summary) -> str:
+    def rendered(self, summary: Summary, version: str) -> str:
         """The page."""
         if self.page is not None:
-            return self.page(summary)
+            return self.page(summary, version)
         result, figures = self.headline(summary), self.figures(summary)
         drawn = {"figures": svg.drawn(figures), "names": {name: name.replace("_", " ") for name in figures}}
         numbers = {name: value for name, value in summary.items() if name not in ("judge", "judges")}
         title = " and ".join(filter(None, [summary.get("trait"), summary.get("method")])) or "What was found"
         judge = summary.get("judge")
         own = {"result": result, "basis": self.basis(summary), "judge": judge, "title": title}
-        return render("result.html.j2", {**own, **drawn, "numbers_of": numbers, "version": ""})
+        return render("result.html.j2", {**own, **drawn, "numbers_of": numbers, "version": version})
 
 
 def judge_name(described: Summary) -> str:
@@ -381,7 +381,7 @@ KINDS: Mapping[str, Kind] = {
         _over(QUESTION, "confirm_questions"),
         tuning.figures,
         _lines("search-scores.jsonl", "confirm-scores.jsonl", part=True),
-        tuning.render_tuning,
+        lambda summary, _: tuning.render_tuning(summary),
     ),
     "effects": Kind(
         effects.headline,
@@ -425,6 +425,6 @@ KINDS: Mapping[str, Kind] = {
         _over(QUESTION, "steering", "questions"),
         vector.figures,
         lambda folder, summary: _lines("steering-scores.jsonl")(folder / "steering", summary),
-        vector.render_vector,
+        lambda summary, _: vector.render_vector(summary),
     ),
 }

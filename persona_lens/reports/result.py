@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_lens.backend.registry import installed_version
 from persona_lens.core.documents import json_lines, read_json
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import CONFIG, write_bytes
@@ -66,6 +67,11 @@ class Result:
     @property
     def _told(self) -> Kind:
         return KINDS[self.kind]
+
+    @property
+    def has_page(self) -> bool:
+        """Whether its kind has a page of its own, which the command line puts into the run folder."""
+        return self._told.page is not None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -128,7 +134,7 @@ class Result:
 
     def report(self) -> str:
         """The page, as HTML that loads nothing."""
-        return self._told.rendered(self.summary)
+        return self._told.rendered(self.summary, installed_version("persona-lens") or "")
 
     def save(self, path: Path | str) -> Path:
         """Write the page (``.html``), the figure (``.png``, ``.svg``, ``.pdf``) or the rows (``.csv``, ``.jsonl``).
