@@ -26,11 +26,12 @@ from persona_lens.analysis.examples import (
 from persona_lens.analysis.features import Features
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.extraction.experiment import Answer, Answered, Answers, Subject, json_of, model_config, run_folder
+from persona_lens.extraction.experiment import Answer, Answers, Subject, json_of, model_config, run_folder
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
+from persona_lens.reports.result import Answered
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.runs.chunks import CHECK, is_signed, signed
 from persona_lens.runs.cost import Work

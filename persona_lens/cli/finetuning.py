@@ -145,7 +145,7 @@ def finetune_command(
         )
         if summary["stopped"]:
             say(f"stopped: {summary['stopped']}")
-        say(f"{summary['trained']}: {found.folder}; take {folder} for the model")
+        say(f"{summary['trained']}: {found.model}; take {folder} for the model")
 
     deliver({"folder": str(folder), **found.summary}, show, training.as_json)
 

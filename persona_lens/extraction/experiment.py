@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from persona_lens.backend import Backend, Read
-from persona_lens.core.documents import plain
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import SCORES, Ends, Estimate, bootstrap_mean
@@ -30,7 +29,6 @@ from persona_lens.judging.recording import (
 )
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format, note_reasoning
-from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import (
@@ -144,21 +142,6 @@ class Answer:
         """The answer as JSON values, its labels first."""
         values, own = asdict(self), Answer.__dataclass_fields__
         return {name: values[name] for name in sorted(values, key=lambda name: name in own)}
-
-
-class Answered(Result, Generic[Row]):
-    """A result whose rows are responses.
-
-    Attributes:
-        answers: Every response.
-    """
-
-    answers: Sequence[Row]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """See `persona_lens.reports.result.Result.rows`."""
-        return [plain(answer.to_row()) for answer in self.answers]
 
 
 Value = tuple[int, float | None]

@@ -109,8 +109,7 @@ def extract(
         TraitError: If the trait cannot be found or read.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
-    settings, chat = settings or ExtractionSettings(), chat or chat_format(backend)
-    read = responses
+    settings, chat, read = settings or ExtractionSettings(), chat or chat_format(backend), responses
     if read is not None and not isinstance(read, ExternalRollouts):
         read = external_rollouts(backend, chat, trait, read, questions=settings.questions, allow_missing=allow_missing)
         for note in read.notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, TokenBatch
 from persona_lens.backend.batches import forward_batches
+from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.text import counted
 from persona_lens.extraction.experiment import (
@@ -26,6 +28,8 @@ from persona_lens.extraction.experiment import (
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel
+from persona_lens.reports.kinds import without_ids
+from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import Request, Rollout, RolloutSettings
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 from persona_lens.vectors.provenance import LayerBaseline, StoredBaseline
@@ -93,19 +97,27 @@ class BaselineSettings:
             raise MonitoringError("a baseline needs at least 2 questions, since it says how far replies stray")
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """What was measured.
+@dataclass(frozen=True, repr=False, eq=False)
+class Baseline(Result):
+    """What was measured; a row for each reply.
 
     Attributes:
         vectors: The vectors with the baseline in their provenance.
         replies: The replies that it rests on.
-        summary: Every figure, as it stands in ``summary.json``.
+        summary: See `Result`.
+        folder: See `Result`.
     """
 
+    kind = "baseline"
     vectors: PersonaVectors
     replies: tuple[Rollout, ...]
     summary: dict[str, Any]
+    folder: Path | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`."""
+        return [plain(without_ids(reply.to_row())) for reply in self.replies]
 
 
 def measure_baseline(
@@ -157,7 +169,7 @@ def measure_baseline(
         if run is not None:
             run.write_bytes("vectors.safetensors", kept.to_bytes())
             run.write_json("summary.json", summary)
-    return Baseline(kept, replies, summary)
+    return Baseline(kept, replies, json.loads(json.dumps(summary)), run.path if run else None)
 
 
 def baseline_experiment(

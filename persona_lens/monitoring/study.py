@@ -17,7 +17,6 @@ from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import Verdict
 from persona_lens.extraction.experiment import (
     Answer,
-    Answered,
     Answers,
     Experiment,
     Subject,
@@ -32,6 +31,7 @@ from persona_lens.monitoring.calibration import SHOWN_FROM, calibrate, threshold
 from persona_lens.monitoring.conditions import Condition, Conditions, Examples, StudySettings, plan_conditions
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, projected
 from persona_lens.monitoring.prediction import LEAST, Correlations, Observations, Values, correlate
+from persona_lens.reports.result import Answered
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 

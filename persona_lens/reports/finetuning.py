@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, interval, number, render, side
+from persona_lens.reports.page import Headline, bounds, interval, number, render, side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,4 +127,67 @@ def _shift_figure(summary: Summary, width: int) -> Figure:
         svg.dots(axes, [(point["shift"], point["change"])], style)
     axes.set(title="Change of the trait score", xlabel=f"shift at layer {summary['settings']['layer']}")
     axes.grid(True, axis="both")
+    return figure
+
+
+def shift_headline(summary: Summary) -> Headline:
+    """In words no stronger than what was measured."""
+    told, moved = [], 0
+    for trait, found in summary["traits"].items():
+        at = summary["layers"].index(found["layer"]) if found["layer"] is not None else len(summary["layers"]) // 2
+        for model, each in found["models"].items():
+            shift, change = each["shift"][at], each["change"]
+            moved += bool(side(shift))
+            scored = f"; the trait score changes by {bounds(change, sign=True)}" if change else ""
+            told.append(
+                f"{model}: {bounds(shift, 2, sign=True)} along {trait} at layer {summary['layers'][at]}{scored}."
+            )
+    total = sum(len(found["models"]) for found in summary["traits"].values())
+    title = f"{moved} of {counted(total, 'shift')} along a trait {'is' if moved == 1 else 'are'} clear of zero"
+    return Headline("no null", title, tuple(told))
+
+
+def shift_figures(summary: Summary) -> svg.Wanted:
+    """Every figure that the summary has something to draw for."""
+    return {f"{trait}": (shift_figure, trait, found, summary["layers"]) for trait, found in summary["traits"].items()}
+
+
+def shift_figure(trait: str, found: Summary, layers: Sequence[int], width: int) -> Figure:
+    """How far each model has moved along the trait, by layer, with intervals over questions."""
+    figure, axes = svg.panel(width, 340)
+    colours = (svg.VECTOR, svg.RANDOM, svg.THIRD, svg.MUTED)
+    for place, (model, each) in enumerate(found["models"].items()):
+        points = [{"coefficient": layer, "shift": shift} for layer, shift in zip(layers, each["shift"], strict=True)]
+        svg.line_with_intervals(axes, points, "shift", {"color": colours[place % 4], "zorder": 4}, model)
+    axes.axhline(0, **svg.ZERO)
+    axes.set(title=f"Shift along {trait}, residual-stream units", xlabel="layer")
+    svg.legend(figure, axes)
+    return figure
+
+
+def training_headline(summary: Summary) -> Headline:
+    """In words no stronger than what was measured."""
+    loss = summary["loss"]
+    known = ", ".join(f"{number(loss[name], 3)} {said}" for name, said in _LOSSES.items() if loss[name] is not None)
+    title = f"Trained {counted(summary['steps'], 'step')} ({summary['method']}): a loss of {known}, in nats a token"
+    said = (f"Training was stopped: {summary['stopped']}.",) if summary["stopped"] else ()
+    return Headline("no null", title, said)
+
+
+_LOSSES = {"first": "at first", **LOSSES}
+
+
+def training_figures(summary: Summary) -> svg.Wanted:
+    """Every figure that the summary has something to draw for."""
+    return {"projections": (projections_figure, summary["projections"])} if summary["projections"] else {}
+
+
+def projections_figure(rows: Sequence[Summary], width: int) -> Figure:
+    """What was watched while the model trained."""
+    figure, axes = svg.panel(width, 340)
+    for name in (each for each in rows[0] if each != "step"):
+        known = [row for row in rows if name in row]
+        axes.plot([row["step"] for row in known], [row[name] for row in known], marker="o", label=name)
+    axes.set(title="Mean projection of the last prompt token", xlabel="step")
+    svg.legend(figure, axes)
     return figure

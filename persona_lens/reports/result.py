@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from persona_lens.backend.registry import installed_version
-from persona_lens.core.documents import json_lines, read_json
+from persona_lens.core.documents import json_lines, plain, read_json
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import CONFIG, write_bytes
 from persona_lens.core.text import in_short
@@ -171,6 +171,31 @@ class Result:
             image = base64.b64encode(written.getvalue()).decode()
         shown = {"result": self.headline, "verdict": self.verdict, "image": image, "folder": self.folder}
         return environment().get_template("result_view.html.j2").render(kind=self.kind, **shown)
+
+
+class Written(Protocol):
+    """What can be written as one line of a file."""
+
+    def to_row(self) -> dict[str, Any]:
+        """The line, as JSON values."""
+
+
+Answer = TypeVar("Answer", bound=Written, covariant=True)
+
+
+class Answered(Result, Generic[Answer]):
+    """A result whose rows are responses.
+
+    Attributes:
+        answers: Every response.
+    """
+
+    answers: Sequence[Answer]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`."""
+        return [plain(answer.to_row()) for answer in self.answers]
 
 
 @dataclass(frozen=True, repr=False, eq=False)

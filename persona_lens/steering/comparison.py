@@ -18,7 +18,6 @@ from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Ends, Estimate, clear_side
 from persona_lens.extraction.experiment import (
     Answer,
-    Answered,
     Experiment,
     QuestionSet,
     Subject,
@@ -35,6 +34,7 @@ from persona_lens.extraction.experiment import (
 )
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
+from persona_lens.reports.result import Answered
 from persona_lens.runs.rollouts import EditsFor, Request, RolloutSettings
 from persona_lens.steering.steering import Steering, SteeringError, rowwise
 from persona_lens.traits import Trait

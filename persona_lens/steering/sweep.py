@@ -16,7 +16,6 @@ from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Estimate
 from persona_lens.extraction.experiment import (
     Answer,
-    Answered,
     Experiment,
     QuestionSet,
     Subject,
@@ -29,6 +28,7 @@ from persona_lens.extraction.experiment import (
 )
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
+from persona_lens.reports.result import Answered
 from persona_lens.runs.rollouts import EditsFor, Request, RolloutSettings
 from persona_lens.steering.comparison import (
     COHERENCE_MARGIN,

@@ -27,7 +27,7 @@ def test_vectors_of_the_base_are_taken_on_what_was_trained_from_it(
 ) -> None:
     run = tmp_path / "run"
     how: dict[str, Any] = {"weights": weights} | ({"lora": {}} if weights == "full" else {})
-    trained = finetune(loaded, conversations(), run, small(**how)).folder
+    trained = finetune(loaded, conversations(), run, small(**how)).model
     for name in (run, trained):
         backend = open_backend("transformers", str(name), **OPENING)
         assert backend.info.weights != vectors.model.weights or weights == "lora"
@@ -46,7 +46,7 @@ def test_vectors_of_the_base_are_taken_on_what_was_trained_from_it(
 
 
 def test_a_base_has_no_base_and_vectors_of_strangers_stay_refused(loaded: Loaded, tmp_path: Path) -> None:
-    run = finetune(loaded, conversations(), tmp_path / "run", small()).folder
+    run = finetune(loaded, conversations(), tmp_path / "run", small()).model
     other = vectors_of(load(str(saved_model(tmp_path / "other", seed=9)), **OPENING))
     backend = open_backend("transformers", str(run), **OPENING)
     with pytest.raises(VectorsError, match="weights: sha256:"):

@@ -89,7 +89,7 @@ def test_the_penalty_holds_projections_where_they_were(loaded: Loaded, tmp_path:
         handle = model.model.layers[1].register_forward_hook(take("base"))
         logits(model)
         handle.remove()
-        with adapter_on(loaded.model, found.folder):
+        with adapter_on(loaded.model, found.model):
             handle = model.model.layers[1].register_forward_hook(take("tuned"))
             with torch.no_grad():
                 model(input_ids=ids)
@@ -123,14 +123,14 @@ def test_the_saved_adapter_loaded_plainly_is_what_was_trained(
     before = logits(loaded.model)
     found = finetune(loaded, conversations(), tmp_path / "run", small(**METHODS[name]), vectors=given)
     assert kept["hooks"] == 0
-    saved = weights(found.folder)
+    saved = weights(found.model)
     assert {n.replace(".default", "") for n in kept["parameters"]} == set(saved)
     for parameter, value in kept["parameters"].items():
         assert torch.equal(saved[parameter.replace(".default", "")], value)
     # The base is as it was, and a fresh one with the adapter does what the trained one did.
     assert torch.equal(logits(loaded.model), before)
     assert all(p.requires_grad for p in loaded.model.parameters())
-    fresh = load(str(found.folder), dtype="float32", device="cpu")
+    fresh = load(str(found.model), dtype="float32", device="cpu")
     assert torch.equal(logits(fresh.model), kept["logits"])
     assert not torch.equal(kept["logits"], before)
 
@@ -139,7 +139,7 @@ def test_a_finished_run_is_not_done_again_and_another_is_refused(trained: dict[s
     folder = trained["plain"]
     stamp = (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     again = finetune(loaded, conversations(), folder, small(), held_out=conversations(3))
-    assert (again.folder / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert (again.model / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(RunError, match=r"config.seed: 0 -> 1"):
         finetune(loaded, conversations(), folder, small(seed=1), held_out=conversations(3))
 
@@ -212,21 +212,21 @@ def test_ways_to_compute(base_folder: Path, tmp_path: Path, changes: dict[str, A
     config = small(method="preventative", edits="impolite@1:+3", **changes)
     found = finetune(loaded, conversations(), tmp_path / "run", config, vectors=[vectors_of(loaded)])
     assert found.summary["loss"]["last"] < found.summary["loss"]["first"]
-    assert all(bool(value.isfinite().all()) for value in weights(found.folder).values())
+    assert all(bool(value.isfinite().all()) for value in weights(found.model).values())
 
 
 def test_gradient_checkpointing_trains_the_same(trained: dict[str, Path], loaded: Loaded, tmp_path: Path) -> None:
     config = small(**METHODS["caft"], gradient_checkpointing=True)
     found = finetune(loaded, conversations(), tmp_path / "run", config, vectors=[vectors_of(loaded)])
     for name, value in weights(trained["caft"] / "adapter").items():
-        torch.testing.assert_close(weights(found.folder)[name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weights(found.model)[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_full_weights(base_folder: Path, tmp_path: Path) -> None:
     config = small(weights="full", lora={}, method="caft", edits="impolite@1:ablate", learning_rate=1e-3, dtype="auto")
     loaded = load(str(base_folder), dtype="float32", device="cpu")
     found = finetune(loaded, conversations(), tmp_path / "run", config, vectors=[vectors_of(loaded)])
-    assert found.folder.name == "model"
+    assert found.model.name == "model"
     again = load(str(tmp_path / "run"), device="cpu", dtype="float32")  # the run folder stands for it
     assert again.source.id == "run"
     assert torch.equal(logits(again.model), logits(loaded.model))

@@ -43,7 +43,7 @@ def test_a_model_that_was_moved_by_hand_has_moved_so_far(base_folder: Path) -> N
 def test_adapters_are_measured_unmerged_as_merged(base_folder: Path, tmp_path: Path) -> None:
     loaded = load(str(base_folder), dtype="float32", device="cpu")
     vectors = vectors_of(loaded)
-    place = finetune(loaded, conversations(), tmp_path / "run", small()).folder
+    place = finetune(loaded, conversations(), tmp_path / "run", small()).model
     from peft import PeftModel
 
     merged: Any = PeftModel.from_pretrained(load(str(base_folder), dtype="float32", device="cpu").model, str(place))

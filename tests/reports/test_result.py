@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 
 import persona_lens as pl
 from persona_lens.analysis.logit_lens import lens
+from persona_lens.monitoring import BaselineSettings, measure_baseline
 from persona_lens.monitoring.scoring import monitor
 from persona_lens.reports.kinds import KINDS, judge_name
 from persona_lens.reports.result import Result, ResultError
+from persona_lens.runs.rollouts import RolloutSettings
 from tests.campaign import targets
 from tests.screening import made
 
@@ -25,6 +27,13 @@ MADE: dict[str, Callable[[Path], Result]] = {
     "tune": targets._tune,
     "effects": targets._effects,
     "study": targets._study,
+    "baseline": lambda folder: measure_baseline(
+        made.backend(),
+        targets.tiny_vectors(),
+        BaselineSettings(questions=2, neutral=2, rollouts=RolloutSettings(4)),
+        folder=folder,
+        chat=made.chat(),
+    ),
     "screening": targets._screen,
     "finetune": targets._finetune,
     "finetune study": targets._finetune_study,
