@@ -78,7 +78,7 @@ class BaselineSettings:
 
     layers: tuple[int, ...] | None = None
     questions: int = 10
-    neutral: int = len(NEUTRAL)
+    neutral: int = 20
     samples: int = 1
     system: str | None = None
     reduction: str = DEFAULT_REDUCTION

@@ -61,6 +61,7 @@ COMMANDS = (
     ("judge", "score"),
     ("monitor",),
     ("monitor", "study"),
+    ("monitor", "baseline"),
     ("monitor", "transcript"),
     ("monitor", "prompt"),
     ("monitor", "chat"),
