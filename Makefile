@@ -25,7 +25,7 @@ export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/perso
 export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
 SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
 
-.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae campaign lint format bench docs picture wheel clean
+.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae campaign lint format bench docs picture notebooks wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
@@ -91,8 +91,12 @@ docs: $(VENV)/.development
 
 # The picture of the demonstration's report, by Chromium; in 32 colours it is light.
 picture: demo
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1000,1125 --screenshot=docs/figures/report.png $(DEMO)/report.html
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=800,1125 --screenshot=docs/figures/report.png $(DEMO)/report.html
 	$(BIN)/python -c "from PIL import Image as I; f = 'docs/figures/report.png'; I.open(f).convert('RGB').quantize(32).save(f, optimize=True)"
+
+# Runs the notebooks, and keeps what they say.
+notebooks: $(VENV)/.development
+	$(BIN)/python -m tests.test_notebooks
 
 # One file to carry to another machine; docs/install.md says how it is installed.
 wheel: $(VENV)/.development

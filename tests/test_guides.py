@@ -61,7 +61,10 @@ GIVEN = {
 import torch
 from persona_lens.analysis import features
 from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.extraction import ExtractionSettings, run_extraction
 directions = torch.randn(40, backend.info.d_model)
+few = ExtractionSettings(questions=2, paired=False, rollouts=RolloutSettings(max_new_tokens=4))
+vectors = run_extraction(backend, pl.load_trait("optimistic"), settings=few).vectors
 features.load_features = lambda where: features.Features(  # SAELens is tried in tests/sae
     "stand-in", "blocks.1.hook_resid_post", 1, features.TensorDecoder(directions), encode=lambda h: h @ directions.T
 )
@@ -88,7 +91,7 @@ from persona_lens.cli import options
 from persona_lens.cli.settings import Fields, Given
 from persona_lens.cli.runner import Job, Run
 from persona_lens.core.progress import no_progress
-from persona_lens.extraction.experiment import Answer, Subject
+from persona_lens.extraction.experiment import Answer, Experiment, Subject
 _open = _accepts = _wrap = lambda *given, **options: None
 class ToneSettings: ...
 """,
