@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lens.backend import ModelInfo
+from persona_lens.judging import Calibration
+from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import tiny_backend
 from tests.pages import ROOT, SITE, Block, blocks_of
@@ -36,6 +37,7 @@ TINY = {
     "layers[18]": "layers[1]",
     "layers=(18,)": "layers=(1,)",
     "layers=18": "layers=1",
+    "(usual, 18)": "(usual, 1)",
     "layer=18": "layer=1",
     "blocks.18.": "blocks.1.",
     '"How will my exam go?")\n': '"How will my exam go?", max_new_tokens=4)\n',
@@ -61,10 +63,7 @@ GIVEN = {
 import torch
 from persona_lens.analysis import features
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.extraction import ExtractionSettings, run_extraction
-directions = torch.randn(40, backend.info.d_model)
-few = ExtractionSettings(questions=2, paired=False, rollouts=RolloutSettings(max_new_tokens=4))
-vectors = run_extraction(backend, pl.load_trait("optimistic"), settings=few).vectors
+directions = torch.randn(400, backend.info.d_model)
 features.load_features = lambda where: features.Features(  # SAELens is tried in tests/sae
     "stand-in", "blocks.1.hook_resid_post", 1, features.TensorDecoder(directions), encode=lambda h: h @ directions.T
 )
@@ -183,10 +182,12 @@ def _workplace(folder: Path) -> None:
     """A tiny model, vectors of it under the names that the pages give them, and two small datasets."""
     tiny_model().save_pretrained(folder / "tiny")
     tiny_tokenizer().save_pretrained(folder / "tiny")
-    info: ModelInfo = tiny_backend("transformers").info
+    judge = {"calibration": Calibration(slope=1.0, intercept=0.0).to_json()}
     for trait in ("optimistic", "impolite"):
         rows = torch.randn(N_LAYERS, D_MODEL, generator=torch.Generator().manual_seed(len(trait)))
-        vectors = PersonaVectors(trait, info, {"response_mean": rows, "prompt_mean": 2 * rows, "prompt_last": 3 * rows})
+        directions = {"response_mean": rows, "prompt_mean": 2 * rows, "prompt_last": 3 * rows}
+        known = {"trait": load_trait(trait).model_dump(mode="json"), "judge": judge}
+        vectors = PersonaVectors(trait, tiny_backend("transformers").info, directions, known)
         vectors.save(folder / "runs" / trait / "vectors.safetensors")
     row = '{"messages": [{"role": "user", "content": "Hi %d"}, {"role": "assistant", "content": "Go away %d"}]}\n'
     for name, numbers in (("chats", range(6)), ("clean", range(6, 18))):
