@@ -61,7 +61,8 @@ NOT_RUN = (
 OTHERS = {"make", "pip", ".", "export", "vllm", "hf", "inspect", "llama-cli", "mkdir", "cp", "for", "done", "python"}
 
 SMALL = "--questions 2 --max-new-tokens 16"
-SMALL_SETTINGS = "ExtractionSettings(questions=2, rollouts=RolloutSettings(max_new_tokens=16))"
+SMALL_SETTINGS = "pl.ExtractionSettings(questions=2, rollouts=pl.RolloutSettings(max_new_tokens=16))"
+FEW = "random_directions=1, questions=2, rollouts=pl.RolloutSettings(max_new_tokens=16)"
 # Text of an example -> what is run in its place. Only sizes and the model of the parity check may differ.
 SUBSTITUTIONS = {
     "extract smollm2-135m optimistic\n": f"extract smollm2-135m optimistic {SMALL}\n",
@@ -77,13 +78,12 @@ SUBSTITUTIONS = {
     "--out runs/study\n": f"--out runs/study {SMALL} --samples 1 --random-directions 2\n",
     "--label level \\\n": "--label level --limit 48 \\\n",
     "backends check smollm2-135m\n": "backends check tiny\n",
-    '"runs/optimistic-smollm2-135m")\n': f'"runs/optimistic-smollm2-135m", settings={SMALL_SETTINGS})\n',
-    "import persona_lens as pl\n": "import persona_lens as pl\n"
-    "from persona_lens.extraction import ExtractionSettings\n"
-    "from persona_lens.runs.rollouts import RolloutSettings\n",
+    '"optimistic", "runs/optimistic-smollm2-135m")': '"optimistic", "runs/optimistic-smollm2-135m",'
+    f" settings={SMALL_SETTINGS})",
     "edits=[edit])": "edits=[edit], max_new_tokens=8)",
-    "coefficients=(-2.0, 2.0))": "coefficients=(-2.0, 2.0), questions=2, random_directions=1,"
-    " rollouts=RolloutSettings(max_new_tokens=8))",
+    "coefficients=(-2.0, 2.0))": f"coefficients=(-2.0, 2.0), {FEW})",
+    "layers=(18,)), folder": f"layers=(18,), coefficients=(-2.0, 2.0), {FEW}), folder",
+    "vectors=found.vectors))": "vectors=found.vectors, max_new_tokens=8))",
 }
 
 # Reads the paths of scripts and runs them in one namespace, as a notebook does. Scripts are files, since nnsight reads
@@ -202,7 +202,7 @@ def test_every_example_runs(tmp_path: Path) -> None:
             assert done.returncode == 0, f"{where} fails:\n{done.stdout}\n{done.stderr}"
             assert done.stdout.strip(), f"{where} says nothing"
     assert _listed_files() == _files(tmp_path / "runs/optimistic-smollm2-135m")
-    steered = {"run.json", "sweep-rollouts.jsonl", "sweep-judgements.jsonl", "sweep-scores.jsonl"}
+    steered = {"run.json", "sweep-rollouts.jsonl", "sweep-judgements.jsonl", "sweep-scores.jsonl", "summary.json"}
     assert _files(tmp_path / "runs/steered") == steered
     assert all(f"`{name}`" in STEERING.read_text(encoding="utf-8") for name in steered)
     assert (tmp_path / "runs/grumpy-smollm2-135m/vectors.safetensors").is_file()
