@@ -18,13 +18,20 @@ import persona_lens
 from persona_lens.cli.commands import COMMANDS, Group, app_of, summary
 
 ROOT = Path(__file__).resolve().parents[1]
-# By the package that a name lives in, in the order of a first use.
+# What the reference is cut into, by the packages that names live in.
 SECTIONS = {
-    "backend": "Models",
-    "traits": "Traits",
-    "extraction": "Extraction",
-    "vectors": "Vectors",
-    "steering": "Steering",
+    "Results": ("reports", "load"),
+    "Models": ("backend", "models"),
+    "Traits and data": ("traits", "data", "runs"),
+    "Extraction": ("extraction",),
+    "Vectors": ("vectors",),
+    "Steering": ("steering",),
+    "Monitoring": ("monitoring",),
+    "Screening": ("screening",),
+    "Finetuning": ("finetuning",),
+    "Analysis": ("analysis",),
+    "Judges": ("judging",),
+    "Errors and progress": ("core",),
 }
 
 
@@ -60,20 +67,17 @@ def _pages() -> Iterator[tuple[str, str | bytes]]:
 def _python() -> str:
     """What can be imported from `persona_lens`, by what it is for."""
     homes: Mapping[str, str] = persona_lens._HOMES
-    found: dict[str, list[str]] = {title: [] for title in SECTIONS.values()}
-    for name in persona_lens.__all__:
-        if name in homes:
-            found.setdefault(
-                SECTIONS.get(homes[name].partition(".")[0], homes[name].partition(".")[0].title()), []
-            ).append(name)
+    of = {part: title for title, parts in SECTIONS.items() for part in parts}
+    found: dict[str, list[str]] = {title: [] for title in SECTIONS}
+    for name, home in homes.items():
+        found[of.get(name) or of[home.partition(".")[0]]].append(name)
     lines = [
         "# Python",
         "Everything public can be imported from `persona_lens`; a name's module is loaded when the name is first used.",
         f"`persona_lens.__version__` is the version, here {persona_lens.__version__}.",
     ]
     for title, names in found.items():
-        if names:
-            lines += [f"## {title}", *(f"::: persona_lens.{name}" for name in names)]
+        lines += [f"## {title}", *(f"::: persona_lens.{name}" for name in sorted(names))]
     return "\n\n".join(lines)
 
 

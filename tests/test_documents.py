@@ -101,10 +101,10 @@ def test_links_lead_somewhere(document: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
         place, _, anchor = target.partition("#")
-        if target.startswith("https://"):
-            continue
         file = document.parent / place if place else document
-        assert file.is_file() or file.parent.name == "reference", target
+        if target.startswith("https://") or file.parent.name == "reference":  # which is made: see tests/test_site.py
+            continue
+        assert file.is_file(), target
         if anchor and file.suffix == ".md":
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, (
