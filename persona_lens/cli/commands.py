@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, str | Group] = {
     "finetune": "finetuning:finetune_command",
     "finetune-study": "finetuning:finetune_study_command",
     "shift": "finetuning:shift_command",
+    "runs": "runs:runs_command",
     "screen": "screen:screen",
     "steer": Group(
         "Steer along vectors: sweep, tune, compare, and see what it costs.",
