@@ -106,7 +106,7 @@ def run_demo(
             "agreement": _agreement(settings.model, progress),
         }
         run.write_json("summary.json", summary)
-        run.write_bytes("report.html", render_vector(summary).encode())
+        run.write_bytes("report.html", render_vector(summary, folder=str(root)).encode())
     return summary
 
 

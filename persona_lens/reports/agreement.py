@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from persona_lens.core.text import counted, printable
 from persona_lens.judging.agreement import Agreement
 from persona_lens.reports import svg
-from persona_lens.reports.page import number, render
+from persona_lens.reports.page import Headline, amount, number, plain, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +33,25 @@ def render_agreement(agreement: Agreement, version: str = "") -> str:
         "outside": _outside(agreement),
         "disagreed": agreement.most_disagreed(_SHOWN),
         "version": version,
+        "result": headline(agreement),
     }
     return render("agreement.html.j2", parts)
+
+
+def headline(agreement: Agreement) -> Headline:
+    """How alike the two judges see the responses."""
+    found, same = agreement.to_json(), agreement.to_json()["same_side"]
+    if found["pearson"]["value"] is None:
+        title = f"No correlation can be given: {found['pearson']['reason']}"
+    else:
+        title = (
+            f"The scores correlate with r = {number(found['pearson']['value'], 2)}, and "
+            f"{number(same['value'], 0, percent=True)} of the responses are on the same side of "
+            f"{plain(found['cuts']['threshold'])}"
+        )
+    scored, questions = counted(found["counts"]["scored"], "response"), amount(found["questions"], "question")
+    first, second = map(printable, found["names"])
+    return Headline("", title, (), f"{scored} to {questions} with both scores, by {first} and by {second}")
 
 
 def _outside(agreement: Agreement) -> int | None:

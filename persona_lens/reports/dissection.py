@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, bounds, number, render
+from persona_lens.reports.page import Headline, Steps, amount, bounds, number, render, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 Summary = Mapping[str, Any]
 
 
-def render_dissection(summary: Summary, version: str = "") -> str:
+def render_dissection(summary: Summary, version: str = "", folder: str = "") -> str:
     """A page on one dissection; see `persona_lens.reports.page.render`.
 
     Args:
         summary: JSON values as in the run's ``summary.json``, see `persona_lens.analysis.dissection.dissect`.
         version: Of persona-lens, to be named on the page.
+        folder: Where the run is; no command goes on from there.
     """
     corpus = summary["corpus"]
     parts = {
@@ -29,6 +30,7 @@ def render_dissection(summary: Summary, version: str = "") -> str:
         "places": {each["feature"]: each for each in corpus["features"]} if corpus else {},
         "figures": svg.drawn(figures(summary)),
         "version": version,
+        "next": next_steps(summary),
     }
     return render("dissection.html.j2", parts)
 
@@ -39,6 +41,28 @@ def figures(summary: Summary) -> svg.Wanted:
     return {**found, "pursuit": (pursuit_figure, summary["pursuit"])}
 
 
+def _asked(summary: Summary) -> str:
+    return amount(summary["settings"]["questions"], "held-out question") if summary["steering"] else ""
+
+
+def next_steps(summary: Summary) -> Steps:
+    """What one may want to do next."""
+    model, layer = summary["model"]["model"], summary["layer"]
+    return [
+        (
+            "See which tokens the vector promotes.",
+            shell("persona-lens", "vectors", "lens", model, "VECTORS", "--layers", layer),
+        ),
+        (
+            "See which attentions and MLPs write along it.",
+            shell(
+                "persona-lens", "vectors", "attribute", model, "VECTORS", "--layer", layer, "--prompt", "Will it rain?"
+            ),
+        ),
+    ]
+
+
+@resting_on(_asked)
 def headline(summary: Summary) -> Headline:
     """The result in words, no stronger than the intervals allow.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted, printable
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, bounds, render
+from persona_lens.reports.page import FOLDER, Headline, Steps, bounds, over, render, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,12 +22,13 @@ Summary = Mapping[str, Any]
 Cell = Mapping[str, Any]
 
 
-def render_effects(summary: Summary, version: str = "") -> str:
+def render_effects(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
     """A page on a crossing; see `persona_lens.reports.page.render`.
 
     Args:
         summary: JSON values as in the run's ``summary.json``, see `persona_lens.steering.CrossEffects.to_json`.
         version: Of persona-lens, to be named on the page.
+        folder: Where the run is, for the commands that go on from it.
     """
     cells = {(cell["steering"], cell["trait"]): cell for cell in summary["cells"]}
     chance, pairs = CHANCE * summary["cosines"]["null_std"], _pairs(summary["cosines"])
@@ -40,8 +42,21 @@ def render_effects(summary: Summary, version: str = "") -> str:
         "pairs": pairs,
         "figures": svg.drawn(figures(summary)),
         "version": version,
+        "next": next_steps(summary, folder),
     }
     return render("effects.html.j2", parts, {"beyond": _beyond, "tint": _tint})
+
+
+def next_steps(summary: Summary, folder: str) -> Steps:
+    """What one may want to do next with the run's folder."""
+    model = summary["model"]["model"]
+    return [
+        (
+            "Find the layer and strength for one of the traits, and what they do on questions held back.",
+            shell("persona-lens", "steer", "tune", model, "VECTORS"),
+        ),
+        ("List this run beside the others.", shell("persona-lens", "runs", str(PurePath(folder).parent))),
+    ]
 
 
 def figures(summary: Summary) -> svg.Wanted:
@@ -56,6 +71,7 @@ def _beyond(text: str, name: str) -> str:
     return text.removeprefix(name) or text
 
 
+@resting_on(over("held-out question", "questions"))
 def headline(summary: Summary) -> Headline:
     """The result in words, no stronger than the intervals allow.
 

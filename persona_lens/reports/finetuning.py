@@ -3,30 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, bounds, interval, number, render, side
+from persona_lens.reports.page import (
+    Headline,
+    Steps,
+    amount,
+    bounds,
+    interval,
+    number,
+    over,
+    render,
+    resting_on,
+    shell,
+    side,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Summary = Mapping[str, Any]
 PLAIN, PREVENTATIVE, NULL = "plain", "preventative", "random"
+_interval = partial(interval, noun=None)  # seeds and questions are counted where the result rests on them
 LOSSES = {"last": "in training", "learned": "after, as it is used", "unseen": "after, held-out data"}
 
 
-def render_finetuning(summary: Summary, version: str = "") -> str:
+def render_finetuning(summary: Summary, version: str = "", folder: str = "") -> str:
     """A page on one study; see `persona_lens.reports.page.render`.
 
     Args:
         summary: As `persona_lens.finetuning.study.finetune_study` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
+        folder: Where the run is; no command goes on from there.
     """
     drawn = svg.drawn(figures(summary))
     own = {"result": headline(summary), "losses": LOSSES, "figures": drawn, "version": version}
+    own["next"] = next_steps(summary)
     return render("finetuning.html.j2", {**summary, **own})
+
+
+def next_steps(summary: Summary) -> Steps:
+    """What one may want to do next."""
+    kept = summary["names"].get(PREVENTATIVE)
+    edits = ("--method", PREVENTATIVE, "--edits", kept, "--vectors", "VECTORS") if kept else ()
+    finetune = shell("persona-lens", "finetune", summary["model"], "DATA", *edits)
+    moved = shell("persona-lens", "shift", summary["model"], "FINETUNED", "VECTORS")
+    return [
+        (f"Finetune a model{' in the way that protects' if kept else ''} and keep it.", finetune),
+        ("Measure how far a finetuned model has moved along the trait.", moved),
+    ]
 
 
 def figures(summary: Summary) -> svg.Wanted:
@@ -41,6 +69,12 @@ def verdicts(summary: Summary) -> list[str]:
     return [f"{found.title}.", *found.sentences]
 
 
+def _over_seeds(summary: Summary) -> str:
+    asked = summary["settings"]
+    return f"{amount(len(asked['seeds']), 'seed')}, {amount(len(asked['asked']['questions']), 'held-out question')}"
+
+
+@resting_on(_over_seeds)
 def headline(summary: Summary) -> Headline:
     """What plain training does, whether preventative steering holds it back, and whether random directions do too."""
     arms = summary["treatments"]
@@ -49,7 +83,7 @@ def headline(summary: Summary) -> Headline:
         return Headline("unclear", "No result: no reply of the finetuned models has a score", ())
     seeds = counted(len(summary["settings"]["seeds"]), "seed")
     sentences = [
-        f"Plain finetuning changes the mean trait score by {interval(plain['change'], sign=True)} over {seeds} and "
+        f"Plain finetuning changes the mean trait score by {_interval(plain['change'], sign=True)} over {seeds} and "
         f"{counted(len(summary['settings']['asked']['questions']), 'held-out question')}."
     ]
     if not side(plain["change"]):
@@ -57,15 +91,15 @@ def headline(summary: Summary) -> Headline:
     if kept is None or kept["against_plain"] is None:
         others = [name for name in arms if name not in (PLAIN, PREVENTATIVE, NULL)]
         if others:
-            found = "; ".join(f"{name} {interval(arms[name]['against_plain'], sign=True)}" for name in others)
+            found = "; ".join(f"{name} {_interval(arms[name]['against_plain'], sign=True)}" for name in others)
             sentences.append(f"Of other treatments the change towards the trait beside that is: {found}.")
         said = "preventative steering at one layer was not tried" if others else "nothing was done against it"
         if kept is not None:
             said = "no reply under preventative steering has a score to set beside it"
         return Headline("no null", f"Plain finetuning moves the trait; {said}", tuple(sentences))
     sentences.append(
-        f"Under preventative steering it changes by {interval(kept['change'], sign=True)}; towards the trait that is "
-        f"{interval(kept['against_plain'], sign=True)} beside plain finetuning. Its loss in training was "
+        f"Under preventative steering it changes by {_interval(kept['change'], sign=True)}; towards the trait that is "
+        f"{_interval(kept['against_plain'], sign=True)} beside plain finetuning. Its loss in training was "
         f"{_loss(kept)}, that of plain finetuning {_loss(plain)}."
     )
     alone, beyond = null and null["against_plain"], kept["against_random"]
@@ -73,8 +107,8 @@ def headline(summary: Summary) -> Headline:
     if alone is not None and beyond is not None:
         sentences.append(
             f"A random direction of equal norm {'protects' if alone['high'] < 0 else 'does not clearly protect'}: "
-            f"{interval(alone, sign=True)} beside plain finetuning. Preventative steering differs from it by "
-            f"{interval(beyond, sign=True)}."
+            f"{_interval(alone, sign=True)} beside plain finetuning. Preventative steering differs from it by "
+            f"{_interval(beyond, sign=True)}."
         )
     if kept["against_plain"]["high"] >= 0:
         verdict, title = "unclear", "Preventative steering does not clearly hold the trait back"
@@ -130,6 +164,7 @@ def _shift_figure(summary: Summary, width: int) -> Figure:
     return figure
 
 
+@resting_on(lambda summary: "")
 def shift_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
     told, moved = [], 0
@@ -165,6 +200,7 @@ def shift_figure(trait: str, found: Summary, layers: Sequence[int], width: int) 
     return figure
 
 
+@resting_on(over("conversation", "data", "conversations"))
 def training_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
     loss = summary["loss"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from persona_lens.core.documents import DocumentError, parse_json
 from persona_lens.core.files import read_bytes
-from persona_lens.core.text import counted
 from persona_lens.reports import (
     dissection,
     effects,
@@ -22,13 +21,7 @@ from persona_lens.reports import (
     tuning,
     vector,
 )
-from persona_lens.reports.page import (
-    Headline,
-    render,
-)
-
-if TYPE_CHECKING:
-    pass
+from persona_lens.reports.page import Headline, Steps, render
 
 Summary = Mapping[str, Any]
 Row = dict[str, Any]
@@ -41,48 +34,30 @@ class Kind:
 
     Attributes:
         headline: What it comes to.
-        asked: What that was counted over, such as ``16 held-out questions``.
         figures: What can be drawn, the main one first.
         rows: The rows in its folder.
-        page: The report, given the version of persona-lens too; by default the headline, the figures and every number.
+        page: The report, given the version of persona-lens and the folder too; by default the headline, the figures and
+            every number.
+        after: What one may want to do next with its folder, for a page by default.
     """
 
     headline: Callable[[Summary], Headline]
-    asked: Callable[[Summary], str]
     figures: Callable[[Summary], svg.Wanted]
     rows: Callable[[Path, Summary], Iterator[Row]]
-    page: Callable[[Summary, str], str] | None = None
+    page: Callable[[Summary, str, str], str] | None = None
+    after: Callable[[Summary, str], Steps] = lambda summary, folder: []
 
-    def basis(self, summary: Summary) -> str:
-        """What the headline rests on, and who judged."""
-        judges = summary.get("judges") or {}
-        found = [summary["judge"]] if summary.get("judge") else list(judges.values())
-        names = list(dict.fromkeys(map(judge_name, found)))
-        judged = "judged by " + " and ".join(names) if names else ""
-        return ", ".join(filter(None, [self.asked(summary), judged]))
-
-    def rendered(self, summary: Summary, version: str) -> str:
+    def rendered(self, summary: Summary, version: str, folder: str) -> str:
         """The page."""
         if self.page is not None:
-            return self.page(summary, version)
+            return self.page(summary, version, folder)
         result, figures = self.headline(summary), self.figures(summary)
         drawn = {"figures": svg.drawn(figures), "names": {name: name.replace("_", " ") for name in figures}}
         numbers = {name: value for name, value in summary.items() if name not in ("judge", "judges")}
         title = " and ".join(filter(None, [summary.get("trait"), summary.get("method")])) or "What was found"
         judge = summary.get("judge")
-        own = {"result": result, "basis": self.basis(summary), "judge": judge, "title": title}
+        own = {"result": result, "judge": judge, "title": title, "next": self.after(summary, folder)}
         return render("result.html.j2", {**own, **drawn, "numbers_of": numbers, "version": version})
-
-
-def judge_name(described: Summary) -> str:
-    """What a judge is called, given what it says of itself."""
-    kind, model = described.get("judge"), described.get("model")
-    if kind == "likelihood":
-        return "the likelihood judge, a proxy"
-    if kind == "given":
-        return "the scores that came with the responses"
-    named = model.get("model") if isinstance(model, Mapping) else model
-    return f"{kind}:{named}" if named else str(kind)
 
 
 # Rows
@@ -163,87 +138,36 @@ def _effects_figures(summary: Summary) -> svg.Wanted:
 # The table
 
 
-def _over(noun: str, *path: str, many: bool = False) -> Callable[[Summary], str]:
-    """How many of what, found along a path; with ``many`` the length of what stands there."""
-
-    def asked(summary: Summary) -> str:
-        found: Any = summary
-        for name in path:
-            found = found[name]
-        return counted(len(found) if many else found, noun)
-
-    return asked
-
-
-QUESTION = "held-out question"
 KINDS: Mapping[str, Kind] = {
     "extraction": Kind(
-        readings.extraction_headline, _over("response", "responses"), readings.extraction_figures, _responses
+        readings.extraction_headline, readings.extraction_figures, _responses, after=readings.after_extraction
     ),
-    "sweep": Kind(
-        steering.sweep_headline, _over(QUESTION, "questions"), steering.sweep_figures, _lines("*-scores.jsonl")
-    ),
-    "comparison": Kind(
-        steering.comparison_headline,
-        _over(QUESTION, "questions"),
-        steering.comparison_figures,
-        _lines("arms-scores.jsonl"),
-    ),
+    "sweep": Kind(steering.sweep_headline, steering.sweep_figures, _lines("*-scores.jsonl")),
+    "comparison": Kind(steering.comparison_headline, steering.comparison_figures, _lines("arms-scores.jsonl")),
     "tune": Kind(
         tuning.headline,
-        _over(QUESTION, "confirm_questions"),
         tuning.figures,
         _lines("search-scores.jsonl", "confirm-scores.jsonl", part=True),
-        lambda summary, _: tuning.render_tuning(summary),
+        tuning.render_tuning,
     ),
-    "effects": Kind(
-        effects.headline,
-        _over(QUESTION, "questions", many=True),
-        _effects_figures,
-        _lines("effects-scores.jsonl"),
-        effects.render_effects,
-    ),
-    "study": Kind(
-        study.headline,
-        _over("prompt", "points", many=True),
-        study.figures,
-        _lines("study-scores.jsonl"),
-        study.render_study,
-    ),
-    "screening": Kind(
-        screening.headline, screening.rows_screened, screening.figures, _screened, screening.render_screening
-    ),
-    "finetune": Kind(
-        finetuning.training_headline,
-        _over("conversation", "data", "conversations"),
-        finetuning.training_figures,
-        _lines("metrics.jsonl"),
-    ),
+    "effects": Kind(effects.headline, _effects_figures, _lines("effects-scores.jsonl"), effects.render_effects),
+    "study": Kind(study.headline, study.figures, _lines("study-scores.jsonl"), study.render_study),
+    "screening": Kind(screening.headline, screening.figures, _screened, screening.render_screening),
+    "finetune": Kind(finetuning.training_headline, finetuning.training_figures, _lines("metrics.jsonl")),
     "finetune study": Kind(
-        finetuning.headline,
-        _over(QUESTION, "settings", "asked", "questions", many=True),
-        finetuning.figures,
-        _lines("outcomes.jsonl"),
-        finetuning.render_finetuning,
+        finetuning.headline, finetuning.figures, _lines("outcomes.jsonl"), finetuning.render_finetuning
     ),
-    "shift": Kind(finetuning.shift_headline, lambda _: "", finetuning.shift_figures, shifts_of),
+    "shift": Kind(finetuning.shift_headline, finetuning.shift_figures, shifts_of),
     "dissection": Kind(
-        dissection.headline,
-        _over(QUESTION, "settings", "questions"),
-        dissection.figures,
-        _lines("arms-scores.jsonl"),
-        dissection.render_dissection,
+        dissection.headline, dissection.figures, _lines("arms-scores.jsonl"), dissection.render_dissection
     ),
-    "baseline": Kind(
-        readings.baseline_headline, _over("neutral answer", "replies"), readings.baseline_figures, _replies
-    ),
-    "monitor": Kind(readings.monitor_headline, lambda _: "", readings.monitor_figures, _nothing),
-    "lens": Kind(readings.lens_headline, lambda _: "", readings.lens_figures, _nothing),
+    "baseline": Kind(readings.baseline_headline, readings.baseline_figures, _replies, after=readings.after_baseline),
+    "monitor": Kind(readings.monitor_headline, readings.monitor_figures, _nothing),
+    "lens": Kind(readings.lens_headline, readings.lens_figures, _nothing),
     "demo": Kind(
-        lambda summary: vector.headline(summary["steering"]["effect"], summary["steering"]["questions"]),
-        _over(QUESTION, "steering", "questions"),
+        vector.demo_headline,
         vector.figures,
         lambda folder, summary: _lines("steering-scores.jsonl")(folder / "steering", summary),
-        lambda summary, _: vector.render_vector(summary),
+        vector.render_vector,
     ),
 }

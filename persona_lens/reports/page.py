@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,73 @@ class Headline:
     title: str
     sentences: tuple[str, ...]
     basis: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The title with what it rests on."""
+        return f"{self.title}{f' ({self.basis})' if self.basis else ''}."
+
+
+FOLDER = "FOLDER"  # stands for a run's folder where that is not known
+Steps = list[tuple[str, str]]
+"""What one may want to do next, in words, and the command that does it."""
+
+
+def shell(*words: object) -> str:
+    """A command as one types it."""
+    return shlex.join(map(str, words))
+
+
+def over(noun: str, *path: str) -> Callable[[Mapping[str, Any]], str]:
+    """How many there are of something, by a number or a list that is found along a path; few are called few."""
+
+    def said(summary: Mapping[str, Any]) -> str:
+        found: Any = summary
+        for name in path:
+            found = found[name]
+        return amount(found if isinstance(found, int) else len(found), noun)
+
+    return said
+
+
+def amount(n: int, noun: str) -> str:
+    """``16 questions``, ``only 3 questions``."""
+    return few(n, noun) or counted(n, noun)
+
+
+def judge_name(described: Mapping[str, Any]) -> str:
+    """What a judge is called, given what it says of itself."""
+    kind, model = described.get("judge"), described.get("model")
+    if kind == "likelihood":
+        return "the likelihood judge, a proxy"
+    if kind == "given":
+        return "the scores that came with the responses"
+    named = model.get("model") if isinstance(model, Mapping) else model
+    return f"{kind}:{named}" if named else str(kind)
+
+
+Told = Callable[[Mapping[str, Any]], Headline]
+
+
+def resting_on(asked: Callable[[Mapping[str, Any]], str], *, judged: bool = True) -> Callable[[Told], Told]:
+    """What makes a headline say what it rests on, and who judged: the page, the terminal and `Result` say it alike.
+
+    Args:
+        asked: What it was counted over, such as ``16 held-out questions``.
+        judged: Whether scores have a part in it.
+    """
+
+    def with_basis(headline: Told) -> Told:
+        @wraps(headline)
+        def told(summary: Mapping[str, Any]) -> Headline:
+            found = [summary["judge"]] if summary.get("judge") else list((summary.get("judges") or {}).values())
+            names = list(dict.fromkeys(map(judge_name, found))) if judged else []
+            by = "judged by " + " and ".join(names) if names else ""
+            return replace(headline(summary), basis=", ".join(filter(None, [asked(summary), by])))
+
+        return told
+
+    return with_basis
 
 
 def effect_headline(
@@ -105,27 +174,36 @@ def signed(value: float) -> str:
     return f"{value:+g}".replace("-", MINUS) if value else "0"
 
 
-def interval(found: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False) -> str:
-    """A mean with its 95% interval, and beside it that it rests on few questions, if it does."""
+def interval(
+    found: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False, noun: str | None = "question"
+) -> str:
+    """A mean with its 95% interval, and beside it that it rests on few questions, if it does.
+
+    ``noun`` is what it is over; None where that is said elsewhere.
+    """
     if found is None:
         return NONE
     mean = number(found["mean"], digits, sign=sign)
     if found["n"] < 2:
-        return f"{mean} (one question, so no interval)"
+        return f"{mean} (one {noun or 'value'}, so no interval)"
     low, high = (number(found[end], digits, sign=sign) for end in ("low", "high"))
-    return f"{mean} (95% interval {low} to {high}{_few(found)})"
+    return f"{mean} (95% interval {low} to {high}{_few(found, noun)})"
 
 
-def bounds(found: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False) -> str:
-    """A mean with its interval, for a table cell whose heading says what the brackets are."""
+def bounds(
+    found: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False, noun: str | None = "question"
+) -> str:
+    """A mean with its interval, for a table cell whose heading names the brackets; ``noun`` as in `interval`."""
     if found is None:
         return NONE
     mean, low, high = (number(found[key], digits, sign=sign) for key in ("mean", "low", "high"))
-    return f"{mean} ({few(1)})" if found["n"] < 2 else f"{mean} ({low} to {high}{_few(found)})"
+    if found["n"] < 2:
+        return f"{mean} ({few(1, noun or 'value')})"
+    return f"{mean} ({low} to {high}{_few(found, noun)})"
 
 
-def _few(found: Mapping[str, Any]) -> str:
-    said = few(found["n"])
+def _few(found: Mapping[str, Any], noun: str | None) -> str:
+    said = few(found["n"], noun) if noun else ""
     return f"; {said}" if said else ""
 
 

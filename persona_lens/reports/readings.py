@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg, vector
-from persona_lens.reports.page import Headline, bounds, number
+from persona_lens.reports.page import Headline, Steps, bounds, number, over, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Summary = Mapping[str, Any]
 
 
+@resting_on(over("response", "responses"))
 def extraction_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
     means, rows = summary["mean_score"], summary["separation"]
@@ -41,6 +42,18 @@ def extraction_figures(summary: Summary) -> svg.Wanted:
     return {**found, "norms": (vector.norm_figure, summary["norms"], unused)}
 
 
+def after_extraction(summary: Summary, folder: str) -> Steps:
+    """What one may want to do next with the run's folder."""
+    model = summary["model"]["model"] if isinstance(summary.get("model"), Mapping) else "MODEL"
+    return [
+        (
+            "Find the layer and strength with the strongest effect while the text holds together.",
+            shell("persona-lens", "steer", "tune", model, folder),
+        ),
+        ("Read what is in the vectors.", shell("persona-lens", "vectors", "show", folder)),
+    ]
+
+
 def monitor_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
     told = tuple(f"{gauge}: {bounds(mean, 2)} on average." for gauge, mean in summary["gauges"].items())
@@ -63,14 +76,17 @@ def means_figure(means: Summary, width: int) -> Figure:
     return figure
 
 
+@resting_on(over("neutral answer", "replies"), judged=False)
 def baseline_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
     told = tuple(
         f"Layer {layer}: mean {number(each['mean'], 2)}, SD {number(each['sd'], 2)}."
         for layer, each in list(summary["layers"].items())[:6]
     )
-    layers = counted(len(summary["layers"]), "layer")
-    title = f"Where the model’s own neutral replies stand along {summary['trait']}, at {layers}"
+    means = [each["mean"] for each in summary["layers"].values()]
+    ends = f"{number(min(means), sign=True)} to {number(max(means), sign=True)}"
+    layers = counted(len(means), "layer")
+    title = f"The model’s own neutral answers stand at {ends} along {summary['trait']}, over {layers}"
     return Headline("no null", title, told)
 
 
@@ -91,6 +107,13 @@ def baseline_figure(summary: Summary, width: int) -> Figure:
     axes.set(title=f"Mean projection on {summary['trait']}, residual-stream units", xlabel="layer")
     svg.legend(figure, axes)
     return figure
+
+
+def after_baseline(summary: Summary, folder: str) -> Steps:
+    """What one may want to do next with the run's folder."""
+    where = ("--layer", next(iter(summary["layers"])), "--alarm", f"{summary['trait']}>2sd")
+    chat = shell("persona-lens", "monitor", "chat", summary["model"]["model"], folder, *where)
+    return [("Talk with the model, and hear of replies that are unusual for it.", chat)]
 
 
 def lens_headline(summary: Summary) -> Headline:

@@ -18,7 +18,7 @@ from persona_lens.core.files import CONFIG, write_bytes
 from persona_lens.core.text import in_short
 from persona_lens.reports import svg
 from persona_lens.reports.kinds import KINDS, SUMMARY, Kind
-from persona_lens.reports.page import Headline, environment
+from persona_lens.reports.page import FOLDER, Headline, environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,8 +88,7 @@ class Result:
     @property
     def verdict(self) -> str:
         """The headline in one sentence, with what it rests on and who judged."""
-        rests = f" ({basis})" if (basis := self._told.basis(self.summary)) else ""
-        return f"{self.headline.title}{rests}."
+        return self.headline.sentence
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -134,7 +133,8 @@ class Result:
 
     def report(self) -> str:
         """The page, as HTML that loads nothing."""
-        return self._told.rendered(self.summary, installed_version("persona-lens") or "")
+        folder = FOLDER if self.folder is None else str(self.folder)
+        return self._told.rendered(self.summary, installed_version("persona-lens") or "", folder)
 
     def save(self, path: Path | str) -> Path:
         """Write the page (``.html``), the figure (``.png``, ``.svg``, ``.pdf``) or the rows (``.csv``, ``.jsonl``).

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import hypot
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, number, render
+from persona_lens.reports.page import (
+    FOLDER,
+    Headline,
+    Steps,
+    amount,
+    bounds,
+    judge_name,
+    number,
+    render,
+    resting_on,
+    shell,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,15 +36,17 @@ QUANTITIES = {
 }
 _COLOURS = (svg.VECTOR, svg.RANDOM, svg.THIRD, svg.MUTED)
 _MOST_DRAWN = 8  # gauges
+_MOST_SAID = 4  # sentences of a kind in the headline
 _NAME = 26
 
 
-def render_screening(summary: Summary, version: str = "") -> str:
+def render_screening(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
     """A page on one screening; see `persona_lens.reports.page.render`.
 
     Args:
         summary: As `persona_lens.screening.screen` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
+        folder: Where the run is, for the commands that go on from it.
     """
     drawn = summary["gauges"][:_MOST_DRAWN]
     parts = {
@@ -42,6 +58,8 @@ def render_screening(summary: Summary, version: str = "") -> str:
         "drawn": {gauge: place for place, gauge in enumerate(drawn)},
         "figures": svg.drawn(figures(summary)),
         "version": version,
+        "result": headline(summary),
+        "next": next_steps(summary, folder),
     }
     return render("screening.html.j2", parts, {"share": _share, "random": _random})
 
@@ -62,32 +80,128 @@ def _random(values: Sequence[float]) -> str:
     return f"{number(float(np.mean(values)), 2)} ({number(min(values), 2)} to {number(max(values), 2)})"
 
 
+def _rows(summary: Summary) -> str:
+    screened = [each for each in summary["datasets"] if not each["reference"]]
+    read = sum(each["rows"] - each["rejected"] for each in screened)
+    lost = sum(each["rejected"] for each in screened)
+    parts = [f"{amount(read, 'row')} of {counted(len(screened), 'dataset')}"]
+    parts += [f"{lost:,} unreadable"] if lost else []
+    parts += [f"{amount(each['rows'], 'reference row')}" for each in summary["thresholds"][:1]]
+    names = " and ".join(dict.fromkeys(map(judge_name, (summary["judges"] or {}).values())))
+    return ", ".join([*parts, f"second opinions by {names}" if names else "no judge"])
+
+
+@resting_on(_rows, judged=False)
 def headline(summary: Summary) -> Headline:
-    """What was measured: how labels are told apart, or else what projects higher than the reference."""
-    labels, score = summary["labels"], summary["score"]
-    known = [
-        (label, gauge, found)
-        for label, quantities in (labels["labels"] if labels else {}).items()
-        for gauge, found in quantities.get(score, {}).items()
-    ]
-    if known:
+    """What was measured: how labels are told apart, or else what projects higher than the reference.
+
+    It is ``clear`` if the AUC lies, with its whole interval, above chance and above what random directions reach.
+    """
+    moved = tuple(_moved(summary))
+    if known := _separations(summary):
         label, gauge, found = max(known, key=lambda each: float(each[2]["auc"]))
-        beyond = not found["random"] or found["low"] > max(found["random"])
-        verdict = "no null" if not found["random"] else "clear" if beyond and found["low"] > 0.5 else "unclear"
-        title = f"{label} and {labels['clean']} rows are told apart with an AUC of {number(found['auc'], 3)} by {gauge}"
-        return Headline(verdict, title, tuple(f"{line}." for line in told(summary)))
-    flagged = sum(
-        each["decisions"]["flagged"] for each in summary["datasets"] if each["decisions"] and not each["reference"]
-    )
-    if summary["thresholds"]:
-        title = f"{flagged:,} rows project higher than the reference"
-        return Headline("no null", title, tuple(f"{line}." for line in told(summary)))
-    return Headline("no null", "Projections were measured, with nothing to hold them against", ())
+        clean = summary["labels"]["clean"]
+        verdict = "unclear"
+        if found["low"] > max([0.5, *found["random"]]):
+            verdict = "clear" if found["random"] else "no null"
+        value = f"an AUC of {number(found['auc'], 2)}"
+        title = f"{gauge} tells {label} rows from {clean} ones with {value}"
+        if verdict == "unclear":
+            title = f"{label} rows are not clearly told from {clean} ones: {value} on {gauge}"
+        said = [
+            f"{each}, {name}: AUC {number(one['auc'], 3)} (95% interval {number(one['low'], 3)} to "
+            f"{number(one['high'], 3)}) over {amount(one['labelled'], 'labelled row')} and "
+            f"{amount(one['clean'], 'clean row')}; random directions {_random(one['random'])}."
+            for each, name, one in known[:_MOST_SAID]
+        ]
+        if len(known) > 1:
+            said.append(f"The title has the largest of {len(known)}, which flatters it.")
+        return Headline(verdict, title, (*said, *moved))
+    beside = _beside_reference(summary)
+    if not beside:
+        return Headline("no null", "Rows were projected, with nothing to hold them against", moved)
+    higher = [each for each in beside if each[2]["low"] > 0]
+    name, gauge, found = max(higher or beside, key=lambda each: float(each[2]["mean"]))
+    by = f"{number(found['mean'], 2, sign=True)}"
+    title = f"{name} projects higher than the reference on {gauge}, by {by}"
+    if not higher:
+        title = "No dataset clearly projects higher than the reference"
+    elif len(beside) > 1:
+        title += f" (clearly so are {len(higher)} of {len(beside)} means)"
+    said = [
+        f"{each}, {which}: its mean {QUANTITIES[summary['score']]} minus the reference’s is "
+        f"{bounds(one, 3, sign=True, noun='row')}."
+        for each, which, one in beside[:_MOST_SAID]
+    ]
+    said.append("Data about other things differs along any direction: no random directions stand beside this.")
+    return Headline("no null" if higher else "unclear", title, (*said, *moved))
 
 
-def rows_screened(summary: Summary) -> str:
-    """How many rows were screened."""
-    return counted(sum(dataset["rows"] for dataset in summary["datasets"] if not dataset["reference"]), "row")
+def _separations(summary: Summary) -> list[tuple[str, str, Summary]]:
+    """Labels, gauges and how well these tell them from clean rows, by the value that rows are ranked by."""
+    labels = summary["labels"]["labels"] if summary["labels"] else {}
+    return [
+        (label, gauge, found)
+        for label, quantities in labels.items()
+        for gauge, found in quantities.get(summary["score"], {}).items()
+    ]
+
+
+def _beside_reference(summary: Summary) -> list[tuple[str, str, Summary]]:
+    """Datasets, gauges, and means minus the reference's, whose interval has the width of both (MOVER).
+
+    Of several references the one with the highest mean is taken.
+    """
+    quantity = summary["score"]
+    means = [(each, each["means"]) for each in summary["datasets"] if each["means"]]
+    found: list[tuple[str, str, Summary]] = []
+    for gauge in summary["gauges"]:
+        clean = [own[gauge][quantity] for each, own in means if each["reference"] and own[gauge][quantity]]
+        if not clean:
+            continue
+        reference = max(clean, key=lambda each: float(each["mean"]))
+        for each, own in means:
+            mine = own[gauge][quantity]
+            if mine and not each["reference"]:
+                middle = mine["mean"] - reference["mean"]
+                down = hypot(mine["mean"] - mine["low"], reference["high"] - reference["mean"])
+                up = hypot(mine["high"] - mine["mean"], reference["mean"] - reference["low"])
+                ends = {"mean": middle, "low": middle - down, "high": middle + up}
+                found.append((_short(each["name"]), gauge, {**ends, "n": min(mine["n"], reference["n"])}))
+    return found
+
+
+def _moved(summary: Summary) -> Iterator[str]:
+    """What each dataset would push towards, where its rows were held against what the model itself says."""
+    screened = [each for each in summary["datasets"] if not each["reference"]]
+    for dataset in screened[:_MOST_SAID]:
+        for gauge, means in dataset["means"].items():
+            what = "difference" if means["difference"] else "prompt_difference"
+            mean = means[what]
+            if mean:
+                where = "above" if mean["low"] > 0 else "below" if mean["high"] < 0 else "not clearly on either side of"
+                said = f"{_short(dataset['name'])}, {gauge}: the {QUANTITIES[what]} is "
+                flagged = ""
+                if dataset["flagged"] is not None:
+                    rows = counted(dataset["rows"] - dataset["rejected"], "row")
+                    flagged = f"; {dataset['flagged'][gauge]:,} of {rows} flagged by the {QUANTITIES[summary['score']]}"
+                yield f"{said}{bounds(mean, 3, sign=True, noun='row')}, {where} 0{flagged}."
+
+
+def next_steps(summary: Summary, folder: str) -> Steps:
+    """What one may want to do next with the run's folder."""
+    model = summary["model"]["model"]
+    if not summary["thresholds"]:
+        clean = shell("persona-lens", "screen", model, "DATA", "VECTORS", "--reference", "CLEAN")
+        return [("Name a clean reference, so that rows are sorted into kept and flagged ones.", clean)]
+    kept = f"{folder}/split/{PurePath(summary['datasets'][0]['name']).stem}-kept.jsonl"
+    return [
+        ("Finetune on the rows that were kept.", shell("persona-lens", "finetune", model, kept)),
+        (
+            "Or on all of them, while the trait is held back.",
+            shell("persona-lens", "finetune", model, "DATA", "--method", "preventative", "--vectors", "VECTORS"),
+        ),
+    ]
 
 
 def figures(summary: Summary) -> svg.Wanted:
@@ -186,7 +300,7 @@ def told(summary: Summary) -> list[str]:
         for quantity, gauges in quantities.items():
             lines += [
                 f"{label} against {summary['labels']['clean']}, {quantity}, {gauge}: AUC {found['auc']:.3f} "
-                f"[{found['low']:.3f}, {found['high']:.3f}]{_beside(found['random'])}"
+                f"[{found['low']:.3f}, {found['high']:.3f}]{_few_rows(found)}{_beside(found['random'])}"
                 for gauge, found in gauges.items()
             ]
     for dataset in summary["datasets"]:
@@ -202,6 +316,11 @@ def told(summary: Summary) -> list[str]:
             + (f", {found['without_score']:,} without a score" if found["without_score"] else "")
         )
     return lines
+
+
+def _few_rows(found: Summary) -> str:
+    said = few(min(found["labelled"], found["clean"]), "row")
+    return f" ({said})" if said else ""
 
 
 def _beside(random: list[float]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg, vector
-from persona_lens.reports.page import Headline, bounds, effect_headline, signed
+from persona_lens.reports.page import Headline, bounds, effect_headline, over, resting_on, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +19,7 @@ def _swept(summary: Summary) -> Summary | None:
     return next((each for each in summary["layers"] if each["layer"] == summary["chosen"]), None)
 
 
+@resting_on(over("held-out question", "questions"))
 def sweep_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
     found = _swept(summary)
@@ -47,6 +48,7 @@ def sweep_figures(summary: Summary) -> svg.Wanted:
 # Comparison
 
 
+@resting_on(over("held-out question", "questions"))
 def comparison_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
     known = {name: each["effect"] for name, each in summary["arms"].items() if each["effect"]}

@@ -10,7 +10,18 @@ import numpy as np
 from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import NONE, Headline, measured, number, render
+from persona_lens.reports.page import (
+    FOLDER,
+    NONE,
+    Headline,
+    Steps,
+    amount,
+    measured,
+    number,
+    render,
+    resting_on,
+    shell,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,26 +37,26 @@ _MEASURES = {
 }
 
 
-def render_study(summary: Summary, version: str = "") -> str:
+def render_study(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
     """A page on one study; see `persona_lens.reports.page.render`.
 
     Args:
         summary: As `persona_lens.monitoring.study` has it, or as JSON read from ``summary.json``.
         version: Of persona-lens, to be named on the page.
+        folder: Where the run is, for the commands that go on from it.
     """
     group, found = _first(summary)
     parts = {
         **summary,
-        "verdict": summary["verdict"].replace(" ", "-"),
         "at": found,
         "first": group,
         "measures": _MEASURES,
         "group_names": GROUPS,
         "entries": {name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
-        "tuned": _tuned(summary),
-        "title": title(summary),
+        "result": headline(summary),
         "figures": svg.drawn(figures(summary)),
         "version": version,
+        "next": next_steps(summary, folder),
     }
     return render("study.html.j2", parts, {"share": share})
 
@@ -95,13 +106,51 @@ def title(summary: Summary) -> str:
     }[summary["verdict"]]
 
 
+def _asked(summary: Summary) -> str:
+    asked, ways = summary["settings"], len(summary["conditions"])
+    replies = counted(asked["samples"], "reply").replace("replys", "replies")
+    return f"{amount(asked['questions'], 'held-out question')} in {counted(ways, 'condition')}, {replies} each"
+
+
+@resting_on(_asked)
 def headline(summary: Summary) -> Headline:
     """The title with what it rests on: the correlation with its interval, beside that of random directions."""
-    r, null = _first(summary)[1]["pearson"], _null(summary)
-    beside = f" Random directions reach {number(null['high'], 2)}." if null else ""
-    asked = counted(summary["settings"]["questions"], "question")
-    said = f"Over {asked}, Pearson’s r is {measured(r)} at layer {summary['layer']}.{beside}"
-    return Headline(summary["verdict"], title(summary), (said,))
+    group, found = _first(summary)
+    chosen = summary["layer_reason"] == "strongest"
+    at = f"At layer {summary['layer']}"
+    at += f", the one with the largest correlation of {len(group['layers'])}" if chosen else ""
+    prompts = counted(group["prompts"], "prompt")
+    said = [f"{at}, r is {measured(found['pearson'])} over {prompts}, with its 95% interval."]
+    null = found["null"]
+    if null is None or null["mean"] is None:
+        said.append("No random directions were read beside it.")
+    else:
+        best = group["best_null"] if chosen else None
+        said.append(
+            f"Of {counted(null['n'], 'random direction')} of the same length, the middle 95% lie between "
+            f"{number(null['low'], 2)} and {number(null['high'], 2)} there, {number(null['mean'], 2)} on average"
+            + (
+                f"; each at the layer that is best for it, between {number(best['low'], 2)} and "
+                f"{number(best['high'], 2)}."
+                if best
+                else "."
+            )
+        )
+    if tuned := _tuned(summary):
+        said.append(f"At layer {tuned['layer']}, which was tuned for steering, it is {measured(tuned['pearson'])}.")
+    return Headline(summary["verdict"], title(summary), tuple(said))
+
+
+def next_steps(summary: Summary, folder: str) -> Steps:
+    """What one may want to do next with the run's folder."""
+    model, asked = summary["model"]["model"], "How will my exam go?"
+    steps = []
+    if "reason" not in summary["calibration"]:
+        rate = f"{summary['calibration']['threshold']['false_alarm_rate']:g}"
+        words = ("persona-lens", "monitor", "prompt", model, folder, asked, "--false-alarm-rate", rate)
+        steps.append(("Ask of a prompt how likely its replies show the trait.", shell(*words)))
+    usual = shell("persona-lens", "monitor", "baseline", model, folder)
+    return [*steps, ("Measure what is usual for the model, for alarms while it answers.", usual)]
 
 
 def figures(summary: Summary) -> svg.Wanted:
@@ -179,6 +228,7 @@ def layer_figure(summary: Summary, width: int) -> Figure:
     axes.axvline(summary["layer"], **svg.DOTTED)
     lowest = min([*(each["pearson"]["value"] for each in rows), *(each["null"]["low"] for each in nulls), 0.0])
     axes.set(title="Pearson’s r", xlabel="layer", ylim=(max(-1.05, lowest - 0.25), 1.05))
+    axes.locator_params(axis="x", integer=True)
     svg.legend(figure, axes)
     return figure
 

@@ -6,7 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, effect_headline, moves, number, render, signed
+from persona_lens.reports.page import (
+    FOLDER,
+    Headline,
+    Steps,
+    effect_headline,
+    moves,
+    number,
+    over,
+    render,
+    resting_on,
+    shell,
+    signed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,13 +29,15 @@ MEASURED = {"nll": "surprise, nats per token", "coherence": "coherence, 0 to 100
 _NOTHING = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 1}
 
 
-def render_tuning(summary: Summary) -> str:
+def render_tuning(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
     """The page of a tuning run; see `persona_lens.reports.page.render`.
 
     Args:
         summary: JSON values as in the run's ``summary.json``; see `persona_lens.steering.tune`. It may also have
             ``capability``: a list of mappings with ``accuracy`` (0 to 1) and ``score`` (0 to 100), both means with
             their intervals or None, and ``coefficient``, or ``arm`` for what is not a coefficient at the chosen layer.
+        version: Of persona-lens, where the summary does not say it.
+        folder: Where the run is, for the commands that go on from it.
     """
     effects = [point["effect"] for point in summary["surface"] if point["effect"]]
     changes = [effect[key]["mean"] for effect in effects for key in ("change", "random") if effect[key]]
@@ -38,10 +52,13 @@ def render_tuning(summary: Summary) -> str:
         "strongest": max([1.0, *map(abs, changes)]),  # both maps are in the same colours
         "null": any(effect["random"] for effect in effects),
         "figures": svg.drawn(figures(summary)),
+        "next": next_steps(summary, folder),
+        "version": summary["versions"].get("persona-lens", version),
     }
     return render("tuning.html.j2", parts)
 
 
+@resting_on(over("held-out question", "confirm_questions"))
 def headline(summary: Summary) -> Headline:
     """The effect of the chosen steering on the questions that it was not chosen on.
 
@@ -60,6 +77,25 @@ def headline(summary: Summary) -> Headline:
         return found
     title = f"The text falls apart: {doing} {moves(effect['change'])}, but its answers no longer hold together"
     return Headline("unclear", title, (*found.sentences, "Scores of text that has fallen apart mean little."))
+
+
+def next_steps(summary: Summary, folder: str) -> Steps:
+    """What one may want to do next with the run's folder."""
+    model, chosen = summary["model"]["model"], summary["chosen"]["steering"]
+    return [
+        (
+            "Answer a prompt of your own with the choice and without it.",
+            shell("persona-lens", "generate", model, folder, "How will my exam go?"),
+        ),
+        (
+            "See what it costs on a test of capability.",
+            shell("persona-lens", "steer", "capability", model, folder, "--edits", chosen),
+        ),
+        (
+            "Measure what is usual for the model, for alarms while it answers.",
+            shell("persona-lens", "monitor", "baseline", model, folder),
+        ),
+    ]
 
 
 def held(summary: Summary) -> bool:

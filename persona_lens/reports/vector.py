@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
 from persona_lens.reports.page import (
+    FOLDER,
     MINUS,
     NONE,
     Headline,
+    Steps,
+    amount,
     bounds,
     counted,
     effect_headline,
     interval,
     render,
+    resting_on,
+    shell,
     signed,
 )
 
@@ -33,7 +38,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Summary = Mapping[str, Any]
 
 
-def render_vector(summary: Summary) -> str:
+def render_vector(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
     """The page of a demonstration run; see `persona_lens.reports.page.render`.
 
     Args:
@@ -41,6 +46,8 @@ def render_vector(summary: Summary) -> str:
             ``seed``, ``extraction``, ``layer_choice`` (None if the layer was given), ``steering``, ``samples`` (the
             first questions in their order, responses from the smallest coefficient to the largest), ``agreement`` and
             ``versions``.
+        version: Of persona-lens, where the summary does not say it.
+        folder: Where the run is, for the commands that go on from it.
     """
     choice, steering = summary.get("layer_choice"), summary["steering"]
     parts = {
@@ -48,14 +55,32 @@ def render_vector(summary: Summary) -> str:
         "layer_choice": choice,
         "layer_reason": layer_reason(choice) if choice else None,
         "agreement": [agreement_row(found) for found in summary["agreement"]],
-        "headline": headline(steering["effect"], steering["questions"]),
+        "headline": demo_headline(summary),
         "sides": sides(steering["effect"]),
         "strained": strained(summary),
         "rises": rises(summary["samples"]),
         "figures": svg.drawn(figures(summary)),
         "reductions": REDUCTIONS,
+        "version": summary["versions"].get("persona-lens", version),
+        "next": next_steps(summary, folder),
     }
     return render("vector.html.j2", parts, {"scientific": scientific})
+
+
+def next_steps(summary: Summary, folder: str) -> Steps:
+    """What one may want to do next with the run's folder."""
+    model, layer, vectors = summary["model"]["model"], summary["steering"]["layer"], f"{folder}/extraction"
+    return [
+        (
+            "Answer a prompt of your own with the vector and without it.",
+            shell("persona-lens", "generate", model, vectors, "How will my exam go?", "--layer", layer),
+        ),
+        (
+            "Search layer and strength for the strongest effect while the text holds together.",
+            shell("persona-lens", "steer", "tune", model, vectors),
+        ),
+        ("See whether prompts foretell the trait.", shell("persona-lens", "monitor", "study", model, vectors)),
+    ]
 
 
 def headline(effect: Summary, questions: int) -> Headline:
@@ -65,6 +90,17 @@ def headline(effect: Summary, questions: int) -> Headline:
     how = f", going {span} at layer {effect['layer']} changes"
     found = effect_headline(change, questions, f"steering {span}", how)
     return replace(found, sentences=(*found.sentences, *which_way(effect)))
+
+
+def _as_steered(summary: Summary) -> str:
+    return amount(summary["steering"]["questions"], "held-out question")
+
+
+def demo_headline(summary: Summary) -> Headline:
+    """`headline` of a demonstration, whose judge is that of its extraction."""
+    steering = summary["steering"]
+    told = resting_on(_as_steered)(lambda found: headline(steering["effect"], steering["questions"]))
+    return told({**summary, "judge": summary["extraction"]["judge"]})
 
 
 def sides(effect: Summary) -> list[tuple[str, float, Summary]]:

@@ -70,7 +70,7 @@ def test_the_folder_holds_the_choice_and_the_page_and_says_so(tuned: tuple[Path,
     assert {path.name for path in out.iterdir() if path.name != ".lock"} == FILES
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert page == render_tuning(summary)
+    assert page == render_tuning(summary, folder=str(out))
     stored = load_vectors(out).tuned
     assert stored is not None
     assert (stored.layer, stored.coefficient) == (summary["chosen"]["layer"], summary["chosen"]["coefficient"])

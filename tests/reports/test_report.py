@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from base64 import b64decode
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -484,6 +485,36 @@ def test_an_effect_the_wrong_way_round_is_called_that() -> None:
     assert verdict == "reversed"
     assert "lowers the trait score by 30.0 points" in words
     assert "−30.0 (95% interval −36.0 to −24.0)" in words
+
+
+def test_promotion_and_suppression_are_told_apart() -> None:
+    words = verdict_of()[1]
+    assert (
+        "Against the unsteered model, promotion (+2) changes it by +21.0 (95% interval +11.7 to +30.3), random" in words
+    )
+    assert "suppression (−2) changes it by −31.4 (95% interval −40.7 to −22.1)" in words
+    assert words.endswith("both are clear.")
+    only = {**moved(3.0, 2.0, 9.0, 20), "clear": 0}
+    assert verdict_of(promotion=only)[1].endswith("only the suppression is clear by itself.")
+    assert "Against the unsteered model" not in verdict_of(promotion=None)[1], "the effect is that side alone"
+    text = Page(render_vector(make_summary())).text
+    assert "promotion, +2" in text
+    assert "suppression, −2" in text
+
+
+def test_the_box_says_how_many_questions_there_were_and_who_judged() -> None:
+    summary = make_summary()
+    assert "20 held-out questions, judged by the likelihood judge, a proxy." in Page(render_vector(summary)).text
+    summary["steering"]["questions"] = 3
+    summary["extraction"]["judge"] = {"judge": "openai", "model": "a-model"}
+    assert "Only 3 held-out questions, judged by openai:a-model." in Page(render_vector(summary)).text
+
+
+def test_commands_that_go_on_from_the_folder_are_on_the_page() -> None:
+    page = render_vector(make_summary(), folder="runs/my demo")
+    commands = [unescape(found) for found in re.findall(r"<pre><code>(.*?)</code></pre>", page)]
+    assert "persona-lens steer tune smollm2-135m 'runs/my demo/extraction'" in commands
+    assert "user-select: all" in page
 
 
 def test_without_a_null_nothing_is_called_clear() -> None:

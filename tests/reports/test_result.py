@@ -14,7 +14,8 @@ import persona_lens as pl
 from persona_lens.analysis.logit_lens import lens
 from persona_lens.monitoring import BaselineSettings, measure_baseline
 from persona_lens.monitoring.scoring import monitor
-from persona_lens.reports.kinds import KINDS, judge_name
+from persona_lens.reports.kinds import KINDS
+from persona_lens.reports.page import judge_name
 from persona_lens.reports.result import Result, ResultError
 from persona_lens.runs.rollouts import RolloutSettings
 from tests.campaign import targets

@@ -177,7 +177,8 @@ def test_the_page_is_whole_safe_and_the_same_each_time(model: Path, vectors: Pat
     )  # fmt: skip
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert render_screening(summary, re.search(r'content="persona-lens ([^"]*)"', page)[1]) == page  # type: ignore[index]
+    version = re.search(r'content="persona-lens ([^"]*)"', page)[1]  # type: ignore[index]
+    assert render_screening(summary, version, str(tmp_path / "run")) == page
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "\u202e" not in page

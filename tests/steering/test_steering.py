@@ -359,6 +359,13 @@ def test_the_effect_is_taken_question_by_question() -> None:
     assert found.vector.n == 2
     assert found.random == Estimate(4.0, 4.0, 4.0, 1)
     assert found.difference == Estimate(61.0, 61.0, 61.0, 1)
+    # Each end against the unsteered responses, which score 40 and 60.
+    assert found.promotion is not None
+    assert found.suppression is not None
+    assert (found.promotion.vector.mean, found.suppression.vector.mean) == pytest.approx((35, -25))
+    assert found.promotion.random == Estimate(5.0, 5.0, 5.0, 1)
+    assert found.suppression.random is not None
+    assert found.suppression.random.mean == pytest.approx((1 - 10) / 2)
 
 
 def test_an_effect_with_one_sided_coefficients_starts_at_the_unsteered() -> None:
@@ -368,6 +375,9 @@ def test_an_effect_with_one_sided_coefficients_starts_at_the_unsteered() -> None
     assert found.random is None
     assert found.difference is None
     assert found.to_json()["random"] is None
+    assert found.promotion is not None
+    assert found.promotion.vector == found.vector
+    assert found.suppression is None
 
 
 def test_what_was_not_swept_has_no_figures() -> None:
