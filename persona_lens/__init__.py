@@ -48,9 +48,12 @@ if TYPE_CHECKING:
     from persona_lens.judging.registry import judges as judges
     from persona_lens.models.chat import chat_format as chat_format
     from persona_lens.models.endpoint import ServerSettings as ServerSettings
+    from persona_lens.monitoring import Alarm as Alarm
+    from persona_lens.monitoring import BaselineSettings as BaselineSettings
     from persona_lens.monitoring import ConversationMonitor as ConversationMonitor
     from persona_lens.monitoring import Panel as Panel
     from persona_lens.monitoring import StudySettings as StudySettings
+    from persona_lens.monitoring import measure_baseline as measure_baseline
     from persona_lens.monitoring import study as study
     from persona_lens.monitoring.scoring import monitor as monitor
     from persona_lens.reports.result import Result as Result
@@ -80,8 +83,10 @@ if TYPE_CHECKING:
     from persona_lens.vectors.formats import import_vectors as import_vectors
 
 _HOMES = {
+    "Alarm": "monitoring",
     "ArmSettings": "steering",
     "Backend": "backend",
+    "BaselineSettings": "monitoring",
     "ConversationMonitor": "monitoring",
     "CrossSettings": "steering",
     "DemoSettings": "analysis.demo",
@@ -134,6 +139,7 @@ _HOMES = {
     "load_steering": "steering",
     "load_trait": "traits",
     "load_vectors": "vectors",
+    "measure_baseline": "monitoring",
     "monitor": "monitoring.scoring",
     "no_progress": "core.progress",
     "open_backend": "backend",
