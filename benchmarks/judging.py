@@ -1,24 +1,47 @@
-"""Judging at the paper's scale, against a server that delays and fails; beside the time that is needed at least."""
+"""``python -m benchmarks.judging FOLDER [TRAIT...]``: the likelihood judge by one to five instruction pairs.
+
+For each trait, on the embedded model: responses of both arms, and steered ones to the held-out questions; how far the
+scores by fewer pairs agree with those by all five and with a sentiment lexicon, and what they cost. `judging_ratio`,
+part of ``python -m benchmarks``, is judging at the paper's scale, against a server that delays and fails.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.ratios import Ratio
-from persona_lens.judging import Exchange, LLMJudge
+from persona_lens.backend import Backend, open_backend
+from persona_lens.cli.display import cell, print_plain_table, quiet_libraries
+from persona_lens.core.statistics import auc
+from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.judging import Exchange, LikelihoodJudge, LLMJudge, fit_calibration
+from persona_lens.judging.agreement import Scored, compare, response_id
+from persona_lens.models.chat import chat_format
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
-from persona_lens.traits import load_trait
+from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.steering import SweepSettings, sweep
+from persona_lens.traits import Arm, Trait, load_trait
 
 RESPONSES, DELAY = 2000, 0.1
 FAULTS = {"failing": 0.05, "malformed": 0.01}
 LIMIT = 1.3
+LAYER, PAIRS = 21, 5
+REPLIES = RolloutSettings(max_new_tokens=40, temperature=0.6)  # as those of the demonstration
+LEXICON = {"optimistic": 1, "impolite": -1}  # traits that a lexicon of sentiments sees something of, and how
 
 
 @contextmanager
@@ -51,3 +74,94 @@ def judging_ratio(pairs: int) -> Ratio:
     ratios = [seconds / least for seconds in times]
     name = f"judging {RESPONSES} responses with coherence, 6% of attempts failing / delay x judgements / at once"
     return Ratio(name, median(ratios), min(ratios), max(ratios), median(times), least, LIMIT)
+
+
+class EachPair(LikelihoodJudge):
+    """The likelihood judge by all pairs, each by itself."""
+
+    def differences(self, exchanges: Sequence[Exchange]) -> NDArray[np.float64]:
+        """Log-odds by each pair: [responses, pairs]; NaN for empty responses."""
+        found = np.full((len(exchanges), self.pairs), np.nan)
+        for chosen, tokens in self._batches(exchanges):
+            means = np.array([float(values.mean()) for values in self._logprobs(tokens)]).reshape(-1, len(chosen))
+            found[chosen] = (means[: self.pairs] - means[self.pairs : -1]).T
+        return found
+
+
+def responses(backend: Backend, trait: Trait, folder: Path) -> tuple[list[Exchange], NDArray[np.bool_], int]:
+    """Responses to judge, which of them are of the positive arm, and how many at the beginning are of either."""
+    settings = ExtractionSettings(judge_pairs=PAIRS, rollouts=REPLIES)
+    extraction = run_extraction(backend, trait, folder / f"{trait.name}-extraction", settings=settings)
+    asked = SweepSettings((LAYER,), random_directions=0, rollouts=REPLIES)
+    rows = sweep(backend, extraction.vectors, asked, folder=folder / f"{trait.name}-steering")
+    of_arms = [Exchange(each.request.question, each.response, each.response_ids) for each in extraction.rollouts]
+    steered = [Exchange(trait.evaluation_questions[row.question], row.text) for row in rows]
+    positive = [each.request.labels["arm"] == Arm.POSITIVE for each in extraction.rollouts]
+    return [*of_arms, *steered], np.array([*positive, *[False] * len(rows)]), len(of_arms)
+
+
+def cost(backend: Any, trait: Trait, exchanges: Sequence[Exchange], pairs: int) -> tuple[float, float]:
+    """Tokens that the model runs over, padding included, and CPU seconds; of one response on average."""
+    tokens: list[int] = []
+    judge = LikelihoodJudge(backend, chat_format(backend), trait, pairs=pairs)
+    hook = backend.module.register_forward_pre_hook(
+        lambda _, __, given: tokens.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    start = time.process_time()
+    judge.evidence(exchanges)
+    seconds = time.process_time() - start
+    hook.remove()
+    return sum(tokens) / len(exchanges), seconds / len(exchanges)
+
+
+def fewer_pairs(backend: Backend, trait: Trait, folder: Path) -> None:
+    """Print what fewer pairs bring and cost for a trait."""
+    exchanges, positive, arms = responses(backend, trait, folder)
+    by_pair = EachPair(backend, chat_format(backend), trait, pairs=PAIRS).differences(exchanges)
+    there = ~np.isnan(by_pair[:, 0])
+    lexicon = SentimentIntensityAnalyzer()
+    witness = [LEXICON[trait.name] * lexicon.polarity_scores(each.response)["compound"] for each in exchanges]
+
+    def scored(values: Sequence[float]) -> list[Scored]:
+        """Of the steered responses, which no instruction has a part in."""
+        rows = zip(exchanges[arms:], values[arms:], there[arms:], strict=True)
+        return [Scored(response_id(e.question, e.response), e.question, e.response, v) for e, v, ok in rows if ok]
+
+    def scores(pairs: int) -> list[float]:
+        evidence = by_pair[:, :pairs].mean(axis=1)
+        known = there[:arms].nonzero()[0]
+        calibration = fit_calibration(evidence[known].tolist(), positive[known].tolist())
+        return [calibration.score(value) for value in evidence]
+
+    whole, rows = scored(scores(PAIRS)), []
+    for pairs in range(1, PAIRS + 1):
+        evidence, own = by_pair[:, :pairs].mean(axis=1)[:arms], scored(scores(pairs))
+        apart = auc(evidence[there[:arms] & positive[:arms]], evidence[there[:arms] & ~positive[:arms]])
+        tokens, seconds = cost(backend, trait, exchanges[: arms // 10], pairs)
+        row = [str(pairs), f"{tokens:.0f}", f"{seconds:.2f}", f"{apart:.3f}"]
+        for other in (whole, scored([50 + 50 * value for value in witness])):
+            found = compare(other, own)
+            for measure in (found.pearson, found.spearman, found.pairwise_first):
+                ends = {"low": measure.low, "high": measure.high, "n": found.questions}
+                row.append(cell({"mean": measure.value, **ends}, ".2f"))
+        rows.append(row)
+    with_other = [f"{m} with {other}" for other in ("all", "VADER") for m in ("Pearson", "Spearman", "pairwise")]
+    head = ["pairs", "tokens", "CPU s", "AUC of arms", *with_other]
+    print(f"{trait.name}, {int(there[arms:].sum())} steered responses, {backend.info.dtype}")
+    print_plain_table(head, rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.judging", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("traits", nargs="*", default=[*LEXICON], choices=[*LEXICON])
+    arguments = parser.parse_args()
+    quiet_libraries()
+    backend = open_backend("transformers", "smollm2-135m")
+    for name in arguments.traits:
+        fewer_pairs(backend, load_trait(name), arguments.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

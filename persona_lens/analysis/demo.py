@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from persona_lens.backend import backend_statuses, open_backend
+from persona_lens.backend import Backend, backend_statuses, open_backend
 from persona_lens.backend.parity import check_parity
 from persona_lens.backend.registry import DEFAULT, installed_version
 from persona_lens.core.progress import Progress, shown_progress
@@ -41,6 +41,7 @@ class DemoSettings:
         questions: Evaluation questions that the steering curve rests on.
         coefficients: Steering coefficients, besides 0.
         random_directions: Directions that the null is averaged over.
+        quick: Whether it is the smaller one, which says so; the backends are not compared then.
     """
 
     model: str = "smollm2-135m"
@@ -51,11 +52,22 @@ class DemoSettings:
     questions: int = 16
     coefficients: tuple[float, ...] = (-2.0, -1.0, 1.0, 2.0)
     random_directions: int = 5
+    quick: bool = False
 
     @property
     def rollouts(self) -> RolloutSettings:
         """How steered responses are made: as those of the extraction."""
         return self.extraction.rollouts
+
+
+QUICK = DemoSettings(
+    extraction=replace(EXTRACTION, questions=4, rollouts=replace(EXTRACTION.rollouts, max_new_tokens=32)),
+    choice_questions=2,
+    questions=8,
+    coefficients=(-2.0, 2.0),
+    random_directions=2,
+    quick=True,
+)
 
 
 def run_demo(
@@ -74,7 +86,7 @@ def run_demo(
     settings = settings or DemoSettings()
     root = Path(folder)
     trait = load_trait(settings.trait)
-    backend = open_backend(DEFAULT, settings.model)
+    backend = _opened(DEFAULT, settings.model, progress)
     layers = tuple(sorted({int(depth * backend.info.n_layers) for depth in DEPTHS}))
     ends = (min(settings.coefficients), max(settings.coefficients))
 
@@ -95,7 +107,8 @@ def run_demo(
         summary = {
             "trait": {"name": trait.name, "description": trait.description, "content_hash": trait.content_hash()},
             "model": asdict(backend.info),
-            "command": f"persona-lens demo --out DIR --seed {settings.seed}",
+            "command": f"persona-lens demo{' --quick' * settings.quick} --out DIR --seed {settings.seed}",
+            "quick": _quick(settings),
             "settings": asdict(settings),
             "seed": settings.seed,
             "versions": {name: found for name in LIBRARIES if (found := installed_version(name))},
@@ -103,10 +116,12 @@ def run_demo(
             "layer_choice": _choice_summary(choice, layer, settings),
             "steering": _steering_summary(rows, layer, settings),
             "samples": _samples(rows, trait, settings),
-            "agreement": _agreement(settings.model, progress),
+            "agreement": [] if settings.quick else _agreement(backend, settings.model, progress),
         }
         run.write_json("summary.json", summary)
+        progress(0, 1, "report")
         run.write_bytes("report.html", render_vector(summary, folder=str(root)).encode())
+        progress(1, 1, "report")
     return summary
 
 
@@ -153,20 +168,43 @@ def _samples(rows: Sequence[SweepRow], trait: Trait, settings: DemoSettings) -> 
     ]
 
 
-def _agreement(model: str, progress: Progress) -> list[dict[str, Any]]:
+def _agreement(backend: Backend, model: str, progress: Progress) -> list[dict[str, Any]]:
     """Every backend's numbers beside those of plain PyTorch hooks, in float32, where they must be the same."""
-    reference = open_backend(DEFAULT, model, dtype="float32")
-    found: list[dict[str, Any]] = []
     statuses = [status for status in backend_statuses() if status.broken is None and status.name != DEFAULT]
-    for done, status in enumerate(statuses):
-        progress(done, len(statuses), "comparing backends")
-        if not status.available:
+    progress(0, len(statuses), "comparing backends")
+    wide = {"dtype": "float32"}
+    reference = backend if backend.info.dtype == "float32" else _opened(DEFAULT, model, progress, **wide)
+    found: list[dict[str, Any]] = []
+    for done, status in enumerate(statuses, 1):
+        if status.available:
+            other = _opened(status.name, model, progress, **wide)
+            checks = check_parity(other, reference, self_checks=False, progress=progress)
+            found.append(
+                {"backend": status.name, "version": other.info.backend, "checks": [asdict(check) for check in checks]}
+            )
+        else:
             found.append({"backend": status.name, "version": "", "missing": status.install})
-            continue
-        other = open_backend(status.name, model, dtype="float32")
-        checks = check_parity(other, reference, self_checks=False, progress=progress)
-        found.append(
-            {"backend": status.name, "version": other.info.backend, "checks": [asdict(check) for check in checks]}
-        )
-    progress(len(statuses), len(statuses), "comparing backends")
+        progress(done, len(statuses), "comparing backends")
     return found
+
+
+def _opened(backend: str, model: str, progress: Progress, **options: Any) -> Backend:
+    """A model opened through a backend, whose library may take its time to load."""
+    label = " ".join((f"opening {model} through {backend}", *(f"in {value}" for value in options.values())))
+    progress(0, 1, label)
+    opened = open_backend(backend, model, **options)
+    progress(1, 1, label)
+    return opened
+
+
+def _quick(settings: DemoSettings) -> str | None:
+    """In what a quick demonstration is smaller, in words; None for the whole one."""
+    if not settings.quick:
+        return None
+    whole = DemoSettings()
+    return (
+        f"{settings.extraction.questions} questions for the vector in place of {whole.extraction.questions}, "
+        f"{settings.questions} for the curve in place of {whole.questions}, {settings.random_directions} random "
+        f"directions in place of {whole.random_directions}, answers of at most {settings.rollouts.max_new_tokens} "
+        f"tokens in place of {whole.rollouts.max_new_tokens}, and no comparison of backends"
+    )

@@ -67,13 +67,14 @@ def showing_progress(*, of_bytes: bool = False, screen: Console | None = None) -
     if of_bytes:
         amounts = (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
     columns = (
+        rich_progress.SpinnerColumn(finished_text=" "),  # turns while a batch takes its time and no number moves
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
         *amounts,
         rich_progress.TimeRemainingColumn(),
         _column(lambda task: "" if task.finished else _Status.text, style="dim"),
     )
-    with Bars(*columns, console=screen) as bars:
+    with Bars(*columns, console=screen, refresh_per_second=5) as bars:
         tasks = {}
 
         def report(done: int, total: int | None, label: str, /) -> None:

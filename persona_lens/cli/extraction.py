@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -261,35 +261,60 @@ def _reading(trait: str, out: Path, questions: int, traits_dirs: Sequence[Path])
 
 
 def demo(
-    out: Annotated[Path, Option("Folder for all results; kept and resumed.")] = Path("demo-run"),
+    out: Annotated[Path | None, Option("Folder for all results; kept and resumed.", shown="demo-run")] = None,
     seed: options.Seed = 0,
+    quick: Annotated[bool, Option("A smaller one, of one or two minutes; folder demo-quick.")] = False,
+    open_report: Annotated[bool, Option("Open the report in the browser.", names=("--open",))] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show a persona vector at work: extract "optimistic" from the embedded model, steer with it, write a report.
 
     Takes some minutes on two cores. Stopped and started again, it goes on where it was.
 
-    Example: `persona-lens demo --out demo-run`
-    """
-    from persona_lens.analysis.demo import DemoSettings, run_demo
-    from persona_lens.models import resolve
-    from persona_lens.reports.vector import headline
+    Examples:
+    `persona-lens demo --out demo-run`
 
-    quiet_libraries()
-    settings = DemoSettings(seed=seed)
+    `persona-lens demo --quick --open`
+    """
+    with showing_progress() as progress:
+        progress(0, 1, "loading libraries")
+        from persona_lens.analysis.demo import QUICK, DemoSettings, run_demo
+        from persona_lens.models import resolve
+        from persona_lens.reports.vector import headline
+
+        quiet_libraries()
+        progress(1, 1, "loading libraries")
+    settings = replace(QUICK if quick else DemoSettings(), seed=seed)
     with showing_progress(of_bytes=True) as progress:
         resolve(settings.model, progress=progress)
+    out = out or Path("demo-quick" if quick else "demo-run")
     with showing_progress() as progress:
         summary = run_demo(out, settings, progress)
     if as_json:
         say_json(summary)
-        return
-    found = summary["steering"]["effect"]
-    say(
-        f"Steering along {summary['trait']['name']!r} at layer {found['layer']} of {summary['model']['model']}, from "
-        f"{found['low']:+g} to {found['high']:+g}, moves the score by "
-        f"{interval_text(found['vector'], '.1f')}; random directions of the same norm: "
-        f"{interval_text(found['random'], '.1f')}."
-    )
-    say(headline(found, summary["steering"]["questions"]).title)
-    say(f"report: {out / 'report.html'}")
+    else:
+        found = summary["steering"]["effect"]
+        moved, null = (interval_text(found[which], ".1f") for which in ("vector", "random"))
+        say(
+            f"Steering along {summary['trait']['name']!r} at layer {found['layer']} of {summary['model']['model']}, "
+            f"from {found['low']:+g} to {found['high']:+g}, moves the score by {moved}; random directions of the same "
+            f"norm: {null}."
+        )
+        say(headline(found, summary["steering"]["questions"]).title)
+        if summary["quick"]:
+            say(f"This was the quick demonstration: {summary['quick']}. Without --quick the whole one runs.")
+        say(f"report: {out / 'report.html'}")
+    if open_report:
+        _open(out / "report.html")
+
+
+def _open(page: Path) -> None:
+    """Show a page in the browser, if there is one."""
+    import webbrowser
+
+    try:
+        shown = webbrowser.open(page.resolve().as_uri())
+    except webbrowser.Error:
+        shown = False
+    if not shown:
+        say("there is no browser here to open the report in", err=True)

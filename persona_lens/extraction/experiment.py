@@ -332,7 +332,9 @@ class Subject:
         if not (allow_other_model or planned):
             vectors.check_model(backend, allowable=allow_other_model is not None)
         chosen, chat = vectors.trait_for(trait), chat or chat_format(backend)
-        judge = judge or LikelihoodJudge(backend, chat, chosen, None if planned else vectors.calibration)
+        if judge is None:
+            calibration = None if planned and not vectors.judge.get("calibration") else vectors.calibration
+            judge = LikelihoodJudge(backend, chat, chosen, calibration)
         return Subject(backend, vectors, chosen, chat, judge)
 
     def experiment(

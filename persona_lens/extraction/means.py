@@ -18,6 +18,7 @@ from torch import Tensor
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.statistics import auc, separation
 from persona_lens.judging import Judgement, Score
+from persona_lens.judging.reading import PAIRS
 from persona_lens.runs.rollouts import Request, RolloutSettings, row_seed
 from persona_lens.traits import Arm, Trait
 
@@ -38,6 +39,7 @@ class ExtractionSettings:
         coherence: A response is kept only if its coherence is at least this, where the judge or a file gives one.
         paired: Keep a response only if its twin of the other arm is kept too, as the paper's authors do.
         sinks: Take attention sinks into the prompt mean, as the paper's authors do; they dominate it.
+        judge_pairs: Instruction pairs that the likelihood judge compares, 1 to 5; other judges have no use for it.
         rollouts: How responses are made.
     """
 
@@ -48,6 +50,7 @@ class ExtractionSettings:
     coherence: float = 50.0
     paired: bool = True
     sinks: bool = False
+    judge_pairs: int = PAIRS
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def __post_init__(self) -> None:

@@ -115,17 +115,18 @@ def extract(
         for note in read.notes:
             warnings.warn(note, stacklevel=2)
     experiment = _experiment(backend, trait, settings, chat, judge, read)  # what cannot be run claims no folder
+    likelihood = LikelihoodJudge(backend, chat, trait, pairs=settings.judge_pairs)
     scoring = judge or (read.scores if read else None)
     config: dict[str, Any] = {
         "kind": "extraction",
         "settings": settings.of_reading() if read else asdict(settings),
         **({"responses": read.to_json()} if read else {}),
-        "judge": scoring.describe() if scoring else {"judge": LIKELIHOOD},
+        "judge": scoring.describe() if scoring else {"judge": LIKELIHOOD, "pairs": likelihood.pairs},
         **subject_config(backend, trait, chat),
     }
     with run_folder(folder, config) as run:
         answers = experiment.run(run, progress)
-        scoring, judged = _judged(scoring, answers, LikelihoodJudge(backend, chat, trait), run, progress)
+        scoring, judged = _judged(scoring, answers, likelihood, run, progress)
         filtered = filter_responses(experiment.requests, judged, settings)
         # As the run began with it: a device of another number makes no other vectors.
         known = {**(run.config if run else config), "judge": as_used(scoring.describe(), judged)}
@@ -149,7 +150,7 @@ def extraction_work(
 ) -> tuple[Work, ...]:
     """What `extract` with these arguments would ask of the model, and of the judge's; nothing runs."""
     if judge is None and (given is None or given.scores is None):
-        judge = LikelihoodJudge(backend, chat, trait)
+        judge = LikelihoodJudge(backend, chat, trait, pairs=settings.judge_pairs)
     return _experiment(backend, trait, settings, chat, judge, given).work()
 
 
@@ -180,7 +181,8 @@ def _judged(
         return scoring, answers.judgements
     evidence = rollout_evidence(likelihood, answers.rollouts, run, progress=progress)
     known = [(e.log_odds, r.request.labels["arm"]) for e, r in zip(evidence, answers.rollouts, strict=True) if e]
-    calibration = fit_calibration([x for x, _ in known], [arm == Arm.POSITIVE for _, arm in known])
+    positive = [arm == Arm.POSITIVE for _, arm in known]
+    calibration = fit_calibration([x for x, _ in known], positive, likelihood.pairs)
     judge = LikelihoodJudge(likelihood.backend, likelihood.chat, likelihood.trait, calibration)
     return judge, [judge.judgement_of(each) for each in evidence]
 

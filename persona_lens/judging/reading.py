@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 16  # exchanges; their rubrics begin alike, and that beginning is computed once
 MAX_TOKENS = 8192  # of a prompt, where nothing says what the model takes
+PAIRS = 2  # of the trait's five; docs/judging.md has what more of them bring
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ class Calibration(Record):
     Attributes:
         slope: Per unit of evidence; positive when more evidence means more of the trait.
         intercept: Log-odds at no evidence.
+        pairs: Of how many instruction pairs the evidence is the mean; None for all that the trait has.
     """
 
     slope: float
     intercept: float
+    pairs: int | None = None
 
     def score(self, evidence: float) -> float:
         """The score of one piece of evidence, 0 to 100."""
@@ -59,7 +62,7 @@ class Calibration(Record):
         return 100 * float(expit(self.slope * evidence + self.intercept))
 
 
-def fit_calibration(evidence: Sequence[float], positive: Sequence[bool]) -> Calibration:
+def fit_calibration(evidence: Sequence[float], positive: Sequence[bool], pairs: int | None = None) -> Calibration:
     """Fit the curve to responses from both arms, by Platt's method.
 
     Platt's targets stand a little inside 0 and 1, so that arms which do not overlap still have a finite fit.
@@ -67,6 +70,7 @@ def fit_calibration(evidence: Sequence[float], positive: Sequence[bool]) -> Cali
     Args:
         evidence: One number a response.
         positive: Whether it was written under the trait's positive instruction.
+        pairs: See `Calibration`.
 
     Raises:
         JudgingError: If an arm is empty, or the evidence tells nothing, or the wrong way round.
@@ -84,7 +88,7 @@ def fit_calibration(evidence: Sequence[float], positive: Sequence[bool]) -> Cali
             "responses of the positive arm show less of the trait than those of the negative arm: the model does not "
             "follow the trait's instructions, or the arms are swapped in the trait file"
         )
-    return Calibration(slope, intercept)
+    return Calibration(slope, intercept, pairs)
 
 
 def fit_logistic(x: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, float]:
@@ -115,7 +119,7 @@ class Evidence(Record):
     """What the subject model says of one response.
 
     Attributes:
-        log_odds: Mean over the instruction pairs of log p(response | positive) - log p(response | negative), per
+        log_odds: Mean over instruction pairs of log p(response | positive) - log p(response | negative), per
             response token, in nats.
         nll: -log p(response | no instruction) per response token, in nats; the log of its perplexity. It rises
             when steering makes text incoherent.
@@ -166,7 +170,11 @@ class LikelihoodJudge(ReadingJudge):
         trait: Gives the instruction pairs.
         calibration: Turns log-odds into 0-100, see `persona_lens.judging.fit_calibration`; needed to score, not
             for the evidence.
+        pairs: How many of the instruction pairs are compared, the first ones; a calibration knows this itself.
         batch_tokens: Response tokens that run at once at most.
+
+    Raises:
+        JudgingError: If the trait has fewer pairs.
     """
 
     def __init__(
@@ -176,13 +184,17 @@ class LikelihoodJudge(ReadingJudge):
         trait: Trait,
         calibration: Calibration | None = None,
         *,
+        pairs: int = PAIRS,
         batch_tokens: int = 8192,
     ) -> None:
         super().__init__(backend, chat, trait)
         self.calibration = calibration
         self.batch_tokens = batch_tokens
-        pairs = range(len(trait.instructions))
-        self._systems: list[str | None] = [trait.system_prompt(arm, i) for arm in Arm for i in pairs]
+        available = len(trait.instructions)
+        self.pairs = pairs if calibration is None else calibration.pairs or available
+        if not 1 <= self.pairs <= available:
+            raise JudgingError(f"{trait.name} has {available} instruction pairs; {self.pairs} are asked for")
+        self._systems: list[str | None] = [trait.system_prompt(arm, i) for arm in Arm for i in range(self.pairs)]
 
     def describe(self) -> dict[str, Any]:
         """See `persona_lens.judging.Judge.describe`."""
@@ -194,6 +206,7 @@ class LikelihoodJudge(ReadingJudge):
             "model": {name: getattr(info, name) for name in ("model", "revision", "weights", "dtype")},
             "chat": self.chat.digest,
             "trait": self.trait.content_hash(),
+            "pairs": self.pairs,
             "calibration": self.calibration.to_json() if self.calibration else None,
         }
 
@@ -253,13 +266,12 @@ class LikelihoodJudge(ReadingJudge):
     def evidence(self, exchanges: Sequence[Exchange]) -> list[Evidence | None]:
         """The evidence of each response; None for an empty one."""
         found: list[Evidence | None] = [None] * len(exchanges)
-        pairs = len(self.trait.instructions)
         for chosen, tokens in self._batches(exchanges):
             means = [float(values.mean()) for values in self._logprobs(tokens)]
             for place, index in enumerate(chosen):
                 column = means[place :: len(chosen)]
-                positive, negative = sum(column[:pairs]) / pairs, sum(column[pairs : 2 * pairs]) / pairs
-                found[index] = Evidence(log_odds=positive - negative, nll=-column[-1])
+                positive, negative = sum(column[: self.pairs]), sum(column[self.pairs : -1])
+                found[index] = Evidence(log_odds=(positive - negative) / self.pairs, nll=-column[-1])
         return found
 
     def _reason(self, exchange: Exchange) -> str | None:

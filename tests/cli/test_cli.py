@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import webbrowser
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -766,9 +767,9 @@ def test_a_dry_run_says_what_is_asked_for_and_does_nothing(
     work = parsed(*extraction(model, out, "--batch-size", "16"), "--dry-run", "--json")["work"]
     assert not out.exists()
     rollouts, judging = work
-    # Four questions, five pairs of instructions, two arms; eleven prompts judge each response.
+    # Four questions, five pairs of instructions, two arms; five prompts judge each response, of two pairs and of none.
     assert (rollouts["label"], rollouts["calls"], rollouts["rows"], rollouts["traffic"]) == ("rollouts", 3, 40, None)
-    assert (judging["label"], judging["rows"]) == ("judging", 440)
+    assert (judging["label"], judging["rows"]) == ("judging", 200)
     steer = (
         "steer",
         "sweep",
@@ -782,7 +783,7 @@ def test_a_dry_run_says_what_is_asked_for_and_does_nothing(
         "1",
     )
     work = parsed(*steer, "--random-directions", "1", *TINY, "--dry-run", "--json")["work"]
-    assert [each["rows"] for each in work] == [2 * 3, 2 * 3 * 11]
+    assert [each["rows"] for each in work] == [2 * 3, 2 * 3 * 5]
     assert "judging" in ok(*steer, "--coefficients", "1", *TINY, "--dry-run")
 
 
@@ -795,3 +796,33 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, model: Path
     remote = ("extract", str(model), "optimistic", "--backend", "nnsight", "--remote")
     assert "nothing answers at http://127.0.0.1:9" in refused(*remote)
     assert "has no option 'remote'" in refused("extract", str(model), "optimistic", "--remote")
+
+
+def test_the_demonstration_shows_its_report_where_there_is_a_browser(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown: list[str] = []
+    ran: list[bool] = []
+
+    def browser(address: str) -> bool:
+        shown.append(address)
+        return True
+
+    def no_browser(address: str) -> bool:
+        raise webbrowser.Error("could not locate runnable browser")
+
+    def run_demo(folder: Path, settings: Any, progress: Any) -> dict[str, Any]:
+        ran.append(settings.quick)
+        return {"folder": str(folder)}
+
+    monkeypatch.setattr("persona_lens.models.resolve", lambda *_, **__: None)
+    monkeypatch.setattr("persona_lens.analysis.demo.run_demo", run_demo)
+    monkeypatch.setattr(webbrowser, "open", browser)
+    ok("demo", "--json", "--out", str(tmp_path))
+    assert shown == []
+    assert ok("demo", "--quick", "--open", "--json", "--out", str(tmp_path))
+    assert (shown, ran) == ([(tmp_path / "report.html").as_uri()], [False, True])
+    for none in (no_browser, lambda address: False):
+        monkeypatch.setattr(webbrowser, "open", none)
+        result = run("demo", "--open", "--json", "--out", str(tmp_path))
+        assert (result.exit_code, "there is no browser here" in result.stderr) == (0, True)

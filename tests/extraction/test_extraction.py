@@ -23,6 +23,7 @@ from persona_lens.extraction import (
 )
 from persona_lens.extraction.means import ExtractionError, _separation_row, arm_means, held_out_separation
 from persona_lens.judging import Judgement, JudgingError, Score
+from persona_lens.judging.reading import PAIRS
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import Request, RolloutSettings
@@ -385,13 +386,14 @@ def test_provenance_holds_all_that_made_the_vectors(tmp_path: Path) -> None:
     run = json.loads((tmp_path / "run.json").read_text())
     # What no vector depends on is kept with them all the same, and makes no run another run.
     assert kept["trait"].pop("graded_prompts") == list(TRAIT.graded_prompts)
-    assert {**{key: kept[key] for key in run}, "judge": {"judge": "likelihood"}} == run
+    assert {**{key: kept[key] for key in run}, "judge": {"judge": "likelihood", "pairs": PAIRS}} == run
 
 
 def test_a_folder_belongs_to_one_extraction(tmp_path: Path) -> None:
-    extract(PlantedBackend(TRAIT), TRAIT, tmp_path, settings=ExtractionSettings(questions=2))
+    extract(PlantedBackend(TRAIT), TRAIT, tmp_path, settings=ExtractionSettings(questions=2, judge_pairs=1))
     with pytest.raises(RunError) as refused:
         extract(PlantedBackend(TRAIT), TRAIT, tmp_path, settings=ExtractionSettings(questions=3, seed=1))
+    assert f"judge.pairs: 1 -> {PAIRS}" in str(refused.value)
     assert "settings.questions: 2 -> 3" in str(refused.value)
     assert "settings.seed: 0 -> 1" in str(refused.value)
 

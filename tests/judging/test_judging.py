@@ -20,6 +20,7 @@ from persona_lens.backend import Backend, ForwardResult, TokenBatch, hooked, wra
 from persona_lens.backend.shared_prompts import SharedPrompts
 from persona_lens.judging import Calibration, Evidence, Exchange, JudgingError, LikelihoodJudge, fit_calibration
 from persona_lens.judging.blind import Scored, response_id
+from persona_lens.judging.reading import PAIRS
 from persona_lens.judging.recording import exchange_of, rollout_evidence
 from persona_lens.judging.scored import judge_scored
 from persona_lens.models import ChatFormat
@@ -56,10 +57,11 @@ def backend(architecture: str = "llama") -> Backend:
 def judge_of(
     subject: Backend, calibration: Calibration | None = CALIBRATION, batch_tokens: int = 8192
 ) -> LikelihoodJudge:
+    """By all five pairs, as calibrations of old are for."""
     return LikelihoodJudge(subject, chat_format(subject), TRAIT, calibration, batch_tokens=batch_tokens)
 
 
-def by_hand(architecture: str, exchange: Exchange) -> Evidence:
+def by_hand(architecture: str, exchange: Exchange, pairs: int = 5) -> Evidence:
     """Row by row, in float64 from the logits on, with nothing of the package but the trait's words."""
     tokenizer = tiny_tokenizer()
     answer = tokenizer.encode(exchange.response)
@@ -74,13 +76,13 @@ def by_hand(architecture: str, exchange: Exchange) -> Evidence:
         predicting = logits.log_softmax(dim=-1)[-len(answer) - 1 : -1]
         return float(predicting[range(len(answer)), answer].mean())
 
-    pairs = [
+    differences = [
         per_token(f"You are an optimistic assistant. {pair.positive}")
         - per_token(f"You are a pessimistic assistant. {pair.negative}")
-        for pair in TRAIT.instructions
+        for pair in TRAIT.instructions[:pairs]
     ]
-    assert len(pairs) == 5
-    return Evidence(sum(pairs) / 5, -per_token(None))
+    assert len(differences) == pairs
+    return Evidence(sum(differences) / pairs, -per_token(None))
 
 
 def assert_alike(found: Sequence[Evidence | None], wanted: Sequence[Evidence | None], tolerance: float = 1e-5) -> None:
@@ -97,6 +99,30 @@ def test_evidence_is_that_worked_out_by_hand(architecture: str) -> None:
     wanted = [by_hand(architecture, exchange) for exchange in EXCHANGES]
     assert len({round(e.log_odds, 3) for e in wanted}) == len(wanted)  # else a mix-up would not show
     assert_alike(judge_of(backend(architecture)).evidence(EXCHANGES), wanted)
+
+
+@pytest.mark.parametrize("pairs", [1, PAIRS, 4])
+def test_fewer_pairs_are_compared_where_fewer_are_asked_for(pairs: int) -> None:
+    wanted = [by_hand("llama", exchange, pairs) for exchange in EXCHANGES]
+    judge = LikelihoodJudge(backend(), chat_format(backend()), TRAIT, pairs=pairs)
+    assert_alike(judge.evidence(EXCHANGES), wanted)
+    assert judge.describe()["pairs"] == pairs
+    assert judge.work(EXCHANGES).rows == (2 * pairs + 1) * len(EXCHANGES)
+    # One that is calibrated compares those that the calibration was fitted to.
+    calibrated = judge_of(backend(), fit_calibration([1.0, 0.0], [True, False], pairs))
+    assert calibrated.evidence(EXCHANGES) == judge.evidence(EXCHANGES)
+    assert calibrated.describe()["pairs"] == pairs
+
+
+@pytest.mark.parametrize("pairs", [-1, 6])
+def test_pairs_that_a_trait_does_not_have_are_refused(pairs: int) -> None:
+    with pytest.raises(JudgingError, match=f"optimistic has 5 instruction pairs; {pairs} are asked for"):
+        judge_of(backend(), Calibration(1.0, 0.0, pairs))
+
+
+def test_by_default_few_pairs_are_compared() -> None:
+    assert LikelihoodJudge(backend(), chat_format(backend()), TRAIT).pairs == PAIRS
+    assert judge_of(backend()).pairs == 5
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -196,7 +222,7 @@ def test_a_judge_without_calibration_weighs_but_does_not_score() -> None:
 def test_the_judge_says_what_determines_its_scores() -> None:
     described = judge_of(backend()).describe()
     assert json.loads(json.dumps(described)) == described
-    assert described["calibration"] == {"slope": 2.0, "intercept": 0.5}
+    assert described["calibration"] == {"slope": 2.0, "intercept": 0.5, "pairs": None}
     assert described["trait"] == TRAIT.content_hash()
     assert "proxy" in described["note"]
     assert judge_of(backend(), calibration=None).describe()["calibration"] is None
@@ -292,7 +318,7 @@ def weigh_in(folder: Path | None, rollouts: Sequence[Rollout]) -> tuple[list[Evi
 def test_recorded_evidence_is_in_the_order_of_the_rollouts(tmp_path: Path) -> None:
     rollouts = planted_rollouts()
     found, passes = weigh_in(None, rollouts)
-    assert passes == [77] * 4  # seven responses, eleven prompts
+    assert passes == [7 * (2 * PAIRS + 1)] * 4  # seven responses, each behind its prompts
     for rollout, evidence in zip(rollouts, found, strict=True):
         if rollout.response:
             assert evidence is not None

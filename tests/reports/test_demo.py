@@ -15,29 +15,29 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
-# The same command at a size that still shows what is claimed: fewer questions, fewer coefficients, shorter replies.
-SMALLER = """
-from dataclasses import replace
-from functools import partial
-from persona_lens.reports import demo
-from persona_lens.runs.rollouts import RolloutSettings
-short = replace(demo.EXTRACTION, questions=4, rollouts=RolloutSettings(max_new_tokens=32, temperature=0.6))
-demo.DemoSettings = partial(
-    demo.DemoSettings, extraction=short, choice_questions=2, questions=8, coefficients=(-2.0, 2.0), random_directions=2
+STRETCHES = (
+    "loading libraries",
+    "opening smollm2-135m through transformers",
+    "extraction rollouts",
+    "extraction judging",
+    "layer-choice rollouts",
+    "layer-choice judging",
+    "steering rollouts",
+    "steering judging",
+    "report",
 )
-"""
-COMMAND = "from persona_lens.cli import main; main()"
 
 
-def run_demo(folder: Path, size: str) -> None:
-    code = (SMALLER if size == "smaller" else "") + COMMAND
+def run_demo(folder: Path, *size: str) -> list[str]:
+    """The lines that it says on standard error."""
     done = subprocess.run(
-        [sys.executable, "-c", code, "demo", "--out", str(folder), "--json"],
+        [sys.executable, "-m", "persona_lens.cli", "demo", "--out", str(folder), "--json", *size],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -45,16 +45,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.fixture(scope="module", params=["smaller", pytest.param("as it is", marks=pytest.mark.exhaustive)])
-def size(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module", params=["--quick", pytest.param("whole", marks=pytest.mark.exhaustive)])
+def size(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return (request.param,) if request.param == "--quick" else ()
 
 
 @pytest.fixture(scope="module")
-def demo(size: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def said(size: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("demo") / "run"
-    run_demo(folder, size)
-    return folder
+    return folder, run_demo(folder, *size)
+
+
+@pytest.fixture(scope="module")
+def demo(said: tuple[Path, list[str]]) -> Path:
+    return said[0]
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +97,31 @@ def test_the_layer_was_chosen_on_other_questions_than_it_is_shown_on(demo: Path,
     assert summary["layer_choice"]["chosen"] == summary["steering"]["layer"]
 
 
-def test_every_backend_agrees(summary: dict[str, Any]) -> None:
+def test_every_stretch_says_how_far_it_is(size: tuple[str, ...], said: tuple[Path, list[str]]) -> None:
+    comparing = () if size else ("comparing backends", "checking transformer_lens", "checking nnsight")
+    begun = [line.rpartition(":")[0] for line in said[1] if line.endswith(": 0") or ": 0 of " in line]
+    assert set(begun) >= {*STRETCHES, *comparing}
+
+
+def test_every_backend_agrees(size: tuple[str, ...], summary: dict[str, Any]) -> None:
+    if size:
+        assert summary["agreement"] == []
+        return
     assert {row["backend"] for row in summary["agreement"]} == {"transformer_lens", "nnsight"}
     for row in summary["agreement"]:
         assert [check["name"] for check in row["checks"] if not check["passed"]] == []
 
 
-def test_the_report_shows_the_summary(demo: Path, summary: dict[str, Any]) -> None:
+def test_the_report_shows_the_summary(size: tuple[str, ...], demo: Path, summary: dict[str, Any]) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     assert f"{summary['steering']['effect']['vector']['mean']:.1f}" in page
     assert summary["trait"]["content_hash"] in page
     assert 'src="http' not in page
+    assert ("This is the quick demonstration" in page) == bool(size)
+    assert (summary["quick"] is not None) == bool(size)
 
 
-def test_a_second_run_changes_no_byte(demo: Path, size: str) -> None:
+def test_a_second_run_changes_no_byte(demo: Path, size: tuple[str, ...]) -> None:
     before = contents(demo)
-    run_demo(demo, size)
+    run_demo(demo, *size)
     assert contents(demo) == before
