@@ -25,15 +25,19 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.ratios import Ratio
 from persona_lens.backend import Backend, open_backend
+from persona_lens.backend.blocks import ModuleBackend
 from persona_lens.cli.display import cell, print_plain_table, quiet_libraries
+from persona_lens.core.progress import Progress, no_progress
 from persona_lens.core.statistics import auc
 from persona_lens.extraction import ExtractionSettings, run_extraction
-from persona_lens.judging import Exchange, LikelihoodJudge, LLMJudge, fit_calibration
+from persona_lens.extraction.experiment import Experiment, run_folder
+from persona_lens.judging import Exchange, Judgement, LikelihoodJudge, LLMJudge, Score, fit_calibration
 from persona_lens.judging.agreement import Scored, compare, response_id
 from persona_lens.models.chat import chat_format
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.steering import SweepSettings, sweep
+from persona_lens.steering import SweepSettings
+from persona_lens.steering.sweep import edits_of, plan_sweep
 from persona_lens.traits import Arm, Trait, load_trait
 
 RESPONSES, DELAY = 2000, 0.1
@@ -88,23 +92,44 @@ class EachPair(LikelihoodJudge):
         return found
 
 
-def responses(backend: Backend, trait: Trait, folder: Path) -> tuple[list[Exchange], NDArray[np.bool_], int]:
-    """Responses to judge, which of them are of the positive arm, and how many at the beginning are of either."""
-    settings = ExtractionSettings(judge_pairs=PAIRS, rollouts=REPLIES)
-    extraction = run_extraction(backend, trait, folder / f"{trait.name}-extraction", settings=settings)
-    asked = SweepSettings((LAYER,), random_directions=0, rollouts=REPLIES)
-    rows = sweep(backend, extraction.vectors, asked, folder=folder / f"{trait.name}-steering")
-    of_arms = [Exchange(each.request.question, each.response, each.response_ids) for each in extraction.rollouts]
-    steered = [Exchange(trait.evaluation_questions[row.question], row.text) for row in rows]
+class Arms:
+    """A judge who knows which arm a response of an extraction is of, so that all of them make up the vectors."""
+
+    concurrency = 1
+
+    def describe(self) -> dict[str, Any]:
+        """See `persona_lens.judging.Judge`."""
+        return {"judge": "arms"}
+
+    def pieces(self, exchanges: Sequence[Exchange]) -> list[list[int]]:
+        """All at once."""
+        return [list(range(len(exchanges)))]
+
+    def judge(self, exchanges: Sequence[Exchange], progress: Progress = no_progress) -> list[Judgement]:
+        """Twins stand side by side, the positive one first."""
+        return [Judgement(Score(100.0 if number % 2 == 0 else 0.0)) for number in range(len(exchanges))]
+
+
+def responses(backend: Backend, trait: Trait, folder: Path) -> tuple[list[Exchange], NDArray[np.bool_]]:
+    """Responses of both arms, and which are of the positive one; behind them those steered, or not, without an arm."""
+    chat = chat_format(backend)
+    settings = ExtractionSettings(rollouts=REPLIES)
+    extraction = run_extraction(backend, trait, folder / f"{trait.name}-extraction", settings=settings, judge=Arms())
+    asked = SweepSettings((LAYER,), rollouts=REPLIES)
+    requests, edits = plan_sweep(trait, asked), edits_of(extraction.vectors, asked)
+    with run_folder(folder / f"{trait.name}-steering", {"seed": asked.seed}) as run:
+        steered = Experiment(backend, chat, requests, REPLIES, {}, edits).run(run).rollouts
+    exchanges = [Exchange(each.request.question, each.response, each.response_ids) for each in extraction.rollouts]
     positive = [each.request.labels["arm"] == Arm.POSITIVE for each in extraction.rollouts]
-    return [*of_arms, *steered], np.array([*positive, *[False] * len(rows)]), len(of_arms)
+    exchanges += [Exchange(each.request.question, each.response, each.response_ids) for each in steered]
+    return exchanges, np.array(positive)
 
 
-def cost(backend: Any, trait: Trait, exchanges: Sequence[Exchange], pairs: int) -> tuple[float, float]:
+def cost(judge: LikelihoodJudge, exchanges: Sequence[Exchange]) -> tuple[float, float]:
     """Tokens that the model runs over, padding included, and CPU seconds; of one response on average."""
     tokens: list[int] = []
-    judge = LikelihoodJudge(backend, chat_format(backend), trait, pairs=pairs)
-    hook = backend.module.register_forward_pre_hook(
+    assert isinstance(judge.backend, ModuleBackend)
+    hook = judge.backend.module.register_forward_pre_hook(
         lambda _, __, given: tokens.append(given["input_ids"].numel()), with_kwargs=True
     )
     start = time.process_time()
@@ -116,7 +141,8 @@ def cost(backend: Any, trait: Trait, exchanges: Sequence[Exchange], pairs: int) 
 
 def fewer_pairs(backend: Backend, trait: Trait, folder: Path) -> None:
     """Print what fewer pairs bring and cost for a trait."""
-    exchanges, positive, arms = responses(backend, trait, folder)
+    exchanges, positive = responses(backend, trait, folder)
+    arms = len(positive)
     by_pair = EachPair(backend, chat_format(backend), trait, pairs=PAIRS).differences(exchanges)
     there = ~np.isnan(by_pair[:, 0])
     lexicon = SentimentIntensityAnalyzer()
@@ -127,17 +153,18 @@ def fewer_pairs(backend: Backend, trait: Trait, folder: Path) -> None:
         rows = zip(exchanges[arms:], values[arms:], there[arms:], strict=True)
         return [Scored(response_id(e.question, e.response), e.question, e.response, v) for e, v, ok in rows if ok]
 
-    def scores(pairs: int) -> list[float]:
-        evidence = by_pair[:, :pairs].mean(axis=1)
+    def scores(evidence: NDArray[np.float64]) -> list[float]:
         known = there[:arms].nonzero()[0]
         calibration = fit_calibration(evidence[known].tolist(), positive[known].tolist())
         return [calibration.score(value) for value in evidence]
 
-    whole, rows = scored(scores(PAIRS)), []
+    whole, rows = scored(scores(by_pair.mean(axis=1))), []
     for pairs in range(1, PAIRS + 1):
-        evidence, own = by_pair[:, :pairs].mean(axis=1)[:arms], scored(scores(pairs))
-        apart = auc(evidence[there[:arms] & positive[:arms]], evidence[there[:arms] & ~positive[:arms]])
-        tokens, seconds = cost(backend, trait, exchanges[: arms // 10], pairs)
+        judge = LikelihoodJudge(backend, chat_format(backend), trait, pairs=pairs)
+        evidence = by_pair[:, judge.compared].mean(axis=1)
+        own, of_arms = scored(scores(evidence)), evidence[:arms]
+        apart = auc(of_arms[there[:arms] & positive], of_arms[there[:arms] & ~positive])
+        tokens, seconds = cost(judge, exchanges[:20])
         row = [str(pairs), f"{tokens:.0f}", f"{seconds:.2f}", f"{apart:.3f}"]
         for other in (whole, scored([50 + 50 * value for value in witness])):
             found = compare(other, own)

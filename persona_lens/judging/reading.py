@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 16  # exchanges; their rubrics begin alike, and that beginning is computed once
 MAX_TOKENS = 8192  # of a prompt, where nothing says what the model takes
-PAIRS = 2  # of the trait's five; docs/judging.md has what more of them bring
+PAIRS = 2  # of the trait's five; docs/judging.md has what others, and more of them, bring
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class LikelihoodJudge(ReadingJudge):
         trait: Gives the instruction pairs.
         calibration: Turns log-odds into 0-100, see `persona_lens.judging.fit_calibration`; needed to score, not
             for the evidence.
-        pairs: How many of the instruction pairs are compared, the first ones; a calibration knows this itself.
+        pairs: How many instruction pairs are compared, spread over the trait's list; a calibration says it itself.
         batch_tokens: Response tokens that run at once at most.
 
     Raises:
@@ -194,16 +194,16 @@ class LikelihoodJudge(ReadingJudge):
         self.pairs = pairs if calibration is None else calibration.pairs or available
         if not 1 <= self.pairs <= available:
             raise JudgingError(f"{trait.name} has {available} instruction pairs; {self.pairs} are asked for")
-        self._systems: list[str | None] = [trait.system_prompt(arm, i) for arm in Arm for i in range(self.pairs)]
+        self.compared = [number * (available - 1) // max(1, self.pairs - 1) for number in range(self.pairs)]
+        self._systems: list[str | None] = [trait.system_prompt(arm, i) for arm in Arm for i in self.compared]
 
     def describe(self) -> dict[str, Any]:
         """See `persona_lens.judging.Judge.describe`."""
-        info = self.backend.info
         return {
             "judge": "likelihood",
             "note": "likelihood (a proxy: the subject model's own preference between the trait's instructions)",
             # Responses may be another model's than the one that reads them; what it runs on makes no other scores.
-            "model": {name: getattr(info, name) for name in ("model", "revision", "weights", "dtype")},
+            "model": {name: getattr(self.backend.info, name) for name in ("model", "revision", "weights", "dtype")},
             "chat": self.chat.digest,
             "trait": self.trait.content_hash(),
             "pairs": self.pairs,

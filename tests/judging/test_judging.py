@@ -61,7 +61,7 @@ def judge_of(
     return LikelihoodJudge(subject, chat_format(subject), TRAIT, calibration, batch_tokens=batch_tokens)
 
 
-def by_hand(architecture: str, exchange: Exchange, pairs: int = 5) -> Evidence:
+def by_hand(architecture: str, exchange: Exchange, pairs: tuple[int, ...] = (0, 1, 2, 3, 4)) -> Evidence:
     """Row by row, in float64 from the logits on, with nothing of the package but the trait's words."""
     tokenizer = tiny_tokenizer()
     answer = tokenizer.encode(exchange.response)
@@ -79,10 +79,9 @@ def by_hand(architecture: str, exchange: Exchange, pairs: int = 5) -> Evidence:
     differences = [
         per_token(f"You are an optimistic assistant. {pair.positive}")
         - per_token(f"You are a pessimistic assistant. {pair.negative}")
-        for pair in TRAIT.instructions[:pairs]
+        for pair in map(TRAIT.instructions.__getitem__, pairs)
     ]
-    assert len(differences) == pairs
-    return Evidence(sum(differences) / pairs, -per_token(None))
+    return Evidence(sum(differences) / len(pairs), -per_token(None))
 
 
 def assert_alike(found: Sequence[Evidence | None], wanted: Sequence[Evidence | None], tolerance: float = 1e-5) -> None:
@@ -101,9 +100,9 @@ def test_evidence_is_that_worked_out_by_hand(architecture: str) -> None:
     assert_alike(judge_of(backend(architecture)).evidence(EXCHANGES), wanted)
 
 
-@pytest.mark.parametrize("pairs", [1, PAIRS, 4])
-def test_fewer_pairs_are_compared_where_fewer_are_asked_for(pairs: int) -> None:
-    wanted = [by_hand("llama", exchange, pairs) for exchange in EXCHANGES]
+@pytest.mark.parametrize("compared", [(0,), (0, 4), (0, 2, 4)])
+def test_fewer_pairs_are_compared_where_fewer_are_asked_for(compared: tuple[int, ...]) -> None:
+    wanted, pairs = [by_hand("llama", exchange, compared) for exchange in EXCHANGES], len(compared)
     judge = LikelihoodJudge(backend(), chat_format(backend()), TRAIT, pairs=pairs)
     assert_alike(judge.evidence(EXCHANGES), wanted)
     assert judge.describe()["pairs"] == pairs
