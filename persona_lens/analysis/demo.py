@@ -25,7 +25,7 @@ SHOWN_SAMPLES = 6
 # Where in the depth of a model its layers are tried: persona vectors steer best around the middle and a little after.
 DEPTHS = (0.4, 0.5, 0.6, 0.7)
 # A model this small rambles at the paper's temperature of 1.
-EXTRACTION = ExtractionSettings(questions=14, rollouts=RolloutSettings(max_new_tokens=40, temperature=0.6))
+EXTRACTION = ExtractionSettings(questions=12, rollouts=RolloutSettings(max_new_tokens=40, temperature=0.6))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DemoSettings:
     trait: str = "optimistic"
     seed: int = 0
     extraction: ExtractionSettings = field(default_factory=lambda: EXTRACTION)
-    choice_questions: int = 5
+    choice_questions: int = 4
     questions: int = 16
     coefficients: tuple[float, ...] = (-2.0, -1.0, 1.0, 2.0)
     random_directions: int = 5
