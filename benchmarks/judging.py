@@ -29,7 +29,7 @@ from persona_lens.backend.blocks import ModuleBackend
 from persona_lens.cli.display import cell, print_plain_table, quiet_libraries
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.core.statistics import auc
-from persona_lens.extraction import ExtractionSettings, run_extraction
+from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.experiment import Experiment, run_folder
 from persona_lens.judging import Exchange, Judgement, LikelihoodJudge, LLMJudge, Score, fit_calibration
 from persona_lens.judging.agreement import Scored, compare, response_id
@@ -114,7 +114,7 @@ def responses(backend: Backend, trait: Trait, folder: Path) -> tuple[list[Exchan
     """Responses of both arms, and which are of the positive one; behind them those steered, or not, without an arm."""
     chat = chat_format(backend)
     settings = ExtractionSettings(rollouts=REPLIES)
-    extraction = run_extraction(backend, trait, folder / f"{trait.name}-extraction", settings=settings, judge=Arms())
+    extraction = extract(backend, trait, folder / f"{trait.name}-extraction", settings=settings, judge=Arms())
     asked = SweepSettings((LAYER,), rollouts=REPLIES)
     requests, edits = plan_sweep(trait, asked), edits_of(extraction.vectors, asked)
     with run_folder(folder / f"{trait.name}-steering", {"seed": asked.seed}) as run:
