@@ -61,7 +61,9 @@ class DemoSettings:
 
 
 QUICK = DemoSettings(
-    extraction=replace(EXTRACTION, questions=4, rollouts=replace(EXTRACTION.rollouts, max_new_tokens=32)),
+    extraction=replace(
+        EXTRACTION, questions=4, judge_pairs=1, rollouts=replace(EXTRACTION.rollouts, max_new_tokens=32)
+    ),
     choice_questions=2,
     questions=8,
     coefficients=(-2.0, 2.0),
@@ -206,5 +208,6 @@ def _quick(settings: DemoSettings) -> str | None:
         f"{settings.extraction.questions} questions for the vector in place of {whole.extraction.questions}, "
         f"{settings.questions} for the curve in place of {whole.questions}, {settings.random_directions} random "
         f"directions in place of {whole.random_directions}, answers of at most {settings.rollouts.max_new_tokens} "
-        f"tokens in place of {whole.rollouts.max_new_tokens}, and no comparison of backends"
+        f"tokens in place of {whole.rollouts.max_new_tokens}, judged by {settings.extraction.judge_pairs} of the "
+        f"instruction pairs in place of {whole.extraction.judge_pairs}, and no comparison of backends"
     )

@@ -119,6 +119,8 @@ def _previews(at: Session, trait: Trait, settings: ExtractionSettings) -> dict[s
 def _check_given(context: typer.Context) -> None:
     """Refuse options that mean nothing beside the others."""
     given = [name for name in context.params if options.was_given(context, name)]
+    if "judge_pairs" in given and (judge := context.params["judge"]) != judges.LIKELIHOOD:
+        raise PersonaLensError(f"--judge-pairs is for the likelihood judge, and this is {judge!r}; leave it out")
     if "responses" not in given:
         if "allow_missing" in given:
             raise PersonaLensError("--allow-missing says how to read responses from a file; name it with --responses")

@@ -798,6 +798,13 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, model: Path
     assert "has no option 'remote'" in refused("extract", str(model), "optimistic", "--remote")
 
 
+def test_instruction_pairs_are_of_the_likelihood_judge(model: Path, tmp_path: Path) -> None:
+    work = parsed(*extraction(model, tmp_path / "planned"), "--judge-pairs", "5", "--dry-run", "--json")["work"]
+    assert work[1]["rows"] == 40 * 11
+    said = refused(*extraction(model, tmp_path / "planned"), "--judge-pairs", "5", "--judge", "local")
+    assert said.startswith("--judge-pairs is for the likelihood judge, and this is 'local'")
+
+
 def test_the_demonstration_shows_its_report_where_there_is_a_browser(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
