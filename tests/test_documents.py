@@ -119,6 +119,16 @@ def test_the_environment_variables_are_those_of_the_code() -> None:
     assert set(re.findall(pattern, told)) == set(re.findall(pattern, source))
 
 
+def test_what_is_said_of_the_demonstration_is_of_its_size() -> None:
+    from persona_lens.analysis.demo import DemoSettings
+
+    text = (ROOT / "docs" / "science.md").read_text(encoding="utf-8")
+    told = " ".join(text.partition("<!-- demo-numbers -->")[2].partition("<!-- /demo-numbers -->")[0].split())
+    settings = DemoSettings()
+    rollouts = 2 * 5 * settings.extraction.samples * settings.extraction.questions
+    assert f"{rollouts} rollouts, {settings.questions} held-out questions)" in told
+
+
 def test_every_built_in_trait_is_named() -> None:
     names = {file.name for file in find_traits().files if file.source.kind == "built-in"}
     assert names == {path.stem for path in (ROOT / "traits").glob("*.yaml")}
