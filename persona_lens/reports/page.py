@@ -274,7 +274,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    shared = (addend, bounds, counted, few, flat, interval, measured, number, plain, signed)
+    shared = (addend, amount, bounds, counted, few, flat, interval, measured, number, plain, signed)
     env.filters.update({function.__name__: function for function in shared})
     env.filters["text"] = _text
     return env
