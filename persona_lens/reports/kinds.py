@@ -54,7 +54,9 @@ class Kind:
         result, figures = self.headline(summary), self.figures(summary)
         drawn = {"figures": svg.drawn(figures), "names": {name: name.replace("_", " ") for name in figures}}
         numbers = {name: value for name, value in summary.items() if name not in ("judge", "judges")}
-        title = " and ".join(filter(None, [summary.get("trait"), summary.get("method")])) or "What was found"
+        name = next(name for name, each in KINDS.items() if each is self)
+        about = " and ".join(filter(None, [summary.get("trait"), summary.get("method")]))
+        title = ": ".join(filter(None, [name.capitalize(), about]))
         judge = summary.get("judge")
         own = {"result": result, "judge": judge, "title": title, "next": self.after(summary, folder)}
         return render("result.html.j2", {**own, **drawn, "numbers_of": numbers, "version": version})
