@@ -54,6 +54,7 @@ COMMANDS = (
     ("finetune",),
     ("finetune-study",),
     ("shift",),
+    ("runs",),
     ("generate",),
     ("responses",),
     ("judge",),
