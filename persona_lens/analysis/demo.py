@@ -13,6 +13,7 @@ from persona_lens.backend.registry import DEFAULT, installed_version
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.experiment import by_question
+from persona_lens.reports.result import Result, StoredResult
 from persona_lens.reports.vector import render_vector
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import RolloutSettings
@@ -74,16 +75,13 @@ QUICK = DemoSettings(
 
 def run_demo(
     folder: Path | str, settings: DemoSettings | None = None, progress: Progress = shown_progress
-) -> dict[str, Any]:
+) -> StoredResult:
     """Extract, choose a layer, steer beside the null, compare the backends, and write ``report.html``.
 
     Args:
         folder: Where all results go; stopped and started again, it goes on where it was.
         settings: See `DemoSettings`.
         progress: Told how far the work is.
-
-    Returns:
-        Every figure of the report, as it stands in ``summary.json``.
     """
     settings = settings or DemoSettings()
     root = Path(folder)
@@ -124,7 +122,7 @@ def run_demo(
         progress(0, 1, "report")
         run.write_bytes("report.html", render_vector(summary, folder=str(root)).encode())
         progress(1, 1, "report")
-    return summary
+    return Result.load(root)
 
 
 def _choice_summary(rows: Sequence[SweepRow], chosen: int, settings: DemoSettings) -> dict[str, Any]:

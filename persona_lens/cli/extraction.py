@@ -282,7 +282,6 @@ def demo(
         progress(0, 1, "loading libraries")
         from persona_lens.analysis.demo import QUICK, DemoSettings, run_demo
         from persona_lens.models import resolve
-        from persona_lens.reports.vector import headline
 
         quiet_libraries()
         progress(1, 1, "loading libraries")
@@ -291,7 +290,8 @@ def demo(
         resolve(settings.model, progress=progress)
     out = out or Path("demo-quick" if quick else "demo-run")
     with showing_progress() as progress:
-        summary = run_demo(out, settings, progress)
+        result = run_demo(out, settings, progress)
+    summary = result.summary
     if as_json:
         say_json(summary)
     else:
@@ -302,7 +302,7 @@ def demo(
             f"from {found['low']:+g} to {found['high']:+g}, moves the score by {moved}; random directions of the same "
             f"norm: {null}."
         )
-        say(headline(found, summary["steering"]["questions"]).title)
+        say(result.verdict)
         if summary["quick"]:
             say(f"This was the quick demonstration: {summary['quick']}. Without --quick the whole one runs.")
         say(f"report: {out / 'report.html'}")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from persona_lens.reports.result import Result
+
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
@@ -119,6 +121,14 @@ def test_the_report_shows_the_summary(size: tuple[str, ...], demo: Path, summary
     assert 'src="http' not in page
     assert ("This is the quick demonstration" in page) == bool(size)
     assert (summary["quick"] is not None) == bool(size)
+
+
+def test_its_folder_is_a_result(demo: Path) -> None:
+    result = Result.load(demo)
+    assert result.summary == json.loads((demo / "summary.json").read_text())
+    assert result.verdict.startswith(result.headline.title)
+    assert {row["direction"] for row in result.rows} == {"none", "vector", "random"}
+    assert result.plot().axes
 
 
 def test_a_second_run_changes_no_byte(demo: Path, size: tuple[str, ...]) -> None:
