@@ -91,7 +91,7 @@ docs: $(VENV)/.development
 
 # The picture of the demonstration's report, by Chromium; in 32 colours it is light.
 picture: demo
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=800,1125 --screenshot=docs/figures/report.png $(DEMO)/report.html
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=800,1290 --screenshot=docs/figures/report.png $(DEMO)/report.html
 	$(BIN)/python -c "from PIL import Image as I; f = 'docs/figures/report.png'; I.open(f).convert('RGB').quantize(32).save(f, optimize=True)"
 
 # Runs the notebooks, and keeps what they say.
