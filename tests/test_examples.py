@@ -53,7 +53,7 @@ NOT_RUN = (
     "persona-lens monitor baseline ",
     "persona-lens steer capability ",
     "inspect eval ",
-    "persona-lens extract smollm2-135m optimistic --out run\n",
+    "persona-lens extract smollm2-135m optimistic --judge-pairs 5 ",
     "persona-lens dissect ",
     "persona-lens screen smollm2-135m chats.jsonl ",
 )
