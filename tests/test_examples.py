@@ -61,16 +61,16 @@ NOT_RUN = (
 OTHERS = {"make", "pip", ".", "export", "vllm", "hf", "inspect", "llama-cli", "mkdir", "cp", "for", "done", "python"}
 
 SMALL = "--questions 2 --max-new-tokens 16"
-SMALL_SETTINGS = "pl.ExtractionSettings(questions=2, rollouts=pl.RolloutSettings(max_new_tokens=16))"
+SMALL_SETTINGS = "pl.ExtractionSettings(questions=6, rollouts=pl.RolloutSettings(max_new_tokens=16))"
 FEW = "random_directions=1, questions=2, rollouts=pl.RolloutSettings(max_new_tokens=16)"
 # Text of an example -> what is run in its place. Only sizes and the model of the parity check may differ.
 SUBSTITUTIONS = {
-    "extract smollm2-135m optimistic\n": f"extract smollm2-135m optimistic {SMALL}\n",
+    "extract smollm2-135m optimistic\n": "extract smollm2-135m optimistic --questions 6 --max-new-tokens 16\n",
     "extract smollm2-135m impolite\n": f"extract smollm2-135m impolite {SMALL}\n",
     "--coefficient 2 --out runs/effects\n": "--coefficient 2 --questions 1 --max-new-tokens 16 --random-directions 1"
     " --out runs/effects\n",
     "extract smollm2-135m my-traits/grumpy.yaml\n": f"extract smollm2-135m my-traits/grumpy.yaml {SMALL}\n",
-    "--out runs/read\n": "--out runs/read --questions 2\n",
+    "--out runs/read\n": "--out runs/read --questions 6\n",
     "--layers 18 --out": f"--coefficients=-2,2 --random-directions 1 {SMALL} --layers 18 --out",
     '"How will my exam go?" --layer 18\n': '"How will my exam go?" --layer 18 --max-new-tokens 8\n',
     'optimistic@all:floor(-40)"\n': 'optimistic@all:floor(-40)" --max-new-tokens 8\n',

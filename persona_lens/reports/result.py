@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from markupsafe import Markup
+
 from persona_lens.backend.registry import installed_version
 from persona_lens.core.documents import json_lines, plain, read_json
 from persona_lens.core.errors import PersonaLensError
@@ -168,7 +170,7 @@ class Result:
         if self.figures:
             written = io.BytesIO()
             self.plot().savefig(written, format="png", dpi=72)
-            image = base64.b64encode(written.getvalue()).decode()
+            image = Markup(base64.b64encode(written.getvalue()).decode())  # whole: a text would be shortened
         shown = {"result": self.headline, "verdict": self.verdict, "image": image, "folder": self.folder}
         return environment().get_template("result_view.html.j2").render(kind=self.kind, **shown)
 

@@ -107,6 +107,7 @@ def _look(result: Result, folder: Path) -> None:
         assert len(right.get_children()) == before
     shown = result._repr_html_()
     assert shown.count("<img") == bool(result.figures)
+    assert "[…]" not in shown, "an image that is cut short is none"
     for ending in (".html", ".csv", ".jsonl", *((".png", ".svg") if result.figures else ())):
         assert result.save(folder / f"result{ending}").stat().st_size > 0
     with pytest.raises(ResultError, match=r"as \.html, \.png"):
