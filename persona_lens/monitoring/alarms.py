@@ -77,7 +77,7 @@ class Alarm:
         Raises:
             MonitoringError: If it is written in no such way, naming those that there are.
         """
-        found = _FORM.fullmatch(text.strip())
+        found = _FORM.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))  # as pages write numbers
         try:
             trait, layer, sign, threshold, unit = found.groups() if found else ("",) * 5
             value = float(threshold)

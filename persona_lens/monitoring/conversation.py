@@ -21,11 +21,13 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
+from persona_lens.core.text import shown
 from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import chat_format, note_reasoning
 from persona_lens.monitoring.alarms import Alarm, AlarmKind, Alert, Scale
-from persona_lens.monitoring.gauges import MonitoringError, Panel, TraitReading
+from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
+from persona_lens.vectors import VectorsError
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +124,18 @@ class _TurnMeter:
         return stop
 
 
+def _check_baseline(alarm: Alarm, gauge: Gauge, backend: Backend) -> None:
+    """Raise if an alarm counts from the replies of another model, which stand elsewhere."""
+    try:
+        if alarm.in_sd:
+            gauge.vectors.check_model(backend, allowable=False)
+    except VectorsError as error:
+        raise MonitoringError(
+            f"{alarm} counts from replies of the model that the vectors belong to, and {backend.info.model} is "
+            "another one; give a threshold in residual-stream units"
+        ) from error
+
+
 class ConversationMonitor:
     """Reads traits off a conversation. Keeps the messages and a few numbers a turn, never activations.
 
@@ -156,7 +170,11 @@ class ConversationMonitor:
         allow_other_model: bool = False,
     ) -> None:
         panel.check_model(backend, allow_other_model=allow_other_model)
+        if stranger := next((each for each in alarms if not isinstance(each, Alarm)), None):
+            raise MonitoringError(f"alarms are such as Alarm.parse('evil>2sd', print) makes; got {shown(stranger)}")
         found = [(panel.find(alarm.trait, alarm.layer), alarm) for alarm in alarms]
+        for gauge, alarm in found if allow_other_model else ():
+            _check_baseline(alarm, panel.gauges[gauge], backend)
         self._alarms = [(gauge, alarm, Scale.of(alarm, panel.gauges[gauge])) for gauge, alarm in found]
         self.panel = panel
         self._backend = backend

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from persona_lens.core.documents import Record, read_json
+from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.files import CONFIG
+from persona_lens.core.files import CONFIG, named
 from persona_lens.core.text import in_short
-from persona_lens.reports.kinds import KINDS, SUMMARY
+from persona_lens.reports.kinds import KINDS, SUMMARY, as_written, read_object
 from persona_lens.reports.page import render
 
 REPORT = "report.html"
@@ -66,32 +67,35 @@ def find_runs(folder: Path | str) -> Iterator[FoundRun]:
         PersonaLensError: If there is no such folder.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise PersonaLensError(f"{root} is no folder; name one that holds runs, such as the one given with --out")
+    with named(root, doing="read"):
+        if not root.is_dir():
+            raise PersonaLensError(f"{root} is no folder; name one that holds runs, such as the one given with --out")
+        os.scandir(root).close()  # below it, folders that cannot be read are passed over
     for where, inner, names in os.walk(root):
         inner.sort()
-        if CONFIG in names and (Path(where) / CONFIG).is_file():
-            inner.clear()
-            yield _looked_at(Path(where))
+        with suppress(PermissionError):
+            if CONFIG in names and (Path(where) / CONFIG).is_file():
+                inner.clear()
+                yield _looked_at(Path(where))
 
 
 def _looked_at(path: Path) -> FoundRun:
     config: Mapping[str, Any] = {}
     summary: Mapping[str, Any] = {}
-    verdict, problem, known = None, None, True
+    verdict, problem, known, finished = None, None, True, False
     try:
-        config = _mapping(path / CONFIG)
-        summary = _mapping(path / SUMMARY) if (path / SUMMARY).is_file() else {}
+        config = read_object(path / CONFIG)
+        finished = (path / SUMMARY).is_file()
+        summary = read_object(path / SUMMARY) if finished else {}
         known = config.get("kind") in KINDS if _text(config.get("kind")) else False
-        if summary and known:
-            verdict = KINDS[config["kind"]].headline(summary).sentence  # as `Result.verdict`, which imports torch
+        if finished and known:
+            with as_written(path / SUMMARY):  # as `Result.verdict`, which imports torch
+                verdict = KINDS[config["kind"]].headline(summary).sentence
         elif not _text(config.get("kind")):
             problem = f"{path / CONFIG} does not say what kind of run it is"
     except PersonaLensError as error:
         problem = in_short(str(error), 200)
-    except Exception as error:  # noqa: BLE001 - whatever a summary that somebody changed makes of the code
-        problem = f"{path / SUMMARY} is not what such a run writes ({in_short(repr(error), 100)})"
-    state = DAMAGED if problem else FINISHED if summary else UNFINISHED
+    state = DAMAGED if problem else FINISHED if finished else UNFINISHED
     if state == FINISHED and not known:
         problem = "nothing more is known of this kind of run"
     files = [each for each in path.iterdir() if each.is_file()]
@@ -113,15 +117,15 @@ def _looked_at(path: Path) -> FoundRun:
 
 
 def _when(files: Iterable[Path]) -> str:
-    latest = max((each.stat().st_mtime for each in files), default=0.0)
-    return datetime.fromtimestamp(latest, UTC).isoformat(timespec="minutes")
+    latest = 0.0
+    for each in files:
+        with suppress(OSError):  # gone since
+            latest = max(latest, each.stat().st_mtime)
+    # Any time can be given to a file.
+    return datetime.fromtimestamp(min(latest, _LAST), UTC).isoformat(timespec="minutes")
 
 
-def _mapping(file: Path) -> Mapping[str, Any]:
-    found = read_json(file)
-    if not isinstance(found, Mapping):
-        raise PersonaLensError(f"{file} is damaged: it holds no object")
-    return found
+_LAST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
 def _text(value: Any) -> str | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_lens.core.documents import DocumentError, parse_json
+from persona_lens.core.documents import DocumentError, parse_json, read_json
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import read_bytes
+from persona_lens.core.plugins import install_command
+from persona_lens.core.text import in_short
 from persona_lens.reports import (
     dissection,
     effects,
@@ -26,6 +30,7 @@ from persona_lens.reports.page import Headline, Steps, render
 Summary = Mapping[str, Any]
 Row = dict[str, Any]
 SUMMARY = "summary.json"
+_AGAIN = "the command that began the run makes it again"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,38 @@ class Kind:
         return render("result.html.j2", {**own, **drawn, "numbers_of": numbers, "version": version})
 
 
+# Files
+
+
+def read_object(file: Path) -> Mapping[str, Any]:
+    """The object in a JSON file of a run.
+
+    Raises:
+        DocumentError: If it cannot be read, or holds anything else.
+    """
+    found = read_json(file)
+    if not isinstance(found, Mapping):
+        raise DocumentError(f"{file} is damaged: it holds no object")
+    return found
+
+
+@contextmanager
+def as_written(file: Path) -> Iterator[None]:
+    """Whatever a file that somebody changed makes of the code that reads it, as an error that names the file.
+
+    Raises:
+        DocumentError: Saying what to do.
+    """
+    try:
+        yield
+    except PersonaLensError:
+        raise
+    except Exception as error:
+        raise DocumentError(
+            f"{file} is not what such a run writes ({in_short(repr(error), 100)}); remove it, and {_AGAIN}"
+        ) from error
+
+
 # Rows
 
 
@@ -70,7 +107,10 @@ def _lines(*names: str, part: bool = False) -> Callable[[Path, Summary], Iterato
 
     def rows(folder: Path, _: Summary) -> Iterator[Row]:
         for pattern in names:
-            for file in sorted(folder.glob(pattern)):
+            files = sorted(folder.glob(pattern))
+            if not files:
+                raise DocumentError(f"the rows are gone: there is no {pattern} in {folder}; {_AGAIN}")
+            for file in files:
                 own = {"part": file.name.partition("-")[0]} if part else {}
                 yield from ({**own, **row} for row in _read_lines(file))
 
@@ -86,7 +126,9 @@ def _whole_lines(file: Path) -> Iterator[Row]:
         try:
             row = parse_json(text)
         except DocumentError as error:
-            raise DocumentError(f"line {line} of {file} is {error}") from error
+            raise DocumentError(f"line {line} of {file} is {error}; remove the file, and {_AGAIN}") from error
+        if not isinstance(row, dict):
+            raise DocumentError(f"line {line} of {file} holds no object; remove the file, and {_AGAIN}")
         yield row
 
 
@@ -97,13 +139,16 @@ def without_ids(row: Mapping[str, Any]) -> Row:
 
 def _responses(folder: Path, _: Summary) -> Iterator[Row]:
     """Rollouts with their scores."""
-    both = zip(_read_lines(folder / "rollouts.jsonl"), _read_lines(folder / "scores.jsonl"), strict=False)
-    return ({**rollout, **score} for rollout, score in both)
+    with as_written(folder / "scores.jsonl"):
+        both = zip(_read_lines(folder / "rollouts.jsonl"), _read_lines(folder / "scores.jsonl"), strict=True)
+        yield from ({**rollout, **score} for rollout, score in both)
 
 
 def _replies(folder: Path, _: Summary) -> Iterator[Row]:
     """Rollouts that have any tokens."""
-    return (without_ids(row) for row in _whole_lines(folder / "baseline-rollouts.jsonl") if row["response_ids"])
+    file = folder / "baseline-rollouts.jsonl"
+    with as_written(file):
+        yield from (without_ids(row) for row in _whole_lines(file) if row["response_ids"])
 
 
 def _nothing(_: Path, __: Summary) -> Iterator[Row]:
@@ -111,11 +156,18 @@ def _nothing(_: Path, __: Summary) -> Iterator[Row]:
     return iter(())
 
 
-def _screened(folder: Path, _: Summary) -> Iterator[Row]:
-    from pyarrow import parquet
-
-    for batch in parquet.ParquetFile(folder / "results.parquet").iter_batches():
-        yield from batch.to_pylist()
+def _screened(folder: Path, summary: Summary) -> Iterator[Row]:
+    file = folder / "results.parquet"
+    if not file.exists():  # it was written without pyarrow
+        yield from _lines("results.jsonl")(folder, summary)
+        return
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DocumentError(f"{file} cannot be read without pyarrow: {install_command('parquet')}") from error
+    with as_written(file):
+        for batch in parquet.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
 
 
 def shifts_of(_: Path | None, summary: Summary) -> Iterator[Row]:

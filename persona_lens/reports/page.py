@@ -40,7 +40,7 @@ class Headline:
     @property
     def sentence(self) -> str:
         """The title with what it rests on."""
-        return f"{self.title}{f' ({self.basis})' if self.basis else ''}."
+        return printable(f"{self.title}{f' ({self.basis})' if self.basis else ''}.")
 
 
 FOLDER = "FOLDER"  # stands for a run's folder where that is not known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from markupsafe import Markup
 
 from persona_lens.backend.registry import installed_version
-from persona_lens.core.documents import json_lines, plain, read_json
+from persona_lens.core.documents import json_lines, plain
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.files import CONFIG, write_bytes
-from persona_lens.core.text import in_short
+from persona_lens.core.files import CONFIG, named, write_bytes
+from persona_lens.core.text import in_short, shown
+from persona_lens.judging.blind import to_cell
 from persona_lens.reports import svg
-from persona_lens.reports.kinds import KINDS, SUMMARY, Kind
+from persona_lens.reports.kinds import KINDS, SUMMARY, Kind, as_written, read_object
 from persona_lens.reports.page import FOLDER, Headline, environment
 
 if TYPE_CHECKING:
@@ -55,20 +56,29 @@ class Result:
 
         Raises:
             ResultError: If the folder holds no run, or one that is not finished.
+            DocumentError: If one of its files is damaged; rows are read, and found to be, only when they are asked for.
         """
         path = Path(folder)
-        if not (path / CONFIG).is_file():
-            raise ResultError(f"{path} holds no run: there is no {CONFIG} in it")
-        kind = read_json(path / CONFIG).get("kind")
-        if kind not in KINDS:
-            raise ResultError(f"{path} holds a run of the kind {kind!r}, which has no result to be shown")
-        if not (path / SUMMARY).is_file():
+        with named(path, ResultError, "read"):
+            begun, finished = (path / CONFIG).is_file(), (path / SUMMARY).is_file()
+        if not begun:
+            raise ResultError(
+                f"{path} holds no run: there is no {CONFIG} in it; `persona-lens runs FOLDER` lists the runs below one"
+            )
+        kind = read_object(path / CONFIG).get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ResultError(f"{path} holds a run of the kind {shown(kind)}, which has no result to be shown")
+        if not finished:
             raise ResultError(f"the run in {path} ({kind}) is not finished; the command that began it goes on with it")
-        return StoredResult(kind, read_json(path / SUMMARY), path)
+        return StoredResult(kind, read_object(path / SUMMARY), path)
 
     @property
     def _told(self) -> Kind:
         return KINDS[self.kind]
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """Within it a summary is read, which nobody vouches for if it comes from a file."""
+        return as_written(self.folder / SUMMARY) if self.folder and isinstance(self, StoredResult) else nullcontext()
 
     @property
     def has_page(self) -> bool:
@@ -80,12 +90,14 @@ class Result:
         """What was counted, as plain records: one a response, unless the kind has others."""
         if self.folder is None:
             raise ResultError(f"the rows of this {self.kind} were not kept; give it a folder")
-        return list(self._told.rows(self.folder, self.summary))
+        with self._reading():
+            return list(self._told.rows(self.folder, self.summary))
 
     @property
     def headline(self) -> Headline:
         """What it comes to, in words no stronger than the intervals allow."""
-        return self._told.headline(self.summary)
+        with self._reading():
+            return self._told.headline(self.summary)
 
     @property
     def verdict(self) -> str:
@@ -95,7 +107,8 @@ class Result:
     @property
     def figures(self) -> tuple[str, ...]:
         """What `plot` can draw; the first is what it draws unless it is told."""
-        return tuple(self._told.figures(self.summary))
+        with self._reading():
+            return tuple(self._told.figures(self.summary))
 
     def plot(self, axes: Axes | None = None, figure: str | None = None) -> Figure:
         """Draw one of the figures.
@@ -110,14 +123,18 @@ class Result:
         Returns:
             The figure, to be shown, changed or saved (`matplotlib.figure.Figure.savefig`).
         """
-        wanted = self._told.figures(self.summary)
+        if axes is not None and not hasattr(axes, "get_figure"):
+            raise ResultError(f"axes are one panel of matplotlib's, got {shown(axes)}; figure= names what is drawn")
+        with self._reading():
+            wanted = self._told.figures(self.summary)
         name = figure or next(iter(wanted), None)
         if name not in wanted:
             there = f"it has {', '.join(wanted)}" if wanted else "it has nothing to draw"
             raise ResultError(f"this {self.kind} has no figure {name!r}: {there}" if name else f"{there}: {self!r}")
         draw, *data = wanted[name]
         # Axes that are given keep the style of the figure that they are in.
-        with svg.drawing_style() if axes is None else nullcontext(), svg.drawing_on(axes):
+        style = svg.drawing_style() if axes is None else nullcontext()
+        with self._reading(), style, svg.drawing_on(axes):
             drawn: Figure = draw(*data, svg.WIDE)
         return drawn
 
@@ -136,10 +153,15 @@ class Result:
     def report(self) -> str:
         """The page, as HTML that loads nothing."""
         folder = FOLDER if self.folder is None else str(self.folder)
-        return self._told.rendered(self.summary, installed_version("persona-lens") or "", folder)
+        with self._reading():
+            return self._told.rendered(self.summary, installed_version("persona-lens") or "", folder)
 
     def save(self, path: Path | str) -> Path:
         """Write the page (``.html``), the figure (``.png``, ``.svg``, ``.pdf``) or the rows (``.csv``, ``.jsonl``).
+
+        A file that is there is replaced, and folders that are not there are made. In a CSV, texts are as a spreadsheet
+        shows them and does not run them, an apostrophe in front of what it could take for a formula, and cut where they
+        are too long for a cell; JSONL has them as they are.
 
         Raises:
             ResultError: If the name ends otherwise, or the file cannot be written.
@@ -151,7 +173,8 @@ class Result:
             self.plot().savefig(written, format=suffix[1:])
             content = written.getvalue()
         elif suffix == ".csv":
-            content = self.to_pandas().to_csv(index=False).encode()
+            table = self.to_pandas()
+            content = table.rename(columns=to_cell).map(_cell).to_csv(index=False).encode()
         elif suffix == ".jsonl":
             content = json_lines(self.rows)
         elif suffix == ".html":
@@ -162,7 +185,7 @@ class Result:
         return write_bytes(target, content, failed=ResultError)
 
     def __repr__(self) -> str:
-        where = f", {self.folder}" if self.folder else ""
+        where = f", {in_short(str(self.folder), 200)}" if self.folder else ""
         return f"<{self.kind}: {in_short(self.verdict, 200)}{where}>"
 
     def _repr_html_(self) -> str:
@@ -171,8 +194,12 @@ class Result:
             written = io.BytesIO()
             self.plot().savefig(written, format="png", dpi=72)
             image = Markup(base64.b64encode(written.getvalue()).decode())  # whole: a text would be shortened
-        shown = {"result": self.headline, "verdict": self.verdict, "image": image, "folder": self.folder}
-        return environment().get_template("result_view.html.j2").render(kind=self.kind, **shown)
+        told = {"result": self.headline, "verdict": self.verdict, "image": image, "folder": self.folder}
+        return environment().get_template("result_view.html.j2").render(kind=self.kind, **told)
+
+
+def _cell(value: Any) -> Any:
+    return to_cell(str(value)) if isinstance(value, str | list | dict) else value
 
 
 class Written(Protocol):

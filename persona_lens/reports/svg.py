@@ -7,11 +7,12 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
@@ -47,11 +48,16 @@ _FAMILY = re.compile(r"font-family: [^;]*;? ?")
 _NO_ROTATION = re.compile(r"rotate\(-?0(\.0)? ")
 
 
-def drawing_style() -> AbstractContextManager[None]:
+_SETTINGS = RLock()  # matplotlib has them once for all threads
+
+
+@contextmanager
+def drawing_style() -> Iterator[None]:
     """Draw with the report's settings, whatever the user's matplotlibrc says, and leave theirs as they were."""
     from matplotlib import style
 
-    return style.context(Path(__file__).with_name("report.mplstyle"), after_reset=True)
+    with _SETTINGS, style.context(Path(__file__).with_name("report.mplstyle"), after_reset=True):
+        yield
 
 
 def to_svg(figure: Figure, name: str) -> Markup:
@@ -207,7 +213,19 @@ def _shown_figure() -> type[Figure]:
     from matplotlib.figure import Figure
 
     class Shown(Figure):
-        """Notebooks show figures made by pyplot only, which draws on a global state."""
+        """Notebooks show figures made by pyplot only, which draws on a global state.
+
+        Ticks are made when a figure is drawn, so it is drawn as it was made, in the report's style.
+        """
+
+        def draw(self, renderer: Any) -> None:
+            with drawing_style():
+                super().draw(renderer)
+
+        def savefig(self, fname: Any, *, transparent: bool | None = None, **kwargs: Any) -> None:
+            if not transparent:
+                kwargs = {"facecolor": "auto", **kwargs}  # its own, whatever the user's style saves with
+            super().savefig(fname, transparent=transparent, **kwargs)
 
         def _repr_png_(self) -> bytes:
             written = io.BytesIO()
@@ -222,7 +240,7 @@ def panels(width: int, wide: int, narrow: int | None, rows: int, columns: int = 
     figure = new_figure(width, wide if width == WIDE or narrow is None else narrow)
     axes = list(figure.subplots(rows, columns, squeeze=False, **grid).flat)
     if (given := _GIVEN.get()) is not None:
-        return cast("Figure", given.figure), [given, *axes[1:]]
+        return cast("Figure", cast(Any, given.figure).figure), [given, *axes[1:]]  # of a panel's, the whole one
     return figure, axes
 
 
@@ -234,7 +252,7 @@ def panel(width: int, wide: int, narrow: int | None = None) -> tuple[Figure, Axe
 
 def in_rows(axes: Axes, names: Sequence[str]) -> None:
     """Give each whole number on the vertical axis a name, the first on top, and the lines to the horizontal axis."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_label(name) for name in names], parse_math=False)
     axes.invert_yaxis()
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
@@ -262,7 +280,8 @@ def legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
     order = sorted(range(len(labels)), key=lambda i: labels[i] == RANDOM_LABEL)  # the null last
     narrow = figure.get_figwidth() * 72 < WIDE
     if _GIVEN.get() is not None:  # whose figure may have other panels
-        axes.legend([handles[i] for i in order], [labels[i] for i in order])
+        for text in axes.legend([handles[i] for i in order], [_label(labels[i]) for i in order]).get_texts():
+            text.set_parse_math(False)
         return
     figure.legend(
         [handles[i] for i in order],

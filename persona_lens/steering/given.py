@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from persona_lens.backend import Backend, Edit, Edits, ModelInfo, Sampling, as_edits
 from persona_lens.core.documents import DocumentError, read_artifact, read_yaml
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import named
 from persona_lens.core.text import in_short
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
@@ -84,10 +85,14 @@ def load(path: Path | str) -> PersonaVectors | Steering | Trait | Result:
         PersonaLensError: If there is nothing there, or it is none of these.
     """
     file = Path(path)
-    if file.is_dir():
+    with named(file, SteeringError, "read"):
+        folder, there = file.is_dir(), file.is_file()
+    if folder:
         return Result.load(file)
-    if not file.is_file():
-        raise SteeringError(f"there is nothing at {file}")
+    if not there:
+        raise SteeringError(
+            f"there is nothing at {file}; give a run folder, or a file of vectors, a steering or a trait"
+        )
     if file.suffix in YAML_SUFFIXES:
         found = read_yaml(file)
         steers = isinstance(found, Mapping) and "edits" in found

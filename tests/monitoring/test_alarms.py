@@ -168,6 +168,7 @@ def test_how_often_neutral_replies_raise_an_alarm_is_said() -> None:
         ("evil>3", Alarm("evil", 3.0, print)),
         (" evil@20 < -2.5 ", Alarm("evil", -2.5, print, 20, above=False)),
         ("evil>2sd", Alarm("evil", 2.0, print, in_sd=True)),
+        ("evil>\N{MINUS SIGN}2.5", Alarm("evil", -2.5, print)),
         ("evil-er_1@0<-1e1 SD", Alarm("evil-er_1", -10.0, print, 0, above=False, in_sd=True)),
     ],
 )
@@ -176,7 +177,23 @@ def test_an_alarm_is_written_in_one_line(text: str, expected: Alarm) -> None:
     assert Alarm.parse(str(expected), print) == expected
 
 
-@pytest.mark.parametrize("text", ["evil", "evil>", "evil>1.2.3", "evil>2sds", "evil=3", ">3", "evil@x>3", "evil>3%"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "evil",
+        "evil>",
+        "evil>1.2.3",
+        "evil>2sds",
+        "evil=3",
+        ">3",
+        "evil@x>3",
+        "evil>3%",
+        "evil>nan",
+        "evil>inf",
+        "evil>sd",
+        "evil>+-2sd",
+    ],
+)
 def test_what_is_no_alarm_is_told_the_forms_that_there_are(text: str) -> None:
     with pytest.raises(
         MonitoringError, match=r"written evil>3 \(in .*evil@20>3 .*evil>2sd .*monitor baseline.*; got '"
@@ -199,6 +216,22 @@ def test_without_a_baseline_it_is_said_what_to_run() -> None:
     damaged = bare.with_provenance(baseline={"layers": {"0": {"mean": 1.0}}})
     with pytest.raises(VectorsError, match=r"the baseline that the vectors of 'optimistic' .* damaged: .*measure it"):
         ConversationMonitor(backend, Panel.of(damaged, 0), alarms=[alarm])
+
+
+def test_another_models_replies_are_not_counted_from() -> None:
+    backend, vectors = measured()
+    other = replace(vectors, model=replace(vectors.model, model="another", weights="0" * 16))
+    alarms = [Alarm.parse("optimistic>2sd", print)]
+    with pytest.raises(MonitoringError, match=r"optimistic>2sd counts from replies of the model .* another one"):
+        ConversationMonitor(backend, Panel.of(other, 0), alarms=alarms, allow_other_model=True)
+    in_units = [Alarm.parse("optimistic>2", print)]
+    assert not ConversationMonitor(backend, Panel.of(other, 0), alarms=in_units, allow_other_model=True).turns
+
+
+def test_a_text_is_no_alarm() -> None:
+    backend, vectors = measured()
+    with pytest.raises(MonitoringError, match=r"Alarm\.parse"):
+        ConversationMonitor(backend, Panel.of(vectors, 0), alarms=["optimistic>2"])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(

@@ -133,3 +133,21 @@ def test_the_command_lists_prints_json_and_writes_the_index(tmp_path: Path) -> N
     assert "there are no runs in" in CliRunner().invoke(app, ["runs", str(tmp_path / "empty")]).stdout
     refused = CliRunner().invoke(app, ["runs", str(tmp_path / "nowhere")])
     assert isinstance(refused.exception, PersonaLensError)
+
+
+def test_the_file_system_is_taken_as_it_is(tmp_path: Path) -> None:
+    made(tmp_path / "empty", "sweep", {})
+    odd = made(tmp_path / "odd", "sweep")
+    (odd / "summary.json").symlink_to(odd / "summary.json")
+    (odd / "rollouts.jsonl").symlink_to(tmp_path / "nowhere")
+    (odd / "up").symlink_to(tmp_path)
+    os.utime(odd / "run.json", (2.0**33, 2.0**33))
+    os.makedirs(os.fsencode(tmp_path) + b"/\xff")
+    os.replace(tmp_path / "empty" / "run.json", os.fsencode(tmp_path) + b"/\xff/run.json")
+    (tmp_path / "empty" / "run.json").write_text('{"kind": "sweep"}')
+    found = list(find_runs(tmp_path))
+    assert [run.state for run in found] == ["damaged", "unfinished", "unfinished"]
+    assert "remove it, and the command" in str(found[0].problem)
+    assert render_index(found, tmp_path / "index.html").encode()
+    with pytest.raises(PersonaLensError, match="cannot be read"):
+        list(find_runs("x" * 5000))

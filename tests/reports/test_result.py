@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ from persona_lens.monitoring import BaselineSettings, measure_baseline
 from persona_lens.monitoring.scoring import monitor
 from persona_lens.reports.kinds import KINDS
 from persona_lens.reports.page import judge_name
-from persona_lens.reports.result import Result, ResultError
+from persona_lens.reports.result import Result, ResultError, StoredResult
 from persona_lens.runs.rollouts import RolloutSettings
 from tests.campaign import targets
 from tests.screening import made
@@ -153,3 +159,127 @@ def test_what_one_holds_fits_on_a_line() -> None:
         assert "\n" not in repr(each)
         assert len(repr(each)) < 250
     assert "<table>" in vectors._repr_html_()
+
+
+def _changed(summary: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A summary with something else in one place; without it, for an ellipsis."""
+    rest = {key: each for key, each in summary.items() if key != name}
+    return rest if value is ... else {**rest, name: value}
+
+
+def _copied(result: Result, folder: Path) -> Path:
+    assert result.folder is not None
+    return Path(shutil.copytree(result.folder, folder / "run", ignore=shutil.ignore_patterns("checkpoints")))
+
+
+def test_a_damaged_summary_is_said_to_be(result: Result, tmp_path: Path) -> None:
+    for name in result.summary:
+        values: tuple[Any, ...] = (..., None, "x", [], {}, -1)
+        for value in values:
+            stored = StoredResult(result.kind, _changed(result.summary, name, value), tmp_path)
+            for look in ("verdict", "figures", "__repr__"):
+                with suppress(pl.PersonaLensError):
+                    shown: Any = getattr(stored, look)
+                    assert shown() if callable(shown) else shown is not None
+    empty = StoredResult(result.kind, {}, tmp_path)
+    looks: tuple[Callable[[], Any], ...] = (lambda: empty.verdict, empty.report, empty.plot, empty._repr_html_)
+    for look_at in looks:
+        with pytest.raises(pl.PersonaLensError, match=r"summary\.json is not what such a run .* remove it,"):
+            look_at()
+
+
+def test_damaged_rows_are_said_to_be(result: Result, tmp_path: Path) -> None:
+    folder = _copied(result, tmp_path)
+    stored, whole = Result.load(folder), result.rows
+    for file in (file for pattern in ("*.jsonl", "*.parquet") for file in folder.glob(pattern)):
+        content = file.read_bytes()
+        for other in (None, b"null\n", b"{}\n[1]\n", b"\xff\xfe", content[: len(content) // 2]):
+            file.unlink(missing_ok=True)
+            if other is not None:
+                file.write_bytes(other)
+            found: Any = None
+            with suppress(pl.PersonaLensError):
+                found = stored.rows
+            assert found in (None, whole)  # it may be of another file
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("text", ["[]", '"x"', "null", '{"kind": [1]}', '{"kind": {}}', "{"])
+def test_a_damaged_configuration_is_said_to_be(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(pl.PersonaLensError, match=str(tmp_path)):
+        pl.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"kind": "sweep"}')
+    (tmp_path / "summary.json").write_text(text if text[1:] else "[1]")
+    with pytest.raises(pl.PersonaLensError, match=r"summary\.json"):
+        assert pl.load(tmp_path).verdict  # type: ignore[union-attr]
+
+
+def test_no_path_breaks_load() -> None:
+    for path in ("", "\0", "x" * 5000, "/dev/null"):
+        for load in (pl.load, Result.load):
+            with pytest.raises(pl.PersonaLensError):
+                load(path)
+
+
+HOSTILE = (
+    "$$",
+    r"a$\frac$b",
+    "=cmd|' /C calc'!A0\x1b[31m\u202e",
+    "l" * 5000,
+    "two\nlines",
+    "<script>alert(1)</script>",
+)
+
+
+@pytest.mark.usefixtures("drawing")
+def test_texts_of_others_do_no_harm(tmp_path: Path) -> None:
+    from matplotlib import rc_context, rcParams, style
+
+    result = targets._compare(tmp_path / "run")
+    (effect,) = result.summary["arms"].values()
+    hostile = StoredResult("comparison", {**result.summary, "arms": dict.fromkeys(HOSTILE, effect)}, tmp_path / "run")
+    with warnings.catch_warnings(), rc_context():
+        warnings.simplefilter("ignore")  # of signs that the font lacks, and of the little room that is left
+        style.use("dark_background")
+        before = dict(rcParams)
+        hostile.save(tmp_path / "new" / "plot.png")
+        hostile.save(tmp_path / "new" / "plot.png")
+        drawn = hostile.plot()
+        drawn.canvas.draw()
+        assert drawn.axes[0].get_xticklabels()[0].get_color() == "#59616d"  # made when it is drawn
+        assert dict(rcParams) == before
+        whole = Figure()
+        assert hostile.plot(whole.subfigures(1, 2)[0].subplots()) is whole  # type: ignore[index]
+        whole.canvas.draw()
+    assert "<script" not in hostile._repr_html_()
+    named = StoredResult("comparison", {**result.summary, "arms": {HOSTILE[2]: effect}}, tmp_path / "run")
+    for text in (named.verdict, repr(named)):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+    (tmp_path / "run" / "arms-scores.jsonl").write_text(json.dumps({"text": HOSTILE[2], "=score": -1.5}))
+    assert result.save(tmp_path / "rows.csv").stat().st_size
+    table = named.save(tmp_path / "rows.csv").read_text()
+    assert table == "text,'=score\n'=cmd|' /C calc'!A0\\u001b[31m\\u202e,-1.5\n"
+    with pytest.raises(ResultError, match="figure= names"):
+        result.plot("changes")  # type: ignore[arg-type]
+
+
+def test_threads_draw_without_each_others_settings(unkept: Result) -> None:
+    from matplotlib import rcParams
+
+    before = dict(rcParams)
+    with ThreadPoolExecutor(4) as threads:
+        assert len(list(threads.map(lambda _: unkept.plot(), range(8)))) == 8
+    assert dict(rcParams) == before
+
+
+def test_a_result_can_be_sent_elsewhere(result: Result) -> None:
+    assert result.folder is not None
+    stored = pickle.loads(pickle.dumps(Result.load(result.folder)))
+    assert stored.verdict == copy.deepcopy(stored).verdict == result.verdict
+
+
+def test_rows_of_a_screening_without_pyarrow_are_found(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"a": 1}\n')
+    assert StoredResult("screening", {}, tmp_path).rows == [{"a": 1}]
