@@ -181,11 +181,11 @@ def fewer_pairs(backend: Backend, trait: Trait, folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.judging", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("traits", nargs="*", default=[*LEXICON], choices=[*LEXICON])
+    parser.add_argument("traits", nargs="*", help=f"of {', '.join(LEXICON)}; all by default")
     arguments = parser.parse_args()
     quiet_libraries()
     backend = open_backend("transformers", "smollm2-135m")
-    for name in arguments.traits:
+    for name in arguments.traits or LEXICON:
         fewer_pairs(backend, load_trait(name), arguments.folder)
     return 0
 

@@ -54,6 +54,7 @@ NOT_RUN = (
     "persona-lens steer capability ",
     "inspect eval ",
     "persona-lens extract smollm2-135m optimistic --judge-pairs 5 ",
+    "python -m benchmarks.judging ",
     "persona-lens dissect ",
     "persona-lens screen smollm2-135m chats.jsonl ",
 )
