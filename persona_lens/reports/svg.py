@@ -49,6 +49,7 @@ _NO_ROTATION = re.compile(r"rotate\(-?0(\.0)? ")
 
 
 _SETTINGS = RLock()  # matplotlib has them once for all threads
+_STYLED: ContextVar[bool] = ContextVar("within the report's settings", default=False)
 
 
 @contextmanager
@@ -56,8 +57,16 @@ def drawing_style() -> Iterator[None]:
     """Draw with the report's settings, whatever the user's matplotlibrc says, and leave theirs as they were."""
     from matplotlib import style
 
-    with _SETTINGS, style.context(Path(__file__).with_name("report.mplstyle"), after_reset=True):
-        yield
+    with _SETTINGS:
+        if _STYLED.get():  # what was set since, for one figure, stays
+            yield
+            return
+        token = _STYLED.set(True)
+        try:
+            with style.context(Path(__file__).with_name("report.mplstyle"), after_reset=True):
+                yield
+        finally:
+            _STYLED.reset(token)
 
 
 def to_svg(figure: Figure, name: str) -> Markup:

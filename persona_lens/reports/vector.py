@@ -254,7 +254,7 @@ def curve_figure(curves: Mapping[str, Sequence[Summary]], choice: Summary | None
     figure, (score, nll) = svg.panels(width, 500, 470, 2, sharex=True, height_ratios=[2.3, 1])
     for axes, quantity in ((score, "score"), (nll, "nll")):
         for kind, style in (("random", svg.NULL), ("vector", svg.LINE)):
-            points = curves.get(kind) or []
+            points = [point for point in curves.get(kind) or () if point[quantity]]  # not every judge tells of surprise
             if points:
                 label = svg.VECTOR_LABEL if kind == "vector" else svg.RANDOM_LABEL
                 svg.line_with_intervals(axes, points, quantity, style, label)
@@ -262,7 +262,7 @@ def curve_figure(curves: Mapping[str, Sequence[Summary]], choice: Summary | None
     score.axvline(0, color=svg.GRID, linewidth=1, zorder=0)
     nll.axvline(0, color=svg.GRID, linewidth=1, zorder=0)
     nll.set(title="Surprise, nats per token", xlabel="steering coefficient")
-    plain = [p["nll"]["mean"] for p in curves["vector"] if p["coefficient"] == 0]
+    plain = [p["nll"]["mean"] for p in curves["vector"] if p["coefficient"] == 0 and p["nll"]]
     if choice and plain:
         limit = plain[0] + choice["margin"]
         nll.axhline(limit, **svg.DOTTED)

@@ -20,6 +20,7 @@ import persona_lens as pl
 from persona_lens.analysis.logit_lens import lens
 from persona_lens.monitoring import BaselineSettings, measure_baseline
 from persona_lens.monitoring.scoring import monitor
+from persona_lens.reports import steering, svg
 from persona_lens.reports.kinds import KINDS
 from persona_lens.reports.page import judge_name
 from persona_lens.reports.result import Result, ResultError, StoredResult
@@ -283,3 +284,16 @@ def test_a_result_can_be_sent_elsewhere(result: Result) -> None:
 def test_rows_of_a_screening_without_pyarrow_are_found(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text('{"a": 1}\n')
     assert StoredResult("screening", {}, tmp_path).rows == [{"a": 1}]
+
+
+@pytest.mark.usefixtures("drawing")
+def test_a_sweep_whose_judge_tells_of_nothing_but_scores_is_drawn(tmp_path: Path) -> None:
+    settings = pl.SweepSettings((1,), (-1.0,), questions=1, random_directions=0, rollouts=targets.SMALL)
+    _look(pl.sweep(targets.planted(), targets.vectors(), settings, judge=made.LengthJudge()), tmp_path)
+
+
+def test_an_svg_is_the_same_every_time() -> None:
+    figure = {"changes": (steering.changes_figure, [("up", {"mean": 1.0, "low": 0.0, "high": 2.0, "n": 2}, None)])}
+    with svg.drawing_style():
+        first, second = (svg.to_svg(draw(*data, svg.WIDE), "a") for draw, *data in [*figure.values()] * 2)
+    assert first == second
