@@ -293,7 +293,7 @@ def test_a_sweep_whose_judge_tells_of_nothing_but_scores_is_drawn(tmp_path: Path
 
 
 def test_an_svg_is_the_same_every_time() -> None:
-    figure = {"changes": (steering.changes_figure, [("up", {"mean": 1.0, "low": 0.0, "high": 2.0, "n": 2}, None)])}
+    rows = [("up", {"mean": 1.0, "low": 0.0, "high": 2.0, "n": 2}, None)]
     with svg.drawing_style():
-        first, second = (svg.to_svg(draw(*data, svg.WIDE), "a") for draw, *data in [*figure.values()] * 2)
+        first, second = (svg.to_svg(steering.changes_figure(rows, svg.WIDE), "a") for _ in range(2))
     assert first == second
