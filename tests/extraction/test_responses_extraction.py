@@ -382,7 +382,7 @@ def test_the_plan_of_the_work_is_what_runs(generated: tuple[Extraction, list[Row
     assert reading.tokens == sum(
         len(p) + len(r.response_ids) for p, r in zip(given.prompts, given.rollouts, strict=True)
     )
-    assert judging.rows == 11 * 40
+    assert judging.rows == 5 * 40  # both instructions of two pairs, and none
     scored = write_jsonl(tmp_path / "scored.jsonl", [{**row, "score": 1} for row in generated[1]])
     given = external_rollouts(backend, chat, TRAIT, scored, questions=4)
     assert [work.label for work in extraction_work(backend, TRAIT, SETTINGS, chat, given=given)] == ["reading"]
