@@ -94,9 +94,10 @@ picture: demo
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=800,1290 --screenshot=docs/figures/report.png $(DEMO)/report.html
 	$(BIN)/python -c "from PIL import Image as I; f = 'docs/figures/report.png'; I.open(f).convert('RGB').quantize(32).save(f, optimize=True)"
 
-# Runs the notebooks, and keeps what they say.
+# Runs the notebooks, that of a server beside one, and keeps what they say.
 notebooks: $(VENV)/.development
 	$(BIN)/python -m tests.test_notebooks
+	PERSONA_LENS_KEEP_NOTEBOOKS=1 $(MAKE) test-remote MORE='-k notebook'
 
 # One file to carry to another machine; docs/install.md says how it is installed.
 wheel: $(VENV)/.development

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 400_000
+KEEP = "PERSONA_LENS_KEEP_NOTEBOOKS"  # set, what tests run in its own size is kept with its outputs
 REMOTE = ("05_remote.ipynb",)  # run in tests/ndif, where there is a server
 # Text of a cell -> what is run in its place: sizes only, and none that a notebook's own checks rest on.
 SMALLER = {
@@ -96,6 +98,8 @@ def assert_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sma
     assert not [output for output in outputs if output.output_type == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs), "nothing was drawn"
     assert list(workplace.iterdir()) == [], "it leaves files behind"
+    if os.environ.get(KEEP) and not smaller:
+        keep(notebook, path)
 
 
 def execute(notebook: Any, workplace: Path) -> None:
@@ -104,12 +108,9 @@ def execute(notebook: Any, workplace: Path) -> None:
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
 
 
-def save_with_outputs(path: Path) -> None:
-    """Run it and keep what it says, but for progress and the times that a kernel notes."""
-    notebook = read(path)
+def keep(notebook: Any, path: Path) -> None:
+    """Save what it said, but for progress and the times that a kernel notes."""
     library: Any = nbformat  # its functions carry no types
-    with TemporaryDirectory() as folder:
-        execute(notebook, Path(folder))
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type == "code":
@@ -121,4 +122,7 @@ def save_with_outputs(path: Path) -> None:
 if __name__ == "__main__":
     for each in NOTEBOOKS:
         if each.name not in REMOTE and (each.name in sys.argv[1:] or len(sys.argv) == 1):
-            save_with_outputs(each)
+            ran = read(each)
+            with TemporaryDirectory() as folder:
+                execute(ran, Path(folder))
+            keep(ran, each)
