@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from persona_lens.cli import options
-from persona_lens.cli.display import print_table, say, say_json
+from persona_lens.cli.display import say, say_json
 from persona_lens.cli.settings import Option, argument
 
 FOLDER = argument("FOLDER", "Where to look.")
@@ -37,21 +37,14 @@ def runs_command(
     if as_json:
         say_json({"runs": [run.to_json() for run in found]})
         return
-    rows = [
-        (
-            run.path,
-            run.kind or "-",
-            run.trait or "-",
-            run.model or "-",
-            run.progress,
-            run.when[:16].replace("T", " "),
-            run.verdict or run.problem or "-",
-        )
-        for run in found
-    ]
-    if rows:
-        print_table(str(folder), ("run", "kind", "trait", "model", "state", "when (UTC)", "what it came to"), rows)
-    else:
+    for run in found:
+        about = " of ".join(filter(None, [run.kind, run.trait])) + (f" on {run.model}" if run.model else "")
+        when = run.when[:16].replace("T", " ")
+        say(run.path, bold=True)
+        say(f"  {', '.join(filter(None, [about, run.progress, when and f'{when} UTC']))}")
+        if told := run.verdict or run.problem:
+            say(f"  {told}")
+    if not found:
         say(f"there are no runs in {folder}")
     if html is not None:
         say(f"{counted(len(found), 'run')}: {html}", err=True)

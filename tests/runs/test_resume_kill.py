@@ -137,6 +137,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(model: Path, out: Path, questions: int, max_new_tokens: int, batch_size: int = 4) -> list[str]:
     trait = ROOT / "traits" / "optimistic.yaml"
     numbers = {"--questions": questions, "--max-new-tokens": max_new_tokens, "--batch-size": batch_size, "--seed": 0}
+    numbers["--judge-pairs"] = 5  # by fewer, what a random model says after either arm is hardly told apart
     options = [str(word) for option in numbers.items() for word in option]
     return ["extract", str(model), str(trait), "--out", str(out), "--unpaired", "--dtype", "float32", *options]
 
