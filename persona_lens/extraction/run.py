@@ -131,8 +131,7 @@ def extract(
         # As the run began with it: a device of another number makes no other vectors.
         known = {**(run.config if run else config), "judge": as_used(scoring.describe(), judged)}
         vectors = _vectors(trait, answers.collected, filtered, settings, known)
-        summary = _summary(vectors, judged, filtered, answers.rollouts)
-        scores = list(map(_score_row, judged, filtered.kept))
+        summary, scores = _summary(vectors, judged, filtered, answers.rollouts), _scores(judged, filtered)
         if run is not None:
             run.write_rows(SCORES, scores)
             run.write_bytes(VECTORS, vectors.to_bytes())
@@ -223,6 +222,10 @@ def _summary(
         "separation": vectors.provenance["separation"],
         **({HOLD_REASONING: True} if vectors.stored("chat").get(HOLD_REASONING) else {}),
     }
+
+
+def _scores(judged: Sequence[Judgement], filtered: Filtered) -> list[dict[str, Any]]:
+    return list(map(_score_row, judged, filtered.kept))
 
 
 def _score_row(judgement: Judgement, kept: bool) -> dict[str, Any]:

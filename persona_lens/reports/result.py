@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ class Result:
             ResultError: If there is no such figure.
 
         Returns:
-            The figure, to be shown, changed or saved (`matplotlib.figure.Figure.savefig`).
+            The figure, to be shown, changed or saved (matplotlib's own way, or `save`).
         """
         if axes is not None and not hasattr(axes, "get_figure"):
             raise ResultError(f"axes are one panel of matplotlib's, got {shown(axes)}; figure= names what is drawn")
@@ -169,9 +168,7 @@ class Result:
         target = Path(path)
         suffix = target.suffix.lower()
         if suffix in IMAGES:
-            written = io.BytesIO()
-            self.plot().savefig(written, format=suffix[1:])
-            content = written.getvalue()
+            content = svg.image_of(self.plot(), suffix[1:])
         elif suffix == ".csv":
             table = self.to_pandas()
             content = table.rename(columns=to_cell).map(_cell).to_csv(index=False).encode()
@@ -191,9 +188,8 @@ class Result:
     def _repr_html_(self) -> str:
         image = None
         if self.figures:
-            written = io.BytesIO()
-            self.plot().savefig(written, format="png", dpi=72)
-            image = Markup(base64.b64encode(written.getvalue()).decode())  # whole: a text would be shortened
+            png = svg.image_of(self.plot(), "png", dpi=72)
+            image = Markup(base64.b64encode(png).decode())  # whole: a text would be shortened
         told = {"result": self.headline, "verdict": self.verdict, "image": image, "folder": self.folder}
         return environment().get_template("result_view.html.j2").render(kind=self.kind, **told)
 

@@ -237,11 +237,16 @@ def _shown_figure() -> type[Figure]:
             super().savefig(fname, transparent=transparent, **kwargs)
 
         def _repr_png_(self) -> bytes:
-            written = io.BytesIO()
-            self.savefig(written, format="png", dpi=96)
-            return written.getvalue()
+            return image_of(self, "png", dpi=96)
 
     return Shown
+
+
+def image_of(figure: Figure, form: str, **how: Any) -> bytes:
+    """The figure as a file of a form that matplotlib writes, such as ``png``."""
+    written = io.BytesIO()
+    figure.savefig(written, format=form, **how)
+    return written.getvalue()
 
 
 def panels(width: int, wide: int, narrow: int | None, rows: int, columns: int = 1, **grid: Any) -> tuple[Figure, Any]:

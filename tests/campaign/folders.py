@@ -143,7 +143,10 @@ class Finished:
 def _extraction(folder: Path) -> Finished:
     whole = load_trait("optimistic")
     trait = whole.model_copy(update={"instructions": whole.instructions[:1]})  # few rows, so that it takes no time
-    backend, settings = PlantedBackend(trait), ExtractionSettings(questions=4, paired=False, rollouts=SMALL)
+    backend, settings = (
+        PlantedBackend(trait),
+        ExtractionSettings(questions=4, paired=False, rollouts=SMALL, judge_pairs=1),
+    )
     return Finished(
         folder,
         lambda: extract(backend, trait, folder, settings=settings, progress=no_progress),

@@ -13,6 +13,7 @@ import time
 import webbrowser
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -819,9 +820,9 @@ def test_the_demonstration_shows_its_report_where_there_is_a_browser(
     def no_browser(address: str) -> bool:
         raise webbrowser.Error("could not locate runnable browser")
 
-    def run_demo(folder: Path, settings: Any, progress: Any) -> dict[str, Any]:
+    def run_demo(folder: Path, settings: Any, progress: Any) -> SimpleNamespace:
         ran.append(settings.quick)
-        return {"folder": str(folder)}
+        return SimpleNamespace(summary={"folder": str(folder)})
 
     monkeypatch.setattr("persona_lens.models.resolve", lambda *_, **__: None)
     monkeypatch.setattr("persona_lens.analysis.demo.run_demo", run_demo)
