@@ -10,6 +10,7 @@ from typing import Any
 from persona_lens.backend import Backend, backend_statuses, open_backend
 from persona_lens.backend.parity import check_parity
 from persona_lens.backend.registry import DEFAULT, installed_version
+from persona_lens.core.files import REPORT
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.experiment import by_question
@@ -120,7 +121,7 @@ def run_demo(
         }
         run.write_json("summary.json", summary)
         progress(0, 1, "report")
-        run.write_bytes("report.html", render_vector(summary, folder=str(root)).encode())
+        run.write_bytes(REPORT, render_vector(summary, folder=str(root)).encode())
         progress(1, 1, "report")
     return Result.load(root)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import console, print_table, say, say_json, showing_progress
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import REPORT as REPORT
 from persona_lens.core.files import read_bytes, write_text
 from persona_lens.core.text import counted, printable
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from persona_lens.vectors import PersonaVectors
 
 Found = TypeVar("Found", bound="Result")
-REPORT = "report.html"  # in the folder of a run
 
 
 @dataclass

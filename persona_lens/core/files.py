@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Failed = type[PersonaLensError]
 PART = ".part"
 CONFIG = "run.json"  # what a run folder was made with
+REPORT = "report.html"  # the page in a run folder
 BUFFER = 1 << 20
 
 _ADVICE = {

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from persona_lens.core.documents import Record
+from persona_lens.core.text import counted
 
 RESAMPLES = 2000
 FEW = 5  # units; with fewer, no interval can be relied on
@@ -60,7 +61,7 @@ class Estimate(Record):
 
 def few(n: int, noun: str = "question") -> str:
     """What to say beside a figure that rests on fewer than `FEW` units, such as ``only 3 questions``; else nothing."""
-    return f"only {n} {noun}{'' if n == 1 else 's'}" if n < FEW else ""
+    return f"only {counted(n, noun)}" if n < FEW else ""
 
 
 def clear_side(change: Estimate, difference: Estimate | None) -> int:

@@ -177,5 +177,6 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def counted(n: int, noun: str) -> str:
-    """``1 question``, ``1,250 questions``."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+    """``1 question``, ``1,250 questions``, ``3 replies``."""
+    plural = re.sub("([^aeiou])y$", r"\1ie", noun) + "s"
+    return f"{n:,} {noun if n == 1 else plural}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel
 from persona_lens.reports.kinds import without_ids
 from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import Request, Rollout, RolloutSettings
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, check_layers
 from persona_lens.vectors.provenance import LayerBaseline, StoredBaseline
 
 DIGITS = 4
@@ -86,8 +85,7 @@ class BaselineSettings:
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def __post_init__(self) -> None:
-        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise MonitoringError(f"layers must be given, each once: got {list(self.layers)}")
+        check_layers(self.layers, MonitoringError)
         if self.questions < 0 or self.samples < 1 or not 0 <= self.neutral <= len(NEUTRAL):
             raise MonitoringError(
                 f"samples must be at least 1, questions at least 0, neutral 0 to {len(NEUTRAL)}: got {self.samples}, "
@@ -169,7 +167,7 @@ def measure_baseline(
         if run is not None:
             run.write_bytes("vectors.safetensors", kept.to_bytes())
             run.write_json("summary.json", summary)
-    return Baseline(kept, replies, json.loads(json.dumps(summary)), run.path if run else None)
+    return Baseline(kept, replies, plain(summary), run.path if run else None)
 
 
 def baseline_experiment(

@@ -13,7 +13,7 @@ from persona_lens.judging.agreement import AgreementError, read_scored
 from persona_lens.monitoring.gauges import MonitoringError
 from persona_lens.runs.rollouts import ROLLOUTS, RolloutSettings
 from persona_lens.traits import Arm, Trait, TraitError, load_trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, check_layers
 
 SCORES = "scores.jsonl"
 Examples = Sequence[tuple[str, str]] | Path | str
@@ -60,8 +60,7 @@ class StudySettings:
             len(set(self.shots)) < 2 or len(set(self.shots)) < len(self.shots) or min(self.shots) < 0
         ):
             raise MonitoringError(f"shots are two or more different numbers of examples, got {list(self.shots)}")
-        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise MonitoringError(f"layers must be given, each once: got {list(self.layers)}")
+        check_layers(self.layers, MonitoringError)
         if self.questions < 2:
             raise MonitoringError(f"questions must be at least 2, since intervals are over them: got {self.questions}")
         if self.samples < 1 or self.random_directions < 0:

@@ -13,12 +13,11 @@ from urllib.parse import quote
 
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.files import CONFIG, named
+from persona_lens.core.files import CONFIG, REPORT, named
 from persona_lens.core.text import in_short
 from persona_lens.reports.kinds import KINDS, SUMMARY, as_written, read_object
 from persona_lens.reports.page import render
 
-REPORT = "report.html"
 FINISHED, UNFINISHED, DAMAGED = "finished", "unfinished", "damaged"
 
 

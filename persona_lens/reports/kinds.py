@@ -52,14 +52,13 @@ class Kind:
     page: Callable[[Summary, str, str], str] | None = None
     after: Callable[[Summary, str], Steps] = lambda summary, folder: []
 
-    def rendered(self, summary: Summary, version: str, folder: str) -> str:
-        """The page."""
+    def rendered(self, name: str, summary: Summary, version: str, folder: str) -> str:
+        """The page; ``name`` is the kind's."""
         if self.page is not None:
             return self.page(summary, version, folder)
         result, figures = self.headline(summary), self.figures(summary)
         drawn = {"figures": svg.drawn(figures), "names": {name: name.replace("_", " ") for name in figures}}
         numbers = {name: value for name, value in summary.items() if name not in ("judge", "judges")}
-        name = next(name for name, each in KINDS.items() if each is self)
         about = " and ".join(filter(None, [summary.get("trait"), summary.get("method")]))
         title = ": ".join(filter(None, [name.capitalize(), about]))
         judge = summary.get("judge")

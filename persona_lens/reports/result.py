@@ -153,7 +153,7 @@ class Result:
         """The page, as HTML that loads nothing."""
         folder = FOLDER if self.folder is None else str(self.folder)
         with self._reading():
-            return self._told.rendered(self.summary, installed_version("persona-lens") or "", folder)
+            return self._told.rendered(self.kind, self.summary, installed_version("persona-lens") or "", folder)
 
     def save(self, path: Path | str) -> Path:
         """Write the page (``.html``), the figure (``.png``, ``.svg``, ``.pdf``) or the rows (``.csv``, ``.jsonl``).

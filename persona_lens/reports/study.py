@@ -108,7 +108,7 @@ def title(summary: Summary) -> str:
 
 def _asked(summary: Summary) -> str:
     asked, ways = summary["settings"], len(summary["conditions"])
-    replies = counted(asked["samples"], "reply").replace("replys", "replies")
+    replies = counted(asked["samples"], "reply")
     return f"{amount(asked['questions'], 'held-out question')} in {counted(ways, 'condition')}, {replies} each"
 
 

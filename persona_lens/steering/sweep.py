@@ -45,7 +45,7 @@ from persona_lens.steering.comparison import (
 )
 from persona_lens.steering.steering import SteeringError
 from persona_lens.traits import Trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, check_layers
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ class SweepSettings:
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise SteeringError(f"layers must be given, each once: got {list(self.layers)}")
+        check_layers(self.layers, SteeringError)
         if not any(self.coefficients) or not all(map(isfinite, self.coefficients)):
             raise SteeringError(f"give finite coefficients, at least one of them not 0: got {list(self.coefficients)}")
         check_asked(self.question_set, self.random_directions, samples=self.samples, questions=self.questions)

@@ -46,7 +46,7 @@ from persona_lens.steering.surface import (
     warnings_confirmed,
 )
 from persona_lens.traits import Trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned, check_layers
 
 SHOWN_SAMPLES = 6
 SEARCH, CONFIRM = "search-", "confirm-"  # begin the names of their files
@@ -102,8 +102,7 @@ class TuneSettings:
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def __post_init__(self) -> None:
-        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise SteeringError(f"layers must be given, each once: got {list(self.layers)}")
+        check_layers(self.layers, SteeringError)
         if not self.strengths or not all(0 < strength < 10 for strength in self.strengths):
             raise SteeringError(
                 f"strengths are step lengths in residual norms, such as 0.1 to 1: got {list(self.strengths)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from persona_lens.backend import Backend, Edit, ModelInfo, Operation, Positions, Span
 from persona_lens.backend.blocks import base_weights_of
 from persona_lens.core.documents import header_text, parse_header, read_artifact, save_tensors, write_once
+from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import note
 from persona_lens.core.text import in_short
 from persona_lens.vectors.provenance import (
@@ -73,9 +74,11 @@ class PersonaVectors(Provenanced):
         return f"<PersonaVectors {self.trait} of {self.model.in_short}; {', '.join(self.directions)}{tuned}>"
 
     def _repr_html_(self) -> str:
-        shown = range(0, self.model.n_layers, -(-self.model.n_layers // 8))
-        lines = [("length at layer", *map(str, shown))]
-        lines += [(name, *(f"{float(self.norms(name)[layer]):.3g}" for layer in shown)) for name in self.directions]
+        every = -(-self.model.n_layers // 8)
+        lines = [("length at layer", *map(str, range(0, self.model.n_layers, every)))]
+        lines += [
+            (name, *(f"{length:.3g}" for length in self.norms(name)[::every].tolist())) for name in self.directions
+        ]
         rows = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines)
         return f"<p>{escape(repr(self))}</p><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
@@ -316,6 +319,12 @@ def load_vectors(path: Path | str) -> PersonaVectors:
     found = read_artifact(file, METADATA, FORMAT_VERSION, stranger=stranger, failed=VectorsError)
     trait, model, provenance = _content(found.header, file)
     return PersonaVectors(trait, model, found.tensors, provenance)
+
+
+def check_layers(layers: Sequence[int] | None, failed: type[PersonaLensError]) -> None:
+    """Raise ``failed`` unless layers are given, each once; None stands for all, or for some that are found later."""
+    if layers is not None and (not layers or len(set(layers)) < len(layers)):
+        raise failed(f"layers must be given, each once: got {list(layers)}")
 
 
 def read_header(text: str, file: Path) -> tuple[str, ModelInfo, dict[str, Any]]:
