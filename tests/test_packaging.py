@@ -27,7 +27,7 @@ from persona_lens.core.plugins import install_command
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "persona_lens"
-ADAPTERS = ("persona_lens_nnsight", "persona_lens_transformer_lens", "persona_lens_transformers")
+ADAPTERS = ("persona_lens_nnsight", "persona_lens_transformer_lens", "persona_lens_transformers", "persona_lens_vllm")
 # As in CONTRIBUTING.md: data flows one way, and nothing imports what stands further down.
 ORDER = (
     "core",
@@ -176,8 +176,8 @@ def test_the_installed_wheel_finds_its_traits(installed: Path, tmp_path: Path) -
 
 def test_the_installed_wheel_finds_its_backends(installed: Path, tmp_path: Path) -> None:
     backends = _from_wheel(installed, tmp_path, "backends", "list", "--json")["backends"]
-    assert [backend["name"] for backend in backends] == ["nnsight", "transformer_lens", "transformers"]
-    assert [backend["broken"] for backend in backends] == [None] * 3
+    assert [backend["name"] for backend in backends] == ["nnsight", "transformer_lens", "transformers", "vllm"]
+    assert [backend["broken"] for backend in backends] == [None] * len(backends)
 
 
 def test_the_wheel_runs_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:

@@ -104,10 +104,19 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; persona vectors need a decoder-only chat model"
         )
-    queue: deque[tuple[str, nn.Module]] = deque([_decoder(model), ("", model)])
+    return search_blocks(model, config.num_hidden_layers, _decoder(model))
+
+
+def search_blocks(model: nn.Module, n_layers: int, first: tuple[str, nn.Module]) -> tuple[str, nn.ModuleList]:
+    """The shallowest ``ModuleList`` of that length, and its path, in a part of a model or else in all of it.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    queue: deque[tuple[str, nn.Module]] = deque([first, ("", model)])
     while queue:
         path, module = queue.popleft()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return path, module
         queue.extend(
             (f"{path}.{name}".lstrip("."), child)
@@ -115,7 +124,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             if not any(tower in name.lower() for tower in TOWERS)
         )
     raise UnsupportedModelError(
-        f"no list of {config.num_hidden_layers} blocks was found in {type(model).__name__}; "
+        f"no list of {n_layers} blocks was found in {type(model).__name__}; "
         "persona-lens reads models whose decoder blocks stand in one ModuleList"
     )
 

@@ -31,7 +31,7 @@ from persona_lens.backend.editing import BlockHook, editing_blocks, hooking_bloc
 from persona_lens.backend.edits import Edit, Edits, as_edits, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.protocol import ForwardResult, Generation
-from persona_lens.backend.reads import Read, ReadKind, check_reads
+from persona_lens.backend.reads import Read, ReadKind, check_reads, need_last_token
 from persona_lens.backend.sampling import RowSampler, continued_logprobs, response_logprobs
 from persona_lens.backend.shared_prompts import SharedPrompts, attention_for_reading, can_share_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
@@ -343,13 +343,11 @@ def generation_config(
 ) -> GenerationConfig:
     """Greedy decoding; the noise that makes it sampling is in the logits.
 
-    One step more is run where a read or a watch needs the response: the last token of a response that is cut at its
-    limit has an activation only once the model has run over it.
+    One step more is run where a read or a watch needs the response.
     """
-    needs_last_token = watched or any(read.kind not in (ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST) for read in reads)
     return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
-        max_new_tokens=sampling.max_new_tokens + needs_last_token,
+        max_new_tokens=sampling.max_new_tokens + (watched or need_last_token(reads)),
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
         use_cache=sampling.use_cache,

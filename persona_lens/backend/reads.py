@@ -127,6 +127,14 @@ class Read:
         }
 
 
+def need_last_token(reads: Sequence[Read]) -> bool:
+    """Whether a generation has to run one step more than it may have tokens.
+
+    The last token of a response that is cut at its limit has an activation only once the model has run over it.
+    """
+    return any(read.kind not in (ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST) for read in reads)
+
+
 def joined_reads(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Reads of several batches as those of one: values of tokens are padded on the left with NaN to the widest."""
     joined = {}

@@ -47,15 +47,22 @@ class RowSampler:
             self.device = self.device or logits.device
             self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
         wide = logits.to(self.device).float()
-        # Counted from the largest: divided by a small temperature, large logits would all become infinite.
-        scaled = (wide - wide.amax(dim=-1, keepdim=True)) / self.temperature
-        if self.top_p < 1:
-            scaled = keep_nucleus(scaled, self.top_p)
-        noise = torch.empty_like(scaled)
+        noise = torch.empty_like(wide)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
-        # -log of an exponential draw is a Gumbel draw; the clamp keeps a draw of exactly 0 from always winning.
-        return scaled - noise.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+        return noisy_logits(wide, noise, self.temperature, self.top_p)
+
+
+def noisy_logits(
+    logits: Float[Tensor, "batch vocab"], exponential: Float[Tensor, "batch vocab"], temperature: float, top_p: float
+) -> Float[Tensor, "batch vocab"]:
+    """Logits whose argmax is a sample, from draws of an exponential distribution, which are overwritten."""
+    # Counted from the largest: divided by a small temperature, large logits would all become infinite.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_p < 1:
+        scaled = keep_nucleus(scaled, top_p)
+    # -log of an exponential draw is a Gumbel draw; the clamp keeps a draw of exactly 0 from always winning.
+    return scaled - exponential.clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
 
 def keep_nucleus(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tensor, "batch vocab"]:

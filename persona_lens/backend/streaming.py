@@ -258,6 +258,71 @@ class _Copies:
         return self._there
 
 
+class Arrivals:
+    """Tells of a generation pass by pass, while the values of its rows' tokens come in whatever order.
+
+    A pass is told once everything is there that belongs to it: the prompts of all rows, and then one token of each row
+    that says more.
+
+    Args:
+        listener: Whom to tell.
+        prompts: Token ids of each row's prompt.
+        layers: How many layers are watched.
+        k: Values of a token at each.
+        room: Tokens that a response may have.
+    """
+
+    def __init__(self, listener: Listener, prompts: Sequence[TokenIds], layers: int, k: int, room: int) -> None:
+        self._listener = listener
+        self._prompts = [tuple(prompt) for prompt in prompts]
+        self._width = max(map(len, self._prompts))
+        self._values = torch.full((len(prompts), layers, self._width + room, k), torch.nan)
+        self._there = torch.zeros(len(prompts), self._width + room, dtype=torch.bool)
+        self._step = 0
+
+    def arrived(
+        self, rows: Int[Tensor, " some"], at: Int[Tensor, " some"], values: Float[Tensor, "some layers k"]
+    ) -> None:
+        """Note the values of tokens at these positions of these rows."""
+        self._values[rows, :, at] = values
+        self._there[rows, at] = True
+
+    def tell(self, responses: Sequence[TokenIds], over: Sequence[bool]) -> None:
+        """Tell of every pass that is complete.
+
+        Args:
+            responses: Each row's so far.
+            over: Whether it has ended, so that nothing follows.
+        """
+        while self._is_complete(responses, over):
+            self._listener.tell(self._pass(responses))
+            self._step += 1
+
+    def _is_complete(self, responses: Sequence[TokenIds], over: Sequence[bool]) -> bool:
+        says_more = False
+        for row, stopped in enumerate(self._listener.stopped.tolist()):
+            if stopped or (over[row] and len(responses[row]) < self._step):
+                continue
+            last = len(self._prompts[row]) + self._step
+            if len(responses[row]) < self._step or not bool(self._there[row, :last].all()):
+                return False
+            says_more = True
+        return says_more
+
+    def _pass(self, responses: Sequence[TokenIds]) -> WatchedTokens:
+        new = 1 if self._step else self._width
+        finished = self._listener.stopped | torch.tensor([len(response) < self._step for response in responses])
+        ids = torch.zeros(len(self._prompts), new, dtype=torch.long)
+        values = self._values.new_full((*self._values.shape[:2], new, self._values.shape[3]), torch.nan)
+        for row in (~finished).nonzero().flatten().tolist():
+            prompt = self._prompts[row]
+            told = responses[row][self._step - 1 : self._step] if self._step else prompt
+            first = len(prompt) + self._step - 1 if self._step else 0
+            ids[row, new - len(told) :] = torch.tensor(told)
+            values[row, :, new - len(told) :] = self._values[row, :, first : first + len(told)]
+        return WatchedTokens(self._step, ids, values, finished)
+
+
 def replay(listener: Listener, text: TokenBatch, projections: Float[Tensor, "batch layers width k"]) -> None:
     """Tell of a generation that is over, pass by pass, as if it ran.
 
@@ -266,23 +331,12 @@ def replay(listener: Listener, text: TokenBatch, projections: Float[Tensor, "bat
         text: The prompts with the responses that were generated.
         projections: Every token's, as a read of that kind brings them.
     """
-    prompt = max(map(len, text.prompts))
-    batch, layers, width, k = projections.shape
-    step = 0
-    lengths = torch.tensor([len(response) for response in text.responses])
-    while bool(((lengths >= step) & ~listener.stopped).any()):
-        new = 1 if step else prompt
-        ids = torch.zeros(batch, new, dtype=torch.long)
-        values = projections.new_full((batch, layers, new, k), torch.nan)
-        finished = (lengths < step) | listener.stopped
-        for row in (~finished).nonzero().flatten().tolist():
-            head, tail = text.prompts[row], text.responses[row]
-            told = tail[step - 1 : step] if step else head
-            first = width - len(head) - len(tail) + (len(head) + step - 1 if step else 0)
-            ids[row, new - len(told) :] = torch.tensor(told)
-            values[row, :, new - len(told) :] = projections[row, :, first : first + len(told)]
-        listener.tell(WatchedTokens(step, ids, values, finished))
-        step += 1
+    _, layers, width, k = projections.shape
+    arrivals = Arrivals(listener, text.prompts, layers, k, max(map(len, text.responses)))
+    for row, length in enumerate(text.lengths):
+        at = torch.arange(length)
+        arrivals.arrived(torch.full((length,), row), at, projections[row, :, width - length :].transpose(0, 1))
+    arrivals.tell(text.responses, [True] * len(text))
 
 
 class WatchedByReplay:

@@ -7,7 +7,7 @@ at run time it uses nothing else.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from persona_lens.backend.tokens import PaddedTokens
+
+    class Masks(Protocol):
+        """Which token of a pass is what: `TokenMasks`, or `persona_lens.backend.packed.PackedMasks`."""
+
+        def touches(self, positions: str | Tensor) -> bool: ...  # noqa: D102
+
+        def where(  # noqa: D102
+            self, positions: str | Tensor, span: tuple[int, int | None] | None = None
+        ) -> Bool[Tensor, "batch window"] | None: ...
+
+        def index(self, positions: str | Tensor) -> Int[Tensor, "batch window"]: ...  # noqa: D102
+
+        def by_row(self, values: Float[Tensor, "rows 1"]) -> Float[Tensor, "batch 1"]: ...  # noqa: D102
 
 
 def residual_of(output: Any) -> Tensor:
@@ -231,6 +244,10 @@ class TokenMasks:
             self._indices[kind] = (self.mask(kind).cumsum(dim=1) - 1)[:, -self.window :]
         return self._indices[kind]
 
+    def by_row(self, values: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch 1"]:
+        """What an edit gives for each row, as it is multiplied with this pass's tokens."""
+        return values
+
     def mask(self, positions: str | Tensor) -> Bool[Tensor, "batch width"]:
         """Tokens of a kind as a mask over all tokens so far.
 
@@ -284,7 +301,7 @@ class Writer:
         self,
         layer: int,
         h: Float[Tensor, "batch window d_model"],
-        masks: TokenMasks | None,
+        masks: Masks | None,
         sinks: Bool[Tensor, "batch window"] | None = None,
     ) -> Float[Tensor, "batch window d_model"]:
         """The residual after the edits of a layer.
@@ -304,7 +321,7 @@ class Writer:
             self._met[number] = _met(edit["condition"], h, None if edit["sinks"] else sinks)
         return h
 
-    def _written(self, number: int, h: Tensor, masks: TokenMasks | None, sinks: Tensor | None) -> Tensor:
+    def _written(self, number: int, h: Tensor, masks: Masks | None, sinks: Tensor | None) -> Tensor:
         edit = self._prepared(number, h.device)
         sinks = None if edit["sinks"] else sinks
         where = masks.where(edit["positions"], edit["span"]) if masks is not None else None
@@ -316,7 +333,8 @@ class Writer:
         schedule = None
         if edit["schedule"] is not None and masks is not None:
             schedule = scheduled(masks.index(edit["positions"]).to(h.device, torch.float32), edit["schedule"])
-        return changed(h, edit, where, schedule)
+        factor = edit["factor"] if masks is None else masks.by_row(edit["factor"])
+        return changed(h, edit if factor is edit["factor"] else {**edit, "factor": factor}, where, schedule)
 
     def _prepared(self, number: int, device: torch.device) -> dict[str, Any]:
         """The edit made ready, once for each device; anew each time where it is part of a graph that is trained."""

@@ -1,0 +1,296 @@
+"""Reads and edits the residual stream in the workers of a vLLM engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from persona_lens.backend import (
+    BackendError,
+    Edit,
+    Edits,
+    ForwardResult,
+    Generation,
+    ModelInfo,
+    Read,
+    ReadKind,
+    Sampling,
+    TokenBatch,
+    Watch,
+    as_edits,
+)
+from persona_lens.backend.batches import check_fits
+from persona_lens.backend.edits import check_edits, edits_of_rows
+from persona_lens.backend.reads import check_reads, need_last_token
+from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
+from persona_lens.backend.tokens import TokenIds
+from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
+from persona_lens_vllm.call import Run, edits_of_text
+from persona_lens_vllm.engine import Engine
+from persona_lens_vllm.library import DISTRIBUTION
+from persona_lens_vllm.opening import require_ours, start_engine
+
+# What can be taken from a row whose prompt was computed for another one.
+_OF_RESPONSES = (ReadKind.RESPONSE_MEAN, ReadKind.RESPONSE_NORM)
+_CALLS = 8  # that run together: as many batches as an engine needs to be full while others end
+
+
+class VllmBackend:
+    """A vLLM engine whose workers read and edit.
+
+    Calls from several threads run together, in whatever batches the engine makes of their rows.
+
+    Attributes:
+        engine: The engine.
+
+    Args:
+        llm: vLLM's ``LLM``, made with the worker extension and the logits processor of this package.
+        tokenizer: The model's own.
+        name: What to call the model.
+        revision: Commit or content id of its files; None where it is not known.
+        weights: Their digest; None where it is not known.
+    """
+
+    calls_at_once = _CALLS
+
+    def __init__(
+        self, llm: Any, tokenizer: Any, name: str, revision: str | None = None, weights: str | None = None
+    ) -> None:
+        config = llm.llm_engine.vllm_config
+        require_ours(config)
+        self.engine = Engine(llm)
+        self.tokenizer = tokenizer
+        self._config = config.model_config.hf_config
+        self.end_ids = end_of_turn_ids(tokenizer, config.model_config.try_get_generation_config())
+        # One token more than is kept is generated where the last one is read.
+        self.context_length = int(config.model_config.max_model_len) - 1
+        self.shares_prompts = bool(config.cache_config.enable_prefix_caching)
+        self.base_weights: str | None = None
+        self._vocabulary = int(config.model_config.get_vocab_size())
+        self.info = ModelInfo(
+            model=name,
+            revision=revision,
+            architecture=config.model_config.architecture,
+            n_layers=int(config.model_config.get_total_num_hidden_layers()),
+            d_model=int(config.model_config.get_hidden_size()),
+            weights=weights,
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            device=str(config.device_config.device_type),
+            backend=f"{DISTRIBUTION} {version(DISTRIBUTION)}",
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.info.in_short}>"
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> VllmBackend:
+        """Start an engine for a model's hub id, folder or embedded name.
+
+        Args:
+            model: The model.
+            revision: Branch, tag or commit of a hub model.
+            dtype: As `persona_lens.models.resolve_dtype` takes it.
+            trust_remote_code: Run code that the model's repository brings.
+            options: Of vLLM's ``LLM``.
+
+        Raises:
+            BackendError: If the engine does not start.
+            ModelError: If there is no such model.
+        """
+        source = pinned(resolve(model, revision))
+        if source.base is not None:
+            raise BackendError(
+                f"{source.id} is an adapter, and vLLM is given whole models here: merge it into its base (PEFT's "
+                "merge_and_unload, then save_pretrained), or use the transformers backend"
+            )
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        llm = start_engine(source.location, source.revision, dtype, trust_remote_code, **options)
+        return cls(llm, tokenizer, source.id, source.identity)
+
+    @classmethod
+    def wrap(cls, llm: Any, tokenizer: Any) -> VllmBackend:
+        """Use an ``LLM`` that is already there.
+
+        Raises:
+            BackendError: If it was made without what reads and edits, or holds no tokenizer and none is given.
+        """
+        config = llm.llm_engine.vllm_config.model_config
+        if tokenizer is None and not config.skip_tokenizer_init:
+            tokenizer = llm.get_tokenizer()
+        if tokenizer is None:
+            raise BackendError("this LLM holds no tokenizer; pass tokenizer=...")
+        return cls(llm, tokenizer, str(config.model).rstrip("/").rpartition("/")[2], config.revision)
+
+    @cached_property
+    def sink_limits(self) -> tuple[float, ...]:
+        """See `persona_lens.backend.sinks.sink_limits`; measured by one small pass."""
+        return limits_from(self.forward(probe(self._config), (), NORMS).reads["norms"])
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Edits = (), reads: Sequence[Read] = ()
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`."""
+        return self._generate(prompts, sampling, as_edits(edits), reads, None)
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Edits = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
+        check_reads([watch.read], self.info.n_layers, self.info.d_model)
+        return self._generate(prompts, sampling, as_edits(edits), reads, watch)
+
+    def forward(
+        self, tokens: TokenBatch, edits: Edits = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> ForwardResult:
+        """See `persona_lens.backend.protocol.Backend.forward`."""
+        edits = as_edits(edits)
+        self._check(tokens, edits, reads)
+        if not reads and not logprobs:
+            return ForwardResult()
+        check_fits(self.context_length, tokens.lengths)
+        run = self._run(tokens, edits, reads, scored=tokens.responses if logprobs else None)
+        whole = not all(read.kind in _OF_RESPONSES for read in reads)
+        with run.open() as job:
+            job.add(run.texts, run.salts, [None] * len(tokens), max_tokens=1, skip_reading_prefix_cache=whole)
+            job.run()
+        run.check(tokens.lengths)
+        # A beginning that was found in the cache may reach into a response; what was wanted of it is computed anew.
+        again = [] if whole else run.missing()
+        found = ForwardResult(run.reads(tokens.lengths), run.logprobs())
+        return self._with_rows(found, tokens, edits, reads, again) if again else found
+
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
+        """Not possible: vLLM's modules compute no gradients.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError(
+            "vLLM runs a model of its own, without gradients, that cannot be trained; train through the transformers "
+            "backend, and open what comes of it here"
+        )
+
+    def _run(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], **more: Any) -> Run:
+        limits = self.sink_limits if depend_on_sinks(edits, reads) else None
+        known: dict[str, Any] = {"n_layers": self.info.n_layers, "end_ids": self.end_ids, "sink_limits": limits}
+        return Run(self.engine, tokens, edits, reads, **known, **more)
+
+    def _check(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> None:
+        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens), max(tokens.lengths))
+        check_reads(reads, self.info.n_layers, self.info.d_model)
+        tokens.check_vocabulary(self._vocabulary)
+
+    def _with_rows(
+        self, found: ForwardResult, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], rows: list[int]
+    ) -> ForwardResult:
+        """The result with some rows computed again, each from its first token."""
+        logprobs = None if found.logprobs is None else list(found.logprobs)
+        for row in rows:
+            alone, some = tokens.rows(row, row + 1), edits_of_rows(edits, row, row + 1, tokens.lengths)
+            run = self._run(alone, some, reads, scored=alone.responses if logprobs is not None else None)
+            with run.open() as job:
+                job.add(run.texts, run.salts, [None], max_tokens=1, skip_reading_prefix_cache=True)
+                job.run()
+            run.check(alone.lengths)
+            for name, value in run.reads(alone.lengths).items():
+                found.reads[name][row] = value[0]
+            if logprobs is not None:
+                (logprobs[row],) = run.logprobs() or ()
+        return replace(found, logprobs=None if logprobs is None else tuple(logprobs))
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        watch: Watch | None,
+    ) -> Generation:
+        tokens = TokenBatch.of(prompts)
+        self._check(tokens, edits, reads)
+        sampling.check_rows(len(tokens))
+        check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
+        if not sampling.use_cache:
+            return self._uncached(tokens, sampling, edits, reads, watch)
+        more = watch is not None or need_last_token(reads)
+        run = self._run(tokens, edits, reads, room=sampling.max_new_tokens, watch=watch)
+        whole = watch is not None or not all(read.kind in _OF_RESPONSES for read in reads)
+        with run.open() as job:
+            job.add(
+                tokens.prompts,
+                run.salts,
+                _noises(sampling, len(tokens)),
+                streamed=watch is not None,
+                max_tokens=sampling.max_new_tokens + more,
+                stop_token_ids=list(self.end_ids),
+                skip_reading_prefix_cache=whole,
+            )
+            job.run(None if run.told is None else run.told.tell)
+        responses, ended = run.responses()
+        if run.told is None:
+            lengths = [len(p) + len(r) - (not more) for p, r in zip(tokens.prompts, responses, strict=True)]
+            run.check(lengths)
+            return Generation(responses, ended, run.reads(TokenBatch.of(prompts, responses).lengths))
+        responses, ended = run.told.listener.cut(responses, ended)
+        # A row that was stopped may have been read further than it goes.
+        text = TokenBatch.of(prompts, responses)
+        if bool(run.told.listener.stopped.any()) and reads:
+            return Generation(responses, ended, self.forward(text, edits_of_text(edits, text), reads).reads)
+        return Generation(responses, ended, run.reads(text.lengths))
+
+    def _uncached(
+        self,
+        tokens: TokenBatch,
+        sampling: Sampling,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        watch: Watch | None,
+    ) -> Generation:
+        """Token by token, each from the whole text before it: what `Sampling.use_cache` is there to check."""
+        if watch is not None:
+            raise BackendError("a generation without a cache cannot be watched here; leave use_cache as it is")
+        responses: list[TokenIds] = [()] * len(tokens)
+        ended = [False] * len(tokens)
+        for step in range(sampling.max_new_tokens):
+            rows = [row for row, over in enumerate(ended) if not over]
+            if not rows:
+                break
+            text = TokenBatch.of(tokens.prompts, responses)
+            run = self._run(text, edits_of_text(edits, text), ())
+            noises = _noises(sampling, len(tokens), before=step)
+            with run.open() as job:
+                job.add(run.texts, run.salts, noises, max_tokens=1, skip_reading_prefix_cache=True)
+                job.run()
+            for row in rows:
+                (token,) = job.tokens[row]
+                ended[row] = token in self.end_ids
+                if not ended[row]:
+                    responses[row] = (*responses[row], token)
+        text = TokenBatch.of(tokens.prompts, responses)
+        found = self.forward(text, edits_of_text(edits, text), reads)
+        return Generation(tuple(responses), tuple(ended), found.reads)
+
+
+def _noises(sampling: Sampling, rows: int, before: int = 0) -> list[dict[str, Any] | None]:
+    """What makes the tokens of each row a sample, see `persona_lens_vllm.sampler`."""
+    if sampling.seeds is None:
+        return [None] * rows
+    shared = {"temperature": sampling.temperature, "top_p": sampling.top_p, "before": before}
+    return [{"seed": seed, **shared} for seed in sampling.seeds]

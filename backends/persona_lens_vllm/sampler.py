@@ -1,0 +1,75 @@
+"""Sampling in vLLM as all backends do it: noise seeded row by row, then the largest logit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from persona_lens.backend.sampling import noisy_logits
+from persona_lens_vllm.worker import TAG
+
+
+class _Draws:
+    """The draws of one row: one for each token that it was given, whatever was thrown away in between.
+
+    Args:
+        noise: Its ``seed``, ``temperature``, ``top_p``, and how many draws went ``before``.
+        given: The row's tokens so far, which vLLM goes on filling.
+    """
+
+    def __init__(self, noise: dict[str, Any], given: list[int]) -> None:
+        self.how = (float(noise["temperature"]), float(noise["top_p"]))
+        self._seed, self._before, self._given = int(noise["seed"]), int(noise["before"]), given
+        self._generator: torch.Generator | None = None
+        self._made = 0
+        self._state = torch.empty(0)
+
+    def fill(self, row: Tensor) -> None:
+        """Fill the row with the draw for its next token."""
+        wanted = self._before + len(self._given) + 1
+        if self._generator is None:
+            self._generator = torch.Generator(row.device).manual_seed(self._seed)
+        if self._made == wanted:  # the last token was thrown away, as those of a part of a prompt are: draw it again
+            self._generator.set_state(self._state)
+            self._made -= 1
+        while self._made < wanted:  # several after the row was thrown out and begun again
+            self._state = self._generator.get_state()
+            row.exponential_(generator=self._generator)
+            self._made += 1
+
+
+class SeededRows(LogitsProcessor):  # type: ignore[misc]
+    """Adds the noise of `persona_lens.backend.sampling.RowSampler` to the logits of rows that ask for it."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._rows: dict[int, _Draws] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """It is not: vLLM must call it although it takes the largest logit."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Note which rows came, went and moved."""
+
+        def new(params: Any, _: Any, given: list[int]) -> _Draws | None:
+            noise = ((params.extra_args or {}).get(TAG) or {}).get("noise")
+            return _Draws(noise, given) if noise else None
+
+        process_dict_updates(self._rows, batch_update, new)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Add the next draw of every row."""
+        alike: dict[tuple[float, float], list[int]] = defaultdict(list)
+        for row, draws in self._rows.items():
+            alike[draws.how].append(row)
+        for (temperature, top_p), rows in alike.items():
+            noise = torch.empty(len(rows), logits.shape[1], dtype=torch.float32, device=logits.device)
+            for place, row in zip(noise, rows, strict=True):
+                self._rows[row].fill(place)
+            logits[rows] = noisy_logits(logits[rows].float(), noise, temperature, top_p).to(logits.dtype)
+        return logits

@@ -1,0 +1,294 @@
+"""Runs in vLLM's workers: carries out the calls of the backend at the blocks of the model.
+
+vLLM mixes the class `ResidualStream` into its worker (``worker_extension_cls``), and its methods are called through
+``collective_rpc``. Each request says in its ``extra_args`` which row of which call it is.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from persona_lens.backend.blocks import search_blocks
+from persona_lens.backend.packed import PackedIntervention, Tallies
+from persona_lens.backend.packed_call import PackedCall
+from persona_lens_vllm.stream import stream_of, with_stream
+
+TAG = "persona_lens"  # in a request's extra_args
+AT_ONCE = 256  # tokens whose logits are in memory together
+
+
+@dataclass(frozen=True)
+class Order:
+    """A call as it comes to the workers.
+
+    Attributes:
+        call: What to do at the blocks.
+        caches: For each row, what its keys and values depend on beside its tokens; rows may only share a cache that is
+            of the same.
+        scored: For each row the token ids whose log-probabilities are wanted, its response's; None for none.
+    """
+
+    call: PackedCall
+    caches: tuple[str, ...]
+    scored: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker found.
+
+    Attributes:
+        reads: See `persona_lens.backend.packed.PackedIntervention.results`.
+        tallies: What was done.
+        logprobs: float32, of all rows one behind another, NaN where nothing was computed; None where this worker has
+            no head.
+        foreign: Rows that went on from a cache of something else.
+        error: What went wrong in a block, after which nothing more was read or edited.
+    """
+
+    reads: dict[str, dict[str, Tensor]]
+    tallies: Tallies
+    logprobs: Tensor | None
+    foreign: tuple[int, ...]
+    error: str | None
+
+
+class ResidualStream:
+    """Mixed into vLLM's worker; an attribute of another name than these would have to be looked for there first."""
+
+    def persona_lens_open(self, name: str, order: bytes) -> None:
+        """Begin a call; its requests may come."""
+        if not hasattr(self, "persona_lens_calls"):
+            self.persona_lens_calls = Calls(self)
+        self.persona_lens_calls.open(name, pickle.loads(order))
+
+    def persona_lens_watched(self, name: str) -> bytes | None:
+        """What was watched since this was last asked."""
+        return self.persona_lens_calls.answer(lambda calls: calls.running[name].intervention.watched())
+
+    def persona_lens_close(self, name: str) -> bytes | None:
+        """End a call: its `Outcome`, pickled; None in a worker that holds what another one holds too."""
+        return self.persona_lens_calls.close(name)
+
+
+class Running:
+    """A call whose requests run."""
+
+    def __init__(self, order: Order, layers: range) -> None:
+        self.intervention = PackedIntervention(order.call.within(layers.start, layers.stop))
+        self.prompts = order.call.prompts
+        self.caches = order.caches
+        self.foreign: set[int] = set()
+        self.error: str | None = None
+        self.scored = None if order.scored is None else _Scored(order.scored)
+        self.places: Tensor = torch.empty(0)
+        self.whole = False
+
+    def begin_pass(self, rows: np.ndarray, at: np.ndarray, places: np.ndarray, ids: Tensor) -> None:
+        """The places of the call's tokens among those of the pass, and whose they are."""
+        self.rows, self.at = torch.from_numpy(rows), torch.from_numpy(at)
+        self.places = torch.from_numpy(places).to(ids.device, non_blocking=True)
+        self.intervention.begin_pass(self.rows, self.at, ids[self.places])
+
+    def outcome(self) -> Outcome:
+        """What was found."""
+        intervention = self.intervention
+        reads = intervention.results() if self.error is None else {}
+        scored = None if self.scored is None else self.scored.values()
+        return Outcome(reads, intervention.masks.tallies, scored, tuple(sorted(self.foreign)), self.error)
+
+
+class _Scored:
+    """Log-probabilities of given tokens, as passes come by that predict them."""
+
+    def __init__(self, ids: Sequence[Sequence[int]]) -> None:
+        self._lengths = torch.tensor([len(row) for row in ids])
+        self._start = self._lengths.cumsum(0) - self._lengths
+        self._ids = torch.tensor([token for row in ids for token in row], dtype=torch.long)
+        self._found: list[tuple[Tensor, Tensor]] = []
+
+    def wanted(self, call: Running) -> tuple[Tensor, Tensor]:
+        """Places in the pass that predict a token that is wanted, and the numbers of those tokens."""
+        predicted = call.at + 1 - torch.tensor(call.prompts)[call.rows]
+        index = ((predicted >= 0) & (predicted < self._lengths[call.rows])).nonzero().flatten()
+        return call.places[index.to(call.places.device)], (self._start[call.rows] + predicted)[index]
+
+    def take(self, logits: Tensor, numbers: Tensor) -> None:
+        wide, ids = logits.float(), self._ids[numbers].to(logits.device)
+        picked = wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(dim=-1)
+        self._found.append((numbers, picked))
+
+    def values(self) -> Tensor | None:
+        out = torch.full(self._ids.shape, torch.nan)
+        for numbers, values in self._found:
+            out[numbers] = values.cpu()
+        return out
+
+
+class Calls:
+    """The calls that run in a worker, and the hooks on its model while there are any.
+
+    Args:
+        worker: vLLM's worker.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self._runner = worker.model_runner
+        self._model = self._runner.get_model()
+        n_layers = self._runner.model_config.get_total_num_hidden_layers()
+        blocks = search_blocks(self._model, n_layers, ("", self._model))[1]
+        self._blocks = {i: block for i, block in enumerate(blocks) if type(block).__name__ != "PPMissingLayer"}
+        self._layers = range(min(self._blocks, default=0), max(self._blocks, default=-1) + 1)
+        self._answers = _is_first_of_its_stage()
+        self._caches = _Caches(self._runner)
+        self._hooks: dict[int | str, Any] = {}
+        self._active: list[Running] = []
+        self.running: dict[str, Running] = {}
+
+    def open(self, name: str, order: Order) -> None:
+        """See `ResidualStream`."""
+        self.running[name] = Running(order, self._layers)
+        self._hook()
+
+    def close(self, name: str) -> bytes | None:
+        """See `ResidualStream`; the hooks go with the last call."""
+        call = self.running.pop(name, None)
+        self._active = [each for each in self._active if each is not call]
+        self._hook()
+        return None if call is None or not self._answers else pickle.dumps(call.outcome())
+
+    def answer(self, ask: Any) -> bytes | None:
+        """What a worker says, or None where another one says the same."""
+        return pickle.dumps(ask(self)) if self._answers else None
+
+    def _hook(self) -> None:
+        needed = {layer for call in self.running.values() for layer in call.intervention.layers}
+        if self.running and "begin" not in self._hooks:
+            self._hooks["begin"] = self._model.register_forward_pre_hook(lambda *_: self._begin_pass())
+            self._hooks["end"] = self._model.register_forward_hook(lambda _, __, output: self._end_pass(output))
+        for key in [key for key in self._hooks if key not in needed and (isinstance(key, int) or not self.running)]:
+            self._hooks.pop(key).remove()
+        for layer in needed.difference(self._hooks):
+            self._hooks[layer] = self._blocks[layer].register_forward_hook(partial(self._at_block, layer))
+
+    def _begin_pass(self) -> None:
+        """Find out whose tokens the pass holds; the scheduler has put some of each of several requests into it."""
+        batch, count = self._runner.input_batch, self._runner.input_batch.num_reqs
+        self._active = []
+        if not count:
+            return
+        starts = np.asarray(self._runner.query_start_loc.np[: count + 1], dtype=np.int64)
+        computed = np.asarray(batch.num_computed_tokens_cpu[:count], dtype=np.int64)
+        members: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for number, request in enumerate(batch.req_ids[:count]):
+            state = self._runner.requests[request]
+            tag: dict[str, Any] = ((state.sampling_params and state.sampling_params.extra_args) or {}).get(TAG) or {}
+            call = self.running.get(tag.get("call", ""))
+            cache = call.caches[tag["row"]] if call is not None else ""
+            done, new = int(computed[number]), int(starts[number + 1] - starts[number])
+            if not self._caches.follows(request, state.block_ids, cache, done, new) and call is not None:
+                call.foreign.add(tag["row"])
+            if call is not None and call.error is None:
+                members[tag["call"]].append((number, tag["row"]))
+        ids = self._runner.input_ids.gpu
+        for name, found in members.items():
+            call = self.running[name]
+            numbers, rows = np.array(found, dtype=np.int64).T
+            lengths = starts[numbers + 1] - starts[numbers]
+            within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+            places, at = within + np.repeat(starts[numbers], lengths), within + np.repeat(computed[numbers], lengths)
+            call.begin_pass(np.repeat(rows, lengths), at, places, ids)
+            call.whole = len(places) == starts[-1]
+            self._active.append(call)
+
+    def _at_block(self, layer: int, _: Any, __: Any, output: Any) -> Any:
+        stream: Tensor | None = None
+        changed: Tensor | None = None
+        for call in self._active:
+            if call.error is not None or layer not in call.intervention.layers:
+                continue
+            try:  # what is raised in here would end the engine, and with it everybody's requests
+                stream = stream_of(output) if stream is None else stream
+                h = stream if call.whole and len(stream) == len(call.places) else stream[call.places]
+                made = call.intervention.block(layer, h)
+                if made is not h:
+                    changed = stream.clone() if changed is None else changed
+                    changed[call.places] = made
+            except Exception as error:  # noqa: BLE001 - told when the call is closed
+                call.error = f"{type(error).__name__}: {error}"
+        return None if changed is None else with_stream(output, changed)
+
+    def _end_pass(self, output: Any) -> None:
+        """Score what the pass predicts; the head runs over nothing else."""
+        if not isinstance(output, Tensor):
+            return
+        for call in self._active:
+            if call.scored is None or call.error is not None:
+                continue
+            try:
+                places, numbers = call.scored.wanted(call)
+                for start in range(0, len(places), AT_ONCE):
+                    some = slice(start, start + AT_ONCE)
+                    logits = self._model.compute_logits(output[places[some]])
+                    if logits is not None:  # of several parallel workers one may get them
+                        call.scored.take(logits, numbers[some])
+            except Exception as error:  # noqa: BLE001 - as above
+                call.error = f"{type(error).__name__}: {error}"
+
+
+class _Caches:
+    """What each block of the cache of keys and values was computed under.
+
+    vLLM finds a cached beginning by its tokens and a salt. That nobody goes on from one that was steered otherwise is
+    checked here, by what was really written where.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._on = bool(runner.cache_config.enable_prefix_caching)
+        groups = runner.kv_cache_config.kv_cache_groups if self._on else ()
+        self._sizes = [group.kv_cache_spec.block_size for group in groups]
+        blocks = runner.kv_cache_config.num_blocks
+        self._of = [np.zeros(blocks, dtype=np.int64) for _ in groups]
+        self._numbers: dict[str, int] = {"": 0}
+        self._next: dict[str, int] = {}
+        self._requests = runner.requests
+
+    def follows(self, request: str, blocks: Sequence[Sequence[int]], cache: str, done: int, new: int) -> bool:
+        """Note that a request's next tokens are computed; False where those before were computed under something else.
+
+        Args:
+            request: Its id.
+            blocks: Its blocks, for each group.
+            cache: What its keys and values depend on beside its tokens.
+            done: Its tokens that are in the cache.
+            new: Its tokens that are computed now.
+        """
+        if not self._on:
+            return True
+        number = self._numbers.setdefault(cache, len(self._numbers))
+        right = True
+        for of, size, mine in zip(self._of, self._sizes, blocks, strict=True):
+            if self._next.get(request, 0) != done:  # it comes from somebody else's cache, or its own of before
+                before = np.asarray(mine[: done // size], dtype=np.int64)
+                right &= bool(np.isin(of[before[before > 0]], number).all())
+            of[np.asarray(mine[done // size : -(-(done + new) // size)], dtype=np.int64)] = number
+        self._next[request] = done + new
+        if len(self._next) > 2 * len(self._requests) + 1024:
+            self._next = {each: at for each, at in self._next.items() if each in self._requests}
+        return right
+
+
+def _is_first_of_its_stage() -> bool:
+    """Whether this worker is the one of its pipeline stage that answers; the others hold the same stream."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return bool(get_tensor_model_parallel_rank() == 0)
