@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from persona_lens.backend import TokenBatch as TokenBatch
     from persona_lens.backend import open_backend as open_backend
     from persona_lens.backend import wrap_model as wrap_model
+    from persona_lens.backend.spread import RayWorkers as RayWorkers
     from persona_lens.core.errors import PersonaLensError as PersonaLensError
     from persona_lens.core.progress import no_progress as no_progress
     from persona_lens.data.datasets import open_dataset as open_dataset
@@ -105,6 +106,7 @@ _HOMES = {
     "PersonaVectors": "vectors",
     "Positions": "backend",
     "PreventativeSteering": "finetuning",
+    "RayWorkers": "backend.spread",
     "Read": "backend",
     "Result": "reports.result",
     "RolloutSettings": "runs.rollouts",

@@ -12,6 +12,7 @@ from persona_lens.backend.protocol import Backend, ForwardResult, Generation, Re
 from persona_lens.backend.reads import MEANS, Read
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.threads import in_threads
 
 MAX_TOKENS = 16384  # of a batch, where nothing else limits it
 SHORTEST_BEGINNING = 32  # tokens that all prompts begin with; less is not worth a pass of its own
@@ -222,6 +223,8 @@ def forward_batches(
 ) -> Iterator[tuple[list[int], ForwardResult]]:
     """Read any number of texts, in batches of like length; memory does not grow with their number.
 
+    As many batches run at once as the backend takes.
+
     Args:
         backend: The model.
         tokens: The texts.
@@ -240,8 +243,12 @@ def forward_batches(
     check_fits(context_length(backend), tokens.lengths)
     if not reads and not logprobs:
         raise TokenError("nothing is asked for: give reads, or logprobs=True")
-    for batch in forward_plan(backend, tokens, (), reads, max_rows=max_rows, max_tokens=max_tokens):
-        yield batch, forward_rows(backend, tokens.chosen(batch), (), reads, logprobs=logprobs)
+    plan = forward_plan(backend, tokens, (), reads, max_rows=max_rows, max_tokens=max_tokens)
+
+    def run(batch: list[int]) -> ForwardResult:
+        return forward_rows(backend, tokens.chosen(batch), (), reads, logprobs=logprobs)
+
+    yield from in_threads(run, plan, backend.calls_at_once, in_order=True)
 
 
 def forward_plan(

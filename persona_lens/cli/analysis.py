@@ -26,7 +26,7 @@ REMOTE = (
 
 
 def lens_command(
-    subject: options.Subject,
+    subject: Annotated[options.Subject, options.Here],
     vectors: options.Vectors,
     layers: options.Layers = "all",
     top: int = 10,
@@ -62,7 +62,7 @@ def lens_command(
 
 
 def attribute_command(
-    subject: options.Subject,
+    subject: Annotated[options.Subject, options.Here],
     vectors: options.Vectors,
     prompt: str,
     layer: Annotated[int | None, Option("Layer of the vector, counted from 0.", shown="the tuned one")] = None,

@@ -169,7 +169,8 @@ def app_of(name: str, entry: str | Group) -> typer.Typer:
     if isinstance(entry, Group):
         app.callback(cls=lazily(entry))(lambda: None)
     else:
+        from persona_lens.cli.ray import ending_workers
         from persona_lens.cli.settings import command
 
-        app.command(name)(command(resolve_name(f"persona_lens.cli.{entry}")))
+        app.command(name)(command(ending_workers()(resolve_name(f"persona_lens.cli.{entry}"))))
     return app

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def chat_command(
-    subject: options.Subject,
+    subject: Annotated[options.Subject, options.Here],
     vectors: options.SeveralVectors,
     written: SteeringOptions,
     layers: options.PanelLayers = None,

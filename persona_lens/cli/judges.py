@@ -75,7 +75,7 @@ class JudgeOptions:
         Args:
             judge: Which, as it is written; None for none.
             traits: What is judged.
-            opening: Says the dtype and the device of a judge that runs here.
+            opening: Says the dtype and the device of a judge that runs here, or the workers that it is spread over.
             subject: The model whose responses are judged; None where there are only responses.
 
         Raises:
@@ -92,7 +92,7 @@ class JudgeOptions:
             return None
         spec = find_judge(judge, alone=subject is None)
         self.refuse_useless(judge)
-        opening = options.ModelOptions(dtype=opening.dtype, device=opening.device)
+        opening = options.ModelOptions(dtype=opening.dtype, device=opening.device, spread=opening.spread)
         makes = spec.open(
             Opening(
                 judge.partition(":")[2],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli.display import quiet_libraries, say, show_status, showing_progress
+from persona_lens.cli.ray import RayOptions
 from persona_lens.cli.settings import Fields, Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import without_secrets
@@ -47,7 +48,7 @@ TraitsDirs = Annotated[list[Path] | None, Option("Another folder of trait files.
 System = Annotated[str | None, Option("System prompt.")]
 
 
-NOT_OF_BACKENDS = ("backend", "store_host", "chat_template", "thinking")
+NOT_OF_BACKENDS = ("backend", "store_host", "chat_template", "thinking", "spread")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class ModelOptions:
         store_host: Also fetch large results from this host; what it sends can run code here. Repeatable.
         chat_template: A Jinja chat template to use instead.
         thinking: Let the model reason before it answers.
+        spread: Over which processes, if not in this one.
     """
 
     backend: Backends = "transformers"
@@ -77,25 +79,31 @@ class ModelOptions:
     store_host: Annotated[list[str] | None, Option(metavar="HOST")] = None
     chat_template: Annotated[Path | None, Option(metavar="FILE")] = None
     thinking: bool = False
+    spread: RayOptions = field(default_factory=RayOptions)
+
+    def __post_init__(self) -> None:
+        if self.remote and self.spread.ray is not None:
+            raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
 
     def open(self, model: str, *, offline: bool = False) -> Backend:
         """Open the model with only the options that were given, so that a backend without one of them can say so.
 
         Args:
             model: Its name.
-            offline: Ask no server, for dry runs.
+            offline: Ask no server, for dry runs, and no more than one worker.
         """
         from persona_lens.backend import open_backend
         from persona_lens.models import resolve
 
         quiet_libraries()
         with showing_progress(of_bytes=True) as progress:
-            resolve(model, self.revision, progress=progress, weights=not self.remote)
+            resolve(model, self.revision, progress=progress, weights=not (self.remote or self.spread.elsewhere))
         given = {name: value for name, value in vars(self).items() if name not in NOT_OF_BACKENDS}
         given |= {"store_hosts": self.store_host, "offline": self.remote and offline}
         given |= {"on_status": show_status if self.remote else None}
         kept = {name: value for name, value in given.items() if value not in (None, False, [])}
-        return open_backend(self.backend, model, **kept)
+        opened_by = open_backend if self.spread.ray is None else self.spread.started(one=offline).open
+        return opened_by(self.backend, model, **kept)
 
     def chat(self, backend: Backend) -> ChatFormat:
         """The model's chat format, with what is surprising about it said on standard error."""
@@ -113,10 +121,12 @@ class ModelOptions:
             raise PersonaLensError(f"cannot read the chat template {self.chat_template}: {error}") from error
 
 
+PLACES = ("dtype", "device", "spread")
 Placement = Annotated[
-    ModelOptions,
-    Fields(without=tuple(each.name for each in fields(ModelOptions) if each.name not in ("dtype", "device"))),
+    ModelOptions, Fields(without=tuple(each.name for each in fields(ModelOptions) if each.name not in PLACES))
 ]
+Here = Fields(without=("spread",))
+"""For models of commands that need them in this process, or ask them one thing after the other."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,7 @@ class Subject:
 
     def open(self, *, offline: bool = False) -> tuple[Backend, ChatFormat]:
         """The model and its chat format."""
+        self.opening.template()  # one that cannot be read is to be known before a model is loaded
         backend = self.opening.open(self.model, offline=offline)
         return backend, self.opening.chat(backend)
 

@@ -16,7 +16,7 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.data.datasets import Dataset
-    from persona_lens.screening import RayExecutor, Screening
+    from persona_lens.screening import Screening
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,6 @@ class ScreenRun(Run):
                 "the likelihood judge is the model itself; a second opinion is openai:MODEL or local:MODEL"
             )
 
-    def executor(self, ray: str | None, workers: int) -> RayExecutor | None:
-        """What runs the model: a Ray cluster at an address; None for this process."""
-        from persona_lens.screening import OpenedBy, RayExecutor
-
-        opening = self.opening
-        if ray is None:
-            if workers:
-                raise PersonaLensError("--workers is for --ray; give an address, or `--ray local`")
-            return None
-        if opening.remote:
-            raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
-        names = ("dtype", "device", "device_map", "revision", "trust_remote_code")
-        kept = {name: value for name in names if (value := getattr(opening, name)) not in (None, False)}
-        opened_by = OpenedBy(self.model, opening.backend, kept, opening.template(), opening.thinking)
-        return RayExecutor(ray, opened_by, workers)
-
 
 def screen(
     run: Annotated[ScreenRun, Fields(out=Option(shown="runs/screen-DATA-MODEL"))],
@@ -129,8 +113,6 @@ def screen(
     base: Annotated[str, Option(metavar="none|generate|FILE")] = "none",
     undecided: Annotated[str, UNDECIDED] = "interval",
     layers: options.PanelLayers = None,
-    ray: Annotated[str | None, Option(metavar="ADDRESS")] = None,
-    workers: Annotated[int, Option(shown="one for each GPU or machine")] = 0,
 ) -> None:
     """Say what a dataset would do to the model's character, and sort its rows.
 
@@ -144,25 +126,20 @@ def screen(
         base: The base model's own responses: `generate` has the model answer every prompt; a file has a column
             `response` (or lists, `responses`), rows in the order of DATA.
         undecided: Rows within the threshold's 95% interval; none; or rows up to a larger false-positive rate.
-        ray: Spread over a Ray cluster; `local` starts one here.
-        workers: With --ray.
     """
     from persona_lens.monitoring import Panel
-    from persona_lens.screening import BaseResponses, KnownModel, screening_work
+    from persona_lens.screening import BaseResponses, screening_work
     from persona_lens.screening import screen as run_screening
 
     supplied = None if base in ("none", "generate") else base
     settings = given.make(base=BaseResponses.SUPPLIED if supplied else BaseResponses(base))
     flagging = flags.make(undecided=_band(undecided))
-    executor = run.executor(ray, workers)
     run.check_judge()
     datasets, references = reading.open(data, supplied)
     panel = Panel.of(*options.open_layers(vectors, layers))
 
     def screened(at: Session) -> Screening:
-        if ray is not None:
-            at.backend = KnownModel.of(at.backend)  # the model itself is let go
-        read = {"reference": references, "flagging": flagging, "executor": executor}
+        read = {"reference": references, "flagging": flagging}
         found = run_screening(at.backend, datasets, panel, settings, **read, **at.given)
         _say_course(found, at.kept)
         return found

@@ -156,7 +156,7 @@ def candidates(vectors: PersonaVectors, written: SteeringOptions, one_layer: Lay
 
 
 def generate(
-    subject: options.Subject,
+    subject: Annotated[options.Subject, options.Here],
     vectors: options.Vectors,
     prompt: Annotated[str, argument("PROMPT", "What to ask.")],
     written: SteeringOptions,

@@ -331,7 +331,7 @@ def import_command(
     keep_last_row: bool = False,
     as_json: options.AsJson = False,
     *,
-    opening: options.ModelOptions,
+    opening: Annotated[options.ModelOptions, options.Here],
 ) -> None:
     """Read vectors that another program wrote. Nothing in the file is run.
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
 
 from persona_lens.core.documents import header_text, save_tensors
+from persona_lens.core.threads import in_threads
 from persona_lens.runs.folder import RunError, RunFolder
 
 KIND = "persona_lens_batch"
@@ -151,8 +150,7 @@ class Pieces:
         """
         report(self.done)
         missing = [number for number, piece in enumerate(self._cut) if not self._rows.keys() >= set(piece)]
-        finished = _in_threads(work, missing, at_once) if at_once > 1 else ((n, work(n)) for n in missing)
-        for number, rows in finished:
+        for number, rows in in_threads(work, missing, at_once):
             self._save(number, rows)
             report(self.done)
         order = range(len(self._purposes))
@@ -195,31 +193,3 @@ class Pieces:
         self._rows.update(made)
         if self._folder is not None:
             self._folder.append(self._name, made.values())
-
-
-def _in_threads(
-    work: Callable[[int], list[Row]], numbers: Sequence[int], at_once: int
-) -> Iterator[tuple[int, list[Row]]]:
-    """Yield results as they come; after an error, those of what was running, and then raise it."""
-    results: SimpleQueue[tuple[int, list[Row] | None, BaseException | None]] = SimpleQueue()
-
-    def run(number: int) -> None:
-        try:
-            results.put((number, work(number), None))
-        except BaseException as error:  # noqa: BLE001 - raised again where the results are taken
-            results.put((number, None, error))
-
-    pending, running = list(numbers)[::-1], 0
-    first_error: BaseException | None = None
-    while running or (pending and first_error is None):
-        while pending and running < at_once and first_error is None:
-            # Daemons: an interrupted program does not wait for answers that nobody will read.
-            threading.Thread(target=run, args=(pending.pop(),), daemon=True).start()
-            running += 1
-        number, rows, error = results.get()
-        running -= 1
-        first_error = first_error or error
-        if rows is not None:
-            yield number, rows
-    if first_error is not None:
-        raise first_error

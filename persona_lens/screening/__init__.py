@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from persona_lens.screening.executor import Executor, KnownModel, OpenedBy, RayExecutor
 from persona_lens.screening.findings import fit_forecast, with_forecasts
 from persona_lens.screening.rows import Decision, ScoredRow
 from persona_lens.screening.run import Screening, screen, screening_work
@@ -23,13 +22,9 @@ __all__ = [
     "Band",
     "BaseResponses",
     "Decision",
-    "Executor",
     "Flagging",
     "Forecast",
-    "KnownModel",
-    "OpenedBy",
     "Quantity",
-    "RayExecutor",
     "RowThreshold",
     "ScoredRow",
     "Scorer",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,10 @@ from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import is_signed, signed
 from persona_lens.runs.cost import Work, generating_work, reading_work
-from persona_lens.screening.executor import Executor, Job
 from persona_lens.screening.findings import Findings, sum_up, write_rows
 from persona_lens.screening.rows import SCORES
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, windows_of
-from persona_lens.screening.scoring import Reading, Scorer, Unit
+from persona_lens.screening.scoring import Job, Reading, Scorer, Unit
 from persona_lens.screening.survey import Flagging, Survey
 
 if TYPE_CHECKING:
@@ -66,7 +64,6 @@ def screen(
     flagging: Flagging | None = None,
     judges: Mapping[str, Judge] | None = None,
     chat: ChatFormat | None = None,
-    executor: Executor | None = None,
     progress: Progress = shown_progress,
 ) -> Screening:
     """Say what datasets would do to a model's character (method, section 7).
@@ -84,7 +81,6 @@ def screen(
         flagging: How rows are ranked and flagged.
         judges: By trait: asked for a second opinion on the flagged rows.
         chat: Chat format; by default the model's own.
-        executor: Who scores; by default this process.
         progress: Told the rows that are done, and the tokens that were run over.
 
     Raises:
@@ -105,7 +101,7 @@ def screen(
     with RunFolder(folder, {**about, **_config(scorer, everything, len(reference), judges)}) as run:
         for trait, judge in judges.items() if not (run.path / SUMMARY).exists() else ():
             prepare_judge(judge, run, f"{trait}-")
-        course = _score(run, scorer, everything, executor, progress)
+        course = _score(run, scorer, everything, progress)
         findings = Findings.of(Survey(run, everything, len(reference), len(whole.gauges)), panel, flagging)
         figures, decisions, opinions = sum_up(findings, whole, flagging, judges, progress)
         write_rows(findings, decisions, opinions, whole, generated=settings.base is BaseResponses.GENERATE)
@@ -176,9 +172,7 @@ def _checked(
     return (*datasets, *reference)
 
 
-def _score(
-    run: RunFolder, scorer: Scorer, datasets: Sequence[Dataset], executor: Executor | None, progress: Progress
-) -> tuple[int, int, float]:
+def _score(run: RunFolder, scorer: Scorer, datasets: Sequence[Dataset], progress: Progress) -> tuple[int, int, float]:
     """Score what is not scored yet; rows, tokens and seconds of that."""
     done, ran, last = 0, 0, None
     for line, unit in run.each_line(SCORES):
@@ -192,7 +186,7 @@ def _score(
     rows, tokens, begun = 0, 0, time.perf_counter()
     progress(done, total, ROWS)
     jobs = _jobs(datasets, scorer.settings.look_ahead, last)
-    for units in executor.units(scorer, jobs) if executor else starmap(scorer.units, jobs):
+    for units in scorer.each(jobs):
         for unit in units:
             run.append(SCORES, [signed(unit, SCORES)])
             rows += _finished(unit, scorer.settings)

@@ -5,9 +5,10 @@ A batch's results are one JSON object, a *unit*: what is saved of a run, and wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Read, ReadKind, Sampling, TokenBatch
 from persona_lens.backend.batches import batches_by_length, context_length, forward_plan, forward_rows, generate_rows
+from persona_lens.backend.spread import RayBackend
+from persona_lens.core.threads import in_threads
 from persona_lens.data.tables import DataError
 from persona_lens.monitoring import Panel
 from persona_lens.monitoring.gauges import projected
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from persona_lens.models import ChatFormat
 
 Unit = dict[str, Any]
+Job = tuple[Window, int]
+"""A window, and how many of its units are there already."""
 GENERATED_TOKENS = 32768  # tokens of a batch of base responses, prompts and padding included
 
 
@@ -85,6 +90,20 @@ class Scorer:
     chat: ChatFormat
     panel: Panel
     settings: ScreeningSettings
+
+    def each(self, jobs: Iterable[Job]) -> Iterator[Iterable[Unit]]:
+        """The units of each window that are not there yet, in the order of the windows.
+
+        As many windows run at once as the backend takes calls. Ray's workers are given them whole, to encode too.
+        """
+        if isinstance(self.backend, RayBackend):
+            score = self.backend.over(partial(_scoring, self.chat, self.panel, self.settings))
+        elif self.backend.calls_at_once > 1:
+            score = _scoring(self.chat, self.panel, self.settings, self.backend)
+        else:
+            return starmap(self.units, jobs)
+        together = in_threads(lambda job: score(*job), jobs, self.backend.calls_at_once, in_order=True)
+        return (units for _, units in together)
 
     def units(self, window: Window, skip: int = 0) -> Iterator[Unit]:
         """Everything about a window, unit by unit, in an order that is always the same.
@@ -201,6 +220,14 @@ class Scorer:
             "tokens": sum(map(len, responses)) / max(1, len(said)),
             "values": _numbers(torch.stack(said).mean(dim=0)) if said else None,
         }
+
+
+def _scoring(
+    chat: ChatFormat, panel: Panel, settings: ScreeningSettings, backend: Backend
+) -> Callable[[Window, int], list[Unit]]:
+    """What a whole window is scored with."""
+    scorer = Scorer(backend, chat, panel, settings)
+    return lambda window, skip: list(scorer.units(window, skip))
 
 
 def _rows_unit(window: Window, plan: Plan) -> Unit:

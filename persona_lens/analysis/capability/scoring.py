@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.backend import Backend, Edit, Sampling, TokenBatch
+from persona_lens.backend import Backend, Edit, ForwardResult, Generation, Sampling, TokenBatch
 from persona_lens.backend.batches import batches_by_length, forward_plan, forward_rows, generate_rows, tokens_at_once
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.progress import Progress, no_progress
+from persona_lens.core.threads import in_threads
 
+Found = TypeVar("Found")
 MAX_TOKENS = 32768  # of a batch that generates, responses included
 
 
@@ -79,13 +82,26 @@ class EditedModel:
         alike: dict[tuple[int, float, float], list[int]] = {}
         for place, each in enumerate(asked):
             alike.setdefault((each.max_new_tokens, each.temperature, each.top_p), []).append(place)
-        for (new, temperature, top_p), group in alike.items():
-            for batch in batches_by_length([len(asked[i].prompt) + new for i in group], self.max_rows, MAX_TOKENS):
-                rows = [group[number] for number in batch]
-                seeds = tuple(asked[row].seed for row in rows) if temperature else None
-                sampling = Sampling(new, temperature, top_p, seeds)
-                found = generate_rows(self.backend, [asked[row].prompt for row in rows], sampling, self.edits)
-                yield list(zip(rows, found.responses, found.ended, strict=True))
+        batches = [
+            [group[number] for number in batch]
+            for (new, _, _), group in alike.items()
+            for batch in batches_by_length([len(asked[i].prompt) + new for i in group], self.max_rows, MAX_TOKENS)
+        ]
+        for rows, found in self._each(lambda rows: self._responses([asked[row] for row in rows]), batches):
+            yield list(zip(rows, found.responses, found.ended, strict=True))
+
+    def _responses(self, asked: Sequence[Wanted]) -> Generation:
+        """The responses of one batch, all of whose rows are sampled alike."""
+        first = asked[0]
+        seeds = tuple(each.seed for each in asked) if first.temperature else None
+        sampling = Sampling(first.max_new_tokens, first.temperature, first.top_p, seeds)
+        return generate_rows(self.backend, [each.prompt for each in asked], sampling, self.edits)
+
+    def _each(
+        self, run: Callable[[list[int]], Found], batches: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], Found]]:
+        """Each batch and what was found for it, as many at a time as the backend takes."""
+        return in_threads(run, batches, self.backend.calls_at_once, in_order=True)
 
     def logprobs(self, rows: Sequence[Continuation]) -> list[list[float]]:
         """The log-probability in nats of every token of each continuation."""
@@ -94,9 +110,12 @@ class EditedModel:
         tokens = TokenBatch.of([row.context for row in rows], [row.tokens for row in rows])
         found: list[list[float]] = [[] for _ in rows]
         done = 0
-        for batch in forward_plan(self.backend, tokens, self.edits, max_rows=self.max_rows):
-            values = forward_rows(self.backend, tokens.chosen(batch), self.edits, logprobs=True).logprobs or ()
-            for index, value in zip(batch, values, strict=True):
+
+        def run(batch: list[int]) -> ForwardResult:
+            return forward_rows(self.backend, tokens.chosen(batch), self.edits, logprobs=True)
+
+        for batch, result in self._each(run, forward_plan(self.backend, tokens, self.edits, max_rows=self.max_rows)):
+            for index, value in zip(batch, result.logprobs or (), strict=True):
                 found[index] = value.tolist()
             done += len(batch)
             self.progress(done, len(rows), "log-likelihoods")
@@ -124,9 +143,13 @@ class EditedModel:
         longest = [max(len(rows[index].tokens) for index in indices) for indices in together.values()]
         lengths = [len(context) + new for context, new in zip(contexts, longest, strict=True)]
         done = 0
-        for batch in batches_by_length(lengths, self.max_rows, tokens_at_once(self.backend.info.device)):
+
+        def run(batch: list[int]) -> Generation:
             sampling = Sampling(max(longest[number] for number in batch))
-            found = generate_rows(self.backend, [contexts[number] for number in batch], sampling, self.edits)
+            return generate_rows(self.backend, [contexts[number] for number in batch], sampling, self.edits)
+
+        batches = batches_by_length(lengths, self.max_rows, tokens_at_once(self.backend.info.device))
+        for batch, found in self._each(run, batches):
             for number, response, ended in zip(batch, found.responses, found.ended, strict=True):
                 for index in together[contexts[number]]:
                     flags[index] = self._is_written(rows[index], response, ended)
