@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from math import ceil
@@ -147,8 +148,9 @@ class RayWorkers:
         if isinstance(cause, Exception) and not isinstance(cause, self._ray.exceptions.RayError):
             return cause
         said = next((line for line in reversed(str(cause or error).splitlines()) if line.strip()), type(error).__name__)
+        said = said.partition(" Some common causes")[0].strip().rstrip(".")  # of which Ray has a page
         return WorkersError(
-            f"a Ray worker failed: {said.strip()}; what was finished is saved, and the same command goes on from there"
+            f"a Ray worker failed: {said}; what was finished is saved, and the same command goes on from there"
         )
 
     def put(self, value: Any) -> Any:
@@ -294,11 +296,21 @@ def _connect(ray: Any, address: str, workers: int) -> None:
     if address == LOCAL:  # a process waits for each CPU that it is told of
         how |= {"num_cpus": max(workers, 1), "include_dashboard": False}
     try:
-        ray.init(**how)
+        with keeping_sigterm():
+            ray.init(**how)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise WorkersError(
             f"no Ray cluster answers at {address!r}: {first_line(error)}; start one with `ray start --head`"
         ) from error
+
+
+@contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Put a program's own way to stop back in place of Ray's, which aborts it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _shares(ray: Any, workers: int, gpus: int | None) -> tuple[int, float]:

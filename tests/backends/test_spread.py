@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from persona_lens.backend import Backend, BackendError, Edit, Read, ReadKind, To
 from persona_lens.backend.batches import generate_rows
 from persona_lens.backend.blocks import ModuleError
 from persona_lens.backend.sinks import sink_limits
-from persona_lens.backend.spread import RayBackend, WorkersError, gpu_share
+from persona_lens.backend.spread import RayBackend, WorkersError, gpu_share, keeping_sigterm
 from persona_lens.cli import app
 from persona_lens.core.threads import in_threads
 from persona_lens.data.datasets import open_dataset
@@ -27,6 +29,7 @@ from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.backends.mortal import waiting
 from tests.extraction.test_extraction import TINY
+from tests.pages import blocks_of
 from tests.screening import made
 from tests.screening.made import jsonl, pairs
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -65,6 +68,18 @@ def test_more_workers_than_gpus_share_them(gpus: int, workers: int, share: float
 def test_options_that_do_not_go_together(arguments: tuple[str, ...], said: str) -> None:
     with pytest.raises(PersonaLensError, match=said):
         raise CliRunner().invoke(app, ["extract", "smollm2-135m", "optimistic", *arguments]).exception or SystemExit
+
+
+def test_a_program_keeps_its_own_way_to_stop() -> None:
+    def stop(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with keeping_sigterm():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +137,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-def test_an_extraction_is_the_same(spread: RayBackend, one: Backend, tmp_path: Path) -> None:
-    for name, backend in (("one", one), ("two", spread)):
-        extract(backend, TRAIT, tmp_path / name, settings=TINY)
+def test_an_extraction_as_the_guide_has_it_is_the_same(
+    workers: RayWorkers, model: str, one: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(one, TRAIT, tmp_path / "one", settings=TINY)
+    (block,) = blocks_of(ROOT / "docs" / "workers.md", "python")
+    monkeypatch.setattr("persona_lens.RayWorkers", lambda *_, **__: nullcontext(workers), raising=False)
+    text = block.text.replace('"smollm2-135m"', f'"{model}", dtype="float32"')
+    exec(text.replace('"runs/optimistic"', f'"{tmp_path / "two"}", settings=TINY'), {"TINY": TINY})
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
