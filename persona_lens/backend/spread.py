@@ -77,7 +77,7 @@ class RayWorkers:
             )(Worker)
             each = threads or (max(1, (os.cpu_count() or 1) // count) if local else 1)
             self._actors = [actor.remote(each, os.getcwd()) for _ in range(count)]
-            _await_places(ray, self._actors, share)
+            await_answers(ray, self._actors, [each.is_there.remote() for each in self._actors])
         except BaseException:
             if mine:
                 ray.shutdown()
@@ -111,8 +111,8 @@ class RayWorkers:
         """
         opening = Opening(uuid4().hex, name, model, options)
         try:
-            facts: list[Facts] = self._answers(
-                lambda: [each.facts.remote(opening, tokenizer=each is self._actors[0]) for each in self._actors]
+            facts: list[Facts] = self.ask(
+                self._actors, lambda each: each.facts.remote(opening, tokenizer=each is self._actors[0])
             )
             opening = replace(opening, wanted=facts[0].info)
             for each in facts:
@@ -126,20 +126,19 @@ class RayWorkers:
             note(text)
         return RayBackend(self, opening, facts)
 
-    def ask(self, actor: Any, method: str, *given: Any) -> Any:
-        """What a worker answers.
+    def ask(self, actors: Sequence[Any], call: Callable[[Any], Any]) -> list[Any]:
+        """What workers answer to a call of each.
 
         Raises:
-            WorkersError: If it fails, or was closed; other errors of the worker come out as they are.
+            WorkersError: If one fails, or they were closed; other errors of a worker come out as they are.
         """
-        return self._answers(lambda: getattr(actor, method).remote(*given))
-
-    def _answers(self, asked: Callable[[], Any]) -> Any:
         if not self._end.alive:
             raise WorkersError("the Ray workers are closed; start others, and open the model in them")
         with self._calls:
             try:
-                return self._ray.get(asked())
+                waiting = list(map(call, actors))
+                await_answers(self._ray, actors, waiting)
+                return list(self._ray.get(waiting))
             except self._ray.exceptions.RayError as error:
                 raise self._said(error) from error
 
@@ -166,7 +165,7 @@ class RayWorkers:
         """Have a model's memory free again."""
         if self._end.alive and self._ray.is_initialized():
             for each in self._actors:
-                each.forget.remote(key)
+                each.forget.options(max_task_retries=0).remote(key)  # one that dies has forgotten
 
 
 class RayBackend(WatchedByReplay):
@@ -252,7 +251,7 @@ class RayBackend(WatchedByReplay):
         """Wait for a worker that is free, and for its answer."""
         actor = self._free.get()
         try:
-            return self._workers.ask(actor, method, self._opening, *given)
+            return self._workers.ask([actor], lambda each: getattr(each, method).remote(self._opening, *given))[0]
         finally:
             self._free.put(actor)
 
@@ -335,15 +334,22 @@ def gpu_share(gpus: int, workers: int) -> float:
     return 1 / ceil(workers / gpus) if gpus else 0.0
 
 
-def _await_places(ray: Any, actors: Sequence[Any], share: float) -> None:
-    """Wait until every worker runs, and say so where that takes long: the cluster may be busy with other work."""
-    there = [each.is_there.remote() for each in actors]
-    _, late = ray.wait(there, num_returns=len(there), timeout=_PATIENCE)
-    if late:
-        note(
-            f"{len(late)} of {counted(len(there), 'worker')} have no place in the Ray cluster yet (each asks for "
-            f"{share:g} GPUs); waiting for them"
-        )
+def await_answers(ray: Any, actors: Sequence[Any], waiting: Sequence[Any]) -> None:
+    """Wait, and say so where workers have no place: the cluster may be busy, or a machine of it gone.
+
+    Args:
+        ray: The library.
+        actors: The workers, which answer whether they are there while they do other things.
+        waiting: What is waited for.
+    """
+    while ray.wait(list(waiting), num_returns=len(waiting), timeout=_PATIENCE)[1]:
+        there = [each.is_there.remote() for each in actors]
+        late = ray.wait(there, num_returns=len(there), timeout=_PATIENCE)[1]
+        if late:
+            note(
+                f"{len(late)} of {counted(len(there), 'Ray worker')} have no place in the cluster now; they are waited "
+                "for, and whoever stops the command and repeats it with fewer --workers loses nothing"
+            )
 
 
 def _end(ray: Any, actors: Sequence[Any], calls: _Calls, mine: bool) -> None:

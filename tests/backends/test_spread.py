@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -18,8 +19,9 @@ from persona_lens.backend import Backend, BackendError, Edit, Read, ReadKind, To
 from persona_lens.backend.batches import generate_rows
 from persona_lens.backend.blocks import ModuleError
 from persona_lens.backend.sinks import sink_limits
-from persona_lens.backend.spread import RayBackend, WorkersError, gpu_share, keeping_sigterm
+from persona_lens.backend.spread import RayBackend, WorkersError, await_answers, gpu_share, keeping_sigterm
 from persona_lens.cli import app
+from persona_lens.core.progress import PersonaLensNote
 from persona_lens.core.threads import in_threads
 from persona_lens.data.datasets import open_dataset
 from persona_lens.extraction import extract
@@ -80,6 +82,16 @@ def test_a_program_keeps_its_own_way_to_stop() -> None:
         assert signal.getsignal(signal.SIGTERM) is stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_workers_without_a_place_are_spoken_of() -> None:
+    """Without Ray itself: a stand-in whose first worker answers late."""
+    late = [["first"], ["ping"], []]
+    ray = SimpleNamespace(wait=lambda *_, **__: ([], late.pop(0)))
+    actor = SimpleNamespace(is_there=SimpleNamespace(remote=lambda: "ping"))
+    with pytest.warns(PersonaLensNote, match="1 of 2 Ray workers have no place in the cluster now"):
+        await_answers(ray, [actor, actor], ["first", "second"])
+    assert not late
 
 
 @pytest.fixture(scope="module")
