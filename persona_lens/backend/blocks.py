@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -252,12 +252,12 @@ def find_base_weights(
     """
     added = {part for module in blocks.modules() for part in getattr(module, "adapter_layer_names", ())}
     if not added:
-        return _recorded(Path(str(getattr(model.config, "name_or_path", None) or "")))
+        return recorded_base(Path(str(getattr(model.config, "name_or_path", None) or "")))
     return weights_digest(blocks, lambda name: is_copy(name) or not added.isdisjoint(name.split(".")))
 
 
-def _recorded(folder: Path) -> str | None:
-    """What the run folder around a model says of its base."""
+def recorded_base(folder: Path) -> str | None:
+    """Digest of the weights that a whole model in a folder was finetuned from, as the run folder around it says."""
     try:
         record = json.loads((folder.parent / CONFIG).read_text(encoding="utf-8"))
         found = record["model"]["weights"] if record["kind"] == FINETUNE else None
@@ -285,26 +285,51 @@ def weights_digest(blocks: nn.ModuleList, is_copy: Callable[[str], bool] = lambd
     """
     if any(parameter.is_meta for parameter in blocks.parameters()):
         return None
+    return digest_of(
+        [[sampled(p.detach()) for name, p in block.named_parameters() if not is_copy(name)] for block in blocks]
+    )
+
+
+class Sampled(NamedTuple):
+    """What a digest takes of a parameter.
+
+    Attributes:
+        shape: The parameter's.
+        values: Those at `sampled_places` of it, on the CPU.
+    """
+
+    shape: tuple[int, ...]
+    values: Tensor
+
+
+def sampled(parameter: Tensor) -> Sampled:
+    """What a digest takes of a parameter."""
+    flat, places = parameter.reshape(-1), sampled_places(parameter.numel())
+    return Sampled(tuple(parameter.shape), flat[:: places.step][: len(places)].cpu())
+
+
+def sampled_places(size: int) -> range:
+    """Which of a parameter's values a digest takes."""
+    step = max(1, (size - 1) // (SAMPLES_PER_PARAMETER - 1))
+    return range(0, size, step)[:SAMPLES_PER_PARAMETER]
+
+
+def digest_of(blocks: Iterable[Sequence[Sampled]]) -> str:
+    """The digest that `weights_digest` gives, of the parameters of each block in any order."""
     whole, samples = hashlib.sha256(), []
     for block in blocks:
-        parameters = [p.detach() for name, p in block.named_parameters() if not is_copy(name)]
-        whole.update(repr(sorted(tuple(p.shape) for p in parameters)).encode())
-        samples.append(_sorted(parameters))
+        whole.update(repr(sorted(each.shape for each in block)).encode())
+        samples.append(_sorted([each.values for each in block]))
     values, is_open = (torch.cat(parts) for parts in zip(*samples, strict=True))
     whole.update(_bytes(values))
     return f"sha256:{whole.hexdigest()[:32]}:{_groups(values, is_open)}"
 
 
-def _sorted(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """A sample of the values, float32 and ascending, and which of them are open.
+def _sorted(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Values of all parameters, float32 and ascending, and which of them are open.
 
     Rounding keeps the order of numbers, so that sorted values stand in the same order in every precision.
     """
-    samples = []
-    for parameter in parameters:
-        flat = parameter.reshape(-1)
-        step = max(1, (flat.numel() - 1) // (SAMPLES_PER_PARAMETER - 1))
-        samples.append(flat[::step][:SAMPLES_PER_PARAMETER].cpu())
     values, order = torch.cat([sample.float() for sample in samples]).sort()
     return values, torch.cat([_is_open(sample) for sample in samples])[order]
 
