@@ -170,9 +170,9 @@ class VllmBackend:
         with run.open() as job:
             job.add(run.texts, run.salts, [None] * len(tokens), max_tokens=1, skip_reading_prefix_cache=whole)
             job.run()
-        run.check(tokens.lengths)
         # A beginning that was found in the cache may reach into a response; what was wanted of it is computed anew.
         again = [] if whole else run.missing()
+        run.check(tokens.lengths, partly=again)
         found = ForwardResult(run.reads(tokens.lengths), run.logprobs())
         return self._with_rows(found, tokens, edits, reads, again) if again else found
 

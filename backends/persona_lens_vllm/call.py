@@ -143,10 +143,10 @@ class Run:
             if outcome.error is not None:
                 raise RuntimeError(outcome.error)  # as it would have come out of a block here
 
-    def check(self, lengths: Sequence[int]) -> None:
+    def check(self, lengths: Sequence[int], partly: Sequence[int] = ()) -> None:
         """See `persona_lens_vllm.fidelity.check_outcome`."""
         for outcome in self.outcomes:
-            check_outcome(self.order, outcome, lengths)
+            check_outcome(self.order, outcome, lengths, partly)
 
     def so_far(self) -> tuple[list[TokenIds], list[bool]]:
         """Each row's response, and whether it is over."""
