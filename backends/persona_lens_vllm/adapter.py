@@ -24,6 +24,8 @@ from persona_lens.backend import (
     as_edits,
 )
 from persona_lens.backend.batches import check_fits
+from persona_lens.backend.blocks import recorded_base
+from persona_lens.backend.checkpoint import checkpoint_digest
 from persona_lens.backend.edits import check_edits, edits_of_rows
 from persona_lens.backend.reads import check_reads, need_last_token
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
@@ -32,7 +34,7 @@ from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
 from persona_lens_vllm.call import Run, edits_of_text
 from persona_lens_vllm.engine import Engine
 from persona_lens_vllm.library import DISTRIBUTION
-from persona_lens_vllm.opening import require_ours, start_engine
+from persona_lens_vllm.opening import architecture_of, folder_of, require_ours, start_engine
 
 # What can be taken from a row whose prompt was computed for another one.
 _OF_RESPONSES = (ReadKind.RESPONSE_MEAN, ReadKind.RESPONSE_NORM)
@@ -52,14 +54,11 @@ class VllmBackend:
         tokenizer: The model's own.
         name: What to call the model.
         revision: Commit or content id of its files; None where it is not known.
-        weights: Their digest; None where it is not known.
     """
 
     calls_at_once = _CALLS
 
-    def __init__(
-        self, llm: Any, tokenizer: Any, name: str, revision: str | None = None, weights: str | None = None
-    ) -> None:
+    def __init__(self, llm: Any, tokenizer: Any, name: str, revision: str | None = None) -> None:
         config = llm.llm_engine.vllm_config
         require_ours(config)
         self.engine = Engine(llm)
@@ -69,16 +68,19 @@ class VllmBackend:
         # One token more than is kept is generated where the last one is read.
         self.context_length = int(config.model_config.max_model_len) - 1
         self.shares_prompts = bool(config.cache_config.enable_prefix_caching)
-        self.base_weights: str | None = None
         self._vocabulary = int(config.model_config.get_vocab_size())
+        folder, trusted = folder_of(config.model_config), bool(config.model_config.trust_remote_code)
+        self.base_weights = None if folder is None else recorded_base(folder)
+        dtype = config.model_config.dtype
+        weights = None if folder is None else checkpoint_digest(folder, dtype, trust_remote_code=trusted)
         self.info = ModelInfo(
             model=name,
             revision=revision,
-            architecture=config.model_config.architecture,
+            architecture=architecture_of(self._config),
             n_layers=int(config.model_config.get_total_num_hidden_layers()),
             d_model=int(config.model_config.get_hidden_size()),
             weights=weights,
-            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             device=str(config.device_config.device_type),
             backend=f"{DISTRIBUTION} {version(DISTRIBUTION)}",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,3 +66,21 @@ def require_ours(config: Any) -> None:
         )
     if config.speculative_config is not None:
         raise BackendError("speculative decoding runs tokens that are thrown away again; make the LLM without it")
+
+
+def architecture_of(config: Any) -> str:
+    """The class that transformers loads for a Hugging Face configuration; vLLM's own may be called otherwise."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    return str(known or next(iter(config.architectures or ()), type(config).__name__))
+
+
+def folder_of(config: Any) -> Path | None:
+    """Where the files of vLLM's model configuration lie on this machine; None where that is not known."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(config.model).is_dir():
+        return Path(config.model)
+    found = try_to_load_from_cache(config.model, "config.json", revision=config.revision)
+    return Path(found).parent if isinstance(found, str) else None
