@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from persona_lens.traits.generate import Author, Draft, Written
 
 EVALUATION = argument("[EVAL.json]", "From `trait_data_eval`; left out if EXTRACT.json holds forty questions.")
-HERE = ("--backend", "--dtype", "--device")  # what a model on a server has no use for
+HERE = ("--backend", "--backend-option", "--dtype", "--device")  # what a model on a server has no use for
 THERE = ("--author-url", "--author-key", "--prices", "--max-spend")  # what one that runs here has none for
 
 
@@ -57,6 +57,7 @@ class AuthorOptions:
     prices: Prices = None
     max_spend: float | None = None
     backend: str | None = None
+    backend_option: options.BackendOptions = None
     dtype: str | None = None
     device: str | None = None
 
@@ -99,8 +100,9 @@ class AuthorOptions:
         )
 
     def _model(self, name: str) -> Backend:
-        opening = options.ModelOptions(self.backend or "transformers", self.dtype or "auto", self.device or "auto")
-        return opening.open(name)
+        given = {"backend": self.backend, "dtype": self.dtype, "device": self.device}
+        said: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+        return options.ModelOptions(backend_option=self.backend_option, **said).open(name)
 
 
 def show_plan(name: str, authored: AuthorOptions, as_json: bool) -> None:

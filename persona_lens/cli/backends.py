@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +78,7 @@ def list_backends(as_json: options.AsJson = False) -> None:
 def check(
     model: options.Model,
     backend: Annotated[list[str] | None, ONLY] = None,
+    backend_option: options.BackendOptions = None,
     dtype: Annotated[str, Option(DTYPE)] = "float32",
     device: Annotated[str, Option("`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")] = "auto",
     as_json: options.AsJson = False,
@@ -96,11 +97,13 @@ def check(
     """
     from persona_lens.backend.registry import DEFAULT
 
-    names = _chosen(backend or ())
+    names, own = _chosen(backend or ()), options.own_options(backend_option)
+    if own and len(names) != 1:
+        raise PersonaLensError("--backend-option is for one backend; name it with --backend")
     if not as_json and sys.stderr.isatty():
         say(f"checking {', '.join(names)} on {model}, compared with {DEFAULT}", err=True)
     results = []
-    for result in _results(names, model, dtype=dtype, device=device):
+    for result in _results(names, model, own, dtype=dtype, **({} if device == "auto" else {"device": device})):
         results.append(result)
         if not as_json:
             _print_result(result)
@@ -124,15 +127,15 @@ def _chosen(asked: Sequence[str]) -> list[str]:
     return sorted(available, key=lambda name: (name != DEFAULT, name))
 
 
-def _results(names: Sequence[str], model: str, **opening: str) -> Iterator[Checked]:
+def _results(names: Sequence[str], model: str, own: Mapping[str, Any], **opening: str) -> Iterator[Checked]:
     from persona_lens.backend import open_backend
     from persona_lens.backend.parity import check_parity
     from persona_lens.backend.registry import DEFAULT
 
-    reference = open_backend(DEFAULT, model, **opening)
+    reference = open_backend(DEFAULT, model, **opening, **(own if DEFAULT in names else {}))
     for name in names:
         try:
-            opened = reference if name == DEFAULT else open_backend(name, model, **opening)
+            opened = reference if name == DEFAULT else open_backend(name, model, **opening, **own)
         except Exception as error:  # noqa: BLE001 - a third party's adapter; the others are still checked
             said = str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {error}"
             yield Checked(name, None, said)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ from persona_lens.cli.display import quiet_libraries, say, show_status, showing_
 from persona_lens.cli.ray import RayOptions
 from persona_lens.cli.settings import Fields, Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.text import without_secrets
+from persona_lens.core.text import in_short, without_secrets
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
@@ -39,6 +39,10 @@ BatchSize = Annotated[int, Option("Responses that run at once; halved by itself 
 Dtype = Annotated[str, Option("`auto`, `float32`, `bfloat16` or `float16`; auto takes what is fast here.")]
 Device = Annotated[str, Option("`auto` or a torch device such as `cuda:1`.")]
 Backends = Annotated[str, Option("Library to run the model through; see `backends list`.")]
+BackendOptions = Annotated[
+    list[str] | None,
+    Option("An option of the backend's own, such as `max_model_len=4096`. Repeatable.", metavar="NAME=VALUE"),
+]
 Revision = Annotated[str | None, Option("Branch, tag or commit of a hub model.")]
 DryRun = Annotated[bool, Option("Run nothing: say what would be asked of the model, or sent to a server.")]
 Preview = Annotated[bool, Option("Generate nothing: show token by token what would be read and edited.")]
@@ -48,7 +52,7 @@ TraitsDirs = Annotated[list[Path] | None, Option("Another folder of trait files.
 System = Annotated[str | None, Option("System prompt.")]
 
 
-NOT_OF_BACKENDS = ("backend", "store_host", "chat_template", "thinking", "spread")
+NOT_OF_BACKENDS = ("backend", "backend_option", "store_host", "chat_template", "thinking", "spread")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class ModelOptions:
     """
 
     backend: Backends = "transformers"
+    backend_option: BackendOptions = None
     dtype: Dtype = "auto"
     device: Device = "auto"
     device_map: str | None = None
@@ -84,6 +89,7 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.remote and self.spread.ray is not None:
             raise PersonaLensError("--ray spreads a model over processes; with --remote it runs on a server already")
+        own_options(self.backend_option)  # what cannot be read is to be known before anything runs
 
     def open(self, model: str, *, offline: bool = False) -> Backend:
         """Open the model with only the options that were given, so that a backend without one of them can say so.
@@ -98,10 +104,12 @@ class ModelOptions:
         quiet_libraries()
         with showing_progress(of_bytes=True) as progress:
             resolve(model, self.revision, progress=progress, weights=not (self.remote or self.spread.elsewhere))
-        given = {name: value for name, value in vars(self).items() if name not in NOT_OF_BACKENDS}
+        usual = {each.name: each.default for each in fields(self) if each.name not in NOT_OF_BACKENDS}
+        given = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         given |= {"store_hosts": self.store_host, "offline": self.remote and offline}
         given |= {"on_status": show_status if self.remote else None}
         kept = {name: value for name, value in given.items() if value not in (None, False, [])}
+        kept |= own_options(self.backend_option)
         opened_by = open_backend if self.spread.ray is None else self.spread.started(one=offline).open
         return opened_by(self.backend, model, **kept)
 
@@ -119,6 +127,35 @@ class ModelOptions:
             return self.chat_template.read_text(encoding="utf-8") if self.chat_template else None
         except (OSError, UnicodeDecodeError) as error:
             raise PersonaLensError(f"cannot read the chat template {self.chat_template}: {error}") from error
+
+
+def own_options(texts: Sequence[str] | None) -> dict[str, Any]:
+    """What `--backend-option` says, by name: numbers, truth values and texts as YAML reads them.
+
+    Raises:
+        PersonaLensError: If a text is no option with a value, or names one that is given already or otherwise.
+    """
+    from persona_lens.core.documents import DocumentError, parse_yaml
+
+    others = {each.name: "--" + each.name.replace("_", "-") for each in fields(ModelOptions)}
+    others |= {"store_hosts": "--store-host", "offline": "--dry-run", "on_status": "--remote"}
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not (equals and name.isidentifier() and value.strip()):
+            raise PersonaLensError(
+                f"--backend-option takes NAME=VALUE, such as max_model_len=4096; got {in_short(text)!r}"
+            )
+        if name in others:
+            raise PersonaLensError(f"--backend-option {in_short(text)!r}: {name} is what {others[name]} says; use that")
+        if name in found:
+            raise PersonaLensError(f"--backend-option {name} is given twice")
+        try:
+            found[name] = parse_yaml(value)
+        except DocumentError as error:
+            raise PersonaLensError(f"the value of --backend-option {in_short(text)!r} is {error}") from error
+    return found
 
 
 PLACES = ("dtype", "device", "spread")
@@ -219,7 +256,8 @@ def repeated(context: typer.Context) -> str:
         elif isinstance(value, bool):
             words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
         else:
-            words += [parameter.opts[0], without_secrets(value)]
+            for each in value if isinstance(value, list | tuple) else [value]:
+                words += [parameter.opts[0], without_secrets(each)]
     return shlex.join(words)
 
 

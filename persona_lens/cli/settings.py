@@ -211,7 +211,17 @@ USUAL = {
 PANELS = {
     "Run": ("out", "seed", "seeds", "batch_size", "batch_tokens", "dry_run", "preview", "as_json", "allow_other_model"),
     "Responses": ("max_new_tokens", "temperature", "top_p"),
-    "Model": ("backend", "dtype", "device", "device_map", "trust_remote_code", "revision", "chat_template", "thinking"),
+    "Model": (
+        "backend",
+        "backend_option",
+        "dtype",
+        "device",
+        "device_map",
+        "trust_remote_code",
+        "revision",
+        "chat_template",
+        "thinking",
+    ),
     "Several GPUs or machines": ("ray", "workers", "worker_*"),
     "Remote": ("remote", "request_timeout", "requests_at_once", "store_host"),
     "Judge": ("judge", "judge_*", "prices", "max_spend"),
