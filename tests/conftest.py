@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -17,6 +18,8 @@ from jaxtyping import install_import_hook
 # Their source is sent to servers, which have neither jaxtyping nor beartype: they must stay as they are written.
 TRAVELLING = {"intervention", "sampling", "writing"}
 BACKEND = Path(__file__).resolve().parents[1] / "persona_lens" / "backend"
+BACKENDS = Path(__file__).resolve().parent / "backends"
+ONLY = os.environ.get("PERSONA_LENS_TEST_ADAPTER")  # see `tests.backends.fixtures`
 
 hook = install_import_hook(
     [
@@ -47,11 +50,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Begin with the files that take longest, so that no worker waits for one; leave out what is exhaustive."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if ONLY is not None:
+        _leave_to(ONLY, config, items)
     if config.getoption("--all"):
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+def _leave_to(adapter: str, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave of the tests of backends those of this adapter, but for what is done to a module in this process."""
+
+    def concerns(item: Any) -> bool:
+        if BACKENDS not in item.path.parents:
+            return True
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        named = [value[0] if isinstance(value, tuple) and value else value for value in params.values()]
+        mine = any(isinstance(name, str) and name == adapter for name in named)
+        return mine and item.get_closest_marker("module") is None
+
+    config.hook.pytest_deselected(items=[item for item in items if not concerns(item)])
+    items[:] = [item for item in items if concerns(item)]
 
 
 def pytest_collection_finish() -> None:

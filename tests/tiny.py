@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 D_MODEL, N_LAYERS = 32, 3
 device = "cpu"
 """Where tiny models run; `pytest --device cuda` has them on a GPU."""
+head_size = 8 if os.environ.get("PERSONA_LENS_TEST_ADAPTER") != "vllm" else 32
+"""Of their attention; an engine's kernels know none smaller than 32."""
 
 # What each architecture needs beyond the common sizes.
 EXTRA: dict[str, dict[str, Any]] = {
@@ -115,11 +118,12 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+    heads = D_MODEL // head_size
     if architecture == "gpt2":
         config: Any = GPT2Config(
             n_embd=D_MODEL,
             n_layer=N_LAYERS,
-            n_head=4,
+            n_head=heads,
             n_positions=512,
             **{k: v for k, v in common.items() if k != "max_position_embeddings"},
         )
@@ -127,19 +131,22 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
         config = GPTNeoXConfig(
             hidden_size=D_MODEL,
             num_hidden_layers=N_LAYERS,
-            num_attention_heads=4,
+            num_attention_heads=heads,
             intermediate_size=64,
             **common,
         )
     else:
+        extra = EXTRA[architecture]
+        if "head_dim" in extra:
+            heads, extra = 4, {**extra, "head_dim": head_size}
         config = AutoConfig.for_model(
             architecture.partition("/")[0],
             hidden_size=D_MODEL,
             num_hidden_layers=N_LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=heads,
+            num_key_value_heads=min(2, heads),
             intermediate_size=64,
-            **{**common, **EXTRA[architecture]},
+            **{**common, **extra},
         )
     torch.manual_seed(seed)
     loader: Any = AutoModelForCausalLM

@@ -12,11 +12,13 @@ def stream_of(output: Any) -> Tensor:
     """The residual stream after a block, [tokens, d_model].
 
     Most blocks return it in two parts, of which the next block's norm takes the sum; some return it whole, as a tensor
-    or with None beside it.
+    or with None beside it; those of transformers, which vLLM runs where it has no model of its own, as a batch of one.
 
     Raises:
         ValueError: If it is none of these.
     """
+    if isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1:
+        return output[0]
     if isinstance(output, Tensor) and output.ndim == 2:
         return output
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].ndim == 2:
@@ -33,7 +35,7 @@ def stream_of(output: Any) -> Tensor:
 def with_stream(output: Any, h: Tensor) -> Any:
     """A block's output with another residual stream: 0 + h is h to the last bit in every precision."""
     if isinstance(output, Tensor):
-        return h
+        return h.view_as(output)
     if len(output) > 1 and isinstance(output[1], Tensor):
         return (torch.zeros_like(output[0]), h, *output[2:])
     return (h, *output[1:])

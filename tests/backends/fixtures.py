@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -27,7 +31,10 @@ from tests.tiny import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokeni
 
 __all__ = ["ARCHITECTURES", "D_MODEL", "N_LAYERS"]
 
-ADAPTERS = ("transformers", "transformer_lens", "nnsight")
+REFERENCE = "transformers"
+# `make test-vllm` runs what is here for every adapter on that one alone.
+ONLY = os.environ.get("PERSONA_LENS_TEST_ADAPTER")
+ADAPTERS = (REFERENCE, "transformer_lens", "nnsight") if ONLY is None else (ONLY,)
 # One with its norm before the block, one with norms around it and soft-capped logits, one with learned positions.
 FEW_ARCHITECTURES = ("llama", "gemma2", "gpt2")
 # What adapters over a library of their own run; the reference runs them all, and so do they in `make test-all`.
@@ -43,7 +50,7 @@ def matrix(architectures: Sequence[str] = ARCHITECTURES, adapters: Sequence[str]
             adapter,
             architecture,
             id=f"{adapter}-{architecture}",
-            marks=[] if adapter == ADAPTERS[0] or architecture in OWN_ARCHITECTURES else pytest.mark.exhaustive,
+            marks=[] if adapter in (REFERENCE, "vllm") or architecture in OWN_ARCHITECTURES else pytest.mark.exhaustive,
         )
         for adapter in adapters
         for architecture in architectures
@@ -67,7 +74,34 @@ def wrapped_for(adapter: str, module: Any, tok: Any) -> Any:
         from persona_lens_nnsight.library import nnsight
 
         return nnsight.TransformersModel(module, tokenizer=tok, task="text-generation")
+    if adapter == "vllm":
+        return engine_of(module, tok)
     return module
+
+
+def engine_of(module: Any, tok: Any, **options: Any) -> Any:
+    """A small engine of vLLM for what a module holds, made from files as every engine is."""
+    from persona_lens_vllm.opening import start_engine
+
+    # Called as a module without a name is.
+    folder = Path(_folder().name) / str(next(_numbers)) / type(module).__name__
+    module.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    dtype = str(module.dtype).removeprefix("torch.")
+    engine = start_engine(str(folder), None, dtype, False, **{"num_gpu_blocks_override": BLOCKS, **options})
+    _engines.append(engine)
+    return engine
+
+
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    """Where the files of engines are until the tests end."""
+    return TemporaryDirectory(prefix="persona-lens-engines-")
+
+
+_numbers = itertools.count()
+_engines: list[Any] = []  # kept: one that goes takes with it what all engines of this process share
+BLOCKS = 64  # of keys and values: some thousand tokens, instead of all memory that there is
 
 
 def backend_of(adapter: str, module: Any, tok: Any = None) -> Backend:
