@@ -255,6 +255,7 @@ class VllmBackend:
         text = TokenBatch.of(prompts, responses)
         if bool(run.told.listener.stopped.any()) and reads:
             return Generation(responses, ended, self.forward(text, edits_of_text(edits, text), reads).reads)
+        run.check(text.lengths)
         return Generation(responses, ended, run.reads(text.lengths))
 
     def _uncached(

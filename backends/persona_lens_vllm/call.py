@@ -17,7 +17,7 @@ from persona_lens.backend.packed_call import PackedCall
 from persona_lens.backend.streaming import Arrivals, Listener
 from persona_lens.backend.tokens import TokenIds
 from persona_lens_vllm.engine import Engine, Job
-from persona_lens_vllm.fidelity import check_outcome
+from persona_lens_vllm.fidelity import FidelityError, check_outcome
 from persona_lens_vllm.worker import Order, Outcome
 
 
@@ -45,13 +45,13 @@ def cache_keys(edits: Sequence[Edit], tokens: TokenBatch) -> list[str]:
         for row, digest in enumerate(own):
             if isinstance(edit.coefficient, Tensor):
                 varying["coefficient"] = 0.0
-                digest.update(repr(float(edit.coefficient[row])).encode())
+                digest.update(f"{float(edit.coefficient[row])!r};".encode())
             if isinstance(edit.positions, Tensor):
                 varying["positions"] = Positions.ALL
                 digest.update(bytes(edit.positions[row, -tokens.lengths[row] :].tolist()))
             kind = edit.positions.kind if isinstance(edit.positions, Span) else edit.positions
             if isinstance(kind, Tensor) or kind is not Positions.ALL:
-                digest.update(repr(len(tokens.prompts[row])).encode())
+                digest.update(f"{len(tokens.prompts[row])};".encode())
         shared.update(replace(edit, **varying).content_hash.encode())
     return [hashlib.sha256(shared.digest() + digest.digest()).hexdigest() for digest in own]
 
@@ -68,9 +68,7 @@ class Told:
         """Tell of what the workers have watched since."""
         responses, over = self.run.so_far()
         for found in self.run.watched():
-            room = torch.tensor([len(prompt) for prompt in self.run.tokens.prompts]) + self.run.order.call.room
-            kept = found["at"] < room[found["rows"]]
-            self.arrivals.arrived(found["rows"][kept], found["at"][kept], found["value"][kept])
+            self.arrivals.arrived(found["rows"], found["at"], found["value"])
         self.arrivals.tell(responses, over)
         stopped = self.listener.stopped.nonzero().flatten().tolist()
         self.run.job.stop(stopped)
@@ -150,8 +148,9 @@ class Run:
 
     def so_far(self) -> tuple[list[TokenIds], list[bool]]:
         """Each row's response, and whether it is over."""
-        responses, _ = self.responses()
-        return list(responses), [row not in self.job.unfinished for row in range(len(self.tokens))]
+        # In this order: what another thread's step brings in between may be known of a row that seems to go on.
+        over = [row not in self.job.unfinished for row in range(len(self.tokens))]
+        return list(self.responses()[0]), over
 
     def responses(self) -> tuple[tuple[TokenIds, ...], tuple[bool, ...]]:
         """What the rows were given, without the end of a turn and what follows."""
@@ -165,8 +164,8 @@ class Run:
 
     def watched(self) -> list[Mapping[str, Tensor]]:
         """What was watched since this was last asked, of all layers."""
-        found = self._engine.ask("watched", self.job.name)
-        if not found or not found[0]:
+        found = [each for each in self._engine.ask("watched", self.job.name) if each]
+        if not found:
             return []
         return [{**found[0], "value": torch.cat([each["value"] for each in found], dim=1)}]
 
@@ -188,7 +187,9 @@ class Run:
         """Of the responses' tokens, row by row."""
         if self.order.scored is None:
             return None
-        flat = next(o.logprobs for o in self.outcomes if o.logprobs is not None)
+        flat = next((outcome.logprobs for outcome in self.outcomes if outcome.logprobs is not None), None)
+        if flat is None:
+            raise FidelityError("no worker has a head that gives log-probabilities; report it with the model's name")
         return torch.split(flat, [len(row) for row in self.order.scored])
 
     def missing(self) -> list[int]:

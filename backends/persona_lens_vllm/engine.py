@@ -9,10 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vllm import SamplingParams, TokensPrompt
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.exceptions import EngineDeadError
-
 from persona_lens.backend import BackendError
 from persona_lens_vllm.worker import TAG, Order, Outcome
 
@@ -46,6 +42,9 @@ class Engine:
             try:
                 self._turn.wait_for(lambda: not self._busy)
                 self._busy = True
+            except BaseException:  # an interruption: whoever let this thread go first need not any more
+                self._turn.notify_all()
+                raise
             finally:
                 self._waiting -= 1
         try:
@@ -78,8 +77,8 @@ class Engine:
         self._jobs[name] = job
         return job
 
-    def add(self, requests: Sequence[tuple[str, TokensPrompt, SamplingParams]]) -> None:
-        """Hand requests over; they run as soon as there is room."""
+    def add(self, requests: Sequence[tuple[str, Any, Any]]) -> None:
+        """Hand requests over, each an id, a prompt and sampling parameters; they run as soon as there is room."""
         with self._alone(), _explained():
             for request in requests:
                 self.llm.llm_engine.add_request(*request)
@@ -89,29 +88,34 @@ class Engine:
         with self._alone(), _explained():
             self.llm.llm_engine.abort_request(list(requests))
 
-    def step(self, job: Job) -> None:
-        """Let the engine run one step, or wait until somebody else's brought the job something new."""
-        seen = job.news
+    def step(self, job: Job, seen: int) -> bool:
+        """Let the engine run one step, unless somebody else's brings the job something new after ``seen`` news.
+
+        Returns:
+            Whether there may be something new; False once nothing is and nothing will be.
+        """
         with self._turn:
             self._turn.wait_for(lambda: job.heard(seen) or (not self._busy and not self._waiting))
             if job.heard(seen):
-                return
+                return job.news != seen
             self._busy = True
         try:
             with _explained():
                 outputs = self.llm.llm_engine.step()
-            for output in outputs:
-                name, _, row = output.request_id.rpartition("/")
-                if name in self._jobs:
-                    self._jobs[name].hear(int(row), output)
+            with self._turn:  # so that a row's last tokens and its end are news at once
+                for output in outputs:
+                    name, _, row = output.request_id.rpartition("/")
+                    if name in self._jobs:
+                        self._jobs[name].hear(int(row), output)
         finally:
             self._release()
+        return True
 
     def end(self, job: Job) -> list[Outcome]:
         """Take back what still runs of a job, and close its call."""
         self._jobs.pop(job.name, None)
         if job.unfinished:
-            self.abort([job.request(row) for row in job.unfinished])
+            self.abort([job.request(row) for row in tuple(job.unfinished)])  # a step may take some from it meanwhile
         found: list[Outcome] = self.ask("close", job.name)
         return found
 
@@ -121,7 +125,9 @@ def _explained() -> Iterator[None]:
     """Say what the end of the engine means."""
     try:
         yield
-    except EngineDeadError as error:
+    except Exception as error:
+        if type(error).__name__ != "EngineDeadError":
+            raise
         raise BackendError(
             "the vLLM engine has ended, and says why above; what is saved stays saved. Start again, with fewer rows at "
             "once (max_num_seqs) or more memory left beside it (gpu_memory_utilization) where it ran out"
@@ -167,6 +173,9 @@ class Job:
             streamed: Hear of every token, instead of all at the end.
             params: Of ``SamplingParams``.
         """
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
         kind = RequestOutputKind.CUMULATIVE if streamed else RequestOutputKind.FINAL_ONLY
         requests = []
         for row, (ids, salt, noise) in enumerate(zip(prompts, salts, noises, strict=True)):
@@ -199,7 +208,8 @@ class Job:
 
     def run(self, after_step: Callable[[], None] | None = None) -> None:
         """Run until every row has ended; ``after_step`` is called whenever something was heard."""
-        while self.unfinished:
-            self._engine.step(self)
+        seen = 0
+        while self._engine.step(self, seen):
+            seen = self.news
             if after_step is not None:
                 after_step()

@@ -16,6 +16,8 @@ from persona_lens.backend import BackendError
 from persona_lens_vllm.worker import Order, Outcome
 
 _FURTHEST = 2**40
+# What can be read of a row whose beginning was computed for another one.
+_OF_RESPONSES = ("response_mean", "response_norm")
 
 
 class FidelityError(BackendError):
@@ -40,6 +42,9 @@ def check_outcome(order: Order, outcome: Outcome, lengths: Sequence[int], partly
         _raise(f"{_rows(outcome.foreign)} went on from a cache that was computed under other edits")
     if short := [row for row in rows if done.began[row] < 0 or done.computed[row] < lengths[row]]:
         _raise(f"{_rows(short)} were not computed to their end")
+    whole = call.watched is not None or any(read["kind"] not in _OF_RESPONSES for read in call.reads)
+    if late := [row for row in rows if whole and done.began[row] > 0]:
+        _raise(f"{_rows(late)} went on from a cache although their beginning was to be read")
     for number, edit in enumerate(_here(order, done.blocks)):
         wanted = torch.tensor([_positions(edit, order, row, outcome) for row in rows])
         made = done.edited.get(number, torch.zeros_like(wanted))
@@ -48,9 +53,10 @@ def check_outcome(order: Order, outcome: Outcome, lengths: Sequence[int], partly
                 f"{_rows(wrong)}: an edit at layer {edit['layer']} was made at {int(made[wrong[0]])} positions of row "
                 f"{wrong[0]} instead of {int(wanted[wrong[0]])}"
             )
-    for kind, found in outcome.reads.items():
-        if "counts" in found:
-            _check_counts(kind, found["counts"], call.prompts, lengths, partly)
+    for read in call.reads:
+        counts = outcome.reads.get(read["kind"], {}).get("counts")
+        if counts is not None:
+            _check_counts(read, counts, call.prompts, lengths, partly)
 
 
 def _here(order: Order, blocks: dict[int, int]) -> list[dict[str, Any]]:
@@ -70,17 +76,18 @@ def _rows(rows: Sequence[int]) -> str:
 
 
 def _check_counts(
-    kind: str, counts: Tensor, prompts: Sequence[int], lengths: Sequence[int], partly: Sequence[int]
+    read: dict[str, Any], counts: Tensor, prompts: Sequence[int], lengths: Sequence[int], partly: Sequence[int]
 ) -> None:
     """Compare how many tokens a reduction is of; attention sinks may be left out of some."""
-    response = torch.tensor(lengths) - torch.tensor(prompts)
-    wanted = {"prompt_last": torch.ones_like(response), "prompt_mean": torch.tensor(prompts)}.get(kind, response)
-    exact = kind in ("prompt_last", "response_mean")
-    wrong = (counts != wanted.unsqueeze(1)) if exact else (counts > wanted.unsqueeze(1))
+    kind, prompt = read["kind"], torch.tensor(prompts)
+    response = torch.tensor(lengths) - prompt
+    wanted = {"prompt_last": torch.ones_like(prompt), "prompt_mean": prompt}.get(kind, response)
+    wrong = (counts != wanted.unsqueeze(1)) if read["sinks"] else (counts > wanted.unsqueeze(1))
     wrong[list(partly)] = False
     if bool(wrong.any()):
         row = int(wrong.any(dim=1).nonzero()[0])
-        _raise(f"{kind} of row {row} is of {counts[row].tolist()[0]} tokens instead of {int(wanted[row])}")
+        of = int(counts[row][wrong[row]][0])
+        _raise(f"{kind} of row {row} is of {of} tokens instead of {int(wanted[row])}")
 
 
 def _positions(edit: dict[str, Any], order: Order, row: int, outcome: Outcome) -> int:

@@ -115,6 +115,7 @@ class _Scored:
         self._start = self._lengths.cumsum(0) - self._lengths
         self._ids = torch.tensor([token for row in ids for token in row], dtype=torch.long)
         self._found: list[tuple[Tensor, Tensor]] = []
+        self.has_head = False  # as only the last of several stages has
 
     def wanted(self, call: Running) -> tuple[Tensor, Tensor]:
         """Places in the pass that predict a token that is wanted, and the numbers of those tokens."""
@@ -128,6 +129,8 @@ class _Scored:
         self._found.append((numbers, picked))
 
     def values(self) -> Tensor | None:
+        if not self.has_head:
+            return None
         out = torch.full(self._ids.shape, torch.nan)
         for numbers, values in self._found:
             out[numbers] = values.cpu()
@@ -235,6 +238,7 @@ class Calls:
             if call.scored is None or call.error is not None:
                 continue
             try:
+                call.scored.has_head = True
                 places, numbers = call.scored.wanted(call)
                 for start in range(0, len(places), AT_ONCE):
                     some = slice(start, start + AT_ONCE)

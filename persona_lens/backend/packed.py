@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Sums are of whole multiples of 2**-28, which a float64 adds exactly up to 2**25: in residuals of common size, far
 # beyond any text. What is larger is added as exactly as a float64 does.
 _STEPS = 2.0**28
+_FURTHEST = 2**40  # no text goes so far
 
 
 @dataclass
@@ -56,6 +57,7 @@ class PackedMasks:
         self._call = call
         self._prompts, self._texts = torch.tensor(call.prompts), torch.tensor(call.texts)
         self._ends = torch.tensor(call.end_ids, dtype=torch.long)
+        self._over: Tensor | None = None  # where each row's response ended; where the ids are
         nobody = torch.zeros_like(self._prompts)
         self.tallies = Tallies(nobody - 1, nobody)
         self.device = torch.device("cpu")
@@ -93,11 +95,15 @@ class PackedMasks:
         self._rows_there: Tensor | None = None
 
     def _without_ends(self, ids: Tensor) -> None:
-        """Leave out the ends of turns among tokens that were generated, for which there is a row beyond the last."""
+        """Leave out ends of turns that were generated and what follows; there is a row beyond the last for them."""
         index, rows = self._of["response"]
         if len(self._ends) and len(index) and self._call.room:
-            ended = torch.isin(ids[index], self._ends.to(self.device))
-            self._of["response"] = index, rows.masked_fill(ended, len(self._prompts))
+            if self._over is None:
+                self._over = torch.full(self._prompts.shape, _FURTHEST, device=self.device)
+            at = self._there(self.at)[index]
+            ends = at.masked_fill(~torch.isin(ids[index], self._ends.to(self.device)), _FURTHEST)
+            self._over = self._over.scatter_reduce(0, rows, ends, "amin")
+            self._of["response"] = index, rows.masked_fill(at >= self._over[rows], len(self._prompts))
 
     def _there(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -105,7 +111,7 @@ class PackedMasks:
     def of_kind(self, kind: str) -> tuple[Int[Tensor, " some"], Int[Tensor, " some"]]:
         """Places in this pass, and rows, of tokens that were not there before: ``prompt``, ``response``, ``last``.
 
-        The row of a token that ends a response is one beyond the last.
+        The row of tokens that end a response, and of those after them, is one beyond the last.
         """
         return self._of[kind]
 
@@ -211,7 +217,8 @@ class PackedIntervention:
         if layer in self._leaving_out:  # as the layer's edits find the residual, for its reads too
             sinks = sinks_among(layer, packed, self.call.sink_limits, self.masks.first)
         if layer in self._writer.layers:
-            h = self._writer.block(layer, packed, self.masks, sinks).squeeze(1)
+            written = self._writer.block(layer, packed, self.masks, sinks)
+            h = h if written is packed else written.squeeze(1)  # the same where nothing is to be changed
         self.masks.tallies.blocks[layer] += len(h)
         for number in self._writer.at.get(layer, ()):
             self.masks.tally(number, self._edits[number]["positions"], self._edits[number]["span"])
@@ -225,9 +232,8 @@ class PackedIntervention:
         return self._readers if self._watcher is None else [*self._readers, self._watcher]
 
     def watched(self) -> dict[str, Tensor]:
-        """What was watched since this was last asked; see `aligned`."""
-        assert self._watcher is not None
-        return self._watcher.taken()
+        """What was watched since this was last asked, see `aligned`; empty for nothing, and where no layer is."""
+        return {} if self._watcher is None else self._watcher.taken()
 
     def results(self) -> dict[str, dict[str, Tensor]]:
         """What the reads brought, by the name of their kind.
@@ -249,7 +255,6 @@ class _MeanReader:
         self._rows = rows
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
-        self._kept: Tensor | None = None
 
     def begin_pass(self, masks: PackedMasks) -> None:
         if not self.leaves_out_sinks:
@@ -261,6 +266,10 @@ class _MeanReader:
         self._counts[layer].index_add_(0, rows, torch.ones_like(rows))
 
     def take(self, layer: int, h: Tensor, masks: PackedMasks, sinks: Tensor | None) -> None:
+        if layer not in self._sums:
+            width = 1 if self.kind == "response_norm" else h.shape[1]
+            kind = torch.float32 if self._of == "last" else torch.float64
+            self._sums[layer] = torch.zeros(self._rows + 1, width, dtype=kind, device=h.device)
         places, rows = masks.of_kind(self._of)
         if not len(places):
             return
@@ -271,16 +280,13 @@ class _MeanReader:
         if self.leaves_out_sinks and sinks is not None:
             rows = rows.masked_fill(sinks[places, 0], self._rows)
             self._count(layer, rows)
-        if layer not in self._sums:
-            kind = torch.float32 if self._of == "last" else torch.float64
-            self._sums[layer] = torch.zeros(self._rows + 1, fresh.shape[1], dtype=kind, device=h.device)
         if self._of == "last":
             self._sums[layer][rows] = fresh.float()
         else:
-            self._sums[layer].index_add_(0, rows, fresh.double().mul_(_STEPS).round_())
+            self._sums[layer].index_add_(0, rows, (fresh.double() * _STEPS).round_())
 
     def taken(self) -> dict[str, Tensor]:
-        empty = torch.zeros(self._rows + 1)
+        empty = torch.zeros(self._rows + 1, dtype=torch.long)
         counts = [self._counts.get(layer, self._counts.get(-1, empty)).cpu() for layer in self.layers]
         counted = torch.stack(counts, dim=1)[:-1]
         width = max((each.shape[1] for each in self._sums.values()), default=1)
@@ -322,7 +328,8 @@ class _TokenReader:
         self._kept[layer].append(fresh)
 
     def taken(self) -> dict[str, Tensor]:
-        if not self._whose:
+        # Nothing too where a block was skipped in some pass, or failed: values have no place then. The tallies tell.
+        if not self._whose or any(len(kept) != len(self._whose) for kept in self._kept.values()):
             return {}
         rows, at = (torch.cat(parts).cpu() for parts in zip(*self._whose, strict=True))
         values = torch.stack([torch.cat(kept).cpu() for kept in self._kept.values()], dim=1)

@@ -49,6 +49,8 @@ class PackedCall:
                 raise ValueError("a condition and its edit are at layers that different processes run; use one stage")
         reads = [_within(read, first, stop) for read in self.reads]
         watched = None if self.watched is None else _within(self.watched, first, stop)
+        if watched is not None and not watched["layers"]:
+            watched = None
         return replace(self, edits=edits, reads=tuple(read for read in reads if read["layers"]), watched=watched)
 
     @staticmethod

@@ -278,13 +278,19 @@ class Arrivals:
         self._width = max(map(len, self._prompts))
         self._values = torch.full((len(prompts), layers, self._width + room, k), torch.nan)
         self._there = torch.zeros(len(prompts), self._width + room, dtype=torch.bool)
+        self._room = torch.tensor([*(len(prompt) + room for prompt in self._prompts), 0])  # none beyond the last row
         self._step = 0
 
     def arrived(
         self, rows: Int[Tensor, " some"], at: Int[Tensor, " some"], values: Float[Tensor, "some layers k"]
     ) -> None:
-        """Note the values of tokens at these positions of these rows."""
-        self._values[rows, :, at] = values
+        """Note the values of tokens at these positions of these rows; what is beyond a row's room is nobody's.
+
+        Tokens after the end of a response may come as those of a row beyond the last.
+        """
+        kept = at < self._room[rows]
+        rows, at = rows[kept], at[kept]
+        self._values[rows, :, at] = values[kept]
         self._there[rows, at] = True
 
     def tell(self, responses: Sequence[TokenIds], over: Sequence[bool]) -> None:
