@@ -34,6 +34,8 @@ def start_engine(location: str, revision: str | None, dtype: str, trust_remote_c
     config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     resolved = resolve_dtype(dtype, current_platform.device_type, stored)
+    if current_platform.device_type == "cpu":  # beginnings are shared block by block, and there 128 tokens are a block
+        options.setdefault("block_size", 32)
     try:
         return LLM(
             model=location,

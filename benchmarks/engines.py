@@ -1,0 +1,94 @@
+"""``python -m benchmarks.engines``: the vLLM backend against transformers, and what reads and edits cost in it.
+
+In the environment of ``make test-vllm``, on an idle machine. Both run in this process, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from benchmarks import workloads as w
+from benchmarks.ratios import Ratio, compare
+from persona_lens import open_backend
+from persona_lens.backend import Backend, Edit, Read, TokenBatch
+from persona_lens.backend.batches import forward_batches
+
+NEW_TOKENS = 128
+OPTIONS = {"max_model_len": 2048}
+
+
+def generating(ours: Backend, theirs: Backend, rows: list[list[int]], pairs: int) -> Iterator[Ratio]:
+    plain, beside = (w.generation(backend, rows, [], NEW_TOKENS) for backend in (ours, theirs))
+    yield compare("vllm: generating / transformers", plain, beside, limit=1 / 2.5, pairs=pairs)
+    how = w.sampling(len(rows), NEW_TOKENS)
+    for what, reads, edits in (
+        ("all reads", Read.means(), []),
+        ("the mean of responses", Read.means()[:1], []),
+        ("a coefficient for each row", (), per_row(ours, len(rows))),
+    ):
+        with_it = lambda reads=reads, edits=edits: ours.generate(rows, how, edits, reads)  # noqa: E731
+        yield compare(f"vllm: generating with {what} / without", with_it, plain, limit=1.05, pairs=pairs)
+
+
+def reading(ours: Backend, theirs: Backend, texts: TokenBatch, pairs: int) -> Iterator[Ratio]:
+    for what, reads, logprobs in (("reads", Read.means(), False), ("log-probabilities", (), True)):
+        one, other = (
+            lambda backend=backend, reads=reads, logprobs=logprobs: list(  # type: ignore[misc]
+                forward_batches(backend, texts, reads, logprobs=logprobs)
+            )
+            for backend in (ours, theirs)
+        )
+        yield compare(f"vllm: {what} of {len(texts)} texts / transformers", one, other, limit=1 / 1.8, pairs=pairs)
+
+
+def per_row(backend: Backend, rows: int) -> list[Edit]:
+    """One vector, added at one layer with another coefficient in every row."""
+    (edit,) = w.one_edit(backend)
+    return [Edit.add(edit.layer, edit.direction, torch.linspace(-0.1, 0.1, rows))]
+
+
+def share_of_bytes(backend: Any, rows: list[list[int]]) -> float:
+    """Bytes that left the worker for an extraction's reads, as a share of the activations that they are made of."""
+    before = backend.engine.received
+    found = backend.generate(rows, w.sampling(len(rows), NEW_TOKENS), (), Read.means())
+    tokens = sum(map(len, rows)) + sum(map(len, found.responses))
+    return float((backend.engine.received - before) / (tokens * backend.info.n_layers * backend.info.d_model * 4))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=3, help="counted pairs of each comparison")
+    parser.add_argument("--only", choices=["generating", "reading", "bytes"], help="one group")
+    parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    arguments = parser.parse_args()
+    ours = open_backend("vllm", "smollm2-135m", dtype="float32", **OPTIONS)
+    theirs = open_backend("transformers", "smollm2-135m", dtype="float32")
+    rows = w.prompts(ours.tokenizer)
+    said = theirs.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses
+    same = sum(a == b for a, b in zip(ours.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses, said))
+    print(f"{len(rows)} prompts of {sum(map(len, rows))} tokens, {sum(map(len, said))} generated, {same} rows the same")
+    results: list[Ratio] = []
+    for name, group in (
+        ("generating", lambda: generating(ours, theirs, rows, arguments.pairs)),
+        ("reading", lambda: reading(ours, theirs, TokenBatch.of(rows, said), arguments.pairs)),
+    ):
+        for ratio in group() if arguments.only in (None, name) else ():
+            results.append(ratio)
+            print(f"{ratio}, float32", flush=True)
+    share = share_of_bytes(ours, rows)
+    print(f"{share:.2%} of the activations' bytes left the worker; at most 1%: {share <= 0.01}")
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as stream:
+            json.dump([asdict(ratio) for ratio in results], stream, indent=2)
+    return 0 if all(ratio.holds for ratio in results) and share <= 0.01 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
