@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -40,7 +40,7 @@ def generating(ours: Backend, theirs: Backend, rows: list[list[int]], pairs: int
 def reading(ours: Backend, theirs: Backend, texts: TokenBatch, pairs: int) -> Iterator[Ratio]:
     for what, reads, logprobs in (("reads", Read.means(), False), ("log-probabilities", (), True)):
         one, other = (
-            lambda backend=backend, reads=reads, logprobs=logprobs: list(  # type: ignore[misc]
+            lambda backend=backend, reads=reads, logprobs=logprobs: list(
                 forward_batches(backend, texts, reads, logprobs=logprobs)
             )
             for backend in (ours, theirs)
@@ -72,13 +72,15 @@ def main() -> int:
     theirs = open_backend("transformers", "smollm2-135m", dtype="float32")
     rows = w.prompts(ours.tokenizer)
     said = theirs.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses
-    same = sum(a == b for a, b in zip(ours.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses, said))
+    mine = ours.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses
+    same = sum(a == b for a, b in zip(mine, said, strict=True))
     print(f"{len(rows)} prompts of {sum(map(len, rows))} tokens, {sum(map(len, said))} generated, {same} rows the same")
     results: list[Ratio] = []
-    for name, group in (
-        ("generating", lambda: generating(ours, theirs, rows, arguments.pairs)),
-        ("reading", lambda: reading(ours, theirs, TokenBatch.of(rows, said), arguments.pairs)),
-    ):
+    groups: dict[str, Callable[[], Iterator[Ratio]]] = {
+        "generating": lambda: generating(ours, theirs, rows, arguments.pairs),
+        "reading": lambda: reading(ours, theirs, TokenBatch.of(rows, said), arguments.pairs),
+    }
+    for name, group in groups.items():
         for ratio in group() if arguments.only in (None, name) else ():
             results.append(ratio)
             print(f"{ratio}, float32", flush=True)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 from persona_lens.backend import (
@@ -15,9 +14,7 @@ from persona_lens.backend import (
     Edits,
     ForwardResult,
     Generation,
-    ModelInfo,
     Read,
-    ReadKind,
     Sampling,
     TokenBatch,
     Watch,
@@ -25,7 +22,6 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.batches import check_fits
 from persona_lens.backend.blocks import recorded_base
-from persona_lens.backend.checkpoint import checkpoint_digest
 from persona_lens.backend.edits import check_edits, edits_of_rows
 from persona_lens.backend.reads import check_reads, need_last_token
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
@@ -33,11 +29,10 @@ from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
 from persona_lens_vllm.call import Run, edits_of_text
 from persona_lens_vllm.engine import Engine
-from persona_lens_vllm.library import DISTRIBUTION
-from persona_lens_vllm.opening import architecture_of, folder_of, require_ours, start_engine
+from persona_lens_vllm.facts import facts_of
+from persona_lens_vllm.opening import folder_of, require_ours, start_engine
+from persona_lens_vllm.wire import OF_RESPONSES
 
-# What can be taken from a row whose prompt was computed for another one.
-_OF_RESPONSES = (ReadKind.RESPONSE_MEAN, ReadKind.RESPONSE_NORM)
 _CALLS = 8  # that run together: as many batches as an engine needs to be full while others end
 
 
@@ -69,21 +64,9 @@ class VllmBackend:
         self.context_length = int(config.model_config.max_model_len) - 1
         self.shares_prompts = bool(config.cache_config.enable_prefix_caching)
         self._vocabulary = int(config.model_config.get_vocab_size())
-        folder, trusted = folder_of(config.model_config), bool(config.model_config.trust_remote_code)
+        folder = folder_of(config.model_config)
         self.base_weights = None if folder is None else recorded_base(folder)
-        dtype = config.model_config.dtype
-        weights = None if folder is None else checkpoint_digest(folder, dtype, trust_remote_code=trusted)
-        self.info = ModelInfo(
-            model=name,
-            revision=revision,
-            architecture=architecture_of(self._config),
-            n_layers=int(config.model_config.get_total_num_hidden_layers()),
-            d_model=int(config.model_config.get_hidden_size()),
-            weights=weights,
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(config.device_config.device_type),
-            backend=f"{DISTRIBUTION} {version(DISTRIBUTION)}",
-        )
+        self.info = facts_of(config, name, revision)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.info.in_short}>"
@@ -168,7 +151,7 @@ class VllmBackend:
             return ForwardResult()
         check_fits(self.context_length, tokens.lengths)
         run = self._run(tokens, edits, reads, scored=tokens.responses if logprobs else None)
-        whole = not all(read.kind in _OF_RESPONSES for read in reads)
+        whole = not all(read.kind in OF_RESPONSES for read in reads)
         with run.open() as job:
             job.add(run.texts, run.salts, [None] * len(tokens), max_tokens=1, skip_reading_prefix_cache=whole)
             job.run()
@@ -233,7 +216,7 @@ class VllmBackend:
             return self._uncached(tokens, sampling, edits, reads, watch)
         more = watch is not None or need_last_token(reads)
         run = self._run(tokens, edits, reads, room=sampling.max_new_tokens, watch=watch)
-        whole = watch is not None or not all(read.kind in _OF_RESPONSES for read in reads)
+        whole = watch is not None or not all(read.kind in OF_RESPONSES for read in reads)
         with run.open() as job:
             job.add(
                 tokens.prompts,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from persona_lens.backend import Edit, Positions, Read, ReadKind, Span, TokenBatch, Watch
+from persona_lens.backend import Edit, Read, ReadKind, TokenBatch, Watch
 from persona_lens.backend.packed import aligned
 from persona_lens.backend.packed_call import PackedCall
 from persona_lens.backend.streaming import Arrivals, Listener
 from persona_lens.backend.tokens import TokenIds
+from persona_lens_vllm.caches import cache_keys
 from persona_lens_vllm.engine import Engine, Job
 from persona_lens_vllm.fidelity import FidelityError, check_outcome
 from persona_lens_vllm.worker import Order, Outcome
@@ -35,25 +34,19 @@ def edits_of_text(edits: Sequence[Edit], text: TokenBatch) -> list[Edit]:
     return grown
 
 
-def cache_keys(edits: Sequence[Edit], tokens: TokenBatch) -> list[str]:
-    """For each row, what its keys and values depend on beside its tokens; empty where that is nothing."""
-    if not edits:
-        return [""] * len(tokens)
-    shared, own = hashlib.sha256(), [hashlib.sha256() for _ in tokens.prompts]
-    for edit in edits:
-        varying: dict[str, Any] = {}
-        for row, digest in enumerate(own):
-            if isinstance(edit.coefficient, Tensor):
-                varying["coefficient"] = 0.0
-                digest.update(f"{float(edit.coefficient[row])!r};".encode())
-            if isinstance(edit.positions, Tensor):
-                varying["positions"] = Positions.ALL
-                digest.update(bytes(edit.positions[row, -tokens.lengths[row] :].tolist()))
-            kind = edit.positions.kind if isinstance(edit.positions, Span) else edit.positions
-            if isinstance(kind, Tensor) or kind is not Positions.ALL:
-                digest.update(f"{len(tokens.prompts[row])};".encode())
-        shared.update(replace(edit, **varying).content_hash.encode())
-    return [hashlib.sha256(shared.digest() + digest.digest()).hexdigest() for digest in own]
+def reads_of(reads: Sequence[Read], outcomes: Sequence[Outcome], lengths: Sequence[int]) -> dict[str, Tensor]:
+    """What workers have read, each at its own layers, for rows of so many tokens; shapes as `Read` says."""
+    found = {}
+    for read in reads:
+        parts = [o.reads[read.kind] for o in outcomes if read.kind in o.reads]
+        if "counts" in parts[0]:
+            found[read.kind.value] = torch.cat([part["value"] for part in parts], dim=1)
+            continue
+        whole = {**parts[0], "value": torch.cat([part["value"] for part in parts], dim=1)}
+        k = whole["value"].shape[2]
+        values = aligned(whole, lengths, k, whole["value"].shape[1])
+        found[read.kind.value] = values.squeeze(-1) if read.kind is ReadKind.NORMS else values
+    return found
 
 
 @dataclass
@@ -171,17 +164,7 @@ class Run:
 
     def reads(self, lengths: Sequence[int]) -> dict[str, Tensor]:
         """What was read, for rows of so many tokens; shapes as `Read` says."""
-        found = {}
-        for read in self._reads:
-            parts = [o.reads[read.kind] for o in self.outcomes if read.kind in o.reads]
-            if "counts" in parts[0]:
-                found[read.kind.value] = torch.cat([part["value"] for part in parts], dim=1)
-                continue
-            whole = {**parts[0], "value": torch.cat([part["value"] for part in parts], dim=1)}
-            k = whole["value"].shape[2]
-            values = aligned(whole, lengths, k, whole["value"].shape[1])
-            found[read.kind.value] = values.squeeze(-1) if read.kind is ReadKind.NORMS else values
-        return found
+        return reads_of(self._reads, self.outcomes, lengths)
 
     def logprobs(self) -> tuple[Tensor, ...] | None:
         """Of the responses' tokens, row by row."""

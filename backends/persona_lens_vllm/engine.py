@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from persona_lens.backend import BackendError
-from persona_lens_vllm.worker import TAG, Order, Outcome
+from persona_lens_vllm.tags import TAG, Here
+from persona_lens_vllm.worker import Order, Outcome
 
 Rows = Mapping[int, Sequence[int]]
 """Tokens that each row was given, by its number."""
@@ -28,6 +29,7 @@ class Engine:
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
+        Here.engine = True
         self.received = 0
         self._turn = threading.Condition()
         self._busy = False

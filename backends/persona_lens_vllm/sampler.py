@@ -11,20 +11,20 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from persona_lens.backend.sampling import noisy_logits
-from persona_lens_vllm.worker import TAG
+from persona_lens_vllm.tags import check_tag, tag_of
 
 
 class _Draws:
     """The draws of one row: one for each token that it was given, whatever was thrown away in between.
 
     Args:
-        noise: Its ``seed``, ``temperature``, ``top_p``, and how many draws went ``before``.
+        noise: Its ``seed``, ``temperature``, ``top_p``, and how many draws went ``before``, none unless it says so.
         given: The row's tokens so far, which vLLM goes on filling.
     """
 
     def __init__(self, noise: dict[str, Any], given: list[int]) -> None:
         self.how = (float(noise["temperature"]), float(noise["top_p"]))
-        self._seed, self._before, self._given = int(noise["seed"]), int(noise["before"]), given
+        self._seed, self._before, self._given = int(noise["seed"]), int(noise.get("before", 0)), given
         self._generator: torch.Generator | None = None
         self._made = 0
         self._state = torch.empty(0)
@@ -46,6 +46,11 @@ class _Draws:
 class SeededRows(LogitsProcessor):  # type: ignore[misc]
     """Adds the noise of `persona_lens.backend.sampling.RowSampler` to the logits of rows that ask for it."""
 
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """See `persona_lens_vllm.tags.check_tag`."""
+        check_tag(sampling_params)
+
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, _Draws] = {}
 
@@ -57,7 +62,7 @@ class SeededRows(LogitsProcessor):  # type: ignore[misc]
         """Note which rows came, went and moved."""
 
         def new(params: Any, _: Any, given: list[int]) -> _Draws | None:
-            noise = ((params.extra_args or {}).get(TAG) or {}).get("noise")
+            noise = tag_of(params).get("noise")
             return _Draws(noise, given) if noise else None
 
         process_dict_updates(self._rows, batch_update, new)

@@ -1,7 +1,8 @@
 """Runs in vLLM's workers: carries out the calls of the backend at the blocks of the model.
 
 vLLM mixes the class `ResidualStream` into its worker (``worker_extension_cls``), and its methods are called through
-``collective_rpc``. Each request says in its ``extra_args`` which row of which call it is.
+``collective_rpc``. Each request says in its ``extra_args`` which row of which call it is: of one that is open, or
+of one of a single row that begins when its request does, as where requests come from clients of a server.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from torch import Tensor
 from persona_lens.backend.blocks import search_blocks
 from persona_lens.backend.packed import PackedIntervention, Tallies
 from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.tokens import FURTHEST
+from persona_lens_vllm.caches import Caches, cache_keys
 from persona_lens_vllm.stream import stream_of, with_stream
+from persona_lens_vllm.tags import tag_of
+from persona_lens_vllm.wire import RowOrder
 
-TAG = "persona_lens"  # in a request's extra_args
+# A residual beyond this makes keys and values that are no numbers, and these harm whoever is given their memory next:
+# attention multiplies what it does not attend to by 0. No model comes near it, in half precision but by overflowing.
+LARGEST = {torch.float16: 3e4}
+LARGEST_OF_OTHERS = 1e15
 AT_ONCE = 256  # tokens whose logits are in memory together
 
 
@@ -62,6 +70,44 @@ class Outcome:
     error: str | None
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A call of one row, of which the rest is known when its request is there.
+
+    Attributes:
+        order: What to do.
+        n_layers: Blocks of the model.
+        d_model: Their width.
+    """
+
+    order: RowOrder
+    n_layers: int
+    d_model: int
+
+    def begun(self, state: Any) -> Order:
+        """The call, with what vLLM knows of its request.
+
+        Raises:
+            OrderError: If it is for another text.
+        """
+        tokens = self.order.check_tokens(state.num_prompt_tokens, self.n_layers, self.d_model)
+        params, (prompt,) = state.sampling_params, tokens.prompts
+        room = (params.max_tokens or FURTHEST) - 1  # the last token is not run over
+        ends = params.stop_token_ids or () if params.ignore_eos else params.all_stop_token_ids
+        call = PackedCall.of(
+            [len(prompt)],
+            tokens.lengths,
+            self.order.edits,
+            self.order.reads,
+            n_layers=self.n_layers,
+            room=room,
+            end_ids=tuple(ends) if room else (),
+            sink_limits=self.order.sink_limits,
+        )
+        scored = (tuple(state.prompt_token_ids[len(prompt) :]),) if self.order.logprobs else None
+        return Order(call, tuple(cache_keys(self.order.edits, tokens)), scored)
+
+
 class ResidualStream:
     """Mixed into vLLM's worker; an attribute of another name than these would have to be looked for there first."""
 
@@ -79,11 +125,22 @@ class ResidualStream:
         """End a call: its `Outcome`, pickled; None in a worker that holds what another one holds too."""
         return self.persona_lens_calls.close(name)
 
+    def persona_lens_expect(self, name: str, expected: bytes) -> None:
+        """Let a call begin with its request."""
+        if not hasattr(self, "persona_lens_calls"):
+            self.persona_lens_calls = Calls(self)
+        self.persona_lens_calls.expect(name, pickle.loads(expected))
+
+    def persona_lens_take(self, name: str) -> bytes | None:
+        """End such a call: its `Order` and its `Outcome`, or an error instead, pickled; or None as above."""
+        return self.persona_lens_calls.take(name)
+
 
 class Running:
     """A call whose requests run."""
 
     def __init__(self, order: Order, layers: range) -> None:
+        self.order = order
         self.intervention = PackedIntervention(order.call.within(layers.start, layers.stop))
         self.prompts = order.call.prompts
         self.caches = order.caches
@@ -92,6 +149,7 @@ class Running:
         self.scored = None if order.scored is None else _Scored(order.scored)
         self.places: Tensor = torch.empty(0)
         self.whole = False
+        self._beyond: dict[int, Tensor] = {}
 
     def begin_pass(self, rows: np.ndarray, at: np.ndarray, places: np.ndarray, ids: Tensor) -> None:
         """The places of the call's tokens among those of the pass, and whose they are."""
@@ -99,9 +157,22 @@ class Running:
         self.places = torch.from_numpy(places).to(ids.device, non_blocking=True)
         self.intervention.begin_pass(self.rows, self.at, ids[self.places])
 
+    def edited(self, layer: int, h: Tensor) -> Tensor:
+        """The residual after the edits of a layer, within what a model can go on from; it is told when it was not."""
+        made = self.intervention.block(layer, h)
+        if made is h:
+            return h
+        most = LARGEST.get(made.dtype, LARGEST_OF_OTHERS)
+        kept = made.nan_to_num(0.0, most, -most).clamp_(-most, most)
+        beyond = (kept != made).any()
+        self._beyond[layer] = beyond | self._beyond[layer] if layer in self._beyond else beyond
+        return kept
+
     def outcome(self) -> Outcome:
         """What was found."""
         intervention = self.intervention
+        if self.error is None and (beyond := [layer for layer, found in self._beyond.items() if bool(found)]):
+            self.error = f"an edit at layer {min(beyond)} makes a residual too large for the model; weaken it"
         reads = intervention.results() if self.error is None else {}
         scored = None if self.scored is None else self.scored.values()
         return Outcome(reads, intervention.masks.tallies, scored, tuple(sorted(self.foreign)), self.error)
@@ -152,10 +223,38 @@ class Calls:
         self._blocks = {i: block for i, block in enumerate(blocks) if type(block).__name__ != "PPMissingLayer"}
         self._layers = range(min(self._blocks, default=0), max(self._blocks, default=-1) + 1)
         self._answers = _is_first_of_its_stage()
-        self._caches = _Caches(self._runner)
+        self._caches = Caches(self._runner)
         self._hooks: dict[int | str, Any] = {}
         self._active: list[Running] = []
         self.running: dict[str, Running] = {}
+        self._expected: dict[str, Expected | str] = {}
+        self._serving = False  # from the first that is expected on, every pass is looked at
+
+    def expect(self, name: str, expected: Expected) -> None:
+        """See `ResidualStream`."""
+        self._serving = True
+        self._expected[name] = expected
+        self._hook()
+
+    def take(self, name: str) -> bytes | None:
+        """See `ResidualStream`."""
+        waiting, call = self._expected.pop(name, None), self._end(name)
+        if not self._answers:
+            return None
+        failure = waiting if isinstance(waiting, str) else "the request never ran"
+        return pickle.dumps(failure if call is None else (call.order, call.outcome()))
+
+    def _call_of(self, name: str, state: Any) -> Running | None:
+        """The call of a request, which may begin with it."""
+        expected = self._expected.get(name)
+        if isinstance(expected, Expected):
+            try:
+                self.running[name] = Running(expected.begun(state), self._layers)
+                del self._expected[name]
+                self._hook()
+            except Exception as error:  # noqa: BLE001 - told when it is taken
+                self._expected[name] = f"{type(error).__name__}: {error}"
+        return self.running.get(name)
 
     def open(self, name: str, order: Order) -> None:
         """See `ResidualStream`."""
@@ -164,10 +263,14 @@ class Calls:
 
     def close(self, name: str) -> bytes | None:
         """See `ResidualStream`; the hooks go with the last call."""
+        call = self._end(name)
+        return None if call is None or not self._answers else pickle.dumps(call.outcome())
+
+    def _end(self, name: str) -> Running | None:
         call = self.running.pop(name, None)
         self._active = [each for each in self._active if each is not call]
         self._hook()
-        return None if call is None or not self._answers else pickle.dumps(call.outcome())
+        return call
 
     def answer(self, ask: Any) -> bytes | None:
         """What a worker says, or None where another one says the same."""
@@ -175,10 +278,11 @@ class Calls:
 
     def _hook(self) -> None:
         needed = {layer for call in self.running.values() for layer in call.intervention.layers}
-        if self.running and "begin" not in self._hooks:
+        watching = bool(self.running) or self._serving
+        if watching and "begin" not in self._hooks:
             self._hooks["begin"] = self._model.register_forward_pre_hook(lambda *_: self._begin_pass())
             self._hooks["end"] = self._model.register_forward_hook(lambda _, __, output: self._end_pass(output))
-        for key in [key for key in self._hooks if key not in needed and (isinstance(key, int) or not self.running)]:
+        for key in [key for key in self._hooks if key not in needed and (isinstance(key, int) or not watching)]:
             self._hooks.pop(key).remove()
         for layer in needed.difference(self._hooks):
             self._hooks[layer] = self._blocks[layer].register_forward_hook(partial(self._at_block, layer))
@@ -194,14 +298,14 @@ class Calls:
         members: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, request in enumerate(batch.req_ids[:count]):
             state = self._runner.requests[request]
-            tag: dict[str, Any] = ((state.sampling_params and state.sampling_params.extra_args) or {}).get(TAG) or {}
-            call = self.running.get(tag.get("call", ""))
-            cache = call.caches[tag["row"]] if call is not None else ""
+            tag = tag_of(state.sampling_params)
+            call, row = self._call_of(tag.get("call", ""), state), tag.get("row", 0)
+            cache = call.caches[row] if call is not None else ""
             done, new = int(computed[number]), int(starts[number + 1] - starts[number])
             if not self._caches.follows(request, state.block_ids, cache, done, new) and call is not None:
-                call.foreign.add(tag["row"])
+                call.foreign.add(row)
             if call is not None and call.error is None:
-                members[tag["call"]].append((number, tag["row"]))
+                members[tag["call"]].append((number, row))
         ids = self._runner.input_ids.gpu
         for name, found in members.items():
             call = self.running[name]
@@ -222,7 +326,7 @@ class Calls:
             try:  # what is raised in here would end the engine, and with it everybody's requests
                 stream = stream_of(output) if stream is None else stream
                 h = stream if call.whole and len(stream) == len(call.places) else stream[call.places]
-                made = call.intervention.block(layer, h)
+                made = call.edited(layer, h)
                 if made is not h:
                     changed = stream.clone() if changed is None else changed
                     changed[call.places] = made
@@ -247,48 +351,6 @@ class Calls:
                         call.scored.take(logits, numbers[some])
             except Exception as error:  # noqa: BLE001 - as above
                 call.error = f"{type(error).__name__}: {error}"
-
-
-class _Caches:
-    """What each block of the cache of keys and values was computed under.
-
-    vLLM finds a cached beginning by its tokens and a salt. That nobody goes on from one that was steered otherwise is
-    checked here, by what was really written where.
-    """
-
-    def __init__(self, runner: Any) -> None:
-        self._on = bool(runner.cache_config.enable_prefix_caching)
-        groups = runner.kv_cache_config.kv_cache_groups if self._on else ()
-        self._sizes = [group.kv_cache_spec.block_size for group in groups]
-        blocks = runner.kv_cache_config.num_blocks
-        self._of = [np.zeros(blocks, dtype=np.int64) for _ in groups]
-        self._numbers: dict[str, int] = {"": 0}
-        self._next: dict[str, int] = {}
-        self._requests = runner.requests
-
-    def follows(self, request: str, blocks: Sequence[Sequence[int]], cache: str, done: int, new: int) -> bool:
-        """Note that a request's next tokens are computed; False where those before were computed under something else.
-
-        Args:
-            request: Its id.
-            blocks: Its blocks, for each group.
-            cache: What its keys and values depend on beside its tokens.
-            done: Its tokens that are in the cache.
-            new: Its tokens that are computed now.
-        """
-        if not self._on:
-            return True
-        number = self._numbers.setdefault(cache, len(self._numbers))
-        right = True
-        for of, size, mine in zip(self._of, self._sizes, blocks, strict=True):
-            if self._next.get(request, 0) != done:  # it comes from somebody else's cache, or its own of before
-                before = np.asarray(mine[: done // size], dtype=np.int64)
-                right &= bool(np.isin(of[before[before > 0]], number).all())
-            of[np.asarray(mine[done // size : -(-(done + new) // size)], dtype=np.int64)] = number
-        self._next[request] = done + new
-        if len(self._next) > 2 * len(self._requests) + 1024:
-            self._next = {each: at for each, at in self._next.items() if each in self._requests}
-        return right
 
 
 def _is_first_of_its_stage() -> bool:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from persona_lens.backend import BackendError, Edit, Positions, Read, ReadKind, Span, TokenBatch
 from persona_lens.backend.packed import PackedIntervention
-from persona_lens_vllm.call import cache_keys, edits_of_text
+from persona_lens_vllm.caches import cache_keys
+from persona_lens_vllm.call import edits_of_text
 from persona_lens_vllm.engine import Engine, Job
 from persona_lens_vllm.fidelity import FidelityError, check_outcome
 from persona_lens_vllm.stream import stream_of, with_stream

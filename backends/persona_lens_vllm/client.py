@@ -1,0 +1,271 @@
+"""`VllmServer`: a ``vllm serve`` of somebody's own, used as a backend over its OpenAI API. Needs no vLLM here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, TypeVar
+
+import httpx
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
+
+from persona_lens.backend import (
+    BackendError,
+    Edit,
+    Edits,
+    ForwardResult,
+    Generation,
+    ModelInfo,
+    Read,
+    Sampling,
+    TokenBatch,
+    as_edits,
+)
+from persona_lens.backend.batches import check_fits
+from persona_lens.backend.blocks import text_config
+from persona_lens.backend.edits import check_edits, edits_of_rows
+from persona_lens.backend.protocol import RemoteError
+from persona_lens.backend.reads import check_reads
+from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
+from persona_lens.core.text import in_short
+from persona_lens.core.threads import in_threads
+from persona_lens.core.transport import MIB, BoundedClient, Bounds
+from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
+from persona_lens.models.endpoint import OPENAI_KEY, ServerSettings
+from persona_lens_vllm.tags import ORDER, TAG
+from persona_lens_vllm.wire import MOST_NUMBERS, TOLD, VERSION, RowOrder, tensor_from
+
+MADE_WITH = (
+    "--enforce-eager --worker-extension-cls persona_lens_vllm.worker.ResidualStream "
+    "--logits-processors persona_lens_vllm.sampler:SeededRows --middleware persona_lens_vllm.serving.Orders"
+)
+# A server has defaults of its own for whatever is not said, often those of the model's generation_config.json.
+_NEUTRAL = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+    "ignore_eos": True,  # the ids that end a response are named
+    "return_token_ids": True,
+}
+Piece = TypeVar("Piece")
+Taken = TypeVar("Taken")
+
+
+class VllmServer:
+    """A backend whose model is run by a ``vllm serve`` with `persona_lens_vllm.serving.Orders`.
+
+    Each row is a request of its own, and vLLM makes batches of those that are under way.
+
+    Args:
+        base_url: The server's address, such as ``http://127.0.0.1:8000``.
+        model: The model's hub id, folder or embedded name: its tokenizer and its configuration are needed here.
+        served_as: The model's name on the server; None for the first that it names.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Run code that the model's repository brings.
+        key_variable: The environment variable that holds the server's key, if it wants one.
+        timeout: Seconds that a row may take, the time in which it waits for its turn included.
+        requests_at_once: How many requests of a call may be under way at the same time.
+
+    Raises:
+        RemoteError: If the server cannot be reached, takes no orders, or runs another model.
+        ModelError: If the tokenizer or the configuration cannot be loaded.
+        ServerError: If the address is none, or the key is missing.
+    """
+
+    shares_prompts = False
+    calls_at_once = 8  # as many batches as a server needs to be full while others end
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        served_as: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        key_variable: str = OPENAI_KEY,
+        timeout: float = 600.0,
+        requests_at_once: int = 64,
+    ) -> None:
+        if timeout <= 0 or requests_at_once < 1:
+            raise RemoteError("timeout must be above 0 and requests_at_once at least 1")
+        address = base_url.rstrip("/")
+        settings = ServerSettings(model, address if address.endswith("/v1") else address + "/v1", key_variable)
+        self._shown, self._key_variable, self._at_once = settings.shown, key_variable, requests_at_once
+        # Numbers travel as base64 of four bytes each, and a request's own texts are returned beside them.
+        bounds = Bounds(timeout, 6 * MOST_NUMBERS + 64 * MIB)
+        headers = {"Authorization": f"Bearer {settings.key()}"}
+        self._client = BoundedClient(bounds, base_url=settings.url, headers=headers, follow_redirects=False)
+        source = pinned(resolve(model, revision, weights=False))
+        where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.is_local}
+        if source.revision is not None:
+            where["revision"] = source.revision
+        self.tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        self._config = AutoConfig.from_pretrained(source.location, **where)
+        try:
+            generation = GenerationConfig.from_pretrained(source.location, **where)
+        except OSError:  # it has none
+            generation = None
+        self.end_ids = end_of_turn_ids(self.tokenizer, generation)
+        here = {"model": source.id, "revision": source.identity, "device": "remote", "remote": True}
+        found = self._ask("GET", "/models")
+        facts = self._facts(found)
+        self._served_as = served_as or _taken(lambda: str(found["data"][0]["id"]), self._shown)
+        self._vocabulary = _taken(lambda: int(facts["vocabulary"]), self._shown)
+        self.context_length = _taken(lambda: int(facts["context_length"]), self._shown) - 1
+        told = {name: facts.get(name) for name in TOLD}
+        self.info = _taken(lambda: ModelInfo.from_json({**told, **here}), self._shown)
+        self._check_model()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.info.in_short}, {self._shown}>"
+
+    @cached_property
+    def sink_limits(self) -> tuple[float, ...]:
+        """See `persona_lens.backend.sinks.sink_limits`; measured by one small request."""
+        return limits_from(self.forward(probe(self._config), (), NORMS).reads["norms"])
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Edits = (), reads: Sequence[Read] = ()
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`."""
+        tokens, edits = TokenBatch.of(prompts), as_edits(edits)
+        self._check(tokens, edits, reads)
+        sampling.check_rows(len(tokens))
+        check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
+        if not sampling.use_cache:
+            raise BackendError("a server always keeps keys and values; leave use_cache as it is")
+        most, limits = sampling.max_new_tokens, self._limits(edits, reads)
+
+        def row(number: int) -> Generation:
+            noise = None
+            if sampling.seeds is not None:
+                noise = {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}
+                noise = {"seed": sampling.seeds[number], **noise}
+            mine = tuple(edits_of_rows(edits, number, number + 1, tokens.lengths))
+            order = RowOrder(mine, tuple(reads), noise, sink_limits=limits)
+            given, found = self._complete(tokens.prompts[number], order, most + order.needs_last_token)
+            stop = next((place for place, token in enumerate(given[:most]) if token in self.end_ids), None)
+            return Generation((tuple(given[:most][:stop]),), (stop is not None,), self._reads(found, reads))
+
+        return Generation.joined(self._rows(row, len(tokens)))
+
+    def forward(
+        self, tokens: TokenBatch, edits: Edits = (), reads: Sequence[Read] = (), *, logprobs: bool = False
+    ) -> ForwardResult:
+        """See `persona_lens.backend.protocol.Backend.forward`."""
+        edits = as_edits(edits)
+        self._check(tokens, edits, reads)
+        if not reads and not logprobs:
+            return ForwardResult()
+        check_fits(self.context_length, tokens.lengths)
+        limits = self._limits(edits, reads)
+
+        def row(number: int) -> ForwardResult:
+            prompt, response = tokens.prompts[number], tokens.responses[number]
+            mine = tuple(edits_of_rows(edits, number, number + 1, tokens.lengths))
+            order = RowOrder(mine, tuple(reads), None, len(prompt), logprobs, limits)
+            _, found = self._complete((*prompt, *response), order, 1)
+            scored = (_taken(lambda: tensor_from(found["logprobs"]), self._shown),) if logprobs else None
+            return ForwardResult(self._reads(found, reads), scored)
+
+        return ForwardResult.joined(self._rows(row, len(tokens)))
+
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
+        """Not possible: the model is on a server.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError("a model on a server cannot be trained; open it through the transformers backend")
+
+    def _rows(self, row: Callable[[int], Piece], count: int) -> list[Piece]:
+        return [done for _, done in in_threads(row, range(count), self._at_once, in_order=True)]
+
+    def _limits(self, edits: Sequence[Edit], reads: Sequence[Read]) -> tuple[float, ...] | None:
+        return self.sink_limits if depend_on_sinks(edits, reads) else None
+
+    def _check(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> None:
+        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens), max(tokens.lengths))
+        check_reads(reads, self.info.n_layers, self.info.d_model)
+        tokens.check_vocabulary(self._vocabulary)
+
+    def _check_model(self) -> None:
+        text, info = text_config(self._config), self.info
+        if (text.num_hidden_layers, text.hidden_size) != (info.n_layers, info.d_model):
+            raise RemoteError(
+                f"{self._shown} runs {info.n_layers} layers of {info.d_model}, and {info.model} has "
+                f"{text.num_hidden_layers} of {text.hidden_size}: name the model that it runs"
+            )
+
+    def _facts(self, found: Any) -> dict[str, Any]:
+        """What the server says of itself.
+
+        Raises:
+            RemoteError: If it takes no orders.
+        """
+        facts = found.get(TAG) if isinstance(found, dict) else None
+        if not isinstance(facts, dict):
+            raise RemoteError(
+                f"{self._shown} takes no edits or reads; start it as vllm serve MODEL {MADE_WITH}, where persona-lens "
+                "is installed"
+            )
+        if facts.get("version") != VERSION:
+            raise RemoteError(
+                f"{self._shown} takes orders of version {facts.get('version')}, and {VERSION} is spoken here"
+            )
+        if facts.get("refusal"):
+            raise RemoteError(f"{self._shown} takes no orders: {in_short(str(facts['refusal']), 500)}")
+        return facts
+
+    def _complete(self, ids: Sequence[int], order: RowOrder, most: int) -> tuple[list[int], dict[str, Any]]:
+        """The tokens that a request brought, and what was found on the way."""
+        asked = {"model": self._served_as, "prompt": list(ids), "max_tokens": most, "stop_token_ids": self.end_ids}
+        answer = self._ask("POST", "/completions", {**_NEUTRAL, **asked, "vllm_xargs": {ORDER: order.text()}})
+        found = answer.get(TAG)
+        if not isinstance(found, dict):
+            raise RemoteError(f"{self._shown} did not do what was ordered; it no longer takes orders")
+        return _taken(lambda: [int(token) for token in answer["choices"][0]["token_ids"]], self._shown), found
+
+    def _reads(self, found: dict[str, Any], reads: Sequence[Read]) -> dict[str, Tensor]:
+        names = [read.kind.value for read in reads]
+        return _taken(lambda: {name: tensor_from(found["reads"][name]) for name in names}, self._shown)
+
+    def _ask(self, method: str, path: str, body: object = None) -> Any:
+        try:
+            answer = self._client.request(method, path, json=body)
+        except httpx.TimeoutException as error:
+            raise RemoteError(f"no answer from {self._shown}: {error}; raise timeout, or send fewer at once") from error
+        except httpx.HTTPError as error:
+            raise RemoteError(f"{self._shown} cannot be reached: {in_short(str(error), 200)}") from error
+        try:
+            found = json.loads(answer.content)
+        except ValueError:
+            found = None
+        if answer.status_code == 200 and isinstance(found, dict):
+            return found
+        if answer.status_code in (401, 403):
+            raise RemoteError(f"{self._shown} does not accept the key in {self._key_variable}")
+        told = found.get("error") if isinstance(found, dict) else answer.text
+        said = told.get("message") if isinstance(told, dict) else told
+        raise RemoteError(f"{self._shown} answers with status {answer.status_code}: {in_short(str(said), 1000)}")
+
+
+def _taken(take: Callable[[], Taken], shown: str) -> Taken:
+    """A part of an answer.
+
+    Raises:
+        RemoteError: If it is not there.
+    """
+    try:
+        return take()
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RemoteError(f"{shown} answers otherwise than expected: {in_short(str(error), 200)}") from error
