@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from transformers import GenerationConfig
+
 from persona_lens.backend import (
     BackendError,
     Edit,
@@ -25,6 +27,7 @@ from persona_lens.backend.blocks import recorded_base
 from persona_lens.backend.edits import check_edits, edits_of_rows
 from persona_lens.backend.reads import check_reads, need_last_token
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
+from persona_lens.backend.streaming import Listener, replay
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
 from persona_lens_vllm.call import Run, edits_of_text
@@ -59,7 +62,8 @@ class VllmBackend:
         self.engine = Engine(llm)
         self.tokenizer = tokenizer
         self._config = config.model_config.hf_config
-        self.end_ids = end_of_turn_ids(tokenizer, config.model_config.try_get_generation_config())
+        configured = GenerationConfig(**config.model_config.try_get_generation_config())
+        self.end_ids = end_of_turn_ids(tokenizer, configured)
         # One token more than is kept is generated where the last one is read.
         self.context_length = int(config.model_config.max_model_len) - 1
         self.shares_prompts = bool(config.cache_config.enable_prefix_caching)
@@ -213,7 +217,8 @@ class VllmBackend:
         sampling.check_rows(len(tokens))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
         if not sampling.use_cache:
-            return self._uncached(tokens, sampling, edits, reads, watch)
+            made = self._uncached(tokens, sampling, edits, reads if watch is None else ())
+            return made if watch is None else self._replayed(tokens, made, edits, reads, watch)
         more = watch is not None or need_last_token(reads)
         run = self._run(tokens, edits, reads, room=sampling.max_new_tokens, watch=watch)
         whole = watch is not None or not all(read.kind in OF_RESPONSES for read in reads)
@@ -247,11 +252,8 @@ class VllmBackend:
         sampling: Sampling,
         edits: Sequence[Edit],
         reads: Sequence[Read],
-        watch: Watch | None,
     ) -> Generation:
         """Token by token, each from the whole text before it: what `Sampling.use_cache` is there to check."""
-        if watch is not None:
-            raise BackendError("a generation without a cache cannot be watched here; leave use_cache as it is")
         responses: list[TokenIds] = [()] * len(tokens)
         ended = [False] * len(tokens)
         for step in range(sampling.max_new_tokens):
@@ -272,6 +274,18 @@ class VllmBackend:
         text = TokenBatch.of(tokens.prompts, responses)
         found = self.forward(text, edits_of_text(edits, text), reads)
         return Generation(tuple(responses), tuple(ended), found.reads)
+
+
+    def _replayed(
+        self, tokens: TokenBatch, made: Generation, edits: Sequence[Edit], reads: Sequence[Read], watch: Watch
+    ) -> Generation:
+        """A generation told of once it is over."""
+        listener, text = Listener(watch, len(tokens)), TokenBatch.of(tokens.prompts, made.responses)
+        found = self.forward(text, edits_of_text(edits, text), [watch.read]).reads[watch.read.kind]
+        replay(listener, text, found)
+        responses, ended = listener.cut(made.responses, made.ended)
+        text = TokenBatch.of(tokens.prompts, responses)
+        return Generation(responses, ended, self.forward(text, edits_of_text(edits, text), reads).reads)
 
 
 def _noises(sampling: Sampling, rows: int, before: int = 0) -> list[dict[str, Any] | None]:

@@ -54,6 +54,8 @@ def matrix(architectures: Sequence[str] = ARCHITECTURES, adapters: Sequence[str]
         )
         for adapter in adapters
         for architecture in architectures
+        # vLLM changes transformers' own class of this one where it runs it, in this process.
+        if (adapter, architecture) != ("vllm", "gpt_neox")
     ]
 
 

@@ -65,6 +65,7 @@ RUNS: dict[str, Callable[[Backend], object]] = {
 }
 
 
+@pytest.mark.module
 def test_what_never_ran_is_an_error(adapter: str) -> None:
     backend, _ = without_block_1(adapter)
     for run in RUNS.values():
@@ -73,6 +74,7 @@ def test_what_never_ran_is_an_error(adapter: str) -> None:
     backend.forward(TEXT, (), Read.means((0,))[:1])  # what does run is not in the way
 
 
+@pytest.mark.module
 def test_training_edits_that_never_ran_are_an_error(adapter: str) -> None:
     backend, module = without_block_1(adapter)
     gradients = torch.no_grad() if adapter == "transformer_lens" else nullcontext()

@@ -148,6 +148,7 @@ def test_means_of_prompts_and_norms_leave_sinks_out(adapter: str) -> None:
     assert_close(alone["prompt_mean"], found["prompt_mean"])
 
 
+@pytest.mark.module
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_training_edits_leave_sinks_out(adapter: str) -> None:
     backend = massive(adapter)

@@ -181,6 +181,7 @@ def test_an_error_of_the_callback_comes_out_as_it_is_and_hooks_are_gone(backend:
     assert told == [0, 1, 2]
 
 
+@pytest.mark.module
 def test_a_callback_that_uses_the_model_is_told_instead_of_hanging(adapter: str) -> None:
     backend = tiny_backend(adapter)
 

@@ -65,6 +65,7 @@ def use(backend: Backend) -> None:
         backend.generate(PROMPTS, Sampling(2), [Failing(1, direction(), coefficient=1.0)])
 
 
+@pytest.mark.module
 @pytest.mark.parametrize("training", [False, True])
 def test_a_wrapped_object_is_left_exactly_as_it_was(adapter: str, training: bool) -> None:
     tok = tokenizer()
@@ -112,6 +113,7 @@ def test_a_users_own_hooks_on_a_bridge_stay_and_act() -> None:
     assert_close(first[:, 0], plain[:, 0] + 1.0)
 
 
+@pytest.mark.module
 def test_a_model_in_training_gives_the_numbers_of_evaluation(adapter: str) -> None:
     module: Any = tiny_model("gpt2")
     assert module.config.attn_pdrop > 0  # dropout would show
