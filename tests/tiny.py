@@ -52,6 +52,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 # Architectures whose layers look back over a window, or by distance, and hybrids of attention and recurrent layers;
 # only the reference runs over all of them.
 EXTRA |= {
+    "llama/halves": {"head_dim": 8},  # of four heads, whatever their size
     "mistral/window": {"sliding_window": WINDOW},
     "gemma3_text/window": {"head_dim": 8, "sliding_window": WINDOW, "layer_types": [SLIDING, SLIDING, FULL]},
     "gpt_oss": {
@@ -86,7 +87,7 @@ EXTRA |= {
         "layer_types": ["linear_attention", FULL, "linear_attention"],
     },
 }
-WINDOWED = tuple(name for name in EXTRA if name not in ARCHITECTURES)
+WINDOWED = tuple(name for name in EXTRA if name not in (*ARCHITECTURES, "llama/halves"))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

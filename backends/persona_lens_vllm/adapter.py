@@ -275,7 +275,6 @@ class VllmBackend:
         found = self.forward(text, edits_of_text(edits, text), reads)
         return Generation(tuple(responses), tuple(ended), found.reads)
 
-
     def _replayed(
         self, tokens: TokenBatch, made: Generation, edits: Sequence[Edit], reads: Sequence[Read], watch: Watch
     ) -> Generation:

@@ -90,7 +90,11 @@ def engine_of(module: Any, tok: Any, **options: Any) -> Any:
     module.save_pretrained(folder)
     tok.save_pretrained(folder)
     dtype = str(module.dtype).removeprefix("torch.")
-    engine = start_engine(str(folder), None, dtype, False, **{"num_gpu_blocks_override": BLOCKS, **options})
+    return kept(start_engine(str(folder), None, dtype, False, **{"num_gpu_blocks_override": BLOCKS, **options}))
+
+
+def kept(engine: Any) -> Any:
+    """An engine that does not go before the tests end: it would take with it what all of a process share."""
     _engines.append(engine)
     return engine
 
@@ -102,7 +106,7 @@ def _folder() -> TemporaryDirectory[str]:
 
 
 _numbers = itertools.count()
-_engines: list[Any] = []  # kept: one that goes takes with it what all engines of this process share
+_engines: list[Any] = []
 BLOCKS = 64  # of keys and values: some thousand tokens, instead of all memory that there is
 
 
