@@ -62,8 +62,8 @@ class VllmBackend:
         self.engine = Engine(llm)
         self.tokenizer = tokenizer
         self._config = config.model_config.hf_config
-        configured = GenerationConfig(**config.model_config.try_get_generation_config())
-        self.end_ids = end_of_turn_ids(tokenizer, configured)
+        generation: Any = GenerationConfig
+        self.end_ids = end_of_turn_ids(tokenizer, generation(**config.model_config.try_get_generation_config()))
         # One token more than is kept is generated where the last one is read.
         self.context_length = int(config.model_config.max_model_len) - 1
         self.shares_prompts = bool(config.cache_config.enable_prefix_caching)

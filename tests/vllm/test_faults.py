@@ -86,11 +86,11 @@ def steering_the_first_part_only() -> Iterator[None]:
 def returning_something_else() -> Iterator[None]:
     """A block whose output nobody knows."""
     from persona_lens_vllm import worker
+    from persona_lens_vllm.stream import stream_of
 
     def strange(output: Any) -> Any:
-        return worker_stream((output, {"hidden": output}))
+        return stream_of((output, {"hidden": output}))
 
-    worker_stream = worker.stream_of
     with patch.object(worker, "stream_of", strange):
         yield
 
