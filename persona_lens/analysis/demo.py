@@ -36,6 +36,7 @@ class DemoSettings:
 
     Attributes:
         model: Model to run on.
+        backend: What runs it.
         trait: Trait to extract.
         seed: Base of all seeds.
         extraction: Settings of the extraction.
@@ -47,6 +48,7 @@ class DemoSettings:
     """
 
     model: str = "smollm2-135m"
+    backend: str = DEFAULT
     trait: str = "optimistic"
     seed: int = 0
     extraction: ExtractionSettings = field(default_factory=lambda: EXTRACTION)
@@ -87,7 +89,7 @@ def run_demo(
     settings = settings or DemoSettings()
     root = Path(folder)
     trait = load_trait(settings.trait)
-    backend = _opened(DEFAULT, settings.model, progress)
+    backend = _opened(settings.backend, settings.model, progress)
     layers = tuple(sorted({int(depth * backend.info.n_layers) for depth in DEPTHS}))
     ends = (min(settings.coefficients), max(settings.coefficients))
 
@@ -117,7 +119,7 @@ def run_demo(
             "layer_choice": _choice_summary(choice, layer, settings),
             "steering": _steering_summary(rows, layer, settings),
             "samples": _samples(rows, trait, settings),
-            "agreement": [] if settings.quick else _agreement(backend, settings.model, progress),
+            "agreement": [] if settings.quick else _agreement(backend, settings, progress),
         }
         run.write_json("summary.json", summary)
         progress(0, 1, "report")
@@ -169,16 +171,20 @@ def _samples(rows: Sequence[SweepRow], trait: Trait, settings: DemoSettings) -> 
     ]
 
 
-def _agreement(backend: Backend, model: str, progress: Progress) -> list[dict[str, Any]]:
+def _agreement(backend: Backend, settings: DemoSettings, progress: Progress) -> list[dict[str, Any]]:
     """Every backend's numbers beside those of plain PyTorch hooks, in float32, where they must be the same."""
     statuses = [status for status in backend_statuses() if status.broken is None and status.name != DEFAULT]
     progress(0, len(statuses), "comparing backends")
-    wide = {"dtype": "float32"}
-    reference = backend if backend.info.dtype == "float32" else _opened(DEFAULT, model, progress, **wide)
+
+    def opened(name: str) -> Backend:
+        is_open = name == settings.backend and backend.info.dtype == "float32"
+        return backend if is_open else _opened(name, settings.model, progress, dtype="float32")
+
+    reference = opened(DEFAULT)
     found: list[dict[str, Any]] = []
     for done, status in enumerate(statuses, 1):
         if status.available:
-            other = _opened(status.name, model, progress, **wide)
+            other = opened(status.name)
             checks = check_parity(other, reference, self_checks=False, progress=progress)
             found.append(
                 {"backend": status.name, "version": other.info.backend, "checks": [asdict(check) for check in checks]}

@@ -267,6 +267,7 @@ def demo(
     seed: options.Seed = 0,
     quick: Annotated[bool, Option("A smaller one, of one or two minutes; folder demo-quick.")] = False,
     open_report: Annotated[bool, Option("Open the report in the browser.", names=("--open",))] = False,
+    backend: Annotated[str, Option("Library to run the model through; see backends list.")] = "transformers",
     as_json: options.AsJson = False,
 ) -> None:
     """Show a persona vector at work: extract "optimistic" from the embedded model, steer with it, write a report.
@@ -285,7 +286,7 @@ def demo(
 
         quiet_libraries()
         progress(1, 1, "loading libraries")
-    settings = replace(QUICK if quick else DemoSettings(), seed=seed)
+    settings = replace(QUICK if quick else DemoSettings(), seed=seed, backend=backend)
     with showing_progress(of_bytes=True) as progress:
         resolve(settings.model, progress=progress)
     out = out or Path("demo-quick" if quick else "demo-run")
