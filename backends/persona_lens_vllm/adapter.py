@@ -30,7 +30,7 @@ from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, prob
 from persona_lens.backend.streaming import Listener, replay
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
-from persona_lens_vllm.call import Run, edits_of_text
+from persona_lens_vllm.call import Run, edits_of_text, noises_of
 from persona_lens_vllm.engine import Engine
 from persona_lens_vllm.facts import facts_of
 from persona_lens_vllm.opening import folder_of, require_ours, start_engine
@@ -226,7 +226,7 @@ class VllmBackend:
             job.add(
                 tokens.prompts,
                 run.salts,
-                _noises(sampling, len(tokens)),
+                noises_of(sampling, len(tokens)),
                 streamed=watch is not None,
                 max_tokens=sampling.max_new_tokens + more,
                 stop_token_ids=list(self.end_ids),
@@ -247,11 +247,7 @@ class VllmBackend:
         return Generation(responses, ended, run.reads(text.lengths))
 
     def _uncached(
-        self,
-        tokens: TokenBatch,
-        sampling: Sampling,
-        edits: Sequence[Edit],
-        reads: Sequence[Read],
+        self, tokens: TokenBatch, sampling: Sampling, edits: Sequence[Edit], reads: Sequence[Read]
     ) -> Generation:
         """Token by token, each from the whole text before it: what `Sampling.use_cache` is there to check."""
         responses: list[TokenIds] = [()] * len(tokens)
@@ -262,7 +258,7 @@ class VllmBackend:
                 break
             text = TokenBatch.of(tokens.prompts, responses)
             run = self._run(text, edits_of_text(edits, text), ())
-            noises = _noises(sampling, len(tokens), before=step)
+            noises = noises_of(sampling, len(tokens), before=step)
             with run.open() as job:
                 job.add(run.texts, run.salts, noises, max_tokens=1, skip_reading_prefix_cache=True)
                 job.run()
@@ -285,11 +281,3 @@ class VllmBackend:
         responses, ended = listener.cut(made.responses, made.ended)
         text = TokenBatch.of(tokens.prompts, responses)
         return Generation(responses, ended, self.forward(text, edits_of_text(edits, text), reads).reads)
-
-
-def _noises(sampling: Sampling, rows: int, before: int = 0) -> list[dict[str, Any] | None]:
-    """What makes the tokens of each row a sample, see `persona_lens_vllm.sampler`."""
-    if sampling.seeds is None:
-        return [None] * rows
-    shared = {"temperature": sampling.temperature, "top_p": sampling.top_p, "before": before}
-    return [{"seed": seed, **shared} for seed in sampling.seeds]

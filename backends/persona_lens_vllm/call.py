@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from persona_lens.backend import Edit, Read, ReadKind, TokenBatch, Watch
+from persona_lens.backend import Edit, Read, ReadKind, Sampling, TokenBatch, Watch
 from persona_lens.backend.packed import aligned
 from persona_lens.backend.packed_call import PackedCall
 from persona_lens.backend.streaming import Arrivals, Listener
@@ -47,6 +48,14 @@ def reads_of(reads: Sequence[Read], outcomes: Sequence[Outcome], lengths: Sequen
         values = aligned(whole, lengths, k, whole["value"].shape[1])
         found[read.kind.value] = values.squeeze(-1) if read.kind is ReadKind.NORMS else values
     return found
+
+
+def noises_of(sampling: Sampling, rows: int, before: int = 0) -> list[dict[str, Any] | None]:
+    """What makes the tokens of each row a sample, see `persona_lens_vllm.sampler`."""
+    if sampling.seeds is None:
+        return [None] * rows
+    shared = {"temperature": sampling.temperature, "top_p": sampling.top_p, "before": before}
+    return [{"seed": seed, **shared} for seed in sampling.seeds]
 
 
 @dataclass

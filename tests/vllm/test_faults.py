@@ -121,7 +121,7 @@ def test_a_position_that_is_read_again_when_its_row_is_begun_again_is_found() ->
     """Four rows of which three have room: one is thrown out, and computed again."""
     from persona_lens.backend.packed import PackedMasks
 
-    llm = engine_of(tiny_model(), tokenizer(), num_gpu_blocks_override=6, max_num_seqs=4)
+    llm = engine_of(tiny_model(), tokenizer(), num_gpu_blocks_override=17, max_num_seqs=4)
     backend = wrap_model(llm, tokenizer(), backend="vllm")
     prompts = [[5 + (i + row) % 60 for i in range(110)] for row in range(4)]
     run: Any = lambda rows: backend.generate(rows, Sampling(40), EDITS, Read.means())  # noqa: E731
