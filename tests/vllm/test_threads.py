@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
 
 from persona_lens.backend import Edit, Generation, Positions, Read, Sampling, StopGeneration, Watch, watched_generation
 from persona_lens.backend.streaming import WatchedTokens
-from tests.backends.fixtures import D_MODEL, N_LAYERS, PROMPTS, TEXT, assert_close, direction, tiny_backend
+from tests.backends.fixtures import D_MODEL, N_LAYERS, PROMPTS, TEXT, assert_close, direction, tiny_model_engine
+from tests.tiny import tiny_model
 
 DIRECTIONS = torch.randn(N_LAYERS, 2, D_MODEL, generator=torch.Generator().manual_seed(5))
 CALLS: list[list[Edit]] = [
@@ -20,11 +22,15 @@ CALLS: list[list[Edit]] = [
 ]
 
 
+@cache
+def its_engine() -> Any:
+    """Made here: an engine of other tests that went would have taken with it what those before it share."""
+    return backend_of("vllm", tiny_model())
+
+
 def generated(number: int) -> Generation:
     sampling = Sampling(12, 0.8, 0.95, seeds=(number, 7, 8)) if number % 2 else Sampling(12)
-    return tiny_backend("vllm").generate(
-        PROMPTS, sampling, CALLS[number], (*Read.means(), Read.projections(DIRECTIONS))
-    )
+    return its_engine().generate(PROMPTS, sampling, CALLS[number], (*Read.means(), Read.projections(DIRECTIONS)))
 
 
 def watched(number: int) -> Generation:
@@ -35,11 +41,11 @@ def watched(number: int) -> Generation:
             raise StopGeneration([tokens.step // 3])
 
     watch = Watch(DIRECTIONS, on_tokens)
-    return watched_generation(tiny_backend("vllm"), PROMPTS, Sampling(12), watch, CALLS[number], Read.means())
+    return watched_generation(its_engine(), PROMPTS, Sampling(12), watch, CALLS[number], Read.means())
 
 
 def test_calls_that_run_together_equal_themselves_alone() -> None:
-    calls: list[Any] = [generated, watched, lambda n: tiny_backend("vllm").forward(TEXT, CALLS[n], Read.means())]
+    calls: list[Any] = [generated, watched, lambda n: its_engine().forward(TEXT, CALLS[n], Read.means())]
     work = [(call, number) for number in range(len(CALLS)) for call in calls]
     alone = [call(number) for call, number in work]
     with ThreadPoolExecutor(len(work)) as pool:
@@ -54,7 +60,7 @@ def test_calls_that_run_together_equal_themselves_alone() -> None:
 
 
 def test_a_callback_may_use_the_model() -> None:
-    backend = tiny_backend("vllm")
+    backend = its_engine()
     plain = backend.generate(PROMPTS, Sampling(4)).responses
     inside: list[Any] = []
     watch = Watch(DIRECTIONS, lambda _: inside.append(backend.generate(PROMPTS, Sampling(4)).responses))
