@@ -10,7 +10,7 @@ import torch
 
 from persona_lens.backend import Edit, Generation, Positions, Read, Sampling, StopGeneration, Watch, watched_generation
 from persona_lens.backend.streaming import WatchedTokens
-from tests.backends.fixtures import D_MODEL, N_LAYERS, PROMPTS, TEXT, assert_close, direction, tiny_model_engine
+from tests.backends.fixtures import D_MODEL, N_LAYERS, PROMPTS, TEXT, assert_close, backend_of, direction
 from tests.tiny import tiny_model
 
 DIRECTIONS = torch.randn(N_LAYERS, 2, D_MODEL, generator=torch.Generator().manual_seed(5))
