@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from persona_lens.backend import Edit, Generation, Positions, Read, Sampling, StopGeneration, Watch, watched_generation
+from persona_lens.backend import (
+    Backend,
+    Edit,
+    Generation,
+    Positions,
+    Read,
+    Sampling,
+    StopGeneration,
+    Watch,
+    watched_generation,
+)
 from persona_lens.backend.streaming import WatchedTokens
 from tests.backends.fixtures import D_MODEL, N_LAYERS, PROMPTS, TEXT, assert_close, backend_of, direction
 from tests.tiny import tiny_model
@@ -23,7 +33,7 @@ CALLS: list[list[Edit]] = [
 
 
 @cache
-def its_engine() -> Any:
+def its_engine() -> Backend:
     """Made here: an engine of other tests that went would have taken with it what those before it share."""
     return backend_of("vllm", tiny_model())
 
