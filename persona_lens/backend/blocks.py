@@ -220,8 +220,8 @@ def module_of(backend: Backend) -> nn.Module:
         )
     if not isinstance(backend, ModuleBackend):
         raise ModuleError(
-            f"a {type(backend).__name__} does not hand out the module that it runs; open the model through another one, "
-            "such as transformers, for this"
+            f"a {type(backend).__name__} does not hand out the module that it runs; open the model through another "
+            "backend, such as transformers, for this"
         )
     return backend.module
 

@@ -294,6 +294,7 @@ def _connect(ray: Any, address: str, workers: int) -> None:
     how: dict[str, Any] = {"address": address, "logging_level": "ERROR", "log_to_driver": False}
     if address == LOCAL:  # a process waits for each CPU that it is told of
         how |= {"num_cpus": max(workers, 1), "include_dashboard": False}
+    os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")  # else it puts a `print` of its own in place of Python's
     try:
         with keeping_sigterm():
             ray.init(**how)
