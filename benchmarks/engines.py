@@ -6,9 +6,10 @@ In the environment of ``make test-vllm``, on an idle machine. Both run in this p
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -21,20 +22,24 @@ from persona_lens.backend import Backend, Edit, Read, TokenBatch
 from persona_lens.backend.batches import forward_batches
 
 NEW_TOKENS = 128
-OPTIONS = {"max_model_len": 2048}
+# Without what earlier runs of the same prompts would leave: a second run of them would begin behind their beginnings.
+OPTIONS = {"max_model_len": 2048, "enable_prefix_caching": False}
 
 
 def generating(ours: Backend, theirs: Backend, rows: list[list[int]], pairs: int) -> Iterator[Ratio]:
     plain, beside = (w.generation(backend, rows, [], NEW_TOKENS) for backend in (ours, theirs))
     yield compare("vllm: generating / transformers", plain, beside, limit=1 / 2.5, pairs=pairs)
-    how = w.sampling(len(rows), NEW_TOKENS)
-    for what, reads, edits in (
-        ("all reads", Read.means(), []),
-        ("the mean of responses", Read.means()[:1], []),
-        ("a coefficient for each row", (), per_row(ours, len(rows))),
+
+
+def costs(ours: Backend, rows: list[list[int]], pairs: int) -> Iterator[Ratio]:
+    plain, how = w.generation(ours, rows, [], NEW_TOKENS), w.sampling(len(rows), NEW_TOKENS)
+    plain()
+    coefficients = per_row(ours, len(rows))
+    for what, work in (
+        ("all reads", lambda: ours.generate(rows, how, (), Read.means())),
+        ("a coefficient for each row", lambda: ours.generate(rows, how, coefficients)),
     ):
-        with_it = lambda reads=reads, edits=edits: ours.generate(rows, how, edits, reads)  # noqa: E731
-        yield compare(f"vllm: generating with {what} / without", with_it, plain, limit=1.05, pairs=pairs)
+        yield compare(f"vllm: generating with {what} / without", work, plain, limit=1.05, pairs=pairs)
 
 
 def reading(ours: Backend, theirs: Backend, texts: TokenBatch, pairs: int) -> Iterator[Ratio]:
@@ -65,25 +70,24 @@ def share_of_bytes(backend: Any, rows: list[list[int]]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="counted pairs of each comparison")
-    parser.add_argument("--only", choices=["generating", "reading", "bytes"], help="one group")
+    parser.add_argument("--only", choices=["costs", "transformers"], help="one group")
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     arguments = parser.parse_args()
     ours = open_backend("vllm", "smollm2-135m", dtype="float32", **OPTIONS)
-    theirs = open_backend("transformers", "smollm2-135m", dtype="float32")
-    rows = w.prompts(ours.tokenizer)
-    said = theirs.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses
-    mine = ours.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses
-    same = sum(a == b for a, b in zip(mine, said, strict=True))
-    print(f"{len(rows)} prompts of {sum(map(len, rows))} tokens, {sum(map(len, said))} generated, {same} rows the same")
-    results: list[Ratio] = []
-    groups: dict[str, Callable[[], Iterator[Ratio]]] = {
-        "generating": lambda: generating(ours, theirs, rows, arguments.pairs),
-        "reading": lambda: reading(ours, theirs, TokenBatch.of(rows, said), arguments.pairs),
-    }
-    for name, group in groups.items():
-        for ratio in group() if arguments.only in (None, name) else ():
-            results.append(ratio)
-            print(f"{ratio}, float32", flush=True)
+    rows, results = w.prompts(ours.tokenizer), []
+    groups: list[Iterator[Ratio]] = []
+    if arguments.only in (None, "costs"):
+        groups.append(costs(ours, rows, arguments.pairs))
+    if arguments.only in (None, "transformers"):
+        theirs = open_backend("transformers", "smollm2-135m", dtype="float32")
+        said, same = (each.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses for each in (theirs, ours))
+        alike = sum(a == b for a, b in zip(said, same, strict=True))
+        print(f"{sum(map(len, rows))} tokens in {len(rows)} prompts, {sum(map(len, said))} new; {alike} rows are alike")
+        groups += [generating(ours, theirs, rows, arguments.pairs)]
+        groups += [reading(ours, theirs, TokenBatch.of(rows, said), arguments.pairs)]
+    for ratio in itertools.chain(*groups):
+        results.append(ratio)
+        print(f"{ratio}, float32", flush=True)
     share = share_of_bytes(ours, rows)
     print(f"{share:.2%} of the activations' bytes left the worker; at most 1%: {share <= 0.01}")
     if arguments.json:

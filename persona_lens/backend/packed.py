@@ -214,7 +214,7 @@ class PackedIntervention:
     def block(self, layer: int, h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
         """The output of block ``layer`` over this pass's tokens after its edits; reads are taken on the way."""
         sinks, packed = None, h.unsqueeze(1)
-        if layer in self._leaving_out:  # as the layer's edits find the residual, for its reads too
+        if layer in self._leaving_out and self._asks_for_sinks(layer):  # as edits find the residual, for reads too
             sinks = sinks_among(layer, packed, self.call.sink_limits, self.masks.first)
         if layer in self._writer.layers:
             written = self._writer.block(layer, packed, self.masks, sinks)
@@ -226,6 +226,12 @@ class PackedIntervention:
             if layer in reader.layers:
                 reader.take(layer, h, self.masks, sinks)
         return h
+
+    def _asks_for_sinks(self, layer: int) -> bool:
+        """Whether it depends on them what is done in this pass, as it does not in most: few have tokens of a prompt."""
+        if layer in self._writer.leaving_out:
+            return True
+        return any(each.leaves_out_sinks and each.has_tokens(self.masks) for each in self._readers)
 
     @property
     def _all(self) -> list[_MeanReader | _TokenReader]:
@@ -259,6 +265,10 @@ class _MeanReader:
     def begin_pass(self, masks: PackedMasks) -> None:
         if not self.leaves_out_sinks:
             self._count(-1, masks.of_kind(self._of)[1])
+
+    def has_tokens(self, masks: PackedMasks) -> bool:
+        """Whether there is anything to take in this pass."""
+        return len(masks.of_kind(self._of)[0]) > 0
 
     def _count(self, layer: int, rows: Tensor) -> None:
         if layer not in self._counts:
@@ -313,6 +323,10 @@ class _TokenReader:
         self._units = dict(zip(self.layers, units, strict=True)) if units is not None else {}
         self._whose: list[tuple[Tensor, Tensor]] = []
         self._kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+
+    def has_tokens(self, masks: PackedMasks) -> bool:
+        """Always: it takes every token."""
+        return True
 
     def begin_pass(self, masks: PackedMasks) -> None:
         self._places, rows, at = masks.everything()
