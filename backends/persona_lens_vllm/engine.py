@@ -13,9 +13,6 @@ from persona_lens.backend import BackendError
 from persona_lens_vllm.tags import TAG, Here
 from persona_lens_vllm.worker import Order, Outcome
 
-Rows = Mapping[int, Sequence[int]]
-"""Tokens that each row was given, by its number."""
-
 
 class Engine:
     """An ``LLM`` whose steps are run by whoever waits for one: there is no thread of its own that could be left behind.
