@@ -113,7 +113,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """Eight batches run at once, and end in whatever order; which run together is another after each kill.
 
-    On the embedded model, whose products of matrices do not round by how many rows there are; tiny ones' do.
+    On the embedded model, whose products of matrices do not round by how many rows there are, if there are two at
+    least, as there are in each batch; tiny ones' do.
     """
     trait = ROOT / "traits" / "optimistic.yaml"
     numbers: dict[str, Any] = {"questions": 2, "max-new-tokens": 8, "batch-size": 2, "judge-pairs": 1}
