@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -22,10 +21,10 @@ from persona_lens.backend import (
     Watch,
     as_edits,
 )
-from persona_lens.backend.batches import check_fits
+from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import recorded_base
-from persona_lens.backend.edits import check_edits, edits_of_rows
-from persona_lens.backend.reads import check_reads, need_last_token
+from persona_lens.backend.edits import edits_of_rows
+from persona_lens.backend.reads import check_reads, need_last_token, need_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streaming import Listener, replay
 from persona_lens.backend.tokens import TokenIds
@@ -34,7 +33,6 @@ from persona_lens_vllm.call import Run, edits_of_text, noises_of
 from persona_lens_vllm.engine import Engine
 from persona_lens_vllm.facts import facts_of
 from persona_lens_vllm.opening import folder_of, require_ours, start_engine
-from persona_lens_vllm.wire import OF_RESPONSES
 
 _CALLS = 8  # that run together: as many batches as an engine needs to be full while others end
 
@@ -150,20 +148,11 @@ class VllmBackend:
     ) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
         edits = as_edits(edits)
-        self._check(tokens, edits, reads)
+        check_request(self.info, self._vocabulary, tokens, edits, reads)
         if not reads and not logprobs:
             return ForwardResult()
         check_fits(self.context_length, tokens.lengths)
-        run = self._run(tokens, edits, reads, scored=tokens.responses if logprobs else None)
-        whole = not all(read.kind in OF_RESPONSES for read in reads)
-        with run.open() as job:
-            job.add(run.texts, run.salts, [None] * len(tokens), max_tokens=1, skip_reading_prefix_cache=whole)
-            job.run()
-        # A beginning that was found in the cache may reach into a response; what was wanted of it is computed anew.
-        again = [] if whole else run.missing()
-        run.check(tokens.lengths, partly=again)
-        found = ForwardResult(run.reads(tokens.lengths), run.logprobs())
-        return self._with_rows(found, tokens, edits, reads, again) if again else found
+        return self._forward(tokens, edits, reads, logprobs, anew=need_prompts(reads))
 
     def editing(self, edits: Edits) -> AbstractContextManager[None]:
         """Not possible: vLLM's modules compute no gradients.
@@ -181,28 +170,23 @@ class VllmBackend:
         known: dict[str, Any] = {"n_layers": self.info.n_layers, "end_ids": self.end_ids, "sink_limits": limits}
         return Run(self.engine, tokens, edits, reads, **known, **more)
 
-    def _check(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> None:
-        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens), max(tokens.lengths))
-        check_reads(reads, self.info.n_layers, self.info.d_model)
-        tokens.check_vocabulary(self._vocabulary)
-
-    def _with_rows(
-        self, found: ForwardResult, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], rows: list[int]
+    def _forward(
+        self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], logprobs: bool, *, anew: bool
     ) -> ForwardResult:
-        """The result with some rows computed again, each from its first token."""
-        logprobs = None if found.logprobs is None else list(found.logprobs)
-        for row in rows:
-            alone, some = tokens.rows(row, row + 1), edits_of_rows(edits, row, row + 1, tokens.lengths)
-            run = self._run(alone, some, reads, scored=alone.responses if logprobs is not None else None)
-            with run.open() as job:
-                job.add(run.texts, run.salts, [None], max_tokens=1, skip_reading_prefix_cache=True)
-                job.run()
-            run.check(alone.lengths)
-            for name, value in run.reads(alone.lengths).items():
-                found.reads[name][row] = value[0]
-            if logprobs is not None:
-                (logprobs[row],) = run.logprobs() or ()
-        return replace(found, logprobs=None if logprobs is None else tuple(logprobs))
+        """`forward`, from the first token of each row or from a beginning that is in the cache."""
+        run = self._run(tokens, edits, reads, scored=tokens.responses if logprobs else None)
+        run.over_text(anew=anew)
+        # Such a beginning may reach into a response; what was wanted of it is computed anew.
+        again = [] if anew else run.missing()
+        run.check(tokens.lengths, partly=again)
+        found, scored = run.reads(tokens.lengths), list(run.logprobs() or ())
+        for row in again:
+            some = edits_of_rows(edits, row, row + 1, tokens.lengths)
+            alone = self._forward(tokens.rows(row, row + 1), some, reads, logprobs, anew=True)
+            for name, value in alone.reads.items():
+                found[name][row] = value[0]
+            scored[row : row + 1] = alone.logprobs or ()
+        return ForwardResult(found, tuple(scored) if logprobs else None)
 
     def _generate(
         self,
@@ -213,7 +197,7 @@ class VllmBackend:
         watch: Watch | None,
     ) -> Generation:
         tokens = TokenBatch.of(prompts)
-        self._check(tokens, edits, reads)
+        check_request(self.info, self._vocabulary, tokens, edits, reads)
         sampling.check_rows(len(tokens))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
         if not sampling.use_cache:
@@ -221,7 +205,6 @@ class VllmBackend:
             return made if watch is None else self._replayed(tokens, made, edits, reads, watch)
         more = watch is not None or need_last_token(reads)
         run = self._run(tokens, edits, reads, room=sampling.max_new_tokens, watch=watch)
-        whole = watch is not None or not all(read.kind in OF_RESPONSES for read in reads)
         with run.open() as job:
             job.add(
                 tokens.prompts,
@@ -230,7 +213,7 @@ class VllmBackend:
                 streamed=watch is not None,
                 max_tokens=sampling.max_new_tokens + more,
                 stop_token_ids=list(self.end_ids),
-                skip_reading_prefix_cache=whole,
+                skip_reading_prefix_cache=watch is not None or need_prompts(reads),
             )
             job.run(None if run.told is None else run.told.tell)
         responses, ended = run.responses()
@@ -258,10 +241,7 @@ class VllmBackend:
                 break
             text = TokenBatch.of(tokens.prompts, responses)
             run = self._run(text, edits_of_text(edits, text), ())
-            noises = noises_of(sampling, len(tokens), before=step)
-            with run.open() as job:
-                job.add(run.texts, run.salts, noises, max_tokens=1, skip_reading_prefix_cache=True)
-                job.run()
+            job = run.over_text(anew=True, noises=noises_of(sampling, len(tokens), before=step))
             for row in rows:
                 (token,) = job.tokens[row]
                 ended[row] = token in self.end_ids

@@ -14,7 +14,7 @@ from persona_lens.backend import Edit, Read, ReadKind, Sampling, TokenBatch, Wat
 from persona_lens.backend.packed import aligned
 from persona_lens.backend.packed_call import PackedCall
 from persona_lens.backend.streaming import Arrivals, Listener
-from persona_lens.backend.tokens import TokenIds
+from persona_lens.backend.tokens import TokenIds, cut_response
 from persona_lens_vllm.caches import cache_keys
 from persona_lens_vllm.engine import Engine, Job
 from persona_lens_vllm.fidelity import FidelityError, check_outcome
@@ -54,8 +54,8 @@ def noises_of(sampling: Sampling, rows: int, before: int = 0) -> list[dict[str, 
     """What makes the tokens of each row a sample, see `persona_lens_vllm.sampler`."""
     if sampling.seeds is None:
         return [None] * rows
-    shared = {"temperature": sampling.temperature, "top_p": sampling.top_p, "before": before}
-    return [{"seed": seed, **shared} for seed in sampling.seeds]
+    shared = {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}
+    return [{"seed": seed, **shared, **({"before": before} if before else {})} for seed in sampling.seeds]
 
 
 @dataclass
@@ -143,6 +143,19 @@ class Run:
             if outcome.error is not None:
                 raise RuntimeError(outcome.error)  # as it would have come out of a block here
 
+    def over_text(self, *, anew: bool, noises: Sequence[Mapping[str, Any] | None] | None = None) -> Job:
+        """Run over the texts as they are, to what follows each.
+
+        Args:
+            anew: Whether from the first token of each, and not from a beginning that is in the cache.
+            noises: As `persona_lens_vllm.engine.Job.add` takes them; by default none.
+        """
+        with self.open() as job:
+            given = [None] * len(self.texts) if noises is None else noises
+            job.add(self.texts, self.salts, given, max_tokens=1, skip_reading_prefix_cache=anew)
+            job.run()
+        return job
+
     def check(self, lengths: Sequence[int], partly: Sequence[int] = ()) -> None:
         """See `persona_lens_vllm.fidelity.check_outcome`."""
         for outcome in self.outcomes:
@@ -156,13 +169,9 @@ class Run:
 
     def responses(self) -> tuple[tuple[TokenIds, ...], tuple[bool, ...]]:
         """What the rows were given, without the end of a turn and what follows."""
-        responses, ended = [], []
-        for row in range(len(self.tokens)):
-            given = self.job.tokens.get(row, ())[: self.order.call.room]
-            stop = next((i for i, token in enumerate(given) if token in self._end_ids), None)
-            responses.append(given[:stop])
-            ended.append(stop is not None)
-        return tuple(responses), tuple(ended)
+        given = [self.job.tokens.get(row, ()) for row in range(len(self.tokens))]
+        cut = [cut_response(row, self._end_ids, self.order.call.room) for row in given]
+        return tuple(response for response, _ in cut), tuple(ended for _, ended in cut)
 
     def watched(self) -> list[Mapping[str, Tensor]]:
         """What was watched since this was last asked, of all layers."""

@@ -24,17 +24,18 @@ from persona_lens.backend import (
     TokenBatch,
     as_edits,
 )
-from persona_lens.backend.batches import check_fits
+from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import text_config
-from persona_lens.backend.edits import check_edits, edits_of_rows
+from persona_lens.backend.edits import edits_of_rows
 from persona_lens.backend.protocol import RemoteError
-from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
+from persona_lens.backend.tokens import cut_response
 from persona_lens.core.text import in_short
 from persona_lens.core.threads import in_threads
 from persona_lens.core.transport import MIB, BoundedClient, Bounds
 from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
 from persona_lens.models.endpoint import OPENAI_KEY, ServerSettings
+from persona_lens_vllm.call import noises_of
 from persona_lens_vllm.tags import ORDER, TAG
 from persona_lens_vllm.wire import MOST_NUMBERS, TOLD, VERSION, RowOrder, tensor_from
 
@@ -138,23 +139,20 @@ class VllmServer:
     ) -> Generation:
         """See `persona_lens.backend.protocol.Backend.generate`."""
         tokens, edits = TokenBatch.of(prompts), as_edits(edits)
-        self._check(tokens, edits, reads)
+        check_request(self.info, self._vocabulary, tokens, edits, reads)
         sampling.check_rows(len(tokens))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
         if not sampling.use_cache:
             raise BackendError("a server always keeps keys and values; leave use_cache as it is")
         most, limits = sampling.max_new_tokens, self._limits(edits, reads)
+        noises = noises_of(sampling, len(tokens))
 
         def row(number: int) -> Generation:
-            noise = None
-            if sampling.seeds is not None:
-                noise = {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}
-                noise = {"seed": sampling.seeds[number], **noise}
             mine = tuple(edits_of_rows(edits, number, number + 1, tokens.lengths))
-            order = RowOrder(mine, tuple(reads), noise, sink_limits=limits)
+            order = RowOrder(mine, tuple(reads), noises[number], sink_limits=limits)
             given, found = self._complete(tokens.prompts[number], order, most + order.needs_last_token)
-            stop = next((place for place, token in enumerate(given[:most]) if token in self.end_ids), None)
-            return Generation((tuple(given[:most][:stop]),), (stop is not None,), self._reads(found, reads))
+            response, ended = cut_response(given, self.end_ids, most)
+            return Generation((response,), (ended,), self._reads(found, reads))
 
         return Generation.joined(self._rows(row, len(tokens)))
 
@@ -163,7 +161,7 @@ class VllmServer:
     ) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
         edits = as_edits(edits)
-        self._check(tokens, edits, reads)
+        check_request(self.info, self._vocabulary, tokens, edits, reads)
         if not reads and not logprobs:
             return ForwardResult()
         check_fits(self.context_length, tokens.lengths)
@@ -192,11 +190,6 @@ class VllmServer:
 
     def _limits(self, edits: Sequence[Edit], reads: Sequence[Read]) -> tuple[float, ...] | None:
         return self.sink_limits if depend_on_sinks(edits, reads) else None
-
-    def _check(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> None:
-        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens), max(tokens.lengths))
-        check_reads(reads, self.info.n_layers, self.info.d_model)
-        tokens.check_vocabulary(self._vocabulary)
 
     def _check_model(self) -> None:
         text, info = text_config(self._config), self.info

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import BackendError
+from persona_lens.backend.reads import OF_RESPONSES
 from persona_lens_vllm.worker import Order, Outcome
 
 _FURTHEST = 2**40
-# What can be read of a row whose beginning was computed for another one.
-_OF_RESPONSES = ("response_mean", "response_norm")
 
 
 class FidelityError(BackendError):
@@ -42,7 +41,7 @@ def check_outcome(order: Order, outcome: Outcome, lengths: Sequence[int], partly
         _raise(f"{_rows(outcome.foreign)} went on from a cache that was computed under other edits")
     if short := [row for row in rows if done.began[row] < 0 or done.computed[row] < lengths[row]]:
         _raise(f"{_rows(short)} were not computed to their end")
-    whole = call.watched is not None or any(read["kind"] not in _OF_RESPONSES for read in call.reads)
+    whole = call.watched is not None or any(read["kind"] not in OF_RESPONSES for read in call.reads)
     if late := [row for row in rows if whole and done.began[row] > 0]:
         _raise(f"{_rows(late)} went on from a cache although their beginning was to be read")
     for number, edit in enumerate(_here(order, done.blocks)):

@@ -33,7 +33,7 @@ from persona_lens.backend import (
     TokenBatch,
 )
 from persona_lens.backend.edits import check_edits
-from persona_lens.backend.reads import check_reads, need_last_token
+from persona_lens.backend.reads import check_reads, need_last_token, need_prompts
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.core.errors import PersonaLensError
 
@@ -42,8 +42,6 @@ TOLD = ("architecture", "n_layers", "d_model", "weights", "dtype", "backend")  #
 MOST_TEXT = 32 * 2**20  # characters of an order
 MOST_EDITS = 256
 MOST_NUMBERS = 2**24  # that an order brings back
-# What can be taken from a row whose prompt was computed for another one.
-OF_RESPONSES = (ReadKind.RESPONSE_MEAN, ReadKind.RESPONSE_NORM)
 
 
 class OrderError(BackendError):
@@ -128,7 +126,7 @@ class RowOrder:
     @property
     def whole(self) -> bool:
         """Whether every token has to be computed anew: a cached beginning cannot be read."""
-        return self.logprobs or self.prompt is not None or not all(read.kind in OF_RESPONSES for read in self.reads)
+        return self.logprobs or self.prompt is not None or need_prompts(self.reads)
 
     @property
     def needs_last_token(self) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from persona_lens.backend.blocks import search_blocks
 from persona_lens.backend.packed import PackedIntervention, Tallies
 from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.sampling import chosen_logprobs
 from persona_lens.backend.tokens import FURTHEST
 from persona_lens_vllm.caches import Caches, cache_keys
 from persona_lens_vllm.stream import stream_of, with_stream
@@ -113,27 +114,23 @@ class ResidualStream:
 
     def persona_lens_open(self, name: str, order: bytes) -> None:
         """Begin a call; its requests may come."""
-        if not hasattr(self, "persona_lens_calls"):
-            self.persona_lens_calls = Calls(self)
-        self.persona_lens_calls.open(name, pickle.loads(order))
+        Calls.of(self).open(name, pickle.loads(order))
 
     def persona_lens_watched(self, name: str) -> bytes | None:
         """What was watched since this was last asked."""
-        return self.persona_lens_calls.answer(lambda calls: calls.running[name].intervention.watched())
+        return Calls.of(self).watched(name)
 
     def persona_lens_close(self, name: str) -> bytes | None:
         """End a call: its `Outcome`, pickled; None in a worker that holds what another one holds too."""
-        return self.persona_lens_calls.close(name)
+        return Calls.of(self).close(name)
 
     def persona_lens_expect(self, name: str, expected: bytes) -> None:
         """Let a call begin with its request."""
-        if not hasattr(self, "persona_lens_calls"):
-            self.persona_lens_calls = Calls(self)
-        self.persona_lens_calls.expect(name, pickle.loads(expected))
+        Calls.of(self).expect(name, pickle.loads(expected))
 
     def persona_lens_take(self, name: str) -> bytes | None:
         """End such a call: its `Order` and its `Outcome`, or an error instead, pickled; or None as above."""
-        return self.persona_lens_calls.take(name)
+        return Calls.of(self).take(name)
 
 
 class Running:
@@ -142,11 +139,9 @@ class Running:
     def __init__(self, order: Order, layers: range) -> None:
         self.order = order
         self.intervention = PackedIntervention(order.call.within(layers.start, layers.stop))
-        self.prompts = order.call.prompts
-        self.caches = order.caches
         self.foreign: set[int] = set()
         self.error: str | None = None
-        self.scored = None if order.scored is None else _Scored(order.scored)
+        self.scored = None if order.scored is None else _Scored(order.scored, order.call.prompts)
         self.places: Tensor = torch.empty(0)
         self.whole = False
         self._beyond: dict[int, Tensor] = {}
@@ -181,7 +176,8 @@ class Running:
 class _Scored:
     """Log-probabilities of given tokens, as passes come by that predict them."""
 
-    def __init__(self, ids: Sequence[Sequence[int]]) -> None:
+    def __init__(self, ids: Sequence[Sequence[int]], prompts: Sequence[int]) -> None:
+        self._prompts = torch.tensor(prompts)
         self._lengths = torch.tensor([len(row) for row in ids])
         self._start = self._lengths.cumsum(0) - self._lengths
         self._ids = torch.tensor([token for row in ids for token in row], dtype=torch.long)
@@ -190,14 +186,12 @@ class _Scored:
 
     def wanted(self, call: Running) -> tuple[Tensor, Tensor]:
         """Places in the pass that predict a token that is wanted, and the numbers of those tokens."""
-        predicted = call.at + 1 - torch.tensor(call.prompts)[call.rows]
+        predicted = call.at + 1 - self._prompts[call.rows]
         index = ((predicted >= 0) & (predicted < self._lengths[call.rows])).nonzero().flatten()
         return call.places[index.to(call.places.device)], (self._start[call.rows] + predicted)[index]
 
     def take(self, logits: Tensor, numbers: Tensor) -> None:
-        wide, ids = logits.float(), self._ids[numbers].to(logits.device)
-        picked = wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(dim=-1)
-        self._found.append((numbers, picked))
+        self._found.append((numbers, chosen_logprobs(logits, self._ids[numbers].to(logits.device))))
 
     def values(self) -> Tensor | None:
         if not self.has_head:
@@ -229,6 +223,14 @@ class Calls:
         self.running: dict[str, Running] = {}
         self._expected: dict[str, Expected | str] = {}
         self._serving = False  # from the first that is expected on, every pass is looked at
+
+    @staticmethod
+    def of(worker: Any) -> Calls:
+        """Those of a worker, from when it is first asked."""
+        if not hasattr(worker, "persona_lens_calls"):
+            worker.persona_lens_calls = Calls(worker)
+        calls: Calls = worker.persona_lens_calls
+        return calls
 
     def expect(self, name: str, expected: Expected) -> None:
         """See `ResidualStream`."""
@@ -272,9 +274,9 @@ class Calls:
         self._hook()
         return call
 
-    def answer(self, ask: Any) -> bytes | None:
-        """What a worker says, or None where another one says the same."""
-        return pickle.dumps(ask(self)) if self._answers else None
+    def watched(self, name: str) -> bytes | None:
+        """See `ResidualStream`; None where another worker says the same."""
+        return pickle.dumps(self.running[name].intervention.watched()) if self._answers else None
 
     def _hook(self) -> None:
         needed = {layer for call in self.running.values() for layer in call.intervention.layers}
@@ -300,7 +302,7 @@ class Calls:
             state = self._runner.requests[request]
             tag = tag_of(state.sampling_params)
             call, row = self._call_of(tag.get("call", ""), state), tag.get("row", 0)
-            cache = call.caches[row] if call is not None else ""
+            cache = call.order.caches[row] if call is not None else ""
             done, new = int(computed[number]), int(starts[number + 1] - starts[number])
             if not self._caches.follows(request, state.block_ids, cache, done, new) and call is not None:
                 call.foreign.add(row)

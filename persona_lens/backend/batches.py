@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 
-from persona_lens.backend.edits import Edit, edits_of_rows
-from persona_lens.backend.protocol import Backend, ForwardResult, Generation, RequestTooLargeError
-from persona_lens.backend.reads import MEANS, Read
+from persona_lens.backend.edits import Edit, check_edits, edits_of_rows
+from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo, RequestTooLargeError
+from persona_lens.backend.reads import MEANS, Read, check_reads
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.threads import in_threads
@@ -287,6 +287,15 @@ def context_length(backend: Backend) -> int | None:
         backend, "context_length", int(limit) if limit is not None and limit < UNLIMITED else None
     )
     return found
+
+
+def check_request(
+    info: ModelInfo, vocabulary: int, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]
+) -> None:
+    """Raise unless edits, reads and tokens fit a model that knows so many token ids, and the edits the batch."""
+    check_edits(edits, info.n_layers, info.d_model, len(tokens), max(tokens.lengths))
+    check_reads(reads, info.n_layers, info.d_model)
+    tokens.check_vocabulary(vocabulary)
 
 
 def check_fits(limit: int | None, lengths: Iterable[int], new: int = 0) -> None:

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from persona_lens.backend.batches import batches_of_passes, can_run_prompts_once, check_fits, rows_at_once
+from persona_lens.backend.batches import (
+    batches_of_passes,
+    can_run_prompts_once,
+    check_fits,
+    check_request,
+    rows_at_once,
+)
 from persona_lens.backend.blocks import (
     context_of,
     describe,
@@ -28,7 +34,7 @@ from persona_lens.backend.blocks import (
     vocabulary_size,
 )
 from persona_lens.backend.editing import BlockHook, editing_blocks, hooking_blocks
-from persona_lens.backend.edits import Edit, Edits, as_edits, check_edits
+from persona_lens.backend.edits import Edit, Edits, as_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind, check_reads, need_last_token
@@ -156,7 +162,7 @@ class HookedBackend:
     ) -> ForwardResult:
         """See `persona_lens.backend.protocol.Backend.forward`."""
         edits = as_edits(edits)
-        self.check_request(tokens, edits, reads)
+        check_request(self.info, vocabulary_size(self.module), tokens, edits, reads)
         if not reads and not logprobs:
             return ForwardResult()
         check_fits(self.context_length, tokens.lengths)
@@ -166,18 +172,12 @@ class HookedBackend:
         """See `persona_lens.backend.protocol.Backend.editing`."""
         return editing_blocks(self.attach, edits, self)
 
-    def check_request(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read]) -> None:
-        """Raise unless edits, reads and tokens fit the model, and the edits the batch."""
-        check_edits(edits, self.info.n_layers, self.info.d_model, len(tokens), max(tokens.lengths))
-        check_reads(reads, self.info.n_layers, self.info.d_model)
-        tokens.check_vocabulary(vocabulary_size(self.module))
-
     def padded_prompts(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Sequence[Edit], reads: Sequence[Read]
     ) -> PaddedTokens:
         """The prompts of a generation as the model takes them; raises unless all that is asked for fits."""
         tokens = TokenBatch.of(prompts)
-        self.check_request(tokens, edits, reads)
+        check_request(self.info, vocabulary_size(self.module), tokens, edits, reads)
         sampling.check_rows(len(prompts))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
         return pad_left(tokens, self.pad_id, self.device or "cpu")

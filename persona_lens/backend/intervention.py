@@ -179,8 +179,12 @@ class _MeanReader:
         return means
 
 
-class _TokenReader:
-    """Keeps a value for every token: its projections, its residual's length, or all of its residual."""
+class TokenValues:
+    """A value for every token: its projections, its residual's length, or all of its residual; kept by layer.
+
+    Args:
+        read: See `persona_lens.backend.reads.Read.plain`.
+    """
 
     leaves_out_sinks = False
 
@@ -191,16 +195,22 @@ class _TokenReader:
         self._units = dict(zip(self.layers, units, strict=True)) if units is not None else {}
         self._kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
-    def take(
-        self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
-    ) -> None:
-        fresh = h[:, -masks.fresh :].float()
+    def keep(self, layer: int, h: Float[Tensor, "*tokens d_model"]) -> None:
+        """Keep the values of these residuals."""
+        fresh = h.float()
         if self.kind == "norms":
             fresh = fresh.norm(dim=-1, keepdim=True)
         if self._units:
             unit = self._units[layer] = self._units[layer].to(h.device)
             fresh = fresh @ unit.T
         self._kept[layer].append(fresh)
+
+
+class _TokenReader(TokenValues):
+    def take(
+        self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
+    ) -> None:
+        self.keep(layer, h[:, -masks.fresh :])
 
     def result(self, masks: TokenMasks) -> dict[str, Tensor]:
         values = torch.stack([torch.cat(self._kept[layer], dim=1).cpu() for layer in self.layers], dim=1)

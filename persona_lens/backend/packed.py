@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from persona_lens.backend.intervention import TokenValues
 from persona_lens.backend.packed_call import PackedCall
 from persona_lens.backend.writing import Writer, sinks_among
 
@@ -91,7 +92,7 @@ class PackedMasks:
             index = mask.nonzero().flatten()
             self._of[kind] = self._there(index), self._there(rows[index])
         self._without_ends(ids)
-        self._where: dict[object, Tensor | None] = {}
+        self._where: dict[object, tuple[Tensor | None, Tensor]] = {}
         self._rows_there: Tensor | None = None
 
     def _without_ends(self, ids: Tensor) -> None:
@@ -128,10 +129,16 @@ class PackedMasks:
         self, positions: str | Tensor, span: tuple[int, int | None] | None = None
     ) -> Bool[Tensor, "tokens 1"] | None:
         """The positions, or their part from ``start`` to ``stop``, as a mask over this pass; None for all."""
+        return self._located(positions, span)[0]
+
+    def _located(self, positions: str | Tensor, span: tuple[int, int | None] | None) -> tuple[Tensor | None, Tensor]:
+        """`where`, and how many new positions of each row are among them; once a pass, however many edits ask."""
         key = (positions if isinstance(positions, str) else id(positions), span)
         if key not in self._where:
             mask = self.mask(positions, span)
-            self._where[key] = None if mask is None else self._there(mask.unsqueeze(1))
+            made = self.rows[self.fresh if mask is None else self.fresh & mask]
+            counts = torch.bincount(made, minlength=len(self._prompts))
+            self._where[key] = None if mask is None else self._there(mask.unsqueeze(1)), counts
         return self._where[key]
 
     def mask(
@@ -157,8 +164,7 @@ class PackedMasks:
 
     def _index(self, positions: str | Tensor) -> Int[Tensor, " tokens"]:
         """Number of each token among those of its row that are of a kind; negative before the first of them."""
-        begins_before = {"response": 0, "generating": 1} if isinstance(positions, str) else {}
-        shift = begins_before.get(positions) if isinstance(positions, str) else None
+        shift = {"response": 0, "generating": 1}.get(positions) if isinstance(positions, str) else None
         return self.at if shift is None else self._after + shift
 
     def index(self, positions: str | Tensor) -> Int[Tensor, "tokens 1"]:
@@ -175,10 +181,7 @@ class PackedMasks:
 
     def tally(self, edit: int, positions: str | Tensor, span: tuple[int, int | None] | None) -> None:
         """Count the new positions that an edit was just made at."""
-        mask = self.mask(positions, span)
-        made = self.fresh if mask is None else self.fresh & mask
-        counts = torch.bincount(self.rows[made], minlength=len(self._prompts))
-        self.tallies.edited[edit] = self.tallies.edited.get(edit, 0) + counts
+        self.tallies.edited[edit] = self.tallies.edited.get(edit, 0) + self._located(positions, span)[1]
 
 
 class PackedIntervention:
@@ -201,8 +204,6 @@ class PackedIntervention:
         self._watcher = _TokenReader(call.watched) if call.watched is not None else None
         reading = (reader.layers for reader in self._all)
         self.layers = tuple(sorted(self._writer.layers.union(*reading)))
-        leaving_out = (reader.layers for reader in self._readers if reader.leaves_out_sinks)
-        self._leaving_out = self._writer.leaving_out.union(*leaving_out)
         self.masks.tallies.blocks = dict.fromkeys(self.layers, 0)
 
     def begin_pass(self, rows: Int[Tensor, " tokens"], at: Int[Tensor, " tokens"], ids: Int[Tensor, " tokens"]) -> None:
@@ -214,7 +215,7 @@ class PackedIntervention:
     def block(self, layer: int, h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
         """The output of block ``layer`` over this pass's tokens after its edits; reads are taken on the way."""
         sinks, packed = None, h.unsqueeze(1)
-        if layer in self._leaving_out and self._asks_for_sinks(layer):  # as edits find the residual, for reads too
+        if self._asks_for_sinks(layer):  # as edits find the residual, for reads too
             sinks = sinks_among(layer, packed, self.call.sink_limits, self.masks.first)
         if layer in self._writer.layers:
             written = self._writer.block(layer, packed, self.masks, sinks)
@@ -231,7 +232,8 @@ class PackedIntervention:
         """Whether it depends on them what is done in this pass, as it does not in most: few have tokens of a prompt."""
         if layer in self._writer.leaving_out:
             return True
-        return any(each.leaves_out_sinks and each.has_tokens(self.masks) for each in self._readers)
+        means = (each for each in self._readers if isinstance(each, _MeanReader) and layer in each.layers)
+        return any(each.leaves_out_sinks and each.has_tokens(self.masks) for each in means)
 
     @property
     def _all(self) -> list[_MeanReader | _TokenReader]:
@@ -311,35 +313,19 @@ class _MeanReader:
         return {"value": stacked.squeeze(-1) if self.kind == "response_norm" else stacked, "counts": counted}
 
 
-class _TokenReader:
-    """Keeps a value for every token: its projections, its residual's length, or all of its residual."""
-
-    leaves_out_sinks = False
+class _TokenReader(TokenValues):
+    """Its tokens are of whichever rows a pass holds."""
 
     def __init__(self, read: dict[str, Any]) -> None:
-        self.kind: str = read["kind"]
-        self.layers: tuple[int, ...] = read["layers"]
-        units: list[Tensor] | None = read["units"]
-        self._units = dict(zip(self.layers, units, strict=True)) if units is not None else {}
+        super().__init__(read)
         self._whose: list[tuple[Tensor, Tensor]] = []
-        self._kept: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-
-    def has_tokens(self, masks: PackedMasks) -> bool:
-        """Always: it takes every token."""
-        return True
 
     def begin_pass(self, masks: PackedMasks) -> None:
         self._places, rows, at = masks.everything()
         self._whose.append((rows, at))
 
     def take(self, layer: int, h: Tensor, masks: PackedMasks, sinks: Tensor | None) -> None:
-        fresh = h[self._places.to(h.device)].float()
-        if self.kind == "norms":
-            fresh = fresh.norm(dim=-1, keepdim=True)
-        if self._units:
-            unit = self._units[layer] = self._units[layer].to(h.device)
-            fresh = fresh @ unit.T
-        self._kept[layer].append(fresh)
+        self.keep(layer, h[self._places.to(h.device)])
 
     def taken(self) -> dict[str, Tensor]:
         # Nothing too where a block was skipped in some pass, or failed: values have no place then. The tallies tell.

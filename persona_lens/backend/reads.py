@@ -32,6 +32,7 @@ class ReadKind(StrEnum):
 
 
 MEANS = (ReadKind.RESPONSE_MEAN, ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST)
+OF_RESPONSES = (ReadKind.RESPONSE_MEAN, ReadKind.RESPONSE_NORM)  # to which no token of a prompt contributes
 # Reductions that a sink would dominate. Responses do not hold a text's first token, and their mean is the paper's: it
 # takes in every token, as reads of single tokens do.
 LEAVING_OUT_SINKS = (ReadKind.PROMPT_MEAN, ReadKind.RESPONSE_NORM)
@@ -125,6 +126,11 @@ class Read:
             "units": units,
             "sinks": not self.leaves_out_sinks,
         }
+
+
+def need_prompts(reads: Sequence[Read]) -> bool:
+    """Whether a prompt has to be run over for them: one whose keys and values are there already cannot be read."""
+    return any(read.kind not in OF_RESPONSES for read in reads)
 
 
 def need_last_token(reads: Sequence[Read]) -> bool:

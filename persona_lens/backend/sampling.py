@@ -114,6 +114,10 @@ def continued_logprobs(
 
 def token_logprobs(logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
     """Log-probability of each id: float32 [tokens] on the CPU, from logits of any precision."""
+    return chosen_logprobs(logits, ids).cpu().clone()
+
+
+def chosen_logprobs(logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """The same where the logits are, for which a device need not be waited for."""
     wide = logits.float()
-    picked = wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return (picked - wide.logsumexp(dim=-1)).cpu().clone()
+    return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(dim=-1)

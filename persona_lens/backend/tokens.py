@@ -186,13 +186,15 @@ def cut_responses(
         end_ids: Ids that end a response; the first one and all after it are cut off.
         max_new_tokens: Tokens beyond this are cut off too.
     """
-    ends = set(end_ids)
-    responses, ended = [], []
-    for row in generated[:, :max_new_tokens].tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), None)
-        responses.append(tuple(row[:stop]))
-        ended.append(stop is not None)
-    return tuple(responses), tuple(ended)
+    cut = [cut_response(row, end_ids, max_new_tokens) for row in generated.tolist()]
+    return tuple(response for response, _ in cut), tuple(ended for _, ended in cut)
+
+
+def cut_response(given: Sequence[int], end_ids: Sequence[int], max_new_tokens: int) -> tuple[TokenIds, bool]:
+    """The same of one row."""
+    kept = tuple(given[:max_new_tokens])
+    stop = next((i for i, token in enumerate(kept) if token in end_ids), None)
+    return kept[:stop], stop is not None
 
 
 # Which of them an edit is made at
