@@ -24,12 +24,13 @@ from persona_lens.backend import (
 from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import recorded_base
 from persona_lens.backend.edits import edits_of_rows
+from persona_lens.backend.packed_run import edits_of_text
 from persona_lens.backend.reads import check_reads, need_last_token, need_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streaming import Listener, replay
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
-from persona_lens_vllm.call import Run, edits_of_text, noises_of
+from persona_lens_vllm.call import Run, noises_of
 from persona_lens_vllm.engine import Engine
 from persona_lens_vllm.facts import facts_of
 from persona_lens_vllm.opening import folder_of, require_ours, start_engine
@@ -201,6 +202,8 @@ class VllmBackend:
         sampling.check_rows(len(tokens))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
         if not sampling.use_cache:
+            if watch is not None:
+                watch.refuse_top()
             made = self._uncached(tokens, sampling, edits, reads if watch is None else ())
             return made if watch is None else self._replayed(tokens, made, edits, reads, watch)
         more = watch is not None or need_last_token(reads)
@@ -213,21 +216,11 @@ class VllmBackend:
                 streamed=watch is not None,
                 max_tokens=sampling.max_new_tokens + more,
                 stop_token_ids=list(self.end_ids),
+                logprobs=run.top,
                 skip_reading_prefix_cache=watch is not None or need_prompts(reads),
             )
-            job.run(None if run.told is None else run.told.tell)
-        responses, ended = run.responses()
-        if run.told is None:
-            lengths = [len(p) + len(r) - (not more) for p, r in zip(tokens.prompts, responses, strict=True)]
-            run.check(lengths)
-            return Generation(responses, ended, run.reads(TokenBatch.of(prompts, responses).lengths))
-        responses, ended = run.told.listener.cut(responses, ended)
-        # A row that was stopped may have been read further than it goes.
-        text = TokenBatch.of(prompts, responses)
-        if bool(run.told.listener.stopped.any()) and reads:
-            return Generation(responses, ended, self.forward(text, edits_of_text(edits, text), reads).reads)
-        run.check(text.lengths)
-        return Generation(responses, ended, run.reads(text.lengths))
+            job.run(None if watch is None else run.tell)
+        return run.generation(more=more, forward=self.forward)
 
     def _uncached(
         self, tokens: TokenBatch, sampling: Sampling, edits: Sequence[Edit], reads: Sequence[Read]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from persona_lens.backend import BackendError
+from persona_lens.core.threads import Turns
 from persona_lens_vllm.tags import TAG, Here
 from persona_lens_vllm.worker import Order, Outcome
 
@@ -28,33 +28,9 @@ class Engine:
         self.llm = llm
         Here.engine = True
         self.received = 0
-        self._turn = threading.Condition()
-        self._busy = False
-        self._waiting = 0  # threads that have something to say to the engine; steps let them go first
+        self._turns = Turns()
         self._names = itertools.count()
         self._jobs: dict[str, Job] = {}
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._turn:
-            self._waiting += 1
-            try:
-                self._turn.wait_for(lambda: not self._busy)
-                self._busy = True
-            except BaseException:  # an interruption: whoever let this thread go first need not any more
-                self._turn.notify_all()
-                raise
-            finally:
-                self._waiting -= 1
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        with self._turn:
-            self._busy = False
-            self._turn.notify_all()
 
     def ask(self, method: str, *args: Any) -> list[Any]:
         """What the workers say that have something of their own to say.
@@ -62,7 +38,7 @@ class Engine:
         Raises:
             BackendError: If the engine has ended.
         """
-        with self._alone(), _explained():
+        with self._turns.alone(), _explained():
             said = self.llm.collective_rpc(f"persona_lens_{method}", args=args)
         packed = [each for each in said if each is not None]
         self.received += sum(map(len, packed))
@@ -78,37 +54,34 @@ class Engine:
 
     def add(self, requests: Sequence[tuple[str, Any, Any]]) -> None:
         """Hand requests over, each an id, a prompt and sampling parameters; they run as soon as there is room."""
-        with self._alone(), _explained():
+        with self._turns.alone(), _explained():
             for request in requests:
                 self.llm.llm_engine.add_request(*request)
 
     def abort(self, requests: Sequence[str]) -> None:
         """Take requests back."""
-        with self._alone(), _explained():
+        with self._turns.alone(), _explained():
             self.llm.llm_engine.abort_request(list(requests))
 
-    def step(self, job: Job, seen: int) -> bool:
-        """Let the engine run one step, unless somebody else's brings the job something new after ``seen`` news.
+    def run(self, job: Job, after_step: Callable[[], None] | None = None) -> None:
+        """Let the engine run until a job is over."""
+        self._turns.run_for(job, self._run_step, after_step)
 
-        Returns:
-            Whether there may be something new; False once nothing is and nothing will be.
-        """
-        with self._turn:
-            self._turn.wait_for(lambda: job.heard(seen) or (not self._busy and not self._waiting))
-            if job.heard(seen):
-                return job.news != seen
-            self._busy = True
-        try:
-            with _explained():
-                outputs = self.llm.llm_engine.step()
-            with self._turn:  # so that a row's last tokens and its end are news at once
-                for output in outputs:
-                    name, _, row = output.request_id.rpartition("/")
-                    if name in self._jobs:
-                        self._jobs[name].hear(int(row), output)
-        finally:
-            self._release()
-        return True
+    def step(self, job: Job, seen: int) -> bool:
+        """See `persona_lens.core.threads.Turns.step_for`."""
+        return self._turns.step_for(job, seen, self._run_step)
+
+    def _run_step(self) -> Callable[[], None]:
+        with _explained():
+            outputs = self.llm.llm_engine.step()
+
+        def tell() -> None:
+            for output in outputs:
+                name, _, row = output.request_id.rpartition("/")
+                if name in self._jobs:
+                    self._jobs[name].hear(int(row), output)
+
+        return tell
 
     def end(self, job: Job) -> list[Outcome]:
         """Take back what still runs of a job, and close its call."""
@@ -139,6 +112,7 @@ class Job:
     Attributes:
         name: The call's, in the workers.
         tokens: What each row was given so far.
+        logprobs: vLLM's log-probabilities at each of these places, where they were asked for.
         unfinished: Rows that still run.
         news: Grows whenever something was heard of it.
     """
@@ -147,6 +121,7 @@ class Job:
         self._engine = engine
         self.name = name
         self.tokens: dict[int, tuple[int, ...]] = {}
+        self.logprobs: dict[int, list[Any]] = {}
         self.unfinished: set[int] = set()
         self.news = 0
 
@@ -189,14 +164,16 @@ class Job:
 
     def hear(self, row: int, output: Any) -> None:
         """Note what a row was given."""
-        self.tokens[row] = tuple(output.outputs[0].token_ids)
+        said = output.outputs[0]
+        self.tokens[row] = tuple(said.token_ids)
+        self.logprobs[row] = said.logprobs or []
         if output.finished:
             self.unfinished.discard(row)
         self.news += 1
 
-    def heard(self, seen: int) -> bool:
-        """Whether there is something new since so much news, or nothing to wait for."""
-        return not self.unfinished or self.news != seen
+    def is_over(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return not self.unfinished
 
     def stop(self, rows: Sequence[int]) -> None:
         """Let rows say no more."""
@@ -207,8 +184,4 @@ class Job:
 
     def run(self, after_step: Callable[[], None] | None = None) -> None:
         """Run until every row has ended; ``after_step`` is called whenever something was heard."""
-        seen = 0
-        while self._engine.step(self, seen):
-            seen = self.news
-            if after_step is not None:
-                after_step()
+        self._engine.run(self, after_step)

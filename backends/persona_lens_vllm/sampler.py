@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from persona_lens.backend.sampling import noisy_logits
+from persona_lens.backend.sampling import add_draws
 from persona_lens_vllm.tags import check_tag, tag_of
 
 
@@ -69,12 +68,4 @@ class SeededRows(LogitsProcessor):  # type: ignore[misc]
 
     def apply(self, logits: Tensor) -> Tensor:
         """Add the next draw of every row."""
-        alike: dict[tuple[float, float], list[int]] = defaultdict(list)
-        for row, draws in self._rows.items():
-            alike[draws.how].append(row)
-        for (temperature, top_p), rows in alike.items():
-            noise = torch.empty(len(rows), logits.shape[1], dtype=torch.float32, device=logits.device)
-            for place, row in zip(noise, rows, strict=True):
-                self._rows[row].fill(place)
-            logits[rows] = noisy_logits(logits[rows].float(), noise, temperature, top_p).to(logits.dtype)
-        return logits
+        return add_draws(logits, self._rows)

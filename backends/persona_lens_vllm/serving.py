@@ -17,9 +17,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 from persona_lens.backend import BackendError, ModelInfo
+from persona_lens.backend.packed_run import reads_of
 from persona_lens.core.errors import PersonaLensError
 from persona_lens_vllm.caches import cache_keys
-from persona_lens_vllm.call import reads_of
 from persona_lens_vllm.facts import facts_of
 from persona_lens_vllm.fidelity import check_outcome
 from persona_lens_vllm.opening import require_ours
@@ -242,7 +242,10 @@ class _Exchange:
         return {
             "version": VERSION,
             "tokens": tokens,
-            "reads": {kind: tensor_data(value) for kind, value in reads_of(order.reads, outcomes, [tokens]).items()},
+            "reads": {
+                kind: tensor_data(value)
+                for kind, value in reads_of(order.reads, [each.reads for each in outcomes], [tokens]).items()
+            },
             **({"logprobs": tensor_data(logprobs)} if logprobs is not None else {}),
         }
 

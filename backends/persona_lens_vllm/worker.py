@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend.blocks import search_blocks
-from persona_lens.backend.packed import PackedIntervention, Tallies
+from persona_lens.backend.packed import Tallies
 from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.packed_pass import RunningCall, edited_pass
 from persona_lens.backend.sampling import chosen_logprobs
 from persona_lens.backend.tokens import FURTHEST
 from persona_lens_vllm.caches import Caches, cache_keys
@@ -28,10 +29,6 @@ from persona_lens_vllm.stream import stream_of, with_stream
 from persona_lens_vllm.tags import tag_of
 from persona_lens_vllm.wire import RowOrder
 
-# A residual beyond this makes keys and values that are no numbers, and these harm whoever is given their memory next:
-# attention multiplies what it does not attend to by 0. No model comes near it, in half precision but by overflowing.
-LARGEST = {torch.float16: 3e4}
-LARGEST_OF_OTHERS = 1e15
 AT_ONCE = 256  # tokens whose logits are in memory together
 
 
@@ -133,44 +130,21 @@ class ResidualStream:
         return Calls.of(self).take(name)
 
 
-class Running:
+class Running(RunningCall):
     """A call whose requests run."""
 
     def __init__(self, order: Order, layers: range) -> None:
+        super().__init__(order.call.within(layers.start, layers.stop))
         self.order = order
-        self.intervention = PackedIntervention(order.call.within(layers.start, layers.stop))
         self.foreign: set[int] = set()
-        self.error: str | None = None
         self.scored = None if order.scored is None else _Scored(order.scored, order.call.prompts)
-        self.places: Tensor = torch.empty(0)
-        self.whole = False
-        self._beyond: dict[int, Tensor] = {}
-
-    def begin_pass(self, rows: np.ndarray, at: np.ndarray, places: np.ndarray, ids: Tensor) -> None:
-        """The places of the call's tokens among those of the pass, and whose they are."""
-        self.rows, self.at = torch.from_numpy(rows), torch.from_numpy(at)
-        self.places = torch.from_numpy(places).to(ids.device, non_blocking=True)
-        self.intervention.begin_pass(self.rows, self.at, ids[self.places])
-
-    def edited(self, layer: int, h: Tensor) -> Tensor:
-        """The residual after the edits of a layer, within what a model can go on from; it is told when it was not."""
-        made = self.intervention.block(layer, h)
-        if made is h:
-            return h
-        most = LARGEST.get(made.dtype, LARGEST_OF_OTHERS)
-        kept = made.nan_to_num(0.0, most, -most).clamp_(-most, most)
-        beyond = (kept != made).any()
-        self._beyond[layer] = beyond | self._beyond[layer] if layer in self._beyond else beyond
-        return kept
 
     def outcome(self) -> Outcome:
         """What was found."""
-        intervention = self.intervention
-        if self.error is None and (beyond := [layer for layer, found in self._beyond.items() if bool(found)]):
-            self.error = f"an edit at layer {min(beyond)} makes a residual too large for the model; weaken it"
-        reads = intervention.results() if self.error is None else {}
+        intervention, error = self.intervention, self.failure()
+        reads = intervention.results() if error is None else {}
         scored = None if self.scored is None else self.scored.values()
-        return Outcome(reads, intervention.masks.tallies, scored, tuple(sorted(self.foreign)), self.error)
+        return Outcome(reads, intervention.masks.tallies, scored, tuple(sorted(self.foreign)), error)
 
 
 class _Scored:
@@ -315,25 +289,21 @@ class Calls:
             lengths = starts[numbers + 1] - starts[numbers]
             within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
             places, at = within + np.repeat(starts[numbers], lengths), within + np.repeat(computed[numbers], lengths)
-            call.begin_pass(np.repeat(rows, lengths), at, places, ids)
-            call.whole = len(places) == starts[-1]
+            whose, at, places = (torch.from_numpy(each) for each in (np.repeat(rows, lengths), at, places))
+            call.begin_pass(whose, at, places, ids[: starts[-1]])
             self._active.append(call)
 
     def _at_block(self, layer: int, _: Any, __: Any, output: Any) -> Any:
-        stream: Tensor | None = None
-        changed: Tensor | None = None
-        for call in self._active:
-            if call.error is not None or layer not in call.intervention.layers:
-                continue
-            try:  # what is raised in here would end the engine, and with it everybody's requests
-                stream = stream_of(output) if stream is None else stream
-                h = stream if call.whole and len(stream) == len(call.places) else stream[call.places]
-                made = call.edited(layer, h)
-                if made is not h:
-                    changed = stream.clone() if changed is None else changed
-                    changed[call.places] = made
-            except Exception as error:  # noqa: BLE001 - told when the call is closed
+        calls = [call for call in self._active if call.error is None and layer in call.intervention.layers]
+        if not calls:
+            return None
+        try:  # what is raised in here would end the engine, and with it everybody's requests
+            stream = stream_of(output)
+        except Exception as error:  # noqa: BLE001 - told when the calls are closed
+            for call in calls:
                 call.error = f"{type(error).__name__}: {error}"
+            return None
+        changed = edited_pass(calls, layer, stream)
         return None if changed is None else with_stream(output, changed)
 
     def _end_pass(self, output: Any) -> None:

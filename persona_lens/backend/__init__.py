@@ -8,6 +8,7 @@ from persona_lens.backend.reads import Read, ReadError, ReadKind
 from persona_lens.backend.registry import backend_statuses, find_backend, open_backend, wrap_model
 from persona_lens.backend.streaming import (
     StopGeneration,
+    TokenScore,
     Watch,
     WatchableBackend,
     WatchedTokens,
@@ -47,6 +48,7 @@ __all__ = [
     "StopGeneration",
     "TokenBatch",
     "TokenError",
+    "TokenScore",
     "Watch",
     "WatchError",
     "WatchableBackend",

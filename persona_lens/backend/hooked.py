@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -153,6 +153,7 @@ class HookedBackend:
     ) -> Generation:
         """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
         check_reads([watch.read], self.info.n_layers, self.info.d_model)
+        watch.refuse_top()
         watcher = Watcher(watch, len(prompts), self.info.n_layers)
         found = self._generate(prompts, sampling, as_edits(edits), reads, watcher)
         return Generation(*watcher.listener.cut(found.responses, found.ended), found.reads)
@@ -176,11 +177,17 @@ class HookedBackend:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Sequence[Edit], reads: Sequence[Read]
     ) -> PaddedTokens:
         """The prompts of a generation as the model takes them; raises unless all that is asked for fits."""
+        return pad_left(self.checked_prompts(prompts, sampling, edits, reads), self.pad_id, self.device or "cpu")
+
+    def checked_prompts(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Sequence[Edit], reads: Sequence[Read]
+    ) -> TokenBatch:
+        """The same as they are."""
         tokens = TokenBatch.of(prompts)
         check_request(self.info, vocabulary_size(self.module), tokens, edits, reads)
         sampling.check_rows(len(prompts))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
-        return pad_left(tokens, self.pad_id, self.device or "cpu")
+        return tokens
 
     def intervention(
         self, tokens: PaddedTokens, edits: Sequence[Edit], reads: Sequence[Read], **run: Any
@@ -271,6 +278,12 @@ class HookedBackend:
             return None
 
     @contextmanager
+    def running(self, layers: Iterable[int], at_block: BlockHook) -> Iterator[None]:
+        """While open the module may run, alone, hooked at these layers and as it is for inference."""
+        with self._lock, torch.inference_mode(), evaluating(self.module), self.attach(sorted(layers), at_block):
+            yield
+
+    @contextmanager
     def _running(self, intervention: Intervention, stop_at: int | None = None) -> Iterator[None]:
         def at_block(layer: int, h: Tensor, _: Mapping[str, Any]) -> Tensor:
             h = intervention.block(layer, h)
@@ -282,8 +295,7 @@ class HookedBackend:
             intervention.begin_pass(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
 
         layers = {*intervention.layers, *(() if stop_at is None else (stop_at,))}
-        attached = self.attach(sorted(layers), at_block)
-        with self._lock, torch.inference_mode(), evaluating(self.module), attached:
+        with self.running(layers, at_block):
             handle = self.module.register_forward_pre_hook(before_pass, with_kwargs=True)
             try:
                 yield

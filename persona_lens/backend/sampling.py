@@ -10,12 +10,25 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Protocol
 
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from persona_lens.backend.tokens import Sampling
+
+    class Draws(Protocol):
+        """The noise of one row."""
+
+        @property
+        def how(self) -> tuple[float, float]:
+            """Temperature, and the nucleus of the sampling."""
+            ...
+
+        def fill(self, row: Float[Tensor, " vocab"]) -> None:
+            """Fill the row with the next draw of an exponential distribution."""
+            ...
 
 
 class RowSampler:
@@ -63,6 +76,19 @@ def noisy_logits(
         scaled = keep_nucleus(scaled, top_p)
     # -log of an exponential draw is a Gumbel draw; the clamp keeps a draw of exactly 0 from always winning.
     return scaled - exponential.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+
+
+def add_draws(logits: Float[Tensor, "rows vocab"], draws: Mapping[int, Draws]) -> Float[Tensor, "rows vocab"]:
+    """The logits with the next draw of some of their rows added in place; each row is sampled in its own way."""
+    alike: dict[tuple[float, float], list[int]] = {}
+    for row, drawn in draws.items():
+        alike.setdefault(drawn.how, []).append(row)
+    for (temperature, top_p), rows in alike.items():
+        noise = torch.empty(len(rows), logits.shape[1], dtype=torch.float32, device=logits.device)
+        for place, row in zip(noise, rows, strict=True):
+            draws[row].fill(place)
+        logits[rows] = noisy_logits(logits[rows].float(), noise, temperature, top_p).to(logits.dtype)
+    return logits
 
 
 def keep_nucleus(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tensor, "batch vocab"]:

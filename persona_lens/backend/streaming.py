@@ -47,12 +47,30 @@ class WatchedTokens:
         projections: float32 [batch, L, new, k], in residual-stream units, after the edits: the value of a token is that
             of the residual at the token's own position. NaN at padding and in rows that have finished.
         finished: bool [batch], True for a row whose response ended before this pass.
+        scores: How likely each row's token was, and what else was, where the watch asks for it; None at step 0, and
+            for rows that have finished.
     """
 
     step: int
     ids: Int[Tensor, "batch new"]
     projections: Float[Tensor, "batch layers new k"]
     finished: Bool[Tensor, " batch"]
+    scores: tuple[TokenScore | None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How likely a token was that was generated, as the model is edited, before temperature and noise.
+
+    Attributes:
+        logprob: Its log-probability in nats.
+        top_ids: The likeliest tokens, the likeliest first.
+        top_logprobs: Their log-probabilities.
+    """
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +82,31 @@ class Watch:
         on_tokens: Called after every forward pass, in the order of the passes. It may raise `StopGeneration`; any other
             error ends the generation and comes out as it is. It must not run the same backend.
         layers: Block indices, 0-based, ascending; None watches every layer.
+        top: Also tell how likely each token was, with so many of the likeliest at its place; None does not. Backends
+            whose calls run together can, see `persona_lens.backend.continuous`.
 
     Raises:
         ReadError: If layers are not ascending.
+        WatchError: If ``top`` is negative.
     """
 
     directions: Float[Tensor, "k d_model"] | Float[Tensor, "layers k d_model"]
     on_tokens: Callable[[WatchedTokens], None]
     layers: tuple[int, ...] | None = None
+    top: int | None = None
 
     def __post_init__(self) -> None:
         assert self.read  # raises for layers that cannot be
+        if self.top is not None and self.top < 0:
+            raise WatchError(f"the likeliest tokens to tell of are 0 or more, got {self.top}")
+
+    def refuse_top(self) -> None:
+        """Raise `WatchError` if it asks for what only backends can tell whose calls run together."""
+        if self.top is not None:
+            raise WatchError(
+                "this backend does not tell how likely tokens were while it generates; wrap it in "
+                "persona_lens.backend.continuous(backend), or score the finished text with forward(..., logprobs=True)"
+            )
 
     @property
     def read(self) -> Read:
@@ -293,15 +325,21 @@ class Arrivals:
         self._values[rows, :, at] = values[kept]
         self._there[rows, at] = True
 
-    def tell(self, responses: Sequence[TokenIds], over: Sequence[bool]) -> None:
+    def tell(
+        self,
+        responses: Sequence[TokenIds],
+        over: Sequence[bool],
+        scores: Sequence[Sequence[TokenScore]] | None = None,
+    ) -> None:
         """Tell of every pass that is complete.
 
         Args:
             responses: Each row's so far.
             over: Whether it has ended, so that nothing follows.
+            scores: How likely its tokens were, where that is wanted.
         """
         while self._is_complete(responses, over):
-            self._listener.tell(self._pass(responses))
+            self._listener.tell(self._pass(responses, scores))
             self._step += 1
 
     def _is_complete(self, responses: Sequence[TokenIds], over: Sequence[bool]) -> bool:
@@ -315,18 +353,23 @@ class Arrivals:
             says_more = True
         return says_more
 
-    def _pass(self, responses: Sequence[TokenIds]) -> WatchedTokens:
+    def _pass(self, responses: Sequence[TokenIds], scores: Sequence[Sequence[TokenScore]] | None) -> WatchedTokens:
         new = 1 if self._step else self._width
         finished = self._listener.stopped | torch.tensor([len(response) < self._step for response in responses])
         ids = torch.zeros(len(self._prompts), new, dtype=torch.long)
         values = self._values.new_full((*self._values.shape[:2], new, self._values.shape[3]), torch.nan)
         for row in (~finished).nonzero().flatten().tolist():
             prompt = self._prompts[row]
-            told = responses[row][self._step - 1 : self._step] if self._step else prompt
+            fresh = responses[row][self._step - 1 : self._step] if self._step else prompt
             first = len(prompt) + self._step - 1 if self._step else 0
-            ids[row, new - len(told) :] = torch.tensor(told)
-            values[row, :, new - len(told) :] = self._values[row, :, first : first + len(told)]
-        return WatchedTokens(self._step, ids, values, finished)
+            ids[row, new - len(fresh) :] = torch.tensor(fresh)
+            values[row, :, new - len(fresh) :] = self._values[row, :, first : first + len(fresh)]
+        told = None
+        if scores is not None and self._step:
+            told = tuple(
+                None if over else of[self._step - 1] for of, over in zip(scores, finished.tolist(), strict=True)
+            )
+        return WatchedTokens(self._step, ids, values, finished, told)
 
 
 def replay(listener: Listener, text: TokenBatch, projections: Float[Tensor, "batch layers width k"]) -> None:
@@ -368,6 +411,7 @@ class WatchedByReplay:
         Raises:
             ReadError: If projections are asked for beside.
         """
+        watch.refuse_top()
         if any(read.kind is ReadKind.PROJECTIONS for read in reads):
             raise ReadError(f"{self.watched_as} is watched by a read of projections, and takes no other; leave it out")
         found = self.generate(prompts, sampling, as_edits(edits), (*reads, watch.read))

@@ -1,11 +1,12 @@
-"""Work that several threads do, as much at once as may run."""
+"""Work that several threads do, as much at once as may run; and one that they take turns at."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 Given = TypeVar("Given")
 Done = TypeVar("Done")
@@ -68,3 +69,90 @@ def in_threads(
             turn += 1
     if first_error is not None:
         raise first_error
+
+
+class Waiter(Protocol):
+    """Who waits for news of steps."""
+
+    @property
+    def news(self) -> int:
+        """Grows whenever there is something new."""
+        ...
+
+    def is_over(self) -> bool:
+        """Whether there will be nothing new any more."""
+        ...
+
+
+class Turns:
+    """Steps of a work that several threads wait for: whoever waits runs the next one.
+
+    So the work needs no thread of its own, which could be left behind.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._busy = False
+        self._waiting = 0  # threads that have something to say in between; steps let them go first
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While open no step runs."""
+        with self._turn:
+            self._waiting += 1
+            try:
+                self._turn.wait_for(lambda: not self._busy)
+                self._busy = True
+            except BaseException:  # an interruption: whoever let this thread go first need not any more
+                self._turn.notify_all()
+                raise
+            finally:
+                self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._release()
+
+    def run_for(
+        self, waiter: Waiter, step: Callable[[], Callable[[], None]], after: Callable[[], None] | None = None
+    ) -> None:
+        """Run steps, or hear of those of others, until there is nothing to wait for.
+
+        Args:
+            waiter: Who waits.
+            step: Runs one, and returns what makes its news known; to all that it brings news at once.
+            after: Called in this thread whenever there may be news.
+        """
+        seen = waiter.news
+        while self.step_for(waiter, seen, step):
+            seen = waiter.news
+            if after is not None:
+                after()
+
+    def step_for(self, waiter: Waiter, seen: int, step: Callable[[], Callable[[], None]]) -> bool:
+        """Run a step, unless somebody else's brings the waiter something new after ``seen`` news.
+
+        Returns:
+            Whether there may be something new; False once nothing is and nothing will be.
+        """
+
+        def heard() -> bool:
+            return waiter.news != seen or waiter.is_over()
+
+        with self._turn:
+            self._turn.wait_for(lambda: heard() or (not self._busy and not self._waiting))
+            if heard():
+                return waiter.news != seen
+            self._busy = True
+        try:
+            tell = step()
+            with self._turn:
+                tell()
+        finally:
+            self._release()
+        return True
+
+    def _release(self) -> None:
+        with self._turn:
+            self._busy = False
+            self._turn.notify_all()

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from persona_lens.backend import BackendError, Edit, Positions, Read, ReadKind, Span, TokenBatch
 from persona_lens.backend.packed import PackedIntervention
+from persona_lens.backend.packed_checks import FidelityError
+from persona_lens.backend.packed_run import edits_of_text
 from persona_lens_vllm.caches import cache_keys
-from persona_lens_vllm.call import edits_of_text
 from persona_lens_vllm.engine import Engine, Job
-from persona_lens_vllm.fidelity import FidelityError, check_outcome
+from persona_lens_vllm.fidelity import check_outcome
 from persona_lens_vllm.stream import stream_of, with_stream
 from persona_lens_vllm.worker import Order, Outcome
 from tests.backends.packs import ALL_READS, LAYERS, SINKS_TOO, D, Rows, passes, random_edits, run_pass
@@ -250,7 +251,9 @@ class ScriptedLLM:
                 finished = len(self.given[name]) == self.waiting[name]
                 outputs.append(
                     SimpleNamespace(
-                        request_id=name, finished=finished, outputs=[SimpleNamespace(token_ids=list(self.given[name]))]
+                        request_id=name,
+                        finished=finished,
+                        outputs=[SimpleNamespace(token_ids=list(self.given[name]), logprobs=None)],
                     )
                 )
                 if finished:

@@ -1,0 +1,172 @@
+"""`RowsRun`: a call's rows as they come and go in passes, and what is heard of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_lens.backend.edits import Edit
+from persona_lens.backend.packed_checks import check_done
+from persona_lens.backend.packed_pass import RunningCall
+from persona_lens.backend.packed_run import PackedRun
+from persona_lens.backend.reads import Read
+from persona_lens.backend.streaming import TokenScore
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+
+
+@dataclass(eq=False)
+class Row:
+    """A row of a run.
+
+    Attributes:
+        run: The run.
+        number: Its number there.
+        text: Its tokens so far, those of the prompt first.
+        draws: What makes its tokens a sample; None for the likeliest ones.
+        over: Whether it is given no more.
+    """
+
+    run: RowsRun
+    number: int
+    text: list[int]
+    draws: Draws | None
+    over: bool = False
+
+    def take(self, token: int, score: TokenScore | None) -> None:
+        """Note the token that follows, if one does."""
+        run = self.run
+        given = len(self.text) - len(run.tokens.prompts[self.number])
+        if given < run.call.room:
+            if score is not None:
+                run.scored[self.number].append(score)
+            self.text.append(token)
+            given += 1
+            self.over = self.over or token in run.call.end_ids or (given == run.call.room and not run.more)
+        else:
+            self.over = True
+
+
+class Draws:
+    """The draws of one row, see `persona_lens.backend.sampling.add_draws`."""
+
+    def __init__(self, seed: int, sampling: Sampling) -> None:
+        self.how = (sampling.temperature, sampling.top_p)
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+
+    def fill(self, row: Tensor) -> None:
+        """Fill the row with the next draw."""
+        if self._generator is None:
+            self._generator = torch.Generator(row.device).manual_seed(self._seed)
+        row.exponential_(generator=self._generator)
+
+
+class RowsRun(PackedRun):
+    """A call: its rows, and what was heard of them.
+
+    Args:
+        tokens: As `PackedRun` takes them, and the rest too.
+        edits: What to write.
+        reads: What to bring back.
+        sampling: How its rows are generated.
+        more: Whether the last token of each row runs too, because something of it is read.
+        rest: The rest.
+
+    Attributes:
+        news: Grows whenever something was heard.
+        error: What ended it.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenBatch,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        *,
+        sampling: Sampling,
+        more: bool,
+        **rest: Any,
+    ) -> None:
+        super().__init__(tokens, edits, reads, room=sampling.max_new_tokens, **rest)
+        self.more, self.news = more, 0
+        self.error: BaseException | None = None
+        self.running = RunningCall(self.call)
+        drawn = [Draws(seed, sampling) for seed in sampling.seeds or ()]
+        draws: Sequence[Draws | None] = drawn or [None] * len(tokens)
+        self.rows = [Row(self, n, list(prompt), draws[n]) for n, prompt in enumerate(tokens.prompts)]
+        self.scored: list[list[TokenScore]] = [[] for _ in self.rows]
+        self._arrived: deque[Mapping[str, Tensor]] = deque()
+        self._found: dict[str, dict[str, Tensor]] | None = None
+
+    def begin_anew(self) -> None:
+        """Forget what was read, and go on from the tokens that are there."""
+        self.running = RunningCall(self.call)
+
+    def hear(self) -> None:
+        """A pass with some of its rows is over."""
+        self.news += 1
+        if self.call.watched is not None and self.running.error is None:
+            self._arrived.append(self.running.intervention.watched())
+        if self.running.error is not None:
+            self.end()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing follows."""
+        self.error = self.error or error
+        for row in self.rows:
+            row.over = True
+
+    def is_over(self) -> bool:
+        """Whether all rows are."""
+        return all(row.over for row in self.rows)
+
+    def raise_error(self) -> None:
+        """Raise what ended it, if anything did before its time."""
+        if self.error is not None:
+            raise self.error
+        if (failure := self.running.failure()) is not None:
+            raise RuntimeError(failure)  # as it would have come out of a block
+
+    def given(self, row: int) -> TokenIds:
+        """See `PackedRun`."""
+        return tuple(self.rows[row].text[len(self.tokens.prompts[row]) :])
+
+    def scores(self, row: int) -> Sequence[TokenScore]:
+        """See `PackedRun`."""
+        return self.scored[row]
+
+    def has_ended(self, row: int) -> bool:
+        """See `PackedRun`."""
+        return self.rows[row].over
+
+    def stop(self, rows: Sequence[int]) -> None:
+        """See `PackedRun`."""
+        for row in rows:
+            self.rows[row].over = True
+
+    def watched(self) -> list[Mapping[str, Tensor]]:
+        """See `PackedRun`."""
+        arrived = []
+        while self._arrived:  # another thread's step may add to them meanwhile
+            arrived.append(self._arrived.popleft())
+        return [each for each in arrived if each]
+
+    def check(self, lengths: Sequence[int], partly: Sequence[int] = ()) -> None:
+        """See `PackedRun`."""
+        check_done(self.call, self.running.intervention.masks.tallies, self.found()[0], lengths, partly)
+
+    def found(self) -> list[dict[str, dict[str, Tensor]]]:
+        """See `PackedRun`."""
+        if self._found is None:
+            self._found = self.running.intervention.results()
+        return [self._found]
+
+
+def runs_of(rows: Iterable[Row]) -> list[RowsRun]:
+    """The runs of rows, each once."""
+    return list({row.run: None for row in rows})

@@ -1,0 +1,99 @@
+"""`RunningCall`: a call whose rows run in passes together with those of others; what it does at each block.
+
+Runs where the model runs, see `writing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from persona_lens.backend.packed import PackedIntervention
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from persona_lens.backend.packed_call import PackedCall
+
+# A residual beyond this makes keys and values that are no numbers, and these harm whoever is given their memory next:
+# attention multiplies what it does not attend to by 0. No model comes near it, in half precision but by overflowing.
+LARGEST = {torch.float16: 3e4}
+LARGEST_OF_OTHERS = 1e15
+
+
+class RunningCall:
+    """A call whose rows run.
+
+    Attributes:
+        intervention: What carries it out.
+        error: What went wrong in a block, after which nothing more is read or edited.
+        places: Places of its tokens among those of the pass that runs, where the model runs.
+        whole: Whether the pass has no other tokens.
+    """
+
+    def __init__(self, call: PackedCall) -> None:
+        self.intervention = PackedIntervention(call)
+        self.error: str | None = None
+        self.places: Tensor = torch.empty(0)
+        self.whole = False
+        self._beyond: dict[int, Tensor] = {}
+
+    def begin_pass(
+        self, rows: Int[Tensor, " some"], at: Int[Tensor, " some"], places: Int[Tensor, " some"], ids: Tensor
+    ) -> None:
+        """Tell which tokens of the coming pass are the call's.
+
+        Args:
+            rows: Each token's row, on the CPU.
+            at: Its position in its row, on the CPU.
+            places: Its place in the pass, on the CPU.
+            ids: All tokens of the pass.
+        """
+        self.rows, self.at = rows, at
+        self.places = places.to(ids.device, non_blocking=True)
+        self.whole = len(places) == len(ids)
+        self.intervention.begin_pass(rows, at, ids[self.places])
+
+    def at_block(self, layer: int, stream: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "some d_model"] | None:
+        """The residual of the call's own tokens after its edits; None where there are none."""
+        h = stream if self.whole and len(stream) == len(self.places) else stream[self.places.to(stream.device)]
+        made = self.intervention.block(layer, h)
+        return None if made is h else self._within_reach(layer, made)
+
+    def _within_reach(self, layer: int, made: Tensor) -> Tensor:
+        """What a model can go on from; it is told when it was not."""
+        most = LARGEST.get(made.dtype, LARGEST_OF_OTHERS)
+        kept = made.nan_to_num(0.0, most, -most).clamp_(-most, most)
+        beyond = (kept != made).any()
+        self._beyond[layer] = beyond | self._beyond[layer] if layer in self._beyond else beyond
+        return kept
+
+    def failure(self) -> str | None:
+        """What went wrong, an edit that was too strong among it."""
+        if self.error is None and (beyond := [layer for layer, found in self._beyond.items() if bool(found)]):
+            return f"an edit at layer {min(beyond)} makes a residual too large for the model; weaken it"
+        return self.error
+
+
+def edited_pass(
+    calls: Iterable[RunningCall], layer: int, stream: Float[Tensor, "tokens d_model"]
+) -> Float[Tensor, "tokens d_model"] | None:
+    """The residual of a pass after the edits of all calls that have tokens in it; None where nothing was changed.
+
+    An error in one call is its own: it is noted there, and the others go on.
+    """
+    changed: Tensor | None = None
+    for call in calls:
+        if call.error is not None or layer not in call.intervention.layers:
+            continue
+        try:
+            made = call.at_block(layer, stream)
+            if made is not None:
+                changed = stream.clone() if changed is None else changed
+                changed[call.places.to(stream.device)] = made
+        except Exception as error:  # noqa: BLE001 - told when the call ends
+            call.error = f"{type(error).__name__}: {error}"
+    return changed
