@@ -20,7 +20,7 @@ from persona_lens.backend.shared_prompts import can_share_prompts
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.streaming import Watch
 from persona_lens.backend.tokens import Sampling, TokenBatch
-from persona_lens.core.threads import Turns
+from persona_lens.core.threads import OneThread, Turns
 
 ROWS = 32  # that run together unless it is said otherwise
 
@@ -52,7 +52,7 @@ class ContinuousBackend:
         self.info, self.tokenizer, self.end_ids = hooked.info, hooked.tokenizer, hooked.end_ids
         self.base_weights, self.shares_prompts = hooked.base_weights, hooked.shares_prompts
         self.context_length = hooked.context_length
-        self._turns = Turns()
+        self._turns = Turns(OneThread())
         self._batch = ContinuousBatch(hooked, rows)
 
     def __repr__(self) -> str:

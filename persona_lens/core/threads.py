@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol, TypeVar
@@ -87,10 +88,15 @@ class Waiter(Protocol):
 class Turns:
     """Steps of a work that several threads wait for: whoever waits runs the next one.
 
-    So the work needs no thread of its own, which could be left behind.
+    So the work needs no thread that runs by itself, and could be left behind.
+
+    Args:
+        carry_out: Runs a step; by default in the thread whose turn it is. Whatever interrupts it, it must not return
+            before the step has ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, carry_out: Callable[[Callable[[], None]], None] = lambda step: step()) -> None:
+        self._carry_out = carry_out
         self._turn = threading.Condition()
         self._busy = False
         self._waiting = 0  # threads that have something to say in between; steps let them go first
@@ -144,10 +150,14 @@ class Turns:
             if heard():
                 return waiter.news != seen
             self._busy = True
-        try:
+
+        def run() -> None:
             tell = step()
             with self._turn:
                 tell()
+
+        try:
+            self._carry_out(run)
         finally:
             self._release()
         return True
@@ -156,3 +166,22 @@ class Turns:
         with self._turn:
             self._busy = False
             self._turn.notify_all()
+
+
+class OneThread:
+    """A thread that runs what others give it, one thing after another.
+
+    Each thread that calls torch has a team of threads of its own, and these stand in each other's way: what many
+    threads take turns at is better run by one.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Run it, and wait until it has ended, whatever interrupts this thread meanwhile."""
+        running = self._pool.submit(work)
+        try:
+            running.result()
+        finally:
+            wait([running])
