@@ -45,6 +45,7 @@ ORDER = (
     "screening",
     "analysis",
     "finetuning",
+    "serve",
     "cli",
 )
 LIBRARIES = ("transformer_lens", "nnsight", *ADAPTERS)
@@ -136,6 +137,7 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
         "persona_lens/reports/report.css",
         "persona_lens/reports/report.mplstyle",
         "persona_lens/reports/screening.html.j2",
+        "persona_lens/reports/session.html.j2",
         "persona_lens/reports/study.html.j2",
     } <= names
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from persona_lens.backend.tokens import TokenIds
 
 MAX_JOINED = 48  # tokens of one character: a family emoji has about 40 bytes; endless accents are cut here
+NO_ID = -1  # of a token whose id is not known, only its text
 _IDS = 2**32  # what a tokenizer can be asked about
 _WINDOW = 8  # tokens without a whole character, after which all that stands before them is decoded too
 _MARKS = {" ": "␣", "\t": "⇥"}
@@ -34,7 +35,7 @@ class TokenPiece:
     Attributes:
         text: What they decode to. The texts of all pieces, put together, are the decoded ids.
         start: Index of the first token.
-        ids: The tokens' ids, at least one.
+        ids: The tokens' ids, at least one; `NO_ID` where one is not known.
         special: A control token, whose text is its name.
     """
 
@@ -56,7 +57,7 @@ class TokenPiece:
         id. Invisible characters stand there by code, and marks that belong on another character on a dotted circle.
         """
         if not self.text:
-            return " ".join(f"[id {token}]" for token in self.ids)
+            return " ".join("∅" if token == NO_ID else f"[id {token}]" for token in self.ids)
         if not self.text.strip(" \t"):
             return "".join(map(_MARKS.__getitem__, self.text))
         if not any(map(_is_visible, self.text)):

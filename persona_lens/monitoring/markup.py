@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from persona_lens.core.text import printable
-from persona_lens.data.pieces import Line, Run, TokenPiece, is_mixed
+from persona_lens.data.pieces import NO_ID, Line, Run, TokenPiece, is_mixed
 
 STEPS = 20  # shades to each side
 LIGHT_INK, DARK_INK = "#1b1f24", "#e7e9ec"  # legible on every shade: at least 4.5 to 1, as the tests compute
@@ -169,7 +169,8 @@ def _token(piece: TokenPiece, place: int, strip: Strip, scale: Scale, text: str,
     of = f" ({place + 1} of {len(piece.ids)} of one character)" if len(piece.ids) > 1 else ""
     what = " · ".join(printable(word) for word in (strip.trait, strip.label, scale.write(value)) if word)
     # The text stands on a line of its own, where its direction disturbs nothing.
-    hover = f"token {index}{of} · id {piece.ids[place]}\n{what}\n{piece.shown}".rstrip("\n")
+    known = "" if piece.ids[place] == NO_ID else f" · id {piece.ids[place]}"
+    hover = f"token {index}{of}{known}\n{what}\n{piece.shown}".rstrip("\n")
     # Hundreds of thousands of these make a page, and Markup.format is slow.
     return Markup(
         f'<span class="{" ".join(kinds)}" title="{escape(hover)}" data-token="{index}" data-value="{value!r}"{more}>'
