@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
+from persona_lens.cli.chat import Chat, check_free
 from persona_lens.cli.display import READINGS, console, say, say_json, show_rows
 from persona_lens.cli.runner import say_traffic
 from persona_lens.cli.settings import Option, argument, choice
@@ -20,9 +22,10 @@ from persona_lens.core.files import write_text, writing
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
-    from persona_lens.backend import Backend, Edit
+    from persona_lens.backend import Backend
     from persona_lens.monitoring import Alarm, Alert, Panel, TokenReading, Turn
     from persona_lens.monitoring.scoring import ScoredTranscript
+    from persona_lens.steering import Steering
     from persona_lens.vectors import PersonaVectors
 
 
@@ -39,12 +42,15 @@ def chat_command(
     max_new_tokens: options.MaxNewTokens = 200,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
+    save: Annotated[Path | None, Option(metavar="FILE")] = None,
+    load: Annotated[Path | None, Option(metavar="FILE")] = None,
     allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Talk with a model, line by line, and see where its traits stand as it answers.
 
     Messages come from standard input, one a line, until it ends (Ctrl-D). With `--edits` the model answers steered, and
-    values are those after the edits. `--json` writes a line for every turn.
+    values are those after the edits. `--json` writes a line for every turn. Lines that begin with a slash are commands:
+    `/again` answers once more, `/edits` steers, `/help` lists all.
 
     Example: `persona-lens monitor chat smollm2-135m runs/baseline-optimistic-smollm2-135m --layer 18
     --alarm "optimistic>2sd"`
@@ -55,30 +61,40 @@ def chat_command(
         alarm_on: What alarms listen to: `prompt_last`, `token`, `running_mean` or `turn_mean`.
         stop: An alarm ends the reply.
         show: Show each reply's tokens coloured by their values.
+        save: Keep the conversation and its branches in this file, after every reply.
+        load: Go on with a conversation from a file that was kept, or of OpenAI messages.
     """
-    from persona_lens.monitoring import ConversationMonitor, Panel
+    from persona_lens.monitoring import Panel
+    from persona_lens.serve.session import Session
+    from persona_lens.serve.talk import Talk
 
+    session = None if load is None else Session.load(load)
+    check_free(save, load)
     loaded, chosen = options.open_layers(vectors, layers)
     panel = Panel.of(loaded, chosen)
     listening = [_alarm(text, alarm_on, stop) for text in alarms or ()]
     opened, chat = subject.open()
-    edits = _edits(written, loaded, opened, allow_other_model)
+    steering = _steering(written, loaded, opened, allow_other_model)
     says = _Speaker(opened.tokenizer)
-    monitor = ConversationMonitor(
+    talk = Talk(
         opened,
         panel,
+        session=session,
         chat=chat,
         system=system,
         alarms=listening,
         on_token=None if subject.as_json else says,
-        keep_tokens=show,
         allow_other_model=allow_other_model,
     )
-    _say_alarms(listening, panel, system)
-    for number, message in enumerate(_messages()):
-        turn = monitor.reply(
-            message, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + number, edits=edits
-        )
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    known = {each.trait: each for each in loaded} | dict(steering.vectors if steering is not None else {})
+    parse = partial(_parsed, known, opened, allow_other_model)
+    asking = Chat(talk, how, seed, steering, parse, save, load)
+    first = talk.session.path[0] if talk.session.path else None
+    _say_alarms(listening, panel, first.content if first is not None and first.role == "system" else None)
+    for turn in chain([asking.answer()], map(asking.take, _messages())):
+        if turn is None:
+            continue
         if subject.as_json:
             readings = [reading.to_json() for reading in turn.readings]
             say_json({"turn": turn.number, "text": turn.text, "stopped": turn.stopped, "readings": readings})
@@ -133,15 +149,26 @@ def _say_alarms(alarms: Sequence[Alarm], panel: Panel, system: str | None) -> No
             options.say_notes([f"the baseline of {alarm.trait} was measured under another system prompt than this one"])
 
 
-def _edits(
+def _steering(
     written: SteeringOptions, loaded: Sequence[PersonaVectors], backend: Backend, allow_other_model: bool
-) -> tuple[Edit, ...]:
+) -> Steering | None:
     steerings = list(written.open(*loaded).values())
     if len(steerings) > 1:
         raise PersonaLensError("a chat is steered in one way; put the terms into one --edits, with commas between them")
     for steering in steerings if not allow_other_model else ():
         steering.check_model(backend)
-    return steerings[0].edits() if steerings else ()
+    return steerings[0] if steerings else None
+
+
+def _parsed(known: Mapping[str, PersonaVectors], backend: Backend, allow_other_model: bool, text: str) -> Steering:
+    """A steering that is typed while the chat goes on: its notation, or a file."""
+    from persona_lens.steering import Steering, load_steering
+    from persona_lens.steering.given import is_steering_file
+
+    steering = load_steering(text, known) if is_steering_file(text) else Steering.parse(text, known)
+    if not allow_other_model:
+        steering.check_model(backend)
+    return steering
 
 
 class _Speaker:

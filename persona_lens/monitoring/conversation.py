@@ -195,6 +195,18 @@ class ConversationMonitor:
         """The assistant's turns so far."""
         return tuple(self._turns)
 
+    def stand(self, messages: Sequence[Message]) -> None:
+        """Go on from other messages, such as those of another branch; they are not read again.
+
+        Args:
+            messages: The whole conversation. Turns of what it has in common with the one so far stay.
+        """
+        given = [dict(message) for message in messages]
+        pairs = enumerate(zip(given, self._messages, strict=False))
+        common = next((at for at, (new, old) in pairs if new != dict(old)), min(len(given), len(self._messages)))
+        self._turns = [turn for turn in self._turns if turn.message < common]
+        self._messages = list(given)
+
     def trajectory(self) -> tuple[TraitReading, ...]:
         """Every gauge at every turn, turn by turn: the rows of a table."""
         return tuple(reading for turn in self._turns for reading in turn.readings)
@@ -231,7 +243,7 @@ class ConversationMonitor:
         asked: list[Message] = [*self._messages, {"role": "user", "content": user}]
         prompt = self._chat.encode_messages(asked)
         self._check_length(len(prompt), max_new_tokens)
-        meter = _TurnMeter(self.panel, self._alarms, len(self._turns))
+        meter = _TurnMeter(self.panel, self._alarms, self._number(len(asked)))
         stopped = False
 
         def on_tokens(tokens: WatchedTokens) -> None:
@@ -240,7 +252,7 @@ class ConversationMonitor:
             stopped = meter.token(values) if tokens.step else meter.prompt(values)
             if tokens.step and self._on_token is not None:
                 token = int(tokens.ids[0, -1])
-                self._on_token(TokenReading(len(self._turns), len(meter.said) - 1, token, values, meter.means))
+                self._on_token(TokenReading(self._number(len(asked)), len(meter.said) - 1, token, values, meter.means))
             if stopped:
                 raise StopGeneration
 
@@ -283,7 +295,7 @@ class ConversationMonitor:
         self._messages = [dict(message) for message in messages]
         turns = []
         for message, each in zip(new, values, strict=True):
-            meter = _TurnMeter(self.panel, self._alarms, len(self._turns))
+            meter = _TurnMeter(self.panel, self._alarms, self._number(message))
             meter.prompt(each[0])
             for value in each[1:]:
                 meter.token(value)
@@ -319,13 +331,17 @@ class ConversationMonitor:
         return [found[number] for number in range(len(answers))]
 
     def _finish(self, meter: _TurnMeter, message: int, text: str, stopped: bool) -> Turn:
-        number = len(self._turns)
+        number = self._number(message)
         said = torch.stack(meter.said) if meter.said else torch.empty(0, len(self.panel.gauges))
         readings = self.panel.readings(number, said, meter.before)
         turn = Turn(number, message, text, readings, said if self._keep_tokens else None, stopped)
         self._turns.append(turn)
         meter.finish()
         return turn
+
+    def _number(self, message: int) -> int:
+        """Which turn of the assistant a message is."""
+        return sum(each["role"] == "assistant" for each in self._messages[:message])
 
     def _check_length(self, prompt: int, new: int) -> None:
         limit = context_length(self._backend)

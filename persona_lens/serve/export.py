@@ -75,7 +75,7 @@ def _part(message: SessionMessage, gauges: Sequence[GaugeName]) -> dict[str, Any
     for place, gauge in enumerate(gauges):
         before, mean = (number(_value(values, place), 2, sign=True) for values in (read.prompt_last, read.means))
         told = foretold.get(place)
-        said = f"{number(told.probability, 0, percent=True)} {told.says}".strip() if told else ""
+        said = f"{number(told.probability, 0, percent=True)} {told.says or ''}".strip() if told else ""
         found["rows"].append((gauge.name, before, mean, said))
     found["alarms"] = [
         f"{each.alarm}: {each.trait} at layer {each.layer} stood at {number(each.value, 2, sign=True)}"

@@ -91,7 +91,7 @@ class Sounded(Record):
     gauge: int
     trait: str
     layer: int
-    value: float
+    value: float | None
     sds: float | None = None
     token: int | None = None
 
@@ -103,12 +103,12 @@ class Foretold(Record):
     Attributes:
         gauge: Number of the gauge.
         probability: That the reply shows the trait.
-        says: In words.
+        says: What is to be known of it, in words, if anything.
     """
 
     gauge: int
     probability: float
-    says: str = ""
+    says: str | None = None
 
 
 @dataclass(frozen=True)

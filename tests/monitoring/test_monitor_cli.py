@@ -18,6 +18,8 @@ from persona_lens.monitoring import ConversationMonitor, Panel, monitor_calibrat
 from persona_lens.monitoring.calibration import calibrate, with_monitor_calibration
 from persona_lens.monitoring.prediction import Observations
 from persona_lens.reports.study import title
+from persona_lens.serve.said import Made
+from persona_lens.serve.session import Session
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, load_vectors
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
@@ -252,3 +254,58 @@ def test_a_chat_can_be_steered(model: Path, plain: Path) -> None:
 def test_what_a_chat_refuses(model: Path, plain: Path, arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(PersonaLensError, match=message):
         chat(model, plain, "--layers", "1", *arguments)
+
+
+def test_a_chat_is_kept_and_gone_on_with(model: Path, plain: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.jsonl"
+    first = chat(model, plain, "--layers", "1", "--system", "Be brief.", "--save", file, "--json")
+    session = Session.load(file)
+    assert [each.role for each in session.path] == ["system", "user", "assistant", "user", "assistant"]
+    assert session.path[-1].content == json.loads(first.stdout.splitlines()[-1])["text"]
+    made, read = session.path[-1].made, session.path[-1].readings
+    assert made == Made(max_tokens=6, seed=1)
+    assert read is not None
+    assert len(read.tokens) == json.loads(first.stdout.splitlines()[-1])["readings"][0]["tokens"]
+    assert "".join(token.text for token in read.tokens).strip() == session.path[-1].content.strip()
+    with pytest.raises(PersonaLensError, match=r"talk\.jsonl is already there"):
+        chat(model, plain, "--layers", "1", "--save", file)
+    with pytest.raises(PersonaLensError, match="a system prompt begins a conversation"):
+        chat(model, plain, "--layers", "1", "--load", file, "--system", "x")
+    more = chat(model, plain, "--layers", "1", "--load", file, "--save", file, "--json", said="More\n")
+    assert json.loads(more.stdout)["turn"] == 2
+    whole = chat(model, plain, "--layers", "1", "--system", "Be brief.", "--json", said="Hello\nAnd now?\nMore\n")
+    assert json.loads(more.stdout)["text"] == json.loads(whole.stdout.splitlines()[-1])["text"]
+    assert len(Session.load(file)) == 7
+    # A question that nobody has answered is answered first.
+    file.write_text(json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]))
+    asked = chat(model, plain, "--layers", "1", "--load", file, "--json", said="")
+    assert json.loads(asked.stdout)["text"] == json.loads(first.stdout.splitlines()[0])["text"]
+
+
+def test_what_is_typed_into_a_chat_beside_messages(model: Path, plain: Path, tmp_path: Path) -> None:
+    file = tmp_path / "typed.jsonl"
+    typed = [
+        "/again", "/help", "/nothing", "Hello", "/edits optimistic@1:affine(3)", "/again", "/again 7", "/again x",
+        "/edits", "/edits nonsense@", "/edits off", "/back", "//slash", "/branches", "/branches 1", "/branches 9",
+        "/save", f"/save {file}", f"/save {file}", f"/save {plain / 'rollouts.jsonl'}",
+    ]  # fmt: skip
+    done = chat(model, plain, "--layers", "1", "--temperature", "1", "--json", said="\n".join(typed) + "\n")
+    turns = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [turn["turn"] for turn in turns] == [0, 0, 0, 0]
+    assert [turn["readings"][0]["mean"] == pytest.approx(3, abs=1e-3) for turn in turns] == [False, True, True, False]
+    said = " ".join(done.stderr.split())
+    for part in (
+        "nothing has been said that could be answered again", "/edits NOTATION|off", "there is no /nothing",
+        "/again takes a seed, a whole number; got 'x'", "edits: optimistic@1:affine(3)", "edits: none",
+        "back to before: Hello", "4 * 1 message, ends:", "1 * 1 message, ends:", "/branches takes a number from 1 to 4",
+        "name a file: /save FILE", "typed.jsonl: 6 messages", "rollouts.jsonl is already there",
+    ):  # fmt: skip
+        assert part in said, part
+    session = Session.load(file)
+    assert [each.content for each in session.children(None)] == ["Hello", "/slash"]
+    replies = session.children(session.children(None)[0].id)
+    assert [(each.made.edits, each.made.seed) for each in replies if each.made is not None] == [
+        ("", 0), ("optimistic@1:affine(3)", 1), ("optimistic@1:affine(3)", 7),
+    ]  # fmt: skip
+    assert session.current == replies[0].id
+    assert "optimistic@1:affine(3)" in session.html()
