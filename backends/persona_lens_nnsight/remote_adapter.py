@@ -15,10 +15,10 @@ from persona_lens.backend import (
     Sampling,
     TokenBatch,
 )
+from persona_lens.backend.arrivals import WatchedByReplay
 from persona_lens.backend.edits import edits_of_rows
 from persona_lens.backend.protocol import RemoteError, RequestTooLargeError, Traffic
 from persona_lens.backend.sinks import depend_on_sinks
-from persona_lens.backend.streaming import WatchedByReplay
 from persona_lens.models import ModelSource, load_tokenizer, pinned, resolve
 from persona_lens_nnsight.adapter import TASK, NNsightBackend
 from persona_lens_nnsight.library import logits_envoy

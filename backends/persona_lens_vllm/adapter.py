@@ -21,13 +21,14 @@ from persona_lens.backend import (
     Watch,
     as_edits,
 )
+from persona_lens.backend.arrivals import replay
 from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import recorded_base
 from persona_lens.backend.edits import edits_of_rows
 from persona_lens.backend.packed_run import edits_of_text
 from persona_lens.backend.reads import check_reads, need_last_token, need_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
-from persona_lens.backend.streaming import Listener, replay
+from persona_lens.backend.streaming import Listener
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import end_of_turn_ids, load_tokenizer, pinned, resolve
 from persona_lens_vllm.call import Run, noises_of

@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from persona_lens.backend.arrivals import Arrivals
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.packed import aligned
 from persona_lens.backend.packed_call import PackedCall
 from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
-from persona_lens.backend.streaming import Arrivals, Listener, TokenScore, Watch
+from persona_lens.backend.streaming import Listener, TokenScore, Watch
 from persona_lens.backend.tokens import TokenBatch, TokenIds, cut_response
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from persona_lens.backend.arrivals import WatchedByReplay
 from persona_lens.backend.batches import SHORTEST_BEGINNING, context_length
 from persona_lens.backend.blocks import (
     ModuleBackend,
@@ -23,7 +24,6 @@ from persona_lens.backend.edits import Edit, edits_of_rows
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.sinks import sink_limits
-from persona_lens.backend.streaming import WatchedByReplay
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 from persona_lens.core.errors import PersonaLensError, first_line
 from persona_lens.core.progress import note

@@ -15,13 +15,13 @@ from queue import SimpleQueue
 from typing import Any
 from uuid import uuid4
 
+from persona_lens.backend.arrivals import WatchedByReplay
 from persona_lens.backend.blocks import ModuleError
 from persona_lens.backend.edits import Edits, as_edits
 from persona_lens.backend.protocol import Backend, BackendError, ForwardResult, Generation
 from persona_lens.backend.reads import Read
 from persona_lens.backend.registry import DEFAULT
 from persona_lens.backend.sinks import sink_limits
-from persona_lens.backend.streaming import WatchedByReplay
 from persona_lens.backend.tokens import Sampling, TokenBatch
 from persona_lens.backend.worker import Facts, Make, Opening, Worker
 from persona_lens.core.errors import first_line

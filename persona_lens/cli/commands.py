@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, str | Group] = {
     "shift": "finetuning:shift_command",
     "runs": "runs:runs_command",
     "screen": "screen:screen",
+    "serve": "serve:serve_command",
     "steer": Group(
         "Steer along vectors: sweep, tune, compare, and see what it costs.",
         {

@@ -175,26 +175,22 @@ class _Speaker:
     """Writes the reply as it comes, whole characters at a time."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        from persona_lens.data.growing_text import GrowingText
+
+        self._tokenizer, self._growing = tokenizer, GrowingText
+        self._text = GrowingText(tokenizer)
         self._ids: list[int] = []
         self._last: list[int] = []
-        self._said = 0
 
     def __call__(self, reading: TokenReading) -> None:
         self._ids.append(reading.id)
-        self._say()
-
-    def _say(self, *, all_of_it: bool = False) -> None:
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if all_of_it or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            say(text[self._said :], nl=False)
-            self._said = len(text)
+        say(self._text.add(reading.id), nl=False)
 
     def end(self) -> None:
         """The reply is over."""
-        self._say(all_of_it=True)
-        say()
-        self._ids, self._last, self._said = [], self._ids, 0
+        say(self._text.end())
+        self._text = self._growing(self._tokenizer)
+        self._ids, self._last = [], self._ids
 
     def show(self, turn: Turn) -> None:
         """The reply's heat map."""

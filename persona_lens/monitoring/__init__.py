@@ -12,11 +12,12 @@ from persona_lens.monitoring.calibration import (
     threshold_for,
 )
 from persona_lens.monitoring.conditions import Conditions, StudySettings, examples_of, plan_conditions
-from persona_lens.monitoring.conversation import ConversationMonitor, TokenReading, Turn
+from persona_lens.monitoring.conversation import ConversationMonitor, Turn
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading
 from persona_lens.monitoring.heatmap import TokenHeatmap
 from persona_lens.monitoring.markup import Strip
 from persona_lens.monitoring.prediction import Correlations, Observations, correlate
+from persona_lens.monitoring.reply import TokenReading
 from persona_lens.monitoring.scoring import ScoredTranscript, prompt_projections, score_transcripts
 from persona_lens.monitoring.study import Study, StudyRow, study, study_experiment
 

@@ -9,44 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import (
-    Backend,
-    Edit,
-    Sampling,
-    StopGeneration,
-    TokenBatch,
-    Watch,
-    WatchedTokens,
-    watched_generation,
-)
+from persona_lens.backend import Backend, Edit, Sampling, TokenBatch
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
-from persona_lens.core.text import shown
 from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import chat_format, note_reasoning
-from persona_lens.monitoring.alarms import Alarm, AlarmKind, Alert, Scale
-from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading
+from persona_lens.monitoring.alarms import Alarm
+from persona_lens.monitoring.gauges import MonitoringError, Panel, TraitReading
+from persona_lens.monitoring.reply import TokenReading, TurnMeter, listening, watched_reply
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
-from persona_lens.vectors import VectorsError
-
-
-@dataclass(frozen=True, eq=False)
-class TokenReading:
-    """One token of a reply, as it is generated.
-
-    Attributes:
-        turn: Number of the assistant's turn, from 0.
-        index: Number of the token within the reply, from 0.
-        id: Token id.
-        values: float32 [gauges], in residual-stream units.
-        means: float32 [gauges], over the reply so far.
-    """
-
-    turn: int
-    index: int
-    id: int
-    values: Float[Tensor, " gauges"]
-    means: Float[Tensor, " gauges"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,72 +39,6 @@ class Turn:
     readings: tuple[TraitReading, ...]
     token_values: Float[Tensor, "tokens gauges"] | None = None
     stopped: bool = False
-
-
-class _TurnMeter:
-    """Gathers one turn token by token, and sounds alarms."""
-
-    def __init__(self, panel: Panel, alarms: Sequence[tuple[int, Alarm, Scale]], turn: int) -> None:
-        self._alarms = alarms
-        self._gauges, self._turn = panel.gauges, turn
-        self._beyond: set[int] = set()
-        self.said: list[Tensor] = []
-        self._sum = torch.zeros(len(panel.gauges), dtype=torch.float64)
-        self.before = torch.full((len(panel.gauges),), torch.nan)
-
-    @property
-    def means(self) -> Float[Tensor, " gauges"]:
-        """Mean of each gauge over the tokens so far."""
-        return (self._sum / len(self.said)).float()
-
-    def prompt(self, values: Float[Tensor, " gauges"]) -> bool:
-        """Take the last prompt token; returns whether an alarm wants the reply stopped."""
-        self.before = values.clone()
-        return self._sound(AlarmKind.PROMPT_LAST, values, None)
-
-    def token(self, values: Float[Tensor, " gauges"]) -> bool:
-        """Take the next token of the reply; returns whether an alarm wants the reply stopped."""
-        index = len(self.said)
-        self.said.append(values.clone())
-        self._sum += values
-        stop = self._sound(AlarmKind.TOKEN, values, index)
-        return self._sound(AlarmKind.RUNNING_MEAN, self.means, index) or stop
-
-    def finish(self) -> None:
-        """The reply is whole. There is nothing left to stop."""
-        if self.said:
-            self._sound(AlarmKind.TURN_MEAN, self.means, None)
-
-    def _sound(self, kind: AlarmKind, values: Float[Tensor, " gauges"], token: int | None) -> bool:
-        """Let every alarm of a kind sound, also those after one that wants to stop."""
-        stop = False
-        for number, (gauge, alarm, scale) in enumerate(self._alarms):
-            if alarm.kind != kind:
-                continue
-            value = float(values[gauge])
-            stands = scale.count(value, max(1, len(self.said)))
-            if not alarm.is_beyond(stands):
-                self._beyond.discard(number)
-            elif number not in self._beyond:
-                self._beyond.add(number)
-                try:
-                    counted = stands if alarm.in_sd else None
-                    alarm.callback(Alert(alarm, self._gauges[gauge].layer, value, self._turn, token, counted))
-                except StopGeneration:
-                    stop = True
-        return stop
-
-
-def _check_baseline(alarm: Alarm, gauge: Gauge, backend: Backend) -> None:
-    """Raise if an alarm counts from the replies of another model, which stand elsewhere."""
-    try:
-        if alarm.in_sd:
-            gauge.vectors.check_model(backend, allowable=False)
-    except VectorsError as error:
-        raise MonitoringError(
-            f"{alarm} counts from replies of the model that the vectors belong to, and {backend.info.model} is "
-            "another one; give a threshold in residual-stream units"
-        ) from error
 
 
 class ConversationMonitor:
@@ -170,12 +75,7 @@ class ConversationMonitor:
         allow_other_model: bool = False,
     ) -> None:
         panel.check_model(backend, allow_other_model=allow_other_model)
-        if stranger := next((each for each in alarms if not isinstance(each, Alarm)), None):
-            raise MonitoringError(f"alarms are such as Alarm.parse('evil>2sd', print) makes; got {shown(stranger)}")
-        found = [(panel.find(alarm.trait, alarm.layer), alarm) for alarm in alarms]
-        for gauge, alarm in found if allow_other_model else ():
-            _check_baseline(alarm, panel.gauges[gauge], backend)
-        self._alarms = [(gauge, alarm, Scale.of(alarm, panel.gauges[gauge])) for gauge, alarm in found]
+        self._alarms = listening(panel, alarms, backend, allow_other_model=allow_other_model)
         self.panel = panel
         self._backend = backend
         self._chat = chat or chat_format(backend)
@@ -243,25 +143,12 @@ class ConversationMonitor:
         asked: list[Message] = [*self._messages, {"role": "user", "content": user}]
         prompt = self._chat.encode_messages(asked)
         self._check_length(len(prompt), max_new_tokens)
-        meter = _TurnMeter(self.panel, self._alarms, self._number(len(asked)))
-        stopped = False
-
-        def on_tokens(tokens: WatchedTokens) -> None:
-            nonlocal stopped
-            values = self.panel.values(tokens.projections[0])[-1]
-            stopped = meter.token(values) if tokens.step else meter.prompt(values)
-            if tokens.step and self._on_token is not None:
-                token = int(tokens.ids[0, -1])
-                self._on_token(TokenReading(self._number(len(asked)), len(meter.said) - 1, token, values, meter.means))
-            if stopped:
-                raise StopGeneration
-
+        meter = TurnMeter(self.panel, self._alarms, self._number(len(asked)))
         sampling = Sampling(max_new_tokens, temperature, top_p, seeds=(seed,) if temperature else None)
-        watch = Watch(self.panel.directions, on_tokens, self.panel.layers)
-        generation = watched_generation(self._backend, [prompt], sampling, watch, written)
-        text = self._chat.answer(generation.responses[0])
+        reply = watched_reply(self._backend, meter, prompt, sampling, written, on_token=self._on_token)
+        text = self._chat.answer(reply.ids)
         self._messages = [*asked, {"role": "assistant", "content": text}]
-        return self._finish(meter, len(asked), text, stopped)
+        return self._finish(meter, len(asked), text, reply.stopped)
 
     def observe(
         self, messages: Sequence[Message], edits: GivenEdits = (), vectors: GivenVectors = None
@@ -295,7 +182,7 @@ class ConversationMonitor:
         self._messages = [dict(message) for message in messages]
         turns = []
         for message, each in zip(new, values, strict=True):
-            meter = _TurnMeter(self.panel, self._alarms, self._number(message))
+            meter = TurnMeter(self.panel, self._alarms, self._number(message))
             meter.prompt(each[0])
             for value in each[1:]:
                 meter.token(value)
@@ -330,7 +217,7 @@ class ConversationMonitor:
                 found[number] = values[len(prompt) - 1 : len(prompt) + len(answer)]
         return [found[number] for number in range(len(answers))]
 
-    def _finish(self, meter: _TurnMeter, message: int, text: str, stopped: bool) -> Turn:
+    def _finish(self, meter: TurnMeter, message: int, text: str, stopped: bool) -> Turn:
         number = self._number(message)
         said = torch.stack(meter.said) if meter.said else torch.empty(0, len(self.panel.gauges))
         readings = self.panel.readings(number, said, meter.before)

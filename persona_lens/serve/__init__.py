@@ -1,1 +1,1 @@
-"""The live instrument: a conversation with branches, and a server that answers steered and monitored."""
+"""A live instrument: talk with a model while its traits are read and moved; a conversation with branches; a server."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from persona_lens.backend import StopGeneration, Watch, WatchedTokens
-from persona_lens.backend.streaming import Arrivals, Listener
+from persona_lens.backend.arrivals import Arrivals
+from persona_lens.backend.streaming import Listener
 
 LAYERS, K = 2, 3
 

@@ -26,9 +26,10 @@ from persona_lens.backend import (
     WatchError,
     watched_generation,
 )
+from persona_lens.backend.arrivals import replay
 from persona_lens.backend.hooked import BusyError
 from persona_lens.backend.parity import joined
-from persona_lens.backend.streaming import Listener, replay
+from persona_lens.backend.streaming import Listener
 from persona_lens.steering import SteeredBackend, Steering
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import (

@@ -1,0 +1,192 @@
+"""What the server says: OpenAI's objects and errors, with what was read under ``persona_lens``."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from starlette.responses import JSONResponse
+from torch import Tensor
+
+from persona_lens.monitoring import Alert, Gauge
+from persona_lens.serve.workbench import Answer, Begun, Planned, Said
+
+DONE = b"data: [DONE]\n\n"
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def failure(
+    status: int, message: str, code: str | None = None, param: str | None = None, **headers: str
+) -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return JSONResponse({"error": error}, status, headers=named)
+
+
+def event(value: Mapping[str, Any]) -> bytes:
+    """One event of a stream."""
+    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+
+
+def numbers(values: Float[Tensor, " some"] | Iterable[float]) -> list[float | None]:
+    """Numbers as JSON has them: no NaN."""
+    listed = values.tolist() if isinstance(values, Tensor) else list(values)
+    return [round(value, 5) if math.isfinite(value) else None for value in listed]
+
+
+def gauges_told(gauges: Sequence[Gauge]) -> list[dict[str, Any]]:
+    """Which gauges values are of, in their order."""
+    return [{"name": str(gauge), "trait": gauge.trait, "layer": gauge.layer} for gauge in gauges]
+
+
+def begun_told(planned: Planned, begun: Begun) -> dict[str, Any]:
+    """What is known before a reply begins."""
+    forecast = [
+        {"gauge": each.gauge, "probability": round(each.probability, 5), "says": each.caveat} for each in begun.forecast
+    ]
+    return {
+        "gauges": gauges_told(planned.panel.gauges),
+        "prompt_last": numbers(begun.prompt_last),
+        "forecast": forecast,
+        "edits": planned.steering,
+        "seed": planned.asked.seed,
+        "prompt_tokens": len(planned.asked.prompt),
+    }
+
+
+def said_told(said: Said) -> dict[str, Any]:
+    """A token with its values."""
+    return {"id": said.id, "text": said.text, "values": numbers(said.values)}
+
+
+def answer_told(planned: Planned, answer: Answer) -> dict[str, Any]:
+    """What is known once a reply is over."""
+    return {
+        "means": numbers(answer.means),
+        "alarms": [_alert_told(planned, alert) for alert in answer.alerts],
+        "ended": answer.ended,
+        "rest": answer.rest,
+    }
+
+
+def _alert_told(planned: Planned, alert: Alert) -> dict[str, Any]:
+    return {
+        "alarm": str(alert.alarm),
+        "gauge": planned.panel.find(alert.alarm.trait, alert.layer),
+        "trait": alert.alarm.trait,
+        "layer": alert.layer,
+        "value": numbers([alert.value])[0],
+        "sds": None if alert.sds is None else numbers([alert.sds])[0],
+        "token": alert.token,
+    }
+
+
+def finish_reason(answer: Answer) -> str:
+    """OpenAI's word for what ended a reply; it has none for alarms."""
+    return "length" if answer.ended == "length" else "stop"
+
+
+def usage(prompts: Iterable[Sequence[int]], answers: Iterable[Answer]) -> dict[str, int]:
+    """Tokens that were read and written."""
+    asked, said = sum(map(len, prompts)), sum(len(answer.ids) for answer in answers)
+    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+
+class Wording:
+    """How a kind of answer is written: of chats, or of completions.
+
+    Args:
+        chat: Which of the two.
+        model: The name that the request gave.
+        name: The answer's id.
+        tokenizer: Writes tokens out, for their log-probabilities.
+    """
+
+    def __init__(self, chat: bool, model: str, name: str, tokenizer: Any) -> None:
+        self._chat, self._tokenizer = chat, tokenizer
+        self._head = {"id": name, "created": int(time.time()), "model": model}
+
+    def whole(self, choices: Sequence[Mapping[str, Any]], used: Mapping[str, int]) -> dict[str, Any]:
+        """An answer that is not streamed."""
+        kind = "chat.completion" if self._chat else "text_completion"
+        return {**self._head, "object": kind, "choices": list(choices), "usage": dict(used)}
+
+    def choice(
+        self, index: int, text: str, said: Sequence[Said], reason: str, told: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """One choice of it."""
+        logprobs = self._logprobs(said)
+        body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": reason, "persona_lens": dict(told)}
+
+    def chunk(
+        self,
+        index: int,
+        text: str | None,
+        told: Mapping[str, Any],
+        *,
+        said: Sequence[Said] = (),
+        first: bool = False,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        """One event of a stream."""
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if text is not None:
+            delta["content"] = text
+        body: dict[str, Any] = {"delta": delta} if self._chat else {"text": text or ""}
+        choice = {"index": index, **body, "logprobs": self._logprobs(said), "finish_reason": reason}
+        return {**self._chunk_head, "choices": [choice], "persona_lens": dict(told)}
+
+    def used(self, used: Mapping[str, int]) -> dict[str, Any]:
+        """The event that says what was used."""
+        return {**self._chunk_head, "choices": [], "usage": dict(used)}
+
+    @property
+    def _chunk_head(self) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk" if self._chat else "text_completion"}
+
+    def _logprobs(self, said: Sequence[Said]) -> dict[str, Any] | None:
+        scored = [each for each in said if each.score is not None]
+        if not scored:
+            return None
+        if self._chat:
+            return {"content": [self._scored(each) for each in scored], "refusal": None}
+        return {
+            "tokens": [self._written(each.id) for each in scored],
+            "token_logprobs": numbers(each.score.logprob for each in scored if each.score is not None),
+            "top_logprobs": [
+                dict(zip(map(self._written, each.score.top_ids), numbers(each.score.top_logprobs), strict=True))
+                for each in scored
+                if each.score is not None
+            ],
+        }
+
+    def _scored(self, said: Said) -> dict[str, Any]:
+        assert said.score is not None
+        pairs = zip(said.score.top_ids, said.score.top_logprobs, strict=True)
+        return {**self._entry(said.id, said.score.logprob), "top_logprobs": [self._entry(*pair) for pair in pairs]}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._written(token)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+    def _written(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+
+def echoed(tokenizer: Any, ids: Sequence[int], logprobs: Tensor | None) -> dict[str, Any] | None:
+    """The log-probabilities of a prompt's own tokens; of the first there is none."""
+    if logprobs is None:
+        return None
+    return {
+        "tokens": [str(tokenizer.decode([token])) for token in ids],
+        "token_logprobs": [None, *numbers(logprobs if len(ids) > 1 else torch.empty(0))],
+        "top_logprobs": None,
+    }

@@ -1,0 +1,96 @@
+"""What the server tells of its vectors, of a steering, and of a conversation that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from persona_lens.data.pieces import token_pieces
+from persona_lens.models import Message
+from persona_lens.monitoring import ConversationMonitor, Panel
+from persona_lens.serve.answers import gauges_told, numbers
+from persona_lens.serve.workbench import Workbench
+from persona_lens.steering import Steering
+from persona_lens.steering.preview import preview_tokens
+from persona_lens.vectors import PersonaVectors, VectorsError
+
+PREVIEWED = 8  # tokens of a response to come, beyond which a preview repeats itself
+
+
+def vectors_shown(workbench: Workbench) -> dict[str, Any]:
+    """The model, and what is known of each of its vectors."""
+    info, shelf = workbench.backend.info, workbench.shelf
+    model = {
+        "name": info.model,
+        "n_layers": info.n_layers,
+        "d_model": info.d_model,
+        "dtype": info.dtype,
+        "backend": info.backend,
+    }
+    gauges = shelf.gauges()
+    shown = [
+        _vectors_shown(name, each, [gauge.layer for gauge in gauges if gauge.trait == name], name in shelf.brought)
+        for name, each in shelf.vectors.items()
+    ]
+    return {"model": model, "gauges": gauges_told(gauges), "vectors": shown, "rows": workbench.rows}
+
+
+def _vectors_shown(name: str, vectors: PersonaVectors, layers: Sequence[int], brought: bool) -> dict[str, Any]:
+    stored = vectors.baseline
+    baseline = None if stored is None else {str(at): {"mean": b.mean, "sd": b.sd} for at, b in stored.layers.items()}
+    tuned = vectors.tuned
+    try:
+        trait = vectors.trait_definition
+        described: dict[str, Any] = {"label": trait.name, "description": trait.description}
+    except VectorsError:
+        described = {"label": name, "description": ""}
+    return {
+        "name": name,
+        **described,
+        "layers": list(layers),
+        "norms": numbers(vectors.norms()),
+        "tuned": None if tuned is None else {"layer": tuned.layer, "coefficient": tuned.coefficient},
+        "baseline": baseline,
+        "monitor": vectors.monitor is not None,
+        "removable": brought,
+    }
+
+
+def steering_shown(workbench: Workbench, edits: str, messages: Sequence[Message] | None) -> dict[str, Any]:
+    """A steering in its canonical notation, and what it does to which tokens of a prompt.
+
+    Raises:
+        PersonaLensError: If it is none.
+    """
+    steering = workbench.shelf.steering(edits)
+    if steering is None:
+        return {"edits": "", "terms": [], "preview": ""}
+    asked = messages or [{"role": "user", "content": "Hello"}]
+    preview = preview_tokens(workbench.backend, workbench.encode(asked), PREVIEWED, edits=steering)
+    return {"edits": str(steering), "terms": list(map(str, steering.terms)), "preview": str(preview)}
+
+
+def read_conversation(
+    workbench: Workbench, panel: Panel, messages: Sequence[Message], steering: Steering | None
+) -> dict[str, Any]:
+    """The readings of every turn of the assistant, with its tokens.
+
+    Raises:
+        PersonaLensError: If they are no conversation, or too long.
+    """
+    monitor = ConversationMonitor(workbench.backend, panel, chat=workbench.chat)
+    turns = monitor.observe(messages, steering.edits() if steering is not None else ())
+    told = []
+    for turn in turns:
+        values = turn.token_values
+        assert values is not None  # they are kept
+        pieces = token_pieces(workbench.backend.tokenizer, workbench.chat.encode_answer(turn.text))
+        told.append(
+            {
+                "turn": turn.number,
+                "message": turn.message,
+                "readings": [reading.to_json() for reading in turn.readings],
+                "tokens": [{"text": piece.text, "values": numbers(values[piece.stop - 1])} for piece in pieces],
+            }
+        )
+    return {"gauges": gauges_told(panel.gauges), "turns": told}

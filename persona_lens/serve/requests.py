@@ -1,0 +1,240 @@
+"""What clients ask: OpenAI's requests with the field ``persona_lens``, looked at before anything runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from persona_lens.core.text import in_short
+from persona_lens.monitoring import AlarmKind
+from persona_lens.serve.workbench import Asked, drawn_seed
+
+MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_TOP = 16, 64, 4, 20
+Text = Annotated[str, Field(max_length=4_000_000)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1_000_000)]
+
+
+class RequestError(Exception):
+    """A request that cannot be answered.
+
+    Args:
+        message: Why.
+        status: Of the answer.
+        code: OpenAI's word for it.
+        param: The field at fault.
+    """
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.status, self.code, self.param = message, status, code, param
+
+
+class Lens(BaseModel):
+    """The field ``persona_lens`` of a request.
+
+    Attributes:
+        edits: A steering's notation, or the name of a preset.
+        watch: What is read, such as ``evil@20``; left out, every trait where the server reads it.
+        alarms: Such as ``evil>2sd``.
+        alarm_on: What alarms listen to.
+        stop_on_alarm: An alarm ends the reply.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    edits: Annotated[str, Field(max_length=2000)] = ""
+    watch: Annotated[list[Annotated[str, Field(max_length=100)]], Field(min_length=1, max_length=512)] | None = None
+    alarms: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=64)] = []
+    alarm_on: AlarmKind = AlarmKind.TOKEN
+    stop_on_alarm: bool = False
+
+
+class Part(BaseModel):
+    """A part of a message; only text can be read."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(max_length=1000)]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise ValueError(f"parts of messages are to be text here; got {in_short(repr(kind))}")
+        return content
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside its tokens."""
+
+    include_usage: bool = False
+
+
+class Generation(BaseModel):
+    """What both kinds of requests have. What real clients send beside it, and says nothing here, is passed over."""
+
+    model: Annotated[str, Field(max_length=3000)] = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
+    stop: Annotated[str, Field(max_length=1000)] | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    persona_lens: Lens | None = None
+
+    @property
+    def choices(self) -> int:
+        """How many replies are wanted to each prompt."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that replies end before."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in given if text)
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that a reply may have, if the request says."""
+        return self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """See `Asked`."""
+        return None
+
+    def asked(self, prompts: Iterable[tuple[int, ...]], edits: str) -> list[Asked]:
+        """Every reply that is wanted: the choices of the first prompt, of the second, and so on."""
+        lens, seed = self.persona_lens or Lens(), self.seed
+        first = drawn_seed() if seed is None else seed % 2**62
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return [
+            Asked(
+                prompt,
+                self.room,
+                temperature,
+                1.0 if self.top_p is None else self.top_p,
+                first + choice,
+                edits,
+                None if lens.watch is None else tuple(lens.watch),
+                tuple(lens.alarms),
+                lens.alarm_on,
+                lens.stop_on_alarm,
+                self.stops,
+                self.top,
+            )
+            for prompt in prompts
+            for choice in range(self.choices)
+        ]
+
+
+class ChatRequest(Generation):
+    """``/v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+
+    @property
+    def room(self) -> int | None:
+        """See `Generation`."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """See `Asked`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Generation):
+    """``/v1/completions``."""
+
+    prompt: Text | Ids | Annotated[list[Text] | list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    echo: bool | None = False
+
+    @property
+    def top(self) -> int | None:
+        """See `Asked`."""
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        given: Any = self.prompt
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+
+
+class ConversationRequest(BaseModel):
+    """``/v1/persona_lens/read``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    watch: Annotated[list[Annotated[str, Field(max_length=100)]], Field(min_length=1, max_length=512)] | None = None
+    edits: Annotated[str, Field(max_length=2000)] = ""
+
+
+class EditsRequest(BaseModel):
+    """``/v1/persona_lens/preview`` and presets."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    edits: Annotated[str, Field(max_length=2000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
+
+
+def read_request(kind: type[BaseModel], body: Any) -> Any:
+    """A request of a kind.
+
+    Raises:
+        RequestError: Saying what is wrong with it.
+    """
+    if not isinstance(body, dict):
+        raise RequestError("the body is to be a JSON object")
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise RequestError(f"{in_short(place)}: {in_short(first['msg'], 300)}", param=in_short(place)) from None
+
+
+_STRENGTH = r"[+-]\d+(?:\.\d+)?%?"
+
+
+def steering_in(model: str, name: str, traits: Iterable[str]) -> str:
+    """The steering in a model's name, such as ``smollm2-135m:optimistic+1.5``: a notation, a preset, or short for one.
+
+    Raises:
+        RequestError: If it is another model.
+    """
+    if model in ("", name):
+        return ""
+    head, _, steering = model.partition(f"{name}:")
+    if head or not steering:
+        raise RequestError(f"the model here is {name}, not {in_short(model)!r}", 404, "model_not_found", "model")
+    names = "|".join(re.escape(each) for each in sorted(traits, key=len, reverse=True)) or "(?!)"
+    short = re.compile(rf"\s*({names})(@(?:all|[\d+-]+?))?({_STRENGTH})\s*")
+    terms = [short.fullmatch(term) for term in steering.split(",")]
+    return ", ".join(f"{t[1]}{t[2] or ''}:{t[3]}" for t in terms if t) if all(terms) else steering

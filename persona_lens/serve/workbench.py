@@ -1,0 +1,275 @@
+"""`Workbench`: a model to talk with while its traits are read and moved; the server and notebooks are faces of it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.backend import Backend, Edit, Sampling, StopGeneration, TokenScore
+from persona_lens.backend.batches import context_length
+from persona_lens.backend.continuous import ROWS, continuous
+from persona_lens.backend.tokens import TokenIds
+from persona_lens.core.errors import PersonaLensError
+from persona_lens.data.growing_text import GrowingText, StopTexts
+from persona_lens.models import ChatFormat, Message
+from persona_lens.models.chat import chat_format
+from persona_lens.monitoring import Alarm, AlarmKind, Alert, Gauge, MonitoringError, Panel, TokenReading
+from persona_lens.monitoring.calibration import monitor_calibration
+from persona_lens.monitoring.reply import TurnMeter, listening, watched_reply
+from persona_lens.serve.shelf import Shelf
+
+
+class TooLongError(PersonaLensError):
+    """A prompt with what is to follow does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One reply that is asked for.
+
+    Attributes:
+        prompt: Token ids, see `Workbench.encode`.
+        max_new_tokens: Length limit in tokens; None for as many as the model takes.
+        temperature: 0 is greedy.
+        top_p: Nucleus of the sampling.
+        seed: Of the sampling.
+        edits: A steering's notation, or the name of a preset; empty for none.
+        watch: What is read, such as ``evil@20``; None for every trait where the shelf reads it.
+        alarms: Such as ``evil>2sd``.
+        alarm_on: What alarms listen to, see `AlarmKind`.
+        stop_on_alarm: An alarm ends the reply.
+        stop: Texts that the reply ends before.
+        top: Tell how likely tokens were, with so many of the likeliest; None does not.
+    """
+
+    prompt: TokenIds
+    max_new_tokens: int | None = 200
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    edits: str = ""
+    watch: tuple[str, ...] | None = None
+    alarms: tuple[str, ...] = ()
+    alarm_on: str = AlarmKind.TOKEN
+    stop_on_alarm: bool = False
+    stop: tuple[str, ...] = ()
+    top: int | None = None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """How likely the reply shows a trait, told before it begins by the calibration that a study left.
+
+    Attributes:
+        gauge: Number of the gauge.
+        probability: That the reply's score is 50 or more.
+        caveat: What is to be known of the calibration, if anything.
+    """
+
+    gauge: int
+    probability: float
+    caveat: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """The prompt has been read.
+
+    Attributes:
+        prompt_last: float32 [gauges], values at the last prompt token.
+        forecast: What it foretells, where vectors carry a calibration.
+    """
+
+    prompt_last: Float[Tensor, " gauges"]
+    forecast: tuple[Outlook, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """A token of the reply.
+
+    Attributes:
+        id: The token.
+        text: What it added to the reply's text: whole characters, and nothing that may be the beginning of a stop.
+        values: float32 [gauges].
+        score: How likely it was, where that was asked for.
+    """
+
+    id: int
+    text: str
+    values: Float[Tensor, " gauges"]
+    score: TokenScore | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A whole reply.
+
+    Attributes:
+        ids: Its tokens.
+        text: Its text, up to what stopped it.
+        rest: What of the text was not told with a token.
+        ended: ``stop`` (the model, or a text, ended it), ``length``, or ``alarm``.
+        means: float32 [gauges], over its tokens; NaN for none.
+        alerts: Alarms that sounded.
+    """
+
+    ids: TokenIds
+    text: str
+    rest: str
+    ended: str
+    means: Float[Tensor, " gauges"]
+    alerts: tuple[Alert, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A reply that can be given: everything about it was looked at.
+
+    Attributes:
+        asked: What was asked.
+        panel: What is read.
+        edits: What is written.
+        steering: The canonical notation of it; empty for none.
+        sampling: How.
+    """
+
+    asked: Asked
+    panel: Panel
+    edits: tuple[Edit, ...]
+    steering: str
+    sampling: Sampling
+
+
+class Workbench:
+    """A model, its vectors, and replies under any of them. Safe to use from several threads; they run together.
+
+    Args:
+        backend: The model.
+        shelf: Its vectors, at least one.
+        chat: Chat format; the model's own by default.
+        rows: How many replies run together at most.
+    """
+
+    def __init__(self, backend: Backend, shelf: Shelf, chat: ChatFormat | None = None, rows: int = ROWS) -> None:
+        self.backend = continuous(backend, rows)
+        self.shelf = shelf
+        self.chat = chat or chat_format(backend)
+        self.rows = rows
+        if not shelf.vectors:
+            raise MonitoringError("there is nothing to watch; give at least one trait's vectors")
+
+    def encode(self, messages: Sequence[Message]) -> TokenIds:
+        """The prompt that asks for the next message of a conversation.
+
+        Raises:
+            ModelError: If they are no conversation, or the template refuses them.
+        """
+        return tuple(self.chat.encode_messages(messages))
+
+    def plan(self, asked: Asked) -> Planned:
+        """Look at everything about a reply before it runs.
+
+        Raises:
+            TooLongError: If it does not fit the model.
+            PersonaLensError: If anything else about it cannot be.
+        """
+        room = self._room(asked)
+        seeds = (asked.seed,) if asked.temperature else None
+        sampling = Sampling(room, asked.temperature, asked.top_p if seeds else 1.0, seeds)
+        panel = Panel(tuple(self.shelf.gauges(asked.watch)))
+        steering = self.shelf.steering(asked.edits)
+        planned = Planned(
+            asked,
+            panel,
+            () if steering is None else steering.edits(),
+            "" if steering is None else str(steering),
+            sampling,
+        )
+        listening(panel, self._alarms(asked, []), self.backend)
+        return planned
+
+    def answer(
+        self,
+        planned: Planned,
+        on_begun: Callable[[Begun], None] = lambda begun: None,
+        on_said: Callable[[Said], None] = lambda said: None,
+    ) -> Answer:
+        """Give a reply.
+
+        Args:
+            planned: What `plan` made.
+            on_begun: Told once the prompt was read.
+            on_said: Told of every token. Both may raise `StopGeneration`, which ends the reply.
+
+        Raises:
+            PersonaLensError: If the model cannot.
+        """
+        asked, panel = planned.asked, planned.panel
+        alerts: list[Alert] = []
+        meter = TurnMeter(panel, listening(panel, self._alarms(asked, alerts), self.backend), 0)
+        growing, stops, texts = GrowingText(self.backend.tokenizer), StopTexts(asked.stop), []
+
+        def on_token(reading: TokenReading) -> None:
+            texts.append(stops.add(growing.add(reading.id)))
+            on_said(Said(reading.id, texts[-1], reading.values, reading.score))
+            if stops.met:
+                raise StopGeneration
+
+        reply = watched_reply(
+            self.backend,
+            meter,
+            asked.prompt,
+            planned.sampling,
+            planned.edits,
+            on_prompt=lambda values: on_begun(Begun(values, outlooks(panel.gauges, values))),
+            on_token=on_token,
+            top=asked.top,
+        )
+        meter.finish()
+        rest = stops.add(growing.end()) + stops.end()
+        ended = "alarm" if reply.stopped else "stop" if reply.ended or stops.met else "length"
+        means = meter.means if meter.said else torch.full((len(panel.gauges),), torch.nan)
+        return Answer(reply.ids, "".join(texts) + rest, rest, ended, means, tuple(alerts))
+
+    def _room(self, asked: Asked) -> int:
+        limit = context_length(self.backend)
+        left = None if limit is None else limit - len(asked.prompt)
+        if left is not None and left < (asked.max_new_tokens or 1):
+            room = "" if asked.max_new_tokens is None else f" and up to {asked.max_new_tokens} new ones"
+            raise TooLongError(f"the prompt has {len(asked.prompt)} tokens{room}, and the model takes {limit}")
+        return asked.max_new_tokens or left or DEFAULT_TOKENS
+
+    @staticmethod
+    def _alarms(asked: Asked, alerts: list[Alert]) -> list[Alarm]:
+        def tell(alert: Alert) -> None:
+            alerts.append(alert)
+            if asked.stop_on_alarm:
+                raise StopGeneration
+
+        return [Alarm.parse(text, tell, asked.alarm_on) for text in asked.alarms]
+
+
+DEFAULT_TOKENS = 1024  # where neither the request nor the model says how many
+
+
+def outlooks(gauges: Sequence[Gauge], values: Float[Tensor, " gauges"]) -> tuple[Outlook, ...]:
+    """What the last prompt token foretells, by the calibrations that the gauges' vectors carry."""
+    found = []
+    for number, gauge in enumerate(gauges):
+        stored = gauge.vectors.monitor
+        if stored is None or gauge.layer not in stored.layers or stored.reduction != gauge.reduction:
+            continue
+        calibration = monitor_calibration(gauge.vectors, gauge.layer)
+        found.append(Outlook(number, calibration.probability(float(values[number])), calibration.caveat))
+    return tuple(found)
+
+
+def drawn_seed() -> int:
+    """A seed for those who name none."""
+    return secrets.randbelow(2**31)

@@ -1,0 +1,184 @@
+"""Many requests at once: fair, bounded, and ended when their client goes, or the server does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from persona_lens.serve.admission import Admission, BusyError
+from persona_lens.serve.server import Running
+from tests.serve.running import HELLO, Client, workbench
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with Running(workbench(), waiting=2) as running:
+        yield Client(running)
+
+
+def settled(client: Client, what: str = "rows_running 0.0") -> bool:
+    """Whether the server comes to say so within some seconds."""
+    for _ in range(200):
+        if f"persona_lens_{what}" in client.get("/metrics").text:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_requests_take_turns_and_their_replies_do_not_hold_up_others() -> None:
+    async def main() -> list[str]:
+        admission, order = Admission(2, 8), []
+
+        async def reply(request: str) -> None:
+            async with admission.place(request):
+                order.append(request)
+                await asyncio.sleep(0.01)
+
+        first = [asyncio.create_task(reply("many")) for _ in range(8)]
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(reply(name)) for name in ("one", "two")]
+        await asyncio.gather(*first, *others)
+        assert (admission.running, admission.waiting) == (0, 0)
+        return order
+
+    order = asyncio.run(main())
+    assert order[:2] == ["many"] * 2
+    assert {"one", "two"} <= set(order[2:6])
+
+
+def test_who_gives_up_waiting_leaves_no_trace() -> None:
+    async def main() -> None:
+        admission, rng = Admission(2, 1), random.Random(0)
+
+        async def reply(request: int) -> None:
+            async with admission.place(request):
+                await asyncio.sleep(rng.random() / 100)
+
+        tasks = [asyncio.create_task(reply(number // 3)) for number in range(60)]
+        for _ in range(40):
+            await asyncio.sleep(rng.random() / 200)
+            rng.choice(tasks).cancel()
+        with pytest.raises(BusyError):
+            admission.check()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (admission.running, admission.waiting) == (0, 0)
+        admission.check()
+
+    asyncio.run(main())
+
+
+def test_too_many_are_told_to_come_again() -> None:
+    bench = workbench()
+    bench.rows = 1
+    with Running(bench, waiting=1) as running:
+        client = Client(running)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: client.chat(max_tokens=200, temperature=1), range(8)))
+        statuses = [answer.status_code for answer in found]
+        assert set(statuses) == {200, 429}
+        refused = next(answer for answer in found if answer.status_code == 429)
+        assert refused.headers["retry-after"] == "2"
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert client.chat().status_code == 200
+
+
+def test_a_client_that_goes_away_frees_its_row(client: Client) -> None:
+    bench = client.running.server.workbench
+    body = {"messages": HELLO, "max_tokens": 400, "temperature": 1.5}
+    with client.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/chat/completions", json={**body, "n": 8}, timeout=0.05)
+    assert settled(client)
+    batch: Any = bench.backend
+    assert not batch._batch._running
+    assert client.chat().status_code == 200
+
+
+def raw(client: Client, content: bytes) -> bytes:
+    """What the server answers to bytes that it is sent before the client goes away."""
+    place = urlsplit(client.running.address)
+    with socket.create_connection((place.hostname or "", place.port or 0), timeout=5) as connection:
+        connection.sendall(content)
+        connection.settimeout(0.02)
+        try:
+            return connection.recv(4096)
+        except TimeoutError:
+            return b""
+
+
+def mutated(rng: random.Random, body: bytes) -> bytes:
+    """A request that was damaged on its way."""
+    damaged = bytearray(body)
+    for _ in range(rng.randrange(1, 8)):
+        at = rng.randrange(len(damaged))
+        change = rng.randrange(4)
+        if change == 0:
+            damaged[at] = rng.randrange(256)
+        elif change == 1:
+            del damaged[at : at + rng.randrange(1, 30)]
+        elif change == 2:
+            damaged[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 30)))
+        else:
+            damaged[at:at] = damaged[: rng.randrange(1, 60)]
+        if not damaged:
+            return b""
+    return bytes(damaged)
+
+
+def test_damaged_and_aborted_requests_harm_nobody(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
+    rng = random.Random(7)
+    lens = {"edits": "evil@1:+1.5", "watch": ["kind@2"], "alarms": ["kind@2>3"]}
+    asked = json.dumps({"messages": HELLO, "max_tokens": 4, "stream": True, "persona_lens": lens}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {client.running.token}\r\n"
+        f"Content-Length: {len(asked)}\r\n\r\n"
+    ).encode()
+    for number in range(300):
+        kind = number % 3
+        if kind == 0:
+            answer = client.http.post("/v1/chat/completions", content=mutated(rng, asked))
+            assert answer.status_code in (200, 400, 404), answer.text
+            assert "Traceback" not in answer.text
+        elif kind == 1:
+            raw(client, mutated(rng, head) + asked)
+        else:
+            raw(client, (head + asked)[: rng.randrange(len(head + asked))])
+    assert settled(client)
+    assert settled(client, "requests_waiting 0.0")
+    assert client.chat().status_code == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_server_that_ends_lets_replies_end_first() -> None:
+    running = Running(workbench())
+    client = Client(running)
+    events: list[str] = []
+
+    def read() -> None:
+        body = {"messages": HELLO, "max_tokens": 60, "stream": True, "temperature": 1}
+        with client.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            events.extend(line for line in answer.iter_lines() if line)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    assert settled(Client(running), "rows_running 1.0")
+    began = time.monotonic()
+    running.close()
+    reading.join(10)
+    assert time.monotonic() - began < 10
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
+    with pytest.raises(httpx.ConnectError):
+        client.get("/health")
