@@ -27,6 +27,7 @@ SECTIONS = {
     "Vectors": ("vectors",),
     "Steering": ("steering",),
     "Monitoring": ("monitoring",),
+    "Live": ("serve",),
     "Screening": ("screening",),
     "Finetuning": ("finetuning",),
     "Analysis": ("analysis",),

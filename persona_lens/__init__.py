@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from persona_lens.screening import Flagging as Flagging
     from persona_lens.screening import ScreeningSettings as ScreeningSettings
     from persona_lens.screening import screen as screen
+    from persona_lens.serve.cell import workbench as workbench
     from persona_lens.steering import ArmSettings as ArmSettings
     from persona_lens.steering import CrossSettings as CrossSettings
     from persona_lens.steering import Steering as Steering
@@ -153,6 +154,7 @@ _HOMES = {
     "study": "monitoring",
     "sweep": "steering",
     "tune": "steering",
+    "workbench": "serve.cell",
     "wrap_model": "backend",
 }
 

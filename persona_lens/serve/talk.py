@@ -7,12 +7,24 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
+import torch
+
 from persona_lens.backend import Backend
 from persona_lens.data.pieces import whole_pieces
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Alarm, Alert, ConversationMonitor, Panel, TokenReading, Turn
-from persona_lens.serve.said import GaugeName, Made, ReplyReadings, SessionError, SessionMessage, Sounded, TokenSaid
+from persona_lens.serve.said import (
+    Foretold,
+    GaugeName,
+    Made,
+    ReplyReadings,
+    SessionError,
+    SessionMessage,
+    Sounded,
+    TokenSaid,
+)
 from persona_lens.serve.session import Session
+from persona_lens.serve.workbench import outlooks
 from persona_lens.steering import Steering
 from persona_lens.steering.given import GivenVectors, given_steering
 
@@ -185,6 +197,10 @@ class Talk:
                     alert.token,
                 )
                 for alert in self._alerts
+            ),
+            tuple(
+                Foretold(each.gauge, round(each.probability, 5), each.caveat)
+                for each in outlooks(self.panel.gauges, torch.tensor([each.prompt_last for each in turn.readings]))
             ),
         )
 
