@@ -107,12 +107,15 @@ def execute(notebook: Any, workplace: Path) -> None:
 
 
 def keep(notebook: Any, path: Path) -> None:
-    """Save what it said, but for progress and the times that a kernel notes."""
+    """Save what it said, but for progress, the times that a kernel notes, and frames around a server that has ended."""
     library: Any = nbformat  # its functions carry no types
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "<iframe" in output.get("data", {}).get("text/html", ""):
+                    del output["data"]["text/html"]
     notebook.metadata = {name: notebook.metadata[name] for name in ("kernelspec", "language_info")}
     library.write(notebook, path)
 
