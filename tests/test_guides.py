@@ -60,6 +60,7 @@ GIVEN = {
     "monitoring": OPENED + 'optimistic, impolite = vectors, pl.load_vectors("runs/impolite")',
     "screening": OPENED + 'vectors = pl.load_vectors("runs/impolite")',
     "exchange": OPENED,
+    "serving": OPENED,
     "dissection": OPENED
     + """
 import torch
