@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from persona_lens.serve.server import Running
 
 HEIGHT = 720  # CSS pixels
+_UNDER_ITS_NAME = (
+    "if (location.hostname === '127.0.0.1' && this.src.includes('//localhost:')) "
+    "this.src = this.src.replace('//localhost:', '//127.0.0.1:')"
+)
 
 
 def workbench(
@@ -108,10 +112,12 @@ class LiveWorkbench:
     def _repr_html_(self) -> str:
         if not self._open:
             return f"<p>{escape(repr(self))}</p>"
-        # Notebooks are opened at localhost, and a page within another keeps its cookie only under the same name.
+        # A page within another keeps its cookie only under the other's name, which is localhost for most notebooks.
         framed = escape(self.link.replace("//127.0.0.1:", "//localhost:"), quote=True)
+        style = f"width:100%;height:{HEIGHT}px;border:1px solid #8888;border-radius:8px"
         return (
-            f'<iframe src="{framed}" title="Workbench" style="width:100%;height:{HEIGHT}px;border:1px solid #8888;'
-            f'border-radius:8px" loading="lazy"></iframe><p><a href="{escape(self.link, quote=True)}" target="_blank" '
-            'rel="noopener">Open it in a tab of its own</a> (on the machine that runs this notebook)</p>'
+            f'<iframe src="{framed}" title="Workbench" style="{style}" loading="lazy" '
+            f'onload="{escape(_UNDER_ITS_NAME, quote=True)}"></iframe>'
+            f'<p><a href="{escape(self.link, quote=True)}" target="_blank" rel="noopener">Open it in a tab of its own'
+            "</a> (on the machine that runs this notebook)</p>"
         )

@@ -14,7 +14,7 @@ from persona_lens.monitoring.heatmap import TokenHeatmap
 from persona_lens.monitoring.markup import Strip
 from persona_lens.reports import svg
 from persona_lens.reports.page import number, render
-from persona_lens.serve.said import GaugeName, SessionMessage, TokenSaid, Values
+from persona_lens.serve.said import GaugeName, ReplyReadings, SessionMessage, TokenSaid, Values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,9 +48,9 @@ def page_of(model: str, gauges: Sequence[GaugeName], path: Path, others: Sequenc
                 left -= values
                 part["heatmap"] = _heatmap(message.readings.tokens, gauges)
         shown.append(part)
-    turns = [message.readings.means for message in path if message.role == "assistant" and message.readings is not None]
+    turns = [message.readings for message in path if message.role == "assistant" and message.readings is not None]
     known = {message.id for message in path}
-    drawable = bool(gauges) and any(value is not None for means in turns for value in means)
+    drawable = bool(gauges) and any(value is not None for turn in turns for value in turn.means)
     figures = svg.drawn({"turns": (turns_figure, gauges, turns)}) if drawable else {}
     parts = {
         "title": title or (f"A conversation with {model}" if model else "A conversation"),
@@ -113,22 +113,38 @@ def _pieces(tokens: Sequence[TokenSaid]) -> Iterator[TokenPiece]:
             start = stop
 
 
-def turns_figure(gauges: Sequence[GaugeName], turns: Sequence[Values], width: int) -> Figure:
-    """Means turn by turn: a panel for each trait, a line for each layer."""
+def turns_figure(gauges: Sequence[GaugeName], turns: Sequence[ReplyReadings], width: int) -> Figure:
+    """Means turn by turn: a panel for each trait, a line for each layer, and a mark where an alarm sounded."""
     traits = list(dict.fromkeys(gauge.trait for gauge in gauges))[:MAX_CURVES]
-    height = 60 + 170 * len(traits)
-    figure, axes = svg.panels(width, height, None, len(traits), sharex=True)
+    layers = sorted({gauge.layer for gauge in gauges})
+    figure, axes = svg.panels(width, 70 + 170 * len(traits), None, len(traits), sharex=True)
     colours = (svg.VECTOR, svg.RANDOM, svg.THIRD, svg.MUTED)
+    styles = [
+        {**svg.LINE, "color": colours[n % len(colours)], "linestyle": ("-", "--", ":")[n // 4 % 3]}
+        for n in range(len(layers))
+    ]
+    for layer, style in zip(layers[:MAX_CURVES], styles, strict=False):
+        axes[0].plot([], [], label=f"layer {layer}", **style)
+    alarmed: dict[str, Any] = {
+        "marker": "o",
+        "markersize": 14,
+        "markerfacecolor": "none",
+        "color": svg.INK,
+        "linestyle": "",
+    }
+    if any(turn.alarms for turn in turns):
+        axes[0].plot([], [], label="alarm", **alarmed)
+    for place, gauge in enumerate(gauges):
+        if gauge.trait not in traits:
+            continue
+        each, heights = axes[traits.index(gauge.trait)], [_value(turn.means, place) for turn in turns]
+        each.plot(range(1, len(turns) + 1), heights, **styles[layers.index(gauge.layer)])
+        sounded = [n for n, turn in enumerate(turns) if any(alarm.gauge == place for alarm in turn.alarms)]
+        each.plot([n + 1 for n in sounded], [heights[n] for n in sounded], **alarmed)
     for each, trait in zip(axes, traits, strict=True):
-        own = [(place, gauge) for place, gauge in enumerate(gauges) if gauge.trait == trait]
-        for line, (place, gauge) in enumerate(sorted(own, key=lambda pair: pair[1].layer)):
-            style = {**svg.LINE, "color": colours[line % len(colours)], "linestyle": ("-", "--", ":")[line // 4 % 3]}
-            heights = [_value(means, place) for means in turns]
-            each.plot(range(1, len(turns) + 1), heights, label=f"layer {gauge.layer}", **style)
         each.axhline(0, **svg.ZERO)
         each.set_title(trait, parse_math=False)
-        for text in each.legend().get_texts() if len(own) > 1 else ():
-            text.set_parse_math(False)
-    axes[len(traits) - 1].set_xlabel("turn of the assistant")
-    axes[len(traits) - 1].xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].set_xlabel("turn of the assistant")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    svg.legend(figure, axes[0], columns=4)
     return figure
