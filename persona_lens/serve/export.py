@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SHOWN = 200_000
-"""Values of tokens on a page, each a coloured one; further replies show their means alone."""
-MAX_CURVES = 12
-"""Traits in the chart; the table has them all."""
+"""Values on a page, each a coloured token or in a table; further replies show their text alone."""
+MAX_CURVES, MAX_POINTS = 12, 20_000
+"""Traits in the chart, and points; the tables have them all."""
 
 Path = Sequence[SessionMessage]
 
@@ -34,55 +34,74 @@ def page_of(model: str, gauges: Sequence[GaugeName], path: Path, others: Sequenc
         model: Name of the model.
         gauges: What the readings are of.
         path: The conversation that is shown whole.
-        others: Other branches; what they share with the first is left out.
+        others: Other branches, without what they share with the first.
         title: Heads the page; the model's name by default.
     """
-    left = MAX_SHOWN
-    shown: list[dict[str, Any]] = []
-    for message in path:
-        part = _part(message, gauges)
-        values = len(message.readings.tokens) * len(gauges) if message.readings is not None else 0
-        if message.readings is not None and values:
-            part["many"] = values > left
-            if not part["many"]:
-                left -= values
-                part["heatmap"] = _heatmap(message.readings.tokens, gauges)
-        shown.append(part)
+    room = _Room()
+    shown = [_part(message, gauges, room, tokens=True) for message in path]
     turns = [message.readings for message in path if message.role == "assistant" and message.readings is not None]
-    known = {message.id for message in path}
-    drawable = bool(gauges) and any(value is not None for turn in turns for value in turn.means)
-    figures = svg.drawn({"turns": (turns_figure, gauges, turns)}) if drawable else {}
+    drawable = any(value is not None for turn in turns for value in turn.means)
+    few = len(turns) * len(gauges) <= MAX_POINTS
+    figures = svg.drawn({"turns": (turns_figure, gauges, turns)}) if drawable and few else {}
     parts = {
         "title": title or (f"A conversation with {model}" if model else "A conversation"),
         "model": model,
         "version": installed_version("persona-lens") or "",
         "gauges": [gauge.name for gauge in gauges],
         "messages": shown,
-        "branches": [[_part(each, gauges) for each in other if each.id not in known] for other in others],
+        "branches": [[_part(each, gauges, room, tokens=False) for each in other] for other in others],
         "figures": figures,
         "cut": len({gauge.trait for gauge in gauges}) - MAX_CURVES,
     }
     return render("session.html.j2", parts)
 
 
-def _part(message: SessionMessage, gauges: Sequence[GaugeName]) -> dict[str, Any]:
+class _Room:
+    """What a page still has room for."""
+
+    def __init__(self) -> None:
+        self.left = MAX_SHOWN
+
+    def take(self, values: int) -> bool:
+        """Whether there is room for so many values, which are then taken."""
+        fits = values <= self.left
+        self.left -= values if fits else 0
+        return fits
+
+
+def _part(message: SessionMessage, gauges: Sequence[GaugeName], room: _Room, *, tokens: bool) -> dict[str, Any]:
     """What the page says of a message."""
     found: dict[str, Any] = {"role": message.role, "content": message.content, "id": message.id, "rows": []}
     found |= {"made": str(message.made) if message.made else "", "heatmap": "", "many": False, "alarms": []}
     if (read := message.readings) is None:
         return found
-    foretold = {each.gauge: each for each in read.forecast}
-    for place, gauge in enumerate(gauges):
-        before, mean = (number(_value(values, place), 2, sign=True) for values in (read.prompt_last, read.means))
-        told = foretold.get(place)
-        said = f"{number(told.probability, 0, percent=True)} {told.says or ''}".strip() if told else ""
-        found["rows"].append((gauge.name, before, mean, said))
+    if read.means or read.prompt_last or read.forecast:
+        fits = room.take(len(gauges))
+        found["rows"], found["many"] = (_rows(read, gauges) if fits else []), not fits
+    if tokens and read.tokens:
+        fits = room.take(len(read.tokens) * len(gauges))
+        found["heatmap"], found["many"] = (_heatmap(read.tokens, gauges) if fits else ""), not fits
     found["alarms"] = [
         f"{each.alarm}: {each.trait} at layer {each.layer} stood at {number(each.value, 2, sign=True)}"
         + (f" ({number(each.sds, 1, sign=True)} SD)" if each.sds is not None else "")
         + (f", token {each.token}" if each.token is not None else "")
-        for each in read.alarms
+        for each in read.alarms[:MAX_ALARMS]
     ]
+    return found
+
+
+MAX_ALARMS = 100  # of one reply
+
+
+def _rows(read: ReplyReadings, gauges: Sequence[GaugeName]) -> list[tuple[str, str, str, str]]:
+    """Each gauge with its value before the reply, its mean, and what was foretold."""
+    foretold = {each.gauge: each for each in read.forecast}
+    found = []
+    for place, gauge in enumerate(gauges):
+        before, mean = (number(_value(values, place), 2, sign=True) for values in (read.prompt_last, read.means))
+        told = foretold.get(place)
+        said = f"{number(told.probability, 0, percent=True)} {told.says or ''}".strip() if told else ""
+        found.append((gauge.name, before, mean, said))
     return found
 
 

@@ -175,9 +175,21 @@ class Session:
         Args:
             title: Heads the page.
         """
-        own = {each.id for each in self.path}
-        others = [self.path_to(each.id) for each in self.branches() if each.id not in own]
-        return page_of(self.model, self.gauges, self.path, others, title)
+        return page_of(self.model, self.gauges, self.path, self._others(), title)
+
+    def _others(self) -> list[list[SessionMessage]]:
+        """The other branches, each from where it leaves those before it."""
+        seen, found = {each.id for each in self.path}, []
+        for end in self.branches():
+            branch: list[SessionMessage] = []
+            at: str | None = end.id
+            while at is not None and at not in seen:
+                seen.add(at)
+                branch.append(self._messages[at])
+                at = branch[-1].parent
+            if branch:
+                found.append(branch[::-1])
+        return found
 
     def _placed(self, gauges: Sequence[GaugeName]) -> list[int]:
         """Where these gauges stand among the session's; those that are new are added, and older replies lack them."""

@@ -131,6 +131,26 @@ def test_plain_openai_messages_are_a_session_too(text: str) -> None:
     assert Session.from_jsonl(session.to_jsonl()).messages == PLAIN
 
 
+def test_what_other_programs_leave_out_or_add_is_no_fault() -> None:
+    """Numbers without decimals, null for what is not known, and fields of their own, as a page's script writes them."""
+    rows: list[Any] = [
+        {"persona_lens": "session", "format_version": 1, "model": "m", "gauges": [EVIL.to_json()], "current": "m1"},
+        {"id": "m0", "parent": None, "role": "user", "content": "Hi"},
+        {
+            "id": "m1", "parent": "m0", "role": "assistant", "content": "Hello", "liked": True,
+            "made": {"edits": "", "temperature": 1, "top_p": 1, "max_tokens": 200, "seed": 4},
+            "readings": {
+                "prompt_last": [1], "means": [None], "tokens": [{"id": None, "text": "Hello", "values": [2]}],
+                "alarms": [{"alarm": "evil>2", "gauge": 0, "trait": "evil", "layer": 2, "value": 3, "token": 0}],
+                "forecast": [{"gauge": 0, "probability": 1, "says": None}],
+            },
+        },
+    ]  # fmt: skip
+    session = Session.from_jsonl("\n".join(map(json.dumps, rows)))
+    assert session.path[-1].made == Made("", 1.0, 1.0, 200, 4)
+    assert "100%" in session.html()
+
+
 HEADER = {"persona_lens": "session", "format_version": 1, "model": "m", "gauges": [EVIL.to_json()], "current": "a"}
 FIRST = {"id": "a", "parent": None, "role": "user", "content": "Hi"}
 
@@ -238,9 +258,29 @@ def test_a_page_without_readings_or_messages() -> None:
     assert "Hello." in Session.from_jsonl(json.dumps(PLAIN)).html()
 
 
-def test_a_page_too_long_leaves_tokens_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_too_long_leaves_readings_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "MAX_SHOWN", 5)
-    assert "data-token" not in talked().html()
+    monkeypatch.setattr(export, "MAX_POINTS", 1)
+    html = talked().html()
+    assert "data-token" not in html
+    assert "<svg" not in html
+    assert "What was read" in html
+    assert "too long with all that was read" in html
+
+
+def test_a_page_of_many_branches_says_everything_once() -> None:
+    """However deep and however many: the time does not grow with their product."""
+    session = Session("small")
+    for turn in range(1500):
+        session.add("user", f"question {turn}.")
+        asked = session.current
+        session.add("assistant", f"other {turn}.")
+        session.go(asked)
+        session.add("assistant", f"answer {turn}.")
+    html = session.html()
+    assert all(
+        html.count(f">{word} {turn}.<") == 1 for word in ("question", "answer", "other") for turn in (0, 7, 1499)
+    )
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "</style></span><script>alert(1)</script>", "\" onmouseover='x'", "$x$ {{"])
