@@ -9,7 +9,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,14 +21,18 @@ from persona_lens import open_backend
 from persona_lens.backend import Backend, Edit, Read, TokenBatch
 from persona_lens.backend.batches import forward_batches
 
-NEW_TOKENS = 128
+NEW_TOKENS, PASS = 128, 2048
 # Without what earlier runs of the same prompts would leave: a second run of them would begin behind their beginnings.
 OPTIONS = {"max_model_len": 2048, "enable_prefix_caching": False}
 
 
-def generating(ours: Backend, theirs: Backend, rows: list[list[int]], pairs: int) -> Iterator[Ratio]:
+def generating(
+    ours: Backend, theirs: Backend, rows: list[list[int]], said: Sequence[Sequence[int]], pairs: int
+) -> Iterator[Ratio]:
     plain, beside = (w.generation(backend, rows, [], NEW_TOKENS) for backend in (ours, theirs))
     yield compare("vllm: generating / transformers", plain, beside, limit=1 / 2.5, pairs=pairs)
+    least = products(theirs, rows, said)
+    yield compare("the products of matrices alone / transformers", least, beside, limit=1 / 2.5, pairs=pairs)
 
 
 def costs(ours: Backend, rows: list[list[int]], pairs: int) -> Iterator[Ratio]:
@@ -51,6 +55,24 @@ def reading(ours: Backend, theirs: Backend, texts: TokenBatch, pairs: int) -> It
             for backend in (ours, theirs)
         )
         yield compare(f"vllm: {what} of {len(texts)} texts / transformers", one, other, limit=1 / 1.8, pairs=pairs)
+
+
+def products(theirs: Any, rows: list[list[int]], said: Sequence[Sequence[int]]) -> w.Work:
+    """The products of matrices alone that such a generation cannot do without, in the sizes that it has them in."""
+    blocks = [module.weight for module in theirs.blocks.modules() if isinstance(module, torch.nn.Linear)]
+    head = theirs.module.get_output_embeddings().weight
+    steps = [sum(len(response) > step for response in said) for step in range(NEW_TOKENS)]
+    prompts = [PASS] * (sum(map(len, rows)) // PASS) + [sum(map(len, rows)) % PASS]
+
+    def run() -> object:
+        with torch.inference_mode():
+            for tokens in (*prompts, *filter(None, steps)):
+                given = {weight.shape[1]: torch.ones(tokens, weight.shape[1]) for weight in (*blocks, head)}
+                for weight in (*blocks, *((head,) if tokens in steps else ())):
+                    torch.nn.functional.linear(given[weight.shape[1]], weight)
+        return None
+
+    return run
 
 
 def per_row(backend: Backend, rows: int) -> list[Edit]:
@@ -83,7 +105,7 @@ def main() -> int:
         said, same = (each.generate(rows, w.sampling(len(rows), NEW_TOKENS)).responses for each in (theirs, ours))
         alike = sum(a == b for a, b in zip(said, same, strict=True))
         print(f"{sum(map(len, rows))} tokens in {len(rows)} prompts, {sum(map(len, said))} new; {alike} rows are alike")
-        groups += [generating(ours, theirs, rows, arguments.pairs)]
+        groups += [generating(ours, theirs, rows, said, arguments.pairs)]
         groups += [reading(ours, theirs, TokenBatch.of(rows, said), arguments.pairs)]
     for ratio in itertools.chain(*groups):
         results.append(ratio)
