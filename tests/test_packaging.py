@@ -139,6 +139,9 @@ def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else
         "persona_lens/reports/screening.html.j2",
         "persona_lens/reports/session.html.j2",
         "persona_lens/reports/study.html.j2",
+        "persona_lens/serve/page/index.html",
+        "persona_lens/serve/page/main.js",
+        "persona_lens/serve/page/style.css",
     } <= names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,6 @@ def vectors_shown(workbench: Workbench) -> dict[str, Any]:
 def _vectors_shown(name: str, vectors: PersonaVectors, layers: Sequence[int], brought: bool) -> dict[str, Any]:
     stored = vectors.baseline
     baseline = None if stored is None else {str(at): {"mean": b.mean, "sd": b.sd} for at, b in stored.layers.items()}
-    tuned = vectors.tuned
     try:
         trait = vectors.trait_definition
         described: dict[str, Any] = {"label": trait.name, "description": trait.description}
@@ -49,10 +49,26 @@ def _vectors_shown(name: str, vectors: PersonaVectors, layers: Sequence[int], br
         **described,
         "layers": list(layers),
         "norms": numbers(vectors.norms()),
-        "tuned": None if tuned is None else {"layer": tuned.layer, "coefficient": tuned.coefficient},
+        **_strengths_shown(vectors),
         "baseline": baseline,
         "monitor": vectors.monitor is not None,
         "removable": brought,
+    }
+
+
+def _strengths_shown(vectors: PersonaVectors) -> dict[str, Any]:
+    """The strength that was tuned, also as a share of the residual's length, and the one at which text breaks."""
+    if (tuned := vectors.tuned) is None:
+        return {"tuned": None, "cliff": None}
+    found = vectors.provenance["tuned"]
+    sign = math.copysign(1.0, tuned.coefficient)
+    strength, cliff = (
+        sign * abs(value) if isinstance(value := found.get(name), int | float) else None
+        for name in ("strength", "cliff")
+    )
+    return {
+        "tuned": {"layer": tuned.layer, "coefficient": tuned.coefficient, "relative": strength},
+        "cliff": cliff,
     }
 
 

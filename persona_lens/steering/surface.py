@@ -141,6 +141,16 @@ def choose_point(points: Sequence[Point], towards: int) -> Point:
     return max(found, key=lambda each: (towards * each[1].change.mean, -each[0].place.strength))[0]
 
 
+def cliff_beyond(points: Sequence[Point], chosen: Place) -> float | None:
+    """The gentlest strength beyond the chosen one at its layer at which text fell apart; None where none was tried."""
+    broken = [
+        point.place.strength
+        for point in points
+        if point.place.layer == chosen.layer and point.place.strength > chosen.strength and not point.coherent
+    ]
+    return min(broken, default=None)
+
+
 def warnings_about(points: Sequence[Point], chosen: Point, towards: int) -> list[str]:
     """What somebody who steers at the chosen place should know."""
     place, found = chosen.place, []

@@ -39,6 +39,7 @@ from persona_lens.steering.surface import (
     Place,
     Point,
     choose_point,
+    cliff_beyond,
     places,
     shown_layers,
     surface,
@@ -196,7 +197,8 @@ def tune(
             summary["capability"] = _trade_off(asked, capability)
         steering, effect, place = _at(vectors, chosen.place, settings), asked.at(chosen).effect, chosen.place
         choice = Tuned(place.layer, place.coefficient, settings.reduction)
-        tuned = vectors.with_tuned(choice, {"strength": place.strength, **{name: summary[name] for name in STORED}})
+        measured = {"strength": place.strength, "cliff": cliff_beyond(asked.points, place)}
+        tuned = vectors.with_tuned(choice, {**measured, **{name: summary[name] for name in STORED}})
         if run is not None:
             run.write_rows("search-scores.jsonl", map(Answer.to_row, searched.rows))
             run.write_rows("confirm-scores.jsonl", map(Answer.to_row, asked.rows))

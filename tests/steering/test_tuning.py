@@ -25,6 +25,7 @@ from persona_lens.steering.surface import (
     Place,
     Point,
     choose_point,
+    cliff_beyond,
     places,
     shown_layers,
     warnings_about,
@@ -254,6 +255,9 @@ def test_the_strongest_coherent_point_is_chosen_and_what_to_know_about_it_is_sai
     assert choose_point(points, -1) is points[2]
     sure = replace(point(3, 0.2, (20.0, 10.0, 30.0)), surely=True)
     assert choose_point([*points, sure], 1) is sure
+    assert cliff_beyond(points, chosen.place) is None
+    broken = [point(1, strength, (50.0, 40.0, 60.0), coherent=False) for strength in (0.6, 0.5, 0.2)]
+    assert cliff_beyond([*points, *broken], chosen.place) == 0.5
     assert warnings_about(points, chosen, 1) == []
     assert any("0.90 of the residual's length" in each for each in warnings_about(points, points[0], 1))
     assert any("greatest strength that was tried" in each for each in warnings_about(points, points[0], 1))
