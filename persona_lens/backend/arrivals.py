@@ -34,9 +34,11 @@ class Arrivals:
         self._listener = listener
         self._prompts = [tuple(prompt) for prompt in prompts]
         self._width = max(map(len, self._prompts))
-        self._values = torch.full((len(prompts), layers, self._width + room, k), torch.nan)
-        self._there = torch.zeros(len(prompts), self._width + room, dtype=torch.bool)
-        self._room = torch.tensor([*(len(prompt) + room for prompt in self._prompts), 0])  # none beyond the last row
+        self._shape = layers, k
+        self._room = [*(len(prompt) + room for prompt in self._prompts), 0]  # none beyond the last row
+        # No tensors: most passes bring one token a row, for which they take longer to make than to use.
+        self._values: list[dict[int, Float[Tensor, "layers k"]]] = [{} for _ in self._prompts]
+        self._ready = [0] * len(self._prompts)  # tokens of each row up to the first that is not there
         self._step = 0
 
     def arrived(
@@ -46,10 +48,12 @@ class Arrivals:
 
         Tokens after the end of a response may come as those of a row beyond the last.
         """
-        kept = at < self._room[rows]
-        rows, at = rows[kept], at[kept]
-        self._values[rows, :, at] = values[kept]
-        self._there[rows, at] = True
+        for row, position, value in zip(rows.tolist(), at.tolist(), values.unbind(), strict=True):
+            if position >= self._room[row] or position < self._ready[row]:  # nobody's, or computed again
+                continue
+            self._values[row][position] = value
+            while self._ready[row] in self._values[row]:
+                self._ready[row] += 1
 
     def tell(
         self,
@@ -70,32 +74,37 @@ class Arrivals:
 
     def _is_complete(self, responses: Sequence[TokenIds], over: Sequence[bool]) -> bool:
         says_more = False
-        for row, stopped in enumerate(self._listener.stopped.tolist()):
+        for row, stopped in enumerate(self._listener.are_stopped):
             if stopped or (over[row] and len(responses[row]) < self._step):
                 continue
             last = len(self._prompts[row]) + self._step
-            if len(responses[row]) < self._step or not bool(self._there[row, :last].all()):
+            if len(responses[row]) < self._step or self._ready[row] < last:
                 return False
             says_more = True
         return says_more
 
     def _pass(self, responses: Sequence[TokenIds], scores: Sequence[Sequence[TokenScore]] | None) -> WatchedTokens:
         new = 1 if self._step else self._width
-        finished = self._listener.stopped | torch.tensor([len(response) < self._step for response in responses])
-        ids = torch.zeros(len(self._prompts), new, dtype=torch.long)
-        values = self._values.new_full((*self._values.shape[:2], new, self._values.shape[3]), torch.nan)
-        for row in (~finished).nonzero().flatten().tolist():
+        stopped = self._listener.are_stopped
+        finished = [end or len(response) < self._step for end, response in zip(stopped, responses, strict=True)]
+        layers, k = self._shape
+        values = torch.full((len(self._prompts), layers, new, k), torch.nan)
+        ids = [[0] * new for _ in self._prompts]
+        for row, over in enumerate(finished):
+            if over:
+                self._values[row].clear()
+                continue
             prompt = self._prompts[row]
             fresh = responses[row][self._step - 1 : self._step] if self._step else prompt
             first = len(prompt) + self._step - 1 if self._step else 0
-            ids[row, new - len(fresh) :] = torch.tensor(fresh)
-            values[row, :, new - len(fresh) :] = self._values[row, :, first : first + len(fresh)]
+            ids[row][new - len(fresh) :] = fresh
+            own = [self._values[row].pop(first + number) for number in range(len(fresh))]
+            values[row, :, new - len(fresh) :] = torch.stack(own, dim=1)
         told = None
         if scores is not None and self._step:
-            told = tuple(
-                None if over else of[self._step - 1] for of, over in zip(scores, finished.tolist(), strict=True)
-            )
-        return WatchedTokens(self._step, ids, values, finished, told)
+            of_rows = zip(scores, finished, strict=True)
+            told = tuple(None if over else of_row[self._step - 1] for of_row, over in of_rows)
+        return WatchedTokens(self._step, torch.tensor(ids), values, torch.tensor(finished), told)
 
 
 def replay(listener: Listener, text: TokenBatch, projections: Float[Tensor, "batch layers width k"]) -> None:

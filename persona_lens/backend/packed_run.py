@@ -148,7 +148,7 @@ class PackedRun(ABC):
             self._arrivals.arrived(found["rows"], found["at"], found["value"])
         scores = None if self.top is None else [self.scores(row) for row in range(len(self.tokens))]
         self._arrivals.tell(responses, over, scores)
-        self.stop(self._listener.stopped.nonzero().flatten().tolist())
+        self.stop([row for row, stopped in enumerate(self._listener.are_stopped) if stopped])
 
     def generation(self, *, more: bool, forward: Callable[..., ForwardResult]) -> Generation:
         """What came of a generation that is over.

@@ -171,7 +171,12 @@ class Listener:
     @property
     def stopped(self) -> Bool[Tensor, " batch"]:
         """True for rows that say no more."""
-        return torch.tensor([step is not None for step in self._stopped_at])
+        return torch.tensor(self.are_stopped)
+
+    @property
+    def are_stopped(self) -> list[bool]:
+        """The same row by row."""
+        return [step is not None for step in self._stopped_at]
 
     def tell(self, tokens: WatchedTokens) -> None:
         """Call back.

@@ -94,7 +94,9 @@ def read_conversation(
     Raises:
         PersonaLensError: If they are no conversation, or too long.
     """
-    monitor = ConversationMonitor(workbench.backend, panel, chat=workbench.chat)
+    monitor = ConversationMonitor(
+        workbench.backend, panel, chat=workbench.chat, allow_other_model=True
+    )  # the shelf looked
     turns = monitor.observe(messages, steering.edits() if steering is not None else ())
     told = []
     for turn in turns:

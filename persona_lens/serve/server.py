@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ LOOPBACK, PORT = "127.0.0.1", 8017
 TOKEN = "PERSONA_LENS_TOKEN"
 PATIENCE = 8  # seconds that replies under way have when the server is told to end
 CONNECTIONS = 1024
+# Seconds for which a thread that writes answers may keep the one waiting that runs the model, which lets go of Python
+# at every operation and wants it back at once.
+SWITCH = 0.0005
 SHORTEST = 16
 
 
@@ -85,6 +89,7 @@ def serve(
     """
     secret = token_for(host, token)
     listening = _listen(host, port)
+    sys.setswitchinterval(SWITCH)
     server = Server(workbench, waiting)
     running = _Uvicorn(server, secret, hosts)
     on_ready(address_of(listening), secret)
