@@ -293,12 +293,14 @@ def refusal(error: Exception) -> JSONResponse:
     if isinstance(error, TooLargeError):
         return answers.failure(413, "the request is too large", "request_too_large")
     if isinstance(error, TimeoutError):
-        return answers.failure(408, "the request did not come to an end", "timeout")
+        return answers.failure(408, "the request did not come to an end", "timeout", connection="close")
     if isinstance(error, ClientDisconnect):
         return answers.failure(GONE, "the client went away")
     if isinstance(error, PersonaLensError) and not isinstance(error, BackendError):
         return answers.failure(400, str(error))
-    if isinstance(error, BackendError) or "weaken it" in str(error):
+    if "weaken it" in str(error):  # the client can, and need not try the same again
+        return answers.failure(400, str(error), "edit_too_strong")
+    if isinstance(error, BackendError):
         return answers.failure(500, str(error), "model_failed")
     return answers.failure(500, f"the server failed ({type(error).__name__}); it goes on", "internal_error")
 

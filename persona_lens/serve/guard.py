@@ -85,13 +85,13 @@ class Guard:
         if not self._is_ours(host):
             return failure(403, "this server does not go by that name", "forbidden")
         origin = headers.get("origin")
-        if (origin is not None and urlsplit(origin).netloc != host) or (
+        if (origin is not None and _place(origin) != host) or (
             scope["method"] not in SAFE and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
         ):
             return failure(403, "requests from other pages are not answered", "forbidden")
         if scope["path"] in OPEN:
             return None
-        given = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=16).get("token", [""])[0]
+        given = _token_asked(scope["query_string"].decode("latin-1"))
         if scope["path"] == "/" and scope["method"] in SAFE and given:
             return self._welcome() if self._is_token(given) else self._stranger()
         return None if self._is_token(_token_in(headers)) else self._stranger()
@@ -124,6 +124,20 @@ class Guard:
         )
 
 
+def _place(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
+def _token_asked(query: str) -> str:
+    try:
+        return parse_qs(query, max_num_fields=16).get("token", [""])[0]
+    except ValueError:  # more fields than any link of the server has
+        return ""
+
+
 def _token_in(headers: Headers) -> str:
     kind, _, token = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
@@ -144,12 +158,13 @@ class _Body:
 
     def __init__(self, receive: Receive, largest: int) -> None:
         self._receive, self._left = receive, largest
+        self._until = asyncio.get_running_loop().time() + PATIENCE
         self._whole = False
 
     async def __call__(self) -> Message:
         if self._whole:
             return await self._receive()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout_at(self._until):
             message: Any = await self._receive()
         if message["type"] == "http.request":
             self._left -= len(message.get("body", b""))

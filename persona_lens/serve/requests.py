@@ -89,8 +89,8 @@ class StreamOptions(BaseModel):
 class Generation(BaseModel):
     """What both kinds of requests have. What real clients send beside it, and says nothing here, is passed over."""
 
-    model: Annotated[str, Field(max_length=3000)] = ""
-    stream: bool = False
+    model: Annotated[str, Field(max_length=3000)] | None = None
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
     stop: Annotated[str, Field(max_length=1000)] | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
@@ -204,6 +204,9 @@ class EditsRequest(BaseModel):
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
 
 
+_VARIANT = re.compile(r"(constrained|function)-.*|list\[.*")  # how pydantic names one of several types of a field
+
+
 def read_request(kind: type[BaseModel], body: Any) -> Any:
     """A request of a kind.
 
@@ -216,20 +219,20 @@ def read_request(kind: type[BaseModel], body: Any) -> Any:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the body"
+        place = ".".join(str(part) for part in first["loc"] if not _VARIANT.fullmatch(str(part))) or "the body"
         raise RequestError(f"{in_short(place)}: {in_short(first['msg'], 300)}", param=in_short(place)) from None
 
 
 _STRENGTH = r"[+-]\d+(?:\.\d+)?%?"
 
 
-def steering_in(model: str, name: str, traits: Iterable[str]) -> str:
+def steering_in(model: str | None, name: str, traits: Iterable[str]) -> str:
     """The steering in a model's name, such as ``smollm2-135m:optimistic+1.5``: a notation, a preset, or short for one.
 
     Raises:
         RequestError: If it is another model.
     """
-    if model in ("", name):
+    if not model or model == name:
         return ""
     head, _, steering = model.partition(f"{name}:")
     if head or not steering:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from persona_lens.serve import guard
 from persona_lens.serve.server import LOOPBACK, Running, ServeError, token_for
 from tests.serve.running import Client, workbench
 
@@ -66,6 +70,40 @@ def test_other_pages_are_not_answered(running: Running) -> None:
     assert client.get("/v1/models", headers={"origin": running.address}).status_code == 200
     cross = {"sec-fetch-site": "cross-site"}
     assert client.http.delete("/v1/persona_lens/vectors/evil", headers=cross).status_code == 403
+
+
+def test_what_is_no_address_is_refused_like_others(
+    running: Running, bare: httpx.Client, capfd: pytest.CaptureFixture[str]
+) -> None:
+    client = Client(running)
+    for origin in ("http://[", "//[x", ""):
+        assert client.get("/v1/models", headers={"origin": origin}).status_code == 403
+    for query in ("a=1&" * 40, "&" * 100):
+        assert bare.get(f"/?{query}").status_code == 401
+        assert client.get(f"/v1/models?{query}").status_code == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_request_that_does_not_come_to_an_end_is_not_waited_for(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.3)
+
+    place = urlsplit(running.address)
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+        f"Authorization: Bearer {running.token}\r\n\r\n"
+    )
+    with socket.create_connection((place.hostname or "", place.port or 0), timeout=5) as connection:
+        connection.sendall(head.encode())
+        for _ in range(5):  # each of them in time, and all of them not
+            connection.sendall(b" ")
+            time.sleep(0.1)
+        said = b""
+        while part := connection.recv(4096):
+            said += part
+    assert said.startswith(b"HTTP/1.1 408")
+    assert Client(running).chat().status_code == 200
 
 
 def test_sizes_are_bounded(running: Running) -> None:

@@ -245,6 +245,7 @@ BAD: list[tuple[str, Any]] = [
     ("persona_lens.editz", {"messages": HELLO, "persona_lens": {"editz": "x"}}),
     ("no trait", {"messages": HELLO, "persona_lens": {"watch": ["good@1"]}}),
     ("layer", {"messages": HELLO, "persona_lens": {"watch": ["evil@99"]}}),
+    ("messages.0.content: ", {"messages": [{"role": "assistant", "content": None}]}),
     ("evil@20", {"messages": HELLO, "persona_lens": {"watch": ["evil@x"]}}),
     ("good", {"messages": HELLO, "persona_lens": {"edits": "good@1:+1"}}),
     ("alarm", {"messages": HELLO, "persona_lens": {"alarms": ["evil!"]}}),
@@ -262,6 +263,14 @@ def test_bad_requests_get_an_error_in_openais_form(client: Client, said: str, bo
         assert error["type"] == "invalid_request_error"
         assert said in error["message"]
     assert client.chat(max_tokens=1).status_code == 200
+
+
+def test_null_is_as_if_it_were_not_there(client: Client) -> None:
+    names = ("model", "n", "stop", "seed", "max_tokens", "temperature", "top_p", "persona_lens", "stream_options")
+    body = {"messages": HELLO, "max_completion_tokens": 2, **dict.fromkeys((*names, "logprobs", "stream"))}
+    answer = client.http.post("/v1/chat/completions", json=body).json()
+    assert answer["model"] == client.running.server.name
+    assert answer["usage"]["completion_tokens"] == 2
 
 
 def test_what_is_no_json_and_what_is_not_there(client: Client) -> None:
