@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tests.campaign.counts import Counts
 
 # Each is a module here with a function `attack(seed: int, size: float) -> Counts`; the longest first.
-ATTACKS = ("fuzz", "kills", "disks", "peers")
+ATTACKS = ("fuzz", "kills", "disks", "peers", "requests")
 AT_ONCE = 2
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from persona_lens.serve.admission import Admission, BusyError
 from persona_lens.serve.server import Running
+from tests.campaign.counts import Counts
+from tests.campaign.requests import attacked, settled
 from tests.serve.running import HELLO, Client, workbench
 
 
@@ -25,15 +25,6 @@ from tests.serve.running import HELLO, Client, workbench
 def client() -> Iterator[Client]:
     with Running(workbench(), waiting=2) as running:
         yield Client(running)
-
-
-def settled(client: Client, what: str = "rows_running 0.0") -> bool:
-    """Whether the server comes to say so within some seconds."""
-    for _ in range(200):
-        if f"persona_lens_{what}" in client.get("/metrics").text:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_requests_take_turns_and_their_replies_do_not_hold_up_others() -> None:
@@ -107,58 +98,9 @@ def test_a_client_that_goes_away_frees_its_row(client: Client) -> None:
     assert client.chat().status_code == 200
 
 
-def raw(client: Client, content: bytes) -> bytes:
-    """What the server answers to bytes that it is sent before the client goes away."""
-    place = urlsplit(client.running.address)
-    with socket.create_connection((place.hostname or "", place.port or 0), timeout=5) as connection:
-        connection.sendall(content)
-        connection.settimeout(0.02)
-        try:
-            return connection.recv(4096)
-        except TimeoutError:
-            return b""
-
-
-def mutated(rng: random.Random, body: bytes) -> bytes:
-    """A request that was damaged on its way."""
-    damaged = bytearray(body)
-    for _ in range(rng.randrange(1, 8)):
-        at = rng.randrange(len(damaged))
-        change = rng.randrange(4)
-        if change == 0:
-            damaged[at] = rng.randrange(256)
-        elif change == 1:
-            del damaged[at : at + rng.randrange(1, 30)]
-        elif change == 2:
-            damaged[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 30)))
-        else:
-            damaged[at:at] = damaged[: rng.randrange(1, 60)]
-        if not damaged:
-            return b""
-    return bytes(damaged)
-
-
 def test_damaged_and_aborted_requests_harm_nobody(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
-    rng = random.Random(7)
-    lens = {"edits": "evil@1:+1.5", "watch": ["kind@2"], "alarms": ["kind@2>3"]}
-    asked = json.dumps({"messages": HELLO, "max_tokens": 4, "stream": True, "persona_lens": lens}).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {client.running.token}\r\n"
-        f"Content-Length: {len(asked)}\r\n\r\n"
-    ).encode()
-    for number in range(300):
-        kind = number % 3
-        if kind == 0:
-            answer = client.http.post("/v1/chat/completions", content=mutated(rng, asked))
-            assert answer.status_code in (200, 400, 404), answer.text
-            assert "Traceback" not in answer.text
-        elif kind == 1:
-            raw(client, mutated(rng, head) + asked)
-        else:
-            raw(client, (head + asked)[: rng.randrange(len(head + asked))])
-    assert settled(client)
-    assert settled(client, "requests_waiting 0.0")
-    assert client.chat().status_code == 200
+    """More of them: ``make campaign``."""
+    assert not list(attacked(client, random.Random(7), 200, Counts()))
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -174,7 +116,8 @@ def test_a_server_that_ends_lets_replies_end_first() -> None:
 
     reading = threading.Thread(target=read)
     reading.start()
-    assert settled(Client(running), "rows_running 1.0")
+    while "persona_lens_rows_running 1.0" not in Client(running).get("/metrics").text:
+        time.sleep(0.02)
     began = time.monotonic()
     running.close()
     reading.join(10)
