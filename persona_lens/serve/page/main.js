@@ -91,7 +91,8 @@ function choices() {
   session.places(served);
   lens.gauges = session.gauges;
   const select = find("gauge");
-  const wanted = select.value || kept.gauge || served[0]?.name || "";
+  const tuned = served.find(({ trait, layer }) => rack.vectors.get(trait)?.tuned?.layer === layer);
+  const wanted = select.value || kept.gauge || (tuned ?? served[0])?.name || "";
   options(select, [...session.gauges.map(({ name }) => [name, name]), ["none", "nothing"]], wanted);
   lens.place = session.gauges.findIndex(({ name }) => name === select.value);
   lens.gauge = session.gauges[lens.place] ?? null;

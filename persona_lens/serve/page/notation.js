@@ -2,12 +2,12 @@
 
 /** What a term may do: how it is called, and the range of its slider where nothing is known of the trait. */
 export const ACTIONS = {
-  percent: { says: "add, % of residual", low: -60, high: 60, step: 1, amount: 10 },
-  times: { says: "add, × vector", low: -4, high: 4, step: 0.1, amount: 1 },
+  percent: { says: "add %", low: -60, high: 60, step: 1, amount: 10 },
+  times: { says: "add ×", low: -4, high: 4, step: 0.1, amount: 1 },
   ablate: { says: "ablate", low: 0, high: 1, step: 0.05, amount: 1 },
   cap: { says: "cap at", low: -20, high: 20, step: 0.5, amount: 0 },
   floor: { says: "floor at", low: -20, high: 20, step: 0.5, amount: 0 },
-  affine: { says: "set to (affine)", low: -20, high: 20, step: 0.5, amount: 0 },
+  affine: { says: "affine to", low: -20, high: 20, step: 0.5, amount: 0 },
 };
 export const TOKENS = ["all", "prompt", "response", "generating"];
 

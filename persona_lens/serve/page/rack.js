@@ -128,15 +128,19 @@ export class Rack {
   points({ tuned, cliff }, action) {
     const found = [];
     const tunedAt = action === "percent" ? tuned?.relative && tuned.relative * 100 : action === "times" ? tuned?.coefficient : null;
-    if (tunedAt) found.push({ at: tunedAt, kind: "tuned", says: `tuned ${signed(tunedAt, action === "percent" ? 0 : 1)}` });
-    if (cliff && action === "percent") found.push({ at: cliff * 100, kind: "cliff", says: `text breaks ${signed(cliff * 100, 0)}` });
+    if (tunedAt) found.push({ at: tunedAt, kind: "tuned", says: `tuned ${signed(tunedAt, action === "percent" ? 0 : 1)}${action === "percent" ? "%" : ""}` });
+    if (cliff && action === "percent") found.push({ at: cliff * 100, kind: "cliff", says: `text breaks at ${signed(cliff * 100, 0)}%` });
     return found;
   }
 
   marked(vectors, row, low, high) {
     const share = (at) => `${((at - low) / (high - low)) * 100}%`;
-    const zero = low < 0 ? [element("span", { class: "mark zero", "--at": share(0), "aria-hidden": "true" }, "0")] : [];
-    return [...zero, ...this.points(vectors, row.action).map(({ at, kind, says }) => element("span", { class: `mark ${kind}`, "--at": share(at) }, says))];
+    const points = this.points(vectors, row.action);
+    const tick = (at, kind) => element("span", { class: `mark ${kind}`, "--at": share(at), "aria-hidden": "true" });
+    return [
+      ...(low < 0 ? [tick(0, "zero")] : []), ...points.map(({ at, kind }) => tick(at, kind)),
+      element("p", {}, ...points.flatMap(({ kind, says }, number) => [number ? " · " : "", element("span", { class: kind }, says)])),
+    ];
   }
 
   /** Below the rows: terms beyond them, the line itself, presets, and a way to bring vectors. */
