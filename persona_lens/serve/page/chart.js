@@ -32,7 +32,7 @@ function panel(trait, gauges, turns, scales, shown) {
   const [low, high] = widened(Math.min(...all, ...band), Math.max(...all, ...band));
   const x = (turn) => LEFT + ((turn + 0.5) / turns.length) * (WIDTH - LEFT - RIGHT);
   const y = (value) => TOP + ((high - value) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-  const digits = scales.digits(main.gauge);
+  const [digits, centre] = [scales.digits(main.gauge), scales.centre(main.gauge)];
   const line = ({ gauge, place }) => {
     const points = turns.map(({ readings }, turn) => [x(turn), readings.means[place]]).filter(([, value]) => Number.isFinite(value));
     return drawn("polyline", { class: gauge === main.gauge ? "line main" : "line", points: points.map(([at, value]) => `${at},${y(value)}`).join(" ") });
@@ -54,7 +54,7 @@ function panel(trait, gauges, turns, scales, shown) {
     "aria-label": `${trait} at layer ${main.gauge.layer}, turn by turn: ${turns.map(({ readings }) => signed(readings.means[main.place], digits)).join(", ")}`,
   },
   known && drawn("rect", { class: "band", x: LEFT, width: WIDTH - LEFT - RIGHT, y: y(band[1]), height: y(band[0]) - y(band[1]) }),
-  drawn("line", { class: "centre", x1: LEFT, x2: WIDTH - RIGHT, y1: y(known?.mean ?? Math.max(low, Math.min(0, high))), y2: y(known?.mean ?? Math.max(low, Math.min(0, high))) }),
+  low <= centre && centre <= high && drawn("line", { class: "centre", x1: LEFT, x2: WIDTH - RIGHT, y1: y(centre), y2: y(centre) }),
   drawn("text", { x: LEFT - 6, y: TOP + 8, class: "axis end" }, signed(high, digits)),
   drawn("text", { x: LEFT - 6, y: HEIGHT - BOTTOM, class: "axis end" }, signed(low, digits)),
   ...ticks.map((turn) => drawn("text", { x: x(turn), y: HEIGHT - 4, class: "axis middle" }, String(turn + 1))),

@@ -7,7 +7,7 @@ import { button, download, element, find, options } from "./elements.js";
 import { Rack } from "./rack.js";
 import { Sampling } from "./sampling.js";
 import { Scales } from "./scale.js";
-import { Session } from "./store.js";
+import { KEY, Session } from "./store.js";
 import { plainMessages } from "./talk.js";
 import { legend } from "./tokens.js";
 
@@ -98,8 +98,9 @@ function choices() {
   lens.gauge = session.gauges[lens.place] ?? null;
 }
 
-function fit() {
-  session.gauges.forEach((gauge, place) => {
+function fit(gauges = session.gauges) {
+  gauges.forEach((gauge) => {
+    const place = session.gauges.indexOf(gauge);
     const values = seen.flatMap(({ readings }) => readings?.tokens.map((token) => token.values[place]) ?? []);
     lens.scales.fit(gauge, values);
   });
@@ -109,7 +110,11 @@ let fitting = 0;
 function soon() {
   fitting ||= setTimeout(() => {
     fitting = 0;
-    fit();
+    if (!lens.gauge) return;
+    const before = lens.scales.limit(lens.gauge);
+    fit([lens.gauge]);
+    // Values beyond the end of the scale are usual; only another end is another colour for all tokens.
+    if (Math.abs(lens.scales.limit(lens.gauge) - before) < 0.02 * before) return;
     bench.recolour();
     find("legend").replaceChildren(...legend(lens));
   }, 120);
@@ -235,6 +240,10 @@ function listen() {
     if (id) bench.views.get(id)?.node.scrollIntoView({ block: "center" });
   });
   addEventListener("pagehide", store);
+  addEventListener("storage", ({ key }) => {
+    if (key === KEY && !store.shared) notice("This page is open in another tab too. After a reload the conversation is the one that was changed last; save what you need.", true);
+    store.shared ||= key === KEY;
+  });
   find("compare").checked = Boolean(kept.compare);
   field.value = kept.draft ?? "";
 }

@@ -1,6 +1,6 @@
 /** A conversation as a tree of messages, its file, and what the browser keeps of it. */
 
-const KEY = "persona-lens/session/1";
+export const KEY = "persona-lens/session/1";
 const LARGEST = 4_000_000; // characters; browsers keep about five million for a site
 const ID = /^[A-Za-z0-9_.-]{1,64}$/;
 const ROLES = ["system", "user", "assistant"];
@@ -177,7 +177,7 @@ function parsed(text) {
 }
 
 const values = (given) => (Array.isArray(given) ? given.map((each) => (Number.isFinite(each) ? each : null)) : []);
-const list = (given) => (Array.isArray(given) ? given : []);
+const list = (given) => (Array.isArray(given) ? given.filter((each) => each && typeof each === "object") : []);
 
 function fromSession(header, lines) {
   if (header.persona_lens !== "session" || header.format_version !== 1)
