@@ -11,6 +11,7 @@ from torch import Tensor
 
 from persona_lens.backend import Edit, Read, Sampling, TokenBatch
 from persona_lens.backend.packed_checks import FidelityError
+from persona_lens.backend.packed_pass import as_error
 from persona_lens.backend.packed_run import PackedRun
 from persona_lens.backend.streaming import TokenScore
 from persona_lens.backend.tokens import TokenIds
@@ -70,7 +71,7 @@ class Run(PackedRun):
         self.outcomes = self._engine.end(self.job)
         for outcome in self.outcomes:
             if outcome.error is not None:
-                raise RuntimeError(outcome.error)  # as it would have come out of a block here
+                raise as_error(outcome.error)
 
     def over_text(self, *, anew: bool, noises: Sequence[Mapping[str, Any] | None] | None = None) -> Job:
         """Run over the texts as they are, to what follows each.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.packed_checks import check_done
-from persona_lens.backend.packed_pass import RunningCall
+from persona_lens.backend.packed_pass import RunningCall, as_error
 from persona_lens.backend.packed_run import PackedRun
 from persona_lens.backend.reads import Read
 from persona_lens.backend.streaming import TokenScore
@@ -130,7 +130,7 @@ class RowsRun(PackedRun):
         if self.error is not None:
             raise self.error
         if (failure := self.running.failure()) is not None:
-            raise RuntimeError(failure)  # as it would have come out of a block
+            raise as_error(failure)
 
     def given(self, row: int) -> TokenIds:
         """See `PackedRun`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from persona_lens.backend.packed import PackedIntervention
+from persona_lens.backend.tokens import EditError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # attention multiplies what it does not attend to by 0. No model comes near it, in half precision but by overflowing.
 LARGEST = {torch.float16: 3e4}
 LARGEST_OF_OTHERS = 1e15
+TOO_STRONG = "makes a residual too large for the model; weaken it"
 
 
 class RunningCall:
@@ -74,8 +76,13 @@ class RunningCall:
     def failure(self) -> str | None:
         """What went wrong, an edit that was too strong among it."""
         if self.error is None and (beyond := [layer for layer, found in self._beyond.items() if bool(found)]):
-            return f"an edit at layer {min(beyond)} makes a residual too large for the model; weaken it"
+            return f"an edit at layer {min(beyond)} {TOO_STRONG}"
         return self.error
+
+
+def as_error(failure: str) -> Exception:
+    """What went wrong in a call, as it is raised: too strong an edit is the caller's to mend, all else a bug."""
+    return EditError(failure) if failure.endswith(TOO_STRONG) else RuntimeError(failure)
 
 
 def edited_pass(

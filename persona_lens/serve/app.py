@@ -17,7 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from persona_lens.backend import BackendError, Operation
+from persona_lens.backend import BackendError, EditError, Operation
 from persona_lens.core.documents import DocumentError, parse_json
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.monitoring import Panel
@@ -296,10 +296,10 @@ def refusal(error: Exception) -> JSONResponse:
         return answers.failure(408, "the request did not come to an end", "timeout", connection="close")
     if isinstance(error, ClientDisconnect):
         return answers.failure(GONE, "the client went away")
+    if isinstance(error, EditError):  # found while it ran: too strong
+        return answers.failure(400, str(error), "edit_too_strong")
     if isinstance(error, PersonaLensError) and not isinstance(error, BackendError):
         return answers.failure(400, str(error))
-    if "weaken it" in str(error):  # the client can, and need not try the same again
-        return answers.failure(400, str(error), "edit_too_strong")
     if isinstance(error, BackendError):
         return answers.failure(500, str(error), "model_failed")
     return answers.failure(500, f"the server failed ({type(error).__name__}); it goes on", "internal_error")

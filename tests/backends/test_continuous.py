@@ -14,6 +14,7 @@ import torch
 
 from persona_lens.backend import (
     Edit,
+    EditError,
     Generation,
     Positions,
     Read,
@@ -228,7 +229,7 @@ def test_an_edit_that_is_too_strong_harms_nobody_else() -> None:
     def one(number: int) -> Any:
         try:
             return joint().generate([PROMPTS[0]], Sampling(9), [strong] if number % 2 else []).responses
-        except RuntimeError as error:
+        except EditError as error:
             return "weaken it" in str(error)
 
     plain = tiny_backend(REFERENCE).generate([PROMPTS[0]], Sampling(9)).responses

@@ -277,4 +277,4 @@ def test_what_is_no_json_and_what_is_not_there(client: Client) -> None:
     for content in (b"", b"{", b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000, b'{"messages": ' + b'{"a":' * 5000):
         assert client.http.post("/v1/chat/completions", content=content).status_code == 400
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
-    assert client.get("/v1/chat/completions").status_code == 405
+    assert client.get("/v1/chat/completions").json()["error"]["code"] in ("not_found", "method_not_allowed")
