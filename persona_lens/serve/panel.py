@@ -6,16 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from persona_lens.backend.batches import context_length
 from persona_lens.data.pieces import token_pieces
 from persona_lens.models import Message
 from persona_lens.monitoring import ConversationMonitor, Panel
 from persona_lens.serve.answers import gauges_told, numbers
-from persona_lens.serve.workbench import Workbench
+from persona_lens.serve.workbench import TooLongError, Workbench
 from persona_lens.steering import Steering
 from persona_lens.steering.preview import preview_tokens
 from persona_lens.vectors import PersonaVectors, VectorsError
 
 PREVIEWED = 8  # tokens of a response to come, beyond which a preview repeats itself
+LONGEST = 4096  # tokens of a previewed prompt: each is a row of a table, whose drawing holds up whoever else is served
 
 
 def vectors_shown(workbench: Workbench) -> dict[str, Any]:
@@ -76,13 +78,18 @@ def steering_shown(workbench: Workbench, edits: str, messages: Sequence[Message]
     """A steering in its canonical notation, and what it does to which tokens of a prompt.
 
     Raises:
+        TooLongError: If the prompt is longer than the model or a preview takes.
         PersonaLensError: If it is none.
     """
     steering = workbench.shelf.steering(edits)
     if steering is None:
         return {"edits": "", "terms": [], "preview": ""}
     asked = messages or [{"role": "user", "content": "Hello"}]
-    preview = preview_tokens(workbench.backend, workbench.encode(asked), PREVIEWED, edits=steering)
+    prompt = workbench.encode(asked)
+    most = min(context_length(workbench.backend) or LONGEST, LONGEST)
+    if len(prompt) > most:
+        raise TooLongError(f"the prompt has {len(prompt)} tokens, and a preview shows up to {most} here; shorten it")
+    preview = preview_tokens(workbench.backend, prompt, PREVIEWED, edits=steering)
     return {"edits": str(steering), "terms": list(map(str, steering.terms)), "preview": str(preview)}
 
 

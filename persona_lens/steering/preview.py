@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
@@ -146,7 +147,7 @@ class Preview(Record):
         Console(file=text, width=120, markup=False, emoji=False).print(self)
         return text.getvalue().rstrip("\n")
 
-    @property
+    @cached_property
     def _sinks(self) -> bool:
         return any(token.sink_at for token in self.tokens)
 

@@ -204,6 +204,10 @@ def test_a_conversation_is_read_and_a_steering_previewed(client: Client) -> None
     assert shown["edits"] == "evil@1:+1 on response"
     assert "response" in shown["preview"]
     assert client.http.post("/v1/persona_lens/preview", json={"edits": "evil@99:+1"}).status_code == 400
+    long = [{"role": "user", "content": "a" * 100_000}]
+    refused = client.http.post("/v1/persona_lens/preview", json={"edits": "evil@1:+1", "messages": long})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_session_is_exported_as_a_page(client: Client) -> None:
