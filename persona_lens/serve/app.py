@@ -43,6 +43,7 @@ from persona_lens.serve.workbench import Answer, Begun, Planned, Said, TooLongEr
 Found = TypeVar("Found")
 GONE = 499  # the client went away; nobody reads this answer
 LARGEST = 64 * 2**20
+MOST_REPLIES = 64  # of one request: all its prompts and choices
 
 
 class Server:
@@ -171,6 +172,8 @@ class Server:
         given = asked.persona_lens.edits if asked.persona_lens is not None else ""
         if named and given:
             raise RequestError("the model's name steers, and persona_lens.edits does too; use one", param="model")
+        if len(prompts) * asked.choices > MOST_REPLIES:
+            raise RequestError(f"a request may ask for {MOST_REPLIES} replies in all", param="n")
         wanted = asked.asked(prompts, named or given)
         return await asyncio.to_thread(lambda: [self.workbench.plan(each) for each in wanted])
 

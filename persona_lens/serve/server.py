@@ -176,6 +176,7 @@ class _Uvicorn(uvicorn.Server):
             limit_concurrency=CONNECTIONS,
             server_header=False,
             http="h11",
+            ws="none",
         )
         super().__init__(config)
 

@@ -279,11 +279,18 @@ def _factors(
     ]
     tokens = text.lengths[0] + to_come
     written, _ = _run(text, to_come, torch.zeros(1, tokens, len(groups), dtype=torch.float64), edits=probes)
-    rounding = written.abs() < NEGLIGIBLE * written.abs().amax(dim=1, keepdim=True)
+    largest = torch.tensor([_largest(group[0]) if group else 0.0 for group in groups], dtype=torch.float64)
+    rounding = written.abs() < NEGLIGIBLE * torch.maximum(written.abs().amax(dim=1, keepdim=True), largest)
     for number, group in enumerate(groups):
         if sinks is not None and group:  # left out at all layers of the group
             rounding[0, :, number] |= torch.stack([left_out(edit, sinks) for edit in group]).all(dim=0)
     return [tuple(map(_rounded, token)) for token in written.masked_fill(rounding, 0)[0].tolist()]
+
+
+def _largest(edit: Edit) -> float:
+    """What an edit's schedule comes to where it is strongest, which need not be at any token; 0 where it has none."""
+    steepest = 0.0 if edit.schedule is None else max(abs(factor) for _, factor in edit.schedule.points)
+    return steepest * float(torch.as_tensor(edit.coefficient).abs().max())
 
 
 def _rounded(number: float) -> float:

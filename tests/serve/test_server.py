@@ -175,6 +175,7 @@ def test_completions_go_on_from_any_tokens(client: Client) -> None:
     )
     assert ask("ab", max_tokens=0, echo=True)["choices"][0]["text"] == "ab"
     assert len(ask("ab", max_tokens=4, logprobs=2)["choices"][0]["logprobs"]["top_logprobs"][0]) == 2
+    assert "64 replies" in ask(["ab"] * 5, n=16)["error"]["message"]
     assert "echo" in ask("ab", echo=True, logprobs=1)["error"]["message"]
 
 

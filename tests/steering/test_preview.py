@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -147,6 +147,7 @@ POINTS = st.dictionaries(st.integers(0, 12), st.sampled_from([-1.0, 0.0, 0.5, 1.
 
 @settings(max_examples=30, deadline=None)
 @given(kind=KINDS, span=SPANS, points=st.none() | POINTS)
+@example(kind=Positions.ALL, span=(6, 1), points={9: 0.5, 0: -1.0})  # at its only token the schedule passes through 0
 def test_any_positions_and_any_schedule_are_as_the_preview_says(
     kind: Positions, span: tuple[int, int] | None, points: dict[int, float] | None
 ) -> None:
