@@ -204,9 +204,8 @@ def tune(
             run.write_rows("confirm-scores.jsonl", map(Answer.to_row, asked.rows))
             run.write_bytes("vectors.safetensors", tuned.to_bytes())
             run.write_json("summary.json", summary, free=("command",))
-    answers = {"search": searched.rows, "confirm": asked.rows}
-    kept = (plain(summary), run.path if run else None)
-    return Tuning(tuned, steering, tuple(searched.points), chosen, effect, answers, *kept)
+    kept = ({"search": searched.rows, "confirm": asked.rows}, plain(summary), run.path if run else None)
+    return Tuning(tuned, steering, tuple(searched.points), chosen, effect, *kept)
 
 
 def tune_work(subject: Subject, settings: TuneSettings) -> tuple[Work, ...]:
