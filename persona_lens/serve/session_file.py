@@ -88,7 +88,7 @@ def _parsed(raw: bytes, line: int) -> Any:
     try:
         return parse_json(raw.strip().removeprefix(b"\xef\xbb\xbf"))
     except DocumentError as error:
-        raise SessionError(f"{f'line {line} is ' if line else ''}{error}") from None
+        raise SessionError(f"{f'line {line}: ' if line else ''}{error}") from None
 
 
 def _conversation(values: list[Any]) -> SessionFile:
