@@ -194,7 +194,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(rows: list[Any], said: 
     [
         (b"", "nothing in it"),
         (b" \n ", "nothing in it"),
-        (json.dumps(HEADER).encode() + b"\n{", "line 2 is not JSON"),
+        (json.dumps(HEADER).encode() + b"\n{", "line 2: not JSON"),
         (b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}", "not JSON"),
         (b"\xff\xfe", "not"),
         (b'{"persona_lens": "session", "format_version": 1, "model": "\\ud800"}', "half of a character"),
