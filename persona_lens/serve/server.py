@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -186,8 +187,9 @@ class _Uvicorn(uvicorn.Server):
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._server.draining = True
-        super().handle_exit(sig, frame)
+        """End as one who is asked to; uvicorn's own would raise the signal once more afterwards."""
+        self.force_exit |= self.should_exit and sig == signal.SIGINT  # the second Ctrl-C
+        self.end()
 
 
 def _listen(host: str, port: int) -> socket.socket:

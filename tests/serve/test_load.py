@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -126,3 +130,30 @@ def test_a_server_that_ends_lets_replies_end_first() -> None:
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
     with pytest.raises(httpx.ConnectError):
         client.get("/health")
+
+
+def test_a_server_that_is_told_to_end_says_nothing_more(tmp_path: Path) -> None:
+    """As a service manager ends it: SIGTERM, and no more than 10 seconds."""
+    script = (
+        "from tests.serve.running import workbench\n"
+        "from persona_lens.serve.server import serve\n"
+        "serve(workbench(), port=0, on_ready=lambda address, token: print(address, token, flush=True))\n"
+        "print('ended', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    address, token = process.stdout.readline().split()
+    headers = {"authorization": f"Bearer {token}"}
+    body = {"messages": HELLO, "max_tokens": 30, "stream": True}
+    url = f"{address}/v1/chat/completions"
+    with httpx.Client(headers=headers, trust_env=False) as http, http.stream("POST", url, json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    said, errors = process.communicate(timeout=10)
+    assert time.monotonic() - began < 10
+    assert (said, errors, process.returncode) == ("ended\n", "", 0)
