@@ -52,6 +52,7 @@ COMMANDS = (
     *(("vectors", name) for name in ("export", "import", "push", "pull")),
     ("dissect",),
     ("screen",),
+    ("serve",),
     ("finetune",),
     ("finetune-study",),
     ("shift",),
