@@ -25,8 +25,8 @@ from persona_lens.backend.arrivals import replay
 from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import recorded_base
 from persona_lens.backend.edits import edits_of_rows
-from persona_lens.backend.packed_run import edits_of_text
-from persona_lens.backend.reads import check_reads, need_last_token, need_prompts
+from persona_lens.backend.packed_run import PackedBackend, edits_of_text
+from persona_lens.backend.reads import need_last_token, need_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streaming import Listener
 from persona_lens.backend.tokens import TokenIds
@@ -39,7 +39,7 @@ from persona_lens_vllm.opening import folder_of, require_ours, start_engine
 _CALLS = 8  # that run together: as many batches as an engine needs to be full while others end
 
 
-class VllmBackend:
+class VllmBackend(PackedBackend):
     """A vLLM engine whose workers read and edit.
 
     Calls from several threads run together, in whatever batches the engine makes of their rows.
@@ -126,24 +126,6 @@ class VllmBackend:
     def sink_limits(self) -> tuple[float, ...]:
         """See `persona_lens.backend.sinks.sink_limits`; measured by one small pass."""
         return limits_from(self.forward(probe(self._config), (), NORMS).reads["norms"])
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Edits = (), reads: Sequence[Read] = ()
-    ) -> Generation:
-        """See `persona_lens.backend.protocol.Backend.generate`."""
-        return self._generate(prompts, sampling, as_edits(edits), reads, None)
-
-    def generate_watched(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        watch: Watch,
-        edits: Edits = (),
-        reads: Sequence[Read] = (),
-    ) -> Generation:
-        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
-        check_reads([watch.read], self.info.n_layers, self.info.d_model)
-        return self._generate(prompts, sampling, as_edits(edits), reads, watch)
 
     def forward(
         self, tokens: TokenBatch, edits: Edits = (), reads: Sequence[Read] = (), *, logprobs: bool = False

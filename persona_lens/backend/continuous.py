@@ -12,10 +12,11 @@ from typing import Any
 
 from persona_lens.backend.continuous_batch import ContinuousBatch
 from persona_lens.backend.continuous_rows import RowsRun
-from persona_lens.backend.edits import Edit, Edits, as_edits
+from persona_lens.backend.edits import Edit, Edits
 from persona_lens.backend.hooked import HookedBackend
+from persona_lens.backend.packed_run import PackedBackend
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
-from persona_lens.backend.reads import Read, check_reads, need_last_token
+from persona_lens.backend.reads import Read, need_last_token
 from persona_lens.backend.shared_prompts import can_share_prompts
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.backend.streaming import Watch
@@ -38,7 +39,7 @@ def continuous(backend: Backend, rows: int = ROWS) -> Backend:
     return ContinuousBackend(backend, rows)
 
 
-class ContinuousBackend:
+class ContinuousBackend(PackedBackend):
     """A hooked model whose rows join and leave between steps.
 
     Args:
@@ -62,24 +63,6 @@ class ContinuousBackend:
     def sink_limits(self) -> tuple[float, ...]:
         """See `persona_lens.backend.sinks.sink_limits`."""
         return self.hooked.sink_limits
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Edits = (), reads: Sequence[Read] = ()
-    ) -> Generation:
-        """See `persona_lens.backend.protocol.Backend.generate`."""
-        return self._generate(prompts, sampling, as_edits(edits), reads, None)
-
-    def generate_watched(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        watch: Watch,
-        edits: Edits = (),
-        reads: Sequence[Read] = (),
-    ) -> Generation:
-        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
-        check_reads([watch.read], self.info.n_layers, self.info.d_model)
-        return self._generate(prompts, sampling, as_edits(edits), reads, watch)
 
     def forward(
         self, tokens: TokenBatch, edits: Edits = (), reads: Sequence[Read] = (), *, logprobs: bool = False

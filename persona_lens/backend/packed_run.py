@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend.arrivals import Arrivals
-from persona_lens.backend.edits import Edit
+from persona_lens.backend.edits import Edit, Edits, as_edits
 from persona_lens.backend.packed import aligned
 from persona_lens.backend.packed_call import PackedCall
-from persona_lens.backend.protocol import ForwardResult, Generation
-from persona_lens.backend.reads import Read, ReadKind
+from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
+from persona_lens.backend.reads import Read, ReadKind, check_reads
 from persona_lens.backend.streaming import Listener, TokenScore, Watch
-from persona_lens.backend.tokens import TokenBatch, TokenIds, cut_response
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, cut_response
 
 
 def edits_of_text(edits: Sequence[Edit], text: TokenBatch) -> list[Edit]:
@@ -47,6 +47,41 @@ def reads_of(
         values = aligned(whole, lengths, whole["value"].shape[2], whole["value"].shape[1])
         found[read.kind.value] = values.squeeze(-1) if read.kind is ReadKind.NORMS else values
     return found
+
+
+class PackedBackend(ABC):
+    """The two ways in which a backend is asked to generate, of which the watched one is told as steps end."""
+
+    info: ModelInfo
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Edits = (), reads: Sequence[Read] = ()
+    ) -> Generation:
+        """See `persona_lens.backend.protocol.Backend.generate`."""
+        return self._generate(prompts, sampling, as_edits(edits), reads, None)
+
+    def generate_watched(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        watch: Watch,
+        edits: Edits = (),
+        reads: Sequence[Read] = (),
+    ) -> Generation:
+        """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
+        check_reads([watch.read], self.info.n_layers, self.info.d_model)
+        return self._generate(prompts, sampling, as_edits(edits), reads, watch)
+
+    @abstractmethod
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
+        watch: Watch | None,
+    ) -> Generation:
+        """Both of them."""
 
 
 class PackedRun(ABC):

@@ -93,18 +93,21 @@ def chat_command(
     first = talk.session.path[0] if talk.session.path else None
     _say_alarms(listening, panel, first.content if first is not None and first.role == "system" else None)
     for turn in chain([asking.answer()], map(asking.take, _messages())):
-        if turn is None:
-            continue
-        if subject.as_json:
+        if turn is not None and subject.as_json:
             readings = [reading.to_json() for reading in turn.readings]
             say_json({"turn": turn.number, "text": turn.text, "stopped": turn.stopped, "readings": readings})
-            continue
-        says.end()
-        ended = ", ended by an alarm" if turn.stopped else ""
-        show_rows(f"Turn {turn.number}: projections{ended}", turn.readings, READINGS)
-        if show:
-            says.show(turn)
+        elif turn is not None:
+            _show_turn(turn, says, coloured=show)
     say_traffic(opened)
+
+
+def _show_turn(turn: Turn, says: _Speaker, *, coloured: bool) -> None:
+    """End a reply that was written as it came, with its readings, and its tokens once more in colour."""
+    says.end()
+    ended = ", ended by an alarm" if turn.stopped else ""
+    show_rows(f"Turn {turn.number}: projections{ended}", turn.readings, READINGS)
+    if coloured:
+        says.show(turn)
 
 
 def _messages() -> Iterator[str]:

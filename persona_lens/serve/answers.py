@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from starlette.responses import JSONResponse
 from torch import Tensor
 
 from persona_lens.monitoring import Alert, Gauge
-from persona_lens.serve.workbench import Answer, Begun, Planned, Said
+from persona_lens.serve.said import decimals
+from persona_lens.serve.workbench import Answer, Begun, Planned, Said, gauge_names, sounded
 
 DONE = b"data: [DONE]\n\n"
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -37,24 +36,20 @@ def event(value: Mapping[str, Any]) -> bytes:
 
 def numbers(values: Float[Tensor, " some"] | Iterable[float]) -> list[float | None]:
     """Numbers as JSON has them: no NaN."""
-    listed = values.tolist() if isinstance(values, Tensor) else list(values)
-    return [round(value, 5) if math.isfinite(value) else None for value in listed]
+    return list(decimals(values.tolist() if isinstance(values, Tensor) else values))
 
 
 def gauges_told(gauges: Sequence[Gauge]) -> list[dict[str, Any]]:
     """Which gauges values are of, in their order."""
-    return [{"name": str(gauge), "trait": gauge.trait, "layer": gauge.layer} for gauge in gauges]
+    return [name.to_json() for name in gauge_names(gauges)]
 
 
 def begun_told(planned: Planned, begun: Begun) -> dict[str, Any]:
     """What is known before a reply begins."""
-    forecast = [
-        {"gauge": each.gauge, "probability": round(each.probability, 5), "says": each.caveat} for each in begun.forecast
-    ]
     return {
         "gauges": gauges_told(planned.panel.gauges),
         "prompt_last": numbers(begun.prompt_last),
-        "forecast": forecast,
+        "forecast": [each.to_json() for each in begun.forecast],
         "edits": planned.steering,
         "seed": planned.asked.seed,
         "prompt_tokens": len(planned.asked.prompt),
@@ -77,15 +72,8 @@ def answer_told(planned: Planned, answer: Answer) -> dict[str, Any]:
 
 
 def _alert_told(planned: Planned, alert: Alert) -> dict[str, Any]:
-    return {
-        "alarm": str(alert.alarm),
-        "gauge": planned.panel.find(alert.alarm.trait, alert.layer),
-        "trait": alert.alarm.trait,
-        "layer": alert.layer,
-        "value": numbers([alert.value])[0],
-        "sds": None if alert.sds is None else numbers([alert.sds])[0],
-        "token": alert.token,
-    }
+    told = sounded(planned.panel, alert).to_json()
+    return {**told, "sds": None if alert.sds is None else numbers([alert.sds])[0]}
 
 
 def finish_reason(answer: Answer) -> str:
@@ -179,14 +167,3 @@ class Wording:
 
     def _written(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
-
-
-def echoed(tokenizer: Any, ids: Sequence[int], logprobs: Tensor | None) -> dict[str, Any] | None:
-    """The log-probabilities of a prompt's own tokens; of the first there is none."""
-    if logprobs is None:
-        return None
-    return {
-        "tokens": [str(tokenizer.decode([token])) for token in ids],
-        "token_logprobs": [None, *numbers(logprobs if len(ids) > 1 else torch.empty(0))],
-        "top_logprobs": None,
-    }

@@ -101,9 +101,8 @@ def read_conversation(
     Raises:
         PersonaLensError: If they are no conversation, or too long.
     """
-    monitor = ConversationMonitor(
-        workbench.backend, panel, chat=workbench.chat, allow_other_model=True
-    )  # the shelf looked
+    # Whether the vectors may be used on this model, the shelf has looked.
+    monitor = ConversationMonitor(workbench.backend, panel, chat=workbench.chat, allow_other_model=True)
     turns = monitor.observe(messages, steering.edits() if steering is not None else ())
     told = []
     for turn in turns:

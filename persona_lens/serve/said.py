@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, Literal, cast, get_args
 
 from persona_lens.core.documents import Record, plain
@@ -190,6 +191,11 @@ class SessionMessage(Record):
             if token["id"] is None:
                 del token["id"]
         return found | {name: value for name, value in more.items() if value is not None}
+
+
+def decimals(values: Iterable[float]) -> Values:
+    """As files and answers have numbers: in five decimals, and nothing for what is no number."""
+    return tuple(round(value, 5) if isfinite(value) else None for value in values)
 
 
 def role_of(given: str) -> Role:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 import torch
@@ -13,18 +12,9 @@ from persona_lens.backend import Backend
 from persona_lens.data.pieces import whole_pieces
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Alarm, Alert, ConversationMonitor, Panel, TokenReading, Turn
-from persona_lens.serve.said import (
-    Foretold,
-    GaugeName,
-    Made,
-    ReplyReadings,
-    SessionError,
-    SessionMessage,
-    Sounded,
-    TokenSaid,
-)
+from persona_lens.serve.said import Made, ReplyReadings, SessionError, SessionMessage, TokenSaid, decimals
 from persona_lens.serve.session import Session
-from persona_lens.serve.workbench import outlooks
+from persona_lens.serve.workbench import foretold, gauge_names, sounded
 from persona_lens.steering import Steering
 from persona_lens.steering.given import GivenVectors, given_steering
 
@@ -71,7 +61,7 @@ class Talk:
                 raise SessionError("a system prompt begins a conversation, and this one has begun; leave it out")
             self.session.add("system", system)
         self.session.model = backend.info.model
-        self._gauges = [GaugeName(str(gauge), gauge.trait, gauge.layer) for gauge in panel.gauges]
+        self._gauges = gauge_names(panel.gauges)
         self._backend, self._allow = backend, allow_other_model
         self._on_token = on_token
         self._alerts: list[Alert] = []
@@ -179,32 +169,12 @@ class Talk:
         texts = [""] * len(self._ids)
         for piece in whole_pieces(self._backend.tokenizer, self._ids):
             texts[piece.stop - 1] = "" if piece.special else piece.text
+        before = [each.prompt_last for each in turn.readings]
+        tokens = zip(texts, turn.token_values.tolist(), self._ids, strict=True)
         return ReplyReadings(
-            tuple(_number(each.prompt_last) for each in turn.readings),
-            tuple(_number(each.mean) for each in turn.readings),
-            tuple(
-                TokenSaid(text, tuple(map(_number, values)), token)
-                for text, values, token in zip(texts, turn.token_values.tolist(), self._ids, strict=True)
-            ),
-            tuple(
-                Sounded(
-                    str(alert.alarm),
-                    self.panel.find(alert.alarm.trait, alert.layer),
-                    alert.alarm.trait,
-                    alert.layer,
-                    _number(alert.value),
-                    alert.sds,
-                    alert.token,
-                )
-                for alert in self._alerts
-            ),
-            tuple(
-                Foretold(each.gauge, round(each.probability, 5), each.caveat)
-                for each in outlooks(self.panel.gauges, torch.tensor([each.prompt_last for each in turn.readings]))
-            ),
+            decimals(before),
+            decimals(each.mean for each in turn.readings),
+            tuple(TokenSaid(text, decimals(values), token) for text, values, token in tokens),
+            tuple(sounded(self.panel, alert) for alert in self._alerts),
+            foretold(self.panel.gauges, torch.tensor(before)),
         )
-
-
-def _number(value: float) -> float | None:
-    """As files have it: in five decimals, and nothing for what is no number."""
-    return round(value, 5) if isfinite(value) else None

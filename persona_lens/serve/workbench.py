@@ -21,6 +21,7 @@ from persona_lens.models.chat import chat_format
 from persona_lens.monitoring import Alarm, AlarmKind, Alert, Gauge, MonitoringError, Panel, TokenReading
 from persona_lens.monitoring.calibration import monitor_calibration
 from persona_lens.monitoring.reply import TurnMeter, listening, watched_reply
+from persona_lens.serve.said import Foretold, GaugeName, Sounded, decimals
 from persona_lens.serve.shelf import Shelf
 
 
@@ -61,21 +62,6 @@ class Asked:
     top: int | None = None
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """How likely the reply shows a trait, told before it begins by the calibration that a study left.
-
-    Attributes:
-        gauge: Number of the gauge.
-        probability: That the reply's score is 50 or more.
-        caveat: What is to be known of the calibration, if anything.
-    """
-
-    gauge: int
-    probability: float
-    caveat: str | None
-
-
 @dataclass(frozen=True, eq=False)
 class Begun:
     """The prompt has been read.
@@ -86,7 +72,7 @@ class Begun:
     """
 
     prompt_last: Float[Tensor, " gauges"]
-    forecast: tuple[Outlook, ...]
+    forecast: tuple[Foretold, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +213,7 @@ class Workbench:
             asked.prompt,
             planned.sampling,
             planned.edits,
-            on_prompt=lambda values: on_begun(Begun(values, outlooks(panel.gauges, values))),
+            on_prompt=lambda values: on_begun(Begun(values, foretold(panel.gauges, values))),
             on_token=on_token,
             top=asked.top,
         )
@@ -258,16 +244,28 @@ class Workbench:
 DEFAULT_TOKENS = 1024  # where neither the request nor the model says how many
 
 
-def outlooks(gauges: Sequence[Gauge], values: Float[Tensor, " gauges"]) -> tuple[Outlook, ...]:
-    """What the last prompt token foretells, by the calibrations that the gauges' vectors carry."""
+def foretold(gauges: Sequence[Gauge], values: Float[Tensor, " gauges"]) -> tuple[Foretold, ...]:
+    """What the last prompt token tells of the reply, by the calibrations that the gauges' vectors carry."""
     found = []
     for number, gauge in enumerate(gauges):
         stored = gauge.vectors.monitor
         if stored is None or gauge.layer not in stored.layers or stored.reduction != gauge.reduction:
             continue
         calibration = monitor_calibration(gauge.vectors, gauge.layer)
-        found.append(Outlook(number, calibration.probability(float(values[number])), calibration.caveat))
+        found.append(Foretold(number, round(calibration.probability(float(values[number])), 5), calibration.caveat))
     return tuple(found)
+
+
+def gauge_names(gauges: Sequence[Gauge]) -> list[GaugeName]:
+    """What gauges are called, in their order."""
+    return [GaugeName(str(gauge), gauge.trait, gauge.layer) for gauge in gauges]
+
+
+def sounded(panel: Panel, alert: Alert) -> Sounded:
+    """An alarm that sounded, as it is told and kept."""
+    (value,) = decimals([alert.value])
+    gauge = panel.find(alert.alarm.trait, alert.layer)
+    return Sounded(str(alert.alarm), gauge, alert.alarm.trait, alert.layer, value, alert.sds, alert.token)
 
 
 def drawn_seed() -> int:
