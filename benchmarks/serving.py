@@ -1,7 +1,7 @@
 """``python -m benchmarks.serving``: replies that run together in the server, against one batch, and what readings cost.
 
-On an idle machine, with the embedded model in float32. Clients and server are in this process, over the loopback
-interface, so what clients do counts as the server's.
+On an idle machine, with the embedded model in float32. Clients are in a process of their own, over the loopback
+interface, on the same cores: what they do counts as the server's.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-import httpx
 import torch
 
 from benchmarks import workloads as w
+from benchmarks.clients import Clients
 from benchmarks.ratios import Ratio, compare
 from persona_lens.backend import Backend, Sampling, Watch, WatchedTokens, watched_generation
 from persona_lens.backend.edits import Edit
-from persona_lens.serve.server import Running
+from persona_lens.serve.server import SWITCH, Running
 from persona_lens.serve.shelf import Shelf
 from persona_lens.serve.workbench import Workbench
 from persona_lens.vectors import PersonaVectors
@@ -39,26 +38,21 @@ class Asking:
     """
 
     def __init__(self, running: Running, rows: list[list[int]]) -> None:
-        self._rows = rows
-        headers = {"authorization": f"Bearer {running.token}"}
-        self._http = httpx.Client(base_url=running.address, headers=headers, timeout=600, trust_env=False)
-        self._pool = ThreadPoolExecutor(len(rows))
+        self._rows, self._clients = rows, Clients(running.address, running.token)
 
     def one(self, number: int, watch: list[str], new_tokens: int = NEW_TOKENS) -> float:
-        """Ask for one reply as a stream, steered in its own way; seconds to its first token."""
-        edits = f"trait{number % TRAITS}@{LAYERS[number % len(LAYERS)]}:{(number - 8) / 8:+g}"
-        body = {"prompt": self._rows[number], "max_tokens": new_tokens, "seed": number, "stream": True}
-        lens = {"edits": edits, "watch": watch}
-        began, first = time.perf_counter(), 0.0
-        with self._http.stream("POST", "/v1/completions", json={**body, "persona_lens": lens}) as answer:
-            for line in answer.iter_lines():
-                if not first and '"tokens"' in line:
-                    first = time.perf_counter() - began
+        """Ask for one reply, steered in its own way; seconds to its first token."""
+        (first,) = self._clients.ask([self._body(number, watch, new_tokens)])
         return first
 
     def all(self, watch: list[str]) -> None:
         """All clients at once."""
-        list(self._pool.map(lambda number: self.one(number, watch), range(len(self._rows))))
+        self._clients.ask([self._body(number, watch, NEW_TOKENS) for number in range(len(self._rows))])
+
+    def _body(self, number: int, watch: list[str], new_tokens: int) -> dict[str, Any]:
+        edits = f"trait{number % TRAITS}@{LAYERS[number % len(LAYERS)]}:{(number - 8) / 8:+g}"
+        asked = {"prompt": self._rows[number], "max_tokens": new_tokens, "seed": number, "stream": True}
+        return {**asked, "persona_lens": {"edits": edits, "watch": watch}}
 
 
 def vectors_of(backend: Backend, trait: str, seed: int) -> PersonaVectors:
@@ -114,6 +108,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3, help="counted pairs of each comparison")
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     arguments = parser.parse_args()
+    sys.setswitchinterval(SWITCH)  # as `serve` does
     model, tokenizer = w.load("float32")
     backend = w.endless(model, tokenizer)
     shelf = Shelf(backend, [vectors_of(backend, f"trait{seed}", seed) for seed in range(TRAITS)], LAYERS)
