@@ -108,11 +108,7 @@ class ChatFormat:
         Raises:
             ModelError: The template refuses the messages.
         """
-        *head, question = _pair(system, user)
-        turns: list[Message] = []
-        for asked, answered in examples:
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return self.encode_messages([*head, *turns, question])
+        return self.encode_messages(messages_of(system, user, examples))
 
     def encode_messages(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Return the token ids of a conversation.
@@ -147,7 +143,7 @@ class ChatFormat:
         Raises:
             ModelError: The messages are malformed, or the template refuses them.
         """
-        chosen = messages if messages is not None else _pair(system, user or "")
+        chosen = messages if messages is not None else messages_of(system, user or "")
         return str(self._apply(chosen, add_generation_prompt, tokenize=False))
 
     def encode_answer(self, text: str) -> list[int]:
@@ -283,9 +279,12 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
 
 
-def _pair(system: str | None, user: str) -> list[Message]:
-    question: Message = {"role": "user", "content": user}
-    return [question] if system is None else [{"role": "system", "content": system}, question]
+def messages_of(system: str | None, user: str, examples: Sequence[tuple[str, str]] = ()) -> list[Message]:
+    """The messages of a conversation up to a question; arguments as for `ChatFormat.encode`."""
+    found: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for asked, answered in examples:
+        found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return [*found, {"role": "user", "content": user}]
 
 
 def _check(messages: Sequence[Message]) -> None:
