@@ -112,13 +112,14 @@ def _files_in(folder: str, suffix: str = "") -> set[str]:
     return {path.relative_to(ROOT / folder).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
-def test_the_wheel_holds_the_engine_the_adapters_and_the_traits_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_engine_the_adapters_the_traits_the_roles_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"persona_lens/{name}" for name in _files_in("persona_lens")}
     expected |= {f"{adapter}/{name}" for adapter in ADAPTERS for name in _files_in(f"backends/{adapter}")}
     traits = {f"persona_lens/builtin_traits/{name}" for name in _files_in("traits")}
-    assert names == expected | traits
-    assert len(traits) == 7
+    roles = {f"persona_lens/builtin_roles/{name}" for name in _files_in("roles")}
+    assert names == expected | traits | roles
+    assert (len(traits), len(roles)) == (7, 60 + 1)
     assert {
         "persona_lens/py.typed",
         "persona_lens/data/demonstrations/impolite.jsonl",
@@ -311,7 +312,7 @@ def test_adapters_do_not_know_each_other() -> None:
 def test_data_flows_one_way() -> None:
     """Imports inside functions and for type checkers count too."""
     nouns = {path.stem if path.is_file() else path.name for path in ENGINE.iterdir() if path.name[0] not in "_."}
-    assert nouns - {"builtin_traits", "py"} == set(ORDER)
+    assert nouns - {"builtin_traits", "builtin_roles", "py"} == set(ORDER)
     wrong = []
     for found in _imports():
         importer, imported = found.importer.split("."), found.imported.split(".")

@@ -17,10 +17,9 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
-    from persona_lens.judging import Judge
+    from persona_lens.judging import Judge, Judged
     from persona_lens.models import ChatFormat
     from persona_lens.models.server import CompletionServer
-    from persona_lens.traits import Trait
     from persona_lens.vectors import PersonaVectors
 
 LIKELIHOOD = "likelihood"
@@ -66,7 +65,7 @@ class JudgeOptions:
     def open(
         self,
         judge: str | None,
-        traits: Trait | Mapping[str, Trait],
+        traits: Judged | Mapping[str, Judged],
         opening: options.ModelOptions,
         subject: tuple[Backend, ChatFormat] | None = None,
     ) -> Any:
@@ -178,7 +177,7 @@ def say_usage(server: CompletionServer, label: str) -> None:
     )
 
 
-def _likelihood(vectors: Path, model: str | None, opening: options.ModelOptions, trait: Trait) -> Judge:
+def _likelihood(vectors: Path, model: str | None, opening: options.ModelOptions, trait: Judged) -> Judge:
     """The likelihood judge as it was calibrated when vectors were extracted."""
     from persona_lens.judging import LikelihoodJudge
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.core.progress import Progress
     from persona_lens.extraction.experiment import Subject
+    from persona_lens.judging import Judged
     from persona_lens.models import ChatFormat
     from persona_lens.reports.result import Result
     from persona_lens.runs.cost import Work
     from persona_lens.steering.preview import Preview
-    from persona_lens.traits import Trait
     from persona_lens.vectors import PersonaVectors
 
 Found = TypeVar("Found", bound="Result")
@@ -90,7 +90,7 @@ class Job(Generic[Found]):
     run: Callable[[Session], Found]
     show: Callable[[Found, Session], None]
     work: Callable[[Session], Sequence[Work]] | None = None
-    traits: Trait | Mapping[str, Trait] | None = None
+    traits: Judged | Mapping[str, Judged] | None = None
     name: str | None = None
     model: str | None = None
     previews: Callable[[Session], Mapping[str, Preview]] | None = None

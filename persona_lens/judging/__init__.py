@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from persona_lens.judging.protocol import (
     Exchange,
     Judge,
+    Judged,
     Judgement,
     JudgingError,
     Method,
@@ -23,6 +24,7 @@ __all__ = [
     "Evidence",
     "Exchange",
     "Judge",
+    "Judged",
     "Judgement",
     "JudgingError",
     "LLMJudge",

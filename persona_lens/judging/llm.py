@@ -11,13 +11,12 @@ from typing import Any
 
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging import protocol as numbers
-from persona_lens.judging.protocol import EMPTY, Exchange, Judgement, JudgingError, Method, Score
+from persona_lens.judging.protocol import EMPTY, Exchange, Judged, Judgement, JudgingError, Method, Score
 from persona_lens.models.completions import Answer, Completion, CompletionRequest, Refused, Usage
 from persona_lens.models.endpoint import Done
 from persona_lens.models.reasoning import answer_text
 from persona_lens.models.server import CompletionServer
 from persona_lens.runs.cost import Work
-from persona_lens.traits import Trait
 from persona_lens.traits.wording import fill_slots
 
 COHERENCE = """\
@@ -110,7 +109,7 @@ class LLMJudge:
 
     Attributes:
         server: Whom to ask.
-        trait: Gives the rubric.
+        trait: Gives the rubric; or a role.
         coherence: Whether to ask for coherence too.
         method: How to have a number.
         samples: Answers for each number where they are sampled.
@@ -118,7 +117,7 @@ class LLMJudge:
     """
 
     server: CompletionServer
-    trait: Trait
+    trait: Judged
     coherence: bool = True
     method: Method = Method.AUTO
     samples: int = 5

@@ -1,4 +1,4 @@
-"""`Judge` and what it gives: exchanges, judgements, scores; and the number that an answer holds (method, section 3)."""
+"""`Judge`, what it takes and gives: traits, exchanges, scores; the number that an answer holds (method, section 3)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,37 @@ from typing import Any, Protocol, runtime_checkable
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import Progress, no_progress
+from persona_lens.traits import Arm
 
 EMPTY = "empty response"
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """What a judge takes of what it judges: a `persona_lens.traits.Trait`, or a `persona_lens.traits.PlayedRole`."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def judge_rubric(self) -> str:
+        """What a judge is asked that reads, with the slots ``{question}`` and ``{answer}`` once each."""
+        ...
+
+    @property
+    def instructions(self) -> Sequence[object]:
+        """The pairs of system prompts that call it forth and hold it back."""
+        ...
+
+    def system_prompt(self, arm: Arm, pair_index: int, /) -> str:
+        """The system prompt of one arm of a pair."""
+        ...
+
+    def content_hash(self) -> str:
+        """The fingerprint of what determines a judgement."""
+        ...
 
 
 class JudgingError(PersonaLensError):
@@ -68,7 +97,7 @@ class Judgement(Record):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Scores responses for one trait.
+    """Scores responses for one trait, or for a role.
 
     A judge may have two methods more: ``prepare()`` finds out, at little cost, everything that would keep it from
     judging, and raises an error for it; ``work(exchanges)`` says what judging these asks at most, if nothing of it is

@@ -22,6 +22,7 @@ from persona_lens.judging.llm import COHERENCE, fill_rubric
 from persona_lens.judging.protocol import (
     EMPTY,
     Exchange,
+    Judged,
     Judgement,
     JudgingError,
     NumberTokens,
@@ -29,7 +30,7 @@ from persona_lens.judging.protocol import (
     expected_number,
 )
 from persona_lens.runs.cost import Work, reading_work
-from persona_lens.traits import Arm, Trait
+from persona_lens.traits import Arm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +139,7 @@ class ReadingJudge:
         trait: What is judged.
     """
 
-    def __init__(self, backend: Backend, chat: ChatFormat, trait: Trait) -> None:
+    def __init__(self, backend: Backend, chat: ChatFormat, trait: Judged) -> None:
         self.backend = backend
         self.chat = chat
         self.trait = trait
@@ -181,7 +182,7 @@ class LikelihoodJudge(ReadingJudge):
         self,
         backend: Backend,
         chat: ChatFormat,
-        trait: Trait,
+        trait: Judged,
         calibration: Calibration | None = None,
         *,
         pairs: int = PAIRS,
@@ -327,7 +328,7 @@ class LocalJudge(ReadingJudge):
         self,
         backend: Backend,
         chat: ChatFormat,
-        trait: Trait,
+        trait: Judged,
         *,
         coherence: bool = True,
         prefill: str = "",

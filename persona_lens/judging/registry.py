@@ -9,14 +9,13 @@ from typing import Any, TypeAlias
 from persona_lens.backend import Backend
 from persona_lens.core.plugins import Registry
 from persona_lens.judging.llm import LLMJudge
-from persona_lens.judging.protocol import Judge, JudgingError, Method
+from persona_lens.judging.protocol import Judge, Judged, JudgingError, Method
 from persona_lens.judging.reading import LocalJudge
 from persona_lens.models import ChatFormat
 from persona_lens.models.server import CompletionServer
-from persona_lens.traits import Trait
 
-Judging: TypeAlias = Callable[[Trait], Judge]
-"""The judge of a trait; those of several traits share a model, or a server and its spending limit."""
+Judging: TypeAlias = Callable[[Judged], Judge]
+"""The judge of a trait, or of a role; those of several traits share a model, or a server and its spending limit."""
 
 
 @dataclass(frozen=True)

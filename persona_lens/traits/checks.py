@@ -1,4 +1,4 @@
-"""Advice on a trait that the schema accepts: what would make for a muddled vector or a misled judge."""
+"""Advice on what the schema accepts: what would make for a muddled vector or a misled judge."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from persona_lens.core.text import in_short
-from persona_lens.traits.discovery import TraitFile
-from persona_lens.traits.parsing import Problem, Severity, TraitError, field_name, read_with_places
-from persona_lens.traits.schema import QUESTION_FIELDS, SLOTS, Arm, Loc, Trait
+from persona_lens.traits.definition import SLOTS, Definition, Loc
+from persona_lens.traits.discovery import DefinitionFile
+from persona_lens.traits.kind import Content
+from persona_lens.traits.parsing import read
+from persona_lens.traits.problems import DefinitionError, Problem, Severity, field_name
+from persona_lens.traits.role import Role
+from persona_lens.traits.schema import QUESTION_FIELDS, Arm, Trait
 from persona_lens.traits.wording import content_words, normalised, overlaps, roots, shared_run, stem, words
 
 MIN_DESCRIPTION_CHARACTERS = 20
 MAX_QUESTION_WORDS = 80
+MAX_PROMPT_WORDS = 80
+MAX_GRADE_CHARACTERS = 300
 MAX_LENGTH_RATIO = 2.0
 """How many times longer one instruction of a pair may be: length must not become part of the contrast."""
 MAX_SIMILARITY = 0.85
@@ -24,7 +30,7 @@ MAX_SIMILARITY = 0.85
 
 @dataclass(frozen=True)
 class Advice:
-    """One piece of advice, the value it is about, and whether the trait can be used all the same."""
+    """One piece of advice, the value it is about, and whether it can be used all the same."""
 
     loc: Loc
     message: str
@@ -33,10 +39,10 @@ class Advice:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check of one trait file found.
+    """What a check of one file found.
 
     Attributes:
-        name: The trait's name.
+        name: The trait's name, or the role's.
         path: The file's path.
         problems: Errors and warnings, in the order of the lines.
     """
@@ -47,7 +53,7 @@ class Report:
 
     @property
     def errors(self) -> tuple[Problem, ...]:
-        """What makes the trait unusable."""
+        """What makes it unusable."""
         return tuple(p for p in self.problems if p.severity is Severity.ERROR)
 
     @property
@@ -56,31 +62,66 @@ class Report:
         return tuple(p for p in self.problems if p.severity is Severity.WARNING)
 
 
-def check_file(file: TraitFile, check: Callable[[Trait], Iterable[Advice]] | None = None) -> Report:
-    """Read a trait file and say everything that is wrong with it; never raises for what the file contains.
+def check_file(file: DefinitionFile[Content], check: Callable[[Content], Iterable[Advice]] | None = None) -> Report:
+    """Read a file and say everything that is wrong with it; never raises for what the file contains.
 
     Args:
         file: The file.
-        check: What to look for beyond the schema: `check_trait`, or `persona_lens.traits.check_deeply`.
+        check: What to look for beyond the schema, such as `check_deeply`; None is `check_trait` or `check_role`.
     """
     try:
-        trait, places = read_with_places(file.location)
-    except TraitError as error:
+        found, places = read(file.kind, file.location)
+    except DefinitionError as error:
         return Report(file.name, file.path, error.problems or (Problem(file.path, None, "", str(error)),))
+    advised = check(found) if check else _check(found)
     problems = [
         Problem(file.path, places[advice.loc][0], field_name(advice.loc), advice.message, advice.severity)
-        for advice in (check or check_trait)(trait)
+        for advice in advised
     ]
     return Report(file.name, file.path, tuple(sorted(problems, key=lambda problem: problem.line or 0)))
 
 
+def _check(found: Definition) -> list[Advice]:
+    match found:
+        case Trait():
+            return check_trait(found)
+        case Role():
+            return check_role(found)
+        case _:
+            return []
+
+
+def check_role(role: Role) -> list[Advice]:
+    """Look for weaknesses of a role that a schema cannot see. No model is asked."""
+    return [*_description(role), *_system_prompts(role), *_grades(role)]
+
+
+def _description(found: Trait | Role) -> Iterator[Advice]:
+    if len(found.description) < MIN_DESCRIPTION_CHARACTERS:
+        reader = "its judge" if isinstance(found, Role) else "its users"
+        message = f"says little: a sentence on what the {'role' if isinstance(found, Role) else 'trait'}"
+        yield Advice(("description",), f"{message} is and is not helps {reader}")
+
+
+def _system_prompts(role: Role) -> Iterator[Advice]:
+    prompts: list[tuple[Loc, str]] = [(("system_prompts", i), text) for i, text in enumerate(role.system_prompts)]
+    for loc, prompt in prompts:
+        count = len(prompt.split())
+        if count > MAX_PROMPT_WORDS:
+            yield Advice(loc, f"has {count} words; up to {MAX_PROMPT_WORDS} keep a small model in its role")
+    for first, _, loc in _alike(prompts):
+        yield Advice(loc, f"is almost #{int(first[1]) + 1}: take another angle")
+
+
+def _grades(role: Role) -> Iterator[Advice]:
+    for i, text in enumerate(role.grades):
+        if len(text) > MAX_GRADE_CHARACTERS:
+            yield Advice(("grades", i), f"has {len(text)} characters; a judge keeps up to {MAX_GRADE_CHARACTERS} apart")
+
+
 def check_trait(trait: Trait) -> list[Advice]:
     """Look for weaknesses that a schema cannot see. No model is asked."""
-    found: list[Advice] = []
-    if len(trait.description) < MIN_DESCRIPTION_CHARACTERS:
-        message = "says little: a sentence on what the trait is and is not helps its users"
-        found.append(Advice(("description",), message))
-    return [*found, *_instructions(trait), *_questions(trait), *_rubric(trait), *_graded_prompts(trait)]
+    return [*_description(trait), *_instructions(trait), *_questions(trait), *_rubric(trait), *_graded_prompts(trait)]
 
 
 def questions(trait: Trait) -> Iterator[tuple[Loc, str]]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from persona_lens.core.text import in_short
-from persona_lens.traits.parsing import TraitError
-from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER, QUESTION_FIELDS, is_slug
+from persona_lens.traits.definition import PLACEHOLDER, is_slug
+from persona_lens.traits.problems import TraitError
+from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, QUESTION_FIELDS
 from persona_lens.traits.wording import ANCHORS, rubric_text
 
 if TYPE_CHECKING:

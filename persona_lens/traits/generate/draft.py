@@ -13,10 +13,12 @@ from pydantic.types import StringConstraints
 
 from persona_lens.core.files import write_text
 from persona_lens.core.text import in_short
+from persona_lens.traits.definition import PLACEHOLDER
 from persona_lens.traits.generate.authors import AuthoringError
-from persona_lens.traits.parsing import TraitError, read_text
+from persona_lens.traits.parsing import read_text
+from persona_lens.traits.problems import TraitError
 from persona_lens.traits.rendering import check_name, trait_text
-from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, PLACEHOLDER
+from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS
 from persona_lens.traits.wording import ANCHORS, normalised, rubric_text
 
 _WIDTH = 108

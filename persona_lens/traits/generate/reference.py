@@ -13,10 +13,12 @@ from pydantic_core import ErrorDetails
 
 from persona_lens.core.documents import DocumentError, parse_json
 from persona_lens.core.text import in_short
+from persona_lens.traits.definition import SLOTS, is_slug, wrong_count
 from persona_lens.traits.generate.authors import AuthoringError
-from persona_lens.traits.parsing import TraitError, explain, read_text
+from persona_lens.traits.parsing import explain, read_text
+from persona_lens.traits.problems import TraitError
 from persona_lens.traits.rendering import trait_text
-from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, SLOTS, Trait, is_slug, wrong_count
+from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, Trait
 
 # Where the fields of a trait stand in the files of the reference implementation.
 _KEYS = {

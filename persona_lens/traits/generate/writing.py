@@ -35,7 +35,8 @@ from persona_lens.traits.generate.draft import (
     questions_request,
     rubric_request,
 )
-from persona_lens.traits.parsing import Severity, explain, field_name
+from persona_lens.traits.parsing import explain
+from persona_lens.traits.problems import Severity, field_name
 from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, QUESTION_FIELDS, Trait
 from persona_lens.traits.wording import normalised, overlaps
 
