@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -197,7 +197,7 @@ class Server:
         self.replies.admission.check()  # while there can be another answer than a stream
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
 
-        async def events() -> AsyncIterator[bytes]:
+        async def events() -> AsyncGenerator[bytes, None]:
             over: list[Answer] = []
             try:
                 async with aclosing(self.replies.of(planned)) as news:
@@ -213,7 +213,7 @@ class Server:
             yield answers.DONE
 
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+        return _Stream(events(), media_type="text/event-stream", headers=headers)
 
     async def vectors(self, _: Request) -> Response:
         """The model's vectors, and where each is read."""
@@ -265,6 +265,16 @@ class Server:
             return JSONResponse({"removed": name})
         asked: EditsRequest = await self._read(request, EditsRequest)
         return JSONResponse({"name": name, "edits": await asyncio.to_thread(shelf.keep_preset, name, asked.edits)})
+
+
+class _Stream(StreamingResponse):
+    """A stream that is over once its client has gone, and not when Python comes to collect it."""
+
+    body_iterator: AsyncGenerator[bytes, None]
+
+    async def __call__(self, *given: Any) -> None:
+        async with aclosing(self.body_iterator):
+            await super().__call__(*given)
 
 
 class _Page(StaticFiles):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from persona_lens.core.text import in_short
 from persona_lens.monitoring import AlarmKind
@@ -52,6 +52,26 @@ class Lens(BaseModel):
     stop_on_alarm: bool = False
 
 
+NOTHING: tuple[Any, ...] = (None, [], {}, "")  # what clients send who ask for nothing by a field
+
+
+def only_what_is_done(body: Any, undone: Mapping[str, Sequence[Any]], place: str = "") -> None:
+    """Look that nothing is asked for that is not done, and whose answer would be another one than was wanted.
+
+    Args:
+        body: What was sent.
+        undone: Fields, and for each what asks for nothing beside `NOTHING`.
+        place: Of the body in the request.
+
+    Raises:
+        RequestError: Naming the first field that asks for something.
+    """
+    for name in body if isinstance(body, dict) else ():
+        if name in undone and body[name] not in (*NOTHING, *undone[name]):
+            field = f"{place}{name}"
+            raise RequestError(f"{field} is not done here; leave it out", 400, "unsupported_parameter", field)
+
+
 class Part(BaseModel):
     """A part of a message; only text can be read."""
 
@@ -64,6 +84,14 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[Part], Field(max_length=1000)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_words(cls, body: Any) -> Any:
+        only_what_is_done(body, dict.fromkeys(("tool_calls", "function_call", "audio", "refusal"), ()), "messages.")
+        if isinstance(body, dict) and body.get("role") == "assistant" and body.get("content") is None:
+            return {**body, "content": ""}  # OpenAI has null there where an assistant said nothing
+        return body
 
     @field_validator("content", mode="before")
     @classmethod
@@ -87,7 +115,17 @@ class StreamOptions(BaseModel):
 
 
 class Generation(BaseModel):
-    """What both kinds of requests have. What real clients send beside it, and says nothing here, is passed over."""
+    """What both kinds of requests have. What real clients send beside it, and says nothing here, is passed over.
+
+    Attributes:
+        UNDONE: Fields of OpenAI's that would change the answer if they were not passed over; see `only_what_is_done`.
+    """
+
+    UNDONE: ClassVar[dict[str, Sequence[Any]]] = {
+        "logit_bias": (),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+    }
 
     model: Annotated[str, Field(max_length=3000)] | None = None
     stream: bool | None = False
@@ -99,6 +137,12 @@ class Generation(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     persona_lens: Lens | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_done(cls, body: Any) -> Any:
+        only_what_is_done(body, cls.UNDONE)
+        return body
 
     @property
     def choices(self) -> int:
@@ -149,6 +193,18 @@ class Generation(BaseModel):
 class ChatRequest(Generation):
     """``/v1/chat/completions``."""
 
+    UNDONE: ClassVar[dict[str, Sequence[Any]]] = {
+        **Generation.UNDONE,
+        "tools": (),
+        "tool_choice": ("none", "auto"),
+        "functions": (),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+    }
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = False
@@ -167,6 +223,8 @@ class ChatRequest(Generation):
 
 class CompletionRequest(Generation):
     """``/v1/completions``."""
+
+    UNDONE: ClassVar[dict[str, Sequence[Any]]] = {**Generation.UNDONE, "suffix": (), "best_of": (1,)}
 
     prompt: Text | Ids | Annotated[list[Text] | list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = 16

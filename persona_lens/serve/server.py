@@ -19,12 +19,12 @@ import uvicorn
 
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.serve.app import Server
+from persona_lens.serve.connection import Connection
 from persona_lens.serve.workbench import Workbench
 
 LOOPBACK, PORT = "127.0.0.1", 8017
 TOKEN = "PERSONA_LENS_TOKEN"
 PATIENCE = 8  # seconds that replies under way have when the server is told to end
-CONNECTIONS = 1024
 # Seconds for which a thread that writes answers may keep the one waiting that runs the model, which lets go of Python
 # at every operation and wants it back at once.
 SWITCH = 0.0005
@@ -174,9 +174,8 @@ class _Uvicorn(uvicorn.Server):
             lifespan="on",
             timeout_graceful_shutdown=PATIENCE,
             timeout_keep_alive=30,
-            limit_concurrency=CONNECTIONS,
             server_header=False,
-            http="h11",
+            http=Connection,
             ws="none",
         )
         super().__init__(config)

@@ -250,7 +250,7 @@ BAD: list[tuple[str, Any]] = [
     ("persona_lens.editz", {"messages": HELLO, "persona_lens": {"editz": "x"}}),
     ("no trait", {"messages": HELLO, "persona_lens": {"watch": ["good@1"]}}),
     ("layer", {"messages": HELLO, "persona_lens": {"watch": ["evil@99"]}}),
-    ("messages.0.content: ", {"messages": [{"role": "assistant", "content": None}]}),
+    ("messages.0.content: ", {"messages": [{"role": "user", "content": None}]}),
     ("evil@20", {"messages": HELLO, "persona_lens": {"watch": ["evil@x"]}}),
     ("good", {"messages": HELLO, "persona_lens": {"edits": "good@1:+1"}}),
     ("alarm", {"messages": HELLO, "persona_lens": {"alarms": ["evil!"]}}),
@@ -268,6 +268,78 @@ def test_bad_requests_get_an_error_in_openais_form(client: Client, said: str, bo
         assert error["type"] == "invalid_request_error"
         assert said in error["message"]
     assert client.chat(max_tokens=1).status_code == 200
+
+
+UNDONE: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "response_format": {"type": "json_object"},
+    "logit_bias": {"50256": -100},
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.1,
+    "audio": {"voice": "alloy", "format": "wav"},
+    "modalities": ["text", "audio"],
+    "web_search_options": {"search_context_size": "low"},
+}
+COMPLETIONS_UNDONE = {"logit_bias": {"1": 1}, "presence_penalty": 1, "suffix": "end", "best_of": 3}
+HARMLESS: dict[str, Any] = {
+    "tools": [],
+    "tool_choice": "none",
+    "function_call": None,
+    "response_format": {"type": "text"},
+    "logit_bias": {},
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "audio": None,
+    "modalities": ["text"],
+    "n": 1,
+    "user": "me",
+    "metadata": {"a": "b"},
+    "store": False,
+    "parallel_tool_calls": True,
+    "service_tier": "auto",
+    "best_of": 1,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_not_done_is_refused_by_name(client: Client, stream: bool) -> None:
+    for path, undone in (("chat/completions", UNDONE), ("completions", COMPLETIONS_UNDONE)):
+        for name, value in undone.items():
+            body = {"messages": HELLO, "prompt": "Hello", "max_tokens": 1, "stream": stream}
+            answer = client.http.post(f"/v1/{path}", json={**body, name: value})
+            assert answer.status_code == 400, name
+            error = answer.json()["error"]
+            assert (error["code"], error["param"]) == ("unsupported_parameter", name)
+            assert name in error["message"]
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function"}]}
+    error = client.chat(messages=[*HELLO, called, *HELLO]).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "messages.tool_calls")
+
+
+def test_what_clients_send_who_ask_for_nothing_by_it_is_taken(client: Client) -> None:
+    plain = client.chat(temperature=0).json()["choices"][0]["message"]
+    for body in (HARMLESS, dict.fromkeys(HARMLESS), {"tool_choice": "auto"}):
+        found = client.chat(temperature=0, **body)
+        assert found.status_code == 200, found.text
+        assert found.json()["choices"][0]["message"] == plain
+    assert client.http.post("/v1/completions", json={"prompt": "a", **HARMLESS}).status_code == 200
+
+
+def test_an_assistant_that_said_nothing_is_taken_at_its_word(client: Client) -> None:
+    def ask(**message: Any) -> Any:
+        messages = [*HELLO, {"role": "assistant", **message}, {"role": "user", "content": "Well?"}]
+        answer = client.http.post("/v1/chat/completions", json={"messages": messages, "temperature": 0})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]
+
+    wanted = ask(content="")
+    assert ask(content=None) == ask() == wanted
+    assert ask(content=None, tool_calls=None, refusal=None, audio=None, annotations=[]) == wanted
+    messages = [*HELLO, {"role": "assistant", "content": None}]
+    assert client.http.post("/v1/persona_lens/read", json={"messages": messages}).status_code in (200, 400)
 
 
 def test_null_is_as_if_it_were_not_there(client: Client) -> None:
