@@ -123,7 +123,9 @@ class PackedMasks:
 
     def touches(self, positions: str | Tensor) -> bool:
         """Whether an edit at these positions can change anything in this pass."""
-        return not (isinstance(positions, str) and positions == "prompt") or bool((self._after < 0).any())
+        if not isinstance(positions, str):
+            return bool((self.at < self._texts[self.rows]).any())
+        return positions != "prompt" or bool((self._after < 0).any())
 
     def where(
         self, positions: str | Tensor, span: tuple[int, int | None] | None = None
