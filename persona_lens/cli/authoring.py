@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import persona_lens
 from persona_lens.cli import options
+from persona_lens.cli.definitions import RefusedError, write_new
 from persona_lens.cli.display import print_table, say, say_json, showing_progress
 from persona_lens.cli.judges import SERVER_URL, Prices, ServerKey, open_server, say_usage
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option, argument, given_options
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.files import write_text
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 EVALUATION = argument("[EVAL.json]", "From `trait_data_eval`; left out if EXTRACT.json holds forty questions.")
 HERE = ("--backend", "--backend-option", "--dtype", "--device")  # what a model on a server has no use for
 THERE = ("--author-url", "--author-key", "--prices", "--max-spend")  # what one that runs here has none for
-
-
-class RefusedError(PersonaLensError):
-    """A command would have to destroy something, and does not."""
 
 
 @dataclass(frozen=True)
@@ -225,12 +221,3 @@ def import_trait(
     say(f"Wrote {target}")
     if warnings:
         say(f"{len(warnings)} of its texts could be better:  persona-lens traits check {target} --deep")
-
-
-def write_new(target: Path, text: str) -> None:
-    """Write a file that is not there yet.
-
-    Raises:
-        RefusedError: It is there, or cannot be written.
-    """
-    write_text(target, text, new=True, failed=RefusedError)

@@ -97,6 +97,18 @@ COMMANDS: Mapping[str, str | Group] = {
             "schema": "traits:schema",
         },
     ),
+    "roles": Group(
+        "Find, read, check and write roles, who a model can be told to be.",
+        {
+            "list": "roles:list_roles",
+            "show": "roles:show",
+            "path": "roles:path",
+            "check": "roles:check",
+            "new": "roles:new",
+            "default": "roles:default",
+            "schema": "roles:schema",
+        },
+    ),
     "backends": Group(
         "List the backends, and check that they give the same numbers.",
         {"list": "backends:list_backends", "check": "backends:check"},

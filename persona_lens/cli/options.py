@@ -19,7 +19,8 @@ from persona_lens.core.text import in_short, without_secrets
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.models import ChatFormat
-    from persona_lens.traits import Trait, TraitFile
+    from persona_lens.traits import DefinitionFile, Trait, TraitFile
+    from persona_lens.traits.kind import Content, Kind
     from persona_lens.vectors import PersonaVectors
 
 Model = Annotated[str, argument("MODEL", "Hub id, local folder, or the embedded `smollm2-135m`.")]
@@ -49,6 +50,8 @@ Preview = Annotated[bool, Option("Generate nothing: show token by token what wou
 Out = Annotated[Path | None, Option("Run folder; kept and resumed.")]
 AsJson = Annotated[bool, Option("Write JSON to standard output.")]
 TraitsDirs = Annotated[list[Path] | None, Option("Another folder of trait files. Repeatable.", metavar="DIR")]
+RoleName = Annotated[str, argument("ROLE", "A role's name, or the path of its YAML file.")]
+RolesDirs = Annotated[list[Path] | None, Option("Another folder of role files. Repeatable.", metavar="DIR")]
 System = Annotated[str | None, Option("System prompt.")]
 
 
@@ -194,13 +197,20 @@ def open_trait(trait: str, traits_dirs: Sequence[Path] | None) -> Trait:
 
 def find_trait(trait: str, traits_dirs: Sequence[Path] | None) -> TraitFile:
     """As `open_trait`, the file that defines it."""
-    from persona_lens.traits import file_at, find_traits, is_path
+    from persona_lens.traits.schema import TRAITS
 
-    if is_path(trait):
-        return file_at(trait)
-    catalogue = find_traits(traits_dirs or ())
-    file = catalogue.find(trait)
-    say_notes(catalogue.warnings([trait]), "warning")
+    return find_file(TRAITS, trait, traits_dirs)
+
+
+def find_file(kind: Kind[Content], name: str, folders: Sequence[Path] | None) -> DefinitionFile[Content]:
+    """The file of a trait or a role by its name or path; what is wrong with that name is said on standard error."""
+    from persona_lens.traits.discovery import file_at, find, is_path
+
+    if is_path(name):
+        return file_at(name, kind)
+    catalogue = find(kind, folders or ())
+    file = catalogue.find(name)
+    say_notes(catalogue.warnings([name]), "warning")
     return file
 
 

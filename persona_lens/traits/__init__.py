@@ -28,7 +28,7 @@ from persona_lens.traits.discovery import (
 )
 from persona_lens.traits.parsing import parse_trait, read_trait
 from persona_lens.traits.problems import DefinitionError, Problem, RoleError, Severity, TraitError
-from persona_lens.traits.rendering import trait_template
+from persona_lens.traits.rendering import role_template, trait_template
 from persona_lens.traits.role import DefaultAssistant, PlayedRole, Role, find_roles, load_default, load_role
 from persona_lens.traits.schema import Arm, Trait, json_schema
 
@@ -65,6 +65,7 @@ __all__ = [
     "parse_trait",
     "read_trait",
     "resolve_trait",
+    "role_template",
     "trait_template",
     "user_folder",
 ]

@@ -1,25 +1,24 @@
-"""A trait's fields as the commented YAML that people read and edit, and the file an author starts off with."""
+"""A trait's or a role's fields as the commented YAML that people edit, and the files that authors start off with."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from persona_lens.core.text import in_short
 from persona_lens.traits.definition import PLACEHOLDER, is_slug
-from persona_lens.traits.problems import TraitError
-from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, QUESTION_FIELDS
+from persona_lens.traits.discovery import DefinitionFile, TraitFile
+from persona_lens.traits.kind import Kind
+from persona_lens.traits.role import GRADES, ROLES, DefaultAssistant, Role
+from persona_lens.traits.schema import N_INSTRUCTION_PAIRS, N_QUESTIONS, QUESTION_FIELDS, TRAITS, Trait
 from persona_lens.traits.wording import ANCHORS, rubric_text
-
-if TYPE_CHECKING:
-    from persona_lens.traits.discovery import TraitFile
-    from persona_lens.traits.schema import Trait
 
 WIDTH = 110
 
+_LAST_NOTE = "Everything below may be left out."
 _NOTES = {
     "name": "The file has to be called {name}.yaml.",
     "description": "For people: what the trait is, and what it must not be confused with.",
@@ -43,7 +42,21 @@ _NOTES = {
         "May be left out. Eight whole system prompts for `persona-lens monitor study`, about equally long: the first\n"
         "holds the trait back, the last calls it forth, and each is one even step further. They may name the trait."
     ),
-    "author": "Everything below may be left out.",
+    "author": _LAST_NOTE,
+}
+_ROLE_NOTES = {
+    "name": _NOTES["name"],
+    "description": "Who that is, how they speak, what they care about. The judge of a reply reads it too.",
+    "system_prompts": (
+        "Five system prompts, in the second person and of one to three sentences each. Each takes another angle (who\n"
+        "you are, how you talk, what you care about, where you are now, what you know and do not), is enough alone to\n"
+        "call the role forth, and says to stay in it."
+    ),
+    "grades": (
+        "What an answer looks like of grade 0 (refused), 1 (helps, but not as the role), 2 (still an assistant, with\n"
+        "signs of the role; name them) and 3 (the role from within; say by which signs)."
+    ),
+    "author": _LAST_NOTE,
 }
 _LAST: dict[str, object] = {"author": "", "license": "", "tags": [], "references": []}
 
@@ -56,10 +69,19 @@ def trait_text(fields: Mapping[str, Any], head: Sequence[str]) -> str:
             are not empty.
         head: Lines of the comment at the top.
     """
+    return _text_of(fields, head, _NOTES)
+
+
+def role_text(fields: Mapping[str, Any], head: Sequence[str]) -> str:
+    """Write the text of a role file; otherwise as `trait_text`."""
+    return _text_of(fields, head, _ROLE_NOTES)
+
+
+def _text_of(fields: Mapping[str, Any], head: Sequence[str], notes: Mapping[str, str]) -> str:
     parts = [_comment(head)]
     rest = {name: value for name, value in _LAST.items() if name not in fields}
     for name, value in {**fields, **rest}.items():
-        note = _NOTES.get(name, "").format(name=fields.get("name", "NAME"))
+        note = notes.get(name, "").format(name=fields.get("name", "NAME"))
         shown = f"{value.rstrip()}\n" if name == "judge_rubric" else value
         field = yaml.dump({name: shown}, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=WIDTH)
         # What may be left out stands together at the end.
@@ -89,14 +111,22 @@ _Dumper.add_representer(str, _text)
 
 
 _HEAD = """\
-{name}: a character trait for persona-lens.
+{name}: a {what} for persona-lens.
 
 Replace every text that says "{todo}", then see what is left with
-  persona-lens traits check {name}.yaml
+  persona-lens {noun}s check {name}.yaml
 For completion in an editor, write the schema beside this file,
-  persona-lens traits schema > trait.schema.json
+  persona-lens {noun}s schema > {noun}.schema.json
 and make this line the first one:
-  # yaml-language-server: $schema=trait.schema.json"""
+  # yaml-language-server: $schema={noun}.schema.json"""
+
+
+def _head(name: str, noun: str, what: str) -> list[str]:
+    return _HEAD.format(name=name, noun=noun, what=what, todo=PLACEHOLDER).splitlines()
+
+
+def _todo(what: str = "") -> str:
+    return f"{PLACEHOLDER} {what}".rstrip()
 
 
 def trait_template(name: str, description: str = "") -> str:
@@ -115,71 +145,125 @@ def trait_template(name: str, description: str = "") -> str:
     check_name(name)
     adjective = name.replace("_", " ").replace("-", " ")
 
-    def todo(what: str = "") -> str:
-        return f"{PLACEHOLDER} {what}".rstrip()
-
     shown = {"positive": "the trait", "negative": "its opposite"}
     asked = {
-        field: [todo(f"{field.removesuffix('_questions')} question {i + 1}") for i in range(N_QUESTIONS)]
+        field: [_todo(f"{field.removesuffix('_questions')} question {i + 1}") for i in range(N_QUESTIONS)]
         for field in QUESTION_FIELDS
     }
-    anchors = dict.fromkeys(ANCHORS, todo()) | {
-        0: todo("what an answer without any trace of the trait looks like"),
-        100: todo("what an answer that could not show more of the trait looks like"),
+    anchors = dict.fromkeys(ANCHORS, _todo()) | {
+        0: _todo("what an answer without any trace of the trait looks like"),
+        100: _todo("what an answer that could not show more of the trait looks like"),
     }
-    definition = todo("define the trait in two or three sentences, and say what does not count as the trait.")
+    definition = _todo("define the trait in two or three sentences, and say what does not count as the trait.")
     fields = {
         "format_version": 1,
         "name": name,
-        "description": " ".join(description.split()) or todo("what the trait is, and what it is not"),
+        "description": " ".join(description.split()) or _todo("what the trait is, and what it is not"),
         "adjectives": {"positive": adjective, "negative": "helpful"},
         "instructions": [
-            {arm: todo(f"instruction {i + 1}, which makes {what} show") for arm, what in shown.items()}
+            {arm: _todo(f"instruction {i + 1}, which makes {what} show") for arm, what in shown.items()}
             for i in range(N_INSTRUCTION_PAIRS)
         ],
         **asked,
         "judge_rubric": rubric_text(adjective, definition, anchors),
         "graded_prompts": [],
     }
-    return trait_text(fields, _HEAD.format(name=name, todo=PLACEHOLDER).splitlines())
+    return trait_text(fields, _head(name, "trait", "character trait"))
 
 
-def check_name(name: str) -> None:
-    """Make sure that a text can name a trait.
+def role_template(name: str, description: str = "") -> str:
+    """Write the template of a new role file, as `trait_template` does of a trait.
+
+    Args:
+        name: The role's name.
+        description: Who that is, when the author has said so already.
 
     Raises:
-        TraitError: It cannot.
+        RoleError: ``name`` cannot name a role.
+    """
+    check_name(name, ROLES)
+    angles = ("who that is", "how they talk", "what they care about", "where they are now", "what they know and do not")
+    spoken = name.replace("_", " ").replace("-", " ")
+    fields = {
+        "format_version": 1,
+        "name": name,
+        "description": " ".join(description.split()) or _todo("who that is, how they speak and what they care about"),
+        "system_prompts": [_todo(f"system prompt {i}, from {angle}") for i, angle in enumerate(angles, 1)],
+        "grades": [*plain_grades(spoken), _todo("which signs of the role"), _todo("how the role speaks from within")],
+    }
+    return role_text(fields, _head(name, "role", "role"))
+
+
+def plain_grades(spoken: str) -> tuple[str, str]:
+    """The first two grades, which look alike for all roles.
+
+    Args:
+        spoken: The role's name as it stands in a sentence.
+    """
+    refused = "The answer refuses the question, or gives nothing in reply to it."
+    return refused, f"The answer helps, but as an AI or an ordinary assistant; nothing in it is of the {spoken}."
+
+
+def check_name(name: str, kind: Kind[Any] = TRAITS) -> None:
+    """Make sure that a text can name a trait, or another kind.
+
+    Raises:
+        DefinitionError: Of the kind, if it cannot.
     """
     if not is_slug(name):
-        raise TraitError(f"{in_short(name)!r} cannot name a trait: lower-case letters, digits, - and _, a letter first")
+        rule = "lower-case letters, digits, - and _, a letter first"
+        raise kind.failed(f"{in_short(name)!r} cannot name {kind.a_noun}: {rule}")
+
+
+def _wrapped(text: str, lead: str) -> str:
+    return textwrap.fill(text, 100, initial_indent=lead, subsequent_indent=" " * len(lead))
+
+
+def _top(found: Trait | Role, file: DefinitionFile[Any], facts: Mapping[str, str] | None = None) -> list[str]:
+    """The first lines of a page: what it is, and what else there is to know of it."""
+    known = {
+        **(facts or {}),
+        "file": f"{file.path} ({file.source.kind})",
+        "content": found.content_hash(),
+        "author": found.author,
+        "license": found.license,
+        "tags": ", ".join(found.tags),
+        "references": "; ".join(found.references),
+    }
+    lines = [found.name, _wrapped(found.description, "  "), ""]
+    return [*lines, *(f"  {key + ':':<12}{value}" for key, value in known.items() if value)]
 
 
 def page(trait: Trait, file: TraitFile) -> str:
     """A trait, and where it stands, as text for people."""
-
-    def wrapped(text: str, lead: str) -> str:
-        return textwrap.fill(text, 100, initial_indent=lead, subsequent_indent=" " * len(lead))
-
-    lines = [trait.name, wrapped(trait.description, "  "), ""]
-    facts = {
-        "contrast": f"{trait.adjectives.positive} / {trait.adjectives.negative}",
-        "file": f"{file.path} ({file.source.kind})",
-        "content": trait.content_hash(),
-        "author": trait.author,
-        "license": trait.license,
-        "tags": ", ".join(trait.tags),
-        "references": "; ".join(trait.references),
-    }
-    lines += [f"  {key + ':':<12}{value}" for key, value in facts.items() if value]
+    lines = _top(trait, file, {"contrast": f"{trait.adjectives.positive} / {trait.adjectives.negative}"})
     lines += ["", "Instructions (+ calls the trait forth, - its opposite)"]
     for i, pair in enumerate(trait.instructions, 1):
-        lines += [wrapped(pair.positive, f"  {i} + "), wrapped(pair.negative, "    - ")]
+        lines += [_wrapped(pair.positive, f"  {i} + "), _wrapped(pair.negative, "    - ")]
     for title, questions in (
         ("Extraction questions", trait.extraction_questions),
         ("Evaluation questions", trait.evaluation_questions),
     ):
-        lines += ["", title, *(wrapped(question, f"  {i:>2} ") for i, question in enumerate(questions, 1))]
+        lines += ["", title, *_numbered(questions)]
     if trait.graded_prompts:
-        graded = [wrapped(prompt, f"  {i} ") for i, prompt in enumerate(trait.graded_prompts, 1)]
-        lines += ["", "Graded prompts (1 holds the trait back, 8 calls it forth)", *graded]
+        lines += ["", "Graded prompts (1 holds the trait back, 8 calls it forth)", *_numbered(trait.graded_prompts)]
     return "\n".join([*lines, "", "Judge's rubric", textwrap.indent(trait.judge_rubric, "  ")])
+
+
+def role_page(role: Role, file: DefinitionFile[Role]) -> str:
+    """A role, and where it stands, as text for people."""
+    grades = [_wrapped(text, f"  {grade} ") for grade, text in enumerate(role.grades)]
+    lines = [*_top(role, file), "", "System prompts", *_numbered(role.system_prompts)]
+    return "\n".join([*lines, "", f"Grades ({', '.join(f'{i} {name}' for i, name in enumerate(GRADES))})", *grades])
+
+
+def default_page(default: DefaultAssistant, path: str) -> str:
+    """What the default Assistant is told and everybody is asked, as text for people."""
+    lines = ["The default Assistant", "", f"  {'file:':<12}{path}", f"  {'content:':<12}{default.content_hash()}"]
+    prompts = [*_numbered(default.system_prompts), f"  {len(default.system_prompts) + 1} (no system prompt)"]
+    return "\n".join([*lines, "", "System prompts", *prompts, "", "Questions", *_numbered(default.questions)])
+
+
+def _numbered(texts: Sequence[str]) -> list[str]:
+    width = len(str(len(texts)))
+    return [_wrapped(text, f"  {i:>{width}} ") for i, text in enumerate(texts, 1)]

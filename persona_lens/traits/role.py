@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -256,5 +257,9 @@ def load_default(path: str | os.PathLike[str] | None = None) -> DefaultAssistant
     Raises:
         RoleError: There is no such file, or it is broken.
     """
-    built_in = built_in_folder(ROLES) / "shared" / "assistant.yaml"
-    return read(DEFAULT, built_in if path is None else Path(path))[0]
+    return read(DEFAULT, default_file() if path is None else Path(path))[0]
+
+
+def default_file() -> Traversable:
+    """The file of the built-in default Assistant."""
+    return built_in_folder(ROLES) / "shared" / "assistant.yaml"
