@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from persona_lens.serve.session import Session
     from persona_lens.serve.talk import Talk
     from persona_lens.steering import Steering
+    from persona_lens.steering.history import History
 
 HELP = """/again [SEED]         the last message answered once more, with another seed or this one, as a branch
 /back                 to before your last message
 /edits NOTATION|off   what the next replies are made under, such as optimistic@18:+1.5; alone: what is set
+/history steered|clean   how a reply finds earlier turns: as they were steered, or as if never; alone: what is set
 /branches [NUMBER]    the branches of the conversation; with a number: go on from that one
 /save FILE            keep the conversation in a file
 /help                 this list
@@ -35,6 +37,7 @@ class Chat:
         settings: Length, temperature and the like, as `Talk.say` takes them.
         seed: Of the first reply; each that follows has the next one.
         steering: What replies are made under.
+        history: What that does to earlier turns.
         parse: A steering from its notation.
         file: Where the conversation is kept after every reply; None for nowhere.
         loaded: The file that it came from.
@@ -44,6 +47,7 @@ class Chat:
     settings: Mapping[str, Any]
     seed: int
     steering: Steering | None
+    history: History
     parse: Callable[[str], Steering]
     file: Path | None = None
     loaded: Path | None = None
@@ -65,6 +69,7 @@ class Chat:
             "again": self._again,
             "back": self._back,
             "edits": self._edits,
+            "history": self._history,
             "branches": self._branches,
             "save": self._save,
             "help": _help,
@@ -87,6 +92,7 @@ class Chat:
             **self.settings,
             "seed": self.seed + self._replies if seed is None else seed,
             "edits": self.steering or "",
+            "history": self.history,
         }
         turn = self.talk.again(**how) if text is None else self.talk.say(text, **how)
         self._replies += 1
@@ -109,6 +115,11 @@ class Chat:
         if rest:
             self.steering = None if rest == "off" else self.parse(rest)
         _tell(f"edits: {self.steering or 'none'}")
+
+    def _history(self, rest: str) -> None:
+        if rest:
+            self.history = type(self.history)(rest)
+        _tell(f"history: {self.history}")
 
     def _branches(self, rest: str) -> None:
         session = self.talk.session

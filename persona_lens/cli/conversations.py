@@ -37,6 +37,7 @@ def chat_command(
     alarms: Annotated[list[str] | None, Option(names=("--alarm",), metavar="SPEC")] = None,
     alarm_on: str = "token",
     stop: bool = False,
+    history: str | None = None,
     system: options.System = None,
     show: bool = False,
     max_new_tokens: options.MaxNewTokens = 200,
@@ -60,6 +61,8 @@ def chat_command(
             `evil>2sd` in standard deviations from the model's own neutral replies (`monitor baseline`). Repeatable.
         alarm_on: What alarms listen to: `prompt_last`, `token`, `running_mean` or `turn_mean`.
         stop: An alarm ends the reply.
+        history: With --edits: how a reply finds the turns before it, `steered` as they were, or `clean`, as if they
+            never had been. None is the usual one, which `/history` says.
         show: Show each reply's tokens coloured by their values.
         save: Keep the conversation and its branches in this file, after every reply.
         load: Go on with a conversation from a file that was kept, or of OpenAI messages.
@@ -67,7 +70,9 @@ def chat_command(
     from persona_lens.monitoring import Panel
     from persona_lens.serve.session import Session
     from persona_lens.serve.talk import Talk
+    from persona_lens.steering.history import DEFAULT_HISTORY, History
 
+    found = DEFAULT_HISTORY if history is None else choice(History, history, "--history")
     session = None if load is None else Session.load(load)
     check_free(save, load)
     loaded, chosen = options.open_layers(vectors, layers)
@@ -89,7 +94,7 @@ def chat_command(
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     known = {each.trait: each for each in loaded} | dict(steering.vectors if steering is not None else {})
     parse = partial(_parsed, known, opened, allow_other_model)
-    asking = Chat(talk, how, seed, steering, parse, save, load)
+    asking = Chat(talk, how, seed, steering, found, parse, save, load)
     first = talk.session.path[0] if talk.session.path else None
     _say_alarms(listening, panel, first.content if first is not None and first.role == "system" else None)
     for turn in chain([asking.answer()], map(asking.take, _messages())):

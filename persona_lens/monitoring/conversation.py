@@ -18,6 +18,7 @@ from persona_lens.monitoring.alarms import Alarm
 from persona_lens.monitoring.gauges import MonitoringError, Panel, TraitReading
 from persona_lens.monitoring.reply import TokenReading, TurnMeter, listening, watched_reply
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
+from persona_lens.steering.history import DEFAULT_HISTORY, History, conversation_edits, turn_edits, turn_prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,7 @@ class ConversationMonitor:
         seed: int = 0,
         edits: GivenEdits = (),
         vectors: GivenVectors = None,
+        history: History | str = DEFAULT_HISTORY,
     ) -> Turn:
         """Let the model answer, read while it does, and add both messages to the conversation.
 
@@ -134,15 +136,18 @@ class ConversationMonitor:
             seed: Of the sampling; of no meaning to greedy replies.
             edits: Applied throughout: one, several, a steering, or its notation; values are those after them.
             vectors: Those that a notation names.
+            history: What the edits do to earlier turns, see `persona_lens.steering.history.History`.
 
         Raises:
+            HistoryError: If the edits cannot be carried out with such a history.
             MonitoringError: If the conversation has become too long for the model.
             WatchError: If the backend cannot be watched.
         """
-        written = given_edits(edits, vectors, self._backend)
+        written: Sequence[Edit] = given_edits(edits, vectors, self._backend)
         asked: list[Message] = [*self._messages, {"role": "user", "content": user}]
         prompt = self._chat.encode_messages(asked)
         self._check_length(len(prompt), max_new_tokens)
+        written = conversation_edits(written, self._chat, asked, History(history))
         meter = TurnMeter(self.panel, self._alarms, self._number(len(asked)))
         sampling = Sampling(max_new_tokens, temperature, top_p, seeds=(seed,) if temperature else None)
         reply = watched_reply(self._backend, meter, prompt, sampling, written, on_token=self._on_token)
@@ -151,7 +156,11 @@ class ConversationMonitor:
         return self._finish(meter, len(asked), text, reply.stopped)
 
     def observe(
-        self, messages: Sequence[Message], edits: GivenEdits = (), vectors: GivenVectors = None
+        self,
+        messages: Sequence[Message],
+        edits: GivenEdits = (),
+        vectors: GivenVectors = None,
+        history: History | str = DEFAULT_HISTORY,
     ) -> tuple[Turn, ...]:
         """Read the assistant's messages that have come since, in one forward pass.
 
@@ -159,6 +168,7 @@ class ConversationMonitor:
             messages: The whole conversation; it begins with what was seen before.
             edits: What the replies were generated under, in any of these forms.
             vectors: Those that a notation names.
+            history: How each reply found the turns before it, as `reply` takes it.
 
         Returns:
             The new turns.
@@ -178,7 +188,7 @@ class ConversationMonitor:
         new = [i for i in range(known, len(messages)) if messages[i].get("role") == "assistant"]
         if any(i == 0 for i in new):
             raise MonitoringError("the conversation begins with the assistant: there is no prompt to read before it")
-        values = self._values([self._answer(messages, i) for i in new], written)
+        values = self._values(messages, new, written, History(history))
         self._messages = [dict(message) for message in messages]
         turns = []
         for message, each in zip(new, values, strict=True):
@@ -193,21 +203,30 @@ class ConversationMonitor:
         prompt = tuple(self._chat.encode_messages(messages[:index]))
         return prompt, tuple(self._chat.encode_answer(messages[index]["content"]))
 
-    def _values(self, answers: Sequence[tuple[TokenIds, TokenIds]], edits: Sequence[Edit]) -> list[Tensor]:
-        """The values of each answer's tokens behind that of its last prompt token.
+    def _values(
+        self, messages: Sequence[Message], new: Sequence[int], edits: Sequence[Edit], history: History
+    ) -> list[Tensor]:
+        """The values of each new answer's tokens behind that of its last prompt token.
 
-        As few texts run as hold every answer after its own prompt: one, unless the template rewrites earlier turns.
+        As few texts run as hold every answer after its own prompt: one, unless the template rewrites earlier turns, or
+        an answer found those before it otherwise than they were made.
         """
+        answers = [self._answer(messages, i) for i in new]
+        apart = bool(edits) and history is History.CLEAN
         texts: dict[TokenIds, list[int]] = {}  # with the answers in it, the last of which it ends with
         for number in reversed(range(len(answers))):
             prompt, answer = answers[number]
             own = prompt + answer
-            texts.setdefault(next((text for text in texts if text[: len(own)] == own), own), []).append(number)
+            holding = (text for text in texts if text[: len(own)] == own and not apart)
+            texts.setdefault(next(holding, own), []).append(number)
         if not texts:
             return []
         self._check_length(max(map(len, texts)), 0)
         ending = [answers[held[0]] for held in texts.values()]
         batch = TokenBatch.of([prompt for prompt, _ in ending], [answer for _, answer in ending])
+        if edits:
+            prompts = [turn_prompt(self._chat, messages[: new[held[0]]]) for held in texts.values()]
+            edits = turn_edits(edits, prompts, history, batch.responses)
         projections = self._backend.forward(batch, edits, [self.panel.read]).reads["projections"]
         found: dict[int, Tensor] = {}
         for row, (text, held) in enumerate(texts.items()):

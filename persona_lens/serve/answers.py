@@ -51,6 +51,7 @@ def begun_told(planned: Planned, begun: Begun) -> dict[str, Any]:
         "prompt_last": numbers(begun.prompt_last),
         "forecast": [each.to_json() for each in begun.forecast],
         "edits": planned.steering,
+        "history": planned.history,
         "seed": planned.asked.seed,
         "prompt_tokens": len(planned.asked.prompt),
     }

@@ -33,12 +33,14 @@ from persona_lens.serve.requests import (
     ConversationRequest,
     EditsRequest,
     Generation,
+    PreviewRequest,
     RequestError,
     read_request,
     steering_in,
 )
 from persona_lens.serve.session import Session
 from persona_lens.serve.workbench import Answer, Begun, Planned, Said, TooLongError, Workbench
+from persona_lens.steering.history import DEFAULT_HISTORY, History, HistoryError
 
 Found = TypeVar("Found")
 GONE = 499  # the client went away; nobody reads this answer
@@ -123,8 +125,7 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """``/v1/chat/completions``."""
         asked: ChatRequest = await self._read(request, ChatRequest)
-        messages = [message.plain() for message in asked.messages]
-        prompt = await asyncio.to_thread(self.workbench.encode, messages)
+        prompt = await asyncio.to_thread(self.workbench.encode, asked.conversation)
         planned = await self._plan(asked, [prompt])
         wording = answers.Wording(True, asked.model or self.name, f"chatcmpl-{secrets.token_hex(12)}", self._tokenizer)
         if asked.stream:
@@ -134,6 +135,9 @@ class Server:
     async def completions(self, request: Request) -> Response:
         """``/v1/completions``."""
         asked: CompletionRequest = await self._read(request, CompletionRequest)
+        if asked.persona_lens is not None and asked.persona_lens.history is not None:
+            what = "a text has no turns that are over; leave history out, or ask /v1/chat/completions"
+            raise RequestError(what, param="persona_lens.history")
         prompts = await asyncio.to_thread(lambda: [self._ids(prompt) for prompt in asked.prompts])
         wording = answers.Wording(False, asked.model or self.name, f"cmpl-{secrets.token_hex(12)}", self._tokenizer)
         if asked.echo and (asked.logprobs is not None or asked.stream):
@@ -233,9 +237,10 @@ class Server:
 
     async def preview(self, request: Request) -> Response:
         """What a steering does, and to which tokens."""
-        asked: EditsRequest = await self._read(request, EditsRequest)
+        asked: PreviewRequest = await self._read(request, PreviewRequest)
         messages = None if asked.messages is None else [message.plain() for message in asked.messages]
-        return JSONResponse(await asyncio.to_thread(steering_shown, self.workbench, asked.edits, messages))
+        history = None if asked.history is None else History(asked.history)
+        return JSONResponse(await asyncio.to_thread(steering_shown, self.workbench, asked.edits, messages, history))
 
     async def read(self, request: Request) -> Response:
         """Read traits off a conversation."""
@@ -244,7 +249,8 @@ class Server:
         panel = Panel(tuple(shelf.gauges(asked.watch)))
         steering = shelf.steering(asked.edits)
         messages = [message.plain() for message in asked.messages]
-        found = await asyncio.to_thread(read_conversation, self.workbench, panel, messages, steering)
+        history = DEFAULT_HISTORY if asked.history is None else History(asked.history)
+        found = await asyncio.to_thread(read_conversation, self.workbench, panel, messages, steering, history)
         return JSONResponse(found)
 
     async def export(self, request: Request) -> Response:
@@ -309,7 +315,7 @@ def refusal(error: Exception) -> JSONResponse:
         return answers.failure(408, "the request did not come to an end", "timeout", connection="close")
     if isinstance(error, ClientDisconnect):
         return answers.failure(GONE, "the client went away")
-    if isinstance(error, EditError):  # found while it ran: too strong
+    if isinstance(error, EditError) and not isinstance(error, HistoryError):  # found while it ran: too strong
         return answers.failure(400, str(error), "edit_too_strong")
     if isinstance(error, PersonaLensError) and not isinstance(error, BackendError):
         return answers.failure(400, str(error))

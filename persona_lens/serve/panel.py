@@ -13,6 +13,7 @@ from persona_lens.monitoring import ConversationMonitor, Panel
 from persona_lens.serve.answers import gauges_told, numbers
 from persona_lens.serve.workbench import TooLongError, Workbench
 from persona_lens.steering import Steering
+from persona_lens.steering.history import DEFAULT_HISTORY, History, check_history, turn_prompt
 from persona_lens.steering.preview import preview_tokens
 from persona_lens.vectors import PersonaVectors, VectorsError
 
@@ -35,7 +36,8 @@ def vectors_shown(workbench: Workbench) -> dict[str, Any]:
         _vectors_shown(name, each, [gauge.layer for gauge in gauges if gauge.trait == name], name in shelf.brought)
         for name, each in shelf.vectors.items()
     ]
-    return {"model": model, "gauges": gauges_told(gauges), "vectors": shown, "rows": workbench.rows}
+    told = {"gauges": gauges_told(gauges), "vectors": shown, "rows": workbench.rows}
+    return {"model": model, **told, "history": DEFAULT_HISTORY}
 
 
 def _vectors_shown(name: str, vectors: PersonaVectors, layers: Sequence[int], brought: bool) -> dict[str, Any]:
@@ -74,8 +76,17 @@ def _strengths_shown(vectors: PersonaVectors) -> dict[str, Any]:
     }
 
 
-def steering_shown(workbench: Workbench, edits: str, messages: Sequence[Message] | None) -> dict[str, Any]:
+def steering_shown(
+    workbench: Workbench, edits: str, messages: Sequence[Message] | None, history: History | None = None
+) -> dict[str, Any]:
     """A steering in its canonical notation, and what it does to which tokens of a prompt.
+
+    Args:
+        workbench: The model and its vectors.
+        edits: The steering's notation, or the name of a preset.
+        messages: What the prompt is made of; None for a few words.
+        history: What the edits do to finished turns: whether they can is looked at even where there are none yet. None
+            is the usual one.
 
     Raises:
         TooLongError: If the prompt is longer than the model or a preview takes.
@@ -84,17 +95,25 @@ def steering_shown(workbench: Workbench, edits: str, messages: Sequence[Message]
     steering = workbench.shelf.steering(edits)
     if steering is None:
         return {"edits": "", "terms": [], "preview": ""}
+    if history is not None:
+        check_history(steering, history)
     asked = messages or [{"role": "user", "content": "Hello"}]
     prompt = workbench.encode(asked)
     most = min(context_length(workbench.backend) or LONGEST, LONGEST)
     if len(prompt) > most:
         raise TooLongError(f"the prompt has {len(prompt)} tokens, and a preview shows up to {most} here; shorten it")
-    preview = preview_tokens(workbench.backend, prompt, PREVIEWED, edits=steering)
+    turn = turn_prompt(workbench.chat, asked)
+    past = DEFAULT_HISTORY if history is None else history
+    preview = preview_tokens(workbench.backend, turn, PREVIEWED, edits=steering, history=past)
     return {"edits": str(steering), "terms": list(map(str, steering.terms)), "preview": str(preview)}
 
 
 def read_conversation(
-    workbench: Workbench, panel: Panel, messages: Sequence[Message], steering: Steering | None
+    workbench: Workbench,
+    panel: Panel,
+    messages: Sequence[Message],
+    steering: Steering | None,
+    history: History = DEFAULT_HISTORY,
 ) -> dict[str, Any]:
     """The readings of every turn of the assistant, with its tokens.
 
@@ -103,7 +122,7 @@ def read_conversation(
     """
     # Whether the vectors may be used on this model, the shelf has looked.
     monitor = ConversationMonitor(workbench.backend, panel, chat=workbench.chat, allow_other_model=True)
-    turns = monitor.observe(messages, steering.edits() if steering is not None else ())
+    turns = monitor.observe(messages, steering.edits() if steering is not None else (), history=history)
     told = []
     for turn in turns:
         values = turn.token_values

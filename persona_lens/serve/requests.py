@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from persona_lens.core.text import in_short
 from persona_lens.monitoring import AlarmKind
+from persona_lens.serve.said import Past
 from persona_lens.serve.workbench import Asked, drawn_seed
+from persona_lens.steering.history import DEFAULT_HISTORY, History
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_TOP = 16, 64, 4, 20
 Text = Annotated[str, Field(max_length=4_000_000)]
@@ -37,6 +39,7 @@ class Lens(BaseModel):
 
     Attributes:
         edits: A steering's notation, or the name of a preset.
+        history: What the edits do to finished turns, see `persona_lens.steering.history.History`.
         watch: What is read, such as ``evil@20``; left out, every trait where the server reads it.
         alarms: Such as ``evil>2sd``.
         alarm_on: What alarms listen to.
@@ -46,6 +49,7 @@ class Lens(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     edits: Annotated[str, Field(max_length=2000)] = ""
+    history: Past | None = None
     watch: Annotated[list[Annotated[str, Field(max_length=100)]], Field(min_length=1, max_length=512)] | None = None
     alarms: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=64)] = []
     alarm_on: AlarmKind = AlarmKind.TOKEN
@@ -165,6 +169,11 @@ class Generation(BaseModel):
         """See `Asked`."""
         return None
 
+    @property
+    def conversation(self) -> tuple[dict[str, str], ...]:
+        """The messages that are to be answered; none where a text is to go on."""
+        return ()
+
     def asked(self, prompts: Iterable[tuple[int, ...]], edits: str) -> list[Asked]:
         """Every reply that is wanted: the choices of the first prompt, of the second, and so on."""
         lens, seed = self.persona_lens or Lens(), self.seed
@@ -184,6 +193,8 @@ class Generation(BaseModel):
                 lens.stop_on_alarm,
                 self.stops,
                 self.top,
+                self.conversation,
+                DEFAULT_HISTORY if lens.history is None else History(lens.history),
             )
             for prompt in prompts
             for choice in range(self.choices)
@@ -209,6 +220,11 @@ class ChatRequest(Generation):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+
+    @property
+    def conversation(self) -> tuple[dict[str, str], ...]:
+        """See `Generation`."""
+        return tuple(message.plain() for message in self.messages)
 
     @property
     def room(self) -> int | None:
@@ -251,15 +267,22 @@ class ConversationRequest(BaseModel):
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     watch: Annotated[list[Annotated[str, Field(max_length=100)]], Field(min_length=1, max_length=512)] | None = None
     edits: Annotated[str, Field(max_length=2000)] = ""
+    history: Past | None = None
 
 
 class EditsRequest(BaseModel):
-    """``/v1/persona_lens/preview`` and presets."""
+    """Presets."""
 
     model_config = ConfigDict(extra="forbid")
 
     edits: Annotated[str, Field(max_length=2000)]
+
+
+class PreviewRequest(EditsRequest):
+    """``/v1/persona_lens/preview``."""
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
+    history: Past | None = None
 
 
 _VARIANT = re.compile(r"(constrained|function)-.*|list\[.*")  # how pydantic names one of several types of a field

@@ -12,6 +12,8 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted, shown
 
 Role = Literal["system", "user", "assistant"]
+Past = Literal["steered", "clean"]
+"""The values of `persona_lens.steering.history.History`."""
 
 
 class SessionError(PersonaLensError):
@@ -43,6 +45,8 @@ class Made(Record):
         top_p: Nucleus of the sampling.
         max_tokens: Length limit in tokens; None where it is not known.
         seed: Of the sampling; None where it is not known.
+        history: How a steered reply found the turns before it, ``steered`` or ``clean``, see
+            `persona_lens.steering.history.History`; None in a first turn, and where it is not known.
     """
 
     edits: str = ""
@@ -50,10 +54,12 @@ class Made(Record):
     top_p: float = 1.0
     max_tokens: int | None = None
     seed: int | None = None
+    history: Past | None = None
 
     def __str__(self) -> str:
         sampled = f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}"
-        return f"{self.edits or 'not steered'}; {sampled if self.temperature else 'greedy'}"
+        steered = f"{self.edits or 'not steered'}{f', {self.history} history' if self.history else ''}"
+        return f"{steered}; {sampled if self.temperature else 'greedy'}"
 
 
 Values = tuple[float | None, ...]

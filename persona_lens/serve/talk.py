@@ -12,11 +12,12 @@ from persona_lens.backend import Backend
 from persona_lens.data.pieces import whole_pieces
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Alarm, Alert, ConversationMonitor, Panel, TokenReading, Turn
-from persona_lens.serve.said import Made, ReplyReadings, SessionError, SessionMessage, TokenSaid, decimals
+from persona_lens.serve.said import Made, Past, ReplyReadings, SessionError, SessionMessage, TokenSaid, decimals
 from persona_lens.serve.session import Session
 from persona_lens.serve.workbench import foretold, gauge_names, sounded
 from persona_lens.steering import Steering
 from persona_lens.steering.given import GivenVectors, given_steering
+from persona_lens.steering.history import DEFAULT_HISTORY, History
 
 
 class Talk:
@@ -92,6 +93,7 @@ class Talk:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        history: History | str = DEFAULT_HISTORY,
     ) -> Turn:
         """Say something, and let the model answer; where an error ends the reply the session is as it was.
 
@@ -103,6 +105,7 @@ class Talk:
             temperature: 0 is greedy.
             top_p: Nucleus of the sampling.
             seed: Of the sampling.
+            history: What the edits do to earlier turns, see `persona_lens.steering.history.History`.
 
         Raises:
             PersonaLensError: If the edits cannot be written, or the conversation is too long for the model.
@@ -112,6 +115,7 @@ class Talk:
         if isinstance(steering, Steering) and not self._allow:
             steering.check_model(self._backend)
         self._monitor.stand(self.session.messages)
+        over = steering is not None and any(each.role == "assistant" for each in self.session.path)
         self._ids, self._alerts = [], []
         turn = self._monitor.reply(
             text,
@@ -120,8 +124,10 @@ class Talk:
             top_p=top_p,
             seed=seed,
             edits=steering.edits() if isinstance(steering, Steering) else (),
+            history=history,
         )
-        made = Made(str(steering or ""), float(temperature), float(top_p), max_new_tokens, seed)
+        past: Past | None = None if not over else "clean" if History(history) is History.CLEAN else "steered"
+        made = Made(str(steering or ""), float(temperature), float(top_p), max_new_tokens, seed, past)
         same = [each for each in self.session.children(self.session.current) if each.role == "user"]
         asked = next((each for each in same if each.content == text), None) or self.session.add("user", text)
         self.session.go(asked.id)

@@ -23,6 +23,7 @@ from persona_lens.monitoring.calibration import monitor_calibration
 from persona_lens.monitoring.reply import TurnMeter, listening, watched_reply
 from persona_lens.serve.said import Foretold, GaugeName, Sounded, decimals
 from persona_lens.serve.shelf import Shelf
+from persona_lens.steering.history import DEFAULT_HISTORY, History, conversation_edits
 
 
 class TooLongError(PersonaLensError):
@@ -46,6 +47,8 @@ class Asked:
         stop_on_alarm: An alarm ends the reply.
         stop: Texts that the reply ends before.
         top: Tell how likely tokens were, with so many of the likeliest; None does not.
+        messages: The conversation that the prompt was made of; empty for a text that is none.
+        history: What the edits do to its finished turns.
     """
 
     prompt: TokenIds
@@ -60,6 +63,8 @@ class Asked:
     stop_on_alarm: bool = False
     stop: tuple[str, ...] = ()
     top: int | None = None
+    messages: tuple[Message, ...] = ()
+    history: History = DEFAULT_HISTORY
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +128,7 @@ class Planned:
         edits: What is written.
         steering: The canonical notation of it; empty for none.
         sampling: How.
+        history: What the edits do to finished turns; None where there are none, of either.
     """
 
     asked: Asked
@@ -130,6 +136,7 @@ class Planned:
     edits: tuple[Edit, ...]
     steering: str
     sampling: Sampling
+    history: History | None = None
 
 
 class Workbench:
@@ -169,16 +176,13 @@ class Workbench:
         seeds = (asked.seed,) if asked.temperature else None
         sampling = Sampling(room, asked.temperature, asked.top_p if seeds else 1.0, seeds)
         panel = Panel(tuple(self.shelf.gauges(asked.watch)))
-        steering = self.shelf.steering(asked.edits)
-        planned = Planned(
-            asked,
-            panel,
-            () if steering is None else steering.edits(),
-            "" if steering is None else str(steering),
-            sampling,
-        )
         listening(panel, self._alarms(asked, []), self.backend)
-        return planned
+        steering = self.shelf.steering(asked.edits)
+        if steering is None:
+            return Planned(asked, panel, (), "", sampling)
+        edits = tuple(conversation_edits(steering, self.chat, asked.messages, asked.history))
+        over = any(message["role"] == "assistant" for message in asked.messages)
+        return Planned(asked, panel, edits, str(steering), sampling, asked.history if over else None)
 
     def answer(
         self,

@@ -24,12 +24,17 @@ from persona_lens.models import ChatFormat, Message
 __all__ = [
     "DEFAULT_HISTORY",
     "History",
+    "HistoryError",
     "TurnPrompt",
     "check_history",
     "conversation_edits",
     "turn_edits",
     "turn_prompt",
 ]
+
+
+class HistoryError(EditError):
+    """An edit that cannot be carried out with a history, or a history that is none."""
 
 
 class History(StrEnum):
@@ -42,7 +47,7 @@ class History(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> History:
-        raise EditError(f"a history is {' or '.join(cls)}; got {shown(value)}")
+        raise HistoryError(f"a history is {' or '.join(cls)}; got {shown(value)}")
 
 
 DEFAULT_HISTORY = History.STEERED
@@ -71,8 +76,8 @@ def turn_edits(
         responses: Of a forward pass over existing text: each row's response. None for a generation.
 
     Raises:
-        EditError: If an edit counts tokens in a way that cannot be carried out: with a clean history from the beginning
-            of the conversation; with a steered one a schedule of very many factors over earlier replies.
+        HistoryError: If an edit counts tokens in a way that cannot be carried out: with a clean history from the
+            beginning of the conversation; with a steered one a schedule of very many factors over earlier replies.
     """
     given, history = as_edits(edits), History(history)
     if not any(turn.past for turn in batch):
@@ -88,7 +93,7 @@ def conversation_edits(edits: Edits, chat: ChatFormat, messages: Sequence[Messag
     """`turn_edits` of one conversation that is to be answered; finished turns are looked for only where that matters.
 
     Raises:
-        EditError: As `turn_edits`.
+        HistoryError: As `turn_edits`.
         ModelError: As `turn_prompt`.
     """
     given, history = as_edits(edits), History(history)
@@ -99,12 +104,12 @@ def conversation_edits(edits: Edits, chat: ChatFormat, messages: Sequence[Messag
 
 
 def check_history(edits: Edits, history: History) -> None:
-    """Raise `EditError` for an edit that cannot be carried out under a history once a turn is over."""
+    """Raise `HistoryError` for an edit that cannot be carried out under a history once a turn is over."""
     for edit in as_edits(edits) if History(history) is History.CLEAN else ():
         kind, span = _kind(edit)
         if kind is Positions.ALL and (span is not None or edit.schedule is not None):
             what = str(span) if span is not None else f"the schedule {edit.schedule}"
-            raise EditError(
+            raise HistoryError(
                 f"{what} counts tokens from the beginning of the conversation, which a clean history leaves as it is; "
                 "count those of the reply (generating or response), or keep the history steered"
             )
@@ -167,7 +172,7 @@ def _clean(edit: Edit, rows: _Rows) -> Iterator[Edit]:
     else:
         mask = rows.mask(lambda turn: [_within(range(turn.past, len(turn.ids)), span, len(turn.ids))])
         if span is not None and not bool(mask.any(dim=1).all()):
-            raise EditError(
+            raise HistoryError(
                 f"{span} holds tokens of finished turns alone, which a clean history leaves as they are; count from "
                 "the end, as prompt[-3:] does, or keep the history steered"
             )
@@ -230,7 +235,7 @@ def _replied(edit: Edit, rows: _Rows, before: int, span: Span | None) -> Iterato
         for number, factor in zip(numbers, scheduled(index, points).tolist(), strict=True):
             parts.setdefault(factor, []).append(number)
     if len(parts) > MOST_FACTORS:
-        raise EditError(
+        raise HistoryError(
             f"the schedule {edit.schedule} has {len(parts)} different factors over the earlier replies, and "
             f"{MOST_FACTORS} can be carried out; let it end sooner, or use a clean history"
         )

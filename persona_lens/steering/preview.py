@@ -25,6 +25,7 @@ from persona_lens.backend.sinks import depend_on_sinks, left_out, sinks_of
 from persona_lens.backend.tokens import pad_left
 from persona_lens.core.documents import Record
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_steering
+from persona_lens.steering.history import DEFAULT_HISTORY, History, TurnPrompt, turn_edits
 from persona_lens.steering.notation import Layers, Term, When
 from persona_lens.steering.steering import Steering
 
@@ -165,12 +166,13 @@ class Preview(Record):
 
 def preview_tokens(
     backend: Backend,
-    prompt: Sequence[int],
+    prompt: Sequence[int] | TurnPrompt,
     response: Sequence[int] | int = 0,
     *,
     edits: GivenEdits = (),
     vectors: GivenVectors = None,
     reads: Sequence[Read] = (),
+    history: History | str = DEFAULT_HISTORY,
 ) -> Preview:
     """Say what will be edited and read.
 
@@ -179,20 +181,23 @@ def preview_tokens(
 
     Args:
         backend: The model.
-        prompt: Token ids of one prompt, as it is sent.
+        prompt: Token ids of one prompt, as it is sent; or that of a later turn, with what of it is over.
         response: Token ids of a response that is there already, or how many tokens may be generated.
         edits: What is to be written, each edit for one row: one, several, a steering, or its notation.
         vectors: Those that a notation names.
         reads: What is to be brought back.
+        history: What edits do to finished turns, where there are any.
 
     Raises:
-        EditError: If an edit does not fit the model, or one row.
+        EditError: If an edit does not fit the model, or one row, or cannot be carried out with such a history.
         ReadError: If a read does not fit the model.
         TokenError: If the prompt is empty, or less than no tokens may be generated.
     """
     if isinstance(response, int) and response < 0:
         raise TokenError(f"a response has 0 tokens or more, got {response}")
     info = backend.info
+    turn = prompt if isinstance(prompt, TurnPrompt) else TurnPrompt(tuple(prompt))
+    prompt, past = turn.ids, History(history)
     written = given_steering(edits, vectors)
     plain = as_edits(written)
     known, to_come = ((), response) if isinstance(response, int) else (tuple(response), 0)
@@ -201,7 +206,8 @@ def preview_tokens(
     check_reads(reads, info.n_layers, info.d_model)
     parts = list(_parts(written))
     sinks = sinks_of(backend, text, to_come) if depend_on_sinks(plain, reads) else None
-    factors = _factors(text, to_come, [group for _, group in parts], sinks)
+    groups = [(group, turn_edits(group[:1], [turn], past, [known])) for _, group in parts]
+    factors = _factors(text, to_come, groups, sinks)
     taken = _taken(text, to_come, reads, info.n_layers, sinks)
     treatment = list(zip(factors, taken, strict=True))
     shown = len(treatment) - _alike_at_the_end(treatment[len(treatment) - to_come :])
@@ -264,27 +270,30 @@ def _term(edit: Edit) -> Term:
 
 
 def _factors(
-    text: TokenBatch, to_come: int, groups: Sequence[Sequence[Edit]], sinks: Bool[Tensor, "layers tokens"] | None
+    text: TokenBatch,
+    to_come: int,
+    groups: Sequence[tuple[Sequence[Edit], Sequence[Edit]]],
+    sinks: Bool[Tensor, "layers tokens"] | None,
 ) -> list[tuple[float, ...]]:
     """For every token the factor of each group, found by letting each write 1 times it into an entry of its own.
 
     The edits of a group differ in nothing that matters here but in the sinks of their layers, so one of them stands for
-    all. Conditions are left out: they depend on what the model computes.
+    all: what it becomes in this turn is beside them. Conditions are left out: they depend on what the model computes.
     """
     entries = torch.eye(len(groups), dtype=torch.float64)
     probes = [
         Edit(0, entry, coefficient=edit.coefficient, positions=edit.positions, schedule=edit.schedule)
-        for entry, group in zip(entries, groups, strict=True)
-        for edit in group[:1]
+        for entry, (_, written) in zip(entries, groups, strict=True)
+        for edit in written
     ]
     tokens = text.lengths[0] + to_come
-    written, _ = _run(text, to_come, torch.zeros(1, tokens, len(groups), dtype=torch.float64), edits=probes)
-    largest = torch.tensor([_largest(group[0]) if group else 0.0 for group in groups], dtype=torch.float64)
-    rounding = written.abs() < NEGLIGIBLE * torch.maximum(written.abs().amax(dim=1, keepdim=True), largest)
-    for number, group in enumerate(groups):
+    found, _ = _run(text, to_come, torch.zeros(1, tokens, len(groups), dtype=torch.float64), edits=probes)
+    largest = torch.tensor([_largest(group[0]) if group else 0.0 for group, _ in groups], dtype=torch.float64)
+    rounding = found.abs() < NEGLIGIBLE * torch.maximum(found.abs().amax(dim=1, keepdim=True), largest)
+    for number, (group, _) in enumerate(groups):
         if sinks is not None and group:  # left out at all layers of the group
             rounding[0, :, number] |= torch.stack([left_out(edit, sinks) for edit in group]).all(dim=0)
-    return [tuple(map(_rounded, token)) for token in written.masked_fill(rounding, 0)[0].tolist()]
+    return [tuple(map(_rounded, token)) for token in found.masked_fill(rounding, 0)[0].tolist()]
 
 
 def _largest(edit: Edit) -> float:

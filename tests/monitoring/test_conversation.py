@@ -11,8 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.backend import Backend, Edit, ForwardResult, Read, StopGeneration, TokenBatch
+from persona_lens.backend import (
+    Backend,
+    Edit,
+    ForwardResult,
+    Positions,
+    Read,
+    Sampling,
+    Schedule,
+    StopGeneration,
+    TokenBatch,
+)
 from persona_lens.monitoring import Alarm, Alert, ConversationMonitor, Gauge, MonitoringError, Panel, TokenReading
+from persona_lens.steering.history import History, HistoryError, turn_edits, turn_prompt
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
 from tests.backends.fixtures import Delegating, backend_of, tiny_backend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
@@ -139,6 +150,40 @@ def test_turns_seen_one_by_one_equal_those_seen_together(backend: Backend) -> No
     for a, b in zip(together.trajectory(), one_by_one.trajectory(), strict=True):
         assert (a.turn, a.trait, a.layer, a.tokens) == (b.turn, b.trait, b.layer, b.tokens)
         assert (a.mean, a.highest, a.prompt_last) == pytest.approx((b.mean, b.highest, b.prompt_last), abs=1e-4)
+
+
+@pytest.mark.parametrize("positions", [Positions.ALL, Positions.GENERATING])
+def test_earlier_turns_are_found_as_they_were_steered_or_clean(backend: Backend, positions: Positions) -> None:
+    edits = [Edit.add(0, torch.ones(D_MODEL), 0.5, positions)]
+    for history in History:
+        monitor = ConversationMonitor(backend, panel(backend))
+        monitor.observe(CONVERSATION, edits, history=history)
+        chat = monitor._chat
+        for number, message in enumerate((2, 4)):
+            turn = turn_prompt(chat, CONVERSATION[:message])
+            answer = chat.encode_answer(CONVERSATION[message]["content"])
+            check_turn(backend, monitor, number, turn_edits(edits, [turn], history, [answer]))
+        replied = monitor.reply("good?", max_new_tokens=3, edits=edits, history=history)
+        asked = turn_prompt(chat, [*CONVERSATION, {"role": "user", "content": "good?"}])
+        own = backend.generate([asked.ids], Sampling(3), turn_edits(edits, [asked], history))
+        assert replied.text == chat.answer(own.responses[0])
+    first, second = (
+        ConversationMonitor(backend, panel(backend)).observe(CONVERSATION, edits, history=history)
+        for history in ("steered", "clean")
+    )
+    assert first[0].readings[2].mean == pytest.approx(second[0].readings[2].mean, abs=1e-4)
+    assert abs(first[1].readings[2].mean - second[1].readings[2].mean) > 1e-3
+
+
+def test_a_history_that_an_edit_cannot_have_is_refused_and_nothing_is_said(backend: Backend) -> None:
+    monitor = ConversationMonitor(backend, panel(backend))
+    fading = Edit(1, torch.ones(D_MODEL), schedule=Schedule(((0, 1.0), (9, 0.0))))
+    monitor.reply("hello", max_new_tokens=2, edits=fading, history="clean")
+    with pytest.raises(HistoryError, match="from the beginning of the conversation"):
+        monitor.reply("and now?", edits=fading, history="clean")
+    with pytest.raises(HistoryError, match="a history is steered or clean; got 'new'"):
+        monitor.reply("and now?", edits=fading, history="new")
+    assert len(monitor.messages) == 2
 
 
 def test_a_template_that_rewrites_earlier_turns_gets_a_text_for_each_answer(backend: Backend) -> None:

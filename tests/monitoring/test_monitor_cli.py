@@ -248,6 +248,7 @@ def test_a_chat_can_be_steered(model: Path, plain: Path) -> None:
         (("--alarm", "optimistic>2sd"), "carry no such baseline; measure it once with `persona-lens monitor baseline"),
         (("--alarm", "evil>3"), "evil"),
         (("--alarm", "optimistic>3", "--alarm-on", "word"), "--alarm-on takes prompt_last, token, running_mean"),
+        (("--history", "washed"), "a history is steered or clean; got 'washed'"),
         (("--edits", "optimistic@1:+1", "--edits", "optimistic@1:+2"), "put the terms into one --edits"),
     ],
 )
@@ -280,6 +281,17 @@ def test_a_chat_is_kept_and_gone_on_with(model: Path, plain: Path, tmp_path: Pat
     file.write_text(json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]))
     asked = chat(model, plain, "--layers", "1", "--load", file, "--json", said="")
     assert json.loads(asked.stdout)["text"] == json.loads(first.stdout.splitlines()[0])["text"]
+
+
+def test_a_chat_finds_earlier_turns_steered_or_clean(model: Path, plain: Path, tmp_path: Path) -> None:
+    file, typed = tmp_path / "talk.jsonl", "Hello\n/history\nAnd now?\n/history steered\n/again\n/history new\n"
+    how = ("--edits", "optimistic@1:+9 on generating", "--history", "clean", "--save", file, "--json")
+    done = chat(model, plain, "--layers", "1", *how, said=typed)
+    said = " ".join(done.stderr.split())
+    for part in ("history: clean", "history: steered", "error: a history is steered or clean; got 'new'"):
+        assert part in said
+    made = [each.made for each in Session.load(file) if each.made is not None]
+    assert [each.history for each in made] == [None, "clean", "steered"]
 
 
 def test_what_is_typed_into_a_chat_beside_messages(model: Path, plain: Path, tmp_path: Path) -> None:

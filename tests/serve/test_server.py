@@ -13,6 +13,7 @@ from persona_lens.backend import Sampling
 from persona_lens.serve.server import Running
 from persona_lens.serve.session import Session
 from persona_lens.steering import Steering
+from persona_lens.steering.history import DEFAULT_HISTORY, History, conversation_edits
 from tests.backends.fixtures import ADAPTERS
 from tests.serve.running import HELLO, LAYERS, TRAITS, Client, tokens_of, vectors_of, workbench
 
@@ -211,6 +212,58 @@ def test_a_conversation_is_read_and_a_steering_previewed(client: Client) -> None
     assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_earlier_turns_are_found_as_they_were_steered_or_clean(client: Client) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "I am a model."}, {"role": "user", "content": "And now?"}]
+    backend = client.running.server.workbench.backend
+    chat = client.running.server.workbench.chat
+    edits = "evil@1:+2 on generating, kind@2:+1"
+    found = {}
+    for history in (None, *History):
+        lens = {"edits": edits} | ({} if history is None else {"history": history})
+        told = client.chat(lens=lens, messages=messages, temperature=0).json()["choices"][0]["persona_lens"]
+        steering = client.running.server.workbench.shelf.steering(edits)
+        assert steering is not None
+        written = conversation_edits(steering, chat, messages, history or DEFAULT_HISTORY)
+        own = backend.generate([chat.encode_messages(messages)], Sampling(12), written).responses[0]
+        assert [token["id"] for token in told["tokens"]][: len(own)] == list(own)
+        assert told["history"] == (history or DEFAULT_HISTORY)
+        found[history] = told["prompt_last"]
+    assert found[History.STEERED] != pytest.approx(found[History.CLEAN], abs=1e-3)
+    assert found[None] == pytest.approx(found[DEFAULT_HISTORY], abs=1e-4)
+    assert (
+        client.chat(lens={"edits": edits, "history": "clean"}).json()["choices"][0]["persona_lens"]["history"] is None
+    )
+    assert client.chat(messages=messages).json()["choices"][0]["persona_lens"]["history"] is None
+    assert client.get("/v1/persona_lens/vectors").json()["history"] == DEFAULT_HISTORY
+
+
+def test_a_preview_and_readings_are_of_the_history_that_is_asked_for(client: Client) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "I am a model."}, {"role": "user", "content": "And now?"}]
+    shown, read = {}, {}
+    for history in ("steered", "clean"):
+        asked = {"edits": "evil@1:+1", "messages": messages, "history": history}
+        rows = client.http.post("/v1/persona_lens/preview", json=asked).json()["preview"].splitlines()
+        shown[history] = sum("+1" in row for row in rows[4:])
+        finished = [*messages, {"role": "assistant", "content": "Tea."}]
+        turns = client.http.post("/v1/persona_lens/read", json={**asked, "messages": finished}).json()["turns"]
+        read[history] = [turn["readings"][1]["mean"] for turn in turns]
+    assert 0 < shown["clean"] < shown["steered"] - len("I am a model.")
+    assert read["clean"][0] == pytest.approx(read["steered"][0], abs=1e-4)
+    assert read["clean"][1] != pytest.approx(read["steered"][1], abs=1e-3)
+    fading = {"edits": "evil@1:+1 schedule(0:1 9:0)", "history": "clean"}
+    for answer in (
+        client.http.post("/v1/persona_lens/preview", json=fading),  # said before there is a turn that is over
+        client.chat(lens=fading, messages=messages),
+        client.chat(lens=fading, messages=messages, stream=True),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, None)
+        assert "from the beginning of the conversation" in answer.json()["error"]["message"]
+    assert client.chat(lens=fading).status_code == 200
+    refused = client.http.post("/v1/completions", json={"prompt": "x", "persona_lens": {"history": "clean"}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "persona_lens.history"
+
+
 def test_a_session_is_exported_as_a_page(client: Client) -> None:
     session = Session(client.running.server.name)
     session.add("user", "<b>Hello</b>")
@@ -254,6 +307,7 @@ BAD: list[tuple[str, Any]] = [
     ("evil@20", {"messages": HELLO, "persona_lens": {"watch": ["evil@x"]}}),
     ("good", {"messages": HELLO, "persona_lens": {"edits": "good@1:+1"}}),
     ("alarm", {"messages": HELLO, "persona_lens": {"alarms": ["evil!"]}}),
+    ("'steered' or 'clean'", {"messages": HELLO, "persona_lens": {"history": "new"}}),
     ("alarm_on", {"messages": HELLO, "persona_lens": {"alarm_on": "never"}}),
 ]
 

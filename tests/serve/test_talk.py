@@ -46,7 +46,7 @@ def test_replies_are_those_of_a_monitor_and_are_kept_with_what_was_read(backend:
         assert (turn.text, turn.readings, turn.number) == (expected.text, expected.readings, seed)
         said = talk.session.path[-1]
         assert said.content == turn.text
-        assert said.made == Made("kind@2:affine(3)", 0.8, 1.0, 6, seed)
+        assert said.made == Made("kind@2:affine(3)", 0.8, 1.0, 6, seed, "steered" if seed else None)
         assert said.readings is not None
         assert said.readings.means == pytest.approx([each.mean for each in turn.readings], abs=1e-4)
         assert said.readings.prompt_last == pytest.approx([each.prompt_last for each in turn.readings], abs=1e-4)
@@ -68,7 +68,7 @@ def test_a_reply_is_made_again_and_branches_do_not_know_each_other(backend: Back
     first = talk.say("Hello", max_new_tokens=5)
     talk.say("And now?", max_new_tokens=5)
     told = talk.again(max_new_tokens=5, edits="evil@0:+40")
-    assert talk.session.path[-1].made == Made("evil@0:+40", max_tokens=5, seed=0)
+    assert talk.session.path[-1].made == Made("evil@0:+40", max_tokens=5, seed=0, history="steered")
     assert [each.content for each in talk.session.children(talk.session.path[-2].id)][1] == told.text
     asked = talk.back()
     assert asked is not None
@@ -82,6 +82,23 @@ def test_a_reply_is_made_again_and_branches_do_not_know_each_other(backend: Back
     with pytest.raises(MonitoringError, match="too long"):
         talk.say("x", max_new_tokens=5000)
     assert talk.session.current == here
+
+
+def test_a_reply_may_find_earlier_turns_clean_and_says_so(backend: Backend) -> None:
+    before = {}
+    for history in ("steered", "clean"):
+        talk = Talk(backend, panel(backend))
+        talk.say("Hello", edits="evil@0:+4 on generating", max_new_tokens=6, history=history)
+        assert talk.session.path[-1].made == Made("evil@0:+4 on generating", max_tokens=6, seed=0)
+        turn = talk.say("And now?", edits="evil@0:+4 on generating", max_new_tokens=6, history=history)
+        before[history] = [each.prompt_last for each in turn.readings if each.layer == 2]
+        made = Session.from_jsonl(talk.session.to_jsonl()).path[-1].made
+        assert made is not None
+        assert str(made) == f"evil@0:+4 on generating, {history} history; greedy"
+        assert talk.say("Then?", max_new_tokens=2, history=history).number == 2
+        assert talk.session.path[-1].made == Made(max_tokens=2, seed=0)
+        assert f"{history} history" in talk.session.html()
+    assert before["steered"] != pytest.approx(before["clean"], abs=1e-3)
 
 
 def test_a_session_is_gone_on_with(backend: Backend) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ from persona_lens.backend import (
     TokenError,
 )
 from persona_lens.steering import Steering
+from persona_lens.steering.history import History, TurnPrompt, turn_edits
 from persona_lens.steering.preview import Preview, PreviewedToken, preview_tokens
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import (
@@ -157,6 +159,30 @@ def test_any_positions_and_any_schedule_are_as_the_preview_says(
     steering = Steering((replace(term, positions=positions, schedule=schedule),), {"kind": KIND})
     check_text(BACKEND, steering)
     check_generation(BACKEND, steering)
+
+
+@pytest.mark.parametrize("history", History)
+def test_edits_of_a_later_turn_are_as_the_preview_says(history: History) -> None:
+    turn = TurnPrompt(PROMPTS[2], 9, ((2, 6),))
+    steering = parse("kind@1:+1.5, evil@2:+1 on generating, kind@0:+2 on prompt[-3:], evil@1:-1 on response[1:3]")
+    parts = steering.by_term()
+
+    def written(edits: Sequence[Edit]) -> list[Edit]:
+        return turn_edits(edits, [turn], history, [RESPONSES[2]])
+
+    text = TEXT.rows(2, 3)
+    preview = preview_tokens(BACKEND, turn, RESPONSES[2], edits=steering, history=history)
+    together = activations(BACKEND, text, written(steering.edits()))
+    for number, (_, own) in enumerate(parts):
+        others = [edit for other, (_, edits) in enumerate(parts) if other != number for edit in edits]
+        alone = activations(BACKEND, text, written(others))
+        agrees(alone[0, own[0].layer], together[0, own[0].layer], own[0], tokens_of(preview), number)
+    over = [token.factors for token in preview.tokens[:9]]
+    assert any(map(any, over)) is (history is History.STEERED)
+    to_come = preview_tokens(BACKEND, turn, NEW, edits=steering, history=history)
+    assert [each.factors for each in to_come.tokens[:9]] == over
+    with pytest.raises(EditError, match="from the beginning"):
+        preview_tokens(BACKEND, turn, edits=parse("kind@1:+1 on all[2:]"), history="clean")
 
 
 def test_a_schedule_that_passes_through_zero_does_nothing_there() -> None:
