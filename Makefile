@@ -15,7 +15,7 @@ NDIF ?= ndif==0.1.2
 export PERSONA_LENS_NDIF_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/ndif-server
 NDIF_PYTHON := $(PERSONA_LENS_NDIF_ENV)/bin/python
 
-# So has the OpenAI-compatible server of `make test-servers`.
+# So have the OpenAI-compatible server and the client of `make test-servers`.
 export PERSONA_LENS_LLM_SERVER_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/llm-server
 
 # And so have the programs that exported vectors are tried in by `make test-programs`.
@@ -60,7 +60,7 @@ test-remote: $(VENV)/.development
 	-@$(MAKE) --no-print-directory $(PERSONA_LENS_NDIF_ENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MORE) tests/ndif
 
-# The judge's client against a real LLM server on this machine.
+# The judge's client against a real LLM server on this machine, and LangChain against ours.
 test-servers: $(VENV)/.development
 	-@$(MAKE) --no-print-directory $(PERSONA_LENS_LLM_SERVER_ENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/servers

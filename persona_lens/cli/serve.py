@@ -49,8 +49,12 @@ def serve_command(
     except ModuleNotFoundError as error:
         raise PersonaLensError(f"the server needs {error.name}; install it: {install_command('serve')}") from error
 
-    token_for(host, token)  # what is missing is to be known before a model is loaded
+    # What is missing is to be known before a model is loaded.
+    token_for(host, token)
     loaded, chosen = options.open_layers(vectors, layers)
+    if chosen is None:
+        for each in loaded:
+            each.tuned_choice()
     backend, chat = subject.open()
     shelf = Shelf(backend, loaded, chosen, presets, allow_other_model=allow_other_model)
     workbench = Workbench(backend, shelf, chat, rows)

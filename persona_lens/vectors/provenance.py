@@ -263,8 +263,8 @@ class Provenanced:
         """
         if (tuned := self.tuned) is None:
             raise VectorsError(
-                f"no layer was tuned for the vectors of {self.trait!r}; name one, or take the vectors that "
-                "`persona-lens steer tune` wrote"
+                f"no layer was tuned for the vectors of {self.trait!r}; name one (`--layers` on the command line), or "
+                "take the vectors that `persona-lens steer tune` wrote"
             )
         return tuned
 

@@ -183,6 +183,10 @@ def test_every_option_is_explained_and_no_command_needs_torch_for_that() -> None
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+def test_a_server_says_which_option_names_layers_before_it_loads_a_model(extracted: tuple[Path, Any]) -> None:
+    assert "`--layers` on the command line" in refused("serve", "no such model", str(extracted[0]))
+
+
 @pytest.mark.parametrize("command", ["extract", "steer sweep", "generate"])
 def test_options_are_explained(command: str) -> None:
     said = " ".join(CliRunner(env={"COLUMNS": "300"}).invoke(app, [*command.split(), "--help"]).stdout.split())

@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import torch
 
-from persona_lens.backend import Backend
+from persona_lens.backend import Backend, Sampling
 from persona_lens.serve.server import Running
 from persona_lens.serve.shelf import Shelf
 from persona_lens.serve.workbench import Workbench
+from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import backend_of
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model
@@ -69,3 +70,12 @@ class Client:
 def tokens_of(events: Sequence[dict[str, Any]]) -> list[int]:
     """The tokens that a stream told."""
     return [token["id"] for event in events for token in event.get("persona_lens", {}).get("tokens", ())]
+
+
+def expected(running: Running, edits: str = "", new: int = 8, messages: Any = HELLO) -> str:
+    """What the model says by itself."""
+    bench = running.server.workbench
+    written = Steering.parse(edits, bench.shelf.vectors).edits() if edits else ()
+    hooked: Any = bench.backend
+    found = hooked.hooked.generate([bench.encode(messages)], Sampling(new, 0.0, 1.0, None), written)
+    return str(bench.backend.tokenizer.decode(found.responses[0], skip_special_tokens=True))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from persona_lens.backend import Sampling
 from persona_lens.extraction import ExtractionSettings, plan_requests
 from persona_lens.extraction.responses import generate_responses
 from persona_lens.models.server import (
@@ -17,14 +16,14 @@ from persona_lens.models.server import (
     CompletionCache,
     CompletionRequest,
     CompletionServer,
+    Refused,
     ServerError,
     ServerSettings,
 )
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.serve.server import Running
-from persona_lens.steering import Steering
 from persona_lens.traits import load_trait
-from tests.serve.running import HELLO, Client, workbench
+from tests.serve.running import HELLO, Client, expected, workbench
 
 openai = pytest.importorskip("openai", reason="needs the extra openai")
 
@@ -51,15 +50,6 @@ def model(running: Running, monkeypatch: pytest.MonkeyPatch) -> str:
 def official(running: Running, **options: Any) -> Any:
     given = {"base_url": f"{running.address}/v1", "api_key": running.token, "max_retries": 0, **options}
     return openai.OpenAI(**given, http_client=openai.DefaultHttpxClient(trust_env=False))
-
-
-def expected(running: Running, edits: str = "", new: int = 8, messages: Any = HELLO) -> str:
-    """What the model says by itself."""
-    bench = running.server.workbench
-    written = Steering.parse(edits, bench.shelf.vectors).edits() if edits else ()
-    hooked: Any = bench.backend
-    found = hooked.hooked.generate([bench.encode(messages)], Sampling(new, 0.0, 1.0, None), written)
-    return str(bench.backend.tokenizer.decode(found.responses[0], skip_special_tokens=True))
 
 
 def test_the_official_client(running: Running, model: str) -> None:
@@ -193,19 +183,6 @@ def test_lm_evaluation_harness(running: Running, model: str) -> None:
         assert completes.generate_until(both, disable_tqdm=True) == found
 
 
-def test_langchain(running: Running, model: str) -> None:
-    chat = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed").ChatOpenAI(
-        model=model,
-        base_url=f"{running.address}/v1",
-        api_key=running.token,
-        max_tokens=8,
-        temperature=0,
-        extra_body={"persona_lens": {"edits": EDITS}},
-    )
-    assert chat.invoke(HELLO[0]["content"]).content == expected(running, EDITS)
-    assert "".join(part.content for part in chat.stream(HELLO[0]["content"])) == expected(running, EDITS)
-
-
 def test_our_own_client_judges_and_writes_responses(running: Running, model: str, tmp_path: Path) -> None:
     def server(name: str = model, **options: Any) -> CompletionServer:
         settings = ServerSettings(name, f"{running.address}/v1", KEY, attempts=1, timeout=60, **options)
@@ -218,6 +195,9 @@ def test_our_own_client_judges_and_writes_responses(running: Running, model: str
     assert len(answer.top_logprobs) == 20
     with pytest.raises(ServerError, match="the model here is"):
         server("gpt").complete([one])
+    [refused] = server().complete([CompletionRequest((("user", "As JSON."),), 4, schema={"type": "object"})])
+    assert isinstance(refused, Refused)  # authors ask without it then
+    assert "response_format" in refused.reason
 
     settings = RolloutSettings(max_new_tokens=6, temperature=1.0)
     requests = plan_requests(load_trait("optimistic"), ExtractionSettings(questions=2, rollouts=settings))[:4]
