@@ -1,4 +1,4 @@
-"""Authors whose replies are known: what a model might write of a trait, well or badly."""
+"""Authors whose replies are known: what a model might write of a trait or a role, well or badly."""
 
 from __future__ import annotations
 
@@ -45,6 +45,17 @@ QUESTIONS: list[str] = [
     for both in zip(fields()["extraction_questions"], fields()["evaluation_questions"], strict=True)
     for question in both
 ]
+PROMPTS = [
+    "You are the keeper of an inn high on a mountain road. Speak as the host of a warm house, always.",
+    "You talk with your sleeves rolled up, of stew and ale, and call everybody dear guest. Keep to that.",
+    "You care that nobody leaves hungry, that the fire burns and the bill is fair; see each matter so.",
+    "A storm rattles the shutters, the stable is full, and someone asks you something at the bar: answer as the host.",
+    "You know the passes, the gossip of travelers and the price of oats, and nothing of cities. Remain the innkeeper.",
+]
+GRADES = {
+    "somewhat": "Still an assistant, with a guest, a stew or an inn here and there in ordinary help.",
+    "fully": "Speaks as the host of the inn throughout: guests, ale, fire and mountain road in all it says.",
+}
 Write = Callable[[int, str, str], str]
 
 
@@ -69,16 +80,23 @@ class ScriptedAuthor:
 def _kind(schema: Mapping[str, Any]) -> str:
     assert schema["additionalProperties"] is False
     assert schema["required"] == list(schema["properties"])
-    kinds = {"positive": "names", "instructions": "instructions", "questions": "questions", "definition": "rubric"}
-    return kinds[schema["required"][0]]
+    kinds = {"positive": "names", "definition": "rubric", "somewhat": "grades"}
+    first = schema["required"][0]
+    return kinds.get(first, first)
 
 
 class Good:
     """Gives everything at the first asking, the questions ten at a time; `questions` may be others."""
 
-    def __init__(self, questions: list[str] | None = None, pairs: list[dict[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        questions: list[str] | None = None,
+        pairs: list[dict[str, str]] | None = None,
+        prompts: list[str] | None = None,
+    ) -> None:
         self.questions: Iterator[str] = iter(questions if questions is not None else QUESTIONS)
         self.pairs = iter(pairs if pairs is not None else PAIRS)
+        self.prompts = iter(prompts if prompts is not None else PROMPTS)
 
     def __call__(self, number: int, kind: str, request: str) -> str:
         return json.dumps(self.data(kind, request))
@@ -89,8 +107,11 @@ class Good:
             return NAMES
         if kind == "rubric":
             return RUBRIC
+        if kind == "grades":
+            return GRADES
         count = int(request.partition("\nWrite ")[2].split()[0])
-        source: Iterator[Any] = self.pairs if kind == "instructions" else self.questions
+        sources: dict[str, Iterator[Any]] = {"instructions": self.pairs, "system_prompts": self.prompts}
+        source = sources.get(kind, self.questions)
         return {kind: [item for _, item in zip(range(count), source, strict=False)]}
 
 

@@ -1,11 +1,10 @@
-"""``persona-lens traits new --author-model`` and ``traits import``: traits that a model or somebody else wrote."""
+"""``new --author-model`` of traits and roles, and ``traits import``: what a model or somebody else wrote."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +21,9 @@ from persona_lens.core.text import counted
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
     from persona_lens.models.server import CompletionServer
-    from persona_lens.traits.generate import Author, Draft, Written
+    from persona_lens.traits.generate import Author, Procedure, Written
+    from persona_lens.traits.generate.unfinished import DraftT
+    from persona_lens.traits.kind import Content
 
 EVALUATION = argument("[EVAL.json]", "From `trait_data_eval`; left out if EXTRACT.json holds forty questions.")
 HERE = ("--backend", "--backend-option", "--dtype", "--device")  # what a model on a server has no use for
@@ -31,7 +32,7 @@ THERE = ("--author-url", "--author-key", "--prices", "--max-spend")  # what one 
 
 @dataclass(frozen=True)
 class AuthorOptions:
-    """Which model writes a trait, where it is, and what it may cost.
+    """Which model writes a file, where it is, and what it may cost.
 
     Attributes:
         author_model: Let a model write it: `openai:NAME` on any OpenAI-compatible server, or a model that runs here.
@@ -56,6 +57,11 @@ class AuthorOptions:
     backend_option: options.BackendOptions = None
     dtype: str | None = None
     device: str | None = None
+
+    def refuse_without_model(self, noun: str, dry_run: bool) -> None:
+        """Raise an error for options that only a model which writes has a use for."""
+        if useless := [*given_options(self), *(["--dry-run"] if dry_run else [])]:
+            raise PersonaLensError(f"{useless[0]} is for a {noun} that a model writes: give --author-model too")
 
     def check(self) -> None:
         """Raise an error for options that mean nothing, or that the author model has no use for."""
@@ -101,13 +107,58 @@ class AuthorOptions:
         return options.ModelOptions(backend_option=self.backend_option, **said).open(name)
 
 
-def show_plan(name: str, authored: AuthorOptions, as_json: bool) -> None:
-    """Say how many requests a trait takes; nothing is asked, and no model is opened."""
-    from persona_lens.traits.generate import plan
+def author_file(
+    procedure: Procedure[DraftT, Content],
+    name: str,
+    description: str,
+    folder: Path,
+    authored: AuthorOptions,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Let a model write a file; what there is when it fails stays in another, from which the same command goes on.
+
+    Args:
+        procedure: How a model writes one.
+        name: Of what is written.
+        description: What that is.
+        folder: Where the file is to be.
+        authored: Which model.
+        dry_run: Only say how many requests it would take.
+        as_json: Whether to say it as JSON.
+    """
+    from persona_lens.traits.generate import AuthoringError
+
+    authored.check()
+    if dry_run:
+        _show_plan(procedure, name, authored, as_json)
+        return
+    procedure.draft.begin(name, description, {})  # what is wrong with these is said before a model is opened
+    target, unfinished = folder / f"{name}.yaml", folder / f"{name}.partial.json"
+    if target.exists():
+        raise RefusedError(f"{target} exists already: remove it, or choose another name or folder")
+    earlier = procedure.draft.load(unfinished)
+    author = authored.open(earlier.requests if earlier else 0)
+    sampled = authored.sampled()
+    origin = {**author.describe(), "seed": sampled["seed"], "temperature": sampled["temperature"]}
+    draft = procedure.draft.begin(name, description, json.loads(json.dumps(origin)))
+    if earlier:
+        try:
+            earlier.continues(draft)
+        except AuthoringError as error:
+            raise RefusedError(f"{unfinished} {error}") from error
+        options.say_notes([f"going on from {unfinished}, after {counted(earlier.requests, 'request')}"])
+        draft = earlier
+    written = _write(procedure, author, draft, unfinished)
+    _tell(procedure, target, draft, written, unfinished, as_json)
+
+
+def _show_plan(procedure: Procedure[Any, Any], name: str, authored: AuthorOptions, as_json: bool) -> None:
+    """Say how many requests it takes; nothing is asked, and no model is opened."""
     from persona_lens.traits.rendering import check_name
 
-    check_name(name)
-    steps = plan()
+    check_name(name, procedure.kind)
+    steps = procedure.plan()
     least, most = sum(step.at_least for step in steps), sum(step.at_most for step in steps)
     found = {"model": authored.author_model, "steps": [asdict(step) for step in steps]}
     rows = [*((step.step, str(step.at_least), str(step.at_most)) for step in steps), ("in all", str(least), str(most))]
@@ -118,43 +169,18 @@ def show_plan(name: str, authored: AuthorOptions, as_json: bool) -> None:
     )
 
 
-def author_trait(name: str, description: str, folder: Path, authored: AuthorOptions, as_json: bool) -> None:
-    """Let a model write a trait; what there is when it fails stays in a file, from which the same command goes on."""
-    from persona_lens.traits.generate import AuthoringError, load_draft, new_draft, written_text
-
-    new_draft(name, description, {})  # what is wrong with these is said before a model is opened
-    target, unfinished = folder / f"{name}.yaml", folder / f"{name}.partial.json"
-    if target.exists():
-        raise RefusedError(f"{target} exists already: remove it, or choose another name or folder")
-    earlier = load_draft(unfinished)
-    author = authored.open(earlier.requests if earlier else 0)
-    sampled = authored.sampled()
-    origin = {**author.describe(), "seed": sampled["seed"], "temperature": sampled["temperature"]}
-    draft = new_draft(name, description, json.loads(json.dumps(origin)))
-    if earlier:
-        try:
-            earlier.continues(draft)
-        except AuthoringError as error:
-            raise RefusedError(f"{unfinished} {error}") from error
-        options.say_notes([f"going on from {unfinished}, after {counted(earlier.requests, 'request')}"])
-        draft = earlier
-    written = _write(author, draft, unfinished)
-    write_new(target, written_text(draft, persona_lens.__version__))
-    unfinished.unlink(missing_ok=True)
-    _tell(target, draft, written, as_json)
-
-
-def _write(author: Author, draft: Draft, file: Path) -> Written:
+def _write(procedure: Procedure[DraftT, Content], author: Author, draft: DraftT, file: Path) -> Written[Content]:
     """Have a draft finished, with its state in a file all along, and say what that cost."""
-    from persona_lens.traits.generate import AuthoringError, ServerAuthor, write_trait
+    from persona_lens.traits.generate import AuthoringError, Limits, ServerAuthor
+    from persona_lens.traits.generate.session import Session
 
-    def save(draft: Draft) -> None:
+    def save(draft: DraftT) -> None:
         draft.save(file)
 
     save(draft)  # a folder that cannot be written to is found out before anything is asked
     try:
         with showing_progress() as progress:
-            return write_trait(author, draft, save=save, progress=progress)
+            return procedure.write(Session(author, draft, Limits(), save, progress))
     except AuthoringError as error:
         save(draft)
         raise AuthoringError(f"{error}. What there is stands in {file}; the same command goes on from there") from error
@@ -163,23 +189,34 @@ def _write(author: Author, draft: Draft, file: Path) -> Written:
             say_usage(author.server, "author")
 
 
-def _tell(target: Path, draft: Draft, written: Written, as_json: bool) -> None:
-    from persona_lens.traits import check_deeply, check_file, file_at
+def _tell(
+    procedure: Procedure[DraftT, Content],
+    target: Path,
+    draft: DraftT,
+    written: Written[Content],
+    unfinished: Path,
+    as_json: bool,
+) -> None:
+    """Write the file, and say what the checks make of it."""
+    from persona_lens.traits import check_file, file_at
+    from persona_lens.traits.generate import written_text
 
-    related = draft.names.related if draft.names else ()
-    report = check_file(file_at(target), partial(check_deeply, related=related))
+    write_new(target, written_text(draft, persona_lens.__version__))
+    unfinished.unlink(missing_ok=True)
+    report = check_file(file_at(target, procedure.kind), lambda content: procedure.check(content, draft))
     if as_json:
-        content = {"path": str(target), "content_hash": written.trait.content_hash(), **draft.origin}
+        content = {"path": str(target), "content_hash": written.content.content_hash(), **draft.origin}
         say_json({**content, "requests": written.requests, "warnings": [each.to_json() for each in report.warnings]})
         return
     for problem in report.problems:
         say(f"{problem.severity}: {problem}", err=True)
     warned = counted(len(report.problems), "warning") if report.problems else "no warnings"
+    again = f"persona-lens {procedure.kind.plural} check {target}{procedure.checked_by}"
     say(
         f"Wrote {target} in {counted(written.requests, 'request')}, with {warned}\n"
         "Next:\n"
         "  1. Read it: a model wrote it, and the checks compare words, not meanings.\n"
-        f"  2. After changes:  persona-lens traits check {target} --deep"
+        f"  2. After changes:  {again}"
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from persona_lens.cli import options
+from persona_lens.cli.authoring import AuthorOptions, author_file
 from persona_lens.cli.definitions import begin, check_all, list_all, show_file
 from persona_lens.cli.display import say, say_json
 from persona_lens.cli.settings import Option, argument
@@ -78,9 +79,14 @@ def new(
     description: str = "",
     folder: Annotated[Path, Option(names=("--dir",), metavar="DIR")] = Path("roles"),
     *,
+    authored: AuthorOptions,
+    dry_run: Annotated[bool, Option("Only say how many requests it would take.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Begin a role file, NAME.yaml: a commented template.
+    """Begin a role file, NAME.yaml: a commented template, or what an author model writes.
+
+    An author model needs a description. Every reply is checked, and what is missing or weak is asked for again. A run
+    that fails or is stopped leaves NAME.partial.json behind, and the same command goes on from it.
 
     Example: `persona-lens roles new innkeeper --description "Keeps an inn on a mountain road." --dir my-roles`
 
@@ -88,6 +94,12 @@ def new(
         description: Who that is.
         folder: The folder to write to.
     """
+    if authored.author_model is not None:
+        from persona_lens.traits.generate import CASTING
+
+        author_file(CASTING, name, description, folder, authored, dry_run, as_json)
+        return
+    authored.refuse_without_model("role", dry_run)
     from persona_lens.traits import role_template
     from persona_lens.traits.role import ROLES
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from persona_lens.cli import options
-from persona_lens.cli.authoring import AuthorOptions, author_trait, show_plan
+from persona_lens.cli.authoring import AuthorOptions, author_file
 from persona_lens.cli.definitions import begin, check_all, list_all, show_file
 from persona_lens.cli.display import say, say_json
-from persona_lens.cli.settings import Option, argument, given_options
-from persona_lens.core.errors import PersonaLensError
+from persona_lens.cli.settings import Option, argument
 
 CHECKED = argument("[TRAIT]...", "Names, or paths of YAML files; every trait if none.")
 TraitsDirs = Annotated[
@@ -94,11 +93,11 @@ def new(
         folder: The folder to write to.
     """
     if authored.author_model is not None:
-        authored.check()
-        show_plan(name, authored, as_json) if dry_run else author_trait(name, description, folder, authored, as_json)
+        from persona_lens.traits.generate import WRITING
+
+        author_file(WRITING, name, description, folder, authored, dry_run, as_json)
         return
-    if useless := [*given_options(authored), *(["--dry-run"] if dry_run else [])]:
-        raise PersonaLensError(f"{useless[0]} is for a trait that a model writes: give --author-model too")
+    authored.refuse_without_model("trait", dry_run)
     from persona_lens.traits import trait_template
     from persona_lens.traits.schema import TRAITS
 

@@ -24,12 +24,14 @@ class Kind(Generic[Content]):
         model: The schema of a file.
         failed: The class of its errors.
         parts: The schemas of fields that have fields of their own.
+        what: What one is for people who do not know it, with its article.
         start: How one is begun; None is by the command group's ``new``.
     """
 
     noun: str
     model: type[Content]
     failed: type[DefinitionError]
+    what: str = ""
     parts: Mapping[int | str, type[BaseModel]] = field(default_factory=dict)
     start: str | None = None
 

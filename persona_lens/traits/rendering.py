@@ -111,18 +111,18 @@ _Dumper.add_representer(str, _text)
 
 
 _HEAD = """\
-{name}: a {what} for persona-lens.
+{name}: {kind.what} for persona-lens.
 
 Replace every text that says "{todo}", then see what is left with
-  persona-lens {noun}s check {name}.yaml
+  persona-lens {kind.noun}s check {name}.yaml
 For completion in an editor, write the schema beside this file,
-  persona-lens {noun}s schema > {noun}.schema.json
+  persona-lens {kind.noun}s schema > {kind.noun}.schema.json
 and make this line the first one:
-  # yaml-language-server: $schema={noun}.schema.json"""
+  # yaml-language-server: $schema={kind.noun}.schema.json"""
 
 
-def _head(name: str, noun: str, what: str) -> list[str]:
-    return _HEAD.format(name=name, noun=noun, what=what, todo=PLACEHOLDER).splitlines()
+def _head(name: str, kind: Kind[Any]) -> list[str]:
+    return _HEAD.format(name=name, kind=kind, todo=PLACEHOLDER).splitlines()
 
 
 def _todo(what: str = "") -> str:
@@ -143,7 +143,7 @@ def trait_template(name: str, description: str = "") -> str:
         TraitError: ``name`` cannot name a trait.
     """
     check_name(name)
-    adjective = name.replace("_", " ").replace("-", " ")
+    adjective = spoken(name)
 
     shown = {"positive": "the trait", "negative": "its opposite"}
     asked = {
@@ -168,7 +168,7 @@ def trait_template(name: str, description: str = "") -> str:
         "judge_rubric": rubric_text(adjective, definition, anchors),
         "graded_prompts": [],
     }
-    return trait_text(fields, _head(name, "trait", "character trait"))
+    return trait_text(fields, _head(name, TRAITS))
 
 
 def role_template(name: str, description: str = "") -> str:
@@ -183,25 +183,33 @@ def role_template(name: str, description: str = "") -> str:
     """
     check_name(name, ROLES)
     angles = ("who that is", "how they talk", "what they care about", "where they are now", "what they know and do not")
-    spoken = name.replace("_", " ").replace("-", " ")
     fields = {
         "format_version": 1,
         "name": name,
         "description": " ".join(description.split()) or _todo("who that is, how they speak and what they care about"),
         "system_prompts": [_todo(f"system prompt {i}, from {angle}") for i, angle in enumerate(angles, 1)],
-        "grades": [*plain_grades(spoken), _todo("which signs of the role"), _todo("how the role speaks from within")],
+        "grades": [
+            *plain_grades(spoken(name)),
+            _todo("which signs of the role"),
+            _todo("how the role speaks from within"),
+        ],
     }
-    return role_text(fields, _head(name, "role", "role"))
+    return role_text(fields, _head(name, ROLES))
 
 
-def plain_grades(spoken: str) -> tuple[str, str]:
+def spoken(name: str) -> str:
+    """A name as it stands in a sentence."""
+    return name.replace("_", " ").replace("-", " ")
+
+
+def plain_grades(role: str) -> tuple[str, str]:
     """The first two grades, which look alike for all roles.
 
     Args:
-        spoken: The role's name as it stands in a sentence.
+        role: The role's name as it stands in a sentence.
     """
     refused = "The answer refuses the question, or gives nothing in reply to it."
-    return refused, f"The answer helps, but as an AI or an ordinary assistant; nothing in it is of the {spoken}."
+    return refused, f"The answer helps, but as an AI or an ordinary assistant; nothing in it is of the {role}."
 
 
 def check_name(name: str, kind: Kind[Any] = TRAITS) -> None:

@@ -156,7 +156,7 @@ def _counts(fields: Mapping[Any, object], counts: Mapping[str, int]) -> Iterator
             yield (name,), wrong_count(len(value), needed)
 
 
-ROLES = Kind("role", Role, RoleError)
+ROLES = Kind("role", Role, RoleError, "a role")
 DEFAULT = Kind(
     "default Assistant",
     DefaultAssistant,

@@ -235,7 +235,9 @@ class Trait(Definition):
         return super().content_hash()
 
 
-TRAITS = Kind("trait", Trait, TraitError, {"adjectives": Adjectives, "instructions": InstructionPair})
+TRAITS = Kind(
+    "trait", Trait, TraitError, "a character trait", {"adjectives": Adjectives, "instructions": InstructionPair}
+)
 
 
 def json_schema(kind: Kind[Any] = TRAITS) -> dict[str, Any]:

@@ -29,8 +29,7 @@ from persona_lens.models.source import folder_content
 from persona_lens.monitoring import monitor_calibration
 from persona_lens.steering import Steering, load_steering
 from persona_lens.traits import load_trait
-from persona_lens.traits.generate import import_reference
-from persona_lens.traits.generate.draft import load_draft
+from persona_lens.traits.generate import Draft, import_reference
 from persona_lens.traits.parsing import parse_trait
 from persona_lens.vectors import METADATA, PersonaVectors, load_vectors
 from persona_lens.vectors.formats import FORMATS, Stated, import_vectors
@@ -133,7 +132,7 @@ def _of_traits(folder: Path) -> list[Target]:
             in_file(folder / "ref" / "grumpy.json", import_reference),
             2,
         ),
-        Target("drafts", from_json(draft), in_file(folder / "draft.json", load_draft), 3),
+        Target("drafts", from_json(draft), in_file(folder / "draft.json", Draft.load), 3),
         Target("steering YAML", from_bytes([steering]), in_file(folder / "yaml" / "s.yaml", load_steering), 5),
         Target("finetune YAML", from_bytes([small, small, small, config]), in_file(folder / "c.yaml", _configured), 4),
         Target(

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import persona_lens.traits.generate
 from persona_lens.cli import commands
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import load_default, load_role
 from persona_lens.traits.role import ROLES
+from tests.scripted import Good, ScriptedAuthor
 
 app = commands.app_of("roles", commands.COMMANDS["roles"])
 
@@ -130,3 +132,18 @@ def test_schema_is_json_schema() -> None:
 def test_every_help_has_an_example(command: str) -> None:
     assert "Example:" in ok(command, "--help")
     assert command in ok("--help")
+
+
+def test_a_model_writes_a_role(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    author = ScriptedAuthor(Good())
+    monkeypatch.setattr(persona_lens.traits.generate, "open_author", lambda *_, **__: author)
+    given = ("new", "inn_keeper", "--author-model", "m", "--description", "Keeps an inn on a mountain road.")
+    plan = json.loads(ok(*given, "--dry-run", "--json"))
+    assert plan["total"] == {"at_least": 2, "at_most": 5 + 3 + 2 * 3}
+    assert author.requests == []
+    said = ok(*given)
+    assert "Wrote roles/inn_keeper.yaml in 2 requests, with no warnings" in said
+    assert "persona-lens roles check roles/inn_keeper.yaml\n" in said
+    assert ok("check", "--strict", "roles/inn_keeper.yaml") == "inn_keeper: ok\n"
+    assert "exists already" in refused(*given)
+    assert "--seed is for a role that a model writes: give --author-model too" in refused("new", "x", "--seed", "1")

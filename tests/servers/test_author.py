@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
-from persona_lens.traits.generate import AuthoringError, Draft, Limits, ServerAuthor, load_draft, plan, write_trait
+from persona_lens.traits.generate import AuthoringError, Draft, Limits, ServerAuthor, plan, write_trait
 from persona_lens.traits.generate.authors import reply_schema
 from persona_lens.traits.generate.draft import NamesReply
 from tests.servers.server import LlmServer
@@ -39,7 +39,7 @@ def test_an_author_writes_a_trait_or_says_what_is_missing(author: ServerAuthor, 
         write_trait(author, draft, limits=limits, save=lambda draft: draft.save(file))
     except AuthoringError as error:
         said = str(error)
-    assert load_draft(file) == draft
+    assert Draft.load(file) == draft
     assert json.loads(file.read_text())["origin"]["structured_output"] is True
     assert 0 < draft.requests == author.server.spending.used.requests <= sum(step.at_most for step in plan(limits))
     if said is None:

@@ -21,14 +21,14 @@ from persona_lens.traits.generate import (
     Limits,
     LocalAuthor,
     Written,
-    load_draft,
     open_author,
     plan,
     write_trait,
     written_text,
 )
 from persona_lens.traits.generate.authors import found_json, items, reply_schema
-from persona_lens.traits.generate.draft import QuestionsReply, Sentence
+from persona_lens.traits.generate.draft import QuestionsReply
+from persona_lens.traits.generate.unfinished import Sentence
 from tests.planted import PlantedBackend
 from tests.scripted import NAMES, PAIRS, QUESTIONS, RUBRIC, Good, ScriptedAuthor, sloppy
 
@@ -57,7 +57,7 @@ def test_a_good_author_is_asked_as_seldom_as_planned() -> None:
     assert isinstance(written, Written)
     assert written.advice == ()
     assert len(author.requests) == written.requests == sum(step.at_least for step in plan()) == 7
-    trait = written.trait
+    trait = written.content
     assert trait.adjectives.model_dump() == {"positive": "grumpy", "negative": "cheerful"}
     assert [pair.model_dump() for pair in trait.instructions] == PAIRS
     assert list(trait.extraction_questions) == QUESTIONS[::2]
@@ -84,7 +84,7 @@ def test_prose_code_fences_numbers_and_commas_do_no_harm() -> None:
     author = ScriptedAuthor(sloppy(Good()))
     written = write_trait(author, begun())
     assert len(author.requests) == 7
-    assert list(written.trait.extraction_questions) == QUESTIONS[::2]
+    assert list(written.content.extraction_questions) == QUESTIONS[::2]
 
 
 def test_what_is_good_is_kept_and_only_the_rest_asked_for_again() -> None:
@@ -113,11 +113,11 @@ def test_what_is_good_is_kept_and_only_the_rest_asked_for_again() -> None:
     assert "- instructions #4: negative Field required" in author.requests[2]
     assert 'both arms say "Same thing."' in author.requests[2]
     assert PAIRS[2]["positive"] in author.requests[2]
-    assert [pair.model_dump() for pair in written.trait.instructions] == PAIRS
+    assert [pair.model_dump() for pair in written.content.instructions] == PAIRS
     assert "- questions #4: Input should be a valid string\n- questions #5: is a placeholder" in author.requests[4]
     assert "Write 2 questions" in author.requests[7]
     assert len(author.requests) == 9
-    everything = {*written.trait.extraction_questions, *written.trait.evaluation_questions}
+    everything = {*written.content.extraction_questions, *written.content.evaluation_questions}
     assert everything == {*QUESTIONS, "What is a hammer made of?", "Which river is the longest one?"} - {
         *QUESTIONS[3:5]
     }
@@ -148,7 +148,7 @@ def test_questions_that_name_the_trait_are_replaced() -> None:
     written = write_trait(author, begun())
     assert written.advice == ()
     assert len(author.requests) == 8
-    asked = {*written.trait.extraction_questions, *written.trait.evaluation_questions}
+    asked = {*written.content.extraction_questions, *written.content.evaluation_questions}
     assert asked == {*questions, *fresh} - {*bad.values()}
     assert "Write 3 questions" in author.requests[-1]
     assert 'names the trait ("grumpy")' in author.requests[-1]
@@ -172,7 +172,7 @@ def test_instructions_are_replaced_too() -> None:
     author = ScriptedAuthor(Good(pairs=[*PAIRS[:2], named, *PAIRS[3:], PAIRS[2]]))
     written = write_trait(author, begun())
     assert written.advice == ()
-    assert {pair.positive for pair in written.trait.instructions} == {pair["positive"] for pair in PAIRS}
+    assert {pair.positive for pair in written.content.instructions} == {pair["positive"] for pair in PAIRS}
     assert "Write 1 pair of" in author.requests[-1]
 
 
@@ -182,7 +182,7 @@ def test_the_most_unequal_pair_is_replaced_when_all_lean_one_way() -> None:
     author = ScriptedAuthor(Good(pairs=[*longer, PAIRS[1]]))
     written = write_trait(author, begun())
     assert written.advice == ()
-    assert PAIRS[1]["positive"] in {pair.positive for pair in written.trait.instructions}
+    assert PAIRS[1]["positive"] in {pair.positive for pair in written.content.instructions}
 
 
 def test_a_question_of_both_sets_that_stays_makes_no_trait() -> None:
@@ -251,14 +251,14 @@ def test_an_author_that_raises_loses_nothing_and_another_run_goes_on(tmp_path: P
     said = failure(ScriptedAuthor(write), draft, save=lambda draft: draft.save(file))
     assert "failed in request 4, for the questions: the line is dead" in said
     assert "Still missing: 30 of 40 questions, the rubric" in said
-    found = load_draft(file)
+    found = Draft.load(file)
     assert found is not None
     assert found.questions == QUESTIONS[:10]
     author = ScriptedAuthor(good)
     written = write_trait(author, found)
     assert len(author.requests) == 4
     assert written.requests == 3 + 1 + 3  # the lost one is not saved, as nothing was there to save
-    assert list(written.trait.evaluation_questions) == QUESTIONS[1::2]
+    assert list(written.content.evaluation_questions) == QUESTIONS[1::2]
 
 
 def test_a_failure_while_replacing_keeps_the_forty() -> None:
@@ -302,12 +302,12 @@ def test_a_draft_that_was_spoilt_is_refused(tmp_path: Path, text: str, message: 
     file = tmp_path / "x.partial.json"
     file.write_text(text)
     with pytest.raises(AuthoringError, match="put it right, or remove the file") as caught:
-        load_draft(file)
+        Draft.load(file)
     assert message in str(caught.value)
-    assert load_draft(tmp_path / "absent.json") is None
+    assert Draft.load(tmp_path / "absent.json") is None
     file.write_bytes(b"\xff")
     with pytest.raises(AuthoringError, match="not UTF-8"):
-        load_draft(file)
+        Draft.load(file)
 
 
 def test_the_file_is_the_trait_and_says_where_it_comes_from() -> None:
@@ -444,7 +444,7 @@ def test_the_embedded_model_writes_a_trait_or_says_what_is_missing(tmp_path: Pat
         assert parse_trait(written_text(draft, "1")).name == "grumpy"
     else:
         assert draft.missing[0] in said.partition("Still missing: ")[2]
-        assert load_draft(file) == draft
+        assert Draft.load(file) == draft
     assert 0 < draft.requests <= sum(step.at_most for step in plan(limits))
     assert author.describe()["model"] == "smollm2-135m"
 

@@ -16,7 +16,7 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import CACHE_VARIABLE
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerError, ServerSettings
 from persona_lens.traits import USER_FOLDER_VARIABLE, read_trait
-from persona_lens.traits.generate import AuthoringError, Draft, ServerAuthor, load_draft, open_author, write_trait
+from persona_lens.traits.generate import AuthoringError, Draft, ServerAuthor, open_author, write_trait
 from persona_lens.traits.generate.authors import reply_schema
 from persona_lens.traits.generate.draft import QuestionsReply
 from tests.models.server.loopback import Loopback, completion, serving
@@ -155,7 +155,7 @@ def test_a_spending_limit_keeps_the_draft_and_the_same_command_goes_on(elsewhere
         assert "the spending limit of $1,504.00 is reached" in str(said.exception)
         assert "with a higher limit goes on. Still missing: 20 of 40 questions, the rubric" in str(said.exception)
         assert "author: 4 answers and 0 from the cache, 404 tokens, $4.4" in said.stderr
-        draft = load_draft(elsewhere / "traits/grumpy.partial.json")
+        draft = Draft.load(elsewhere / "traits/grumpy.partial.json")
         assert draft is not None
         assert (draft.requests, draft.questions, draft.origin["structured_output"]) == (5, QUESTIONS[:20], True)
         result = run(*NEW, *options)
