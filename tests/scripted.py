@@ -81,7 +81,7 @@ def _kind(schema: Mapping[str, Any]) -> str:
     assert schema["additionalProperties"] is False
     assert schema["required"] == list(schema["properties"])
     kinds = {"positive": "names", "definition": "rubric", "somewhat": "grades"}
-    first = schema["required"][0]
+    first = str(schema["required"][0])
     return kinds.get(first, first)
 
 
