@@ -83,6 +83,15 @@ class Page:
         found: list[str] = self.page.locator(".message.assistant .made").all_inner_texts()
         return found
 
+    def copied(self, name: str, number: int = -1) -> str:
+        """What a reply's settings are when they are copied so."""
+        message = self.page.locator(".message.assistant").nth(number)
+        message.locator(".copies").evaluate("details => { details.open = true; }")
+        self.page.evaluate("navigator.clipboard.writeText('')")
+        message.get_by_role("button", name=f"Copy as {name}").click()
+        self.page.wait_for_function("navigator.clipboard.readText().then((text) => text.length > 0)")
+        return str(self.page.evaluate("navigator.clipboard.readText()"))
+
     def act(self, name: str, number: int = -1) -> None:
         """Press a button of a reply."""
         self.page.locator(".message.assistant").nth(number).get_by_role("button", name=name, exact=True).click()

@@ -13,6 +13,7 @@ from persona_lens.serve.server import Running
 from persona_lens.serve.session import Session
 from persona_lens.serve.shelf import Shelf
 from persona_lens.serve.workbench import Workbench
+from persona_lens.steering.history import DEFAULT_HISTORY
 from persona_lens.vectors.provenance import LayerBaseline, StoredBaseline, Tuned
 from tests.backends.fixtures import backend_of
 from tests.serve.browsing import DESK, PHONE, Page, browser
@@ -118,6 +119,39 @@ def test_a_steering_can_be_written_and_what_is_wrong_with_it_is_said(page: Page)
     assert page.replies() == []
 
 
+def test_earlier_turns_are_found_clean_if_that_is_chosen_and_copies_carry_it(page: Page) -> None:
+    earlier = page.page.get_by_label("Earlier turns", exact=True)
+    assert earlier.input_value() == DEFAULT_HISTORY
+    page.page.get_by_label("strength of evil", exact=True).fill("40")
+    page.page.select_option("[aria-label='tokens of evil']", "generating")
+    page.send("Hello")
+    earlier.select_option("clean")
+    page.send("And now?")
+    steered = "evil@1:+40% on generating"
+    sampled = "temperature 1, top-p 1, seed 3"
+    assert page.made() == [f"{steered} · {sampled}", f"{steered}, clean history · {sampled}"]
+    assert page.copied("--edits", 0) == f"--edits '{steered}'"
+    assert page.copied("--edits") == f"--edits '{steered}' --history clean"
+    assert '"history":"clean"' in page.copied("Python").replace(" ", "")
+    assert '"history":"clean"' in page.copied("curl")
+    earlier.select_option("steered")
+    page.act("Again")
+    assert page.made()[-1] == f"{steered}, steered history · {sampled}"
+    page.act("Branch before")
+    page.act("Use its settings")
+    assert earlier.input_value() == "clean"
+    page.page.reload()
+    page.ready()
+    assert earlier.input_value() == "clean"
+    assert page.made()[-1] == f"{steered}, clean history · {sampled}"
+    page.page.fill("#line", "evil@1:+1 schedule(0:1 9:0)")
+    page.page.press("#line", "Enter")
+    page.page.locator("#fault").get_by_text("from the beginning of the conversation").wait_for()
+    page.page.get_by_role("button", name="All off").click()
+    page.send("Then?")
+    assert page.made()[-1] == f"not steered · {sampled}"
+
+
 def test_two_settings_answer_side_by_side_with_the_same_seed(page: Page) -> None:
     page.page.get_by_label("strength of evil", exact=True).fill("60")
     page.page.check("#compare")
@@ -209,18 +243,11 @@ def test_a_session_is_saved_opened_and_exported(page: Page, tmp_path: Path) -> N
 def test_settings_are_copied_for_others(page: Page) -> None:
     page.page.get_by_label("strength of evil", exact=True).fill("7")
     page.send("It's")
-
-    def copied(name: str) -> str:
-        page.page.locator(".message.assistant .copies").evaluate("details => { details.open = true; }")
-        page.page.locator(".message.assistant").get_by_role("button", name=f"Copy as {name}").click()
-        page.page.get_by_text(f"Copied as {name}").wait_for()
-        return str(page.page.evaluate("navigator.clipboard.readText()"))
-
-    assert copied("--edits") == "--edits 'evil@1:+7%'"
-    python = copied("Python")
+    assert page.copied("--edits") == "--edits 'evil@1:+7%'"
+    python = page.copied("Python")
     compile(python, "copied", "exec")
     assert "evil@1:+7%" in python
-    assert "It'\\''s" in copied("curl")
+    assert "It'\\''s" in page.copied("curl")
 
 
 def test_the_keyboard_alone_is_enough(page: Page) -> None:

@@ -13,6 +13,7 @@ from persona_lens.monitoring import Alarm, Alert, ConversationMonitor, Monitorin
 from persona_lens.serve.said import Made, SessionError
 from persona_lens.serve.session import Session
 from persona_lens.serve.talk import Talk
+from persona_lens.steering.history import DEFAULT_HISTORY
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import backend_of
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model
@@ -46,7 +47,7 @@ def test_replies_are_those_of_a_monitor_and_are_kept_with_what_was_read(backend:
         assert (turn.text, turn.readings, turn.number) == (expected.text, expected.readings, seed)
         said = talk.session.path[-1]
         assert said.content == turn.text
-        assert said.made == Made("kind@2:affine(3)", 0.8, 1.0, 6, seed, "steered" if seed else None)
+        assert said.made == Made("kind@2:affine(3)", 0.8, 1.0, 6, seed, DEFAULT_HISTORY.value if seed else None)
         assert said.readings is not None
         assert said.readings.means == pytest.approx([each.mean for each in turn.readings], abs=1e-4)
         assert said.readings.prompt_last == pytest.approx([each.prompt_last for each in turn.readings], abs=1e-4)
@@ -68,7 +69,7 @@ def test_a_reply_is_made_again_and_branches_do_not_know_each_other(backend: Back
     first = talk.say("Hello", max_new_tokens=5)
     talk.say("And now?", max_new_tokens=5)
     told = talk.again(max_new_tokens=5, edits="evil@0:+40")
-    assert talk.session.path[-1].made == Made("evil@0:+40", max_tokens=5, seed=0, history="steered")
+    assert talk.session.path[-1].made == Made("evil@0:+40", max_tokens=5, seed=0, history=DEFAULT_HISTORY.value)
     assert [each.content for each in talk.session.children(talk.session.path[-2].id)][1] == told.text
     asked = talk.back()
     assert asked is not None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from persona_lens.backend import (
 from persona_lens.backend.continuous import continuous
 from persona_lens.models import ChatFormat, Message
 from persona_lens.steering.history import (
+    DEFAULT_HISTORY,
     History,
     TurnPrompt,
     check_history,
@@ -350,6 +352,19 @@ def test_what_counts_from_the_beginning_is_refused_with_a_clean_history(edit: Ed
         with pytest.raises(EditError, match=says):
             check_history(edit, CLEAN)
     check_history(edit, STEERED)
+
+
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        ("docs/steering.md", f"Without an option the history is `{DEFAULT_HISTORY}`."),
+        ("docs/serving.md", f"not for `/v1/completions` | `{DEFAULT_HISTORY}` |"),
+        ("CHANGELOG.md", f"Without an option the history is {DEFAULT_HISTORY},"),
+    ],
+)
+def test_the_usual_history_is_the_one_that_is_said(page: str, says: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    assert says in " ".join(text.split())
 
 
 def test_a_schedule_of_too_many_factors_and_a_history_that_is_none_are_refused() -> None:

@@ -36,7 +36,7 @@ function posted(value, signal) {
 const json = async (path, options) => (await send(path, options)).json();
 
 export const vectors = () => json(OWN + "vectors");
-export const preview = (edits, signal) => json(OWN + "preview", posted({ edits }, signal));
+export const preview = (edits, history, signal) => json(OWN + "preview", posted({ edits, history }, signal));
 export const readTurns = (messages, edits = "") => json(OWN + "read", posted({ messages, edits }));
 export const presets = () => json(OWN + "presets");
 const preset = (name) => `${OWN}presets/${encodeURIComponent(name)}`;
@@ -51,6 +51,7 @@ export const exported = async (session) =>
 /** The body of a request for one reply. */
 export function body(messages, settings) {
   const lens = { edits: settings.edits };
+  if (settings.edits && settings.history) lens.history = settings.history;
   if (settings.alarms) {
     lens.alarms = settings.alarms.split(",").map((each) => each.trim()).filter(Boolean);
     lens.alarm_on = settings.alarm_on;

@@ -7,7 +7,8 @@ const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 const python = (value) => JSON.stringify(value).replace(/("(?:[^"\\]|\\.)*")|\b(true|false|null)\b/g,
   (whole, text, word) => text ?? { true: "True", false: "False", null: "None" }[word]);
 
-export const asEdits = (settings) => (settings.edits ? `--edits ${shell(settings.edits)}` : "");
+/** As `persona-lens monitor chat` takes it; other commands hold no conversation, and have no `--history`. */
+export const asEdits = ({ edits, history }) => (edits ? `--edits ${shell(edits)}${history ? ` --history ${history}` : ""}` : "");
 
 export function asPython(messages, settings, model) {
   const { stream, persona_lens, messages: _, ...rest } = body(messages, settings);

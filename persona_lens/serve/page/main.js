@@ -21,7 +21,7 @@ let seen = [];
 
 const page = {
   asked: () => {
-    const mine = sampling.settings(rack.edits);
+    const mine = settings();
     return find("compare").checked ? [{ ...mine, edits: against() }, mine] : [mine];
   },
   system: () => sampling.values.system.trim(),
@@ -51,7 +51,7 @@ const page = {
   },
   notice,
   take(made) {
-    rack.load(made.edits);
+    rack.load(made.edits, made.history);
     Object.assign(sampling.values, { temperature: made.temperature, top_p: made.top_p, max_tokens: made.max_tokens ?? sampling.values.max_tokens, seed: made.seed ?? "" });
     sampling.draw(keep, fresh);
     keep();
@@ -67,6 +67,12 @@ const page = {
 const bench = new Bench(session, lens, page);
 const rack = new Rack(model, () => { against.choices?.(); keep(); }, notice);
 const sampling = new Sampling(kept.sampling, keep, fresh);
+
+/** What is set, for one reply; how it finds earlier turns where there are any. */
+function settings() {
+  const over = session.path().some(({ role }) => role === "assistant");
+  return { ...sampling.settings(rack.edits), history: over ? rack.history : undefined };
+}
 
 /** What a comparison's other reply is steered by. */
 function against() {
@@ -257,6 +263,7 @@ async function begin() {
     served = told.gauges ?? told.vectors.flatMap(({ name, layers }) => layers.map((layer) => ({ name: `${name}@${layer}`, trait: name, layer })));
     find("model").textContent = model.name;
     document.title = `${model.name} · persona-lens`;
+    rack.history = told.history;
     rack.fill(told.vectors, kept.rack);
     lens.scales = new Scales(rack.vectors);
     rack.arrived = async () => { served = (await api.vectors()).gauges; lens.scales.vectors = rack.vectors; choices(); draw(); };
@@ -268,7 +275,6 @@ async function begin() {
   }
   against.choices();
   bench.show(session);
-  const settings = () => sampling.settings(rack.edits);
   find("written").after(copying(() => [...plainMessages(session.path()), { role: "user", content: find("message").value || "Hello" }], settings, page));
   document.body.dataset.ready = "";
 }

@@ -9,7 +9,7 @@ const NAMES = { system: "System", user: "You", assistant: "Reply" };
 export function madeLine(made) {
   if (!made) return "";
   const sampled = made.temperature ? `temperature ${made.temperature}, top-p ${made.top_p}, seed ${made.seed}` : "greedy";
-  return `${made.edits || "not steered"} · ${sampled}`;
+  return `${made.edits || "not steered"}${made.edits && made.history ? `, ${made.history} history` : ""} · ${sampled}`;
 }
 
 /** `bench` does what buttons ask: go, edit, again, reseed, take, beside. */

@@ -11,6 +11,9 @@ export const ACTIONS = {
 };
 export const TOKENS = ["all", "prompt", "response", "generating"];
 
+/** How a reply finds the turns before it, whatever its terms are. */
+export const HISTORIES = { steered: "stay as they were steered", clean: "are read as if never steered" };
+
 const TERM = /^([A-Za-z][\w-]*)(?:@(all|[\d+-]+))?:\s*([^\s(]+(?:\([^)]*\))?)((?:\s+(?:on|with|schedule|if)\b.*)?)$/;
 const NUMBER = "[+-]?(?:\\d+\\.?\\d*|\\.\\d+)(?:[eE][+-]?\\d+)?";
 

@@ -2,11 +2,11 @@
 
 import * as api from "./api.js";
 import { button, element, find, options, signed } from "./elements.js";
-import { ACTIONS, TOKENS, read, terms, written } from "./notation.js";
+import { ACTIONS, HISTORIES, TOKENS, read, terms, written } from "./notation.js";
 
 export class Rack {
   constructor(model, changed, said) {
-    Object.assign(this, { model, changed, said, vectors: new Map(), rows: new Map(), extras: [], known: {}, fault: "" });
+    Object.assign(this, { model, changed, said, vectors: new Map(), rows: new Map(), extras: [], history: "", known: {}, fault: "" });
     this.marks = new Map();
   }
 
@@ -18,6 +18,7 @@ export class Rack {
       this.rows.set(each.name, old && ACTIONS[old.action] ? old : this.fresh(each));
     }
     for (const name of this.rows.keys()) if (!this.vectors.has(name)) this.rows.delete(name);
+    if (HISTORIES[kept?.history]) this.history = kept.history;
     if (kept?.extras) this.extras = kept.extras.filter((each) => typeof each === "string");
     this.draw();
   }
@@ -35,11 +36,12 @@ export class Rack {
   }
 
   get kept() {
-    return { rows: [...this.rows.values()], extras: this.extras };
+    return { rows: [...this.rows.values()], extras: this.extras, history: this.history };
   }
 
   /** Set the rack to a steering: terms that its rows cannot show stand as they are written. */
-  load(edits) {
+  load(edits, history) {
+    if (HISTORIES[history]) this.history = history;
     for (const row of this.rows.values()) row.on = false;
     this.extras = [];
     const seen = new Set();
@@ -151,6 +153,7 @@ export class Rack {
       onchange: ({ target }) => target.isConnected && this.load(target.value),
       // The field must have lost the focus when it is drawn anew, or the browser tells of its change once more.
       onkeydown: ({ key, target }) => { if (key === "Enter") { target.blur(); this.field.focus(); } } });
+    const past = options(element("select", { "aria-label": "Earlier turns", onchange: () => { this.history = past.value; this.touch(); } }), Object.entries(HISTORIES), this.history);
     this.faulty = element("p", { id: "fault", class: "fault", role: "status" }, this.fault);
     this.select = options(element("select", { "aria-label": "Presets" }), [["", "presets"], ...Object.keys(this.known).map((name) => [name, name])], this.select?.value);
     const name = element("input", { type: "text", class: "short", placeholder: "name", "aria-label": "Name of a new preset", spellcheck: "false" });
@@ -158,6 +161,7 @@ export class Rack {
     return [
       extras.length ? element("ul", { class: "extras", "aria-label": "Further terms" }, ...extras) : null,
       element("label", { for: "line", class: "quiet small" }, "The steering as it is written"), this.field, this.faulty,
+      element("label", { class: "fine" }, "Earlier turns ", past),
       element("div", { class: "row fine" }, this.select, button("Load", () => this.select.value && this.load(this.known[this.select.value])),
         button("Delete", () => this.select.value && this.drop(this.select.value)), button("All off", () => this.load(""))),
       element("div", { class: "row fine" }, name, button("Save preset", () => this.save(name.value.trim()))),
@@ -183,7 +187,7 @@ export class Rack {
     this.asking?.abort();
     this.asking = new AbortController();
     try {
-      if (this.edits) await api.preview(this.edits, this.asking.signal);
+      if (this.edits) await api.preview(this.edits, this.history || undefined, this.asking.signal);
       this.fault = "";
     } catch (error) {
       if (error.name === "AbortError") return;

@@ -30,7 +30,7 @@ async function listen(session, message, asked, signal, told) {
       places = session.places(lens.gauges);
       const forecast = (lens.forecast ?? []).map((each) => ({ ...each, says: each.says ?? "", gauge: places[each.gauge] }));
       message.readings = { prompt_last: session.placed(lens.prompt_last, places), means: [], tokens: [], alarms: [], forecast };
-      Object.assign(message.made, { edits: lens.edits ?? "", seed: lens.seed ?? message.made.seed });
+      Object.assign(message.made, { edits: lens.edits ?? "", history: lens.history ?? undefined, seed: lens.seed ?? message.made.seed });
       told.begun();
     }
     message.content += choice?.delta?.content ?? "";
