@@ -200,6 +200,7 @@ class VllmBackend(PackedBackend):
                 max_tokens=sampling.max_new_tokens + more,
                 stop_token_ids=list(self.end_ids),
                 logprobs=run.top,
+                prompt_logprobs=run.top if run.top_of_prompts else None,
                 skip_reading_prefix_cache=watch is not None or need_prompts(reads),
             )
             job.run(None if watch is None else run.tell)

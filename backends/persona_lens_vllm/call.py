@@ -100,6 +100,11 @@ class Run(PackedRun):
         places = zip(self.given(row), self.job.logprobs.get(row, ()), strict=False)
         return [_score(place, token, self.top or 0) for token, place in places]
 
+    def prompt_scores(self, row: int) -> list[TokenScore]:
+        """See `PackedRun`."""
+        places = zip(self.tokens.prompts[row][1:], self.job.prompt_logprobs.get(row, ())[1:], strict=False)
+        return [_score(place, token, self.top or 0) for token, place in places]
+
     def has_ended(self, row: int) -> bool:
         """See `PackedRun`."""
         return row not in self.job.unfinished
@@ -138,4 +143,4 @@ class Run(PackedRun):
 def _score(place: Mapping[int, Any], token: int, top: int) -> TokenScore:
     """What vLLM says of a place, which holds the token that was taken even where others are likelier."""
     likeliest = sorted(place, key=lambda each: place[each].logprob, reverse=True)[:top]
-    return TokenScore(place[token].logprob, tuple(likeliest), tuple(place[each].logprob for each in likeliest))
+    return TokenScore(token, place[token].logprob, tuple(likeliest), tuple(place[each].logprob for each in likeliest))

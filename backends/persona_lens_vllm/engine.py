@@ -113,6 +113,7 @@ class Job:
         name: The call's, in the workers.
         tokens: What each row was given so far.
         logprobs: vLLM's log-probabilities at each of these places, where they were asked for.
+        prompt_logprobs: The same for each token of the prompt, None for its first.
         unfinished: Rows that still run.
         news: Grows whenever something was heard of it.
     """
@@ -122,6 +123,7 @@ class Job:
         self.name = name
         self.tokens: dict[int, tuple[int, ...]] = {}
         self.logprobs: dict[int, list[Any]] = {}
+        self.prompt_logprobs: dict[int, list[Any]] = {}
         self.unfinished: set[int] = set()
         self.news = 0
 
@@ -167,6 +169,7 @@ class Job:
         said = output.outputs[0]
         self.tokens[row] = tuple(said.token_ids)
         self.logprobs[row] = said.logprobs or []
+        self.prompt_logprobs[row] = output.prompt_logprobs or []
         if output.finished:
             self.unfinished.discard(row)
         self.news += 1

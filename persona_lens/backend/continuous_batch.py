@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -19,7 +19,7 @@ from persona_lens.backend.hooked import HookedBackend
 from persona_lens.backend.packed_pass import edited_pass
 from persona_lens.backend.sampling import add_draws
 from persona_lens.backend.slots import Slots
-from persona_lens.backend.streaming import TokenScore
+from persona_lens.backend.streaming import TokenScore, token_scores
 from persona_lens.backend.tokens import TokenBatch, pad_left
 
 Next: TypeAlias = tuple[int, TokenScore | None]  # a token, and how likely it was where somebody asks
@@ -143,7 +143,7 @@ class ContinuousBatch:
                 "position_ids": tokens.position_ids,
                 "past_key_values": cache,
                 "use_cache": True,
-                "logits_to_keep": 1,
+                "logits_to_keep": width if any(row.prompt_is_wanted for row in rows) else 1,
             },
         )
         self._slots.join(cache, lengths)
@@ -176,16 +176,18 @@ class ContinuousBatch:
 
         given = {name: value for name, value in inputs.items() if name in self._accepted}
         with self._hooked.running({layer for run in runs for layer in run.running.intervention.layers}, at_block):
-            logits = self._hooked.module(**given).logits[:, -1].float()
+            logits = self._hooked.module(**given).logits
+            for place, part in enumerate(parts):
+                if part.row.prompt_is_wanted:
+                    part.row.score_prompt(logits[place])
+            logits = logits[:, -1].float()
             if self._hooked.device is not None:
                 logits = logits.to(self._hooked.device)
             draws = {place: part.row.draws for place, part in enumerate(parts) if part.row.draws is not None}
             tops = {place: part.row.run.top for place, part in enumerate(parts) if part.row.run.top is not None}
-            plain = logits[list(tops)].log_softmax(dim=-1) if tops else logits[:0]
+            plain = {place: logits[[place]] for place in tops}  # copies: draws are added in place
             tokens: list[int] = add_draws(logits, draws).argmax(dim=-1).tolist()
-            scores = {
-                place: _score(row, tokens[place], top) for row, (place, top) in zip(plain, tops.items(), strict=True)
-            }
+            scores = {place: token_scores(plain[place], [tokens[place]], top)[0] for place, top in tops.items()}
         return [(token, scores.get(place)) for place, token in enumerate(tokens)]
 
 
@@ -202,8 +204,3 @@ class _Part:
     row: Row
     at: Int[Tensor, " some"]
     places: Int[Tensor, " some"]
-
-
-def _score(logprobs: Float[Tensor, " vocab"], token: int, top: int) -> TokenScore:
-    likeliest = logprobs.topk(top)
-    return TokenScore(float(logprobs[token]), tuple(likeliest.indices.tolist()), tuple(likeliest.values.tolist()))

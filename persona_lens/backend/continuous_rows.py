@@ -15,7 +15,7 @@ from persona_lens.backend.packed_checks import check_done
 from persona_lens.backend.packed_pass import RunningCall, as_error
 from persona_lens.backend.packed_run import PackedRun
 from persona_lens.backend.reads import Read
-from persona_lens.backend.streaming import TokenScore
+from persona_lens.backend.streaming import TokenScore, token_scores
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 
 
@@ -49,6 +49,17 @@ class Row:
             self.over = self.over or token in run.call.end_ids or (given == run.call.room and not run.more)
         else:
             self.over = True
+
+    @property
+    def prompt_is_wanted(self) -> bool:
+        """Whether it is still to be told how likely the tokens of its prompt were."""
+        run, number = self.run, self.number
+        return run.top_of_prompts and not run.scored_prompts[number] and len(run.tokens.prompts[number]) > 1
+
+    def score_prompt(self, logits: Tensor) -> None:
+        """Note it, from the logits of its prompt, those of padding before them."""
+        prompt = self.run.tokens.prompts[self.number]
+        self.run.scored_prompts[self.number] = token_scores(logits[-len(prompt) : -1], prompt[1:], self.run.top or 0)
 
 
 class Draws:
@@ -100,6 +111,7 @@ class RowsRun(PackedRun):
         draws: Sequence[Draws | None] = drawn or [None] * len(tokens)
         self.rows = [Row(self, n, list(prompt), draws[n]) for n, prompt in enumerate(tokens.prompts)]
         self.scored: list[list[TokenScore]] = [[] for _ in self.rows]
+        self.scored_prompts: list[list[TokenScore]] = [[] for _ in self.rows]
         self._arrived: deque[Mapping[str, Tensor]] = deque()
         self._found: dict[str, dict[str, Tensor]] | None = None
 
@@ -139,6 +151,10 @@ class RowsRun(PackedRun):
     def scores(self, row: int) -> Sequence[TokenScore]:
         """See `PackedRun`."""
         return self.scored[row]
+
+    def prompt_scores(self, row: int) -> Sequence[TokenScore]:
+        """See `PackedRun`."""
+        return self.scored_prompts[row]
 
     def has_ended(self, row: int) -> bool:
         """See `PackedRun`."""

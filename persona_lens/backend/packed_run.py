@@ -89,7 +89,8 @@ class PackedRun(ABC):
 
     Attributes:
         tokens: See below.
-        top: See `persona_lens.backend.streaming.Watch`.
+        top: See `persona_lens.backend.streaming.Watch`, here and next.
+        top_of_prompts: The other.
         call: What to do, as plain data.
 
     Args:
@@ -117,6 +118,7 @@ class PackedRun(ABC):
     ) -> None:
         self.tokens = tokens
         self.top = None if watch is None else watch.top
+        self.top_of_prompts = watch is not None and watch.top_of_prompts
         self._edits, self._reads, self._end_ids = edits, reads, tuple(end_ids)
         self.call = PackedCall.of(
             [len(prompt) for prompt in tokens.prompts],
@@ -142,6 +144,10 @@ class PackedRun(ABC):
     @abstractmethod
     def scores(self, row: int) -> Sequence[TokenScore]:
         """How likely each of them was, where a watch asks for that."""
+
+    @abstractmethod
+    def prompt_scores(self, row: int) -> Sequence[TokenScore]:
+        """How likely the tokens of its prompt were but the first, where a watch asks for that."""
 
     @abstractmethod
     def has_ended(self, row: int) -> bool:
@@ -202,6 +208,16 @@ class PackedRun(ABC):
             stopped = bool(self._listener.stopped.any())
         text = TokenBatch.of(self.tokens.prompts, responses)
         if stopped and self._reads:
-            return Generation(responses, ended, forward(text, edits_of_text(self._edits, text), self._reads).reads)
-        self.check(text.lengths if more else [length - 1 for length in text.lengths])
-        return Generation(responses, ended, self.reads(text.lengths))
+            reads = forward(text, edits_of_text(self._edits, text), self._reads).reads
+        else:
+            self.check(text.lengths if more else [length - 1 for length in text.lengths])
+            reads = self.reads(text.lengths)
+        return Generation(responses, ended, reads, self._all_scores(responses, ended))
+
+    def _all_scores(
+        self, responses: Sequence[TokenIds], ended: Sequence[bool]
+    ) -> tuple[tuple[TokenScore, ...], ...] | None:
+        if self.top is None:
+            return None
+        kept = [len(response) + end for response, end in zip(responses, ended, strict=True)]
+        return tuple((*self.prompt_scores(row), *self.scores(row)[:new]) for row, new in enumerate(kept))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from persona_lens.backend.edits import Edit
     from persona_lens.backend.reads import Read
+    from persona_lens.backend.streaming import TokenScore
     from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
 
 DIGEST_SHOWN = 39  # characters of a weights' digest that tell most models apart
@@ -140,11 +141,14 @@ class Generation:
         responses: Token ids of each row's response, the end-of-turn token left out.
         ended: Whether the row ended its turn within the length limit.
         reads: float32 tensors by the name of the read; see `Read` for shapes.
+        scores: For each row how likely its tokens were, in their order, where a watch asks for it: those of the prompt
+            but the first, if it wants them; those of the response; and the one that ended its turn.
     """
 
     responses: tuple[TokenIds, ...]
     ended: tuple[bool, ...]
     reads: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: tuple[tuple[TokenScore, ...], ...] | None = None
 
     @staticmethod
     def joined(pieces: Iterable[Generation]) -> Generation:
@@ -152,7 +156,9 @@ class Generation:
         listed = list(pieces)
         responses = tuple(response for piece in listed for response in piece.responses)
         ended = tuple(flag for piece in listed for flag in piece.ended)
-        return Generation(responses, ended, joined_reads([piece.reads for piece in listed]))
+        scores = tuple(row for piece in listed for row in piece.scores or ())
+        asked = listed[0].scores is not None
+        return Generation(responses, ended, joined_reads([piece.reads for piece in listed]), scores if asked else None)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from persona_lens.backend.tokens import Sampling, TokenIds
 from persona_lens.backend.writing import TokenMasks
 from persona_lens.core.errors import PersonaLensError
 
+SCORED_AT_ONCE = 256  # tokens; in float32, logits of a whole prompt can be gigabytes
+
 
 class WatchError(PersonaLensError):
     """A generation that cannot be watched, or not in this way."""
@@ -60,17 +62,38 @@ class WatchedTokens:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """How likely a token was that was generated, as the model is edited, before temperature and noise.
+    """How likely a token was after those before it, as the model is edited, before temperature and noise.
 
     Attributes:
+        id: The token.
         logprob: Its log-probability in nats.
         top_ids: The likeliest tokens, the likeliest first.
         top_logprobs: Their log-probabilities.
     """
 
+    id: int
     logprob: float
     top_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
+
+
+def token_scores(logits: Float[Tensor, "tokens vocab"], ids: Sequence[int], top: int) -> list[TokenScore]:
+    """How likely tokens were.
+
+    Args:
+        logits: For each token those at the one before it, of any precision.
+        ids: The tokens.
+        top: How many of the likeliest to tell at each place.
+    """
+    found = []
+    for start in range(0, len(ids), SCORED_AT_ONCE):
+        some = list(ids[start : start + SCORED_AT_ONCE])
+        logprobs = logits[start : start + len(some)].float().log_softmax(dim=-1)
+        chosen = logprobs.gather(-1, torch.tensor(some, device=logprobs.device).unsqueeze(-1)).squeeze(-1)
+        likeliest = logprobs.topk(top)
+        values = zip(some, chosen.tolist(), likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        found += [TokenScore(token, own, tuple(likely), tuple(theirs)) for token, own, likely, theirs in values]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,21 +107,25 @@ class Watch:
         layers: Block indices, 0-based, ascending; None watches every layer.
         top: Also tell how likely each token was, with so many of the likeliest at its place; None does not. Backends
             whose calls run together can, see `persona_lens.backend.continuous`.
+        top_of_prompts: With ``top``: tell it of the prompts' tokens too, once all is generated, see `Generation`.
 
     Raises:
         ReadError: If layers are not ascending.
-        WatchError: If ``top`` is negative.
+        WatchError: If ``top`` is negative, or missing where it is wanted of prompts.
     """
 
     directions: Float[Tensor, "k d_model"] | Float[Tensor, "layers k d_model"]
     on_tokens: Callable[[WatchedTokens], None]
     layers: tuple[int, ...] | None = None
     top: int | None = None
+    top_of_prompts: bool = False
 
     def __post_init__(self) -> None:
         assert self.read  # raises for layers that cannot be
         if self.top is not None and self.top < 0:
             raise WatchError(f"the likeliest tokens to tell of are 0 or more, got {self.top}")
+        if self.top_of_prompts and self.top is None:
+            raise WatchError("say how many of the likeliest tokens to tell of prompts: top=0 or more")
 
     def refuse_top(self) -> None:
         """Raise `WatchError` if it asks for what only backends can tell whose calls run together."""

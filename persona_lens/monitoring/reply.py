@@ -59,11 +59,13 @@ class Reply:
         ids: Its tokens.
         ended: Whether it ended the turn itself.
         stopped: Whether an alarm ended it.
+        scores: How likely tokens were, where that is asked for, see `persona_lens.backend.Generation`.
     """
 
     ids: TokenIds
     ended: bool
     stopped: bool
+    scores: tuple[TokenScore, ...] | None = None
 
 
 def listening(
@@ -168,6 +170,7 @@ def watched_reply(
     on_prompt: Callable[[Float[Tensor, " gauges"]], None] | None = None,
     on_token: Callable[[TokenReading], None] | None = None,
     top: int | None = None,
+    top_of_prompt: bool = False,
 ) -> Reply:
     """Let the model answer one prompt, and read while it does.
 
@@ -179,7 +182,8 @@ def watched_reply(
         edits: Applied throughout; values are those after them.
         on_prompt: Told of the values of the last prompt token, before anything is said.
         on_token: Told of every token as it comes. Both may raise `StopGeneration`.
-        top: As `Watch` takes it.
+        top: As `Watch` takes it, and the next.
+        top_of_prompt: Of this one prompt.
 
     Raises:
         WatchError: If the backend cannot be watched.
@@ -199,6 +203,7 @@ def watched_reply(
         if stopped:
             raise StopGeneration
 
-    watch = Watch(panel.directions, on_tokens, panel.layers, top)
+    watch = Watch(panel.directions, on_tokens, panel.layers, top, top_of_prompt)
     found = watched_generation(backend, [prompt], sampling, watch, edits)
-    return Reply(found.responses[0], found.ended[0], stopped)
+    scores = None if found.scores is None else found.scores[0]
+    return Reply(found.responses[0], found.ended[0], stopped, scores)

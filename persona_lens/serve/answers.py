@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from starlette.responses import JSONResponse
 from torch import Tensor
 
-from persona_lens.monitoring import Alert, Gauge
+from persona_lens.backend import TokenScore
+from persona_lens.monitoring import AlarmKind, Alert, Gauge
 from persona_lens.serve.said import decimals
 from persona_lens.serve.workbench import Answer, Begun, Planned, Said, gauge_names, sounded
 
@@ -77,6 +80,14 @@ def _alert_told(planned: Planned, alert: Alert) -> dict[str, Any]:
     return {**told, "sds": None if alert.sds is None else numbers([alert.sds])[0]}
 
 
+def unsaid(answer: Answer, prompt: int) -> Answer:
+    """An answer of which nothing but how likely its prompt of so many tokens was is wanted."""
+    scores = None if answer.scores is None else answer.scores[: prompt - 1]
+    means = torch.full_like(answer.means, torch.nan)
+    alerts = tuple(each for each in answer.alerts if each.alarm.kind == AlarmKind.PROMPT_LAST)
+    return Answer((), "", "", "length", means, alerts, scores)
+
+
 def finish_reason(answer: Answer) -> str:
     """OpenAI's word for what ended a reply; it has none for alarms."""
     return "length" if answer.ended == "length" else "stop"
@@ -99,7 +110,8 @@ class Wording:
     """
 
     def __init__(self, chat: bool, model: str, name: str, tokenizer: Any) -> None:
-        self._chat, self._tokenizer = chat, tokenizer
+        self._chat = chat
+        self._written = cache(lambda token: str(tokenizer.decode([token])))
         self._head = {"id": name, "created": int(time.time()), "model": model}
 
     def whole(self, choices: Sequence[Mapping[str, Any]], used: Mapping[str, int]) -> dict[str, Any]:
@@ -108,12 +120,25 @@ class Wording:
         return {**self._head, "object": kind, "choices": list(choices), "usage": dict(used)}
 
     def choice(
-        self, index: int, text: str, said: Sequence[Said], reason: str, told: Mapping[str, Any]
+        self, index: int, text: str, logprobs: Mapping[str, Any] | None, reason: str, told: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """One choice of it."""
-        logprobs = self._logprobs(said)
+        """One choice of it; its log-probabilities are as the next two have them."""
         body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         return {"index": index, **body, "logprobs": logprobs, "finish_reason": reason, "persona_lens": dict(told)}
+
+    def said_logprobs(self, said: Sequence[Said]) -> dict[str, Any] | None:
+        """How likely the tokens of a reply were, where that is known."""
+        scores = [each.score for each in said if each.score is not None]
+        if not scores:
+            return None
+        if not self._chat:
+            return self._listed(scores)
+        return {"content": [self._scored(each) for each in scores], "refusal": None}
+
+    def text_logprobs(self, scores: Sequence[TokenScore], first: int) -> dict[str, Any]:
+        """How likely the tokens of a prompt and of what follows were; of its first nobody knows."""
+        listed = self._listed(scores)
+        return {name: [self._written(first) if name == "tokens" else None, *values] for name, values in listed.items()}
 
     def chunk(
         self,
@@ -130,7 +155,7 @@ class Wording:
         if text is not None:
             delta["content"] = text
         body: dict[str, Any] = {"delta": delta} if self._chat else {"text": text or ""}
-        choice = {"index": index, **body, "logprobs": self._logprobs(said), "finish_reason": reason}
+        choice = {"index": index, **body, "logprobs": self.said_logprobs(said), "finish_reason": reason}
         return {**self._chunk_head, "choices": [choice], "persona_lens": dict(told)}
 
     def used(self, used: Mapping[str, int]) -> dict[str, Any]:
@@ -141,30 +166,24 @@ class Wording:
     def _chunk_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk" if self._chat else "text_completion"}
 
-    def _logprobs(self, said: Sequence[Said]) -> dict[str, Any] | None:
-        scored = [each for each in said if each.score is not None]
-        if not scored:
-            return None
-        if self._chat:
-            return {"content": [self._scored(each) for each in scored], "refusal": None}
+    def _listed(self, scores: Sequence[TokenScore]) -> dict[str, list[Any]]:
+        """As completions list them; of tokens that are written alike the likeliest is told."""
         return {
-            "tokens": [self._written(each.id) for each in scored],
-            "token_logprobs": numbers(each.score.logprob for each in scored if each.score is not None),
-            "top_logprobs": [
-                dict(zip(map(self._written, each.score.top_ids), numbers(each.score.top_logprobs), strict=True))
-                for each in scored
-                if each.score is not None
-            ],
+            "tokens": [self._written(each.id) for each in scores],
+            "token_logprobs": numbers(each.logprob for each in scores),
+            "top_logprobs": [self._likeliest(each) for each in scores],
         }
 
-    def _scored(self, said: Said) -> dict[str, Any]:
-        assert said.score is not None
-        pairs = zip(said.score.top_ids, said.score.top_logprobs, strict=True)
-        return {**self._entry(said.id, said.score.logprob), "top_logprobs": [self._entry(*pair) for pair in pairs]}
+    def _likeliest(self, score: TokenScore) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        for token, logprob in zip(score.top_ids, numbers(score.top_logprobs), strict=True):
+            found.setdefault(self._written(token), logprob)
+        return found
+
+    def _scored(self, score: TokenScore) -> dict[str, Any]:
+        pairs = zip(score.top_ids, score.top_logprobs, strict=True)
+        return {**self._entry(score.id, score.logprob), "top_logprobs": [self._entry(*pair) for pair in pairs]}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._written(token)
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
-    def _written(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))

@@ -130,7 +130,7 @@ class Server:
         wording = answers.Wording(True, asked.model or self.name, f"chatcmpl-{secrets.token_hex(12)}", self._tokenizer)
         if asked.stream:
             return await self._streamed(asked, planned, wording)
-        return await self._whole(request, planned, wording, [""] * len(planned))
+        return await self._whole(request, asked, planned, wording)
 
     async def completions(self, request: Request) -> Response:
         """``/v1/completions``."""
@@ -140,20 +140,18 @@ class Server:
             raise RequestError(what, param="persona_lens.history")
         prompts = await asyncio.to_thread(lambda: [self._ids(prompt) for prompt in asked.prompts])
         wording = answers.Wording(False, asked.model or self.name, f"cmpl-{secrets.token_hex(12)}", self._tokenizer)
-        if asked.echo and (asked.logprobs is not None or asked.stream):
-            raise RequestError("echo is given without logprobs and stream here", param="echo")
-        heads = [
-            self._tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts for _ in range(asked.choices)
-        ]
-        if asked.room == 0:
-            if not asked.echo:
-                raise RequestError("max_tokens is to be 1 or more", param="max_tokens")
-            choices = [wording.choice(number, head, [], "length", {}) for number, head in enumerate(heads)]
+        if asked.echo and asked.stream:
+            raise RequestError("echo is given without stream here", param="echo")
+        if asked.max_tokens == 0 and not asked.echo:
+            raise RequestError("max_tokens is to be 1 or more", param="max_tokens")
+        if asked.max_tokens == 0 and asked.logprobs is None:
+            texts = [self._tokenizer.decode(prompt) for prompt in prompts for _ in range(asked.choices)]
+            choices = [wording.choice(number, text, None, "length", {}) for number, text in enumerate(texts)]
             return JSONResponse(wording.whole(choices, answers.usage(prompts, [])))
         planned = await self._plan(asked, prompts)
         if asked.stream:
             return await self._streamed(asked, planned, wording)
-        return await self._whole(request, planned, wording, heads)
+        return await self._whole(request, asked, planned, wording)
 
     def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
         ids = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
@@ -182,18 +180,25 @@ class Server:
         return await asyncio.to_thread(lambda: [self.workbench.plan(each) for each in wanted])
 
     async def _whole(
-        self, request: Request, planned: Sequence[Planned], wording: answers.Wording, heads: Sequence[str]
+        self, request: Request, asked: Generation, planned: Sequence[Planned], wording: answers.Wording
     ) -> Response:
         found = await _unless_gone(request, gathered(self.replies, planned))
+        echo, unsaid = (asked.echo, asked.max_tokens == 0) if isinstance(asked, CompletionRequest) else (False, False)
         choices = []
-        for number, (each, head) in enumerate(zip(planned, heads, strict=True)):
-            answer, said = found.answers[number], found.said[number]
+        for number, each in enumerate(planned):
+            answer, said, prompt = found.answers[number], found.said[number], each.asked.prompt
+            if unsaid:  # what was generated to read the prompt
+                answer, said = answers.unsaid(answer, len(prompt)), []
             told = {
                 **answers.begun_told(each, found.begun[number]),
                 "tokens": [answers.said_told(token) for token in said],
                 **answers.answer_told(each, answer),
             }
-            choices.append(wording.choice(number, head + answer.text, said, answers.finish_reason(answer), told))
+            text = self._tokenizer.decode(prompt) + answer.text if echo else answer.text
+            scores = answer.scores if each.asked.top_of_prompt else None
+            logprobs = wording.said_logprobs(said) if scores is None else wording.text_logprobs(scores, prompt[0])
+            choices.append(wording.choice(number, text, logprobs, answers.finish_reason(answer), told))
+            found.answers[number] = answer
         prompts = {each.asked.prompt: None for each in planned}
         return JSONResponse(wording.whole(choices, answers.usage(prompts, found.answers.values())))
 

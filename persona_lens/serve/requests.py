@@ -174,6 +174,11 @@ class Generation(BaseModel):
         """The messages that are to be answered; none where a text is to go on."""
         return ()
 
+    @property
+    def top_of_prompt(self) -> bool:
+        """See `Asked`."""
+        return False
+
     def asked(self, prompts: Iterable[tuple[int, ...]], edits: str) -> list[Asked]:
         """Every reply that is wanted: the choices of the first prompt, of the second, and so on."""
         lens, seed = self.persona_lens or Lens(), self.seed
@@ -195,6 +200,7 @@ class Generation(BaseModel):
                 self.top,
                 self.conversation,
                 DEFAULT_HISTORY if lens.history is None else History(lens.history),
+                self.top_of_prompt,
             )
             for prompt in prompts
             for choice in range(self.choices)
@@ -246,6 +252,16 @@ class CompletionRequest(Generation):
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     echo: bool | None = False
+
+    @property
+    def room(self) -> int | None:
+        """See `Generation`; where none is wanted, one is generated to read the prompt."""
+        return 1 if self.max_tokens == 0 else self.max_tokens
+
+    @property
+    def top_of_prompt(self) -> bool:
+        """See `Asked`."""
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def top(self) -> int | None:

@@ -49,6 +49,7 @@ class Asked:
         top: Tell how likely tokens were, with so many of the likeliest; None does not.
         messages: The conversation that the prompt was made of; empty for a text that is none.
         history: What the edits do to its finished turns.
+        top_of_prompt: And of the prompt's tokens.
     """
 
     prompt: TokenIds
@@ -65,6 +66,7 @@ class Asked:
     top: int | None = None
     messages: tuple[Message, ...] = ()
     history: History = DEFAULT_HISTORY
+    top_of_prompt: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +110,7 @@ class Answer:
         ended: ``stop`` (the model, or a text, ended it), ``length``, or ``alarm``.
         means: float32 [gauges], over its tokens; NaN for none.
         alerts: Alarms that sounded.
+        scores: How likely tokens were, where that was asked for, see `persona_lens.backend.Generation`.
     """
 
     ids: TokenIds
@@ -116,6 +119,7 @@ class Answer:
     ended: str
     means: Float[Tensor, " gauges"]
     alerts: tuple[Alert, ...]
+    scores: tuple[TokenScore, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,12 +224,13 @@ class Workbench:
             on_prompt=lambda values: on_begun(Begun(values, foretold(panel.gauges, values))),
             on_token=on_token,
             top=asked.top,
+            top_of_prompt=asked.top_of_prompt,
         )
         meter.finish()
         rest = stops.add(growing.end()) + stops.end()
         ended = "alarm" if reply.stopped else "stop" if reply.ended or stops.met else "length"
         means = meter.means if meter.said else torch.full((len(panel.gauges),), torch.nan)
-        return Answer(reply.ids, "".join(texts) + rest, rest, ended, means, tuple(alerts))
+        return Answer(reply.ids, "".join(texts) + rest, rest, ended, means, tuple(alerts), reply.scores)
 
     def _room(self, asked: Asked) -> int:
         limit = context_length(self.backend)

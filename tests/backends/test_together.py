@@ -19,6 +19,7 @@ from persona_lens.backend import (
     StopGeneration,
     TokenBatch,
     Watch,
+    WatchError,
     watched_generation,
 )
 from persona_lens.backend.continuous import continuous
@@ -106,3 +107,55 @@ def test_how_likely_tokens_were_is_told_with_them(adapter: str) -> None:
             assert each.logprob <= each.top_logprobs[0]
             assert (token in each.top_ids) == (each.logprob >= each.top_logprobs[-1])
     assert told[0].scores is None
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_how_likely_prompts_were_is_what_a_plain_pass_says(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token of a response is one that ends a turn, which is told of too."""
+    backend = joint(adapter)
+    watch = Watch(DIRECTIONS, lambda _: None, top=3, top_of_prompts=True)
+    plain = watched_generation(backend, PROMPTS, Sampling(4), watch)
+    module = tiny_model()
+    end = plain.responses[1][2]
+    monkeypatch.setattr(backend, "end_ids", (end,))
+    ended = watched_generation(backend, PROMPTS, Sampling(4), watch)
+    assert ended.responses[1] == plain.responses[1][:2]
+    assert ended.ended[1]
+    for found, ends in ((plain, ()), (ended, (end,))):
+        assert found.scores is not None
+        for row, (prompt, response) in enumerate(zip(PROMPTS, found.responses, strict=True)):
+            text = (*prompt, *response, *(ends if found.ended[row] else ()))
+            scores = found.scores[row]
+            assert tuple(each.id for each in scores) == tuple(text[1:])
+            with torch.inference_mode():
+                logprobs = module(torch.tensor([text])).logits[0, :-1].log_softmax(dim=-1)
+            own, top = logprobs.gather(-1, torch.tensor(text[1:]).unsqueeze(-1)).squeeze(-1), logprobs.topk(3)
+            assert_close(torch.tensor([each.logprob for each in scores]), own)
+            assert_close(torch.tensor([each.top_logprobs for each in scores]), top.values)
+            assert [each.top_ids for each in scores] == [tuple(ids) for ids in top.indices.tolist()]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_how_likely_prompts_were_is_said_as_they_are_edited(adapter: str) -> None:
+    backend = joint(adapter)
+    edits = [Edit.add(1, direction(), torch.tensor([-1.0, 0.0, 2.0]))]
+    watch = Watch(DIRECTIONS, lambda _: None, top=0, top_of_prompts=True)
+
+    def scored(sampling: Sampling) -> Generation:
+        return watched_generation(backend, PROMPTS, sampling, watch, edits)
+
+    ways = [Sampling(3), Sampling(5, 1.0, seeds=(1, 2, 3))]
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(scored, ways):
+            assert found.scores is not None
+            texts = [(*prompt, *response) for prompt, response in zip(PROMPTS, found.responses, strict=True)]
+            batch = TokenBatch.of([text[:1] for text in texts], [text[1:] for text in texts])
+            wanted = backend.forward(batch, edits, logprobs=True).logprobs
+            assert wanted is not None
+            for scores, expected in zip(found.scores, wanted, strict=True):
+                assert_close(torch.tensor([each.logprob for each in scores[: len(expected)]]), expected)
+
+
+def test_prompts_are_told_of_where_the_likeliest_are_wanted() -> None:
+    with pytest.raises(WatchError, match="top=0"):
+        Watch(DIRECTIONS, lambda _: None, top_of_prompts=True)

@@ -22,7 +22,9 @@ from persona_lens.models.server import (
 )
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.serve.server import Running
+from persona_lens.steering import Steering
 from persona_lens.traits import load_trait
+from tests.analysis.capability.tasks import write_tasks
 from tests.serve.running import HELLO, Client, expected, workbench
 
 openai = pytest.importorskip("openai", reason="needs the extra openai")
@@ -181,6 +183,47 @@ def test_lm_evaluation_harness(running: Running, model: str) -> None:
             for text in ("One", "Two")
         ]
         assert completes.generate_until(both, disable_tqdm=True) == found
+
+
+def test_lm_evaluation_harness_scores_choices(running: Running, model: str, tmp_path: Path) -> None:
+    """Its numbers are those of the harness's model on the backend, for text and for tokens, one prompt or several."""
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
+
+    from persona_lens.analysis.capability.harness import BackendLM
+
+    name, *_ = write_tasks(tmp_path)
+    bench = running.server.workbench
+    bench.backend.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+
+    def results(evaluated: Any) -> Any:
+        found = simple_evaluate(evaluated, tasks=[name], task_manager=manager, bootstrap_iters=0, limit=3)
+        assert found is not None
+        return {key: value for key, value in found["results"][name].items() if key.startswith("acc")}
+
+    for edits, served_as, size in (("", model, 1), (EDITS, f"{model}:{EDITS}", 3)):
+        served = LocalCompletionsAPI(
+            base_url=f"{running.address}/v1/completions",
+            model=served_as,
+            tokenizer_backend="huggingface",
+            tokenizer=str(tmp_path / "tokenizer"),
+            max_length=512,
+            max_retries=1,
+            num_concurrent=1,
+            batch_size=size,
+        )
+        written = Steering.parse(edits, bench.shelf.vectors).edits() if edits else ()
+        ours = BackendLM(bench.backend, edits=written)
+        texts = [("The sun", " is hot"), ("One", " two"), ("Long " * 20, "end")]
+        pairs = [tuple(bench.backend.tokenizer(part)["input_ids"] for part in text) for text in texts]
+        pairs += [(start, [*bench.backend.generate([start], Sampling(3), written).responses[0]]) for start, _ in pairs]
+        got, wanted = (each._loglikelihood_tokens([(None, *pair) for pair in pairs]) for each in (served, ours))
+        assert [flag for _, flag in got] == [flag for _, flag in wanted] == [False] * 3 + [True] * 3
+        assert [value for value, _ in got] == pytest.approx([value for value, _ in wanted], abs=1e-3)
+        assert results(served) == results(ours)
 
 
 def test_our_own_client_judges_and_writes_responses(running: Running, model: str, tmp_path: Path) -> None:

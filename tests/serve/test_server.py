@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from persona_lens.backend import Sampling
+from persona_lens.backend import Sampling, TokenBatch
 from persona_lens.serve.server import Running
 from persona_lens.serve.session import Session
 from persona_lens.steering import Steering
@@ -177,7 +177,70 @@ def test_completions_go_on_from_any_tokens(client: Client) -> None:
     assert ask("ab", max_tokens=0, echo=True)["choices"][0]["text"] == "ab"
     assert len(ask("ab", max_tokens=4, logprobs=2)["choices"][0]["logprobs"]["top_logprobs"][0]) == 2
     assert "64 replies" in ask(["ab"] * 5, n=16)["error"]["message"]
-    assert "echo" in ask("ab", echo=True, logprobs=1)["error"]["message"]
+    assert "without stream" in ask("ab", echo=True, stream=True)["error"]["message"]
+
+
+def test_a_prompt_is_echoed_with_its_log_probabilities(client: Client) -> None:
+    def ask(prompt: Any, **options: Any) -> Any:
+        return client.http.post("/v1/completions", json={"prompt": prompt, "echo": True, **options}).json()
+
+    bench = client.running.server.workbench
+    tokenizer, vectors = bench.backend.tokenizer, bench.shelf.vectors
+    texts = ["Once upon a time", "b", "two né"]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    for edits in ("", "evil@1:+2", "kind@1:-3 on prompt"):
+        told = {"temperature": 0, "logprobs": 2, "persona_lens": {"edits": edits}}
+        found = ask(prompts, max_tokens=1, **told)
+        # The prompts stand as responses here, but for their first tokens, so the edits are to be everywhere.
+        written = Steering.parse(edits.removesuffix(" on prompt"), vectors).edits() if edits else ()
+        for choice, text, ids in zip(found["choices"], texts, prompts, strict=True):
+            (said,) = choice["persona_lens"]["tokens"]
+            assert choice["text"] == text + said["text"] + choice["persona_lens"]["rest"]
+            values = choice["logprobs"]
+            assert values["tokens"] == [tokenizer.decode([token]) for token in (*ids, said["id"])]
+            assert {len(values[name]) for name in ("token_logprobs", "top_logprobs")} == {len(ids) + 1}
+            assert values["token_logprobs"][0] is values["top_logprobs"][0] is None
+            whole = TokenBatch.of([ids[:1]], [(*ids[1:], said["id"])])
+            (expected,) = bench.backend.forward(whole, written, logprobs=True).logprobs or ()
+            assert values["token_logprobs"][1:] == pytest.approx(expected.tolist(), abs=1e-4)
+            places = zip(values["top_logprobs"][1:], values["token_logprobs"][1:], strict=True)
+            assert all(max(top.values()) >= own for top, own in places)
+            assert max(values["top_logprobs"][-1].values()) == values["token_logprobs"][-1]  # the likeliest is taken
+        none = ask(prompts, max_tokens=0, **told)
+        assert [choice["text"] for choice in none["choices"]] == texts
+        assert none["usage"]["completion_tokens"] == 0
+        for choice, longer in zip(none["choices"], found["choices"], strict=True):
+            assert choice["finish_reason"] == "length"
+            assert choice["persona_lens"]["tokens"] == []
+            shorter = choice["logprobs"]["token_logprobs"][1:]
+            assert shorter == pytest.approx(longer["logprobs"]["token_logprobs"][1:-1], abs=1e-4)
+
+
+def test_several_choices_are_echoed(client: Client) -> None:
+    asked = {"prompt": ["ab", "abc"], "echo": True, "logprobs": 0, "n": 3, "max_tokens": 4, "seed": 5}
+    choices = client.http.post("/v1/completions", json=asked).json()["choices"]
+    assert [choice["text"][:3] == "abc" for choice in choices] == [False] * 3 + [True] * 3
+    for first, choice in zip([choices[0]] * 3 + [choices[3]] * 3, choices, strict=True):
+        own, others = choice["logprobs"], first["logprobs"]
+        prompt = 2 + (choice["index"] > 2)
+        assert own["token_logprobs"][1:prompt] == pytest.approx(others["token_logprobs"][1:prompt], abs=1e-4)
+        assert len(own["tokens"]) == prompt + 4
+        assert own["top_logprobs"] == [None, *({} for _ in own["tokens"][1:])]
+
+
+def test_the_token_that_ends_a_reply_is_among_what_is_echoed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that drops the last token, because it is generated, drops none of the prompt."""
+
+    def ask(**options: Any) -> Any:
+        asked = {"prompt": "Once upon", "echo": True, "logprobs": 1, "temperature": 0, **options}
+        return client.http.post("/v1/completions", json=asked).json()["choices"][0]
+
+    plain = ask(max_tokens=1)
+    monkeypatch.setattr(client.running.server.workbench.backend, "end_ids", (plain["persona_lens"]["tokens"][0]["id"],))
+    ended = ask(max_tokens=1)
+    assert ended["finish_reason"] == "stop"
+    assert ended["text"] == "Once upon"
+    assert ended["logprobs"] == plain["logprobs"]
 
 
 def test_vectors_are_listed_brought_and_removed(client: Client) -> None:
