@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from persona_lens.backend import Sampling
 from persona_lens.extraction import ExtractionSettings, plan_requests
 from persona_lens.extraction.responses import generate_responses
 from persona_lens.models.server import (
