@@ -36,6 +36,13 @@ class Measured:
     low: float | None
     high: float | None
 
+    @staticmethod
+    def of(value: float, interval: Ends | None) -> Measured:
+        """A number that may be NaN, whose interval may be missing."""
+        if not np.isfinite(value):
+            return Measured(None, None, None)
+        return Measured(float(value), *(interval or (None, None)))
+
 
 @dataclass(frozen=True)
 class Null:
@@ -52,6 +59,15 @@ class Null:
     low: float | None
     high: float | None
     n: int
+
+    @staticmethod
+    def of(values: Values) -> Null:
+        """The values of all directions, NaN where one is undefined."""
+        defined = values[np.isfinite(values)]
+        if not len(defined):
+            return Null(None, None, None, 0)
+        low, high = np.percentile(defined, [2.5, 97.5])
+        return Null(float(defined.mean()), float(low), float(high), len(defined))
 
 
 @dataclass(frozen=True)
@@ -154,15 +170,15 @@ def correlate(
         nulls = _statistics(flat, scores, code)[[0, 2]].reshape(2, *null.shape[1:])  # pearson, and that within
     found = []
     for at, layer in enumerate(layers):
-        four = (_measured(measured[kind, at], intervals[kind][at]) for kind in range(4))
-        beside = (None, None) if nulls is None else (_null(nulls[0, :, at]), _null(nulls[1, :, at]))
+        four = (Measured.of(measured[kind, at], intervals[kind][at]) for kind in range(4))
+        beside = (None, None) if nulls is None else (Null.of(nulls[0, :, at]), Null.of(nulls[1, :, at]))
         found.append(LayerCorrelation(layer, *four, *beside))  # type: ignore[arg-type]  # a star hides which is which
     return Correlations(
         tuple(found),
         len(scores),
         tuple(used),
         tuple(name for name in groups if name not in used),
-        None if nulls is None else _null(masked_invalid(nulls[0]).max(axis=1).filled(np.nan)),
+        None if nulls is None else Null.of(masked_invalid(nulls[0]).max(axis=1).filled(np.nan)),
     )
 
 
@@ -183,20 +199,6 @@ def _statistics(x: Values, y: Values, code: NDArray[np.int64]) -> Values:
 
 def _r(x: Values, y: Values, ranked: bool) -> Values:
     return pearson(rankdata(x, axis=0), rankdata(y)) if ranked else pearson(x, y)
-
-
-def _measured(value: float, interval: Ends | None) -> Measured:
-    if not np.isfinite(value):
-        return Measured(None, None, None)
-    return Measured(float(value), *(interval or (None, None)))
-
-
-def _null(values: Values) -> Null:
-    defined = values[np.isfinite(values)]
-    if not len(defined):
-        return Null(None, None, None, 0)
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return Null(float(defined.mean()), float(low), float(high), len(defined))
 
 
 @dataclass(frozen=True, eq=False)

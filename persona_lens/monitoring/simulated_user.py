@@ -1,0 +1,193 @@
+"""`SimulatedUsers`: people played by a model, here or on a server, who answer what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from persona_lens.backend import Backend, Sampling
+from persona_lens.backend.batches import batches_by_length, check_fits, context_length, generate_rows
+from persona_lens.data.scripted import Scripted
+from persona_lens.extraction.conversations import Conversation
+from persona_lens.models import ChatFormat, Message
+from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused
+from persona_lens.monitoring.gauges import MonitoringError
+from persona_lens.runs.rollouts import RolloutSettings, row_seed
+
+SEEDS = 2**31  # servers keep a seed as a signed number of 32 or 64 bits
+BEGIN = "(The conversation begins. Write the first message.)"
+NOTHING = "(no answer)"  # chat templates may refuse, or drop, a message without text
+SILENCE = "…"
+PART = """\
+You play a person who writes to an AI assistant. You are not the assistant: what you are told in this conversation are \
+the assistant's replies, and what you write is what the person writes back.
+
+This is the person:
+<person>
+{about}
+</person>
+
+Stay this person throughout. Write their next message and nothing else: one to four sentences, in the first person and \
+in their own way of writing, without quotation marks, stage directions or a name in front. Take up what the assistant \
+has just said, and let the conversation go where this person would take it, a little further with every message. Do \
+not help the assistant, do not speak in its place, and do not say goodbye."""
+
+
+class UserModel(Protocol):
+    """A model that plays people."""
+
+    def write(self, conversations: Sequence[Sequence[Message]], seeds: Sequence[int]) -> list[str]:
+        """What it says next in each of several conversations.
+
+        Args:
+            conversations: Each begins with a system prompt and ends with what was said to it (role ``user``).
+            seeds: Of its sampling, one for each.
+
+        Raises:
+            PersonaLensError: If it cannot.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Which model it is and how it writes, for the record of a run; never a key."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalUser:
+    """A model that runs here.
+
+    Attributes:
+        backend: The model.
+        chat: Its chat format.
+        settings: How it writes; every batch runs within its sizes.
+    """
+
+    backend: Backend
+    chat: ChatFormat
+    settings: RolloutSettings = field(default_factory=lambda: RolloutSettings(max_new_tokens=80))
+
+    def write(self, conversations: Sequence[Sequence[Message]], seeds: Sequence[int]) -> list[str]:
+        """See `UserModel.write`.
+
+        Raises:
+            ContextError: If a conversation has become too long for it.
+        """
+        prompts = [self.chat.encode_messages(each) for each in conversations]
+        new = self.settings.max_new_tokens
+        check_fits(context_length(self.backend), map(len, prompts), new)
+        written = [""] * len(prompts)
+        longest = [len(prompt) + new for prompt in prompts]
+        for batch in batches_by_length(longest, self.settings.batch_size, self.settings.batch_tokens):
+            sampling: Sampling = self.settings.sampling([seeds[number] for number in batch])
+            made = generate_rows(self.backend, [prompts[number] for number in batch], sampling)
+            for number, ids in zip(batch, made.responses, strict=True):
+                written[number] = self.chat.answer(ids)
+        return written
+
+    def describe(self) -> dict[str, Any]:
+        """See `UserModel.describe`."""
+        info = self.backend.info
+        named = {name: getattr(info, name) for name in ("model", "revision", "weights", "backend", "dtype")}
+        return {**named, "chat": self.chat.digest, **_written_how(self.settings)}
+
+
+@dataclass(frozen=True)
+class ServerUser:
+    """A model on an OpenAI-compatible server.
+
+    Attributes:
+        server: Where it is.
+        settings: How it writes.
+    """
+
+    server: CompletionServer
+    settings: RolloutSettings = field(default_factory=lambda: RolloutSettings(max_new_tokens=80))
+
+    def write(self, conversations: Sequence[Sequence[Message]], seeds: Sequence[int]) -> list[str]:
+        """See `UserModel.write`.
+
+        Raises:
+            MonitoringError: If the server does not take a request.
+            ServerError: If the server cannot be reached or used, or fails again and again.
+            SpendingLimitError: If the limit is reached.
+        """
+        requests = [
+            CompletionRequest(
+                tuple((message["role"], message["content"]) for message in each),
+                self.settings.max_new_tokens,
+                self.settings.temperature,
+                self.settings.top_p,
+                seed % SEEDS,
+            )
+            for each, seed in zip(conversations, seeds, strict=True)
+        ]
+        answers = self.server.complete(requests)
+        if refused := next((each for each in answers if isinstance(each, Refused)), None):
+            raise MonitoringError(f"the model that plays the users does not go on: {refused.reason}; choose another")
+        return [answer.text for answer in answers if isinstance(answer, Completion)]
+
+    def describe(self) -> dict[str, Any]:
+        """See `UserModel.describe`."""
+        settings = self.server.settings
+        return {"model": settings.model, "server": settings.shown, **_written_how(self.settings)}
+
+
+def _written_how(settings: RolloutSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
+
+
+@dataclass(frozen=True)
+class SimulatedUsers:
+    """Says what people say next, as `persona_lens.extraction.conversations.Conversations` asks.
+
+    A conversation opens with the first message that the person's script has, so that all models are met alike; from
+    then on the model speaks, which is told who the person is and is shown the conversation from their side.
+
+    Attributes:
+        model: Who plays them.
+        seed: Base of the seeds.
+    """
+
+    model: UserModel
+    seed: int = 0
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[str]:
+        """The next message of each conversation; one without text is three dots."""
+        said = [each.user.turns[0] if not each.exchanges else "" for each in conversations]
+        going = [number for number, each in enumerate(conversations) if each.exchanges]
+        if going:
+            shown = [seen_by(conversations[number]) for number in going]
+            seeds = [
+                row_seed(self.seed, "user", conversations[number].user.name, len(conversations[number].exchanges))
+                for number in going
+            ]
+            for number, text in zip(going, self.model.write(shown, seeds), strict=True):
+                said[number] = text.strip() or SILENCE
+        return said
+
+    def describe(self) -> dict[str, Any]:
+        """Who plays the people, for the record of a run."""
+        return {**self.model.describe(), "instruction": PART}
+
+
+def seen_by(conversation: Conversation) -> list[Message]:
+    """A conversation from the person's side: they are its assistant, and the model that they write to is its user."""
+    messages: list[Message] = [
+        {"role": "system", "content": PART.format(about=who(conversation.user))},
+        {"role": "user", "content": BEGIN},
+    ]
+    for said, told in conversation.exchanges:
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": told.strip() or NOTHING}]
+    return messages
+
+
+def who(user: Scripted) -> str:
+    """What there is to tell of a person."""
+    return user.about or f"Somebody who talks about {user.domain}."
+
+
+def described(users: SimulatedUsers | None) -> Mapping[str, Any] | None:
+    """Who plays the people; None where they follow their scripts."""
+    return None if users is None else users.describe()
