@@ -52,8 +52,10 @@ if TYPE_CHECKING:
     from persona_lens.monitoring import Alarm as Alarm
     from persona_lens.monitoring import BaselineSettings as BaselineSettings
     from persona_lens.monitoring import ConversationMonitor as ConversationMonitor
+    from persona_lens.monitoring import DriftSettings as DriftSettings
     from persona_lens.monitoring import Panel as Panel
     from persona_lens.monitoring import StudySettings as StudySettings
+    from persona_lens.monitoring import drift as drift
     from persona_lens.monitoring import measure_baseline as measure_baseline
     from persona_lens.monitoring import study as study
     from persona_lens.monitoring.scoring import monitor as monitor
@@ -93,6 +95,7 @@ _HOMES = {
     "CrossSettings": "steering",
     "DemoSettings": "analysis.demo",
     "DissectSettings": "analysis.dissection",
+    "DriftSettings": "monitoring",
     "Edit": "backend",
     "ExtractionSettings": "extraction",
     "FinetuneConfig": "finetuning",
@@ -127,6 +130,7 @@ _HOMES = {
     "chat_format": "models.chat",
     "compare": "steering",
     "dissect": "analysis.dissection",
+    "drift": "monitoring",
     "effects": "steering.crossing",
     "evaluate_capability": "analysis.capability",
     "export_vectors": "vectors.formats",

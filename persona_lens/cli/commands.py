@@ -83,6 +83,7 @@ COMMANDS: Mapping[str, str | Group] = {
             "prompt": "prompts:prompt_command",
             "transcript": "conversations:transcript_command",
             "chat": "conversations:chat_command",
+            "drift": "drift:drift_command",
         },
     ),
     "traits": Group(

@@ -224,6 +224,7 @@ PANELS = {
     ),
     "Several GPUs or machines": ("ray", "workers", "worker_*"),
     "Remote": ("remote", "request_timeout", "requests_at_once", "store_host"),
+    "Users": ("users", "user_*"),
     "Judge": ("judge", "judge_*", "prices", "max_spend"),
 }
 """Where options stand in the help, by their parameters; others stand before these."""

@@ -48,7 +48,7 @@ class DriftSettings:
     permutations: int = 20
     random_replays: int = 0
     seed: int = 0
-    rollouts: RolloutSettings = field(default_factory=lambda: RolloutSettings(max_new_tokens=40))
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def __post_init__(self) -> None:
         if self.turns < 2:
@@ -118,19 +118,28 @@ class Drifting:
         """Refuse what cannot be run, before it claims a folder.
 
         Raises:
-            ContextError: If a conversation might become too long for the model.
+            ContextError: If a conversation might become too long for the model, or for the one that plays the users.
         """
         self.plain().check()
+        if self.played is not None:
+            self.played.work(self.users, [self.settings.turns - 1], self._words)
 
     def work(self) -> tuple[Work, ...]:
-        """What a run would ask of the model; a model that plays users, and reading messages, are not counted."""
-        held = [self.plain().work()]
-        if self.steerings:
-            words = " ".join(["word"] * self.settings.rollouts.max_new_tokens)
-            scripts = [replace(user, turns=_filled(user.turns, words, self.settings.turns)) for user in self.users]
-            again = self.replayed(self.users if self.played is None else scripts)
-            held.append(again.work() if again else ())
-        return tuple(work for each in held for work in each)
+        """What a run would ask, but for reading the messages, which are few; texts being as long as they may be."""
+        found = [replace(each, label="unsteered replies") for each in self.plain().work()]
+        scripts = self.users
+        if self.played is not None:
+            words, count = self._words, self.settings.turns - 1
+            found.append(self.played.work(self.users, range(1, count + 1), words))
+            scripts = tuple(replace(user, turns=(user.turns[0], *[words] * count)) for user in self.users)
+        again = self.replayed(scripts)
+        found += [replace(each, label="steered replies") for each in again.work()] if again else []
+        return tuple(found)
+
+    @property
+    def _words(self) -> str:
+        """As long a text as a reply may be."""
+        return " ".join(["word"] * self.settings.rollouts.max_new_tokens)
 
     def config(self) -> dict[str, Any]:
         """Everything that determines the result, as JSON values."""
@@ -146,10 +155,6 @@ class Drifting:
             "steerings": {name: steering.describe() for name, steering in self.steerings.items()},
             **model_config(self.backend, self.chat),
         }
-
-
-def _filled(turns: Sequence[str], words: str, count: int) -> tuple[str, ...]:
-    return (*turns[:1], *[words] * (count - 1))
 
 
 def plan_drift(

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from persona_lens.backend import Backend, Sampling
+from persona_lens.backend import Backend
 from persona_lens.backend.batches import batches_by_length, check_fits, context_length, generate_rows
 from persona_lens.data.scripted import Scripted
 from persona_lens.extraction.conversations import Conversation
+from persona_lens.extraction.experiment import Variant
 from persona_lens.models import ChatFormat, Message
-from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused
+from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
 from persona_lens.monitoring.gauges import MonitoringError
+from persona_lens.runs.cost import Call, Work, generating_work
 from persona_lens.runs.rollouts import RolloutSettings, row_seed
 
 SEEDS = 2**31  # servers keep a seed as a signed number of 32 or 64 bits
 BEGIN = "(The conversation begins. Write the first message.)"
 NOTHING = "(no answer)"  # chat templates may refuse, or drop, a message without text
 SILENCE = "…"
+WORK = "messages of the users"
 PART = """\
 You play a person who writes to an AI assistant. You are not the assistant: what you are told in this conversation are \
 the assistant's replies, and what you write is what the person writes back.
@@ -49,6 +52,14 @@ class UserModel(Protocol):
         """
         ...
 
+    def work(self, conversations: Sequence[Sequence[Message]]) -> Work:
+        """What writing in these conversations would ask, texts being as long as they may be; nothing runs.
+
+        Raises:
+            ContextError: If one is too long for the model.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Which model it is and how it writes, for the record of a run; never a key."""
         ...
@@ -74,17 +85,29 @@ class LocalUser:
         Raises:
             ContextError: If a conversation has become too long for it.
         """
-        prompts = [self.chat.encode_messages(each) for each in conversations]
-        new = self.settings.max_new_tokens
-        check_fits(context_length(self.backend), map(len, prompts), new)
-        written = [""] * len(prompts)
-        longest = [len(prompt) + new for prompt in prompts]
-        for batch in batches_by_length(longest, self.settings.batch_size, self.settings.batch_tokens):
-            sampling: Sampling = self.settings.sampling([seeds[number] for number in batch])
-            made = generate_rows(self.backend, [prompts[number] for number in batch], sampling)
+        written = [""] * len(conversations)
+        for batch, (prompts, sampling, *_) in self._calls(conversations, seeds):
+            made = generate_rows(self.backend, prompts, sampling)
             for number, ids in zip(batch, made.responses, strict=True):
                 written[number] = self.chat.answer(ids)
         return written
+
+    def work(self, conversations: Sequence[Sequence[Message]]) -> Work:
+        """See `UserModel.work`."""
+        calls = [call for _, call in self._calls(conversations, range(len(conversations)))]
+        return generating_work(WORK, self.backend, calls)
+
+    def _calls(
+        self, conversations: Sequence[Sequence[Message]], seeds: Sequence[int]
+    ) -> Iterator[tuple[list[int], Call]]:
+        """Batches of conversations, and what the model is called with for each."""
+        prompts = [tuple(self.chat.encode_messages(each)) for each in conversations]
+        new = self.settings.max_new_tokens
+        check_fits(context_length(self.backend), map(len, prompts), new)
+        longest = [len(prompt) + new for prompt in prompts]
+        for batch in batches_by_length(longest, self.settings.batch_size, self.settings.batch_tokens):
+            sampling = self.settings.sampling([seeds[number] for number in batch])
+            yield batch, ([prompts[number] for number in batch], sampling, (), ())
 
     def describe(self) -> dict[str, Any]:
         """See `UserModel.describe`."""
@@ -113,20 +136,21 @@ class ServerUser:
             ServerError: If the server cannot be reached or used, or fails again and again.
             SpendingLimitError: If the limit is reached.
         """
-        requests = [
-            CompletionRequest(
-                tuple((message["role"], message["content"]) for message in each),
-                self.settings.max_new_tokens,
-                self.settings.temperature,
-                self.settings.top_p,
-                seed % SEEDS,
-            )
-            for each, seed in zip(conversations, seeds, strict=True)
-        ]
-        answers = self.server.complete(requests)
+        answers = self.server.complete(list(map(self._request, conversations, seeds)))
         if refused := next((each for each in answers if isinstance(each, Refused)), None):
             raise MonitoringError(f"the model that plays the users does not go on: {refused.reason}; choose another")
         return [answer.text for answer in answers if isinstance(answer, Completion)]
+
+    def work(self, conversations: Sequence[Sequence[Message]]) -> Work:
+        """See `UserModel.work`."""
+        usage = sum((self._request(each, 0).tokens() for each in conversations), Usage())
+        prices = self.server.spending.prices
+        return Work(WORK, usage.requests, usage.requests, usage.tokens, cost=prices.cost(usage) if prices else None)
+
+    def _request(self, conversation: Sequence[Message], seed: int) -> CompletionRequest:
+        messages = tuple((message["role"], message["content"]) for message in conversation)
+        settings = self.settings
+        return CompletionRequest(messages, settings.max_new_tokens, settings.temperature, settings.top_p, seed % SEEDS)
 
     def describe(self) -> dict[str, Any]:
         """See `UserModel.describe`."""
@@ -166,6 +190,17 @@ class SimulatedUsers:
             for number, text in zip(going, self.model.write(shown, seeds), strict=True):
                 said[number] = text.strip() or SILENCE
         return said
+
+    def work(self, users: Sequence[Scripted], reached: Sequence[int], words: str) -> Work:
+        """What the model would be asked when conversations have had so many turns, if all texts were these words.
+
+        Raises:
+            ContextError: If a conversation is too long for it.
+        """
+        turns = [((user.turns[0], words), *[(words, words)] * (count - 1)) for count in reached for user in users]
+        people = [user for _ in reached for user in users]
+        supposed = (Conversation(0, user, Variant({}), said) for user, said in zip(people, turns, strict=True))
+        return self.model.work([seen_by(each) for each in supposed])
 
     def describe(self) -> dict[str, Any]:
         """Who plays the people, for the record of a run."""

@@ -15,6 +15,7 @@ from persona_lens.core.plugins import install_command
 from persona_lens.core.text import in_short
 from persona_lens.reports import (
     dissection,
+    drift,
     effects,
     finetuning,
     readings,
@@ -205,6 +206,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "effects": Kind(effects.headline, _effects_figures, _lines("effects-scores.jsonl"), effects.render_effects),
     "study": Kind(study.headline, study.figures, _lines("study-scores.jsonl"), study.render_study),
+    "drift": Kind(drift.headline, drift.figures, _lines("drift-turns.jsonl"), drift.render_drift),
     "screening": Kind(screening.headline, screening.figures, _screened, screening.render_screening),
     "finetune": Kind(finetuning.training_headline, finetuning.training_figures, _lines("metrics.jsonl")),
     "finetune study": Kind(
