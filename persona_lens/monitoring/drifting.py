@@ -19,6 +19,7 @@ from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering
 from persona_lens.steering.comparison import arm_edits, arm_variants
+from persona_lens.steering.history import DEFAULT_HISTORY, History, check_history, edits_over_turns
 from persona_lens.vectors import PersonaVectors
 
 KIND = "drift"
@@ -38,6 +39,8 @@ class DriftSettings:
             leaves that out.
         random_replays: Random rotations of each steering under which the conversations are replayed too; conversation i
             gets rotation i modulo this number. 0 leaves them out.
+        history: What steered conversations keep of the turns that are over: `steered` leaves them as they were made,
+            `clean` takes the edits out of them.
         seed: Base of every row's seed, of the random directions and of all shuffling.
         rollouts: How replies are made.
     """
@@ -47,6 +50,7 @@ class DriftSettings:
     random_directions: int = 20
     permutations: int = 20
     random_replays: int = 0
+    history: History = DEFAULT_HISTORY
     seed: int = 0
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
@@ -97,7 +101,8 @@ class Drifting:
             return None
         rotations, seed = self.settings.random_replays, self.settings.seed
         steered = arm_variants(self.steerings, rotations)[1:]
-        return self._held(users, steered, REPLAYED, edits_for=arm_edits(self.steerings, rotations, seed))
+        edits_for = edits_over_turns(arm_edits(self.steerings, rotations, seed), self.chat, self.settings.history)
+        return self._held(users, steered, REPLAYED, edits_for=edits_for)
 
     def _held(self, users: Sequence[Scripted], variants: Sequence[Variant], prefix: str, **how: Any) -> Conversations:
         asked = self.settings
@@ -180,8 +185,10 @@ def plan_drift(
     check_regression()
     panel = Panel.of(vectors, layers)
     panel.check_model(backend, allow_other_model=allow_other_model)
-    for steering in (steerings or {}).values() if not allow_other_model else ():
-        steering.check_model(backend)
+    for steering in (steerings or {}).values():
+        check_history(steering.edits(), settings.history)
+        if not allow_other_model:
+            steering.check_model(backend)
     given = tuple(users) if users is not None else scripted_users()
     needed = settings.turns if user_model is None else 1
     able = sum(len(user.turns) >= needed for user in given)

@@ -20,6 +20,8 @@ from persona_lens.backend.writing import scheduled
 from persona_lens.core.text import shown
 from persona_lens.data.turns import TurnPrompt, turn_prompt
 from persona_lens.models import ChatFormat, Message
+from persona_lens.models.chat import messages_of
+from persona_lens.runs.rollouts import EditsFor, Request
 
 __all__ = [
     "DEFAULT_HISTORY",
@@ -28,6 +30,7 @@ __all__ = [
     "TurnPrompt",
     "check_history",
     "conversation_edits",
+    "edits_over_turns",
     "turn_edits",
     "turn_prompt",
 ]
@@ -101,6 +104,25 @@ def conversation_edits(edits: Edits, chat: ChatFormat, messages: Sequence[Messag
     if not over or all(_stays(edit, history) for edit in given):
         return list(given)
     return turn_edits(given, [turn_prompt(chat, messages)], history)
+
+
+def edits_over_turns(edits_for: EditsFor, chat: ChatFormat, history: History) -> EditsFor:
+    """The edits of a batch of requests, whose examples are the finished turns of conversations.
+
+    Args:
+        edits_for: What is written, as if every conversation were a single turn.
+        chat: Turns requests into token ids.
+        history: What becomes of finished turns.
+    """
+
+    def of(requests: Sequence[Request]) -> Sequence[Edit]:
+        given = edits_for(requests)
+        if not any(each.examples for each in requests) or all(_stays(edit, history) for edit in given):
+            return given
+        asked = (messages_of(each.system, each.question, each.examples) for each in requests)
+        return turn_edits(given, [turn_prompt(chat, messages) for messages in asked], history)
+
+    return of
 
 
 def check_history(edits: Edits, history: History) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from persona_lens.backend import Backend, ForwardResult, Generation
+from persona_lens.backend import Backend, EditError, ForwardResult, Generation
 from persona_lens.backend.batches import ContextError
 from persona_lens.core.progress import no_progress
 from persona_lens.core.statistics import Estimate
@@ -33,6 +33,7 @@ from persona_lens.monitoring.simulated_user import LocalUser, ServerUser, Simula
 from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SteeringError
+from persona_lens.steering.history import History
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import Delegating, backend_of, tiny_backend
@@ -201,6 +202,20 @@ def test_replays_are_paired_and_stand_beside_random_rotations() -> None:
     assert said[0] == said[1] == said[2]
     assert "Under less the change along optimistic@1" in " ".join(found.headline.sentences)
     assert {"changes", "replays"} == set(found.figures)
+
+
+def test_a_clean_history_takes_the_edits_out_of_the_turns_that_are_over(roomy: Backend) -> None:
+    steering = {"up": Steering.parse("calm@0:+6", random_vectors(roomy))}
+    kept, clean = (
+        held(roomy, settings=replace(SMALL, history=History(name)), steerings=steering) for name in ("steered", "clean")
+    )
+    rows = [[(r.message, r.text, r.before) for r in each.answers if r.way == "up"] for each in (kept, clean)]
+    first, second = ([row[:6] for row in rows], [row[6:] for row in rows])
+    assert first[0] == first[1]
+    assert second[0] != second[1]
+    counted = {"bad": Steering.parse("calm@0:+6 on all[0:2]", random_vectors(roomy))}
+    with pytest.raises(EditError, match="counts tokens from the beginning of the conversation"):
+        held(roomy, settings=replace(SMALL, history=History.CLEAN), steerings=counted)
 
 
 def random_vectors(backend: Backend) -> PersonaVectors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,64 @@ def test_what_is_typed_into_a_chat_beside_messages(model: Path, plain: Path, tmp
     ]  # fmt: skip
     assert session.current == replies[0].id
     assert "optimistic@1:affine(3)" in session.html()
+
+
+PEOPLE = """\
+format_version: 1
+domain: weather
+users:
+  - name: ann
+    about: Ann wonders about rain.
+    turns: [Hello, "Will it rain?", "And then?"]
+  - name: bob
+    turns: [Hi, "Is it cold?", "Why?"]
+"""
+
+
+def test_drift_is_held_replayed_and_told(model: Path, plain: Path, tmp_path: Path) -> None:
+    people, out = tmp_path / "people.yaml", tmp_path / "run"
+    people.write_text(PEOPLE)
+    asked = ("drift", model, plain, "--layers", "0,1", "--dtype", "float32", "--users", people, "--turns", 2)
+    asked += ("--random-directions", 2, "--permutations", 2, "--max-new-tokens", 3, "--edits", "optimistic@1:+2")
+    planned = parsed(*asked, "--dry-run", "--out", out)["work"]
+    assert [(each["label"], each["rows"]) for each in planned] == [("unsteered replies", 4), ("steered replies", 4)]
+    assert not out.exists()
+    found = parsed(*asked, "--out", out)
+    assert found["counts"] == {"conversations": 2, "turns": 2, "replies": 8, "empty": found["counts"]["empty"]}
+    assert {"report.html", "summary.json", "drift-turns.jsonl"} <= {p.name for p in out.iterdir()}
+    shown = " ".join(run(*asked, "--out", out).stdout.split())
+    for part in ("optimistic@0: mean projection", "optimistic@1 under", "only 2 conversations", "too few", "report:"):
+        assert part in shown
+
+
+def test_drift_with_the_model_itself_as_the_user(model: Path, plain: Path, tmp_path: Path) -> None:
+    people = tmp_path / "people.yaml"
+    people.write_text(PEOPLE)
+    asked = ("drift", model, plain, "--layer", "1", "--dtype", "float32", "--users", people, "--turns", 2)
+    asked += ("--max-new-tokens", 3, "--user-model", model, "--user-tokens", 4, "--out", tmp_path / "run")
+    assert [each["label"] for each in parsed(*asked, "--dry-run")["work"]] == [
+        "unsteered replies",
+        "messages of the users",
+    ]
+    found = parsed(*asked)
+    assert found["played_by"]["max_new_tokens"] == 4
+    turns = [json.loads(line) for line in (tmp_path / "run" / "drift-turns.jsonl").read_text().splitlines()]
+    assert [each["message"] for each in turns[:2]] == ["Hello", "Hi"]
+    assert turns[2]["message"] != "Will it rain?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--user-tokens", "5"), "--user-tokens: for a model that plays the users; name one with --user-model"),
+        (("--user-model", "openai:"), "--user-model needs a model: openai:NAME"),
+        (("--user-model", "here", "--user-url", "http://x/v1"), "--user-url: only for --user-model openai:NAME"),
+        (("--turns", "1"), "drift needs at least 2 turns, got 1"),
+        (("--turns", "99"), "0 scripted users"),
+        (("--history", "washed"), "a history is steered or clean; got 'washed'"),
+        (("--users", "/nowhere.yaml"), "nowhere.yaml"),
+    ],
+)
+def test_drift_that_cannot_be_held(model: Path, plain: Path, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(PersonaLensError, match=re.escape(message)):
+        run("drift", model, plain, "--layer", "1", "--dtype", "float32", *arguments, "--out", "/nowhere/run")
