@@ -31,6 +31,7 @@ from persona_lens.monitoring.messages import Messages, predict_from
 from persona_lens.monitoring.onset import movement, onset_of
 from persona_lens.monitoring.simulated_user import LocalUser, ServerUser, SimulatedUsers, seen_by
 from persona_lens.reports.result import Result
+from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SteeringError
 from persona_lens.steering.history import History
@@ -289,6 +290,9 @@ def test_a_simulated_user_is_told_who_it_is_and_hears_the_replies() -> None:
     class Mute:
         def write(self, conversations: Any, seeds: Any) -> list[str]:
             return [" "] * len(conversations)
+
+        def work(self, conversations: Any) -> Work:
+            return Work("", 0, 0, 0)
 
         def describe(self) -> dict[str, Any]:
             return {"model": "mute"}

@@ -339,7 +339,19 @@ users:
 def test_drift_is_held_replayed_and_told(model: Path, plain: Path, tmp_path: Path) -> None:
     people, out = tmp_path / "people.yaml", tmp_path / "run"
     people.write_text(PEOPLE)
-    asked = ("drift", model, plain, "--layers", "0,1", "--dtype", "float32", "--users", people, "--turns", 2)
+    asked: tuple[Any, ...] = (
+        "drift",
+        model,
+        plain,
+        "--layers",
+        "0,1",
+        "--dtype",
+        "float32",
+        "--users",
+        people,
+        "--turns",
+        2,
+    )
     asked += ("--random-directions", 2, "--permutations", 2, "--max-new-tokens", 3, "--edits", "optimistic@1:+2")
     planned = parsed(*asked, "--dry-run", "--out", out)["work"]
     assert [(each["label"], each["rows"]) for each in planned] == [("unsteered replies", 4), ("steered replies", 4)]
@@ -355,7 +367,19 @@ def test_drift_is_held_replayed_and_told(model: Path, plain: Path, tmp_path: Pat
 def test_drift_with_the_model_itself_as_the_user(model: Path, plain: Path, tmp_path: Path) -> None:
     people = tmp_path / "people.yaml"
     people.write_text(PEOPLE)
-    asked = ("drift", model, plain, "--layer", "1", "--dtype", "float32", "--users", people, "--turns", 2)
+    asked: tuple[Any, ...] = (
+        "drift",
+        model,
+        plain,
+        "--layer",
+        "1",
+        "--dtype",
+        "float32",
+        "--users",
+        people,
+        "--turns",
+        2,
+    )
     asked += ("--max-new-tokens", 3, "--user-model", model, "--user-tokens", 4, "--out", tmp_path / "run")
     assert [each["label"] for each in parsed(*asked, "--dry-run")["work"]] == [
         "unsteered replies",
