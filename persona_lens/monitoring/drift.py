@@ -134,10 +134,8 @@ def drift(
         unsteered = list(planned.plain().hold(run, progress))
         said = [replace(each.user, turns=tuple(q for q, _ in each.exchanges)) for each in unsteered[-1].conversations]
         again = planned.replayed(said)
-        turns = [*unsteered, *(again.hold(run, progress) if again else ())]
-        rows, values = _read(turns, planned)
-        embedded = _embedded(planned, said, run, progress)
-        summary = _summary(planned, said, rows, values, embedded)
+        rows, values = _read([*unsteered, *(again.hold(run, progress) if again else ())], planned)
+        summary = _summary(planned, said, rows, values, _embedded(planned, said, run, progress))
         found = Drift(tuple(rows), plain(summary), run.path if run else None)
         if run is not None:
             run.write_rows(TURNS, (row.to_row() for row in rows))

@@ -15,6 +15,7 @@ import torch
 from persona_lens.analysis.dissection import DissectSettings, dissect
 from persona_lens.backend import wrap_model
 from persona_lens.data.datasets import open_dataset
+from persona_lens.data.scripted import Scripted
 from persona_lens.extraction import ExtractionSettings, extract, plan_requests
 from persona_lens.extraction.responses import generate_responses
 from persona_lens.finetuning import finetune
@@ -25,7 +26,7 @@ from persona_lens.judging.blind import AgreementError, Scored
 from persona_lens.judging.scored import judge_scored
 from persona_lens.models import Loaded
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
-from persona_lens.monitoring import StudySettings, study
+from persona_lens.monitoring import DriftSettings, StudySettings, drift, study
 from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
@@ -119,6 +120,15 @@ def _study(folder: Path) -> Result:
     return study(planted(), vectors(), StudySettings(questions=3, rollouts=SMALL), trait="optimistic", folder=folder)
 
 
+def _drift(folder: Path) -> Result:
+    people = [Scripted(f"{topic} {number}", topic, ("Oh well.", "Rain?", "And?")) for number in range(3)
+              for topic in ("tea", "rain")]  # fmt: skip
+    steering = {"up": Steering.parse(f"{TRAIT.name}@1:+1", tiny_vectors())}
+    settings = DriftSettings(3, random_directions=3, permutations=2, rollouts=RolloutSettings(4, batch_size=4))
+    return drift(made.backend(), tiny_vectors(), settings, layers=(0, 1), users=people, steerings=steering,
+                 folder=folder, chat=made.chat())  # fmt: skip
+
+
 def _screen(folder: Path) -> Result:
     data, clean = inputs() / "rows.jsonl", inputs() / "clean.jsonl"
     if not clean.exists():
@@ -193,6 +203,7 @@ TARGETS: dict[str, Run] = {
     "steer effects": _effects,
     "steer tune": _tune,
     "monitor study": _study,
+    "monitor drift": _drift,
     "screen": _screen,
     "shift": _shift,
     "finetune": _finetune,

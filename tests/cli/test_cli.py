@@ -69,6 +69,7 @@ COMMANDS = (
     ("monitor", "transcript"),
     ("monitor", "prompt"),
     ("monitor", "chat"),
+    ("monitor", "drift"),
     ("traits",),
     *(("traits", name) for name in ("list", "show", "path", "check", "new", "import", "schema")),
     ("backends",),

@@ -35,6 +35,7 @@ MADE: dict[str, Callable[[Path], Result]] = {
     "tune": targets._tune,
     "effects": targets._effects,
     "study": targets._study,
+    "drift": targets._drift,
     "baseline": lambda folder: measure_baseline(
         made.backend(),
         targets.tiny_vectors(),
