@@ -33,7 +33,7 @@ class TurnPrompt:
     said: tuple[tuple[int, int], ...] = ()
 
 
-def turn_prompt(chat: ChatFormat, messages: Sequence[Message]) -> TurnPrompt:
+def turn_prompt(chat: ChatFormat, messages: Sequence[Message], *, replies: bool = True) -> TurnPrompt:
     """The prompt that asks for the next reply of a conversation.
 
     Earlier replies are found in the token ids: each is where the ids change when the template is given another text in
@@ -43,17 +43,19 @@ def turn_prompt(chat: ChatFormat, messages: Sequence[Message]) -> TurnPrompt:
     Args:
         chat: The model's chat format.
         messages: The conversation, which ends with what is to be answered.
+        replies: Find every earlier reply, for which the template writes the conversation twice each; else what is over
+            is found, and ``said`` has the last reply alone.
 
     Raises:
         ModelError: The messages are malformed, or the template refuses them.
     """
     ids = tuple(chat.encode_messages(messages))
-    replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = [_span(chat, messages, place, ids) for place in replies]
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [_span(chat, messages, place, ids) for place in (places if replies else places[-1:])]
     past = 0
-    if replies:
+    if places:
         _, past = spans[-1]
-        past += _common(ids[past:], _ending(chat, messages[: replies[-1] + 1]))
+        past += _common(ids[past:], _ending(chat, messages[: places[-1] + 1]))
     return TurnPrompt(ids, past, tuple((start, stop) for start, stop in spans if start < stop))
 
 

@@ -103,7 +103,7 @@ def conversation_edits(edits: Edits, chat: ChatFormat, messages: Sequence[Messag
     over = any(message["role"] == "assistant" for message in messages)
     if not over or all(_stays(edit, history) for edit in given):
         return list(given)
-    return turn_edits(given, [turn_prompt(chat, messages)], history)
+    return turn_edits(given, [turn_prompt(chat, messages, replies=history is History.STEERED)], history)
 
 
 def edits_over_turns(edits_for: EditsFor, chat: ChatFormat, history: History) -> EditsFor:
@@ -242,9 +242,9 @@ def _replied(edit: Edit, rows: _Rows, before: int, span: Span | None) -> Iterato
         return rows.mask(
             lambda turn: [
                 range(token, token + 1)
-                for start, stop in turn.said
+                for done, (start, stop) in zip((0, *(stop for _, stop in turn.said)), turn.said, strict=False)
                 for token in (start - before + number for number in chosen)
-                if 0 <= token < min(stop, len(turn.ids) - before)
+                if done <= token < min(stop, len(turn.ids) - before)
             ]
         )
 

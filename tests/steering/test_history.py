@@ -139,6 +139,7 @@ def test_a_prompt_says_what_of_it_is_over_and_what_the_assistant_said() -> None:
     assert found.ids == tuple(CHAT.encode_messages(LONG))
     assert [token for start, stop in found.said for token in range(start, stop)] == said
     assert found.past == now
+    assert turn_prompt(CHAT, LONG, replies=False) == TurnPrompt(found.ids, found.past, found.said[-1:])
     assert turn_prompt(CHAT, FIRST) == TurnPrompt(tuple(CHAT.encode_messages(FIRST)), 0, ())
 
 

@@ -161,6 +161,51 @@ def test_any_positions_and_any_schedule_are_as_the_preview_says(
     check_generation(BACKEND, steering)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=3),
+    kind=KINDS,
+    span=SPANS | st.just((-3, None)),
+    points=st.none() | POINTS,
+)
+def test_a_conversation_is_edited_as_its_turns_were_one_by_one(
+    lengths: list[tuple[int, int, int]],
+    kind: Positions,
+    span: tuple[int, int | None] | None,
+    points: dict[int, float] | None,
+) -> None:
+    """What a steered history is: each token as the preview of its own turn, in which it was new, has it."""
+    if span is not None and span[1] is None and kind is not Positions.PROMPT:
+        span = None  # only a prompt can be counted from its end
+    positions = kind if span is None else Span(kind, span[0], None if span[1] is None else span[0] + span[1])
+    (term,) = parse("kind@1:+2").terms
+    schedule = None if points is None else Schedule(tuple(sorted(points.items())))
+    steering = Steering((replace(term, positions=positions, schedule=schedule),), {"kind": KIND})
+    wanted: list[tuple[float, ...]] = []
+    said: list[tuple[int, int]] = []
+    over = 0
+    for asked, answered, closing in lengths:
+        prompt, new = len(wanted), asked + (over if said else 0)
+        stop = prompt + new + answered
+        own = tokens_of(preview_tokens(BACKEND, (5,) * (prompt + new), (6,) * answered, edits=steering))
+        wanted += [token.factors for token in own[prompt:stop]]
+        said.append((prompt + new, stop))
+        over = closing
+    asked = 2
+    now = tokens_of(preview_tokens(BACKEND, (5,) * (len(wanted) + over + asked), NEW, edits=steering))
+    wanted += [token.factors for token in now[len(wanted) :]]
+    turn = TurnPrompt((5,) * (said[-1][1] + over + asked), said[-1][1] + over, tuple(said))
+    found = tokens_of(preview_tokens(BACKEND, turn, NEW, edits=steering, history="steered"))
+    assert [token.factors for token in found] == [pytest.approx(each) for each in wanted]
+    try:
+        clean = tokens_of(preview_tokens(BACKEND, turn, NEW, edits=steering, history="clean"))
+    except EditError:
+        return
+    assert [token.factors for token in clean] == [(0.0,)] * turn.past + [
+        pytest.approx(token.factors) for token in now[turn.past :]
+    ]
+
+
 @pytest.mark.parametrize("history", History)
 def test_edits_of_a_later_turn_are_as_the_preview_says(history: History) -> None:
     turn = TurnPrompt(PROMPTS[2], 9, ((2, 6),))
