@@ -92,7 +92,7 @@ def test_a_reply_is_read_while_it_is_generated(adapter: str) -> None:
     monitor = ConversationMonitor(backend, panel(backend), system="be brief", on_token=told.append)
     edits = [Edit.add(1, torch.ones(D_MODEL), 0.2)]
     for number, user in enumerate(("hello", "and now?")):
-        turn = monitor.reply(user, max_new_tokens=6, edits=edits)
+        turn = monitor.reply(user, max_new_tokens=6, edits=edits, history="steered")
         assert (turn.number, turn.message, turn.stopped) == (number, 2 + 2 * number, False)
         assert monitor.messages[-2:] == ({"role": "user", "content": user}, {"role": "assistant", "content": turn.text})
         own = [each for each in told if each.turn == number]
