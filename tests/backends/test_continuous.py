@@ -177,6 +177,24 @@ def test_where_memory_runs_out_fewer_run_together(monkeypatch: pytest.MonkeyPatc
     assert backend._batch._most == 8  # it is tried again
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_where_memory_runs_out_each_prompt_is_told_of_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Whether over the prompts, or later, when they begin anew together with tokens of their responses."""
+
+    def scores(backend: ContinuousBackend) -> list[torch.Tensor]:
+        watch = Watch(DIRECTIONS, lambda _: None, top=1, top_of_prompts=True)
+        found = watched_generation(backend, PROMPTS, Sampling(6), watch).scores
+        assert found is not None
+        assert [len(row) for row in found] == [len(prompt) - 1 + 6 for prompt in PROMPTS]
+        return [torch.tensor([each.logprob for each in row]) for row in found]
+
+    backend = ContinuousBackend(backend_of(REFERENCE, tiny_model()), 8)  # type: ignore[arg-type]
+    wanted = scores(backend)
+    failing(backend, monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), lambda nth, rows: nth == number)
+    for got, expected in zip(scores(backend), wanted, strict=True):
+        assert_close(got, expected)
+
+
 def test_where_one_row_does_not_fit_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = ContinuousBackend(backend_of(REFERENCE, tiny_model()), 8)  # type: ignore[arg-type]
     failing(backend, monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), lambda *_: True)

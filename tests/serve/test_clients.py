@@ -213,8 +213,8 @@ def test_lm_evaluation_harness_scores_choices(running: Running, model: str, tmp_
             tokenizer=str(tmp_path / "tokenizer"),
             max_length=512,
             max_retries=1,
-            num_concurrent=1,
-            batch_size=size,
+            num_concurrent=size,
+            batch_size=2,
         )
         written = Steering.parse(edits, bench.shelf.vectors).edits() if edits else ()
         ours = BackendLM(bench.backend, edits=written)
