@@ -78,7 +78,10 @@ if TYPE_CHECKING:
     from persona_lens.steering.crossing import effects as effects
     from persona_lens.steering.given import generate as generate
     from persona_lens.steering.given import load as load
+    from persona_lens.traits import PlayedRole as PlayedRole
+    from persona_lens.traits import Role as Role
     from persona_lens.traits import Trait as Trait
+    from persona_lens.traits import load_role as load_role
     from persona_lens.traits import load_trait as load_trait
     from persona_lens.vectors import PersonaVectors as PersonaVectors
     from persona_lens.vectors import load_vectors as load_vectors
@@ -108,11 +111,13 @@ _HOMES = {
     "Panel": "monitoring",
     "PersonaLensError": "core.errors",
     "PersonaVectors": "vectors",
+    "PlayedRole": "traits",
     "Positions": "backend",
     "PreventativeSteering": "finetuning",
     "RayWorkers": "backend.spread",
     "Read": "backend",
     "Result": "reports.result",
+    "Role": "traits",
     "RolloutSettings": "runs.rollouts",
     "Sampling": "backend",
     "ScreeningSettings": "screening",
@@ -143,6 +148,7 @@ _HOMES = {
     "judges": "judging.registry",
     "lens": "analysis.logit_lens",
     "load": "steering.given",
+    "load_role": "traits",
     "load_steering": "steering",
     "load_trait": "traits",
     "load_vectors": "vectors",

@@ -16,7 +16,7 @@ from tests.pages import README, ROOT, SITE, blocks_of
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TWO_SCREENS = 90  # lines
-GROUPS = {f"persona_lens.{name}" for name in ("traits", "backends", "operations", "formats", "judges")}
+GROUPS = {f"persona_lens.{name}" for name in ("traits", "roles", "backends", "operations", "formats", "judges")}
 DOCUMENTS = [
     *SITE,
     *(path for pattern in ("*.md", "benchmarks/*.md", "notebooks/*.ipynb") for path in sorted(ROOT.glob(pattern))),
@@ -61,7 +61,7 @@ def test_the_house_and_how_to_add_to_it_fit_two_screens() -> None:
     section = CONTRIBUTING.partition("## The house\n")[2].partition("## Style\n")[0]
     assert "## Adding" in section
     assert section.count("\n") < TWO_SCREENS
-    kinds = ["trait", "author", "backend", "operation", "experiment", "format", "judge", "command"]
+    kinds = ["trait", "role", "author", "backend", "operation", "experiment", "format", "judge", "command"]
     assert [kind for kind, *_ in ADDED] == kinds
     told = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     assert re.findall(r"^## An? (\w+)$", told, re.MULTILINE) == kinds
@@ -135,6 +135,12 @@ def test_every_built_in_trait_is_named() -> None:
     told = (ROOT / "docs" / "making.md").read_text(encoding="utf-8")
     for name in names:
         assert f"*{name}*" in told, name
+
+
+def test_every_built_in_role_is_named() -> None:
+    told = (ROOT / "docs" / "roles.md").read_text(encoding="utf-8")
+    named = re.findall(r"\*(\w+)\*", told)
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "roles").glob("*.yaml"))
 
 
 def test_nobody_is_told_to_install_it_from_an_index() -> None:

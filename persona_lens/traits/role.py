@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -171,11 +171,11 @@ class PlayedRole:
 
     Attributes:
         role: The positive arm.
-        default: The negative arm.
+        default: The negative arm; the built-in one unless another is given.
     """
 
     role: Role
-    default: DefaultAssistant
+    default: DefaultAssistant = field(default_factory=lambda: load_default())
 
     @property
     def name(self) -> str:

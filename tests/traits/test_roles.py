@@ -30,6 +30,7 @@ from persona_lens.traits import (
     load_trait,
 )
 from persona_lens.traits.role import ROLES, resolve_role
+from tests.pages import blocks_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILT_IN = tuple(sorted(path.stem for path in (REPOSITORY / "roles").glob("*.yaml")))
@@ -90,6 +91,7 @@ def test_the_built_in_default_has_four_neutral_prompts_and_forty_questions() -> 
 def test_a_role_is_judged_against_the_default_assistant() -> None:
     role, default = load_role("pirate"), load_default()
     played = PlayedRole(role, default)
+    assert PlayedRole(role) == played
     assert isinstance(played, Judged)
     assert isinstance(load_trait("evil"), Judged)
     assert (played.name, len(played.instructions)) == ("pirate", 5)
@@ -256,3 +258,9 @@ def test_the_schema_of_a_role_file() -> None:
     assert (schema["properties"]["grades"]["minItems"], schema["properties"]["grades"]["maxItems"]) == (4, 4)
     assert Role.model_fields.keys() == schema["properties"].keys()
     assert DefaultAssistant.model_fields.keys() == {"format_version", "system_prompts", "questions"}
+
+
+def test_the_role_in_the_documents_is_one_and_has_nothing_wrong_with_it(elsewhere: Path) -> None:
+    [block] = blocks_of(REPOSITORY / "docs" / "roles.md", "yaml")
+    (elsewhere / "innkeeper.yaml").write_text(block.text, encoding="utf-8")
+    assert check_file(file_at(elsewhere / "innkeeper.yaml", ROLES)).problems == ()
