@@ -253,8 +253,7 @@ class LikelihoodJudge(ReadingJudge):
         Raises:
             ContextError: Saying how long that is, and what the model takes.
         """
-        limit = context_length(self.backend)
-        if limit is None:
+        if (limit := context_length(self.backend)) is None:
             return
         longest = max(map(self._longest_prompt, questions), default=0)
         if longest + new > limit:
