@@ -138,10 +138,11 @@ def _replayed(name: str, way: str, found: Summary) -> str:
     if drift is None or level is None:
         return f"Under {way} no conversation can be compared with the unsteered one."
     random = f", random directions by {bounds(drift['random'], 2, sign=True, noun=None)}" if drift["random"] else ""
+    also = f" (random directions {bounds(level['random'], 2, sign=True, noun=None)})" if level["random"] else ""
     return (
         f"Under {way} the change along {name} differs from the unsteered one by "
         f"{interval(drift['vector'], 2, sign=True, noun='conversation')}{random}; over all turns replies stand "
-        f"{bounds(level['vector'], 2, sign=True, noun=None)} from there."
+        f"{bounds(level['vector'], 2, sign=True, noun=None)} from there{also}."
     )
 
 

@@ -37,7 +37,7 @@ from persona_lens.steering import Steering, SteeringError
 from persona_lens.steering.history import History
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError
-from tests.backends.fixtures import Delegating, backend_of, tiny_backend
+from tests.backends.fixtures import ADAPTERS, REFERENCE, Delegating, backend_of, tiny_backend
 from tests.models.server.loopback import completion, serving
 from tests.planted import PlantedBackend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model
@@ -332,6 +332,22 @@ def test_a_server_plays_the_users(backend: Backend, tmp_path: Path) -> None:
         server = CompletionServer(ServerSettings("big", refusing.url, attempts=1), CompletionCache(tmp_path / "other"))
         with pytest.raises(MonitoringError, match=r"the model that plays the users does not go on: .*too long"):
             held(backend, user_model=ServerUser(server))
+
+
+@pytest.mark.parametrize("adapter", [each for each in ADAPTERS if each != REFERENCE])
+def test_every_adapter_finds_the_same(adapter: str, backend: Backend) -> None:
+    asked = replace(SMALL, rollouts=RolloutSettings(3, temperature=0.0), permutations=0)
+
+    def go(on: Backend) -> Drift:
+        vectors = random_vectors(on)
+        up = {"up": Steering.parse("calm@1:+2", vectors)}
+        return drift(on, vectors, asked, layers=1, users=people()[:2], steerings=up, progress=no_progress)
+
+    ours, theirs = (go(on) for on in (backend, tiny_backend(adapter)))
+    assert [row.text for row in theirs.answers] == [row.text for row in ours.answers]
+    for one, other in zip(theirs.answers, ours.answers, strict=True):
+        assert one.means == pytest.approx(other.means, abs=1e-3)
+        assert one.before == pytest.approx(other.before, abs=1e-3)
 
 
 def test_a_message_is_read_by_itself(backend: Backend) -> None:
