@@ -44,13 +44,14 @@ COMMANDS: Mapping[str, str | Group] = {
     "screen": "screen:screen",
     "serve": "serve:serve_command",
     "steer": Group(
-        "Steer along vectors: sweep, tune, compare, and see what it costs.",
+        "Steer along vectors: sweep, tune, compare, and see what it costs and how long it holds.",
         {
             "sweep": "steering:sweep_command",
             "tune": "steering:tune_command",
             "compare": "steering:compare_command",
             "capability": "analysis:capability_command",
             "effects": "steering:effects_command",
+            "persist": "persistence:persist_command",
         },
         "persona-lens steer sweep MODEL VECTORS",
     ),

@@ -77,6 +77,10 @@ class Conversation:
             examples,
         )
 
+    def until(self, turn: int) -> Conversation:
+        """The conversation as it was after so many turns."""
+        return replace(self, exchanges=self.exchanges[:turn])
+
     def gone_on(self, message: str, reply: str) -> Conversation:
         """The conversation one exchange later."""
         return replace(self, exchanges=(*self.exchanges, (message, reply)))
@@ -196,7 +200,7 @@ class Conversations:
         """
         prompts = []
         for each in self.begun():
-            *earlier, last = each.user.turns[: self.turns] if self.asks is None else ("",) * self.turns
+            *earlier, last = self._said(each, "")
             examples = [*each.variant.examples, *((message, "") for message in earlier)]
             prompts.append(self.chat.encode(each.variant.system, last, examples))
         written = 1 if self.asks is None else 2  # who has no script writes as much as the model
@@ -206,20 +210,23 @@ class Conversations:
     def work(self) -> tuple[Work, ...]:
         """What holding them would ask of the model, and of the judges, all turns together; nothing runs."""
         total: dict[str, Work] = {}
-        for experiment in self._supposed():
-            for each in experiment.work():
+        conversations = self.longest()
+        for turn in range(self.turns):
+            messages = [each.exchanges[turn][0] for each in conversations]
+            for each in self._experiment([each.until(turn) for each in conversations], messages).work():
                 total[each.label] = total[each.label] + each if each.label in total else each
         return tuple(total.values())
 
-    def _supposed(self) -> Iterator[Experiment]:
-        """The turns, if every reply were as long as it may be, and people without a script wrote as much."""
-        conversations, words = self.begun(), " ".join(["word"] * self.settings.max_new_tokens)
-        for number in range(self.turns):
-            messages = [each.user.turns[number] if self.asks is None else words for each in conversations]
-            yield self._experiment(conversations, messages)
-            conversations = tuple(
-                each.gone_on(message, words) for each, message in zip(conversations, messages, strict=True)
-            )
+    def longest(self) -> tuple[Conversation, ...]:
+        """The conversations, if every reply were as long as it may be, and people without a script wrote as much."""
+        words = " ".join(["word"] * self.settings.max_new_tokens)
+        return tuple(
+            replace(each, exchanges=tuple((said, words) for said in self._said(each, words))) for each in self.begun()
+        )
+
+    def _said(self, conversation: Conversation, otherwise: str) -> tuple[str, ...]:
+        """What a person says, turn by turn; who has no script says something else."""
+        return conversation.user.turns[: self.turns] if self.asks is None else (otherwise,) * self.turns
 
     def _experiment(self, conversations: Sequence[Conversation], messages: Sequence[str]) -> Experiment:
         """One turn of every conversation."""

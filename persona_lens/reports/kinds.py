@@ -18,6 +18,7 @@ from persona_lens.reports import (
     drift,
     effects,
     finetuning,
+    persistence,
     readings,
     screening,
     steering,
@@ -205,6 +206,9 @@ KINDS: Mapping[str, Kind] = {
         tuning.render_tuning,
     ),
     "effects": Kind(effects.headline, _effects_figures, _lines("effects-scores.jsonl"), effects.render_effects),
+    "persistence": Kind(
+        persistence.headline, persistence.figures, _lines("turns-scores.jsonl"), persistence.render_persistence
+    ),
     "study": Kind(study.headline, study.figures, _lines("study-scores.jsonl"), study.render_study),
     "drift": Kind(drift.headline, drift.figures, _lines("drift-turns.jsonl"), drift.render_drift),
     "screening": Kind(screening.headline, screening.figures, _screened, screening.render_screening),

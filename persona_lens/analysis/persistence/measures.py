@@ -1,0 +1,241 @@
+"""What a conversation has come to: how much its replies surprise the unsteered model, and what the model still knows.
+
+Both are log-probabilities of spans of a text that is there, which one pass over the whole text gives.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from persona_lens.analysis.capability.evaluation import BUILTIN_TASK, TASKS
+from persona_lens.analysis.persistence.ways import EditsOf, Way
+from persona_lens.backend import Backend, Edit, TokenBatch
+from persona_lens.backend.batches import batches_of_passes, forward_rows
+from persona_lens.backend.tokens import TokenIds
+from persona_lens.core.progress import Progress
+from persona_lens.core.statistics import SHARES
+from persona_lens.data.turns import turn_prompt
+from persona_lens.extraction.conversations import Conversation
+from persona_lens.models import ChatFormat, Message
+from persona_lens.models.chat import messages_of
+from persona_lens.runs import RunFolder
+from persona_lens.runs.chunks import Pieces, Row
+from persona_lens.runs.cost import Work, reading_work
+from persona_lens.runs.rollouts import row_seed
+from persona_lens.steering.steering import rowwise
+
+MAX_ROWS = 256
+SHOWN = 2  # known questions that come first, for the model to see how they are answered; they do not count
+_LAST: Message = {"role": "user", "content": "Thank you."}  # behind the last reply, so that its end can be found
+Edited = Callable[[Sequence[int], int], Sequence[Edit]]
+"""Gives the edits of a batch: the numbers of its passages, and how many tokens wide it is."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text, of which parts are weighed.
+
+    Attributes:
+        ids: Its tokens.
+        spans: First token of each part, and the one behind its last, in order.
+        edited: Where the model is steered while it runs over the text.
+    """
+
+    ids: TokenIds
+    spans: tuple[tuple[int, int], ...]
+    edited: tuple[range, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """The first token that is weighed."""
+        return self.spans[0][0] if self.spans else len(self.ids) - 1
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Passages whose parts are weighed, batch by batch, in a run folder.
+
+    Attributes:
+        backend: The model.
+        passages: What is read.
+        purposes: What tells each from others.
+        name: The file, and what the work is called.
+        edits: See `Edited`; None for none.
+    """
+
+    backend: Backend
+    passages: Sequence[Passage]
+    purposes: Sequence[str]
+    name: str
+    edits: Edited | None = None
+
+    def run(self, folder: RunFolder | None, progress: Progress) -> list[list[float]]:
+        """The log-probability in nats of each part of each passage."""
+        batches, total = self._batches(), len(self.passages)
+        pieces = Pieces(folder, f"{self.name}.jsonl", batches, self.purposes, form=_logprobs)
+        rows = pieces.run(
+            lambda number: self._weighed(batches[number]),
+            at_once=self.backend.calls_at_once,
+            report=lambda done: progress(done, total, self.name),
+        )
+        return list(map(_logprobs, rows))
+
+    def work(self) -> Work:
+        """What it asks of the model; nothing runs."""
+        passes = [self._tokens(batch) for batch in self._batches()]
+        return reading_work(self.name, self.backend, passes, logprobs=True)
+
+    def _batches(self) -> list[list[int]]:
+        return batches_of_passes([len(each.ids) for each in self.passages], MAX_ROWS, self.backend.info.device)
+
+    def _tokens(self, batch: Sequence[int]) -> TokenBatch:
+        chosen = [self.passages[number] for number in batch]
+        return TokenBatch.of([each.ids[: each.first] for each in chosen], [each.ids[each.first :] for each in chosen])
+
+    def _weighed(self, batch: Sequence[int]) -> list[Row]:
+        tokens = self._tokens(batch)
+        edits = self.edits(batch, max(tokens.lengths)) if self.edits else ()
+        found = forward_rows(self.backend, tokens, edits, logprobs=True).logprobs or ()
+        chosen = [self.passages[number] for number in batch]
+        return [
+            {"logprobs": [float(values[a - each.first : b - each.first].sum()) for a, b in each.spans]}
+            for each, values in zip(chosen, found, strict=True)
+        ]
+
+
+def _logprobs(row: Row) -> list[float]:
+    found = row["logprobs"]
+    if not all(isinstance(value, float) for value in found):
+        raise TypeError("log-probabilities are numbers")
+    return list(found)
+
+
+# Surprise
+
+
+def surprise(backend: Backend, chat: ChatFormat, conversations: Sequence[Conversation], name: str) -> Weighing:
+    """Weighs every reply of finished conversations, under the unsteered model that has what was said before it.
+
+    Conversations held under a system prompt are read without it, so that ways to steer are weighed alike.
+    """
+    passages = []
+    for each in conversations:
+        plain = replace(each, variant=replace(each.variant, system=None))
+        found = turn_prompt(chat, [*plain.messages, _LAST])
+        passages.append(Passage(found.ids[: found.said[-1][1]] if found.said else found.ids, found.said))
+    return Weighing(backend, passages, [_purpose(each) for each in conversations], name)
+
+
+def surprise_of(
+    conversations: Sequence[Conversation], weighing: Weighing, found: Sequence[Sequence[float]]
+) -> list[list[float | None]]:
+    """-log p of each reply in nats a token, by conversation and turn; None for a reply of no tokens."""
+    surprises = []
+    for each, passage, logprobs in zip(conversations, weighing.passages, found, strict=True):
+        there = [place for place, (_, reply) in enumerate(each.exchanges) if reply.strip()]
+        values: list[float | None] = [None] * len(each.exchanges)
+        if len(there) == len(logprobs):  # else the template leaves out some reply, and which one is not known
+            for place, (start, stop), logprob in zip(there, passage.spans, logprobs, strict=True):
+                values[place] = -logprob / (stop - start)
+        surprises.append(values)
+    return surprises
+
+
+# Capability
+
+
+@dataclass(frozen=True)
+class Known:
+    """A question that a model can be expected to answer, with the right answer."""
+
+    question: str
+    answer: str
+
+
+@cache
+def known_questions() -> tuple[Known, ...]:
+    """The questions of the built-in capability task, without its sentences to complete."""
+    lines = (TASKS / f"{BUILTIN_TASK}.jsonl").read_text(encoding="utf-8").splitlines()
+    items = [json.loads(line) for line in lines]
+    return tuple(
+        Known(item["context"].removeprefix("Question: ").removesuffix("\nAnswer:"), item["choices"][item["answer"]])
+        for item in items
+        if item["context"].startswith("Question: ")
+    )
+
+
+def asked_of(number: int, count: int, seed: int) -> list[Known]:
+    """What a conversation is asked, those first that do not count: the same in all of its ways and turns."""
+    return random.Random(row_seed(seed, "known questions", number)).sample(known_questions(), SHOWN + count)
+
+
+def capability(
+    backend: Backend,
+    chat: ChatFormat,
+    conversations: Sequence[Conversation],
+    edits: EditsOf,
+    count: int,
+    seed: int,
+    name: str,
+) -> Weighing:
+    """Weighs the right answers to known questions that are asked after what was said, as the way steers then.
+
+    Each question stands with its right answer before the next, so that one pass weighs all of them.
+    """
+    passages = [_known_passage(chat, each, asked_of(each.number, count, seed)) for each in conversations]
+    labels = [each.request("", seed).labels for each in conversations]
+
+    def edited(batch: Sequence[int], width: int) -> list[Edit]:
+        mask = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, number in enumerate(batch):
+            _mark(mask[row], passages[number])
+        return [replace(edit, positions=mask) for edit in rowwise(edits(labels[number]) for number in batch)]
+
+    purposes = [json.dumps([_purpose(each), count, seed]) for each in conversations]
+    return Weighing(backend, passages, purposes, name, edited)
+
+
+def _known_passage(chat: ChatFormat, conversation: Conversation, asked: Sequence[Known]) -> Passage:
+    way = Way(conversation.variant.labels["way"])
+    chain = list(_messages(asked))
+    found = turn_prompt(chat, [*conversation.messages, *chain, _LAST])
+    answers = found.said[-len(asked) :]
+    ids = found.ids[: answers[-1][1]]
+    past = turn_prompt(chat, [*conversation.messages, chain[0]]).past if way is Way.CLEAN_ALL else 0
+    said = {Way.GENERATED: found.said, Way.CLEAN: answers}.get(way)
+    edited = [range(past, len(ids))] if said is None else [range(start - 1, stop) for start, stop in said]
+    return Passage(ids, answers[SHOWN:], tuple(edited))
+
+
+def _mark(row: Bool[Tensor, " width"], passage: Passage) -> None:
+    """Mark the tokens that are edited in a row of a batch that is padded on the left."""
+    first = len(row) - len(passage.ids)
+    for part in passage.edited:
+        row[first + part.start : first + part.stop] = True
+
+
+def _messages(asked: Sequence[Known]) -> Iterator[Message]:
+    for each in asked:
+        yield from messages_of(None, each.question)
+        yield {"role": "assistant", "content": each.answer}
+
+
+def capability_of(found: Sequence[Sequence[float]]) -> list[float]:
+    """The mean probability of the right answers, by conversation."""
+    least, most = SHARES
+    return [min(max(math.fsum(map(math.exp, each)) / len(each), least), most) for each in found]
+
+
+def _purpose(conversation: Conversation) -> str:
+    labels: Mapping[str, Any] = conversation.variant.labels
+    return json.dumps([conversation.user.name, dict(labels), conversation.variant.system, conversation.exchanges])

@@ -1,0 +1,71 @@
+"""`PersistSettings`: what is said, how it is steered, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.persistence.measures import SHOWN, known_questions
+from persona_lens.analysis.persistence.ways import Way
+from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.vectors import DEFAULT_REDUCTION
+
+
+@dataclass(frozen=True)
+class PersistSettings:
+    """What is said, how it is steered, and what is measured.
+
+    Attributes:
+        conversations: How many people talk, from each domain of the scripted users in turn.
+        turns: Turns of each conversation.
+        ways: Ways to steer, all of them by default; conversations without steering are always held too.
+        layer: Where to steer; None for the layer that was tuned.
+        coefficient: Multiple of the raw vector; None for the one that was tuned.
+        target: Projection that `floor` and `gated` hold, in residual-stream units; None for the one that `all` has in
+            the first turn.
+        known_questions: How many known questions are asked after some turns, for capability; 0 asks none.
+        known_turns: After which turns they are asked; None for the first and the last.
+        last: How many of the last turns count as the end, at which ways are held against one another.
+        random_directions: How many random directions stand beside; conversation i gets number i modulo this.
+        reduction: Which of the vectors.
+        seed: Base of every row's seed and of the random directions.
+        rollouts: How replies are made.
+    """
+
+    conversations: int = 12
+    turns: int = 10
+    ways: tuple[str, ...] | None = None
+    layer: int | None = None
+    coefficient: float | None = None
+    target: float | None = None
+    known_questions: int = 6
+    known_turns: tuple[int, ...] | None = None
+    last: int = 3
+    random_directions: int = 5
+    reduction: str = DEFAULT_REDUCTION
+    seed: int = 0
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+
+    def __post_init__(self) -> None:
+        counts = (self.conversations, self.turns, self.last, self.random_directions)
+        if min(counts) < 1 or self.last > self.turns:
+            raise AnalysisError(
+                "conversations, turns, last and random_directions must be at least 1, and last at most turns"
+            )
+        if not 0 <= self.known_questions <= (most := len(known_questions()) - SHOWN):
+            raise AnalysisError(f"known_questions must be from 0 to {most}, got {self.known_questions}")
+        if self.coefficient == 0:
+            raise AnalysisError("a coefficient of 0 steers nothing; give another, or none for the tuned one")
+        if (self.layer is None) != (self.coefficient is None):
+            raise AnalysisError("a layer and a coefficient go together; give both, or neither for the tuned ones")
+        object.__setattr__(self, "ways", tuple(map(str, self._ways())))
+        turns = self.known_turns or tuple(dict.fromkeys((1, self.turns)))
+        if min(turns) < 1 or max(turns) > self.turns:
+            raise AnalysisError(f"known_turns must be from 1 to {self.turns}, got {list(turns)}")
+        object.__setattr__(self, "known_turns", tuple(sorted(set(turns))) if self.known_questions else ())
+
+    def _ways(self) -> list[Way]:
+        named = [part.strip() for each in self.ways or () for part in each.split(",")]
+        if unknown := [name for name in named if name not in list(Way)]:
+            raise AnalysisError(f"there is no way {unknown[0]!r} to steer; there are {', '.join(Way)}")
+        return [way for way in Way if way is not Way.NONE and (not named or way in named)]
