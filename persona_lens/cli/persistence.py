@@ -73,15 +73,9 @@ def _show(found: Persistence, _: Session) -> None:
         rows = [
             (
                 way,
-                _cell(each["turns"][0]["score"], ".1f"),
-                *(_cell(each["end"][measure], SHOWN[measure][1]) for measure in measures),
+                interval_text(each["turns"][0]["score"], ".1f", "conversation"),
+                *(interval_text(each["end"][measure], SHOWN[measure][1], "conversation") for measure in measures),
             )
             for way, each in ways.items()
         ]
         print_table(f"{name}, {trait['steering']} [95% interval over conversations]", heads, rows)
-
-
-def _cell(value: Any, form: str) -> str:
-    from persona_lens.reports.page import estimate
-
-    return "-" if value is None else interval_text(estimate(value), form)

@@ -192,8 +192,11 @@ class Conversations:
             conversations = tuple(each.gone_on(message, reply) for each, message, reply in after)
             yield Turn(number, conversations, answers)
 
-    def check(self) -> None:
+    def check(self, behind: int = 0) -> None:
         """Refuse conversations that might become too long for the model, before anything is asked.
+
+        Args:
+            behind: Tokens of what is to stand behind a whole conversation.
 
         Raises:
             ContextError: If they would be, were every reply as long as it may be.
@@ -204,7 +207,7 @@ class Conversations:
             examples = [*each.variant.examples, *((message, "") for message in earlier)]
             prompts.append(self.chat.encode(each.variant.system, last, examples))
         written = 1 if self.asks is None else 2  # who has no script writes as much as the model
-        new = written * self.turns * self.settings.max_new_tokens
+        new = written * self.turns * self.settings.max_new_tokens + behind
         check_fits(context_length(self.backend), map(len, prompts), new)
 
     def work(self) -> tuple[Work, ...]:

@@ -22,7 +22,7 @@ NAMES = {
     "score": "trait score",
     "nll": "surprise, nats a token",
     "coherence": "coherence",
-    "capability": "probability of right answers",
+    "capability": "right answers, probability a token",
     "projection": "projection",
 }
 DIGITS = {"score": 1, "nll": 2, "coherence": 1, "capability": 2, "projection": 1}
@@ -40,7 +40,7 @@ WAYS = {
     "clean": "added where a reply is generated, finished turns read as if unsteered",
     "clean-all": "added at every token of the turn, finished turns read as if unsteered",
     "floor": "every token’s projection held at the target",
-    "gated": "added at every token whose projection is short of the target",
+    "gated": "added at every token whose projection is short of the gate",
     "random": "as all, along random directions of the same length",
     "prompted": "asked for by a system prompt",
 }

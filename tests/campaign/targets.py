@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from persona_lens.analysis.dissection import DissectSettings, dissect
+from persona_lens.analysis.persistence import PersistSettings, persist
 from persona_lens.backend import wrap_model
 from persona_lens.data.datasets import open_dataset
 from persona_lens.data.scripted import Scripted
@@ -111,6 +112,13 @@ def _effects(folder: Path) -> Result:
     return effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder)
 
 
+def _persist(folder: Path) -> Result:
+    users = [Scripted(name, "tea", ("Hi", "Tea?")) for name in ("ann", "bob")]
+    settings = PersistSettings(2, 2, ("all", "clean", "floor"), 1, 2.0, known_questions=1, last=1,
+                               rollouts=RolloutSettings(4, batch_size=4))  # fmt: skip
+    return persist(made.backend(), {TRAIT.name: tiny_vectors()}, settings, users=users, folder=folder)
+
+
 def _tune(folder: Path) -> Result:
     settings = TuneSettings((1,), strengths=(0.1, 0.2), search_questions=3, random_directions=1, rollouts=SMALL)
     return tune(Normed(TRAIT), vectors(), settings, folder=folder)
@@ -202,6 +210,7 @@ TARGETS: dict[str, Run] = {
     "steer compare": _compare,
     "steer effects": _effects,
     "steer tune": _tune,
+    "steer persist": _persist,
     "monitor study": _study,
     "monitor drift": _drift,
     "screen": _screen,

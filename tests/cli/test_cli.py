@@ -46,6 +46,7 @@ COMMANDS = (
     ("steer", "compare"),
     ("steer", "capability"),
     ("steer", "effects"),
+    ("steer", "persist"),
     ("vectors",),
     ("vectors", "show"),
     *(("vectors", name) for name in ("cosines", "layers", "pca", "agree", "halves", "lens", "attribute")),

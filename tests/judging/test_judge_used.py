@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from persona_lens.analysis.dissection import DissectSettings, dissect
+from persona_lens.analysis.persistence import PersistSettings, persist
 from persona_lens.backend import wrap_model
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.data.datasets import open_dataset
@@ -65,6 +66,12 @@ def _effects(folder: Path, judge: Judge) -> None:
     effects(made.backend(), arms, {TRAIT.name: tiny_vectors()}, settings, folder=folder, judges=judges)
 
 
+def _persist(folder: Path, judge: Judge) -> None:
+    settings = PersistSettings(1, 1, ("all",), 1, 2.0, known_questions=0, last=1, rollouts=RolloutSettings(4))
+    judges = {TRAIT.name: judge}
+    persist(made.backend(), {TRAIT.name: tiny_vectors()}, settings, folder=folder, judges=judges)
+
+
 def _shift(folder: Path, judge: Judge) -> None:
     other = {"other": partial(wrap_model, tiny_model(seed=1), tiny_tokenizer())}
     asked = ArmSettings((0,), random_directions=0, rollouts=RolloutSettings(4))
@@ -105,6 +112,7 @@ RUNS: dict[str, Callable[[Path, Judge], None]] = {
     "steer tune": _tune,
     "steer compare": _compare,
     "steer effects": _effects,
+    "steer persist": _persist,
     "shift": _shift,
     "dissect": _dissect,
     "monitor study": _study,

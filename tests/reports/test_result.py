@@ -34,6 +34,7 @@ MADE: dict[str, Callable[[Path], Result]] = {
     "comparison": targets._compare,
     "tune": targets._tune,
     "effects": targets._effects,
+    "persistence": targets._persist,
     "study": targets._study,
     "drift": targets._drift,
     "baseline": lambda folder: measure_baseline(

@@ -23,7 +23,6 @@ from persona_lens.backend import Backend, Edit, TokenBatch
 from persona_lens.backend.batches import batches_of_passes, forward_rows
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.progress import Progress
-from persona_lens.core.statistics import SHARES
 from persona_lens.data.turns import turn_prompt
 from persona_lens.extraction.conversations import Conversation
 from persona_lens.models import ChatFormat, Message
@@ -35,7 +34,7 @@ from persona_lens.runs.rollouts import row_seed
 from persona_lens.steering.steering import rowwise
 
 MAX_ROWS = 256
-SHOWN = 2  # known questions that come first, for the model to see how they are answered; they do not count
+SHOWN = 4  # known questions that come first, for the model to see how they are answered; they do not count
 _LAST: Message = {"role": "user", "content": "Thank you."}  # behind the last reply, so that its end can be found
 Edited = Callable[[Sequence[int], int], Sequence[Edit]]
 """Gives the edits of a batch: the numbers of its passages, and how many tokens wide it is."""
@@ -230,10 +229,22 @@ def _messages(asked: Sequence[Known]) -> Iterator[Message]:
         yield {"role": "assistant", "content": each.answer}
 
 
-def capability_of(found: Sequence[Sequence[float]]) -> list[float]:
-    """The mean probability of the right answers, by conversation."""
-    least, most = SHARES
-    return [min(max(math.fsum(map(math.exp, each)) / len(each), least), most) for each in found]
+def known_length(chat: ChatFormat, number: int, count: int, seed: int) -> int:
+    """Tokens of the questions that a conversation is asked, with their answers."""
+    return len(chat.encode_messages(list(_messages(asked_of(number, count, seed))), add_generation_prompt=False))
+
+
+def capability_of(weighing: Weighing, found: Sequence[Sequence[float]]) -> list[float]:
+    """What each token of the right answers is given, by conversation: the geometric mean of probabilities.
+
+    A question counts as much as another, however many tokens its answer has.
+    """
+    values = []
+    for passage, logprobs in zip(weighing.passages, found, strict=True):
+        lengths = [stop - start for start, stop in passage.spans]
+        means = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
+        values.append(min(math.exp(math.fsum(means) / len(means)), 1.0))
+    return values
 
 
 def _purpose(conversation: Conversation) -> str:

@@ -42,7 +42,8 @@ class TurnRow(Answer):
         domain: What about.
         projection: Of the mean response token on the trait's unit vector, as the model was steered, in residual-stream
             units; None for an empty reply.
-        capability: Mean probability of the right answers to known questions after this turn; None where none is asked.
+        capability: Probability of a token of the right answers to known questions after this turn, a geometric mean;
+            None where none is asked.
     """
 
     trait: str

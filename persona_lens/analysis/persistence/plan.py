@@ -17,12 +17,13 @@ from persona_lens.analysis.persistence.measures import (
     Weighing,
     capability,
     capability_of,
+    known_length,
     surprise,
     surprise_of,
 )
 from persona_lens.analysis.persistence.outcomes import Outcome, TurnRow
 from persona_lens.analysis.persistence.settings import PersistSettings
-from persona_lens.analysis.persistence.ways import UNSTEERED, Aim, EditsOf, Way, edits_by_labels, edits_for
+from persona_lens.analysis.persistence.ways import FROM, UNSTEERED, Aim, EditsOf, Way, edits_by_labels, edits_for
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress
 from persona_lens.data.scripted import Scripted, scripted_users, spread_over_domains
@@ -102,14 +103,9 @@ class Plan:
             where = (tuned.layer, tuned.coefficient, tuned.reduction)
         else:
             where = (asked.layer, asked.coefficient, asked.reduction)
-        aim = Aim(subject.vectors, subject.trait, *where, target=asked.target)
+        aim = Aim(subject.vectors, subject.trait, *where, target=asked.target, gate=asked.gate)
         aim.vector  # noqa: B018 - a layer that is not there is refused before anything runs
         return aim
-
-    @property
-    def ways(self) -> list[Way]:
-        """The ways to steer."""
-        return [Way(name) for name in self.settings.ways or ()]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -125,7 +121,7 @@ class Plan:
         prefix: str = "",
     ) -> Conversations:  # fmt: skip
         """The conversations that are held; all of them by default."""
-        every = [UNSTEERED, *(aim.variant(way) for aim in aims.values() for way in self.ways)]
+        every = [UNSTEERED, *(aim.variant(way) for aim in aims.values() for way in self.settings.held_ways)]
         return Conversations(
             self.backend,
             self.chat,
@@ -163,6 +159,12 @@ class Plan:
             **model_config(self.backend, self.chat),
         }
 
+    def check(self) -> None:
+        """Refuse what might become too long for the model, known questions included, before anything is asked."""
+        asked = self.settings.known_questions if self.settings.known_after else 0
+        chains = [known_length(self.chat, number, asked, self.settings.seed) for number in range(len(self.users))]
+        self.conversations(self.aims).check(max(chains) if asked else 0)
+
     def prepare(self, run: RunFolder | None) -> None:
         """Let judges find out whether they can work."""
         messages = {message for user in self.users for message in user.turns[: self.settings.turns]}
@@ -172,25 +174,35 @@ class Plan:
                 each.judge.check_room(messages, self.settings.rollouts.max_new_tokens)
 
     def aimed(self, run: RunFolder | None, progress: Progress) -> dict[str, Aim]:
-        """The traits with the projections that are held: those that adding at all tokens has in the first turn."""
-        if self.settings.target is not None or not any(way.holds_target for way in self.ways):
+        """The traits with what is held, as far as it was not named: projections of replies of the first turn."""
+        missing = [
+            way for way in self.settings.held_ways if way in FROM and getattr(self.settings, FROM[way][0]) is None
+        ]
+        if not missing:
             return self.aims
         aims = self.aims
-        variants = [aim.variant(Way.ALL) for aim in aims.values()]
+        variants = [aim.variant(FROM[way][1]) for aim in aims.values() for way in missing]
         (turn,) = self.conversations(aims, variants, 1, "target-").hold(run, progress)
         held = HeldTurn(turn.conversations, turn.rollouts, turn.reads().get(ReadKind.RESPONSE_MEAN.value))
-        return {name: replace(aim, target=self._target(name, aim, held)) for name, aim in aims.items()}
+        for way in missing:
+            name, source = FROM[way]
+            found: dict[str, Any] = {trait: {name: self._mean(trait, aim, source, held)} for trait, aim in aims.items()}
+            aims = {trait: replace(aim, **found[trait]) for trait, aim in aims.items()}
+        return aims
 
-    def _target(self, name: str, aim: Aim, turn: HeldTurn) -> float:
+    def _mean(self, trait: str, aim: Aim, source: Way, turn: HeldTurn) -> float:
+        """The mean projection of the replies to a way."""
+        own = {"trait": trait, "way": str(source)}
         found = [
             value
             for place, rollout in enumerate(turn.rollouts)
-            if rollout.request.labels["trait"] == name and (value := self._projection(aim, turn, place)) is not None
+            if own.items() <= rollout.request.labels.items()
+            and (value := self._projection(aim, turn, place)) is not None
         ]
         if not found:
             raise AnalysisError(
-                f"every reply of the first turn steered towards {name} is empty, so what floor and gated should hold "
-                "is not known; name a target, or a smaller coefficient"
+                f"every reply of the first turn is empty that is to say what floor and gated hold of {trait}; name a "
+                "target and a gate"
             )
         return round(fmean(found), 6)
 
@@ -246,18 +258,18 @@ class Plan:
         return {
             (turn, place): value
             for turn, weighing in self._weighings(aims, finished)
-            for place, value in enumerate(capability_of(weighing.run(run, progress)))
+            for place, value in enumerate(capability_of(weighing, weighing.run(run, progress)))
         }
 
     def _weighings(self, aims: Mapping[str, Aim], finished: Sequence[Conversation]) -> Iterator[tuple[int, Weighing]]:
-        for turn in self.settings.known_turns or ():
+        for turn in self.settings.known_after:
             stood = [each.until(turn) for each in finished]
             count, seed, name = self.settings.known_questions, self.settings.seed, f"capability-{turn:02d}"
             yield turn, capability(self.backend, self.chat, stood, self.edits(aims), count, seed, name)
 
     def work(self) -> Iterator[Work]:
         """What a run would ask; nothing runs."""
-        aims = {name: replace(aim, target=aim.target or 0.0) for name, aim in self.aims.items()}
+        aims = {name: replace(aim, target=aim.target or 0.0, gate=aim.gate or 0.0) for name, aim in self.aims.items()}
         held = self.conversations(aims)
         finished = held.longest()
         yield from held.work()

@@ -79,7 +79,7 @@ def persist(
         VectorsError: If vectors belong to another model, carry no calibration, or nothing was tuned and no layer named.
     """
     planned = Plan.of(backend, vectors, settings or PersistSettings(), users, judges, chat)
-    planned.conversations(planned.aims).check()  # what cannot be run must not claim the folder
+    planned.check()  # what cannot be run must not claim the folder
     with run_folder(folder, planned.config()) as run:
         planned.prepare(run)
         aims = planned.aimed(run, progress)
@@ -111,6 +111,7 @@ def summary_of(plan: Plan, outcomes: Mapping[str, Outcome], used: Mapping[str, A
     return {
         **{name: value for name, value in plan.config().items() if name != "traits"},
         "conversations": len(plan.users),
+        "known_after": list(plan.settings.known_after),
         "domains": list(dict.fromkeys(user.domain for user in plan.users)),
         "judges": dict(used),
         "traits": {
@@ -122,6 +123,7 @@ def summary_of(plan: Plan, outcomes: Mapping[str, Outcome], used: Mapping[str, A
                 "coefficient": each.aim.coefficient,
                 "towards": each.aim.towards,
                 "target": each.aim.target,
+                "gate": each.aim.gate,
                 "system": each.aim.system(Way.PROMPTED),
                 "ways": {str(way): each.to_json(way) for way in each.ways},
                 "pairs": pairs_of([each]),

@@ -21,8 +21,10 @@ class PersistSettings:
         ways: Ways to steer, all of them by default; conversations without steering are always held too.
         layer: Where to steer; None for the layer that was tuned.
         coefficient: Multiple of the raw vector; None for the one that was tuned.
-        target: Projection that `floor` and `gated` hold, in residual-stream units; None for the one that `all` has in
-            the first turn.
+        target: Projection that `floor` holds, in residual-stream units; None for the mean that replies steered at all
+            tokens have in the first turn.
+        gate: Projection short of which `gated` adds; None for the mean that replies to the system prompt have in the
+            first turn.
         known_questions: How many known questions are asked after some turns, for capability; 0 asks none.
         known_turns: After which turns they are asked; None for the first and the last.
         last: How many of the last turns count as the end, at which ways are held against one another.
@@ -38,7 +40,8 @@ class PersistSettings:
     layer: int | None = None
     coefficient: float | None = None
     target: float | None = None
-    known_questions: int = 6
+    gate: float | None = None
+    known_questions: int = 8
     known_turns: tuple[int, ...] | None = None
     last: int = 3
     random_directions: int = 5
@@ -58,14 +61,21 @@ class PersistSettings:
             raise AnalysisError("a coefficient of 0 steers nothing; give another, or none for the tuned one")
         if (self.layer is None) != (self.coefficient is None):
             raise AnalysisError("a layer and a coefficient go together; give both, or neither for the tuned ones")
-        object.__setattr__(self, "ways", tuple(map(str, self._ways())))
-        turns = self.known_turns or tuple(dict.fromkeys((1, self.turns)))
-        if min(turns) < 1 or max(turns) > self.turns:
-            raise AnalysisError(f"known_turns must be from 1 to {self.turns}, got {list(turns)}")
-        object.__setattr__(self, "known_turns", tuple(sorted(set(turns))) if self.known_questions else ())
+        self.held_ways  # noqa: B018 - what is not known is refused at once
+        if not all(1 <= turn <= self.turns for turn in self.known_after):
+            raise AnalysisError(f"known_turns must be from 1 to {self.turns}, got {list(self.known_after)}")
 
-    def _ways(self) -> list[Way]:
+    @property
+    def held_ways(self) -> list[Way]:
+        """The ways to steer, the unsteered conversations left out."""
         named = [part.strip() for each in self.ways or () for part in each.split(",")]
         if unknown := [name for name in named if name not in list(Way)]:
             raise AnalysisError(f"there is no way {unknown[0]!r} to steer; there are {', '.join(Way)}")
         return [way for way in Way if way is not Way.NONE and (not named or way in named)]
+
+    @property
+    def known_after(self) -> tuple[int, ...]:
+        """After which turns known questions are asked."""
+        if not self.known_questions:
+            return ()
+        return tuple(sorted(set(self.known_turns or (1, self.turns))))

@@ -41,7 +41,7 @@ class Way(StrEnum):
     FLOOR = "floor"
     """No token's projection stays below the target; for less of a trait, none stays above it."""
     GATED = "gated"
-    """The coefficient is added at every token whose projection is below the target; for less of a trait, above it."""
+    """The coefficient is added at every token whose projection is below the gate; for less of a trait, above it."""
     RANDOM = "random"
     """As ``all``, along a random direction of the same length."""
     PROMPTED = "prompted"
@@ -52,15 +52,12 @@ class Way(StrEnum):
         """What becomes of finished turns."""
         return History.CLEAN if self in (Way.CLEAN, Way.CLEAN_ALL) else History.STEERED
 
-    @property
-    def holds_target(self) -> bool:
-        """Whether it needs to know a projection to hold."""
-        return self in (Way.FLOOR, Way.GATED)
-
 
 STEERING = (Way.ALL, Way.GENERATED, Way.CLEAN, Way.CLEAN_ALL, Way.FLOOR, Way.GATED)
 COMPARED = (*STEERING, Way.PROMPTED)
 """Ways that are held against one another; the others are there to be compared with."""
+FROM = {Way.FLOOR: ("target", Way.ALL), Way.GATED: ("gate", Way.PROMPTED)}
+"""What of an `Aim` a way needs, and in which way the replies of the first turn have it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +70,8 @@ class Aim:
         layer: Where it is steered.
         coefficient: Multiple of the raw vector; below 0 for less of the trait.
         reduction: Which of the vectors.
-        target: What ``floor`` and ``gated`` hold, in residual-stream units; None where it is not known yet.
+        target: Projection that ``floor`` holds, in residual-stream units; None where it is not known yet.
+        gate: Projection short of which ``gated`` adds; likewise.
     """
 
     vectors: PersonaVectors
@@ -82,6 +80,7 @@ class Aim:
     coefficient: float
     reduction: str
     target: float | None = None
+    gate: float | None = None
 
     @property
     def towards(self) -> int:
@@ -122,19 +121,17 @@ class Aim:
             return ()
         if way is Way.RANDOM:
             return self.steering.null(random)
-        if way.holds_target:
+        if way in FROM:
             return (self._holding(way),)
         positions = Positions.GENERATING if way in (Way.GENERATED, Way.CLEAN) else Positions.ALL
         return (Edit.add(self.layer, self.vector, self.coefficient, positions),)
 
     def _holding(self, way: Way) -> Edit:
-        assert self.target is not None
-        less = self.towards < 0
+        less, level = self.towards < 0, getattr(self, FROM[way][0])
         if way is Way.GATED:
-            condition = Condition(self.layer, self.vector, self.target, above=less)
+            condition = Condition(self.layer, self.vector, level, above=less)
             return Edit(self.layer, self.vector, coefficient=self.coefficient, condition=condition)
-        make = Edit.cap if less else Edit.floor
-        return make(self.layer, self.vector, self.target)
+        return (Edit.cap if less else Edit.floor)(self.layer, self.vector, level)
 
 
 UNSTEERED = Variant({"trait": "", "way": str(Way.NONE)})
