@@ -1,6 +1,7 @@
 """Makes the pictures of docs/workbench.md: ``python -m tests.serve.pictures VECTORS...``, of the embedded model.
 
-`make workbench-pictures` does all of it. The palette of 128 colours keeps each at a few dozen kilobytes.
+`make workbench-pictures` does all of it. A palette keeps each at a few dozen kilobytes; it is chosen so that colours of few
+pixels, such as those of the legend and of marks, stay as they are.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from persona_lens.serve.workbench import Workbench
 from tests.serve.browsing import PHONE, Page, browser
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
-COLOURS = 128
+COLOURS = 256
 LAYERS = (14, 18, 22)
+SHOWN = "optimistic@18"  # of what is steered
 
 
 def kept(page: Any, name: str) -> None:
-    """A picture, light."""
+    """A picture, of few bytes."""
     picture = Image.open(io.BytesIO(page.screenshot()))
     file = FIGURES / f"workbench-{name}.png"
-    picture.convert("RGB").quantize(COLOURS).save(file, optimize=True)
+    picture.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
 
 
@@ -40,6 +42,7 @@ def pictures(link: str) -> None:
         page.page.set_default_timeout(120_000)
         page.set(Tokens_at_most=60, Temperature=0.7, Seed=4)
         page.page.evaluate("document.getElementById('sampling').open = false")
+        page.page.select_option("#gauge", SHOWN)
         page.send("I start a new job on Monday.")
         first = page.page.locator(".trait").first
         first.get_by_role("slider").fill("25")
