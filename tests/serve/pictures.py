@@ -1,7 +1,7 @@
 """Makes the pictures of docs/workbench.md: ``python -m tests.serve.pictures VECTORS...``, of the embedded model.
 
-`make workbench-pictures` does all of it. A palette keeps each at a few dozen kilobytes; it is chosen so that colours of few
-pixels, such as those of the legend and of marks, stay as they are.
+`make workbench-pictures` does all of it. A palette keeps each at a few dozen kilobytes; it is chosen so that colours of
+few pixels, such as those of the legend and of marks, stay as they are.
 """
 
 from __future__ import annotations

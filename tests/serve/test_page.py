@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from persona_lens.core.statistics import Verdict
+from persona_lens.monitoring import Observations, calibrate, monitor_calibration
+from persona_lens.monitoring.calibration import with_monitor_calibration
 from persona_lens.serve.server import Running
 from persona_lens.serve.session import Session
 from persona_lens.serve.shelf import Shelf
 from persona_lens.serve.workbench import Workbench
 from persona_lens.steering.history import DEFAULT_HISTORY
+from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.provenance import LayerBaseline, StoredBaseline, Tuned
 from tests.backends.fixtures import backend_of
 from tests.serve.browsing import DESK, PHONE, Page, browser
-from tests.serve.running import LAYERS, TRAITS, vectors_of
+from tests.serve.running import LAYERS, TRAITS, Client, vectors_of
 from tests.tiny import tiny_model
 
 HOSTILE = '<img src=x onerror="document.body.dataset.owned=1"><script>document.body.dataset.owned=1</script>\u202e&amp;'
@@ -40,8 +45,21 @@ def running(chromium: Any) -> Iterator[Running]:
         .with_provenance(baseline=baseline)
         for seed, trait in enumerate(TRAITS)
     ]
+    vectors[1] = monitored(vectors[1])
     with Running(Workbench(backend, Shelf(backend, vectors, LAYERS))) as server:
         yield server
+
+
+def monitored(vectors: PersonaVectors) -> PersonaVectors:
+    """Vectors with what `monitor study` stores; at one layer it is told what speaks against it."""
+    places = [number / 10 - 2 for number in range(40)]
+    seen = Observations.of(places, [number // 8 for number in range(40)], [5] * 40, [n // 4 for n in range(40)])
+    verdicts: dict[int, Verdict] = dict(zip(LAYERS, ("clear", "unclear"), strict=True))
+    curves = [
+        replace(calibrate(seen, vectors.trait, layer, "response_mean"), verdict=verdict)
+        for layer, verdict in verdicts.items()
+    ]
+    return with_monitor_calibration(vectors, curves, LAYERS[0], {"judge": {"judge": "likelihood"}})
 
 
 @pytest.fixture
@@ -102,6 +120,44 @@ def test_what_is_set_in_the_rack_steers_the_next_reply_and_presets_keep_it(page:
     assert page.page.input_value("#line") == "evil@1:+50%"
     page.page.get_by_role("button", name="Delete", exact=True).click()
     page.page.wait_for_selector("[aria-label=Presets] option[value=dark]", state="detached")
+
+
+@pytest.mark.parametrize("tone", ["light", "dark"])
+def test_what_was_tuned_and_where_text_breaks_are_marked_where_the_slider_has_them(page: Page, tone: Any) -> None:
+    page.page.emulate_media(color_scheme=tone)
+    trait = page.page.locator(".trait").first
+    slider = trait.get_by_role("slider")
+    assert slider.input_value() == "10"  # what was tuned
+    assert trait.locator(".marks p").inner_text() == "tuned +10% · text breaks at +50%"
+    box = slider.bounding_box()
+    ends = [float(slider.get_attribute(name)) for name in ("min", "max")]
+    shades = set()
+    for kind, at in (("zero", 0), ("tuned", 10), ("cliff", 50)):
+        mark = trait.locator(f".mark.{kind}")
+        share = (at - ends[0]) / (ends[1] - ends[0])
+        assert mark.bounding_box()["x"] == pytest.approx(box["x"] + 8 + share * (box["width"] - 16), abs=1.5)
+        shades.add(mark.evaluate("mark => getComputedStyle(mark).borderLeftColor"))
+    assert len(shades) == 3
+    words = trait.locator(".marks p .cliff").evaluate("word => getComputedStyle(word).color")
+    assert words == {"light": "rgb(160, 64, 0)", "dark": "rgb(255, 171, 112)"}[tone]
+    trait.get_by_label("operation of evil").select_option("times")
+    assert trait.locator(".marks p").inner_text() == "tuned +0.5"
+    assert trait.locator(".mark.cliff").count() == 0
+
+
+def test_a_stored_monitor_foretells_the_reply_and_says_what_speaks_against_it(page: Page, running: Running) -> None:
+    page.send("Hello")
+    said = page.page.inner_text(".message.assistant .before")
+    read = Client(running).chat("Hello", lens={"watch": ["kind"]}).json()["choices"][0]["persona_lens"]
+    kind = running.server.workbench.shelf.vectors["kind"]
+    curves = [monitor_calibration(kind, layer) for layer in LAYERS]
+    shares = [curve.probability(value) for curve, value in zip(curves, read["prompt_last"], strict=True)]
+    first, second = (
+        f"{round(100 * share)}% likely to be kind, by layer {at}" for at, share in zip(LAYERS, shares, strict=True)
+    )
+    assert said.endswith(f" · {first} · {second} ({curves[1].caveat})")
+    assert "did not clearly do better than random directions" in said
+    assert page.page.locator(".before [title]").count() == 0  # nothing of it is for pointers alone
 
 
 def test_a_steering_can_be_written_and_what_is_wrong_with_it_is_said(page: Page) -> None:

@@ -81,9 +81,11 @@ export class MessageView {
     if (!readings) return [];
     const found = [];
     if (gauge && Number.isFinite(readings.prompt_last[place])) found.push(`Before the reply: ${gauge.name} at ${signed(readings.prompt_last[place], scales.digits(gauge))}`);
-    for (const { gauge: number, probability, says } of readings.forecast) {
-      const name = gauges[number]?.trait;
-      if (name) found.push(element("span", { class: "forecast", title: says || undefined }, `${Math.round(probability * 100)}% likely to be ${name}${says ? " *" : ""}`));
+    const told = readings.forecast.filter(({ gauge: number }) => gauges[number]);
+    for (const { gauge: number, probability, says } of told) {
+      const { trait, layer } = gauges[number];
+      const by = told.filter((other) => gauges[other.gauge].trait === trait).length > 1 ? `, by layer ${layer}` : "";
+      found.push(element("span", { class: "forecast" }, `${Math.round(probability * 100)}% likely to be ${trait}${by}${says ? ` (${says})` : ""}`));
     }
     return found.flatMap((each, number) => (number ? [" · ", each] : [each]));
   }

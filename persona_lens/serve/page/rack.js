@@ -161,7 +161,7 @@ export class Rack {
     return [
       extras.length ? element("ul", { class: "extras", "aria-label": "Further terms" }, ...extras) : null,
       element("label", { for: "line", class: "quiet small" }, "The steering as it is written"), this.field, this.faulty,
-      element("label", { class: "fine" }, "Earlier turns ", past),
+      element("label", { class: "row fine" }, "Earlier turns", past),
       element("div", { class: "row fine" }, this.select, button("Load", () => this.select.value && this.load(this.known[this.select.value])),
         button("Delete", () => this.select.value && this.drop(this.select.value)), button("All off", () => this.load(""))),
       element("div", { class: "row fine" }, name, button("Save preset", () => this.save(name.value.trim()))),
