@@ -1,7 +1,7 @@
 """Makes the pictures of docs/workbench.md: ``python -m tests.serve.pictures VECTORS...``, of the embedded model.
 
 `make workbench-pictures` does all of it. A palette keeps each at a few dozen kilobytes; it is chosen so that colours of
-few pixels, such as those of the legend and of marks, stay as they are.
+few pixels, such as those of the legend and of marks, stay as they are, and then moved to those of many.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def kept(page: Any, name: str) -> None:
     """A picture, of few bytes."""
     picture = Image.open(io.BytesIO(page.screenshot()))
     file = FIGURES / f"workbench-{name}.png"
-    picture.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
+    picture.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=3).save(file, optimize=True)
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
 
 
