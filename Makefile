@@ -80,7 +80,7 @@ test-vllm: $(VENV)/.development
 	-@$(MAKE) --no-print-directory $(PERSONA_LENS_VLLM_ENV)/.installed
 	@if test -e $(PERSONA_LENS_VLLM_ENV)/.installed; then \
 	  $(VLLM_PYTHON) -m pip install --quiet --no-deps --editable . && \
-	  OMP_NUM_THREADS=1 PERSONA_LENS_TEST_ADAPTER=vllm $(VLLM_PYTHON) -m pytest $(MORE) tests/vllm tests/backends \
+	  OMP_NUM_THREADS=1 PERSONA_LENS_TEST_ADAPTER=vllm $(VLLM_PYTHON) -m pytest $(MORE) tests/vllm tests/backends tests/steering/test_history.py \
 	    --ignore tests/backends/test_travelling.py --ignore tests/backends/test_nnsight_import.py; \
 	else $(BIN)/python -m pytest tests/vllm; fi
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Texts that begin and end in other ways than each other, so that whatever a message holds, one of them differs from
 # it in its first token and one in its last.
 _PROBES = ("zebra kettle", "walnut ladder")
+_LETTERS = "QZXJKVWqzxjkvw"  # rare ones first
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def turn_prompt(chat: ChatFormat, messages: Sequence[Message], *, replies: bool 
     Args:
         chat: The model's chat format.
         messages: The conversation, which ends with what is to be answered.
-        replies: Find every earlier reply, for which the template writes the conversation twice each; else what is over
-            is found, and ``said`` has the last reply alone.
+        replies: Find every earlier reply, for each of which the template writes the conversation once or twice; else
+            what is over is found, and ``said`` has the last reply alone.
 
     Raises:
         ModelError: The messages are malformed, or the template refuses them.
@@ -73,8 +74,10 @@ def _span(
     chat: ChatFormat, messages: Sequence[Message], place: int, ids: TokenIds, add_generation_prompt: bool = True
 ) -> tuple[int, int]:
     """First token of a message's content, and the one behind its last."""
+    content = messages[place]["content"]
+    absent = next((letter for letter in _LETTERS if letter not in content), None)
     before, behind = len(ids), len(ids)
-    for probe in _PROBES:
+    for probe in _PROBES if absent is None else (absent * 3,):  # of that letter one text is enough
         other = [*messages[:place], {**messages[place], "content": probe}, *messages[place + 1 :]]
         probed = tuple(chat.encode_messages(other, add_generation_prompt=add_generation_prompt))
         before = min(before, _common(ids, probed))

@@ -155,6 +155,9 @@ def test_replies_are_found_whatever_the_template(name: str) -> None:
     new, old = chat.decode(found.ids[found.past :]), chat.decode(found.ids[: found.past])
     assert ("And then" in new, "And then" in old, new.count("kettle"), old.count("kettle")) == (True, False, 0, 1)
     assert found.said[-1][1] <= found.past < len(found.ids)
+    letters: Message = {"role": "assistant", "content": "zWVKJXQZ wvkjxqz"}  # none that a probe could be made of
+    found = turn_prompt(chat, [*LONG[:2], letters, *LONG[3:]])
+    assert chat.decode(found.ids[slice(*found.said[0])]).strip() == letters["content"]
 
 
 def test_a_reply_of_nothing_and_one_that_is_left_out_are_not_there() -> None:
