@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from persona_lens.analysis.dissection import DissectSettings as DissectSettings
     from persona_lens.analysis.dissection import dissect as dissect
     from persona_lens.analysis.logit_lens import lens as lens
+    from persona_lens.analysis.persistence import PersistSettings as PersistSettings
+    from persona_lens.analysis.persistence import persist as persist
     from persona_lens.backend import Backend as Backend
     from persona_lens.backend import Edit as Edit
     from persona_lens.backend import Positions as Positions
@@ -109,6 +111,7 @@ _HOMES = {
     "LocalJudge": "judging",
     "LoraSettings": "finetuning",
     "Panel": "monitoring",
+    "PersistSettings": "analysis.persistence",
     "PersonaLensError": "core.errors",
     "PersonaVectors": "vectors",
     "PlayedRole": "traits",
@@ -157,6 +160,7 @@ _HOMES = {
     "no_progress": "core.progress",
     "open_backend": "backend",
     "open_dataset": "data.datasets",
+    "persist": "analysis.persistence",
     "reply": "steering",
     "run_demo": "analysis.demo",
     "screen": "screening",
