@@ -197,8 +197,7 @@ def preview_tokens(
         raise TokenError(f"a response has 0 tokens or more, got {response}")
     info = backend.info
     turn = prompt if isinstance(prompt, TurnPrompt) else TurnPrompt(tuple(prompt))
-    prompt, past = turn.ids, History(history)
-    written = given_steering(edits, vectors)
+    prompt, written = turn.ids, given_steering(edits, vectors)
     plain = as_edits(written)
     known, to_come = ((), response) if isinstance(response, int) else (tuple(response), 0)
     text = TokenBatch.of([prompt], [known])
@@ -206,7 +205,7 @@ def preview_tokens(
     check_reads(reads, info.n_layers, info.d_model)
     parts = list(_parts(written))
     sinks = sinks_of(backend, text, to_come) if depend_on_sinks(plain, reads) else None
-    groups = [(group, turn_edits(group[:1], [turn], past, [known])) for _, group in parts]
+    groups = [(group, turn_edits(group[:1], [turn], History(history), [known])) for _, group in parts]
     factors = _factors(text, to_come, groups, sinks)
     taken = _taken(text, to_come, reads, info.n_layers, sinks)
     treatment = list(zip(factors, taken, strict=True))
