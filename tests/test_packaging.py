@@ -180,6 +180,16 @@ def test_the_installed_wheel_finds_its_traits(installed: Path, tmp_path: Path) -
     assert all(trait["error"] is None and trait["source"] == "built-in" for trait in listed["traits"])
 
 
+def test_the_installed_wheel_finds_its_roles_and_the_default_assistant(installed: Path, tmp_path: Path) -> None:
+    home = installed / "persona_lens" / "builtin_roles"
+    listed = _from_wheel(installed, tmp_path, "roles", "list", "--json")
+    assert listed["problems"] == listed["shadowed"] == []
+    shipped = {role["name"]: role["path"] for role in listed["roles"]}
+    assert shipped == {path.stem: str(home / path.name) for path in (ROOT / "roles").glob("*.yaml")}
+    default = _from_wheel(installed, tmp_path, "roles", "default", "--json")
+    assert (default["path"], len(default["questions"])) == (str(home / "shared" / "assistant.yaml"), 40)
+
+
 def test_the_installed_wheel_finds_its_backends(installed: Path, tmp_path: Path) -> None:
     backends = _from_wheel(installed, tmp_path, "backends", "list", "--json")["backends"]
     assert [backend["name"] for backend in backends] == ["nnsight", "transformer_lens", "transformers", "vllm"]

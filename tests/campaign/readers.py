@@ -28,9 +28,10 @@ from persona_lens.judging.agreement import read_scored
 from persona_lens.models.source import folder_content
 from persona_lens.monitoring import monitor_calibration
 from persona_lens.steering import Steering, load_steering
-from persona_lens.traits import load_trait
-from persona_lens.traits.generate import Draft, import_reference
-from persona_lens.traits.parsing import parse_trait
+from persona_lens.traits import load_default, load_trait
+from persona_lens.traits.generate import Draft, RoleDraft, import_reference
+from persona_lens.traits.parsing import parse, parse_trait
+from persona_lens.traits.role import ROLES
 from persona_lens.vectors import METADATA, PersonaVectors, load_vectors
 from persona_lens.vectors.formats import FORMATS, Stated, import_vectors
 from persona_lens.vectors.hub import model_card
@@ -117,6 +118,9 @@ def _of_traits(folder: Path) -> list[Target]:
         "eval_prompt": trait.judge_rubric,
     }
     draft = {"name": "grumpy", "description": "Is grumpy.", "origin": {"model": "m"}, "questions": ["What is it like?"]}
+    roles = Path(__file__).parents[2] / "roles"
+    assistant = roles / "shared" / "assistant.yaml"
+    role = {"name": "host", "description": "Keeps an inn.", "origin": {"model": "m"}, "system_prompts": ["You are it."]}
     steering = (
         b"format_version: 1\nedits:\n  - grumpy@1:+1.5\n  - grumpy@2-3:ablate on response\nvectors:\n  grumpy: v\n"
     )
@@ -126,6 +130,9 @@ def _of_traits(folder: Path) -> list[Target]:
     return [
         Target("trait YAML", from_bytes([source.read_bytes(), yaml_file]), _parsed, 0.6),
         Target("trait JSON", from_json(short), _parsed, 0.4),
+        Target("role YAML", from_bytes([roles.joinpath("pirate.yaml").read_bytes()]), _role, 2),
+        Target("default Assistant", from_bytes([assistant.read_bytes()]), in_file(folder / "default.yaml", load_default), 1),
+        Target("drafts of roles", from_json(role), in_file(folder / "role.json", RoleDraft.load), 1),
         Target(
             "traits of the reference",
             from_json(reference),
@@ -148,6 +155,10 @@ def _of_traits(folder: Path) -> list[Target]:
 
 def _parsed(content: bytes) -> None:
     parse_trait(content.decode("utf-8", "surrogateescape"))
+
+
+def _role(content: bytes) -> None:
+    parse(ROLES, content.decode("utf-8", "surrogateescape"), "<text>")
 
 
 def _configured(path: Path) -> None:
