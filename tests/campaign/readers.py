@@ -119,7 +119,8 @@ def _of_traits(folder: Path) -> list[Target]:
     }
     draft = {"name": "grumpy", "description": "Is grumpy.", "origin": {"model": "m"}, "questions": ["What is it like?"]}
     roles = Path(__file__).parents[2] / "roles"
-    assistant = roles / "shared" / "assistant.yaml"
+    pirate, assistant = (roles / name for name in ("pirate.yaml", "shared/assistant.yaml"))
+    default = folder / "default.yaml"
     role = {"name": "host", "description": "Keeps an inn.", "origin": {"model": "m"}, "system_prompts": ["You are it."]}
     steering = (
         b"format_version: 1\nedits:\n  - grumpy@1:+1.5\n  - grumpy@2-3:ablate on response\nvectors:\n  grumpy: v\n"
@@ -130,8 +131,8 @@ def _of_traits(folder: Path) -> list[Target]:
     return [
         Target("trait YAML", from_bytes([source.read_bytes(), yaml_file]), _parsed, 0.6),
         Target("trait JSON", from_json(short), _parsed, 0.4),
-        Target("role YAML", from_bytes([roles.joinpath("pirate.yaml").read_bytes()]), _role, 2),
-        Target("default Assistant", from_bytes([assistant.read_bytes()]), in_file(folder / "default.yaml", load_default), 1),
+        Target("role YAML", from_bytes([pirate.read_bytes()]), _role, 2),
+        Target("default Assistant", from_bytes([assistant.read_bytes()]), in_file(default, load_default), 1),
         Target("drafts of roles", from_json(role), in_file(folder / "role.json", RoleDraft.load), 1),
         Target(
             "traits of the reference",

@@ -73,6 +73,8 @@ COMMANDS = (
     ("monitor", "drift"),
     ("traits",),
     *(("traits", name) for name in ("list", "show", "path", "check", "new", "import", "schema")),
+    ("roles",),
+    *(("roles", name) for name in ("list", "show", "path", "check", "new", "default", "schema")),
     ("backends",),
     ("backends", "list"),
     ("backends", "check"),
