@@ -44,7 +44,7 @@ class History(StrEnum):
     """How the turns that are over are found by the next one."""
 
     STEERED = "steered"
-    """As they were made: each token is edited as it was in its own turn."""
+    """As they were made if it was under these edits: each token is edited as it was in its own turn."""
     CLEAN = "clean"
     """As if they had never been steered: edits act on the tokens of this turn alone."""
 
