@@ -165,7 +165,22 @@ def principal_components(
     if len(vectors) < 3:
         raise GeometryError(f"{len(vectors)} vectors have no components worth the name; give at least three")
     _stacked(vectors, reduction)  # of one model, or refused
-    given = torch.stack([each.vector(layer, reduction) for each in vectors.values()]).double()
+    given = torch.stack([each.vector(layer, reduction) for each in vectors.values()])
+    return components_of(tuple(vectors), layer, reduction, given, normalised=normalised, centred=centred, seed=seed)
+
+
+def components_of(
+    names: tuple[str, ...],
+    layer: int,
+    reduction: str,
+    given: Float[Tensor, "names d_model"],
+    *,
+    normalised: bool = True,
+    centred: bool = True,
+    seed: int = 0,
+) -> Components:
+    """Principal components of named rows of a layer; arguments otherwise as for `principal_components`."""
+    given = given.double()
     rows = _prepared(given, normalised, centred)
     kept = len(rows) - centred
     left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
@@ -173,7 +188,7 @@ def principal_components(
     signs = coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True)).sign()
     signs = torch.where(signs == 0, torch.ones_like(signs), signs)
     return Components(
-        tuple(vectors),
+        names,
         layer,
         reduction,
         _shares(rows)[:kept].float(),
