@@ -24,14 +24,21 @@ class Group:
         help: What they are about.
         commands: The function of each, ``module:function`` of this package.
         example: One of them, for those who leave out the second word.
+        usual: Which of them it is where the second word is none of them.
     """
 
     help: str
     commands: Mapping[str, str | Group]
     example: str | None = None
+    usual: str | None = None
 
 
 COMMANDS: Mapping[str, str | Group] = {
+    "axis": Group(
+        "Find the axis from the roles that a model can play to the default Assistant, and keep the model on its side.",
+        {"extract": "axis:axis_command"},
+        usual="extract",
+    ),
     "demo": "extraction:demo",
     "extract": "extraction:extract",
     "generate": "steerings:generate",
@@ -153,6 +160,8 @@ def lazily(group: Group) -> type[TyperGroup]:
                 return super().invoke(*given, **options)
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            if group.usual and args and args[0] not in group.commands:
+                args = [group.usual, *args]
             if args and args[0] in group.commands:
                 app = app_of(args[0], group.commands[args[0]])
                 self.add_command(typer.main.get_command(app), args[0])

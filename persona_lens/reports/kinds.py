@@ -14,6 +14,7 @@ from persona_lens.core.files import read_bytes
 from persona_lens.core.plugins import install_command
 from persona_lens.core.text import in_short
 from persona_lens.reports import (
+    axis,
     dissection,
     drift,
     effects,
@@ -197,6 +198,7 @@ KINDS: Mapping[str, Kind] = {
     "extraction": Kind(
         readings.extraction_headline, readings.extraction_figures, _responses, after=readings.after_extraction
     ),
+    "axis": Kind(axis.headline, axis.figures, _responses, axis.render_axis, axis.next_steps),
     "sweep": Kind(steering.sweep_headline, steering.sweep_figures, _lines("*-scores.jsonl")),
     "comparison": Kind(steering.comparison_headline, steering.comparison_figures, _lines("arms-scores.jsonl")),
     "tune": Kind(

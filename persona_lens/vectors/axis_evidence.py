@@ -33,7 +33,7 @@ class AxisEvidence(Record):
         from_end_null: What 95% of permuted labels stay above.
         axis_halves: Cosine of the axes of two halves of the questions, mean over splits.
         axis_halves_null: What 95% of permuted labels stay below.
-        role_halves: Cosine of a role's two vectors from two halves, after subtracting each half's mean; mean over roles.
+        role_halves: Cosine of a role's vectors from two halves, after subtracting each half's mean; mean over roles.
         role_halves_null: What 95% of permuted labels stay below.
     """
 
@@ -125,7 +125,7 @@ def _splits(questions: int, rng: np.random.Generator) -> NDArray[np.bool_]:
 
 
 def _halves(sums: Array, counts: Array, splits: NDArray[np.bool_]) -> tuple[float, Array, Array]:
-    """Of two halves, means over splits: the cosine of their axes, that without each role, and of each role's vectors."""
+    """Means over splits into two halves: the cosine of the axes, that without each role, and of each role's vectors."""
     axes, without, roles = [], [], []
     for split in splits:
         halves = [_means(sums[:, half], counts[:, half]) for half in (split, ~split)]

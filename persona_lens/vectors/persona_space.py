@@ -1,7 +1,7 @@
 """`PersonaSpace`: where roles and the default Assistant stand in a model's residual stream, and the axis between them.
 
-After Lu et al., *The Assistant Axis* (arXiv 2601.10387): a role's vector is the mean residual of responses that play it,
-the axis is the default's minus the mean of all roles', and persona space is spanned by the roles' principal components.
+After Lu et al., *The Assistant Axis* (arXiv 2601.10387): a role's vector is the mean residual of responses that play
+it, the axis is the default's minus the mean of all roles', and persona space is spanned by the roles' components.
 """
 
 from __future__ import annotations
@@ -111,8 +111,7 @@ class PersonaSpace:
         found = components_of(self.roles, layer, DEFAULT_REDUCTION, self.means[:, layer], normalised=False, seed=seed)
         signs = (found.directions.double() @ self._from_mean(layer)).sign()
         signs = torch.where(signs == 0, torch.ones_like(signs), signs).float()
-        turned = {"coordinates": found.coordinates * signs, "directions": found.directions * signs.unsqueeze(1)}
-        return replace(found, **turned)
+        return replace(found, coordinates=found.coordinates * signs, directions=found.directions * signs.unsqueeze(1))
 
     def standings(self, components: Components) -> tuple[Standing, ...]:
         """Where the default stands on each component of a layer."""

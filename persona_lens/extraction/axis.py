@@ -1,0 +1,435 @@
+"""`persona_axis`: roles that a model plays become its persona space, and the axis from them to the default Assistant.
+
+After Lu et al., *The Assistant Axis* (arXiv 2601.10387).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.backend import Backend, ModelInfo, Read, ReadKind
+from persona_lens.core.documents import plain
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.extraction.experiment import Experiment, Variant, model_config, requests_of, run_folder
+from persona_lens.extraction.means import ExtractionError
+from persona_lens.extraction.run import SCORES, SUMMARY, VECTORS
+from persona_lens.judging import Calibration, Judge, Judgement, LikelihoodJudge
+from persona_lens.judging.reading import PAIRS
+from persona_lens.judging.recording import as_used, judge_rollouts, judging_work, longest_exchanges, prepare_judge
+from persona_lens.models import ChatFormat
+from persona_lens.models.chat import chat_format
+from persona_lens.reports.kinds import without_ids
+from persona_lens.reports.result import Result
+from persona_lens.runs import RunFolder, file_prefix
+from persona_lens.runs.cost import Work
+from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, Rollouts, RolloutSettings
+from persona_lens.traits.role import GRADES, DefaultAssistant, PlayedRole, Role
+from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.axis_evidence import AxisEvidence, axis_evidence
+from persona_lens.vectors.geometry import Components, chance
+from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+
+SPACE = "space.safetensors"
+FULLY = len(GRADES) - 1
+SHOWN_COMPONENTS = 10
+PERCENTILES = tuple(range(101))
+
+
+@dataclass(frozen=True)
+class AxisSettings:
+    """Everything about an axis besides the model, the roles and the judge.
+
+    Attributes:
+        questions: How many of the shared questions are asked, of each role under each of its five prompts; the paper
+            has 240, of which none are left out.
+        samples: Responses for each question and prompt.
+        least: Responses that must play a role so that it counts; the paper takes 10.
+        layer: Layer of the map and of what is said first; None for the middle one.
+        seed: Base of every row's seed.
+        judge_pairs: Prompts of a role that the likelihood judge compares with neutral ones, 1 to 5.
+        rollouts: How responses are made.
+    """
+
+    questions: int = 40
+    samples: int = 1
+    least: int = 10
+    layer: int | None = None
+    seed: int = 0
+    judge_pairs: int = PAIRS
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+
+    def __post_init__(self) -> None:
+        if self.questions < 2 or self.samples < 1 or self.least < 1:
+            raise ExtractionError(
+                "questions must be at least 2, since halves of them are compared, samples and least at least 1: got "
+                f"{self.questions}, {self.samples} and {self.least}"
+            )
+        if self.samples > 1 and self.rollouts.temperature == 0:
+            raise ExtractionError("at temperature 0 all samples are the same; set samples to 1, or a temperature")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Axis(Result):
+    """What roles come to in a model; a row for each response.
+
+    Attributes:
+        space: The roles' and the default's means.
+        vectors: The axis, with the default's and the roles' percentiles along it in its provenance.
+        rollouts: Every response.
+        scores: Of each: its score and grade, and whether it counts as played; the default's are not judged.
+        summary: See `Result`.
+        folder: See `Result`.
+    """
+
+    kind = "axis"
+    space: PersonaSpace
+    vectors: PersonaVectors
+    rollouts: list[Rollout]
+    scores: list[dict[str, Any]]
+    summary: dict[str, Any]
+    folder: Path | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`."""
+        both = zip(self.rollouts, self.scores, strict=True)
+        return [without_ids({**rollout.to_row(), **score}) for rollout, score in both]
+
+
+def plan_roles(roles: Sequence[Role], default: DefaultAssistant, settings: AxisSettings) -> list[Request]:
+    """What is asked: every question of the default and of each role, under each of its prompts.
+
+    The default has its neutral prompts and none at all. Rows of one question and prompt number share their seed.
+
+    Raises:
+        ExtractionError: If there are fewer than three roles or a name twice, or too few questions.
+    """
+    names = [role.name for role in roles]
+    if twice := sorted({name for name in names if names.count(name) > 1 or name == ASSISTANT}):
+        raise ExtractionError(f"the role {twice[0]} is given twice, or has the default's name; give each once")
+    if len(roles) < 3:
+        raise ExtractionError(f"{len(roles)} roles span no persona space; give at least three (--roles)")
+    if settings.questions > len(default.questions):
+        raise ExtractionError(f"{settings.questions} questions asked for, there are {len(default.questions)}")
+    prompts: dict[str, tuple[str | None, ...]] = {ASSISTANT: (*default.system_prompts, None)}
+    prompts |= {role.name: role.system_prompts for role in roles}
+    variants = [
+        Variant({"role": name, "prompt": number}, system)
+        for name, each in prompts.items()
+        for number, system in enumerate(each)
+    ]
+    questions = dict(enumerate(default.questions[: settings.questions]))
+    return requests_of(questions, variants, settings.samples, settings.seed, "axis")
+
+
+def persona_axis(
+    backend: Backend,
+    roles: Sequence[Role],
+    default: DefaultAssistant,
+    folder: Path | str | None = None,
+    *,
+    settings: AxisSettings | None = None,
+    judges: Mapping[str, Judge] | None = None,
+    traits: Sequence[PersonaVectors] = (),
+    chat: ChatFormat | None = None,
+    progress: Progress = shown_progress,
+) -> Axis:
+    """Find a model's persona space and its assistant axis.
+
+    Args:
+        backend: The model.
+        roles: At least three.
+        default: The default Assistant, and what all are asked.
+        folder: Run folder, kept and resumed; None keeps everything in memory.
+        settings: See `AxisSettings`.
+        judges: By role: who grades its responses, 0 to 3; only those of grade 3 count. By default the model itself by
+            likelihood: a response counts if it is likelier under the role's prompts than under neutral ones.
+        traits: Vectors of traits, to be placed in the same space.
+        chat: Chat format; the model's own by default.
+        progress: Told how far the work is.
+
+    Raises:
+        ExtractionError: If fewer than three roles are played often enough.
+        GeometryError: If a trait's vectors belong to another model.
+        RunError: If the folder belongs to another run.
+    """
+    settings, chat = settings or AxisSettings(), chat or chat_format(backend)
+    layer = _layer(settings, backend.info)
+    for each in traits:
+        each.check_model(backend, allowable=False)
+    experiment = axis_experiment(backend, roles, default, settings, chat)
+    asked = _judges(backend, chat, roles, default, settings, judges)
+    config: dict[str, Any] = {
+        "kind": "axis",
+        "settings": asdict(settings),
+        "roles": {role.name: role.content_hash() for role in roles},
+        "default": default.content_hash(),
+        "judges": {name: judge.describe() for name, judge in asked.items()},
+        "traits": {each.trait: each.content_hash for each in traits},
+        **model_config(backend, chat),
+    }
+    with run_folder(folder, config) as run:
+        for number, (name, judge) in enumerate(asked.items()):
+            prepare_judge(judge, run, file_prefix(number, name))
+        answers = experiment.run(run, progress)
+        judged = _judged(asked, answers.rollouts, chat, run, progress)
+        used = [found for found in judged if found is not None]
+        scores = [_score_row(request, found, asked) for request, found in zip(experiment.requests, judged, strict=True)]
+        played = [row["played"] for row in scores]
+        cells = Cells.of(experiment.requests, played, answers.collected, settings)
+        counts = {role.name: int(cells.counts[place + 1].sum()) for place, role in enumerate(roles)}
+        kept = [role.name for role in roles if counts[role.name] >= settings.least]
+        if len(kept) < 3:
+            raise _too_few(counts, settings)
+        cells = cells.of_roles(kept)
+        first = next(iter(asked.values()))
+        known = {**(run.config if run else config), "judge": as_used(first.describe(), used), "counts": counts}
+        known.pop("judges")
+        space = PersonaSpace(ModelInfo(**known["model"]), tuple(kept), cells.means[1:], cells.means[0], known)
+        levels = _levels(experiment.requests, answers.collected, space)
+        vectors = space.vectors(levels={name: each for name, each in levels.items() if name == "all"})
+        summary = {
+            **_summary(space, cells, levels, layer, traits, settings),
+            "responses": len(answers.rollouts),
+            "tokens": sum(len(rollout.response_ids) for rollout in answers.rollouts),
+            "counts": counts,
+            "judge": known["judge"],
+        }
+        if run is not None:
+            run.write_rows(SCORES, scores)
+            run.write_bytes(SPACE, space.to_bytes())
+            run.write_bytes(VECTORS, vectors.to_bytes())
+            run.write_json(SUMMARY, summary)
+    return Axis(space, vectors, answers.rollouts, scores, plain(summary), run.path if run else None)
+
+
+def axis_experiment(
+    backend: Backend, roles: Sequence[Role], default: DefaultAssistant, settings: AxisSettings, chat: ChatFormat
+) -> Experiment:
+    """The responses that an axis is made of."""
+    requests = plan_roles(roles, default, settings)
+    return Experiment(backend, chat, requests, settings.rollouts, {}, reads=[Read(ReadKind.RESPONSE_MEAN)])
+
+
+def axis_work(
+    backend: Backend,
+    roles: Sequence[Role],
+    default: DefaultAssistant,
+    settings: AxisSettings,
+    chat: ChatFormat,
+    judges: Mapping[str, Judge] | None = None,
+) -> tuple[Work, ...]:
+    """What `persona_axis` with these arguments would ask of the model, and of the judges; nothing runs."""
+    experiment = axis_experiment(backend, roles, default, settings, chat)
+    collected = experiment.rollouts()
+    assert isinstance(collected, Rollouts)  # nothing was given
+    supposed = longest_exchanges(collected)
+    asked = _judges(backend, chat, roles, default, settings, judges)
+    judging: dict[str, Work] = {}
+    for name, judge in asked.items():
+        own = [
+            each for each, request in zip(supposed, experiment.requests, strict=True) if request.labels["role"] == name
+        ]
+        for work in judging_work(judge, own):
+            judging[work.label] = judging[work.label] + work if work.label in judging else work
+    return collected.work(), *judging.values()
+
+
+def _layer(settings: AxisSettings, info: ModelInfo) -> int:
+    layer = info.n_layers // 2 if settings.layer is None else settings.layer
+    if not 0 <= layer < info.n_layers:
+        raise ExtractionError(f"layer {layer} does not exist: the model has layers 0 to {info.n_layers - 1}")
+    return layer
+
+
+# Who played
+
+
+def _judges(
+    backend: Backend,
+    chat: ChatFormat,
+    roles: Sequence[Role],
+    default: DefaultAssistant,
+    settings: AxisSettings,
+    given: Mapping[str, Judge] | None,
+) -> dict[str, Judge]:
+    """By role: who says whether it was played."""
+    if given is not None:
+        return {role.name: given[role.name] for role in roles}
+    even = Calibration(1.0, 0.0, settings.judge_pairs)  # a response counts where the role's prompts are likelier
+    return {role.name: LikelihoodJudge(backend, chat, PlayedRole(role, default), even) for role in roles}
+
+
+def _judged(
+    judges: Mapping[str, Judge],
+    rollouts: Sequence[Rollout],
+    chat: ChatFormat,
+    run: RunFolder | None,
+    progress: Progress,
+) -> list[Judgement | None]:
+    """The judgement of each response by its role's judge; None for the default's."""
+    found: list[Judgement | None] = [None] * len(rollouts)
+    for number, (name, judge) in enumerate(judges.items()):
+        own = [place for place, rollout in enumerate(rollouts) if rollout.request.labels["role"] == name]
+        prefix = file_prefix(number, name)
+        judged = judge_rollouts(judge, [rollouts[i] for i in own], chat, run, prefix=prefix, progress=progress)
+        for place, judgement in zip(own, judged, strict=True):
+            found[place] = judgement
+    return found
+
+
+def _score_row(request: Request, found: Judgement | None, judges: Mapping[str, Judge]) -> dict[str, Any]:
+    """A response's line of ``scores.jsonl``."""
+    if found is None:
+        return {"score": None, "reason": None, "grade": None, "played": True}
+    value = found.trait.value
+    if isinstance(judges[request.labels["role"]], LikelihoodJudge):  # which knows of no grades
+        return {"score": value, "reason": found.trait.reason, "grade": None, "played": value is not None and value > 50}
+    beyond = value is not None and value > FULLY + 0.5
+    reason = f"the judge gave {value:.0f}, and grades go up to {FULLY}" if beyond else found.trait.reason
+    grade = None if value is None or beyond else round(value)
+    return {"score": value, "reason": reason, "grade": grade, "played": grade == FULLY}
+
+
+def _too_few(counts: Mapping[str, int], settings: AxisSettings) -> ExtractionError:
+    best = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])[:5])
+    return ExtractionError(
+        f"fewer than three roles were played at least {settings.least} times (most often: {best}); ask more questions "
+        "(--questions, --samples), or let roles count that were played less often (--least), with a new folder (--out)"
+    )
+
+
+# Means
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """What was kept of the default (first) and of each role, by question.
+
+    Attributes:
+        sums: float64 [1 + roles, questions, n_layers, d_model]: response means, added up.
+        counts: float64 [1 + roles, questions]: how many those are.
+        names: Of the default and of the roles.
+    """
+
+    sums: Float[Tensor, "groups questions layers d_model"]
+    counts: Float[Tensor, "groups questions"]
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(
+        requests: Sequence[Request], played: Sequence[bool], collected: RolloutBatches, settings: AxisSettings
+    ) -> Cells:
+        """Add up the responses that count, one shard in memory at a time; empty ones have no mean."""
+        names = tuple(dict.fromkeys(request.labels["role"] for request in requests))
+        info = collected.backend.info
+        sums = torch.zeros(len(names), settings.questions, info.n_layers, info.d_model, dtype=torch.float64)
+        counts = torch.zeros(len(names), settings.questions, dtype=torch.float64)
+        for indices, tensors in collected.reductions():
+            for index, mean in zip(indices, tensors[DEFAULT_REDUCTION], strict=True):
+                if played[index] and bool(mean.isfinite().all()):
+                    labels = requests[index].labels
+                    place = names.index(labels["role"]), labels["question_number"]
+                    sums[place] += mean.double()
+                    counts[place] += 1
+        if not bool(counts[0].any()):
+            raise ExtractionError("every response of the default Assistant is empty; allow for more tokens")
+        return Cells(sums, counts, names)
+
+    def of_roles(self, kept: Sequence[str]) -> Cells:
+        """Those of the default and of these roles."""
+        places = [0, *(self.names.index(name) for name in kept)]
+        return Cells(self.sums[places], self.counts[places], (self.names[0], *kept))
+
+    @property
+    def means(self) -> Float[Tensor, "groups layers d_model"]:
+        """Mean over all responses of each: float32."""
+        found: Tensor = self.sums.sum(dim=1) / self.counts.sum(dim=1)[:, None, None]
+        return found.float()
+
+    def evidence(self, layer: int, seed: int) -> AxisEvidence:
+        """What speaks for the axis at a layer."""
+        return axis_evidence(layer, self.sums[:, :, layer].numpy(), self.counts.numpy(), seed)
+
+
+def projections(
+    requests: Sequence[Request], collected: RolloutBatches, units: Float[Tensor, "layers d_model"]
+) -> Float[Tensor, "rows layers"]:
+    """Every response's mean residual on a unit direction at each layer: float32, NaN for an empty response."""
+    found = torch.full((len(requests), len(units)), torch.nan)
+    for indices, tensors in collected.reductions():
+        means = tensors[DEFAULT_REDUCTION].float()
+        found[torch.tensor(indices)] = einsum(means, units, "rows layers d_model, layers d_model -> rows layers")
+    return found
+
+
+Levels = dict[str, list[list[float]]]
+"""By whose responses they are (``all``, ``default``, ``roles``) and layer: percentiles 0 to 100 of projections."""
+
+
+def _levels(requests: Sequence[Request], collected: RolloutBatches, space: PersonaSpace) -> Levels:
+    """Where responses stand along the axis."""
+    axis = space.axis
+    units = axis / axis.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    values = projections(requests, collected, units).double().numpy()
+    default = np.array([request.labels["role"] == ASSISTANT for request in requests])
+    chosen = {"all": np.ones_like(default), "default": default, "roles": ~default}
+    found = {name: np.nanpercentile(values[rows], PERCENTILES, axis=0) for name, rows in chosen.items()}
+    return {name: each.T.round(4).tolist() for name, each in found.items()}
+
+
+# What is told
+
+
+def _summary(
+    space: PersonaSpace,
+    cells: Cells,
+    levels: Levels,
+    layer: int,
+    traits: Sequence[PersonaVectors],
+    settings: AxisSettings,
+) -> dict[str, Any]:
+    found = space.components(layer, settings.seed)
+    shown = min(SHOWN_COMPONENTS, len(found.explained))
+    coordinates = found.coordinates[:, :3]
+    centre = space.means[:, layer].mean(dim=0)
+    return {
+        "model": asdict(space.model),
+        "layer": layer,
+        "default_responses": int(cells.counts[0].sum()),
+        "layers": [cells.evidence(each, settings.seed).to_json() for each in range(space.model.n_layers)],
+        "explained": found.explained[:shown].tolist(),
+        "random_explained": found.random_explained[:shown].tolist(),
+        "components_for_70": int((found.explained.cumsum(0) < 0.7).sum()) + 1,
+        "standings": [each.to_json() for each in space.standings(found)[:shown]],
+        "map": [
+            {"role": role, "coordinates": row} for role, row in zip(space.roles, coordinates.tolist(), strict=True)
+        ],
+        "default": (found.directions[:3] @ (space.default[layer] - centre)).tolist(),
+        "traits": [_trait(space, found, each) for each in traits],
+        "chance": chance(space.model.d_model),
+        "levels": {name: rows[layer] for name, rows in levels.items()},
+    }
+
+
+def _trait(space: PersonaSpace, components: Components, vectors: PersonaVectors) -> dict[str, Any]:
+    """How a trait's vector lies in the space."""
+    rows = vectors.rows().double()
+    cosines = torch.nn.functional.cosine_similarity(rows, space.axis.double(), dim=-1)
+    v = vectors.vector(components.layer)
+    return {
+        "trait": vectors.trait,
+        "axis": [float(value) if float(row.norm()) else None for value, row in zip(cosines, rows, strict=True)],
+        "components": space.place(vectors, components)[:SHOWN_COMPONENTS].tolist(),
+        "step": (components.directions[:3] @ v).tolist(),
+    }
