@@ -94,8 +94,8 @@ def _show(found: Axis) -> None:
     )
     show_rows(
         f"The default among the roles, layer {summary['layer']}",
-        [{**each, "share": share} for each, share in zip(summary["standings"], summary["explained"], strict=True)],
-        {"component": "component", "share of variance": ("share", ".1%"), "place, 0 to 1": ("place", ".2f")},
+        [{**each, "share": 100 * s} for each, s in zip(summary["standings"], summary["explained"], strict=True)],
+        {"component": "component", "variance, %": ("share", ".1f"), "place, 0 to 1": ("place", ".2f")},
     )
     if summary["traits"]:
         layer = summary["layer"]

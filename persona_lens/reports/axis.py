@@ -44,7 +44,7 @@ def headline(summary: Summary) -> Headline:
         else "There were too few questions to be halved.",
         f"Its cosine with the roles’ first component is {interval(cosine, 2)}, with the labels permuted below "
         f"{number(found['cosine_null'], 2)}.",
-        f"On that component the default is {interval(found['from_end'], 2)} of the roles’ range away from an end of it; "
+        f"On that component the default is {interval(found['from_end'], 2)} of the roles’ range away from an end; "
         f"with the labels permuted, 95% are farther than {number(found['from_end_null'], 2)}.",
         f"{counted(summary['components_for_70'], 'component')} hold 70% of the variance between roles.",
     ]

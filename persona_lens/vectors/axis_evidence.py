@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_lens.core.documents import Record
-from persona_lens.core.statistics import CORRELATION, PLAIN, Estimate, Scale, bootstrap_mean, jackknife_interval
+from persona_lens.core.statistics import CORRELATION, SHARES, Estimate, Scale, bootstrap_mean, jackknife_interval
 
 PERMUTATIONS = 100
 SPLITS = 20
+IN_RANGE = Scale(np.asarray, np.asarray, SHARES)
 Array = NDArray[np.float64]
 
 
@@ -70,7 +71,7 @@ def axis_evidence(layer: int, sums: Array, counts: Array, seed: int = 0) -> Axis
         float(np.linalg.norm(means[0] - means[1:].mean(axis=0))),
         _estimated(cosine, without[:, 0], CORRELATION),
         float(np.quantile(nulls[:, 0], 0.95)),
-        _estimated(from_end, without[:, 1], PLAIN),
+        _estimated(from_end, without[:, 1], IN_RANGE),
         float(np.quantile(nulls[:, 1], 0.05)),
     )
     if not len(splits):
