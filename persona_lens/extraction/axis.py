@@ -37,7 +37,7 @@ from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.axis_evidence import AxisEvidence, axis_evidence
 from persona_lens.vectors.geometry import Components, chance
 from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, StoredLevels
 
 SPACE = "space.safetensors"
 FULLY = len(GRADES) - 1
@@ -197,7 +197,8 @@ def persona_axis(
         known.pop("judges")
         space = PersonaSpace(ModelInfo(**known["model"]), tuple(kept), cells.means[1:], cells.means[0], known)
         levels = _levels(experiment.requests, answers.collected, space)
-        vectors = space.vectors(levels={name: each for name, each in levels.items() if name == "all"})
+        stored = StoredLevels(DEFAULT_REDUCTION, len(answers.rollouts), dict(enumerate(map(tuple, levels["all"]))))
+        vectors = space.vectors(levels=stored.to_json())
         summary = {
             **_summary(space, cells, levels, layer, traits, settings),
             "responses": len(answers.rollouts),

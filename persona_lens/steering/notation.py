@@ -61,6 +61,27 @@ class When:
 
 
 @dataclass(frozen=True)
+class Percentile:
+    """A level as a share of a model's own responses: what so many percent of them stay below, layer by layer.
+
+    Attributes:
+        value: From 0 to 100.
+
+    Raises:
+        NotationError: If it is not.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 100:
+            raise NotationError(f"a percentile is from p0 to p100, got p{_plain(self.value)}")
+
+    def __str__(self) -> str:
+        return f"p{_plain(self.value)}"
+
+
+@dataclass(frozen=True)
 class Term:
     """One part of a steering.
 
@@ -69,7 +90,7 @@ class Term:
         layers: Where; None for the layer that was tuned.
         operation: What is done; None, with `amount` None, for the coefficient that was tuned.
         amount: The coefficient of an addition, the fraction of an ablation, the threshold of a cap or floor, the
-            target of an affine edit.
+            target of an affine edit; these levels may be percentiles.
         relative: Whether the coefficient counts norms of the residual.
         increments: Whether each layer adds only what its vector has beyond that of the layer before.
         reduction: Which of the trait's vectors.
@@ -82,7 +103,7 @@ class Term:
     trait: str
     layers: Layers | None = None
     operation: Operation | None = None
-    amount: float | None = None
+    amount: float | Percentile | None = None
     relative: bool = False
     increments: bool = False
     reduction: str = DEFAULT_REDUCTION
@@ -93,7 +114,7 @@ class Term:
 
     def scaled(self, factor: float) -> Term:
         """The term with its coefficient times a factor; other operations than addition stay as they are."""
-        if self.operation is not Operation.ADD or self.amount is None:
+        if self.operation is not Operation.ADD or self.amount is None or isinstance(self.amount, Percentile):
             return self
         return replace(self, amount=self.amount * factor)
 
@@ -109,6 +130,8 @@ class Term:
 
     def _action(self) -> str:
         amount = self.amount
+        if isinstance(amount, Percentile):
+            return f"{self.operation}({amount})"
         if self.operation is Operation.ADD and amount is not None:
             number = f"{_plain(float(Decimal(repr(float(amount))).scaleb(2)))}%" if self.relative else _plain(amount)
             signed = number if number.startswith("-") else f"+{number}"
@@ -127,6 +150,7 @@ WORDS = {
     "NUMBER": "a number such as +1.5",
     "INT": "a whole number",
     "BOUND": "a whole number",
+    "PERCENTILE": "a percentile such as p25",
     "KIND": "all, prompt, response or generating",
     "SIDE": "> or <",
     "$END": "the end",
@@ -154,7 +178,8 @@ def parse_terms(text: str) -> tuple[Term, ...]:
             - LAYERS: ``18``, ``10-20``, ``12+15+18`` or ``all``; left out, the layer that was tuned.
             - ACTION: ``+1.5`` adds 1.5 times the vector, ``+30%`` a step of 0.3 times the residual's own norm;
               ``increments(+1.5)`` adds at each layer what its vector has beyond the layer before; ``ablate``,
-              ``ablate(0.5)``, ``cap(3)``, ``floor(-1)``, ``affine(0)``, and the operations of other packages. Left out,
+              ``ablate(0.5)``, ``cap(3)``, ``floor(-1)``, ``affine(0)``, and the operations of other packages. A level
+              may be a percentile of the model's own responses, ``floor(p25)``, where the vectors carry them. Left out,
               the coefficient that was tuned.
             - POSITIONS: ``all``, ``prompt``, ``response`` or ``generating``, or a part such as ``response[5:]``.
             - ``with sinks`` edits attention sinks too, see `persona_lens.backend.sinks`.
@@ -238,6 +263,9 @@ class _Reader(Transformer[Token, Any]):
     def NUMBER(self, token: Token) -> float:  # noqa: N802 - the grammar's name
         return float(token)
 
+    def PERCENTILE(self, token: Token) -> Percentile:  # noqa: N802 - the grammar's name
+        return Percentile(float(token[1:]))
+
     def start(self, *terms: Term) -> tuple[Term, ...]:
         return terms
 
@@ -273,7 +301,7 @@ class _Reader(Transformer[Token, Any]):
     def increments(self, amount: float) -> dict[str, Any]:
         return {"operation": Operation.ADD, "amount": amount, "increments": True}
 
-    def operation(self, name: str, amount: float | None = None) -> dict[str, Any]:
+    def operation(self, name: str, amount: float | Percentile | None = None) -> dict[str, Any]:
         return {"operation": Operation(name), "amount": amount}
 
     def on(self, kind: Positions, span: tuple[int, int | None] | None = None) -> dict[str, Any]:

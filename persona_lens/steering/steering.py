@@ -32,7 +32,7 @@ from persona_lens.backend import (
 from persona_lens.backend.single_rows import DelegatingBackend
 from persona_lens.core.documents import header_text, save_tensors, write_once
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.steering.notation import Layers, Term, parse_terms
+from persona_lens.steering.notation import Layers, Percentile, Term, parse_terms
 from persona_lens.vectors import PersonaVectors
 
 # What is left of a direction, as a share of its norm, when others that are ablated too have been taken out of it: less
@@ -212,6 +212,8 @@ class Steering:
     def _edit(self, term: Term, layer: int, direction: Tensor) -> Edit:
         operation, amount = term.operation, term.amount
         assert operation is not None
+        if isinstance(amount, Percentile):
+            amount = self.vectors[term.trait].level(layer, amount.value, term.reduction)
         level = operation.argument
         parts: dict[str, Any] = {level: amount} if level else {"coefficient": 1.0 if amount is None else amount}
         condition = None

@@ -106,6 +106,21 @@ class StoredBaseline(Record):
     layers: Mapping[int, LayerBaseline]
 
 
+@dataclass(frozen=True)
+class StoredLevels(Record):
+    """Where a model's own responses stand along the vectors.
+
+    Attributes:
+        reduction: Which of the vectors.
+        responses: How many there are.
+        layers: By layer: percentiles 0, 1 … 100 of their means' projections, in residual-stream units.
+    """
+
+    reduction: str
+    responses: int
+    layers: Mapping[int, Annotated[tuple[float, ...], Field(min_length=101, max_length=101)]]
+
+
 class Quantity(StrEnum):
     """What is said of a row of a dataset, in residual-stream units along a trait's unit vector (method, section 7)."""
 
@@ -282,6 +297,35 @@ class Provenanced:
         found = self.provenance.get("baseline")
         again = "measure it again with `persona-lens monitor baseline`"
         return self._read("the baseline", StoredBaseline.from_json, found, again) if found else None
+
+    @property
+    def levels(self) -> StoredLevels | None:
+        """Percentiles of the responses that an axis was made of; None for other vectors."""
+        found = self.provenance.get("levels")
+        return self._read("the percentiles", StoredLevels.from_json, found) if found else None
+
+    def level(self, layer: int, percentile: float, reduction: str = DEFAULT_REDUCTION) -> float:
+        """What so many percent of the model's responses stay below along the vectors, in residual-stream units.
+
+        Of the responses that an axis was made of; of other vectors the neutral replies of their baseline.
+
+        Args:
+            layer: Block index, 0-based.
+            percentile: From 0 to 100.
+            reduction: Which of the vectors.
+
+        Raises:
+            VectorsError: If they carry neither, or not at that layer.
+        """
+        if (levels := self.levels) is not None and (levels.reduction, layer in levels.layers) == (reduction, True):
+            return float(np.interp(percentile, range(101), levels.layers[layer]))
+        baseline = self.baseline
+        if baseline is not None and (baseline.reduction, layer in baseline.layers) == (reduction, True):
+            return float(np.percentile(baseline.layers[layer].means, percentile))
+        raise VectorsError(
+            f"the vectors of {self.trait!r} carry no percentiles for {reduction} at layer {layer}; measure them with "
+            "`persona-lens monitor baseline`, or give the level as a number"
+        )
 
     @property
     def forecasts(self) -> tuple[ShiftForecast, ...]:
