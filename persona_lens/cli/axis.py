@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, print_table, show_rows
 from persona_lens.cli.runner import Job, Run, Session
-from persona_lens.cli.settings import Fields, Given, Option
+from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.text import in_short
 
 if TYPE_CHECKING:
+    from persona_lens.analysis.capping import Capping
     from persona_lens.extraction.axis import Axis
     from persona_lens.traits import Role
 
@@ -60,6 +62,64 @@ def axis_command(
         name="axis",
     )
     run.carry_out(job)
+
+
+def cap_command(
+    run: Annotated[Run, Fields(out=Option(shown="runs/cap-MODEL"))],
+    axis: Annotated[Path, argument("AXIS", "The run folder of `persona-lens axis`.")],
+    given: Annotated[Given, Fields("persona_lens.analysis.bench:CapSettings", without=("ranges",))],
+    ranges: Annotated[str | None, Option(metavar="FIRST-LAST,…")] = None,
+    roles_dir: RolesDirs = None,
+    default: Annotated[Path | None, Option(metavar="FILE")] = None,
+) -> None:
+    """Find a floor along the axis that keeps a model from playing roles at little cost, and confirm it.
+
+    Caps are tried at several ranges of layers and percentiles of the model's own responses, by what they do to replies
+    to persona prompts and by what they cost; the choice is confirmed on other roles and questions, beside random
+    directions. The folder gets `steering.safetensors`, which `--edits` takes everywhere.
+
+    Example: `persona-lens axis cap smollm2-135m runs/axis-smollm2-135m`
+
+    Args:
+        ranges: Ranges of layers to try, such as 16-19,20-27.
+    """
+    from persona_lens.analysis.capping import AxisRun, cap_axis
+    from persona_lens.traits import PlayedRole, find_roles, load_default
+
+    loaded, assistant = AxisRun.load(axis), load_default(default)
+    catalogue = find_roles(roles_dir or ())
+    names = [name for name in loaded.space.roles if name in catalogue.names]
+    roles = {name: catalogue.find(name).read() for name in names}
+    settings = given.make(loaded.space.model.n_layers, **({} if ranges is None else {"ranges": _ranges(ranges)}))
+    job = Job(
+        lambda at: cap_axis(
+            at.backend, loaded, roles, assistant, settings=settings, judges=at.judging.get("judges"), **_own(at)
+        ),
+        lambda found, _: _show_caps(found),
+        traits={name: PlayedRole(role, assistant) for name, role in roles.items()},
+        name="cap",
+    )
+    run.carry_out(job)
+
+
+def _ranges(text: str) -> tuple[tuple[int, int], ...]:
+    found = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise PersonaLensError(f"--ranges takes ranges of layers such as 16-19,20-27; got {in_short(text)!r}")
+        found.append((int(first), int(last or first)))
+    return tuple(found)
+
+
+def _show_caps(found: Capping) -> None:
+    columns = {name: (name, ".1f" if name == "persona" else ".3f") for name in ("persona", "surprise", "accuracy")}
+    show_rows(
+        "Caps tried: changes with 95% intervals of the score by which personas are played, of the surprise of ordinary "
+        "replies, and of the share of right answers",
+        found.summary["candidates"],
+        {"cap": "text", **columns},
+    )
 
 
 def open_roles(names: str | None, roles_dirs: Sequence[Path] | None) -> list[Role]:

@@ -36,7 +36,7 @@ class Group:
 COMMANDS: Mapping[str, str | Group] = {
     "axis": Group(
         "Find the axis from the roles that a model can play to the default Assistant, and keep the model on its side.",
-        {"extract": "axis:axis_command"},
+        {"extract": "axis:axis_command", "cap": "axis:cap_command"},
         usual="extract",
     ),
     "demo": "extraction:demo",

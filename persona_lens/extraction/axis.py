@@ -10,15 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from einops import einsum
-from jaxtyping import Float
-from torch import Tensor
 
 from persona_lens.backend import Backend, ModelInfo, Read, ReadKind
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.extraction.cells import Cells, Levels, levels_along
 from persona_lens.extraction.experiment import Experiment, Variant, model_config, requests_of, run_folder
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.extraction.run import SCORES, SUMMARY, VECTORS
@@ -31,10 +28,9 @@ from persona_lens.reports.kinds import without_ids
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import Request, Rollout, RolloutBatches, Rollouts, RolloutSettings
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings
 from persona_lens.traits.role import GRADES, DefaultAssistant, PlayedRole, Role
 from persona_lens.vectors import PersonaVectors
-from persona_lens.vectors.axis_evidence import AxisEvidence, axis_evidence
 from persona_lens.vectors.geometry import Components, chance
 from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION, StoredLevels
@@ -42,7 +38,6 @@ from persona_lens.vectors.provenance import DEFAULT_REDUCTION, StoredLevels
 SPACE = "space.safetensors"
 FULLY = len(GRADES) - 1
 SHOWN_COMPONENTS = 10
-PERCENTILES = tuple(range(101))
 
 
 @dataclass(frozen=True)
@@ -168,7 +163,7 @@ def persona_axis(
     for each in traits:
         each.check_model(backend, allowable=False)
     experiment = axis_experiment(backend, roles, default, settings, chat)
-    asked = _judges(backend, chat, roles, default, settings, judges)
+    asked = axis_judges(backend, chat, roles, default, settings.judge_pairs, judges)
     config: dict[str, Any] = {
         "kind": "axis",
         "settings": asdict(settings),
@@ -186,7 +181,7 @@ def persona_axis(
         used = [found for found in judged if found is not None]
         scores = [_score_row(request, found, asked) for request, found in zip(experiment.requests, judged, strict=True)]
         played = [row["played"] for row in scores]
-        cells = Cells.of(experiment.requests, played, answers.collected, settings)
+        cells = Cells.of(experiment.requests, played, answers.collected)
         counts = {role.name: int(cells.counts[place + 1].sum()) for place, role in enumerate(roles)}
         kept = [role.name for role in roles if counts[role.name] >= settings.least]
         if len(kept) < 3:
@@ -196,7 +191,7 @@ def persona_axis(
         known = {**(run.config if run else config), "judge": as_used(first.describe(), used), "counts": counts}
         known.pop("judges")
         space = PersonaSpace(ModelInfo(**known["model"]), tuple(kept), cells.means[1:], cells.means[0], known)
-        levels = _levels(experiment.requests, answers.collected, space)
+        levels = levels_along(experiment.requests, answers.collected, space)
         stored = StoredLevels(DEFAULT_REDUCTION, len(answers.rollouts), dict(enumerate(map(tuple, levels["all"]))))
         vectors = space.vectors(levels=stored.to_json())
         summary = {
@@ -235,7 +230,7 @@ def axis_work(
     collected = experiment.rollouts()
     assert isinstance(collected, Rollouts)  # nothing was given
     supposed = longest_exchanges(collected)
-    asked = _judges(backend, chat, roles, default, settings, judges)
+    asked = axis_judges(backend, chat, roles, default, settings.judge_pairs, judges)
     judging: dict[str, Work] = {}
     for name, judge in asked.items():
         own = [
@@ -256,19 +251,24 @@ def _layer(settings: AxisSettings, info: ModelInfo) -> int:
 # Who played
 
 
-def _judges(
+def axis_judges(
     backend: Backend,
     chat: ChatFormat,
     roles: Sequence[Role],
     default: DefaultAssistant,
-    settings: AxisSettings,
-    given: Mapping[str, Judge] | None,
+    pairs: int = PAIRS,
+    given: Mapping[str, Judge] | None = None,
 ) -> dict[str, Judge]:
-    """By role: who says whether it was played."""
+    """By role: who says how far a response plays it; the model itself by likelihood where nobody is given."""
     if given is not None:
         return {role.name: given[role.name] for role in roles}
-    even = Calibration(1.0, 0.0, settings.judge_pairs)  # a response counts where the role's prompts are likelier
+    even = Calibration(1.0, 0.0, pairs)  # 50 where the role's prompts are as likely as neutral ones
     return {role.name: LikelihoodJudge(backend, chat, PlayedRole(role, default), even) for role in roles}
+
+
+def gives_grades(judge: Judge) -> bool:
+    """Whether a judge of roles gives grades, 0 to 3; the likelihood judge gives a score, 0 to 100."""
+    return not isinstance(judge, LikelihoodJudge)
 
 
 def _judged(
@@ -294,7 +294,7 @@ def _score_row(request: Request, found: Judgement | None, judges: Mapping[str, J
     if found is None:
         return {"score": None, "reason": None, "grade": None, "played": True}
     value = found.trait.value
-    if isinstance(judges[request.labels["role"]], LikelihoodJudge):  # which knows of no grades
+    if not gives_grades(judges[request.labels["role"]]):
         return {"score": value, "reason": found.trait.reason, "grade": None, "played": value is not None and value > 50}
     beyond = value is not None and value > FULLY + 0.5
     reason = f"the judge gave {value:.0f}, and grades go up to {FULLY}" if beyond else found.trait.reason
@@ -308,85 +308,6 @@ def _too_few(counts: Mapping[str, int], settings: AxisSettings) -> ExtractionErr
         f"fewer than three roles were played at least {settings.least} times (most often: {best}); ask more questions "
         "(--questions, --samples), or let roles count that were played less often (--least), with a new folder (--out)"
     )
-
-
-# Means
-
-
-@dataclass(frozen=True, eq=False)
-class Cells:
-    """What was kept of the default (first) and of each role, by question.
-
-    Attributes:
-        sums: float64 [1 + roles, questions, n_layers, d_model]: response means, added up.
-        counts: float64 [1 + roles, questions]: how many those are.
-        names: Of the default and of the roles.
-    """
-
-    sums: Float[Tensor, "groups questions layers d_model"]
-    counts: Float[Tensor, "groups questions"]
-    names: tuple[str, ...]
-
-    @staticmethod
-    def of(
-        requests: Sequence[Request], played: Sequence[bool], collected: RolloutBatches, settings: AxisSettings
-    ) -> Cells:
-        """Add up the responses that count, one shard in memory at a time; empty ones have no mean."""
-        names = tuple(dict.fromkeys(request.labels["role"] for request in requests))
-        info = collected.backend.info
-        sums = torch.zeros(len(names), settings.questions, info.n_layers, info.d_model, dtype=torch.float64)
-        counts = torch.zeros(len(names), settings.questions, dtype=torch.float64)
-        for indices, tensors in collected.reductions():
-            for index, mean in zip(indices, tensors[DEFAULT_REDUCTION], strict=True):
-                if played[index] and bool(mean.isfinite().all()):
-                    labels = requests[index].labels
-                    place = names.index(labels["role"]), labels["question_number"]
-                    sums[place] += mean.double()
-                    counts[place] += 1
-        if not bool(counts[0].any()):
-            raise ExtractionError("every response of the default Assistant is empty; allow for more tokens")
-        return Cells(sums, counts, names)
-
-    def of_roles(self, kept: Sequence[str]) -> Cells:
-        """Those of the default and of these roles."""
-        places = [0, *(self.names.index(name) for name in kept)]
-        return Cells(self.sums[places], self.counts[places], (self.names[0], *kept))
-
-    @property
-    def means(self) -> Float[Tensor, "groups layers d_model"]:
-        """Mean over all responses of each: float32."""
-        found: Tensor = self.sums.sum(dim=1) / self.counts.sum(dim=1)[:, None, None]
-        return found.float()
-
-    def evidence(self, layer: int, seed: int) -> AxisEvidence:
-        """What speaks for the axis at a layer."""
-        return axis_evidence(layer, self.sums[:, :, layer].numpy(), self.counts.numpy(), seed)
-
-
-def projections(
-    requests: Sequence[Request], collected: RolloutBatches, units: Float[Tensor, "layers d_model"]
-) -> Float[Tensor, "rows layers"]:
-    """Every response's mean residual on a unit direction at each layer: float32, NaN for an empty response."""
-    found = torch.full((len(requests), len(units)), torch.nan)
-    for indices, tensors in collected.reductions():
-        means = tensors[DEFAULT_REDUCTION].float()
-        found[torch.tensor(indices)] = einsum(means, units, "rows layers d_model, layers d_model -> rows layers")
-    return found
-
-
-Levels = dict[str, list[list[float]]]
-"""By whose responses they are (``all``, ``default``, ``roles``) and layer: percentiles 0 to 100 of projections."""
-
-
-def _levels(requests: Sequence[Request], collected: RolloutBatches, space: PersonaSpace) -> Levels:
-    """Where responses stand along the axis."""
-    axis = space.axis
-    units = axis / axis.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    values = projections(requests, collected, units).double().numpy()
-    default = np.array([request.labels["role"] == ASSISTANT for request in requests])
-    chosen = {"all": np.ones_like(default), "default": default, "roles": ~default}
-    found = {name: np.nanpercentile(values[rows], PERCENTILES, axis=0) for name, rows in chosen.items()}
-    return {name: each.T.round(4).tolist() for name, each in found.items()}
 
 
 # What is told

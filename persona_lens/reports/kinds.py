@@ -15,6 +15,7 @@ from persona_lens.core.plugins import install_command
 from persona_lens.core.text import in_short
 from persona_lens.reports import (
     axis,
+    capping,
     dissection,
     drift,
     effects,
@@ -199,6 +200,7 @@ KINDS: Mapping[str, Kind] = {
         readings.extraction_headline, readings.extraction_figures, _responses, after=readings.after_extraction
     ),
     "axis": Kind(axis.headline, axis.figures, _responses, axis.render_axis, axis.next_steps),
+    "cap": Kind(capping.headline, capping.figures, _lines("cap-scores.jsonl"), capping.render_cap, capping.next_steps),
     "sweep": Kind(steering.sweep_headline, steering.sweep_figures, _lines("*-scores.jsonl")),
     "comparison": Kind(steering.comparison_headline, steering.comparison_figures, _lines("arms-scores.jsonl")),
     "tune": Kind(

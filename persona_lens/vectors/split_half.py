@@ -171,7 +171,7 @@ def _sums(run: Path, vectors: PersonaVectors, reduction: str) -> tuple[Array, Ar
     questions = sorted({question for question, _ in answered})
     shape = (len(questions), len(Arm), vectors.model.n_layers, vectors.model.d_model)
     sums, counts = np.zeros(shape), np.zeros(shape[:2])
-    for at, values in _activations(run, reduction, len(rows), shape[2:]):
+    for at, values in saved_means(run, reduction, len(rows), shape[2:]):
         if scores[at].get("kept") is True:
             place = questions.index(answered[at][0]), answered[at][1]
             sums[place] += values
@@ -199,8 +199,21 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _activations(run: Path, reduction: str, count: int, shape: tuple[int, ...]) -> Iterator[tuple[int, Array]]:
-    """Every response's reduction, by its row in the file of responses."""
+def saved_means(run: Path, reduction: str, count: int, shape: tuple[int, ...]) -> Iterator[tuple[int, Array]]:
+    """Every response's reduction, by its row in the file of responses.
+
+    Args:
+        run: The run folder.
+        reduction: Which of what was read.
+        count: How many responses there are.
+        shape: Of a response's, [n_layers, d_model].
+
+    Yields:
+        The row, and float64 of that shape.
+
+    Raises:
+        GeometryError: If the run is damaged, or not whole.
+    """
     seen: list[int] = []
     for file in sorted((run / ACTIVATIONS).glob("batch-*.safetensors")):
         try:

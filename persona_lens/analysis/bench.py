@@ -1,0 +1,255 @@
+"""`Bench`: how far arms still play roles, and what they cost: surprise of ordinary replies, and right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.capability import BUILTIN_TASK, evaluate_capability
+from persona_lens.backend import Backend, Edit, TokenBatch
+from persona_lens.backend.batches import forward_rows
+from persona_lens.core.progress import Progress
+from persona_lens.extraction.axis import FULLY, gives_grades
+from persona_lens.extraction.experiment import Experiment, Variant, requests_of
+from persona_lens.judging import Judge, Judgement
+from persona_lens.judging.recording import judge_rollouts
+from persona_lens.models import ChatFormat
+from persona_lens.runs import RunFolder, file_prefix
+from persona_lens.runs.chunks import Pieces, Row
+from persona_lens.runs.rollouts import Request, Rollout, RolloutSettings
+from persona_lens.traits.role import DefaultAssistant, Role
+from persona_lens.vectors.persona_space import ASSISTANT
+
+UNCAPPED = "uncapped"
+SEARCH, CONFIRM = "search-", "confirm-"  # begin the names of their files
+
+
+@dataclass(frozen=True)
+class CapSettings:
+    """What is tried, and how the choice is confirmed.
+
+    Attributes:
+        percentiles: Of the model's own responses, as in `persona_lens.steering.parse_terms`.
+        ranges: First and last layers of the ranges tried; None for an eighth and a quarter of the layers from half of
+            the depth on.
+        roles: Roles whose prompts are used, those farthest from the default; every other one is kept for the
+            confirmation.
+        search_questions: Questions that are asked in the search.
+        confirm_questions: Other questions, which the result rests on.
+        random_directions: How many random directions stand beside the choice, at the same percentile of their own.
+        accept_loss: Share of right answers that a cap may cost.
+        accept_surprise: Nats a token by which ordinary replies may surprise the uncapped model more.
+        task: The capability task, of lm-evaluation-harness, whose metric is ``acc``.
+        limit: Samples of it; None takes all.
+        seed: Base of every row's seed and of the random directions.
+        rollouts: How responses are made.
+    """
+
+    percentiles: tuple[float, ...] = (10.0, 25.0, 50.0)
+    ranges: tuple[tuple[int, int], ...] | None = None
+    roles: int = 16
+    search_questions: int = 3
+    confirm_questions: int = 5
+    random_directions: int = 3
+    accept_loss: float = 0.02
+    accept_surprise: float = 0.1
+    task: str = BUILTIN_TASK
+    limit: int | None = None
+    seed: int = 0
+    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+
+    def __post_init__(self) -> None:
+        if not self.percentiles or not all(0 <= each <= 100 for each in self.percentiles):
+            raise AnalysisError(f"percentiles are from 0 to 100, at least one: got {list(self.percentiles)}")
+        if self.ranges is not None and not (self.ranges and all(0 <= a <= b for a, b in self.ranges)):
+            raise AnalysisError(f"ranges are pairs of a first and a last layer, got {list(self.ranges)}")
+        if self.roles < 4:
+            raise AnalysisError(f"roles must be at least 4, half of them for the confirmation; got {self.roles}")
+        if min(self.search_questions, self.confirm_questions) < 1 or self.random_directions < 0:
+            raise AnalysisError("questions must be at least 1, random_directions at least 0")
+        if min(self.accept_loss, self.accept_surprise) < 0:
+            raise AnalysisError("accept_loss and accept_surprise must be at least 0")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way in which the prompts are answered.
+
+    Attributes:
+        name: Its name.
+        edits: What is written.
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one arm comes to.
+
+    Attributes:
+        persona: By role: how far replies to its prompts play it, 0 to 100.
+        surprise: By question: how much ordinary replies surprise the uncapped model, nats a token.
+        accuracy: By sample of the capability task: 1 for a right answer.
+    """
+
+    persona: Mapping[int, float]
+    surprise: Mapping[int, float]
+    accuracy: Mapping[int, float]
+
+
+class Bench:
+    """Lets arms answer, and measures them.
+
+    Args:
+        backend: The model.
+        chat: Its chat format.
+        settings: What is asked.
+        roles: Whose prompts are used, in their order.
+        default: Gives the questions.
+        judges: By role.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        chat: ChatFormat,
+        settings: CapSettings,
+        roles: Mapping[str, Role],
+        default: DefaultAssistant,
+        judges: Mapping[str, Judge],
+    ) -> None:
+        self.backend, self.chat, self.settings = backend, chat, settings
+        self.roles, self.default, self.judges = roles, default, judges
+        self.rows: list[dict[str, Any]] = []
+        self.judged: list[Any] = []
+        self.samples: list[dict[str, Any]] = []
+
+    def check(self) -> None:
+        """Raise unless there are as many questions as are asked for."""
+        asked = self.settings.search_questions + self.settings.confirm_questions
+        if asked > len(self.default.questions):
+            raise AnalysisError(f"{asked} questions are asked for, and there are {len(self.default.questions)}")
+
+    def requests(self, prefix: str) -> list[Request]:
+        """What is asked in the search, or in the confirmation: the prompts of its roles, and none for the default."""
+        first = 0 if prefix == SEARCH else self.settings.search_questions
+        count = self.settings.search_questions if prefix == SEARCH else self.settings.confirm_questions
+        numbers = range(first, first + count)
+        questions = {number: self.default.questions[number] for number in numbers}
+        names = list(self.roles)[prefix == CONFIRM :: 2]
+        found = []
+        for number, question in questions.items():
+            variants = [Variant({"role": ASSISTANT})]
+            variants += [Variant({"role": n}, self.roles[n].system_prompts[number % 5]) for n in names]
+            found += requests_of({number: question}, variants, 1, self.settings.seed, "cap")
+        return found
+
+    def measure(
+        self, arms: Sequence[Arm], prefix: str, run: RunFolder | None, progress: Progress
+    ) -> dict[str, Measured]:
+        """What each arm comes to, by its name."""
+        requests = self.requests(prefix)
+        replies = {
+            arm.name: self._replies(arm, requests, f"{prefix}{number:02d}-", run, progress)
+            for number, arm in enumerate(arms)
+        }
+        persona = self._persona(replies, prefix, run, progress)
+        self.samples += list(self._samples(replies, prefix))
+        return {
+            arm.name: Measured(
+                persona[arm.name],
+                self._surprise(replies[arm.name]),
+                self._accuracy(arm, f"{prefix}{number:02d}-", run, progress),
+            )
+            for number, arm in enumerate(arms)
+        }
+
+    def _replies(
+        self, arm: Arm, requests: Sequence[Request], prefix: str, run: RunFolder | None, progress: Progress
+    ) -> list[Rollout]:
+        settings, edits = self.settings.rollouts, arm.edits
+        asked = Experiment(self.backend, self.chat, requests, settings, {}, lambda _: edits, prefix=prefix)
+        return asked.run(run, progress).rollouts
+
+    def _persona(
+        self, replies: Mapping[str, list[Rollout]], prefix: str, run: RunFolder | None, progress: Progress
+    ) -> dict[str, dict[int, float]]:
+        """By arm and number of the role: the mean score of its replies."""
+        found: dict[str, dict[int, float]] = {name: {} for name in replies}
+        for number, (role, judge) in enumerate(self.judges.items()):
+            own = [(arm, each) for arm, those in replies.items() for each in those if _is_of(each, role)]
+            if not own:
+                continue
+            name = prefix + file_prefix(number, role)
+            judged = judge_rollouts(judge, [each for _, each in own], self.chat, run, prefix=name, progress=progress)
+            self.judged += judged
+            scores = [_points(judge, each) for each in judged]
+            for (arm, each), score in zip(own, scores, strict=True):
+                labels = {"part": prefix.rstrip("-"), "arm": arm, **each.request.labels}
+                self.rows.append({**labels, "score": score, "text": each.response})
+            for arm in replies:
+                values = [score for (of, _), score in zip(own, scores, strict=True) if of == arm and score is not None]
+                if values:
+                    found[arm][number] = sum(values) / len(values)
+        return found
+
+    def _surprise(self, replies: Sequence[Rollout]) -> dict[int, float]:
+        """By question: nats a token of the default's replies in the uncapped model."""
+        own = [each for each in replies if _is_of(each, ASSISTANT) and each.response_ids]
+        if not own:
+            return {}
+        prompts = [self.chat.encode(each.request.system, each.request.question) for each in own]
+        tokens = TokenBatch.of(prompts, [each.response_ids for each in own])
+        logprobs = forward_rows(self.backend, tokens, logprobs=True).logprobs or ()
+        return {
+            each.request.labels["question_number"]: -float(row.mean()) for each, row in zip(own, logprobs, strict=True)
+        }
+
+    def _accuracy(self, arm: Arm, prefix: str, run: RunFolder | None, progress: Progress) -> dict[int, float]:
+        """By sample: whether the capability task's answer is right."""
+        settings = self.settings
+
+        def work(_: int) -> list[Row]:
+            result = evaluate_capability(
+                self.backend,
+                (settings.task,),
+                edits=arm.edits,
+                limit=settings.limit,
+                seed=settings.seed,
+                progress=progress,
+            )
+            return [{"scores": list(result[settings.task].metric("acc").scores)}]
+
+        pieces = Pieces(run, f"{prefix}capability.jsonl", [[0]], [arm.name], form=lambda row: list(row["scores"]))
+        (row,) = pieces.run(work)
+        return dict(enumerate(row["scores"]))
+
+    def _samples(self, replies: Mapping[str, list[Rollout]], prefix: str) -> Iterator[dict[str, Any]]:
+        """The first reply of the first two roles under each arm of the confirmation: not picked for what they say."""
+        names = list(dict.fromkeys(each.request.labels["role"] for each in replies[UNCAPPED]))
+        for role in names[:3] if prefix == CONFIRM else ():
+            first = {
+                arm: next(each for each in all_of if each.request.labels["role"] == role)
+                for arm, all_of in replies.items()
+            }
+            yield {
+                "role": role,
+                "question": first[UNCAPPED].request.question,
+                "system": first[UNCAPPED].request.system,
+                "replies": [{"arm": arm, "text": each.response} for arm, each in first.items()],
+            }
+
+
+def _is_of(reply: Rollout, role: str) -> bool:
+    """Whether a reply is to a prompt of this role."""
+    return bool(reply.request.labels["role"] == role)
+
+
+def _points(judge: Judge, judgement: Judgement) -> float | None:
+    """A judgement as a score of 0 to 100, whatever the judge gives."""
+    value = judgement.trait.value
+    return value if value is None or not gives_grades(judge) else min(100.0, 100 * value / FULLY)

@@ -1,0 +1,330 @@
+"""`cap_axis`: where and how far a model is kept on the Assistant's side: searched, and confirmed on other prompts.
+
+A cap is a floor on the projection along the axis, at several adjacent layers at once, at a percentile of the model's
+own responses (Lu et al., arXiv 2601.10387, on activation capping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.bench import CONFIRM, SEARCH, UNCAPPED, Arm, Bench, CapSettings, Measured
+from persona_lens.backend import Backend, Edit
+from persona_lens.core.documents import Record, plain
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.core.statistics import CHANGES, Ends, Estimate, bootstrap_mean
+from persona_lens.extraction.axis import axis_judges
+from persona_lens.extraction.experiment import json_of, model_config, run_folder
+from persona_lens.judging import Judge
+from persona_lens.judging.recording import as_used, prepare_judge
+from persona_lens.models import ChatFormat
+from persona_lens.models.chat import chat_format
+from persona_lens.reports.result import Result
+from persona_lens.runs import file_prefix
+from persona_lens.steering import Steering, parse_terms
+from persona_lens.traits.role import DefaultAssistant, Role
+from persona_lens.vectors import PersonaVectors, load_vectors
+from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace, load_space
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.split_half import saved_means
+
+STEERING = "steering.safetensors"
+
+
+@dataclass(frozen=True)
+class Candidate(Record):
+    """A cap that was tried.
+
+    Attributes:
+        text: The steering's notation.
+        persona: Change of the score by which replies to persona prompts play their role, points of 100, over roles.
+        surprise: Change of how much ordinary replies surprise the uncapped model, nats a token, over questions.
+        accuracy: Change of the share of right answers, over samples.
+        on_front: Whether no other has at least as much effect at no more cost, by either cost.
+        acceptable: Whether its costs are within what is accepted.
+    """
+
+    text: str
+    persona: Estimate
+    surprise: Estimate
+    accuracy: Estimate
+    on_front: bool = False
+    acceptable: bool = False
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Capping(Result):
+    """What was found.
+
+    Attributes:
+        steering: The cap that was chosen; None if none does anything at an acceptable cost.
+        candidates: Every cap tried, in the search.
+        summary: See `Result`.
+        folder: See `Result`.
+    """
+
+    kind = "cap"
+    steering: Steering | None
+    candidates: tuple[Candidate, ...]
+    summary: dict[str, Any]
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class AxisRun:
+    """A finished run of `persona_lens.extraction.axis.persona_axis`.
+
+    Attributes:
+        folder: Its folder.
+        space: Its persona space.
+        vectors: Its axis.
+    """
+
+    folder: Path
+    space: PersonaSpace
+    vectors: PersonaVectors
+
+    @staticmethod
+    def load(folder: Path | str) -> AxisRun:
+        """Read it.
+
+        Raises:
+            VectorsError: If it is none, or not finished.
+        """
+        return AxisRun(Path(folder), load_space(folder), load_vectors(folder))
+
+    @cached_property
+    def responses(self) -> int:
+        """How many responses it has."""
+        levels = self.vectors.levels
+        if levels is None:
+            raise AnalysisError(f"{self.folder} holds no percentiles; make it again with `persona-lens axis`")
+        return levels.responses
+
+    def farthest(self, count: int) -> list[str]:
+        """The roles that stand farthest from the default along the axis at the middle layer."""
+        layer = self.space.model.n_layers // 2
+        along = self.space.means[:, layer] @ self.vectors.vector(layer)
+        order = along.argsort()[:count].tolist()
+        return [self.space.roles[place] for place in order]
+
+    def random(self, layers: Sequence[int], percentile: float, seed: int) -> tuple[Edit, ...]:
+        """A floor along a random direction at each layer, at that percentile of its own projections."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.space.model.n_layers, self.space.model.d_model, generator=generator)
+        units = noise / noise.norm(dim=-1, keepdim=True)
+        shape = (self.space.model.n_layers, self.space.model.d_model)
+        means = saved_means(self.folder, DEFAULT_REDUCTION, self.responses, shape)
+        found = torch.stack([(torch.from_numpy(mean).float() * units).sum(dim=-1) for _, mean in means])
+        return tuple(
+            Edit.floor(layer, units[layer], float(_percentile(found[:, layer], percentile))) for layer in layers
+        )
+
+
+def _percentile(values: Tensor, percentile: float) -> Tensor:
+    found: Tensor = values[values.isfinite()].double().quantile(percentile / 100)
+    return found
+
+
+def cap_axis(
+    backend: Backend,
+    axis: AxisRun,
+    roles: Mapping[str, Role],
+    default: DefaultAssistant,
+    folder: Path | str | None = None,
+    *,
+    settings: CapSettings | None = None,
+    judges: Mapping[str, Judge] | None = None,
+    chat: ChatFormat | None = None,
+    progress: Progress = shown_progress,
+) -> Capping:
+    """Find a cap that keeps a model on the Assistant's side at little cost, and confirm it on other prompts.
+
+    Args:
+        backend: The model.
+        axis: The run that its axis comes from.
+        roles: Those of that run, by name.
+        default: The default Assistant of that run.
+        folder: Run folder, kept and resumed; None keeps everything in memory.
+        settings: See `CapSettings`.
+        judges: By role, see `persona_axis`.
+        chat: Chat format; the model's own by default.
+        progress: Told how far the work is.
+
+    Raises:
+        AnalysisError: If there are too few questions or roles, or a range does not exist.
+        VectorsError: If the axis belongs to another model.
+    """
+    settings, chat = settings or CapSettings(), chat or chat_format(backend)
+    axis.vectors.check_model(backend, allowable=False)
+    chosen = _chosen_roles(axis, roles, settings)
+    asked = axis_judges(backend, chat, [roles[name] for name in chosen], default, given=judges)
+    steerings = _candidates(axis, settings)
+    bench = Bench(backend, chat, settings, {name: roles[name] for name in chosen}, default, asked)
+    bench.check()
+    config = {
+        "kind": "cap",
+        "settings": asdict(settings),
+        "vectors": axis.vectors.content_hash,
+        "roles": {name: roles[name].content_hash() for name in chosen},
+        "default": default.content_hash(),
+        "judges": {name: judge.describe() for name, judge in asked.items()},
+        **model_config(backend, chat),
+    }
+    with run_folder(folder, config) as run:
+        for number, (name, judge) in enumerate(asked.items()):
+            prepare_judge(judge, run, SEARCH + file_prefix(number, name))
+        plain_arm = Arm(UNCAPPED, ())
+        arms = [plain_arm, *(Arm(str(each), each.edits()) for each in steerings)]
+        found = bench.measure(arms, SEARCH, run, progress)
+        candidates = _judged_costs([_candidate(arm, found[UNCAPPED], found[arm.name]) for arm in arms[1:]], settings)
+        best = _best(candidates)
+        steering = next((each for each in steerings if best and str(each) == best.text), None)
+        confirmed: dict[str, Any] | None = None
+        if steering is not None:
+            nulls = [
+                Arm(f"random {number}", axis.random(*_place(steering), settings.seed + number))
+                for number in range(settings.random_directions)
+            ]
+            arms = [plain_arm, Arm(str(steering), steering.edits()), *nulls]
+            confirmed = _confirmed(bench.measure(arms, CONFIRM, run, progress), str(steering))
+        summary = {
+            "model": asdict(backend.info),
+            "settings": asdict(settings),
+            "judge": as_used(next(iter(asked.values())).describe(), bench.judged),
+            "roles": {"search": chosen[::2], "confirmation": chosen[1::2]},
+            "unsteered": {
+                "persona": json_of(_mean(found[UNCAPPED].persona)),
+                "accuracy": json_of(_mean(found[UNCAPPED].accuracy)),
+            },
+            "candidates": [each.to_json() for each in candidates],
+            "chosen": None if steering is None else str(steering),
+            "confirmed": confirmed,
+            "samples": bench.samples,
+        }
+        if run is not None:
+            run.write_rows("cap-scores.jsonl", bench.rows)
+            run.write_json("summary.json", summary)
+            if steering is not None:
+                steering.save(run.path / STEERING)
+    return Capping(steering, candidates, plain(summary), run.path if run else None)
+
+
+def _chosen_roles(axis: AxisRun, roles: Mapping[str, Role], settings: CapSettings) -> list[str]:
+    chosen = axis.farthest(settings.roles)
+    if len(chosen) < 4:
+        raise AnalysisError(f"the axis in {axis.folder} has {len(axis.space.roles)} roles, and at least 4 are needed")
+    if missing := [name for name in chosen if name not in roles]:
+        raise AnalysisError(f"the role {missing[0]} of {axis.folder} cannot be found; name its folder (--roles-dir)")
+    return chosen
+
+
+def _candidates(axis: AxisRun, settings: CapSettings) -> list[Steering]:
+    """Every range at every percentile."""
+    n_layers = axis.space.model.n_layers
+    ranges = settings.ranges or tuple(_usual_ranges(n_layers))
+    if beyond := [last for _, last in ranges if last >= n_layers]:
+        raise AnalysisError(f"layer {beyond[0]} does not exist: the model has layers 0 to {n_layers - 1}")
+    texts = [
+        f"{ASSISTANT}@{first}-{last}:floor(p{percentile:g})"
+        for first, last in ranges
+        for percentile in settings.percentiles
+    ]
+    return [Steering(parse_terms(text), {ASSISTANT: axis.vectors}) for text in dict.fromkeys(texts)]
+
+
+def _usual_ranges(n_layers: int) -> Iterator[tuple[int, int]]:
+    """Ranges of an eighth and of a quarter of the layers, from half of the depth on, none with the last layer."""
+    for width in dict.fromkeys((max(1, n_layers // 8), max(1, n_layers // 4))):
+        starts = dict.fromkeys(round(n_layers * share) for share in (0.5, 0.625, 0.75))
+        yield from ((start, start + width - 1) for start in starts if start + width < n_layers)
+
+
+def _place(steering: Steering) -> tuple[tuple[int, ...], float]:
+    """The layers and the percentile of a cap."""
+    (term,) = steering.terms
+    assert term.layers is not None  # settled when it was made
+    percentile = getattr(term.amount, "value", None)
+    assert percentile is not None  # every candidate has one
+    return term.layers.of(steering.vectors[ASSISTANT].model.n_layers), float(percentile)
+
+
+# What it comes to
+
+
+def _mean(values: Mapping[int, float]) -> Estimate:
+    return bootstrap_mean(list(values.values()))
+
+
+def _change(
+    base: Mapping[int, float], other: Mapping[int, float], within: tuple[float, float] | None = None
+) -> Estimate:
+    both = [other[unit] - base[unit] for unit in other if unit in base]
+    if not both:
+        raise AnalysisError("every reply of one kind is empty or has no score; allow for more tokens")
+    return bootstrap_mean(both, within=within)
+
+
+def _candidate(arm: Arm, base: Measured, found: Measured) -> Candidate:
+    return Candidate(
+        arm.name,
+        _change(base.persona, found.persona, CHANGES),
+        _change(base.surprise, found.surprise),
+        _change(base.accuracy, found.accuracy, (-1.0, 1.0)),
+    )
+
+
+def _judged_costs(candidates: Sequence[Candidate], settings: CapSettings) -> tuple[Candidate, ...]:
+    """The candidates with what is said of their costs."""
+    return tuple(
+        replace(
+            each,
+            on_front=not any(_dominates(other, each) for other in candidates),
+            acceptable=(each.accuracy.mean >= -settings.accept_loss and each.surprise.mean <= settings.accept_surprise),
+        )
+        for each in candidates
+    )
+
+
+def _dominates(one: Candidate, other: Candidate) -> bool:
+    ours, theirs = ((each.persona.mean, each.surprise.mean, -each.accuracy.mean) for each in (one, other))
+    return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The strongest of those on the front whose costs are accepted; None if none makes personas weaker."""
+    possible = [each for each in candidates if each.on_front and each.acceptable and each.persona.mean < 0]
+    return min(possible, key=lambda each: each.persona.mean, default=None)
+
+
+def _confirmed(found: Mapping[str, Measured], name: str) -> dict[str, Any]:
+    """The chosen cap on other roles and questions, beside random directions."""
+    base, own = found[UNCAPPED], found[name]
+    nulls = [each for arm, each in found.items() if arm not in (UNCAPPED, name)]
+    told: dict[str, Any] = {}
+    for quantity, within in (("persona", CHANGES), ("surprise", None), ("accuracy", (-1.0, 1.0))):
+        before, after = getattr(base, quantity), getattr(own, quantity)
+        random = _averaged([getattr(each, quantity) for each in nulls])
+        told[quantity] = {
+            "before": json_of(_mean(before)),
+            "change": json_of(_change(before, after, within)),
+            "random": json_of(_change(before, random, within)) if random else None,
+            "difference": json_of(_change(random, after, within)) if random else None,
+        }
+    return told
+
+
+def _averaged(values: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """The mean over random directions, unit by unit, of those that all have."""
+    if not values:
+        return {}
+    units = set(values[0]).intersection(*values[1:])
+    return {unit: sum(each[unit] for each in values) / len(values) for unit in sorted(units)}
