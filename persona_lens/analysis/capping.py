@@ -264,9 +264,7 @@ def _mean(values: Mapping[int, float]) -> Estimate:
     return bootstrap_mean(list(values.values()))
 
 
-def _change(
-    base: Mapping[int, float], other: Mapping[int, float], within: tuple[float, float] | None = None
-) -> Estimate:
+def _change(base: Mapping[int, float], other: Mapping[int, float], within: Ends | None = None) -> Estimate:
     both = [other[unit] - base[unit] for unit in other if unit in base]
     if not both:
         raise AnalysisError("every reply of one kind is empty or has no score; allow for more tokens")
