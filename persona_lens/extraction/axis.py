@@ -29,7 +29,7 @@ from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings
-from persona_lens.traits.role import GRADES, DefaultAssistant, PlayedRole, Role
+from persona_lens.traits.role import GRADES, N_SYSTEM_PROMPTS, DefaultAssistant, PlayedRole, Role
 from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.geometry import Components, chance
 from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace
@@ -118,13 +118,12 @@ def plan_roles(roles: Sequence[Role], default: DefaultAssistant, settings: AxisS
         raise ExtractionError(f"{settings.questions} questions asked for, there are {len(default.questions)}")
     prompts: dict[str, tuple[str | None, ...]] = {ASSISTANT: (*default.system_prompts, None)}
     prompts |= {role.name: role.system_prompts for role in roles}
-    variants = [
-        Variant({"role": name, "prompt": number}, system)
-        for name, each in prompts.items()
-        for number, system in enumerate(each)
-    ]
     questions = dict(enumerate(default.questions[: settings.questions]))
-    return requests_of(questions, variants, settings.samples, settings.seed, "axis")
+    found = []
+    for number in range(N_SYSTEM_PROMPTS):
+        variants = [Variant({"role": name, "prompt": number}, each[number]) for name, each in prompts.items()]
+        found += requests_of(questions, variants, settings.samples, settings.seed, "axis", number)
+    return found
 
 
 def persona_axis(

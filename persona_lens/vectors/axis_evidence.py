@@ -77,12 +77,16 @@ def axis_evidence(layer: int, sums: Array, counts: Array, seed: int = 0) -> Axis
     if not len(splits):
         return found
     axis, without_each, roles = _halves(sums, counts, splits)
-    high = np.quantile(nulls[:, 2:], 0.95, axis=0)
+    played = roles[np.isfinite(roles)]
+    known = nulls[np.isfinite(nulls[:, 2:]).all(axis=1), 2:]
+    if not np.isfinite(axis) or not len(played) or not len(known):  # nobody is in both halves
+        return found
+    high = np.quantile(known, 0.95, axis=0)
     return replace(
         found,
         axis_halves=_estimated(axis, without_each, CORRELATION),
         axis_halves_null=float(high[0]),
-        role_halves=bootstrap_mean(roles[np.isfinite(roles)].tolist(), within=(-1.0, 1.0)),
+        role_halves=bootstrap_mean(played.tolist(), within=(-1.0, 1.0)),
         role_halves_null=float(high[1]),
     )
 
@@ -131,6 +135,8 @@ def _halves(sums: Array, counts: Array, splits: NDArray[np.bool_]) -> tuple[floa
     for split in splits:
         halves = [_means(sums[:, half], counts[:, half]) for half in (split, ~split)]
         known = np.isfinite(halves[0][1:, 0]) & np.isfinite(halves[1][1:, 0])
+        if known.sum() < 2 or not np.isfinite([half[0, 0] for half in halves]).all():
+            continue
         played = [half[1:][known] for half in halves]
         centres = [each.mean(axis=0) for each in played]
         axes.append(_cosine(*(half[0] - centre for half, centre in zip(halves, centres, strict=True))))
@@ -138,6 +144,8 @@ def _halves(sums: Array, counts: Array, splits: NDArray[np.bool_]) -> tuple[floa
         without.append(np.full(len(known), nan))
         without[-1][known] = _cosine(*(half[0] - other for half, other in zip(halves, others, strict=True)))
         roles.append(_cosine(*(half[1:] - centre for half, centre in zip(halves, centres, strict=True))))
+    if not axes:
+        return nan, np.full(len(sums) - 1, nan), np.full(len(sums) - 1, nan)
     return float(np.mean(axes)), _mean_of_known(np.array(without)), _mean_of_known(np.array(roles))
 
 
@@ -151,7 +159,7 @@ def _mean_of_known(values: Array) -> Array:
 def _cosine(one: Array, other: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-        found: Array = (one * other).sum(axis=-1) / lengths
+        found: Array = np.asarray((one * other).sum(axis=-1) / lengths)
     return found
 
 
@@ -164,4 +172,5 @@ def _permuted(sums: Array, counts: Array, splits: NDArray[np.bool_], rng: np.ran
     if not len(splits):
         return (*first, nan, nan)
     axis, _, roles = _halves(*shuffled, splits[rng.integers(len(splits))][None])
-    return (*first, axis, float(np.nanmean(roles)))
+    known = roles[np.isfinite(roles)]
+    return (*first, axis, float(known.mean()) if len(known) else nan)

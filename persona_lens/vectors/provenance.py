@@ -304,7 +304,7 @@ class Provenanced:
         found = self.provenance.get("levels")
         return self._read("the percentiles", StoredLevels.from_json, found) if found else None
 
-    def level(self, layer: int, percentile: float, reduction: str = DEFAULT_REDUCTION) -> float:
+    def level(self, layer: int, percentile: float | int, reduction: str = DEFAULT_REDUCTION) -> float:
         """What so many percent of the model's responses stay below along the vectors, in residual-stream units.
 
         Of the responses that an axis was made of; of other vectors the neutral replies of their baseline.
