@@ -201,7 +201,7 @@ def test_traits_are_placed_and_the_axis_goes_to_the_assistant_axis_project_and_b
         ({"least": 1000}, "fewer than three roles were played at least 1000 times"),
     ],
 )
-def test_what_cannot_be_is_refused(changed: dict[str, int], said: str, backend: Backend) -> None:
+def test_what_cannot_be_is_refused(changed: dict[str, Any], said: str, backend: Backend) -> None:
     def asked() -> None:
         settings = replace(TINY, **changed)
         persona_axis(backend, ROLES, DEFAULT, settings=settings, judges=JUDGES, progress=no_progress)

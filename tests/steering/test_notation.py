@@ -132,3 +132,16 @@ def test_an_error_points_at_the_character(text: str, place: int, message: str) -
 def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(NotationError):
         assert parse_terms(text)
+
+
+@pytest.mark.parametrize("text", ["assistant@4-6:floor(p25)", "evil@3:cap(p97.5) on response", "evil@3:affine(p0)"])
+def test_levels_may_be_percentiles_and_are_written_as_they_were(text: str) -> None:
+    (term,) = parse_terms(text)
+    assert str(term) == text
+    assert term.scaled(2.0) == term
+
+
+@pytest.mark.parametrize(("text", "said"), [("evil@3:cap(p101)", "from p0 to p100"), ("evil@3:ablate(p5)", "expected")])
+def test_a_percentile_is_a_level_from_0_to_100(text: str, said: str) -> None:
+    with pytest.raises(NotationError, match=said):
+        parse_terms(text)
