@@ -114,7 +114,8 @@ def test_a_run_that_is_repeated_after_a_loss_ends_with_the_same_bytes(
 
 
 def candidate(text: str, persona: float, surprise: float, accuracy: float) -> Candidate:
-    return Candidate(text, *(Estimate(value, value - 1, value + 1, 8) for value in (persona, surprise, accuracy)))
+    changes = [Estimate(value, value - 1, value + 1, 8) for value in (persona, surprise, accuracy)]
+    return Candidate(text, changes[0], changes[1], changes[2])
 
 
 def test_the_strongest_on_the_front_whose_costs_are_accepted_is_taken() -> None:
