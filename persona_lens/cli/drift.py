@@ -25,6 +25,8 @@ SERVER = "openai:"
 TIMEOUT = 300.0  # seconds for one message: a large model on a slow machine writes a few tokens a second
 THERE = ("--user-url", "--user-key", "--user-prices", "--user-max-spend")  # what a model that runs here has no use for
 
+MOST_NAMED = 3  # traits in the name of a folder
+
 
 @dataclass(frozen=True)
 class UserOptions:
@@ -106,8 +108,10 @@ def drift_command(
     """
     from persona_lens.monitoring import drift
     from persona_lens.monitoring.drifting import plan_drift
+    from persona_lens.monitoring.messages import check_regression
 
     who.check()
+    check_regression()  # known before a model is loaded
     loaded, chosen = options.open_layers(vectors, layers)
     settings, users = given.make(loaded[0].model.n_layers), who.people()
     steerings = written.open(*loaded)
@@ -120,11 +124,13 @@ def drift_command(
         with _saying_usage(at.read):
             return drift(at.backend, loaded, settings, folder=at.folder, progress=at.given["progress"], **asked(at))
 
+    traits = [each.trait for each in loaded]
+    named = "-".join(traits if len(traits) <= MOST_NAMED else [traits[0], "and", str(len(traits) - 1), "more"])
     job = Job(
         held,
         _show_drift,
         lambda at: plan_drift(at.backend, loaded, settings, **asked(at)).work(),
-        name=f"drift-{'-'.join(each.trait for each in loaded)}",
+        name=f"drift-{named}",
         model=loaded[0].model.model,
         read=lambda at: who.open(at, run),
     )
