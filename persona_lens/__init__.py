@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
+    from persona_lens.analysis.bench import CapSettings as CapSettings
     from persona_lens.analysis.capability import evaluate_capability as evaluate_capability
+    from persona_lens.analysis.capping import cap_axis as cap_axis
     from persona_lens.analysis.demo import DemoSettings as DemoSettings
     from persona_lens.analysis.demo import run_demo as run_demo
     from persona_lens.analysis.dissection import DissectSettings as DissectSettings
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from persona_lens.data.datasets import open_dataset as open_dataset
     from persona_lens.extraction import ExtractionSettings as ExtractionSettings
     from persona_lens.extraction import extract as extract
+    from persona_lens.extraction.axis import AxisSettings as AxisSettings
+    from persona_lens.extraction.axis import persona_axis as persona_axis
     from persona_lens.finetuning import FinetuneConfig as FinetuneConfig
     from persona_lens.finetuning import LoraSettings as LoraSettings
     from persona_lens.finetuning import PreventativeSteering as PreventativeSteering
@@ -83,6 +87,7 @@ if TYPE_CHECKING:
     from persona_lens.traits import PlayedRole as PlayedRole
     from persona_lens.traits import Role as Role
     from persona_lens.traits import Trait as Trait
+    from persona_lens.traits import load_default as load_default
     from persona_lens.traits import load_role as load_role
     from persona_lens.traits import load_trait as load_trait
     from persona_lens.vectors import PersonaVectors as PersonaVectors
@@ -90,12 +95,16 @@ if TYPE_CHECKING:
     from persona_lens.vectors.formats import export_vectors as export_vectors
     from persona_lens.vectors.formats import formats as formats
     from persona_lens.vectors.formats import import_vectors as import_vectors
+    from persona_lens.vectors.persona_space import PersonaSpace as PersonaSpace
+    from persona_lens.vectors.persona_space import load_space as load_space
 
 _HOMES = {
     "Alarm": "monitoring",
     "ArmSettings": "steering",
+    "AxisSettings": "extraction.axis",
     "Backend": "backend",
     "BaselineSettings": "monitoring",
+    "CapSettings": "analysis.bench",
     "ConversationMonitor": "monitoring",
     "CrossSettings": "steering",
     "DemoSettings": "analysis.demo",
@@ -113,6 +122,7 @@ _HOMES = {
     "Panel": "monitoring",
     "PersistSettings": "analysis.persistence",
     "PersonaLensError": "core.errors",
+    "PersonaSpace": "vectors.persona_space",
     "PersonaVectors": "vectors",
     "PlayedRole": "traits",
     "Positions": "backend",
@@ -135,6 +145,7 @@ _HOMES = {
     "TreatmentSettings": "finetuning.outcomes",
     "TuneSettings": "steering",
     "WatchSettings": "finetuning",
+    "cap_axis": "analysis.capping",
     "chat_format": "models.chat",
     "compare": "steering",
     "dissect": "analysis.dissection",
@@ -151,7 +162,9 @@ _HOMES = {
     "judges": "judging.registry",
     "lens": "analysis.logit_lens",
     "load": "steering.given",
+    "load_default": "traits",
     "load_role": "traits",
+    "load_space": "vectors.persona_space",
     "load_steering": "steering",
     "load_trait": "traits",
     "load_vectors": "vectors",
@@ -161,6 +174,7 @@ _HOMES = {
     "open_backend": "backend",
     "open_dataset": "data.datasets",
     "persist": "analysis.persistence",
+    "persona_axis": "extraction.axis",
     "reply": "steering",
     "run_demo": "analysis.demo",
     "screen": "screening",

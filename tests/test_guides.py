@@ -43,6 +43,9 @@ TINY = {
     "layer=18": "layer=1",
     "blocks.18.": "blocks.1.",
     '"How will my exam go?")\n': '"How will my exam go?", max_new_tokens=4)\n',
+    "AxisSettings(questions=2, least=1)": "AxisSettings(questions=2, least=1, rollouts=pl.RolloutSettings(4))",
+    "ranges=((15, 18),), search_questions=1, confirm_questions=1, limit=20": "ranges=((0, 0),), search_questions=1,"
+    " confirm_questions=1, limit=4, rollouts=pl.RolloutSettings(4)",
     "DissectSettings(coefficient=4.0)": "DissectSettings(coefficient=4.0, questions=1, random_features=1, steered=1,"
     " rollouts=RolloutSettings(max_new_tokens=4))",
     '"feature_123"': "next(iter(found.effects))",

@@ -30,7 +30,7 @@ from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Result
 from persona_lens.runs import file_prefix
 from persona_lens.steering import Steering, parse_terms
-from persona_lens.traits.role import DefaultAssistant, Role
+from persona_lens.traits.role import DefaultAssistant, Role, find_roles, load_default
 from persona_lens.vectors import PersonaVectors, load_vectors
 from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace, load_space
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
@@ -109,6 +109,11 @@ class AxisRun:
             raise AnalysisError(f"{self.folder} holds no percentiles; make it again with `persona-lens axis`")
         return levels.responses
 
+    def roles(self, roles_dirs: Sequence[Path | str] = ()) -> dict[str, Role]:
+        """Its roles by name, as far as they are within reach; see `persona_lens.traits.find_roles`."""
+        catalogue = find_roles(roles_dirs)
+        return {name: catalogue.find(name).read() for name in self.space.roles if name in catalogue.names}
+
     def farthest(self, count: int) -> list[str]:
         """The roles that stand farthest from the default along the axis at the middle layer."""
         layer = self.space.model.n_layers // 2
@@ -136,11 +141,11 @@ def _percentile(values: Tensor, percentile: float) -> Tensor:
 
 def cap_axis(
     backend: Backend,
-    axis: AxisRun,
-    roles: Mapping[str, Role],
-    default: DefaultAssistant,
+    axis: AxisRun | Path | str,
     folder: Path | str | None = None,
     *,
+    roles: Mapping[str, Role] | None = None,
+    default: DefaultAssistant | None = None,
     settings: CapSettings | None = None,
     judges: Mapping[str, Judge] | None = None,
     chat: ChatFormat | None = None,
@@ -150,10 +155,10 @@ def cap_axis(
 
     Args:
         backend: The model.
-        axis: The run that its axis comes from.
-        roles: Those of that run, by name.
-        default: The default Assistant of that run.
+        axis: The run that its axis comes from, or its folder.
         folder: Run folder, kept and resumed; None keeps everything in memory.
+        roles: Those of that run, by name; those within reach by default.
+        default: The default Assistant of that run; the built-in one by default.
         settings: See `CapSettings`.
         judges: By role, see `persona_axis`.
         chat: Chat format; the model's own by default.
@@ -164,6 +169,8 @@ def cap_axis(
         VectorsError: If the axis belongs to another model.
     """
     settings, chat = settings or CapSettings(), chat or chat_format(backend)
+    axis, default = axis if isinstance(axis, AxisRun) else AxisRun.load(axis), default or load_default()
+    roles = axis.roles() if roles is None else roles
     axis.vectors.check_model(backend, allowable=False)
     chosen = _chosen_roles(axis, roles, settings)
     asked = axis_judges(backend, chat, [roles[name] for name in chosen], default, given=judges)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, print_table, show_rows
-from persona_lens.cli.runner import Job, Run, Session
+from persona_lens.cli.runner import Job, Run
 from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short
@@ -54,7 +54,7 @@ def axis_command(
     placed = list(options.open_by_trait(vectors or ()).values())
     job = Job(
         lambda at: persona_axis(
-            at.backend, chosen, assistant, settings=settings, judges=at.judging.get("judges"), traits=placed, **_own(at)
+            at.backend, roles=chosen, default=assistant, settings=settings, traits=placed, **at.given
         ),
         lambda found, _: _show(found),
         lambda at: axis_work(at.backend, chosen, assistant, settings, at.chat, at.judging.get("judges")),
@@ -84,17 +84,13 @@ def cap_command(
         ranges: Ranges of layers to try, such as 16-19,20-27.
     """
     from persona_lens.analysis.capping import AxisRun, cap_axis
-    from persona_lens.traits import PlayedRole, find_roles, load_default
+    from persona_lens.traits import PlayedRole, load_default
 
     loaded, assistant = AxisRun.load(axis), load_default(default)
-    catalogue = find_roles(roles_dir or ())
-    names = [name for name in loaded.space.roles if name in catalogue.names]
-    roles = {name: catalogue.find(name).read() for name in names}
+    roles = loaded.roles(roles_dir or ())
     settings = given.make(loaded.space.model.n_layers, **({} if ranges is None else {"ranges": _ranges(ranges)}))
     job = Job(
-        lambda at: cap_axis(
-            at.backend, loaded, roles, assistant, settings=settings, judges=at.judging.get("judges"), **_own(at)
-        ),
+        lambda at: cap_axis(at.backend, loaded, roles=roles, default=assistant, settings=settings, **at.given),
         lambda found, _: _show_caps(found),
         traits={name: PlayedRole(role, assistant) for name, role in roles.items()},
         name="cap",
@@ -134,10 +130,6 @@ def open_roles(names: str | None, roles_dirs: Sequence[Path] | None) -> list[Rol
     if not all(listed):
         raise PersonaLensError(f"--roles takes names with commas between them, got {names!r}")
     return [load_role(name, roles_dirs or ()) for name in listed]
-
-
-def _own(at: Session) -> dict[str, Any]:
-    return {"chat": at.chat, "folder": at.folder, "progress": at.progress}
 
 
 def _show(found: Axis) -> None:

@@ -29,7 +29,15 @@ from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings
-from persona_lens.traits.role import GRADES, N_SYSTEM_PROMPTS, DefaultAssistant, PlayedRole, Role
+from persona_lens.traits.role import (
+    GRADES,
+    N_SYSTEM_PROMPTS,
+    DefaultAssistant,
+    PlayedRole,
+    Role,
+    find_roles,
+    load_default,
+)
 from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.geometry import Components, chance
 from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace
@@ -128,10 +136,10 @@ def plan_roles(roles: Sequence[Role], default: DefaultAssistant, settings: AxisS
 
 def persona_axis(
     backend: Backend,
-    roles: Sequence[Role],
-    default: DefaultAssistant,
     folder: Path | str | None = None,
     *,
+    roles: Sequence[Role] | None = None,
+    default: DefaultAssistant | None = None,
     settings: AxisSettings | None = None,
     judges: Mapping[str, Judge] | None = None,
     traits: Sequence[PersonaVectors] = (),
@@ -142,9 +150,9 @@ def persona_axis(
 
     Args:
         backend: The model.
-        roles: At least three.
-        default: The default Assistant, and what all are asked.
         folder: Run folder, kept and resumed; None keeps everything in memory.
+        roles: At least three; all within reach by default, see `persona_lens.traits.find_roles`.
+        default: The default Assistant, and what all are asked; the built-in one by default.
         settings: See `AxisSettings`.
         judges: By role: who grades its responses, 0 to 3; only those of grade 3 count. By default the model itself by
             likelihood: a response counts if it is likelier under the role's prompts than under neutral ones.
@@ -158,6 +166,8 @@ def persona_axis(
         RunError: If the folder belongs to another run.
     """
     settings, chat = settings or AxisSettings(), chat or chat_format(backend)
+    roles = [file.read() for file in find_roles().files] if roles is None else roles
+    default = default or load_default()
     layer = _layer(settings, backend.info)
     for each in traits:
         each.check_model(backend, allowable=False)

@@ -50,14 +50,14 @@ def backend() -> Backend:
 def axis(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> AxisRun:
     folder = tmp_path_factory.mktemp("axis") / "run"
     settings = AxisSettings(questions=2, least=1, rollouts=ROLLOUTS)
-    persona_axis(backend, list(ROLES.values()), DEFAULT, folder, settings=settings, progress=no_progress)
+    persona_axis(backend, folder, roles=list(ROLES.values()), settings=settings, progress=no_progress)
     return AxisRun.load(folder)
 
 
 @pytest.fixture(scope="module")
 def found(backend: Backend, axis: AxisRun, tmp_path_factory: pytest.TempPathFactory) -> Capping:
     folder = tmp_path_factory.mktemp("cap") / "run"
-    return cap_axis(backend, axis, ROLES, DEFAULT, folder, settings=TINY, progress=no_progress)
+    return cap_axis(backend, axis, folder, settings=TINY, progress=no_progress)
 
 
 def test_every_range_is_tried_at_every_percentile_with_a_threshold_a_layer(found: Capping, axis: AxisRun) -> None:
@@ -106,7 +106,7 @@ def test_a_run_that_is_repeated_after_a_loss_ends_with_the_same_bytes(
     before = {file.name: file.read_bytes() for file in found.folder.rglob("*") if file.is_file()}
     for name in ("summary.json", "cap-scores.jsonl", "search-01-rollouts.jsonl", "search-02-capability.jsonl"):
         (found.folder / name).unlink()
-    cap_axis(backend, axis, ROLES, DEFAULT, found.folder, settings=TINY, progress=no_progress)
+    cap_axis(backend, axis.folder, found.folder, settings=TINY, progress=no_progress)
     assert {file.name: file.read_bytes() for file in found.folder.rglob("*") if file.is_file()} == before
     stored = Result.load(found.folder)
     assert stored.verdict == found.verdict
@@ -162,7 +162,7 @@ def test_usual_ranges_lie_in_the_second_half_without_the_last_layer() -> None:
 )
 def test_what_cannot_be_is_refused(changed: dict[str, Any], said: str, backend: Backend, axis: AxisRun) -> None:
     def asked() -> None:
-        cap_axis(backend, axis, ROLES, DEFAULT, settings=replace(TINY, **changed), progress=no_progress)
+        cap_axis(backend, axis, roles=ROLES, default=DEFAULT, settings=replace(TINY, **changed), progress=no_progress)
 
     with pytest.raises(AnalysisError, match=said):
         asked()
@@ -172,7 +172,7 @@ def test_roles_that_are_gone_and_folders_that_hold_no_axis_are_named(
     backend: Backend, axis: AxisRun, tmp_path: Path
 ) -> None:
     with pytest.raises(AnalysisError, match="cannot be found; name its folder"):
-        cap_axis(backend, axis, {}, DEFAULT, settings=TINY, progress=no_progress)
+        cap_axis(backend, axis, roles={}, settings=TINY, progress=no_progress)
     with pytest.raises(VectorsError, match="make it with `persona-lens axis MODEL`"):
         AxisRun.load(tmp_path)
 

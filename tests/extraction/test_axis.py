@@ -64,7 +64,7 @@ def backend() -> Backend:
 @pytest.fixture(scope="module")
 def run(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Axis:
     folder = tmp_path_factory.mktemp("axis") / "run"
-    return persona_axis(backend, ROLES, DEFAULT, folder, settings=TINY, judges=JUDGES, progress=no_progress)
+    return persona_axis(backend, folder, roles=ROLES, settings=TINY, judges=JUDGES, progress=no_progress)
 
 
 def in_numpy(folder: Path) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
@@ -149,7 +149,7 @@ def test_every_role_and_the_default_are_asked_the_same_with_the_same_seeds() -> 
 
 
 def test_without_a_judge_a_response_counts_that_is_likelier_under_its_role(backend: Backend) -> None:
-    found = persona_axis(backend, ROLES, DEFAULT, settings=TINY, progress=no_progress)
+    found = persona_axis(backend, roles=ROLES, default=DEFAULT, settings=TINY, progress=no_progress)
     judged = [row for row in found.scores if row["score"] is not None]
     assert judged
     assert all(row["played"] == (row["score"] > 50) for row in judged)
@@ -164,7 +164,7 @@ def test_a_run_that_is_repeated_changes_nothing_and_is_read_again(run: Axis, bac
     (run.folder / "scores.jsonl").unlink()
     last = sorted((run.folder / "activations").iterdir())[-1]
     last.unlink()
-    again = persona_axis(backend, ROLES, DEFAULT, run.folder, settings=TINY, judges=JUDGES, progress=no_progress)
+    again = persona_axis(backend, run.folder, roles=ROLES, settings=TINY, judges=JUDGES, progress=no_progress)
     assert {file.name: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()} == before
     assert again.summary == run.summary
     stored = Result.load(run.folder)
@@ -174,16 +174,14 @@ def test_a_run_that_is_repeated_changes_nothing_and_is_read_again(run: Axis, bac
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_adapter_finds_the_same_axis(adapter: str, run: Axis) -> None:
-    found = persona_axis(tiny_backend(adapter), ROLES, DEFAULT, settings=TINY, judges=JUDGES, progress=no_progress)
+    found = persona_axis(tiny_backend(adapter), roles=ROLES, settings=TINY, judges=JUDGES, progress=no_progress)
     torch.testing.assert_close(found.vectors.rows(), run.vectors.rows(), atol=1e-4, rtol=1e-4)
 
 
 def test_traits_are_placed_and_the_axis_goes_to_the_assistant_axis_project_and_back(
     run: Axis, backend: Backend, tmp_path: Path
 ) -> None:
-    again = persona_axis(
-        backend, ROLES, DEFAULT, settings=TINY, judges=JUDGES, traits=[run.vectors], progress=no_progress
-    )
+    again = persona_axis(backend, roles=ROLES, settings=TINY, judges=JUDGES, traits=[run.vectors], progress=no_progress)
     (placed,) = again.summary["traits"]
     assert placed["axis"] == pytest.approx([1.0] * len(placed["axis"]), abs=1e-5)
     (file,), _ = export_vectors(run.vectors, "assistant-axis", tmp_path / "axis.pt")
@@ -204,7 +202,7 @@ def test_traits_are_placed_and_the_axis_goes_to_the_assistant_axis_project_and_b
 def test_what_cannot_be_is_refused(changed: dict[str, Any], said: str, backend: Backend) -> None:
     def asked() -> None:
         settings = replace(TINY, **changed)
-        persona_axis(backend, ROLES, DEFAULT, settings=settings, judges=JUDGES, progress=no_progress)
+        persona_axis(backend, roles=ROLES, default=DEFAULT, settings=settings, judges=JUDGES, progress=no_progress)
 
     with pytest.raises(ExtractionError, match=said):
         asked()
@@ -212,9 +210,9 @@ def test_what_cannot_be_is_refused(changed: dict[str, Any], said: str, backend: 
 
 def test_two_roles_span_nothing_and_a_name_is_given_once(backend: Backend) -> None:
     with pytest.raises(ExtractionError, match="give at least three"):
-        persona_axis(backend, ROLES[:2], DEFAULT, settings=TINY, progress=no_progress)
+        persona_axis(backend, roles=ROLES[:2], settings=TINY, progress=no_progress)
     with pytest.raises(ExtractionError, match="pirate is given twice"):
-        persona_axis(backend, [*ROLES, ROLES[0]], DEFAULT, settings=TINY, progress=no_progress)
+        persona_axis(backend, roles=[*ROLES, ROLES[0]], settings=TINY, progress=no_progress)
 
 
 def test_a_damaged_space_is_refused(run: Axis, tmp_path: Path) -> None:
