@@ -448,7 +448,7 @@ def test_what_clients_send_who_ask_for_nothing_by_it_is_taken(client: Client) ->
 def test_an_assistant_that_said_nothing_is_taken_at_its_word(client: Client) -> None:
     def ask(**message: Any) -> Any:
         messages = [*HELLO, {"role": "assistant", **message}, {"role": "user", "content": "Well?"}]
-        answer = client.http.post("/v1/chat/completions", json={"messages": messages, "temperature": 0})
+        answer = client.chat(messages=messages, temperature=0, max_tokens=4)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["message"]
 
