@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
-from persona_lens.cli.display import Column, say, show_rows
+from persona_lens.cli.display import Column, interval_text, say, show_rows
 from persona_lens.cli.judges import SERVER_URL, Prices, ServerKey, open_server, say_usage
 from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option, given_options
@@ -159,9 +159,9 @@ def _show_drift(found: Drift, _: Session) -> None:
             list(gauge["movement"].items()),
             {
                 "conversations": lambda row: row[0],
-                "turn 1": (lambda row: row[1]["means"][0], ".2f"),
-                f"turn {last}": (lambda row: row[1]["means"][-1], ".2f"),
-                "change": (lambda row: row[1]["changes"][-1], "+.2f"),
+                "turn 1": _interval(".2f", "means", 0),
+                f"turn {last}": _interval(".2f", "means", -1),
+                "change": _interval("+.2f", "changes", -1),
                 "from turn": lambda row: row[1]["onset"],
                 "in SDs": (lambda row: row[1]["size"], "+.2f"),
                 "random": (lambda row: row[1]["random_size"], ".2f"),
@@ -172,14 +172,26 @@ def _show_drift(found: Drift, _: Session) -> None:
         for way, each in gauge["replays"].items():
             columns: dict[str, Column[Any]] = {
                 "conversations": lambda row: row[0],
-                "change": (lambda row: row[1]["movement"]["changes"][-1], "+.2f"),
-                "change beside unsteered": (lambda row: row[1]["drift"] and row[1]["drift"]["vector"], "+.2f"),
-                "random": (lambda row: row[1]["drift"] and row[1]["drift"]["random"], "+.2f"),
-                "all turns beside unsteered": (lambda row: row[1]["level"] and row[1]["level"]["vector"], "+.2f"),
+                "change": _interval("+.2f", "movement", "changes", -1),
+                "change beside unsteered": _interval("+.2f", "drift", "vector"),
+                "random": _interval("+.2f", "drift", "random"),
+                "all turns beside unsteered": _interval("+.2f", "level", "vector"),
             }
             show_rows(f"{gauge['name']} under {way}", list(each.items()), columns)
     for line in told(found.summary):
         say(line)
+
+
+def _interval(form: str, *path: str | int) -> Column[Any]:
+    """What a column holds of a name and its values: a number with its interval, found along a path, or a dash."""
+
+    def shown(row: tuple[str, Any]) -> str:
+        found = row[1]
+        for part in path:
+            found = None if found is None else found[part]
+        return interval_text(found, form, noun=None)
+
+    return shown
 
 
 def _show_messages(gauge: str, targets: dict[str, Any]) -> None:
@@ -190,9 +202,9 @@ def _show_messages(gauge: str, targets: dict[str, Any]) -> None:
             known,
             {
                 "of the next reply": lambda row: row[0],
-                "R2": (lambda row: row[1]["r2"], ".2f"),
-                "shuffled": (lambda row: row[1]["shuffled"], ".2f"),
-                "shuffled within domain and turn": (lambda row: row[1]["shuffled_within"], ".2f"),
+                "R2": _interval(".2f", "r2"),
+                "shuffled": _interval(".2f", "shuffled"),
+                "shuffled within domain and turn": _interval(".2f", "shuffled_within"),
                 "verdict": lambda row: row[1]["verdict"],
             },
         )

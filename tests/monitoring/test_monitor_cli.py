@@ -338,7 +338,8 @@ users:
 
 def test_drift_is_held_replayed_and_told(model: Path, plain: Path, tmp_path: Path) -> None:
     people, out = tmp_path / "people.yaml", tmp_path / "run"
-    people.write_text(PEOPLE)
+    more = (f"  - name: cat-{number}\n    turns: [Meow {number}, Hiss {number}]\n" for number in range(4))
+    people.write_text(PEOPLE + "".join(more))
     asked: tuple[Any, ...] = (
         "drift",
         model,
@@ -354,14 +355,19 @@ def test_drift_is_held_replayed_and_told(model: Path, plain: Path, tmp_path: Pat
     )
     asked += ("--random-directions", 2, "--permutations", 2, "--max-new-tokens", 3, "--edits", "optimistic@1:+2")
     planned = parsed(*asked, "--dry-run", "--out", out)["work"]
-    assert [(each["label"], each["rows"]) for each in planned] == [("unsteered replies", 4), ("steered replies", 4)]
+    assert [(each["label"], each["rows"]) for each in planned] == [("unsteered replies", 12), ("steered replies", 12)]
     assert not out.exists()
     found = parsed(*asked, "--out", out)
-    assert found["counts"] == {"conversations": 2, "turns": 2, "replies": 8, "empty": found["counts"]["empty"]}
+    assert found["counts"] == {"conversations": 6, "turns": 2, "replies": 24, "empty": found["counts"]["empty"]}
     assert {"report.html", "summary.json", "drift-turns.jsonl"} <= {p.name for p in out.iterdir()}
     shown = " ".join(run(*asked, "--out", out).stdout.split())
-    for part in ("optimistic@0: mean projection", "optimistic@1 under", "only 2 conversations", "too few", "report:"):
+    for part in ("optimistic@0: mean projection", "messages foretell it", "optimistic@1 under", "report:"):
         assert part in shown
+    few = (*asked, "--conversations", 2, "--out", tmp_path / "few")
+    shown = " ".join(run(*few).stdout.split())
+    for part in ("only 2 conversations", "optimistic@1: 2 conversations are too few"):
+        assert part in shown
+    assert "question" not in shown
 
 
 def test_drift_with_the_model_itself_as_the_user(model: Path, plain: Path, tmp_path: Path) -> None:
