@@ -438,3 +438,20 @@ def test_the_tuned_choice_is_taken_where_none_is_named(backend: Backend) -> None
     found = persist(backend, {"optimistic": tuned}, settings, users=USERS, progress=no_progress)
     assert found.summary["traits"]["optimistic"]["steering"] == "optimistic@2:+1.5"
     assert json.loads(json.dumps(found.summary)) == found.summary
+
+
+@pytest.mark.parametrize("adapter", ["transformer_lens", "nnsight"])
+def test_other_backends_find_the_same(backend: Backend, adapter: str) -> None:
+    model: Any = tiny_model()
+    model.config.max_position_embeddings = 16_384
+    other = backend_of(adapter, model)
+    settings = replace(SETTINGS, conversations=1, turns=2, last=1, known_questions=1)
+    settings = replace(settings, rollouts=RolloutSettings(4, temperature=0.0))
+
+    def measured(on: Backend) -> list[TurnRow]:
+        return list(persist(on, {"optimistic": vectors(on)}, settings, users=USERS, progress=no_progress).answers)
+
+    for one, same in zip(measured(backend), measured(other), strict=True):
+        assert (one.way, one.turn, one.text) == (same.way, same.turn, same.text)
+        for name in ("score", "nll", "projection", "capability"):
+            assert getattr(same, name) == pytest.approx(getattr(one, name), rel=1e-3, abs=1e-3)
