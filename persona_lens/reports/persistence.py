@@ -18,6 +18,8 @@ USUAL = "all"
 """The way that others are held against: what steering is elsewhere."""
 BETTER = {"score": 1, "nll": -1, "coherence": 1, "capability": 1}
 """Which side of a difference is better."""
+HOLDING = ("score", "nll", "coherence")
+"""What steering is to keep: the trait, and the text."""
 NAMES = {
     "score": "trait score",
     "nll": "surprise, nats a token",
@@ -122,20 +124,20 @@ def _asked(summary: Summary) -> str:
 def headline(summary: Summary) -> Headline:
     """What holds better than the usual way, in words no stronger than the intervals allow.
 
-    It is ``clear`` if some way is clearly better by the trait score or by what becomes of the text, and clearly worse
-    by nothing.
+    It is ``clear`` if some way clearly keeps more of the trait or of the text, and is clearly worse by nothing.
     """
     usual, last = usual_way(summary), summary["settings"]["last"]
     if usual is None:
         return Headline("unclear", "One way to steer was tried, with nothing to hold it against", _told(summary))
     over = "" if len(summary["traits"]) == 1 else f", over {counted(len(summary['traits']), 'trait')}"
-    end = f"in the last {counted(last, 'turn')}{over}"
+    end = f"in the last {'turn' if last == 1 else counted(last, 'turn')}{over}"
     better, sentences = [], []
     for way, found in _beside(summary["together"], usual):
         won = [_WON[name] for name, (clear, _) in found.items() if clear > 0]
         lost = [_LOST[name] for name, (clear, _) in found.items() if clear < 0]
-        if won and not lost:
-            better.append(way)
+        kept = [_WON[name] for name in HOLDING if name in found and found[name][0] > 0]
+        if kept and not lost:
+            better.append(f"{way} ({' and '.join(kept)})")
         said = " and ".join(won) + (", but " if won and lost else "") + " and ".join(lost)
         values = "; ".join(
             f"{NAMES[name]} {bounds(each, DIGITS[name], sign=True, noun='conversation')}"

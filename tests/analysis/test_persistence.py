@@ -382,7 +382,7 @@ def summary_of(found: Outcome) -> dict[str, Any]:
 def test_better_is_said_only_where_the_interval_is_clear_of_zero(backend: Backend) -> None:
     told = headline(summary_of(outcome(backend)))
     assert told.verdict == "clear"
-    assert told.title == "Clean holds better than all in the last 1 turn"
+    assert told.title == "Clean (more of the trait) holds better than all in the last turn"
     assert "clean against all: more of the trait (trait score +18.8" in " ".join(told.sentences)
     less = headline(summary_of(outcome(backend, -2.0)))
     assert less.verdict == "unclear"
