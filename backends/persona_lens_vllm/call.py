@@ -13,8 +13,7 @@ from persona_lens.backend import Edit, Read, Sampling, TokenBatch
 from persona_lens.backend.packed_checks import FidelityError
 from persona_lens.backend.packed_pass import as_error
 from persona_lens.backend.packed_run import PackedRun
-from persona_lens.backend.streaming import TokenScore
-from persona_lens.backend.tokens import TokenIds
+from persona_lens.backend.tokens import TokenIds, TokenScore
 from persona_lens_vllm.caches import cache_keys
 from persona_lens_vllm.engine import Engine, Job
 from persona_lens_vllm.fidelity import check_outcome

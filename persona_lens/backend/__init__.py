@@ -8,7 +8,6 @@ from persona_lens.backend.reads import Read, ReadError, ReadKind
 from persona_lens.backend.registry import backend_statuses, find_backend, open_backend, wrap_model
 from persona_lens.backend.streaming import (
     StopGeneration,
-    TokenScore,
     Watch,
     WatchableBackend,
     WatchedTokens,
@@ -24,6 +23,7 @@ from persona_lens.backend.tokens import (
     Span,
     TokenBatch,
     TokenError,
+    TokenScore,
 )
 
 __all__ = [

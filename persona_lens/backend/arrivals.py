@@ -12,8 +12,8 @@ from torch import Tensor
 from persona_lens.backend.edits import Edits, as_edits
 from persona_lens.backend.protocol import Generation
 from persona_lens.backend.reads import Read, ReadError, ReadKind
-from persona_lens.backend.streaming import Listener, TokenScore, Watch, WatchedTokens
-from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+from persona_lens.backend.streaming import Listener, Watch, WatchedTokens
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, TokenScore
 
 
 class Arrivals:

@@ -19,8 +19,8 @@ from persona_lens.backend.hooked import HookedBackend
 from persona_lens.backend.packed_pass import edited_pass
 from persona_lens.backend.sampling import add_draws
 from persona_lens.backend.slots import Slots
-from persona_lens.backend.streaming import TokenScore, token_scores
-from persona_lens.backend.tokens import TokenBatch, pad_left
+from persona_lens.backend.streaming import token_scores
+from persona_lens.backend.tokens import TokenBatch, TokenScore, pad_left
 
 Next: TypeAlias = tuple[int, TokenScore | None]  # a token, and how likely it was where somebody asks
 

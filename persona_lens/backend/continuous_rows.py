@@ -15,8 +15,8 @@ from persona_lens.backend.packed_checks import check_done
 from persona_lens.backend.packed_pass import RunningCall, as_error
 from persona_lens.backend.packed_run import PackedRun
 from persona_lens.backend.reads import Read
-from persona_lens.backend.streaming import TokenScore, token_scores
-from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+from persona_lens.backend.streaming import token_scores
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, TokenScore
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ from persona_lens.backend.packed import aligned
 from persona_lens.backend.packed_call import PackedCall
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind, check_reads
-from persona_lens.backend.streaming import Listener, TokenScore, Watch
-from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, cut_response
+from persona_lens.backend.streaming import Listener, Watch
+from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, TokenScore, cut_response
 
 
 def edits_of_text(edits: Sequence[Edit], text: TokenBatch) -> list[Edit]:

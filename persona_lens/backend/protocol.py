@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from persona_lens.backend.edits import Edit
     from persona_lens.backend.reads import Read
-    from persona_lens.backend.streaming import TokenScore
-    from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds
+    from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, TokenScore
 
 DIGEST_SHOWN = 39  # characters of a weights' digest that tell most models apart
 MAX_NUMBERS = 2**26  # in one direction for every layer; the largest models have a thirtieth

@@ -14,7 +14,7 @@ from persona_lens.backend.blocks import require_reached
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, Generation
 from persona_lens.backend.reads import Read
-from persona_lens.backend.tokens import Sampling, TokenIds
+from persona_lens.backend.tokens import Sampling, TokenIds, TokenScore
 from persona_lens.backend.writing import TokenMasks
 from persona_lens.core.errors import PersonaLensError
 
@@ -58,23 +58,6 @@ class WatchedTokens:
     projections: Float[Tensor, "batch layers new k"]
     finished: Bool[Tensor, " batch"]
     scores: tuple[TokenScore | None, ...] | None = None
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """How likely a token was after those before it, as the model is edited, before temperature and noise.
-
-    Attributes:
-        id: The token.
-        logprob: Its log-probability in nats.
-        top_ids: The likeliest tokens, the likeliest first.
-        top_logprobs: Their log-probabilities.
-    """
-
-    id: int
-    logprob: float
-    top_ids: tuple[int, ...] = ()
-    top_logprobs: tuple[float, ...] = ()
 
 
 def token_scores(logits: Float[Tensor, "tokens vocab"], ids: Sequence[int], top: int) -> list[TokenScore]:

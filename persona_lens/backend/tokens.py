@@ -197,6 +197,23 @@ def cut_response(given: Sequence[int], end_ids: Sequence[int], max_new_tokens: i
     return kept[:stop], stop is not None
 
 
+@dataclass(frozen=True)
+class TokenScore:
+    """How likely a token was after those before it, as the model is edited, before temperature and noise.
+
+    Attributes:
+        id: The token.
+        logprob: Its log-probability in nats.
+        top_ids: The likeliest tokens, the likeliest first.
+        top_logprobs: Their log-probabilities.
+    """
+
+    id: int
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
 # Which of them an edit is made at
 
 FURTHEST = 2**31
