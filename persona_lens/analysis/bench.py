@@ -12,7 +12,7 @@ from persona_lens.backend import Backend, Edit, TokenBatch
 from persona_lens.backend.batches import forward_rows
 from persona_lens.core.progress import Progress
 from persona_lens.extraction.axis import FULLY, gives_grades
-from persona_lens.extraction.experiment import Experiment, Variant, requests_of
+from persona_lens.extraction.experiment import Experiment, Variant, model_config, requests_of
 from persona_lens.judging import Judge, Judgement
 from persona_lens.judging.recording import judge_rollouts
 from persona_lens.models import ChatFormat
@@ -127,6 +127,15 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.judged: list[Any] = []
         self.samples: list[dict[str, Any]] = []
+
+    def describe(self) -> dict[str, Any]:
+        """Who is asked what, and who judges, as JSON values."""
+        return {
+            "roles": {name: role.content_hash() for name, role in self.roles.items()},
+            "default": self.default.content_hash(),
+            "judges": {name: judge.describe() for name, judge in self.judges.items()},
+            **model_config(self.backend, self.chat),
+        }
 
     def check(self) -> None:
         """Raise unless there are as many questions as are asked for."""

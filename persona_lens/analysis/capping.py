@@ -22,7 +22,7 @@ from persona_lens.core.documents import Record, plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Ends, Estimate, bootstrap_mean
 from persona_lens.extraction.axis import axis_judges
-from persona_lens.extraction.experiment import json_of, model_config, run_folder
+from persona_lens.extraction.experiment import json_of, run_folder
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models import ChatFormat
@@ -177,42 +177,21 @@ def cap_axis(
     steerings = _candidates(axis, settings)
     bench = Bench(backend, chat, settings, {name: roles[name] for name in chosen}, default, asked)
     bench.check()
-    config = {
-        "kind": "cap",
-        "settings": asdict(settings),
-        "vectors": axis.vectors.content_hash,
-        "roles": {name: roles[name].content_hash() for name in chosen},
-        "default": default.content_hash(),
-        "judges": {name: judge.describe() for name, judge in asked.items()},
-        **model_config(backend, chat),
-    }
+    config = {"kind": "cap", "settings": asdict(settings), "vectors": axis.vectors.content_hash, **bench.describe()}
     with run_folder(folder, config) as run:
         for number, (name, judge) in enumerate(asked.items()):
             prepare_judge(judge, run, SEARCH + file_prefix(number, name))
-        plain_arm = Arm(UNCAPPED, ())
-        arms = [plain_arm, *(Arm(str(each), each.edits()) for each in steerings)]
+        arms = [Arm(UNCAPPED, ()), *(Arm(str(each), each.edits()) for each in steerings)]
         found = bench.measure(arms, SEARCH, run, progress)
         candidates = _judged_costs([_candidate(arm, found[UNCAPPED], found[arm.name]) for arm in arms[1:]], settings)
-        best = _best(candidates)
-        steering = next((each for each in steerings if best and str(each) == best.text), None)
+        steering = next((each for each in steerings if str(each) == _best(candidates)), None)
         confirmed: dict[str, Any] | None = None
         if steering is not None:
-            nulls = [
-                Arm(f"random {number}", axis.random(*_place(steering), settings.seed + number))
-                for number in range(settings.random_directions)
-            ]
-            arms = [plain_arm, Arm(str(steering), steering.edits()), *nulls]
+            arms = [Arm(UNCAPPED, ()), Arm(str(steering), steering.edits()), *_nulls(axis, steering, settings)]
             confirmed = _confirmed(bench.measure(arms, CONFIRM, run, progress), str(steering))
         summary = {
-            "model": asdict(backend.info),
-            "settings": asdict(settings),
+            **_told(backend, settings, chosen, found[UNCAPPED], candidates),
             "judge": as_used(next(iter(asked.values())).describe(), bench.judged),
-            "roles": {"search": chosen[::2], "confirmation": chosen[1::2]},
-            "unsteered": {
-                "persona": json_of(_mean(found[UNCAPPED].persona)),
-                "accuracy": json_of(_mean(found[UNCAPPED].accuracy)),
-            },
-            "candidates": [each.to_json() for each in candidates],
             "chosen": None if steering is None else str(steering),
             "confirmed": confirmed,
             "samples": bench.samples,
@@ -223,6 +202,30 @@ def cap_axis(
             if steering is not None:
                 steering.save(run.path / STEERING)
     return Capping(steering, candidates, plain(summary), run.path if run else None)
+
+
+def _told(
+    backend: Backend,
+    settings: CapSettings,
+    roles: Sequence[str],
+    uncapped: Measured,
+    candidates: Sequence[Candidate],
+) -> dict[str, Any]:
+    """What is told of the search."""
+    return {
+        "model": asdict(backend.info),
+        "settings": asdict(settings),
+        "roles": {"search": roles[::2], "confirmation": roles[1::2]},
+        "uncapped": {name: json_of(_mean(getattr(uncapped, name))) for name in ("persona", "accuracy")},
+        "candidates": [each.to_json() for each in candidates],
+    }
+
+
+def _nulls(axis: AxisRun, steering: Steering, settings: CapSettings) -> list[Arm]:
+    """Random directions, floored as the cap is."""
+    layers, percentile = _place(steering)
+    seeds = range(settings.seed, settings.seed + settings.random_directions)
+    return [Arm(f"random {seed}", axis.random(layers, percentile, seed)) for seed in seeds]
 
 
 def _chosen_roles(axis: AxisRun, roles: Mapping[str, Role], settings: CapSettings) -> list[str]:
@@ -304,10 +307,10 @@ def _dominates(one: Candidate, other: Candidate) -> bool:
     return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
 
 
-def _best(candidates: Sequence[Candidate]) -> Candidate | None:
+def _best(candidates: Sequence[Candidate]) -> str | None:
     """The strongest of those on the front whose costs are accepted; None if none makes personas weaker."""
     possible = [each for each in candidates if each.on_front and each.acceptable and each.persona.mean < 0]
-    return min(possible, key=lambda each: each.persona.mean, default=None)
+    return min(possible, key=lambda each: each.persona.mean).text if possible else None
 
 
 def _confirmed(found: Mapping[str, Measured], name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ After Lu et al., *The Assistant Axis* (arXiv 2601.10387).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from persona_lens.backend import Backend, ModelInfo, Read, ReadKind
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.cells import Cells, Levels, levels_along
-from persona_lens.extraction.experiment import Experiment, Variant, model_config, requests_of, run_folder
+from persona_lens.extraction.experiment import Answers, Experiment, Variant, model_config, requests_of, run_folder
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.extraction.run import SCORES, SUMMARY, VECTORS
 from persona_lens.judging import Calibration, Judge, Judgement, LikelihoodJudge
@@ -168,7 +168,7 @@ def persona_axis(
     settings, chat = settings or AxisSettings(), chat or chat_format(backend)
     roles = [file.read() for file in find_roles().files] if roles is None else roles
     default = default or load_default()
-    layer = _layer(settings, backend.info)
+    _layer(settings, backend.info)
     for each in traits:
         each.check_model(backend, allowable=False)
     experiment = axis_experiment(backend, roles, default, settings, chat)
@@ -187,35 +187,45 @@ def persona_axis(
             prepare_judge(judge, run, file_prefix(number, name))
         answers = experiment.run(run, progress)
         judged = _judged(asked, answers.rollouts, chat, run, progress)
-        used = [found for found in judged if found is not None]
-        scores = [_score_row(request, found, asked) for request, found in zip(experiment.requests, judged, strict=True)]
-        played = [row["played"] for row in scores]
-        cells = Cells.of(experiment.requests, played, answers.collected)
-        counts = {role.name: int(cells.counts[place + 1].sum()) for place, role in enumerate(roles)}
-        kept = [role.name for role in roles if counts[role.name] >= settings.least]
-        if len(kept) < 3:
-            raise _too_few(counts, settings)
-        cells = cells.of_roles(kept)
-        first = next(iter(asked.values()))
-        known = {**(run.config if run else config), "judge": as_used(first.describe(), used), "counts": counts}
-        known.pop("judges")
-        space = PersonaSpace(ModelInfo(**known["model"]), tuple(kept), cells.means[1:], cells.means[0], known)
-        levels = levels_along(experiment.requests, answers.collected, space)
-        stored = StoredLevels(DEFAULT_REDUCTION, len(answers.rollouts), dict(enumerate(map(tuple, levels["all"]))))
-        vectors = space.vectors(levels=stored.to_json())
-        summary = {
-            **_summary(space, cells, levels, layer, traits, settings),
-            "responses": len(answers.rollouts),
-            "tokens": sum(len(rollout.response_ids) for rollout in answers.rollouts),
-            "counts": counts,
-            "judge": known["judge"],
-        }
+        found = _made(answers, judged, asked, settings, traits, run.config if run else config)
         if run is not None:
-            run.write_rows(SCORES, scores)
-            run.write_bytes(SPACE, space.to_bytes())
-            run.write_bytes(VECTORS, vectors.to_bytes())
-            run.write_json(SUMMARY, summary)
-    return Axis(space, vectors, answers.rollouts, scores, plain(summary), run.path if run else None)
+            run.write_rows(SCORES, found.scores)
+            run.write_bytes(SPACE, found.space.to_bytes())
+            run.write_bytes(VECTORS, found.vectors.to_bytes())
+            run.write_json(SUMMARY, found.summary)
+    return replace(found, folder=run.path if run else None)
+
+
+def _made(
+    answers: Answers,
+    judged: Sequence[Judgement | None],
+    judges: Mapping[str, Judge],
+    settings: AxisSettings,
+    traits: Sequence[PersonaVectors],
+    config: Mapping[str, Any],
+) -> Axis:
+    """What the responses come to; nothing of it is written."""
+    requests = answers.collected.requests
+    scores = [_score_row(request, found, judges) for request, found in zip(requests, judged, strict=True)]
+    cells = Cells.of(requests, [row["played"] for row in scores], answers.collected)
+    counts = {name: int(count) for name, count in zip(cells.names[1:], cells.counts[1:].sum(dim=1), strict=True)}
+    kept = [name for name, count in counts.items() if count >= settings.least]
+    if len(kept) < 3:
+        raise _too_few(counts, settings)
+    cells = cells.of_roles(kept)
+    judge = as_used(next(iter(judges.values())).describe(), (each for each in judged if each is not None))
+    known = {**{name: each for name, each in config.items() if name != "judges"}, "judge": judge, "counts": counts}
+    space = PersonaSpace(ModelInfo(**known["model"]), tuple(kept), cells.means[1:], cells.means[0], known)
+    levels = levels_along(requests, answers.collected, space)
+    stored = StoredLevels(DEFAULT_REDUCTION, len(requests), dict(enumerate(map(tuple, levels["all"]))))
+    summary = {
+        **_summary(space, cells, levels, traits, settings),
+        "responses": len(requests),
+        "tokens": sum(len(rollout.response_ids) for rollout in answers.rollouts),
+        "counts": counts,
+        "judge": judge,
+    }
+    return Axis(space, space.vectors(levels=stored.to_json()), answers.rollouts, scores, plain(summary))
 
 
 def axis_experiment(
@@ -326,10 +336,10 @@ def _summary(
     space: PersonaSpace,
     cells: Cells,
     levels: Levels,
-    layer: int,
     traits: Sequence[PersonaVectors],
     settings: AxisSettings,
 ) -> dict[str, Any]:
+    layer = _layer(settings, space.model)
     found = space.components(layer, settings.seed)
     shown = min(SHOWN_COMPONENTS, len(found.explained))
     coordinates = found.coordinates[:, :3]
