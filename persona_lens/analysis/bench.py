@@ -14,7 +14,7 @@ from persona_lens.core.progress import Progress
 from persona_lens.extraction.axis import FULLY, gives_grades
 from persona_lens.extraction.experiment import Experiment, Variant, model_config, requests_of
 from persona_lens.judging import Judge, Judgement
-from persona_lens.judging.recording import judge_rollouts
+from persona_lens.judging.recording import as_used, judge_rollouts, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.chunks import Pieces, Row
@@ -142,6 +142,16 @@ class Bench:
         asked = self.settings.search_questions + self.settings.confirm_questions
         if asked > len(self.default.questions):
             raise AnalysisError(f"{asked} questions are asked for, and there are {len(self.default.questions)}")
+
+    def prepare(self, run: RunFolder | None) -> None:
+        """Let the judges find out whether they can work; see `prepare_judge`."""
+        for number, (name, judge) in enumerate(self.judges.items()):
+            prepare_judge(judge, run, SEARCH + file_prefix(number, name))
+
+    @property
+    def judge_used(self) -> dict[str, Any]:
+        """The first judge, and how scores were found; the others are alike."""
+        return as_used(next(iter(self.judges.values())).describe(), self.judged)
 
     def requests(self, prefix: str) -> list[Request]:
         """What is asked in the search, or in the confirmation: the prompts of its roles, and none for the default."""

@@ -24,11 +24,9 @@ from persona_lens.core.statistics import CHANGES, Ends, Estimate, bootstrap_mean
 from persona_lens.extraction.axis import axis_judges
 from persona_lens.extraction.experiment import json_of, run_folder
 from persona_lens.judging import Judge
-from persona_lens.judging.recording import as_used, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Result
-from persona_lens.runs import file_prefix
 from persona_lens.steering import Steering, parse_terms
 from persona_lens.traits.role import DefaultAssistant, Role, find_roles, load_default
 from persona_lens.vectors import PersonaVectors, load_vectors
@@ -179,8 +177,7 @@ def cap_axis(
     bench.check()
     config = {"kind": "cap", "settings": asdict(settings), "vectors": axis.vectors.content_hash, **bench.describe()}
     with run_folder(folder, config) as run:
-        for number, (name, judge) in enumerate(asked.items()):
-            prepare_judge(judge, run, SEARCH + file_prefix(number, name))
+        bench.prepare(run)
         arms = [Arm(UNCAPPED, ()), *(Arm(str(each), each.edits()) for each in steerings)]
         found = bench.measure(arms, SEARCH, run, progress)
         candidates = _judged_costs([_candidate(arm, found[UNCAPPED], found[arm.name]) for arm in arms[1:]], settings)
@@ -191,7 +188,7 @@ def cap_axis(
             confirmed = _confirmed(bench.measure(arms, CONFIRM, run, progress), str(steering))
         summary = {
             **_told(backend, settings, chosen, found[UNCAPPED], candidates),
-            "judge": as_used(next(iter(asked.values())).describe(), bench.judged),
+            "judge": bench.judge_used,
             "chosen": None if steering is None else str(steering),
             "confirmed": confirmed,
             "samples": bench.samples,
