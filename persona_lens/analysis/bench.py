@@ -11,7 +11,7 @@ from persona_lens.analysis.capability import BUILTIN_TASK, evaluate_capability
 from persona_lens.backend import Backend, Edit, TokenBatch
 from persona_lens.backend.batches import forward_rows
 from persona_lens.core.progress import Progress
-from persona_lens.extraction.axis import FULLY, gives_grades
+from persona_lens.extraction.axis import FULLY, axis_judges, gives_grades
 from persona_lens.extraction.experiment import Experiment, Variant, model_config, requests_of
 from persona_lens.judging import Judge, Judgement
 from persona_lens.judging.recording import as_used, judge_rollouts, prepare_judge
@@ -110,7 +110,10 @@ class Bench:
         settings: What is asked.
         roles: Whose prompts are used, in their order.
         default: Gives the questions.
-        judges: By role.
+        judges: By role; None is as `persona_lens.extraction.axis.axis_judges` has it.
+
+    Raises:
+        AnalysisError: If there are fewer questions than are asked for.
     """
 
     def __init__(
@@ -120,13 +123,17 @@ class Bench:
         settings: CapSettings,
         roles: Mapping[str, Role],
         default: DefaultAssistant,
-        judges: Mapping[str, Judge],
+        judges: Mapping[str, Judge] | None = None,
     ) -> None:
         self.backend, self.chat, self.settings = backend, chat, settings
-        self.roles, self.default, self.judges = roles, default, judges
+        self.roles, self.default = roles, default
+        self.judges = axis_judges(backend, chat, list(roles.values()), default, given=judges)
         self.rows: list[dict[str, Any]] = []
         self.judged: list[Any] = []
         self.samples: list[dict[str, Any]] = []
+        asked = settings.search_questions + settings.confirm_questions
+        if asked > len(default.questions):
+            raise AnalysisError(f"{asked} questions are asked for, and there are {len(default.questions)}")
 
     def describe(self) -> dict[str, Any]:
         """Who is asked what, and who judges, as JSON values."""
@@ -136,12 +143,6 @@ class Bench:
             "judges": {name: judge.describe() for name, judge in self.judges.items()},
             **model_config(self.backend, self.chat),
         }
-
-    def check(self) -> None:
-        """Raise unless there are as many questions as are asked for."""
-        asked = self.settings.search_questions + self.settings.confirm_questions
-        if asked > len(self.default.questions):
-            raise AnalysisError(f"{asked} questions are asked for, and there are {len(self.default.questions)}")
 
     def prepare(self, run: RunFolder | None) -> None:
         """Let the judges find out whether they can work; see `prepare_judge`."""

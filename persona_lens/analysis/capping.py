@@ -21,7 +21,6 @@ from persona_lens.backend import Backend, Edit
 from persona_lens.core.documents import Record, plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Ends, Estimate, bootstrap_mean
-from persona_lens.extraction.axis import axis_judges
 from persona_lens.extraction.experiment import json_of, run_folder
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
@@ -171,10 +170,8 @@ def cap_axis(
     roles = axis.roles() if roles is None else roles
     axis.vectors.check_model(backend, allowable=False)
     chosen = _chosen_roles(axis, roles, settings)
-    asked = axis_judges(backend, chat, [roles[name] for name in chosen], default, given=judges)
     steerings = _candidates(axis, settings)
-    bench = Bench(backend, chat, settings, {name: roles[name] for name in chosen}, default, asked)
-    bench.check()
+    bench = Bench(backend, chat, settings, {name: roles[name] for name in chosen}, default, judges)
     config = {"kind": "cap", "settings": asdict(settings), "vectors": axis.vectors.content_hash, **bench.describe()}
     with run_folder(folder, config) as run:
         bench.prepare(run)
