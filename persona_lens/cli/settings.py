@@ -133,7 +133,7 @@ def _read(field: Field, value: Any, n_layers: int | None) -> Any:
     if field.kind == "first":
         return tuple(range(value))
     if not isinstance(value, str):
-        return value
+        return tuple(value) if isinstance(value, list) else value
     if field.kind == "layers":
         assert n_layers is not None
         return tuple(layer_numbers(value, n_layers))

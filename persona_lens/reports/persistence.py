@@ -32,9 +32,14 @@ _LOST = {
     "score": "less of the trait",
     "nll": "more surprise",
     "coherence": "less coherence",
-    "capability": "fewer right",
+    "capability": "right answers less likely",
 }
-_WON = {"score": "more of the trait", "nll": "less surprise", "coherence": "more coherence", "capability": "more right"}
+_WON = {
+    "score": "more of the trait",
+    "nll": "less surprise",
+    "coherence": "more coherence",
+    "capability": "right answers likelier",
+}
 WAYS = {
     "none": "not steered",
     "all": "added at every token, which stays in the history",
@@ -147,7 +152,7 @@ def headline(summary: Summary) -> Headline:
     if better:
         title = f"{_listed(better)} {'hold' if len(better) > 1 else 'holds'} better than {usual} {end}"
     else:
-        title = f"No way is clearly better than {usual} at no clear loss {end}"
+        title = f"No way clearly keeps more than {usual} without losing something {end}"
     title = title[:1].upper() + title[1:]
     chance = "Of differences that are none, about one in twenty looks clear by chance."
     return Headline("clear" if better else "unclear", title, (*_told(summary), *sentences, chance))

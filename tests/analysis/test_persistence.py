@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.persistence import Aim, Persistence, PersistSettings, TurnRow, Way, persist, persist_work
@@ -27,8 +28,10 @@ from persona_lens.backend import (
     ReadKind,
     Sampling,
     TokenBatch,
+    open_backend,
 )
 from persona_lens.backend.batches import ContextError
+from persona_lens.cli import app
 from persona_lens.core.progress import no_progress
 from persona_lens.data.scripted import Scripted
 from persona_lens.data.tables import DataError
@@ -386,7 +389,7 @@ def test_better_is_said_only_where_the_interval_is_clear_of_zero(backend: Backen
     assert "clean against all: more of the trait (trait score +18.8" in " ".join(told.sentences)
     less = headline(summary_of(outcome(backend, -2.0)))
     assert less.verdict == "unclear"
-    assert less.title.startswith("No way is clearly better than all")
+    assert less.title.startswith("No way clearly keeps more than all without losing something in the last turn")
     assert "clean against all: less of the trait" in " ".join(less.sentences)
     alone = outcome(backend)
     alone = replace(alone, rows=[row for row in alone.rows if row.way != "clean"])
@@ -455,3 +458,37 @@ def test_other_backends_find_the_same(backend: Backend, adapter: str) -> None:
         assert (one.way, one.turn, one.text) == (same.way, same.turn, same.text)
         for name in ("score", "nll", "projection", "capability"):
             assert getattr(same, name) == pytest.approx(getattr(one, name), rel=1e-3, abs=1e-3)
+
+
+def test_from_the_command_line_to_the_page(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    model: Any = tiny_model()
+    model.config.max_position_embeddings = 16_384
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    own = open_backend("transformers", str(folder), dtype="float32", device="cpu")
+    file = str(vectors(own).save(tmp_path / "optimistic.safetensors"))
+    people = tmp_path / "people.yaml"
+    talk = [{"name": "ann", "turns": ["Hi", "Tea?"]}, {"name": "bob", "turns": ["Oh", "So?"]}]
+    people.write_text(json.dumps({"format_version": 1, "domain": "tea", "users": talk}))
+    command = [
+        *("steer", "persist", str(folder), file, "--dtype", "float32", "--device", "cpu", "--users", str(people)),
+        *("--conversations", "2", "--turns", "2", "--last", "1", "--max-new-tokens", "4", "--known-questions", "1"),
+        *("--known-turns", "2", "--way", "all,clean", "--way", "prompted"),
+    ]
+    placed = [*command, "--layer", "1", "--coefficient", "2"]
+    out = tmp_path / "run"
+    run = CliRunner(env={"COLUMNS": "200"}).invoke
+    first = run(app, [*placed, "--out", str(out), "--json"])
+    assert first.exit_code == 0, (first.output, first.exception)
+    found = json.loads(first.stdout)
+    assert list(found["traits"]["optimistic"]["ways"]) == ["none", "all", "clean", "prompted"]
+    assert "prompted" in (out / "report.html").read_text(encoding="utf-8")
+    shown = run(app, [*placed, "--out", str(out)])
+    assert shown.exit_code == 0
+    assert "score, last 1 turn" in shown.stdout
+    work = json.loads(run(app, [*placed, "--dry-run", "--json"]).stdout)["work"]
+    assert [each["label"] for each in work] == ["rollouts", "surprise", "capability-02", "judging optimistic"]
+    assert "no layer was tuned" in str(run(app, command).exception)
+    assert "2 scripted users" in str(run(app, [*placed, "--conversations", "3"]).exception)
+    assert "there is no way 'up'" in str(run(app, [*placed, "--way", "up"]).exception)
