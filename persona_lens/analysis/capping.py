@@ -22,6 +22,7 @@ from persona_lens.core.documents import Record, plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import CHANGES, Ends, Estimate, bootstrap_mean
 from persona_lens.extraction.experiment import json_of, run_folder
+from persona_lens.extraction.run import VECTORS
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
@@ -195,6 +196,7 @@ def cap_axis(
             run.write_json("summary.json", summary)
             if steering is not None:
                 steering.save(run.path / STEERING)
+                run.write_bytes(VECTORS, axis.vectors.to_bytes())
     return Capping(steering, candidates, plain(summary), run.path if run else None)
 
 

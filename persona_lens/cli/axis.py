@@ -76,7 +76,7 @@ def cap_command(
 
     Caps are tried at several ranges of layers and percentiles of the model's own responses, by what they do to replies
     to persona prompts and by what they cost; the choice is confirmed on other roles and questions, beside random
-    directions. The folder gets `steering.safetensors`, which `--edits` takes everywhere.
+    directions. The folder gets `steering.safetensors`, which `--edits` takes everywhere, and the axis.
 
     Example: `persona-lens axis cap smollm2-135m runs/axis-smollm2-135m`
 
@@ -109,12 +109,19 @@ def _ranges(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _show_caps(found: Capping) -> None:
-    columns = {name: (name, ".1f" if name == "persona" else ".3f") for name in ("persona", "surprise", "accuracy")}
-    show_rows(
-        "Caps tried: changes with 95% intervals of the score by which personas are played, of the surprise of ordinary "
-        "replies, and of the share of right answers",
-        found.summary["candidates"],
-        {"cap": "text", **columns},
+    forms = {"persona": ".1f", "surprise": ".3f", "accuracy": ".3f"}
+    rows = [
+        (
+            each["text"].removeprefix("assistant@"),
+            *(interval_text(each[name], form, noun=None) for name, form in forms.items()),
+        )
+        for each in found.summary["candidates"]
+    ]
+    print_table(
+        "Caps tried: changes of the score by which personas are played (points of 100), of the surprise of ordinary "
+        "replies (nats a token), and of the share of right answers",
+        ("layers: cap", "persona", "surprise", "right answers"),
+        rows,
     )
 
 

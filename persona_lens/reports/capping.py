@@ -73,8 +73,8 @@ def next_steps(summary: Summary, folder: str) -> Steps:
     """What one may want to do next with the run's folder."""
     if summary["chosen"] is None:
         return []
-    words = ("persona-lens", "generate", summary["model"]["model"], "Who are you?", "--edits")
-    return [("Let the model answer under the cap.", shell(*words, f"{folder}/steering.safetensors"))]
+    words = ("persona-lens", "generate", summary["model"]["model"], folder, "Who are you?", "--edits")
+    return [("Let the model answer under the cap.", shell(*words, summary["chosen"]))]
 
 
 def figures(summary: Summary) -> svg.Wanted:

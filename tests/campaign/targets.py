@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from persona_lens.analysis.bench import CapSettings
+from persona_lens.analysis.capping import cap_axis
 from persona_lens.analysis.dissection import DissectSettings, dissect
 from persona_lens.analysis.persistence import PersistSettings, persist
 from persona_lens.backend import wrap_model
 from persona_lens.data.datasets import open_dataset
 from persona_lens.data.scripted import Scripted
 from persona_lens.extraction import ExtractionSettings, extract, plan_requests
+from persona_lens.extraction.axis import AxisSettings, persona_axis
 from persona_lens.extraction.responses import generate_responses
 from persona_lens.finetuning import finetune
 from persona_lens.finetuning.outcomes import TreatmentSettings
@@ -35,7 +38,7 @@ from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep
 from persona_lens.steering.comparison import compare
 from persona_lens.steering.crossing import CrossSettings, effects
 from persona_lens.steering.tuning import TuneSettings, tune
-from persona_lens.traits import load_trait
+from persona_lens.traits import load_role, load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.analysis.dictionaries import dictionary
 from tests.campaign.counts import Counts
@@ -137,6 +140,22 @@ def _drift(folder: Path) -> Result:
                  folder=folder, chat=made.chat())  # fmt: skip
 
 
+def _axis(folder: Path) -> Result:
+    roles = [load_role(name) for name in ("pirate", "ghost", "doctor", "void")]
+    settings = AxisSettings(2, least=1, rollouts=RolloutSettings(4, batch_size=8))
+    return persona_axis(
+        made.backend(), folder, roles=roles, settings=settings, chat=made.chat(), traits=[tiny_vectors()]
+    )
+
+
+def _cap(folder: Path) -> Result:
+    axis = inputs() / "axis"
+    _axis(axis)
+    settings = CapSettings((50.0,), ((0, 1),), 4, 1, 1, 1, accept_loss=1.0, accept_surprise=100.0, limit=2,
+                           rollouts=RolloutSettings(4, batch_size=8))  # fmt: skip
+    return cap_axis(made.backend(), axis, folder, settings=settings, chat=made.chat())
+
+
 def _screen(folder: Path) -> Result:
     data, clean = inputs() / "rows.jsonl", inputs() / "clean.jsonl"
     if not clean.exists():
@@ -213,6 +232,8 @@ TARGETS: dict[str, Run] = {
     "steer persist": _persist,
     "monitor study": _study,
     "monitor drift": _drift,
+    "axis": _axis,
+    "axis cap": _cap,
     "screen": _screen,
     "shift": _shift,
     "finetune": _finetune,

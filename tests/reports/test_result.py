@@ -37,6 +37,8 @@ MADE: dict[str, Callable[[Path], Result]] = {
     "persistence": targets._persist,
     "study": targets._study,
     "drift": targets._drift,
+    "axis": targets._axis,
+    "cap": targets._cap,
     "baseline": lambda folder: measure_baseline(
         made.backend(),
         targets.tiny_vectors(),
