@@ -27,6 +27,7 @@ from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Result
+from persona_lens.runs import RunFolder
 from persona_lens.steering import Steering, parse_terms
 from persona_lens.traits.role import DefaultAssistant, Role, find_roles, load_default
 from persona_lens.vectors import PersonaVectors, load_vectors
@@ -180,15 +181,11 @@ def cap_axis(
         found = bench.measure(arms, SEARCH, run, progress)
         candidates = _judged_costs([_candidate(arm, found[UNCAPPED], found[arm.name]) for arm in arms[1:]], settings)
         steering = next((each for each in steerings if str(each) == _best(candidates)), None)
-        confirmed: dict[str, Any] | None = None
-        if steering is not None:
-            arms = [Arm(UNCAPPED, ()), Arm(str(steering), steering.edits()), *_nulls(axis, steering, settings)]
-            confirmed = _confirmed(bench.measure(arms, CONFIRM, run, progress), str(steering))
         summary = {
             **_told(backend, settings, chosen, found[UNCAPPED], candidates),
-            "judge": bench.judge_used,
             "chosen": None if steering is None else str(steering),
-            "confirmed": confirmed,
+            "confirmed": _confirm(bench, axis, steering, run, progress) if steering else None,
+            "judge": bench.judge_used,
             "samples": bench.samples,
         }
         if run is not None:
@@ -215,6 +212,15 @@ def _told(
         "uncapped": {name: json_of(_mean(getattr(uncapped, name))) for name in ("persona", "accuracy")},
         "candidates": [each.to_json() for each in candidates],
     }
+
+
+def _confirm(
+    bench: Bench, axis: AxisRun, steering: Steering, run: RunFolder | None, progress: Progress
+) -> dict[str, Any]:
+    """The cap on other roles and questions, beside random directions."""
+    nulls = _nulls(axis, steering, bench.settings)
+    arms = [Arm(UNCAPPED, ()), Arm(str(steering), steering.edits()), *nulls]
+    return _confirmed(bench.measure(arms, CONFIRM, run, progress), str(steering))
 
 
 def _nulls(axis: AxisRun, steering: Steering, settings: CapSettings) -> list[Arm]:

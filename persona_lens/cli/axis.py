@@ -82,6 +82,7 @@ def cap_command(
 
     Args:
         ranges: Ranges of layers to try, such as 16-19,20-27.
+        default: The default Assistant of that run, if it was another than the built-in one.
     """
     from persona_lens.analysis.capping import AxisRun, cap_axis
     from persona_lens.traits import PlayedRole, load_default
