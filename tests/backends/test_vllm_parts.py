@@ -253,6 +253,7 @@ class ScriptedLLM:
                     SimpleNamespace(
                         request_id=name,
                         finished=finished,
+                        prompt_logprobs=None,
                         outputs=[SimpleNamespace(token_ids=list(self.given[name]), logprobs=None)],
                     )
                 )

@@ -281,7 +281,7 @@ def test_a_session_is_saved_opened_and_exported(page: Page, tmp_path: Path) -> N
     assert [message.role for message in session.path] == ["system", "user", "assistant"]
     assert len(session) == 4
     assert session.path[-1].readings is not None
-    assert len(session.path[-1].readings.tokens) == 10
+    assert 1 <= len(session.path[-1].readings.tokens) <= 10  # any seed, and the model may end by itself
     plain = [json.loads(line) for line in saved("#save-messages").read_text().splitlines()]
     assert plain == session.messages
     assert "Be brief." in saved("#export").read_text()
