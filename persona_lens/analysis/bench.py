@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.capability import BUILTIN_TASK, evaluate_capability
+from persona_lens.analysis.capability import BUILTIN_TASK, check_task, evaluate_capability
 from persona_lens.backend import Backend, Edit, TokenBatch
 from persona_lens.backend.batches import forward_rows
 from persona_lens.core.progress import Progress
@@ -19,7 +19,7 @@ from persona_lens.models import ChatFormat
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.chunks import Pieces, Row
 from persona_lens.runs.rollouts import Request, Rollout, RolloutSettings
-from persona_lens.traits.role import DefaultAssistant, Role
+from persona_lens.traits.role import N_SYSTEM_PROMPTS, DefaultAssistant, Role
 from persona_lens.vectors.persona_space import ASSISTANT
 
 UNCAPPED = "uncapped"
@@ -113,7 +113,7 @@ class Bench:
         judges: By role; None is as `persona_lens.extraction.axis.axis_judges` has it.
 
     Raises:
-        AnalysisError: If there are fewer questions than are asked for.
+        AnalysisError: If there are fewer questions than are asked for, or the capability task cannot be had.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class Bench:
         asked = settings.search_questions + settings.confirm_questions
         if asked > len(default.questions):
             raise AnalysisError(f"{asked} questions are asked for, and there are {len(default.questions)}")
+        check_task(settings.task)
 
     def describe(self) -> dict[str, Any]:
         """Who is asked what, and who judges, as JSON values."""
@@ -164,7 +165,7 @@ class Bench:
         found = []
         for number, question in questions.items():
             variants = [Variant({"role": ASSISTANT})]
-            variants += [Variant({"role": n}, self.roles[n].system_prompts[number % 5]) for n in names]
+            variants += [Variant({"role": n}, self.roles[n].system_prompts[number % N_SYSTEM_PROMPTS]) for n in names]
             found += requests_of({number: question}, variants, 1, self.settings.seed, "cap")
         return found
 
@@ -249,7 +250,7 @@ class Bench:
         return dict(enumerate(row["scores"]))
 
     def _samples(self, replies: Mapping[str, list[Rollout]], prefix: str) -> Iterator[dict[str, Any]]:
-        """The first reply of the first two roles under each arm of the confirmation: not picked for what they say."""
+        """The first reply of the first three roles under each arm of the confirmation: not picked for what they say."""
         names = list(dict.fromkeys(each.request.labels["role"] for each in replies[UNCAPPED]))
         for role in names[:3] if prefix == CONFIRM else ():
             first = {

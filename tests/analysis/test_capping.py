@@ -154,6 +154,7 @@ def test_usual_ranges_lie_in_the_second_half_without_the_last_layer() -> None:
         ({"roles": 3}, "at least 4"),
         ({"search_questions": 0}, "at least 1"),
         ({"accept_loss": -1.0}, "at least 0"),
+        ({"task": "persona_lens_basic"}, "there is no task 'persona_lens_basic'"),
         ({"ranges": ((0, 99),)}, "layer 99 does not exist"),
         ({"search_questions": 40}, "42 questions are asked for, and there are 40"),
     ],
