@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.bench import CONFIRM, SEARCH, UNCAPPED, Arm, Bench, CapSettings, Measured
@@ -120,22 +120,18 @@ class AxisRun:
         order = along.argsort()[:count].tolist()
         return [self.space.roles[place] for place in order]
 
-    def random(self, layers: Sequence[int], percentile: float, seed: int) -> tuple[Edit, ...]:
-        """A floor along a random direction at each layer, at that percentile of its own projections."""
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(self.space.model.n_layers, self.space.model.d_model, generator=generator)
-        units = noise / noise.norm(dim=-1, keepdim=True)
+    def randoms(self, layers: Sequence[int], percentile: float, seeds: Sequence[int]) -> list[tuple[Edit, ...]]:
+        """For each seed a floor along a random direction at each layer, at that percentile of its own projections."""
         shape = (self.space.model.n_layers, self.space.model.d_model)
-        means = saved_means(self.folder, DEFAULT_REDUCTION, self.responses, shape)
-        found = torch.stack([(torch.from_numpy(mean).float() * units).sum(dim=-1) for _, mean in means])
-        return tuple(
-            Edit.floor(layer, units[layer], float(_percentile(found[:, layer], percentile))) for layer in layers
-        )
-
-
-def _percentile(values: Tensor, percentile: float) -> Tensor:
-    found: Tensor = values[values.isfinite()].double().quantile(percentile / 100)
-    return found
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        units = noise / noise.norm(dim=-1, keepdim=True)
+        means = saved_means(self.folder, DEFAULT_REDUCTION, self.responses, shape)  # large: one pass serves all
+        along = np.stack([np.einsum("ld,sld->sl", mean, units.numpy()) for _, mean in means])
+        levels = np.nanpercentile(along, percentile, axis=0)
+        return [
+            tuple(Edit.floor(layer, unit[layer], float(level[layer])) for layer in layers)
+            for unit, level in zip(units, levels, strict=True)
+        ]
 
 
 def cap_axis(
@@ -180,7 +176,8 @@ def cap_axis(
         arms = [Arm(UNCAPPED, ()), *(Arm(str(each), each.edits()) for each in steerings)]
         found = bench.measure(arms, SEARCH, run, progress)
         candidates = _judged_costs([_candidate(arm, found[UNCAPPED], found[arm.name]) for arm in arms[1:]], settings)
-        steering = next((each for each in steerings if str(each) == _best(candidates)), None)
+        best = _best(candidates)
+        steering = next((each for each in steerings if str(each) == best), None)
         summary = {
             **_told(backend, settings, chosen, found[UNCAPPED], candidates),
             "chosen": None if steering is None else str(steering),
@@ -227,7 +224,8 @@ def _nulls(axis: AxisRun, steering: Steering, settings: CapSettings) -> list[Arm
     """Random directions, floored as the cap is."""
     layers, percentile = _place(steering)
     seeds = range(settings.seed, settings.seed + settings.random_directions)
-    return [Arm(f"random {seed}", axis.random(layers, percentile, seed)) for seed in seeds]
+    floors = axis.randoms(layers, percentile, seeds) if seeds else []
+    return [Arm(f"random {seed}", edits) for seed, edits in zip(seeds, floors, strict=True)]
 
 
 def _chosen_roles(axis: AxisRun, roles: Mapping[str, Role], settings: CapSettings) -> list[str]:

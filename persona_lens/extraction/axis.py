@@ -343,7 +343,7 @@ def _summary(
     found = space.components(layer, settings.seed)
     shown = min(SHOWN_COMPONENTS, len(found.explained))
     coordinates = found.coordinates[:, :3]
-    centre = space.means[:, layer].mean(dim=0)
+    standings = space.standings(found)[:shown]
     return {
         "model": asdict(space.model),
         "layer": layer,
@@ -352,11 +352,11 @@ def _summary(
         "explained": found.explained[:shown].tolist(),
         "random_explained": found.random_explained[:shown].tolist(),
         "components_for_70": int((found.explained.cumsum(0) < 0.7).sum()) + 1,
-        "standings": [each.to_json() for each in space.standings(found)[:shown]],
+        "standings": [each.to_json() for each in standings],
         "map": [
             {"role": role, "coordinates": row} for role, row in zip(space.roles, coordinates.tolist(), strict=True)
         ],
-        "default": (found.directions[:3] @ (space.default[layer] - centre)).tolist(),
+        "default": [each.coordinate for each in standings[:3]],
         "traits": [_trait(space, found, each) for each in traits],
         "chance": chance(space.model.d_model),
         "levels": {name: rows[layer] for name, rows in levels.items()},

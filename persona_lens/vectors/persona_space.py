@@ -7,7 +7,7 @@ it, the axis is the default's minus the mean of all roles', and persona space is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +143,10 @@ class PersonaSpace:
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""
-        fields = {name: getattr(self.model, name) for name in ModelInfo.__dataclass_fields__}
         header = {
             "format_version": FORMAT_VERSION,
             "roles": list(self.roles),
-            "model": fields,
+            "model": asdict(self.model),
             "provenance": dict(self.provenance),
         }
         return save_tensors({"means": self.means, "default": self.default}, METADATA, header_text(header))
