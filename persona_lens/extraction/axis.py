@@ -24,8 +24,7 @@ from persona_lens.judging.reading import PAIRS
 from persona_lens.judging.recording import as_used, judge_rollouts, judging_work, longest_exchanges, prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
-from persona_lens.reports.kinds import without_ids
-from persona_lens.reports.result import Result
+from persona_lens.reports.result import Scored
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings
@@ -82,7 +81,7 @@ class AxisSettings:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Axis(Result):
+class Axis(Scored):
     """What roles come to in a model; a row for each response.
 
     Attributes:
@@ -101,12 +100,6 @@ class Axis(Result):
     scores: list[dict[str, Any]]
     summary: dict[str, Any]
     folder: Path | None = None
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """See `Result.rows`."""
-        both = zip(self.rollouts, self.scores, strict=True)
-        return [without_ids({**rollout.to_row(), **score}) for rollout, score in both]
 
 
 def plan_roles(roles: Sequence[Role], default: DefaultAssistant, settings: AxisSettings) -> list[Request]:

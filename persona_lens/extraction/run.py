@@ -35,8 +35,7 @@ from persona_lens.judging.recording import (
 )
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
-from persona_lens.reports.kinds import without_ids
-from persona_lens.reports.result import Result
+from persona_lens.reports.result import Scored
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Rollout, RolloutBatches
@@ -50,7 +49,7 @@ LIKELIHOOD = "likelihood"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Extraction(Result):
+class Extraction(Scored):
     """What an extraction yields.
 
     Attributes:
@@ -69,12 +68,6 @@ class Extraction(Result):
     scores: list[dict[str, Any]]
     summary: dict[str, Any]
     folder: Path | None = None
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """See `Result.rows`."""
-        both = zip(self.rollouts, self.scores, strict=True)
-        return [without_ids({**rollout.to_row(), **score}) for rollout, score in both]
 
 
 def extract(

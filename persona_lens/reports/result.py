@@ -19,7 +19,7 @@ from persona_lens.core.files import CONFIG, named, write_bytes
 from persona_lens.core.text import in_short, shown
 from persona_lens.judging.blind import to_cell
 from persona_lens.reports import svg
-from persona_lens.reports.kinds import KINDS, SUMMARY, Kind, as_written, read_object
+from persona_lens.reports.kinds import KINDS, SUMMARY, Kind, as_written, read_object, without_ids
 from persona_lens.reports.page import FOLDER, Headline, environment
 
 if TYPE_CHECKING:
@@ -221,6 +221,24 @@ class Answered(Result, Generic[Answer]):
     def rows(self) -> list[dict[str, Any]]:
         """See `Result.rows`."""
         return [plain(answer.to_row()) for answer in self.answers]
+
+
+class Scored(Result):
+    """A result whose rows are responses with their scores.
+
+    Attributes:
+        rollouts: Every response.
+        scores: What is said of each, as JSON values.
+    """
+
+    rollouts: Sequence[Written]
+    scores: Sequence[dict[str, Any]]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """See `Result.rows`."""
+        both = zip(self.rollouts, self.scores, strict=True)
+        return [without_ids({**rollout.to_row(), **score}) for rollout, score in both]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
