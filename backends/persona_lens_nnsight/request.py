@@ -182,14 +182,18 @@ class Request(Transport):  # type: ignore[misc]  # nnsight has no types
     def _next(self, socket: Any, deadline: float) -> str | bytes:
         import websocket
 
-        socket.settimeout(max(deadline - time.monotonic(), 0.01))
+        left = deadline - time.monotonic()
+        late = RemoteError(
+            f"no result after {self.connection.timeout:.0f} s; the server may be busy: try again later, or allow "
+            "more with --request-timeout"
+        )
+        if left <= 0:
+            raise late
+        socket.settimeout(left)
         try:
             message: str | bytes = socket.recv()
         except websocket.WebSocketTimeoutException:
-            raise RemoteError(
-                f"no result after {self.connection.timeout:.0f} s; the server may be busy: try again later, or allow "
-                "more with --request-timeout"
-            ) from None
+            raise late from None
         if not message:  # what a closed line reads as
             raise websocket.WebSocketConnectionClosedException("the server closed the connection")
         return message
