@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.capability import BUILTIN_TASK, check_task, evaluate_capability
-from persona_lens.backend import Backend, Edit, TokenBatch
-from persona_lens.backend.batches import forward_rows
+from persona_lens.analysis.weighing import Passage, Weighing
+from persona_lens.backend import Backend, Edit
 from persona_lens.core.progress import Progress
 from persona_lens.extraction.axis import FULLY, axis_judges, gives_grades
 from persona_lens.extraction.experiment import Experiment, Variant, model_config, requests_of
@@ -174,19 +175,17 @@ class Bench:
     ) -> dict[str, Measured]:
         """What each arm comes to, by its name."""
         requests = self.requests(prefix)
-        replies = {
-            arm.name: self._replies(arm, requests, f"{prefix}{number:02d}-", run, progress)
-            for number, arm in enumerate(arms)
-        }
+        files = {arm.name: f"{prefix}{number:02d}-" for number, arm in enumerate(arms)}
+        replies = {arm.name: self._replies(arm, requests, files[arm.name], run, progress) for arm in arms}
         persona = self._persona(replies, prefix, run, progress)
         self.samples += list(self._samples(replies, prefix))
         return {
             arm.name: Measured(
                 persona[arm.name],
-                self._surprise(replies[arm.name]),
-                self._accuracy(arm, f"{prefix}{number:02d}-", run, progress),
+                self._surprise(replies[arm.name], files[arm.name], run, progress),
+                self._accuracy(arm, files[arm.name], run, progress),
             )
-            for number, arm in enumerate(arms)
+            for arm in arms
         }
 
     def _replies(
@@ -218,16 +217,21 @@ class Bench:
                     found[arm][number] = sum(values) / len(values)
         return found
 
-    def _surprise(self, replies: Sequence[Rollout]) -> dict[int, float]:
+    def _surprise(
+        self, replies: Sequence[Rollout], prefix: str, run: RunFolder | None, progress: Progress
+    ) -> dict[int, float]:
         """By question: nats a token of the default's replies in the uncapped model."""
         own = [each for each in replies if _is_of(each, ASSISTANT) and each.response_ids]
-        if not own:
-            return {}
         prompts = [self.chat.encode(each.request.system, each.request.question) for each in own]
-        tokens = TokenBatch.of(prompts, [each.response_ids for each in own])
-        logprobs = forward_rows(self.backend, tokens, logprobs=True).logprobs or ()
+        passages = [
+            Passage((*prompt, *each.response_ids), ((len(prompt), len(prompt) + len(each.response_ids)),))
+            for prompt, each in zip(prompts, own, strict=True)
+        ]
+        purposes = [json.dumps([each.request.question, list(each.response_ids)]) for each in own]
+        weighed = Weighing(self.backend, passages, purposes, f"{prefix}surprise").run(run, progress)
         return {
-            each.request.labels["question_number"]: -float(row.mean()) for each, row in zip(own, logprobs, strict=True)
+            each.request.labels["question_number"]: -logprob / len(each.response_ids)
+            for each, (logprob,) in zip(own, weighed, strict=True)
         }
 
     def _accuracy(self, arm: Arm, prefix: str, run: RunFolder | None, progress: Progress) -> dict[int, float]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.persistence.measures import (
-    Weighing,
     capability,
     capability_of,
     known_length,
@@ -24,6 +23,7 @@ from persona_lens.analysis.persistence.measures import (
 from persona_lens.analysis.persistence.outcomes import Outcome, TurnRow
 from persona_lens.analysis.persistence.settings import PersistSettings
 from persona_lens.analysis.persistence.ways import FROM, UNSTEERED, Aim, EditsOf, Way, edits_by_labels, edits_for
+from persona_lens.analysis.weighing import Weighing
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress
 from persona_lens.data.scripted import Scripted, scripted_users, spread_over_domains
