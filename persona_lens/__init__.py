@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from persona_lens.serve.cell import workbench as workbench
     from persona_lens.steering import ArmSettings as ArmSettings
     from persona_lens.steering import CrossSettings as CrossSettings
+    from persona_lens.steering import Prompted as Prompted
     from persona_lens.steering import Steering as Steering
     from persona_lens.steering import SweepSettings as SweepSettings
     from persona_lens.steering import TuneSettings as TuneSettings
@@ -127,6 +128,7 @@ _HOMES = {
     "PlayedRole": "traits",
     "Positions": "backend",
     "PreventativeSteering": "finetuning",
+    "Prompted": "steering",
     "RayWorkers": "backend.spread",
     "Read": "backend",
     "Result": "reports.result",

@@ -10,7 +10,7 @@ import typer
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, interval_text, print_table, say, show_rows
 from persona_lens.cli.runner import REPORT, Job, Run, Session
-from persona_lens.cli.settings import Fields, Given, Option
+from persona_lens.cli.settings import Fields, Given, Option, choice
 from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
@@ -18,7 +18,7 @@ from persona_lens.core.text import counted
 if TYPE_CHECKING:
     from persona_lens.core.statistics import Estimate
     from persona_lens.steering import Change, CrossEffects, Steering, SweepRow, SweepSettings, Tuning
-    from persona_lens.steering.comparison import Comparison
+    from persona_lens.steering.comparison import Comparison, Prompted
     from persona_lens.steering.preview import Preview
     from persona_lens.vectors import PersonaVectors
 
@@ -192,6 +192,7 @@ def _accuracy_in(at: Session, task: str, seed: int) -> Callable[[Steering | None
 
 
 QUESTIONS = Option("How many of the held-out questions to ask.")
+PROMPTED = "prompted"
 
 
 def compare_command(
@@ -201,6 +202,7 @@ def compare_command(
     given: Annotated[
         Given, Fields("persona_lens.steering:ArmSettings", without=("question_set",), questions=QUESTIONS)
     ],
+    prompted: Annotated[str | None, Option(metavar="TOWARDS", values="`more` or `less`")] = None,
 ) -> None:
     """Let the unsteered model and several steerings answer the same questions, and score what comes.
 
@@ -208,20 +210,28 @@ def compare_command(
     directions, with norms and angles kept.
 
     Example: `persona-lens steer compare smollm2-135m runs/optimistic-smollm2-135m --edits optimistic@18:+1.5
-    --edits "optimistic@all:increments(+1.5)"`
+    --edits "optimistic@all:increments(+1.5)" --prompted more`
+
+    Args:
+        prompted: Beside them nothing is steered, and a system prompt asks for more of the trait, or for less.
     """
-    from persona_lens.steering.comparison import arms_experiment, compare
+    from persona_lens.steering.comparison import Prompted, arms_experiment, compare
+    from persona_lens.steering.tuning import Towards
 
     loaded = options.open_vectors(vectors)
-    arms = written.open(loaded)
+    arms: dict[str, Steering | Prompted] = {**written.open(loaded)}
     if not arms:
         raise PersonaLensError(f"name what to compare, such as --edits {loaded.trait}@18:+1.5; repeat it for more")
+    if prompted is not None:
+        asked = choice(Towards, prompted, "--prompted").arm
+        arms[PROMPTED] = Prompted(loaded.trait_definition.middle_prompt(asked))
     settings = given.make()
 
     def show(found: Comparison, _: Session) -> None:
         effects = {name: effect.to_json() for name, effect in found.effects.items() if effect is not None}
         measured = "nll" if any(effect["nll"] for effect in effects.values()) else "coherence"
         changes = ("change", "random", "difference", "clear")
+        effects |= {name: {**each, "clear": ""} for name, each in effects.items() if isinstance(arms[name], Prompted)}
         plain = {**found.summary["unsteered"], **dict.fromkeys(changes, "")}
         show_rows(
             f"Trait score of {loaded.trait}, its change [95% interval], and {SHOWN[measured]}",

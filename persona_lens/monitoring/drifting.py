@@ -92,7 +92,7 @@ class Drifting:
 
     def plain(self) -> Conversations:
         """The conversations without a steering."""
-        unsteered = arm_variants((), 0)
+        unsteered = arm_variants({}, 0)
         return self._held(self.users, unsteered, PLAIN, asks=self.played)
 
     def replayed(self, users: Sequence[Scripted]) -> Conversations | None:

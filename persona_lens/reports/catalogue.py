@@ -169,7 +169,8 @@ def _planned(config: Mapping[str, Any]) -> int | None:
                 pushes = len(asked["layers"]) * len(set(asked["coefficients"]) - {0.0})
                 return whole("questions") * whole("samples") * (1 + pushes * ways)
             case "comparison":
-                return len(asked["questions"]) * whole("samples") * (1 + len(config["arms"]) * ways)
+                arms = sum(1 if "system" in arm else ways for arm in config["arms"].values())
+                return len(asked["questions"]) * whole("samples") * (1 + arms)
             case "tune":
                 strengths, searched = len(asked["strengths"]), whole("search_questions") * whole("samples")
                 places = 1 + len(asked["layers"]) * strengths * ways

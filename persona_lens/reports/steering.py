@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
@@ -51,20 +52,29 @@ def sweep_figures(summary: Summary) -> svg.Wanted:
 @resting_on(over("held-out question", "questions"))
 def comparison_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
-    known = {name: each["effect"] for name, each in summary["arms"].items() if each["effect"]}
+    found = {name: each for name, each in summary["arms"].items() if each["effect"]}
+    known = {name: each["effect"] for name, each in found.items() if "system" not in each}
+    asked = tuple(
+        f"{name}, a system prompt and no steering: {bounds(each['effect']['change'], sign=True)}."
+        for name, each in found.items()
+        if "system" in each
+    )
     if not known:
-        return Headline("unclear", "No result: no steered response has a score", ())
+        steered = any("system" not in each for each in summary["arms"].values())
+        title = "No result: no steered response has a score" if steered else "Nothing was steered"
+        return Headline("unclear", title, asked)
     if len(known) == 1:
         ((name, effect),) = known.items()
-        return effect_headline(effect, summary["questions"], name, "")
-    told = tuple(
+        told = effect_headline(effect, summary["questions"], name, "")
+        return replace(told, sentences=(*told.sentences, *asked))
+    told_of = tuple(
         f"{name}: {bounds(effect['change'], sign=True)}, random directions {bounds(effect['random'], sign=True)}."
         for name, effect in known.items()
     )
     clear = sum(bool(effect["clear"]) for effect in known.values())
     null = any(effect["random"] for effect in known.values())
     title = f"{clear} of {counted(len(known), 'steering')} clearly change{'s' if clear == 1 else ''} the trait score"
-    return Headline("no null" if not null else "clear" if clear else "unclear", title, told)
+    return Headline("no null" if not null else "clear" if clear else "unclear", title, (*told_of, *asked))
 
 
 def comparison_figures(summary: Summary) -> svg.Wanted:

@@ -8,6 +8,7 @@ from persona_lens.steering.comparison import (
     ArmSettings,
     Change,
     Comparison,
+    Prompted,
     compare,
 )
 from persona_lens.steering.crossing import Crossing, CrossSettings
@@ -37,6 +38,7 @@ __all__ = [
     "CrossSettings",
     "Crossing",
     "NotationError",
+    "Prompted",
     "SteeredBackend",
     "Steering",
     "SteeringError",

@@ -1,7 +1,7 @@
 """`compare`: several steerings on the same questions, each beside the unsteered model and random directions.
 
-An arm is a steering by its name. Unsteered and steered rows run in the same batches, with the same seeds, through the
-same path.
+An arm is a steering by its name, or a system prompt that asks for what steering is to do. Rows of all arms run in the
+same batches, with the same seeds, through the same path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from persona_lens.steering.steering import Steering, SteeringError, rowwise
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
-VECTOR, RANDOM, NONE = "vector", "random", "none"
+VECTOR, RANDOM, PROMPT, NONE = "vector", "random", "prompt", "none"
 UNSTEERED = "unsteered"
 ARMS = "arms-"  # begins the names of their files
 QUANTITIES = ("score", "nll", "coherence")
@@ -137,37 +137,68 @@ def check_asked(question_set: str, random_directions: int, **counts: int) -> Non
 
 
 @dataclass(frozen=True)
+class Prompted:
+    """An arm in which nothing is steered: a system prompt asks for it. No random direction stands beside that.
+
+    Attributes:
+        system: The prompt.
+    """
+
+    system: str
+
+    def describe(self) -> dict[str, Any]:
+        """It as JSON values, for the record of a run."""
+        return {"system": self.system}
+
+
+Arms = Mapping[str, Steering | Prompted]
+"""Arms by name."""
+
+
+@dataclass(frozen=True)
 class ArmRow(Answer):
     """One response of an arm, with its judgement.
 
     Attributes:
-        arm: Name of the steering; `UNSTEERED` for the responses without one.
-        direction: ``vector``, ``random``, or ``none`` for the unsteered.
+        arm: Name of the arm; `UNSTEERED` for the responses of none.
+        direction: ``vector``, ``random``, ``prompt`` for a system prompt, or ``none`` for the unsteered.
     """
 
     arm: str
     direction: str
 
 
-def arm_variants(names: Iterable[str], random_directions: int) -> list[Variant]:
-    """The unsteered model and every arm, along the vector and along random directions.
+def arm_variants(arms: Arms, random_directions: int, null_of: Mapping[str, str] | None = None) -> list[Variant]:
+    """The unsteered model and every arm, a steering along the vector and along random directions.
+
+    Args:
+        arms: By name.
+        random_directions: How many there are; 0 leaves them out.
+        null_of: By the names of arms, the arms whose random directions stand beside them instead of their own.
 
     Raises:
         SteeringError: If an arm has no name of its own.
     """
-    if UNSTEERED in (names := list(names)):
+    if UNSTEERED in arms:
         raise SteeringError(f"an arm cannot be called {UNSTEERED!r}; that one is always there")
-    directions = [VECTOR, RANDOM] if random_directions else [VECTOR]
-    arms = [(UNSTEERED, NONE), *((name, direction) for name in names for direction in directions)]
-    return [Variant({"arm": arm, "direction": direction}) for arm, direction in arms]
+    found = [Variant({"arm": UNSTEERED, "direction": NONE})]
+    for name, arm in arms.items():
+        if isinstance(arm, Prompted):
+            found.append(Variant({"arm": name, "direction": PROMPT}, arm.system))
+            continue
+        found.append(Variant({"arm": name, "direction": VECTOR}))
+        if random_directions and (null_of or {}).get(name, name) == name:
+            found.append(Variant({"arm": name, "direction": RANDOM}))
+    return found
 
 
-def arm_edits(arms: Mapping[str, Steering], random_directions: int, seed: int) -> EditsFor:
+def arm_edits(arms: Arms, random_directions: int, seed: int) -> EditsFor:
     """The edits of a batch, every row under its own arm's."""
+    steerings = {name: arm for name, arm in arms.items() if isinstance(arm, Steering)}
 
     @cache
     def edits(arm: str, null: int | None) -> tuple[Edit, ...]:
-        return arms[arm].edits() if null is None else arms[arm].null(null)
+        return steerings[arm].edits() if null is None else steerings[arm].null(null)
 
     return edits_by_row(lambda labels, null: edits(labels["arm"], null), random_directions, seed)
 
@@ -185,7 +216,7 @@ def edits_by_row(
 
     def of(request: Request) -> tuple[Edit, ...]:
         labels = request.labels
-        if labels["direction"] == NONE:
+        if labels["direction"] in (NONE, PROMPT):
             return ()
         if labels["direction"] == VECTOR:
             return edits(labels, None)
@@ -196,24 +227,26 @@ def edits_by_row(
 
 def arms_experiment(
     subject: Subject,
-    arms: Mapping[str, Steering],
+    arms: Arms,
     settings: ArmSettings,
     prefix: str = ARMS,
     reads: Sequence[Read] = (),
+    null_of: Mapping[str, str] | None = None,
 ) -> Experiment:
     """Every arm and the unsteered model answer, whose rows are `ArmRow`.
 
     Args:
         subject: Whose trait's questions are asked.
-        arms: Steerings by name.
+        arms: By name.
         settings: See `ArmSettings`.
         prefix: Begins the names of the files.
         reads: What is read while the model answers.
+        null_of: See `arm_variants`.
 
     Raises:
         SteeringError: If an arm has no name of its own, or a question does not exist.
     """
-    variants = arm_variants(arms, settings.random_directions)
+    variants = arm_variants(arms, settings.random_directions, null_of)
     questions = questions_of(subject.trait, settings.questions, settings.question_set, SteeringError)
     requests = requests_of(questions, variants, settings.samples, settings.seed, "arms", settings.question_set)
     edits_for = arm_edits(arms, settings.random_directions, settings.seed)
@@ -228,8 +261,8 @@ class ArmEffect(Record):
         arm: Name of the arm.
         score: Mean trait score, 0 to 100.
         change: Score minus the unsteered model's.
-        random: The same change along random directions; None without them.
-        difference: ``change`` minus ``random``; None without them.
+        random: The same change along random directions; None without them, and of a system prompt.
+        difference: ``change`` minus ``random``; None likewise.
         nll: -log p under the unsteered model, nats a token; None where the judge does not compute it.
         coherence: 0 to 100; None where the judge does not ask.
         empty: Share of responses without a score.
@@ -254,13 +287,19 @@ class ArmEffect(Record):
         return {**super().to_json(), "clear": self.clear}
 
 
-def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
+def arm_effect(rows: Sequence[ArmRow], arm: str, null_of: Mapping[str, str] | None = None) -> ArmEffect | None:
     """The effect of an arm; None if none of its responses has a score.
+
+    Args:
+        rows: Responses of all arms.
+        arm: Its name.
+        null_of: See `arm_variants`.
 
     Raises:
         SteeringError: If no unsteered response has a score.
     """
-    own, null = ([r for r in rows if (r.arm, r.direction) == (arm, kind)] for kind in (VECTOR, RANDOM))
+    own = [row for row in rows if row.arm == arm and row.direction != RANDOM]
+    null = [row for row in rows if row.arm == (null_of or {}).get(arm, arm) and row.direction == RANDOM]
     plain = [row for row in rows if row.direction == NONE]
     if all(row.score is None for row in plain):
         raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
@@ -280,7 +319,7 @@ def unsteered_means(rows: Sequence[ArmRow]) -> dict[str, Estimate | None]:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Answered[ArmRow]):
-    """Several steerings side by side.
+    """Several arms side by side.
 
     Attributes:
         answers: Every response.
@@ -298,7 +337,7 @@ class Comparison(Answered[ArmRow]):
 
 def compare(
     backend: Backend,
-    arms: Mapping[str, Steering],
+    arms: Arms,
     vectors: PersonaVectors,
     settings: ArmSettings | None = None,
     *,
@@ -308,11 +347,11 @@ def compare(
     chat: ChatFormat | None = None,
     progress: Progress = shown_progress,
 ) -> Comparison:
-    """Let the unsteered model and every arm answer a trait's questions, each arm beside its null.
+    """Let the unsteered model and every arm answer a trait's questions, each steering beside its null.
 
     Args:
         backend: The model.
-        arms: Steerings by name.
+        arms: Steerings, or system prompts, by name.
         vectors: Those of the trait that is asked about and scored, with the calibration of their judge.
         settings: See `ArmSettings`.
         trait: The trait, if it is not the one stored with the vectors.
@@ -326,13 +365,14 @@ def compare(
         VectorsError: If vectors belong to another model, or carry no calibration.
     """
     if not arms:
-        raise SteeringError("there is nothing to compare; give at least one steering")
+        raise SteeringError("there is nothing to compare; give at least one steering, or a system prompt")
     subject, settings = Subject.of(backend, vectors, trait, judge, chat), settings or ArmSettings()
-    for steering in arms.values():
-        steering.check_model(backend, allowable=False)
+    for arm in arms.values():
+        if isinstance(arm, Steering):
+            arm.check_model(backend, allowable=False)
     experiment = arms_experiment(subject, arms, settings)
     experiment.rollouts()  # what cannot be run must not claim the folder
-    described = {name: steering.describe() for name, steering in arms.items()}
+    described = {name: arm.describe() for name, arm in arms.items()}
     with run_folder(folder, subject.config("comparison", settings, arms=described)) as run:
         answers = experiment.run(run, progress)
         rows = answers.rows(ArmRow)
@@ -343,9 +383,14 @@ def compare(
             "samples": settings.samples,
             "judge": subject.judge_used(answers),
             "unsteered": {name: json_of(mean) for name, mean in unsteered_means(rows).items()},
-            "arms": {name: {"steering": str(arms[name]), "effect": json_of(each)} for name, each in effects.items()},
+            "arms": {name: {**_written(arms[name]), "effect": json_of(each)} for name, each in effects.items()},
         }
         if run is not None:
             run.write_rows("arms-scores.jsonl", map(Answer.to_row, rows))
             run.write_json("summary.json", summary)
     return Comparison(tuple(rows), effects, plain(summary), run.path if run else None)
+
+
+def _written(arm: Steering | Prompted) -> dict[str, Any]:
+    """What an arm does, as it is written."""
+    return arm.describe() if isinstance(arm, Prompted) else {"steering": str(arm)}

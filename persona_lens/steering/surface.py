@@ -1,4 +1,7 @@
-"""The surface that tuning searches: what steering does at each layer and strength, and which point to take."""
+"""The surface that tuning searches: what steering does at each layer and strength, and which point to take.
+
+A strength is the length of the step over the mean length of the residual at its layer.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,22 @@ from dataclasses import asdict, dataclass
 from math import floor, log10
 from typing import Any
 
+import torch
+
+from persona_lens.backend import Read, ReadKind
+from persona_lens.core.progress import Progress
 from persona_lens.core.statistics import Estimate
-from persona_lens.extraction.experiment import json_of
+from persona_lens.extraction.experiment import Experiment, Subject, json_of
+from persona_lens.judging.recording import prepare_judge
+from persona_lens.runs import RunFolder
 from persona_lens.steering.comparison import (
     COHERENCE_MARGIN,
     MIN_COHERENCE,
     ArmEffect,
     ArmRow,
+    ArmSettings,
     arm_effect,
+    arms_experiment,
     unsteered_means,
 )
 from persona_lens.steering.steering import SteeringError
@@ -91,6 +102,35 @@ def places(
 
 def _two_digits(number: float) -> float:
     return round(number, 1 - floor(log10(number)))
+
+
+def residual_norms(
+    subject: Subject, settings: ArmSettings, prefix: str, run: RunFolder | None, progress: Progress
+) -> list[float]:
+    """Mean length of the residual over the tokens of unsteered responses, sinks left out, at every layer.
+
+    Args:
+        subject: Who responds.
+        settings: What is asked.
+        prefix: Begins the names of the judge's files, which finds out first whether it can work.
+        run: Where the responses are kept; None keeps them in memory.
+        progress: Told how far it is.
+
+    Raises:
+        SteeringError: If every response is empty.
+    """
+    prepare_judge(subject.judge, run, prefix)
+    collected = norms_experiment(subject, settings).rollouts(run)
+    collected.run(progress)
+    mean = torch.cat([tensors["response_norm"] for _, tensors in collected.reductions()]).nanmean(dim=0)
+    if not bool(mean.isfinite().all()):
+        raise SteeringError("every unsteered response is empty, so the length of the residual is not known")
+    return [float(norm) for norm in mean]
+
+
+def norms_experiment(subject: Subject, settings: ArmSettings) -> Experiment:
+    """The unsteered responses that `residual_norms` reads."""
+    return arms_experiment(subject, {}, settings, "norms-", [Read(ReadKind.RESPONSE_NORM)])
 
 
 def surface(rows: Sequence[ArmRow], arms: dict[str, Place], margin: float = COHERENCE_MARGIN) -> list[Point]:

@@ -9,15 +9,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from persona_lens.backend import Backend, Operation, Positions, Read, ReadKind
+from persona_lens.backend import Backend, Operation, Positions
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import FEW, Estimate
 from persona_lens.extraction.experiment import Answer, Answers, Subject, json_of, run_folder
 from persona_lens.judging import Judge
-from persona_lens.judging.recording import prepare_judge
 from persona_lens.models import ChatFormat
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
@@ -41,12 +38,13 @@ from persona_lens.steering.surface import (
     choose_point,
     cliff_beyond,
     places,
+    residual_norms,
     shown_layers,
     surface,
     warnings_about,
     warnings_confirmed,
 )
-from persona_lens.traits import Trait
+from persona_lens.traits import Arm, Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned, check_layers
 
 SHOWN_SAMPLES = 6
@@ -65,6 +63,11 @@ class Towards(StrEnum):
     def sign(self) -> int:
         """Of the coefficient."""
         return 1 if self is Towards.MORE else -1
+
+    @property
+    def arm(self) -> Arm:
+        """Whose instructions ask for it."""
+        return Arm.POSITIVE if self is Towards.MORE else Arm.NEGATIVE
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,8 @@ def tune(
     search, confirm = _split(settings)
     vectors.vector(max(settings.layers or ()), settings.reduction)  # what cannot be run must not claim the folder
     with run_folder(folder, subject.config("tune", settings)) as run:
-        norms, lengths = _residual_norms(subject, search, run, progress), vectors.norms(settings.reduction).tolist()
-        tried = places(settings.layers or (), settings.strengths, settings.towards.sign, lengths, norms)
+        norms = residual_norms(subject, search, SEARCH, run, progress)
+        tried = _tried(settings, vectors, norms)
         searched = _try(subject, settings, tried, search, SEARCH, run, progress)
         chosen = choose_point(searched.points, settings.towards.sign)
         on_layer = [place for place in tried if place.layer == chosen.place.layer]
@@ -252,6 +255,12 @@ def _split(settings: TuneSettings) -> tuple[ArmSettings, ArmSettings]:
     return search, replace(search, questions=tuple(range(first, stop)), samples=settings.confirm_samples)
 
 
+def _tried(settings: TuneSettings, vectors: PersonaVectors, norms: Sequence[float]) -> list[Place]:
+    """Every layer at every strength, where the residual is so long."""
+    where = (settings.layers or (), settings.strengths, settings.towards.sign)
+    return places(*where, vectors.norms(settings.reduction).tolist(), norms)
+
+
 def _arms(vectors: PersonaVectors, tried: Sequence[Place], settings: TuneSettings) -> dict[str, Steering]:
     """Steerings by name, in the order of the places."""
     return {str(steering): steering for steering in (_at(vectors, place, settings) for place in tried)}
@@ -267,17 +276,6 @@ def _at(vectors: PersonaVectors, place: Place, settings: TuneSettings) -> Steeri
         positions=settings.positions,
     )
     return Steering((term,), {vectors.trait: vectors})
-
-
-def _residual_norms(subject: Subject, settings: ArmSettings, run: RunFolder | None, progress: Progress) -> list[float]:
-    """Mean length of the residual over the tokens of unsteered responses, sinks left out, at every layer."""
-    prepare_judge(subject.judge, run, SEARCH)  # before anything is generated for it
-    collected = arms_experiment(subject, {}, settings, "norms-", [Read(ReadKind.RESPONSE_NORM)]).rollouts(run)
-    collected.run(progress)
-    mean = torch.cat([tensors["response_norm"] for _, tensors in collected.reductions()]).nanmean(dim=0)
-    if not bool(mean.isfinite().all()):
-        raise SteeringError("every unsteered response is empty, so the length of the residual is not known")
-    return [float(norm) for norm in mean]
 
 
 @dataclass(frozen=True)

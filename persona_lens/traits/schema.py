@@ -224,6 +224,10 @@ class Trait(Definition):
         adjective = self.adjective(arm)
         return f"You are {article(adjective)} {adjective} assistant. {self.instruction(arm, pair_index)}"
 
+    def middle_prompt(self, arm: Arm) -> str:
+        """Write the system prompt of the middle pair, which the likelihood judge, as it is by default, does not use."""
+        return self.system_prompt(arm, len(self.instructions) // 2)
+
     def content_hash(self) -> str:
         """Fingerprint what determines results, as ``sha256:<hex>``.
 

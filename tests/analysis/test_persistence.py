@@ -14,8 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.known_questions import asked_of, known_questions
 from persona_lens.analysis.persistence import Aim, Persistence, PersistSettings, TurnRow, Way, persist, persist_work
-from persona_lens.analysis.persistence.measures import asked_of, known_questions
 from persona_lens.analysis.persistence.outcomes import Outcome, pairs_of
 from persona_lens.analysis.persistence.ways import edits_by_labels, edits_for
 from persona_lens.backend import (

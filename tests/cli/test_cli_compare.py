@@ -12,6 +12,9 @@ from typer.testing import CliRunner, Result
 
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
+from persona_lens.reports.catalogue import find_runs
+from persona_lens.reports.result import Result as Stored
+from persona_lens.traits import Arm, load_trait
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TINY = ("--dtype", "float32", "--device", "cpu")
@@ -73,6 +76,25 @@ def test_steerings_are_compared_with_the_unsteered_model_and_their_nulls(made: t
     assert "surprise" in shown
     assert ONE in shown
     assert "unsteered" in shown
+
+
+def test_a_system_prompt_stands_beside_steerings(made: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    command = compare(made, "--edits", ONE, "--prompted", "less", "--out", str(out), "--json")
+    summary = json.loads(run(*command).stdout)
+    asked = load_trait("optimistic").middle_prompt(Arm.NEGATIVE)
+    assert summary["arms"]["prompted"]["system"] == asked
+    assert summary["arms"]["prompted"]["effect"]["random"] is None
+    said = [json.loads(line) for line in (out / "arms-rollouts.jsonl").read_text().splitlines()]
+    assert {row["system"] for row in said if row["arm"] == "prompted"} == {asked}
+    assert {row["system"] for row in said if row["arm"] != "prompted"} == {None}
+    (found,) = find_runs(out)
+    assert found.planned == len(said) == 3 * 4
+    assert "prompted, a system prompt and no steering: " in " ".join(Stored.load(out).headline.sentences)
+    alone = json.loads(run(*compare(made, "--edits", ONE, "--json")).stdout)
+    assert alone["arms"][ONE] == summary["arms"][ONE]
+    assert "prompted" in run(*command[:-1]).stdout
+    assert "--prompted takes more, less; got 'up'" in refused(*compare(made, "--edits", ONE, "--prompted", "up"))
 
 
 def test_a_comparison_is_planned_and_refused_where_it_means_nothing(made: tuple[str, str]) -> None:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from persona_lens.analysis.capability.evaluation import BUILTIN_TASK, TASKS
+from persona_lens.analysis.known_questions import SHOWN, Known, asked_of
 from persona_lens.analysis.persistence.ways import EditsOf, Way
 from persona_lens.analysis.weighing import Passage, Weighing
 from persona_lens.backend import Backend, Edit
@@ -25,10 +23,8 @@ from persona_lens.data.turns import turn_prompt
 from persona_lens.extraction.conversations import Conversation
 from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import messages_of
-from persona_lens.runs.rollouts import row_seed
 from persona_lens.steering.steering import rowwise
 
-SHOWN = 4  # known questions that come first, for the model to see how they are answered; they do not count
 _LAST: Message = {"role": "user", "content": "Thank you."}  # behind the last reply, so that its end can be found
 
 
@@ -64,31 +60,6 @@ def surprise_of(
 
 
 # Capability
-
-
-@dataclass(frozen=True)
-class Known:
-    """A question that a model can be expected to answer, with the right answer."""
-
-    question: str
-    answer: str
-
-
-@cache
-def known_questions() -> tuple[Known, ...]:
-    """The questions of the built-in capability task, without its sentences to complete."""
-    lines = (TASKS / f"{BUILTIN_TASK}.jsonl").read_text(encoding="utf-8").splitlines()
-    items = [json.loads(line) for line in lines]
-    return tuple(
-        Known(item["context"].removeprefix("Question: ").removesuffix("\nAnswer:"), item["choices"][item["answer"]])
-        for item in items
-        if item["context"].startswith("Question: ")
-    )
-
-
-def asked_of(number: int, count: int, seed: int) -> list[Known]:
-    """What a conversation is asked, those first that do not count: the same in all of its ways and turns."""
-    return random.Random(row_seed(seed, "known questions", number)).sample(known_questions(), SHOWN + count)
 
 
 def capability(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.persistence.measures import SHOWN, known_questions
+from persona_lens.analysis.known_questions import SHOWN, known_questions
 from persona_lens.analysis.persistence.ways import Way
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.vectors import DEFAULT_REDUCTION

@@ -105,11 +105,10 @@ class Aim:
         return Steering((term,), {name: self.vectors})
 
     def system(self, way: Way) -> str | None:
-        """The system prompt of a way: the middle one of the trait's, which the likelihood judge does not use."""
+        """The system prompt of a way."""
         if way is not Way.PROMPTED:
             return None
-        arm = Arm.POSITIVE if self.towards > 0 else Arm.NEGATIVE
-        return self.trait.system_prompt(arm, len(self.trait.instructions) // 2)
+        return self.trait.middle_prompt(Arm.POSITIVE if self.towards > 0 else Arm.NEGATIVE)
 
     def variant(self, way: Way) -> Variant:
         """How conversations are held in a way."""
