@@ -33,7 +33,7 @@ from persona_lens.traits.role import DefaultAssistant, Role, find_roles, load_de
 from persona_lens.vectors import PersonaVectors, load_vectors
 from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace, load_space
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
-from persona_lens.vectors.split_half import saved_means
+from persona_lens.vectors.samples import saved_means
 
 STEERING = "steering.safetensors"
 

@@ -93,8 +93,7 @@ class PersonaVectors(Provenanced):
             VectorsError: If there is no such layer or reduction, or the vector is zero there.
         """
         rows = self.rows(reduction)
-        if not 0 <= layer < self.model.n_layers:
-            raise VectorsError(f"layer {layer} does not exist: the model has layers 0 to {self.model.n_layers - 1}")
+        self.check_layer(layer)
         if layer in self.missing_layers:
             raise VectorsError(
                 f"the vectors of {self.trait!r} have none for layer {layer}: the file that they were imported from has "
@@ -107,6 +106,15 @@ class PersonaVectors(Provenanced):
                 "layer"
             )
         return row
+
+    def check_layer(self, layer: int) -> None:
+        """Raise unless the model has such a layer.
+
+        Raises:
+            VectorsError: If it has not.
+        """
+        if not 0 <= layer < self.model.n_layers:
+            raise VectorsError(f"layer {layer} does not exist: the model has layers 0 to {self.model.n_layers - 1}")
 
     def rows(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, "layers d_model"]:
         """The vectors of every layer: float32 [n_layers, d_model], zero at `missing_layers`.

@@ -89,7 +89,7 @@ def test_what_was_chosen_can_be_used_and_stands_beside_random_directions(found: 
 
 def test_a_random_direction_is_floored_at_the_percentile_of_its_own_projections(axis: AxisRun) -> None:
     ((edit,),) = axis.randoms([1], 25.0, [3])
-    from persona_lens.vectors.split_half import saved_means
+    from persona_lens.vectors.samples import saved_means
 
     shape = (axis.space.model.n_layers, axis.space.model.d_model)
     means = saved_means(axis.folder, "response_mean", axis.responses, shape)

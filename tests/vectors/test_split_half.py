@@ -11,6 +11,7 @@ import pytest
 
 from persona_lens.core.statistics import bootstrap_mean
 from persona_lens.extraction import ExtractionSettings, extract
+from persona_lens.runs import RunError
 from persona_lens.runs.chunks import open_shard, pack_shard
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import load_trait
@@ -93,16 +94,16 @@ def test_what_is_no_whole_extraction_is_refused(copy: Path) -> None:
         split_half_reliability(copy, splits=0)
     scores = (copy / "scores.jsonl").read_text()
     (copy / "scores.jsonl").write_text("".join(line + "\n" for line in scores.splitlines()[1:]))
-    with pytest.raises(GeometryError, match=r"scores\.jsonl has other rows"):
+    with pytest.raises(RunError, match=r"scores\.jsonl has other rows"):
         split_half_reliability(copy)
     (copy / "scores.jsonl").write_text(scores.replace('"kept": true', '"kept": false', 4))
-    with pytest.raises(GeometryError, match="do not give the vectors in it"):
+    with pytest.raises(RunError, match="do not give the vectors in it"):
         split_half_reliability(copy)
     (copy / "scores.jsonl").write_text("{")
-    with pytest.raises(GeometryError, match=r"scores\.jsonl is damaged"):
+    with pytest.raises(RunError, match=r"scores\.jsonl is damaged"):
         split_half_reliability(copy)
     (copy / "scores.jsonl").unlink()
-    with pytest.raises(GeometryError, match=r"scores\.jsonl is missing; give the run folder"):
+    with pytest.raises(RunError, match=r"scores\.jsonl is missing; give the run folder"):
         split_half_reliability(copy)
     with pytest.raises(VectorsError, match="does not exist"):
         split_half_reliability(copy / "nothing")
@@ -112,16 +113,16 @@ def test_damaged_activations_and_responses_are_refused(copy: Path, run: Path) ->
     shard = copy / "activations" / "batch-00000.safetensors"
     header, tensors = open_shard(shard)
     shard.write_bytes(pack_shard({name: rows[:, :2].contiguous() for name, rows in tensors.items()}, header))
-    with pytest.raises(GeometryError, match="its responses and the vectors are"):
+    with pytest.raises(RunError, match="its responses and the vectors are"):
         split_half_reliability(copy)
     shard.write_bytes(pack_shard({"prompt_mean": tensors["prompt_mean"]}, header))
-    with pytest.raises(GeometryError, match="is damaged, or holds no response_mean"):
+    with pytest.raises(RunError, match="is damaged, or holds no prompt_last"):
         split_half_reliability(copy)
     shard.unlink()
-    with pytest.raises(GeometryError, match=r"responses and rollouts\.jsonl"):
+    with pytest.raises(RunError, match=r"responses and rollouts\.jsonl"):
         split_half_reliability(copy)
     rows = (run / "rollouts.jsonl").read_text()
     for wrong in (rows.replace('"arm"', '"leg"'), rows.replace('"positive"', '"left"')):
         (copy / "rollouts.jsonl").write_text(wrong)
-        with pytest.raises(GeometryError, match="does not say what it answers"):
+        with pytest.raises(RunError, match="does not say what it answers"):
             split_half_reliability(copy)
