@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from persona_lens.traits import load_trait as load_trait
     from persona_lens.vectors import PersonaVectors as PersonaVectors
     from persona_lens.vectors import load_vectors as load_vectors
+    from persona_lens.vectors.fit import fit_vectors as fit_vectors
     from persona_lens.vectors.formats import export_vectors as export_vectors
     from persona_lens.vectors.formats import formats as formats
     from persona_lens.vectors.formats import import_vectors as import_vectors
@@ -158,6 +159,7 @@ _HOMES = {
     "extract": "extraction",
     "finetune": "finetuning",
     "finetune_study": "finetuning.study",
+    "fit_vectors": "vectors.fit",
     "formats": "vectors.formats",
     "generate": "steering.given",
     "import_vectors": "vectors.formats",

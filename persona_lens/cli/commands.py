@@ -63,8 +63,10 @@ COMMANDS: Mapping[str, str | Group] = {
         "persona-lens steer sweep MODEL VECTORS",
     ),
     "vectors": Group(
-        "Look into vectors, compare them, and carry them to other programs.",
+        "Look into vectors, compare them, make them by other methods, and carry them to other programs.",
         {
+            "fit": "fitting:fit_command",
+            "methods": "fitting:methods_command",
             "layers": "vectors:layers_command",
             "pca": "vectors:pca_command",
             "agree": "vectors:agree_command",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ import typer
 
 from persona_lens.cli import judges, options
 from persona_lens.cli.display import (
+    Column,
     interval_text,
     print_table,
     quiet_libraries,
@@ -140,25 +141,30 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
         ("arm", "responses kept", *(name.replace("_", " ") for name in kinds[1:]), "mean score"),
         [(arm, *(str(counts[arm][name]) for name in kinds), f"{scores[arm]:.1f}") for arm in counts],
     )
-    best = sorted(summary["separation"], key=lambda row: -row["d_prime"])[:5]
-    if best:
-        show_rows(
-            "Layers whose vector separates held-out questions best",
-            best,
-            {
-                "layer": "layer",
-                "norm": (lambda row: summary["norms"]["response_mean"][row["layer"]], ".1f"),
-                "d'": ("d_prime", ".2f"),
-                "AUC": ("auc", ".3f"),
-                "d' and AUC that 19 of 20 random directions stay below": (
-                    lambda row: f"{row['random_d_prime']:.2f}, {row['random_auc']:.3f}"
-                ),
-                "better": "better",
-            },
-        )
-    else:
-        say("too few responses were kept to hold questions out, so the separation by layer is not shown", err=True)
+    show_separation(summary["separation"], summary["norms"]["response_mean"])
     say(f"vectors: {folder / 'vectors.safetensors'}")
+
+
+def show_separation(
+    rows: Sequence[dict[str, Any]], norms: Sequence[float], more: Mapping[str, Column[dict[str, Any]]] | None = None
+) -> None:
+    """The layers whose vector separates held-out questions best, with more columns if wanted."""
+    best = sorted(rows, key=lambda row: -row["d_prime"])[:5]
+    if not best:
+        say("too few responses were kept to hold questions out, so the separation by layer is not shown", err=True)
+        return
+    columns: Mapping[str, Column[dict[str, Any]]] = {
+        "layer": "layer",
+        "norm": (lambda row: norms[row["layer"]], ".1f"),
+        "d'": ("d_prime", ".2f"),
+        "AUC": ("auc", ".3f"),
+        "d' and AUC that 19 of 20 random directions stay below": (
+            lambda row: f"{row['random_d_prime']:.2f}, {row['random_auc']:.3f}"
+        ),
+        "better": "better",
+        **(more or {}),
+    }
+    show_rows("Layers whose vector separates held-out questions best", best, columns)
 
 
 ALL_QUESTIONS = 20  # what `extract` takes by itself

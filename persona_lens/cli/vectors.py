@@ -45,7 +45,7 @@ def _content(vectors: PersonaVectors) -> dict[str, Any]:
     """What is told of vectors, as JSON values; nothing is taken for granted of what a file says of itself."""
     given = vectors.provenance
     judge = given.get("judge")
-    told = {name: given.get(name) for name in ("tuned", "judge", "counts", "settings", "versions", "imported")}
+    told = {name: given.get(name) for name in ("tuned", "judge", "counts", "settings", "versions", "imported", "fit")}
     return {
         **told,
         "trait": vectors.trait,
@@ -59,6 +59,8 @@ def _content(vectors: PersonaVectors) -> dict[str, Any]:
 
 
 def _origin(given: Mapping[str, Any]) -> str:
+    from persona_lens.vectors.hub import fitted_by
+
     if "random_like" in given:
         return f"random directions of the norms of {given['random_like']}, seed {given.get('seed')}"
     if "parts" in given:
@@ -67,7 +69,9 @@ def _origin(given: Mapping[str, Any]) -> str:
         return "other vectors, scaled"
     if given.get("kind") == "imported":
         return f"imported; not known: {', '.join(map(str, given.get('not_known') or ()))}"
-    return "extraction" if given.get("kind") == "extraction" else "not known"
+    if given.get("kind") != "extraction":
+        return "not known"
+    return f"extraction, by the method {fitted}" if (fitted := fitted_by(given)) else "extraction"
 
 
 def _facts(vectors: PersonaVectors, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -85,7 +89,7 @@ def _facts(vectors: PersonaVectors, found: Mapping[str, Any]) -> Iterator[tuple[
     if isinstance(judge := vectors.provenance.get("judge"), Mapping):
         named = [str(judge[name]) for name in ("judge", "model", "server") if isinstance(judge.get(name), str)]
         yield "judge", ", ".join(named) + (", with its calibration" if found["calibrated"] else "")
-    yield from ((name, text) for name, text in made(vectors.provenance) if name not in ("judge", "not known"))
+    yield from ((name, text) for name, text in made(vectors.provenance) if name not in ("judge", "not known", "fit"))
     yield "content", vectors.content_hash
 
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.statistics import auc, separation
 from persona_lens.judging import Judgement, Score
 from persona_lens.judging.reading import PAIRS
 from persona_lens.runs.rollouts import Request, RolloutSettings, row_seed
 from persona_lens.traits import Arm, Trait
+from persona_lens.vectors.separation import FOLDS, null_units, separation_row, unit
 
 
 class ExtractionError(PersonaLensError):
@@ -173,8 +171,6 @@ def _nothing_left(arm: Arm, scores: Sequence[Score], incoherent: int, settings: 
 
 
 Reductions = Callable[[], Iterator[tuple[list[int], dict[str, Tensor]]]]
-FOLDS = 2
-RANDOM_DIRECTIONS = 20
 
 
 @dataclass
@@ -237,16 +233,13 @@ def held_out_separation(
     must do better than those.
 
     Returns:
-        For each layer ``d_prime`` and ``auc`` of the vector, and ``random_d_prime`` and ``random_auc``: what 19 of 20
-        random directions stay below, taken the way round that separates better; and ``better``: whether the vector
-        exceeds both. Empty if a fold has fewer than two responses of one arm.
+        `separation_row` of each layer. Empty if a fold has fewer than two responses of one arm.
     """
     directions = [means.difference([1 - fold]).get("response_mean") for fold in range(FOLDS)]
     if any(means.counts.get((arm, fold), 0) < 2 for arm in Arm for fold in range(FOLDS)):
         return []
-    units = torch.stack([_unit(d) for d in directions if d is not None])  # [fold, layers, d_model]
-    noise = torch.randn(RANDOM_DIRECTIONS, *units.shape[1:], generator=torch.Generator().manual_seed(seed))
-    randoms = _unit(noise)
+    units = torch.stack([unit(d) for d in directions if d is not None])  # [fold, layers, d_model]
+    randoms = null_units(units.shape[1], units.shape[2], seed)
     values: dict[tuple[Arm, int], list[Tensor]] = {(arm, fold): [] for arm in Arm for fold in range(FOLDS)}
     for indices, tensors in reductions():
         for position, index in enumerate(indices):
@@ -260,32 +253,9 @@ def held_out_separation(
         for key, rows in values.items()
     }
     return [
-        _separation_row(layer, {key: found[layer] for key, found in columns.items()}) for layer in range(units.shape[1])
+        separation_row(
+            layer,
+            [(columns[Arm.POSITIVE, fold][layer], columns[Arm.NEGATIVE, fold][layer]) for fold in range(FOLDS)],
+        )
+        for layer in range(units.shape[1])
     ]
-
-
-def _unit(rows: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return unit
-
-
-def _separation_row(layer: int, projections: Mapping[tuple[Arm, int], NDArray[np.float64]]) -> dict[str, Any]:
-    """Of one layer's projections, [directions, rows] by arm and fold: first the vector's, then each random one's."""
-
-    def averaged(measure: Callable[[NDArray[np.float64], NDArray[np.float64]], float]) -> NDArray[np.float64]:
-        folds = [
-            [measure(p, n) for p, n in zip(projections[Arm.POSITIVE, f], projections[Arm.NEGATIVE, f], strict=True)]
-            for f in range(FOLDS)
-        ]
-        mean: NDArray[np.float64] = np.mean(folds, axis=0)
-        return mean
-
-    d_primes, aucs = averaged(separation), averaged(auc)
-    found = {
-        "d_prime": float(d_primes[0]),
-        "auc": float(aucs[0]),
-        "random_d_prime": float(np.quantile(np.abs(d_primes[1:]), 0.95)),
-        "random_auc": float(np.quantile(np.maximum(aucs[1:], 1 - aucs[1:]), 0.95)),
-    }
-    better = found["d_prime"] > found["random_d_prime"] and found["auc"] > found["random_auc"]
-    return {"layer": layer, **found, "better": better}

@@ -240,10 +240,11 @@ def _estimate(value: Any) -> str:
 
 def _origin(given: Mapping[str, Any]) -> str:
     if given.get("kind") == "extraction":
+        fitted = fitted_by(given)
+        how = f"made of the activations by the method {fitted}" if fitted else "the difference of the mean activations"
         return (
             "The model answered the same questions under instructions that call the trait forth and under instructions "
-            "that call forth its opposite; the vector is the difference of the mean activations (Chen et al., Persona "
-            "Vectors, 2025)."
+            f"that call forth its opposite (Chen et al., Persona Vectors, 2025); the vector is {how}."
         )
     if given.get("kind") == "imported":
         form = _mapping(given.get("imported")).get("format", "another program's")
@@ -251,9 +252,20 @@ def _origin(given: Mapping[str, Any]) -> str:
     return "They were computed from other vectors, or how they were made is not known."
 
 
+def fitted_by(given: Mapping[str, Any]) -> str:
+    """How `persona_lens.vectors.fit` made vectors, by their provenance: ``lda (impolite erased)``; empty for others."""
+    fit, kept_out = _mapping(given.get("fit")), []
+    if not fit:
+        return ""
+    for name, words in (("erased", "erased"), ("without", "projected out")):
+        if traits := [str(_mapping(each).get("trait")) for each in _listed(fit.get(name))]:
+            kept_out.append(f"{', '.join(traits)} {words}")
+    return f"{fit.get('method')} ({'; '.join(kept_out)})" if kept_out else str(fit.get("method"))
+
+
 def made(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """How vectors were made, as their provenance says it: names and values in words."""
-    for name in ("settings", "judge", "versions", "imported", "not_known"):
+    for name in ("settings", "judge", "fit", "versions", "imported", "not_known"):
         value = given.get(name)
         if value:
             yield name.replace("_", " "), _flat(value)

@@ -23,6 +23,8 @@ from persona_lens.traits import Trait, load_trait
 
 DEFAULT_REDUCTION = "response_mean"
 FORECASTS = "shift_forecasts"
+FOUND_LATER = ("tuned", "monitor", "baseline", "levels", FORECASTS)
+"""What is found with vectors after they were made, and does not hold of others."""
 Found = TypeVar("Found")
 
 

@@ -53,7 +53,7 @@ COMMANDS = (
     ("vectors",),
     ("vectors", "show"),
     *(("vectors", name) for name in ("cosines", "layers", "pca", "agree", "halves", "lens", "attribute")),
-    *(("vectors", name) for name in ("export", "import", "push", "pull")),
+    *(("vectors", name) for name in ("export", "import", "push", "pull", "fit", "methods")),
     ("dissect",),
     ("screen",),
     ("serve",),

@@ -21,7 +21,7 @@ from persona_lens.extraction import (
     filter_responses,
     plan_requests,
 )
-from persona_lens.extraction.means import ExtractionError, _separation_row, arm_means, held_out_separation
+from persona_lens.extraction.means import ExtractionError, arm_means, held_out_separation
 from persona_lens.judging import Judgement, JudgingError, Score
 from persona_lens.judging.reading import PAIRS
 from persona_lens.models.chat import chat_format
@@ -29,6 +29,7 @@ from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import load_vectors
+from persona_lens.vectors.separation import separation_row
 from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend
 from tests.planted import PlantedBackend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model
@@ -271,7 +272,7 @@ def test_a_layer_does_better_only_by_both_measures() -> None:
     for fold in (0, 1):
         shown[POSITIVE, fold][0] = np.r_[np.full(26, 1.0), np.full(4, -40.0)]  # mostly above, and far below on average
         shown[NEGATIVE, fold][0] = 0.0
-    row = _separation_row(0, shown)
+    row = separation_row(0, [(shown[POSITIVE, fold], shown[NEGATIVE, fold]) for fold in (0, 1)])
     assert row["auc"] > row["random_auc"]
     assert row["d_prime"] < row["random_d_prime"]
     assert not row["better"]

@@ -1,0 +1,222 @@
+"""`fit_vectors`: a trait's directions made anew, by another method, of what a finished extraction saved.
+
+Nothing is generated and no model is opened. Other traits can be kept out: erased from the activations before the method
+sees them, or projected out of the direction that it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from persona_lens.backend.registry import installed_version
+from persona_lens.core.plugins import install_command
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.vectors.erasure import PACKAGE, eraser
+from persona_lens.vectors.methods import DIFFERENCE, METHODS, FitError, Method
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, FOUND_LATER, inherited
+from persona_lens.vectors.samples import Array, RunSamples, Samples, read_samples
+from persona_lens.vectors.separation import FOLDS, null_units, separation_row
+from persona_lens.vectors.vectors import PROMPT_MEAN, PersonaVectors, load_vectors
+
+EXTRA = "fit"
+Run: TypeAlias = RunSamples | Path | str
+Vectors: TypeAlias = PersonaVectors | Path | str
+
+
+def fit_vectors(
+    run: Run,
+    method: str = DIFFERENCE,
+    *,
+    without: Sequence[Vectors] = (),
+    erase: Sequence[Run] = (),
+    progress: Progress = shown_progress,
+) -> PersonaVectors:
+    """Make a trait's vectors anew of the responses that an extraction kept.
+
+    Every reduction is made that the run has, and everything in ``without`` and ``erase`` too. What the run's vectors
+    carry of judge, trait and counts is kept; under ``fit`` the provenance says what made them. ``separation`` is that
+    of the method on questions that it has not seen, of activations as they are, beside random directions.
+
+    Args:
+        run: Run folder of an extraction, or what `read_samples` made of it; it is not changed.
+        method: Its name; see `persona_lens.vectors.methods.methods`.
+        without: Vectors of other traits of the same model, whose directions are projected out at every layer.
+        erase: Extractions of other traits from the same model, whose arms are erased from the activations first.
+        progress: Told how far the work is.
+
+    Raises:
+        FitError: If there is no such method, it cannot be applied, needs what is not installed, or nothing is left.
+        RunError: If a run is no finished extraction, or is damaged.
+        VectorsError: If vectors cannot be read, or are of another model.
+    """
+    found = METHODS.find(method)
+    _check_installed(f"the method {method}", found.requires, method in METHODS.built_in)
+    _check_installed("erasing", (PACKAGE,) if erase else (), ours=True)
+    kept_out = tuple(each if isinstance(each, PersonaVectors) else load_vectors(each) for each in without)
+    return _Fit(_samples(run), found, kept_out, tuple(map(_samples, erase))).vectors(progress)
+
+
+def _samples(run: Run) -> RunSamples:
+    return run if isinstance(run, RunSamples) else read_samples(run)
+
+
+def _check_installed(what: str, needed: Sequence[str], ours: bool) -> None:
+    missing = [name for name in needed if installed_version(name) is None]
+    if missing:
+        command = install_command(EXTRA) if ours else f"pip install {' '.join(missing)}"
+        raise FitError(f"{what} needs {', '.join(missing)}, which is not installed: {command}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """One making of vectors.
+
+    Attributes:
+        run: What they are made of.
+        method: How.
+        without: What is projected out.
+        erased: What is erased before.
+    """
+
+    run: RunSamples
+    method: Method
+    without: tuple[PersonaVectors, ...]
+    erased: tuple[RunSamples, ...]
+
+    def __post_init__(self) -> None:
+        own = self.run.vectors
+        for doing, others in (("projected out", self.without), ("erased", self._erased_vectors)):
+            for other in others:
+                if different := own.model.differences(other.model):
+                    raise FitError(
+                        f"what is to be {doing}, {other.trait!r}, belongs to another model than {self.run.folder}: "
+                        f"{'; '.join(different)}; give what was extracted from the same model"
+                    )
+                if other.trait == own.trait:
+                    raise FitError(
+                        f"what is to be {doing} is of {own.trait!r} itself, which would leave nothing of it; give "
+                        "other traits"
+                    )
+        if DEFAULT_REDUCTION not in self.reductions:
+            raise FitError(
+                f"not all of what is to be kept out has {DEFAULT_REDUCTION} vectors, which are made first of all; give "
+                "others"
+            )
+
+    @property
+    def _erased_vectors(self) -> tuple[PersonaVectors, ...]:
+        return tuple(each.vectors for each in self.erased)
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """Those that everything has; prompt means with and without attention sinks are not the same."""
+        own, others = self.run.vectors, (*self.without, *self._erased_vectors)
+        alike = all(other.prompt_mean_sinks == own.prompt_mean_sinks for other in others)
+        return tuple(
+            name
+            for name in self.run.reductions
+            if all(name in other.directions for other in others) and (alike or name != PROMPT_MEAN)
+        )
+
+    def vectors(self, progress: Progress) -> PersonaVectors:
+        """Every layer, one in memory at a time."""
+        own, label = self.run.vectors, f"{self.method.name} directions"
+        shape = own.model.n_layers, own.model.d_model
+        rows = {name: np.zeros(shape, dtype=np.float32) for name in self.reductions}
+        origin = inherited(own, *self.without)
+        seed = own.stored("settings").get("seed")
+        nulls = null_units(*shape, seed if isinstance(seed, int) and seed >= -(2**63) else 0)
+        separation: list[dict[str, Any] | None] = []
+        for layer in range(own.model.n_layers):
+            progress(layer, own.model.n_layers, label)
+            for name in self.reductions if layer not in origin.get("missing_layers", ()) else ():
+                samples, make = self.run.layer(layer, name), self._at(layer, name)
+                rows[name][layer] = make(samples)
+                if name == DEFAULT_REDUCTION:
+                    separation.append(_held_out(layer, samples, make, nulls[:, layer].double().numpy()))
+        progress(own.model.n_layers, own.model.n_layers, label)
+        kept = {name: value for name, value in own.provenance.items() if name not in FOUND_LATER}
+        versions = {**own.stored("versions"), **self._versions()}
+        made = {"fit": self._made(), "separation": [row for row in separation if row], "versions": versions}
+        directions = {name: torch.from_numpy(found) for name, found in rows.items()}
+        return PersonaVectors(own.trait, own.model, directions, {**kept, **made, **origin})
+
+    def _at(self, layer: int, reduction: str) -> Callable[[Samples], Array]:
+        """What makes the vector of a layer of samples there."""
+        erase = eraser([each.layer(layer, reduction) for each in self.erased]) if self.erased else None
+        rows = [each.rows(reduction)[layer].double().numpy() for each in self.without]
+        span = _span(rows, self.run.vectors.model.d_model)
+
+        def make(samples: Samples) -> Array:
+            vector = self.method.apply(
+                samples if erase is None else replace(samples, activations=erase(samples.activations))
+            )
+            left: Array = vector - span.T @ (span @ vector)
+            if np.linalg.norm(left) < 1e-6 * np.linalg.norm(vector):
+                raise FitError(
+                    f"the {reduction} vector of layer {layer} lies within what is projected out, so that nothing is "
+                    "left of it; project out less"
+                )
+            return left
+
+        return make
+
+    def _versions(self) -> dict[str, str]:
+        needed = (*self.method.requires, *((PACKAGE,) if self.erased else ()))
+        return {each: version for each in needed if (version := installed_version(each)) is not None}
+
+    def _made(self) -> dict[str, Any]:
+        """What made the vectors, for their provenance."""
+        return {
+            "method": self.method.name,
+            "package": METHODS.everything()[self.method.name].package,
+            "summary": self.method.summary,
+            "source": self.method.source,
+            "settings": dict(self.method.settings),
+            "length": "its own" if self.method.own_length else "that of the difference of means",
+            "vectors_of_the_run": self.run.vectors.content_hash,
+            "without": list(map(_named, self.without)),
+            "erased": list(map(_named, self._erased_vectors)),
+        }
+
+
+def _named(vectors: PersonaVectors) -> Mapping[str, str]:
+    return {"trait": vectors.trait, "content_hash": vectors.content_hash}
+
+
+def _span(rows: Sequence[Array], width: int) -> Array:
+    """An orthonormal basis of what rows span, [rank, width]."""
+    units = [row / np.linalg.norm(row) for row in rows if row.any()]
+    _, sizes, basis = np.linalg.svd(np.reshape(units, (-1, width)), full_matrices=False)
+    found: Array = basis[sizes > 1e-6]
+    return found
+
+
+def _held_out(layer: int, samples: Samples, make: Callable[[Samples], Array], nulls: Array) -> dict[str, Any] | None:
+    """How well the vector of each half of the questions separates the other; None where a half does not suffice.
+
+    Args:
+        layer: Block index, 0-based.
+        samples: The kept responses there.
+        make: From samples to a vector.
+        nulls: Random directions of length one, [directions, d_model].
+    """
+    folds = [samples.chosen(samples.question % FOLDS == fold) for fold in range(FOLDS)]
+    if any(np.bincount(fold.positive, minlength=2).min() < 2 for fold in folds):
+        return None
+    projections = []
+    for tested, seen in zip(folds, reversed(folds), strict=True):
+        try:
+            vector = make(seen)
+        except FitError:  # such as no twins among half of the questions
+            return None
+        tried = np.stack([vector / max(float(np.linalg.norm(vector)), 1e-12), *nulls])
+        values = tried @ tested.activations.T
+        projections.append((values[:, tested.positive], values[:, ~tested.positive]))
+    return separation_row(layer, projections)
