@@ -173,13 +173,13 @@ def test_separation_is_that_of_the_method_on_questions_it_has_not_seen(run: Path
 
 
 def test_a_probe_of_noise_separates_nothing_held_out(tmp_path: Path) -> None:
-    """On what it was fitted on it separates everything."""
+    """On what it was fitted on it separates nearly everything; a shrunk covariance does not go as far."""
     found = made(tmp_path / "noise", effect=0.0, questions=4)
-    for method in ("logistic", "lda"):
+    for method, fitted in (("logistic", 0.95), ("lda", 0.8)):
         vectors = fit(found, method)
         h = at(found, "response_mean", 1)
         along = h.activations @ vectors[1].double().numpy()
-        assert auc(along[h.positive], along[~h.positive]) > 0.85
+        assert auc(along[h.positive], along[~h.positive]) > fitted
         rows = vectors.provenance["separation"]
         assert np.mean([row["auc"] for row in rows]) == pytest.approx(0.5, abs=0.15)
         assert abs(np.mean([row["d_prime"] for row in rows])) < 0.5
