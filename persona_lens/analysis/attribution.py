@@ -27,9 +27,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.logit_lens import run
 from persona_lens.backend import Backend
 from persona_lens.backend.blocks import find_blocks, module_of, text_config
+from persona_lens.backend.readout import run
 from persona_lens.backend.writing import residual_of
 from persona_lens.core.documents import Record
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors

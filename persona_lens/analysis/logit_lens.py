@@ -3,146 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import forward_batches
-from persona_lens.backend.blocks import find_blocks, module_of
-from persona_lens.backend.hooked import evaluating
-from persona_lens.backend.writing import residual_of
+from persona_lens.backend.blocks import module_of
+from persona_lens.backend.readout import Readout, find_readout
 from persona_lens.core.documents import Record
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Result
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
-
-# Any tokens will do, but not one alone: the embedding of one that pads is often zero, and the norm of that is too.
-PROBE = list(range(8))
-VOCABULARY_CHUNK = 16384  # rows of the unembedding that are in float32 at once
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenNorm:
-    """A norm whose scale is held where it is, which makes it a linear map: centre, multiply by the gain, divide.
-
-    Attributes:
-        gain: float32 [d_model].
-        centred: Whether it takes the mean out (LayerNorm) or not (RMSNorm).
-    """
-
-    gain: Float[Tensor, " d_model"]
-    centred: bool
-
-    def __call__(self, h: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        """What a change of the residual becomes at a scale of 1: float32 [..., d_model]."""
-        changed: Tensor = self._centre(h) * self.gain
-        return changed
-
-    def scale(self, h: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any"]:
-        """What the norm divides a residual by, its small constant left out: float32 [...]."""
-        length: Tensor = self._centre(h).square().mean(dim=-1).sqrt()
-        return length
-
-    def _centre(self, h: Tensor) -> Tensor:
-        h = h.float()
-        return h - h.mean(dim=-1, keepdim=True) if self.centred else h
-
-    @staticmethod
-    def of(norm: nn.Module, d_model: int) -> FrozenNorm:
-        """Measure a LayerNorm or an RMSNorm, however it stores its gain (Gemma's has 1 added to it).
-
-        A vector of plus and minus ones has mean 0 and scale 1: the norm returns its gain. One of ones is left of by
-        nothing where the mean is taken out.
-        """
-        like = next(norm.parameters(), torch.empty(0))
-        signs = torch.ones(1, 1, d_model)
-        signs[..., 1::2] = -1
-        ones = torch.ones(1, 1, d_model)
-        probes = torch.cat([signs, -signs, ones, -ones], dim=1).to(like.device, like.dtype)
-        with torch.inference_mode():
-            plus, minus, up, down = residual_of(norm(probes))[0].float().cpu().clone()
-        gain = (plus - minus) / 2 * signs[0, 0]
-        centred = bool((up - down).norm() < 1e-2 * (plus - minus).norm())
-        return FrozenNorm(gain, centred)
-
-
-@dataclass(frozen=True, eq=False)
-class Readout:
-    """The final norm and the unembedding.
-
-    Attributes:
-        norm: The final norm; None where there is none.
-        unembedding: [vocabulary, d_model], in the model's precision and where the model has it.
-    """
-
-    norm: FrozenNorm | None
-    unembedding: Float[Tensor, "vocabulary d_model"]
-
-    def shifts(self, directions: Float[Tensor, "k d_model"], scale: float) -> Float[Tensor, "k vocabulary"]:
-        """How far adding each direction to the last residual moves each logit, with the norm's scale held: float32.
-
-        Args:
-            directions: Not normalised.
-            scale: What the norm divides by.
-        """
-        changed = directions.float() if self.norm is None else self.norm(directions) / scale
-        changed = changed.to(self.unembedding.device)
-        weight = self.unembedding.detach()
-        starts = range(0, len(weight), VOCABULARY_CHUNK)
-        parts = [changed @ weight[start : start + VOCABULARY_CHUNK].float().T for start in starts]
-        return torch.cat(parts, dim=1).cpu()
-
-
-def find_readout(module: Any) -> Readout:
-    """The end of a Hugging Face causal language model.
-
-    Raises:
-        AnalysisError: If it has no unembedding, or something other than one norm stands before it.
-    """
-    path, blocks = find_blocks(module)
-    head: Any = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    weight = None if head is None else next((p for p in head.parameters() if p.ndim == 2 and not p.is_meta), None)
-    if weight is None:
-        raise AnalysisError(f"no unembedding with weights in reach was found in {type(module).__name__}")
-    around = module.get_submodule(path.rpartition(".")[0])
-    candidates = [each for each in around.children() if each is not blocks]
-    seen: dict[Any, Any] = {}
-
-    def keep(name: Any) -> Any:
-        return lambda *given: seen.__setitem__(name, residual_of(given[-1]))
-
-    with ExitStack() as stack:
-        for handle in (
-            head.register_forward_pre_hook(keep("head")),
-            blocks[-1].register_forward_hook(keep("last")),
-            *(each.register_forward_hook(keep(number)) for number, each in enumerate(candidates)),
-        ):
-            stack.callback(handle.remove)
-        run(module, PROBE)
-    if torch.equal(seen["head"], seen["last"]):
-        return Readout(None, weight)
-    outputs = {number: seen.get(number) for number in range(len(candidates))}
-    norms = [n for n, value in outputs.items() if isinstance(value, Tensor) and torch.equal(value, seen["head"])]
-    if not norms:
-        raise AnalysisError(
-            f"in {type(module).__name__} something other than one norm stands between the last block and the "
-            "unembedding, so the lens cannot be given"
-        )
-    return Readout(FrozenNorm.of(candidates[norms[-1]], seen["last"].shape[-1]), weight)
-
-
-def run(module: nn.Module, ids: list[int]) -> None:
-    """One forward pass over one row, for what hooks see on the way; nothing about the module is changed."""
-    device = next(module.parameters()).device
-    with torch.inference_mode(), evaluating(module):
-        module(input_ids=torch.tensor([ids], device=device), use_cache=False)
-
 
 RANDOM_DIRECTIONS = 20
 PROMPTS = 8  # of the trait's questions, for the scale of the final norm
@@ -249,8 +125,9 @@ def lens(
         seed: Of the random directions.
 
     Raises:
-        AnalysisError: If there are no layers or prompts, or the model has no readout of a usual kind.
+        AnalysisError: If there are no layers or prompts.
         ModuleError: If the weights are out of reach.
+        ReadoutError: If the model ends otherwise than with one norm and an unembedding.
         VectorsError: If the vectors belong to another model, or a layer has none.
     """
     vectors.check_model(backend, allowable=False)

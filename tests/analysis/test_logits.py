@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.logit_lens import FrozenNorm, find_readout, lens
+from persona_lens.analysis.logit_lens import lens
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.blocks import module_of
+from persona_lens.backend.readout import FrozenNorm, ReadoutError, find_readout
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model
@@ -140,11 +141,11 @@ def test_a_model_with_more_than_a_norm_before_the_unembedding_is_refused() -> No
             return projected
 
     hook = module.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
-    with pytest.raises(AnalysisError, match="something other than one norm"):
+    with pytest.raises(ReadoutError, match="something other than one norm"):
         find_readout(module)
     hook.remove()
     module.set_output_embeddings(Projected())
     assert find_readout(module).unembedding.shape == head.weight.shape
     module.get_output_embeddings = lambda: None
-    with pytest.raises(AnalysisError, match="no unembedding"):
+    with pytest.raises(ReadoutError, match="no unembedding"):
         find_readout(module)
