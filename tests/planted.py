@@ -30,7 +30,7 @@ class PlantedBackend:
     Adding ``c`` times the planted direction of a layer adds c to L. The response says L in words. Under a positive
     instruction each of its tokens has the log-probability -2 + L/2, under a negative one -2 - L/2, under none -2: so
     its log-odds are L and its surprise is 2. Residuals are planted: ``response_mean`` is origin + L/2 * direction +
-    noise, and so on with other directions for the other reductions.
+    noise, and so on with other directions for the other reductions; ``response_norm`` is its length.
 
     Args:
         trait: Whose instructions are recognised in the prompts.
@@ -128,11 +128,14 @@ class PlantedBackend:
     ) -> Tensor:
         rows = []
         for prompt, seed, leaning, response in zip(prompts, seeds, leanings, responses, strict=True):
-            sign = float(leaning) if name == "response_mean" else self.arm(prompt)
+            of_response = name in ("response_mean", "response_norm")
+            sign = float(leaning) if of_response else self.arm(prompt)
             noise = torch.randn(self.origin.shape, generator=torch.Generator().manual_seed(seed)) * self.noise
-            row = self.origin + sign / 2 * self.planted[name] + noise
-            rows.append(row if response or name != "response_mean" else torch.full_like(row, torch.nan))
-        return torch.stack(rows)
+            planted = self.planted["response_mean" if of_response else name]
+            row = self.origin + sign / 2 * planted + noise
+            rows.append(row if response or not of_response else torch.full_like(row, torch.nan))
+        found = torch.stack(rows)
+        return found.norm(dim=-1) if name == "response_norm" else found
 
     def forward(
         self,

@@ -9,7 +9,7 @@ import torch
 
 from persona_lens.backend.edits import Edit, check_edits, edits_of_rows
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo, RequestTooLargeError
-from persona_lens.backend.reads import MEANS, Read, check_reads
+from persona_lens.backend.reads import PER_ROW, Read, check_reads
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.threads import in_threads
@@ -94,7 +94,7 @@ def can_run_prompts_once(tokens: TokenBatch, edits: Sequence[Edit], reads: Seque
 
     Edits keep it from that, and reads of every token.
     """
-    return not edits and all(read.kind in MEANS for read in reads) and 2 * len(set(tokens.prompts)) <= len(tokens)
+    return not edits and all(read.kind in PER_ROW for read in reads) and 2 * len(set(tokens.prompts)) <= len(tokens)
 
 
 def batches_by_prompt(tokens: TokenBatch, max_rows: int, max_tokens: int | None = None) -> list[list[int]]:

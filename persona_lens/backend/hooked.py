@@ -37,7 +37,7 @@ from persona_lens.backend.editing import BlockHook, editing_blocks, hooking_bloc
 from persona_lens.backend.edits import Edit, Edits, as_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.protocol import ForwardResult, Generation
-from persona_lens.backend.reads import Read, ReadKind, check_reads, need_last_token
+from persona_lens.backend.reads import OF_RESPONSES, Read, ReadKind, check_reads, need_last_token
 from persona_lens.backend.sampling import RowSampler, continued_logprobs, response_logprobs
 from persona_lens.backend.shared_prompts import SharedPrompts, attention_for_reading, can_share_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
@@ -237,8 +237,8 @@ class HookedBackend:
     def _forward_sharing(self, batch: TokenBatch, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
         """`forward` without edits: reads of prompts while the different prompts run, of responses after them."""
         device = torch.device(self.module.device)
-        of_response = [read for read in reads if read.kind is ReadKind.RESPONSE_MEAN]
-        of_prompt = [read for read in reads if read.kind is not ReadKind.RESPONSE_MEAN]
+        of_response = [read for read in reads if read.kind in OF_RESPONSES]
+        of_prompt = [read for read in reads if read.kind not in OF_RESPONSES]
         stop_at = None if logprobs else deepest_layer(reads, self.info.n_layers)
         shared = SharedPrompts(self.module, batch, self.pad_id, split=not of_prompt)
         if (beginning := shared.beginning_inputs()) is not None:
@@ -249,7 +249,8 @@ class HookedBackend:
         chosen: list[Tensor] = [torch.empty(0)] * len(batch)
         for read in of_response:
             layers = len(read.resolved_layers(self.info.n_layers))
-            found[read.kind.value] = torch.full((len(batch), layers, self.info.d_model), torch.nan)
+            width = () if read.kind is ReadKind.RESPONSE_NORM else (self.info.d_model,)
+            found[read.kind.value] = torch.full((len(batch), layers, *width), torch.nan)
         pending = shared.continuations(batch, whole=bool(of_response)) if of_response or logprobs else []
         most = rows_at_once(device.type, max(map(len, batch.prompts)))
         lengths = [len(each.tokens) for each in pending]

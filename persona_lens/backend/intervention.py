@@ -145,6 +145,10 @@ class _MeanReader:
     ) -> None:
         if masks.decoding and not any(kind.startswith("response") for kind in self.kinds):
             return
+        so_far = self._sums.get(layer)
+        if self._of_lengths and masks.decoding and so_far is not None:
+            self._add_length(layer, so_far, h, masks, sinks)
+            return
         fresh = h[:, -masks.fresh :]
         if self._of_lengths:
             fresh = fresh.float().norm(dim=-1, keepdim=True)
@@ -153,7 +157,6 @@ class _MeanReader:
             padding = ~masks.attention[:, -masks.fresh :, None].to(h.device)
             fresh = fresh.to(torch.float32, copy=True).masked_fill_(padding, 0)
         fresh = fresh.float()
-        so_far = self._sums.get(layer)
         if masks.decoding and so_far is not None and "response_mean" in self.kinds:
             so_far[:, self.kinds.index("response_mean")] += fresh[:, 0]
             return
@@ -165,6 +168,15 @@ class _MeanReader:
             self._counts[layer] = counts if so_far is None else self._counts[layer] + counts
         total = torch.bmm(weights.to(fresh.dtype), fresh)
         self._sums[layer] = total if so_far is None else so_far.add_(total)
+
+    def _add_length(self, layer: int, so_far: Tensor, h: Tensor, masks: TokenMasks, sinks: Tensor | None) -> None:
+        """Count one newly generated token a row, in few steps: there is a call for every layer and token."""
+        counted = masks.response[:, -1:].to(h.device)
+        if self.leaves_out_sinks and sinks is not None:
+            counted = counted & ~sinks[:, -1:]
+            self._counts[layer] = self._counts[layer] + counted
+        lengths = torch.linalg.vector_norm(h[:, -1:], dim=-1, dtype=torch.float32)
+        so_far[:, 0] += torch.where(counted, lengths, 0.0)
 
     def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers ..."]]:
         sums = torch.stack([self._sums[layer].cpu() for layer in self.layers], dim=2)

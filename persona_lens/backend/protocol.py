@@ -205,8 +205,8 @@ class Backend(Protocol):
     def shares_prompts(self) -> bool:
         """Whether `forward` computes a prompt that several rows of a batch begin with only once.
 
-        It need not where it edits, or reads anything but means. Such a backend cuts a batch by itself into passes that
-        fit its device, and gets rows ordered by prompt.
+        It need not where it edits, or reads anything of single tokens. Such a backend cuts a batch by itself into
+        passes that fit its device, and gets rows ordered by prompt.
         """
         ...
 

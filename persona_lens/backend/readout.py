@@ -88,6 +88,11 @@ class Readout:
     norm: FrozenNorm | None
     unembedding: Float[Tensor, "vocabulary d_model"]
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the unembedding."""
+        return len(self.unembedding)
+
     def shifts(self, directions: Float[Tensor, "k d_model"], scale: float) -> Float[Tensor, "k vocabulary"]:
         """How far adding each direction to the last residual moves each logit, with the norm's scale held: float32.
 

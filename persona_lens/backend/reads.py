@@ -32,6 +32,7 @@ class ReadKind(StrEnum):
 
 
 MEANS = (ReadKind.RESPONSE_MEAN, ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST)
+PER_ROW = (*MEANS, ReadKind.RESPONSE_NORM)  # which bring back nothing of single tokens
 OF_RESPONSES = (ReadKind.RESPONSE_MEAN, ReadKind.RESPONSE_NORM)  # to which no token of a prompt contributes
 # Reductions that a sink would dominate. Responses do not hold a text's first token, and their mean is the paper's: it
 # takes in every token, as reads of single tokens do.
@@ -121,7 +122,7 @@ class Read:
         units = None if self.directions is None else [unit.clone() for unit in self.unit_directions(n_layers)]
         return {
             "kind": self.kind.value,
-            "per_row": self.kind in (*MEANS, ReadKind.RESPONSE_NORM),
+            "per_row": self.kind in PER_ROW,
             "layers": self.resolved_layers(n_layers),
             "units": units,
             "sinks": not self.leaves_out_sinks,

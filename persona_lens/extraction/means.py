@@ -13,6 +13,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_lens.backend import ReadKind
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.judging import Judgement, Score
 from persona_lens.judging.reading import PAIRS
@@ -180,10 +181,19 @@ class ArmMeans:
     Attributes:
         sums: [arm, fold] -> reduction -> float64 [layers, d_model].
         counts: [arm, fold] -> number of responses.
+        lengths: float64 [layers]: of mean lengths of the residual over a response's tokens, where they were read.
+        measured: int64 [layers]: of how many responses.
     """
 
     sums: dict[tuple[Arm, int], dict[str, Tensor]]
     counts: dict[tuple[Arm, int], int]
+    lengths: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    measured: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+
+    @property
+    def residual_norms(self) -> list[float] | None:
+        """Mean length of the residual at each layer; None where it was not read."""
+        return (self.lengths / self.measured).tolist() if bool((self.measured > 0).all()) else None
 
     def difference(self, folds: Sequence[int] = tuple(range(FOLDS))) -> dict[str, Float[Tensor, "layers d_model"]]:
         """mean(positive) - mean(negative) over the questions of the folds, by reduction, float32."""
@@ -210,11 +220,14 @@ def arm_means(requests: Sequence[Request], kept: Sequence[bool], reductions: Red
                 continue
             key = (Arm(requests[index].labels["arm"]), fold_of(requests[index]))
             found.counts[key] = found.counts.get(key, 0) + 1
-            sums = found.sums.setdefault(
-                key, {name: torch.zeros_like(t[0], dtype=torch.float64) for name, t in tensors.items()}
-            )
+            sums = found.sums.setdefault(key, {})
             for name, values in tensors.items():
-                sums[name] += values[position].double()
+                value = values[position].double()
+                if name == ReadKind.RESPONSE_NORM:  # NaN at a layer where every token is a sink
+                    found.lengths = found.lengths + value.nan_to_num()
+                    found.measured = found.measured + value.isfinite()
+                else:
+                    sums[name] = sums[name] + value if name in sums else value
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_lens.backend import Backend, ModelInfo, Read
+from persona_lens.backend import Backend, ModelInfo, Read, ReadKind
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import (
@@ -20,6 +20,7 @@ from persona_lens.extraction.experiment import (
     subject_config,
 )
 from persona_lens.extraction.external import ExternalRollouts, ExternalScores, Paths, external_rollouts
+from persona_lens.extraction.kept import KeptResponses
 from persona_lens.extraction.means import (
     ExtractionSettings,
     Filtered,
@@ -38,7 +39,7 @@ from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Scored
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import Rollout, RolloutBatches
+from persona_lens.runs.rollouts import Rollout
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
 
@@ -123,7 +124,7 @@ def extract(
         filtered = filter_responses(experiment.requests, judged, settings)
         # As the run began with it: a device of another number makes no other vectors.
         known = {**(run.config if run else config), "judge": as_used(scoring.describe(), judged)}
-        vectors = _vectors(trait, answers.collected, filtered, settings, known)
+        vectors = _vectors(trait, answers, judged, filtered, settings, known)
         summary, scores = _summary(vectors, judged, filtered, answers.rollouts), _scores(judged, filtered)
         if run is not None:
             run.write_rows(SCORES, scores)
@@ -155,7 +156,8 @@ def _experiment(
     given: ExternalRollouts | None,
 ) -> Experiment:
     requests = plan_requests(trait, settings) if given is None else given.requests
-    reads, judges = Read.means(sinks=settings.sinks), {ONLY: judge} if judge else {}
+    reads = (*Read.means(sinks=settings.sinks), Read(ReadKind.RESPONSE_NORM))
+    judges = {ONLY: judge} if judge else {}
     return Experiment(backend, chat, requests, settings.rollouts, judges, reads=reads, given=given)
 
 
@@ -181,12 +183,14 @@ def _judged(
 
 def _vectors(
     trait: Trait,
-    collected: RolloutBatches,
+    answers: Answers,
+    judged: Sequence[Judgement],
     filtered: Filtered,
     settings: ExtractionSettings,
     config: Mapping[str, Any],
 ) -> PersonaVectors:
-    """The vectors, with everything that they rest on in their provenance."""
+    """The vectors, with everything that they rest on and all that is known of them in their provenance."""
+    collected = answers.collected
     of_kept = (collected.requests, filtered.kept, collected.reductions)
     means = arm_means(*of_kept)
     separation = held_out_separation(*of_kept, means, settings.seed)
@@ -195,7 +199,9 @@ def _vectors(
         provenance["prompt_mean_sinks"] = False
     if trait.graded_prompts:  # so that a study needs nothing but the vectors
         provenance["trait"] = {**config["trait"], "graded_prompts": list(trait.graded_prompts)}
-    return PersonaVectors(trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
+    vectors = PersonaVectors(trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
+    kept = KeptResponses.of(collected, answers.rollouts, judged, filtered.kept)
+    return vectors.with_provenance(diagnostics=kept.diagnostics(vectors, means.residual_norms))
 
 
 def _summary(
@@ -213,6 +219,7 @@ def _summary(
         "counts": filtered.counts,
         "norms": {name: vectors.norms(name).tolist() for name in vectors.directions},
         "separation": vectors.provenance["separation"],
+        "diagnostics": vectors.provenance["diagnostics"],
         **({HOLD_REASONING: True} if vectors.stored("chat").get(HOLD_REASONING) else {}),
     }
 

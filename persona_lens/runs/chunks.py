@@ -63,6 +63,20 @@ def open_shard(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
+def shard_layer(file: Path, name: str, layer: int) -> Tensor:
+    """One layer of what a shard holds under a name, [rows, …]; the rest of it is not read, nor its checksum taken.
+
+    Raises:
+        RunError: If the file is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found: Tensor = opened.get_slice(name)[:, layer]
+    except (SafetensorError, OSError, ValueError, IndexError) as error:
+        raise RunError(f"{file} is missing or damaged ({error}); {ADVICE}") from error
+    return found
+
+
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -26,7 +26,7 @@ from persona_lens.backend.tokens import ID_LIMIT, TokenIds
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import note_reasoning
-from persona_lens.runs.chunks import ADVICE, Pieces, Row, load_shard, pack_shard
+from persona_lens.runs.chunks import ADVICE, Pieces, Row, load_shard, pack_shard, shard_layer
 from persona_lens.runs.cost import Call, Work, generating_work, reading_work
 from persona_lens.runs.folder import RunError, RunFolder
 
@@ -185,6 +185,17 @@ class RolloutBatches(ABC):
         """What was read, batch by batch: indices of requests, and tensors whose first axis follows them."""
         for number, batch in enumerate(self.batches):
             yield batch, self._saved(number) if self.folder else self._kept[number]
+
+    def at_layer(self, name: str, layer: int) -> Tensor:
+        """One layer of what was read under a name, for every request: [requests, …]. The rest stays on the disk."""
+        found: Tensor | None = None
+        for number, batch in enumerate(self.batches):
+            file = self.folder.path / self._shard(number) if self.folder else None
+            kept = shard_layer(file, name, layer) if file else self._kept[number][name][:, layer]
+            found = kept.new_empty(len(self.requests), *kept.shape[1:]) if found is None else found
+            found[batch] = kept
+        assert found is not None  # of requests
+        return found
 
     @abstractmethod
     def work(self) -> Work:

@@ -20,6 +20,7 @@ from persona_lens.core.text import in_short
 from persona_lens.judging.reading import Calibration
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import Trait, load_trait
+from persona_lens.vectors.diagnostics import Diagnostics
 
 DEFAULT_REDUCTION = "response_mean"
 FORECASTS = "shift_forecasts"
@@ -299,6 +300,13 @@ class Provenanced:
         found = self.provenance.get("baseline")
         again = "measure it again with `persona-lens monitor baseline`"
         return self._read("the baseline", StoredBaseline.from_json, found, again) if found else None
+
+    @property
+    def diagnostics(self) -> Diagnostics | None:
+        """What was found to say of these vectors before anything is steered; None if nothing was."""
+        found = self.provenance.get("diagnostics")
+        again = "measure them again with `persona-lens vectors forecast`"
+        return self._read("the diagnostics", Diagnostics.from_json, found, again) if found else None
 
     @property
     def levels(self) -> StoredLevels | None:

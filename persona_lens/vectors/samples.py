@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor, float64
 
 from persona_lens.data.tables import DataError, read_rows
 from persona_lens.runs import RunError
-from persona_lens.runs.chunks import ROW, open_shard
+from persona_lens.runs.chunks import ROW, open_shard, shard_layer
 from persona_lens.runs.rollouts import ACTIVATIONS, ROLLOUTS
 from persona_lens.traits import Arm
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
@@ -121,8 +120,7 @@ class RunSamples:
         self.vectors.check_layer(layer)
         rows = np.empty((len(self.responses), own.shape[1]))
         for file, (there, here) in self.shards.items():
-            with safe_open(file, framework="pt") as opened:
-                rows[here] = opened.get_slice(reduction)[:, layer].to(float64).numpy()[there]
+            rows[here] = shard_layer(file, reduction, layer).to(float64).numpy()[there]
         labels = {each.name: getattr(self.responses, each.name) for each in fields(self.responses)}
         found = Samples(**labels, activations=rows)
         if not np.allclose(found.difference, own[layer], rtol=1e-3, atol=1e-4):

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from persona_lens.core.documents import Record
 from persona_lens.core.statistics import CORRELATION, Estimate, jackknife_interval
-from persona_lens.traits import Arm
 from persona_lens.vectors.geometry import GeometryError
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
-from persona_lens.vectors.samples import Array, read_samples
+from persona_lens.vectors.samples import Array, Samples, read_samples
 
 SPLITS = 200
+LEAST = 4  # questions
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,42 @@ def split_half_reliability(
         raise GeometryError(f"splits must be at least 1, got {splits}")
     run = read_samples(folder)
     run.vectors.rows(reduction)
-    numbers, place = np.unique(run.responses.question, return_inverse=True)
-    questions, arm = len(numbers), np.where(run.responses.positive, 0, 1)
-    if questions < 4:
-        raise GeometryError(f"{run.folder} kept responses to {questions} questions; at least 4 are needed to be split")
-    counts = np.zeros((questions, len(Arm)))
-    np.add.at(counts, (place, arm), 1)
+    questions = len(np.unique(run.responses.question))
+    if questions < LEAST:
+        raise GeometryError(
+            f"{run.folder} kept responses to {questions} questions; at least {LEAST} are needed to be split"
+        )
     rng = np.random.default_rng(seed)
     halves = _drawn_halves(questions, splits, rng)
     swaps = rng.random((splits, questions)) < 0.5
-
-    def at(layer: int) -> LayerReliability:
-        sums = np.zeros((*counts.shape, run.vectors.model.d_model))
-        np.add.at(sums, (place, arm), run.layer(layer, reduction).activations)
-        return _at(layer, sums, counts, halves, swaps)
-
-    rows = tuple(map(at, range(run.vectors.model.n_layers)))
+    rows = tuple(
+        _at(layer, *_by_question(run.layer(layer, reduction)), halves, swaps)
+        for layer in range(run.vectors.model.n_layers)
+    )
     return Reliability(run.vectors.trait, reduction, questions, splits, rows)
+
+
+def agreement_of_halves(samples: Samples, splits: int, rng: np.random.Generator) -> tuple[float, float] | None:
+    """`LayerReliability.halves` and its null at one layer, without an interval; None with fewer than four questions."""
+    sums, counts = _by_question(samples)
+    if len(counts) < LEAST:
+        return None
+    halves, swaps = _drawn_halves(len(counts), splits, rng), rng.random((splits, len(counts))) < 0.5
+    _, observed, null = _observed(sums, counts, halves, swaps)
+    observed, null = (each[np.isfinite(each)] for each in (observed, null))
+    if not len(observed) or not len(null):  # nothing of an arm in any half, or no noise at all
+        return None
+    return float(observed.mean()), float(np.quantile(np.abs(null), 0.95))
+
+
+def _by_question(samples: Samples) -> tuple[Array, Array]:
+    """Responses by question and arm: their sums, [questions, arms, d_model], and how many."""
+    numbers, place = np.unique(samples.question, return_inverse=True)
+    arm = np.where(samples.positive, 0, 1)
+    counts, sums = np.zeros((len(numbers), 2)), np.zeros((len(numbers), 2, samples.activations.shape[1]))
+    np.add.at(counts, (place, arm), 1)
+    np.add.at(sums, (place, arm), samples.activations)
+    return sums, counts
 
 
 def _drawn_halves(questions: int, splits: int, rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -110,19 +129,25 @@ def _drawn_halves(questions: int, splits: int, rng: np.random.Generator) -> NDAr
 def _at(
     layer: int, sums: Array, counts: Array, halves: NDArray[np.bool_], swaps: NDArray[np.bool_]
 ) -> LayerReliability:
-    flat = sums.reshape(len(counts) * 2, -1)
-    products = flat @ flat.T  # all cosines of any halves are in here
-    as_they_are = np.zeros_like(swaps)
-    observed = _cosines(products, counts, halves, ~halves, as_they_are)
-    null = _cosines(products, counts, halves, ~halves, swaps)
+    products, observed, null = _observed(sums, counts, halves, swaps)
     whole = _stepped_up(observed)
     without = [  # each question in turn
-        _stepped_up(_cosines(products, counts, halves & left, ~halves & left, as_they_are))
+        _stepped_up(_cosines(products, counts, halves & left, ~halves & left, np.zeros_like(swaps)))
         for left in ~np.eye(len(counts), dtype=bool)
     ]
     low, high = jackknife_interval(whole, np.asarray(without), CORRELATION) or (nan, nan)
     estimate = Estimate(whole, low, high, len(counts))
     return LayerReliability(layer, float(np.nanmean(observed)), estimate, float(np.nanquantile(np.abs(null), 0.95)))
+
+
+def _observed(
+    sums: Array, counts: Array, halves: NDArray[np.bool_], swaps: NDArray[np.bool_]
+) -> tuple[Array, Array, Array]:
+    """Products of all sums, in which all cosines of any halves are; those cosines; and with arms swapped."""
+    flat = sums.reshape(len(counts) * 2, -1)
+    products = flat @ flat.T
+    observed, null = (_cosines(products, counts, halves, ~halves, arms) for arms in (np.zeros_like(swaps), swaps))
+    return products, observed, null
 
 
 def _stepped_up(cosines: Array | float) -> float:

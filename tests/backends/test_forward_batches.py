@@ -36,8 +36,9 @@ def test_shared_prompts_set_the_plan_only_where_a_backend_shares_them() -> None:
     backend = wrap_model(tiny_model().cpu(), tiny_tokenizer())
     tokens = TokenBatch.of([[5] * 700] * 12, [[6] * 300] * 12)
     assert forward_plan(backend, tokens, (), Read.means()) == [list(range(12))]
+    assert forward_plan(backend, tokens, (), [*Read.means(), Read(ReadKind.RESPONSE_NORM)]) == [list(range(12))]
     assert forward_plan(backend, tokens) == [list(range(12))]
-    for reads in ([Read.projections(torch.ones(1, 16))], [*Read.means(), Read(ReadKind.RESPONSE_NORM)]):
+    for reads in ([Read.projections(torch.ones(1, 16))], [*Read.means(), Read(ReadKind.NORMS)]):
         plan = forward_plan(backend, tokens, (), reads)
         assert all(len(batch) * 1000 <= tokens_at_once("cpu") for batch in plan)
         assert sorted(row for batch in plan for row in batch) == list(range(12))

@@ -95,7 +95,14 @@ def test_a_common_beginning_runs_once() -> None:
 @pytest.mark.parametrize("layers", [(0,), (1, 2), None])
 def test_some_layers_and_some_reads(layers: tuple[int, ...] | None) -> None:
     backend = tiny_backend("transformers")
-    for reads in ((Read.means(layers)[0],), Read.means(layers)[1:], (Read.means((0,))[0], Read.means(layers)[2])):
+    lengths = Read(ReadKind.RESPONSE_NORM, layers)
+    for reads in (
+        (Read.means(layers)[0],),
+        Read.means(layers)[1:],
+        (Read.means((0,))[0], Read.means(layers)[2]),
+        (lengths,),
+        (*Read.means(), lengths),
+    ):
         found = backend.forward(BATCH, reads=reads)
         assert_as_alone(backend, found, list(range(len(BATCH))), reads)
 

@@ -1,0 +1,144 @@
+"""`Diagnostics`: what can be said of an extraction's vectors, layer by layer, before anything is generated under them.
+
+That a layer's vector tells responses apart does not mean that it steers: `score` says which of these figures a layer is
+judged by, and `layer_order` in which order layers are worth trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persona_lens.core.documents import Record
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerDiagnostics(Record):
+    """One layer's. A null is what 95% of cases stay below in which there is nothing of the trait; None is not known.
+
+    Attributes:
+        layer: Block index, 0-based.
+        consistency: Mean cosine of a single difference, of the two responses to one question under one pair of
+            instructions, with the mean of all differences to other questions.
+        consistency_null: With the arms of each question swapped at random.
+        d_prime: How far apart the arms stand on the vector, on questions that it was not made from, in standard
+            deviations.
+        d_prime_null: On random directions.
+        auc: How often a positive response stands higher there than a negative one.
+        auc_null: On random directions.
+        halves: Mean cosine of the vectors of two halves of the questions.
+        halves_null: With the arms of each question swapped at random.
+        relative_norm: Length of the vector over the mean length of the residual at the responses' tokens.
+        logit_rise: The largest rise of a token's logit that the vector brings by the direct path, over that which
+            random directions as long as it bring on average.
+        logit_rise_null: The same of random directions.
+        accessibility: How far apart the arms' mean residuals stand in standard deviations, sent through the final norm
+            and the unembedding: the mean logit of the tokens that the positive arm promotes most minus that of those
+            that it suppresses most, the tokens being chosen on other questions.
+        accessibility_null: With tokens drawn at random.
+    """
+
+    layer: int
+    consistency: float | None = None
+    consistency_null: float | None = None
+    d_prime: float | None = None
+    d_prime_null: float | None = None
+    auc: float | None = None
+    auc_null: float | None = None
+    halves: float | None = None
+    halves_null: float | None = None
+    relative_norm: float | None = None
+    logit_rise: float | None = None
+    logit_rise_null: float | None = None
+    accessibility: float | None = None
+    accessibility_null: float | None = None
+
+
+MEASURES = tuple(
+    each.name
+    for each in fields(LayerDiagnostics)
+    if each.name not in ("layer", "auc") and not each.name.endswith("_null")
+)
+"""By which layers may be ranked; not by AUC alone, which is 1 at most layers of a clear trait."""
+
+RULES: tuple[tuple[str, ...], ...] = (("accessibility",), ("consistency", "relative_norm"), ("consistency",))
+"""What layers are judged by, by the mean of their ranks: the first of these whose measures are all known."""
+
+
+@dataclass(frozen=True)
+class Diagnostics(Record):
+    """Those of every layer.
+
+    Attributes:
+        trait: Name of the trait.
+        reduction: Which of the vectors.
+        responses: How many were kept.
+        differences: How many pairs of twins are among them, which differ in nothing but the arm.
+        questions: How many questions those answer.
+        layers: One for each layer.
+    """
+
+    trait: str
+    reduction: str
+    responses: int
+    differences: int
+    questions: int
+    layers: tuple[LayerDiagnostics, ...]
+
+    def values(self, measure: str) -> Array | None:
+        """A measure by layer, float64 [layers]; None where it is not known of every layer."""
+        found = [getattr(each, measure) for each in self.layers]
+        known = [value for value in found if value is not None and isfinite(value)]
+        return np.array(known) if known and len(known) == len(found) else None
+
+    @property
+    def rule(self) -> tuple[str, ...]:
+        """The measures that `scores` goes by; empty where too little is known for any of `RULES`."""
+        return next((rule for rule in RULES if all(self.values(each) is not None for each in rule)), ())
+
+    def scores(self, rule: Sequence[str] = ()) -> Array:
+        """What layers are ranked by: the mean over measures of the share of layers that a layer does better than.
+
+        Args:
+            rule: Names of measures; those of `rule` if not given.
+
+        Returns:
+            float64 [layers], from 0 to 1; NaN where a measure is not known.
+        """
+        chosen = [self.values(each) for each in rule or self.rule]
+        known = [each for each in chosen if each is not None]
+        if not known or len(known) < len(chosen):
+            return np.full(len(self.layers), np.nan)
+        found: Array = np.mean([share_below(each) for each in known], axis=0)
+        return found
+
+
+def layer_order(diagnostics: Diagnostics | None) -> tuple[int, ...]:
+    """Layers in the order in which they are worth trying, the most promising first; of equal ones the earlier.
+
+    Empty where nothing is known that layers could be ranked by.
+    """
+    if diagnostics is None or not diagnostics.rule:
+        return ()
+    order = np.argsort(-diagnostics.scores(), kind="stable")
+    return tuple(diagnostics.layers[at].layer for at in order)
+
+
+def share_below(values: Array) -> Array:
+    """The share of the others that each exceeds, equal ones counting half: float64 [n], from 0 to 1."""
+    above = (values[:, None] > values).sum(axis=1) + ((values[:, None] == values).sum(axis=1) - 1) / 2
+    found: Array = above / max(1, len(values) - 1)
+    return found
+
+
+def rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Values of a layer as they are kept: four digits say more than is known, and the last bits differ by machine."""
+    return {
+        name: None if value is None or not isfinite(value) else float(f"{value:.4g}") for name, value in values.items()
+    }
