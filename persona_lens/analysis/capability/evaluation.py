@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.backend import Backend
@@ -162,12 +165,24 @@ def evaluate_capability(
         "apply_chat_template": apply_chat_template,
     }
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    results = simple_evaluate(
-        model, tasks=loaded, task_manager=manager, bootstrap_iters=BOOTSTRAPS, **settings, **seeds
-    )
+    with _quiet_harness():
+        results = simple_evaluate(
+            model, tasks=loaded, task_manager=manager, bootstrap_iters=BOOTSTRAPS, **settings, **seeds
+        )
     about = {**asdict(backend.info), "edits": [edit.content_hash for edit in written]}
     found = tuple(_task(name, values, results) for name, values in results["results"].items())  # groups and their tasks
     return CapabilityResult(found, about, settings | {"tasks": names, "seed": seed}, version("lm_eval"))
+
+
+@contextmanager
+def _quiet_harness() -> Iterator[None]:
+    """Without the harness's bar beside ours, and without git, which complains where the folder is no repository."""
+    from lm_eval import evaluator
+    from lm_eval.api import task
+
+    silent = patch.object(task, "tqdm", partial(task.tqdm, disable=True))
+    with silent, patch.object(evaluator, "get_git_commit_hash", lambda: None):
+        yield
 
 
 def _task(name: str, values: Mapping[str, Any], results: Mapping[str, Any]) -> TaskResult:
@@ -284,6 +299,8 @@ def _is_file(name: str) -> bool:
 
 def _load(manager: Any, name: str) -> list[Any]:
     """The task with its data; a group as one."""
+    logger = logging.getLogger("lm_eval.api.task")
+    told, logger.disabled = logger.disabled, name == BUILTIN_TASK  # of what goes without saying about a task in a file
     try:
         found = manager.load([name])
     except PersonaLensError:
@@ -294,6 +311,8 @@ def _load(manager: Any, name: str) -> list[Any]:
             f"task {name} cannot be loaded, most likely since its data set is not here and cannot be fetched: "
             f"{type(error).__name__}: {reason}"
         ) from error
+    finally:
+        logger.disabled = told
     groups = found.get("groups", {})
     return [groups[name]] if name in groups else list(found["tasks"].values())
 

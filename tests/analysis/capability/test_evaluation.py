@@ -16,6 +16,7 @@ from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.capability import BUILTIN_TASK, evaluate_capability
 from persona_lens.analysis.capability.evaluation import TASKS
 from persona_lens.backend import Backend, Edit
+from persona_lens.core.progress import no_progress
 from tests.analysis.capability.tasks import write_tasks
 from tests.backends.fixtures import backend_of, direction
 from tests.tiny import tiny_model
@@ -54,6 +55,14 @@ class TestWithTheHarness:
     @pytest.fixture(autouse=True)
     def _harness(self) -> None:
         pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+
+    def test_the_harness_says_nothing_of_its_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)  # no repository, of which git would say so
+        evaluate_capability(tiny(), limit=2, progress=no_progress)
+        told = capfd.readouterr()
+        assert (told.out, told.err) == ("", "")
 
     @pytest.mark.parametrize(
         ("options", "words"),
