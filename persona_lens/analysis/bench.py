@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 from persona_lens.analysis import AnalysisError
@@ -37,8 +38,10 @@ class CapSettings:
             the depth on.
         roles: Roles whose prompts are used, those farthest from the default; every other one is kept for the
             confirmation.
-        search_questions: Questions that are asked in the search.
-        confirm_questions: Other questions, which the result rests on.
+        search_questions: Questions that roles are asked in the search.
+        confirm_questions: Other questions that they are asked, which the result rests on.
+        ordinary_questions: Questions that are asked without a role, for the surprise, and as many others in the
+            confirmation.
         random_directions: How many random directions stand beside the choice, at the same percentile of their own.
         accept_loss: Share of right answers that a cap may cost.
         accept_surprise: Nats a token by which ordinary replies may surprise the uncapped model more.
@@ -53,6 +56,7 @@ class CapSettings:
     roles: int = 16
     search_questions: int = 3
     confirm_questions: int = 5
+    ordinary_questions: int = 12
     random_directions: int = 3
     accept_loss: float = 0.02
     accept_surprise: float = 0.1
@@ -68,7 +72,10 @@ class CapSettings:
             raise AnalysisError(f"ranges are pairs of a first and a last layer, got {list(self.ranges)}")
         if self.roles < 4:
             raise AnalysisError(f"roles must be at least 4, half of them for the confirmation; got {self.roles}")
-        if min(self.search_questions, self.confirm_questions) < 1 or self.random_directions < 0:
+        if (
+            min(self.search_questions, self.confirm_questions, self.ordinary_questions) < 1
+            or self.random_directions < 0
+        ):
             raise AnalysisError("questions must be at least 1, random_directions at least 0")
         if min(self.accept_loss, self.accept_surprise) < 0:
             raise AnalysisError("accept_loss and accept_surprise must be at least 0")
@@ -132,9 +139,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.judged: list[Any] = []
         self.samples: list[dict[str, Any]] = []
-        asked = settings.search_questions + settings.confirm_questions
-        if asked > len(default.questions):
-            raise AnalysisError(f"{asked} questions are asked for, and there are {len(default.questions)}")
+        self.questions, self.ordinary = _questions_of(settings, len(default.questions))
         check_task(settings.task)
 
     def describe(self) -> dict[str, Any]:
@@ -158,17 +163,16 @@ class Bench:
 
     def requests(self, prefix: str) -> list[Request]:
         """What is asked in the search, or in the confirmation: the prompts of its roles, and none for the default."""
-        first = 0 if prefix == SEARCH else self.settings.search_questions
-        count = self.settings.search_questions if prefix == SEARCH else self.settings.confirm_questions
-        numbers = range(first, first + count)
-        questions = {number: self.default.questions[number] for number in numbers}
-        names = list(self.roles)[prefix == CONFIRM :: 2]
-        found = []
-        for number, question in questions.items():
-            variants = [Variant({"role": ASSISTANT})]
-            variants += [Variant({"role": n}, self.roles[n].system_prompts[number % N_SYSTEM_PROMPTS]) for n in names]
-            found += requests_of({number: question}, variants, 1, self.settings.seed, "cap")
-        return found
+        names, default = list(self.roles)[prefix == CONFIRM :: 2], Variant({"role": ASSISTANT})
+        variants = {number: [default] for number in self.ordinary[prefix]}
+        for number in self.questions[prefix]:
+            prompts = {name: self.roles[name].system_prompts[number % N_SYSTEM_PROMPTS] for name in names}
+            variants[number] = [Variant({"role": name}, prompt) for name, prompt in prompts.items()]
+        return [
+            request
+            for number, asked in sorted(variants.items())
+            for request in requests_of({number: self.default.questions[number]}, asked, 1, self.settings.seed, "cap")
+        ]
 
     def measure(
         self, arms: Sequence[Arm], prefix: str, run: RunFolder | None, progress: Progress
@@ -267,6 +271,23 @@ class Bench:
                 "system": first[UNCAPPED].request.system,
                 "replies": [{"arm": arm, "text": each.response} for arm, each in first.items()],
             }
+
+
+def _questions_of(settings: CapSettings, there: int) -> tuple[dict[str, range], dict[str, range]]:
+    """Numbers of the questions that roles are asked, by part of the run, and of those asked without a role: all differ.
+
+    Raises:
+        AnalysisError: If there are fewer.
+    """
+    search, confirm, ordinary = settings.search_questions, settings.confirm_questions, settings.ordinary_questions
+    ends = list(accumulate((search, confirm, ordinary, ordinary), initial=0))
+    if ends[-1] > there:
+        raise AnalysisError(
+            f"{ends[-1]} questions are asked for, {2 * ordinary} of them without a role, and there are {there}; ask "
+            "fewer"
+        )
+    parts = [range(*each) for each in pairwise(ends)]
+    return dict(zip((SEARCH, CONFIRM), parts[:2], strict=True)), dict(zip((SEARCH, CONFIRM), parts[2:], strict=True))
 
 
 def _is_of(reply: Rollout, role: str) -> bool:

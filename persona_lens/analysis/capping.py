@@ -20,7 +20,7 @@ from persona_lens.analysis.bench import CONFIRM, SEARCH, UNCAPPED, Arm, Bench, C
 from persona_lens.backend import Backend, Edit
 from persona_lens.core.documents import Record, plain
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.core.statistics import CHANGES, Ends, Estimate, bootstrap_mean
+from persona_lens.core.statistics import CHANGES, SHARE_CHANGES, Ends, Estimate, bootstrap_mean
 from persona_lens.extraction.experiment import json_of, run_folder
 from persona_lens.extraction.run import VECTORS
 from persona_lens.judging import Judge
@@ -286,7 +286,7 @@ def _candidate(arm: Arm, base: Measured, found: Measured) -> Candidate:
         arm.name,
         _change(base.persona, found.persona, CHANGES),
         _change(base.surprise, found.surprise),
-        _change(base.accuracy, found.accuracy, (-1.0, 1.0)),
+        _change(base.accuracy, found.accuracy, SHARE_CHANGES),
     )
 
 
@@ -318,7 +318,7 @@ def _confirmed(found: Mapping[str, Measured], name: str) -> dict[str, Any]:
     base, own = found[UNCAPPED], found[name]
     nulls = [each for arm, each in found.items() if arm not in (UNCAPPED, name)]
     told: dict[str, Any] = {}
-    for quantity, within in (("persona", CHANGES), ("surprise", None), ("accuracy", (-1.0, 1.0))):
+    for quantity, within in (("persona", CHANGES), ("surprise", None), ("accuracy", SHARE_CHANGES)):
         before, after = getattr(base, quantity), getattr(own, quantity)
         random = _averaged([getattr(each, quantity) for each in nulls])
         told[quantity] = {

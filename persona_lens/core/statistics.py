@@ -28,6 +28,8 @@ SCORES = (0.0, 100.0)
 CHANGES = (-100.0, 100.0)
 """The ends of differences of such scores."""
 SHARES = (0.0, 1.0)
+SHARE_CHANGES = (-1.0, 1.0)
+"""The ends of differences of shares, such as of whether an answer is right."""
 _AT_ONCE = 4_000_000  # numbers drawn at once
 
 Values = NDArray[np.float64]
@@ -99,7 +101,8 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, *, within: Ends | Non
     """A mean over independent units (here: questions) with the 95% interval of the studentised bootstrap.
 
     Without any spread there is nothing to resample: the interval is then the mean alone; or, where the ends of the
-    scale are known, what a share of units that could have been missed (with a chance of 5%) may move the mean.
+    scale are known, what a share of units that could have been missed (with a chance of 5%) may move the mean. Of
+    differences of shares most may be 0, and a resample then misses the few that are not: see `_of_few_differences`.
 
     Args:
         values: One number a unit; average within a unit first.
@@ -115,7 +118,9 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, *, within: Ends | Non
     mean, n = float(data.mean()), len(data)
     if n == 1:
         return Estimate(mean, mean, mean, n)
-    if float(np.ptp(data)) == 0:
+    if within == SHARE_CHANGES and 2 * np.count_nonzero(data) <= n:
+        low, high = _clipped(_of_few_differences(data), within)
+    elif float(np.ptp(data)) == 0:
         low, high = (mean, mean) if within is None else _missed(mean, n, within)
     else:
         down, up = _reach(data, seed)
@@ -285,6 +290,17 @@ def _reach(data: Values, seed: int) -> Ends:
     low, high = np.quantile(np.concatenate(drawn), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
     least = _student(1 / n, n - 1)
     return width * spread * max(float(high), least), width * spread * max(-float(low), least)
+
+
+def _of_few_differences(data: Values) -> Ends:
+    """The interval of a mean of differences of shares that are mostly 0: with one more at either end of their scale.
+
+    Of answers that are right or wrong it is that of Bonett and Price (2012, doi:10.3102/1076998611411915).
+    """
+    n, mean = len(data) + 2, float(data.mean())
+    centre = float(data.sum()) / n
+    reach = float(special.ndtri(0.5 + LEVEL / 2) * np.sqrt((((data**2).sum() + 2) / n - centre**2) / n))
+    return min(mean, centre - reach), max(mean, centre + reach)
 
 
 def _studentised(drawn: Values) -> Values:

@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.bench import CapSettings
+from persona_lens.analysis.bench import CONFIRM, SEARCH, Bench, CapSettings
 from persona_lens.analysis.capping import AxisRun, Candidate, Capping, _best, _judged_costs, _usual_ranges, cap_axis
 from persona_lens.backend import Backend
 from persona_lens.core.progress import no_progress
 from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.axis import AxisSettings, persona_axis
+from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering.given import load_steering
 from persona_lens.traits import load_default, load_role
 from persona_lens.vectors import PersonaVectors, VectorsError
+from persona_lens.vectors.persona_space import ASSISTANT
 from tests.backends.fixtures import tiny_backend
 
 ROLES = {name: load_role(name) for name in ("pirate", "ghost", "doctor", "void", "cat")}
@@ -33,6 +35,7 @@ TINY = CapSettings(
     roles=4,
     search_questions=1,
     confirm_questions=2,
+    ordinary_questions=3,
     random_directions=2,
     accept_loss=1.0,
     accept_surprise=100.0,
@@ -85,6 +88,19 @@ def test_what_was_chosen_can_be_used_and_stands_beside_random_directions(found: 
     }
     assert asked["search"] == {0}
     assert asked["confirm"] in (set(), {1, 2})
+    assert all(each.surprise.n <= 3 for each in found.candidates)
+
+
+def test_roles_and_the_default_are_asked_other_questions_in_either_part(backend: Backend, axis: AxisRun) -> None:
+    bench = Bench(backend, chat_format(backend), TINY, axis.roles(), DEFAULT)
+    asked = {
+        (part, request.labels["role"] == ASSISTANT, request.labels["question_number"])
+        for part in (SEARCH, CONFIRM)
+        for request in bench.requests(part)
+    }
+    assert {number for part, plain, number in asked if (part, plain) == (SEARCH, True)} == {3, 4, 5}
+    assert {number for part, plain, number in asked if (part, plain) == (CONFIRM, True)} == {6, 7, 8}
+    assert len({number for _, _, number in asked}) == len(asked) == 9
 
 
 def test_a_random_direction_is_floored_at_the_percentile_of_its_own_projections(axis: AxisRun) -> None:
@@ -156,7 +172,7 @@ def test_usual_ranges_lie_in_the_second_half_without_the_last_layer() -> None:
         ({"accept_loss": -1.0}, "at least 0"),
         ({"task": "persona_lens_basic"}, "there is no task 'persona_lens_basic'"),
         ({"ranges": ((0, 99),)}, "layer 99 does not exist"),
-        ({"search_questions": 40}, "42 questions are asked for, and there are 40"),
+        ({"search_questions": 40}, "48 questions are asked for, 6 of them without a role, and there are 40"),
     ],
 )
 def test_what_cannot_be_is_refused(changed: dict[str, Any], said: str, backend: Backend, axis: AxisRun) -> None:

@@ -16,6 +16,7 @@ from persona_lens.core.statistics import (
     PLAIN,
     SCORES,
     SHARE,
+    SHARE_CHANGES,
     Estimate,
     Scale,
     auc,
@@ -75,6 +76,22 @@ def test_scores_that_saturate_have_an_interval() -> None:
     assert 60 < one_off.high <= 100
     tiny = bootstrap_mean([1.0, 1.0 + 1e-12, 1.0 - 1e-12])
     assert tiny.low < 1 < tiny.high
+
+
+@pytest.mark.parametrize(("lost", "won", "n"), [(0.05, 0.01, 120), (0.1, 0.1, 60), (0.2, 0.05, 20), (0.02, 0.0, 400)])
+def test_few_answers_that_change_have_an_interval(lost: float, won: float, n: int) -> None:
+    """Where resamples that missed the few that changed made the bootstrap's reach to the end of the scale."""
+    rng = np.random.default_rng(2)
+    drawn = rng.choice([-1.0, 0.0, 1.0], p=[lost, 1 - lost - won, won], size=(600, n))
+    found = [bootstrap_mean(row.tolist(), within=SHARE_CHANGES) for row in drawn]
+    assert np.mean([each.low <= won - lost <= each.high for each in found]) >= 0.93
+    one = bootstrap_mean([-1.0, *[0.0] * 119], within=SHARE_CHANGES)
+    down, up = 2 / 122, 1 / 122  # of 120 answers one changed, and one more each way
+    reach = stats.norm.ppf(0.975) * np.sqrt((down + up - (up - down) ** 2) / 122)
+    assert (one.low, one.mean, one.high) == pytest.approx((up - down - reach, -1 / 120, up - down + reach))
+    none = bootstrap_mean([0.0] * 120, within=SHARE_CHANGES)
+    assert none.low == -none.high
+    assert 0.02 < none.high < 0.03  # three of 120 could have changed
 
 
 def test_correlations_shares_and_tables_cover() -> None:

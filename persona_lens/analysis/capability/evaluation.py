@@ -20,7 +20,7 @@ from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError, first_line
 from persona_lens.core.plugins import install_command
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.core.statistics import SHARES, Estimate, bootstrap_mean
+from persona_lens.core.statistics import SHARE_CHANGES, SHARES, Estimate, bootstrap_mean
 from persona_lens.steering import Steering
 from persona_lens.steering.comparison import UNSTEERED
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
@@ -400,7 +400,11 @@ def _changes(
             return None
         own = other[task].metric(metric.name, metric.filter).scores
         base = plain[task].metric(metric.name, metric.filter).scores
-        return bootstrap_mean([a - b for a, b in zip(own, base, strict=True)]) if own and base else None
+        if not own or not base:
+            return None
+        shares = all(0 <= value <= 1 for value in (*own, *base))
+        moved = [a - b for a, b in zip(own, base, strict=True)]
+        return bootstrap_mean(moved, within=SHARE_CHANGES if shares else None)
 
     return [
         CapabilityChange(

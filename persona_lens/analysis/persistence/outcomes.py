@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from persona_lens.analysis.persistence.ways import COMPARED, Aim, Way
-from persona_lens.core.statistics import CHANGES, SCORES, SHARES, Ends
+from persona_lens.core.statistics import CHANGES, SCORES, SHARE_CHANGES, SHARES, Ends
 from persona_lens.extraction.experiment import Answer, averaged, estimated, json_of
 from persona_lens.steering.comparison import beside_null, minus
 
@@ -25,7 +25,7 @@ DIFFERENCES: Mapping[str, Ends | None] = {
     "score": CHANGES,
     "nll": None,
     "coherence": CHANGES,
-    "capability": (-1.0, 1.0),
+    "capability": SHARE_CHANGES,
 }
 """What ways are held against one another by."""
 
