@@ -16,7 +16,9 @@ from tests.pages import README, ROOT, SITE, blocks_of
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TWO_SCREENS = 90  # lines
-GROUPS = {f"persona_lens.{name}" for name in ("traits", "roles", "backends", "operations", "formats", "judges")}
+GROUPS = {
+    f"persona_lens.{name}" for name in ("traits", "roles", "backends", "operations", "formats", "methods", "judges")
+}
 DOCUMENTS = [
     *SITE,
     *(path for pattern in ("*.md", "benchmarks/*.md", "notebooks/*.ipynb") for path in sorted(ROOT.glob(pattern))),
@@ -61,7 +63,7 @@ def test_the_house_and_how_to_add_to_it_fit_two_screens() -> None:
     section = CONTRIBUTING.partition("## The house\n")[2].partition("## Style\n")[0]
     assert "## Adding" in section
     assert section.count("\n") < TWO_SCREENS
-    kinds = ["trait", "role", "author", "backend", "operation", "experiment", "format", "judge", "command"]
+    kinds = ["trait", "role", "author", "backend", "operation", "experiment", "format", "method", "judge", "command"]
     assert [kind for kind, *_ in ADDED] == kinds
     told = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     assert re.findall(r"^## An? (\w+)$", told, re.MULTILINE) == kinds

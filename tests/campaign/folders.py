@@ -24,6 +24,7 @@ from persona_lens.runs.chunks import open_shard, pack_shard
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SweepSettings, sweep
 from persona_lens.traits import load_trait
+from persona_lens.vectors.fit import fit_vectors
 from persona_lens.vectors.split_half import split_half_reliability
 from tests.campaign.attacked import Target, from_json, from_rows, in_file
 from tests.campaign.mutations import damaged, distorted
@@ -152,6 +153,7 @@ def _extraction(folder: Path) -> Finished:
         lambda: extract(backend, trait, folder, settings=settings, progress=no_progress),
         read_scored,
         lambda run: split_half_reliability(run, splits=3),
+        lambda run: fit_vectors(run, "lda", progress=no_progress),
     )
 
 
