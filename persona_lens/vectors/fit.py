@@ -17,14 +17,18 @@ import torch
 from persona_lens.backend.registry import installed_version
 from persona_lens.core.plugins import install_command
 from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.vectors.diagnosis import SEPARATION
+from persona_lens.vectors.diagnostics import LayerDiagnostics, rounded
 from persona_lens.vectors.erasure import PACKAGE, eraser
 from persona_lens.vectors.methods import DIFFERENCE, METHODS, FitError, Method
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION, FOUND_LATER, inherited
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, FOUND_OF_IT, inherited
 from persona_lens.vectors.samples import Array, RunSamples, Samples, read_samples
 from persona_lens.vectors.separation import FOLDS, null_units, separation_row
 from persona_lens.vectors.vectors import PROMPT_MEAN, PersonaVectors, load_vectors
 
 EXTRA = "fit"
+OF_RESPONSES = ("consistency", "consistency_null", "accessibility", "accessibility_null")
+"""Diagnostics that are of the responses alone, and hold of any direction that is made of them."""
 Run: TypeAlias = RunSamples | Path | str
 Vectors: TypeAlias = PersonaVectors | Path | str
 
@@ -141,11 +145,11 @@ class _Fit:
                 if name == DEFAULT_REDUCTION:
                     separation.append(_held_out(layer, samples, make, nulls[:, layer].double().numpy()))
         progress(own.model.n_layers, own.model.n_layers, label)
-        kept = {name: value for name, value in own.provenance.items() if name not in FOUND_LATER}
+        kept = {name: value for name, value in own.provenance.items() if name not in FOUND_OF_IT}
         versions = {**own.stored("versions"), **self._versions()}
         made = {"fit": self._made(), "separation": [row for row in separation if row], "versions": versions}
         directions = {name: torch.from_numpy(found) for name, found in rows.items()}
-        return PersonaVectors(own.trait, own.model, directions, {**kept, **made, **origin})
+        return _with_diagnostics(PersonaVectors(own.trait, own.model, directions, {**kept, **made, **origin}), own)
 
     def _at(self, layer: int, reduction: str) -> Callable[[Samples], Array]:
         """What makes the vector of a layer of samples there."""
@@ -184,6 +188,24 @@ class _Fit:
             "without": list(map(_named, self.without)),
             "erased": list(map(_named, self._erased_vectors)),
         }
+
+
+def _with_diagnostics(found: PersonaVectors, own: PersonaVectors) -> PersonaVectors:
+    """With what the run's vectors say of the responses, whatever the direction, and what is known of this one."""
+    stored = own.diagnostics
+    if stored is None or stored.reduction != DEFAULT_REDUCTION or found.missing_layers:
+        return found
+    separated = {row["layer"]: row for row in found.provenance["separation"]}
+    longer = (found.norms().double() / own.norms().double()).tolist()
+    layers = []
+    for each in stored.layers:
+        said: dict[str, float | None] = {name: getattr(each, name) for name in OF_RESPONSES}
+        if (row := separated.get(each.layer)) is not None:
+            said |= {name: row[theirs] for name, theirs in SEPARATION.items()}
+        if each.relative_norm is not None:
+            said["relative_norm"] = each.relative_norm * longer[each.layer]
+        layers.append(LayerDiagnostics(each.layer, **rounded(said)))
+    return found.with_provenance(diagnostics=replace(stored, layers=tuple(layers)).to_json())
 
 
 def _named(vectors: PersonaVectors) -> Mapping[str, str]:

@@ -24,8 +24,8 @@ from persona_lens.vectors.diagnostics import Diagnostics
 
 DEFAULT_REDUCTION = "response_mean"
 FORECASTS = "shift_forecasts"
-FOUND_LATER = ("tuned", "monitor", "baseline", "levels", FORECASTS)
-"""What is found with vectors after they were made, and does not hold of others."""
+FOUND_OF_IT = ("diagnostics", "tuned", "monitor", "baseline", "levels", FORECASTS)
+"""What is found of vectors once they are made, and does not hold of others."""
 Found = TypeVar("Found")
 
 

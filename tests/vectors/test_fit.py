@@ -136,6 +136,24 @@ def test_what_the_run_knows_is_kept_and_what_made_it_is_added(run: Path, other: 
     assert "the difference of the mean activations" in model_card(own, "me/it", "mit")
 
 
+def test_diagnostics_are_those_of_the_responses_and_of_the_new_direction(run: Path, other: Path) -> None:
+    own, found = load_vectors(run), fit(run, "lda", without=[other])
+    assert own.diagnostics is not None
+    assert found.diagnostics is not None
+    rows = found.provenance["separation"]
+    for before, after, row in zip(own.diagnostics.layers, found.diagnostics.layers, rows, strict=True):
+        assert before.consistency == after.consistency is not None
+        assert after.d_prime == pytest.approx(row["d_prime"], rel=1e-3)
+        assert after.auc_null == pytest.approx(row["random_auc"], rel=1e-3)
+        assert before.halves is not None
+        assert after.halves is after.logit_rise is None
+        assert before.relative_norm is not None
+        shorter = float(found[after.layer].norm() / own[after.layer].norm())
+        assert after.relative_norm == pytest.approx(before.relative_norm * shorter, rel=1e-3)
+        assert shorter < 1
+    assert found.diagnostics.responses == own.diagnostics.responses
+
+
 def test_what_was_found_with_the_runs_vectors_is_not_said_of_others(copy: Path) -> None:
     own = load_vectors(copy)
     (copy / "vectors.safetensors").write_bytes(own.with_tuned(Tuned(1, 2.0), {}).to_bytes())
@@ -243,7 +261,7 @@ def test_what_others_lack_is_not_made(run: Path, other: Path, tmp_path: Path) ->
     rows[1] = 0
     part = PersonaVectors("kind", vectors.model, {"response_mean": rows}, {"missing_layers": [1]})
     found = fit(run, "lda", without=[part])
-    assert (list(found.directions), found.missing_layers) == (["response_mean"], (1,))
+    assert (list(found.directions), found.missing_layers, found.diagnostics) == (["response_mean"], (1,), None)
     assert not found.rows()[1].any()
     assert [row["layer"] for row in found.provenance["separation"]] == [0, 2]
     with_sinks = made(tmp_path / "sinks", "evil", sinks=True)
