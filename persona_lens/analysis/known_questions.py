@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.capability.evaluation import BUILTIN_TASK, TASKS
 from persona_lens.analysis.weighing import Passage, Weighing
 from persona_lens.backend import Backend
@@ -37,6 +38,13 @@ def known_questions() -> tuple[Known, ...]:
         for item in items
         if item["context"].startswith("Question: ")
     )
+
+
+def check_count(count: int) -> None:
+    """Raise an `AnalysisError` unless so many can be asked."""
+    most = len(known_questions()) - SHOWN
+    if not 0 <= count <= most:
+        raise AnalysisError(f"known_questions must be from 0 to {most}, got {count}")
 
 
 def asked_of(number: int, count: int, seed: int) -> list[Known]:

@@ -158,10 +158,10 @@ def _planned(config: Mapping[str, Any]) -> int | None:
     try:
         asked = config["settings"]
 
-        def whole(name: str) -> int:
-            if type(asked[name]) is not int:
+        def whole(name: str, of: Any = asked) -> int:
+            if type(of[name]) is not int:
                 raise TypeError(name)
-            return int(asked[name])
+            return int(of[name])
 
         ways = 2 if asked.get("random_directions") else 1  # along the vector and along random directions
         match config["kind"]:
@@ -177,6 +177,11 @@ def _planned(config: Mapping[str, Any]) -> int | None:
                 confirmed = whole("confirm_questions") * whole("confirm_samples") * (1 + strengths * ways)
                 # The unsteered responses whose residuals are measured come first.
                 return searched * (1 + places) + confirmed
+            case "methods":
+                own = asked["asked"]
+                steps = len(asked["strengths"]) * (len(config["methods"]) + (1 if own["random_directions"] else 0))
+                # Beside them the unsteered responses, those whose residuals are measured, and the system prompt's.
+                return len(own["questions"]) * whole("samples", own) * (3 + steps)
             case "study":
                 return whole("questions") * whole("samples") * len(config["conditions"])
             case "baseline":

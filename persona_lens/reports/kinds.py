@@ -20,6 +20,7 @@ from persona_lens.reports import (
     drift,
     effects,
     finetuning,
+    methods,
     persistence,
     readings,
     screening,
@@ -213,6 +214,7 @@ KINDS: Mapping[str, Kind] = {
     "persistence": Kind(
         persistence.headline, persistence.figures, _lines("turns-scores.jsonl"), persistence.render_persistence
     ),
+    "methods": Kind(methods.headline, methods.figures, _lines("arms-scores.jsonl"), methods.render_methods),
     "study": Kind(study.headline, study.figures, _lines("study-scores.jsonl"), study.render_study),
     "drift": Kind(drift.headline, drift.figures, _lines("drift-turns.jsonl"), drift.render_drift),
     "screening": Kind(screening.headline, screening.figures, _screened, screening.render_screening),

@@ -101,12 +101,12 @@ def _beside(pairs: Sequence[Summary], usual: str) -> Iterator[tuple[str, dict[st
         found = {}
         for name in BETTER:
             if (difference := pair["end"][name]) is not None:
-                shown = _turned(difference) if turned else difference
+                shown = swapped(difference) if turned else difference
                 found[name] = (side(shown) * BETTER[name], shown)
         yield way, found
 
 
-def _turned(difference: Summary) -> Summary:
+def swapped(difference: Summary) -> Summary:
     """The other minus the one."""
     ends = {"mean": -difference["mean"], "low": -difference["high"], "high": -difference["low"]}
     return {**difference, **ends}
@@ -150,7 +150,7 @@ def headline(summary: Summary) -> Headline:
         )
         sentences.append(f"{way} against {usual}: {said or 'nothing is clear'} ({values}).")
     if better:
-        title = f"{_listed(better)} {'hold' if len(better) > 1 else 'holds'} better than {usual} {end}"
+        title = f"{listed(better)} {'hold' if len(better) > 1 else 'holds'} better than {usual} {end}"
     else:
         title = f"No way clearly keeps more than {usual} without losing something {end}"
     title = title[:1].upper() + title[1:]
@@ -174,7 +174,8 @@ def _told(summary: Summary) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """Words with commas, and the last with ``and``."""
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last
 

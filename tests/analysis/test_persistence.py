@@ -428,6 +428,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(backend: Backend, t
         ({"layer": None}, "a layer and a coefficient go together"),
         ({"known_turns": (4,)}, "known_turns must be from 1 to 3"),
         ({"known_questions": 200}, "known_questions must be from 0 to 76"),
+        ({"known_questions": -1}, "known_questions must be from 0 to 76"),
     ):
         with pytest.raises(AnalysisError, match=said):
             replace(SETTINGS, **changed)

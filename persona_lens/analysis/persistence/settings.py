@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.known_questions import SHOWN, known_questions
+from persona_lens.analysis.known_questions import check_count
 from persona_lens.analysis.persistence.ways import Way
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.vectors import DEFAULT_REDUCTION
@@ -55,8 +55,7 @@ class PersistSettings:
             raise AnalysisError(
                 "conversations, turns, last and random_directions must be at least 1, and last at most turns"
             )
-        if not 0 <= self.known_questions <= (most := len(known_questions()) - SHOWN):
-            raise AnalysisError(f"known_questions must be from 0 to {most}, got {self.known_questions}")
+        check_count(self.known_questions)
         if self.coefficient == 0:
             raise AnalysisError("a coefficient of 0 steers nothing; give another, or none for the tuned one")
         if (self.layer is None) != (self.coefficient is None):

@@ -1,0 +1,213 @@
+"""The page of a comparison of methods: what steering along each direction does, beside prompting and each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from persona_lens.core.text import counted
+from persona_lens.reports import steering, svg
+from persona_lens.reports.page import FOLDER, Headline, Steps, bounds, number, over, render, resting_on, shell
+from persona_lens.reports.persistence import BETTER, DIGITS, NAMES, listed, swapped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Summary = Mapping[str, Any]
+Sides = Mapping[str, Sequence[str]]
+PROMPTED = "prompted"
+_COLOURS = (svg.VECTOR, svg.THIRD, svg.INK)
+_MARKERS = ("o", "^", "v", "P", "X", "<", ">", "h")
+_SIDES = {"more": "more than prompting", "less": "less than prompting", "untold": "not to be told from prompting"}
+
+
+def render_methods(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
+    """A page on one run; see `persona_lens.reports.page.render`.
+
+    Args:
+        summary: JSON values as in the run's ``summary.json``.
+        version: Of persona-lens, to be named on the page.
+        folder: Where the run is.
+    """
+    parts = {
+        **summary,
+        "result": headline(summary),
+        "figures": svg.drawn(figures(summary)),
+        "names_of": NAMES,
+        "digits": DIGITS,
+        "measures": _measures(summary),
+        "rows": list(rows_of(summary)),
+        "pairs_of": summary["pairs"],  # `pairs` is a macro of all pages
+        "vectors_of": {name: each["vectors"] for name, each in summary["methods"].items()},
+        "version": version,
+        "next": next_steps(summary),
+    }
+    return render("methods.html.j2", parts)
+
+
+def next_steps(summary: Summary) -> Steps:
+    """What one may want to do next."""
+    model = summary["model"]["model"]
+    return [
+        (
+            "Find the layer and strength for the vectors of one of the methods.",
+            shell("persona-lens", "steer", "tune", model, "VECTORS"),
+        ),
+    ]
+
+
+def rows_of(summary: Summary) -> Iterator[dict[str, Any]]:
+    """What every arm comes to, one after the other: its ``name``, ``strength``, ``means`` and ``changes``."""
+    yield {"name": "unsteered", "strength": None, "changes": None, **summary["unsteered"]}
+    yield {"name": PROMPTED, "strength": None, **summary["prompted"]}
+    for each in summary["random"]:
+        yield {"name": "random directions", "changes": None, **each}
+    for name, method in summary["methods"].items():
+        for step in method["steps"]:
+            yield {"name": name, **step}
+
+
+def _measures(summary: Summary) -> list[str]:
+    """What was measured of any arm."""
+    means = [row["means"] for row in rows_of(summary)]
+    return [name for name in BETTER if any(each[name] for each in means)]
+
+
+def beside_prompting(summary: Summary) -> dict[float, dict[str, list[str]]]:
+    """By strength which methods do ``more`` than prompting, which ``less``, and which are ``untold`` from it."""
+    found: dict[float, dict[str, list[str]]] = {}
+    for pair in summary["pairs"]:
+        if pair["other"] != PROMPTED or pair["score"] is None:
+            continue
+        own = found.setdefault(pair["strength"], {side: [] for side in _SIDES})
+        own[{pair["one"]: "more", PROMPTED: "less"}.get(pair["better"]["score"], "untold")].append(pair["one"])
+    return found
+
+
+@resting_on(over("held-out question", "questions"))
+def headline(summary: Summary) -> Headline:
+    """Which methods do more than prompting and than each other, in words no stronger than the intervals allow.
+
+    It is ``clear`` if any two of them, or one and prompting, can be told apart by what they do, and ``no null`` where
+    no random directions were run, without which no method is said to do anything.
+    """
+    compared = [pair for pair in summary["pairs"] if pair["score"]]
+    if not compared:
+        return Headline("unclear", "No result: there are no two ways whose responses have scores", ())
+    told = beside_prompting(summary)
+    sentences = [_prompting(summary), *(_sentence(summary, strength, each) for strength, each in told.items())]
+    if between := [pair for pair in compared if pair["other"] != PROMPTED]:
+        apart = [_apart(pair) for pair in between if pair["better"]["score"]]
+        sentences += apart or ["No two methods can be told apart by what they do."]
+    if not summary["random"]:
+        sentences.append("No random directions were run, so any direction of that length might do the same.")
+    looked = f"{counted(len(compared), 'difference')} of scores {'was' if len(compared) == 1 else 'were'} looked at"
+    sentences.append(f"{looked}: of those that are none, about one in twenty looks clear by chance.")
+    clear = any(pair["better"]["score"] for pair in compared)
+    verdict = "no null" if not summary["random"] else "clear" if clear else "unclear"
+    return Headline(verdict, _title(told), tuple(sentences))
+
+
+def _title(told: Mapping[float, Sides]) -> str:
+    more, less = (_where(told, side) for side in ("more", "less"))
+    if more:
+        return _capital(f"{listed(more)} {_does(more)} more than prompting")
+    if less:
+        return f"No method clearly does more than prompting; {listed(less)} {_does(less)} less"
+    return "No method can be told apart from prompting by what it does"
+
+
+def _where(told: Mapping[float, Sides], side: str) -> list[str]:
+    """The methods on one side of prompting, each with its strengths where there are several."""
+    found: dict[str, list[str]] = {}
+    for strength, sides in told.items():
+        for name in sides[side]:
+            found.setdefault(name, []).append(f"{strength:g}")
+    return list(found) if len(told) == 1 else [f"{name} (at {listed(at)})" for name, at in found.items()]
+
+
+def _prompting(summary: Summary) -> str:
+    change = summary["prompted"]["changes"]["score"]
+    words = f"changes the score by {bounds(change['vector'], sign=True)}" if change else "has no response with a score"
+    return f"A system prompt that asks for {summary['towards']} of {summary['trait']} {words}."
+
+
+def _sentence(summary: Summary, strength: float, sides: Sides) -> str:
+    """What is said of the methods at one strength."""
+    steps = {name: _step(each, strength) for name, each in summary["methods"].items()}
+    changes = {name: step["changes"]["score"] for name, step in steps.items() if step["changes"]["score"]}
+    sign = -1 if summary["towards"] == "less" else 1
+    clear = [name for name, change in changes.items() if change["clear"] == sign]
+    null = next((change["random"] for change in changes.values() if change["random"]), None)
+    beside = f"; random directions change the score by {bounds(null, sign=True)}" if null else ""
+    does = f"{len(clear)} of {counted(len(steps), 'method')} clearly {_does(clear)} something"
+    said = "; ".join(
+        f"{_SIDES[side]}: {', '.join(f'{name} {_bounded(changes[name])}' for name in names)}"
+        for side, names in sides.items()
+        if names
+    )
+    return f"At {strength:g} of the residual's length {does}{beside}. {_capital(said)}."
+
+
+def _step(method: Summary, strength: float) -> Summary:
+    steps: Sequence[Summary] = method["steps"]
+    return next(step for step in steps if step["strength"] == strength)
+
+
+def _bounded(change: Summary) -> str:
+    return bounds(change["vector"], sign=True)
+
+
+def _apart(pair: Summary) -> str:
+    """Which of two methods does more."""
+    winner = pair["better"]["score"]
+    first = winner == pair["one"]
+    loser, difference = (pair["other"], pair["score"]) if first else (pair["one"], swapped(pair["score"]))
+    return f"At {pair['strength']:g} {winner} does more than {loser}, by {bounds(difference)}."
+
+
+def _does(names: Sequence[str]) -> str:
+    return "does" if len(names) == 1 else "do"
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+# Figures
+
+
+def figures(summary: Summary) -> svg.Wanted:
+    """Score against surprise, or coherence; where neither was measured the changes alone."""
+    measured = next((name for name in ("nll", "coherence") if name in _measures(summary)), None)
+    if measured is not None:
+        return {"effects": (effects_figure, summary, measured)}
+    rows = [
+        (f"{row['name']} at {row['strength']:g}", row["changes"]["score"]["vector"], row["changes"]["score"]["random"])
+        for row in rows_of(summary)
+        if row["strength"] is not None and row["changes"] and row["changes"]["score"]
+    ]
+    return {"changes": (steering.changes_figure, rows)} if rows else {}
+
+
+def effects_figure(summary: Summary, measured: str, width: int) -> Figure:
+    """Trait score against surprise or coherence: a point for each method and strength, joined from weak to strong."""
+    figure, axes = svg.panel(width, 470, 470)
+
+    def draw(rows: Sequence[Summary], style: Mapping[str, Any], label: str) -> None:
+        means = [row["means"] for row in rows if row["means"][measured] and row["means"]["score"]]
+        svg.dots(axes, [(each[measured], each["score"]) for each in means], style, label)
+
+    for place, (name, method) in enumerate(summary["methods"].items()):
+        style = {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        draw(method["steps"], {**style, "linestyle": "-", "linewidth": 1, "zorder": 4}, name)
+    draw(summary["random"], svg.NULL, svg.RANDOM_LABEL)
+    draw([summary["prompted"]], {"color": svg.INK, "marker": "*", "markersize": 16, "zorder": 5}, "system prompt")
+    plain = {"color": svg.MUTED, "marker": "D", "markerfacecolor": svg.PAPER, "zorder": 5}
+    draw([summary["unsteered"]], plain, "unsteered")
+    axes.set(title="Mean trait score, 0 to 100", xlabel=NAMES[measured])
+    axes.margins(x=0.08, y=0.1)
+    axes.grid(True, axis="both")
+    axes.xaxis.set_major_formatter(lambda value, _: number(value, 1))
+    svg.legend(figure, axes, columns=4)
+    return figure
