@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from persona_lens.analysis.dissection import DissectSettings as DissectSettings
     from persona_lens.analysis.dissection import dissect as dissect
     from persona_lens.analysis.logit_lens import lens as lens
+    from persona_lens.analysis.method_effects import MethodSettings as MethodSettings
+    from persona_lens.analysis.method_effects import compare_methods as compare_methods
     from persona_lens.analysis.persistence import PersistSettings as PersistSettings
     from persona_lens.analysis.persistence import persist as persist
     from persona_lens.backend import Backend as Backend
@@ -121,6 +123,7 @@ _HOMES = {
     "LikelihoodJudge": "judging",
     "LocalJudge": "judging",
     "LoraSettings": "finetuning",
+    "MethodSettings": "analysis.method_effects",
     "Panel": "monitoring",
     "PersistSettings": "analysis.persistence",
     "PersonaLensError": "core.errors",
@@ -151,6 +154,7 @@ _HOMES = {
     "cap_axis": "analysis.capping",
     "chat_format": "models.chat",
     "compare": "steering",
+    "compare_methods": "analysis.method_effects",
     "dissect": "analysis.dissection",
     "drift": "monitoring",
     "effects": "steering.crossing",

@@ -50,6 +50,7 @@ NOT_RUN = (
     'persona-lens traits new pedantic --description "Corrects every trifle." --author-model openai:',
     "persona-lens steer tune ",
     "persona-lens steer compare ",
+    "persona-lens steer methods ",
     "persona-lens monitor baseline ",
     "persona-lens steer capability ",
     "inspect eval ",

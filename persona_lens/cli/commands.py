@@ -59,6 +59,7 @@ COMMANDS: Mapping[str, str | Group] = {
             "capability": "analysis:capability_command",
             "effects": "steering:effects_command",
             "persist": "persistence:persist_command",
+            "methods": "methods:methods_command",
         },
         "persona-lens steer sweep MODEL VECTORS",
     ),

@@ -18,6 +18,7 @@ Sides = Mapping[str, Sequence[str]]
 PROMPTED = "prompted"
 _COLOURS = (svg.VECTOR, svg.THIRD, svg.INK)
 _MARKERS = ("o", "^", "v", "P", "X", "<", ">", "h")
+_THIN = {"elinewidth": 1, "capsize": 2, "capthick": 1}  # of many bars
 _SIDES = {"more": "more than prompting", "less": "less than prompting", "untold": "not to be told from prompting"}
 
 
@@ -38,7 +39,7 @@ def render_methods(summary: Summary, version: str = "", folder: str = FOLDER) ->
         "measures": _measures(summary),
         "rows": list(rows_of(summary)),
         "pairs_of": summary["pairs"],  # `pairs` is a macro of all pages
-        "vectors_of": {name: each["vectors"] for name, each in summary["methods"].items()},
+        "vectors_of": {name: _vectors(each) for name, each in summary["methods"].items()},
         "version": version,
         "next": next_steps(summary),
     }
@@ -47,11 +48,15 @@ def render_methods(summary: Summary, version: str = "", folder: str = FOLDER) ->
 
 def next_steps(summary: Summary) -> Steps:
     """What one may want to do next."""
-    model = summary["model"]["model"]
+    model, first = summary["model"]["model"], next(iter(summary["methods"]))
     return [
         (
-            "Find the layer and strength for the vectors of one of the methods.",
-            shell("persona-lens", "steer", "tune", model, "VECTORS"),
+            "Keep the vectors of one method, of the same run folder.",
+            shell("persona-lens", "vectors", "fit", "RUN", "--method", first, "--out", "FOLDER"),
+        ),
+        (
+            "Find the layer and strength for them.",
+            shell("persona-lens", "steer", "tune", model, "FOLDER"),
         ),
     ]
 
@@ -149,6 +154,10 @@ def _sentence(summary: Summary, strength: float, sides: Sides) -> str:
     return f"At {strength:g} of the residual's length {does}{beside}. {_capital(said)}."
 
 
+def _vectors(method: Summary) -> str:
+    return f"{method['made_by']}, {method['vectors']}" if method["made_by"] else str(method["vectors"])
+
+
 def _step(method: Summary, strength: float) -> Summary:
     steps: Sequence[Summary] = method["steps"]
     return next(step for step in steps if step["strength"] == strength)
@@ -196,7 +205,7 @@ def effects_figure(summary: Summary, measured: str, width: int) -> Figure:
 
     def draw(rows: Sequence[Summary], style: Mapping[str, Any], label: str) -> None:
         means = [row["means"] for row in rows if row["means"][measured] and row["means"]["score"]]
-        svg.dots(axes, [(each[measured], each["score"]) for each in means], style, label)
+        svg.dots(axes, [(each[measured], each["score"]) for each in means], {**_THIN, **style}, label)
 
     for place, (name, method) in enumerate(summary["methods"].items()):
         style = {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}

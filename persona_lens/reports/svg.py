@@ -342,7 +342,7 @@ def line_with_intervals(
 
 def dots(axes: Axes, places: Iterable[tuple[Place, Place]], style: Mapping[str, Any], label: str | None = None) -> None:
     """Pairs of numbers or estimates, not joined; estimates have the bars of their intervals."""
-    given: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 8, **style, **BAR, "label": label}
+    given: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 8, **BAR, **style, "label": label}
     for name, values in zip("xy", zip(*places, strict=True), strict=False):
         estimates = [each for each in values if isinstance(each, Mapping)]
         if estimates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -15,6 +16,7 @@ import torch
 from persona_lens.analysis.bench import CapSettings
 from persona_lens.analysis.capping import cap_axis
 from persona_lens.analysis.dissection import DissectSettings, dissect
+from persona_lens.analysis.method_effects import MethodSettings, compare_methods
 from persona_lens.analysis.persistence import PersistSettings, persist
 from persona_lens.backend import wrap_model
 from persona_lens.data.datasets import open_dataset
@@ -120,6 +122,14 @@ def _persist(folder: Path) -> Result:
     settings = PersistSettings(2, 2, ("all", "clean", "floor"), 1, 2.0, known_questions=1, last=1,
                                rollouts=RolloutSettings(4, batch_size=4))  # fmt: skip
     return persist(made.backend(), {TRAIT.name: tiny_vectors()}, settings, users=users, folder=folder)
+
+
+def _methods(folder: Path) -> Result:
+    first = tiny_vectors()
+    made_by = {"one": first, "two": replace(first, directions={"response_mean": first.rows().flip(1)})}
+    asked = ArmSettings((0, 1), random_directions=1, rollouts=RolloutSettings(4, batch_size=4))
+    settings = MethodSettings(1, (0.5,), known_questions=1, asked=asked)
+    return compare_methods(made.backend(), made_by, settings, folder=folder)
 
 
 def _tune(folder: Path) -> Result:
@@ -230,6 +240,7 @@ TARGETS: dict[str, Run] = {
     "steer effects": _effects,
     "steer tune": _tune,
     "steer persist": _persist,
+    "steer methods": _methods,
     "monitor study": _study,
     "monitor drift": _drift,
     "axis": _axis,

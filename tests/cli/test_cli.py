@@ -50,6 +50,7 @@ COMMANDS = (
     ("steer", "capability"),
     ("steer", "effects"),
     ("steer", "persist"),
+    ("steer", "methods"),
     ("vectors",),
     ("vectors", "show"),
     *(("vectors", name) for name in ("cosines", "layers", "pca", "agree", "halves", "lens", "attribute")),

@@ -35,6 +35,7 @@ MADE: dict[str, Callable[[Path], Result]] = {
     "tune": targets._tune,
     "effects": targets._effects,
     "persistence": targets._persist,
+    "methods": targets._methods,
     "study": targets._study,
     "drift": targets._drift,
     "axis": targets._axis,

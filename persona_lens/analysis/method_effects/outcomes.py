@@ -13,6 +13,7 @@ from persona_lens.analysis.persistence.outcomes import DIFFERENCES, MEASURES
 from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.experiment import Value, averaged, estimated, json_of, questions_of, values_of
 from persona_lens.steering.comparison import RANDOM, UNSTEERED, ArmRow, Change, beside_null, minus
+from persona_lens.vectors.hub import fitted_by
 
 LOWER_IS_BETTER = ("nll",)
 
@@ -65,6 +66,7 @@ class Outcomes:
         return {
             name: {
                 "vectors": each.content_hash,
+                "made_by": fitted_by(each.provenance),
                 "steps": [
                     {
                         "strength": step.strength,
