@@ -107,7 +107,7 @@ def _show(found: MethodEffects, _: Session) -> None:
 
     rows = list(rows_of(found.summary))
     measured = [name for name in SHOWN if any(row["means"][name] for row in rows)]
-    heads = ("way", "strength", "score", "change", "minus random", "", *(SHOWN[name][0] for name in measured))
+    heads = ("way", "strength", "score", "change", "minus random", *(SHOWN[name][0] for name in measured), "text holds")
     shown = [_row(row, measured) for row in rows]
     title = f"Steering towards {found.summary['towards']} of {found.summary['trait']} at layer {found.summary['layer']}"
     print_table(f"{title} [95% interval]", heads, shown)
@@ -117,7 +117,8 @@ def _show(found: MethodEffects, _: Session) -> None:
 def _row(row: dict[str, Any], measured: Sequence[str]) -> tuple[str, ...]:
     change = row["changes"] and row["changes"]["score"]
     strength = "" if row["strength"] is None else f"{row['strength']:g}"
-    apart = (interval_text(change[name]) if change and change[name] else "" for name in ("vector", "difference"))
+    moved, apart = (interval_text(change[name]) if change and change[name] else "" for name in ("vector", "difference"))
     means = (interval_text(row["means"][name], SHOWN[name][1]) for name in measured)
     clear = "*" if change and change["clear"] else ""
-    return (row["name"], strength, interval_text(row["means"]["score"], ".1f"), *apart, clear, *means)
+    held = {None: "", True: "yes", False: "no"}[row.get("coherent")]
+    return (row["name"], strength, interval_text(row["means"]["score"], ".1f"), moved + clear, apart, *means, held)

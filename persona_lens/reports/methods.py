@@ -108,17 +108,32 @@ def headline(summary: Summary) -> Headline:
         sentences.append("No random directions were run, so any direction of that length might do the same.")
     looked = f"{counted(len(compared), 'difference')} of scores {'was' if len(compared) == 1 else 'were'} looked at"
     sentences.append(f"{looked}: of those that are none, about one in twenty looks clear by chance.")
-    clear = any(pair["better"]["score"] for pair in compared)
+    clear = any(_holds(summary, pair["better"]["score"], pair["strength"]) for pair in compared)
     verdict = "no null" if not summary["random"] else "clear" if clear else "unclear"
-    return Headline(verdict, _title(told), tuple(sentences))
+    return Headline(verdict, _title(summary, told), tuple(sentences))
 
 
-def _title(told: Mapping[float, Sides]) -> str:
-    more, less = (_where(told, side) for side in ("more", "less"))
+def _holds(summary: Summary, name: str | None, strength: float) -> bool:
+    """Whether there is such a way, and its text does not fall apart."""
+    if name is None:
+        return False
+    found = summary["prompted"] if name == PROMPTED else _step(summary["methods"][name], strength)
+    return found["coherent"] is not False
+
+
+def _title(summary: Summary, told: Mapping[float, Sides]) -> str:
+    """What is better than prompting, those left out whose text falls apart."""
+    held = {
+        strength: {**sides, "more": [name for name in sides["more"] if _holds(summary, name, strength)]}
+        for strength, sides in told.items()
+    }
+    more, less = (_where(held, side) for side in ("more", "less"))
     if more:
         return _capital(f"{listed(more)} {_does(more)} more than prompting")
     if less:
         return f"No method clearly does more than prompting; {listed(less)} {_does(less)} less"
+    if any(sides["more"] for sides in told.values()):
+        return "What does more than prompting breaks the text"
     return "No method can be told apart from prompting by what it does"
 
 
@@ -151,7 +166,9 @@ def _sentence(summary: Summary, strength: float, sides: Sides) -> str:
         for side, names in sides.items()
         if names
     )
-    return f"At {strength:g} of the residual's length {does}{beside}. {_capital(said)}."
+    broken = [name for name, step in steps.items() if step["coherent"] is False]
+    apart = f" The text of {listed(broken)} falls apart there, and scores of such text mean little." if broken else ""
+    return f"At {strength:g} of the residual's length {does}{beside}. {_capital(said)}.{apart}"
 
 
 def _vectors(method: Summary) -> str:

@@ -206,6 +206,23 @@ def test_better_needs_an_effect_clear_of_random_directions(backend: Knowing) -> 
     assert "any direction of that length might do the same" in " ".join(alone.headline.sentences)
 
 
+def test_what_breaks_the_text_is_not_called_better(backend: Knowing) -> None:
+    """A tenth of a nat for each unit of leaning comes to more than one nat at a strength of 8."""
+    found = compared(backend, replace(SETTINGS, strengths=(0.8, 8.0)))
+    held = {(name, s): step(found, name, s)["coherent"] for name in ("along", "half") for s in (0.8, 8.0)}
+    assert held == {("along", 0.8): True, ("along", 8.0): False, ("half", 0.8): True, ("half", 8.0): True}
+    assert pair(found, "along", "prompted", 8.0)["better"]["score"] == "along"
+    assert found.headline.title == "Along (at 0.8), longer (at 0.8) and half (at 8) do more than prompting"
+    assert "The text of along and longer falls apart there" in " ".join(found.headline.sentences)
+    alone = compare_methods(
+        backend, {"along": planted(backend)["along"]}, replace(SETTINGS, strengths=(8.0,)), progress=no_progress
+    )
+    assert (alone.headline.verdict, alone.headline.title) == (
+        "unclear",
+        "What does more than prompting breaks the text",
+    )
+
+
 def _asked(**changes: Any) -> MethodSettings:
     return replace(SETTINGS, asked=replace(SETTINGS.asked, **changes))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean
 from typing import Any
 
 from persona_lens.analysis import AnalysisError
@@ -12,7 +13,16 @@ from persona_lens.analysis.method_effects.plan import CAPABILITY, PROMPTED, Plan
 from persona_lens.analysis.persistence.outcomes import DIFFERENCES, MEASURES
 from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.experiment import Value, averaged, estimated, json_of, questions_of, values_of
-from persona_lens.steering.comparison import RANDOM, UNSTEERED, ArmRow, Change, beside_null, minus
+from persona_lens.steering.comparison import (
+    COHERENCE_MARGIN,
+    MIN_COHERENCE,
+    RANDOM,
+    UNSTEERED,
+    ArmRow,
+    Change,
+    beside_null,
+    minus,
+)
 from persona_lens.vectors.hub import fitted_by
 
 LOWER_IS_BETTER = ("nll",)
@@ -59,7 +69,15 @@ class Outcomes:
             "means": self.means(arm),
             "changes": {name: json_of(self.change(arm, name)) for name in DIFFERENCES},
             "empty": sum(row.score is None for row in own) / len(own),
+            "coherent": self.coherent(arm),
         }
+
+    def coherent(self, arm: str) -> bool | None:
+        """Whether the text of an arm holds together, as tuning has it; None where the judge cannot tell."""
+        if values := self.values(arm, "coherence"):
+            return fmean(values.values()) >= MIN_COHERENCE
+        own, plain = self.values(arm, "nll"), self.values(UNSTEERED, "nll")
+        return fmean(own.values()) <= fmean(plain.values()) + COHERENCE_MARGIN if own and plain else None
 
     def methods(self) -> dict[str, Any]:
         """By method its vectors and what its steps come to, as JSON values."""
