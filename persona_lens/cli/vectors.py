@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
-from persona_lens.cli.display import Column, number, print_table, say, say_json, show_rows
+from persona_lens.cli.display import number, print_table, say, say_json, show_rows
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
@@ -26,6 +26,8 @@ def show(vectors: options.Vectors, as_json: options.AsJson = False) -> None:
 
     Example: `persona-lens vectors show runs/optimistic-smollm2-135m`
     """
+    from persona_lens.cli.forecast import show_diagnostics
+
     loaded = options.open_vectors(vectors)
     found = _content(loaded)
     if as_json:
@@ -39,15 +41,18 @@ def show(vectors: options.Vectors, as_json: options.AsJson = False) -> None:
     rows = [(str(at), *(f"{values[at]:.2f}" for values in norms.values())) for at in range(loaded.model.n_layers)]
     head = ("layer", *(name.replace("_", " ") for name in norms))
     print_table("Length at each layer, residual-stream units", head, rows)
+    show_diagnostics(loaded.diagnostics)
+
+
+TOLD = ("tuned", "judge", "counts", "settings", "versions", "imported", "fit", "diagnostics")
 
 
 def _content(vectors: PersonaVectors) -> dict[str, Any]:
     """What is told of vectors, as JSON values; nothing is taken for granted of what a file says of itself."""
     given = vectors.provenance
     judge = given.get("judge")
-    told = {name: given.get(name) for name in ("tuned", "judge", "counts", "settings", "versions", "imported", "fit")}
     return {
-        **told,
+        **{name: given.get(name) for name in TOLD},
         "trait": vectors.trait,
         "content_hash": vectors.content_hash,
         "model": asdict(vectors.model),
@@ -218,39 +223,6 @@ def agree_command(
         )
 
     deliver({**written, "layers": chosen, **picked}, show, shown.as_json)
-
-
-def halves_command(
-    run: Annotated[Path, argument("RUN", "Run folder of an extraction; it is not changed.")],
-    shown: Shown,
-    splits: int = 200,
-    seed: options.Seed = 0,
-) -> None:
-    """Say how reliable an extraction's vectors are: by vectors made from halves of its questions.
-
-    Example: `persona-lens vectors halves runs/optimistic-smollm2-135m`
-
-    Args:
-        splits: Random splits of the questions that are averaged.
-    """
-    from persona_lens.vectors.split_half import split_half_reliability
-
-    found = split_half_reliability(run, shown.reduction, splits=splits, seed=seed)
-    chosen = layer_numbers(shown.layers, len(found.layers))
-    written = found.to_json()
-    title = f"{counted(found.questions, 'question')}, {counted(found.splits, 'split')} into halves"
-    columns: Mapping[str, Column[Any]] = {
-        "layer": "layer",
-        "halves": ("halves", COSINE),
-        "95% of swapped arms: within": ("null", ".3f"),
-        "the whole vector": ("whole.mean", COSINE),
-        "95% interval": lambda row: f"{number(row.whole.low, COSINE)} to {number(row.whole.high, COSINE)}",
-    }
-    deliver(
-        {**written, "layers": [written["layers"][at] for at in chosen]},
-        lambda: show_rows(title, [found.layers[at] for at in chosen], columns),
-        shown.as_json,
-    )
 
 
 def _named(paths: Sequence[Path]) -> dict[str, PersonaVectors]:

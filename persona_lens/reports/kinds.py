@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from persona_lens.core.text import in_short
 from persona_lens.reports import (
     axis,
     capping,
+    diagnostics,
     dissection,
     drift,
     effects,
@@ -30,7 +31,7 @@ from persona_lens.reports import (
     tuning,
     vector,
 )
-from persona_lens.reports.page import Headline, Steps, render
+from persona_lens.reports.page import Headline, Steps, Tables, render
 
 Summary = Mapping[str, Any]
 Row = dict[str, Any]
@@ -49,6 +50,7 @@ class Kind:
         page: The report, given the version of persona-lens and the folder too; by default the headline, the figures and
             every number.
         after: What one may want to do next with its folder, for a page by default.
+        tables: What stands in tables there; under those names of the summary it is not among the other numbers.
     """
 
     headline: Callable[[Summary], Headline]
@@ -56,6 +58,7 @@ class Kind:
     rows: Callable[[Path, Summary], Iterator[Row]]
     page: Callable[[Summary, str, str], str] | None = None
     after: Callable[[Summary, str], Steps] = lambda summary, folder: []
+    tables: Mapping[str, Callable[[Summary], Tables]] = field(default_factory=dict)
 
     def rendered(self, name: str, summary: Summary, version: str, folder: str) -> str:
         """The page; ``name`` is the kind's."""
@@ -63,12 +66,15 @@ class Kind:
             return self.page(summary, version, folder)
         result, figures = self.headline(summary), self.figures(summary)
         drawn = {"figures": svg.drawn(figures), "names": {name: name.replace("_", " ") for name in figures}}
-        numbers = {name: value for name, value in summary.items() if name not in ("judge", "judges")}
+        apart = ("judge", "judges", *self.tables)
+        numbers = {name: value for name, value in summary.items() if name not in apart}
+        tables = [each for made in self.tables.values() for each in made(summary)]
         about = " and ".join(filter(None, [summary.get("trait"), summary.get("method")]))
         title = ": ".join(filter(None, [name.capitalize(), about]))
         judge = summary.get("judge")
         own = {"result": result, "judge": judge, "title": title, "next": self.after(summary, folder)}
-        return render("result.html.j2", {**own, **drawn, "numbers_of": numbers, "version": version})
+        shown = {"numbers_of": numbers, "tables": tables, "version": version}
+        return render("result.html.j2", {**own, **drawn, **shown})
 
 
 # Files
@@ -198,7 +204,11 @@ def _effects_figures(summary: Summary) -> svg.Wanted:
 
 KINDS: Mapping[str, Kind] = {
     "extraction": Kind(
-        readings.extraction_headline, readings.extraction_figures, _responses, after=readings.after_extraction
+        readings.extraction_headline,
+        readings.extraction_figures,
+        _responses,
+        after=readings.after_extraction,
+        tables={"diagnostics": diagnostics.tables},
     ),
     "axis": Kind(axis.headline, axis.figures, _responses, axis.render_axis, axis.next_steps),
     "cap": Kind(capping.headline, capping.figures, _lines("cap-scores.jsonl"), capping.render_cap, capping.next_steps),

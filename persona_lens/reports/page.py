@@ -44,6 +44,8 @@ class Headline:
 
 
 FOLDER = "FOLDER"  # stands for a run's folder where that is not known
+Tables = list[tuple[str, list[str], list[list[str]]]]
+"""Titles, headings and the rows' cells; the first cell of each is its heading."""
 Steps = list[tuple[str, str]]
 """What one may want to do next, in words, and the command that does it."""
 

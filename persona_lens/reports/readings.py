@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
-from persona_lens.reports import svg, vector
+from persona_lens.reports import diagnostics, svg, vector
 from persona_lens.reports.page import Headline, Steps, bounds, number, over, resting_on, shell
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def extraction_figures(summary: Summary) -> svg.Wanted:
     """Every figure that the summary has something to draw for."""
     rows, unused = summary["separation"], -1
     found: svg.Wanted = {"separation": (vector.separation_figure, rows, unused)} if rows else {}
-    return {**found, "norms": (vector.norm_figure, summary["norms"], unused)}
+    return {**found, **diagnostics.figures(summary), "norms": (vector.norm_figure, summary["norms"], unused)}
 
 
 def after_extraction(summary: Summary, folder: str) -> Steps:
@@ -50,6 +50,7 @@ def after_extraction(summary: Summary, folder: str) -> Steps:
             "Find the layer and strength with the strongest effect while the text holds together.",
             shell("persona-lens", "steer", "tune", model, folder),
         ),
+        ("See what can be said of which layers steer.", shell("persona-lens", "vectors", "forecast", folder)),
         ("Read what is in the vectors.", shell("persona-lens", "vectors", "show", folder)),
     ]
 

@@ -23,14 +23,14 @@ from persona_lens.core.statistics import separation
 from persona_lens.vectors.diagnostics import Array, Diagnostics, LayerDiagnostics, rounded
 from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.samples import Responses, Samples, read_samples
+from persona_lens.vectors.separation import FOLDS
 from persona_lens.vectors.split_half import agreement_of_halves
 from persona_lens.vectors.vectors import PersonaVectors, load_vectors, random_directions
 
 DRAWS = 200  # of swapped arms
-SPLITS = 50
+SPLITS = 100
 RANDOM = 20  # directions, and sets of tokens
 TOKENS = 20  # on either side
-FOLDS = 2  # even and odd questions
 SEPARATION = {
     "d_prime": "d_prime",
     "d_prime_null": "random_d_prime",

@@ -53,7 +53,7 @@ COMMANDS = (
     ("steer", "methods"),
     ("vectors",),
     ("vectors", "show"),
-    *(("vectors", name) for name in ("cosines", "layers", "pca", "agree", "halves", "lens", "attribute")),
+    *(("vectors", name) for name in ("cosines", "layers", "pca", "agree", "halves", "forecast", "lens", "attribute")),
     *(("vectors", name) for name in ("export", "import", "push", "pull", "fit", "methods")),
     ("dissect",),
     ("screen",),
