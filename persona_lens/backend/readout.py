@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from persona_lens.backend.blocks import ModuleBackend, find_blocks, module_of
-from persona_lens.backend.hooked import evaluating
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.writing import residual_of
 from persona_lens.core.errors import PersonaLensError, first_line
@@ -233,6 +232,8 @@ def _norm_before(
 
 def run(module: nn.Module, ids: list[int]) -> None:
     """One forward pass over one row, for what hooks see on the way; nothing about the module is changed."""
+    from persona_lens.backend.hooked import evaluating  # which loads transformers
+
     device = next(module.parameters()).device
     with torch.inference_mode(), evaluating(module):
         module(input_ids=torch.tensor([ids], device=device), use_cache=False)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, number, show_rows
 from persona_lens.cli.runner import deliver
-from persona_lens.cli.settings import argument, layer_numbers
-from persona_lens.cli.vectors import COSINE, Shown
+from persona_lens.cli.settings import Option, argument, layer_numbers
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.vectors.diagnostics import Diagnostics, LayerDiagnostics
+
+
+COSINE = "+.3f"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which of the vectors are compared, and how that is said.
+
+    Attributes:
+        layers: Layers compared, where there are several to choose from.
+    """
+
+    layers: Annotated[str, Option()] = "all"
+    reduction: options.Reduction = "response_mean"
+    as_json: options.AsJson = False
 
 
 def halves_command(

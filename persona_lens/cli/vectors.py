@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import number, print_table, say, say_json, show_rows
+from persona_lens.cli.forecast import COSINE, Shown, show_diagnostics
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
@@ -26,8 +27,6 @@ def show(vectors: options.Vectors, as_json: options.AsJson = False) -> None:
 
     Example: `persona-lens vectors show runs/optimistic-smollm2-135m`
     """
-    from persona_lens.cli.forecast import show_diagnostics
-
     loaded = options.open_vectors(vectors)
     found = _content(loaded)
     if as_json:
@@ -96,22 +95,6 @@ def _facts(vectors: PersonaVectors, found: Mapping[str, Any]) -> Iterator[tuple[
         yield "judge", ", ".join(named) + (", with its calibration" if found["calibrated"] else "")
     yield from ((name, text) for name, text in made(vectors.provenance) if name not in ("judge", "not known", "fit"))
     yield "content", vectors.content_hash
-
-
-COSINE = "+.3f"
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Which of the vectors are compared, and how that is said.
-
-    Attributes:
-        layers: Layers compared, where there are several to choose from.
-    """
-
-    layers: Annotated[str, Option()] = "all"
-    reduction: options.Reduction = "response_mean"
-    as_json: options.AsJson = False
 
 
 def cosines_command(vectors: options.SeveralVectors, shown: Shown) -> None:
