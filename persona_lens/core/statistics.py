@@ -27,9 +27,8 @@ SCORES = (0.0, 100.0)
 """The ends of the scale that judges score on."""
 CHANGES = (-100.0, 100.0)
 """The ends of differences of such scores."""
-SHARES = (0.0, 1.0)
+SHARES = (0.0, 1.0)  # such as of right answers
 SHARE_CHANGES = (-1.0, 1.0)
-"""The ends of differences of shares, such as of whether an answer is right."""
 _AT_ONCE = 4_000_000  # numbers drawn at once
 
 Values = NDArray[np.float64]
@@ -293,10 +292,7 @@ def _reach(data: Values, seed: int) -> Ends:
 
 
 def _of_few_differences(data: Values) -> Ends:
-    """The interval of a mean of differences of shares that are mostly 0: with one more at either end of their scale.
-
-    Of answers that are right or wrong it is that of Bonett and Price (2012, doi:10.3102/1076998611411915).
-    """
+    """The interval of a mean of differences that are mostly 0, with one more at either end: Bonett and Price (2012)."""
     n, mean = len(data) + 2, float(data.mean())
     centre = float(data.sum()) / n
     reach = float(special.ndtri(0.5 + LEVEL / 2) * np.sqrt((((data**2).sum() + 2) / n - centre**2) / n))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.backend import Backend
@@ -27,8 +24,7 @@ from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 BUILTIN_TASK = "persona_lens_basics"
 TASKS = Path(__file__).with_name("tasks")
-# Resamples for the standard errors of metrics that have no formula; means have one.
-BOOTSTRAPS = 1000
+BOOTSTRAPS = 1000  # resamples for the standard errors of metrics that have no formula; means have one
 
 
 @dataclass(frozen=True)
@@ -153,9 +149,9 @@ def evaluate_capability(
     _check(names, limit, num_fewshot, folders)
     from lm_eval import simple_evaluate
 
-    from persona_lens.analysis.capability.harness import BackendLM
+    from persona_lens.analysis.capability.harness import BackendLM, quiet_harness
 
-    model = BackendLM(backend, edits=written, batch_size=batch_size, seed=seed, progress=progress)
+    lm = BackendLM(backend, edits=written, batch_size=batch_size, seed=seed, progress=progress)
     manager = _manager(names, folders)
     loaded = [part for name in names for part in _load(manager, name)]
     settings: dict[str, Any] = {
@@ -165,24 +161,13 @@ def evaluate_capability(
         "apply_chat_template": apply_chat_template,
     }
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    with _quiet_harness():
+    with quiet_harness():
         results = simple_evaluate(
-            model, tasks=loaded, task_manager=manager, bootstrap_iters=BOOTSTRAPS, **settings, **seeds
+            lm, tasks=loaded, task_manager=manager, bootstrap_iters=BOOTSTRAPS, **settings, **seeds
         )
     about = {**asdict(backend.info), "edits": [edit.content_hash for edit in written]}
     found = tuple(_task(name, values, results) for name, values in results["results"].items())  # groups and their tasks
     return CapabilityResult(found, about, settings | {"tasks": names, "seed": seed}, version("lm_eval"))
-
-
-@contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """Without the harness's bar beside ours, and without git, which complains where the folder is no repository."""
-    from lm_eval import evaluator
-    from lm_eval.api import task
-
-    silent = patch.object(task, "tqdm", partial(task.tqdm, disable=True))
-    with silent, patch.object(evaluator, "get_git_commit_hash", lambda: None):
-        yield
 
 
 def _task(name: str, values: Mapping[str, Any], results: Mapping[str, Any]) -> TaskResult:
@@ -271,9 +256,8 @@ def _require_harness() -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise AnalysisError(
-            f"measuring capability needs lm-evaluation-harness: {install_command('lm-eval')}"
-        ) from error
+        needed = install_command("lm-eval")
+        raise AnalysisError(f"measuring capability needs lm-evaluation-harness: {needed}") from error
 
 
 def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
@@ -299,22 +283,19 @@ def _is_file(name: str) -> bool:
 
 def _load(manager: Any, name: str) -> list[Any]:
     """The task with its data; a group as one."""
-    logger = logging.getLogger("lm_eval.api.task")
-    told, logger.disabled = logger.disabled, name == BUILTIN_TASK  # of what goes without saying about a task in a file
+    from persona_lens.analysis.capability.harness import quiet_harness
+
     try:
-        found = manager.load([name])
+        with quiet_harness():
+            found = manager.load([name])
     except PersonaLensError:
         raise
     except Exception as error:  # a task's file can name any code and any data set
-        reason = first_line(error)
         raise AnalysisError(
             f"task {name} cannot be loaded, most likely since its data set is not here and cannot be fetched: "
-            f"{type(error).__name__}: {reason}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
-    finally:
-        logger.disabled = told
-    groups = found.get("groups", {})
-    return [groups[name]] if name in groups else list(found["tasks"].values())
+    return [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
 
 
 @dataclass(frozen=True)
@@ -400,11 +381,8 @@ def _changes(
             return None
         own = other[task].metric(metric.name, metric.filter).scores
         base = plain[task].metric(metric.name, metric.filter).scores
-        if not own or not base:
-            return None
-        shares = all(0 <= value <= 1 for value in (*own, *base))
-        moved = [a - b for a, b in zip(own, base, strict=True)]
-        return bootstrap_mean(moved, within=SHARE_CHANGES if shares else None)
+        within = SHARE_CHANGES if all(0 <= value <= 1 for value in (*own, *base)) else None
+        return bootstrap_mean([a - b for a, b in zip(own, base, strict=True)], within=within) if own and base else None
 
     return [
         CapabilityChange(

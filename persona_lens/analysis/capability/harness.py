@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from logging import LogRecord
 from typing import Any
+from unittest.mock import patch
 
 import jinja2
+from lm_eval import evaluator
+from lm_eval.api import task
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -39,6 +44,22 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_cache": (True,),
 }
 ONLY_SAMPLING = ("top_p", "top_k", "min_p")  # say nothing where decoding is greedy
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Without what the harness says beside us: its bar, git where there is no repository, a note on tasks in files."""
+    logger, silent = task.eval_logger, patch.object(task, "tqdm", partial(task.tqdm, disable=True))
+    logger.addFilter(_worth_saying)
+    try:
+        with silent, patch.object(evaluator, "get_git_commit_hash", lambda: None):
+            yield
+    finally:
+        logger.removeFilter(_worth_saying)
+
+
+def _worth_saying(record: LogRecord) -> bool:
+    return "Custom kwargs can be passed" not in record.getMessage()
 
 
 class BackendLM(TemplateLM):  # type: ignore[misc]  # the harness carries no types
