@@ -24,6 +24,7 @@ from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 BUILTIN_TASK = "persona_lens_basics"
 TASKS = Path(__file__).with_name("tasks")
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 BOOTSTRAPS = 1000  # resamples for the standard errors of metrics that have no formula; means have one
 
 
@@ -160,11 +161,9 @@ def evaluate_capability(
         "batch_size": batch_size,
         "apply_chat_template": apply_chat_template,
     }
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    fixed = {**dict.fromkeys(SEEDS, seed), "bootstrap_iters": BOOTSTRAPS}
     with quiet_harness():
-        results = simple_evaluate(
-            lm, tasks=loaded, task_manager=manager, bootstrap_iters=BOOTSTRAPS, **settings, **seeds
-        )
+        results = simple_evaluate(lm, tasks=loaded, task_manager=manager, **settings, **fixed)
     about = {**asdict(backend.info), "edits": [edit.content_hash for edit in written]}
     found = tuple(_task(name, values, results) for name, values in results["results"].items())  # groups and their tasks
     return CapabilityResult(found, about, settings | {"tasks": names, "seed": seed}, version("lm_eval"))
