@@ -36,7 +36,7 @@ from persona_lens.steering.comparison import RANDOM, VECTOR, ArmRow, compare
 from persona_lens.steering.surface import shown_layers
 from persona_lens.vectors import load_vectors
 from persona_lens.vectors.diagnosis import diagnose
-from persona_lens.vectors.diagnostics import MEASURES, RULES, share_below
+from persona_lens.vectors.diagnostics import BEYOND, BEYOND_CHANCE, MEASURES, RULES, share_below
 
 Values = NDArray[np.float64]
 Rule = tuple[str, ...]
@@ -74,7 +74,7 @@ def gather(
     """
     traits: list[str] = []
     effects, halves = [], []
-    measures: dict[str, list[Values]] = {name: [] for name in MEASURES}
+    measures: dict[str, list[Values]] = {name: [] for name in (*MEASURES, *BEYOND_CHANCE)}
     for run in runs:
         vectors, found = load_vectors(run), diagnose(run, backend)
         shares = found.values("relative_norm")
@@ -140,8 +140,10 @@ def scores(places: Places, rule: Rule) -> Values:
 
 
 def rules(places: Places) -> list[Rule]:
-    """Every measure alone, and the means of ranks of two and three; the simplest first."""
-    return [rule for size in range(1, MOST + 1) for rule in combinations(places.measures, size)]
+    """Every measure alone, also beyond chance, and the means of ranks of two and three; the simplest first."""
+    plain = [name for name in places.measures if not name.endswith(BEYOND)]
+    alone: list[Rule] = [(name,) for name in places.measures]
+    return alone + [rule for size in range(2, MOST + 1) for rule in combinations(plain, size)]
 
 
 def left_out(places: Places) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from persona_lens.core.errors import PersonaLensError, first_line
 
 # Any tokens will do, but not one alone: the embedding of one that pads is often zero, and the norm of that is too.
 PROBE = list(range(8))
-VOCABULARY_CHUNK = 16384  # rows of the unembedding that are in float32 at once
+VOCABULARY_CHUNK = 4096  # rows of the unembedding that are in float32 at once
 
 
 class ReadoutError(PersonaLensError):

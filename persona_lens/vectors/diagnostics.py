@@ -66,6 +66,9 @@ MEASURES = tuple(
     if each.name not in ("layer", "auc") and not each.name.endswith("_null")
 )
 """By which layers may be ranked; not by AUC alone, which is 1 at most layers of a clear trait."""
+BEYOND = "_beyond"
+BEYOND_CHANCE = tuple(f"{name}{BEYOND}" for name in MEASURES if f"{name}_null" in LayerDiagnostics.__dataclass_fields__)
+"""The same minus their nulls."""
 
 RULES: tuple[tuple[str, ...], ...] = (("accessibility",), ("consistency", "relative_norm"), ("consistency",))
 """What layers are judged by, by the mean of their ranks: the first of these whose measures are all known."""
@@ -92,7 +95,11 @@ class Diagnostics(Record):
     layers: tuple[LayerDiagnostics, ...]
 
     def values(self, measure: str) -> Array | None:
-        """A measure by layer, float64 [layers]; None where it is not known of every layer."""
+        """A measure, one of `MEASURES` or `BEYOND_CHANCE`, float64 [layers]; None where some layer has none."""
+        plain = measure.removesuffix(BEYOND)
+        if plain != measure:
+            value, null = self.values(plain), self.values(f"{plain}_null")
+            return None if value is None or null is None else value - null
         found = [getattr(each, measure) for each in self.layers]
         known = [value for value in found if value is not None and isfinite(value)]
         return np.array(known) if known and len(known) == len(found) else None

@@ -146,6 +146,9 @@ def test_means_of_prompts_and_norms_leave_sinks_out(adapter: str) -> None:
         else:
             assert_close(found["prompt_mean"][row], h[row, :, among & ~sinks[row]].mean(dim=1))
     assert_close(alone["prompt_mean"], found["prompt_mean"])
+    twice = backend.forward(TokenBatch.of(PROMPTS * 2, RESPONSES * 2), (), means).reads  # and here they do
+    for name in ("prompt_mean", "response_norm", "response_mean"):
+        assert_close(twice[name], torch.cat([found[name]] * 2))
 
 
 @pytest.mark.module

@@ -23,6 +23,7 @@ from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors, random_directions
 from persona_lens.vectors.diagnosis import TOKENS, Unembedding, consistency, diagnose, diagnostics_of, measured
 from persona_lens.vectors.diagnostics import (
+    BEYOND_CHANCE,
     MEASURES,
     RULES,
     Array,
@@ -384,6 +385,9 @@ def test_layers_are_ordered_by_the_first_rule_whose_measures_are_known() -> None
     np.testing.assert_allclose(without.scores(), [1 / 3, (2.5 / 3 + 0) / 2, 1 / 3, (2.5 / 3 + 1) / 2])
     assert layer_order(without) == (3, 1, 0, 2)
     assert layer_order(made(consistency=[0.1, 0.3], relative_norm=[None, 0.2])) == (1, 0)
+    beyond = made(consistency=[0.1, 0.3], consistency_null=[0.0, 0.25])
+    assert beyond.scores(["consistency_beyond"]).tolist() == [1, 0]
+    assert without.values("consistency_beyond") is None
     for unknown in (None, made(auc=[0.9, 1.0]), made(consistency=[None, 0.2])):
         assert layer_order(unknown) == ()
     assert np.isnan(made(auc=[0.9, 1.0]).scores()).all()
@@ -396,3 +400,4 @@ def test_a_share_counts_equal_ones_half() -> None:
     np.testing.assert_allclose(share_below(np.array([2.0])), [0])
     assert "auc" not in MEASURES
     assert not any(name.endswith("_null") for name in MEASURES)
+    assert {*MEASURES} - {name.removesuffix("_beyond") for name in BEYOND_CHANCE} == {"relative_norm"}
