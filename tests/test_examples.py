@@ -56,6 +56,7 @@ NOT_RUN = (
     "inspect eval ",
     "persona-lens extract smollm2-135m optimistic --judge-pairs 5 ",
     "python -m benchmarks.judging ",
+    "python -m benchmarks.judge_bias ",
     "persona-lens dissect ",
     "persona-lens screen smollm2-135m chats.jsonl ",
 )
