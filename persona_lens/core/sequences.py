@@ -2,8 +2,8 @@
 
 Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting" (2023). Whether a mean is as large as
 m is tested by betting on each value, as it comes, that it is smaller. If the mean is m or more, no such bets can be
-expected to win, so by Ville's inequality the wealth ever exceeds 1 / risk with a chance of at most ``risk``. The bound is
-the least m against which that much was won. `tests/core/test_sequences.py` simulates the coverage.
+expected to win, so by Ville's inequality the wealth ever exceeds 1 / risk with a chance of at most ``risk``. The bound
+is the least m against which that much was won. `tests/core/test_sequences.py` simulates the coverage.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _HALVINGS = 40
 _ROUNDING = 1e-9
 
 
-def mean_at_most(values: Sequence[float], within: Ends, *, population: int | None = None, risk: float = 1 - LEVEL) -> float:
+def mean_at_most(
+    values: Sequence[float], within: Ends, *, population: int | None = None, risk: float = 1 - LEVEL
+) -> float:
     """What the mean is at most: the bound is below the mean at any look with a chance of at most ``risk``.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_the_bound_tightens_and_is_the_mean_once_all_have_come() -> None:
     bounds = [mean_at_most(scores[:n], SCORES, population=8) for n in range(9)]  # what was known once stays known
     assert bounds[0] == 100.0
     assert bounds[8] == pytest.approx(25.0, abs=1e-6)
-    assert all(later <= earlier for earlier, later in zip(bounds, bounds[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(bounds))
     for n, bound in enumerate(bounds):  # never more than if all others were as good as can be
         assert bound <= (sum(scores[:n]) + 100 * (8 - n)) / 8 + 1e-6
     assert bounds[4] < 60 < mean_at_most(scores[:4], SCORES) < 100  # what is not drawn again is known, too
