@@ -39,6 +39,7 @@ from persona_lens.steering.surface import (
 from persona_lens.steering.trial import SEARCH, Trial, arms_at, steered_experiment
 from persona_lens.steering.tune_settings import TuneSettings, split
 from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.diagnostics import layer_order
 
 LEADERS = 3  # places that are asked everything at once, so that a batch is not of one
 
@@ -207,7 +208,7 @@ class Race:
             unfinished = [place for place in left if self.asked[place] < every]
             if not unfinished:
                 return
-            if unfinished[0] is left[0] or not self._finished():
+            if unfinished[0] == left[0] or not self._finished():
                 wanted = dict.fromkeys(unfinished[:LEADERS], every)
             else:
                 wanted = {place: self.asked[place] + self.settings.round_questions for place in unfinished}
@@ -225,7 +226,11 @@ class Race:
             self.dropped[place] = Dropped.BROKEN
 
     def _drop_weaker(self) -> None:
-        """Drop what can hardly be as good as the best that was asked everything."""
+        """Drop what can hardly be as good as the best that was asked everything.
+
+        Its scores are held against the known mean of that one. Differences question by question vary less, but over
+        twice the range, and with a dozen questions it is the range that counts.
+        """
         best = max((sum(found) / len(found) for found in map(self._scores, self._finished())), default=None)
         if best is None:
             return
@@ -307,18 +312,20 @@ def _reserve(plain: Sequence[ArmRow], margin: float) -> float:
     return min(means["nll"].high - means["nll"].mean, margin / 2) if means["nll"] else 0.0
 
 
-def layer_order(vectors: PersonaVectors, layers: Sequence[int]) -> tuple[list[int], str]:
+def ordered(vectors: PersonaVectors, layers: Sequence[int], reduction: str) -> tuple[list[int], str]:
     """Layers, that which promises most first, and what the order goes by.
 
-    Where nothing is known of them, the middle one comes first and the outermost last.
+    That is what the vectors' diagnostics foretell. Where nothing is foretold, as of vectors of another program, the
+    middle layer comes first and the outermost last.
 
     Args:
         vectors: Along which they would be steered.
         layers: Block indices.
+        reduction: Which of the vectors.
     """
-    stored = vectors.provenance.get("separation") or ()
-    known = {row["layer"]: row["d_prime"] for row in stored if isinstance(row, Mapping) and "d_prime" in row}
-    if all(isinstance(known.get(layer), int | float) for layer in layers):
-        return sorted(layers, key=lambda layer: (-known[layer], layer)), "separation of held-out questions"
+    known = vectors.diagnostics
+    foretold = layer_order(known) if known is not None and known.reduction == reduction else ()
+    if known is not None and set(layers) <= set(foretold):
+        return sorted(layers, key=foretold.index), f"diagnostics: {' and '.join(known.rule)}"
     middle = sorted(layers)[(len(layers) - 1) // 2]
     return sorted(layers, key=lambda layer: (abs(layer - middle), layer)), "distance from the middle"

@@ -16,7 +16,7 @@ from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Rollout
 from persona_lens.steering.bisection import most_steps
 from persona_lens.steering.comparison import ArmSettings, arms_experiment
-from persona_lens.steering.race import Race, layer_order
+from persona_lens.steering.race import Race, ordered
 from persona_lens.steering.surface import (
     Place,
     Point,
@@ -87,7 +87,7 @@ def _try_all(subject: Subject, settings: TuneSettings, run: RunFolder | None, pr
 
 
 def _race(subject: Subject, settings: TuneSettings, run: RunFolder | None, progress: Progress) -> Searched:
-    order, by = layer_order(subject.vectors, settings.layers or ())
+    order, by = ordered(subject.vectors, settings.layers or (), settings.reduction)
     race = Race(subject, settings, run, progress)
     chosen = race.run(order)
     trial = race.trial

@@ -25,12 +25,13 @@ from persona_lens.reports.tuning import render_tuning
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SteeringError, TuneSettings, Tuning, tune, tune_work
 from persona_lens.steering.bisection import CLOSE, Bisection, most_steps
-from persona_lens.steering.race import layer_order
+from persona_lens.steering.race import ordered
 from persona_lens.steering.search import curve_places
 from persona_lens.steering.surface import Dropped, Place, Point
 from persona_lens.steering.tune_settings import Towards, settled
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, load_vectors
+from persona_lens.vectors.diagnostics import Diagnostics, LayerDiagnostics
 from tests.planted import PlantedBackend
 
 TRAIT = load_trait("optimistic")
@@ -111,6 +112,12 @@ def vectors_of(backend: Surface, **provenance: Any) -> PersonaVectors:
     return PersonaVectors("optimistic", backend.info, dict(backend.planted), {**stored, **provenance})
 
 
+def foretelling(consistency: dict[int, float | None]) -> dict[str, Any]:
+    """Diagnostics as vectors carry them, of which nothing else is known."""
+    layers = tuple(LayerDiagnostics(layer, consistency=value) for layer, value in consistency.items())
+    return Diagnostics("optimistic", "response_mean", 20, 10, 10, layers).to_json()
+
+
 def settings(**changes: Any) -> TuneSettings:
     given: dict[str, Any] = {"layers": tuple(range(LAYERS)), "random_directions": 2, "rollouts": SHORT}
     return TuneSettings(**{**given, **changes})
@@ -144,11 +151,11 @@ def test_the_best_place_is_found(towards: Towards) -> None:
 
 def test_it_costs_a_third_and_its_choice_is_as_good() -> None:
     shares, gained, searched = [], [], []
-    for seed in range(5):
+    for seed in range(3):
         rng = random.Random(seed)
         gains = [3 * rng.uniform(0.2, 1) for _ in range(LAYERS)]
         cliffs = [rng.uniform(0.25, 0.9) for _ in range(LAYERS)]
-        backend = Surface(gains, cliffs, spread=0.6)
+        backend = Surface(gains, cliffs, spread=0.4)
         raced, full = run(backend, seed=seed), run(backend, seed=seed, exhaustive=True)
         assert full.summary["cost"]["search"]["responses"] == 8 * 6 * 8 * 2 + 2 * 8
         shares.append(tokens(raced) / tokens(full))
@@ -279,13 +286,12 @@ def test_where_the_budget_ends_the_race_the_best_mean_is_taken_and_that_is_said(
 
 def test_layers_that_a_budget_does_not_carry_are_named() -> None:
     backend = Surface()
-    separation = [{"layer": layer, "d_prime": -abs(layer - 3)} for layer in range(LAYERS)]
-    vectors = vectors_of(backend, separation=separation)
+    vectors = vectors_of(backend, diagnostics=foretelling({layer: -abs(layer - 3) for layer in range(LAYERS)}))
     found = tune(backend, vectors, settings(budget=3 * settings().carrying))
     tried = {point.place.layer for point in found.points}
     assert {2, 3, 4} <= tried
     assert found.summary["race"]["layers"] == [3, 2, 4, 1, 5, 0, 6, 7]
-    assert found.summary["race"]["ordered_by"] == "separation of held-out questions"
+    assert found.summary["race"]["ordered_by"] == "diagnostics: consistency"
     untried = sorted(set(range(LAYERS)) - tried)
     assert found.summary["race"]["untried"] == [each for each in [3, 2, 4, 1, 5, 0, 6, 7] if each in untried]
     assert untried
@@ -294,13 +300,16 @@ def test_layers_that_a_budget_does_not_carry_are_named() -> None:
     assert found.chosen.place.layer == 3
 
 
-def test_layers_of_which_nothing_is_known_come_from_the_middle_out() -> None:
-    vectors = vectors_of(Surface())
-    assert layer_order(vectors, (1, 2, 3, 4, 5)) == ([3, 2, 4, 1, 5], "distance from the middle")
-    known = [{"layer": layer, "d_prime": float(layer)} for layer in (1, 2)]
-    assert layer_order(vectors_of(Surface(), separation=known), (1, 2)) == ([2, 1], "separation of held-out questions")
-    assert layer_order(vectors_of(Surface(), separation=known), (1, 3))[0] == [1, 3]
-    assert layer_order(vectors_of(Surface(), separation=["damaged"]), (1,))[0] == [1]
+def test_layers_come_as_foretold_and_else_from_the_middle_out() -> None:
+    known = foretelling({1: 1.0, 2: 3.0, 3: 2.0})
+    foretold = vectors_of(Surface(), diagnostics=known)
+    assert ordered(foretold, (1, 2, 3), "response_mean") == ([2, 3, 1], "diagnostics: consistency")
+    unknown = "distance from the middle"
+    assert ordered(vectors_of(Surface()), (1, 2, 3, 4, 5), "response_mean") == ([3, 2, 4, 1, 5], unknown)
+    assert ordered(foretold, (1, 3, 7), "response_mean") == ([3, 1, 7], unknown), "nothing is said of layer 7"
+    assert ordered(foretold, (1, 2, 3, 4), "prompt_mean") == ([2, 1, 3, 4], unknown), "said of other vectors"
+    bare = foretelling({1: None, 2: 1.0})
+    assert ordered(vectors_of(Surface(), diagnostics=bare), (1, 2), "response_mean") == ([1, 2], unknown)
 
 
 def test_text_that_a_judge_refuses_to_score_has_fallen_apart() -> None:
