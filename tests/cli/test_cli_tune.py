@@ -166,9 +166,9 @@ def test_a_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
     assert {"rollouts", "judging"} <= {each["label"] for each in work}
     assert [each["at_most"] for each in work] == [False, False, True, True, True, True]
     said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--dry-run")
-    assert re.search(r"rollouts +at most \d+ +at most 72 ", said)
+    assert re.search(r"rollouts +│ +at most \d+ +│ +at most 72 ", said)
     said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--dry-run", "--exhaustive")
     assert re.search(
-        r"rollouts +\d+ +153 ", said
+        r"rollouts +│ +\d+ +│ +153 ", said
     )  # 17 questions, unsteered, and along and beside the vector at 4 places
     assert not out.exists()

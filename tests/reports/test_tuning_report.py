@@ -297,7 +297,7 @@ def raced() -> dict[str, Any]:
     del summary["surface"][::2]
     for number, place in enumerate(summary["surface"]):
         place["effect"].update(random=None, difference=None)
-        place["dropped"] = "broken" if not place["coherent"] else ("weaker", None, "undecided")[number % 3]
+        place["dropped"] = "broken" if not place["coherent"] else ("weaker", None, "undecided")[number // 3 % 3]
         place["questions"] = 8 if place["dropped"] is None else 2
     summary["settings"] |= {"round_questions": 2}
     summary["race"] = {

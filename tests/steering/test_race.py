@@ -286,7 +286,7 @@ def test_where_the_budget_ends_the_race_the_best_mean_is_taken_and_that_is_said(
 
 def test_layers_that_a_budget_does_not_carry_are_named() -> None:
     backend = Surface()
-    vectors = vectors_of(backend, diagnostics=foretelling({layer: -abs(layer - 3) for layer in range(LAYERS)}))
+    vectors = vectors_of(backend, diagnostics=foretelling({layer: -float(abs(layer - 3)) for layer in range(LAYERS)}))
     found = tune(backend, vectors, settings(budget=3 * settings().carrying))
     tried = {point.place.layer for point in found.points}
     assert {2, 3, 4} <= tried
