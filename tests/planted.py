@@ -39,6 +39,7 @@ class PlantedBackend:
         silent: By its seed: a row that ends its turn at once.
         max_rows: A larger batch runs out of memory.
         respond: Another text for a response, given its leaning.
+        n_layers: How many layers it has.
     """
 
     shares_prompts = False
@@ -53,6 +54,7 @@ class PlantedBackend:
         silent: Rule = never,
         max_rows: int = 10**6,
         respond: Callable[[float], str] = "leaning {:+.3f}".format,
+        n_layers: int = N_LAYERS,
     ) -> None:
         self.trait, self.noise, self.disobeys, self.silent = trait, noise, disobeys, silent
         self.max_rows, self.respond = max_rows, respond
@@ -62,7 +64,7 @@ class PlantedBackend:
             model="planted",
             revision=None,
             architecture="Planted",
-            n_layers=N_LAYERS,
+            n_layers=n_layers,
             d_model=D_MODEL,
             weights="sha256:planted",
             dtype="float32",
@@ -70,7 +72,7 @@ class PlantedBackend:
             backend="planted 1",
         )
         generator = torch.Generator().manual_seed(7)
-        shape = (N_LAYERS, D_MODEL)
+        shape = (n_layers, D_MODEL)
         self.origin = torch.randn(shape, generator=generator).round(decimals=1)
         # Multiples of 1/8: sums of them are exact, so that planted differences are recovered to the bit.
         self.planted = {

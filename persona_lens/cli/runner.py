@@ -183,7 +183,8 @@ def say_plan(work: Sequence[Work]) -> None:
     """Say on standard error what a run will send to a server; nothing for a model that is here."""
     planned = [each.traffic for each in work if each.traffic]
     if planned:
-        _say_moved("plan", sum(planned[1:], planned[0]), "at most ")
+        label = "plan, at most" if any(each.at_most for each in work) else "plan"
+        _say_moved(label, sum(planned[1:], planned[0]), "at most ")
 
 
 def say_traffic(backend: Backend) -> None:
@@ -214,7 +215,8 @@ def show_work(work: Sequence[Work], as_json: bool, *, asked: str = "batches") ->
 
 
 def _work_row(work: Work, remote: bool, paid: bool) -> tuple[str, ...]:
-    amounts = [work.label, f"{work.requests:,}", f"{work.rows:,}", f"{work.tokens:,}"]
+    bound = "at most " if work.at_most else ""
+    amounts = [work.label, f"{bound}{work.requests:,}", f"{bound}{work.rows:,}", f"{work.tokens:,}"]
     if remote:
         sizes = (work.traffic.bytes_up, work.traffic.bytes_down) if work.traffic else ()
         amounts += [f"{size / 1e6:,.1f}" for size in sizes] or ["-", "-"]

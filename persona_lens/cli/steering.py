@@ -129,8 +129,9 @@ def tune_command(
 ) -> None:
     """Find the layer and strength with the strongest effect while the text holds together.
 
-    Searches on some of the held-out questions, beside random directions, and confirms the choice on the others. The
-    folder gets the report, and `vectors.safetensors` with the choice stored in it, for `generate` and others to use.
+    Searches on some of the held-out questions, and asks on only where the choice is still open; confirms the choice on
+    the others, beside random directions. The folder gets the report, and `vectors.safetensors` with the choice stored
+    in it, for `generate` and others to use.
 
     Example: `persona-lens steer tune smollm2-135m runs/optimistic-smollm2-135m`
 
@@ -159,6 +160,7 @@ def tune_command(
 
 
 def _show_tuning(found: Tuning, at: Session) -> None:
+    race = found.summary["race"]
     show_rows(
         "Change of the trait score [95% interval] on the questions searched",
         found.points,
@@ -167,10 +169,14 @@ def _show_tuning(found: Tuning, at: Session) -> None:
             "coefficient": lambda point: f"{point.place.coefficient:+g}",
             "strength": ("place.strength", ".2f"),
             "change": "effect.change",
-            "random": "effect.random",
+            **({} if race else {"random": "effect.random"}),
             "text holds": "coherent",
+            **({"questions": "questions", "dropped": lambda point: point.dropped or ""} if race else {}),
         },
     )
+    if race:
+        steered, places = counted(race["steered"], "steered response"), counted(len(found.points), "place")
+        say(f"the race took {steered} at {places}, in {counted(race['rounds'], 'round')}")
     options.say_notes(found.summary["warnings"], "warning")
     say(f"chosen: {found.steering}")
     if found.confirmed is not None:

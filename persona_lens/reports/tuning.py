@@ -43,7 +43,10 @@ def render_tuning(summary: Summary, version: str = "", folder: str = FOLDER) -> 
     changes = [effect[key]["mean"] for effect in effects for key in ("change", "random") if effect[key]]
     beside = measured_places(summary)
     parts = {
+        "race": None,
+        "cost": None,
         **summary,
+        "strengths": columns(summary),
         "capability": named_arms(summary),
         "beside": beside,
         "largest": max(beside, key=lambda point: abs(_at(point, summary["measured"])[1]), default=None),
@@ -107,7 +110,7 @@ def held(summary: Summary) -> bool:
 
 def heat_map(summary: Summary) -> list[tuple[int, list[Point | None]]]:
     """The points of each layer in the columns of their strengths, which go up; None where there is none."""
-    strengths, rows = sorted(summary["settings"]["strengths"]), []
+    strengths, rows = columns(summary), []
     for layer in sorted({point["layer"] for point in summary["surface"]}):
         row: list[Point | None] = [None] * len(strengths)
         for point in summary["surface"]:
@@ -117,6 +120,11 @@ def heat_map(summary: Summary) -> list[tuple[int, list[Point | None]]]:
                 row[min(free, key=lambda column: abs(strengths[column] - point["strength"]))] = point
         rows.append((layer, row))
     return rows
+
+
+def columns(summary: Summary) -> list[float]:
+    """The strengths of the map: those that were tried, before coefficients were rounded."""
+    return sorted(summary.get("strengths") or summary["settings"]["strengths"])
 
 
 def figures(summary: Summary) -> svg.Wanted:

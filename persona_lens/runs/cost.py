@@ -25,6 +25,7 @@ class Work:
         traffic: What goes to and from a server, responses taken to be as long as they may be; None for a model that
             is here.
         cost: US dollars at most, answers from the cache left out; None where nothing is paid or no price is known.
+        at_most: Whether the run may turn out to need less, and all of this is only the most.
     """
 
     label: str
@@ -33,13 +34,15 @@ class Work:
     tokens: int
     traffic: Traffic | None = None
     cost: float | None = None
+    at_most: bool = False
 
     def __add__(self, other: Work) -> Work:
         """More work of the same kind."""
         traffic = self.traffic + other.traffic if self.traffic and other.traffic else self.traffic or other.traffic
         known = [each for each in (self.cost, other.cost) if each is not None]
         calls, rows, tokens = self.calls + other.calls, self.rows + other.rows, self.tokens + other.tokens
-        return Work(self.label, calls, rows, tokens, traffic, sum(known) if known else None)
+        cost = sum(known) if known else None
+        return Work(self.label, calls, rows, tokens, traffic, cost, self.at_most or other.at_most)
 
     @property
     def requests(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from math import floor, log10
 from typing import Any
 
@@ -18,6 +19,7 @@ from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.experiment import Experiment, Subject, json_of
 from persona_lens.judging.recording import prepare_judge
 from persona_lens.runs import RunFolder
+from persona_lens.runs.rollouts import RolloutBatches
 from persona_lens.steering.comparison import (
     COHERENCE_MARGIN,
     MIN_COHERENCE,
@@ -50,6 +52,14 @@ class Place:
     strength: float
 
 
+class Dropped(StrEnum):
+    """Why a place was not asked everything, in a search that need not ask it."""
+
+    BROKEN = "broken"  # its text does not hold together
+    WEAKER = "weaker"  # whatever it had still answered, another place would hardly have been behind it
+    UNDECIDED = "undecided"  # the budget was spent
+
+
 @dataclass(frozen=True)
 class Point:
     """What steering at a place does.
@@ -59,16 +69,21 @@ class Point:
         effect: Against the unsteered model and the null; None if no response has a score.
         coherent: Whether the text holds together, by the mean of its surprise or coherence.
         surely: Whether the whole 95% interval says so.
+        questions: How many questions it was asked.
+        dropped: Why it was not asked more; None where it was asked all that there were to ask.
     """
 
     place: Place
     effect: ArmEffect | None
     coherent: bool
     surely: bool = False
+    questions: int = 0
+    dropped: Dropped | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The values by name."""
-        return {**asdict(self.place), "coherent": self.coherent, "surely": self.surely, "effect": json_of(self.effect)}
+        own = {name: getattr(self, name) for name in ("coherent", "surely", "questions", "dropped")}
+        return {**asdict(self.place), **own, "effect": json_of(self.effect)}
 
 
 def places(
@@ -122,6 +137,15 @@ def residual_norms(
     prepare_judge(subject.judge, run, prefix)
     collected = norms_experiment(subject, settings).rollouts(run)
     collected.run(progress)
+    return mean_norms(collected)
+
+
+def mean_norms(collected: RolloutBatches) -> list[float]:
+    """The same of the responses of `norms_experiment`, which are there already.
+
+    Raises:
+        SteeringError: If every response is empty.
+    """
     mean = torch.cat([tensors["response_norm"] for _, tensors in collected.reductions()]).nanmean(dim=0)
     if not bool(mean.isfinite().all()):
         raise SteeringError("every unsteered response is empty, so the length of the residual is not known")
@@ -148,21 +172,33 @@ def surface(rows: Sequence[ArmRow], arms: dict[str, Place], margin: float = COHE
     points = []
     for arm, place in arms.items():
         effect = arm_effect(rows, arm)
-        coherent, surely = _holds_together(effect, plain, margin) if effect is not None else (False, False)
-        points.append(Point(place, effect, coherent, surely))
+        coherent, surely = holds_together(effect, plain, margin) if effect is not None else (False, False)
+        questions = len({row.question for row in rows if row.arm == arm})
+        points.append(Point(place, effect, coherent, surely, questions))
     return points
 
 
-def _holds_together(effect: ArmEffect, plain: Estimate | None, margin: float) -> tuple[bool, bool]:
-    """Whether text holds together, by its surprise or the coherence that a judge gave: by the mean, and surely."""
+def holds_together(effect: ArmEffect, plain: Estimate | None, margin: float, reserve: float = 0.0) -> tuple[bool, bool]:
+    """Whether text holds together, by its surprise or the coherence that a judge gave: by the mean, and surely.
+
+    Args:
+        effect: What steering does.
+        plain: Surprise of unsteered responses to the same questions.
+        margin: See `surface`.
+        reserve: How far it has to stay from the limit, in nats or in points of coherence.
+
+    Raises:
+        SteeringError: If the judge gave neither.
+    """
     if effect.coherence is not None:
-        return effect.coherence.mean >= MIN_COHERENCE, effect.coherence.low >= MIN_COHERENCE
+        least = MIN_COHERENCE + reserve
+        return effect.coherence.mean >= least, effect.coherence.low >= least
     if effect.nll is None or plain is None:
         raise SteeringError(
             "this judge gives neither surprise nor coherence, so that text which falls apart cannot be told; take the "
             "likelihood judge or a judge of trait and coherence"
         )
-    limit = plain.mean + margin
+    limit = plain.mean + margin - reserve
     return effect.nll.mean <= limit, effect.nll.high <= limit
 
 

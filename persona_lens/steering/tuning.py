@@ -4,118 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_lens.backend import Backend, Operation, Positions
+from persona_lens.backend import Backend
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
-from persona_lens.core.statistics import FEW, Estimate
-from persona_lens.extraction.experiment import Answer, Answers, Subject, json_of, run_folder
+from persona_lens.core.statistics import Estimate
+from persona_lens.extraction.experiment import Answer, Subject, json_of, run_folder
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.reports.result import Result
-from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.steering.comparison import (
-    COHERENCE_MARGIN,
-    MIN_COHERENCE,
-    NONE,
-    ArmEffect,
-    ArmRow,
-    ArmSettings,
-    arms_experiment,
-    unsteered_means,
-)
-from persona_lens.steering.notation import Layers, Term
-from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.steering.surface import (
-    Place,
-    Point,
-    choose_point,
-    cliff_beyond,
-    places,
-    residual_norms,
-    shown_layers,
-    surface,
-    warnings_about,
-    warnings_confirmed,
-)
-from persona_lens.traits import Arm, Trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, Tuned, check_layers
+from persona_lens.steering.comparison import MIN_COHERENCE, NONE, ArmEffect, ArmRow, unsteered_means
+from persona_lens.steering.search import Searched, confirming_work, search, search_work
+from persona_lens.steering.steering import Steering
+from persona_lens.steering.surface import Point, cliff_beyond, warnings_about, warnings_confirmed
+from persona_lens.steering.trial import CONFIRM, Trial, spent, steering_at, try_places
+from persona_lens.steering.tune_settings import Towards as Towards
+from persona_lens.steering.tune_settings import TuneSettings as TuneSettings
+from persona_lens.steering.tune_settings import settled, split
+from persona_lens.traits import Trait
+from persona_lens.vectors import PersonaVectors, Tuned
 
 SHOWN_SAMPLES = 6
-SEARCH, CONFIRM = "search-", "confirm-"  # begin the names of their files
 STORED = ("towards", "search_questions", "confirm_questions", "confirmed", "warnings")  # with the vectors, too
 Capability = Callable[[Steering | None], Estimate]
-
-
-class Towards(StrEnum):
-    """What steering is for."""
-
-    MORE = "more"
-    LESS = "less"
-
-    @property
-    def sign(self) -> int:
-        """Of the coefficient."""
-        return 1 if self is Towards.MORE else -1
-
-    @property
-    def arm(self) -> Arm:
-        """Whose instructions ask for it."""
-        return Arm.POSITIVE if self is Towards.MORE else Arm.NEGATIVE
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """What tuning tries.
-
-    Attributes:
-        layers: Layers tried, each alone; None for eight between 30% and 85% of the depth.
-        strengths: Strengths tried at each: the length of the step over the mean length of the residual there.
-        towards: More of the trait, or less.
-        search_questions: How many of the held-out questions the search uses.
-        confirm_questions: How many of the others the choice is confirmed on, which the result rests on; None takes half
-            as many again as the search has, at least 5, as far as there are so many.
-        samples: Responses for each question and place in the search.
-        confirm_samples: The same when the chosen place is confirmed.
-        random_directions: How many random rotations stand beside each place.
-        margin: Nats a token by which steered text may surprise the unsteered model more than its own does.
-        positions: Tokens that are steered.
-        reduction: Which of the vectors.
-        seed: Base of every row's seed and of the random directions.
-        rollouts: How responses are made.
-    """
-
-    layers: tuple[int, ...] | None = None
-    strengths: tuple[float, ...] = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
-    towards: Towards = Towards.MORE
-    search_questions: int = 8  # fewer than elsewhere: the result rests on the others
-    confirm_questions: int | None = None
-    samples: int = 1
-    confirm_samples: int = 2
-    random_directions: int = 5
-    margin: float = COHERENCE_MARGIN
-    positions: Positions = Positions.ALL
-    reduction: str = DEFAULT_REDUCTION
-    seed: int = 0
-    rollouts: RolloutSettings = field(default_factory=RolloutSettings)
-
-    def __post_init__(self) -> None:
-        check_layers(self.layers, SteeringError)
-        if not self.strengths or not all(0 < strength < 10 for strength in self.strengths):
-            raise SteeringError(
-                f"strengths are step lengths in residual norms, such as 0.1 to 1: got {list(self.strengths)}"
-            )
-        counts = (self.search_questions, self.samples, self.confirm_samples, self.confirm_questions)
-        if min(count for count in counts if count is not None) < 1 or self.random_directions < 0:
-            raise SteeringError("questions and samples must be at least 1, random_directions at least 0")
-        if self.margin <= 0:
-            raise SteeringError(f"margin must be above 0 nats, got {self.margin}")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -185,141 +100,50 @@ def tune(
         VectorsError: If the vectors belong to another model, or carry no calibration.
     """
     subject = Subject.of(backend, vectors, trait, judge, chat)
-    settings = _settled(settings or TuneSettings(), subject)
-    search, confirm = _split(settings)
+    settings = settled(settings or TuneSettings(), subject)
     vectors.vector(max(settings.layers or ()), settings.reduction)  # what cannot be run must not claim the folder
     with run_folder(folder, subject.config("tune", settings)) as run:
-        norms = residual_norms(subject, search, SEARCH, run, progress)
-        tried = _tried(settings, vectors, norms)
-        searched = _try(subject, settings, tried, search, SEARCH, run, progress)
-        chosen = choose_point(searched.points, settings.towards.sign)
-        on_layer = [place for place in tried if place.layer == chosen.place.layer]
-        asked = _try(subject, settings, on_layer, confirm, CONFIRM, run, progress)
-        summary = {"command": command, **_summary(subject, settings, norms, searched, chosen, asked)}
+        found = search(subject, settings, run, progress)
+        chosen, place = found.chosen, found.chosen.place
+        asked = try_places(subject, settings, found.curve, split(settings)[1], CONFIRM, run, progress)
+        summary = {"command": command, **_summary(subject, settings, found, asked)}
         if capability is not None:
             summary["capability"] = _trade_off(asked, capability)
-        steering, effect, place = _at(vectors, chosen.place, settings), asked.at(chosen).effect, chosen.place
         choice = Tuned(place.layer, place.coefficient, settings.reduction)
-        measured = {"strength": place.strength, "cliff": cliff_beyond(asked.points, place)}
+        measured = {"strength": place.strength, "cliff": _cliff(found, asked)}
         tuned = vectors.with_tuned(choice, {**measured, **{name: summary[name] for name in STORED}})
         if run is not None:
-            run.write_rows("search-scores.jsonl", map(Answer.to_row, searched.rows))
+            run.write_rows("search-scores.jsonl", map(Answer.to_row, found.trial.rows))
             run.write_rows("confirm-scores.jsonl", map(Answer.to_row, asked.rows))
             run.write_bytes("vectors.safetensors", tuned.to_bytes())
             run.write_json("summary.json", summary, free=("command",))
-    kept = ({"search": searched.rows, "confirm": asked.rows}, plain(summary), run.path if run else None)
-    return Tuning(tuned, steering, tuple(searched.points), chosen, effect, *kept)
+    rows = {"search": found.trial.rows, "confirm": asked.rows}
+    steering, effect = steering_at(vectors, place, settings), asked.at(place).effect
+    kept = (rows, plain(summary), run.path if run else None)
+    return Tuning(tuned, steering, tuple(found.trial.points), chosen, effect, *kept)
 
 
 def tune_work(subject: Subject, settings: TuneSettings) -> tuple[Work, ...]:
     """What `tune` would ask of the model, and of the judge's; nothing runs."""
-    settings, vectors = _settled(settings, subject), subject.vectors
-    search, confirm = _split(settings)
-    found: list[Work] = []
-    for asked, layers in ((search, settings.layers or ()), (confirm, (settings.layers or ())[:1])):
-        tried = [
-            Place(layer, 1.0 + number, strength)
-            for layer in layers
-            for number, strength in enumerate(settings.strengths)
-        ]
-        found += arms_experiment(subject, _arms(vectors, tried, settings), asked).work()
-    return tuple(found)
+    settings = settled(settings, subject)
+    return (*search_work(subject, settings), *confirming_work(subject, settings))
 
 
-def _settled(settings: TuneSettings, subject: Subject) -> TuneSettings:
-    """The settings with what depends on the model and the trait: the layers, and the questions to confirm on."""
-    there, asked = len(subject.trait.evaluation_questions), settings.confirm_questions
-    left = there - settings.search_questions
-    if left < max(1, asked or 0):
-        wanted = "at least one" if asked is None else f"the {asked} that are asked for (--confirm-questions)"
-        raise SteeringError(
-            f"trait {subject.trait.name} has {there} held-out questions, of which a search on "
-            f"{settings.search_questions} leaves {max(left, 0)} to confirm the choice on, and not {wanted}; search on "
-            "fewer (--search-questions)"
-        )
-    confirm = asked or min(left, max(FEW, -(-3 * settings.search_questions // 2)))
-    layers = settings.layers or shown_layers(subject.backend.info.n_layers)
-    return replace(settings, layers=layers, confirm_questions=confirm)
+def _cliff(found: Searched, confirmed: Trial) -> float | None:
+    """Where text falls apart beyond the choice: on the questions that confirm it, and where not tried there, before."""
+    again = {point.place for point in confirmed.points}
+    before = [point for point in found.trial.points if point.place not in again]
+    return cliff_beyond([*confirmed.points, *before], found.chosen.place)
 
 
-def _split(settings: TuneSettings) -> tuple[ArmSettings, ArmSettings]:
-    """Questions that are searched, and those that the choice is confirmed on."""
-    first, stop = settings.search_questions, settings.search_questions + (settings.confirm_questions or 0)
-    search = ArmSettings(
-        questions=tuple(range(first)),
-        samples=settings.samples,
-        random_directions=settings.random_directions,
-        seed=settings.seed,
-        rollouts=settings.rollouts,
-    )
-    return search, replace(search, questions=tuple(range(first, stop)), samples=settings.confirm_samples)
-
-
-def _tried(settings: TuneSettings, vectors: PersonaVectors, norms: Sequence[float]) -> list[Place]:
-    """Every layer at every strength, where the residual is so long."""
-    where = (settings.layers or (), settings.strengths, settings.towards.sign)
-    return places(*where, vectors.norms(settings.reduction).tolist(), norms)
-
-
-def _arms(vectors: PersonaVectors, tried: Sequence[Place], settings: TuneSettings) -> dict[str, Steering]:
-    """Steerings by name, in the order of the places."""
-    return {str(steering): steering for steering in (_at(vectors, place, settings) for place in tried)}
-
-
-def _at(vectors: PersonaVectors, place: Place, settings: TuneSettings) -> Steering:
-    term = Term(
-        vectors.trait,
-        Layers(((place.layer, place.layer),)),
-        Operation.ADD,
-        place.coefficient,
-        reduction=settings.reduction,
-        positions=settings.positions,
-    )
-    return Steering((term,), {vectors.trait: vectors})
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """What came of steering at some places: by the names of their arms, in the order of the points."""
-
-    arms: Mapping[str, Steering]
-    answers: Answers
-    rows: Sequence[ArmRow]
-    points: Sequence[Point]
-
-    def at(self, chosen: Point) -> Point:
-        """What steering did here at the place of another point."""
-        return next(point for point in self.points if point.place == chosen.place)
-
-
-def _try(
-    subject: Subject,
-    settings: TuneSettings,
-    tried: Sequence[Place],
-    asked: ArmSettings,
-    prefix: str,
-    run: RunFolder | None,
-    progress: Progress,
-) -> _Tried:
-    arms = _arms(subject.vectors, tried, settings)
-    answers = arms_experiment(subject, arms, asked, prefix).run(run, progress)
-    rows = answers.rows(ArmRow)
-    return _Tried(arms, answers, rows, surface(rows, dict(zip(arms, tried, strict=True)), settings.margin))
-
-
-def _summary(
-    subject: Subject,
-    settings: TuneSettings,
-    norms: Sequence[float],
-    searched: _Tried,
-    chosen: Point,
-    confirmed: _Tried,
-) -> dict[str, Any]:
+def _summary(subject: Subject, settings: TuneSettings, found: Searched, confirmed: Trial) -> dict[str, Any]:
     """Every figure."""
-    trait, at_chosen, steering = subject.trait, confirmed.at(chosen), _at(subject.vectors, chosen.place, settings)
+    trait, chosen, searched = subject.trait, found.chosen, found.trial
+    at_chosen, steering = confirmed.at(chosen.place), steering_at(subject.vectors, chosen.place, settings)
+    again = [rollout for answers in confirmed.answers for rollout in answers.rollouts]
     return {
         **subject.describe(),
-        "judge": subject.judge_used(searched.answers, confirmed.answers),
+        "judge": subject.judge_used(*searched.answers, *confirmed.answers),
         "trait": trait.name,
         "description": trait.description,
         "trait_hash": trait.content_hash(),
@@ -328,7 +152,10 @@ def _summary(
         "search_questions": settings.search_questions,
         "confirm_questions": settings.confirm_questions,
         "left_questions": len(trait.evaluation_questions) - settings.search_questions,
-        "residual_norms": list(norms),
+        "race": found.race,
+        "cost": {"search": found.cost, "confirm": spent(subject, again, again)},
+        "strengths": list(found.strengths),
+        "residual_norms": list(found.norms),
         "vector_norms": subject.vectors.norms(settings.reduction).tolist(),
         "measured": "nll" if chosen.effect is None or chosen.effect.coherence is None else "coherence",
         "unsteered": {
@@ -340,6 +167,7 @@ def _summary(
         "confirmed": json_of(at_chosen.effect),
         "curve": [point.to_json() for point in confirmed.points],
         "warnings": [
+            *found.warnings,
             *warnings_about(searched.points, chosen, settings.towards.sign),
             *warnings_confirmed(at_chosen),
         ],
@@ -347,7 +175,7 @@ def _summary(
     }
 
 
-def _trade_off(tried: _Tried, capability: Capability) -> list[dict[str, Any]]:
+def _trade_off(tried: Trial, capability: Capability) -> list[dict[str, Any]]:
     """Trait score and capability, unsteered and at every strength of a layer."""
     scored: list[tuple[float, Steering | None, Estimate | None]] = [
         (0.0, None, unsteered_means(tried.rows)["score"]),

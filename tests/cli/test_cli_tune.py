@@ -20,7 +20,8 @@ TINY = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
 SMALL = ("--layers", "0,1", "--strengths", "0.05,0.1", "--search-questions", "17", "--confirm-samples", "1")
 FILES = {
     *("run.json", "norms-rollouts.jsonl", "activations", "summary.json", "vectors.safetensors", "report.html"),
-    *(f"{phase}-{kind}.jsonl" for phase in ("search", "confirm") for kind in ("rollouts", "judgements", "scores")),
+    *(f"confirm-{kind}.jsonl" for kind in ("rollouts", "judgements", "scores")),
+    "search-scores.jsonl",
 }
 
 
@@ -67,8 +68,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_folder_holds_the_choice_and_the_page_and_says_so(tuned: tuple[Path, str]) -> None:
     out, said = tuned
-    assert {path.name for path in out.iterdir() if path.name != ".lock"} == FILES
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    rounds = {
+        f"search-{number:02d}-{kind}.jsonl"
+        for number in range(1, summary["race"]["rounds"] + 1)
+        for kind in ("rollouts", "judgements")
+    }
+    there = {path.name for path in out.iterdir() if path.name != ".lock"}
+    assert there == FILES | rounds | {"norms-judgements.jsonl"}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page == render_tuning(summary, folder=str(out))
     stored = load_vectors(out).tuned
@@ -77,6 +84,8 @@ def test_the_folder_holds_the_choice_and_the_page_and_says_so(tuned: tuple[Path,
     assert f"chosen: {summary['chosen']['steering']}" in said
     assert f"report: {out / 'report.html'}" in said
     assert headline(summary).title in said
+    steered, rounds_run = summary["race"]["steered"], summary["race"]["rounds"]
+    assert re.search(rf"the race took {steered} steered responses at \d+ places, in {rounds_run} rounds", said)
     assert re.search(r"on 3 questions of 3 that the search left: [+-]\d", said)
 
 
@@ -93,13 +102,26 @@ def test_it_is_gone_on_with_and_ends_with_the_same_bytes(home: Path, tuned: tupl
     before = contents(out)
     for name in ("report.html", "summary.json", "confirm-judgements.jsonl", "vectors.safetensors"):
         (out / name).unlink()
-    (out / "search-rollouts.jsonl").write_bytes(before["search-rollouts.jsonl"][:-30])
+    (out / "search-01-rollouts.jsonl").write_bytes(before["search-01-rollouts.jsonl"][:-30])
     found: dict[str, Any] = json.loads(
         ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--json")
     )
     assert contents(out) == before
     assert found.pop("folder") == str(out)
     assert found == json.loads(before["summary.json"])
+
+
+def test_an_exhaustive_search_asks_everything_everywhere(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--exhaustive")
+    there = {path.name for path in out.iterdir() if path.name != ".lock"}
+    assert there == FILES | {"search-rollouts.jsonl", "search-judgements.jsonl"}
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["race"] is None
+    assert [point["questions"] for point in summary["surface"]] == [17] * 4
+    assert all(point["effect"]["random"] for point in summary["surface"] if point["effect"])
+    assert "the race" not in said
+    assert "random" in said
 
 
 def test_another_tuning_does_not_take_its_folder(home: Path, tuned: tuple[Path, str]) -> None:
@@ -120,6 +142,8 @@ def test_another_tuning_does_not_take_its_folder(home: Path, tuned: tuple[Path, 
         (("--towards", "mor"), "--towards takes more, less; got 'mor'"),
         (("--search-questions", "20"), "has 20 held-out questions, of which a search on 20 leaves 0"),
         (("--samples", "0"), "must be at least 1"),
+        (("--budget", "7"), "a budget of 7 carries no layer through, which takes 36 responses; give at least so many"),
+        (("--budget", "99", "--exhaustive"), "leave out the budget, or exhaustive"),
         (("--judge", "likelyhood"), "got 'likelyhood'"),
     ],
 )
@@ -138,5 +162,13 @@ def test_vectors_that_are_not_there_are_refused(home: Path, tmp_path: Path) -> N
 def test_a_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--dry-run", "--json")
-    assert {"rollouts", "judging"} <= {each["label"] for each in json.loads(said)["work"]}
+    work = json.loads(said)["work"]
+    assert {"rollouts", "judging"} <= {each["label"] for each in work}
+    assert [each["at_most"] for each in work] == [False, False, True, True, True, True]
+    said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--dry-run")
+    assert re.search(r"rollouts +│ +at most \d+ +│ +at most 72 ", said)
+    said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--dry-run", "--exhaustive")
+    assert re.search(
+        r"rollouts +│ +\d+ +│ +153 ", said
+    )  # 17 questions, unsteered, and along and beside the vector at 4 places
     assert not out.exists()

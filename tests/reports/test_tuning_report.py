@@ -53,6 +53,9 @@ def point(layer: int, number: int, n: int = 8, sign: int = 1) -> dict[str, Any]:
         "coefficient": coefficient,
         "strength": strength,
         "coherent": nll <= PLAIN + MARGIN,
+        "surely": nll <= PLAIN + MARGIN - 0.2,
+        "questions": n,
+        "dropped": None,
         "effect": effect,
     }
 
@@ -93,6 +96,12 @@ def make_tuning(sign: int = 1) -> dict[str, Any]:
             "seed": 0,
             "rollouts": {"max_new_tokens": 48, "temperature": 1.0},
         },
+        "race": None,
+        "cost": {
+            "search": {"responses": 784, "generated_tokens": 31234, "judged_tokens": 612345},
+            "confirm": {"responses": 312, "generated_tokens": 12345, "judged_tokens": None},
+        },
+        "strengths": list(STRENGTHS),
         "search_questions": 8,
         "confirm_questions": 12,
         "left_questions": 12,
@@ -186,6 +195,8 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("judge/calibration/slope", 12.3456, "12.346"),
     ("settings/rollouts/max_new_tokens", 49, "rollouts › max_new_tokens 49"),
     ("settings/random_directions", 7, "7 random rotations"),
+    ("cost/search/responses", 785, "785 responses of 31,234 tokens in the search, and 612,345 tokens read to judge"),
+    ("cost/confirm/generated_tokens", 12346, "12,346 tokens in the confirmation."),
     ("warnings", ["beware of the dog"], "Beware of the dog."),
     ("command", "persona-lens steer tune elsewhere", "steer tune elsewhere"),
     ("vectors", "sha256:4567", "sha256:4567"),
@@ -263,7 +274,7 @@ def test_both_maps_have_one_scale() -> None:
 
 def test_a_place_stands_in_the_column_of_its_push_whatever_was_rounded_or_left_out() -> None:
     summary = make_tuning()
-    summary["settings"]["strengths"] = [0.9, 0.1, 0.2, 0.3, 0.45, 0.65]
+    summary["strengths"] = [0.9, 0.1, 0.2, 0.3, 0.45, 0.65]
     del summary["surface"][2]  # two strengths gave the same coefficient
     html = render_tuning(summary)
     assert [float(strength) for strength in re.findall(r'<th scope="col">(0\.\d+)</th>', html)[:6]] == list(STRENGTHS)
@@ -278,6 +289,53 @@ def test_the_colours_are_those_of_the_heat_map_of_tokens() -> None:
     for shade in (light, dark):
         assert f"--low: {shade(-STEPS)}; --high: {shade(STEPS)};" in css
         assert f"--paper: {shade(0)};" in css
+
+
+def raced() -> dict[str, Any]:
+    """Of a race: not every place was tried, and not every place that was tried was asked everything."""
+    summary = make_tuning()
+    del summary["surface"][::2]
+    for number, place in enumerate(summary["surface"]):
+        place["effect"].update(random=None, difference=None)
+        place["dropped"] = "broken" if not place["coherent"] else ("weaker", None, "undecided")[number // 3 % 3]
+        place["questions"] = 8 if place["dropped"] is None else 2
+    summary["settings"] |= {"round_questions": 2}
+    summary["race"] = {
+        "layers": [16, 14, 19, 11, 21, 9, 24, 26, 5],
+        "ordered_by": "diagnostics: accessibility",
+        "untried": [5],
+        "rounds": 9,
+        "budget": 176,
+        "steered": 118,
+    }
+    return summary
+
+
+def test_the_page_of_a_race_says_what_was_asked_how_much_and_why_no_more() -> None:
+    summary = raced()
+    page = Page(render_tuning(summary))
+    fates = [place["dropped"] for place in summary["surface"]]
+    assert len(cells(page)) == len(summary["surface"]) == 24
+    for place, cell in zip(summary["surface"], cells(page), strict=True):
+        told = "asked 2 questions and no more, since" in str(cell["title"])
+        assert told == (place["dropped"] is not None)
+    assert "since it could hardly have been the best" in str([cell["title"] for cell in cells(page)])
+    assert "118 steered responses went where the choice was still open" in page.text
+    assert f"Of 24 places, {fates.count(None)} were asked all the questions" in page.text
+    assert f"{fates.count('broken')} were dropped since their text falls apart" in page.text
+    assert f"{fates.count('weaker')} could hardly have been the best" in page.text
+    assert f"at {fates.count('undecided')} the budget ended" in page.text
+    assert page.text.count("of 2") >= len(fates) - fates.count(None)
+    assert "on up to 8 questions" in page.text
+    assert "layers in the order of diagnostics: accessibility" in page.text
+    assert "It took 9 rounds, and did not come to 1 layer." in page.text
+    assert "Random directions stand beside the choice where it is confirmed, and not here." in page.text
+    assert "No random directions were run" not in page.text
+    assert "between a gentler and a stronger one" in page.text
+    decided = raced()
+    for place in decided["surface"]:
+        place["dropped"] = None
+    assert "the budget ended" not in text_of(decided)
 
 
 # Verdicts
@@ -423,7 +481,7 @@ def test_the_smallest_run_still_makes_a_page() -> None:
         surface=[only], curve=[only], chosen={**only, "steering": "optimistic@9:+0.4"}, confirmed=only["effect"]
     )
     summary.update(residual_norms=[1.0] * 10, vector_norms=[1.0] * 10, confirm_questions=1)
-    summary["settings"]["strengths"] = [0.1]
+    summary["strengths"] = [0.1]
     text = text_of(summary)
     assert "No clear effect" in text
     assert "one question, so no interval" in text

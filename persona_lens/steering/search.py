@@ -1,0 +1,156 @@
+"""`Searched`: what a search over layers and strengths found, by a race or exhaustively."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import ceil
+from typing import Any
+
+from persona_lens.core.progress import Progress
+from persona_lens.extraction.experiment import Subject
+from persona_lens.judging.recording import prepare_judge
+from persona_lens.runs import RunFolder
+from persona_lens.runs.cost import Work
+from persona_lens.runs.rollouts import Rollout
+from persona_lens.steering.bisection import most_steps
+from persona_lens.steering.comparison import ArmSettings, arms_experiment
+from persona_lens.steering.race import Race, ordered
+from persona_lens.steering.surface import (
+    Place,
+    Point,
+    choose_point,
+    mean_norms,
+    norms_experiment,
+    places,
+)
+from persona_lens.steering.trial import SEARCH, Trial, arms_at, spent, steered_experiment, try_places
+from persona_lens.steering.tune_settings import TuneSettings, split
+
+CURVE = 3  # strengths of the chosen layer that a race has confirmed
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found.
+
+    Attributes:
+        norms: Mean length of the residual at every layer.
+        trial: What was tried.
+        chosen: The point taken.
+        strengths: Those that were tried, before coefficients were rounded.
+        curve: Places of the chosen layer that are to be confirmed.
+        race: How it went, as JSON values; None of an exhaustive search.
+        cost: See `persona_lens.steering.trial.spent`.
+        warnings: What it could not find out.
+    """
+
+    norms: Sequence[float]
+    trial: Trial
+    chosen: Point
+    strengths: Sequence[float]
+    curve: Sequence[Place]
+    race: Mapping[str, Any] | None
+    cost: Mapping[str, Any]
+    warnings: Sequence[str] = ()
+
+
+def search(subject: Subject, settings: TuneSettings, run: RunFolder | None, progress: Progress) -> Searched:
+    """Look for the place with the strongest effect while the text holds together.
+
+    Args:
+        subject: Who is asked.
+        settings: What is tried, settled.
+        run: Where it is kept; None keeps everything in memory.
+        progress: Told how far it is.
+
+    Raises:
+        SteeringError: If text falls apart everywhere, or the judge cannot tell.
+    """
+    return (_try_all if settings.exhaustive else _race)(subject, settings, run, progress)
+
+
+def _try_all(subject: Subject, settings: TuneSettings, run: RunFolder | None, progress: Progress) -> Searched:
+    asked, _ = split(settings)
+    prepare_judge(subject.judge, run, SEARCH)
+    unsteered = norms_experiment(subject, asked).rollouts(run)
+    measured = unsteered.run(progress)
+    norms, lengths = mean_norms(unsteered), subject.vectors.norms(settings.reduction).tolist()
+    tried = places(settings.layers or (), settings.strengths, settings.towards.sign, lengths, norms)
+    trial = try_places(subject, settings, tried, asked, SEARCH, run, progress)
+    chosen = choose_point(trial.points, settings.towards.sign)
+    curve = [place for place in tried if place.layer == chosen.place.layer]
+    judged = _rollouts(trial)
+    cost = spent(subject, [*measured, *judged], judged)
+    return Searched(norms, trial, chosen, settings.strengths, curve, None, cost)
+
+
+def _race(subject: Subject, settings: TuneSettings, run: RunFolder | None, progress: Progress) -> Searched:
+    order, by = ordered(subject.vectors, settings.layers or (), settings.reduction)
+    race = Race(subject, settings, run, progress)
+    chosen = race.run(order)
+    trial = race.trial
+    cost = spent(subject, _rollouts(trial), _rollouts(trial))
+    curve = curve_places(trial.points, chosen)
+    told = race.describe(order, by)
+    return Searched(race.norms, trial, chosen, sorted(race.strengths), curve, told, cost, race.warnings())
+
+
+def _rollouts(trial: Trial) -> list[Rollout]:
+    return [rollout for answers in trial.answers for rollout in answers.rollouts]
+
+
+def curve_places(points: Sequence[Point], chosen: Point) -> list[Place]:
+    """The chosen place between what shows best, of its layer, how it came to be chosen.
+
+    Of the gentler places whose text holds together that nearest to half the strength; and of the stronger ones the
+    gentlest whose text does not, or else the gentlest.
+    """
+    place = chosen.place
+    same = sorted((p for p in points if p.place.layer == place.layer), key=lambda p: p.place.strength)
+    gentler = [p.place for p in same if p.place.strength < place.strength and p.coherent]
+    stronger = [p for p in same if p.place.strength > place.strength]
+    beyond = [p.place for p in sorted(stronger, key=lambda p: p.coherent)]
+    halfway = sorted(gentler, key=lambda p: abs(p.strength - place.strength / 2))
+    return [*halfway[:1], place, *beyond[:1]]
+
+
+# What it would ask
+
+
+def search_work(subject: Subject, settings: TuneSettings) -> list[Work]:
+    """What `search` would ask of the model, and of the judge's; nothing runs."""
+    asked, _ = split(settings)
+    if settings.exhaustive:
+        return [
+            *norms_experiment(subject, asked).work()[:1],
+            *_work_on(subject, settings, settings.layers or (), asked),
+        ]
+    return [*norms_experiment(subject, asked).work(), *_most(subject, settings, asked)]
+
+
+def confirming_work(subject: Subject, settings: TuneSettings) -> list[Work]:
+    """The same of the confirmation."""
+    found = list(_work_on(subject, settings, (settings.layers or ())[:1], split(settings)[1]))
+    return found if settings.exhaustive else [replace(work, at_most=True) for work in found]
+
+
+def _work_on(subject: Subject, settings: TuneSettings, layers: Sequence[int], asked: ArmSettings) -> tuple[Work, ...]:
+    least, greatest = min(settings.strengths), max(settings.strengths)
+    count = len(settings.strengths) if settings.exhaustive else min(CURVE, most_steps(least, greatest))
+    tried = [Place(layer, 1.0 + number, 1.0) for layer in layers for number in range(count)]
+    return arms_experiment(subject, arms_at(subject.vectors, tried, settings), asked).work()
+
+
+def _most(subject: Subject, settings: TuneSettings, asked: ArmSettings) -> list[Work]:
+    """What the steered responses of a race ask at most: all to the longest questions, the fewest at a time."""
+    arms = arms_at(subject.vectors, [Place((settings.layers or ())[0], 1.0, 1.0)], settings)
+
+    def work(numbers: Sequence[int]) -> tuple[Work, ...]:
+        return steered_experiment(subject, settings, arms, dict.fromkeys(arms, numbers), SEARCH).work()
+
+    by_length = sorted(asked.questions, key=lambda number: -sum(each.tokens for each in work([number])))
+    longest = by_length[: settings.round_questions]
+    times = ceil((settings.budget or 0) / (len(longest) * settings.samples))
+    return [replace(reduce(Work.__add__, [each] * times), at_most=True) for each in work(longest)]
