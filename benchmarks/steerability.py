@@ -53,6 +53,7 @@ class Places:
         traits: Names.
         layers: Block indices, the same for every trait.
         effects: [traits, layers]: change of the score under the vector minus under random directions, points.
+        changes: The change under the vector alone.
         halves: [2, traits, layers]: the same on every other question.
         measures: By name: [traits, layers].
     """
@@ -60,6 +61,7 @@ class Places:
     traits: tuple[str, ...]
     layers: tuple[int, ...]
     effects: Values
+    changes: Values
     halves: Values
     measures: Mapping[str, Values]
 
@@ -73,7 +75,7 @@ def gather(
         PersonaLensError: If a run does not say how long the residual is.
     """
     traits: list[str] = []
-    effects, halves = [], []
+    effects, changes, halves = [], [], []
     measures: dict[str, list[Values]] = {name: [] for name in (*MEASURES, *BEYOND_CHANCE)}
     for run in runs:
         vectors, found = load_vectors(run), diagnose(run, backend)
@@ -86,8 +88,10 @@ def gather(
         }
         where = folder / vectors.trait
         with showing_progress() as progress:
-            answers = compare(backend, arms, vectors, settings, folder=where, progress=progress).answers
-        own = [beyond_random(answers, str(layer)) for layer in layers]
+            compared = compare(backend, arms, vectors, settings, folder=where, progress=progress)
+        own = [beyond_random(compared.answers, str(layer)) for layer in layers]
+        moved = [compared.effects[str(layer)] for layer in layers]
+        changes.append([each.change.mean if each is not None else 0.0 for each in moved])
         effects.append([_mean(each, 0, 1) for each in own])
         halves.append([[_mean(each, start, 2) for each in own] for start in (0, 1)])
         traits.append(vectors.trait)
@@ -95,7 +99,8 @@ def gather(
             values = found.values(name)
             kept.append(np.full(len(layers), np.nan) if values is None else values[list(layers)])
     known = {name: np.array(each) for name, each in measures.items() if np.isfinite(each).all()}
-    return Places(tuple(traits), tuple(layers), np.array(effects), np.array(halves).transpose(1, 0, 2), known)
+    split = np.array(halves).transpose(1, 0, 2)
+    return Places(tuple(traits), tuple(layers), np.array(effects), np.array(changes), split, known)
 
 
 def beyond_random(rows: Sequence[ArmRow], arm: str) -> dict[int, float]:
@@ -180,6 +185,7 @@ def report(places: Places) -> dict[str, Any]:
             "within": bootstrap_mean(within(values, places.effects).tolist(), within=(-1, 1)).to_json(),
             "by_trait": within(values, places.effects).tolist(),
             "overall": overall(values, places.effects).to_json(),
+            "change": bootstrap_mean(within(values, places.changes).tolist(), within=(-1, 1)).to_json(),
         }
         for name, values in {**places.measures, **baselines}.items()
     }
@@ -193,6 +199,7 @@ def report(places: Places) -> dict[str, Any]:
         "traits": list(places.traits),
         "layers": list(places.layers),
         "effects": places.effects.tolist(),
+        "changes": places.changes.tolist(),
         "values": {name: values.tolist() for name, values in places.measures.items()},
         "effect_halves": bootstrap_mean(within(*places.halves).tolist(), within=(-1, 1)).to_json(),
         "measures": measured,
@@ -223,14 +230,16 @@ def show(found: Mapping[str, Any]) -> None:
         return f"{estimate['mean']:+.2f} [{estimate['low']:+.2f}, {estimate['high']:+.2f}]"
 
     head = ("trait", *map(str, found["layers"]))
-    effects = zip(found["traits"], found["effects"], strict=True)
-    print_table("Effect at each layer, points", head, [(trait, *(f"{v:+.1f}" for v in row)) for trait, row in effects])
+    for name, title in (("effects", "Effect at each layer, points"), ("changes", "The change under the vector alone")):
+        rows = zip(found["traits"], found[name], strict=True)
+        print_table(title, head, [(trait, *(f"{v:+.1f}" for v in row)) for trait, row in rows])
     print(f"on every other question the same effects are ranked alike with rho {interval(found['effect_halves'])}")
-    rows = [
-        (name, interval(each["within"]), interval(each["overall"]), " ".join(f"{v:+.2f}" for v in each["by_trait"]))
+    told = [
+        (name, *(interval(each[kind]) for kind in ("within", "overall", "change")))
         for name, each in sorted(found["measures"].items(), key=lambda item: -item[1]["within"]["mean"])
     ]
-    print_table("Spearman's rho with the effect", ("measure", "within traits", "over all places", "by trait"), rows)
+    heads = ("measure", "within traits", "over all places", "with the change alone, within")
+    print_table("Spearman's rho with the effect", heads, told)
     best = sorted(found["rules"].items(), key=lambda item: -item[1]["mean"])[:10]
     print_table("Rules, mean of ranks", ("rule", "rho within traits"), [(name, interval(each)) for name, each in best])
     names = ("rho", "best", "first", "fixed", "mean")

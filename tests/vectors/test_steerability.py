@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def places(noise: float, traits: int = 7, seed: int = 0) -> Places:
         "accessibility": effects + noise * rng.normal(size=effects.shape),
     }
     halves = effects + rng.normal(size=(2, *effects.shape))
-    return Places(tuple("abcdefghij"[:traits]), LAYERS, effects, halves, measures)
+    return Places(tuple("abcdefghij"[:traits]), LAYERS, effects, -effects, halves, measures)
 
 
 def test_rho_is_spearmans_within_and_over_all_places() -> None:
@@ -81,6 +82,7 @@ def test_a_measure_that_tells_is_chosen_without_the_trait_it_is_tried_on(capsys:
         assert row["mean"] == pytest.approx(own.mean())
     found = report(given)
     assert found["measures"]["accessibility"]["within"]["low"] > 0.7
+    assert found["measures"]["accessibility"]["change"]["high"] < -0.7
     assert found["effect_halves"]["mean"] > 0.9
     assert verdict(found).startswith("Yes")
     show(found)
@@ -100,7 +102,7 @@ def test_measures_of_nothing_cannot_be_relied_on() -> None:
     for seed in range(12):
         given = places(0, seed=seed)
         nothing = {name: values for name, values in given.measures.items() if name != "accessibility"}
-        found = report(Places(given.traits, given.layers, given.effects, given.halves, nothing))
+        found = report(replace(given, measures=nothing))
         relied += not verdict(found).startswith("No")
     assert relied <= 2
 
@@ -125,6 +127,7 @@ def test_places_are_steered_by_equal_steps_beside_random_directions(tmp_path: Pa
         assert effect is not None
         assert effect.difference is not None
         assert found.effects[0, at] == pytest.approx(effect.difference.mean)
+        assert found.changes[0, at] == pytest.approx(effect.change.mean)
         assert found.measures["relative_norm"][0, at] == pytest.approx(row.relative_norm, rel=1e-3)
     before = vectors.with_provenance(diagnostics=None)
     (tmp_path / "run" / "vectors.safetensors").write_bytes(before.to_bytes())
