@@ -170,7 +170,7 @@ def test_a_plan_for_a_model_that_is_not_here(tmp_path: Path) -> None:
         {each["label"]: each for each in json.loads(run("http://127.0.0.1:9", *plan, *store)[0])["work"]}
         for store in ((), ("--store-host", "store.example"))
     )
-    one_row = 3 * 80 * 8192 * 4
+    one_row = (3 * 8192 + 1) * 80 * 4  # three means and the length of the residual
     assert small["rollouts"]["rows"] == large["rollouts"]["rows"] == 2000
     assert small["rollouts"]["traffic"]["requests"] == 2000
     assert large["rollouts"]["traffic"]["requests"] == large["rollouts"]["calls"] < 100
