@@ -150,21 +150,20 @@ class Race:
     # What came of it
 
     def point(self, place: Place) -> Point:
-        """What steering at a place did so far, against the unsteered responses to the same questions."""
+        """What steering at a place did so far.
+
+        The score is held against the unsteered responses to the same questions, the surprise against that of them all:
+        it hardly depends on the question, so that a few unsteered responses would only add their own chance.
+        """
         key = (place, self.asked[place])
         if key not in self._points:
-            rows = [*self._rows[place], *self._unsteered(place)]
+            rows = [*self._rows[place], *self._plain]
             (self._points[key],) = surface(rows, {self._arms[place][0]: place}, self.settings.margin)
         return replace(self._points[key], dropped=self.dropped.get(place))
 
-    def _unsteered(self, place: Place) -> list[ArmRow]:
-        """Unsteered responses to the questions that a place was asked."""
-        asked = self.questions[: self.asked[place]]
-        return [row for row in self._plain if row.question in asked]
-
     def _holds(self, place: Place) -> bool:
         """Whether the text at a place holds together so well that it may still do so surely, with more questions."""
-        effect, plain = self.point(place).effect, unsteered_means(self._unsteered(place))["nll"]
+        effect, plain = self.point(place).effect, unsteered_means(self._plain)["nll"]
         return effect is not None and holds_together(effect, plain, self.settings.margin, self._reserve)[0]
 
     def _promise(self, place: Place) -> float:

@@ -14,7 +14,7 @@ from persona_lens.judging.recording import prepare_judge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Rollout
-from persona_lens.steering.bisection import most_steps
+from persona_lens.steering.bisection import CLOSE, most_steps
 from persona_lens.steering.comparison import ArmSettings, arms_experiment
 from persona_lens.steering.race import Race, ordered
 from persona_lens.steering.surface import (
@@ -92,26 +92,44 @@ def _race(subject: Subject, settings: TuneSettings, run: RunFolder | None, progr
     chosen = race.run(order)
     trial = race.trial
     cost = spent(subject, _rollouts(trial), _rollouts(trial))
-    curve = curve_places(trial.points, chosen)
+    curve = curve_places(trial.points, chosen, _further(subject, settings, race.norms, trial.points, chosen))
     told = race.describe(order, by)
     return Searched(race.norms, trial, chosen, sorted(race.strengths), curve, told, cost, race.warnings())
+
+
+def _further(
+    subject: Subject, settings: TuneSettings, norms: Sequence[float], points: Sequence[Point], chosen: Point
+) -> Place | None:
+    """The next stronger place than any that was tried at the chosen layer, if there is one that may be tried."""
+    layer, greatest = chosen.place.layer, max(settings.strengths)
+    tried = max(point.place.strength for point in points if point.place.layer == layer)
+    lengths = subject.vectors.norms(settings.reduction).tolist()
+    (place,) = places((layer,), (min(tried * CLOSE, greatest),), settings.towards.sign, lengths, norms)
+    return place if place.strength > tried else None
 
 
 def _rollouts(trial: Trial) -> list[Rollout]:
     return [rollout for answers in trial.answers for rollout in answers.rollouts]
 
 
-def curve_places(points: Sequence[Point], chosen: Point) -> list[Place]:
-    """The chosen place between what shows best, of its layer, how it came to be chosen.
+def curve_places(points: Sequence[Point], chosen: Point, further: Place | None = None) -> list[Place]:
+    """The chosen place between two others of its layer, which show what less and what more would do.
 
-    Of the gentler places whose text holds together that nearest to half the strength; and of the stronger ones the
-    gentlest whose text does not, or else the gentlest.
+    Args:
+        points: Those that were tried.
+        chosen: One of them.
+        further: A stronger place than any of them at its layer, if there is one.
+
+    Returns:
+        The gentler place whose text holds together that is nearest to half the strength; the chosen one; and the
+        gentlest of the stronger ones whose text does not, or else the one further, or else the gentlest.
     """
     place = chosen.place
     same = sorted((p for p in points if p.place.layer == place.layer), key=lambda p: p.place.strength)
     gentler = [p.place for p in same if p.place.strength < place.strength and p.coherent]
     stronger = [p for p in same if p.place.strength > place.strength]
-    beyond = [p.place for p in sorted(stronger, key=lambda p: p.coherent)]
+    beyond = [p.place for p in stronger if not p.coherent]
+    beyond += [further] if further is not None else [p.place for p in stronger]
     halfway = sorted(gentler, key=lambda p: abs(p.strength - place.strength / 2))
     return [*halfway[:1], place, *beyond[:1]]
 

@@ -183,7 +183,7 @@ def holds_together(effect: ArmEffect, plain: Estimate | None, margin: float, res
 
     Args:
         effect: What steering does.
-        plain: Surprise of unsteered responses to the same questions.
+        plain: Surprise of unsteered responses.
         margin: See `surface`.
         reserve: How far it has to stay from the limit, in nats or in points of coherence.
 

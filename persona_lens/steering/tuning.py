@@ -110,7 +110,7 @@ def tune(
         if capability is not None:
             summary["capability"] = _trade_off(asked, capability)
         choice = Tuned(place.layer, place.coefficient, settings.reduction)
-        measured = {"strength": place.strength, "cliff": _cliff(found, asked)}
+        measured = {"strength": place.strength, "cliff": cliff_beyond(_known(found, asked), place)}
         tuned = vectors.with_tuned(choice, {**measured, **{name: summary[name] for name in STORED}})
         if run is not None:
             run.write_rows("search-scores.jsonl", map(Answer.to_row, found.trial.rows))
@@ -129,17 +129,18 @@ def tune_work(subject: Subject, settings: TuneSettings) -> tuple[Work, ...]:
     return (*search_work(subject, settings), *confirming_work(subject, settings))
 
 
-def _cliff(found: Searched, confirmed: Trial) -> float | None:
-    """Where text falls apart beyond the choice: on the questions that confirm it, and where not tried there, before."""
+def _known(found: Searched, confirmed: Trial) -> list[Point]:
+    """What is known of every place: by the questions that confirm the choice, or else by those of the search."""
     again = {point.place for point in confirmed.points}
-    before = [point for point in found.trial.points if point.place not in again]
-    return cliff_beyond([*confirmed.points, *before], found.chosen.place)
+    return [*confirmed.points, *(point for point in found.trial.points if point.place not in again)]
 
 
 def _summary(subject: Subject, settings: TuneSettings, found: Searched, confirmed: Trial) -> dict[str, Any]:
     """Every figure."""
     trait, chosen, searched = subject.trait, found.chosen, found.trial
     at_chosen, steering = confirmed.at(chosen.place), steering_at(subject.vectors, chosen.place, settings)
+    before = {point.place for point in searched.points}
+    later = [point for point in confirmed.points if point.place not in before]
     again = [rollout for answers in confirmed.answers for rollout in answers.rollouts]
     return {
         **subject.describe(),
@@ -168,7 +169,7 @@ def _summary(subject: Subject, settings: TuneSettings, found: Searched, confirme
         "curve": [point.to_json() for point in confirmed.points],
         "warnings": [
             *found.warnings,
-            *warnings_about(searched.points, chosen, settings.towards.sign),
+            *warnings_about([*searched.points, *later], chosen, settings.towards.sign),
             *warnings_confirmed(at_chosen),
         ],
         "samples": _samples(confirmed.rows, trait, str(steering)),

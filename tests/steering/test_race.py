@@ -214,6 +214,34 @@ def test_a_cliff_is_found_within_the_tolerance(cliff: float) -> None:
     assert any("near the coherence cliff" in each for each in found.summary["warnings"])
 
 
+class Uneven(Surface):
+    """Unsteered answers are odd by 2 or not at all, two by two."""
+
+    def leanings(self, prompts: Sequence[TokenIds], seeds: Sequence[int], edits: Sequence[Edit]) -> Tensor:
+        found = super().leanings(prompts, seeds, edits)
+        if not edits:
+            self._odd = [1.0 + (-1.0) ** (number // 2) for number in range(len(seeds))]
+        return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cliff_is_where_it_is_though_the_first_questions_have_plain_answers(seed: int) -> None:
+    found = run(Uneven(cliffs=(0.3,) * LAYERS), layers=(2, 3), margin=0.5, seed=seed)
+    broken = [(point.place.strength / 0.3) ** 6 > 1 + 0.5 for point in found.points]
+    assert [not point.coherent for point in found.points] == broken
+    assert set(broken) == {True, False}
+
+
+def test_a_cliff_that_the_search_kept_away_from_is_looked_for_in_the_confirmation() -> None:
+    found = run(Uneven(cliffs=(0.3,) * LAYERS), layers=(2,), margin=0.5)
+    assert all(point.coherent for point in found.points)
+    further = found.summary["curve"][-1]["strength"]
+    assert further == pytest.approx(found.chosen.place.strength * CLOSE, rel=0.05)
+    assert found.vectors.provenance["tuned"]["cliff"] == further
+    assert any("near the coherence cliff" in each for each in found.summary["warnings"])
+    assert not any("greatest strength" in each for each in found.summary["warnings"])
+
+
 def test_where_nothing_breaks_the_greatest_strength_is_tried_and_no_cliff_is_stored() -> None:
     backend = Surface(cliffs=(5.0,) * LAYERS)
     found = run(backend, layers=(2, 3))
@@ -389,6 +417,10 @@ def test_what_is_confirmed_beside_a_choice() -> None:
     assert [place.strength for place in curve_places(points[:5], points[3])] == [0.2, 0.4, 0.5]
     assert [place.strength for place in curve_places(points, points[0])] == [0.1, 0.6]
     assert [place.strength for place in curve_places(points[:1], points[0])] == [0.1]
+    further = Place(1, 0.7, 0.7)
+    assert [place.strength for place in curve_places(points[:5], points[3], further)] == [0.2, 0.4, 0.7]
+    assert [place.strength for place in curve_places(points, points[3], further)] == [0.2, 0.4, 0.6]
+    assert [place.strength for place in curve_places(points[:1], points[0], further)] == [0.1, 0.7]
 
 
 # Folders, plans and bad input
