@@ -33,11 +33,11 @@ from persona_lens.extraction.experiment import averaged, estimated
 from persona_lens.judging import LikelihoodJudge
 from persona_lens.models.chat import chat_format
 from persona_lens.runs.rollouts import ROLLOUTS, RolloutSettings
-from persona_lens.steering import Steering, parse_terms
+from persona_lens.steering import Steering
 from persona_lens.steering.comparison import RANDOM, UNSTEERED, VECTOR, ArmRow, ArmSettings, Prompted, compare, minus
 from persona_lens.traits import Arm, Trait
 from persona_lens.vectors import PersonaVectors
-from persona_lens.vectors.samples import read_samples
+from persona_lens.vectors.samples import RunSamples, read_samples
 
 LAYER, LENGTH = 18, 1.5  # of a step, in lengths of the run's own vector
 SHARED, APART, PROMPT = "shared", "apart", "prompt"
@@ -47,9 +47,8 @@ Array = NDArray[np.float64]
 Witness = Callable[[Sequence[str]], Array]
 
 
-def of_pairs(run: Path, pairs: Sequence[int]) -> PersonaVectors:
+def of_pairs(kept: RunSamples, pairs: Sequence[int]) -> PersonaVectors:
     """The vector at the layer, of the kept responses to some instruction pairs alone, as long as the run's own."""
-    kept = read_samples(run)
     samples = kept.layer(LAYER)
     difference = torch.from_numpy(samples.chosen(np.isin(samples.pair, pairs)).difference).float()
     rows = kept.vectors.rows().clone()
@@ -85,23 +84,21 @@ def reader(folder: Path, run: Path, pairs: Sequence[int]) -> Witness:
     return lambda texts: np.asarray(probe.decision_function(embedded(texts)), dtype=np.float64)
 
 
-def replies(backend: Backend, run: Path, vectors: Mapping[str, PersonaVectors], trait: Trait) -> list[ArmRow]:
+def replies(backend: Backend, kept: RunSamples, vectors: Mapping[str, PersonaVectors]) -> list[ArmRow]:
     """The judged replies of all arms."""
     arms: dict[str, Steering | Prompted] = {
-        name: Steering(parse_terms(f"{trait.name}@{LAYER}:+{LENGTH:g}"), {trait.name: each})
-        for name, each in vectors.items()
+        name: Steering.adding(each, LAYER, LENGTH) for name, each in vectors.items()
     }
-    arms[PROMPT] = Prompted(trait.system_prompt(Arm.POSITIVE, len(trait.instructions) // 2))
+    arms[PROMPT] = Prompted(kept.vectors.trait_definition.middle_prompt(Arm.POSITIVE))
     settings = ArmSettings(samples=SAMPLES, rollouts=REPLIES)
-    own = read_samples(run).vectors
-    found = compare(backend, arms, own, settings, folder=run.with_name(f"{run.name}-judge-bias"))
+    folder = kept.folder.with_name(f"{kept.folder.name}-judge-bias")
+    found = compare(backend, arms, kept.vectors, settings, folder=folder)
     return [row for row in found.answers if row.score is not None]
 
 
-def excess(rows: Sequence[ArmRow], seen: Array) -> Array:
+def excess(rows: Sequence[ArmRow], scores: Array, seen: Array) -> Array:
     """What the judge gives each reply beyond what a witness's score foretells in replies without any vector."""
     plain = np.array([row.arm in (UNSTEERED, PROMPT) for row in rows])
-    scores = np.array([float(row.score or 0) for row in rows])
     slope, intercept = np.polyfit(seen[plain], scores[plain], 1)
     found: Array = scores - (slope * seen + intercept)
     return found
@@ -109,12 +106,13 @@ def excess(rows: Sequence[ArmRow], seen: Array) -> Array:
 
 def told(backend: Backend, run: Path, folder: Path) -> None:
     """Print what the judge and the witnesses make of each arm."""
-    trait = read_samples(run).vectors.trait_definition
+    kept = read_samples(run)
+    trait = kept.vectors.trait_definition
     judge = LikelihoodJudge(backend, chat_format(backend), trait)
     others = [pair for pair in range(len(trait.instructions)) if pair not in judge.compared]
-    vectors = {SHARED: of_pairs(run, judge.compared), APART: of_pairs(run, others)}
+    vectors = {SHARED: of_pairs(kept, judge.compared), APART: of_pairs(kept, others)}
     one, other = (vectors[name].vector(LAYER) for name in (SHARED, APART))
-    rows = replies(backend, run, vectors, trait)
+    rows = replies(backend, kept, vectors)
     cosine = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
     print(f"{trait.name}: {len(rows)} replies; the cosine of the two vectors at layer {LAYER} is {cosine:.2f}")
     arms = {
@@ -129,7 +127,7 @@ def told(backend: Backend, run: Path, folder: Path) -> None:
     lines = []
     for name, witness in witnesses.items():
         seen = witness([row.text for row in rows])
-        over = excess(rows, seen)
+        over = excess(rows, scores, seen)
         by_arm = {arm: averaged(_of(rows, over, mask)) for arm, mask in arms.items()}
         for arm, mask in arms.items():
             r = float(pearson(seen[mask], scores[mask]))

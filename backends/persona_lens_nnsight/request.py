@@ -182,18 +182,16 @@ class Request(Transport):  # type: ignore[misc]  # nnsight has no types
     def _next(self, socket: Any, deadline: float) -> str | bytes:
         import websocket
 
-        left = deadline - time.monotonic()
-        late = RemoteError(
-            f"no result after {self.connection.timeout:.0f} s; the server may be busy: try again later, or allow "
-            "more with --request-timeout"
-        )
-        if left <= 0:
-            raise late
-        socket.settimeout(left)
         try:
+            if (left := deadline - time.monotonic()) <= 0:  # even where something has just arrived
+                raise websocket.WebSocketTimeoutException
+            socket.settimeout(left)
             message: str | bytes = socket.recv()
         except websocket.WebSocketTimeoutException:
-            raise late from None
+            raise RemoteError(
+                f"no result after {self.connection.timeout:.0f} s; the server may be busy: try again later, or allow "
+                "more with --request-timeout"
+            ) from None
         if not message:  # what a closed line reads as
             raise websocket.WebSocketConnectionClosedException("the server closed the connection")
         return message

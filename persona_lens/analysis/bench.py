@@ -227,10 +227,7 @@ class Bench:
         """By question: nats a token of the default's replies in the uncapped model."""
         own = [each for each in replies if _is_of(each, ASSISTANT) and each.response_ids]
         prompts = [self.chat.encode(each.request.system, each.request.question) for each in own]
-        passages = [
-            Passage((*prompt, *each.response_ids), ((len(prompt), len(prompt) + len(each.response_ids)),))
-            for prompt, each in zip(prompts, own, strict=True)
-        ]
+        passages = [Passage.behind(prompt, each.response_ids) for prompt, each in zip(prompts, own, strict=True)]
         purposes = [json.dumps([each.request.question, list(each.response_ids)]) for each in own]
         weighed = Weighing(self.backend, passages, purposes, f"{prefix}surprise").run(run, progress)
         return {

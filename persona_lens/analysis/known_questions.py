@@ -73,8 +73,7 @@ def right_answers(
     prompts = [chat.encode(each.system, each.question, each.examples) for each in asked]
     passages = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = (*prompt, *chat.encode_answer(answer))
-        passages.append(Passage(ids, ((len(prompt), len(ids)),)))
+        passages.append(Passage.behind(prompt, chat.encode_answer(answer)))
     purposes = [
         json.dumps([each.system, each.question, dict(each.labels), each.examples, answer])
         for each, answer in zip(asked, answers, strict=True)
@@ -83,9 +82,13 @@ def right_answers(
 
 
 def probabilities(weighing: Weighing, found: Sequence[Sequence[float]]) -> list[float]:
-    """What a token of each passage's only part is given, a geometric mean, from 0 to 1."""
-    return [
-        min(math.exp(logprob / (stop - start)), 1.0)
-        for each, (logprob,) in zip(weighing.passages, found, strict=True)
-        for start, stop in each.spans
-    ]
+    """What a token of each passage's answers is given, a geometric mean, from 0 to 1.
+
+    An answer counts as much as another, however many tokens it has.
+    """
+    values = []
+    for passage, logprobs in zip(weighing.passages, found, strict=True):
+        lengths = [stop - start for start, stop in passage.spans]
+        means = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
+        values.append(min(math.exp(math.fsum(means) / len(means)), 1.0))
+    return values

@@ -32,6 +32,11 @@ class Passage:
     spans: tuple[tuple[int, int], ...]
     edited: tuple[range, ...] = ()
 
+    @staticmethod
+    def behind(prompt: Sequence[int], text: Sequence[int]) -> Passage:
+        """A prompt with a text behind it, which is weighed as a whole."""
+        return Passage((*prompt, *text), ((len(prompt), len(prompt) + len(text)),))
+
     @property
     def first(self) -> int:
         """The first token that is weighed."""

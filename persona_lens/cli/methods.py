@@ -10,14 +10,13 @@ from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, print_table, say, showing_progress
 from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option, argument
+from persona_lens.cli.steering import QUESTIONS
 from persona_lens.cli.steerings import RENAMED
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.analysis.method_effects import MethodEffects
     from persona_lens.vectors import PersonaVectors
-
-QUESTIONS = Option("How many of the held-out questions to ask.")
 
 
 def methods_command(

@@ -95,9 +95,8 @@ class LayerOptions:
         Raises:
             PersonaLensError: If no layer was given, and none was tuned.
         """
-        from persona_lens.backend import Operation, Positions
+        from persona_lens.backend import Positions
         from persona_lens.steering import Steering
-        from persona_lens.steering.notation import Layers, Term
         from persona_lens.vectors import Tuned
 
         if self.layer is not None:
@@ -113,9 +112,7 @@ class LayerOptions:
         positions = choice(Positions, self.positions or Positions.ALL, "--positions")
 
         def steering(coefficient: float) -> Steering:
-            layers = Layers(((chosen.layer, chosen.layer),))
-            term = Term(vectors.trait, layers, Operation.ADD, coefficient, reduction=reduction, positions=positions)
-            return Steering((term,), {vectors.trait: vectors})
+            return Steering.adding(vectors, chosen.layer, coefficient, reduction=reduction, positions=positions)
 
         strengths = {0.0, *numbers(written if self.coefficients is None else self.coefficients, "--coefficients")}
         return {strength: steering(strength) if strength else None for strength in sorted(strengths)}

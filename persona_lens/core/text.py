@@ -11,7 +11,7 @@ import json
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 # Whatever acts on a terminal, is forbidden in XML, turns text around, or cannot be seen: control characters, halves of
@@ -180,3 +180,14 @@ def counted(n: int, noun: str) -> str:
     """``1 question``, ``1,250 questions``, ``3 replies``."""
     plural = re.sub("([^aeiou])y$", r"\1ie", noun) + "s"
     return f"{n:,} {noun if n == 1 else plural}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words with commas, and the last with ``and``."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def capital(words: str) -> str:
+    """Words that begin a sentence."""
+    return words[:1].upper() + words[1:]

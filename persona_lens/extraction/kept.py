@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,7 @@ class KeptResponses:
     def layer(self, layer: int, reduction: str = DEFAULT_REDUCTION) -> Samples:
         """The kept responses at a layer."""
         found = self.collected.at_layer(reduction, layer)[tensor(self.rows)]
-        known = {each.name: getattr(self.responses, each.name) for each in fields(self.responses)}
-        return Samples(**known, activations=found.to(float64).numpy())
+        return self.responses.at(found.to(float64).numpy())
 
     def diagnostics(self, vectors: PersonaVectors, residual_norms: Sequence[float] | None) -> Mapping[str, Any]:
         """What they say of their vectors, as JSON values; of the unembedding only where it is within reach.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.core.text import counted
+from persona_lens.core.text import capital, counted, listed
 from persona_lens.reports import steering, svg
-from persona_lens.reports.page import FOLDER, Headline, Steps, bounds, number, over, render, resting_on, shell
-from persona_lens.reports.persistence import BETTER, DIGITS, NAMES, listed, swapped
+from persona_lens.reports.page import FOLDER, Headline, Steps, bounds, number, over, render, resting_on, shell, swapped
+from persona_lens.reports.persistence import BETTER, DIGITS, NAMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,7 +129,7 @@ def _title(summary: Summary, told: Mapping[float, Sides]) -> str:
     }
     more, less = (_where(held, side) for side in ("more", "less"))
     if more:
-        return _capital(f"{listed(more)} {_does(more)} more than prompting")
+        return capital(f"{listed(more)} {_does(more)} more than prompting")
     if less:
         return f"No method clearly does more than prompting; {listed(less)} {_does(less)} less"
     if any(sides["more"] for sides in told.values()):
@@ -168,7 +168,7 @@ def _sentence(summary: Summary, strength: float, sides: Sides) -> str:
     )
     broken = [name for name, step in steps.items() if step["coherent"] is False]
     apart = f" The text of {listed(broken)} falls apart there, and scores of such text mean little." if broken else ""
-    return f"At {strength:g} of the residual's length {does}{beside}. {_capital(said)}.{apart}"
+    return f"At {strength:g} of the residual's length {does}{beside}. {capital(said)}.{apart}"
 
 
 def _vectors(method: Summary) -> str:
@@ -194,10 +194,6 @@ def _apart(pair: Summary) -> str:
 
 def _does(names: Sequence[str]) -> str:
     return "does" if len(names) == 1 else "do"
-
-
-def _capital(words: str) -> str:
-    return words[:1].upper() + words[1:]
 
 
 # Figures

@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from persona_lens.core.statistics import Estimate, few, verdict_of
+from persona_lens.core.text import capital, isolated, printable
 from persona_lens.core.text import counted as counted
-from persona_lens.core.text import isolated, printable
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
@@ -126,7 +126,7 @@ def effect_headline(
     title = {
         "clear": f"A clear effect: {doing} {moves(change)}",
         "reversed": f"The effect is the wrong way round: {doing} {moves(change)}",
-        "no null": f"{doing[:1].upper()}{doing[1:]} {moves(change)}, with nothing to compare it with",
+        "no null": f"{capital(doing)} {moves(change)}, with nothing to compare it with",
         "unclear": f"No clear effect: what {doing} does is not clearly more than what {beyond}",
     }[shown]
     over = counted(change["n"], "held-out question") + ("" if change["n"] == asked else f" of {asked}")
@@ -161,6 +161,12 @@ def estimate(found: Mapping[str, Any]) -> Estimate:
 def side(found: Mapping[str, Any]) -> int:
     """See `Estimate.side`."""
     return estimate(found).side
+
+
+def swapped(difference: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `Estimate.to_json` wrote of one minus another, that of the other minus the one."""
+    ends = {"mean": -difference["mean"], "low": -difference["high"], "high": -difference["low"]}
+    return {**difference, **ends}
 
 
 def number(value: float | None, digits: int = 1, *, sign: bool = False, percent: bool = False) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.core.text import counted
+from persona_lens.core.text import capital, counted, listed
 from persona_lens.reports import svg
-from persona_lens.reports.page import FOLDER, Headline, amount, bounds, number, render, resting_on, side
+from persona_lens.reports.page import FOLDER, Headline, amount, bounds, number, render, resting_on, side, swapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,12 +106,6 @@ def _beside(pairs: Sequence[Summary], usual: str) -> Iterator[tuple[str, dict[st
         yield way, found
 
 
-def swapped(difference: Summary) -> Summary:
-    """The other minus the one."""
-    ends = {"mean": -difference["mean"], "low": -difference["high"], "high": -difference["low"]}
-    return {**difference, **ends}
-
-
 def usual_way(summary: Summary) -> str | None:
     """The way that others are held against; None where there is only one."""
     pairs = summary["together"]
@@ -153,9 +147,8 @@ def headline(summary: Summary) -> Headline:
         title = f"{listed(better)} {'hold' if len(better) > 1 else 'holds'} better than {usual} {end}"
     else:
         title = f"No way clearly keeps more than {usual} without losing something {end}"
-    title = title[:1].upper() + title[1:]
     chance = "Of differences that are none, about one in twenty looks clear by chance."
-    return Headline("clear" if better else "unclear", title, (*_told(summary), *sentences, chance))
+    return Headline("clear" if better else "unclear", capital(title), (*_told(summary), *sentences, chance))
 
 
 def _told(summary: Summary) -> tuple[str, ...]:
@@ -172,12 +165,6 @@ def _told(summary: Summary) -> tuple[str, ...]:
             f"score has moved by {drift}, the surprise by {strain} nats a token."
         )
     return tuple(told)
-
-
-def listed(words: Sequence[str]) -> str:
-    """Words with commas, and the last with ``and``."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 # Figures

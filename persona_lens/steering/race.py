@@ -164,7 +164,9 @@ class Race:
     def _holds(self, place: Place) -> bool:
         """Whether the text at a place holds together so well that it may still do so surely, with more questions."""
         effect, plain = self.point(place).effect, unsteered_means(self._plain)["nll"]
-        return effect is not None and holds_together(effect, plain, self.settings.margin, self._reserve)[0]
+        if effect is None:
+            return False
+        return holds_together(effect.coherence, effect.nll, plain, self.settings.margin, self._reserve)[0]
 
     def _promise(self, place: Place) -> float:
         """How far a place moves the score to where it is wanted."""

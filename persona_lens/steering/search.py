@@ -13,7 +13,6 @@ from persona_lens.extraction.experiment import Subject
 from persona_lens.judging.recording import prepare_judge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import Rollout
 from persona_lens.steering.bisection import CLOSE, most_steps
 from persona_lens.steering.comparison import ArmSettings, arms_experiment
 from persona_lens.steering.race import Race, ordered
@@ -81,8 +80,7 @@ def _try_all(subject: Subject, settings: TuneSettings, run: RunFolder | None, pr
     trial = try_places(subject, settings, tried, asked, SEARCH, run, progress)
     chosen = choose_point(trial.points, settings.towards.sign)
     curve = [place for place in tried if place.layer == chosen.place.layer]
-    judged = _rollouts(trial)
-    cost = spent(subject, [*measured, *judged], judged)
+    cost = spent(subject, [*measured, *trial.rollouts], trial.rollouts)
     return Searched(norms, trial, chosen, settings.strengths, curve, None, cost)
 
 
@@ -91,7 +89,7 @@ def _race(subject: Subject, settings: TuneSettings, run: RunFolder | None, progr
     race = Race(subject, settings, run, progress)
     chosen = race.run(order)
     trial = race.trial
-    cost = spent(subject, _rollouts(trial), _rollouts(trial))
+    cost = spent(subject, trial.rollouts, trial.rollouts)
     curve = curve_places(trial.points, chosen, _further(subject, settings, race.norms, trial.points, chosen))
     told = race.describe(order, by)
     return Searched(race.norms, trial, chosen, sorted(race.strengths), curve, told, cost, race.warnings())
@@ -106,10 +104,6 @@ def _further(
     lengths = subject.vectors.norms(settings.reduction).tolist()
     (place,) = places((layer,), (min(tried * CLOSE, greatest),), settings.towards.sign, lengths, norms)
     return place if place.strength > tried else None
-
-
-def _rollouts(trial: Trial) -> list[Rollout]:
-    return [rollout for answers in trial.answers for rollout in answers.rollouts]
 
 
 def curve_places(points: Sequence[Point], chosen: Point, further: Place | None = None) -> list[Place]:

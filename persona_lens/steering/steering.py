@@ -22,6 +22,7 @@ from persona_lens.backend import (
     Generation,
     ModelInfo,
     Operation,
+    Positions,
     Read,
     Sampling,
     TokenBatch,
@@ -33,7 +34,7 @@ from persona_lens.backend.single_rows import DelegatingBackend
 from persona_lens.core.documents import header_text, save_tensors, write_once
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.steering.notation import Layers, Percentile, Term, parse_terms
-from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
 # What is left of a direction, as a share of its norm, when others that are ablated too have been taken out of it: less
 # than this is rounding.
@@ -95,6 +96,20 @@ class Steering:
         if not isinstance(vectors, Mapping):
             vectors = {each.trait: each for each in vectors}
         return Steering(parse_terms(text), vectors)
+
+    @staticmethod
+    def adding(
+        vectors: PersonaVectors,
+        layer: int,
+        coefficient: float,
+        *,
+        reduction: str = DEFAULT_REDUCTION,
+        positions: Positions = Positions.ALL,
+    ) -> Steering:
+        """The vector of a layer, added there as often as the coefficient says."""
+        layers = Layers(((layer, layer),))
+        term = Term(vectors.trait, layers, Operation.ADD, coefficient, reduction=reduction, positions=positions)
+        return Steering((term,), {vectors.trait: vectors})
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.terms))

@@ -110,13 +110,14 @@ def places(
         if not vector_norms[layer]:
             raise SteeringError(f"the vector at layer {layer} is zero; there is nothing to steer along")
         unit = norms[layer] / vector_norms[layer]
-        coefficients = dict.fromkeys(_two_digits(strength * unit) for strength in sorted(strengths))
+        coefficients = dict.fromkeys(significant(strength * unit, 2) for strength in sorted(strengths))
         found += [Place(layer, towards * c, c / unit) for c in coefficients]
     return found
 
 
-def _two_digits(number: float) -> float:
-    return round(number, 1 - floor(log10(number)))
+def significant(number: float, digits: int) -> float:
+    """A number above 0, rounded to so many significant digits."""
+    return round(number, digits - 1 - floor(log10(number)))
 
 
 def residual_norms(
@@ -172,34 +173,39 @@ def surface(rows: Sequence[ArmRow], arms: dict[str, Place], margin: float = COHE
     points = []
     for arm, place in arms.items():
         effect = arm_effect(rows, arm)
-        coherent, surely = holds_together(effect, plain, margin) if effect is not None else (False, False)
+        coherent, surely = (False, False)
+        if effect is not None:
+            coherent, surely = holds_together(effect.coherence, effect.nll, plain, margin)
         questions = len({row.question for row in rows if row.arm == arm})
         points.append(Point(place, effect, coherent, surely, questions))
     return points
 
 
-def holds_together(effect: ArmEffect, plain: Estimate | None, margin: float, reserve: float = 0.0) -> tuple[bool, bool]:
+def holds_together(
+    coherence: Estimate | None, nll: Estimate | None, plain: Estimate | None, margin: float, reserve: float = 0.0
+) -> tuple[bool, bool]:
     """Whether text holds together, by its surprise or the coherence that a judge gave: by the mean, and surely.
 
     Args:
-        effect: What steering does.
-        plain: Surprise of unsteered responses.
+        coherence: Of steered responses, 0 to 100; None where the judge does not ask.
+        nll: Their surprise under the unsteered model, nats a token; None where the judge does not compute it.
+        plain: That of unsteered responses.
         margin: See `surface`.
         reserve: How far it has to stay from the limit, in nats or in points of coherence.
 
     Raises:
         SteeringError: If the judge gave neither.
     """
-    if effect.coherence is not None:
+    if coherence is not None:
         least = MIN_COHERENCE + reserve
-        return effect.coherence.mean >= least, effect.coherence.low >= least
-    if effect.nll is None or plain is None:
+        return coherence.mean >= least, coherence.low >= least
+    if nll is None or plain is None:
         raise SteeringError(
             "this judge gives neither surprise nor coherence, so that text which falls apart cannot be told; take the "
             "likelihood judge or a judge of trait and coherence"
         )
     limit = plain.mean + margin - reserve
-    return effect.nll.mean <= limit, effect.nll.high <= limit
+    return nll.mean <= limit, nll.high <= limit
 
 
 def choose_point(points: Sequence[Point], towards: int) -> Point:

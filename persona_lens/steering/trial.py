@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persona_lens.backend import Operation
 from persona_lens.core.progress import Progress
 from persona_lens.extraction.experiment import Answers, Experiment, Subject, Variant, questions_of, requests_of
 from persona_lens.judging.reading import ReadingJudge
@@ -14,7 +13,6 @@ from persona_lens.judging.recording import exchange_of, judging_work
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import Rollout
 from persona_lens.steering.comparison import VECTOR, ArmRow, ArmSettings, arm_edits, arms_experiment
-from persona_lens.steering.notation import Layers, Term
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.surface import Place, Point, surface
 from persona_lens.steering.tune_settings import TuneSettings
@@ -25,15 +23,9 @@ SEARCH, CONFIRM = "search-", "confirm-"  # begin the names of their files
 
 def steering_at(vectors: PersonaVectors, place: Place, settings: TuneSettings) -> Steering:
     """The vector of the place's layer, added as often as its coefficient says."""
-    term = Term(
-        vectors.trait,
-        Layers(((place.layer, place.layer),)),
-        Operation.ADD,
-        place.coefficient,
-        reduction=settings.reduction,
-        positions=settings.positions,
+    return Steering.adding(
+        vectors, place.layer, place.coefficient, reduction=settings.reduction, positions=settings.positions
     )
-    return Steering((term,), {vectors.trait: vectors})
 
 
 def arms_at(vectors: PersonaVectors, places: Sequence[Place], settings: TuneSettings) -> dict[str, Steering]:
@@ -56,6 +48,11 @@ class Trial:
     answers: Sequence[Answers]
     rows: Sequence[ArmRow]
     points: Sequence[Point]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """The responses, in the order in which they were asked for."""
+        return [rollout for answers in self.answers for rollout in answers.rollouts]
 
     def at(self, place: Place) -> Point:
         """What steering did at a place."""

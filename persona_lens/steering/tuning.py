@@ -22,9 +22,7 @@ from persona_lens.steering.search import Searched, confirming_work, search, sear
 from persona_lens.steering.steering import Steering
 from persona_lens.steering.surface import Point, cliff_beyond, warnings_about, warnings_confirmed
 from persona_lens.steering.trial import CONFIRM, Trial, spent, steering_at, try_places
-from persona_lens.steering.tune_settings import Towards as Towards
-from persona_lens.steering.tune_settings import TuneSettings as TuneSettings
-from persona_lens.steering.tune_settings import settled, split
+from persona_lens.steering.tune_settings import TuneSettings, settled, split
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors, Tuned
 
@@ -141,7 +139,6 @@ def _summary(subject: Subject, settings: TuneSettings, found: Searched, confirme
     at_chosen, steering = confirmed.at(chosen.place), steering_at(subject.vectors, chosen.place, settings)
     before = {point.place for point in searched.points}
     later = [point for point in confirmed.points if point.place not in before]
-    again = [rollout for answers in confirmed.answers for rollout in answers.rollouts]
     return {
         **subject.describe(),
         "judge": subject.judge_used(*searched.answers, *confirmed.answers),
@@ -154,7 +151,7 @@ def _summary(subject: Subject, settings: TuneSettings, found: Searched, confirme
         "confirm_questions": settings.confirm_questions,
         "left_questions": len(trait.evaluation_questions) - settings.search_questions,
         "race": found.race,
-        "cost": {"search": found.cost, "confirm": spent(subject, again, again)},
+        "cost": {"search": found.cost, "confirm": spent(subject, confirmed.rollouts, confirmed.rollouts)},
         "strengths": list(found.strengths),
         "residual_norms": list(found.norms),
         "vector_norms": subject.vectors.norms(settings.reduction).tolist(),

@@ -56,6 +56,11 @@ class Responses:
         """Some of them: by a mask [n], or by their places in the wanted order."""
         return replace(self, **{each.name: getattr(self, each.name)[which] for each in fields(self)})
 
+    def at(self, activations: Array) -> Samples:
+        """They at a layer, where their activations are these: float64 [n, d_model]."""
+        known = {each.name: getattr(self, each.name) for each in fields(Responses)}
+        return Samples(**known, activations=activations)
+
     def twins(self) -> tuple[Numbers, Numbers]:
         """Places of the positive and of the negative response of each pair that differs in nothing but the arm."""
         labels = list(zip(self.question.tolist(), self.pair.tolist(), self.sample.tolist(), strict=True))
@@ -121,8 +126,7 @@ class RunSamples:
         rows = np.empty((len(self.responses), own.shape[1]))
         for file, (there, here) in self.shards.items():
             rows[here] = shard_layer(file, reduction, layer).to(float64).numpy()[there]
-        labels = {each.name: getattr(self.responses, each.name) for each in fields(self.responses)}
-        found = Samples(**labels, activations=rows)
+        found = self.responses.at(rows)
         if not np.allclose(found.difference, own[layer], rtol=1e-3, atol=1e-4):
             raise RunError(
                 f"the activations and scores in {self.folder} do not give the vectors in it; something was changed "

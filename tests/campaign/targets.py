@@ -36,10 +36,9 @@ from persona_lens.monitoring import DriftSettings, StudySettings, drift, study
 from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
-from persona_lens.steering import ArmSettings, Steering, SweepSettings, sweep
+from persona_lens.steering import ArmSettings, Steering, SweepSettings, TuneSettings, sweep, tune
 from persona_lens.steering.comparison import compare
 from persona_lens.steering.crossing import CrossSettings, effects
-from persona_lens.steering.tuning import TuneSettings, tune
 from persona_lens.traits import load_role, load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.analysis.dictionaries import dictionary

@@ -15,7 +15,6 @@ from persona_lens.cli import app
 from persona_lens.reports.catalogue import find_runs
 from persona_lens.reports.result import Result as Stored
 from persona_lens.traits import Arm, load_trait
-from tests.tiny import tiny_model, tiny_tokenizer
 
 TINY = ("--dtype", "float32", "--device", "cpu")
 SHORT = (*TINY, "--max-new-tokens", "8")
@@ -32,17 +31,6 @@ def refused(*arguments: str) -> str:
     result = CliRunner().invoke(app, list(arguments))
     assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
     return str(result.exception)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A model's folder and the run folder of an extraction on it."""
-    folder = tmp_path_factory.mktemp("made")
-    tiny_model(seed=0).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    model, out = str(folder / "model"), str(folder / "run")
-    run("extract", model, "optimistic", "--out", out, "--questions", "4", "--unpaired", *SHORT)
-    return model, out
 
 
 def compare(made: tuple[str, str], *more: str) -> tuple[str, ...]:

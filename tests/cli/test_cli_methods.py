@@ -14,7 +14,6 @@ from persona_lens import PersonaLensError, fit_vectors, load_vectors
 from persona_lens.cli import app
 from persona_lens.core.progress import no_progress
 from persona_lens.vectors import methods
-from tests.tiny import tiny_model, tiny_tokenizer
 
 TINY = ("--dtype", "float32", "--device", "cpu")
 SHORT = (*TINY, "--max-new-tokens", "6")
@@ -34,17 +33,6 @@ def refused(*arguments: str) -> str:
     result = invoke(*arguments)
     assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
     return str(result.exception)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A model's folder and the run folder of an extraction on it."""
-    folder = tmp_path_factory.mktemp("made")
-    tiny_model(seed=0).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    model, out = str(folder / "model"), str(folder / "run")
-    run("extract", model, "optimistic", "--out", out, "--questions", "4", "--unpaired", *TINY, "--max-new-tokens", "8")
-    return model, out
 
 
 def command(made: tuple[str, str], *more: str) -> tuple[str, ...]:

@@ -22,10 +22,9 @@ from persona_lens.judging import Exchange, Judge, Judgement, Score
 from persona_lens.monitoring import StudySettings, study
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import Flagging, screen
-from persona_lens.steering import ArmSettings, CrossSettings, Steering
+from persona_lens.steering import ArmSettings, CrossSettings, Steering, TuneSettings, tune
 from persona_lens.steering.comparison import compare
 from persona_lens.steering.crossing import effects
-from persona_lens.steering.tuning import TuneSettings, tune
 from tests.analysis.dictionaries import dictionary
 from tests.campaign.targets import SMALL, TRAIT, Normed, planted, tiny_vectors, vectors
 from tests.finetuning.chats import conversations, loaded_model, small, vectors_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -249,19 +248,6 @@ def test_extremes_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # Of an extraction
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    settings = ExtractionSettings(questions=6, rollouts=RolloutSettings(max_new_tokens=24, batch_size=7))
-    extract(PlantedBackend(TRAIT, noise=3.0, disobeys=lambda seed: seed % 11 == 0), TRAIT, folder, settings=settings)
-    return folder
-
-
-@pytest.fixture
-def copy(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "run"))
 
 
 def test_an_extraction_leaves_them_with_the_vectors_and_in_its_summary(run: Path) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from persona_lens.core.statistics import bootstrap_mean
-from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.runs import RunError
 from persona_lens.runs.chunks import open_shard, pack_shard
-from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import VectorsError
 from persona_lens.vectors.geometry import GeometryError
@@ -21,19 +18,6 @@ from persona_lens.vectors.split_half import _at, _drawn_halves, _stepped_up, spl
 from tests.planted import PlantedBackend
 
 TRAIT = load_trait("optimistic")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    settings = ExtractionSettings(questions=6, rollouts=RolloutSettings(max_new_tokens=24, batch_size=7))
-    extract(PlantedBackend(TRAIT, noise=3.0, disobeys=lambda seed: seed % 11 == 0), TRAIT, folder, settings=settings)
-    return folder
-
-
-@pytest.fixture
-def copy(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "run"))
 
 
 def test_halves_of_a_run_agree_as_its_noise_says(run: Path) -> None:

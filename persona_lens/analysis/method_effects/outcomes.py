@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import fmean
 from typing import Any
 
 from persona_lens.analysis import AnalysisError
@@ -15,7 +14,6 @@ from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.experiment import Value, averaged, estimated, json_of, questions_of, values_of
 from persona_lens.steering.comparison import (
     COHERENCE_MARGIN,
-    MIN_COHERENCE,
     RANDOM,
     UNSTEERED,
     ArmRow,
@@ -23,6 +21,7 @@ from persona_lens.steering.comparison import (
     beside_null,
     minus,
 )
+from persona_lens.steering.surface import holds_together
 from persona_lens.vectors.hub import fitted_by
 
 LOWER_IS_BETTER = ("nll",)
@@ -74,10 +73,11 @@ class Outcomes:
 
     def coherent(self, arm: str) -> bool | None:
         """Whether the text of an arm holds together, as tuning has it; None where the judge cannot tell."""
-        if values := self.values(arm, "coherence"):
-            return fmean(values.values()) >= MIN_COHERENCE
-        own, plain = self.values(arm, "nll"), self.values(UNSTEERED, "nll")
-        return fmean(own.values()) <= fmean(plain.values()) + COHERENCE_MARGIN if own and plain else None
+        coherence, nll = (estimated(self.values(arm, name)) for name in ("coherence", "nll"))
+        plain = estimated(self.values(UNSTEERED, "nll"))
+        if coherence is None and (nll is None or plain is None):
+            return None
+        return holds_together(coherence, nll, plain, COHERENCE_MARGIN)[0]
 
     def methods(self) -> dict[str, Any]:
         """By method its vectors and what its steps come to, as JSON values."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import floor, log10
 from typing import Any
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.known_questions import check_count, known_requests, right_answers
 from persona_lens.analysis.weighing import Weighing
-from persona_lens.backend import Backend, Operation, Positions
+from persona_lens.backend import Backend, Positions
 from persona_lens.backend.batches import context_length
 from persona_lens.extraction.experiment import Experiment, Subject
 from persona_lens.judging import Judge
@@ -20,9 +19,8 @@ from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request
 from persona_lens.steering import ArmSettings, Prompted, Steering
 from persona_lens.steering.comparison import UNSTEERED, Arms, arm_edits, arm_variants, arms_experiment
-from persona_lens.steering.notation import Layers, Term
-from persona_lens.steering.surface import norms_experiment, shown_layers
-from persona_lens.steering.tuning import Towards
+from persona_lens.steering.surface import norms_experiment, shown_layers, significant
+from persona_lens.steering.tune_settings import Towards
 from persona_lens.traits import Trait
 from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
 
@@ -159,10 +157,8 @@ class Plan:
 
     def _steering(self, vectors: PersonaVectors, length: float) -> Steering:
         asked, own = self.settings, float(vectors.vector(self.layer, self.settings.reduction).norm())
-        coefficient = asked.towards.sign * _rounded(length / own)
-        layers = Layers(((self.layer, self.layer),))
-        how: dict[str, Any] = {"reduction": asked.reduction, "positions": asked.positions}
-        return Steering((Term(vectors.trait, layers, Operation.ADD, coefficient, **how),), {vectors.trait: vectors})
+        coefficient = asked.towards.sign * significant(length / own, DIGITS)
+        return Steering.adding(vectors, self.layer, coefficient, reduction=asked.reduction, positions=asked.positions)
 
     @cached_property
     def prompt(self) -> Prompted:
@@ -219,10 +215,6 @@ class Plan:
         yield from self.experiment(steps).work()
         if self.settings.known_questions:
             yield self.known(steps)[1].work()
-
-
-def _rounded(number: float) -> float:
-    return round(number, DIGITS - 1 - floor(log10(number)))
 
 
 def _layer(methods: Mapping[str, PersonaVectors], named: int | None, n_layers: int) -> tuple[int, tuple[str, ...]]:

@@ -6,7 +6,6 @@ Both are log-probabilities of parts of a text that is there: see `persona_lens.a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,19 +115,6 @@ def _messages(asked: Sequence[Known]) -> Iterator[Message]:
 def known_length(chat: ChatFormat, number: int, count: int, seed: int) -> int:
     """Tokens of the questions that a conversation is asked, with their answers."""
     return len(chat.encode_messages(list(_messages(asked_of(number, count, seed))), add_generation_prompt=False))
-
-
-def capability_of(weighing: Weighing, found: Sequence[Sequence[float]]) -> list[float]:
-    """What each token of the right answers is given, by conversation: the geometric mean of probabilities.
-
-    A question counts as much as another, however many tokens its answer has.
-    """
-    values = []
-    for passage, logprobs in zip(weighing.passages, found, strict=True):
-        lengths = [stop - start for start, stop in passage.spans]
-        means = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
-        values.append(min(math.exp(math.fsum(means) / len(means)), 1.0))
-    return values
 
 
 def _purpose(conversation: Conversation) -> str:

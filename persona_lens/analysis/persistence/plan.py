@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.known_questions import probabilities
 from persona_lens.analysis.persistence.measures import (
     capability,
-    capability_of,
     known_length,
     surprise,
     surprise_of,
@@ -258,7 +258,7 @@ class Plan:
         return {
             (turn, place): value
             for turn, weighing in self._weighings(aims, finished)
-            for place, value in enumerate(capability_of(weighing, weighing.run(run, progress)))
+            for place, value in enumerate(probabilities(weighing, weighing.run(run, progress)))
         }
 
     def _weighings(self, aims: Mapping[str, Aim], finished: Sequence[Conversation]) -> Iterator[tuple[int, Weighing]]:
