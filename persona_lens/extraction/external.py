@@ -12,12 +12,12 @@ from typing import Any
 from persona_lens.backend import Backend
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
+from persona_lens.core.marks import REASONING_TOKENS
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.extraction.responses import ExternalResponse, read_files
 from persona_lens.judging import Judgement, Score
 from persona_lens.judging.protocol import EMPTY
 from persona_lens.models import ChatFormat
-from persona_lens.models.reasoning import REASONING_TOKENS
 from persona_lens.runs.rollouts import Request, Rollout, Texts
 from persona_lens.traits import Arm, Trait
 

@@ -12,8 +12,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from persona_lens.core.errors import ModelError
+from persona_lens.core.marks import CHANNEL, Marks, opened_marks
 from persona_lens.core.progress import note
-from persona_lens.models.reasoning import CHANNEL, Marks, answer_text, opened_marks
+from persona_lens.models.reasoning import answer_text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

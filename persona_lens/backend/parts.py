@@ -1,0 +1,146 @@
+"""`Parts`: which token of a response is thinking and which is answer, told by token ids as they come.
+
+A token's part depends on it and on the tokens before it alone, so that reads of finished text, edits while it is
+generated and what a stream says of it are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from persona_lens.backend.mark_machine import Part
+from persona_lens.backend.part_table import compiled, template_of
+from persona_lens.core.marks import Marks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A finite automaton over token ids: what each token of a response belongs to.
+
+    It runs over a whole row, the prompt included, so that it does not matter whether a template or the model opens
+    the reasoning; control tokens, which separate turns, set it back. What it makes of a response:
+
+    - A mark that the tokenizer has as a token counts only as that token: its characters in several tokens are a
+      quotation. A mark that is no token is found in the bytes of the tokens. Only the token that completes it is
+      `Part.NEITHER`: those before belong to what was open then, since nobody can know yet.
+    - A block opens at the beginning of the answer or of a line alone, with nothing but spaces before it; a mark within
+      a line is quoted. So are a closing mark where nothing is open, and any mark but the closing one within thinking.
+      There may be several blocks. Thinking that never ends is thinking.
+    - Of the channels of gpt-oss ``final`` is answer, and any other thinking; the heads of messages are neither. A
+      reply that begins without a channel is answer.
+    - Control tokens are neither, and where the model has no marks, every token is answer.
+
+    Where a template separates turns by words instead of control tokens, nothing sets the automaton back, and a mark
+    that a user wrote at the beginning of a line, and did not close, stays open in the response.
+
+    Attributes:
+        marks: What opens reasoning and what closes it; empty for a model that never thinks.
+        classes: The class of each id that matters; 0 is that of all others.
+        following: By class and state, the next state. A text begins in state 0.
+        kinds: By class and state, what such a token is.
+        responding: By state, that in which a response begins whose prompt ends there.
+    """
+
+    marks: tuple[Marks, ...] = ()
+    classes: Mapping[int, int] = field(default_factory=dict, repr=False)
+    following: tuple[tuple[int, ...], ...] = field(default=((0,),), repr=False)
+    kinds: tuple[tuple[Part, ...], ...] = field(default=((Part.ANSWER,),), repr=False)
+    responding: tuple[int, ...] = field(default=(0,), repr=False)
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Parts:
+        """Those of a tokenizer's model; made once, and again when its template or its tokens change.
+
+        Marks are those that the vocabulary has as tokens, those that the chat template names, and what the template
+        leaves open at the end of a prompt.
+
+        Args:
+            tokenizer: The tokenizer.
+            template: The text of a chat template instead of its own.
+        """
+        chosen = template if template is not None else template_of(tokenizer)
+        made = _made.setdefault(tokenizer, {})
+        key = (chosen, len(tokenizer))
+        if key not in made:
+            made[key] = Parts(*compiled(tokenizer, chosen))
+        return made[key]
+
+    @property
+    def thinks(self) -> bool:
+        """Whether any token can be thinking."""
+        return bool(self.marks)
+
+    def step(self, state: int, token: int) -> tuple[int, Part]:
+        """The next state, and what a token of a response is."""
+        of_class = self.classes.get(token, 0)
+        return self.following[of_class][state], self.kinds[of_class][state]
+
+    def after(self, prompt: Iterable[int]) -> int:
+        """The state in which a response to a prompt begins."""
+        state, classes, following = 0, self.classes, self.following
+        for token in prompt:
+            state = following[classes.get(token, 0)][state]
+        return self.responding[state]
+
+    def of_response(self, prompt: Iterable[int], response: Iterable[int]) -> tuple[Part, ...]:
+        """What each token of a response is."""
+        state, found = self.after(prompt), []
+        for token in response:
+            state, part = self.step(state, token)
+            found.append(part)
+        return tuple(found)
+
+    def given(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> GivenParts:
+        """What is known of rows whose responses are there as far as given."""
+        kinds, states = [], []
+        for prompt, response in zip(prompts, responses, strict=True):
+            state, row = self.after(prompt), bytearray(len(prompt))
+            for token in response:
+                state, part = self.step(state, token)
+                row.append(part)
+            kinds.append(bytes(row))
+            states.append(state)
+        return GivenParts(self, tuple(kinds), tuple(states))
+
+    def plain(self) -> dict[str, Tensor]:
+        """The automaton as tensors, which need no class of this package; see `persona_lens.backend.writing`."""
+        ids = sorted(self.classes)
+        return {
+            "ids": torch.tensor(ids, dtype=torch.long),
+            "classes": torch.tensor([self.classes[token] for token in ids], dtype=torch.long),
+            "following": torch.tensor(self.following, dtype=torch.long),
+            "kinds": torch.tensor(self.kinds, dtype=torch.uint8),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class GivenParts:
+    """What the tokens of rows are as far as these are there, and where their automata stand.
+
+    Attributes:
+        parts: The automaton.
+        kinds: For each row a byte for each token, a value of `Part`; tokens of prompts are `Part.NEITHER`.
+        states: For each row the state behind its last token.
+    """
+
+    parts: Parts
+    kinds: tuple[bytes, ...]
+    states: tuple[int, ...]
+
+    def plain(self, width: int, *, left: bool = True) -> dict[str, Tensor]:
+        """The same as tensors: ``begun`` uint8 [batch, width], padded on the left or right, and ``states`` [batch]."""
+        rows = [kind.rjust(width, b"\0") if left else kind.ljust(width, b"\0") for kind in self.kinds]
+        begun = torch.tensor([list(row) for row in rows], dtype=torch.uint8).reshape(len(rows), width)
+        return {**self.parts.plain(), "begun": begun, "states": torch.tensor(self.states, dtype=torch.long)}
+
+
+_made: WeakKeyDictionary[Any, dict[tuple[str, int], Parts]] = WeakKeyDictionary()

@@ -1,0 +1,70 @@
+"""The marks that set a model's reasoning apart from its answer, in the families of models that there are."""
+
+from __future__ import annotations
+
+import re
+
+Marks = tuple[str, str]
+"""What opens reasoning, and what closes it."""
+
+# By family: DeepSeek, Qwen and most others; Seed; Magistral; Gemma 4; Kimi; Granite and others; Cohere.
+MARKS: tuple[Marks, ...] = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+    ("◁think▷", "◁/think▷"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+# Marks that no list has: whatever tag a template leaves open at the end of a prompt, and what closes such a tag.
+_TAGS = (
+    (re.compile(r"<(?P<name>[^<>/|\s][^<>|\n]*)>"), "</{}>"),
+    (re.compile(r"\[(?P<name>[A-Z_]+)\]"), "[/{}]"),
+    (re.compile(r"◁(?P<name>[^◁▷/]+)▷"), "◁/{}▷"),
+    (re.compile(r"<\|(?:START|start|begin)_(?:of_)?(?P<name>\w+)\|>"), None),
+    (re.compile(r"<\|(?P<name>\w+)_(?:start|begin)\|>"), None),
+)
+# gpt-oss writes every message into a channel; only the one called "final" is for the user.
+CHANNEL = "<|channel|>"
+FINAL = "final"
+HARMONY = ("<|start|>", CHANNEL, "<|message|>", "<|constrain|>", "<|end|>")
+"""The tokens of its messages: a head of a role and a channel, what is said, and the end."""
+REASONING_TOKENS = frozenset({*(mark for pair in MARKS for mark in pair), *HARMONY})
+"""Tokens within a response that set reasoning apart; in some models they are control tokens."""
+
+
+def opened_marks(prompt_end: str, finished: str = "") -> Marks | None:
+    """What a prompt's last part opens and does not close: the marks of the reasoning that the model begins in.
+
+    Args:
+        prompt_end: What the template writes between a question and what the model is to say.
+        finished: What it writes between a question and an answer that is there; a tag that is open in both is the head
+            of a turn, not reasoning.
+
+    Returns:
+        What opens the reasoning and what closes it; None where no reasoning is open.
+    """
+    head, _, begun = prompt_end.rpartition(CHANNEL)
+    if begun and head and not begun.startswith(FINAL):
+        return CHANNEL + begun, CHANNEL + FINAL
+    return next((marks for marks in _open_in(prompt_end) if marks not in _open_in(finished)), None)
+
+
+def _open_in(text: str) -> list[Marks]:
+    """Marks that are open at the end of a text, the last first."""
+    found = [(match.end(), marks) for marks in MARKS for match in re.finditer(re.escape(marks[0]), text)]
+    for tag, closing in _TAGS:
+        for match in tag.finditer(text):
+            opened = match[0]
+            found.append((match.end(), (opened, closing.format(match["name"]) if closing else _ending(opened))))
+    left = (each for each in sorted(found, key=lambda each: -each[0]) if each[1][1] not in text[each[0] :])
+    return [marks for _, marks in left]
+
+
+def _ending(opened: str) -> str:
+    pairs = (("START_", "END_"), ("start_", "end_"), ("begin_", "end_"), ("_start", "_end"), ("_begin", "_end"))
+    return next(opened.replace(begin, end) for begin, end in pairs if begin in opened)
