@@ -51,9 +51,9 @@ suite: $(VENV)/.development
 test-all: lint
 	$(PYTEST) --all
 
-# On a machine with a GPU: tiny models on it, on every adapter.
+# On a machine with a GPU: tiny models on it, on every adapter, in one process.
 test-gpu: $(VENV)/.development
-	$(PYTEST) --device cuda -m 'not real' tests/backends tests/monitoring tests/steering
+	$(BIN)/python -m pytest --device cuda -m 'cuda and not real' tests
 
 # With MORE=--all, over every architecture. One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development

@@ -41,18 +41,37 @@ class Ratio:
         return f"{verdict} {self.ratio:.3f} ({spread}; {self.seconds:.2f} / {self.baseline_seconds:.2f}) {self.name}"
 
 
+def _nothing() -> None:
+    pass
+
+
 def compare(
-    name: str, work: Callable[[], object], baseline: Callable[[], object], *, limit: float, pairs: int
+    name: str,
+    work: Callable[[], object],
+    baseline: Callable[[], object],
+    *,
+    limit: float,
+    pairs: int,
+    settle: Callable[[], None] = _nothing,
 ) -> Ratio:
-    """Time two pieces of work in turn; which goes first alternates. Warm both up before."""
+    """Time two pieces of work in turn; which goes first alternates. Warm both up before.
+
+    Args:
+        name: What is compared.
+        work: The work.
+        baseline: What it stands beside.
+        limit: What the ratio should be at most.
+        pairs: How often to time the two.
+        settle: Waits until a device that works on its own is idle, before a clock is read.
+    """
     times: list[tuple[float, float]] = []
     for pair in range(pairs):
         if pair % 2:
-            second = _timed(baseline)
-            times.append((_timed(work), second))
+            second = timed(baseline, settle)
+            times.append((timed(work, settle), second))
         else:
-            first = _timed(work)
-            times.append((first, _timed(baseline)))
+            first = timed(work, settle)
+            times.append((first, timed(baseline, settle)))
     ratios = [a / b for a, b in times]
     return Ratio(
         name,
@@ -65,7 +84,10 @@ def compare(
     )
 
 
-def _timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object], settle: Callable[[], None] = _nothing) -> float:
+    """How many seconds some work takes; ``settle`` as `compare` takes it."""
+    settle()
     start = time.perf_counter()
     work()
+    settle()
     return time.perf_counter() - start

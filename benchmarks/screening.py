@@ -62,7 +62,7 @@ def reference_way(model: Any, texts: list[tuple[Tensor, int]], panel: Panel) -> 
     found = []
     for ids, prompt in texts:
         states = model(ids, output_hidden_states=True).hidden_states
-        mean = states[layer + 1][0, prompt:].mean(dim=0).detach().float()
+        mean = states[layer + 1][0, prompt:].mean(dim=0).detach().float().cpu()
         found.append(float(mean @ direction / direction.norm()))
     return found
 

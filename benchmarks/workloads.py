@@ -61,7 +61,7 @@ def sampling(rows: int = ROWS, new_tokens: int = NEW_TOKENS) -> Sampling:
 
 def plain_generation(model: Any, tokenizer: Any, rows: list[list[int]], new_tokens: int = NEW_TOKENS) -> Work:
     """``model.generate`` as one would call it, sampling at temperature 1."""
-    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="left")
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="left").to(model.device)
 
     def run() -> object:
         with torch.inference_mode():
@@ -79,15 +79,15 @@ def plain_generation(model: Any, tokenizer: Any, rows: list[list[int]], new_toke
     return run
 
 
-def reading_generation(backend: Backend, rows: list[list[int]]) -> Work:
+def reading_generation(backend: Backend, rows: list[list[int]], new_tokens: int = NEW_TOKENS) -> Work:
     """Generation that brings back the three means at every layer."""
-    return lambda: backend.generate(rows, sampling(len(rows)), (), Read.means())
+    return lambda: backend.generate(rows, sampling(len(rows), new_tokens), (), Read.means())
 
 
 def one_edit(backend: Backend) -> list[Edit]:
     """One vector added at one layer."""
     direction = torch.randn(backend.info.d_model, generator=torch.Generator().manual_seed(0))
-    return [Edit.add(LAYER, direction, 0.1)]
+    return [Edit.add(min(LAYER, backend.info.n_layers - 1), direction, 0.1)]
 
 
 def all_layers(backend: Backend) -> list[Edit]:
@@ -104,7 +104,9 @@ def generation(backend: Backend, rows: list[list[int]], edits: list[Edit], new_t
     return lambda: backend.generate(rows, sampling(len(rows), new_tokens), edits)
 
 
-def watching_generation(backend: Backend, rows: list[list[int]], traits: int = TRAITS) -> Work:
+def watching_generation(
+    backend: Backend, rows: list[list[int]], traits: int = TRAITS, new_tokens: int = WATCHED_TOKENS
+) -> Work:
     """Generation whose every token is told, at every layer, on a direction a trait."""
     info, generator = backend.info, torch.Generator().manual_seed(0)
     directions = torch.randn(info.n_layers, traits, info.d_model, generator=generator)
@@ -115,7 +117,7 @@ def watching_generation(backend: Backend, rows: list[list[int]], traits: int = T
         highest = torch.maximum(highest, tokens.projections.nan_to_num().max())
 
     watch = Watch(directions, on_tokens)
-    return lambda: watched_generation(backend, rows, sampling(len(rows), WATCHED_TOKENS), watch)
+    return lambda: watched_generation(backend, rows, sampling(len(rows), new_tokens), watch)
 
 
 def bridge_generation(bridge: Any, tokenizer: Any, rows: list[list[int]]) -> Work:
@@ -203,7 +205,7 @@ def one_by_one_reading(model: Any, batch: TokenBatch) -> Work:
     def run() -> object:
         kept: list[list[torch.Tensor]] = []
         for prompt, response in zip(batch.prompts, batch.responses, strict=True):
-            ids = torch.tensor([prompt + response])
+            ids = torch.tensor([prompt + response], device=model.device)
             states = model(ids, output_hidden_states=True).hidden_states
             kept.append([state[:, len(prompt) :].mean(dim=1).detach().cpu() for state in states])
             kept[-1] += [state[:, : len(prompt)].mean(dim=1).detach().cpu() for state in states]

@@ -198,6 +198,14 @@ def ensure_embedded(
     return folder
 
 
+def is_at_hand(name: str = DEFAULT_MODEL) -> bool:
+    """Whether an embedded model can be had with nothing fetched: it is converted already, or its wheel is here."""
+    spec, cache = _by_name(name), cache_folder()
+    given = os.environ.get(spec.path_variable)
+    wheel = Path(given).expanduser() if given else cache / "downloads" / spec.wheel
+    return wheel.is_file() or _is_ready(cache / "models" / f"{spec.name}-{spec.gguf_sha256[:12]}", spec)
+
+
 def _by_name(name: str) -> EmbeddedModel:
     if name in EMBEDDED:
         return EMBEDDED[name]

@@ -47,7 +47,10 @@ from tests.backends.fixtures import (
 from tests.backends.test_parity import failures
 from tests.tiny import WINDOWED, tiny_model
 
-pytestmark = pytest.mark.skipif(ADAPTERS == ("vllm",), reason="vLLM makes up its own passes")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(ADAPTERS == ("vllm",), reason="vLLM makes up its own passes"),
+]
 DIRECTIONS = torch.randn(N_LAYERS, 2, D_MODEL, generator=torch.Generator().manual_seed(5))
 
 

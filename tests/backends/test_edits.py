@@ -19,6 +19,8 @@ from persona_lens.backend.edits import apply_edit, as_edits, check_edits
 from tests.backends.fixtures import D_MODEL, PROMPTS, TEXT, activations, assert_close, backend_of, direction
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.cuda
+
 WIDTH = 6
 
 

@@ -11,6 +11,8 @@ from persona_lens.backend.batches import forward_batches, forward_plan, tokens_a
 from persona_lens.backend.reads import ReadKind
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.cuda
+
 TEXTS = TokenBatch.of([[5] * n for n in (3, 9, 1, 4, 7)], [[6] * n for n in (2, 1, 8, 3, 5)])
 
 

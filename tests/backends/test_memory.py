@@ -23,6 +23,8 @@ from persona_lens.backend import (
 from persona_lens.backend.batches import OutOfMemoryError, forward_rows, generate_rows, halving, is_out_of_memory
 from tests.backends.fixtures import Delegating, assert_close, direction, encode, tiny_backend
 
+pytestmark = pytest.mark.cuda
+
 
 class SmallMemory(Delegating):
     """A backend that runs out of memory above so many rows."""

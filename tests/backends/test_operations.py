@@ -32,7 +32,10 @@ from tests.backends.fixtures import (
 from tests.tiny import device, tiny_model
 
 # beartype, which checks our shapes, draws at random which items it looks at.
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
+]
 
 CASES = [(adapter, architecture) for adapter in ADAPTERS for architecture in FEW_ARCHITECTURES]
 LAYER = 1

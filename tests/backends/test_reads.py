@@ -25,6 +25,8 @@ from tests.backends.fixtures import (
     greedy,
 )
 
+pytestmark = pytest.mark.cuda
+
 rows = st.lists(
     st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.lists(st.integers(1, 9), max_size=4)),
     min_size=1,

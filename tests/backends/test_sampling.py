@@ -14,6 +14,8 @@ from persona_lens.backend import Backend, Edit, Read, Sampling
 from persona_lens.backend.sampling import RowSampler, keep_nucleus
 from tests.backends.fixtures import PROMPTS, direction, tiny_backend
 
+pytestmark = pytest.mark.cuda
+
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 

@@ -15,6 +15,8 @@ from persona_lens.backend.sinks import sink_limits
 from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, D_MODEL, matrix, tiny_backend
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.cuda
+
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [9], [3, 4, 5])
 # Several responses to each of three prompts, not in order; an empty one among them.
 ROWS = [(0, 4), (1, 1), (2, 9), (0, 0), (1, 6), (2, 2), (0, 12), (1, 3)]

@@ -40,6 +40,8 @@ from tests.backends.fixtures import (
 )
 from tests.tiny import N_LAYERS, device, tiny_model
 
+pytestmark = pytest.mark.cuda
+
 MASSIVE = encode("h")[0][0]  # first in the first prompt, within the third prompt and in the second response
 NORMS = Read(ReadKind.NORMS)
 LAYER = 1

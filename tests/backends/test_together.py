@@ -27,6 +27,8 @@ from persona_lens.backend.streaming import WatchedTokens
 from tests.backends.fixtures import ADAPTERS, D_MODEL, N_LAYERS, PROMPTS, TEXT, assert_close, backend_of, direction
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.cuda
+
 DIRECTIONS = torch.randn(N_LAYERS, 2, D_MODEL, generator=torch.Generator().manual_seed(5))
 CALLS: list[list[Edit]] = [
     [],

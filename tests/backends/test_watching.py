@@ -45,6 +45,8 @@ from tests.backends.fixtures import (
 )
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.cuda
+
 DIRECTIONS = torch.randn(N_LAYERS, 2, D_MODEL, generator=torch.Generator().manual_seed(5))
 EDITS: dict[str, Sequence[Edit]] = {
     "no edits": (),
