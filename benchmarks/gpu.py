@@ -142,8 +142,8 @@ def run_all(arguments: argparse.Namespace) -> int:
 
     begin = time.monotonic()
     device = resolve_device(arguments.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":  # memory is counted for one of them by its number
+        device = torch.device("cuda", device.index or 0)
     setting = Setting(device, arguments.tiny, arguments.layers, 1 if arguments.tiny else arguments.pairs)
     outcomes: list[Outcome] = []
     for part in parts():

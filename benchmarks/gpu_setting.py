@@ -52,18 +52,13 @@ class NoTimeLeftError(Exception):
 
 def random_model(shape: dict[str, int], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
     """A Qwen2 of random weights, made where it runs; its residuals and logits are of common size."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen2Config(**shape, max_position_embeddings=32768, tie_word_embeddings=False)
-    before = torch.get_default_dtype()
+    loader: Any = AutoModelForCausalLM
+    config = AutoConfig.for_model("qwen2", **shape, max_position_embeddings=32768, tie_word_embeddings=False)
     torch.manual_seed(seed)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model: Any = Qwen2ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    return model
+    with torch.device(device):
+        return loader.from_config(config, dtype=dtype).eval()
 
 
 @dataclass

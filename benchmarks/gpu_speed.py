@@ -132,7 +132,7 @@ def operations(backend: Any, lengths: tuple[int, ...]) -> float:
     weights = sum(parameter.numel() for parameter in backend.blocks.parameters())
     info = backend.info
     attention = 2 * info.n_layers * info.d_model * sum(length**2 for length in lengths)
-    return 2.0 * weights * sum(lengths) + attention
+    return float(2 * weights * sum(lengths) + attention)
 
 
 def screening(setting: Setting) -> Iterator[Figure]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_a_part_that_fails_is_told_with_what_it_had_found() -> None:
         yield Figure("before", 1.0)
         raise ValueError("no such thing")
 
-    outcome = gpu.run_part(gpu.Part("one", run, 5, 1), setting(), gpu.time.monotonic() + 60)
+    outcome = gpu.run_part(gpu.Part("one", run, 5, 1), setting(), time.monotonic() + 60)
     assert (outcome.status, outcome.holds, len(outcome.figures)) == ("failed", False, 1)
     assert "ValueError: no such thing (test_gpu_benchmark.py, line" in outcome.why
 
@@ -67,14 +68,14 @@ def test_a_figure_above_its_limit_fails_the_run(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_what_there_is_no_time_for_is_left_out() -> None:
-    late = gpu.run_part(gpu.Part("one", lambda _: iter(()), 5, 30), setting(), gpu.time.monotonic() + 10)
+    late = gpu.run_part(gpu.Part("one", lambda _: iter(()), 5, 30), setting(), time.monotonic() + 10)
     assert (late.status, late.holds) == ("skipped", True)
     assert "it needs 30" in late.why
     given = setting()
-    given.until = gpu.time.monotonic() - 1
+    given.until = time.monotonic() - 1
     with pytest.raises(NoTimeLeftError, match="are left for one beside another"):
-        given.compared("one beside another", lambda: None, lambda: gpu.time.sleep(0.01), None)
-    given.until = gpu.time.monotonic() + 60
+        given.compared("one beside another", lambda: None, lambda: time.sleep(0.01), None)
+    given.until = time.monotonic() + 60
     assert given.compared("one beside another", lambda: None, lambda: None, 1e9).runs == 3
 
 
