@@ -32,7 +32,7 @@ from persona_lens.backend.blocks import find_blocks, module_of, text_config
 from persona_lens.backend.readout import run
 from persona_lens.backend.writing import residual_of
 from persona_lens.core.documents import Record
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 
 # What may be left, as a share of what a block adds, when two outputs are said to add up to it.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -115,7 +115,7 @@ def attribute(
     layer: int,
     ids: Sequence[int],
     *,
-    reduction: str = DEFAULT_REDUCTION,
+    reduction: str = OWN_REDUCTION,
     heads: bool = False,
 ) -> Attribution:
     """Split the projection of every token's residual on a vector into what each part of the model wrote.

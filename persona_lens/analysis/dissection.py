@@ -39,7 +39,7 @@ from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmRow, ArmSettings, Steering
 from persona_lens.steering.comparison import ARMS, UNSTEERED, arms_experiment, unsteered_means
 from persona_lens.traits import Trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, random_directions
 from persona_lens.vectors.geometry import chance
 
 DECOMPOSITION = "decomposition.json"
@@ -74,7 +74,7 @@ class DissectSettings:
     coefficient: float | None = None
     questions: int = 20
     samples: int = 1
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     seed: int = 0
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
@@ -143,7 +143,7 @@ def dissect(
         SteeringError: If the trait has too few questions.
         VectorsError: If the vectors belong to another model, or carry no calibration.
     """
-    settings, chat = settings or DissectSettings(), chat or chat_format(backend)
+    settings, chat = vectors.settled(settings or DissectSettings()), chat or chat_format(backend)
     vectors.check_model(backend, allowable=False)
     features.check(vectors, allow_other_model=allow_other_model)
     subject = None
@@ -263,7 +263,7 @@ def steered_arms(
 ) -> dict[str, Steering]:
     """The whole vector, the top features and the random ones, each a steering as long as the vector's."""
     coefficient = coefficient_of(vectors, features, settings)
-    where = "" if settings.reduction == DEFAULT_REDUCTION else f".{settings.reduction}"
+    where = f".{vectors.settled(settings).reduction}"
     whole = Steering.parse(f"{WHOLE}{where}@{features.layer}:{coefficient:+.6g}", {WHOLE: vectors})
     chosen = [each["feature"] for each in (*found["ranking"]["top"][: settings.steered], *found["random_features"])]
     singles = {

@@ -25,7 +25,7 @@ from persona_lens.data.tables import read_rows
 from persona_lens.extraction.experiment import json_of, values_of
 from persona_lens.steering import ArmRow, Change, Steering
 from persona_lens.steering.comparison import UNSTEERED, change_of
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import DEFAULT_REDUCTION, OWN_REDUCTION, PersonaVectors
 
 COLUMNS = ("text", "response", "answer", "content")
 
@@ -269,7 +269,7 @@ def feature_steering(
     feature: int,
     coefficient: float,
     *,
-    reduction: str = DEFAULT_REDUCTION,
+    reduction: str = OWN_REDUCTION,
 ) -> Steering:
     """The steering that adds one feature in place of the vector: its unit direction, as long as the vector's step is.
 

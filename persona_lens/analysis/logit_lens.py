@@ -18,7 +18,7 @@ from persona_lens.backend.readout import Readout, find_readout
 from persona_lens.core.documents import Record
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Result
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, random_directions
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, random_directions
 
 RANDOM_DIRECTIONS = 20
 PROMPTS = 8  # of the trait's questions, for the scale of the final norm
@@ -109,7 +109,7 @@ def lens(
     prompts: Sequence[Sequence[int]] | None = None,
     *,
     top: int = 10,
-    reduction: str = DEFAULT_REDUCTION,
+    reduction: str = OWN_REDUCTION,
     seed: int = 0,
 ) -> LogitLens:
     """What vectors promote and suppress through the final norm and the unembedding.
@@ -132,6 +132,7 @@ def lens(
     """
     vectors.check_model(backend, allowable=False)
     layers = range(vectors.model.n_layers) if layers is None else layers
+    reduction = reduction or vectors.default_reduction
     if prompts is None:
         chat, questions = chat_format(backend), vectors.trait_definition.evaluation_questions[:PROMPTS]
         prompts = [chat.encode(None, question) for question in questions]

@@ -30,7 +30,7 @@ def lens_command(
     vectors: options.Vectors,
     layers: options.Layers = "all",
     top: int = 10,
-    reduction: options.Reduction = "response_mean",
+    reduction: options.Reduction = "",
 ) -> None:
     """Show which tokens vectors promote and suppress through the final norm and the unembedding.
 
@@ -57,7 +57,7 @@ def lens_command(
         "strongest": lambda each: f"{each.promoted[0].shift:+.2f}, {each.suppressed[0].shift:+.2f}",
         "random": lambda each: f"±{each.random_most:.2f} (up to {each.random_limit:.2f})",
     }
-    title = f"What the {reduction} vectors of {loaded.trait} do to logits (norm held at {found.scale:.3g})"
+    title = f"What the {found.reduction} vectors of {loaded.trait} do to logits (norm held at {found.scale:.3g})"
     deliver(found.to_json(), lambda: show_rows(title, found.layers, columns), subject.as_json)
 
 
@@ -70,7 +70,7 @@ def attribute_command(
     system: options.System = None,
     top: int = 12,
     heads: bool = False,
-    reduction: options.Reduction = "response_mean",
+    reduction: options.Reduction = "",
 ) -> None:
     """Split the last token's projection on a vector into what each attention and MLP wrote.
 
@@ -92,6 +92,7 @@ def attribute_command(
     loaded.vector(at, reduction)  # before a model is loaded for nothing
     opened, chat = subject.open()
     ids = [*chat.encode(system, prompt), *(chat.encode_answer(response) if response else [])]
+    reduction = reduction or loaded.default_reduction
     found = attribute(opened, loaded, at, ids, reduction=reduction, heads=heads)
     total = float(found.projection[-1])
 

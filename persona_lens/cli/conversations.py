@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.chat import Chat, check_free
-from persona_lens.cli.display import READINGS, console, say, say_json, show_rows
+from persona_lens.cli.display import console, readings_columns, say, say_json, show_rows
 from persona_lens.cli.runner import say_traffic
 from persona_lens.cli.settings import Option, argument, choice
 from persona_lens.cli.steerings import SteeringOptions
@@ -23,6 +23,7 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
+    from persona_lens.models import ChatFormat
     from persona_lens.monitoring import Alarm, Alert, Panel, TokenReading, Turn
     from persona_lens.monitoring.scoring import ScoredTranscript
     from persona_lens.steering import Steering
@@ -80,7 +81,7 @@ def chat_command(
     listening = [_alarm(text, alarm_on, stop) for text in alarms or ()]
     opened, chat = subject.open()
     steering = _steering(written, loaded, opened, allow_other_model)
-    says = _Speaker(opened.tokenizer)
+    says = _Speaker(chat)
     talk = Talk(
         opened,
         panel,
@@ -110,7 +111,7 @@ def _show_turn(turn: Turn, says: _Speaker, *, coloured: bool) -> None:
     """End a reply that was written as it came, with its readings, and its tokens once more in colour."""
     says.end()
     ended = ", ended by an alarm" if turn.stopped else ""
-    show_rows(f"Turn {turn.number}: projections{ended}", turn.readings, READINGS)
+    show_rows(f"Turn {turn.number}: projections{ended}", turn.readings, readings_columns(turn.readings))
     if coloured:
         says.show(turn)
 
@@ -180,25 +181,27 @@ def _parsed(known: Mapping[str, PersonaVectors], backend: Backend, allow_other_m
 
 
 class _Speaker:
-    """Writes the reply as it comes, whole characters at a time."""
+    """Writes the reply as it comes, whole characters at a time, and what the model thinks before it dimly."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, chat: ChatFormat) -> None:
         from persona_lens.data.growing_text import GrowingText
 
-        self._tokenizer, self._growing = tokenizer, GrowingText
-        self._text = GrowingText(tokenizer)
+        self._tokenizer, self._growing = chat.tokenizer, GrowingText
+        self._parts, self._state, self._begins = chat.parts, chat.begins, chat.begins
+        self._text = GrowingText(self._tokenizer)
         self._ids: list[int] = []
         self._last: list[int] = []
 
     def __call__(self, reading: TokenReading) -> None:
         self._ids.append(reading.id)
-        say(self._text.add(reading.id), nl=False)
+        self._state, part = self._parts.step(self._state, reading.id)
+        say(self._text.add(reading.id), nl=False, dim=part.name == "THINKING" or None)
 
     def end(self) -> None:
         """The reply is over."""
         say(self._text.end())
         self._text = self._growing(self._tokenizer)
-        self._ids, self._last = [], self._ids
+        self._ids, self._last, self._state = [], self._ids, self._begins
 
     def show(self, turn: Turn) -> None:
         """The reply's heat map."""
@@ -213,7 +216,8 @@ class _Speaker:
             for reading, column in zip(turn.readings, turn.token_values.T, strict=True)
         ]
         strips.sort(key=lambda strip: (strip.trait, strip.layer))
-        console().print(TokenHeatmap(token_pieces(self._tokenizer, self._last), tuple(strips)))
+        pieces = token_pieces(self._tokenizer, self._last)
+        console().print(TokenHeatmap(pieces, tuple(strips), parts=turn.parts))
 
 
 TRANSCRIPTS = argument("TRANSCRIPTS", "Conversations: OpenAI messages or ShareGPT as JSONL, or plain text.")
@@ -294,6 +298,6 @@ def _check_free(*places: Path | None) -> None:
 def _show_readings(found: ScoredTranscript, tokenizer: Any | None) -> None:
     """The readings of a conversation as a table, and with a tokenizer its heat map."""
     title = f"Conversation {found.transcript.id}: projections of the assistant's turns"
-    show_rows(title, found.turns, {"turn": "turn", **READINGS})
+    show_rows(title, found.turns, {"turn": "turn", **readings_columns(found.turns)})
     if tokenizer is not None:
         console().print(found.heatmap(tokenizer))

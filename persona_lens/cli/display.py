@@ -258,3 +258,10 @@ READINGS: Mapping[str, Column[Any]] = {
     "highest": ("highest", "+.2f"),
 }
 """What is said of a turn of a conversation."""
+PARTS: Mapping[str, Column[Any]] = {"thinking": ("thinking_mean", "+.2f"), "answer": ("answer_mean", "+.2f")}
+
+
+def readings_columns(readings: Iterable[Any]) -> Mapping[str, Column[Any]]:
+    """What is said of turns of a conversation, and of their thinking and answers where these can be told apart."""
+    apart = any(each.thinking_mean is not None for each in readings)
+    return {**READINGS, **PARTS} if apart else READINGS

@@ -29,7 +29,7 @@ class Shown:
     """
 
     layers: Annotated[str, Option()] = "all"
-    reduction: options.Reduction = "response_mean"
+    reduction: options.Reduction = ""
     as_json: options.AsJson = False
 
 

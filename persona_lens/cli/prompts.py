@@ -190,7 +190,9 @@ def prompt_command(
     file: Annotated[Path | None, Option(metavar="FILE")] = None,
     layer: Annotated[int | None, Option("Block index, 0-based.", shown="as calibrated, or as tuned")] = None,
     false_alarm_rate: float | None = None,
-    reduction: Annotated[str | None, Option("Which of the vectors.", shown="as calibrated, or response_mean")] = None,
+    reduction: Annotated[
+        str | None, Option("Which of the vectors.", shown="as calibrated, or the vectors' own")
+    ] = None,
     allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Project the last token of prompts on traits; nothing is generated.

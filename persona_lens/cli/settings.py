@@ -204,7 +204,10 @@ USUAL = {
     "layers": Option(names=("--layers", "--layer"), values=LAYERS),
     "layer": Option(names=("--layer", "--layers")),
     "seed": Option(least=0, most=2**62),
-    "reduction": Option(values="`response_mean`, `prompt_mean` or `prompt_last`"),
+    "reduction": Option(
+        values="`response_mean`, `answer_mean`, `thinking_mean`, `prompt_mean` or `prompt_last`",
+        shown="response_mean, or answer_mean of a model that thinks",
+    ),
     "as_json": Option(names=("--json",)),
 }
 """What is the same of an option in every command."""

@@ -87,7 +87,7 @@ class LayerOptions:
     layer: int | None = None
     coefficients: Annotated[str | None, Option(shown=f"the one that was tuned, or {COEFFICIENTS} with --layer")] = None
     positions: str | None = None
-    reduction: Annotated[str | None, Option(shown="the one that was tuned, or response_mean with --layer")] = None
+    reduction: Annotated[str | None, Option(shown="the one that was tuned, or the vectors' own with --layer")] = None
 
     def open(self, vectors: PersonaVectors) -> dict[float, Steering | None]:
         """The steerings by their coefficients, 0 among them, ascending; along what was tuned where no layer was given.
@@ -100,7 +100,7 @@ class LayerOptions:
         from persona_lens.vectors import Tuned
 
         if self.layer is not None:
-            chosen, written = Tuned(self.layer, 0.0), COEFFICIENTS
+            chosen, written = Tuned(self.layer, 0.0, vectors.default_reduction), COEFFICIENTS
         elif vectors.tuned is not None:
             chosen, written = vectors.tuned, repr(vectors.tuned.coefficient)
         else:

@@ -130,8 +130,9 @@ def layers_command(vectors: options.Vectors, shown: Shown) -> None:
     matrix = layer_cosines(loaded, shown.reduction)[chosen][:, chosen].tolist()
     cosines = [[value if isfinite(value) else None for value in row] for row in matrix]
     rows = [(str(layer), *(number(each, COSINE) for each in row)) for layer, row in zip(chosen, cosines, strict=True)]
+    reduction = shown.reduction or loaded.default_reduction
     deliver(
-        {"trait": loaded.trait, "reduction": shown.reduction, "layers": chosen, "cosines": cosines},
+        {"trait": loaded.trait, "reduction": reduction, "layers": chosen, "cosines": cosines},
         lambda: print_table("Cosines between layers", ("layer", *map(str, chosen)), rows),
         shown.as_json,
     )
@@ -143,7 +144,7 @@ def pca_command(
     components: int = 3,
     raw: bool = False,
     uncentred: bool = False,
-    reduction: options.Reduction = "response_mean",
+    reduction: options.Reduction = "",
     as_json: options.AsJson = False,
 ) -> None:
     """Find the few directions in which many traits differ at a layer, beside those of random directions.
@@ -260,7 +261,7 @@ def export_command(
     to: Annotated[str, Option(f"{FORMATS}.", metavar="FORMAT")],
     out: Annotated[Path | None, EXPORTED] = None,
     layers: Annotated[str | None, Option("For gguf and steering-vectors.", shown="all")] = None,
-    reduction: options.Reduction = "response_mean",
+    reduction: options.Reduction = "",
     as_json: options.AsJson = False,
 ) -> None:
     """Write vectors for another program.

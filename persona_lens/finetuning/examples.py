@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
+from persona_lens.backend.mark_machine import Part
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.data.datasets import open_dataset
 from persona_lens.data.encoding import encode_one_by_one, encode_transcript
@@ -103,13 +105,21 @@ def check_answered(transcript: Transcript) -> None:
         raise FinetuningError(f"{transcript.place}: the conversation has no answer of the assistant to learn")
 
 
-def encode_examples(transcripts: Iterable[Transcript], chat: ChatFormat, max_length: int) -> Examples:
+def encode_examples(
+    transcripts: Iterable[Transcript], chat: ChatFormat, max_length: int, *, answers_only: bool = False
+) -> Examples:
     """Encode conversations for training.
 
     Where the chat template marks the assistant's tokens itself (``{% generation %}``) its mask is taken. Elsewhere each
     answer's tokens are found by their ids, as `persona_lens.data.encoding.encode_transcript` finds them, and its end of
     turn with them. A template that changes earlier turns, or cannot be followed, gives one example for each answer: the
     prompt as the model is given it, and the answer behind it.
+
+    Args:
+        transcripts: The conversations.
+        chat: The model's chat format.
+        max_length: Tokens of an example at most.
+        answers_only: Learn no reasoning before an answer, nor its marks, but read it.
 
     Raises:
         FinetuningError: If there are none, or nothing can be learned from any within the length limit.
@@ -121,6 +131,8 @@ def encode_examples(transcripts: Iterable[Transcript], chat: ChatFormat, max_len
     for transcript in transcripts:
         conversations += 1
         for example in _encoded(transcript, chat, ends):
+            if answers_only:
+                example = _of_answers(example, chat, ends)
             kept = Example(example.ids[:max_length], example.learned[:max_length])
             shortened += len(kept.ids) < len(example.ids) and any(kept.learned)
             dropped += not any(kept.learned)
@@ -168,6 +180,19 @@ def _whole(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> Ex
             for place in range(message.start, message.stop + closed):
                 learned[place] = True
     return Example(encoded.ids, tuple(learned))
+
+
+def _of_answers(example: Example, chat: ChatFormat, ends: frozenset[int]) -> Example:
+    """An example of which answers and ends of turns are learned alone."""
+    ids, learned = example.ids, list(example.learned)
+    place = 0
+    for own, run in groupby(example.learned):
+        start, place = place, place + len(list(run))
+        if own:
+            parts = chat.parts_of_text(ids[:start], ids[start:place])
+            for at, part in enumerate(parts, start):
+                learned[at] = part is Part.ANSWER or ids[at] in ends
+    return Example(ids, tuple(learned))
 
 
 def in_system(transcripts: Sequence[Transcript], prompts: Sequence[str]) -> list[Transcript]:

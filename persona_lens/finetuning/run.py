@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -111,8 +112,8 @@ def finetune(
     for each in vectors:
         each.check_model(backend, allowable=False)
     placed = in_system(transcripts, measures.prompts) if measures.prompts else transcripts
-    examples = encode_examples(placed, chat, config.max_length)
-    unseen = encode_examples(others, chat, config.max_length).rows if others else ()
+    encode = partial(encode_examples, chat=chat, max_length=config.max_length, answers_only=config.part == "answer")
+    examples, unseen = encode(placed), encode(others).rows if others else ()
     info = replace(backend.info, model=loaded.source.id, revision=loaded.source.identity)
     record = {
         "data": fingerprint(transcripts),
@@ -135,7 +136,7 @@ def _described(
 ) -> dict[str, Any]:
     return {
         "kind": "finetune",
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"part"} if config.part == "all" else None),
         "steering": measures.steering.describe() if measures.steering else None,
         "prompts": list(measures.prompts),
         "watched": [each.content_hash for each in vectors] if config.watch.every else [],

@@ -27,7 +27,7 @@ from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.steering import ArmRow, ArmSettings
 from persona_lens.steering.comparison import arms_experiment, minus
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 
 LEAST = 4  # finetunes; a line through fewer is no correlation
 Opening = Callable[[], Backend]
@@ -47,7 +47,7 @@ class ShiftSettings:
     layers: tuple[int, ...] | None = None
     scores: bool = True
     asked: ArmSettings = field(default_factory=lambda: ArmSettings(random_directions=0))
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
 
     def __post_init__(self) -> None:
         if self.asked.random_directions or self.asked.question_set != "evaluation":
@@ -111,6 +111,7 @@ def shift(
         raise FinetuningError("give finetuned models and vectors: there are none to compare")
     for each in vectors:
         each.check_model(base, allowable=False)
+    settings = vectors[0].settled(settings)
     chat = chat or chat_format(base)
     layers = settings.layers or tuple(range(base.info.n_layers))
     given, planned = judges or {}, not settings.scores  # without scores no calibration is needed
@@ -177,7 +178,7 @@ def asked_projections(
     layers: Sequence[int],
     run: RunFolder | None,
     prefix: str,
-    reduction: str = DEFAULT_REDUCTION,
+    reduction: str = OWN_REDUCTION,
 ) -> Float[Tensor, "questions layers"]:
     """Where the last prompt token of each question stands; see `kept_projections`."""
     texts = list(questions_of(subject.trait, asked.questions, "evaluation", FinetuningError).values())

@@ -8,33 +8,33 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from persona_lens.core.errors import ModelError
-from persona_lens.core.marks import CHANNEL, Marks, opened_marks
+from persona_lens.core.marks import CHANNEL, Marks
 from persona_lens.core.progress import note
-from persona_lens.models.reasoning import answer_text
+from persona_lens.models.probing import USER, probed_end_of_turn, probed_opened, probed_system, probed_thinking
+from persona_lens.models.reasoning import answer_of, answer_text, special_marks, stretches, unmarked
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from persona_lens.backend import Backend
+    from persona_lens.backend.mark_machine import Part
+    from persona_lens.backend.parts import Parts
 
 Message = Mapping[str, str]
 """A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``; ``"weight": "0"`` beside them
 says of an answer that it is there to be read, not learned or screened."""
 
-# Words that no template would write itself, so that finding them shows what became of a message.
-_SYSTEM = "probe of the instruction zebra kettle"
-_USER = "probe of the question walnut ladder"
-_ANSWER = "probe of the answer copper violin"
-_TURNS: list[Message] = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
-
 # Some templates write today's date into every prompt. A run continued tomorrow, or repeated elsewhere, would
 # see other prompts, so the date they are given is always this one (the one that Llama's template falls back
 # on by itself).
 _PINNED_DATE = datetime.date(2024, 7, 26)
+USUAL_MARKS = "{# <think> </think> #}"  # to be found because a template names them
+SWITCHES = ("enable_thinking", "thinking", "reasoning")
+"""What templates call whether the model is to reason."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>[^'\"]*)(?P=quote)\s*\)")
 
@@ -73,8 +73,8 @@ class ChatFormat:
             ModelError: There is no chat template, or it cannot render one user message.
         """
         chosen = cls(tokenizer, template if template is not None else _template_of(tokenizer), thinking)
-        native, system_note = _probe_system(chosen)
-        state = _probe_thinking(chosen)
+        native, system_note = probed_system(chosen)
+        state = probed_thinking(chosen)
         always = (
             "this model reasons before every answer and its chat template cannot switch that off: allow for more "
             "tokens; only what follows the reasoning counts as the answer"
@@ -97,6 +97,11 @@ class ChatFormat:
     def reasons(self) -> bool:
         """Whether a response may hold reasoning, which is no part of the `answer`."""
         return self.thinking in ("on", "always") or self.opened_reasoning is not None
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether a response may hold reasoning as far as is known; a model may have its marks and never use them."""
+        return self.reasons or (self.thinking == "none" and self.parts.thinks)
 
     def encode(self, system: str | None, user: str, examples: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Return the prompt for one question, up to where the model begins to answer.
@@ -151,10 +156,17 @@ class ChatFormat:
         """Return the token ids of an answer from elsewhere, to be put after a prompt's ids.
 
         What looks like a control token in the text is encoded as ordinary text, so that it cannot end the
-        turn.
+        turn; but marks of reasoning are the tokens that they are to the model.
         """
-        encoded: Any = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return [int(token) for token in encoded["input_ids"]]
+        marks = "|".join(re.escape(mark) for mark in sorted(special_marks(self.tokenizer), key=len, reverse=True))
+        ids: list[int] = []
+        for number, piece in enumerate(re.split(f"({marks})", text) if marks else [text]):
+            if number % 2:
+                ids.append(self.tokenizer.get_added_vocab()[piece])
+            elif piece:
+                encoded: Any = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
+                ids += map(int, encoded["input_ids"])
+        return ids
 
     def encode_marked(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
         """Return the token ids of a whole conversation, and which of them the template marks as the assistant's.
@@ -172,7 +184,7 @@ class ChatFormat:
 
     def closing_ids(self) -> tuple[int, ...]:
         """Return what ends an assistant's turn: the template's control token, or else the tokenizer's end."""
-        probed = _probe_end_of_turn(self)
+        probed = probed_end_of_turn(self)
         end: Any = probed if probed is not None else self.tokenizer.eos_token_id
         return () if end is None else (int(end),)
 
@@ -185,6 +197,8 @@ class ChatFormat:
 
         Empty where the model was still reasoning when its tokens ran out.
         """
+        if self.parts.thinks:
+            return answer_of(self.parts, self.begins, ids, partial(self._text, skip_special_tokens=False))
         raw = self._text(ids, skip_special_tokens=False)
         answer = answer_text(raw, self.opened_reasoning)
         if answer == raw:
@@ -200,7 +214,48 @@ class ChatFormat:
     @cached_property
     def opened_reasoning(self) -> Marks | None:
         """What opens and what closes the reasoning that a prompt ends in; None where a response begins outside any."""
-        return _probe_opened(self)
+        return probed_opened(self)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Which tokens of a response are thinking and which are answer."""
+        from persona_lens.backend.parts import Parts
+
+        return Parts.of(self.tokenizer, self.template)
+
+    @cached_property
+    def text_parts(self) -> Parts:
+        """`parts`, for texts that others wrote: where the model has no marks, the usual ones in its tokens count."""
+        from persona_lens.backend.parts import Parts
+
+        return self.parts if self.parts.thinks else Parts.of(self.tokenizer, self.template + USUAL_MARKS)
+
+    def stretches(self, prompt: Sequence[int], ids: Sequence[int], *, of_others: bool = False) -> tuple[str, ...]:
+        """Which tokens of a response are ``thinking`` and which ``answer``; empty where it holds no thinking.
+
+        Args:
+            prompt: Token ids before it.
+            ids: The response.
+            of_others: It may be anybody's text; see `text_parts`.
+        """
+        if not (of_others or self.parts.thinks):
+            return ()
+        return stretches(self.parts_of_text(prompt, ids) if of_others else self.parts.of_response(prompt, ids))
+
+    def parts_of_text(self, prompt: Sequence[int], ids: Sequence[int]) -> tuple[Part, ...]:
+        """What each token of a response from anywhere is; of a mark in several tokens none is thinking or answer.
+
+        Args:
+            prompt: Token ids before it.
+            ids: The response.
+        """
+        parts = self.text_parts.of_response(prompt, ids)
+        return unmarked(parts, ids, self.text_parts.marks, partial(self._text, skip_special_tokens=False))
+
+    @cached_property
+    def begins(self) -> int:
+        """Where `parts` stand at the end of a prompt."""
+        return self.parts.after(self.encode(None, USER))
 
     def _text(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(
@@ -212,9 +267,7 @@ class ChatFormat:
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool, *, tokenize: bool, **how: Any) -> Any:
         placed = [{"role": message["role"], "content": message["content"]} for message in self._placed(messages)]
         # What the template is given besides the messages; nothing that it does not mention.
-        switches = (
-            each for each in ("enable_thinking", "thinking") if re.search(rf"(?<![\w.'\"]){each}\b", self.template)
-        )
+        switches = (each for each in SWITCHES if re.search(rf"(?<![\w.'\"]){each}\b", self.template))
         options: dict[str, Any] = {"return_dict": False, **how, **dict.fromkeys(switches, self.think)}
         if CHANNEL in self.template and "reasoning_effort" in self.template and not self.think:
             options["reasoning_effort"] = "low"  # as near to off as such a template goes
@@ -266,7 +319,7 @@ def end_of_turn_ids(
     found = list(configured) if isinstance(configured, (list, tuple)) else [configured]
     found.append(tokenizer.eos_token_id)
     with suppress(ModelError):  # base models have no template
-        found.append(_probe_end_of_turn(chat or ChatFormat(tokenizer, _template_of(tokenizer))))
+        found.append(probed_end_of_turn(chat or ChatFormat(tokenizer, _template_of(tokenizer))))
     return tuple(sorted({int(token) for token in found if token is not None}))
 
 
@@ -299,89 +352,15 @@ def _check(messages: Sequence[Message]) -> None:
             raise ModelError(f"message {place} is a system message; only the first message may be one")
 
 
-def _probe_system(chat: ChatFormat) -> tuple[bool, str | None]:
-    """Find out what a template does with a system message, and without one, by rendering some.
-
-    Returns:
-        Whether it puts the system message's text into the prompt; and what to tell the user, where it does something
-        surprising.
-
-    Raises:
-        ModelError: The template cannot even render one user message.
-    """
-    alone = chat.rendered_text(None, _USER)
-    if _USER not in alone:
-        raise ModelError("the chat template does not write the user's message as text; pass another template")
-    where = "instructions are put at the head of the first user message instead"
-    try:
-        both = chat.rendered_text(_SYSTEM, _USER)
-    except ModelError as error:
-        reason = str(error.__cause__).strip().rstrip(".")
-        return False, f"the chat template refuses system messages ({reason}): {where}"
-    if _SYSTEM not in both or _USER not in both:
-        return False, f"the chat template silently drops system messages: {where}"
-    default = _default_system(alone, both)
-    return True, default and f"without a system message the chat template writes one of its own: {default!r}"
-
-
-def _default_system(alone: str, both: str) -> str | None:
-    """Find what stands, without a system message, where the system message would have stood."""
-    before, _, rest = both.partition(_SYSTEM)
-    after = rest.partition(_USER)[0]
-    head = alone.partition(_USER)[0]
-    if not (before and after and head.startswith(before) and head.endswith(after)):
-        return None
-    return head[len(before) : max(len(before), len(head) - len(after))].strip() or None
-
-
-def _probe_thinking(chat: ChatFormat) -> Literal["none", "off", "on", "always"]:
-    """Find out whether the model reasons before it answers, and how far the template lets that be switched off."""
-    on, off = (replace(chat, think=each) for each in (True, False))
-    if _probe_opened(off) is not None or CHANNEL in chat.template:
-        return "on" if chat.think else "always"
-    if on.rendered_text(None, _USER) == off.rendered_text(None, _USER):
-        return "none"
-    return "on" if chat.think else "off"
-
-
-def _probe_opened(chat: ChatFormat) -> Marks | None:
-    """Find the marks of the reasoning that a template opens at the end of a prompt, if it opens any."""
-    try:
-        text = chat.rendered_text(None, messages=_TURNS, add_generation_prompt=False)
-        finished = text.partition(_USER)[2].partition(_ANSWER)[0]
-    except ModelError:
-        finished = ""
-    return opened_marks(chat.rendered_text(None, _USER).rpartition(_USER)[2], finished)
-
-
-def _probe_end_of_turn(chat: ChatFormat) -> int | None:
-    """Find the control token that a template writes right after an assistant's message, if it writes one."""
-    # Some templates end a turn only where another follows, so the second conversation goes on.
-    for conversation in (_TURNS, [*_TURNS, _TURNS[0]]):
-        try:
-            text = chat.rendered_text(None, messages=conversation, add_generation_prompt=False)
-        except ModelError:
-            continue
-        after = text.rpartition(_ANSWER)[2].lstrip()
-        tokens = {
-            str(token.content): index
-            for index, token in chat.tokenizer.added_tokens_decoder.items()
-            if str(token.content).strip() and after.startswith(str(token.content))
-        }
-        if tokens:
-            return int(tokens[max(tokens, key=len)])
-    return None
-
-
 def chat_format(backend: Backend) -> ChatFormat:
     """The chat format of a backend's model."""
     return ChatFormat.from_tokenizer(backend.tokenizer)
 
 
 def note_reasoning(chat: ChatFormat) -> None:
-    """Say, where a model reasons before it answers, that activations have the reasoning in them and judges do not."""
+    """Say, where a model reasons before it answers, what is of its answer and what is of both."""
     if chat.reasons:
         note(
-            "this model reasons before it answers: what is read and steered over a response takes in its reasoning, "
-            "while a judge sees the answer alone"
+            "this model reasons before it answers: judges see the answer alone, and vectors are made of it; what is "
+            "read or steered over a response takes in the reasoning, but `on answer` and `on thinking`"
         )

@@ -6,11 +6,21 @@ Where there are token ids, `persona_lens.backend.parts` tells the two apart.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from persona_lens.core.marks import CHANNEL, MARKS, Marks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from persona_lens.backend.mark_machine import Part
+    from persona_lens.backend.parts import Parts
+
 _FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>(.*?)(?=<\|(?:end|return|start|channel)\|>|\Z)", re.DOTALL)
+THINKING, ANSWER = "thinking", "answer"
+"""What the two parts of a response are called."""
 
 
 def answer_text(text: str, opened: Marks | None = None) -> str:
@@ -48,6 +58,88 @@ def answer_text(text: str, opened: Marks | None = None) -> str:
     if unclosed:
         left = left[: unclosed.start()]
     return text if left == text else left.strip()
+
+
+def stretches(parts: Sequence[Part]) -> tuple[str, ...]:
+    """For each token of a response ``thinking``, the marks around it included, or ``answer``; empty if nothing is."""
+    from persona_lens.backend.mark_machine import Part
+
+    if Part.THINKING not in parts:
+        return ()
+    found = list(parts)
+    for order in (range(1, len(parts)), range(len(parts) - 2, -1, -1)):  # what closes thinking, and what opens it
+        for at in order:
+            before = found[at - order.step]
+            if found[at] is Part.NEITHER and before is Part.THINKING:
+                found[at] = before
+    return tuple(THINKING if part is Part.THINKING else ANSWER for part in found)
+
+
+def unmarked(
+    parts: Sequence[Part], ids: Sequence[int], marks: Sequence[Marks], decode: Callable[[Sequence[int]], str]
+) -> tuple[Part, ...]:
+    """The parts of a finished response, in which all tokens of a mark in several tokens belong to neither.
+
+    Args:
+        parts: As they were told token by token, when nobody could know yet that a mark had begun.
+        ids: The response.
+        marks: What sets thinking apart.
+        decode: Text of token ids.
+    """
+    from persona_lens.backend.mark_machine import Part
+
+    found = list(parts)
+    for end, part in enumerate(parts):
+        before = parts[end - 1] if end else Part.NEITHER
+        if part is not Part.NEITHER or before is Part.NEITHER:
+            continue
+        wanted = [pair[0 if before is Part.ANSWER else 1] for pair in marks]
+        for start in range(end, max(end - max(map(len, wanted)) * 4, -1), -1):  # bytes of a character, at most
+            if any(mark in decode(ids[start : end + 1]) for mark in wanted):
+                found[start:end] = [Part.NEITHER] * (end - start)
+                break
+    return tuple(found)
+
+
+def special_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Marks of reasoning that are control tokens of a model."""
+    special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(mark for pair in MARKS for mark in pair if mark in special)
+
+
+def answer_of(parts: Parts, state: int, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
+    """The answer in a response's token ids; empty if the model never came to one.
+
+    Args:
+        parts: Tell what each token is.
+        state: Where they stand at the end of the prompt.
+        ids: The response.
+        decode: Text of token ids.
+    """
+    from persona_lens.backend.mark_machine import Part
+
+    said: list[str] = []
+    run: list[int] = []
+    apart = marked = False
+    for token in ids:
+        state, part = parts.step(state, token)
+        if part is Part.ANSWER:
+            apart = apart or marked
+            run.append(token)
+            continue
+        marked, apart = True, apart or part is Part.THINKING
+        if run:
+            said.append(_unmarked(decode(run), decode([*run, token]), parts.marks))
+            run = []
+    found = "".join((*said, decode(run)))
+    return found.strip() if apart else found
+
+
+def _unmarked(said: str, further: str, marks: Sequence[Marks]) -> str:
+    """A text without the mark that goes on in the token behind it, where marks are written in several tokens."""
+    whole = len(said.rstrip("\ufffd"))  # the bytes of a character that is not there yet
+    places = ((further.rfind(opening), len(opening)) for opening, _ in marks)
+    return said[: min((at for at, length in places if 0 <= at < whole < at + length), default=len(said))]
 
 
 @lru_cache

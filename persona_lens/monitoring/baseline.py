@@ -30,7 +30,7 @@ from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel
 from persona_lens.reports.kinds import without_ids
 from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import Request, Rollout, RolloutSettings
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, check_layers
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, check_layers
 from persona_lens.vectors.provenance import LayerBaseline, StoredBaseline
 
 DIGITS = 4
@@ -80,7 +80,7 @@ class BaselineSettings:
     neutral: int = 20
     samples: int = 1
     system: str | None = None
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     seed: int = 0
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
@@ -142,7 +142,7 @@ def measure_baseline(
         MonitoringError: If there are too few questions, or hardly any reply is more than empty.
         VectorsError: If the vectors belong to another model, or carry no trait whose questions could be asked.
     """
-    settings, chat = settings or BaselineSettings(), chat or chat_format(backend)
+    settings, chat = vectors.settled(settings or BaselineSettings()), chat or chat_format(backend)
     vectors.check_model(backend, allowable=False)
     experiment, panel = baseline_experiment(backend, vectors, settings, chat), baseline_panel(vectors, settings)
     experiment.rollouts()  # what cannot be run must not claim the folder

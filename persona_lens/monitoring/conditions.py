@@ -13,7 +13,7 @@ from persona_lens.judging.agreement import AgreementError, read_scored
 from persona_lens.monitoring.gauges import MonitoringError
 from persona_lens.runs.rollouts import ROLLOUTS, RolloutSettings
 from persona_lens.traits import Arm, Trait, TraitError, load_trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, check_layers
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, check_layers
 
 SCORES = "scores.jsonl"
 Examples = Sequence[tuple[str, str]] | Path | str
@@ -51,7 +51,7 @@ class StudySettings:
     samples: int = 10
     random_directions: int = 20
     false_alarm_rate: float = 0.05
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     seed: int = 0
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 

@@ -32,6 +32,7 @@ class Turn:
         readings: One for each gauge, in their order.
         token_values: float32 [tokens, gauges]; None where they are not kept.
         stopped: Whether an alarm ended the reply.
+        parts: For each token of a reply ``thinking`` or ``answer``; empty where it holds no thinking, or was observed.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Turn:
     readings: tuple[TraitReading, ...]
     token_values: Float[Tensor, "tokens gauges"] | None = None
     stopped: bool = False
+    parts: tuple[str, ...] = ()
 
 
 class ConversationMonitor:
@@ -153,7 +155,7 @@ class ConversationMonitor:
         reply = watched_reply(self._backend, meter, prompt, sampling, written, on_token=self._on_token)
         text = self._chat.answer(reply.ids)
         self._messages = [*asked, {"role": "assistant", "content": text}]
-        return self._finish(meter, len(asked), text, reply.stopped)
+        return self._finish(meter, len(asked), text, reply.stopped, self._chat.stretches(prompt, reply.ids))
 
     def observe(
         self,
@@ -236,11 +238,12 @@ class ConversationMonitor:
                 found[number] = values[len(prompt) - 1 : len(prompt) + len(answer)]
         return [found[number] for number in range(len(answers))]
 
-    def _finish(self, meter: TurnMeter, message: int, text: str, stopped: bool) -> Turn:
+    def _finish(self, meter: TurnMeter, message: int, text: str, stopped: bool, parts: tuple[str, ...] = ()) -> Turn:
         number = self._number(message)
         said = torch.stack(meter.said) if meter.said else torch.empty(0, len(self.panel.gauges))
-        readings = self.panel.readings(number, said, meter.before)
-        turn = Turn(number, message, text, readings, said if self._keep_tokens else None, stopped)
+        parts = parts[: len(said)]
+        readings = self.panel.readings(number, said, meter.before, parts)
+        turn = Turn(number, message, text, readings, said if self._keep_tokens else None, stopped, parts)
         self._turns.append(turn)
         meter.finish()
         return turn

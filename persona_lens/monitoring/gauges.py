@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,8 @@ from torch import Tensor
 from persona_lens.backend import Backend, Read
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.models.reasoning import ANSWER, THINKING
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 
 
 class MonitoringError(PersonaLensError):
@@ -37,9 +39,10 @@ class Gauge:
 
     vectors: PersonaVectors
     layer: int
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reduction", self.reduction or self.vectors.default_reduction)
         if not isfinite(length := float(self.direction.norm())):
             raise MonitoringError(
                 f"the {self.reduction} vector of {self.trait!r} at layer {self.layer} has length {length:g}: nothing "
@@ -56,7 +59,7 @@ class Gauge:
         if layer is None:
             tuned = vectors.tuned_choice()
             return Gauge(vectors, tuned.layer, reduction or tuned.reduction)
-        return Gauge(vectors, layer, reduction or DEFAULT_REDUCTION)
+        return Gauge(vectors, layer, reduction or OWN_REDUCTION)
 
     @property
     def trait(self) -> str:
@@ -188,7 +191,11 @@ class Panel:
         return torch.tensor(rows), torch.tensor(slots)
 
     def readings(
-        self, turn: int, said: Float[Tensor, "tokens gauges"], before: Float[Tensor, " gauges"]
+        self,
+        turn: int,
+        said: Float[Tensor, "tokens gauges"],
+        before: Float[Tensor, " gauges"],
+        parts: Sequence[str] = (),
     ) -> tuple[TraitReading, ...]:
         """What the gauges say of a turn, one reading for each.
 
@@ -196,7 +203,9 @@ class Panel:
             turn: Number of the assistant's turn, from 0.
             said: The values of the reply's tokens.
             before: Those of the last prompt token; NaN where there is none.
+            parts: For each token ``thinking`` or ``answer``; empty where the reply holds no thinking.
         """
+        apart = [_mean_of(said, parts, part) for part in (THINKING, ANSWER)]
         return tuple(
             TraitReading(
                 turn=turn,
@@ -206,9 +215,17 @@ class Panel:
                 mean=float(said[:, number].mean()),
                 highest=float(said[:, number].max()) if len(said) else torch.nan,
                 prompt_last=float(before[number]),
+                thinking_mean=apart[0][number] if parts else None,
+                answer_mean=apart[1][number] if parts else None,
             )
             for number, gauge in enumerate(self.gauges)
         )
+
+
+def _mean_of(said: Float[Tensor, "tokens gauges"], parts: Sequence[str], part: str) -> list[float]:
+    """The mean of each gauge over the tokens of a part; NaN where there are none."""
+    own: list[float] = said[[at for at, found in enumerate(parts) if found == part]].mean(dim=0).tolist()
+    return own
 
 
 @dataclass(frozen=True)
@@ -223,6 +240,8 @@ class TraitReading(Record):
         mean: Mean over them; NaN for an empty reply.
         highest: Largest of them; NaN for an empty reply.
         prompt_last: Value at the last prompt token, before anything was said; NaN where that is not known.
+        thinking_mean: Mean over the tokens of the thinking before the answer, its marks included; None without any.
+        answer_mean: Mean over those of the answer, where there is thinking; NaN if it never came to one.
     """
 
     turn: int
@@ -232,3 +251,10 @@ class TraitReading(Record):
     mean: float
     highest: float
     prompt_last: float
+    thinking_mean: float | None = None
+    answer_mean: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Record.to_json`; without thinking nothing is said of it."""
+        found = super().to_json()
+        return {name: value for name, value in found.items() if getattr(self, name) is not None}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.style import Style
@@ -22,6 +22,7 @@ from persona_lens.monitoring.markup import LIGHT_INK, STEPS, Scale, Strip, light
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
+_RULE = "──"
 _FURTHER = "·"  # in the place of every token of a character but the first
 _ENOUGH = ("256", "truecolor")  # fewer colours do not tell shades apart
 _DULL = Style(dim=True)
@@ -64,7 +65,17 @@ def _legend(scale: Scale) -> Text:
 
 def _tokens(heatmap: TokenHeatmap, strip: Strip, scale: Scale, coloured: bool) -> Text:
     text = Text()
-    for piece in heatmap.pieces:
+    for name, pieces in heatmap.stretches:
+        if len(heatmap.stretches) > 1:
+            text.append("" if not text or text.plain.endswith("\n") else "\n")
+            text.append(f"{_RULE} {name} {_RULE}\n" if name else "", _DULL)
+        _write(text, pieces, strip, scale, coloured)
+    text.rstrip()
+    return text
+
+
+def _write(text: Text, pieces: Sequence[TokenPiece], strip: Strip, scale: Scale, coloured: bool) -> None:
+    for piece in pieces:
         shown, ending = (piece.shown[:-1], "\n") if piece.shown.endswith("\n") else (piece.shown, "")
         values = strip.values[piece.start : piece.stop]
         if coloured:
@@ -73,8 +84,6 @@ def _tokens(heatmap: TokenHeatmap, strip: Strip, scale: Scale, coloured: bool) -
         else:
             text.append(shown).append(f"[{' '.join(map(scale.write, values))}]", _DULL)
         text.append(ending)
-    text.rstrip()
-    return text
 
 
 def _style(step: int | None, *, control: bool = False) -> Style:
@@ -97,6 +106,8 @@ class TokenHeatmap:
         centre: The value without colour, for all traits or by trait.
         limit: Distance from the centre at which the colour is fullest. Without it, that of the furthest value of a
             trait, all its layers together, except that values far from all others do not count.
+        parts: For each token what stretch it stands in, such as ``thinking`` or ``answer``: each stretch begins on a
+            line of its own, with its name above it. Empty texts have no name; nothing at all sets nothing apart.
 
     Raises:
         MonitoringError: If pieces and values do not belong together.
@@ -107,6 +118,7 @@ class TokenHeatmap:
     title: str = ""
     centre: float | Mapping[str, float] = field(default=0.0)
     limit: float | None = None
+    parts: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -153,6 +165,8 @@ class TokenHeatmap:
                 raise MonitoringError(
                     f"{which} has {len(strip.values)} values for {expected} tokens; give one for each"
                 )
+        if self.parts and len(self.parts) != expected:
+            raise MonitoringError(f"{len(self.parts)} parts for {expected} tokens; give one for each")
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise MonitoringError(f"limit must be above 0, got {self.limit}")
         if isinstance(self.centre, Mapping):
@@ -183,9 +197,15 @@ class TokenHeatmap:
         return tuple(strip for strip in self.strips if strip.trait == trait)
 
     @cached_property
-    def lines(self) -> tuple[Line, ...]:
-        """The pieces as they are laid out."""
-        return tuple(lines_of(self.pieces))
+    def stretches(self) -> tuple[tuple[str, tuple[TokenPiece, ...]], ...]:
+        """The pieces of each stretch, with its name."""
+        named = groupby(self.pieces, key=lambda piece: self.parts[piece.start] if self.parts else "")
+        return tuple((name, tuple(pieces)) for name, pieces in named)
+
+    @cached_property
+    def lines(self) -> tuple[tuple[str, tuple[Line, ...]], ...]:
+        """The pieces of each stretch as they are laid out, with its name."""
+        return tuple((name, tuple(lines_of(pieces))) for name, pieces in self.stretches)
 
     @cached_property
     def has_gaps(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -119,6 +120,7 @@ class Strip:
         return "" if self.layer is None else f"layer {self.layer}"
 
 
+_PART = Markup('<div class="part {kind}"><div class="part-name">{name}</div>{lines}</div>')
 _GROUP = Markup(
     '<span class="group" style="grid-template-columns:repeat({n},minmax(.35em,1fr))">'
     '<span class="whole" dir="auto">{text}</span>{cells}</span>'
@@ -131,8 +133,18 @@ def html(heatmap: Any, *, whole: bool) -> str:
     return template.render(heatmap=heatmap, whole=whole, shades=_shades(), strip_markup=strip_markup)
 
 
-def strip_markup(lines: Sequence[Line], strip: Strip, scale: Scale) -> Markup:
-    """The tokens of one strip.
+def strip_markup(stretches: Sequence[tuple[str, Sequence[Line]]], strip: Strip, scale: Scale) -> Markup:
+    """The tokens of one strip, those of each named stretch under its name."""
+    found = []
+    for name, lines in stretches:
+        shown = _lines(lines, strip, scale)
+        kind = re.sub(r"\W+", "-", name)
+        found.append(_PART.format(kind=kind, name=name, lines=shown) if name else shown)
+    return Markup("").join(found)
+
+
+def _lines(lines: Sequence[Line], strip: Strip, scale: Scale) -> Markup:
+    """The tokens of some lines.
 
     The span of token i carries ``data-token="i"``, its value, and its text. Several tokens of one character are cells
     next to each other, over which the character is drawn. Pieces are wrapped in runs of one direction each, isolated

@@ -18,6 +18,7 @@ from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import context_length, forward_batches
 from persona_lens.core.documents import plain
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.marks import MARKS
 from persona_lens.core.progress import Progress, note, shown_progress
 from persona_lens.core.statistics import bootstrap_mean
 from persona_lens.data.encoding import EncodedTranscript, UnfollowedError, encode_one_by_one, encode_transcript
@@ -32,7 +33,7 @@ from persona_lens.monitoring.markup import Strip
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces, Row
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def prompt_projections(
     vectors: Sequence[PersonaVectors],
     layers: Sequence[int],
     *,
-    reduction: str = DEFAULT_REDUCTION,
+    reduction: str = OWN_REDUCTION,
     allow_other_model: bool = False,
 ) -> Float[Tensor, "prompts traits layers"]:
     """Project the last token of every prompt on every trait, before anything is generated (method, section 5).
@@ -101,7 +102,7 @@ def kept_projections(
     folder: RunFolder | None,
     prefix: str,
     *,
-    reduction: str = DEFAULT_REDUCTION,
+    reduction: str = OWN_REDUCTION,
 ) -> Float[Tensor, "prompts layers"]:
     """`prompt_projections` on one trait in any model, kept in a run folder and read from there by the next call.
 
@@ -147,12 +148,15 @@ class ScoredTranscript:
         panel: What was read.
         values: float32 [tokens, gauges], in residual-stream units.
         turns: One reading for each of the assistant's messages and gauge, in that order.
+        parts: For each token of answers that begin with thinking ``thinking`` or ``answer``, else an empty text; none
+            at all without such answers.
     """
 
     encoded: EncodedTranscript
     panel: Panel
     values: Float[Tensor, "tokens gauges"]
     turns: tuple[TraitReading, ...]
+    parts: tuple[str, ...] = ()
 
     @property
     def transcript(self) -> Transcript:
@@ -171,7 +175,7 @@ class ScoredTranscript:
         order = sorted(enumerate(self.panel.gauges), key=lambda each: (traits.index(each[1].trait), each[1].layer))
         strips = tuple(Strip(tuple(values[:, n].tolist()), gauge.trait, gauge.layer) for n, gauge in order)
         pieces = token_pieces(tokenizer, self.encoded.ids)
-        return TokenHeatmap(pieces, strips, title=f"Conversation {self.transcript.id}")
+        return TokenHeatmap(pieces, strips, title=f"Conversation {self.transcript.id}", parts=self.parts)
 
     def to_json(self, *, tokens: bool = False) -> dict[str, Any]:
         """The readings as JSON values, NaN as null; with ``tokens`` every token's values too."""
@@ -301,7 +305,7 @@ def score_transcripts(
     rest = iter(transcripts)
     while several := list(islice(rest, LOOK_AHEAD)):
         encoded = [_encoded(each, chat, limit) for each in several]
-        yield from _scored(backend, encoded, panel)
+        yield from _scored(backend, encoded, panel, chat)
 
 
 def _encoded(
@@ -327,7 +331,7 @@ def _encoded(
 
 
 def _scored(
-    backend: Backend, encoded: Sequence[EncodedTranscript | BadTranscript], panel: Panel
+    backend: Backend, encoded: Sequence[EncodedTranscript | BadTranscript], panel: Panel, chat: ChatFormat
 ) -> Iterator[ScoredTranscript | BadTranscript]:
     values: dict[int, Tensor] = {}
     texts = [text for each in encoded if isinstance(each, EncodedTranscript) for text in each.texts]
@@ -341,12 +345,29 @@ def _scored(
             yield each
         else:
             own = torch.cat([values[number] for number in islice(numbers, len(each.starts))])
-            yield ScoredTranscript(each, panel, own, tuple(_turns(each, panel, own)))
+            parts = _parts(each, chat)
+            yield ScoredTranscript(each, panel, own, tuple(_turns(each, panel, own, parts)), parts)
 
 
-def _turns(encoded: EncodedTranscript, panel: Panel, values: Tensor) -> Iterator[TraitReading]:
+def _parts(encoded: EncodedTranscript, chat: ChatFormat) -> tuple[str, ...]:
+    """For each token of answers that begin with thinking which of the two it is, and nothing of others."""
+    if not any(mark in each["content"] for each in encoded.transcript.messages for pair in MARKS for mark in pair):
+        return ()
+    found = [""] * len(encoded.ids)
+    for message in encoded.messages:
+        if message.role == "assistant" and message.prompt_stop and message.stop > message.start:
+            begin = max(start for start in encoded.starts if start <= message.start)
+            behind = message.prompt_stop
+            told = chat.stretches(encoded.ids[begin:behind], encoded.ids[behind : message.stop], of_others=True)
+            for at, part in enumerate(told, behind):
+                found[at] = part if at >= message.start else ""
+    return tuple(found) if any(found) else ()
+
+
+def _turns(encoded: EncodedTranscript, panel: Panel, values: Tensor, parts: Sequence[str]) -> Iterator[TraitReading]:
     answers = [message for message in encoded.messages if message.role == "assistant"]
     unknown = torch.full((len(panel.gauges),), torch.nan)
     for turn, answer in enumerate(answers):
         before = values[answer.prompt_stop - 1] if answer.prompt_stop else unknown
-        yield from panel.readings(turn, values[answer.start : answer.stop], before)
+        own = parts[answer.start : answer.stop]
+        yield from panel.readings(turn, values[answer.start : answer.stop], before, own if any(own) else ())

@@ -144,7 +144,7 @@ def study(
         SteeringError: If the vectors carry no trait, or no calibration of the likelihood judge.
         VectorsError: If the vectors belong to another model.
     """
-    subject, settings = Subject.of(backend, vectors, trait, judge, chat), settings or StudySettings()
+    subject, settings = Subject.of(backend, vectors, trait, judge, chat), vectors.settled(settings or StudySettings())
     conditions = plan_conditions(vectors, subject.trait, settings, examples)
     layers = settings.layers_of(vectors)
     panel = Panel(tuple(Gauge(vectors, layer, settings.reduction) for layer in layers))

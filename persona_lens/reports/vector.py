@@ -32,6 +32,8 @@ REDUCTIONS = {
     "response_mean": "response tokens, mean",
     "prompt_mean": "prompt tokens, mean",
     "prompt_last": "last prompt token",
+    "answer_mean": "answer tokens, mean",
+    "thinking_mean": "thinking tokens, mean",
 }
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -300,6 +302,7 @@ def norm_figure(norms: Mapping[str, Sequence[float]], chosen: int, width: int) -
     """Length of the vector at each layer, one line a reduction."""
     figure, axes = svg.panel(width, 330, 360)
     styles = [(svg.VECTOR, "solid"), (svg.THIRD, (0, (6, 2))), (svg.RANDOM, (0, (2, 2)))]
+    styles += [(svg.VECTOR, (0, (6, 2))), (svg.VECTOR, (0, (2, 2)))]
     for (name, label), (colour, dashes) in zip(REDUCTIONS.items(), styles, strict=True):
         if norms.get(name):
             axes.plot(range(len(norms[name])), norms[name], color=colour, linestyle=dashes, label=label)

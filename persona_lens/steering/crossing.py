@@ -23,7 +23,7 @@ from persona_lens.runs.rollouts import Request, RolloutBatches, Rollouts, Rollou
 from persona_lens.steering.comparison import arm_edits, arm_variants, check_asked
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, VectorsError
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, VectorsError
 
 STEERED, TEXT = "effects-", "effects-text-"
 SCORES = "effects-scores.jsonl"
@@ -47,7 +47,7 @@ class CrossSettings:
     samples: int = 1
     random_directions: int = 5
     layer: int | None = None
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     seed: int = 0
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
@@ -93,7 +93,10 @@ def effects(
         SteeringError: If the traits have too few questions, a layer to read is not known, or a trait has no judge.
         VectorsError: If vectors belong to another model, lack the layer or reduction, or carry no calibration.
     """
-    crossing = Crossing(backend, steerings, traits, settings or CrossSettings(), judges, chat)
+    settings = settings or CrossSettings()
+    if traits:
+        settings = next(iter(traits.values())).settled(settings)
+    crossing = Crossing(backend, steerings, traits, settings, judges, chat)
     if not allow_other_model:
         crossing.check_model()
     with run_folder(folder, crossing.config()) as run:

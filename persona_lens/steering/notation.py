@@ -15,7 +15,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, VisitError
 from persona_lens.backend import Operation, Positions, Schedule, Span
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import printable
-from persona_lens.vectors import DEFAULT_REDUCTION
+from persona_lens.vectors import OWN_REDUCTION
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Term:
     amount: float | Percentile | None = None
     relative: bool = False
     increments: bool = False
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     positions: Positions | Span = Positions.ALL
     sinks: bool = False
     schedule: Schedule | None = None
@@ -119,7 +119,7 @@ class Term:
         return replace(self, amount=self.amount * factor)
 
     def __str__(self) -> str:
-        reduction = "" if self.reduction == DEFAULT_REDUCTION else f".{self.reduction}"
+        reduction = "" if self.reduction == OWN_REDUCTION else f".{self.reduction}"
         layers = "" if self.layers is None else f"@{self.layers}"
         action = "" if self.operation is None else f":{self._action()}"
         on = "" if self.positions is Positions.ALL else f" on {self.positions}"

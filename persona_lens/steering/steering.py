@@ -34,7 +34,7 @@ from persona_lens.backend.single_rows import DelegatingBackend
 from persona_lens.core.documents import header_text, save_tensors, write_once
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.steering.notation import Layers, Percentile, Term, parse_terms
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 
 # What is left of a direction, as a share of its norm, when others that are ablated too have been taken out of it: less
 # than this is rounding.
@@ -103,7 +103,7 @@ class Steering:
         layer: int,
         coefficient: float,
         *,
-        reduction: str = DEFAULT_REDUCTION,
+        reduction: str = OWN_REDUCTION,
         positions: Positions = Positions.ALL,
     ) -> Steering:
         """The vector of a layer, added there as often as the coefficient says."""
@@ -308,7 +308,15 @@ class SteeredBackend(DelegatingBackend):
 
 
 def _settled(term: Term, vectors: PersonaVectors) -> Term:
-    """The term with the layer, and the coefficient, that were tuned where none was written."""
+    """The term with the layer, and the coefficient, that were tuned where none was written.
+
+    The vectors' own reduction is not written, so that a steering is written in one way.
+    """
+    found = _with_tuned(term, vectors)
+    return replace(found, reduction=OWN_REDUCTION) if found.reduction == vectors.default_reduction else found
+
+
+def _with_tuned(term: Term, vectors: PersonaVectors) -> Term:
     if term.layers is not None and term.operation is not None:
         return term
     tuned = vectors.tuned_choice()

@@ -45,7 +45,7 @@ from persona_lens.steering.comparison import (
 )
 from persona_lens.steering.steering import SteeringError
 from persona_lens.traits import Trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors, check_layers
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, check_layers
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class SweepSettings:
     samples: int = 1
     random_directions: int = 5
     positions: Positions = Positions.ALL
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     seed: int = 0
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
@@ -158,6 +158,7 @@ def sweep(
         VectorsError: If the vectors belong to another model, or carry no calibration.
     """
     subject = Subject.of(backend, vectors, trait, judge, chat, allow_other_model=allow_other_model)
+    settings = vectors.settled(settings)
     experiment = sweep_experiment(subject, settings, f"{name}-")
     for layer in settings.layers:  # what cannot be run must not claim the folder
         vectors.vector(layer, settings.reduction)

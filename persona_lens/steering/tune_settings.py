@@ -14,7 +14,7 @@ from persona_lens.steering.comparison import COHERENCE_MARGIN, ArmSettings
 from persona_lens.steering.steering import SteeringError
 from persona_lens.steering.surface import shown_layers
 from persona_lens.traits import Arm
-from persona_lens.vectors import DEFAULT_REDUCTION, check_layers
+from persona_lens.vectors import OWN_REDUCTION, check_layers
 
 CARRIED = 2  # places of a layer that its share of a race's budget is enough for
 
@@ -74,7 +74,7 @@ class TuneSettings:
     random_directions: int = 5
     margin: float = COHERENCE_MARGIN
     positions: Positions = Positions.ALL
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     exhaustive: bool = False
     round_questions: int = 2
     budget: int | None = None
@@ -110,7 +110,7 @@ class TuneSettings:
 
 
 def settled(settings: TuneSettings, subject: Subject) -> TuneSettings:
-    """The settings with what depends on the model and the trait: layers, questions to confirm on, and a race's budget.
+    """The settings with what depends on the model, the trait and its vectors.
 
     Raises:
         SteeringError: If the trait has too few questions, or the budget is enough for no layer.
@@ -134,6 +134,7 @@ def settled(settings: TuneSettings, subject: Subject) -> TuneSettings:
             f"a budget of {budget} carries no layer through, which takes {settings.carrying} responses; give at least "
             "so many (--budget), or search on fewer questions (--search-questions)"
         )
+    settings = subject.vectors.settled(settings)
     return replace(settings, layers=layers, confirm_questions=confirm, budget=budget)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION, Tuned, VectorsError
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, OWN_REDUCTION, Tuned, VectorsError
 from persona_lens.vectors.vectors import (
     FORMAT_VERSION,
     LAYERS,
@@ -20,6 +20,7 @@ __all__ = [
     "FORMAT_VERSION",
     "LAYERS",
     "METADATA",
+    "OWN_REDUCTION",
     "PROMPT_MEAN",
     "PersonaVectors",
     "Tuned",

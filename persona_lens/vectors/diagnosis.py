@@ -21,7 +21,7 @@ from persona_lens.backend.blocks import ModuleError, UnsupportedModelError
 from persona_lens.backend.readout import FrozenNorm, ReadoutError, answering_readout
 from persona_lens.core.statistics import separation
 from persona_lens.vectors.diagnostics import Array, Diagnostics, LayerDiagnostics, rounded
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.provenance import OWN_REDUCTION
 from persona_lens.vectors.samples import Responses, Samples, read_samples
 from persona_lens.vectors.separation import FOLDS
 from persona_lens.vectors.split_half import agreement_of_halves
@@ -39,7 +39,7 @@ SEPARATION = {
 }
 
 
-def diagnose(folder: Path | str, backend: Backend | None = None, reduction: str = DEFAULT_REDUCTION) -> Diagnostics:
+def diagnose(folder: Path | str, backend: Backend | None = None, reduction: str = OWN_REDUCTION) -> Diagnostics:
     """What can be said of an extraction's vectors before anything is generated under them.
 
     Args:
@@ -55,6 +55,7 @@ def diagnose(folder: Path | str, backend: Backend | None = None, reduction: str 
         VectorsError: If there is no such reduction, or the vectors belong to another model.
     """
     vectors = load_vectors(folder)
+    reduction = reduction or vectors.default_reduction
     vectors.rows(reduction)
     stored = vectors.diagnostics
     if backend is None and stored is not None and stored.reduction == reduction:
@@ -79,7 +80,7 @@ class KeptSamples(Protocol):
         """What is known of each."""
         ...
 
-    def layer(self, layer: int, reduction: str = DEFAULT_REDUCTION) -> Samples:
+    def layer(self, layer: int, reduction: str = OWN_REDUCTION) -> Samples:
         """Their activations at a layer."""
         ...
 
@@ -87,7 +88,7 @@ class KeptSamples(Protocol):
 def diagnostics_of(
     vectors: PersonaVectors,
     kept: KeptSamples,
-    reduction: str = DEFAULT_REDUCTION,
+    reduction: str = OWN_REDUCTION,
     *,
     residual_norms: Sequence[float] | Array | None = None,
     unembedding: Unembedding | None = None,
@@ -102,12 +103,14 @@ def diagnostics_of(
         unembedding: The model's; None where it is out of reach.
     """
     layers, twins = range(vectors.model.n_layers), kept.responses.twins()
-    separations = _separations(vectors) if reduction == DEFAULT_REDUCTION else {}
+    reduction = reduction or vectors.default_reduction
+    separations = _separations(vectors) if reduction == vectors.default_reduction else {}
     found: list[dict[str, float | None]] = []
     contrasts: list[Tensor] = []
     for layer in layers:
         samples = kept.layer(layer, reduction)
-        found.append({**measured(samples, twins), **separations.get(layer, {})})
+        pairs = twins if len(samples) == len(kept.responses) else samples.twins()
+        found.append({**measured(samples, pairs), **separations.get(layer, {})})
         if unembedding is not None:
             contrasts.append(unembedding.contrasts(samples))
     if residual_norms is not None:

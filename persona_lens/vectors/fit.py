@@ -21,7 +21,7 @@ from persona_lens.vectors.diagnosis import SEPARATION
 from persona_lens.vectors.diagnostics import LayerDiagnostics, rounded
 from persona_lens.vectors.erasure import PACKAGE, eraser
 from persona_lens.vectors.methods import DIFFERENCE, METHODS, FitError, Method
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION, FOUND_OF_IT, inherited
+from persona_lens.vectors.provenance import FOUND_OF_IT, inherited
 from persona_lens.vectors.samples import Array, RunSamples, Samples, read_samples
 from persona_lens.vectors.separation import FOLDS, null_units, separation_row
 from persona_lens.vectors.vectors import PROMPT_MEAN, PersonaVectors, load_vectors
@@ -107,10 +107,10 @@ class _Fit:
                         f"what is to be {doing} is of {own.trait!r} itself, which would leave nothing of it; give "
                         "other traits"
                     )
-        if DEFAULT_REDUCTION not in self.reductions:
+        if own.default_reduction not in self.reductions:
             raise FitError(
-                f"not all of what is to be kept out has {DEFAULT_REDUCTION} vectors, which are made first of all; give "
-                "others"
+                f"not all of what is to be kept out has {own.default_reduction} vectors, which are made first of all; "
+                "give others"
             )
 
     @property
@@ -142,7 +142,7 @@ class _Fit:
             for name in self.reductions if layer not in origin.get("missing_layers", ()) else ():
                 samples, make = self.run.layer(layer, name), self._at(layer, name)
                 rows[name][layer] = make(samples)
-                if name == DEFAULT_REDUCTION:
+                if name == own.default_reduction:
                     separation.append(_held_out(layer, samples, make, nulls[:, layer].double().numpy()))
         progress(own.model.n_layers, own.model.n_layers, label)
         kept = {name: value for name, value in own.provenance.items() if name not in FOUND_OF_IT}
@@ -193,7 +193,7 @@ class _Fit:
 def _with_diagnostics(found: PersonaVectors, own: PersonaVectors) -> PersonaVectors:
     """With what the run's vectors say of the responses, whatever the direction, and what is known of this one."""
     stored = own.diagnostics
-    if stored is None or stored.reduction != DEFAULT_REDUCTION or found.missing_layers:
+    if stored is None or stored.reduction != own.default_reduction or found.missing_layers:
         return found
     separated = {row["layer"]: row for row in found.provenance["separation"]}
     longer = (found.norms().double() / own.norms().double()).tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, OWN_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors
 
 CHANCE = 2.0
@@ -47,7 +47,7 @@ class Cosines(Record):
     cosines: Float[Tensor, "layers traits traits"]
 
 
-def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = DEFAULT_REDUCTION) -> Cosines:
+def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = OWN_REDUCTION) -> Cosines:
     """How alike the directions of traits are.
 
     Args:
@@ -58,10 +58,17 @@ def cosines(vectors: Mapping[str, PersonaVectors], reduction: str = DEFAULT_REDU
         GeometryError: If there are no vectors, or they are of different models.
         VectorsError: If there is no such reduction.
     """
+    reduction = _shared(reduction, *vectors.values())
     units = _units(_stacked(vectors, reduction))
     d_model = units.shape[-1]
     values = torch.einsum("lad,lbd->lab", units, units).clamp(-1, 1).float()
     return Cosines(tuple(vectors), reduction, d_model, chance(d_model), values)
+
+
+def _shared(reduction: str, *vectors: PersonaVectors) -> str:
+    """The reduction that is asked for, or the own one of all; where these differ, that of whole responses."""
+    own = {each.default_reduction for each in vectors}
+    return reduction or (own.pop() if len(own) == 1 else DEFAULT_REDUCTION)
 
 
 def _units(rows: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
@@ -95,7 +102,7 @@ def _stacked(vectors: Mapping[str, PersonaVectors], reduction: str) -> Float[Ten
     return found
 
 
-def layer_cosines(vectors: PersonaVectors, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, "layers layers"]:
+def layer_cosines(vectors: PersonaVectors, reduction: str = OWN_REDUCTION) -> Float[Tensor, "layers layers"]:
     """How alike one trait's directions at different layers are: float32, NaN where there is no vector.
 
     Layers share the residual stream, so that neighbours are alike: a block only adds to what it gets.
@@ -141,7 +148,7 @@ class Components(Record):
 def principal_components(
     vectors: Mapping[str, PersonaVectors],
     layer: int,
-    reduction: str = DEFAULT_REDUCTION,
+    reduction: str = OWN_REDUCTION,
     *,
     normalised: bool = True,
     centred: bool = True,
@@ -164,6 +171,7 @@ def principal_components(
     """
     if len(vectors) < 3:
         raise GeometryError(f"{len(vectors)} vectors have no components worth the name; give at least three")
+    reduction = _shared(reduction, *vectors.values())
     _stacked(vectors, reduction)  # of one model, or refused
     given = torch.stack([each.vector(layer, reduction) for each in vectors.values()])
     return components_of(tuple(vectors), layer, reduction, given, normalised=normalised, centred=centred, seed=seed)
@@ -243,7 +251,7 @@ class Likeness(Record):
 
 
 def likeness(
-    one: PersonaVectors, other: PersonaVectors, reduction: str = DEFAULT_REDUCTION, *, allow_other_model: bool = False
+    one: PersonaVectors, other: PersonaVectors, reduction: str = OWN_REDUCTION, *, allow_other_model: bool = False
 ) -> Likeness:
     """How far two vectors agree, layer by layer.
 
@@ -270,6 +278,7 @@ def likeness(
             f"the vectors belong to different models ({'; '.join(different)}); if one is a finetuned copy of the "
             "other, allow it with allow_other_model (--allow-other-model)"
         )
+    reduction = _shared(reduction, one, other)
     a, b = one.rows(reduction).double(), other.rows(reduction).double()
     cosines = torch.einsum("ld,ld->l", _units(a), _units(b)).clamp(-1, 1).float()
     lengths = (b.norm(dim=-1) / a.norm(dim=-1)).float()

@@ -23,6 +23,9 @@ from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors.diagnostics import Diagnostics
 
 DEFAULT_REDUCTION = "response_mean"
+ANSWER_MEAN, THINKING_MEAN = "answer_mean", "thinking_mean"  # of a model that thinks before it answers
+OWN_REDUCTION = ""
+"""Asks for the vectors' own, see `PersonaVectors.default_reduction`."""
 FORECASTS = "shift_forecasts"
 FOUND_OF_IT = ("diagnostics", "tuned", "monitor", "baseline", "levels", FORECASTS)
 """What is found of vectors once they are made, and does not hold of others."""
@@ -200,6 +203,11 @@ class Provenanced:
     trait: str
     provenance: Mapping[str, Any]
 
+    @property
+    def default_reduction(self) -> str:
+        """Which of the vectors is meant where none is named."""
+        return DEFAULT_REDUCTION
+
     def stored(self, name: str) -> Mapping[str, Any]:
         """What the provenance holds under a name, if that is a mapping; else nothing."""
         found = self.provenance.get(name)
@@ -314,7 +322,7 @@ class Provenanced:
         found = self.provenance.get("levels")
         return self._read("the percentiles", StoredLevels.from_json, found) if found else None
 
-    def level(self, layer: int, percentile: float | int, reduction: str = DEFAULT_REDUCTION) -> float:
+    def level(self, layer: int, percentile: float | int, reduction: str = OWN_REDUCTION) -> float:
         """What so many percent of the model's responses stay below along the vectors, in residual-stream units.
 
         Of the responses that an axis was made of; of other vectors the neutral replies of their baseline.
@@ -327,6 +335,7 @@ class Provenanced:
         Raises:
             VectorsError: If they carry neither, or not at that layer.
         """
+        reduction = reduction or self.default_reduction
         if (levels := self.levels) is not None and (levels.reduction, layer in levels.layers) == (reduction, True):
             return float(np.interp(percentile, range(101), levels.layers[layer]))
         baseline = self.baseline

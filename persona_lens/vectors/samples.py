@@ -20,7 +20,7 @@ from persona_lens.runs import RunError
 from persona_lens.runs.chunks import ROW, open_shard, shard_layer
 from persona_lens.runs.rollouts import ACTIVATIONS, ROLLOUTS
 from persona_lens.traits import Arm
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.provenance import OWN_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors, load_vectors
 
 SCORES = "scores.jsonl"
@@ -57,9 +57,14 @@ class Responses:
         return replace(self, **{each.name: getattr(self, each.name)[which] for each in fields(self)})
 
     def at(self, activations: Array) -> Samples:
-        """They at a layer, where their activations are these: float64 [n, d_model]."""
+        """They at a layer, where their activations are these: float64 [n, d_model].
+
+        Those without any are left out: a response without thinking has no mean of it, but NaN.
+        """
         known = {each.name: getattr(self, each.name) for each in fields(Responses)}
-        return Samples(**known, activations=activations)
+        found = Samples(**known, activations=activations)
+        there = ~np.isnan(activations).any(axis=1).reshape(-1)
+        return found if there.all() else found.chosen(there)
 
     def twins(self) -> tuple[Numbers, Numbers]:
         """Places of the positive and of the negative response of each pair that differs in nothing but the arm."""
@@ -110,7 +115,7 @@ class RunSamples:
         """Those that there are."""
         return tuple(self.vectors.directions)
 
-    def layer(self, layer: int, reduction: str = DEFAULT_REDUCTION) -> Samples:
+    def layer(self, layer: int, reduction: str = OWN_REDUCTION) -> Samples:
         """The kept responses at a layer.
 
         Args:
@@ -121,6 +126,7 @@ class RunSamples:
             RunError: If they do not give the run's own vector, so that something was changed after the run.
             VectorsError: If there is no such layer or reduction.
         """
+        reduction = reduction or self.vectors.default_reduction
         own = self.vectors.rows(reduction).numpy()
         self.vectors.check_layer(layer)
         rows = np.empty((len(self.responses), own.shape[1]))

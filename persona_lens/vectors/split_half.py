@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from persona_lens.core.documents import Record
 from persona_lens.core.statistics import CORRELATION, Estimate, jackknife_interval
 from persona_lens.vectors.geometry import GeometryError
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.provenance import OWN_REDUCTION
 from persona_lens.vectors.samples import Array, Samples, read_samples
 
 SPLITS = 200
@@ -62,7 +62,7 @@ class Reliability(Record):
 
 
 def split_half_reliability(
-    folder: Path | str, reduction: str = DEFAULT_REDUCTION, *, splits: int = SPLITS, seed: int = 0
+    folder: Path | str, reduction: str = OWN_REDUCTION, *, splits: int = SPLITS, seed: int = 0
 ) -> Reliability:
     """Split-half reliability of the vectors in an extraction's run folder, from its activations and scores.
 
@@ -80,6 +80,7 @@ def split_half_reliability(
     if splits < 1:
         raise GeometryError(f"splits must be at least 1, got {splits}")
     run = read_samples(folder)
+    reduction = reduction or run.vectors.default_reduction
     run.vectors.rows(reduction)
     questions = len(np.unique(run.responses.question))
     if questions < LEAST:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,9 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.progress import note
 from persona_lens.core.text import in_short
 from persona_lens.vectors.provenance import (
+    ANSWER_MEAN,
     DEFAULT_REDUCTION,
+    OWN_REDUCTION,
     Provenanced,
     Tuned,
     VectorsError,
@@ -32,6 +34,7 @@ FORMAT_VERSION = 1
 METADATA = "persona_lens"
 LAYERS = "residual stream after block l, 0-based; the last layer before the final norm"
 PROMPT_MEAN = "prompt_mean"
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,8 +44,9 @@ class PersonaVectors(Provenanced):
     Attributes:
         trait: Name of the trait.
         model: The model they belong to.
-        directions: By reduction (``response_mean``, ``prompt_mean``, ``prompt_last``): float32 [n_layers, d_model], not
-            normalised. Row l belongs to the residual stream after block l.
+        directions: By reduction (``response_mean``, ``prompt_mean``, ``prompt_last``; of a model that thinks before it
+            answers ``answer_mean`` and ``thinking_mean`` too): float32 [n_layers, d_model], not normalised. Row l
+            belongs to the residual stream after block l.
         provenance: Everything needed to make them again, as JSON values.
 
     Raises:
@@ -83,15 +87,26 @@ class PersonaVectors(Provenanced):
         return f"<p>{escape(repr(self))}</p><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
     def __getitem__(self, layer: int) -> Float[Tensor, " d_model"]:
-        """The response-mean vector of a layer, which steers best; the others are in `directions`."""
+        """The `default_reduction`'s vector of a layer, which steers best; the others are in `directions`."""
         return self.vector(layer)
 
-    def vector(self, layer: int, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, " d_model"]:
+    @property
+    def default_reduction(self) -> str:
+        """Which of the vectors is meant where none is named: of a model that thinks, that of its answers."""
+        return ANSWER_MEAN if ANSWER_MEAN in self.directions else DEFAULT_REDUCTION
+
+    def settled(self, settings: Settings) -> Settings:
+        """Settings that name a ``reduction``: the vectors' own where they name none."""
+        own: Any = settings
+        return settings if own.reduction else replace(own, reduction=self.default_reduction)
+
+    def vector(self, layer: int, reduction: str = OWN_REDUCTION) -> Float[Tensor, " d_model"]:
         """One layer's vector, not normalised: float32 [d_model].
 
         Raises:
             VectorsError: If there is no such layer or reduction, or the vector is zero there.
         """
+        reduction = reduction or self.default_reduction
         rows = self.rows(reduction)
         self.check_layer(layer)
         if layer in self.missing_layers:
@@ -116,12 +131,13 @@ class PersonaVectors(Provenanced):
         if not 0 <= layer < self.model.n_layers:
             raise VectorsError(f"layer {layer} does not exist: the model has layers 0 to {self.model.n_layers - 1}")
 
-    def rows(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, "layers d_model"]:
+    def rows(self, reduction: str = OWN_REDUCTION) -> Float[Tensor, "layers d_model"]:
         """The vectors of every layer: float32 [n_layers, d_model], zero at `missing_layers`.
 
         Raises:
             VectorsError: If there is no such reduction.
         """
+        reduction = reduction or self.default_reduction
         if reduction not in self.directions:
             raise VectorsError(f"no reduction {reduction!r}; there are {', '.join(self.directions)}")
         found: Tensor = self.directions[reduction]
@@ -140,7 +156,7 @@ class PersonaVectors(Provenanced):
                 f"{which[1].trait!r} leaves them out; extract both in one way (`persona-lens extract`, --with-sinks)"
             )
 
-    def norms(self, reduction: str = DEFAULT_REDUCTION) -> Float[Tensor, " layers"]:
+    def norms(self, reduction: str = OWN_REDUCTION) -> Float[Tensor, " layers"]:
         """Length of the vector at each layer, in residual-stream units."""
         lengths: Tensor = self.rows(reduction).norm(dim=-1)
         return lengths
@@ -167,7 +183,7 @@ class PersonaVectors(Provenanced):
         target: float | None = None,
         relative: bool = False,
         positions: Positions | Span | str = Positions.ALL,
-        reduction: str = DEFAULT_REDUCTION,
+        reduction: str = OWN_REDUCTION,
         sinks: bool = False,
     ) -> Edit:
         """An edit that steers along this trait at one layer.

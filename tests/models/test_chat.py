@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from persona_lens.models import ChatFormat, ModelError, answer_text, end_of_turn_ids
+from tests.families import FAMILIES
 
 CHATML = (
     "{% for m in messages %}"
@@ -225,8 +226,9 @@ def test_answer_leaves_out_thinking_and_control_tokens() -> None:
     plain = make_format(CHATML)
     assert plain.answer(ids(" Hello, and <b>welcome</b> <|im_end|>")) == " Hello, and <b>welcome</b> "
     assert plain.decode(ids("a , b . c !<|im_end|>")) == "a , b . c !"
-    channels = "<|channel|>analysis<|message|>Hm.<|end|><s>assistant<|channel|>final<|message|>Yes.<|return|>"
-    assert plain.answer(ids(channels)) == "Yes."
+    harmony = ChatFormat.from_tokenizer(FAMILIES["gpt_oss"].tokenizer())
+    channels = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+    assert harmony.answer(harmony.tokenizer(channels, add_special_tokens=False)["input_ids"]) == "Yes."
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,6 @@ def test_answer_text_when_the_prompt_opened_the_block() -> None:
         ("<reasoning>", "</reasoning>"),
         ("<ponder>", "</ponder>"),  # no list has these
         ("<|ponder_start|>", "<|ponder_end|>"),
-        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     ],
 )
 def test_the_marks_that_a_template_opens_are_found_by_rendering_a_prompt(opens: str, closes: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a model reasons before it answers, it is said that what is read takes the reasoning in and a judge does not."""
+"""Where a model reasons before it answers, it is said what is of its answer and what is of both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 OPENS = PLAIN.replace("assistant\n'", "assistant\n<think>\n'")
-SAID = "takes in its reasoning, while a judge sees the answer alone"
+SAID = "judges see the answer alone, and vectors are made of it"
 
 
 def test_vectors_of_a_model_that_reasons_say_that_the_reasoning_is_in_them(tmp_path: Path) -> None:

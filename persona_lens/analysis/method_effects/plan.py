@@ -22,7 +22,7 @@ from persona_lens.steering.comparison import UNSTEERED, Arms, arm_edits, arm_var
 from persona_lens.steering.surface import norms_experiment, shown_layers, significant
 from persona_lens.steering.tune_settings import Towards
 from persona_lens.traits import Trait
-from persona_lens.vectors import DEFAULT_REDUCTION, PersonaVectors
+from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 
 KIND = "methods"
 PROMPTED, RANDOM = "prompted", "random"
@@ -50,7 +50,7 @@ class MethodSettings:
     towards: Towards = Towards.MORE
     known_questions: int = 40
     positions: Positions = Positions.ALL
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     asked: ArmSettings = field(default_factory=ArmSettings)
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class Plan:
         layer, tuned_for = _layer(methods, settings.layer, backend.info.n_layers)
         for each in methods.values():
             each.vector(layer, settings.reduction)  # one that is not there is refused before anything runs
-        return Plan(subject, methods, replace(settings, layer=layer), tuned_for)
+        return Plan(subject, methods, replace(scored.settled(settings), layer=layer), tuned_for)
 
     @property
     def layer(self) -> int:

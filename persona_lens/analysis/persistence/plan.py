@@ -82,7 +82,7 @@ class Plan:
         """The plan; arguments as for `persona_lens.analysis.persistence.persist`."""
         if not vectors:
             raise AnalysisError("name at least one trait's vectors to steer along")
-        chat = chat or chat_format(backend)
+        chat, settings = chat or chat_format(backend), next(iter(vectors.values())).settled(settings)
         subjects = {
             name: Subject.of(backend, each, None, judges[name] if judges else None, chat, planned=planned)
             for name, each in vectors.items()

@@ -8,7 +8,7 @@ from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.known_questions import check_count
 from persona_lens.analysis.persistence.ways import Way
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.vectors import DEFAULT_REDUCTION
+from persona_lens.vectors import OWN_REDUCTION
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PersistSettings:
     known_turns: tuple[int, ...] | None = None
     last: int = 3
     random_directions: int = 5
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
     seed: int = 0
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 

@@ -144,7 +144,7 @@ def export_vectors(
     if to not in FORMS.everything():
         there = ", ".join(f"{form.name} ({form.summary})" for form in FORMS.usable().values())
         raise FormatError(f"there is no format {to!r}; there are {there}")
-    form, chosen = FORMS.find(to), chosen or Chosen()
+    form, chosen = FORMS.find(to), vectors.settled(chosen or Chosen())
     if form.whole and chosen.layers is not None:
         raise FormatError(f"files of the format {form.name} hold every layer; leave --layers out")
     made = form.write(vectors, chosen)

@@ -14,10 +14,10 @@ from torch import Tensor
 from persona_lens.backend import ModelInfo
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import sha256_of
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.provenance import ANSWER_MEAN, DEFAULT_REDUCTION, OWN_REDUCTION, THINKING_MEAN
 from persona_lens.vectors.vectors import PersonaVectors, read_header
 
-REDUCTIONS = ("response_mean", "prompt_mean", "prompt_last")
+REDUCTIONS = (DEFAULT_REDUCTION, "prompt_mean", "prompt_last", ANSWER_MEAN, THINKING_MEAN)
 NOT_KNOWN = ("how the vectors were made", "the judge and its scores", "the responses", "the version of the model")
 HEADER = "persona_lens"
 REDUCTION = "persona_lens.reduction"
@@ -35,7 +35,7 @@ class Stated:
     Attributes:
         model: The model that the vectors belong to.
         trait: Their name.
-        reduction: ``response_mean``, ``prompt_mean`` or ``prompt_last``.
+        reduction: ``response_mean``, ``prompt_mean``, ``prompt_last``, ``answer_mean`` or ``thinking_mean``.
         keep_last_row: Of the reference implementation's files, take the last row too.
     """
 
@@ -55,7 +55,7 @@ class Chosen:
     """
 
     layers: tuple[int, ...] | None = None
-    reduction: str = DEFAULT_REDUCTION
+    reduction: str = OWN_REDUCTION
 
     def of(self, vectors: PersonaVectors) -> dict[int, Tensor]:
         """The chosen rows by layer, float32 [d_model] each.

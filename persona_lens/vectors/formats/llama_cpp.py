@@ -37,7 +37,7 @@ from persona_lens.vectors.formats.form import (
     file_name,
     reduction_of,
 )
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, OWN_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors
 
 MAX_FILE = 2**28
@@ -178,7 +178,7 @@ FORM = Form("gguf", "llama.cpp and repeng", ".gguf", "gguf", lambda *_: True, _r
 
 
 def to_control_vector(
-    vectors: PersonaVectors, layers: tuple[int, ...] | None = None, reduction: str = DEFAULT_REDUCTION
+    vectors: PersonaVectors, layers: tuple[int, ...] | None = None, reduction: str = OWN_REDUCTION
 ) -> Any:
     """A ``ControlVector`` with these vectors.
 

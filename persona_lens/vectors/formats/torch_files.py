@@ -38,7 +38,7 @@ from persona_lens.vectors.formats.form import (
     file_name,
     reduction_of,
 )
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, OWN_REDUCTION
 from persona_lens.vectors.vectors import PersonaVectors
 
 MAX_ROWS = 2**20  # the widest residual stream has a fiftieth
@@ -274,7 +274,7 @@ INSTALL = "pip install --no-deps steering-vectors"
 
 
 def to_steering_vector(
-    vectors: PersonaVectors, layers: tuple[int, ...] | None = None, reduction: str = DEFAULT_REDUCTION
+    vectors: PersonaVectors, layers: tuple[int, ...] | None = None, reduction: str = OWN_REDUCTION
 ) -> Any:
     """A ``SteeringVector`` with these vectors, which steers at all of its layers at once; see `to_control_vector`."""
     try:

@@ -190,7 +190,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         exported("gguf", tmp_path, chosen=Chosen((9,)))
     with pytest.raises(VectorsError, match="no reduction 'mean'"):
         exported("npy", tmp_path, chosen=Chosen(reduction="mean"))
-    with pytest.raises(FormatError, match="response_mean, prompt_mean, prompt_last; got 'mean'"):
+    with pytest.raises(FormatError, match="answer_mean, thinking_mean; got 'mean'"):
         import_vectors(exported("npy", tmp_path), Stated(INFO, "t", "mean"))
     odd = PersonaVectors("../../etc/x y", INFO, vectors().directions)
     assert FORMATS["npy"].write(odd, Chosen()).files.keys() == {"etc_x_y.npy"}

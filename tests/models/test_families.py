@@ -1,0 +1,105 @@
+"""Thinking and answer of families of models, told apart by token ids, on their own templates and control tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from persona_lens.backend.parts import Parts
+from persona_lens.models import ChatFormat
+from tests.families import CUT, FAMILIES, Family, Piece, encoded
+
+HI: Piece = ("answer", "\n\nHello there.")
+
+
+def responses(family: Family) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    """What a model of the family may say, by name."""
+    opening, closing = family.marks
+    thought = family.begun("They greet me.\nI greet them.")
+    yield "ordinary", (*thought, family.mark(1), HI)
+    yield "never ends", thought
+    yield "cut within the closing mark", (*thought, ("thinking", "</"))
+    yield (
+        "several blocks",
+        ((*thought, family.mark(1), ("answer", "One.\n\n"), *family.block("More?\n"), ("answer", "\nTwo."))),
+    )
+    yield "no thought in the block", (*family.begun(""), family.mark(1), HI)
+    if family.marks[0].startswith("<|channel|>"):
+        yield "no thinking", (("mark", "<|channel|>final<|message|>"), HI)
+        aside: Piece = ("mark", "<|end|><|start|>assistant<|channel|>commentary<|message|>")
+        yield "another channel", (*thought, aside, ("thinking", "I call it."), family.mark(1), HI)
+        return
+    yield "no block", (HI,) if not family.opened else (family.mark(1), HI)
+    quoting: Piece = ("answer", f"Write {opening} and {closing} here, then {closing}.")
+    yield "quotes the marks", (*thought, family.mark(1), quoting)
+    within = family.begun(f"I write {opening} or\n{opening}.")
+    yield "the thinking quotes the opening mark", (*within, family.mark(1), HI)
+    if not family.written:
+        spelled = [mark[:3] + CUT + mark[3:] for mark in family.marks]
+        inner: Piece = ("thinking", f"\n{spelled[0]}a{spelled[1]} is spelled.")
+        yield "spells the marks", (*thought, inner, family.mark(1), ("answer", f"\n{spelled[0]}Hm.{spelled[1]}\nSo."))
+
+
+TOLD = {name: family for name, family in FAMILIES.items() if family.told}
+CASES = [(name, case) for name, family in TOLD.items() for case, _ in responses(family)]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_parts_of_a_response_are_exact(name: str, case: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    chat = ChatFormat.from_tokenizer(tokenizer, thinking=True)
+    ids, kinds = encoded(family, tokenizer, dict(responses(family))[case])
+    opening, closing = family.marks
+    asked = ["What is the sea?", f"What does {opening} mean?", f"{opening}\nI wonder.", f"It is {closing}"]
+    for question in asked[: 1 if opening.startswith("<|channel|>") else None]:
+        for system in (None, "Be kind."):
+            found = Parts.of(tokenizer).of_response(chat.encode(system, question), ids)
+            assert ["mark" if part.name == "NEITHER" else part.name.lower() for part in found] == kinds, question
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.state[0] == "off"])
+def test_all_is_answer_where_the_template_switches_thinking_off(name: str) -> None:
+    tokenizer = FAMILIES[name].tokenizer()
+    chat = ChatFormat.from_tokenizer(tokenizer)
+    ids = tokenizer.encode("\n\nHello there.", add_special_tokens=False)
+    found = Parts.of(tokenizer).of_response(chat.encode("Be kind.", "Why?", [("One?", "Two.")]), ids)
+    assert {part.name for part in found} == {"ANSWER"}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_thinking_in_earlier_turns_is_of_no_consequence(name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    chat = ChatFormat.from_tokenizer(tokenizer, thinking=True)
+    earlier = "".join(text for _, text in (family.mark(0), ("thinking", "Hm."), family.mark(1), HI))
+    if family.marks[0].startswith("<|channel|>"):
+        earlier = "Hello."
+    prompt = chat.encode(None, "And?", [("Hello!", earlier)])
+    ids, kinds = encoded(family, tokenizer, (*family.begun("So."), family.mark(1), HI))
+    found = Parts.of(tokenizer).of_response(prompt, ids)
+    assert ["mark" if part.name == "NEITHER" else part.name.lower() for part in found] == kinds
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_template_does_about_thinking_is_found(name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    found = [ChatFormat.from_tokenizer(tokenizer, thinking=asked) for asked in (False, True)]
+    assert tuple(each.thinking for each in found) == family.state
+    assert (found[1].opened_reasoning is not None) == family.opened
+    assert all(each.may_reason == family.told for each in found if each.thinking != "off")
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_the_answer_is_what_its_ids_say(name: str, case: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    chat = ChatFormat.from_tokenizer(tokenizer, thinking=True)
+    pieces = dict(responses(family))[case]
+    ids, _ = encoded(family, tokenizer, pieces)
+    closed = family.mark(1) in pieces or not (family.opened or family.mark(0) in pieces)
+    last = [text for kind, text in pieces if kind == "answer"] if closed else []
+    wanted = "".join(last).replace(CUT, "").strip()
+    assert chat.answer(ids).strip() == wanted or case == "several blocks"
