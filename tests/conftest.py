@@ -16,7 +16,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Their source is sent to servers, which have neither jaxtyping nor beartype: they must stay as they are written.
-TRAVELLING = {"intervention", "sampling", "writing"}
+TRAVELLING = {"intervention", "part_masks", "sampling", "writing"}
 BACKEND = Path(__file__).resolve().parents[1] / "persona_lens" / "backend"
 BACKENDS = Path(__file__).resolve().parent / "backends"
 ONLY = os.environ.get("PERSONA_LENS_TEST_ADAPTER")  # see `tests.backends.fixtures`

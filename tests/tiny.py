@@ -106,12 +106,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
+def thinking_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with the marks of reasoning as tokens."""
+    made = tiny_tokenizer()
+    made.add_tokens(["<think>", "</think>"])
+    return made
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, *, thinks: bool = False) -> PreTrainedModel:
     """A random float32 model of three layers and d_model 32, sharp enough that greedy tokens are not ties.
 
-    What stands after a slash in the name says how it differs from others of that architecture.
+    What stands after a slash in the name says how it differs from others of that architecture. One that ``thinks`` is
+    for `thinking_tokenizer`, and says the marks of reasoning often.
     """
-    vocab = len(tiny_tokenizer())
+    vocab = len(thinking_tokenizer() if thinks else tiny_tokenizer())
     common: dict[str, Any] = {
         "vocab_size": vocab,
         "max_position_embeddings": 512,
@@ -157,5 +165,8 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)  # the usual initialisation is so small that all logits are nearly equal
+        if thinks:
+            rows: torch.Tensor = model.get_output_embeddings().weight
+            rows[-2:] *= torch.tensor([[1.5], [2.5]])
     torch.nn.Module.to(model, device)
     return model

@@ -24,6 +24,7 @@ from persona_lens.backend.hooked import (
     stopping_criteria,
 )
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.parts import parts_for
 from persona_lens.backend.sampling import RowSampler, response_logprobs
 from persona_lens.backend.streaming import Watcher
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
@@ -163,7 +164,7 @@ class NNsightBackend(HookedBackend):
         request: Request | None,
     ) -> dict[str, Any]:
         """As `_capture_generation`, for a pass over existing text."""
-        tokens = pad_left(batch, self.pad_id, self.device or "cpu")
+        tokens = pad_left(batch, self.pad_id, self.device or "cpu", parts_for(self.tokenizer, edits, reads))
         until = None if logprobs else deepest_layer(reads, self.info.n_layers)
         intervention = self.intervention(tokens, edits, reads, until=until)
         model, blocks, layers, embedding = self._model, self._envoys, intervention.to_reach, self._embedding

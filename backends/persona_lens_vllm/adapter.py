@@ -26,6 +26,7 @@ from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import recorded_base
 from persona_lens.backend.edits import edits_of_rows
 from persona_lens.backend.packed_run import PackedBackend, edits_of_text
+from persona_lens.backend.parts import parts_for
 from persona_lens.backend.reads import need_last_token, need_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streaming import Listener
@@ -152,6 +153,7 @@ class VllmBackend(PackedBackend):
     def _run(self, tokens: TokenBatch, edits: Sequence[Edit], reads: Sequence[Read], **more: Any) -> Run:
         limits = self.sink_limits if depend_on_sinks(edits, reads) else None
         known: dict[str, Any] = {"n_layers": self.info.n_layers, "end_ids": self.end_ids, "sink_limits": limits}
+        known["parts"] = parts_for(self.tokenizer, edits, reads)
         return Run(self.engine, tokens, edits, reads, **known, **more)
 
     def _forward(
@@ -232,7 +234,7 @@ class VllmBackend(PackedBackend):
         self, tokens: TokenBatch, made: Generation, edits: Sequence[Edit], reads: Sequence[Read], watch: Watch
     ) -> Generation:
         """A generation told of once it is over."""
-        listener, text = Listener(watch, len(tokens)), TokenBatch.of(tokens.prompts, made.responses)
+        listener, text = Listener(watch, tokens.prompts), TokenBatch.of(tokens.prompts, made.responses)
         found = self.forward(text, edits_of_text(edits, text), [watch.read]).reads[watch.read.kind]
         replay(listener, text, found)
         responses, ended = listener.cut(made.responses, made.ended)

@@ -88,7 +88,7 @@ class Run(PackedRun):
     def check(self, lengths: Sequence[int], partly: Sequence[int] = ()) -> None:
         """See `PackedRun`."""
         for outcome in self.outcomes:
-            check_outcome(self.order, outcome, lengths, partly)
+            check_outcome(self.order, outcome, lengths, partly, self.kinds(lengths))
 
     def given(self, row: int) -> TokenIds:
         """See `PackedRun`."""

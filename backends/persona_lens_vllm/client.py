@@ -27,6 +27,7 @@ from persona_lens.backend import (
 from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import text_config
 from persona_lens.backend.edits import edits_of_rows
+from persona_lens.backend.parts import parts_for
 from persona_lens.backend.protocol import RemoteError
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.tokens import cut_response
@@ -142,6 +143,7 @@ class VllmServer:
         check_request(self.info, self._vocabulary, tokens, edits, reads)
         sampling.check_rows(len(tokens))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
+        parts_for(self.tokenizer, edits, reads)  # raises for thinking that the model never does
         if not sampling.use_cache:
             raise BackendError("a server always keeps keys and values; leave use_cache as it is")
         most, limits = sampling.max_new_tokens, self._limits(edits, reads)
@@ -165,6 +167,7 @@ class VllmServer:
         if not reads and not logprobs:
             return ForwardResult()
         check_fits(self.context_length, tokens.lengths)
+        parts_for(self.tokenizer, edits, reads)
         limits = self._limits(edits, reads)
 
         def row(number: int) -> ForwardResult:

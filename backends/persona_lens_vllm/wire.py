@@ -77,7 +77,7 @@ class _Edit(_Data):
     coefficient: float = 1.0
     level: float | None = None
     relative: bool = False
-    positions: Literal["all", "prompt", "response", "generating"] = "all"
+    positions: Positions = Positions.ALL
     mask: str | None = None
     span: tuple[int, int | None] | None = None
     schedule: list[tuple[int, float]] | None = Field(None, max_length=10_000)
@@ -249,7 +249,7 @@ def _edit_data(edit: Edit) -> dict[str, Any]:
 
 def _edit(data: _Edit, d_model: int) -> Edit:
     operation, condition = Operation(data.operation), data.condition
-    kind = Positions(data.positions)
+    kind = data.positions
     positions: Any = kind if data.span is None else Span(kind, *data.span)
     if data.mask is not None:
         positions = torch.tensor([list(base64.b64decode(data.mask, validate=True))], dtype=torch.bool)

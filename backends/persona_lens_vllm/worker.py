@@ -22,6 +22,7 @@ from persona_lens.backend.blocks import search_blocks
 from persona_lens.backend.packed import Tallies
 from persona_lens.backend.packed_call import PackedCall
 from persona_lens.backend.packed_pass import RunningCall, edited_pass
+from persona_lens.backend.parts import Parts
 from persona_lens.backend.sampling import chosen_logprobs
 from persona_lens.backend.tokens import FURTHEST
 from persona_lens_vllm.caches import Caches, cache_keys
@@ -76,11 +77,13 @@ class Expected:
         order: What to do.
         n_layers: Blocks of the model.
         d_model: Their width.
+        parts: What tells thinking from answer, if the order asks.
     """
 
     order: RowOrder
     n_layers: int
     d_model: int
+    parts: Parts | None = None
 
     def begun(self, state: Any) -> Order:
         """The call, with what vLLM knows of its request.
@@ -92,6 +95,10 @@ class Expected:
         params, (prompt,) = state.sampling_params, tokens.prompts
         room = (params.max_tokens or FURTHEST) - 1  # the last token is not run over
         ends = params.stop_token_ids or () if params.ignore_eos else params.all_stop_token_ids
+        given = None
+        if self.parts is not None:
+            text = list(state.prompt_token_ids)
+            given = self.parts.given([text[: len(prompt)]], [text[len(prompt) :]])
         call = PackedCall.of(
             [len(prompt)],
             tokens.lengths,
@@ -101,6 +108,7 @@ class Expected:
             room=room,
             end_ids=tuple(ends) if room else (),
             sink_limits=self.order.sink_limits,
+            parts=given,
         )
         scored = (tuple(state.prompt_token_ids[len(prompt) :]),) if self.order.logprobs else None
         return Order(call, tuple(cache_keys(self.order.edits, tokens)), scored)
@@ -144,7 +152,7 @@ class Running(RunningCall):
         intervention, error = self.intervention, self.failure()
         reads = intervention.results() if error is None else {}
         scored = None if self.scored is None else self.scored.values()
-        return Outcome(reads, intervention.masks.tallies, scored, tuple(sorted(self.foreign)), error)
+        return Outcome(reads, intervention.masks.settled(), scored, tuple(sorted(self.foreign)), error)
 
 
 class _Scored:

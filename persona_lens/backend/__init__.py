@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from persona_lens.backend.edits import Edit, Edits, Operation, as_edits
+from persona_lens.backend.mark_machine import Part
+from persona_lens.backend.parts import Parts
 from persona_lens.backend.protocol import Backend, BackendError, BackendSpec, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
 from persona_lens.backend.registry import backend_statuses, find_backend, open_backend, wrap_model
@@ -38,6 +40,8 @@ __all__ = [
     "Generation",
     "ModelInfo",
     "Operation",
+    "Part",
+    "Parts",
     "Positions",
     "Read",
     "ReadError",

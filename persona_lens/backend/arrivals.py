@@ -152,6 +152,6 @@ class WatchedByReplay:
         found = self.generate(prompts, sampling, as_edits(edits), (*reads, watch.read))
         values = dict(found.reads)
         projections = values.pop(ReadKind.PROJECTIONS)
-        listener = Listener(watch, len(prompts))
+        listener = Listener(watch, prompts)
         replay(listener, TokenBatch.of(prompts, found.responses), projections)
         return Generation(*listener.cut(found.responses, found.ended), values)

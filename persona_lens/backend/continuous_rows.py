@@ -174,7 +174,9 @@ class RowsRun(PackedRun):
 
     def check(self, lengths: Sequence[int], partly: Sequence[int] = ()) -> None:
         """See `PackedRun`."""
-        check_done(self.call, self.running.intervention.masks.tallies, self.found()[0], lengths, partly)
+        check_done(
+            self.call, self.running.intervention.masks.settled(), self.found()[0], lengths, partly, self.kinds(lengths)
+        )
 
     def found(self) -> list[dict[str, dict[str, Tensor]]]:
         """See `PackedRun`."""

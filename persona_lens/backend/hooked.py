@@ -36,6 +36,7 @@ from persona_lens.backend.blocks import (
 from persona_lens.backend.editing import BlockHook, editing_blocks, hooking_blocks
 from persona_lens.backend.edits import Edit, Edits, as_edits
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.parts import parts_for
 from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import OF_RESPONSES, Read, ReadKind, check_reads, need_last_token
 from persona_lens.backend.sampling import RowSampler, continued_logprobs, response_logprobs
@@ -154,7 +155,7 @@ class HookedBackend:
         """See `persona_lens.backend.streaming.WatchableBackend.generate_watched`."""
         check_reads([watch.read], self.info.n_layers, self.info.d_model)
         watch.refuse_top()
-        watcher = Watcher(watch, len(prompts), self.info.n_layers)
+        watcher = Watcher(watch, prompts, self.info.n_layers)
         found = self._generate(prompts, sampling, as_edits(edits), reads, watcher)
         return Generation(*watcher.listener.cut(found.responses, found.ended), found.reads)
 
@@ -177,7 +178,8 @@ class HookedBackend:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Sequence[Edit], reads: Sequence[Read]
     ) -> PaddedTokens:
         """The prompts of a generation as the model takes them; raises unless all that is asked for fits."""
-        return pad_left(self.checked_prompts(prompts, sampling, edits, reads), self.pad_id, self.device or "cpu")
+        checked = self.checked_prompts(prompts, sampling, edits, reads)
+        return pad_left(checked, self.pad_id, self.device or "cpu", parts_for(self.tokenizer, edits, reads))
 
     def checked_prompts(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, edits: Sequence[Edit], reads: Sequence[Read]
@@ -227,7 +229,7 @@ class HookedBackend:
     ) -> ForwardResult:
         if self.shares_prompts and can_run_prompts_once(batch, edits, reads):
             return self._forward_sharing(batch, reads, logprobs)
-        tokens = pad_left(batch, self.pad_id, self.device or "cpu")
+        tokens = pad_left(batch, self.pad_id, self.device or "cpu", parts_for(self.tokenizer, edits, reads))
         stop_at = None if logprobs else deepest_layer(reads, self.info.n_layers)
         intervention = self.intervention(tokens, edits, reads, until=stop_at)
         output = self._run(intervention, stop_at, forward_inputs(self.module, tokens))
@@ -251,6 +253,7 @@ class HookedBackend:
             layers = len(read.resolved_layers(self.info.n_layers))
             width = () if read.kind is ReadKind.RESPONSE_NORM else (self.info.d_model,)
             found[read.kind.value] = torch.full((len(batch), layers, *width), torch.nan)
+        parts = parts_for(self.tokenizer, reads=of_response)
         pending = shared.continuations(batch, whole=bool(of_response)) if of_response or logprobs else []
         most = rows_at_once(device.type, max(map(len, batch.prompts)))
         lengths = [len(each.tokens) for each in pending]
@@ -258,16 +261,17 @@ class HookedBackend:
             together = [pending[number] for number in numbers]
             output = None
             if together[-1].tokens:  # the longest
-                tokens = pad_right([each.tokens for each in together], self.pad_id, device)
+                before = [batch.prompts[each.rows[0]] for each in together]
+                tokens = pad_right([each.tokens for each in together], self.pad_id, device, parts, before)
                 intervention = self.intervention(tokens, (), of_response)
                 output = self._run(intervention, stop_at, shared.response_inputs(together, tokens))
                 for name, value in results_of(intervention).items():
                     found[name][[each.rows[0] for each in together]] = value
             for position, each in enumerate(together if logprobs else ()):
-                before = begun.logits[each.prompt, -1:]
-                after = output.logits[position] if output is not None else before[:0]
+                last = begun.logits[each.prompt, -1:]
+                after = output.logits[position] if output is not None else last[:0]
                 for row in each.rows:
-                    chosen[row] = continued_logprobs(before, after, batch.responses[row])
+                    chosen[row] = continued_logprobs(last, after, batch.responses[row])
         return ForwardResult(found, tuple(chosen) if logprobs else None)
 
     def _run(self, intervention: Intervention, stop_at: int | None, inputs: dict[str, Any]) -> Any:

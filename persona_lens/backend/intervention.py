@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from persona_lens.backend.part_masks import part_of
 from persona_lens.backend.writing import TokenMasks, Writer, sinks_among
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class _MeanReader:
         self.layers: tuple[int, ...] = reads[0]["layers"]
         self.leaves_out_sinks = not all(read["sinks"] for read in reads)
         self._of_lengths = self.kinds == ("response_norm",)
+        self._going_on = [index for index, kind in enumerate(self.kinds) if not kind.startswith("prompt")]
         self._whole = torch.tensor([read["sinks"] for read in reads]).reshape(1, -1, 1)
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
@@ -143,7 +145,7 @@ class _MeanReader:
     def take(
         self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
     ) -> None:
-        if masks.decoding and not any(kind.startswith("response") for kind in self.kinds):
+        if masks.decoding and not self._going_on:
             return
         so_far = self._sums.get(layer)
         if self._of_lengths and masks.decoding and so_far is not None:
@@ -157,8 +159,9 @@ class _MeanReader:
             padding = ~masks.attention[:, -masks.fresh :, None].to(h.device)
             fresh = fresh.to(torch.float32, copy=True).masked_fill_(padding, 0)
         fresh = fresh.float()
-        if masks.decoding and so_far is not None and "response_mean" in self.kinds:
-            so_far[:, self.kinds.index("response_mean")] += fresh[:, 0]
+        if masks.decoding and so_far is not None:
+            for index in self._going_on:
+                so_far[:, index] += self._of_part(fresh[:, 0], self.kinds[index], masks)
             return
         weights = torch.stack([masks.mask(kind)[:, -masks.fresh :] for kind in self.kinds], dim=1).to(h.device)
         if self.leaves_out_sinks and sinks is not None:
@@ -168,6 +171,15 @@ class _MeanReader:
             self._counts[layer] = counts if so_far is None else self._counts[layer] + counts
         total = torch.bmm(weights.to(fresh.dtype), fresh)
         self._sums[layer] = total if so_far is None else so_far.add_(total)
+
+    @staticmethod
+    def _of_part(
+        newest: Float[Tensor, "batch d_model"], kind: str, masks: TokenMasks
+    ) -> Float[Tensor, "batch d_model"]:
+        """The newest residuals of those rows in which they count; rows that have ended are zero already."""
+        if part_of(kind) is None:
+            return newest
+        return newest.masked_fill(~masks.mask(kind)[:, -1:].to(newest.device), 0)
 
     def _add_length(self, layer: int, so_far: Tensor, h: Tensor, masks: TokenMasks, sinks: Tensor | None) -> None:
         """Count one newly generated token a row, in few steps: there is a call for every layer and token."""

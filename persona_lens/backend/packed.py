@@ -10,17 +10,19 @@ Runs where the model runs, see `writing`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from persona_lens.backend.intervention import TokenValues
 from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.packed_parts import PackedParts
+from persona_lens.backend.part_masks import PARTS, part_of
 from persona_lens.backend.writing import Writer, sinks_among
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float, Int, UInt8
     from torch import Tensor
 
 
@@ -41,6 +43,8 @@ class Tallies:
         tokens: Tokens in them, those that were computed again included.
         blocks: For each layer that is read or edited, the tokens that its block ran over.
         edited: For each edit, how many different positions of each row it was made at.
+        kinds: What each token of each row is, a value of `persona_lens.backend.mark_machine.Part`, where that matters;
+            zero behind the last.
     """
 
     began: Int[Tensor, " rows"]
@@ -49,6 +53,7 @@ class Tallies:
     tokens: int = 0
     blocks: dict[int, int] = field(default_factory=dict)
     edited: dict[int, Int[Tensor, " rows"]] = field(default_factory=dict)
+    kinds: UInt8[Tensor, "rows tokens"] | None = None
 
 
 class PackedMasks:
@@ -58,6 +63,7 @@ class PackedMasks:
         self._call = call
         self._prompts, self._texts = torch.tensor(call.prompts), torch.tensor(call.texts)
         self._ends = torch.tensor(call.end_ids, dtype=torch.long)
+        self._parts = None if call.parts is None else PackedParts(call.parts, self._prompts, self._texts)
         self._over: Tensor | None = None  # where each row's response ended; where the ids are
         nobody = torch.zeros_like(self._prompts)
         self.tallies = Tallies(nobody - 1, nobody)
@@ -92,6 +98,9 @@ class PackedMasks:
             index = mask.nonzero().flatten()
             self._of[kind] = self._there(index), self._there(rows[index])
         self._without_ends(ids)
+        if self._parts is not None:
+            self._parts.begin_pass(rows, at, fresh, ids)
+        self._of |= self._parts_of_response()
         self._where: dict[object, tuple[Tensor | None, Tensor]] = {}
         self._rows_there: Tensor | None = None
 
@@ -105,6 +114,14 @@ class PackedMasks:
             ends = at.masked_fill(~torch.isin(ids[index], self._ends.to(self.device)), _FURTHEST)
             self._over = self._over.scatter_reduce(0, rows, ends, "amin")
             self._of["response"] = index, rows.masked_fill(at >= self._over[rows], len(self._prompts))
+
+    def _parts_of_response(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Thinking and answer; tokens of the other part are of the row beyond the last."""
+        index, rows = self._of["response"]
+        if self._parts is None:
+            return {"answer": (index, rows)}
+        here, nobody = self._parts.here[index], len(self._prompts)
+        return {name: (index, rows.masked_fill(here != part, nobody)) for name, part in PARTS.items()}
 
     def _there(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -136,12 +153,22 @@ class PackedMasks:
     def _located(self, positions: str | Tensor, span: tuple[int, int | None] | None) -> tuple[Tensor | None, Tensor]:
         """`where`, and how many new positions of each row are among them; once a pass, however many edits ask."""
         key = (positions if isinstance(positions, str) else id(positions), span)
+        if key not in self._where and (part := self._part(positions)) is not None and self._parts is not None:
+            chosen = self._parts.mask(part, span)
+            self._where[key] = chosen.unsqueeze(1), self._parts.counted(chosen, self.fresh)
         if key not in self._where:
             mask = self.mask(positions, span)
             made = self.rows[self.fresh if mask is None else self.fresh & mask]
             counts = torch.bincount(made, minlength=len(self._prompts))
             self._where[key] = None if mask is None else self._there(mask.unsqueeze(1)), counts
         return self._where[key]
+
+    def _part(self, positions: str | Tensor) -> int | None:
+        """The part that positions are of, where that depends on the ids."""
+        part = part_of(positions) if isinstance(positions, str) else None
+        if self._parts is None and part == PARTS["thinking"]:
+            raise ValueError("nothing says which tokens are thinking: give the call its parts")
+        return None if self._parts is None else part
 
     def mask(
         self, positions: str | Tensor, span: tuple[int, int | None] | None = None
@@ -166,11 +193,13 @@ class PackedMasks:
 
     def _index(self, positions: str | Tensor) -> Int[Tensor, " tokens"]:
         """Number of each token among those of its row that are of a kind; negative before the first of them."""
-        shift = {"response": 0, "generating": 1}.get(positions) if isinstance(positions, str) else None
+        shift = {"response": 0, "answer": 0, "generating": 1}.get(positions) if isinstance(positions, str) else None
         return self.at if shift is None else self._after + shift
 
     def index(self, positions: str | Tensor) -> Int[Tensor, "tokens 1"]:
         """The same where the model runs."""
+        if (part := self._part(positions)) is not None and self._parts is not None:
+            return self._parts.index(part).unsqueeze(1)
         return self._there(self._index(positions).unsqueeze(1))
 
     def by_row(self, values: Float[Tensor, "rows 1"]) -> Float[Tensor, "tokens 1"]:
@@ -182,8 +211,13 @@ class PackedMasks:
         return values[self._rows_there]
 
     def tally(self, edit: int, positions: str | Tensor, span: tuple[int, int | None] | None) -> None:
-        """Count the new positions that an edit was just made at."""
+        """Count the new positions that an edit was just made at, where these are known."""
         self.tallies.edited[edit] = self.tallies.edited.get(edit, 0) + self._located(positions, span)[1]
+
+    def settled(self) -> Tallies:
+        """All that was done, on the CPU."""
+        edited = {number: made.cpu() for number, made in self.tallies.edited.items()}
+        return replace(self.tallies, edited=edited, kinds=None if self._parts is None else self._parts.kinds())
 
 
 class PackedIntervention:

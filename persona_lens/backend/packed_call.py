@@ -10,6 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from persona_lens.backend.edits import Edit
+    from persona_lens.backend.parts import GivenParts
     from persona_lens.backend.reads import Read
 
 
@@ -26,6 +27,8 @@ class PackedCall:
         reads: See `persona_lens.backend.reads.Read.plain`.
         sink_limits: See `persona_lens.backend.sinks`.
         watched: The read whose values are told at once, see `persona_lens.backend.streaming.Watch`.
+        parts: Which of the tokens handed over are thinking and which answer, and what the next will be; None where
+            nobody asks, or every token of a response is answer.
     """
 
     prompts: tuple[int, ...]
@@ -36,6 +39,7 @@ class PackedCall:
     reads: tuple[dict[str, Any], ...] = ()
     sink_limits: tuple[float, ...] | None = None
     watched: dict[str, Any] | None = None
+    parts: GivenParts | None = None
 
     def within(self, first: int, stop: int) -> PackedCall:
         """The part at layers ``first`` to ``stop``, where a model's blocks are spread over several processes.

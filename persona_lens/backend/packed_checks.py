@@ -15,6 +15,7 @@ from torch import Tensor
 
 from persona_lens.backend.packed import Tallies
 from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.part_masks import part_of
 from persona_lens.backend.protocol import BackendError
 from persona_lens.backend.reads import OF_RESPONSES
 
@@ -31,6 +32,7 @@ def check_done(
     reads: Mapping[str, Mapping[str, Tensor]],
     lengths: Sequence[int],
     partly: Sequence[int] = (),
+    kinds: Sequence[bytes] | None = None,
 ) -> None:
     """Raise `FidelityError` unless everything was done.
 
@@ -40,8 +42,14 @@ def check_done(
         reads: What was read, see `persona_lens.backend.packed.PackedIntervention.results`.
         lengths: Tokens of each row that had to be computed: of its prompt and response.
         partly: Rows whose reads are not used.
+        kinds: For each row what its tokens are, a value of `persona_lens.backend.mark_machine.Part` for each; None
+            where it is not known here, or does not matter.
     """
     rows = range(len(lengths))
+    found = [] if done.kinds is None else [bytes(row) for row in done.kinds.tolist()]
+    for row, known in enumerate(kinds or ()):
+        if found[row][: len(known)] != known:
+            raise FidelityError(f"tokens of row {row} were taken for thinking that are answer, or for answer")
     missed = [layer for layer, tokens in done.blocks.items() if tokens != done.tokens]
     if missed:
         raise FidelityError(f"blocks {', '.join(map(str, missed))} ran without being read or edited in some pass")
@@ -51,7 +59,7 @@ def check_done(
     if late := [row for row in rows if whole and done.began[row] > 0]:
         raise FidelityError(f"{rows_in_short(late)} went on from a cache although their beginning was to be read")
     for number, edit in enumerate(edit for edit in call.edits if edit["layer"] in done.blocks):
-        wanted = torch.tensor([_positions(edit, call, row, done) for row in rows])
+        wanted = torch.tensor([_positions(edit, call, row, done, found) for row in rows])
         made = done.edited.get(number, torch.zeros_like(wanted))
         if wrong := [row for row in rows if wanted[row] != made[row]]:
             raise FidelityError(
@@ -61,7 +69,7 @@ def check_done(
     for read in call.reads:
         counts = reads.get(read["kind"], {}).get("counts")
         if counts is not None:
-            _check_counts(read, counts, call.prompts, lengths, partly)
+            _check_counts(read, counts, call.prompts, lengths, partly, found)
 
 
 def rows_in_short(rows: Sequence[int]) -> str:
@@ -71,11 +79,18 @@ def rows_in_short(rows: Sequence[int]) -> str:
 
 
 def _check_counts(
-    read: dict[str, Any], counts: Tensor, prompts: Sequence[int], lengths: Sequence[int], partly: Sequence[int]
+    read: dict[str, Any],
+    counts: Tensor,
+    prompts: Sequence[int],
+    lengths: Sequence[int],
+    partly: Sequence[int],
+    found: Sequence[bytes],
 ) -> None:
     """Compare how many tokens a reduction is of; attention sinks may be left out of some."""
     kind, prompt = read["kind"], torch.tensor(prompts)
     response = torch.tensor(lengths) - prompt
+    if found and (part := part_of(kind)) is not None:
+        response = torch.tensor([row[:length].count(part) for row, length in zip(found, lengths, strict=True)])
     wanted = {"prompt_last": torch.ones_like(prompt), "prompt_mean": prompt}.get(kind, response)
     wrong = (counts != wanted.unsqueeze(1)) if read["sinks"] else (counts > wanted.unsqueeze(1))
     wrong[list(partly)] = False
@@ -85,7 +100,7 @@ def _check_counts(
         raise FidelityError(f"{kind} of row {row} is of {of} tokens instead of {int(wanted[row])}")
 
 
-def _positions(edit: dict[str, Any], call: PackedCall, row: int, done: Tallies) -> int:
+def _positions(edit: dict[str, Any], call: PackedCall, row: int, done: Tallies, found: Sequence[bytes]) -> int:
     """How many of the positions that were computed are among those of an edit."""
     began, computed = int(done.began[row]), int(done.computed[row])
     prompt, text = call.prompts[row], call.texts[row]
@@ -93,7 +108,10 @@ def _positions(edit: dict[str, Any], call: PackedCall, row: int, done: Tallies) 
     if isinstance(kind, Tensor):
         given = kind[row, kind.shape[1] - text :]
         return int(given[began : max(began, computed)].sum())
-    first = {"response": prompt, "generating": prompt - 1}.get(kind, 0)
+    if found and (part := part_of(kind)) is not None:
+        of_part = [at for at, each in enumerate(found[row]) if each == part]
+        return sum(began <= at < computed for at in (of_part if span is None else of_part[slice(*span)]))
+    first = {"response": prompt, "answer": prompt, "generating": prompt - 1}.get(kind, 0)
     last = prompt if kind == "prompt" else _FURTHEST
     if span is not None:
         start, stop = span

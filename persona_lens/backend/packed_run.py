@@ -13,6 +13,7 @@ from persona_lens.backend.arrivals import Arrivals
 from persona_lens.backend.edits import Edit, Edits, as_edits
 from persona_lens.backend.packed import aligned
 from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.parts import Parts
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind, check_reads
 from persona_lens.backend.streaming import Listener, Watch
@@ -102,6 +103,7 @@ class PackedRun(ABC):
         sink_limits: See `persona_lens.backend.sinks`; None where nothing depends on them.
         room: Tokens that may be generated for each row; 0 for a pass over existing text.
         watch: Told as steps end.
+        parts: What tells thinking from answer, if anybody asks.
     """
 
     def __init__(
@@ -115,11 +117,13 @@ class PackedRun(ABC):
         sink_limits: tuple[float, ...] | None,
         room: int = 0,
         watch: Watch | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self.tokens = tokens
         self.top = None if watch is None else watch.top
         self.top_of_prompts = watch is not None and watch.top_of_prompts
         self._edits, self._reads, self._end_ids = edits, reads, tuple(end_ids)
+        self._parts = parts
         self.call = PackedCall.of(
             [len(prompt) for prompt in tokens.prompts],
             tokens.lengths,
@@ -130,8 +134,9 @@ class PackedRun(ABC):
             end_ids=self._end_ids if room else (),
             sink_limits=sink_limits,
             watched=None if watch is None else watch.read,
+            parts=None if parts is None else parts.given(tokens.prompts, tokens.responses),
         )
-        self._listener = None if watch is None else Listener(watch, len(tokens))
+        self._listener = None if watch is None else Listener(watch, tokens.prompts)
         self._arrivals: Arrivals | None = None
         if watch is not None and self._listener is not None:
             units = watch.read.unit_directions(n_layers)
@@ -168,6 +173,15 @@ class PackedRun(ABC):
     @abstractmethod
     def found(self) -> Sequence[Mapping[str, Mapping[str, Tensor]]]:
         """What was read, see `persona_lens.backend.packed.PackedIntervention.results`, in each place."""
+
+    def kinds(self, lengths: Sequence[int]) -> tuple[bytes, ...] | None:
+        """What the first tokens of each row are, a byte for each; None where nobody asks."""
+        if self._parts is None:
+            return None
+        pairs = zip(self.tokens.prompts, self.tokens.responses, strict=True)
+        texts = [(*response, *self.given(row)) for row, (_, response) in enumerate(pairs)]
+        found = self._parts.given(self.tokens.prompts, texts).kinds
+        return tuple(row[:length] for row, length in zip(found, lengths, strict=True))
 
     def reads(self, lengths: Sequence[int]) -> dict[str, Tensor]:
         """What was read, for rows of so many tokens; shapes as `Read` says."""

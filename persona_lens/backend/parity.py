@@ -26,6 +26,7 @@ from persona_lens.backend.blocks import ModuleBackend, window_of
 from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
 from persona_lens.backend.edits import Edit, apply_edit
 from persona_lens.backend.intervention import aligned_right
+from persona_lens.backend.parity_parts import KINDS, kinds_of, part_generated, part_of_text
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.single_rows import LongTexts, SingleRowsBackend
@@ -238,8 +239,15 @@ def _self_checks(backend: Backend, probe: Probe, bounds: Bounds) -> Iterator[Che
             what = f"projections streamed while generating equal those of the finished text, {name}"
             yield reads(what, _streaming, probe, probe.edits[name])
     for kind in Positions:
+        if kind in KINDS:  # of which there may be no token in what a model says by itself
+            continue
         what = f"an edit of {kind} tokens changes every one of them in every row, and no other"
         yield reads(what, _placement, probe, kind)
+    for kind in kinds_of(backend):
+        edit, what = Edit.add(probe.layer, probe.direction, 1.0, kind), f"an edit and a mean of {kind} tokens"
+        yield reads(f"{what} are those of a mask made by hand, in text", part_of_text, probe.text, edit)
+        generated = f"{what} are those of a mask made by hand, while generating"
+        yield reads(generated, part_generated, probe.prompts, probe.sampling(), edit)
     for name, edits in probe.edits.items():
         yield tokens(f"the same tokens without a KV cache, {name}", _uncached, probe, edits)
     for name in ("no edits", "a coefficient for each row"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,10 +17,14 @@ from torch import Tensor
 
 from persona_lens.backend.mark_machine import Part
 from persona_lens.backend.part_table import compiled, template_of
+from persona_lens.backend.reads import OF_PARTS, Read, ReadError, ReadKind
+from persona_lens.backend.tokens import EditError, Positions, Span
 from persona_lens.core.marks import Marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from persona_lens.backend.edits import Edit
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,11 @@ class Parts:
         """Whether any token can be thinking."""
         return bool(self.marks)
 
+    @property
+    def ordinary(self) -> int:
+        """An id of a token that changes nothing."""
+        return next(token for token in count() if token not in self.classes)
+
     def step(self, state: int, token: int) -> tuple[int, Part]:
         """The next state, and what a token of a response is."""
         of_class = self.classes.get(token, 0)
@@ -102,8 +112,11 @@ class Parts:
     def given(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> GivenParts:
         """What is known of rows whose responses are there as far as given."""
         kinds, states = [], []
+        known: dict[tuple[int, ...], int] = {}  # many rows begin with the same prompt
         for prompt, response in zip(prompts, responses, strict=True):
-            state, row = self.after(prompt), bytearray(len(prompt))
+            if (key := tuple(prompt)) not in known:
+                known[key] = self.after(key)
+            state, row = known[key], bytearray(len(key))
             for token in response:
                 state, part = self.step(state, token)
                 row.append(part)
@@ -112,11 +125,12 @@ class Parts:
         return GivenParts(self, tuple(kinds), tuple(states))
 
     def plain(self) -> dict[str, Tensor]:
-        """The automaton as tensors, which need no class of this package; see `persona_lens.backend.writing`."""
+        """The automaton as tensors, which need no class of this package; see `persona_lens.backend.part_masks`."""
         ids = sorted(self.classes)
         return {
-            "ids": torch.tensor(ids, dtype=torch.long),
-            "classes": torch.tensor([self.classes[token] for token in ids], dtype=torch.long),
+            # Before them one that no token has, so that every token comes behind some.
+            "ids": torch.tensor([-1, *ids], dtype=torch.long),
+            "classes": torch.tensor([0, *(self.classes[token] for token in ids)], dtype=torch.long),
             "following": torch.tensor(self.following, dtype=torch.long),
             "kinds": torch.tensor(self.kinds, dtype=torch.uint8),
         }
@@ -136,11 +150,42 @@ class GivenParts:
     kinds: tuple[bytes, ...]
     states: tuple[int, ...]
 
+    def of_responses(self, prompts: Sequence[Sequence[int]]) -> GivenParts:
+        """The same without the prompts."""
+        kinds = tuple(row[len(prompt) :] for row, prompt in zip(self.kinds, prompts, strict=True))
+        return GivenParts(self.parts, kinds, self.states)
+
     def plain(self, width: int, *, left: bool = True) -> dict[str, Tensor]:
         """The same as tensors: ``begun`` uint8 [batch, width], padded on the left or right, and ``states`` [batch]."""
         rows = [kind.rjust(width, b"\0") if left else kind.ljust(width, b"\0") for kind in self.kinds]
         begun = torch.tensor([list(row) for row in rows], dtype=torch.uint8).reshape(len(rows), width)
         return {**self.parts.plain(), "begun": begun, "states": torch.tensor(self.states, dtype=torch.long)}
 
+
+def parts_for(
+    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit] = (), reads: Sequence[Read] = ()
+) -> Parts | None:
+    """What edits and reads need to tell thinking from answer; None where none asks, or all of a response is answer.
+
+    Raises:
+        EditError: If one is made at thinking, and the model never thinks.
+        ReadError: If one is of thinking, likewise.
+    """
+    kinds = [edit.positions.kind if isinstance(edit.positions, Span) else edit.positions for edit in edits]
+    edited = {str(kind) for kind in kinds if not isinstance(kind, Tensor)} & {Positions.THINKING, Positions.ANSWER}
+    read = {read.kind for read in reads}.intersection(OF_PARTS)
+    if not edited and not read:
+        return None
+    parts = Parts.of(tokenizer)
+    if parts.thinks:
+        return parts
+    if Positions.THINKING in edited:
+        raise EditError(f"there is no thinking to edit: {NEVER}; use answer or response")
+    if ReadKind.THINKING_MEAN in read:
+        raise ReadError(f"there is no thinking to read: {NEVER}; read answer_mean or response_mean")
+    return None
+
+
+NEVER = "this model's vocabulary and chat template have no marks of reasoning"
 
 _made: WeakKeyDictionary[Any, dict[tuple[str, int], Parts]] = WeakKeyDictionary()

@@ -25,6 +25,8 @@ class ReadKind(StrEnum):
     RESPONSE_MEAN = "response_mean"  # mean over response tokens, the end-of-turn token left out
     PROMPT_MEAN = "prompt_mean"  # mean over prompt tokens, the template's own included and attention sinks left out
     PROMPT_LAST = "prompt_last"  # the last prompt token, from which the response begins
+    THINKING_MEAN = "thinking_mean"  # mean over the response tokens that are thinking, see `persona_lens.backend.parts`
+    ANSWER_MEAN = "answer_mean"  # mean over those that are answer: all of a model that never thinks
     RESPONSE_NORM = "response_norm"  # mean over response tokens of the residual's length, attention sinks left out
     PROJECTIONS = "projections"  # every token's projection on given directions
     NORMS = "norms"  # the length of every token's residual
@@ -32,8 +34,10 @@ class ReadKind(StrEnum):
 
 
 MEANS = (ReadKind.RESPONSE_MEAN, ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST)
-PER_ROW = (*MEANS, ReadKind.RESPONSE_NORM)  # which bring back nothing of single tokens
-OF_RESPONSES = (ReadKind.RESPONSE_MEAN, ReadKind.RESPONSE_NORM)  # to which no token of a prompt contributes
+OF_PARTS = (ReadKind.THINKING_MEAN, ReadKind.ANSWER_MEAN)
+PER_ROW = (*MEANS, *OF_PARTS, ReadKind.RESPONSE_NORM)  # which bring back nothing of single tokens
+# To which no token of a prompt contributes.
+OF_RESPONSES = (ReadKind.RESPONSE_MEAN, *OF_PARTS, ReadKind.RESPONSE_NORM)
 # Reductions that a sink would dominate. Responses do not hold a text's first token, and their mean is the paper's: it
 # takes in every token, as reads of single tokens do.
 LEAVING_OUT_SINKS = (ReadKind.PROMPT_MEAN, ReadKind.RESPONSE_NORM)
@@ -51,8 +55,8 @@ class Read:
         sinks: For `PROMPT_MEAN` and `RESPONSE_NORM`: take attention sinks in, see `persona_lens.backend.sinks`.
 
     Shapes of the result, float32 on the CPU, L being the number of layers read:
-        ``response_mean``, ``prompt_mean``, ``prompt_last``: [batch, L, d_model]; NaN where there is no such token, as
-        in the prompt mean of one token: it is a sink.
+        ``response_mean``, ``thinking_mean``, ``answer_mean``, ``prompt_mean``, ``prompt_last``: [batch, L, d_model];
+        NaN where there is no such token, as in the prompt mean of one token: it is a sink.
         ``response_norm``: [batch, L], likewise.
         ``projections``: [batch, L, width, k], left-padded with NaN.
         ``norms``: [batch, L, width], likewise.
@@ -108,7 +112,7 @@ class Read:
     def values_per_row(self, n_layers: int, d_model: int, width: int) -> int:
         """Numbers that the result holds for each row of a batch ``width`` tokens wide."""
         layers = len(self.resolved_layers(n_layers))
-        if self.kind in MEANS:
+        if self.kind in (*MEANS, *OF_PARTS):
             return layers * d_model
         if self.kind is ReadKind.RESPONSE_NORM:
             return layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from persona_lens.backend.blocks import require_reached
 from persona_lens.backend.edits import Edit
+from persona_lens.backend.mark_machine import Part
+from persona_lens.backend.parts import Parts
 from persona_lens.backend.protocol import Backend, Generation
 from persona_lens.backend.reads import Read
 from persona_lens.backend.tokens import Sampling, TokenIds, TokenScore
@@ -51,6 +53,7 @@ class WatchedTokens:
         finished: bool [batch], True for a row whose response ended before this pass.
         scores: How likely each row's token was, and what else was, where the watch asks for it; None at step 0, and
             for rows that have finished.
+        parts: What each row's token is, thinking or answer, where the watch says how to tell; likewise.
     """
 
     step: int
@@ -58,6 +61,7 @@ class WatchedTokens:
     projections: Float[Tensor, "batch layers new k"]
     finished: Bool[Tensor, " batch"]
     scores: tuple[TokenScore | None, ...] | None = None
+    parts: tuple[Part | None, ...] | None = None
 
 
 def token_scores(logits: Float[Tensor, "tokens vocab"], ids: Sequence[int], top: int) -> list[TokenScore]:
@@ -91,6 +95,7 @@ class Watch:
         top: Also tell how likely each token was, with so many of the likeliest at its place; None does not. Backends
             whose calls run together can, see `persona_lens.backend.continuous`.
         top_of_prompts: With ``top``: tell it of the prompts' tokens too, once all is generated, see `Generation`.
+        parts: What tells thinking from answer, where that is wanted of each token: `Parts.of` the model's tokenizer.
 
     Raises:
         ReadError: If layers are not ascending.
@@ -102,6 +107,7 @@ class Watch:
     layers: tuple[int, ...] | None = None
     top: int | None = None
     top_of_prompts: bool = False
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         assert self.read  # raises for layers that cannot be
@@ -171,12 +177,13 @@ class Listener:
 
     Args:
         watch: Whom to tell.
-        rows: Rows of the batch.
+        prompts: The batch's prompts.
     """
 
-    def __init__(self, watch: Watch, rows: int) -> None:
-        self._on_tokens = watch.on_tokens
-        self._stopped_at: list[int | None] = [None] * rows
+    def __init__(self, watch: Watch, prompts: Sequence[Sequence[int]]) -> None:
+        self._on_tokens, self._parts = watch.on_tokens, watch.parts
+        self._stopped_at: list[int | None] = [None] * len(prompts)
+        self._states = [] if self._parts is None else [self._parts.after(prompt) for prompt in prompts]
 
     @property
     def stopped(self) -> Bool[Tensor, " batch"]:
@@ -194,6 +201,7 @@ class Listener:
         Raises:
             WatchError: If a row is to be stopped that is not there.
         """
+        tokens = replace(tokens, parts=self._parts_of(tokens)) if self._states and tokens.step else tokens
         try:
             self._on_tokens(tokens)
         except StopGeneration as stop:
@@ -203,6 +211,17 @@ class Listener:
                     raise WatchError(f"row {row} cannot be stopped: the batch has rows 0 to {len(rows) - 1}") from None
                 if self._stopped_at[row] is None:
                     self._stopped_at[row] = tokens.step
+
+    def _parts_of(self, tokens: WatchedTokens) -> tuple[Part | None, ...]:
+        """What the newest tokens are."""
+        assert self._parts is not None
+        found: list[Part | None] = []
+        for row, over in enumerate(tokens.finished.tolist()):
+            part = None
+            if not over:
+                self._states[row], part = self._parts.step(self._states[row], int(tokens.ids[row, -1]))
+            found.append(part)
+        return tuple(found)
 
     def cut(
         self, responses: Sequence[TokenIds], ended: Sequence[bool]
@@ -221,13 +240,13 @@ class Watcher:
 
     Args:
         watch: What to watch, fit for the model.
-        rows: Rows of the batch.
+        prompts: The batch's prompts.
         n_layers: Number of blocks of the model.
     """
 
-    def __init__(self, watch: Watch, rows: int, n_layers: int) -> None:
+    def __init__(self, watch: Watch, prompts: Sequence[Sequence[int]], n_layers: int) -> None:
         self.layers = watch.read.resolved_layers(n_layers)
-        self.listener = Listener(watch, rows)
+        self.listener = Listener(watch, prompts)
         self._units = dict(zip(self.layers, watch.read.unit_directions(n_layers), strict=True))
         self._values: dict[int, Float[Tensor, "batch new k"]] = {}
         self._newest: list[Float[Tensor, "batch 1 d_model"]] = []

@@ -6,11 +6,11 @@ the boundary, and a pad id can also be a real one (in many models it is the end-
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from persona_lens.core.errors import PersonaLensError
+
+if TYPE_CHECKING:
+    from persona_lens.backend.parts import Parts
 
 TokenIds = tuple[int, ...]
 ID_LIMIT = 2**31  # no vocabulary is as large, and what reads ids from files takes none from here on
@@ -143,12 +146,15 @@ class PaddedTokens:
         attention: True at tokens, False at padding, bool [batch, width].
         prompt: True at prompt tokens, bool [batch, width].
         response: True at response tokens, bool [batch, width].
+        parts: What is thinking and what is answer, see `persona_lens.backend.parts.GivenParts.plain`; None where nobody
+            asks, or every token of a response is answer.
     """
 
     ids: Int[Tensor, "batch width"]
     attention: Bool[Tensor, "batch width"]
     prompt: Bool[Tensor, "batch width"]
     response: Bool[Tensor, "batch width"]
+    parts: Mapping[str, Tensor] | None = None
 
     @property
     def position_ids(self) -> Int[Tensor, "batch width"]:
@@ -156,24 +162,44 @@ class PaddedTokens:
         return (self.attention.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def pad_left(batch: TokenBatch, pad_id: int, device: torch.device | str = "cpu") -> PaddedTokens:
-    """Pad a batch on the left, with masks counted from the rows' lengths."""
+def pad_left(
+    batch: TokenBatch, pad_id: int, device: torch.device | str = "cpu", parts: Parts | None = None
+) -> PaddedTokens:
+    """Pad a batch on the left, with masks counted from the rows' lengths; with what tells thinking from answer."""
     rows = [torch.tensor(head + tail) for head, tail in zip(batch.prompts, batch.responses, strict=True)]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left").to(device)
     columns = torch.arange(ids.shape[1], device=device)
     start = len(columns) - torch.tensor(batch.lengths, device=device).unsqueeze(1)
     boundary = len(columns) - torch.tensor([len(tail) for tail in batch.responses], device=device).unsqueeze(1)
     attention, response = columns >= start, columns >= boundary
-    return PaddedTokens(ids, attention, attention & ~response, response)
+    given = None if parts is None else parts.given(batch.prompts, batch.responses).plain(ids.shape[1])
+    return PaddedTokens(ids, attention, attention & ~response, response, given)
 
 
-def pad_right(responses: Sequence[TokenIds], pad_id: int, device: torch.device | str = "cpu") -> PaddedTokens:
-    """Pad responses alone on the right, where causal attention never sees the padding."""
+def pad_right(
+    responses: Sequence[TokenIds],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    parts: Parts | None = None,
+    prompts: Sequence[TokenIds] = (),
+) -> PaddedTokens:
+    """Pad responses alone on the right, where causal attention never sees the padding.
+
+    Args:
+        responses: Their ids.
+        pad_id: What is put behind them.
+        device: Where they are to be.
+        parts: What tells thinking from answer, if anybody asks.
+        prompts: What each follows, which has to be known for that.
+    """
     rows = [torch.tensor(tokens, dtype=torch.long) for tokens in responses]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id).to(device)
     lengths = torch.tensor([len(tokens) for tokens in responses], device=device).unsqueeze(1)
     response = torch.arange(ids.shape[1], device=device) < lengths
-    return PaddedTokens(ids, response, torch.zeros_like(response), response)
+    given = None
+    if parts is not None:
+        given = parts.given(prompts, responses).of_responses(prompts).plain(ids.shape[1], left=False)
+    return PaddedTokens(ids, response, torch.zeros_like(response), response, given)
 
 
 def cut_responses(
@@ -230,6 +256,8 @@ class Positions(StrEnum):
     PROMPT = "prompt"
     RESPONSE = "response"
     GENERATING = "generating"  # the last prompt token and the response: every position that predicts a response token
+    THINKING = "thinking"  # of a response, see `persona_lens.backend.parts`
+    ANSWER = "answer"  # likewise; all of the response of a model that never thinks
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from persona_lens.backend.part_masks import PartMasks, part_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -178,6 +180,8 @@ class TokenMasks:
         self._room = max_new_tokens
         self._passes = 0
         self._indices: dict[str, Tensor] = {}  # of this pass: every layer asks for the same ones
+        self._parts = PartMasks(tokens.parts, grows=max_new_tokens > 0) if tokens.parts is not None else None
+        self._of_parts: dict[int, Tensor] = {}  # of this pass, likewise
         self.window = self.fresh = tokens.ids.shape[1]
 
     def begin_pass(self, ids: Int[Tensor, "batch window"]) -> None:
@@ -187,8 +191,10 @@ class TokenMasks:
         else:  # masks may come from a machine that does not know where the model is
             for name in ("prompt", "response", "last_prompt", "first", "_active", "_end_ids"):
                 setattr(self, name, getattr(self, name).to(ids.device))
+            if self._parts is not None:
+                self._parts.to(ids.device)
         self._passes += 1
-        self._indices = {}
+        self._indices, self._of_parts = {}, {}
         self.window = ids.shape[1]
         self.fresh = 1 if self._passes > 1 else self.window
 
@@ -199,6 +205,8 @@ class TokenMasks:
         for name in ("prompt", "last_prompt", "first"):
             setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, 1)))
         self.response = torch.cat([self.response, column], dim=1)
+        if self._parts is not None:
+            self._parts.append(newest)
 
     def stop(self, rows: Bool[Tensor, " batch"]) -> None:
         """End the responses of some rows with the newest token."""
@@ -227,7 +235,8 @@ class TokenMasks:
         """
         if span is not None:
             return self._within(positions, *span)
-        if self.decoding or (isinstance(positions, str) and positions == "all" and not self.padded):
+        everything = isinstance(positions, str) and positions == "all" and not self.padded
+        if everything or (self.decoding and not self._is_of_part(positions)):
             return None
         return self.mask(positions)[:, -self.window :]
 
@@ -264,7 +273,22 @@ class TokenMasks:
             return self.response | self.last_prompt
         if positions == "prompt_last":
             return self.last_prompt
+        if (part := part_of(positions)) is not None:
+            return self._of_part(part)
         return self.prompt if positions.startswith("prompt") else self.response
+
+    def _is_of_part(self, positions: str | Tensor) -> bool:
+        """Whether not all tokens of a response are meant."""
+        return self._parts is not None and isinstance(positions, str) and part_of(positions) is not None
+
+    def _of_part(self, part: int) -> Bool[Tensor, "batch width"]:
+        if self._parts is None:
+            if part == part_of("thinking"):
+                raise ValueError("nothing says which tokens are thinking: pad the batch with parts")
+            return self.response
+        if part not in self._of_parts:
+            self._of_parts[part] = self._parts.mask(part) & self.response
+        return self._of_parts[part]
 
 
 class Writer:

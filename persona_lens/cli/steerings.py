@@ -80,7 +80,7 @@ class LayerOptions:
     Attributes:
         layer: Layer to steer, counted from 0; None for the one that was tuned.
         coefficients: Multiples of the raw vector; 0 is always shown too.
-        positions: `all`, `prompt`, `response` or `generating`; None for all.
+        positions: `all`, `prompt`, `response`, `generating`, `thinking` or `answer`; None for all.
         reduction: Which of the vectors.
     """
 

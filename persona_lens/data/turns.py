@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from persona_lens.models import ModelError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from persona_lens.backend.mark_machine import Part
     from persona_lens.backend.tokens import TokenIds
     from persona_lens.models import ChatFormat, Message
 
@@ -27,11 +31,21 @@ class TurnPrompt:
         past: How many of them, from the first, belong to finished turns: up to the assistant's last reply and what the
             template ends it with. 0 in the first turn.
         said: First token of each earlier reply of the assistant and the one behind its last, in order.
+        tokenizer: The model's, to tell which tokens of these replies are thinking; None for a model that never thinks.
     """
 
     ids: TokenIds
     past: int = 0
     said: tuple[tuple[int, int], ...] = ()
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Part, ...], ...]:
+        """What each token of each earlier reply is, thinking or answer."""
+        from persona_lens.backend.parts import Parts
+
+        parts = Parts() if self.tokenizer is None else Parts.of(self.tokenizer)
+        return tuple(parts.of_response(self.ids[:start], self.ids[start:stop]) for start, stop in self.said)
 
 
 def turn_prompt(chat: ChatFormat, messages: Sequence[Message], *, replies: bool = True) -> TurnPrompt:
@@ -57,7 +71,7 @@ def turn_prompt(chat: ChatFormat, messages: Sequence[Message], *, replies: bool 
     if places:
         _, past = spans[-1]
         past += _common(ids[past:], _ending(chat, messages[: places[-1] + 1]))
-    return TurnPrompt(ids, past, tuple((start, stop) for start, stop in spans if start < stop))
+    return TurnPrompt(ids, past, tuple((start, stop) for start, stop in spans if start < stop), chat.tokenizer)
 
 
 def _ending(chat: ChatFormat, finished: Sequence[Message]) -> TokenIds:

@@ -20,6 +20,8 @@ from persona_lens.backend import (
     WatchedTokens,
     watched_generation,
 )
+from persona_lens.backend.mark_machine import Part
+from persona_lens.backend.parts import Parts
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.text import shown
 from persona_lens.monitoring.alarms import Alarm, AlarmKind, Alert, Scale
@@ -41,6 +43,7 @@ class TokenReading:
         values: float32 [gauges], in residual-stream units.
         means: float32 [gauges], over the reply so far.
         score: How likely it was, where that is asked for.
+        part: Whether it is thinking or answer.
     """
 
     turn: int
@@ -49,6 +52,7 @@ class TokenReading:
     values: Float[Tensor, " gauges"]
     means: Float[Tensor, " gauges"]
     score: TokenScore | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -196,14 +200,15 @@ def watched_reply(
         stopped = meter.token(values) if tokens.step else meter.prompt(values)
         if tokens.step and on_token is not None:
             score = None if tokens.scores is None else tokens.scores[0]
-            token = int(tokens.ids[0, -1])
-            on_token(TokenReading(meter.turn, len(meter.said) - 1, token, values, meter.means, score))
+            token, part = int(tokens.ids[0, -1]), None if tokens.parts is None else tokens.parts[0]
+            on_token(TokenReading(meter.turn, len(meter.said) - 1, token, values, meter.means, score, part))
         elif on_prompt is not None and not tokens.step:
             on_prompt(values)
         if stopped:
             raise StopGeneration
 
-    watch = Watch(panel.directions, on_tokens, panel.layers, top, top_of_prompt)
+    parts = None if on_token is None else Parts.of(backend.tokenizer)
+    watch = Watch(panel.directions, on_tokens, panel.layers, top, top_of_prompt, parts)
     found = watched_generation(backend, [prompt], sampling, watch, edits)
     scores = None if found.scores is None else found.scores[0]
     return Reply(found.responses[0], found.ended[0], stopped, scores)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from persona_lens.backend import Edit, EditError, Edits, Positions, Schedule, Span, as_edits
+from persona_lens.backend import Edit, EditError, Edits, Part, Positions, Schedule, Span, as_edits
 from persona_lens.backend.writing import scheduled
 from persona_lens.core.text import shown
 from persona_lens.data.turns import TurnPrompt, turn_prompt
@@ -56,7 +56,8 @@ class History(StrEnum):
 DEFAULT_HISTORY = History.STEERED
 # A schedule over earlier replies takes an edit for each of its factors, all of which run over the prompt.
 MOST_FACTORS = 256
-_REPLY = (Positions.RESPONSE, Positions.GENERATING)
+_PARTS = {Positions.THINKING: Part.THINKING, Positions.ANSWER: Part.ANSWER}
+_REPLY = (Positions.RESPONSE, Positions.GENERATING, *_PARTS)
 
 
 def turn_edits(
@@ -64,10 +65,10 @@ def turn_edits(
 ) -> list[Edit]:
     """Edits of a turn, for a generation (or a forward pass) over its whole prompt.
 
-    With a `STEERED` history ``all`` edits every token, ``generating`` and ``response`` also those of earlier replies
-    (and the token before each, for ``generating``), ``prompt`` what was new of each turn's prompt. With a `CLEAN` one
-    only tokens of this turn are edited: its messages with their headers, and its reply. Spans and schedules count as
-    they did in the turn that a token belongs to.
+    With a `STEERED` history ``all`` edits every token, ``generating``, ``response``, ``thinking`` and ``answer`` also
+    those of earlier replies (and the token before each, for ``generating``), ``prompt`` what was new of each turn's
+    prompt. With a `CLEAN` one only tokens of this turn are edited: its messages with their headers, and its reply.
+    Spans and schedules count as they did in the turn that a token belongs to, of thinking as far as it is still there.
 
     Where an edit becomes several, these act at different tokens, in its place among the others. In a first turn edits
     stay as they are.
@@ -210,8 +211,7 @@ def _steered(edit: Edit, rows: _Rows) -> Iterator[Edit]:
         yield replace(edit, positions=rows.mask(lambda turn: _asked(turn, span)))
         return
     if kind in _REPLY:
-        before = int(kind is Positions.GENERATING)
-        yield from _replied(edit, rows, before, span)
+        yield from _replied(edit, rows, kind, span)
     yield edit
 
 
@@ -231,20 +231,35 @@ def _within(tokens: range, span: Span | None, length: int) -> range:
     return range(max(tokens.start, start), min(tokens.stop, stop))
 
 
-def _replied(edit: Edit, rows: _Rows, before: int, span: Span | None) -> Iterator[Edit]:
+def _counted(turn: TurnPrompt, kind: Positions | None) -> Iterator[list[int]]:
+    """The tokens of a kind that each earlier reply has, in the order in which they are counted; -1 for one elsewhere.
+
+    The last of the prompt is the coming reply's own.
+    """
+    before = int(kind is Positions.GENERATING)
+    for number, (start, stop) in enumerate(turn.said):
+        if kind in _PARTS:
+            yield [start + at for at, part in enumerate(turn.parts[number]) if part is _PARTS[kind]]
+            continue
+        done = turn.said[number - 1][1] if number else 0
+        tokens = range(start - before, min(stop, len(turn.ids) - before))
+        yield [token if token >= done else -1 for token in tokens]
+
+
+def _replied(edit: Edit, rows: _Rows, kind: Positions | None, span: Span | None) -> Iterator[Edit]:
     """An edit of a reply at the earlier ones: once, or for each factor of its schedule."""
     first, end = (0, None) if span is None else (span.start, span.stop)
-    longest = max((stop - start for turn in rows.turns for start, stop in turn.said), default=0) + before
+    longest = max((len(tokens) for turn in rows.turns for tokens in _counted(turn, kind)), default=0)
     numbers = range(first, longest if end is None else min(end, longest))
 
     def at(chosen: Sequence[int]) -> Bool[Tensor, "batch width"]:
-        """True at the tokens of these numbers in each reply. The last of the prompt is the coming reply's own."""
+        """True at the tokens of these numbers in each reply."""
         return rows.mask(
             lambda turn: [
-                range(token, token + 1)
-                for done, (start, stop) in zip((0, *(stop for _, stop in turn.said)), turn.said, strict=False)
-                for token in (start - before + number for number in chosen)
-                if done <= token < min(stop, len(turn.ids) - before)
+                range(tokens[number], tokens[number] + 1)
+                for tokens in _counted(turn, kind)
+                for number in chosen
+                if number < len(tokens) and tokens[number] >= 0
             ]
         )
 

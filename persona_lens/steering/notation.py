@@ -151,7 +151,7 @@ WORDS = {
     "INT": "a whole number",
     "BOUND": "a whole number",
     "PERCENTILE": "a percentile such as p25",
-    "KIND": "all, prompt, response or generating",
+    "KIND": "all, prompt, response, generating, thinking or answer",
     "SIDE": "> or <",
     "$END": "the end",
 }
@@ -181,7 +181,8 @@ def parse_terms(text: str) -> tuple[Term, ...]:
               ``ablate(0.5)``, ``cap(3)``, ``floor(-1)``, ``affine(0)``, and the operations of other packages. A level
               may be a percentile of the model's own responses, ``floor(p25)``, where the vectors carry them. Left out,
               the coefficient that was tuned.
-            - POSITIONS: ``all``, ``prompt``, ``response`` or ``generating``, or a part such as ``response[5:]``.
+            - POSITIONS: ``all``, ``prompt``, ``response``, ``generating``, ``thinking`` or ``answer``, or a part of
+              these such as ``response[5:]``.
             - ``with sinks`` edits attention sinks too, see `persona_lens.backend.sinks`.
             - CONDITION: ``evil@12>3``, a projection at a layer; without one, at the layer that is edited.
             - POINTS: ``0:1 20:0``, factors by token index, interpolated.

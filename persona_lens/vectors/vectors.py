@@ -196,7 +196,8 @@ class PersonaVectors(Provenanced):
             threshold: For ``cap`` the largest, for ``floor`` the smallest projection left, in residual-stream units.
             target: For ``affine``: the projection left, in residual-stream units.
             relative: For ``add``: the coefficient counts norms of the residual at each token, not of the vector.
-            positions: ``all``, ``prompt``, ``response``, ``generating``, or a `Span` of one of these.
+            positions: ``all``, ``prompt``, ``response``, ``generating``, ``thinking``, ``answer``, or a `Span` of one
+                of these.
             reduction: Which of the vectors.
             sinks: Edit attention sinks too, where the operation leaves them out.
         """

@@ -27,7 +27,7 @@ from persona_lens.backend import (
     wrap_model,
 )
 from persona_lens.backend.tokens import TokenIds
-from tests.tiny import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, D_MODEL, N_LAYERS, thinking_tokenizer, tiny_model, tiny_tokenizer
 
 __all__ = ["ARCHITECTURES", "D_MODEL", "N_LAYERS"]
 
@@ -120,6 +120,12 @@ def backend_of(adapter: str, module: Any, tok: Any = None) -> Backend:
 def tiny_backend(adapter: str, architecture: str = "llama") -> Backend:
     """A shared backend; tests must leave it as they found it."""
     return backend_of(adapter, tiny_model(architecture))
+
+
+@cache
+def thinking_backend(adapter: str, architecture: str = "llama") -> Backend:
+    """The same of a model that thinks."""
+    return backend_of(adapter, tiny_model(architecture, thinks=True), thinking_tokenizer())
 
 
 def encode(*texts: str) -> tuple[TokenIds, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from persona_lens.backend import Condition, Edit, Operation, Positions, Read, ReadKind, Schedule, Span, TokenBatch
 from persona_lens.backend.edits import OPERATIONS
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.mark_machine import Part
 from persona_lens.backend.packed import PackedIntervention
 from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.parts import Parts
 from persona_lens.backend.tokens import pad_left
 
 LAYERS, D, END = 3, 16, 9
@@ -24,6 +26,8 @@ ALL_READS = (
     Read(ReadKind.RESPONSE_MEAN),
     Read(ReadKind.PROMPT_MEAN, (0, 2)),
     Read(ReadKind.PROMPT_LAST),
+    Read(ReadKind.THINKING_MEAN, (0, 2)),
+    Read(ReadKind.ANSWER_MEAN),
     Read(ReadKind.RESPONSE_NORM, (1, 2)),
     Read.projections(PROJECTED, (0, 1)),
     Read(ReadKind.NORMS),
@@ -45,6 +49,7 @@ class Rows:
         room: Tokens that may be generated; 0 where the responses are there.
         ids: int64 [tokens] of each row.
         residuals: [layers, tokens, d_model] of each row.
+        parts: What tells thinking from answer, by no rule that any model has.
     """
 
     prompts: list[int]
@@ -53,6 +58,7 @@ class Rows:
     room: int
     ids: list[Tensor]
     residuals: list[Tensor]
+    parts: Parts = field(default_factory=lambda: random_parts(random.Random(0)))
 
     @staticmethod
     def random(rng: random.Random, *, generated: bool, ordinary: bool = False, dtype: Any = torch.float32) -> Rows:
@@ -83,7 +89,7 @@ class Rows:
             ids.append(row)
             residuals.append(torch.where(massive, h * (1e5 if ordinary else 1024), h).to(dtype))
         texts = list(prompts) if generated else [len(row) for row in ids]
-        return Rows(prompts, texts, kept, room, ids, residuals)
+        return Rows(prompts, texts, kept, room, ids, residuals, random_parts(rng))
 
     @property
     def batch(self) -> TokenBatch:
@@ -91,6 +97,13 @@ class Rows:
         heads = [ids[:prompt].tolist() for ids, prompt in zip(self.ids, self.prompts, strict=True)]
         tails = [i[p:t].tolist() for i, p, t in zip(self.ids, self.prompts, self.texts, strict=True)]
         return TokenBatch.of(heads, tails)
+
+    @property
+    def kinds(self) -> tuple[bytes, ...]:
+        """What each token of each row's prompt and response is."""
+        heads = [ids[:prompt].tolist() for ids, prompt in zip(self.ids, self.prompts, strict=True)]
+        tails = [ids[prompt:kept].tolist() for ids, prompt, kept in zip(self.ids, self.prompts, self.kept, strict=True)]
+        return self.parts.given(heads, tails).kinds
 
     @property
     def totals(self) -> list[int]:
@@ -101,6 +114,7 @@ class Rows:
         """The call that does this with these rows."""
         ends = (END, 77) if self.room else ()
         given: dict[str, Any] = {"room": self.room, "end_ids": ends, "sink_limits": LIMITS, **more}
+        given["parts"] = self.parts.given(self.batch.prompts, self.batch.responses)
         return PackedCall.of(self.prompts, self.texts, edits, reads, n_layers=LAYERS, **given)
 
 
@@ -108,7 +122,7 @@ def as_batch(
     rows: Rows, edits: Sequence[Edit], reads: Sequence[Read], limits: Sequence[float] | None = LIMITS
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Residuals after the edits, [layers, tokens, d_model] of each row, and the reads, as other backends do it."""
-    padded = pad_left(rows.batch, 0)
+    padded = pad_left(rows.batch, 0, parts=rows.parts)
     given: dict[str, Any] = {"n_layers": LAYERS, "sink_limits": limits}
     if rows.room:
         given |= {"end_ids": (END, 77), "max_new_tokens": rows.room}
@@ -155,6 +169,15 @@ def run_pass(rows: Rows, intervention: PackedIntervention, chunks: Sequence[Chun
         h = torch.cat([rows.residuals[row][layer, start:stop] for row, start, stop in chunks])
         outputs.append(intervention.block(layer, h) if layer in intervention.layers else h)
     return outputs
+
+
+def random_parts(rng: random.Random) -> Parts:
+    """An automaton of four states over the ids of `Rows`, whose tokens are anything in each of them."""
+    states, ids = range(4), rng.sample(range(END + 1), 5)
+    following = tuple(tuple(rng.choice(states) for _ in states) for _ in range(len(ids) + 1))
+    kinds = tuple(tuple(rng.choice(list(Part)) for _ in states) for _ in range(len(ids) + 1))
+    classes = {token: number + 1 for number, token in enumerate(ids)}
+    return Parts((("a", "b"),), classes, following, kinds, tuple(rng.choice(states) for _ in states))
 
 
 def random_edits(rng: random.Random, rows: Rows) -> list[Edit]:

@@ -30,7 +30,7 @@ def test_every_pass_is_told_once_whole_and_in_order(seed: int) -> None:
         if tokens.step in stops:
             raise StopGeneration(stops[tokens.step])
 
-    listener = Listener(Watch(torch.ones(K, 4), on_tokens), number)
+    listener = Listener(Watch(torch.ones(K, 4), on_tokens), [(1,)] * number)
     arrivals = Arrivals(listener, prompts, LAYERS, K, room)
     given, at = [0] * number, [0] * number  # tokens that each row was given, and positions whose values came
     over = [False] * number

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from persona_lens.backend import Condition, Edit, Operation, Positions, Read, ReadKind, Span
 from persona_lens.backend.edits import OPERATIONS
+from persona_lens.backend.mark_machine import Part
 from persona_lens.backend.packed import PackedIntervention, aligned
 from persona_lens.backend.tokens import pad_left
 from persona_lens.backend.writing import TokenMasks, Writer
@@ -31,7 +32,7 @@ from tests.backends.packs import (
     run_pass,
 )
 
-MEANS = ("response_mean", "prompt_mean", "prompt_last", "response_norm")
+MEANS = ("response_mean", "prompt_mean", "prompt_last", "thinking_mean", "answer_mean", "response_norm")
 
 
 def packed(
@@ -66,11 +67,14 @@ def mean_by_hand(rows: Rows, residuals: Sequence[Tensor], read: Read, limits: Se
         prompt, kept = rows.prompts[row], rows.kept[row]
         begin = {"prompt_mean": 0, "prompt_last": prompt - 1}.get(read.kind, prompt)
         stop = prompt if read.kind.startswith("prompt") else kept
+        part = {"thinking_mean": Part.THINKING, "answer_mean": Part.ANSWER}.get(read.kind)
         for layer in read.resolved_layers(LAYERS):
             lengths = rows.residuals[row][layer].float().norm(dim=-1)
             sink = lengths > (float("inf") if limits is None else limits[layer])
             sink[0] = True
             among = ~sink[begin:stop] if read.leaves_out_sinks else torch.ones(stop - begin, dtype=torch.bool)
+            if part is not None:
+                among &= torch.tensor([each == part for each in rows.kinds[row][begin:stop]], dtype=torch.bool)
             some = h[layer, begin:stop][among].double()
             values.append((some.norm(dim=-1) if read.kind is ReadKind.RESPONSE_NORM else some).mean(dim=0))
     found = torch.stack(values)
@@ -248,7 +252,7 @@ def test_the_writer_writes_the_same_by_both_kinds_of_masks(operation: Operation)
     rng = random.Random(str(operation))
     torch.manual_seed(0)
     rows = Rows.random(rng, generated=False)
-    padded = pad_left(rows.batch, 0)
+    padded = pad_left(rows.batch, 0, parts=rows.parts)
     level = {"threshold": 0.5, "target": 0.5}
     more = {operation.argument: level[operation.argument]} if operation.argument else {}
     coefficient = torch.tensor([rng.choice([0.5, 1.0]) for _ in rows.prompts])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import BackendError, Edit, Positions, Read, ReadKind, Span, TokenBatch
+from persona_lens.backend.mark_machine import Part
 from persona_lens.backend.packed import PackedIntervention
 from persona_lens.backend.packed_checks import FidelityError
 from persona_lens.backend.packed_run import edits_of_text
@@ -36,7 +37,12 @@ def outcome_of(rng: random.Random, rows: Rows, edits: Any, reads: Any, begins: l
     for chunks in passes(rng, rows, begins):
         run_pass(rows, intervention, chunks, range(LAYERS))
     order = Order(call, ("",) * len(rows.ids))
-    return order, Outcome(intervention.results(), intervention.masks.tallies, None, (), None)
+    return order, Outcome(intervention.results(), intervention.masks.settled(), None, (), None)
+
+
+def all_kinds(rows: Rows) -> tuple[bytes, ...]:
+    """What all tokens of each row are, those behind its response too."""
+    return replace(rows, kept=rows.totals).kinds
 
 
 def counted(rows: Rows, edit: Edit, row: int, begin: int, stop: int) -> int:
@@ -46,6 +52,10 @@ def counted(rows: Rows, edit: Edit, row: int, begin: int, stop: int) -> int:
         left = positions.shape[1] - rows.texts[row]
         return sum(bool(positions[row, left + at]) for at in range(begin, min(stop, rows.texts[row])))
     span = positions if isinstance(positions, Span) else Span(positions)
+    if span.kind in (Positions.THINKING, Positions.ANSWER):
+        part = Part[span.kind.name]
+        of_kind = [at for at, each in enumerate(all_kinds(rows)[row]) if each == part]
+        return sum(begin <= at < stop for at in of_kind[span.start : span.stop])
     begins = {"response": prompt, "generating": prompt - 1}.get(str(span.kind), 0)
     of_kind = list(range(begins, prompt if span.kind is Positions.PROMPT else 1000))
     return sum(begin <= at < stop for at in of_kind[span.start : span.stop])
@@ -61,7 +71,7 @@ def test_what_was_done_rightly_passes_and_its_edits_are_counted(seed: int) -> No
     edits, reads = random_edits(rng, rows), OF_RESPONSES if cached else rng.choice([ALL_READS, SINKS_TOO])
     order, outcome = outcome_of(rng, rows, edits, reads, begins)
     partly = [row for row, begin in enumerate(begins) if begin > rows.prompts[row]]
-    check_outcome(order, outcome, rows.kept, partly)
+    check_outcome(order, outcome, rows.kept, partly, rows.kinds)
     if any(rows.kept[row] > rows.prompts[row] for row in partly):
         with pytest.raises(FidelityError, match="response_mean of row"):
             check_outcome(order, outcome, rows.kept)

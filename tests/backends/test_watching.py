@@ -265,7 +265,7 @@ def test_what_a_server_sent_is_told_as_if_it_ran() -> None:
     later: list[WatchedTokens] = []
     stopped = watched_generation(backend, PROMPTS, Sampling(6), telling(live))
     whole = backend.generate(PROMPTS, Sampling(6), (), [Read.projections(DIRECTIONS)])
-    listener = Listener(telling(later), len(PROMPTS))
+    listener = Listener(telling(later), PROMPTS)
     replay(listener, TokenBatch.of(PROMPTS, whole.responses), whole.reads[ReadKind.PROJECTIONS])
     assert listener.cut(whole.responses, whole.ended) == (stopped.responses, stopped.ended)
     for a, b in zip(live, later, strict=True):

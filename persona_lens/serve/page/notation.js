@@ -9,7 +9,7 @@ export const ACTIONS = {
   floor: { says: "floor at", low: -20, high: 20, step: 0.5, amount: 0 },
   affine: { says: "affine to", low: -20, high: 20, step: 0.5, amount: 0 },
 };
-export const TOKENS = ["all", "prompt", "response", "generating"];
+export const TOKENS = ["all", "prompt", "response", "generating", "thinking", "answer"];
 
 /** How a reply finds the turns before it, whatever its terms are. */
 export const HISTORIES = { steered: "stay as they were steered", clean: "are read as if never steered" };
@@ -41,7 +41,7 @@ export function read(text) {
   if (!trait) return null;
   const found = actionIn(act);
   if (!found) return null;
-  const on = /\s+on (all|prompt|response|generating)(?!\[)\b/.exec(rest);
+  const on = /\s+on (all|prompt|response|generating|thinking|answer)(?!\[)\b/.exec(rest);
   const more = (on ? rest.replace(on[0], "") : rest).trim();
   return { trait, layers: layers ?? "", ...found, tokens: on ? on[1] : "all", more, on: true };
 }
