@@ -110,6 +110,10 @@ class Rows:
         """Tokens of each row that an engine may run over."""
         return [len(ids) for ids in self.ids]
 
+    def beginnings(self, rng: random.Random) -> list[int]:
+        """From where on each row may be computed, where a cache holds what comes before; what is to come it cannot."""
+        return [rng.randrange(min(kept, text)) for kept, text in zip(self.kept, self.texts, strict=True)]
+
     def call(self, edits: Sequence[Edit], reads: Sequence[Read], **more: Any) -> PackedCall:
         """The call that does this with these rows."""
         ends = (END, 77) if self.room else ()

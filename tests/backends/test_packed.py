@@ -120,7 +120,7 @@ def test_rows_that_go_on_from_a_cache(seed: int) -> None:
     rows = Rows.random(rng, generated=rng.random() < 0.5)
     edits = random_edits(rng, rows)
     wanted, read_wanted = as_batch(rows, edits, ALL_READS)
-    begins = [rng.randrange(kept) for kept in rows.kept]
+    begins = rows.beginnings(rng)
     out, read, intervention = packed(rows, edits, ALL_READS, list(passes(rng, rows, begins)))
     _same_residuals(rows, out, wanted)
     assert intervention.masks.tallies.began.tolist() == begins

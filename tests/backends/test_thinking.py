@@ -105,7 +105,7 @@ def check_reads_of(found: dict[str, Tensor], text: TokenBatch) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_edited_and_read_as_by_masks(thinking: Backend, kind: Positions) -> None:
-    assert mark(TEXT, kind).sum(dim=1).tolist() == ([2, 3, 0] if kind is Positions.THINKING else [4, 13, 2])
+    assert mark(TEXT, kind).sum(dim=1).tolist() == ([2, 3, 0] if kind is Positions.THINKING else [4, 12, 3])
     plain = thinking.forward(TEXT, (), READS)
     check_reads_of(dict(plain.reads), TEXT)
     for positions, span in ((kind, range(1000)), (Span(kind, 1), range(1, 1000)), (Span(kind, 0, 2), range(2))):
@@ -123,7 +123,7 @@ def test_a_generation_is_edited_and_read_as_the_text_that_it_makes(
 ) -> None:
     """Some rows begin in thinking that their prompt opened."""
     prompts = (*HEADS, (*HEADS[0], OPEN), (*HEADS[1], OPEN))
-    sampling = Sampling(24, 1.0, seeds=tuple(range(5)), use_cache=use_cache)
+    sampling = Sampling(32, 1.0, seeds=tuple(range(5)), use_cache=use_cache)
     for positions, span in ((kind, range(1000)), (Span(kind, 1, 6), range(1, 6))):
         made = thinking.generate(prompts, sampling, edits_at(positions), READS)
         text = TokenBatch.of(prompts, made.responses)
@@ -143,8 +143,9 @@ def test_a_schedule_counts_the_tokens_of_its_part(thinking: Backend) -> None:
         for row, mask in enumerate(mark(TEXT, kind)):
             places = mask.nonzero().flatten().tolist()
             moved = got[row, 1, places] - plain[row, 1, places]
-            want = torch.stack([0.7 * factor * direction(3) for factor in factors[: len(places)]] or [direction()[:0]])
-            assert_close(moved, want.reshape(moved.shape), rtol=1e-3)
+            if places:
+                want = torch.stack([0.7 * factor * direction(3) for factor in factors[: len(places)]])
+                assert_close(moved, want, rtol=1e-3)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

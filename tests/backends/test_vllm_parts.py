@@ -67,7 +67,7 @@ def test_what_was_done_rightly_passes_and_its_edits_are_counted(seed: int) -> No
     torch.manual_seed(seed)
     rows = Rows.random(rng, generated=rng.random() < 0.5)
     cached = rng.random() < 0.5
-    begins = [rng.randrange(kept) if cached else 0 for kept in rows.kept]
+    begins = rows.beginnings(rng) if cached else [0] * len(rows.kept)
     edits, reads = random_edits(rng, rows), OF_RESPONSES if cached else rng.choice([ALL_READS, SINKS_TOO])
     order, outcome = outcome_of(rng, rows, edits, reads, begins)
     partly = [row for row, begin in enumerate(begins) if begin > rows.prompts[row]]

@@ -105,7 +105,7 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "backwards": ("evil@5-3:+1", 5, "the layers 5-3 run backwards"),
     "unknown action": ("evil@3:ablte", 7, "expected a number such as +1.5, 'ablate'"),
     "no threshold": ("evil@3:cap", 10, "expected '('"),
-    "unknown positions": ("evil@3:+1 on answer", 13, "expected all, prompt, response or generating"),
+    "unknown positions": ("evil@3:+1 on reply", 13, "expected all, prompt, response, generating, thinking or answer"),
     "end of a response": ("evil@3:+1 on response[-2:]", 10, "counts from the end"),
     "twice": ("evil@3:+1 on all on all", 0, "evil: positions is given twice"),
     "one point": ("evil@3:+1 schedule(0:1)", 22, "expected a whole number"),
