@@ -166,7 +166,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0, *, thinks: bool = Fal
             if parameter.ndim > 1:
                 parameter.mul_(4)  # the usual initialisation is so small that all logits are nearly equal
         if thinks:
-            rows: torch.Tensor = model.get_output_embeddings().weight
-            rows[-2:] *= 12
+            head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            head.weight[-2:] *= 12
     torch.nn.Module.to(model, device)
     return model

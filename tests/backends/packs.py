@@ -110,10 +110,6 @@ class Rows:
         """Tokens of each row that an engine may run over."""
         return [len(ids) for ids in self.ids]
 
-    def beginnings(self, rng: random.Random) -> list[int]:
-        """From where on each row may be computed, where a cache holds what comes before; what is to come it cannot."""
-        return [rng.randrange(min(kept, text)) for kept, text in zip(self.kept, self.texts, strict=True)]
-
     def call(self, edits: Sequence[Edit], reads: Sequence[Read], **more: Any) -> PackedCall:
         """The call that does this with these rows."""
         ends = (END, 77) if self.room else ()
@@ -173,6 +169,11 @@ def run_pass(rows: Rows, intervention: PackedIntervention, chunks: Sequence[Chun
         h = torch.cat([rows.residuals[row][layer, start:stop] for row, start, stop in chunks])
         outputs.append(intervention.block(layer, h) if layer in intervention.layers else h)
     return outputs
+
+
+def beginnings(rng: random.Random, rows: Rows) -> list[int]:
+    """From where on each row may be computed, where a cache holds what comes before; what is to come it cannot."""
+    return [rng.randrange(min(kept, text)) for kept, text in zip(rows.kept, rows.texts, strict=True)]
 
 
 def random_parts(rng: random.Random) -> Parts:

@@ -27,6 +27,7 @@ from tests.backends.packs import (
     D,
     Rows,
     as_batch,
+    beginnings,
     passes,
     random_edits,
     run_pass,
@@ -120,7 +121,7 @@ def test_rows_that_go_on_from_a_cache(seed: int) -> None:
     rows = Rows.random(rng, generated=rng.random() < 0.5)
     edits = random_edits(rng, rows)
     wanted, read_wanted = as_batch(rows, edits, ALL_READS)
-    begins = rows.beginnings(rng)
+    begins = beginnings(rng, rows)
     out, read, intervention = packed(rows, edits, ALL_READS, list(passes(rng, rows, begins)))
     _same_residuals(rows, out, wanted)
     assert intervention.masks.tallies.began.tolist() == begins

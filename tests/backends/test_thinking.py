@@ -44,7 +44,7 @@ from tests.backends.fixtures import (
 )
 from tests.tiny import thinking_tokenizer
 
-OPEN, CLOSE = (int(token) for token in thinking_tokenizer().convert_tokens_to_ids(["<think>", "</think>"]))
+OPEN, CLOSE = (thinking_tokenizer().get_vocab()[token] for token in ("<think>", "</think>"))
 HEAD = encode("<|im_start|>assistant\n")[0]
 HEADS = tuple((*prompt, *HEAD) for prompt in PROMPTS)
 REPLIES = (

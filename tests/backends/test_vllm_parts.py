@@ -25,7 +25,7 @@ from persona_lens_vllm.engine import Engine, Job
 from persona_lens_vllm.fidelity import check_outcome
 from persona_lens_vllm.stream import stream_of, with_stream
 from persona_lens_vllm.worker import Order, Outcome
-from tests.backends.packs import ALL_READS, LAYERS, SINKS_TOO, D, Rows, passes, random_edits, run_pass
+from tests.backends.packs import ALL_READS, LAYERS, SINKS_TOO, D, Rows, beginnings, passes, random_edits, run_pass
 
 OF_RESPONSES = (Read(ReadKind.RESPONSE_MEAN), Read(ReadKind.RESPONSE_NORM))
 
@@ -67,7 +67,7 @@ def test_what_was_done_rightly_passes_and_its_edits_are_counted(seed: int) -> No
     torch.manual_seed(seed)
     rows = Rows.random(rng, generated=rng.random() < 0.5)
     cached = rng.random() < 0.5
-    begins = rows.beginnings(rng) if cached else [0] * len(rows.kept)
+    begins = beginnings(rng, rows) if cached else [0] * len(rows.kept)
     edits, reads = random_edits(rng, rows), OF_RESPONSES if cached else rng.choice([ALL_READS, SINKS_TOO])
     order, outcome = outcome_of(rng, rows, edits, reads, begins)
     partly = [row for row, begin in enumerate(begins) if begin > rows.prompts[row]]

@@ -106,7 +106,7 @@ def test_positions_masks_and_projections(server: str, models: Path) -> None:
 def test_thinking_and_answer_are_told_apart_there(server: str, models: Path) -> None:
     """The server has neither the tokenizer nor this package."""
     there, here = remote(models / "thinks"), local(models / "thinks")
-    opening = here.tokenizer.convert_tokens_to_ids("<think>")
+    opening = here.tokenizer.get_vocab()["<think>"]
     prompts = [*PROMPTS, *((*prompt, opening) for prompt in PROMPTS)]
     sampling = Sampling(20, 1.0, seeds=tuple(range(6)))
     reads = (Read(ReadKind.THINKING_MEAN), Read(ReadKind.ANSWER_MEAN, (0, 2)), Read(ReadKind.NORMS))

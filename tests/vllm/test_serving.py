@@ -195,7 +195,7 @@ def test_steered_and_unsteered_requests_at_once_are_those_of_the_engine_here(ser
 
 def test_thinking_and_answer_are_told_apart_there(served: VllmServer, here: Backend) -> None:
     """The server does it: clients may send texts of which they do not know the ids."""
-    opening, closing = (int(each) for each in here.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+    opening, closing = (here.tokenizer.get_vocab()[token] for token in ("<think>", "</think>"))
     prompts, whose = [*IDS, *((*ids, opening) for ids in IDS)], Parts.of(here.tokenizer)
     parts = [Read(ReadKind.THINKING_MEAN), Read(ReadKind.ANSWER_MEAN), Read(ReadKind.RESPONSE_MEAN)]
     responses = [(opening, 7, 8, closing, 9), (7, opening), (9,), (8, closing, 7), (8, 9), (closing,)]
