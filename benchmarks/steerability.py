@@ -67,9 +67,9 @@ class Places:
 
 
 def gather(
-    backend: Backend, runs: Sequence[Path], settings: ArmSettings, layers: Sequence[int], folder: Path
+    backend: Backend, runs: Sequence[Path], settings: ArmSettings, layers: Sequence[int], step: float, folder: Path
 ) -> Places:
-    """Steer every trait at every layer, and measure what was known before.
+    """Steer every trait at every layer by steps of a share of the residual's length, and measure what was known before.
 
     Raises:
         PersonaLensError: If a run does not say how long the residual is.
@@ -83,7 +83,7 @@ def gather(
         if shares is None:
             raise PersonaLensError(f"{run} does not say how long the residual is; extract it again")
         arms = {
-            str(layer): Steering.parse(f"{vectors.trait}@{layer}:+{STEP / shares[layer]:.3g}", vectors)
+            str(layer): Steering.parse(f"{vectors.trait}@{layer}:+{step / shares[layer]:.3g}", vectors)
             for layer in layers
         }
         where = folder / vectors.trait
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layers", type=int, nargs="+", help="by default the eight that `steer tune` tries")
+    parser.add_argument("--step", type=float, default=STEP, help="of the residual's length (%(default)s)")
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--samples", type=int, default=1)
     given = parser.parse_args()
@@ -282,7 +283,7 @@ def main() -> None:
         random_directions=RANDOM_DIRECTIONS,
         rollouts=RolloutSettings(max_new_tokens=NEW_TOKENS, temperature=0.6),
     )
-    found = report(gather(backend, given.runs, settings, layers, given.folder))
+    found = report(gather(backend, given.runs, settings, layers, given.step, given.folder))
     (given.folder / "steerability.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     show(found)
 

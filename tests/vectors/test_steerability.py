@@ -112,7 +112,7 @@ def test_places_are_steered_by_equal_steps_beside_random_directions(tmp_path: Pa
     rollouts = RolloutSettings(max_new_tokens=16, batch_size=8)
     extract(backend, trait, tmp_path / "run", settings=ExtractionSettings(questions=4, paired=False, rollouts=rollouts))
     asked = ArmSettings((0, 1, 2), random_directions=2, rollouts=RolloutSettings(4, batch_size=8))
-    found = gather(backend, [tmp_path / "run"], asked, (0, 2), tmp_path / "study")
+    found = gather(backend, [tmp_path / "run"], asked, (0, 2), 0.3, tmp_path / "study")
     assert (found.traits, found.layers, found.effects.shape) == (("optimistic",), (0, 2), (1, 2))
     from persona_lens.vectors import load_vectors
 
@@ -132,4 +132,4 @@ def test_places_are_steered_by_equal_steps_beside_random_directions(tmp_path: Pa
     before = vectors.with_provenance(diagnostics=None)
     (tmp_path / "run" / "vectors.safetensors").write_bytes(before.to_bytes())
     with pytest.raises(PersonaLensError, match="does not say how long the residual is; extract it again"):
-        gather(backend, [tmp_path / "run"], asked, (0,), tmp_path / "other")
+        gather(backend, [tmp_path / "run"], asked, (0,), 0.3, tmp_path / "other")
