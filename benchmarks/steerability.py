@@ -36,7 +36,7 @@ from persona_lens.steering.comparison import RANDOM, VECTOR, ArmRow, compare
 from persona_lens.steering.surface import shown_layers
 from persona_lens.vectors import load_vectors
 from persona_lens.vectors.diagnosis import diagnose
-from persona_lens.vectors.diagnostics import BEYOND, BEYOND_CHANCE, MEASURES, RULES, share_below
+from persona_lens.vectors.diagnostics import BEYOND, BEYOND_CHANCE, MEASURES
 
 Values = NDArray[np.float64]
 Rule = tuple[str, ...]
@@ -138,8 +138,14 @@ def overall(values: Values, effects: Values) -> Estimate:
     return Estimate(value, low, high, len(values))
 
 
+def share_below(values: Values) -> Values:
+    """The share of the others that each exceeds, equal ones counting half: [n], from 0 to 1."""
+    found: Values = (rankdata(values) - 1) / max(1, len(values) - 1)
+    return found
+
+
 def scores(places: Places, rule: Rule) -> Values:
-    """What layers are ranked by under a rule, see `persona_lens.vectors.diagnostics.Diagnostics.scores`."""
+    """What layers are ranked by under a rule: mean over measures of the share of layers that each does better than."""
     found: Values = np.mean([[share_below(row) for row in places.measures[name]] for name in rule], axis=0)
     return found
 
@@ -204,7 +210,6 @@ def report(places: Places) -> dict[str, Any]:
         "effect_halves": bootstrap_mean(within(*places.halves).tolist(), within=(-1, 1)).to_json(),
         "measures": measured,
         "rules": chosen,
-        "built_in": {"+".join(rule): chosen.get("+".join(rule)) for rule in RULES},
         "left_out": rows,
         "left_out_rho": bootstrap_mean([row["rho"] for row in rows], within=(-1, 1)).to_json(),
         "gains": gains,

@@ -48,6 +48,7 @@ NOT_RUN = (
     "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --judge",
     "vllm serve ",
     'persona-lens traits new pedantic --description "Corrects every trifle." --author-model openai:',
+    "persona-lens extract smollm2-135m impolite --temperature",
     "persona-lens steer tune ",
     "persona-lens steer compare ",
     "persona-lens steer methods ",

@@ -85,15 +85,13 @@ def forecast_command(
             done so.
     """
     from persona_lens.vectors.diagnosis import diagnose
-    from persona_lens.vectors.diagnostics import layer_order
 
     vectors = options.open_vectors(run)
     chosen = layer_numbers(shown.layers, vectors.model.n_layers)
     found = diagnose(run, None if model is None else opening.open(model), shown.reduction)
-    written, order = found.to_json(), [layer for layer in layer_order(found) if layer in chosen]
-    picked = [written["layers"][at] for at in chosen]
+    written = found.to_json()
     deliver(
-        {**written, "layers": picked, "rule": list(found.rule), "order": order},
+        {**written, "layers": [written["layers"][at] for at in chosen]},
         lambda: show_diagnostics(found, chosen),
         shown.as_json,
     )
@@ -102,18 +100,14 @@ def forecast_command(
 def show_diagnostics(found: Diagnostics | None, layers: Sequence[int] | None = None) -> None:
     """A table of a row a layer, of all layers or some; nothing where nothing is known."""
     from persona_lens.reports.diagnostics import NAMES, known
-    from persona_lens.vectors.diagnostics import layer_order
 
     if found is None:
         return
-    order, rows = layer_order(found), [each for each in found.layers if layers is None or each.layer in layers]
+    rows = [each for each in found.layers if layers is None or each.layer in layers]
     columns: dict[str, Column[LayerDiagnostics]] = {"layer": "layer"}
-    if order:
-        columns["place"] = lambda row: order.index(row.layer) + 1
     columns |= {HEADS.get(name, NAMES[name]): _told(name) for name in known([row.to_json() for row in rows])}
-    by = f"; places by {' and '.join(NAMES[name] for name in found.rule)}" if order else ""
     kept = f"{counted(found.responses, 'response')}, {counted(found.differences, 'pair')} of twins"
-    title = f"What foretells steering along {found.trait} ({kept}{by}; in brackets: no more than chance)"
+    title = f"What may foretell steering along {found.trait} ({kept}; in brackets: no more than chance)"
     show_rows(title, rows, columns)
 
 

@@ -68,7 +68,7 @@ def tables(summary: Summary) -> Tables:
     if not names:
         return []
     cells = [[str(row["layer"]), *(beside_null(row, name) for name in names)] for row in rows]
-    title = "What foretells steering, by layer; in brackets what 95% of cases stay below by chance"
+    title = "What may foretell steering, by layer; in brackets what 95% of cases stay below by chance"
     return [(title, ["layer", *(NAMES[name] for name in names)], cells)]
 
 

@@ -38,8 +38,6 @@ from persona_lens.steering.surface import (
 )
 from persona_lens.steering.trial import SEARCH, Trial, arms_at, steered_experiment
 from persona_lens.steering.tune_settings import TuneSettings, split
-from persona_lens.vectors import PersonaVectors
-from persona_lens.vectors.diagnostics import layer_order
 
 LEADERS = 3  # places that are asked everything at once, so that a batch is not of one
 
@@ -284,16 +282,14 @@ class Race:
             found.append(f"{budget} did not carry layers {numbers}, which were not tried; give more (--budget)")
         return found
 
-    def describe(self, layers: Sequence[int], by: str) -> dict[str, Any]:
+    def describe(self, layers: Sequence[int]) -> dict[str, Any]:
         """How it went, as JSON values.
 
         Args:
             layers: In the order in which they were to be searched.
-            by: What that order goes by.
         """
         return {
             "layers": list(layers),
-            "ordered_by": by,
             "untried": list(self.untried),
             "rounds": self.rounds,
             "budget": self._budget,
@@ -313,20 +309,7 @@ def _reserve(plain: Sequence[ArmRow], margin: float) -> float:
     return min(means["nll"].high - means["nll"].mean, margin / 2) if means["nll"] else 0.0
 
 
-def ordered(vectors: PersonaVectors, layers: Sequence[int], reduction: str) -> tuple[list[int], str]:
-    """Layers, that which promises most first, and what the order goes by.
-
-    That is what the vectors' diagnostics foretell. Where nothing is foretold, as of vectors of another program, the
-    middle layer comes first and the outermost last.
-
-    Args:
-        vectors: Along which they would be steered.
-        layers: Block indices.
-        reduction: Which of the vectors.
-    """
-    known = vectors.diagnostics
-    foretold = layer_order(known) if known is not None and known.reduction == reduction else ()
-    if known is not None and set(layers) <= set(foretold):
-        return sorted(layers, key=foretold.index), f"diagnostics: {' and '.join(known.rule)}"
+def middle_out(layers: Sequence[int]) -> list[int]:
+    """Layers in the order in which a race tries them: the middle one first, the outermost last."""
     middle = sorted(layers)[(len(layers) - 1) // 2]
-    return sorted(layers, key=lambda layer: (abs(layer - middle), layer)), "distance from the middle"
+    return sorted(layers, key=lambda layer: (abs(layer - middle), layer))

@@ -15,7 +15,7 @@ from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.steering.bisection import CLOSE, most_steps
 from persona_lens.steering.comparison import ArmSettings, arms_experiment
-from persona_lens.steering.race import Race, ordered
+from persona_lens.steering.race import Race, middle_out
 from persona_lens.steering.surface import (
     Place,
     Point,
@@ -85,13 +85,13 @@ def _try_all(subject: Subject, settings: TuneSettings, run: RunFolder | None, pr
 
 
 def _race(subject: Subject, settings: TuneSettings, run: RunFolder | None, progress: Progress) -> Searched:
-    order, by = ordered(subject.vectors, settings.layers or (), settings.reduction)
+    order = middle_out(settings.layers or ())
     race = Race(subject, settings, run, progress)
     chosen = race.run(order)
     trial = race.trial
     cost = spent(subject, trial.rollouts, trial.rollouts)
     curve = curve_places(trial.points, chosen, _further(subject, settings, race.norms, trial.points, chosen))
-    told = race.describe(order, by)
+    told = race.describe(order)
     return Searched(race.norms, trial, chosen, sorted(race.strengths), curve, told, cost, race.warnings())
 
 

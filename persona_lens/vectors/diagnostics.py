@@ -1,12 +1,12 @@
 """`Diagnostics`: what can be said of an extraction's vectors, layer by layer, before anything is generated under them.
 
-That a layer's vector tells responses apart does not mean that it steers: `score` says which of these figures a layer is
-judged by, and `layer_order` in which order layers are worth trying.
+That a layer's vector tells responses apart does not mean that it steers, and nothing is ranked by these figures:
+`benchmarks.steerability` measures whether any of them foretells which layer does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import isfinite
 
@@ -65,13 +65,10 @@ MEASURES = tuple(
     for each in fields(LayerDiagnostics)
     if each.name not in ("layer", "auc") and not each.name.endswith("_null")
 )
-"""By which layers may be ranked; not by AUC alone, which is 1 at most layers of a clear trait."""
+"""What may foretell steering; not AUC, which is 1 at most layers of a clear trait."""
 BEYOND = "_beyond"
 BEYOND_CHANCE = tuple(f"{name}{BEYOND}" for name in MEASURES if f"{name}_null" in LayerDiagnostics.__dataclass_fields__)
 """The same minus their nulls."""
-
-RULES: tuple[tuple[str, ...], ...] = (("accessibility",), ("consistency", "relative_norm"), ("consistency",))
-"""What layers are judged by, by the mean of their ranks: the first of these whose measures are all known."""
 
 
 @dataclass(frozen=True)
@@ -103,45 +100,6 @@ class Diagnostics(Record):
         found = [getattr(each, measure) for each in self.layers]
         known = [value for value in found if value is not None and isfinite(value)]
         return np.array(known) if known and len(known) == len(found) else None
-
-    @property
-    def rule(self) -> tuple[str, ...]:
-        """The measures that `scores` goes by; empty where too little is known for any of `RULES`."""
-        return next((rule for rule in RULES if all(self.values(each) is not None for each in rule)), ())
-
-    def scores(self, rule: Sequence[str] = ()) -> Array:
-        """What layers are ranked by: the mean over measures of the share of layers that a layer does better than.
-
-        Args:
-            rule: Names of measures; those of `rule` if not given.
-
-        Returns:
-            float64 [layers], from 0 to 1; NaN where a measure is not known.
-        """
-        chosen = [self.values(each) for each in rule or self.rule]
-        known = [each for each in chosen if each is not None]
-        if not known or len(known) < len(chosen):
-            return np.full(len(self.layers), np.nan)
-        found: Array = np.mean([share_below(each) for each in known], axis=0)
-        return found
-
-
-def layer_order(diagnostics: Diagnostics | None) -> tuple[int, ...]:
-    """Layers in the order in which they are worth trying, the most promising first; of equal ones the earlier.
-
-    Empty where nothing is known that layers could be ranked by.
-    """
-    if diagnostics is None or not diagnostics.rule:
-        return ()
-    order = np.argsort(-diagnostics.scores(), kind="stable")
-    return tuple(diagnostics.layers[at].layer for at in order)
-
-
-def share_below(values: Array) -> Array:
-    """The share of the others that each exceeds, equal ones counting half: float64 [n], from 0 to 1."""
-    above = (values[:, None] > values).sum(axis=1) + ((values[:, None] == values).sum(axis=1) - 1) / 2
-    found: Array = above / max(1, len(values) - 1)
-    return found
 
 
 def rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -17,7 +17,6 @@ from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import load_vectors
-from persona_lens.vectors.diagnostics import layer_order
 from tests.backends.fixtures import tiny_backend
 from tests.planted import PlantedBackend
 from tests.tiny import N_LAYERS, tiny_model, tiny_tokenizer
@@ -51,27 +50,22 @@ def refused(*arguments: object) -> str:
     return str(caught.value)
 
 
-def test_a_row_a_layer_with_its_place(runs: Path) -> None:
+def test_a_row_a_layer(runs: Path) -> None:
     shown = ok("forecast", runs / "here")
-    assert "What foretells steering along optimistic" in shown
-    assert "places by accessibility" in " ".join(shown.split())
+    assert "What may foretell steering along optimistic" in shown
     found: Any = load_vectors(runs / "here").diagnostics
-    order = layer_order(found)
     for row in found.layers:
         (line,) = (line for line in shown.splitlines() if line.startswith(f"│ {row.layer} "))
         cells = [cell.strip() for cell in line.strip("│").split("│")]
-        assert cells[1] == str(order.index(row.layer) + 1)
         by_chance = row.accessibility <= row.accessibility_null
         assert cells[-1] == (f"({row.accessibility:.2f})" if by_chance else f"{row.accessibility:.2f}")
 
 
-def test_json_has_every_figure_and_the_order(runs: Path) -> None:
+def test_json_has_every_figure(runs: Path) -> None:
     said = json.loads(ok("forecast", runs / "far", "--layers", "1-2", "--json"))
     found: Any = load_vectors(runs / "far").diagnostics
     assert [row["layer"] for row in said["layers"]] == [1, 2]
     assert said["layers"][0] == found.layers[1].to_json()
-    assert said["order"] == [layer for layer in layer_order(found) if layer]
-    assert said["rule"] == ["consistency", "relative_norm"]
 
 
 def test_what_is_not_known_has_no_column(runs: Path) -> None:
@@ -100,8 +94,8 @@ def test_bad_input_is_one_sentence(runs: Path, tmp_path: Path) -> None:
 
 
 def test_show_tells_them_where_vectors_carry_them(runs: Path) -> None:
-    assert "What foretells steering along optimistic" in ok("show", runs / "here")
-    assert "What foretells steering" not in ok("show", runs / "before")
+    assert "What may foretell steering along optimistic" in ok("show", runs / "here")
+    assert "What may foretell steering" not in ok("show", runs / "before")
     said = json.loads(ok("show", runs / "here", "--json"))
     assert len(said["diagnostics"]["layers"]) == N_LAYERS
     assert json.loads(ok("show", runs / "before", "--json"))["diagnostics"] is None
@@ -112,7 +106,7 @@ def test_the_report_draws_and_lists_them(runs: Path, tmp_path: Path) -> None:
     assert "diagnostics" in found.figures
     page = found.report()
     assert 'id="figure-diagnostics"' in page
-    assert "What foretells steering, by layer" in page
+    assert "What may foretell steering, by layer" in page
     assert "{&#39;layer&#39;: 0, &#39;consistency&#39;" not in page
     for name in ("diagnostics", "separation"):
         assert found.plot(figure=name).axes
@@ -122,4 +116,4 @@ def test_the_report_draws_and_lists_them(runs: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(summary))
     before = Result.load(runs / "before")
     assert "diagnostics" not in before.figures
-    assert "What foretells steering" not in before.report()
+    assert "What may foretell steering" not in before.report()

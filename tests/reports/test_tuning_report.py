@@ -302,7 +302,6 @@ def raced() -> dict[str, Any]:
     summary["settings"] |= {"round_questions": 2}
     summary["race"] = {
         "layers": [16, 14, 19, 11, 21, 9, 24, 26, 5],
-        "ordered_by": "diagnostics: accessibility",
         "untried": [5],
         "rounds": 9,
         "budget": 176,
@@ -327,7 +326,7 @@ def test_the_page_of_a_race_says_what_was_asked_how_much_and_why_no_more() -> No
     assert f"at {fates.count('undecided')} the budget ended" in page.text
     assert page.text.count("of 2") >= len(fates) - fates.count(None)
     assert "on up to 8 questions" in page.text
-    assert "layers in the order of diagnostics: accessibility" in page.text
+    assert "A race: layers from the middle out;" in page.text
     assert "It took 9 rounds, and did not come to 1 layer." in page.text
     assert "Random directions stand beside the choice where it is confirmed, and not here." in page.text
     assert "No random directions were run" not in page.text

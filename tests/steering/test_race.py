@@ -25,13 +25,12 @@ from persona_lens.reports.tuning import render_tuning
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SteeringError, TuneSettings, Tuning, tune, tune_work
 from persona_lens.steering.bisection import CLOSE, Bisection, most_steps
-from persona_lens.steering.race import ordered
+from persona_lens.steering.race import middle_out
 from persona_lens.steering.search import curve_places
 from persona_lens.steering.surface import Dropped, Place, Point
 from persona_lens.steering.tune_settings import Towards, settled
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, load_vectors
-from persona_lens.vectors.diagnostics import Diagnostics, LayerDiagnostics
 from tests.planted import PlantedBackend
 
 TRAIT = load_trait("optimistic")
@@ -110,12 +109,6 @@ def vectors_of(backend: Surface, **provenance: Any) -> PersonaVectors:
         "judge": {"calibration": Calibration(2.0, 0.0).to_json()},
     }
     return PersonaVectors("optimistic", backend.info, dict(backend.planted), {**stored, **provenance})
-
-
-def foretelling(consistency: dict[int, float | None]) -> dict[str, Any]:
-    """Diagnostics as vectors carry them, of which nothing else is known."""
-    layers = tuple(LayerDiagnostics(layer, consistency=value) for layer, value in consistency.items())
-    return Diagnostics("optimistic", "response_mean", 20, 10, 10, layers).to_json()
 
 
 def settings(**changes: Any) -> TuneSettings:
@@ -314,12 +307,10 @@ def test_where_the_budget_ends_the_race_the_best_mean_is_taken_and_that_is_said(
 
 def test_layers_that_a_budget_does_not_carry_are_named() -> None:
     backend = Surface()
-    vectors = vectors_of(backend, diagnostics=foretelling({layer: -float(abs(layer - 3)) for layer in range(LAYERS)}))
-    found = tune(backend, vectors, settings(budget=3 * settings().carrying))
+    found = tune(backend, vectors_of(backend), settings(budget=3 * settings().carrying))
     tried = {point.place.layer for point in found.points}
     assert {2, 3, 4} <= tried
     assert found.summary["race"]["layers"] == [3, 2, 4, 1, 5, 0, 6, 7]
-    assert found.summary["race"]["ordered_by"] == "diagnostics: consistency"
     untried = sorted(set(range(LAYERS)) - tried)
     assert found.summary["race"]["untried"] == [each for each in [3, 2, 4, 1, 5, 0, 6, 7] if each in untried]
     assert untried
@@ -328,16 +319,10 @@ def test_layers_that_a_budget_does_not_carry_are_named() -> None:
     assert found.chosen.place.layer == 3
 
 
-def test_layers_come_as_foretold_and_else_from_the_middle_out() -> None:
-    known = foretelling({1: 1.0, 2: 3.0, 3: 2.0})
-    foretold = vectors_of(Surface(), diagnostics=known)
-    assert ordered(foretold, (1, 2, 3), "response_mean") == ([2, 3, 1], "diagnostics: consistency")
-    unknown = "distance from the middle"
-    assert ordered(vectors_of(Surface()), (1, 2, 3, 4, 5), "response_mean") == ([3, 2, 4, 1, 5], unknown)
-    assert ordered(foretold, (1, 3, 7), "response_mean") == ([3, 1, 7], unknown), "nothing is said of layer 7"
-    assert ordered(foretold, (1, 2, 3, 4), "prompt_mean") == ([2, 1, 3, 4], unknown), "said of other vectors"
-    bare = foretelling({1: None, 2: 1.0})
-    assert ordered(vectors_of(Surface(), diagnostics=bare), (1, 2), "response_mean") == ([1, 2], unknown)
+def test_layers_come_from_the_middle_out() -> None:
+    assert middle_out((1, 2, 3, 4, 5)) == [3, 2, 4, 1, 5]
+    assert middle_out((7, 1, 3)) == [3, 1, 7]
+    assert middle_out((1, 2)) == [1, 2]
 
 
 def test_text_that_a_judge_refuses_to_score_has_fallen_apart() -> None:

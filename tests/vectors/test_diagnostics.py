@@ -24,12 +24,9 @@ from persona_lens.vectors.diagnosis import TOKENS, Unembedding, consistency, dia
 from persona_lens.vectors.diagnostics import (
     BEYOND_CHANCE,
     MEASURES,
-    RULES,
     Array,
     Diagnostics,
     LayerDiagnostics,
-    layer_order,
-    share_below,
 )
 from persona_lens.vectors.samples import Responses, Samples, read_samples
 from persona_lens.vectors.split_half import LayerReliability, _at, _by_question, _drawn_halves, agreement_of_halves
@@ -292,7 +289,6 @@ def test_a_run_of_before_is_measured_as_far_as_it_goes(copy: Path) -> None:
     assert stored.diagnostics is not None
     layers = [replace(each, relative_norm=None) for each in stored.diagnostics.layers]
     assert found == replace(stored.diagnostics, layers=tuple(layers))
-    assert found.rule == ("consistency",)
     (copy / "rollouts.jsonl").unlink()
     with pytest.raises(RunError, match=r"rollouts\.jsonl is missing; give the run folder of a finished extraction"):
         diagnose(copy)
@@ -354,36 +350,17 @@ def test_damaged_diagnostics_are_said_to_be(run: Path) -> None:
     assert diagnostics_of(nonsense, read_samples(run)).values("d_prime") is None
 
 
-# The order
-
-
 def made(**measures: list[float | None]) -> Diagnostics:
     count = len(next(iter(measures.values())))
     rows = (LayerDiagnostics(at, **{name: values[at] for name, values in measures.items()}) for at in range(count))
     return Diagnostics("kind", "response_mean", 8, 4, 2, tuple(rows))
 
 
-def test_layers_are_ordered_by_the_first_rule_whose_measures_are_known() -> None:
-    assert RULES[0] == ("accessibility",)
-    assert layer_order(made(accessibility=[0.1, 3.0, 2.0], consistency=[3.0, 1.0, 2.0])) == (1, 2, 0)
-    without = made(consistency=[0.1, 0.3, 0.2, 0.3], relative_norm=[0.5, 0.1, 0.4, 0.6])
-    assert without.rule == ("consistency", "relative_norm")
-    np.testing.assert_allclose(without.scores(), [1 / 3, (2.5 / 3 + 0) / 2, 1 / 3, (2.5 / 3 + 1) / 2])
-    assert layer_order(without) == (3, 1, 0, 2)
-    assert layer_order(made(consistency=[0.1, 0.3], relative_norm=[None, 0.2])) == (1, 0)
-    beyond = made(consistency=[0.1, 0.3], consistency_null=[0.0, 0.25])
-    assert beyond.scores(["consistency_beyond"]).tolist() == [1, 0]
-    assert without.values("consistency_beyond") is None
-    for unknown in (None, made(auc=[0.9, 1.0]), made(consistency=[None, 0.2])):
-        assert layer_order(unknown) == ()
-    assert np.isnan(made(auc=[0.9, 1.0]).scores()).all()
-    assert np.isnan(without.scores(["halves"])).all()
-    np.testing.assert_allclose(without.scores(["consistency"]), [0, 2.5 / 3, 1 / 3, 2.5 / 3])
-
-
-def test_a_share_counts_equal_ones_half() -> None:
-    np.testing.assert_allclose(share_below(np.array([2.0, 1.0, 2.0, 5.0])), [0.5, 0, 0.5, 1])
-    np.testing.assert_allclose(share_below(np.array([2.0])), [0])
+def test_a_measure_that_some_layer_lacks_has_no_values() -> None:
+    beyond = made(consistency=[0.1, 0.3], consistency_null=[0.0, 0.25], relative_norm=[None, 0.2])
+    np.testing.assert_allclose(beyond.values("consistency_beyond"), [0.1, 0.05])
+    assert beyond.values("relative_norm") is None
+    assert made(consistency=[0.1, 0.3]).values("consistency_beyond") is None
     assert "auc" not in MEASURES
     assert not any(name.endswith("_null") for name in MEASURES)
     assert {*MEASURES} - {name.removesuffix("_beyond") for name in BEYOND_CHANCE} == {"relative_norm"}

@@ -18,6 +18,7 @@ from benchmarks.steerability import (
     report,
     rules,
     scores,
+    share_below,
     show,
     verdict,
     within,
@@ -29,7 +30,6 @@ from persona_lens.steering import ArmSettings
 from persona_lens.steering.comparison import arm_effect, compare
 from persona_lens.steering.steering import Steering
 from persona_lens.traits import load_trait
-from persona_lens.vectors.diagnostics import share_below
 from tests.backends.fixtures import tiny_backend
 
 LAYERS = tuple(range(9, 25, 2))
@@ -133,3 +133,8 @@ def test_places_are_steered_by_equal_steps_beside_random_directions(tmp_path: Pa
     (tmp_path / "run" / "vectors.safetensors").write_bytes(before.to_bytes())
     with pytest.raises(PersonaLensError, match="does not say how long the residual is; extract it again"):
         gather(backend, [tmp_path / "run"], asked, (0,), 0.3, tmp_path / "other")
+
+
+def test_a_share_counts_equal_ones_half() -> None:
+    np.testing.assert_allclose(share_below(np.array([2.0, 1.0, 2.0, 5.0])), [0.5, 0, 0.5, 1])
+    np.testing.assert_allclose(share_below(np.array([2.0])), [0])
