@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from persona_lens.backend import open_backend as open_backend
     from persona_lens.backend import wrap_model as wrap_model
     from persona_lens.backend.spread import RayWorkers as RayWorkers
+    from persona_lens.backend.verification import verify as verify
     from persona_lens.core.errors import PersonaLensError as PersonaLensError
     from persona_lens.core.progress import no_progress as no_progress
     from persona_lens.data.datasets import open_dataset as open_dataset
@@ -190,6 +191,7 @@ _HOMES = {
     "study": "monitoring",
     "sweep": "steering",
     "tune": "steering",
+    "verify": "backend.verification",
     "workbench": "serve.cell",
     "wrap_model": "backend",
 }

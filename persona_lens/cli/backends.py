@@ -18,8 +18,9 @@ from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
     from persona_lens.backend.parity import ParityCheck
-    from persona_lens.backend.protocol import ServerStatus
+    from persona_lens.backend.protocol import Backend, ServerStatus
     from persona_lens.backend.registry import BackendStatus
+    from persona_lens.backend.trial import Point
 
 
 ONLY = Option("Check only this one. Repeatable.", metavar="NAME", shown="all that are installed")
@@ -28,24 +29,31 @@ DTYPE = "`float32`, `bfloat16` or `float16`; tokens must be equal in float32 onl
 
 @dataclass(frozen=True)
 class Checked:
-    """What the suite found for one backend.
+    """What was found for one backend.
 
     Attributes:
         backend: Its name.
         runs: What ran, with versions; None where the model could not be opened.
         error: Why it could not be opened.
-        checks: Outcomes, failed ones included.
+        checks: Outcomes of the parity suite, failed ones included.
+        points: Those of the check whether edits act.
     """
 
     backend: str
     runs: str | None
     error: str | None
     checks: Sequence[ParityCheck] = ()
+    points: Sequence[Point] = ()
+
+    @property
+    def every(self) -> Sequence[ParityCheck | Point]:
+        """All of them."""
+        return [*self.checks, *self.points]
 
     @property
     def passed(self) -> bool:
         """Whether it was opened and every check held."""
-        return self.error is None and all(check.passed for check in self.checks)
+        return self.error is None and all(check.passed for check in self.every)
 
     def to_json(self) -> dict[str, Any]:
         """The values by name; JSON has no infinity."""
@@ -54,7 +62,8 @@ class Checked:
             for check in self.checks
         ]
         head = {"backend": self.backend, "runs": self.runs, "error": self.error}
-        return {**head, "passed": self.passed, "checks": checks}
+        steering = {"steering": [point.to_json() for point in self.points]} if self.points else {}
+        return {**head, "passed": self.passed, "checks": checks, **steering}
 
 
 def list_backends(as_json: options.AsJson = False) -> None:
@@ -81,6 +90,7 @@ def check(
     backend_option: options.BackendOptions = None,
     dtype: Annotated[str, Option(DTYPE)] = "float32",
     device: Annotated[str, Option("`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")] = "auto",
+    steering: Annotated[bool, Option("Only whether edits act, which takes a few passes; nothing is compared.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Check on a model of your own that every backend reads, edits and generates as it should.
@@ -89,7 +99,13 @@ def check(
     KV cache against none, reads while generating against reads of the finished text. Two copies of the model are in
     memory at a time. The exit code is 1 if a check fails.
 
+    With `--steering` each is only tried for edits that must change residuals and the next token by amounts known
+    beforehand: at every layer, beside rows without any, after a call that failed, and in the second turn of a
+    conversation. Commands that open an engine or a server do that by themselves; `--no-verify` leaves it out.
+
     Example: `persona-lens backends check smollm2-135m`
+
+    Example: `persona-lens backends check smollm2-135m --backend transformers --steering --dtype bfloat16`
 
     Example: `persona-lens backends check Qwen/Qwen2.5-0.5B-Instruct --backend nnsight --device cuda`
 
@@ -100,15 +116,17 @@ def check(
     names, own = _chosen(backend or ()), options.own_options(backend_option)
     if own and len(names) != 1:
         raise PersonaLensError("--backend-option is for one backend; name it with --backend")
+    compared = "" if steering else f", compared with {DEFAULT}"
     if not as_json and sys.stderr.isatty():
-        say(f"checking {', '.join(names)} on {model}, compared with {DEFAULT}", err=True)
-    results = []
-    for result in _results(names, model, own, dtype=dtype, **({} if device == "auto" else {"device": device})):
+        say(f"checking {', '.join(names)} on {model}{compared}", err=True)
+    results, found = [], _steered if steering else _results
+    for result in found(names, model, own, dtype=dtype, **({} if device == "auto" else {"device": device})):
         results.append(result)
         if not as_json:
             _print_result(result)
     if as_json:
-        head = {"model": model, "dtype": dtype, "reference": DEFAULT, "passed": all(r.passed for r in results)}
+        reference = None if steering else DEFAULT
+        head = {"model": model, "dtype": dtype, "reference": reference, "passed": all(r.passed for r in results)}
         say_json({**head, "backends": [result.to_json() for result in results]}, indent=2)
     if not all(result.passed for result in results):
         raise typer.Exit(1)
@@ -127,6 +145,31 @@ def _chosen(asked: Sequence[str]) -> list[str]:
     return sorted(available, key=lambda name: (name != DEFAULT, name))
 
 
+def _steered(names: Sequence[str], model: str, own: Mapping[str, Any], **opening: str) -> Iterator[Checked]:
+    """Whether edits act, on one backend after the other."""
+    from persona_lens.backend import WatchableBackend
+    from persona_lens.backend.trial import WAYS
+    from persona_lens.backend.verification import try_edits
+
+    for name in names:
+        opened = _opened(name, model, **opening, **own)
+        if isinstance(opened, str):
+            yield Checked(name, None, opened)
+        else:
+            ways = WAYS if isinstance(opened, WatchableBackend) else WAYS[:1]
+            yield Checked(name, opened.info.backend, None, points=try_edits(opened, ways))
+
+
+def _opened(name: str, model: str, **options: Any) -> Backend | str:
+    """The model through a backend; or why it could not be opened: the others are still checked."""
+    from persona_lens.backend import open_backend
+
+    try:
+        return open_backend(name, model, **options)
+    except Exception as error:  # noqa: BLE001 - a third party's adapter
+        return str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {error}"
+
+
 def _results(names: Sequence[str], model: str, own: Mapping[str, Any], **opening: str) -> Iterator[Checked]:
     from persona_lens.backend import open_backend
     from persona_lens.backend.parity import check_parity
@@ -134,11 +177,9 @@ def _results(names: Sequence[str], model: str, own: Mapping[str, Any], **opening
 
     reference = open_backend(DEFAULT, model, **opening, **(own if DEFAULT in names else {}))
     for name in names:
-        try:
-            opened = reference if name == DEFAULT else open_backend(name, model, **opening, **own)
-        except Exception as error:  # noqa: BLE001 - a third party's adapter; the others are still checked
-            said = str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {error}"
-            yield Checked(name, None, said)
+        opened = reference if name == DEFAULT else _opened(name, model, **opening, **own)
+        if isinstance(opened, str):
+            yield Checked(name, None, opened)
             continue
         with showing_progress() as progress:
             checks = check_parity(opened, None if opened is reference else reference, progress=progress)
@@ -156,16 +197,28 @@ def _print_result(result: Checked) -> None:
     if result.error is not None:
         say(f"{result.backend}: could not be opened: {result.error}\n")
         return
-    failed = sum(not check.passed for check in result.checks)
-    verdict = f"{failed} of {len(result.checks)} checks failed" if failed else f"all {len(result.checks)} checks passed"
-    print_plain_table(
-        ("", "check", "measured", "allowed", "detail"),
-        [
-            ("ok" if c.passed else "FAILED", c.name, f"{c.measured:.1e}", f"{c.tolerance:.1e}", c.detail)
-            for c in result.checks
-        ],
-    )
+    every = result.every
+    failed = sum(not check.passed for check in every)
+    verdict = f"{failed} of {len(every)} checks failed" if failed else f"all {len(every)} checks passed"
+    if result.points:
+        print_plain_table(
+            ("", "check", "expected", "measured", "", "off by", "allowed", "detail"),
+            [(*_of(p), *_values(p), f"{p.error:.1e}", f"{p.tolerance:.1e}", p.detail) for p in result.points],
+        )
+    else:
+        print_plain_table(
+            ("", "check", "measured", "allowed", "detail"),
+            [(*_of(c), f"{c.measured:.1e}", f"{c.tolerance:.1e}", c.detail) for c in result.checks],
+        )
     say(f"{result.backend} ({result.runs}): {verdict}\n")
+
+
+def _of(check: ParityCheck | Point) -> tuple[str, str]:
+    return "ok" if check.passed else "FAILED", check.name
+
+
+def _values(point: Point) -> tuple[str, str, str]:
+    return f"{point.expected:.4g}", f"{point.measured:.4g}", point.unit
 
 
 def status(backend: options.Backends = "nnsight", as_json: options.AsJson = False) -> None:

@@ -85,7 +85,9 @@ class UserOptions:
         if self.user_model == run.model:
             return LocalUser(at.backend, at.chat, settings)
         opening = options.ModelOptions(dtype=run.opening.dtype, device=run.opening.device, spread=run.opening.spread)
-        return LocalUser(*options.Subject(self.user_model, opening=opening).open(offline=run.dry_run), settings)
+        return LocalUser(
+            *options.Subject(self.user_model, opening=opening.unsteered).open(offline=run.dry_run), settings
+        )
 
 
 def drift_command(

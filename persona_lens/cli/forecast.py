@@ -88,7 +88,7 @@ def forecast_command(
 
     vectors = options.open_vectors(run)
     chosen = layer_numbers(shown.layers, vectors.model.n_layers)
-    found = diagnose(run, None if model is None else opening.open(model), shown.reduction)
+    found = diagnose(run, None if model is None else opening.unsteered.open(model), shown.reduction)
     written = found.to_json()
     deliver(
         {**written, "layers": [written["layers"][at] for at in chosen]},

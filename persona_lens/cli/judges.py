@@ -96,7 +96,7 @@ class JudgeOptions:
             Opening(
                 judge.partition(":")[2],
                 subject,
-                model=lambda model: options.Subject(model, opening=opening).open(),
+                model=lambda model: options.Subject(model, opening=opening.unsteered).open(),
                 server=self._server,
                 calibrated=lambda path: partial(_likelihood, Path(path), self.judge_model, opening),
                 options={**vars(self), "judge_method": choice(Method, self.judge_method or "auto", "--judge-method")},
@@ -185,7 +185,7 @@ def _likelihood(vectors: Path, model: str | None, opening: options.ModelOptions,
     if loaded.trait_definition.content_hash() != trait.content_hash():
         raise PersonaLensError(f"{vectors} is for the trait {loaded.trait}, or for another version of {trait.name}")
     calibration = loaded.calibration
-    backend, chat = options.Subject(model or _place_of(loaded, vectors), opening=opening).open()
+    backend, chat = options.Subject(model or _place_of(loaded, vectors), opening=opening.unsteered).open()
     loaded.check_model(backend, allowable=False)
     return LikelihoodJudge(backend, chat, trait, calibration)
 

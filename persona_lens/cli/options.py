@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +55,7 @@ RolesDirs = Annotated[list[Path] | None, Option("Another folder of role files. R
 System = Annotated[str | None, Option("System prompt.")]
 
 
-NOT_OF_BACKENDS = ("backend", "backend_option", "store_host", "chat_template", "thinking", "spread")
+NOT_OF_BACKENDS = ("backend", "backend_option", "store_host", "chat_template", "thinking", "verify", "spread")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class ModelOptions:
         store_host: Also fetch large results from this host; what it sends can run code here. Repeatable.
         chat_template: A Jinja chat template to use instead.
         thinking: Let the model reason before it answers.
+        verify: Make sure that edits act before anything runs; None for engines and servers alone.
         spread: Over which processes, if not in this one.
     """
 
@@ -87,6 +88,7 @@ class ModelOptions:
     store_host: Annotated[list[str] | None, Option(metavar="HOST")] = None
     chat_template: Annotated[Path | None, Option(metavar="FILE")] = None
     thinking: bool = False
+    verify: bool | None = None
     spread: RayOptions = field(default_factory=RayOptions)
 
     def __post_init__(self) -> None:
@@ -114,7 +116,23 @@ class ModelOptions:
         kept = {name: value for name, value in given.items() if value not in (None, False, [])}
         kept |= own_options(self.backend_option)
         opened_by = open_backend if self.spread.ray is None else self.spread.started(one=offline).open
-        return opened_by(self.backend, model, **kept)
+        opened = opened_by(self.backend, model, **kept)
+        if not offline:
+            self._verify(opened)
+        return opened
+
+    @property
+    def unsteered(self) -> ModelOptions:
+        """The same for a model that is never edited: whether edits act need not be tried."""
+        return replace(self, verify=False)
+
+    def _verify(self, backend: Backend) -> None:
+        """Raise `VerificationError` if edits do not act, where that is wanted."""
+        if self.verify is not False:
+            from persona_lens.backend.verification import is_engine, verify
+
+            if self.verify or is_engine(backend):
+                verify(backend)
 
     def chat(self, backend: Backend) -> ChatFormat:
         """The model's chat format, with what is surprising about it said on standard error."""

@@ -224,6 +224,7 @@ PANELS = {
         "revision",
         "chat_template",
         "thinking",
+        "verify",
     ),
     "Several GPUs or machines": ("ray", "workers", "worker_*"),
     "Remote": ("remote", "request_timeout", "requests_at_once", "store_host"),

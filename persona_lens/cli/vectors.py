@@ -313,7 +313,7 @@ def import_command(
         raise PersonaLensError(f"{file} does not exist")
     info = options.open_vectors(like).model if like is not None else None
     if model is not None:
-        info = opening.open(model).info
+        info = opening.unsteered.open(model).info
     found = import_vectors(file, Stated(info, trait, reduction, keep_last_row))
     made = str(found.vectors.save(out))
     kept = [layer for layer in range(found.vectors.model.n_layers) if layer not in found.vectors.missing_layers]

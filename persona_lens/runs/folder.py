@@ -35,7 +35,7 @@ from persona_lens.core.files import (
     writing_folder,
 )
 
-ACCEPTED, BOUND = "accepted_changes", "bound"
+ACCEPTED, BOUND, VERIFIED = "accepted_changes", "bound", "edits_verified"
 _ACCEPTING: ContextVar[bool] = ContextVar("accepting changes", default=False)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -123,18 +123,21 @@ class RunFolder:
 
     def _claim(self) -> None:
         file = self.path / CONFIG
+        verified = {VERIFIED: True} if _was_verified(self.config) else {}
         if not file.exists():
-            self.write_bytes(CONFIG, json_bytes(self.config), replace=True)
+            self.write_bytes(CONFIG, json_bytes({**self.config, **verified}), replace=True)
             return
         stored = self._stored()
         accepted, bound = stored.pop(ACCEPTED, []), stored.pop(BOUND, {})
+        known = {VERIFIED: stored.pop(VERIFIED)} if VERIFIED in stored else {}
         lines = [line for line in differences(stored, self.config) if line not in accepted]
         if lines:
             self._accept(lines, stored)
         accepted += lines
         self.config = {**stored, **({ACCEPTED: accepted} if accepted else {})}
-        if lines:
-            self.write_bytes(CONFIG, json_bytes({**self.config, **({BOUND: bound} if bound else {})}), replace=True)
+        if lines or (verified and not known and not self._readable_only):
+            more = {**({BOUND: bound} if bound else {}), **(known or verified)}
+            self.write_bytes(CONFIG, json_bytes({**self.config, **more}), replace=True)
 
     def _accept(self, lines: Sequence[str], stored: Mapping[str, Any]) -> None:
         """Refuse a configuration that differs, unless changes are accepted and it is the same kind of run."""
@@ -316,6 +319,15 @@ class RunFolder:
     def keeps(self, name: str) -> bool:
         """Whether a file or folder that was written whole is there and stays."""
         return (self.path / name).exists() and not _ACCEPTING.get()
+
+
+def _was_verified(config: Mapping[str, Any]) -> bool:
+    """Whether it was made sure, in this process, that edits act on the model of a run."""
+    if not isinstance(config.get("model"), Mapping):
+        return False
+    from persona_lens.backend.verification import was_verified  # which loads torch; so has whoever opened the model
+
+    return was_verified(config["model"])
 
 
 def json_bytes(value: Any) -> bytes:

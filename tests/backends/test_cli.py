@@ -93,6 +93,31 @@ def test_check_of_one_backend_as_text(folder: str) -> None:
     assert "nnsight" not in result.stdout
 
 
+def test_whether_edits_act_is_said_point_by_point(folder: str) -> None:
+    arguments = ["check", folder, "--device", "cpu", "--steering"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "edits at every layer reach the next token" in result.stdout
+    assert "coefficient 0 equals no edit" not in result.stdout
+    told = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
+    assert [row["backend"] for row in told["backends"]] == ["transformers", "nnsight", "transformer_lens"]
+    for row in told["backends"]:
+        names = [point["name"] for point in row["steering"]]
+        assert any(name.startswith("generating and watched") for name in names)
+        assert all(point["passed"] and point["measured"] is not None for point in row["steering"])
+
+
+def test_edits_that_do_not_act_make_the_exit_code_1(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from persona_lens.backend import open_backend
+
+    monkeypatch.setattr(
+        "persona_lens.backend.open_backend", lambda *given, **options: Wrong(open_backend(*given, **options))
+    )
+    result = runner.invoke(app, ["check", folder, "--device", "cpu", "--steering", "--backend", "transformers"])
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+
+
 class Wrong(Delegating):
     """Steers a little where nothing was asked."""
 

@@ -15,6 +15,7 @@ from persona_lens import PersonaLensError
 from persona_lens.cli import app
 from persona_lens.cli.options import ModelOptions, own_options, repeated
 from persona_lens.cli.ray import RayOptions
+from tests.backends.fixtures import Delegating, backend_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 THEIRS = """
@@ -95,7 +96,7 @@ def test_they_reach_workers(model: str, monkeypatch: pytest.MonkeyPatch) -> None
     opened: list[Any] = []
     workers = SimpleNamespace(open=lambda *names, **given: opened.append((names, given)))
     monkeypatch.setattr(RayOptions, "started", lambda *_, **__: workers)
-    ModelOptions("theirs", list(GIVEN), spread=RayOptions("local", 2)).open(model)
+    ModelOptions("theirs", list(GIVEN), verify=False, spread=RayOptions("local", 2)).open(model)
     assert opened == [(("theirs", model), READ)]
 
 
@@ -129,3 +130,35 @@ def test_a_command_is_repeated_with_each_of_them() -> None:
     again.command()(command)
     assert CliRunner().invoke(again, ["--backend-option", "a=1", "--backend-option", "b=x y"]).exit_code == 0
     assert words[0].endswith("--backend-option a=1 --backend-option 'b=x y'")
+
+
+class Unsteered(Delegating):
+    """An engine that takes edits and makes none."""
+
+    def generate(self, prompts: Any, sampling: Any, edits: Any = (), reads: Any = ()) -> Any:
+        return super().generate(prompts, sampling, (), reads)
+
+    def forward(self, tokens: Any, edits: Any = (), reads: Any = (), *, logprobs: bool = False) -> Any:
+        return super().forward(tokens, (), reads, logprobs=logprobs)
+
+
+def test_an_engine_is_tried_before_anything_runs_unless_it_is_told_not_to(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Unsteered(backend_of("transformers", tiny_model()))
+    monkeypatch.setattr("persona_lens.backend.open_backend", lambda *_, **__: engine)
+    with pytest.raises(PersonaLensError, match=r"edits do not act as they should .* --steering` shows every check"):
+        ModelOptions("theirs").open(model)
+    assert ModelOptions("theirs", verify=False).open(model) is engine
+    assert ModelOptions("theirs").open(model, offline=True) is engine
+
+
+def test_a_module_here_is_tried_when_that_is_asked_for(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    hooked = backend_of("transformers", tiny_model())
+    monkeypatch.setattr("persona_lens.backend.open_backend", lambda *_, **__: hooked)
+    monkeypatch.setattr("persona_lens.backend.verification.verify", tried.append)
+    ModelOptions().open(model)
+    assert tried == []
+    ModelOptions(verify=True).open(model)
+    assert tried == [hooked]

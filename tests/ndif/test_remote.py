@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from persona_lens.backend import (
     watched_generation,
 )
 from persona_lens.backend.parity import EVERYTHING, check_parity
+from persona_lens.backend.verification import verify, was_verified
 from tests.backends.fixtures import PROMPTS, RESPONSES, direction, matrix
 from tests.ndif.server import environment
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
@@ -313,3 +314,13 @@ def test_numbers_are_the_same_in_a_sandbox(sandbox_server: str, models: Path, ar
     for name in want_read.reads:
         assert torch.equal(got_read.reads[name].nan_to_num(), want_read.reads[name].nan_to_num())
     assert all(map(torch.equal, got_read.logprobs or (), want_read.logprobs or ()))
+
+
+def test_edits_are_made_sure_to_act_by_three_requests(server: str, tmp_path: Path) -> None:
+    there: Any = remote(saved(tiny_model(), tmp_path / "model"))
+    before = there.traffic.requests
+    points = verify(there)
+    assert there.traffic.requests - before == 3
+    names = {each.name for each in points}
+    assert {"an edit that cannot be made is an error", "rows beside steered ones stay"} <= names
+    assert was_verified(asdict(there.info))

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "from persona_lens.cli import main; main()"
 SMALL = ["--questions", "2", "--max-new-tokens", "8", "--unpaired", "--batch-size", "8"]
 HERE = ["--backend", "transformers", "--dtype", "float32", "--device", "cpu"]
-THERE = ["--backend", "nnsight", "--remote"]
+THERE = ["--backend", "nnsight", "--remote", "--no-verify"]  # whose requests would count among those of runs
 
 
 def start(host: str, *arguments: object) -> subprocess.Popen[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -326,3 +327,55 @@ def test_bytes_are_a_function_of_the_content(tmp_path: Path) -> None:
                 run.append("rows.jsonl", [{"value": value}])
     assert (tmp_path / "deep" / "er.json").read_bytes() == '{\n  "b": "é",\n  "a": [\n    0.1\n  ]\n}\n'.encode()
     assert (tmp_path / "rows.jsonl").read_bytes() == '{"b": "é\u2028\\n", "a": 1e-07}\n{}\n'.encode()
+
+
+@pytest.fixture
+def verified() -> dict[str, Any]:
+    """A model's record, once it was made sure that edits act on it."""
+    from dataclasses import asdict
+
+    from persona_lens.backend.verification import verify
+    from tests.backends.fixtures import backend_of
+    from tests.tiny import tiny_model
+
+    backend = backend_of("transformers", tiny_model(seed=7))
+    verify(backend)
+    return asdict(backend.info)
+
+
+def test_that_edits_act_is_noted_and_binds_no_run(tmp_path: Path, verified: dict[str, Any]) -> None:
+    config = {**CONFIG, "model": verified}
+    plain = {**config, "model": {**verified, "model": "never verified"}}
+    with RunFolder(tmp_path / "one", config) as run:
+        assert run.config == config
+        run.bind("later", 1)
+    noted = (tmp_path / "one" / "run.json").read_bytes()
+    assert json.loads(noted)["edits_verified"] is True
+    with RunFolder(tmp_path / "one", config) as again:
+        assert again.config == config
+        again.bind("later", 1)
+    assert (tmp_path / "one" / "run.json").read_bytes() == noted
+    with RunFolder(tmp_path / "two", plain) as run:
+        assert run.config == plain
+    assert "edits_verified" not in json.loads((tmp_path / "two" / "run.json").read_bytes())
+
+
+def test_a_run_from_before_its_model_was_verified_goes_on_and_notes_it(
+    tmp_path: Path, verified: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**CONFIG, "model": verified}
+    with monkeypatch.context() as before:
+        before.setattr("persona_lens.backend.verification._verified", set())
+        with RunFolder(tmp_path, config) as run:
+            run.bind("later", 1)
+            run.append("rows.jsonl", [{"a": 1}])
+    assert "edits_verified" not in json.loads((tmp_path / "run.json").read_bytes())
+    with RunFolder(tmp_path, config) as again:
+        assert list(again.rows("rows.jsonl")) == [{"a": 1}]
+        assert again.config == config
+    found = json.loads((tmp_path / "run.json").read_bytes())
+    assert found == {**config, "bound": {"later": 1}, "edits_verified": True}
+    monkeypatch.setattr("persona_lens.backend.verification._verified", set())
+    with RunFolder(tmp_path, config):  # as with --no-verify
+        pass
+    assert json.loads((tmp_path / "run.json").read_bytes()) == found

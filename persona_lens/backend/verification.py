@@ -1,0 +1,132 @@
+"""`verify`: whether edits act on a model as it was opened, where they may as well do nothing without any error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from persona_lens.backend.blocks import ModuleBackend
+from persona_lens.backend.protocol import Backend, BackendError, RemoteBackend, RemoteError
+from persona_lens.backend.trial import GENERATING, Point, Texts, Tolerance, Trial, Undecided
+from persona_lens.core.errors import PersonaLensError, first_line
+
+# How texts begin, three ways to go on, another text, and what a second turn adds.
+TEXTS = (
+    ("The people of this town have", (" always", " three", " to"), "When I was young, my father", " And then"),
+    ("In the middle of the night the", (" old", " door", " is"), "Please send the money before", " But why"),
+    ("She looked at the small red", (" car", " and", " in"), "It is said that nobody can", " Tell me"),
+    ("There is no water in the", (" house", " as", " next"), "We have to be at the", " Go on"),
+    ("He never told anybody what he", (" had", " saw", " is"), "The price of bread went", " So what"),
+)
+# Twice what rounding comes to over tiny random models, or more, but for one text in sixty in 16 bits.
+FULL = Tolerance(error=1e-2, least=2e-3, felt=1e-3)
+HALF = {
+    "float16": Tolerance(error=0.1, least=5e-3, felt=2e-2, wide=False),
+    "bfloat16": Tolerance(error=0.3, least=2e-2, felt=5e-2),
+}
+_verified: set[str] = set()  # fingerprints of models, as they were opened in this process
+
+
+class VerificationError(BackendError):
+    """Edits do not act as they should; the message says which do not, and what to do."""
+
+
+def verify(backend: Backend, ways: Sequence[str] = (GENERATING,)) -> list[Point]:
+    """Make sure that edits act, each by an amount that is known beforehand; see `persona_lens.backend.trial`.
+
+    At every layer in one forward pass, in rows beside rows that stay as they are, after a call that failed, and at
+    every token of a second turn that goes on from what was kept of the first. A model whose calls are requests that
+    wait in a queue is sent three, and not all of this.
+
+    Args:
+        backend: The model.
+        ways: Ways to generate that are tried, of `persona_lens.backend.trial.WAYS`.
+
+    Returns:
+        What was tried.
+
+    Raises:
+        VerificationError: If an edit does not act, or another than was asked for.
+    """
+    points = try_edits(backend, ways)
+    failed = [point for point in points if not point.passed]
+    if failed:
+        first = failed[0]
+        raise VerificationError(
+            f"edits do not act as they should on {backend.info.model} ({backend.info.backend}): {first.name}: "
+            f"{first.in_short}{f' ({len(failed)} of {len(points)} checks fail)' if len(failed) > 1 else ''}; nothing "
+            f"steered here could be trusted. {_advice(backend)}; `persona-lens backends check {backend.info.model} "
+            "--steering` shows every check"
+        )
+    _verified.add(backend.info.fingerprint)
+    return points
+
+
+def try_edits(backend: Backend, ways: Sequence[str] = (GENERATING,)) -> list[Point]:
+    """What `verify` tries, whether it holds or not.
+
+    Other texts are tried where nothing can be told from the first, and where something fails: rounding alone may send a
+    token to another expert, or decide between two tokens that are as likely.
+    """
+    tolerance = tolerance_of(backend)
+    found: list[Point] = []
+    for texts in TEXTS:
+        trial = Trial(backend, Texts.of(backend, *texts), tolerance)
+        try:
+            points = trial.points(ways)
+        except Undecided:
+            continue
+        except RemoteError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of libraries; whatever it is, nothing is known to act
+            said = str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {first_line(error)}"
+            points = [*trial.found, Point.failure("every call can be made", said)]
+        found = found or points
+        if all(point.passed for point in points):
+            return points
+        if isinstance(backend, RemoteBackend):
+            break
+    said = "the model goes on alike from all texts that were tried, so that no edit can be told from none"
+    return found or [Point.failure("what comes next depends on the text", said)]
+
+
+def tolerance_of(backend: Backend) -> Tolerance:
+    """What is allowed in the precision of a model; a server keeps to itself what it is."""
+    dtype = backend.info.dtype
+    if dtype == "remote":
+        return replace(HALF["bfloat16"], wide=False)
+    return FULL if dtype in ("float32", "float64") else HALF.get(dtype, HALF["bfloat16"])
+
+
+def is_engine(backend: Backend) -> bool:
+    """Whether a model is run by something else than its own module in reach of hooks: an engine or a server."""
+    over = getattr(backend, "over", None)
+    if over is not None and not isinstance(backend, ModuleBackend):  # in Ray workers: what do they run?
+        answer: Callable[[], bool] = over(_answering)
+        return answer()
+    return backend.info.remote or not isinstance(backend, ModuleBackend)
+
+
+def _answering(backend: Backend) -> Callable[[], bool]:
+    return lambda: is_engine(backend)
+
+
+def was_verified(model: object) -> bool:
+    """Whether a model was verified in this process.
+
+    Args:
+        model: What a record has of it, made by `dataclasses.asdict` of its `ModelInfo`.
+    """
+    if not isinstance(model, Mapping) or not _verified:
+        return False
+    return "sha256:" + hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest() in _verified
+
+
+def _advice(backend: Backend) -> str:
+    if backend.info.remote:
+        return "Ask whoever runs the server, or open the model here"
+    if isinstance(backend, ModuleBackend):
+        return "Take away what else hooks, compiles or replaces the model's blocks, or open it with another --backend"
+    return "Open it with --backend transformers, and report it with the engine's version if this one should do"
