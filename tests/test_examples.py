@@ -50,6 +50,7 @@ NOT_RUN = (
     'persona-lens traits new pedantic --description "Corrects every trifle." --author-model openai:',
     "persona-lens extract smollm2-135m impolite --temperature",
     "persona-lens steer tune ",
+    "persona-lens bake ",
     "persona-lens steer compare ",
     "persona-lens steer methods ",
     "persona-lens monitor baseline ",

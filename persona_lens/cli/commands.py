@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, str | Group] = {
         {"extract": "axis:axis_command", "cap": "axis:cap_command"},
         usual="extract",
     ),
+    "bake": "baking:bake_command",
     "demo": "extraction:demo",
     "extract": "extraction:extract",
     "generate": "steerings:generate",

@@ -66,6 +66,20 @@ class SteeringOptions:
         return steerings
 
 
+def named_vectors(given: Sequence[str]) -> dict[str, PersonaVectors]:
+    """Vectors by the names that a steering uses, each given as ``PATH`` or ``NAME=PATH``.
+
+    Raises:
+        PersonaLensError: If they cannot be read, or share a name.
+    """
+    named: dict[str, PersonaVectors] = {}
+    for name, each in map(_read_vectors, given):
+        if name in named:
+            raise PersonaLensError(f"two vectors go by the name {name!r}; rename one, NAME=PATH")
+        named[name] = each
+    return named
+
+
 def _read_vectors(given: str) -> tuple[str, PersonaVectors]:
     """Vectors and the name they go by, of ``PATH`` or ``NAME=PATH``."""
     renamed = RENAMED.fullmatch(given)

@@ -8,7 +8,16 @@ from __future__ import annotations
 from persona_lens.core.errors import ModelError
 from persona_lens.models.chat import ChatFormat, Message, end_of_turn_ids
 from persona_lens.models.embedded import DEFAULT_MODEL, EMBEDDED, EmbeddedModel, ensure_embedded
-from persona_lens.models.loading import Loaded, load, load_model, load_tokenizer, pinned, resolve_device, resolve_dtype
+from persona_lens.models.loading import (
+    Loaded,
+    load,
+    load_model,
+    load_tokenizer,
+    pinned,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+)
 from persona_lens.models.reasoning import answer_text
 from persona_lens.models.source import ModelSource, resolve
 
@@ -31,4 +40,5 @@ __all__ = [
     "resolve",
     "resolve_device",
     "resolve_dtype",
+    "stored_dtype",
 ]

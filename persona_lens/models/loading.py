@@ -322,6 +322,20 @@ def _cpu_has_bfloat16() -> bool:
     return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
 
 
+def stored_dtype(source: ModelSource) -> str:
+    """The number format that a model's weights are stored in, by name; ``float32`` where that is not known.
+
+    Args:
+        source: The model; of an adapter it is the base model's.
+
+    Raises:
+        ModelError: Its configuration cannot be had.
+    """
+    source = pinned(source.base or source)
+    found = str(_checkpoint_dtype(_configuration(source, _place(source, False)))).removeprefix("torch.")
+    return found if found in _DTYPES else "float32"
+
+
 def _place(source: ModelSource, trust_remote_code: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"local_files_only": source.is_local, "trust_remote_code": trust_remote_code}
     if source.revision is not None:

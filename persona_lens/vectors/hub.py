@@ -153,9 +153,6 @@ def model_card(vectors: PersonaVectors, repo: str, licence: str) -> str:
     Raises:
         FormatError: If that is no licence as the hub writes them.
     """
-    import yaml
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     if not LICENCE.fullmatch(licence):
         raise FormatError(f"a licence is written as on the hub, such as mit or cc-by-4.0; got {licence!r}")
     metadata: dict[str, Any] = {
@@ -165,8 +162,22 @@ def model_card(vectors: PersonaVectors, repo: str, licence: str) -> str:
     }
     if HUB_ID.fullmatch(vectors.model.model):
         metadata["base_model"] = vectors.model.model
+    return card(Path(__file__).parent / "card.md.j2", metadata, _facts(vectors, repo, licence))
+
+
+def card(template: Path, metadata: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """A card as Markdown, with the metadata that the hub reads in front.
+
+    Args:
+        template: What is filled in, by jinja.
+        metadata: What stands in front.
+        facts: What it is filled in with; texts among them are made harmless.
+    """
+    import yaml
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     env = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(template.parent),
         autoescape=False,  # Markdown, not HTML: what others wrote is made harmless by `finalize`
         undefined=StrictUndefined,
         finalize=lambda value: _harmless(value) if isinstance(value, str) else value,
@@ -174,8 +185,9 @@ def model_card(vectors: PersonaVectors, repo: str, licence: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = env.get_template("card.md.j2").render(_facts(vectors, repo, licence))
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, text)}"
+    text = env.get_template(template.name).render(facts)
+    front = yaml.safe_dump(dict(metadata), sort_keys=False)
+    return f"---\n{front}---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, text)}"
 
 
 def _harmless(text: str) -> str:

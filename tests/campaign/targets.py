@@ -37,13 +37,14 @@ from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings, Steering, SweepSettings, TuneSettings, sweep, tune
+from persona_lens.steering.baking import BakingError, bake
 from persona_lens.steering.comparison import compare
 from persona_lens.steering.crossing import CrossSettings, effects
 from persona_lens.traits import load_role, load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.analysis.dictionaries import dictionary
 from tests.campaign.counts import Counts
-from tests.finetuning.chats import conversations, loaded_model, small, vectors_of
+from tests.finetuning.chats import conversations, loaded_model, saved_model, small, vectors_of
 from tests.models.server.loopback import listener, scores, serving
 from tests.planted import PlantedBackend
 from tests.screening import made
@@ -214,6 +215,17 @@ def _responses(folder: Path) -> None:
         generate_responses(server, requests, settings, folder / "responses.jsonl")
 
 
+def _bake(folder: Path) -> None:
+    model = inputs() / "to-bake"
+    if not model.exists():
+        saved_model(model)
+    try:
+        bake(str(model), f"{TRAIT.name}@1:+1", folder / "baked", vectors=tiny_vectors(), device="cpu")
+    except BakingError as error:  # killed at the very end
+        if "exists already" not in str(error):
+            raise
+
+
 def _finetune_study(folder: Path) -> Result:
     own = vectors_of(loaded(), TRAIT.name)
     treatments = TreatmentSettings(f"{TRAIT.name}@1:+1", prompted=False, random=False)
@@ -251,6 +263,7 @@ TARGETS: dict[str, Run] = {
     "responses": _responses,
     "dissect": _dissect,
     "judge score": _judge,
+    "bake": _bake,
 }
 
 

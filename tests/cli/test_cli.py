@@ -38,6 +38,7 @@ from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     (),
+    ("bake",),
     ("demo",),
     ("extract",),
     ("axis",),

@@ -1,0 +1,168 @@
+"""Whether a baked model does what the steering does: their logits and greedy tokens beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_lens.backend import Edit, Sampling, wrap_model
+from persona_lens.backend.tokens import TokenIds
+from persona_lens.models.chat import chat_format
+from persona_lens.steering.baking.architectures import Architecture, block_writers
+from persona_lens.steering.baking.plan import Plan
+from persona_lens.traits import Trait, load_trait
+from persona_lens.vectors import PersonaVectors, VectorsError
+
+PROMPTS, NEW_TOKENS = 8, 32
+LIMITS: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
+"""Largest relative difference of logits, by the precision of the weights: rounding to it changes what is added."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a baked model and the steered one are apart, both computed in float32.
+
+    A difference of logits is the largest over the vocabulary, as a share of the largest logit at that token; what
+    stands here is the largest over all tokens of all prompts.
+
+    Attributes:
+        difference: Of the baked model, loaded from its folder, and the steered one.
+        limit: The most that it may be, see `LIMITS`.
+        shift: Of the steered model and the unsteered one.
+        edits: Of the baked model and one whose directions are ablated at block outputs instead, as edits do; None
+            where none are taken out everywhere.
+        prompts: How many.
+        same: Prompts after which the greedy tokens are the same.
+    """
+
+    difference: float
+    limit: float
+    shift: float
+    edits: float | None
+    prompts: int
+    same: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within its limit, and greedy tokens are the same where no weight was rounded."""
+        return self.difference <= self.limit and (self.same == self.prompts or self.limit > LIMITS["float32"])
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a model says.
+
+    Attributes:
+        logits: Of each prompt, float32 [tokens, vocabulary].
+        tokens: Greedy continuation of each prompt.
+    """
+
+    logits: list[Tensor]
+    tokens: tuple[TokenIds, ...]
+
+    def apart(self, other: Observed) -> float:
+        """The largest difference of logits, see `Check`."""
+        return max(
+            float(((mine - theirs).abs().amax(-1) / theirs.abs().amax(-1)).max())
+            for mine, theirs in zip(self.logits, other.logits, strict=True)
+        )
+
+
+def observe(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    edits: Sequence[Edit] = (),
+    inside: AbstractContextManager[None] | None = None,
+) -> Observed:
+    """Run a model over prompts.
+
+    Args:
+        model: The model, in float32.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each.
+        edits: At all tokens.
+        inside: What is open meanwhile.
+    """
+    backend = wrap_model(model, tokenizer)
+    with inside or nullcontext():
+        with torch.no_grad(), backend.editing(edits):
+            ids = (torch.tensor([list(prompt)], device=model.device) for prompt in prompts)
+            logits = [model(each, use_cache=False).logits[0].float().cpu() for each in ids]
+        return Observed(logits, backend.generate(prompts, Sampling(NEW_TOKENS), edits).responses)
+
+
+@contextmanager
+def taking_out(model: Any, architecture: Architecture, plan: Plan) -> Iterator[None]:
+    """While open, hooks take the plan's directions out of all that is written to the residual stream."""
+    modules = [model.get_submodule(path) for path in architecture.embeddings]
+    modules += [module for _, module in block_writers(model, architecture)]
+
+    def take_out(_: Any, __: Any, output: Tensor) -> Tensor:
+        return plan.without(output)
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(take_out).remove)
+        yield
+
+
+def prompts_of(vectors: Sequence[PersonaVectors], tokenizer: Any, model: Any) -> list[list[int]]:
+    """Held-out questions of the vectors' traits in turn, in the model's chat format, as token ids."""
+    traits: list[Trait] = []
+    for each in vectors:
+        try:
+            traits.append(each.trait_definition)
+        except VectorsError:  # imported ones carry none
+            continue
+    questions = [each.evaluation_questions for each in traits or [load_trait("optimistic")]]
+    chat = chat_format(wrap_model(model, tokenizer))
+    asked = dict.fromkeys(question for row in zip(*questions, strict=False) for question in row)
+    return [list(chat.encode(None, question)) for question in list(asked)[:PROMPTS]]
+
+
+def steered(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    architecture: Architecture,
+    plan: Plan,
+    blocks: Sequence[Edit],
+) -> tuple[Observed, Observed, Observed | None]:
+    """The plain model as it is, steered by hooks as the plan says, and with directions ablated at block outputs.
+
+    Args:
+        model: The model, in float32.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each.
+        architecture: Where it writes to the residual stream.
+        plan: What was baked.
+        blocks: The edits that come closest where directions are taken out everywhere; none otherwise.
+    """
+    plain = observe(model, tokenizer, prompts)
+    inside = taking_out(model, architecture, plan) if plan.basis is not None else None
+    hooked = observe(model, tokenizer, prompts, plan.edits(), inside)
+    return plain, hooked, observe(model, tokenizer, prompts, blocks) if blocks else None
+
+
+def compared(baked: Observed, found: tuple[Observed, Observed, Observed | None], dtype: str) -> Check:
+    """The baked model beside what `steered` found."""
+    plain, hooked, blocks = found
+    same = sum(mine == theirs for mine, theirs in zip(baked.tokens, hooked.tokens, strict=True))
+    return Check(
+        baked.apart(hooked),
+        LIMITS[dtype],
+        hooked.apart(plain),
+        None if blocks is None else baked.apart(blocks),
+        len(baked.logits),
+        same,
+    )

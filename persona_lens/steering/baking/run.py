@@ -1,0 +1,222 @@
+"""`bake`: the folder of a model that is steered by its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from persona_lens.backend import Backend, Edit, wrap_model
+from persona_lens.backend.blocks import find_blocks
+from persona_lens.core.files import named, write_text, writing_folder
+from persona_lens.core.progress import Progress, no_progress
+from persona_lens.models import Loaded, load, pinned, resolve, stored_dtype
+from persona_lens.steering.baking import check as checking
+from persona_lens.steering.baking.architectures import Architecture, architecture_of
+from persona_lens.steering.baking.card import baked_card
+from persona_lens.steering.baking.gguf import Converter
+from persona_lens.steering.baking.plan import BakingError, Plan, everywhere_of, planned
+from persona_lens.steering.baking.weights import Written, write
+from persona_lens.steering.given import GivenVectors, given_steering
+from persona_lens.steering.steering import Steering
+from persona_lens.vectors import PersonaVectors
+
+RECORD, CARD, GGUF = "persona_lens.json", "README.md", "model.gguf"
+FORMAT_VERSION = 1
+LIBRARIES = ("persona-lens", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A model that is steered by its weights.
+
+    Attributes:
+        folder: Where it is, for ``AutoModelForCausalLM.from_pretrained``.
+        record: What is in it and where that came from, as ``persona_lens.json`` beside it says.
+        check: How far it is from the steered model; None where that was not asked for.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    check: checking.Check | None = None
+
+
+def bake(
+    model: str,
+    steering: Steering | str | None,
+    folder: Path | str,
+    *,
+    vectors: GivenVectors = None,
+    everywhere: Sequence[str] = (),
+    check: bool = False,
+    gguf: Converter | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    allow_other_model: bool = False,
+    progress: Progress = no_progress,
+) -> Baked:
+    """Write a model whose weights do what a steering does, for any program that runs models.
+
+    An addition to all tokens becomes a bias of the MLP's last projection, which is exactly what the edit does; where
+    the model's class has none, the model is saved as one that has. A direction is taken out everywhere by projecting it
+    out of all that writes to the residual stream: the embedding, each attention, each MLP, and what is added. That is
+    more than edits do, which ablate at the outputs of blocks.
+
+    Args:
+        model: Hub id, local folder or embedded model.
+        steering: Additions, or their notation; None adds nothing.
+        folder: The folder to write; it must not be there.
+        vectors: Those that notations name.
+        everywhere: Directions to take out of all that is written, each a trait and a layer, ``evil@18``.
+        check: Compare what was written with the steered model.
+        gguf: Writes it for llama.cpp too, as ``model.gguf`` in the folder.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Precision of the weights; ``auto`` keeps the model's.
+        device: Where to compute.
+        allow_other_model: Bake into a model that the vectors do not belong to.
+        progress: Told what is under way.
+
+    Returns:
+        What was written. Whether a check passed is in its ``check``.
+
+    Raises:
+        BakingError: If the folder exists, or the steering or the model does what no weights do.
+        ModelError: If the model cannot be loaded.
+        NotationError: If a notation is not written so.
+        SteeringError: If it names vectors that are not given.
+        VectorsError: If vectors belong to another model.
+    """
+    target = Path(folder)
+    with named(target, BakingError):
+        if target.exists() or target.is_symlink():
+            raise BakingError(f"{target} exists already; choose another name, or remove it")
+    given = given_steering(steering, vectors) if steering is not None else None
+    if given is not None and not isinstance(given, Steering):
+        raise BakingError("what is baked is a Steering or its notation, whose vectors are recorded; got edits")
+    taken = everywhere_of(everywhere, () if vectors is None else vectors)  # type: ignore[arg-type]
+    plan = planned(given, taken)
+    if not plan.additions and plan.basis is None:
+        raise BakingError(
+            "there is nothing to bake: give a steering such as optimistic@18:+1.5, or --everywhere evil@18"
+        )
+    progress(0, None, "opening the model")
+    loaded = _opened(model, revision, dtype, device)
+    architecture = architecture_of(loaded.model)
+    if gguf is not None and architecture.gguf is None:
+        raise BakingError(f"llama.cpp has no such biases for a {type(loaded.model).__name__}; leave out --gguf")
+    backend = wrap_model(loaded.model, loaded.tokenizer)
+    for each in (given, taken):
+        if each is not None and not allow_other_model:
+            each.check_model(backend)
+    work = _Baking(loaded, architecture, plan, given, taken, device, progress)
+    return work.done(target, backend, check, gguf)
+
+
+def _opened(model: str, revision: str | None, dtype: str, device: str) -> Loaded:
+    """The model with its weights in the precision in which they are stored, wherever it runs."""
+    if dtype == "auto":
+        dtype = stored_dtype(pinned(resolve(model, revision)))
+    return load(model, revision, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class _Baking:
+    loaded: Loaded
+    architecture: Architecture
+    plan: Plan
+    steering: Steering | None
+    everywhere: Steering | None
+    device: str
+    progress: Progress
+
+    def done(self, target: Path, backend: Backend, check: bool, gguf: Converter | None) -> Baked:
+        """Write the folder; it takes its name when it is whole."""
+        model = self.loaded.model
+        record = self._record(backend)
+        with writing_folder(target, BakingError) as part:
+            self.progress(0, None, "writing the weights")
+            written = write(model, self.architecture, self.plan)
+            record |= _told(written)
+            with _named_writes(target):
+                written.model.save_pretrained(str(part))
+                self.loaded.tokenizer.save_pretrained(str(part))
+            if gguf is not None and self.architecture.gguf is not None:
+                self.progress(0, None, "converting for llama.cpp")
+                record["gguf"] = gguf.convert(part, part / GGUF, written.model, written.biases, self.architecture.gguf)
+            del written
+            found = self._checked(part) if check else None
+            record["check"] = None if found is None else found.to_json()
+            write_text(part / RECORD, json.dumps(record, indent=2) + "\n", failed=BakingError)
+            write_text(part / CARD, baked_card(record), failed=BakingError)
+        return Baked(target, record, found)
+
+    def _record(self, backend: Backend) -> dict[str, Any]:
+        source = self.loaded.source
+        info = replace(backend.info, model=source.id, revision=source.identity)
+        return {
+            "kind": "baked",
+            "format_version": FORMAT_VERSION,
+            "model": asdict(info),
+            "steering": None if self.steering is None else self.steering.describe(),
+            "everywhere": None if self.everywhere is None else self.everywhere.describe(),
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+
+    def _checked(self, part: Path) -> checking.Check:
+        """The folder's model, loaded anew, beside the steered one, in float32."""
+        self.progress(0, None, "checking")
+        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
+        plain: Any = self.loaded.model.float()
+        tokenizer, vectors = self.loaded.tokenizer, self._vectors()
+        prompts = checking.prompts_of(vectors, tokenizer, plain)
+        blocks = self._at_blocks(len(find_blocks(plain)[1]))
+        found = checking.steered(plain, tokenizer, prompts, self.architecture, self.plan, blocks)
+        anew = load(str(part), dtype="float32", device=self.device)
+        again = checking.prompts_of(vectors, anew.tokenizer, anew.model)
+        if again != prompts:
+            raise BakingError("the tokenizer that was written encodes the prompts otherwise than the model's own does")
+        return checking.compared(checking.observe(anew.model, anew.tokenizer, prompts), found, dtype)
+
+    def _vectors(self) -> list[PersonaVectors]:
+        both = (self.steering, self.everywhere)
+        return [vectors for each in both if each is not None for vectors in each.vectors.values()]
+
+    def _at_blocks(self, n_layers: int) -> list[Edit]:
+        """What edits do who ablate the directions after every block."""
+        if self.plan.basis is None:
+            return []
+        added = self.steering.edits() if self.steering is not None else ()
+        directions = list(self.plan.basis.T.float())
+        return [*added, *(Edit.ablate(layer, each) for layer in range(n_layers) for each in directions)]
+
+
+def _told(written: Written) -> dict[str, Any]:
+    """What was written, for the record."""
+    return {
+        "saved_as": type(written.model).__name__,
+        "note": written.note,
+        "dtype": str(written.model.dtype).removeprefix("torch."),
+        "biases": [
+            {"layer": layer, "name": name, "length": written.added[layer], "rounding": written.rounding[layer]}
+            for layer, name in written.biases.items()
+        ],
+        "left": written.left,
+        "gguf": None,
+    }
+
+
+@contextmanager
+def _named_writes(target: Path) -> Iterator[None]:
+    """What libraries raise when they cannot write, as an error that names the folder."""
+    with named(target, BakingError):
+        try:
+            yield
+        except SafetensorError as error:
+            raise BakingError(f"{target} cannot be written: {error}; make room there") from error

@@ -1,0 +1,120 @@
+"""A plan written into a model's weights, and what rounding to their precision leaves of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_lens.backend.blocks import find_blocks
+from persona_lens.steering.baking.architectures import (
+    Architecture,
+    Recast,
+    State,
+    block_writers,
+    built,
+)
+from persona_lens.steering.baking.plan import BakingError, Plan
+
+ROWS = 8192  # of a weight at once, so that little is held in float64
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model with a plan in its weights.
+
+    Attributes:
+        model: It shares the weights that are as they were.
+        note: What its class was changed to, and why that is the same; empty where it is the model's own.
+        biases: By layer, the names of the biases that hold additions.
+        added: Length of each addition, by layer.
+        rounding: What rounding to the precision of the weights changes of each addition, as a share of it, by layer.
+        left: What rounding leaves along the directions that are taken out, as a share of what was there: the most of
+            any weight. None where none are taken out.
+    """
+
+    model: Any
+    note: str
+    biases: dict[int, str]
+    added: dict[int, float]
+    rounding: dict[int, float]
+    left: float | None
+
+
+def write(model: Any, architecture: Architecture, plan: Plan) -> Written:
+    """Write a plan into a copy of a model, in the precision of its weights.
+
+    Args:
+        model: A causal language model; it stays as it is.
+        architecture: Where it writes to the residual stream.
+        plan: What to write.
+
+    Raises:
+        BakingError: If there is no class with biases for it, or no place, or no room in its precision.
+    """
+    state: State = dict(model.state_dict())
+    left = _take_out(model, architecture, plan, state) if plan.basis is not None else None
+    found = architecture.biased(model.config, state) if plan.additions else Recast(copy.deepcopy(model.config), state)
+    state = dict(found.state)
+    if plan.basis is not None:
+        found.config.tie_word_embeddings = False
+    mlp = architecture.mlp
+    path = find_blocks(model)[0]
+    biases, added, rounding = {}, {}, {}
+    for layer, vector in sorted(plan.additions.items()):
+        name = f"{path}.{layer}.{mlp}"
+        weight, before = state[f"{name}.weight"], state.get(f"{name}.bias")
+        wanted = vector.to(weight.device) + (0.0 if before is None else before.double())
+        bias = wanted.to(weight.dtype)
+        if not bool(bias.isfinite().all()):
+            raise BakingError(f"what is added at layer {layer} is beyond {_name(weight)}; bake with --dtype float32")
+        length = float(vector.norm())
+        state[f"{name}.bias"], biases[layer], added[layer] = bias, f"{name}.bias", length
+        rounding[layer] = float((bias.double() - wanted).norm()) / length if length else 0.0
+    made = built(found.config, state, next(iter(state.values())).dtype)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    made.config.name_or_path = ""
+    return Written(made, found.note, biases, added, rounding, left)
+
+
+def _take_out(model: Any, architecture: Architecture, plan: Plan, state: State) -> float:
+    """Take directions out of all that writes to the stream, in ``state``; returns the largest share that is left."""
+    head = model.get_output_embeddings()
+    tied = model.get_input_embeddings().weight is head.weight
+    if tied:  # the head keeps what the embedding had
+        [name] = [f"{path}.weight" for path, module in model.named_modules() if module is head]
+        state[name] = head.weight.detach().clone()
+    assert plan.basis is not None
+    shares = [0.0]
+    for name, across in _writing(model, architecture, state):
+        whole = state[name]
+        rows = whole if across or whole.ndim == 1 else whole.T
+        if rows.shape[-1] != len(plan.basis):
+            raise BakingError(
+                f"what {name} writes is carried over to the residual stream by another projection; take nothing out "
+                "everywhere of this model"
+            )
+        rest = torch.cat([plan.without(part) for part in rows.reshape(-1, rows.shape[-1]).split(ROWS)])
+        was, is_left = (float((each.double() @ plan.basis.to(each.device)).norm()) for each in (rows, rest))
+        shares.append(is_left / was if was else 0.0)
+        rest = rest.reshape(rows.shape)
+        state[name] = (rest if across or whole.ndim == 1 else rest.T).contiguous()
+    return max(shares)
+
+
+def _writing(model: Any, architecture: Architecture, state: State) -> Iterator[tuple[str, bool]]:
+    """Names of the weights that write to the stream, and whether their rows are what is written."""
+    for path in architecture.embeddings:
+        yield f"{path}.weight", True
+    for path, module in block_writers(model, architecture):
+        yield f"{path}.weight", type(module).__name__ == "Conv1D"
+        if f"{path}.bias" in state:
+            yield f"{path}.bias", True
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
