@@ -104,5 +104,8 @@ def _show(baked: Baked) -> None:
             f"{check.shift:.1e}; greedy tokens are the same after {check.same} of {check.prompts} questions"
         )
         if check.edits is not None:
-            say(f"baked and ablated between blocks, as edits do, differ by {check.edits:.1e}")
+            say(
+                f"baked and ablated between blocks, as edits do, differ by {check.edits:.1e}, "
+                f"and at attention sinks too by {check.edits_with_sinks:.1e}"
+            )
     say(f"model: {baked.folder}")

@@ -108,7 +108,8 @@ def _recast(model_type: str, config: Any, state: State, **more: Any) -> Recast:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shared = {each: getattr(config, each) for each in _SHARED if hasattr(config, each)}
     positions = {"rope_theta": rope["rope_theta"], "rope_type": "default"}
-    made = CONFIG_MAPPING[model_type](**shared, head_dim=head, rope_parameters=positions, mlp_bias=True, **more)
+    kind: Any = CONFIG_MAPPING[model_type]
+    made = kind(**shared, head_dim=head, rope_parameters=positions, mlp_bias=True, **more)
     return Recast(made, state)
 
 
@@ -146,7 +147,7 @@ def _phi3(config: Any, state: State) -> Recast:
             continue
         names, sizes = parts[fused]
         stem = fused.partition(".")[0]
-        for own, rows in zip(names, tensor.split(list(sizes)), strict=True):
+        for own, rows in zip(names, torch.split(tensor, list(sizes)), strict=True):
             split[name.replace(fused, f"{stem}.{own}")] = rows.clone()
     note = "a Phi-3 model is a Llama model whose projections are fused; they were split"
     return replace(_recast("llama", config, split), note=note)

@@ -13,7 +13,7 @@ def baked_card(record: Mapping[str, Any]) -> str:
     """The card as Markdown.
 
     Args:
-        record: What ``persona_lens.json`` says.
+        record: What ``persona-lens.json`` says.
     """
     model, biases = record["model"], record["biases"]
     metadata: dict[str, Any] = {
@@ -39,5 +39,5 @@ def baked_card(record: Mapping[str, Any]) -> str:
 def _rounded(check: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if check is None:
         return None
-    shares = ("difference", "limit", "shift", "edits")
+    shares = ("difference", "limit", "shift", "edits", "edits_with_sinks")
     return {**check, **{name: None if check[name] is None else f"{check[name]:.1e}" for name in shares}}

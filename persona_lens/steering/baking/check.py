@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from persona_lens.backend import Edit, Sampling, wrap_model
+from persona_lens.backend.blocks import find_blocks
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models.chat import chat_format
 from persona_lens.steering.baking.architectures import Architecture, block_writers
@@ -19,8 +20,10 @@ from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError
 
 PROMPTS, NEW_TOKENS = 8, 32
-LIMITS: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
-"""Largest relative difference of logits, by the precision of the weights: rounding to it changes what is added."""
+LIMIT = 1e-4
+"""Largest difference of logits where weights are in float32, as a share of the largest logit."""
+SHARES: Mapping[str, float] = {"bfloat16": 0.02, "float16": 0.0025}
+"""In 16 bits what was added is rounded: the largest difference there, as a share of what the steering itself does."""
 
 
 @dataclass(frozen=True)
@@ -32,25 +35,29 @@ class Check:
 
     Attributes:
         difference: Of the baked model, loaded from its folder, and the steered one.
-        limit: The most that it may be, see `LIMITS`.
+        limit: The most that it may be, see `LIMIT` and `SHARES`.
+        rounded: Whether the weights are in 16 bits, so that greedy tokens may come apart where two are nearly tied.
         shift: Of the steered model and the unsteered one.
         edits: Of the baked model and one whose directions are ablated at block outputs instead, as edits do; None
             where none are taken out everywhere.
+        edits_with_sinks: As ``edits``, ablated at attention sinks too.
         prompts: How many.
         same: Prompts after which the greedy tokens are the same.
     """
 
     difference: float
     limit: float
+    rounded: bool
     shift: float
     edits: float | None
+    edits_with_sinks: float | None
     prompts: int
     same: int
 
     @property
     def passed(self) -> bool:
         """Whether the difference is within its limit, and greedy tokens are the same where no weight was rounded."""
-        return self.difference <= self.limit and (self.same == self.prompts or self.limit > LIMITS["float32"])
+        return self.difference <= self.limit and (self.rounded or self.same == self.prompts)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -75,6 +82,23 @@ class Observed:
             float(((mine - theirs).abs().amax(-1) / theirs.abs().amax(-1)).max())
             for mine, theirs in zip(self.logits, other.logits, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What a model says that has nothing in its weights.
+
+    Attributes:
+        plain: Unsteered.
+        hooked: Steered by hooks that do what was baked.
+        edited: Steered by edits, which ablate at block outputs what is taken out everywhere; None where nothing is.
+        edited_with_sinks: The same at attention sinks too.
+    """
+
+    plain: Observed
+    hooked: Observed
+    edited: Observed | None = None
+    edited_with_sinks: Observed | None = None
 
 
 def observe(
@@ -136,9 +160,9 @@ def steered(
     prompts: Sequence[Sequence[int]],
     architecture: Architecture,
     plan: Plan,
-    blocks: Sequence[Edit],
-) -> tuple[Observed, Observed, Observed | None]:
-    """The plain model as it is, steered by hooks as the plan says, and with directions ablated at block outputs.
+    added: Sequence[Edit],
+) -> Steered:
+    """The plain model as it is, steered by hooks as the plan says, and by edits alone.
 
     Args:
         model: The model, in float32.
@@ -146,23 +170,37 @@ def steered(
         prompts: Token ids of each.
         architecture: Where it writes to the residual stream.
         plan: What was baked.
-        blocks: The edits that come closest where directions are taken out everywhere; none otherwise.
+        added: The additions before anything is taken out of them.
     """
     plain = observe(model, tokenizer, prompts)
     inside = taking_out(model, architecture, plan) if plan.basis is not None else None
     hooked = observe(model, tokenizer, prompts, plan.edits(), inside)
-    return plain, hooked, observe(model, tokenizer, prompts, blocks) if blocks else None
+    edited = []
+    if plan.basis is not None:
+        places = [(layer, each) for layer in range(len(find_blocks(model)[1])) for each in plan.basis.T.float()]
+        for sinks in (False, True):
+            ablated = [replace(Edit.ablate(layer, each), sinks=sinks) for layer, each in places]
+            edited.append(observe(model, tokenizer, prompts, [*added, *ablated]))
+    return Steered(plain, hooked, *edited)
 
 
-def compared(baked: Observed, found: tuple[Observed, Observed, Observed | None], dtype: str) -> Check:
-    """The baked model beside what `steered` found."""
-    plain, hooked, blocks = found
-    same = sum(mine == theirs for mine, theirs in zip(baked.tokens, hooked.tokens, strict=True))
+def compared(baked: Observed, found: Steered, dtype: str) -> Check:
+    """The baked model beside what `steered` found.
+
+    Args:
+        baked: What it says.
+        found: What the other says.
+        dtype: Precision of its weights.
+    """
+    shift = found.hooked.apart(found.plain)
+    share = SHARES.get(dtype)
     return Check(
-        baked.apart(hooked),
-        LIMITS[dtype],
-        hooked.apart(plain),
-        None if blocks is None else baked.apart(blocks),
-        len(baked.logits),
-        same,
+        difference=baked.apart(found.hooked),
+        limit=LIMIT if share is None else max(LIMIT, share * shift),
+        rounded=share is not None,
+        shift=shift,
+        edits=None if found.edited is None else baked.apart(found.edited),
+        edits_with_sinks=None if found.edited_with_sinks is None else baked.apart(found.edited_with_sinks),
+        prompts=len(baked.logits),
+        same=sum(mine == theirs for mine, theirs in zip(baked.tokens, found.hooked.tokens, strict=True)),
     )

@@ -59,7 +59,7 @@ class Converter:
         )
 
     def convert(
-        self, folder: Path, out: Path, model: Any, biases: Mapping[int, str], architecture: str
+        self, folder: Path, out: Path, model: Any, biases: Mapping[int, str], architecture: str | None
     ) -> dict[str, Any]:
         """Write a GGUF file of a model in a folder.
 
@@ -68,7 +68,7 @@ class Converter:
             out: The file.
             model: The model that is in the folder.
             biases: By layer, the names of the biases that must be in the file.
-            architecture: What llama.cpp calls a model that uses them.
+            architecture: What llama.cpp calls a model that uses them; None where there are none.
 
         Returns:
             What to record of it.
@@ -90,14 +90,14 @@ class Converter:
         return {"file": out.name, "type": kind}
 
 
-def _require_biases(file: Path, state: Mapping[str, Any], biases: Mapping[int, str], architecture: str) -> None:
+def _require_biases(file: Path, state: Mapping[str, Any], biases: Mapping[int, str], kind: str | None) -> None:
     import gguf
 
     reader = gguf.GGUFReader(file)
     found = {tensor.name: tensor for tensor in reader.tensors}
-    kind = reader.fields["general.architecture"].contents()
-    if kind != architecture:
-        raise BakingError(f"llama.cpp's converter made a {kind} of the model, which may have no place for biases")
+    made = reader.fields["general.architecture"].contents()
+    if biases and made != kind:
+        raise BakingError(f"llama.cpp's converter made a {made} of the model, which may have no place for biases")
     for layer, name in biases.items():
         there = found.get(f"blk.{layer}.ffn_down.bias")
         wanted = state[name].float().cpu().numpy()

@@ -78,14 +78,12 @@ def planned(steering: Steering | None, everywhere: Steering | None) -> Plan:
     return replace(plan, additions=left)
 
 
-def everywhere_of(
-    directions: Sequence[str], vectors: PersonaVectors | Sequence[PersonaVectors] | Mapping[str, PersonaVectors]
-) -> Steering | None:
+def everywhere_of(directions: Sequence[str], vectors: Mapping[str, PersonaVectors]) -> Steering | None:
     """The directions to take out of all that is written, as ablations; None for none.
 
     Args:
         directions: Each a trait and a layer, ``evil@18``, or ``evil.prompt_mean@18``; without a layer the tuned one.
-        vectors: Those that they name.
+        vectors: Those that they name, by name.
 
     Raises:
         BakingError: If one is written otherwise.

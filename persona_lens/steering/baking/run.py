@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -12,8 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from persona_lens.backend import Backend, Edit, wrap_model
-from persona_lens.backend.blocks import find_blocks
+from persona_lens.backend import Backend, wrap_model
 from persona_lens.core.files import named, write_text, writing_folder
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.models import Loaded, load, pinned, resolve, stored_dtype
@@ -23,11 +22,11 @@ from persona_lens.steering.baking.card import baked_card
 from persona_lens.steering.baking.gguf import Converter
 from persona_lens.steering.baking.plan import BakingError, Plan, everywhere_of, planned
 from persona_lens.steering.baking.weights import Written, write
-from persona_lens.steering.given import GivenVectors, given_steering
+from persona_lens.steering.given import GivenVectors
 from persona_lens.steering.steering import Steering
 from persona_lens.vectors import PersonaVectors
 
-RECORD, CARD, GGUF = "persona_lens.json", "README.md", "model.gguf"
+RECORD, CARD, GGUF = "persona-lens.json", "README.md", "model.gguf"
 FORMAT_VERSION = 1
 LIBRARIES = ("persona-lens", "torch", "transformers")
 
@@ -38,7 +37,7 @@ class Baked:
 
     Attributes:
         folder: Where it is, for ``AutoModelForCausalLM.from_pretrained``.
-        record: What is in it and where that came from, as ``persona_lens.json`` beside it says.
+        record: What is in it and where that came from, as ``persona-lens.json`` beside it says.
         check: How far it is from the steered model; None where that was not asked for.
     """
 
@@ -97,26 +96,23 @@ def bake(
     with named(target, BakingError):
         if target.exists() or target.is_symlink():
             raise BakingError(f"{target} exists already; choose another name, or remove it")
-    given = given_steering(steering, vectors) if steering is not None else None
-    if given is not None and not isinstance(given, Steering):
-        raise BakingError("what is baked is a Steering or its notation, whose vectors are recorded; got edits")
-    taken = everywhere_of(everywhere, () if vectors is None else vectors)  # type: ignore[arg-type]
+    known = _by_name(vectors)
+    given = Steering.parse(steering, known) if isinstance(steering, str) else steering
+    taken = everywhere_of(everywhere, known)
     plan = planned(given, taken)
     if not plan.additions and plan.basis is None:
-        raise BakingError(
-            "there is nothing to bake: give a steering such as optimistic@18:+1.5, or --everywhere evil@18"
-        )
+        raise BakingError("there is nothing to bake: give a steering, optimistic@18:+1.5, or --everywhere evil@18")
     progress(0, None, "opening the model")
     loaded = _opened(model, revision, dtype, device)
-    architecture = architecture_of(loaded.model)
-    if gguf is not None and architecture.gguf is None:
-        raise BakingError(f"llama.cpp has no such biases for a {type(loaded.model).__name__}; leave out --gguf")
-    backend = wrap_model(loaded.model, loaded.tokenizer)
-    for each in (given, taken):
-        if each is not None and not allow_other_model:
-            each.check_model(backend)
-    work = _Baking(loaded, architecture, plan, given, taken, device, progress)
-    return work.done(target, backend, check, gguf)
+    work = _Baking(loaded, architecture_of(loaded.model), plan, given, taken, device, progress)
+    return work.done(target, work.backend(allow_other_model), check, gguf)
+
+
+def _by_name(vectors: GivenVectors) -> Mapping[str, PersonaVectors]:
+    if isinstance(vectors, Mapping):
+        return vectors
+    listed = [vectors] if isinstance(vectors, PersonaVectors) else list(vectors or ())
+    return {each.trait: each for each in listed}
 
 
 def _opened(model: str, revision: str | None, dtype: str, device: str) -> Loaded:
@@ -136,9 +132,19 @@ class _Baking:
     device: str
     progress: Progress
 
+    def backend(self, allow_other_model: bool) -> Backend:
+        """The model, to which the vectors belong."""
+        backend = wrap_model(self.loaded.model, self.loaded.tokenizer)
+        for each in (self.steering, self.everywhere):
+            if each is not None and not allow_other_model:
+                each.check_model(backend)
+        return backend
+
     def done(self, target: Path, backend: Backend, check: bool, gguf: Converter | None) -> Baked:
         """Write the folder; it takes its name when it is whole."""
-        model = self.loaded.model
+        model, kind = self.loaded.model, self.architecture.gguf
+        if gguf is not None and kind is None and self.plan.additions:
+            raise BakingError(f"llama.cpp has no such biases for a {type(model).__name__}; leave out --gguf")
         record = self._record(backend)
         with writing_folder(target, BakingError) as part:
             self.progress(0, None, "writing the weights")
@@ -147,9 +153,9 @@ class _Baking:
             with _named_writes(target):
                 written.model.save_pretrained(str(part))
                 self.loaded.tokenizer.save_pretrained(str(part))
-            if gguf is not None and self.architecture.gguf is not None:
+            if gguf is not None:
                 self.progress(0, None, "converting for llama.cpp")
-                record["gguf"] = gguf.convert(part, part / GGUF, written.model, written.biases, self.architecture.gguf)
+                record["gguf"] = gguf.convert(part, part / GGUF, written.model, written.biases, kind)
             del written
             found = self._checked(part) if check else None
             record["check"] = None if found is None else found.to_json()
@@ -173,11 +179,12 @@ class _Baking:
         """The folder's model, loaded anew, beside the steered one, in float32."""
         self.progress(0, None, "checking")
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
-        plain: Any = self.loaded.model.float()
+        plain: Any = self.loaded.model
+        plain.float()
         tokenizer, vectors = self.loaded.tokenizer, self._vectors()
         prompts = checking.prompts_of(vectors, tokenizer, plain)
-        blocks = self._at_blocks(len(find_blocks(plain)[1]))
-        found = checking.steered(plain, tokenizer, prompts, self.architecture, self.plan, blocks)
+        added = self.steering.edits() if self.steering is not None else ()
+        found = checking.steered(plain, tokenizer, prompts, self.architecture, self.plan, added)
         anew = load(str(part), dtype="float32", device=self.device)
         again = checking.prompts_of(vectors, anew.tokenizer, anew.model)
         if again != prompts:
@@ -187,14 +194,6 @@ class _Baking:
     def _vectors(self) -> list[PersonaVectors]:
         both = (self.steering, self.everywhere)
         return [vectors for each in both if each is not None for vectors in each.vectors.values()]
-
-    def _at_blocks(self, n_layers: int) -> list[Edit]:
-        """What edits do who ablate the directions after every block."""
-        if self.plan.basis is None:
-            return []
-        added = self.steering.edits() if self.steering is not None else ()
-        directions = list(self.plan.basis.T.float())
-        return [*added, *(Edit.ablate(layer, each) for layer in range(n_layers) for each in directions)]
 
 
 def _told(written: Written) -> dict[str, Any]:

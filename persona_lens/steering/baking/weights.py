@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +98,11 @@ def _take_out(model: Any, architecture: Architecture, plan: Plan, state: State) 
                 f"what {name} writes is carried over to the residual stream by another projection; take nothing out "
                 "everywhere of this model"
             )
-        rest = torch.cat([plan.without(part) for part in rows.reshape(-1, rows.shape[-1]).split(ROWS)])
-        was, is_left = (float((each.double() @ plan.basis.to(each.device)).norm()) for each in (rows, rest))
+        parts = torch.split(rows.reshape(-1, rows.shape[-1]), ROWS)
+        cleared = [plan.without(part) for part in parts]
+        was, is_left = _along(parts, plan), _along(cleared, plan)
         shares.append(is_left / was if was else 0.0)
+        rest = torch.cat(cleared)
         rest = rest.reshape(rows.shape)
         state[name] = (rest if across or whole.ndim == 1 else rest.T).contiguous()
     return max(shares)
@@ -114,6 +116,12 @@ def _writing(model: Any, architecture: Architecture, state: State) -> Iterator[t
         yield f"{path}.weight", type(module).__name__ == "Conv1D"
         if f"{path}.bias" in state:
             yield f"{path}.bias", True
+
+
+def _along(parts: Sequence[Tensor], plan: Plan) -> float:
+    """Length of what parts of a weight have along what is taken out."""
+    assert plan.basis is not None
+    return float(torch.stack([(part.double() @ plan.basis.to(part.device)).norm() for part in parts]).norm())
 
 
 def _name(tensor: Tensor) -> str:
