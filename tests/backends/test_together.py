@@ -25,7 +25,7 @@ from persona_lens.backend import (
 from persona_lens.backend.continuous import continuous
 from persona_lens.backend.streaming import WatchedTokens
 from tests.backends.fixtures import ADAPTERS, D_MODEL, N_LAYERS, PROMPTS, TEXT, assert_close, backend_of, direction
-from tests.tiny import tiny_model
+from tests.tiny import device, tiny_model
 
 pytestmark = pytest.mark.cuda
 
@@ -132,7 +132,7 @@ def test_how_likely_prompts_were_is_what_a_plain_pass_says(adapter: str, monkeyp
             scores = found.scores[row]
             assert tuple(each.id for each in scores) == tuple(text[1:])
             with torch.inference_mode():
-                logprobs = module(torch.tensor([text])).logits[0, :-1].log_softmax(dim=-1)
+                logprobs = module(torch.tensor([text], device=device)).logits[0, :-1].log_softmax(dim=-1).cpu()
             own, top = logprobs.gather(-1, torch.tensor(text[1:]).unsqueeze(-1)).squeeze(-1), logprobs.topk(3)
             assert_close(torch.tensor([each.logprob for each in scores]), own)
             assert_close(torch.tensor([each.top_logprobs for each in scores]), top.values)
