@@ -273,7 +273,8 @@ def _maps(setting: Setting, layers: int) -> dict[str, Any]:
         }
 
     if not setting.on_cuda:
-        return {"device_map='auto'": "auto", "half on the disk": split("cpu", "disk")}
+        on_disk = {"half on the disk": split("cpu", "disk"), "the first half on the disk": split("disk", "cpu")}
+        return {"device_map='auto'": "auto", **on_disk}
     index = setting.device.index or 0
     found: dict[str, Any] = {"device_map='auto'": "auto", "half on the CPU": split(index, "cpu")}
     found["the first half on the CPU"] = split("cpu", index)

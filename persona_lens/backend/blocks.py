@@ -162,9 +162,22 @@ def describe(
         d_model=text_config(model.config).hidden_size,
         weights=weights_digest(blocks, is_copy),
         dtype=str(parameter.dtype).removeprefix("torch."),
-        device=str(parameter.device),
+        device=str(running_device(model) if parameter.is_meta else parameter.device),
         backend=backend,
     )
+
+
+def running_device(model: Any) -> torch.device:
+    """Where a Hugging Face model takes its ids.
+
+    Weights that accelerate has offloaded lie nowhere until they are needed; where that will be, its hooks say.
+    """
+    device = torch.device(model.device)
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((place for place in places if place is not None), "cpu"))
 
 
 def given_name(model: Any) -> str:

@@ -184,10 +184,16 @@ class ContinuousBatch:
             if self._hooked.device is not None:
                 logits = logits.to(self._hooked.device)
             draws = {place: part.row.draws for place, part in enumerate(parts) if part.row.draws is not None}
-            tops = {place: part.row.run.top for place, part in enumerate(parts) if part.row.run.top is not None}
-            plain = {place: logits[[place]] for place in tops}  # copies: draws are added in place
+            tops: dict[int, list[int]] = {}
+            for place, part in enumerate(parts):
+                if part.row.run.top is not None:
+                    tops.setdefault(part.row.run.top, []).append(place)
+            plain = {top: logits[places] for top, places in tops.items()}  # copies: draws are added in place
             tokens: list[int] = add_draws(logits, draws).argmax(dim=-1).tolist()
-            scores = {place: token_scores(plain[place], [tokens[place]], top)[0] for place, top in tops.items()}
+            scores: dict[int, TokenScore] = {}
+            for top, places in tops.items():
+                told = token_scores(plain[top], [tokens[place] for place in places], top)
+                scores.update(zip(places, told, strict=True))
         return [(token, scores.get(place)) for place, token in enumerate(tokens)]
 
 

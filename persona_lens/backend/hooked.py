@@ -31,6 +31,7 @@ from persona_lens.backend.blocks import (
     find_blocks,
     padding_id,
     require_reached,
+    running_device,
     vocabulary_size,
 )
 from persona_lens.backend.editing import BlockHook, editing_blocks, hooking_blocks
@@ -127,7 +128,7 @@ class HookedBackend:
     @property
     def device(self) -> torch.device | None:
         """Where token ids go and noise is drawn; None leaves it to the model."""
-        return torch.device(self.module.device)
+        return running_device(self.module)
 
     @cached_property
     def sink_limits(self) -> tuple[float, ...]:
@@ -238,7 +239,7 @@ class HookedBackend:
 
     def _forward_sharing(self, batch: TokenBatch, reads: Sequence[Read], logprobs: bool) -> ForwardResult:
         """`forward` without edits: reads of prompts while the different prompts run, of responses after them."""
-        device = torch.device(self.module.device)
+        device = running_device(self.module)
         of_response = [read for read in reads if read.kind in OF_RESPONSES]
         of_prompt = [read for read in reads if read.kind not in OF_RESPONSES]
         stop_at = None if logprobs else deepest_layer(reads, self.info.n_layers)

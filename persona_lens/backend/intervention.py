@@ -65,6 +65,8 @@ class Intervention:
         reading = {layer for reader in self._readers for layer in reader.layers}
         leaving_out = (reader.layers for reader in self._readers if reader.leaves_out_sinks)
         self._leaving_out = self._writer.leaving_out.union(*leaving_out)
+        of_new = (each.layers for each in self._readers if each.leaves_out_sinks and each.of_lengths)
+        self._leaving_out_new = self._writer.leaving_out.union(*of_new)  # means leave out tokens of the prompt alone
         self._sink_limits = sink_limits
         self.read_or_edited = tuple(sorted(reading | self._writer.layers))
         self.only_watched = tuple(sorted(self._watched.difference(self.read_or_edited)))
@@ -91,7 +93,8 @@ class Intervention:
         if self._reached is not None:
             self._reached.add(layer)
         sinks = None
-        if layer in self._leaving_out:  # as the layer's edits find the residual, for its reads too
+        leaving_out = self._leaving_out_new if self.masks.decoding else self._leaving_out
+        if layer in leaving_out:  # as the layer's edits find the residual, for its reads too
             sinks = sinks_among(layer, h, self._sink_limits, self.masks.first[:, -self.masks.window :])
         h = self._writer.block(layer, h, self.masks, sinks)
         for reader in self._readers:
@@ -136,9 +139,11 @@ class _MeanReader:
         self.kinds: tuple[str, ...] = tuple(read["kind"] for read in reads)
         self.layers: tuple[int, ...] = reads[0]["layers"]
         self.leaves_out_sinks = not all(read["sinks"] for read in reads)
-        self._of_lengths = self.kinds == ("response_norm",)
+        self.of_lengths = self.kinds == ("response_norm",)
         self._going_on = [index for index, kind in enumerate(self.kinds) if not kind.startswith("prompt")]
         self._whole = torch.tensor([read["sinks"] for read in reads]).reshape(1, -1, 1)
+        self._newest: dict[int, Tensor] = {}
+        self._generated: dict[int, Tensor] = {}  # of each kind that goes on, [batch, layers, d_model]
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
 
@@ -148,21 +153,20 @@ class _MeanReader:
         if masks.decoding and not self._going_on:
             return
         so_far = self._sums.get(layer)
-        if self._of_lengths and masks.decoding and so_far is not None:
+        if self.of_lengths and masks.decoding and so_far is not None:
             self._add_length(layer, so_far, h, masks, sinks)
             return
+        if masks.decoding and so_far is not None:
+            self._hold(layer, h, masks)
+            return
         fresh = h[:, -masks.fresh :]
-        if self._of_lengths:
+        if self.of_lengths:
             fresh = fresh.float().norm(dim=-1, keepdim=True)
         if masks.padded or masks.fresh == 1:
             # Padding is blanked, not only weighted by zero: what a model computes there may be NaN.
             padding = ~masks.attention[:, -masks.fresh :, None].to(h.device)
             fresh = fresh.to(torch.float32, copy=True).masked_fill_(padding, 0)
         fresh = fresh.float()
-        if masks.decoding and so_far is not None:
-            for index in self._going_on:
-                so_far[:, index] += self._of_part(fresh[:, 0], self.kinds[index], masks)
-            return
         weights = torch.stack([masks.mask(kind)[:, -masks.fresh :] for kind in self.kinds], dim=1).to(h.device)
         if self.leaves_out_sinks and sinks is not None:
             self._whole = self._whole.to(h.device)
@@ -172,14 +176,24 @@ class _MeanReader:
         total = torch.bmm(weights.to(fresh.dtype), fresh)
         self._sums[layer] = total if so_far is None else so_far.add_(total)
 
-    @staticmethod
-    def _of_part(
-        newest: Float[Tensor, "batch d_model"], kind: str, masks: TokenMasks
-    ) -> Float[Tensor, "batch d_model"]:
-        """The newest residuals of those rows in which they count; rows that have ended are zero already."""
-        if part_of(kind) is None:
-            return newest
-        return newest.masked_fill(~masks.mask(kind)[:, -1:].to(newest.device), 0)
+    def _hold(self, layer: int, h: Float[Tensor, "batch 1 d_model"], masks: TokenMasks) -> None:
+        """Count one newly generated token a row; at the last layer, since many small steps take longer than one."""
+        self._newest[layer] = h
+        if layer != self.layers[-1]:
+            return
+        newest, self._newest = self._newest, {}
+        if len(newest) < len(self.layers):  # a block did not run, which is told in the end
+            return
+        together = torch.cat([newest[each].to(h.device) for each in self.layers], dim=1).float()
+        together.masked_fill_(~masks.attention[:, -1:, None].to(h.device), 0)
+        for index in self._going_on:
+            kind, so_far = self.kinds[index], self._generated.get(index)
+            if so_far is None:
+                so_far = self._generated[index] = torch.zeros_like(together)
+            if part_of(kind) is None:
+                so_far += together
+            else:
+                so_far += together.masked_fill(~masks.mask(kind)[:, -1:, None].to(h.device), 0)
 
     def _add_length(self, layer: int, so_far: Tensor, h: Tensor, masks: TokenMasks, sinks: Tensor | None) -> None:
         """Count one newly generated token a row, in few steps: there is a call for every layer and token."""
@@ -192,6 +206,8 @@ class _MeanReader:
 
     def result(self, masks: TokenMasks) -> dict[str, Float[Tensor, "batch layers ..."]]:
         sums = torch.stack([self._sums[layer].cpu() for layer in self.layers], dim=2)
+        for index, generated in self._generated.items():
+            sums[:, index] += generated.cpu()
         means = {}
         for index, kind in enumerate(self.kinds):
             counts = masks.mask(kind).sum(dim=1, keepdim=True).cpu()
@@ -199,7 +215,7 @@ class _MeanReader:
                 counts = torch.stack([self._counts[layer][:, index].cpu() for layer in self.layers], dim=1)
             # A mean over nothing is NaN.
             mean = sums[:, index] / torch.where(counts > 0, counts.float(), torch.nan).unsqueeze(-1)
-            means[kind] = mean.squeeze(-1) if self._of_lengths else mean
+            means[kind] = mean.squeeze(-1) if self.of_lengths else mean
         return means
 
 
@@ -231,6 +247,8 @@ class TokenValues:
 
 
 class _TokenReader(TokenValues):
+    of_lengths = False
+
     def take(
         self, layer: int, h: Float[Tensor, "batch window d_model"], masks: TokenMasks, sinks: Tensor | None
     ) -> None:

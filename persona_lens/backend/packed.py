@@ -367,8 +367,12 @@ class _TokenReader(TokenValues):
         # Nothing too where a block was skipped in some pass, or failed: values have no place then. The tallies tell.
         if not self._whose or any(len(kept) != len(self._whose) for kept in self._kept.values()):
             return {}
-        rows, at = (torch.cat(parts).cpu() for parts in zip(*self._whose, strict=True))
-        values = torch.stack([torch.cat(kept).cpu() for kept in self._kept.values()], dim=1)
+        rows, at = torch.stack([torch.cat(parts) for parts in zip(*self._whose, strict=True)]).cpu()
+        layers = [torch.cat(kept) for kept in self._kept.values()]
+        if self.kind == "activations":  # as much as may just fit once
+            values = torch.stack([layer.cpu() for layer in layers], dim=1)
+        else:  # for a watch this is asked at every step: the device is waited for once
+            values = torch.stack([layer.to(layers[0].device) for layer in layers], dim=1).cpu()
         self._whose, self._kept = [], {layer: [] for layer in self.layers}
         return {"value": values, "rows": rows, "at": at}
 

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from persona_lens.backend.batches import SHORTEST_BEGINNING
+from persona_lens.backend.blocks import running_device
 from persona_lens.backend.tokens import PaddedTokens, TokenBatch, TokenIds, pad_left
 
 # A cache of these layers is nothing but keys and values by row; other kinds hold states that cannot be handed out so
@@ -60,17 +61,18 @@ class SharedPrompts:
     """
 
     def __init__(self, model: Any, batch: TokenBatch, pad_id: int, *, split: bool) -> None:
+        device = running_device(model)
         index = {prompt: number for number, prompt in enumerate(dict.fromkeys(batch.prompts))}
         self.prompt_of = torch.tensor([index[prompt] for prompt in batch.prompts])
         beginning = _beginning(list(index)) if split else ()
-        self._beginning = torch.tensor([beginning], dtype=torch.long, device=model.device)
+        self._beginning = torch.tensor([beginning], dtype=torch.long, device=device)
         longest = max(map(len, index))
         rest = longest - len(beginning)
-        self.tokens = pad_left(TokenBatch.of([prompt[-rest:] for prompt in index]), pad_id, model.device)
+        self.tokens = pad_left(TokenBatch.of([prompt[-rest:] for prompt in index]), pad_id, device)
         # For each prompt and each place of the beginning in the cache, which of its tokens stands there.
         padding = torch.tensor([longest - len(prompt) for prompt in index]).unsqueeze(1)
         self._places = torch.arange(len(beginning)) - padding
-        self._attention = torch.cat([(self._places >= 0).to(model.device), self.tokens.attention], dim=1)
+        self._attention = torch.cat([(self._places >= 0).to(device), self.tokens.attention], dim=1)
         # A beginning is moved to where each prompt needs it, for which a cache cut to a window keeps too little of it.
         self._cache = DynamicCache() if beginning else DynamicCache(config=model.config)
 

@@ -272,7 +272,7 @@ class Watcher:
             assert self._ids is not None  # a pass has begun
             tokens = (masks.prompt[:, -masks.fresh :] | masks.response[:, -masks.fresh :]).to(h.device)
             values = self._projected(h.device).masked_fill(~tokens[:, None, :, None], torch.nan)
-            self._leaving = _Copies(self._ids, values, tokens)
+            self._leaving = _Copies(self._ids.to(h.device), values, tokens)  # one device to wait for
 
     def _projected(self, device: torch.device) -> Float[Tensor, "batch layers new k"]:
         """What was taken in this pass, which is forgotten."""
@@ -308,7 +308,7 @@ class Watcher:
 
 
 class _Copies:
-    """Tensors on their way to the CPU; a CUDA device need not be waited for before the next work is queued."""
+    """Tensors of one device on their way to the CPU; if it is CUDA's it is waited for when they are needed."""
 
     def __init__(self, *tensors: Tensor) -> None:
         device = tensors[-1].device
