@@ -141,7 +141,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, RequestTooLargeError)):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    said = (
+        "out of memory",
+        "can't allocate memory",
+        "cublas_status_alloc_failed",
+    )  # cuBLAS has a name of its own for it
+    return isinstance(error, RuntimeError) and any(each in text for each in said)
 
 
 def halving(run: Callable[[int, int], Result], rows: int) -> Iterator[Result]:

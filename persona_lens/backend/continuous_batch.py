@@ -188,12 +188,12 @@ class ContinuousBatch:
             for place, part in enumerate(parts):
                 if part.row.run.top is not None:
                     tops.setdefault(part.row.run.top, []).append(place)
-            plain = {top: logits[places] for top, places in tops.items()}  # copies: draws are added in place
+            plain = {top: logits[some] for top, some in tops.items()}  # copies: draws are added in place
             tokens: list[int] = add_draws(logits, draws).argmax(dim=-1).tolist()
             scores: dict[int, TokenScore] = {}
-            for top, places in tops.items():
-                told = token_scores(plain[top], [tokens[place] for place in places], top)
-                scores.update(zip(places, told, strict=True))
+            for top, some in tops.items():
+                told = token_scores(plain[top], [tokens[place] for place in some], top)
+                scores.update(zip(some, told, strict=True))
         return [(token, scores.get(place)) for place, token in enumerate(tokens)]
 
 

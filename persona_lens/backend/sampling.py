@@ -122,7 +122,8 @@ def response_logprobs(
         chosen_logprobs(logits[row, stop - length : stop], targets[row, targets.shape[1] - length :])
         for row, length in enumerate(lengths)
     ]
-    return tuple(part.clone() for part in torch.cat(chosen).cpu().split(lengths))
+    together: Sequence[Tensor] = torch.cat(chosen).cpu().split(lengths)  # type: ignore[no-untyped-call]
+    return tuple(part.clone() for part in together)
 
 
 def continued_logprobs(

@@ -28,11 +28,11 @@ from tests.tiny import N_LAYERS, tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.cuda
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations while it is open, but for those that only look at a tensor in another way."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,7 +43,7 @@ class Operations(TorchDispatchMode):
 def a_step(generate: Callable[[int], object], count: Callable[[], Any]) -> float:
     """How many of something there are for each further token."""
     generate(4)  # what is measured of a model once
-    found = []
+    found: list[int] = []
     for new in (4, 8):
         with count() as counted:
             generate(new)
@@ -134,7 +134,7 @@ def test_a_model_whose_weights_lie_in_several_places_gives_what_it_gives_in_one(
     placed = {name: first if number < 3 else second for number, name in enumerate((*names, "lm_head"))}
     backend = open_backend(REFERENCE, str(tmp_path), dtype="float32", device_map=placed)
     assert backend.info.device == "cpu"
-    expected = backend_of(REFERENCE, copy.deepcopy(whole).cpu())  # type: ignore[arg-type]
+    expected = backend_of(REFERENCE, copy.deepcopy(whole).cpu())
     edits, reads = [Edit.ablate(1, direction())], (*Read.means(), ALL_ACTIVATIONS)
     shared = TokenBatch.of([PROMPTS[2]] * 4, [PROMPTS[1], PROMPTS[0], PROMPTS[0][:3], PROMPTS[2][:5]])
     for text, written, asked in ((TEXT, edits, reads), (shared, [], Read.means())):

@@ -144,6 +144,7 @@ def test_another_error_comes_out_as_it_is_and_nothing_is_tried_again() -> None:
         (torch.OutOfMemoryError("x"), True),
         (MemoryError(), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 10 bytes"), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("out of memory"), False),
