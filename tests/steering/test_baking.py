@@ -156,6 +156,7 @@ def test_the_folder_has_the_tokenizer_its_chat_template_a_record_and_a_card(fold
     assert card.startswith("---\nlibrary_name: transformers\n")
     for said in ("optimistic@1:+2", vectors[0].content_hash, f"| 1 | {bias['length']:.3g} |", "passed"):
         assert said in card
+    assert len({each.stat().st_mode for each in baked.folder.iterdir()}) == 1, "who can read one can read all"
     assert not list(baked.folder.glob("*.part"))
     assert not (tmp_path / "baked.part").exists()
 

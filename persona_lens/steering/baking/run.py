@@ -153,6 +153,8 @@ class _Baking:
             with _named_writes(target):
                 written.model.save_pretrained(str(part))
                 self.loaded.tokenizer.save_pretrained(str(part))
+                for file in part.glob("*.safetensors"):  # which only their owner could read
+                    file.chmod((part / "config.json").stat().st_mode & 0o777)
             if gguf is not None:
                 self.progress(0, None, "converting for llama.cpp")
                 record["gguf"] = gguf.convert(part, part / GGUF, written.model, written.biases, kind)
