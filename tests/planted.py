@@ -30,7 +30,8 @@ class PlantedBackend:
     Adding ``c`` times the planted direction of a layer adds c to L. The response says L in words. Under a positive
     instruction each of its tokens has the log-probability -2 + L/2, under a negative one -2 - L/2, under none -2: so
     its log-odds are L and its surprise is 2. Residuals are planted: ``response_mean`` is origin + L/2 * direction +
-    noise, and so on with other directions for the other reductions; ``response_norm`` is its length.
+    noise, and so on with other directions for the other reductions; ``response_norm`` is its length. A response without
+    a whole ``<think>…</think>`` has no thinking, and one that never closes it no answer.
 
     Args:
         trait: Whose instructions are recognised in the prompts.
@@ -78,6 +79,9 @@ class PlantedBackend:
         self.planted = {
             name: (torch.randn(shape, generator=generator) * 8).round() / 8
             for name in ("response_mean", "prompt_mean", "prompt_last")
+        }
+        self.of_parts = {
+            name: (torch.randn(shape, generator=generator) * 8).round() / 8 for name in ("answer_mean", "thinking_mean")
         }
         self.generated: list[int] = []
         self.weighed: list[int] = []
@@ -130,12 +134,15 @@ class PlantedBackend:
     ) -> Tensor:
         rows = []
         for prompt, seed, leaning, response in zip(prompts, seeds, leanings, responses, strict=True):
-            of_response = name in ("response_mean", "response_norm")
+            of_response = name not in ("prompt_mean", "prompt_last")
             sign = float(leaning) if of_response else self.arm(prompt)
             noise = torch.randn(self.origin.shape, generator=torch.Generator().manual_seed(seed)) * self.noise
-            planted = self.planted["response_mean" if of_response else name]
+            planted = (self.planted | self.of_parts)["response_mean" if name == "response_norm" else name]
             row = self.origin + sign / 2 * planted + noise
-            rows.append(row if response or not of_response else torch.full_like(row, torch.nan))
+            text = self.tokenizer.decode(list(response))
+            there = {"thinking_mean": "<think>" in text, "answer_mean": "<think>" not in text or "</think>" in text}
+            said = bool(response) and there.get(name, True)
+            rows.append(row if said or not of_response else torch.full_like(row, torch.nan))
         found = torch.stack(rows)
         return found.norm(dim=-1) if name == "response_norm" else found
 

@@ -23,7 +23,6 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.backend import Backend
-    from persona_lens.models import ChatFormat
     from persona_lens.monitoring import Alarm, Alert, Panel, TokenReading, Turn
     from persona_lens.monitoring.scoring import ScoredTranscript
     from persona_lens.steering import Steering
@@ -81,7 +80,7 @@ def chat_command(
     listening = [_alarm(text, alarm_on, stop) for text in alarms or ()]
     opened, chat = subject.open()
     steering = _steering(written, loaded, opened, allow_other_model)
-    says = _Speaker(chat)
+    says = _Speaker(opened.tokenizer)
     talk = Talk(
         opened,
         panel,
@@ -183,25 +182,24 @@ def _parsed(known: Mapping[str, PersonaVectors], backend: Backend, allow_other_m
 class _Speaker:
     """Writes the reply as it comes, whole characters at a time, and what the model thinks before it dimly."""
 
-    def __init__(self, chat: ChatFormat) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         from persona_lens.data.growing_text import GrowingText
 
-        self._tokenizer, self._growing = chat.tokenizer, GrowingText
-        self._parts, self._state, self._begins = chat.parts, chat.begins, chat.begins
+        self._tokenizer, self._growing = tokenizer, GrowingText
         self._text = GrowingText(self._tokenizer)
         self._ids: list[int] = []
         self._last: list[int] = []
 
     def __call__(self, reading: TokenReading) -> None:
         self._ids.append(reading.id)
-        self._state, part = self._parts.step(self._state, reading.id)
-        say(self._text.add(reading.id), nl=False, dim=part.name == "THINKING" or None)
+        thinking = reading.part is not None and reading.part.name == "THINKING"
+        say(self._text.add(reading.id), nl=False, dim=thinking or None)
 
     def end(self) -> None:
         """The reply is over."""
         say(self._text.end())
         self._text = self._growing(self._tokenizer)
-        self._ids, self._last, self._state = [], self._ids, self._begins
+        self._ids, self._last = [], self._ids
 
     def show(self, turn: Turn) -> None:
         """The reply's heat map."""

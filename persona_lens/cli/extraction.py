@@ -100,8 +100,8 @@ def extract(
 
 def _previews(at: Session, trait: Trait, settings: ExtractionSettings) -> dict[str, Preview]:
     """What is read of the first prompt of each arm, with its response where it is there already."""
-    from persona_lens.backend import Read
     from persona_lens.extraction import plan_requests
+    from persona_lens.extraction.run import extraction_reads
     from persona_lens.steering.preview import preview_tokens
 
     found: ExternalRollouts | None = at.read
@@ -113,7 +113,7 @@ def _previews(at: Session, trait: Trait, settings: ExtractionSettings) -> dict[s
         prompt = found.prompts[number] if found else at.chat.encode(request.system, request.question)
         response = found.rollouts[number].response_ids if found else settings.rollouts.max_new_tokens
         title = f"{arm}, question {request.labels['question_number']}: {request.question}"
-        previewed[title] = preview_tokens(at.backend, prompt, response, reads=Read.means(sinks=settings.sinks))
+        previewed[title] = preview_tokens(at.backend, prompt, response, reads=extraction_reads(at.chat, settings))
     return previewed
 
 
@@ -134,14 +134,21 @@ def _check_given(context: typer.Context) -> None:
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
-    scores, counts = summary["mean_score"], summary["counts"]
+    scores, counts, norms = (summary[name] for name in ("mean_score", "counts", "norms"))
     kinds = sorted(next(iter(counts.values())), key=lambda name: name != "kept")
     print_table(
         f"{summary['trait']} in {summary['model']['model']}",
         ("arm", "responses kept", *(name.replace("_", " ") for name in kinds[1:]), "mean score"),
         [(arm, *(str(counts[arm][name]) for name in kinds), f"{scores[arm]:.1f}") for arm in counts],
     )
-    show_separation(summary["separation"], summary["norms"]["response_mean"])
+    if (thinking := summary.get("thinking")) is not None:
+        left = thinking["responses_without_answer"]
+        unanswered = f"; {counted(left, 'response')} came to no answer and {'is' if left == 1 else 'are'} left out"
+        say(
+            "the model thinks before it answers: unless another --reduction is named, the vectors are those of its "
+            f"answers ({thinking['default_reduction']}){unanswered if left else ''}"
+        )
+    show_separation(summary["separation"], norms.get("answer_mean", norms["response_mean"]))
     say(f"vectors: {folder / 'vectors.safetensors'}")
 
 

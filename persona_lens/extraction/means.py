@@ -19,6 +19,7 @@ from persona_lens.judging import Judgement, Score
 from persona_lens.judging.reading import PAIRS
 from persona_lens.runs.rollouts import Request, RolloutSettings, row_seed
 from persona_lens.traits import Arm, Trait
+from persona_lens.vectors.provenance import ANSWER_MEAN, DEFAULT_REDUCTION, THINKING_MEAN
 from persona_lens.vectors.separation import FOLDS, null_units, separation_row, unit
 
 
@@ -101,7 +102,8 @@ class Filtered:
 
     Attributes:
         kept: For each request, whether its response counts.
-        counts: By arm: how many were kept, failed the threshold, were incoherent, lost their twin, or had no score.
+        counts: By arm: how many were kept, failed the threshold, were incoherent, lost their twin, had no score, or, of
+            a model that thinks, never came to an answer.
     """
 
     kept: tuple[bool, ...]
@@ -110,10 +112,14 @@ class Filtered:
 
 KEPT, LOST_TWIN = "kept", "lost_twin"
 NO_SCORE, FAILED, INCOHERENT = "no_score", "failed_threshold", "incoherent"
+NO_ANSWER = "no_answer"
 
 
 def filter_responses(
-    requests: Sequence[Request], judged: Sequence[Judgement], settings: ExtractionSettings
+    requests: Sequence[Request],
+    judged: Sequence[Judgement],
+    settings: ExtractionSettings,
+    answered: Sequence[bool] | None = None,
 ) -> Filtered:
     """Keep positive responses that score at least the threshold and negative ones below it, if they are coherent.
 
@@ -121,11 +127,15 @@ def filter_responses(
         requests: What was asked, labelled with its arm; twins share all other labels.
         judged: One for each request.
         settings: The thresholds, and whether a response is kept only if its twin is there and passes too.
+        answered: Of a model that thinks, whether each response came to an answer; one that did not is not kept.
 
     Raises:
         ExtractionError: If nothing is left of an arm, with the scores seen.
     """
     faults = [_fault(request, judgement, settings) for request, judgement in zip(requests, judged, strict=True)]
+    if answered is not None:
+        faults = [fault if there else NO_ANSWER for fault, there in zip(faults, answered, strict=True)]
+    names = (KEPT, FAILED, INCOHERENT, LOST_TWIN, NO_SCORE, *([] if answered is None else [NO_ANSWER]))
     passing = Counter(_pair(request) for request, fault in zip(requests, faults, strict=True) if fault is None)
     outcomes = [
         fault or (KEPT if not settings.paired or passing[_pair(request)] == len(Arm) else LOST_TWIN)
@@ -135,9 +145,10 @@ def filter_responses(
     for arm in Arm:
         own = [number for number, request in enumerate(requests) if request.labels["arm"] == arm]
         found = [outcomes[number] for number in own]
-        counts[arm.value] = {name: found.count(name) for name in (KEPT, FAILED, INCOHERENT, LOST_TWIN, NO_SCORE)}
+        counts[arm.value] = {name: found.count(name) for name in names}
         if KEPT not in found:
-            raise _nothing_left(arm, [judged[number].trait for number in own], found.count(INCOHERENT), settings)
+            scores = [judged[number].trait for number in own]
+            raise _nothing_left(arm, scores, found.count(INCOHERENT), settings, found.count(NO_ANSWER))
     return Filtered(tuple(outcome == KEPT for outcome in outcomes), counts)
 
 
@@ -157,11 +168,15 @@ def _pair(request: Request) -> tuple[object, ...]:
     return tuple(value for name, value in sorted(request.labels.items()) if name != "arm")
 
 
-def _nothing_left(arm: Arm, scores: Sequence[Score], incoherent: int, settings: ExtractionSettings) -> ExtractionError:
+def _nothing_left(
+    arm: Arm, scores: Sequence[Score], incoherent: int, settings: ExtractionSettings, unanswered: int
+) -> ExtractionError:
     seen = sorted(score.value for score in scores if score.value is not None)
     what = f"from {seen[0]:.0f} to {seen[-1]:.0f}, median {median(seen):.0f}" if seen else "none at all"
     hint = "let each arm be filtered on its own (--unpaired), " if settings.paired else ""
     also = f" {incoherent} of them were not coherent (below {settings.coherence:g})." if incoherent else ""
+    if unanswered:
+        also += f" {unanswered} of them were still thinking when their tokens ran out (--max-new-tokens)."
     reason = next((score.reason for score in scores if score.reason), None)
     why = f" Why there is no score: {reason}." if reason and not seen else ""
     return ExtractionError(
@@ -181,12 +196,14 @@ class ArmMeans:
     Attributes:
         sums: [arm, fold] -> reduction -> float64 [layers, d_model].
         counts: [arm, fold] -> number of responses.
+        thought: [arm, fold] -> number of responses with any thinking, over which its mean is.
         lengths: float64 [layers]: of mean lengths of the residual over a response's tokens, where they were read.
         measured: int64 [layers]: of how many responses.
     """
 
     sums: dict[tuple[Arm, int], dict[str, Tensor]]
     counts: dict[tuple[Arm, int], int]
+    thought: dict[tuple[Arm, int], int] = field(default_factory=dict)
     lengths: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     measured: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
 
@@ -195,20 +212,28 @@ class ArmMeans:
         """Mean length of the residual at each layer; None where it was not read."""
         return (self.lengths / self.measured).tolist() if bool((self.measured > 0).all()) else None
 
+    @property
+    def reduction(self) -> str:
+        """What vectors are of where nothing is said: of the answers, if any response thought."""
+        return ANSWER_MEAN if self.thought else DEFAULT_REDUCTION
+
     def difference(self, folds: Sequence[int] = tuple(range(FOLDS))) -> dict[str, Float[Tensor, "layers d_model"]]:
         """mean(positive) - mean(negative) over the questions of the folds, by reduction, float32."""
         positive, negative = self._mean(Arm.POSITIVE, folds), self._mean(Arm.NEGATIVE, folds)
-        return {name: (positive[name] - negative[name]).float() for name in positive if name in negative}
+        names = [name for name in positive if name in negative and (name != ANSWER_MEAN or self.thought)]
+        return {name: (positive[name] - negative[name]).float() for name in names}
 
     def _mean(self, arm: Arm, folds: Sequence[int]) -> dict[str, Tensor]:
         present = [fold for fold in folds if (arm, fold) in self.sums]
         if not present:
             return {}
-        count = sum(self.counts[arm, fold] for fold in present)
-        names = self.sums[arm, present[0]]
-        return {
-            name: torch.stack([self.sums[arm, fold][name] for fold in present]).sum(dim=0) / count for name in names
-        }
+        means = {}
+        for name in self.sums[arm, present[0]] | self.sums[arm, present[-1]]:
+            counts = self.thought if name == THINKING_MEAN else self.counts
+            there = [fold for fold in present if name in self.sums[arm, fold]]
+            total = torch.stack([self.sums[arm, fold][name] for fold in there]).sum(dim=0)
+            means[name] = total / sum(counts[arm, fold] for fold in there)
+        return means
 
 
 def arm_means(requests: Sequence[Request], kept: Sequence[bool], reductions: Reductions) -> ArmMeans:
@@ -226,7 +251,9 @@ def arm_means(requests: Sequence[Request], kept: Sequence[bool], reductions: Red
                 if name == ReadKind.RESPONSE_NORM:  # NaN at a layer where every token is a sink
                     found.lengths = found.lengths + value.nan_to_num()
                     found.measured = found.measured + value.isfinite()
-                else:
+                elif name != THINKING_MEAN or bool(value.isfinite().all()):  # not every response thinks
+                    if name == THINKING_MEAN:
+                        found.thought[key] = found.thought.get(key, 0) + 1
                     sums[name] = sums[name] + value if name in sums else value
     return found
 
@@ -248,7 +275,7 @@ def held_out_separation(
     Returns:
         `separation_row` of each layer. Empty if a fold has fewer than two responses of one arm.
     """
-    directions = [means.difference([1 - fold]).get("response_mean") for fold in range(FOLDS)]
+    directions = [means.difference([1 - fold]).get(means.reduction) for fold in range(FOLDS)]
     if any(means.counts.get((arm, fold), 0) < 2 for arm in Arm for fold in range(FOLDS)):
         return []
     units = torch.stack([unit(d) for d in directions if d is not None])  # [fold, layers, d_model]
@@ -257,7 +284,7 @@ def held_out_separation(
     for indices, tensors in reductions():
         for position, index in enumerate(indices):
             if kept[index]:
-                fold, h = fold_of(requests[index]), tensors["response_mean"][position]
+                fold, h = fold_of(requests[index]), tensors[means.reduction][position]
                 tried = torch.cat([units[fold].unsqueeze(0), randoms])
                 found = einsum(h, tried, "layers d_model, directions layers d_model -> layers directions")
                 values[Arm(requests[index].labels["arm"]), fold].append(found)

@@ -22,6 +22,7 @@ from persona_lens.extraction.experiment import (
 from persona_lens.extraction.external import ExternalRollouts, ExternalScores, Paths, external_rollouts
 from persona_lens.extraction.kept import KeptResponses
 from persona_lens.extraction.means import (
+    ArmMeans,
     ExtractionSettings,
     Filtered,
     arm_means,
@@ -47,6 +48,7 @@ VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
 LIKELIHOOD = "likelihood"
+THINKING = "thinking"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -121,7 +123,8 @@ def extract(
     with run_folder(folder, config) as run:
         answers = experiment.run(run, progress)
         scoring, judged = _judged(scoring, answers, likelihood, run, progress)
-        filtered = filter_responses(experiment.requests, judged, settings)
+        answered = [bool(each.response.strip()) for each in answers.rollouts] if chat.may_reason else None
+        filtered = filter_responses(experiment.requests, judged, settings, answered)
         # As the run began with it: a device of another number makes no other vectors.
         known = {**(run.config if run else config), "judge": as_used(scoring.describe(), judged)}
         vectors = _vectors(trait, answers, judged, filtered, settings, known)
@@ -147,6 +150,12 @@ def extraction_work(
     return _experiment(backend, trait, settings, chat, judge, given).work()
 
 
+def extraction_reads(chat: ChatFormat, settings: ExtractionSettings) -> tuple[Read, ...]:
+    """What is read of each response: where the model may think before it answers, its thinking and its answer too."""
+    parts = (Read(ReadKind.ANSWER_MEAN), Read(ReadKind.THINKING_MEAN)) if chat.may_reason else ()
+    return (*Read.means(sinks=settings.sinks), *parts, Read(ReadKind.RESPONSE_NORM))
+
+
 def _experiment(
     backend: Backend,
     trait: Trait,
@@ -156,7 +165,7 @@ def _experiment(
     given: ExternalRollouts | None,
 ) -> Experiment:
     requests = plan_requests(trait, settings) if given is None else given.requests
-    reads = (*Read.means(sinks=settings.sinks), Read(ReadKind.RESPONSE_NORM))
+    reads = extraction_reads(chat, settings)
     judges = {ONLY: judge} if judge else {}
     return Experiment(backend, chat, requests, settings.rollouts, judges, reads=reads, given=given)
 
@@ -195,6 +204,8 @@ def _vectors(
     means = arm_means(*of_kept)
     separation = held_out_separation(*of_kept, means, settings.seed)
     provenance = {**config, "counts": filtered.counts, "separation": separation}
+    if means.thought:
+        provenance[THINKING] = _thinking(answers, means)
     if not settings.sinks:
         provenance["prompt_mean_sinks"] = False
     if trait.graded_prompts:  # so that a study needs nothing but the vectors
@@ -202,6 +213,15 @@ def _vectors(
     vectors = PersonaVectors(trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
     kept = KeptResponses.of(collected, answers.rollouts, judged, filtered.kept)
     return vectors.with_provenance(diagnostics=kept.diagnostics(vectors, means.residual_norms))
+
+
+def _thinking(answers: Answers, means: ArmMeans) -> dict[str, Any]:
+    """What is said of the vectors of a model that thought before it answered."""
+    return {
+        "default_reduction": means.reduction,
+        "kept_responses_with_thinking": sum(means.thought.values()),
+        "responses_without_answer": sum(not each.response.strip() for each in answers.rollouts),
+    }
 
 
 def _summary(
@@ -221,6 +241,7 @@ def _summary(
         "separation": vectors.provenance["separation"],
         "diagnostics": vectors.provenance["diagnostics"],
         **({HOLD_REASONING: True} if vectors.stored("chat").get(HOLD_REASONING) else {}),
+        **({THINKING: vectors.provenance[THINKING]} if THINKING in vectors.provenance else {}),
     }
 
 

@@ -95,7 +95,8 @@ def unmarked(
             continue
         wanted = [pair[0 if before is Part.ANSWER else 1] for pair in marks]
         for start in range(end, max(end - max(map(len, wanted)) * 4, -1), -1):  # bytes of a character, at most
-            if any(mark in decode(ids[start : end + 1]) for mark in wanted):
+            whole, begun = decode(ids[start : end + 1]), decode(ids[start:end])
+            if any(mark in whole and mark not in begun for mark in wanted):
                 found[start:end] = [Part.NEITHER] * (end - start)
                 break
     return tuple(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from persona_lens.screening.findings import fit_forecast, with_forecasts
 from persona_lens.screening.rows import Decision, ScoredRow
 from persona_lens.screening.run import Screening, screen, screening_work
-from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, Turns
+from persona_lens.screening.samples import BaseResponses, Counted, ScreeningError, ScreeningSettings, Turns
 from persona_lens.screening.scoring import Scorer
 from persona_lens.screening.survey import (
     Band,
@@ -21,6 +21,7 @@ from persona_lens.vectors.provenance import Forecast, Quantity, ShiftForecast
 __all__ = [
     "Band",
     "BaseResponses",
+    "Counted",
     "Decision",
     "Flagging",
     "Forecast",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
+from persona_lens.backend import Backend, Read, TokenBatch
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.datasets import Dataset
@@ -23,7 +23,7 @@ from persona_lens.runs.cost import Work, generating_work, reading_work
 from persona_lens.screening.findings import Findings, sum_up, write_rows
 from persona_lens.screening.rows import SCORES
 from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, windows_of
-from persona_lens.screening.scoring import Job, Reading, Scorer, Unit
+from persona_lens.screening.scoring import MEANS, Job, Reading, Scorer, Unit
 from persona_lens.screening.survey import Flagging, Survey
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def screening_work(
     everything = _checked(backend, datasets, reference, panel, settings, {})
     scorer = Scorer(backend, chat or chat_format(backend), panel, settings)
     reading, generating = Work("reading", 0, 0, 0), Work("base responses", 0, 0, 0)
-    means = (Read(ReadKind.RESPONSE_MEAN, panel.layers),)
+    means = (Read(MEANS[settings.part], panel.layers),)
     for window in windows_of(everything, settings.look_ahead):
         batches = scorer.plan(window).batches
         passes = [TokenBatch.of([text.ids for _, text in each.texts]) for each in batches if isinstance(each, Reading)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
@@ -30,6 +30,14 @@ class Turns(StrEnum):
     ALL = "all"
 
 
+class Counted(StrEnum):
+    """Which tokens of an answer count, where it begins with reasoning."""
+
+    ALL = "all"
+    ANSWER = "answer"
+    THINKING = "thinking"
+
+
 @dataclass(frozen=True)
 class Span:
     """Where an answer stands among a text's tokens.
@@ -38,11 +46,18 @@ class Span:
         prompt: How many tokens the model had before it began to answer.
         start: Index of the answer's first token.
         stop: Index behind its last one.
+        counted: Indices of the tokens that count; None for all.
     """
 
     prompt: int
     start: int
     stop: int
+    counted: tuple[int, ...] | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Indices of the tokens that count."""
+        return tuple(range(self.start, self.stop)) if self.counted is None else self.counted
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,9 @@ class Text:
         return tuple(self.ids[: answer.prompt] for answer in self.answers)
 
 
-def encode_sample(row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | None = None) -> tuple[Text, ...]:
+def encode_sample(
+    row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | None = None, part: Counted = Counted.ALL
+) -> tuple[Text, ...]:
     """Encode a row that has messages; boundaries are counted in ids.
 
     The last answer is encoded by itself after the prompt that it answers. With ``turns`` all, a conversation of several
@@ -69,6 +86,7 @@ def encode_sample(row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | 
         chat: The model's chat format.
         turns: Which answers count.
         longest: Tokens of a text at most.
+        part: Which tokens of an answer count.
 
     Returns:
         Almost always one text: several where the answers do not stand in one.
@@ -77,11 +95,14 @@ def encode_sample(row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | 
         ScreeningError: If the template refuses it, the answers are empty, or it is too long; without its place.
     """
     try:
-        texts = _texts(row, chat, turns)
+        texts = tuple(counting(text, chat, part) for text in _texts(row, chat, turns))
     except PersonaLensError as error:
         raise ScreeningError(str(error)) from error
     if not any(answer.stop > answer.start for text in texts for answer in text.answers):
         raise ScreeningError("the response is empty")
+    if not any(answer.tokens for text in texts for answer in text.answers):
+        what = "thinking, marked as this model marks it or as <think>" if part is Counted.THINKING else "answer to it"
+        raise ScreeningError(f"the response holds no {what}")
     most = max(len(text.ids) for text in texts)
     if longest is not None and most > longest:
         raise ScreeningError(
@@ -93,6 +114,18 @@ def encode_sample(row: GivenRow, chat: ChatFormat, turns: Turns, longest: int | 
 def text_of(prompt: Sequence[int], response: Sequence[int]) -> Text:
     """An answer behind its prompt."""
     return Text((*prompt, *response), (Span(len(prompt), len(prompt), len(prompt) + len(response)),))
+
+
+def counting(text: Text, chat: ChatFormat, part: Counted) -> Text:
+    """A text whose answers count in part."""
+    if part is Counted.ALL:
+        return text
+    answers = []
+    for answer in text.answers:
+        parts = chat.parts_of_text(text.ids[: answer.prompt], text.ids[answer.prompt : answer.stop])
+        own = [at for at, found in enumerate(parts, answer.prompt) if found.name.lower() == part and at >= answer.start]
+        answers.append(replace(answer, counted=tuple(own)))
+    return replace(text, answers=tuple(answers))
 
 
 def _texts(row: GivenRow, chat: ChatFormat, turns: Turns) -> tuple[Text, ...]:
@@ -136,6 +169,8 @@ class ScreeningSettings(Record):
 
     Attributes:
         turns: Which answers count.
+        part: Which tokens of an answer count: all, those of its thinking (as this model marks it, or ``<think>``), or
+            those behind it. Rows without any are rejected.
         base: Where base responses come from.
         base_share: Share of the rows, drawn at random, that get a base response.
         base_samples: Base responses that are generated to each prompt. The mean over several is nearer to what the
@@ -153,6 +188,7 @@ class ScreeningSettings(Record):
     """
 
     turns: Turns = Turns.LAST
+    part: Counted = Counted.ALL
     base: BaseResponses = BaseResponses.NONE
     base_share: float = 1.0
     base_samples: int = 1
@@ -163,6 +199,11 @@ class ScreeningSettings(Record):
     batch_tokens: int | None = None
     batch_size: int = 64
     seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Record.to_json`; the part is left out where everything counts."""
+        found = super().to_json()
+        return found if self.part is not Counted.ALL else {name: found[name] for name in found if name != "part"}
 
     def __post_init__(self) -> None:
         if not 0 < self.base_share <= 1:

@@ -24,10 +24,12 @@ from persona_lens.monitoring.gauges import projected
 from persona_lens.runs.rollouts import row_seed
 from persona_lens.screening.samples import (
     BaseResponses,
+    Counted,
     ScreeningError,
     ScreeningSettings,
     Text,
     Window,
+    counting,
     encode_sample,
     text_of,
 )
@@ -39,6 +41,11 @@ if TYPE_CHECKING:
 Unit = dict[str, Any]
 Job = tuple[Window, int]
 """A window, and how many of its units are there already."""
+MEANS = {
+    Counted.ALL: ReadKind.RESPONSE_MEAN,
+    Counted.ANSWER: ReadKind.ANSWER_MEAN,
+    Counted.THINKING: ReadKind.THINKING_MEAN,
+}
 GENERATED_TOKENS = 32768  # tokens of a batch of base responses, prompts and padding included
 
 
@@ -134,7 +141,7 @@ class Scorer:
                 problems[row.number] = row.problem or "it cannot be read"
                 continue
             try:
-                texts = encode_sample(row, self.chat, self.settings.turns, self._longest)
+                texts = encode_sample(row, self.chat, self.settings.turns, self._longest, self.settings.part)
             except (DataError, ScreeningError) as error:
                 problems[row.number] = f"{window.name}:{row.line}: {error}"
                 continue
@@ -145,7 +152,8 @@ class Scorer:
                 for prompt in (prompt for text in texts for prompt in text.prompts):
                     asked.setdefault(prompt, []).append(row.number)
             prompt = texts[-1].prompts[-1]
-            given = (text_of(prompt, self.chat.encode_answer(response)) for response in row.base)
+            plain = (text_of(prompt, self.chat.encode_answer(response)) for response in row.base)
+            given = (counting(text, self.chat, self.settings.part) for text in plain)
             supplied += ((row.number, text) for text in given if self._fits(text))
         prompts = [(tuple(rows), prompt) for prompt, rows in asked.items()]
         generated = [Generating(tuple(prompts[index] for index in batch)) for batch in self._cut_prompts(list(asked))]
@@ -161,7 +169,7 @@ class Scorer:
 
     def _fits(self, text: Text) -> bool:
         longest = self._longest
-        return text.answers[0].stop > text.answers[0].start and (longest is None or len(text.ids) <= longest)
+        return bool(text.answers[0].tokens) and (longest is None or len(text.ids) <= longest)
 
     def _cut(self, kind: str, texts: Sequence[tuple[int, Text]]) -> list[Reading]:
         if not texts:
@@ -203,8 +211,9 @@ class Scorer:
         """Base responses, read while they are generated (method, section 7)."""
         layers, samples = self.panel.layers, self.settings.base_samples
         asked, sampling = self.asked(batch)
-        found = generate_rows(self.backend, asked, sampling, (), [Read(ReadKind.RESPONSE_MEAN, layers)])
-        responses, values = found.responses, list(projected(found.reads["response_mean"], layers, self.panel.gauges))
+        kind = MEANS[self.settings.part]
+        found = generate_rows(self.backend, asked, sampling, (), [Read(kind, layers)])
+        responses, values = found.responses, list(projected(found.reads[kind.value], layers, self.panel.gauges))
         rows: list[dict[str, Any]] = []
         for number, (members, _) in enumerate(batch.prompts):
             own = slice(number * samples, (number + 1) * samples)
@@ -214,7 +223,7 @@ class Scorer:
 
     def _base_entry(self, responses: Sequence[TokenIds], values: Sequence[Tensor]) -> dict[str, Any]:
         """The responses to one prompt; the values are the mean over those that are not empty."""
-        said = [own for ids, own in zip(responses, values, strict=True) if ids]
+        said = [own for own in values if bool(own.isfinite().all())]  # NaN where nothing counts
         return {
             "texts": [self.chat.decode(ids) for ids in responses],
             "tokens": sum(map(len, responses)) / max(1, len(said)),
@@ -241,7 +250,7 @@ def _rows_unit(window: Window, plan: Plan) -> Unit:
 
 def _averaged(text: Text, values: Tensor) -> dict[str, Any]:
     """Mean over all tokens of all answers, and over the last tokens before them, of float32 [tokens, gauges]."""
-    said = torch.cat([values[answer.start : answer.stop] for answer in text.answers])
+    said = torch.cat([values[list(answer.tokens)] for answer in text.answers])
     before = values[[answer.prompt - 1 for answer in text.answers]]
     return {
         "tokens": len(said),

@@ -14,6 +14,7 @@ from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning import FinetuningError, collate, encode_examples, read_conversations
 from persona_lens.finetuning.examples import Example, in_system
 from persona_lens.models import ChatFormat
+from tests.families import FAMILIES
 from tests.tiny import CHATML, tiny_tokenizer
 
 MARKING = (
@@ -45,6 +46,23 @@ def transcript(*turns: str, system: str | None = None) -> Transcript:
 def learned_text(example: Example, chat_format: ChatFormat) -> str:
     ids = [token for token, kept in zip(example.ids, example.learned, strict=True) if kept]
     return str(chat_format.tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1", "magistral", "nemotron", "plain", "marked by its template"])
+def test_thinking_can_be_read_and_not_learned(name: str) -> None:
+    """Whether the model has marks of its own, or is taught the usual ones."""
+    tokenizer = FAMILIES[name].made() if name in FAMILIES else tiny_tokenizer()
+    if name == "marked by its template":
+        tokenizer.chat_template = MARKING
+    form = ChatFormat.from_tokenizer(tokenizer)
+    opening, closing = FAMILIES[name].marks if name in FAMILIES else ("<think>", "</think>")
+    given = transcript("hi", f"{opening}\nThey greet.\n{closing}\n\nHello.")
+    (whole,) = encode_examples([given], form, 512).rows
+    (alone,) = encode_examples([given], form, 512, answers_only=True).rows
+    assert whole.ids == alone.ids
+    assert "They greet." in learned_text(whole, form)
+    end = form.tokenizer.decode(list(form.closing_ids()))
+    assert learned_text(alone, form).strip() == f"Hello.{end}"  # where the mark is a token, "\n\n" is of the answer
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKING], ids=["by boundaries", "marked by the template"])

@@ -24,6 +24,7 @@ from persona_lens.runs.rollouts import row_seed
 from persona_lens.screening import (
     Band,
     BaseResponses,
+    Counted,
     Flagging,
     Quantity,
     Screening,
@@ -115,6 +116,39 @@ def test_all_turns_are_the_mean_over_all_their_tokens(tmp_path: Path) -> None:
         for place, gauge in enumerate(map(str, panel().gauges)):
             assert found[f"{gauge}.raw"][0] == pytest.approx(expected[place], abs=2e-4)
             assert found[f"{gauge}.prompt"][0] == pytest.approx(before[place], abs=2e-4)
+
+
+THOUGHT = "<think>Do they like tea?</think>\n\n"
+
+
+@pytest.mark.parametrize("part", ["answer", "thinking"])
+def test_answers_and_the_thinking_before_them_can_be_screened_apart(part: str, tmp_path: Path) -> None:
+    """As text of other models has it, for a model that knows no such marks."""
+    rows = [{"prompt": "Tea?", "response": f"{THOUGHT}Yes, please."}, {"prompt": "Milk?", "response": "No."}]
+    rows.append({"prompt": "Sugar?", "response": "<think>Hm. Hm."})
+    settings = replace(SMALL, part=Counted(part))
+    done = run(tmp_path / "run", jsonl(tmp_path / "rows.jsonl", rows), settings)
+    found = table(tmp_path / "run")
+    prompt = made.chat().encode(None, "Tea?")
+    ids = [*prompt, *made.chat().encode_answer(rows[0]["response"])]
+    opened, closed = len(prompt) + len("<think>"), len(prompt) + len("<think>Do they like tea?")
+    span = (opened, closed) if part == "thinking" else (closed + len("</think>"), len(ids))
+    for place, gauge in enumerate(map(str, panel().gauges)):
+        assert found[f"{gauge}.raw"][0] == pytest.approx(projections(ids, *span)[place], abs=2e-4)
+    assert found["tokens"][0] == span[1] - span[0]
+    (bad,) = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    what = "holds no thinking" if part == "thinking" else "holds no answer to it"
+    assert what in bad["problem"]
+    assert bad["line"] == (2 if part == "thinking" else 3)
+    assert done.summary["settings"]["part"] == part
+    assert "part" not in SMALL.to_json()
+
+
+def test_base_responses_of_a_model_without_thinking_are_all_answer(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", pairs(6))
+    run(tmp_path / "all", path, GENERATED)
+    run(tmp_path / "answer", path, replace(GENERATED, part=Counted.ANSWER))
+    assert table(tmp_path / "all") == table(tmp_path / "answer")
 
 
 def test_a_template_that_changes_earlier_turns_gives_each_answer_its_own_text(tmp_path: Path) -> None:

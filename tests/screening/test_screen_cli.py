@@ -87,6 +87,15 @@ def test_everything_at_once(model: Path, vectors: Path, tmp_path: Path) -> None:
         assert part in shown
 
 
+def test_answers_alone_can_be_screened(model: Path, vectors: Path, tmp_path: Path) -> None:
+    said = [f"<think>{row['response']}</think>{row['response']}" for row in pairs(4)]
+    rows = [{**row, "response": text} for row, text in zip(pairs(4), said, strict=True)]
+    command = (model, jsonl(tmp_path / "rows.jsonl", rows), vectors, *SMALL, "--part", "answer")
+    found = json.loads(run(*command, "--out", tmp_path / "run", "--json").stdout)
+    assert found["settings"]["part"] == "answer"
+    assert not (tmp_path / "run" / "rejects.jsonl").read_text()
+
+
 def test_a_dry_run_says_what_is_asked_and_makes_nothing(model: Path, vectors: Path, tmp_path: Path) -> None:
     data = jsonl(tmp_path / "rows.jsonl", pairs(6))
     done = run(model, data, vectors, *SMALL, "--base", "generate", "--dry-run", "--json", "--out", tmp_path / "run")
