@@ -62,7 +62,8 @@ def begun_told(planned: Planned, begun: Begun) -> dict[str, Any]:
 
 def said_told(said: Said) -> dict[str, Any]:
     """A token with its values."""
-    return {"id": said.id, "text": said.text, "values": numbers(said.values)}
+    told = {"id": said.id, "text": said.text, "values": numbers(said.values)}
+    return told if said.part is None else {**told, "part": said.part}
 
 
 def answer_told(planned: Planned, answer: Answer) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def unsaid(answer: Answer, prompt: int) -> Answer:
     scores = None if answer.scores is None else answer.scores[: prompt - 1]
     means = torch.full_like(answer.means, torch.nan)
     alerts = tuple(each for each in answer.alerts if each.alarm.kind == AlarmKind.PROMPT_LAST)
-    return Answer((), "", "", "length", means, alerts, scores)
+    return Answer((), "", "", None, "", "length", means, alerts, scores)
 
 
 def finish_reason(answer: Answer) -> str:
@@ -114,16 +115,28 @@ class Wording:
         self._written = cache(lambda token: str(tokenizer.decode([token])))
         self._head = {"id": name, "created": int(time.time()), "model": model}
 
+    def text_of(self, answer: Answer) -> str:
+        """Of a chat the answer alone, whose thinking stands beside it; of a completion everything."""
+        return answer.content if self._chat else answer.text
+
     def whole(self, choices: Sequence[Mapping[str, Any]], used: Mapping[str, int]) -> dict[str, Any]:
         """An answer that is not streamed."""
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": list(choices), "usage": dict(used)}
 
     def choice(
-        self, index: int, text: str, logprobs: Mapping[str, Any] | None, reason: str, told: Mapping[str, Any]
+        self,
+        index: int,
+        text: str,
+        logprobs: Mapping[str, Any] | None,
+        reason: str,
+        told: Mapping[str, Any],
+        reasoning: str | None = None,
     ) -> dict[str, Any]:
         """One choice of it; its log-probabilities are as the next two have them."""
-        body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        thought = {} if reasoning is None else {"reasoning_content": reasoning}
+        message = {"role": "assistant", "content": text, **thought}
+        body: dict[str, Any] = {"message": message} if self._chat else {"text": text}
         return {"index": index, **body, "logprobs": logprobs, "finish_reason": reason, "persona_lens": dict(told)}
 
     def said_logprobs(self, said: Sequence[Said]) -> dict[str, Any] | None:
@@ -152,8 +165,9 @@ class Wording:
     ) -> dict[str, Any]:
         """One event of a stream."""
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
-        if text is not None:
-            delta["content"] = text
+        part = said[-1].part if said else None
+        if text is not None and part != "mark":
+            delta["content" if part is None else "reasoning_content"] = text
         body: dict[str, Any] = {"delta": delta} if self._chat else {"text": text or ""}
         choice = {"index": index, **body, "logprobs": self.said_logprobs(said), "finish_reason": reason}
         return {**self._chunk_head, "choices": [choice], "persona_lens": dict(told)}

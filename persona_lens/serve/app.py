@@ -194,10 +194,13 @@ class Server:
                 "tokens": [answers.said_told(token) for token in said],
                 **answers.answer_told(each, answer),
             }
-            text = self._tokenizer.decode(prompt) + answer.text if echo else answer.text
+            text = wording.text_of(answer)
+            text = self._tokenizer.decode(prompt) + text if echo else text
             scores = answer.scores if each.asked.top_of_prompt else None
             logprobs = wording.said_logprobs(said) if scores is None else wording.text_logprobs(scores, prompt[0])
-            choices.append(wording.choice(number, text, logprobs, answers.finish_reason(answer), told))
+            choices.append(
+                wording.choice(number, text, logprobs, answers.finish_reason(answer), told, answer.reasoning)
+            )
             found.answers[number] = answer
         prompts = {each.asked.prompt: None for each in planned}
         return JSONResponse(wording.whole(choices, answers.usage(prompts, found.answers.values())))
@@ -303,7 +306,8 @@ def _chunk(wording: answers.Wording, number: int, planned: Planned, what: Begun 
     if isinstance(what, Said):
         return wording.chunk(number, what.text, {"tokens": [answers.said_told(what)]}, said=[what])
     told, reason = answers.answer_told(planned, what), answers.finish_reason(what)
-    return wording.chunk(number, what.rest or None, told, reason=reason)
+    rest = what.rest if what.content or what.reasoning is None else ""  # what of thinking is no character yet
+    return wording.chunk(number, rest or None, told, reason=reason)
 
 
 def refusal(error: Exception) -> JSONResponse:

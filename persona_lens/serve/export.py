@@ -119,7 +119,9 @@ def _heatmap(tokens: Sequence[TokenSaid], gauges: Sequence[GaugeName]) -> Markup
         for place, gauge in order
     ]
     read = tuple(strip for strip in strips if any(map(isfinite, strip.values)))
-    return Markup(TokenHeatmap(tuple(_pieces(tokens)), read)._repr_html_()) if read else Markup()
+    parts = tuple("thinking" if token.part else "answer" for token in tokens)
+    apart = parts if "thinking" in parts else ()
+    return Markup(TokenHeatmap(tuple(_pieces(tokens)), read, parts=apart)._repr_html_()) if read else Markup()
 
 
 def _pieces(tokens: Sequence[TokenSaid]) -> Iterator[TokenPiece]:

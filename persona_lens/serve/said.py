@@ -63,6 +63,8 @@ class Made(Record):
 
 
 Values = tuple[float | None, ...]
+Apart = Literal["thinking", "mark"]
+"""What a token of a reply is that is not of the answer."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,18 @@ class TokenSaid(Record):
         text: What it added to the reply; empty where a character was not whole yet.
         values: One for each gauge, in residual-stream units; None where there is none.
         id: Token id, where it is known.
+        part: Of a token that is not of the answer, whether it is ``thinking``, or a ``mark`` that sets thinking apart.
     """
 
     text: str
     values: Values
     id: int | None = None
+    part: Apart | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Record.to_json`; of tokens of the answer nothing is said."""
+        found = super().to_json()
+        return found if self.part is not None else {name: found[name] for name in found if name != "part"}
 
 
 @dataclass(frozen=True)

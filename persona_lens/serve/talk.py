@@ -12,7 +12,7 @@ from persona_lens.backend import Backend
 from persona_lens.data.pieces import whole_pieces
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Alarm, Alert, ConversationMonitor, Panel, TokenReading, Turn
-from persona_lens.serve.said import Made, Past, ReplyReadings, SessionError, SessionMessage, TokenSaid, decimals
+from persona_lens.serve.said import Apart, Made, Past, ReplyReadings, SessionError, SessionMessage, TokenSaid, decimals
 from persona_lens.serve.session import Session
 from persona_lens.serve.workbench import foretold, gauge_names, sounded
 from persona_lens.steering import Steering
@@ -176,11 +176,12 @@ class Talk:
         for piece in whole_pieces(self._backend.tokenizer, self._ids):
             texts[piece.stop - 1] = "" if piece.special else piece.text
         before = [each.prompt_last for each in turn.readings]
-        tokens = zip(texts, turn.token_values.tolist(), self._ids, strict=True)
+        parts: list[Apart | None] = ["thinking" if part == "thinking" else None for part in turn.parts]
+        tokens = zip(texts, turn.token_values.tolist(), self._ids, parts or [None] * len(texts), strict=True)
         return ReplyReadings(
             decimals(before),
             decimals(each.mean for each in turn.readings),
-            tuple(TokenSaid(text, decimals(values), token) for text, values, token in tokens),
+            tuple(TokenSaid(text, decimals(values), token, part) for text, values, token, part in tokens),
             tuple(sounded(self.panel, alert) for alert in self._alerts),
             foretold(self.panel.gauges, torch.tensor(before)),
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from persona_lens.backend import Backend, Edit, Sampling, StopGeneration, TokenScore
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.continuous import ROWS, continuous
+from persona_lens.backend.mark_machine import Part
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.growing_text import GrowingText, StopTexts
@@ -21,7 +22,7 @@ from persona_lens.models.chat import chat_format
 from persona_lens.monitoring import Alarm, AlarmKind, Alert, Gauge, MonitoringError, Panel, TokenReading
 from persona_lens.monitoring.calibration import monitor_calibration
 from persona_lens.monitoring.reply import TurnMeter, listening, watched_reply
-from persona_lens.serve.said import Foretold, GaugeName, Sounded, decimals
+from persona_lens.serve.said import Apart, Foretold, GaugeName, Sounded, decimals
 from persona_lens.serve.shelf import Shelf
 from persona_lens.steering.history import DEFAULT_HISTORY, History, conversation_edits
 
@@ -91,12 +92,14 @@ class Said:
         text: What it added to the reply's text: whole characters, and nothing that may be the beginning of a stop.
         values: float32 [gauges].
         score: How likely it was, where that was asked for.
+        part: Of a token that is not of the answer, whether it is ``thinking``, or a ``mark`` that sets thinking apart.
     """
 
     id: int
     text: str
     values: Float[Tensor, " gauges"]
     score: TokenScore | None = None
+    part: Apart | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,8 @@ class Answer:
     Attributes:
         ids: Its tokens.
         text: Its text, up to what stopped it.
+        content: The same without the thinking before the answer, and its marks.
+        reasoning: The thinking; None where the model never thought.
         rest: What of the text was not told with a token.
         ended: ``stop`` (the model, or a text, ended it), ``length``, or ``alarm``.
         means: float32 [gauges], over its tokens; NaN for none.
@@ -115,6 +120,8 @@ class Answer:
 
     ids: TokenIds
     text: str
+    content: str
+    reasoning: str | None
     rest: str
     ended: str
     means: Float[Tensor, " gauges"]
@@ -207,11 +214,13 @@ class Workbench:
         asked, panel = planned.asked, planned.panel
         alerts: list[Alert] = []
         meter = TurnMeter(panel, listening(panel, self._alarms(asked, alerts), self.backend), 0)
-        growing, stops, texts = GrowingText(self.backend.tokenizer), StopTexts(asked.stop), []
+        growing, stops = GrowingText(self.backend.tokenizer), StopTexts(asked.stop)
+        told: list[tuple[str, Apart | None]] = []
 
         def on_token(reading: TokenReading) -> None:
-            texts.append(stops.add(growing.add(reading.id)))
-            on_said(Said(reading.id, texts[-1], reading.values, reading.score))
+            told.append((stops.add(growing.add(reading.id)), apart(reading.part)))
+            text, part = told[-1]
+            on_said(Said(reading.id, text, reading.values, reading.score, part))
             if stops.met:
                 raise StopGeneration
 
@@ -230,7 +239,13 @@ class Workbench:
         rest = stops.add(growing.end()) + stops.end()
         ended = "alarm" if reply.stopped else "stop" if reply.ended or stops.met else "length"
         means = meter.means if meter.said else torch.full((len(panel.gauges),), torch.nan)
-        return Answer(reply.ids, "".join(texts) + rest, rest, ended, means, tuple(alerts), reply.scores)
+        told.append((rest, told[-1][1] if told else None))
+        text, content, reasoning = (
+            "".join(text for text, part in told if part in parts)
+            for parts in ((None, "mark", "thinking"), (None,), ("thinking",))
+        )
+        thought = reasoning if any(part == "thinking" for _, part in told) else None
+        return Answer(reply.ids, text, content, thought, rest, ended, means, tuple(alerts), reply.scores)
 
     def _room(self, asked: Asked) -> int:
         limit = context_length(self.backend)
@@ -248,6 +263,11 @@ class Workbench:
                 raise StopGeneration
 
         return [Alarm.parse(text, tell, asked.alarm_on) for text in asked.alarms]
+
+
+def apart(part: Part | None) -> Apart | None:
+    """What a token is that is not of the answer."""
+    return "thinking" if part is Part.THINKING else "mark" if part is Part.NEITHER else None
 
 
 DEFAULT_TOKENS = 1024  # where neither the request nor the model says how many

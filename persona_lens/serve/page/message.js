@@ -33,7 +33,7 @@ export class MessageView {
     this.tokens = null;
     if (readings?.tokens.length) {
       readings.tokens.forEach((token) => this.token(token));
-      this.tokens.rest(message.content.slice(readings.tokens.map(({ text }) => text).join("").length));
+      this.tokens.rest(message.content.slice(readings.tokens.map(({ text, part }) => (part ? "" : text)).join("").length));
     } else if (message.content || message.role !== "assistant") {
       this.body.replaceChildren(element("div", { class: "text", dir: "auto" }, message.content));
     }

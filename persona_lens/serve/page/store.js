@@ -197,7 +197,8 @@ function fromSession(header, lines) {
 }
 
 function read(readings) {
-  const tokens = list(readings.tokens).map(({ id, text, values: own }) => ({ ...(id != null && { id }), text: String(text), values: values(own) }));
+  const tokens = list(readings.tokens).map(({ id, text, values: own, part }) =>
+    ({ ...(id != null && { id }), text: String(text), values: values(own), ...(["thinking", "mark"].includes(part) && { part }) }));
   const [alarms, forecast] = [list(readings.alarms), list(readings.forecast)];
   return { prompt_last: values(readings.prompt_last), means: values(readings.means), tokens, alarms, forecast };
 }

@@ -34,8 +34,8 @@ async function listen(session, message, asked, signal, told) {
       told.begun();
     }
     message.content += choice?.delta?.content ?? "";
-    for (const { id, text, values } of lens.tokens ?? []) {
-      const token = { id, text, values: session.placed(values, places) };
+    for (const { id, text, values, part } of lens.tokens ?? []) {
+      const token = { id, text, values: session.placed(values, places), ...(part && { part }) };
       message.readings.tokens.push(token);
       told.token(token);
     }

@@ -18,15 +18,23 @@ export class Tokens {
       onfocusout: () => hide(),
     });
     this.last = null;
+    this.thinking = null;
   }
 
-  add({ text, values }) {
+  /** Tokens of the thinking before an answer, and its marks, stand in a block of their own, which can be folded. */
+  add({ text, values, part }) {
     const number = this.values.push(values) - 1;
     // A character may take several tokens: those before its last have no text, and their values stand with it.
     const span = element("span", { class: "token", "data-token": number, tabindex: number ? "-1" : "0" }, text);
     if (!text) span.classList.add("part");
     this.spans.push(span);
-    this.node.append(span);
+    if (part && !this.thinking) {
+      this.thinking = element("details", { class: "thinking", open: true }, element("summary", {}, "Thinking"));
+      this.node.append(this.thinking);
+    } else if (!part) {
+      this.thinking = null;
+    }
+    (this.thinking ?? this.node).append(span);
     this.colour(number);
   }
 

@@ -1,0 +1,99 @@
+"""A model that thinks before it answers: what the server tells apart, and how the page shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from persona_lens.serve.server import Running
+from persona_lens.serve.session import Session
+from persona_lens.serve.shelf import Shelf
+from persona_lens.serve.workbench import Workbench
+from tests.backends.fixtures import backend_of
+from tests.families import FAMILIES
+from tests.serve.browsing import DESK, Page, browser
+from tests.serve.running import LAYERS, TRAITS, Client, vectors_of
+from tests.thinking import ASKED, NEW, thinking_model
+
+MESSAGES = [{"role": "user", "content": ASKED}]
+CLOSING = "</think>"
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    backend = backend_of("transformers", thinking_model(), FAMILIES["qwq"].tokenizer())
+    vectors = [vectors_of(backend, trait, seed) for seed, trait in enumerate(TRAITS)]
+    with Running(Workbench(backend, Shelf(backend, vectors, LAYERS))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> Client:
+    return Client(running)
+
+
+def test_thinking_stands_beside_the_content(client: Client) -> None:
+    plain = client.chat(ASKED, max_tokens=NEW, temperature=0).json()["choices"][0]
+    message, tokens = plain["message"], plain["persona_lens"]["tokens"]
+    prompt = client.running.server.workbench.encode(MESSAGES)
+    whole = client.http.post(
+        "/v1/completions", json={"prompt": list(prompt), "max_tokens": NEW, "temperature": 0}
+    ).json()
+    thought, _, answer = whole["choices"][0]["text"].partition(CLOSING)
+    assert thought
+    assert answer
+    assert (message["reasoning_content"], message["content"]) == (thought, answer)
+    kinds = [token.get("part") for token in tokens]
+    at = kinds.index("mark")
+    assert kinds == ["thinking"] * at + ["mark"] + [None] * (len(tokens) - at - 1)
+    assert len(tokens) == NEW
+
+
+def test_a_stream_tells_thinking_and_content_apart(client: Client) -> None:
+    deltas = [
+        event["choices"][0]["delta"] for event in client.streamed(messages=MESSAGES, max_tokens=NEW, temperature=0)
+    ]
+    message = client.chat(ASKED, max_tokens=NEW, temperature=0).json()["choices"][0]["message"]
+    for name in ("reasoning_content", "content"):
+        assert "".join(delta.get(name) or "" for delta in deltas) == message[name]
+    assert not any("content" in delta and "reasoning_content" in delta for delta in deltas)
+
+
+def test_thinking_that_never_ends_leaves_no_content(client: Client) -> None:
+    message = client.chat(ASKED, max_tokens=2, temperature=0).json()["choices"][0]["message"]
+    assert message["content"] == ""
+    assert message["reasoning_content"]
+
+
+def test_the_page_shows_the_thinking_in_a_block_of_its_own(running: Running, tmp_path: Any) -> None:
+    with browser() as chromium:
+        page = Page(chromium.new_context(viewport=DESK, accept_downloads=True), running.link)
+        page.set(Tokens_at_most=NEW, Temperature=0)
+        page.send(ASKED)
+        own = Client(running).chat(ASKED, max_tokens=NEW, temperature=0).json()["choices"][0]["message"]
+        block = page.page.locator(".message.assistant details.thinking")
+        outside = ".message.assistant .tokens > .token"
+
+        def shown() -> tuple[str, str]:
+            spans = block.locator(".token").all_text_contents()
+            return "".join(spans), "".join(page.page.locator(outside).all_text_contents())
+
+        assert shown() == (own["reasoning_content"] + CLOSING, own["content"])
+        block.locator("summary").click()
+        assert not block.locator(".token").first.is_visible()
+        page.page.reload()  # from what the browser kept
+        page.ready()
+        assert shown() == (own["reasoning_content"] + CLOSING, own["content"])
+        page.page.click("#saving summary")
+        with page.page.expect_download() as saving:
+            page.page.click("#save")
+        saving.value.save_as(tmp_path / "session.jsonl")
+        assert not page.faults
+    session = Session.load(tmp_path / "session.jsonl")
+    (reply,) = [message for message in session.path if message.role == "assistant"]
+    assert reply.content == own["content"]
+    assert reply.readings is not None
+    assert [token.part for token in reply.readings.tokens].count("mark") == 1
+    assert '<div class="part thinking">' in session.html()
