@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, str | Group] = {
         usual="extract",
     ),
     "bake": "baking:bake_command",
+    "bench-steer": "methods:methods_command",
     "demo": "extraction:demo",
     "extract": "extraction:extract",
     "generate": "steerings:generate",

@@ -1,8 +1,8 @@
-"""``persona-lens steer methods``: directions made by several methods, compared by what steering along them does."""
+"""``persona-lens bench-steer``: directions by several methods, compared by what they detect, do, and move besides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,6 @@ from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, print_table, say, showing_progress
 from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option, argument
-from persona_lens.cli.steering import QUESTIONS
 from persona_lens.cli.steerings import RENAMED
 from persona_lens.core.errors import PersonaLensError
 
@@ -18,10 +17,15 @@ if TYPE_CHECKING:
     from persona_lens.analysis.method_effects import MethodEffects
     from persona_lens.vectors import PersonaVectors
 
+QUESTIONS = Option("How many of each trait's held-out questions to ask; all are asked under every way to steer.")
+Made = dict[str, list["PersonaVectors"]]
+
 
 def methods_command(
-    run: Annotated[Run, Fields(out=Option(shown="runs/methods-TRAIT-MODEL"))],
-    extraction: Annotated[Path, argument("RUN", "Run folder of an extraction, whose responses are used.")],
+    run: Annotated[Run, Fields(out=Option(shown="runs/methods-TRAITS-MODEL"))],
+    extractions: Annotated[
+        list[Path], argument("RUN...", "Run folder of an extraction, whose responses are used; one a trait.")
+    ],
     given: Annotated[
         Given,
         Fields("persona_lens.analysis.method_effects:MethodSettings", without=("question_set",), questions=QUESTIONS),
@@ -29,95 +33,153 @@ def methods_command(
     method: Annotated[list[str] | None, Option(metavar="NAME", shown="all that come with the package")] = None,
     vectors: Annotated[list[str] | None, Option(metavar="NAME=FILE")] = None,
 ) -> None:
-    """Make directions of a trait by several methods, and compare what steering along each of them does.
+    """Compare methods of making a direction, and prompting: what each detects, what it does, and what else it moves.
 
-    All answer the same held-out questions, by steps of equal length at one layer. Beside them stand the unsteered
-    model, random directions of that length, and a system prompt that asks for the trait. Compared are the trait score,
-    how much the text surprises the unsteered model, and the probability of right answers to known questions.
+    Of each trait a direction is made by every method. Under steps of equal length along all of them, at one layer, the
+    model answers the same held-out questions, beside the unsteered model, random directions of that length, and a
+    system prompt that asks for the trait. Compared are the trait score, surprise, right answers to known questions, and
+    the harmonic mean of the three; how well each direction tells the run's responses apart on questions it was not made
+    from; and of several traits, what steering along one does to the scores of the others. `bench-steer` and `steer
+    methods` are one command.
 
     Examples:
-    `persona-lens steer methods smollm2-135m runs/optimistic-smollm2-135m --layer 18`
+    `persona-lens bench-steer smollm2-135m runs/optimistic runs/impolite runs/sycophantic --layer 18 --questions 8`
 
-    `persona-lens steer methods smollm2-135m runs/optimistic-smollm2-135m --method difference --method lda
-    --vectors mine=mine.safetensors`
+    `persona-lens bench-steer smollm2-135m runs/optimistic --method difference --vectors mine=mine.safetensors`
 
     Args:
         method: How a direction is made; `vectors methods` lists all. Repeatable.
-        vectors: Further vectors of the trait, however they were made, and what to call them. Repeatable.
+        vectors: Further vectors of one of the traits, however they were made, and what to call their method.
+            Repeatable, for other traits under the same name.
     """
     from persona_lens.analysis.method_effects import compare_methods, compare_methods_work
 
-    own, more = options.open_vectors(extraction), dict(map(_named, vectors or ()))
-    if len(more) < len(vectors or ()):
-        raise PersonaLensError("two --vectors have one name; give each a name of its own")
-    settings = given.make()
-    made = _planned(own, method) if run.dry_run else _fitted(extraction, method)
-    if taken := [name for name in more if name in made]:
-        raise PersonaLensError(f"--vectors {taken[0]}=… has the name of a method; give it another")
-    compared = {**made, **more}
+    own, settings = options.open_by_trait(extractions), given.make()
+    made = _planned(own, method) if run.dry_run else _fitted(extractions, method)
+    compared = _with_more(made, own, vectors or ())
     job = Job(
-        lambda at: compare_methods(at.backend, compared, settings, **at.given),
+        lambda at: compare_methods(at.backend, compared, settings, runs=extractions, **at.given),
         _show,
         lambda at: compare_methods_work(at.backend, compared, settings, **at.asked),
-        traits=own.trait_definition,
-        name=f"methods-{own.trait}",
-        model=own.model.model,
+        traits={trait: each.trait_definition for trait, each in own.items()},
+        name=f"methods-{'-'.join(own)}",
+        model=next(iter(own.values())).model.model,
     )
     run.carry_out(job)
 
 
-def _named(given: str) -> tuple[str, PersonaVectors]:
-    found = RENAMED.fullmatch(given)
-    if found is None:
-        raise PersonaLensError(f"--vectors takes NAME=FILE, such as mine=mine.safetensors; got {given!r}")
-    return found[1], options.open_vectors(Path(found[2]))
+def _with_more(made: Made, own: Mapping[str, PersonaVectors], given: Sequence[str]) -> Made:
+    """The methods, and those of the vectors that were named."""
+    more: Made = {}
+    for text in given:
+        found = RENAMED.fullmatch(text)
+        if found is None:
+            raise PersonaLensError(f"--vectors takes NAME=FILE, such as mine=mine.safetensors; got {text!r}")
+        name, each = found[1], options.open_vectors(Path(found[2]))
+        if name in made:
+            raise PersonaLensError(f"--vectors {name}=… has the name of a method; give it another")
+        if each.trait not in own:
+            raise PersonaLensError(
+                f"--vectors {text} is of {each.trait!r}, and the runs are of {', '.join(own)}; give its run too"
+            )
+        more.setdefault(name, []).append(each)
+    return {**made, **more}
 
 
-def _planned(own: PersonaVectors, names: Sequence[str] | None) -> dict[str, PersonaVectors]:
+def _planned(own: Mapping[str, PersonaVectors], names: Sequence[str] | None) -> Made:
     """What stands for the vectors of each method where nothing is made: their number is what counts."""
     from persona_lens.vectors.methods import METHODS
 
-    return {name: own for name in names or METHODS.built_in if METHODS.find(name)}
+    return {name: list(own.values()) for name in names or METHODS.built_in if METHODS.find(name)}
 
 
-def _fitted(extraction: Path, names: Sequence[str] | None) -> dict[str, PersonaVectors]:
+def _fitted(extractions: Sequence[Path], names: Sequence[str] | None) -> Made:
     """The vectors of each method; of those that nobody named, the ones that can be made."""
     from persona_lens.vectors.fit import fit_vectors
     from persona_lens.vectors.methods import METHODS, FitError
     from persona_lens.vectors.samples import read_samples
 
-    samples, found = read_samples(extraction), {}
+    found: Made = {}
     with showing_progress() as progress:
-        for name in dict.fromkeys(names or METHODS.built_in):
-            try:
-                found[name] = fit_vectors(samples, name, progress=progress)
-            except FitError as error:
-                if names:
-                    raise
-                options.say_notes([f"{name} is left out: {error}"])
-    return found
+        for samples in map(read_samples, extractions):
+            for name in dict.fromkeys(names or METHODS.built_in):
+                try:
+                    found.setdefault(name, []).append(fit_vectors(samples, name, progress=progress))
+                except FitError as error:
+                    if names:
+                        raise
+                    options.say_notes([f"{name} of {samples.vectors.trait} is left out: {error}"])
+    return {name: made for name, made in found.items() if made}
 
 
 SHOWN = {"nll": ("surprise", ".2f"), "coherence": ("coherence", ".1f"), "capability": ("right answers", ".2f")}
 
 
 def _show(found: MethodEffects, _: Session) -> None:
-    from persona_lens.reports.methods import rows_of
+    from persona_lens.reports.methods import rows_of, traits_of
 
-    rows = list(rows_of(found.summary))
-    measured = [name for name in SHOWN if any(row["means"][name] for row in rows)]
-    heads = ("way", "strength", "score", "change", "minus random", *(SHOWN[name][0] for name in measured), "text holds")
-    shown = [_row(row, measured) for row in rows]
-    title = f"Steering towards {found.summary['towards']} of {found.summary['trait']} at layer {found.summary['layer']}"
-    print_table(f"{title} [95% interval]", heads, shown)
+    for trait in traits_of(found.summary):
+        rows = list(rows_of(trait))
+        measured = [name for name in SHOWN if any(row["means"][name] for row in rows)]
+        heads = ("way", "strength", "score", "change", "minus random", *(SHOWN[name][0] for name in measured))
+        title = f"Steering towards {trait['towards']} of {trait['trait']} at layer {trait['layer']} [95% interval]"
+        print_table(title, (*heads, "harmonic, 0-2", "text holds"), [_row(row, measured) for row in rows])
     say("* clear: the change and its difference from that of random directions lie on the same side of 0")
+    _show_detection(found.summary)
+    if len(found.summary["traits"]) > 1:
+        _show_entanglement(found.summary)
 
 
 def _row(row: dict[str, Any], measured: Sequence[str]) -> tuple[str, ...]:
     change = row["changes"] and row["changes"]["score"]
-    strength = "" if row["strength"] is None else f"{row['strength']:g}"
     moved, apart = (interval_text(change[name]) if change and change[name] else "" for name in ("vector", "difference"))
     means = (interval_text(row["means"][name], SHOWN[name][1]) for name in measured)
     clear = "*" if change and change["clear"] else ""
     held = {None: "", True: "yes", False: "no"}[row.get("coherent")]
-    return (row["name"], strength, interval_text(row["means"]["score"], ".1f"), moved + clear, apart, *means, held)
+    score, mark = interval_text(row["means"]["score"], ".1f"), interval_text(row["harmonic"], ".2f")
+    return (row["name"], _strength(row), score, moved + clear, apart, *means, mark, held)
+
+
+def _strength(row: Mapping[str, Any]) -> str:
+    return "" if row["strength"] is None else f"{row['strength']:g}"
+
+
+def _show_detection(summary: Mapping[str, Any]) -> None:
+    from persona_lens.reports.entanglement import detections
+
+    columns, rows = detections(summary)
+    if rows:
+        shown = [(name, *(_auc(each) for each in found)) for name, found in rows]
+        print_table("Detection: AUC on questions that the direction was not made from [95%]", ("way", *columns), shown)
+
+
+def _auc(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["auc"] is None:
+        return "-"
+    ends = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{found['auc']:.2f}{ends}"
+
+
+def _show_entanglement(summary: Mapping[str, Any]) -> None:
+    traits = list(summary["traits"])
+    rows = []
+    for way in summary["ways"]:
+        on, off = (way[name] or dict.fromkeys(("vector", "random", "difference")) for name in ("on", "off"))
+        told = (on["vector"], off["vector"], off["random"])
+        ratios = (interval_text(way[name], ".2f") for name in ("entanglement", "random_entanglement"))
+        rows.append(
+            (way["name"], _strength(way), interval_text(way["harmonic"], ".2f"), *map(interval_text, told), *ratios)
+        )
+    heads = ("way", "strength", "harmonic, 0-2", "on target", "off target", "random directions")
+    title = f"Over {len(traits)} traits: change on target, root mean square change of the others, and their ratio [95%]"
+    print_table(title, (*heads, "entanglement", "of random directions"), rows)
+    cells = [
+        (way["name"], _strength(way), trait, *(_cell(way["changes"][trait][judged]) for judged in traits))
+        for way in summary["ways"]
+        for trait in way["traits"]
+    ]
+    print_table("What steering along a trait changes of each score", ("way", "strength", "along", *traits), cells)
+
+
+def _cell(change: Mapping[str, Any] | None) -> str:
+    return "-" if change is None else f"{change['vector']['mean']:+.1f}{'*' if change['clear'] else ''}"

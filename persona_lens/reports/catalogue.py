@@ -178,10 +178,11 @@ def _planned(config: Mapping[str, Any]) -> int | None:
                 # The unsteered responses whose residuals are measured come first.
                 return searched * (1 + places) + confirmed
             case "methods":
-                own = asked["asked"]
-                steps = len(asked["strengths"]) * (len(config["methods"]) + (1 if own["random_directions"] else 0))
-                # Beside them the unsteered responses, those whose residuals are measured, and the system prompt's.
-                return len(own["questions"]) * whole("samples", own) * (3 + steps)
+                own, traits = asked["asked"], config["traits"].values()
+                methods = sum(len(each["methods"]) for each in traits)
+                steps = len(asked["strengths"]) * (methods + (1 if own["random_directions"] else 0))
+                # Beside them the unsteered responses, those whose residuals are measured, and each system prompt's.
+                return whole("questions", config) * whole("samples", own) * (2 + len(traits) + steps)
             case "study":
                 return whole("questions") * whole("samples") * len(config["conditions"])
             case "baseline":

@@ -1,4 +1,4 @@
-"""The page of a comparison of methods: what steering along each direction does, beside prompting and each other."""
+"""The page of a comparison of methods: what each direction detects, does and moves, beside prompting and each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import capital, counted, listed
-from persona_lens.reports import steering, svg
+from persona_lens.reports import entanglement, steering, svg
 from persona_lens.reports.page import FOLDER, Headline, Steps, bounds, number, over, render, resting_on, shell, swapped
 from persona_lens.reports.persistence import BETTER, DIGITS, NAMES
 
@@ -30,25 +30,41 @@ def render_methods(summary: Summary, version: str = "", folder: str = FOLDER) ->
         version: Of persona-lens, to be named on the page.
         folder: Where the run is.
     """
+    every = traits_of(summary)
+    drawn = figures(summary)
     parts = {
         **summary,
         "result": headline(summary),
-        "figures": svg.drawn(figures(summary)),
+        "figures": svg.drawn(drawn),
         "names_of": NAMES,
         "digits": DIGITS,
-        "measures": _measures(summary),
-        "rows": list(rows_of(summary)),
-        "pairs_of": summary["pairs"],  # `pairs` is a macro of all pages
-        "vectors_of": {name: _vectors(each) for name, each in summary["methods"].items()},
+        "each": [
+            {
+                **trait,
+                "measures": _measures(trait),
+                "rows": list(rows_of(trait)),
+                "pairs_of": trait["pairs"],
+                "vectors_of": {name: _vectors(each) for name, each in trait["methods"].items()},
+                "figure": next((name for name in _figures_of(place, every) if name in drawn), None),
+            }
+            for place, trait in enumerate(every)
+        ],
+        "all_pairs": summary["pairs"],  # `pairs` is a macro of all pages
+        "detected": entanglement.detections(summary),
         "version": version,
         "next": next_steps(summary),
     }
     return render("methods.html.j2", parts)
 
 
+def traits_of(summary: Summary) -> list[Summary]:
+    """What is told of each trait, with what holds of all."""
+    return [{**summary, **each} for each in summary["traits"].values()]
+
+
 def next_steps(summary: Summary) -> Steps:
     """What one may want to do next."""
-    model, first = summary["model"]["model"], next(iter(summary["methods"]))
+    model, first = summary["model"]["model"], summary["methods"][0]
     return [
         (
             "Keep the vectors of one method, of the same run folder.",
@@ -62,7 +78,11 @@ def next_steps(summary: Summary) -> Steps:
 
 
 def rows_of(summary: Summary) -> Iterator[dict[str, Any]]:
-    """What every arm comes to, one after the other: its ``name``, ``strength``, ``means`` and ``changes``."""
+    """What every arm of a trait comes to, one after the other: its ``name``, ``strength``, ``means`` and ``changes``.
+
+    Args:
+        summary: One of `traits_of`.
+    """
     yield {"name": "unsteered", "strength": None, "changes": None, **summary["unsteered"]}
     yield {"name": PROMPTED, "strength": None, **summary["prompted"]}
     for each in summary["random"]:
@@ -79,7 +99,11 @@ def _measures(summary: Summary) -> list[str]:
 
 
 def beside_prompting(summary: Summary) -> dict[float, dict[str, list[str]]]:
-    """By strength which methods do ``more`` than prompting, which ``less``, and which are ``untold`` from it."""
+    """By strength which methods do ``more`` than prompting, which ``less``, and which are ``untold`` from it.
+
+    Args:
+        summary: One of `traits_of`, or that of all together.
+    """
     found: dict[float, dict[str, list[str]]] = {}
     for pair in summary["pairs"]:
         if pair["other"] != PROMPTED or pair["score"] is None:
@@ -96,38 +120,50 @@ def headline(summary: Summary) -> Headline:
     It is ``clear`` if any two of them, or one and prompting, can be told apart by what they do, and ``no null`` where
     no random directions were run, without which no method is said to do anything.
     """
-    compared = [pair for pair in summary["pairs"] if pair["score"]]
+    every = traits_of(summary)
+    found = every[0] if len(every) == 1 else summary
+    compared = [pair for pair in found["pairs"] if pair["score"]]
     if not compared:
         return Headline("unclear", "No result: there are no two ways whose responses have scores", ())
-    told = beside_prompting(summary)
-    sentences = [_prompting(summary), *(_sentence(summary, strength, each) for strength, each in told.items())]
+    told, held = beside_prompting(found), _held(summary)
+    if len(every) == 1:
+        sentences = [_prompting(found), *(_sentence(found, strength, each) for strength, each in told.items())]
+    else:
+        sentences = entanglement.sentences(summary)
     if between := [pair for pair in compared if pair["other"] != PROMPTED]:
         apart = [_apart(pair) for pair in between if pair["better"]["score"]]
         sentences += apart or ["No two methods can be told apart by what they do."]
-    if not summary["random"]:
+    null = any(trait["random"] for trait in every)
+    if not null:
         sentences.append("No random directions were run, so any direction of that length might do the same.")
     looked = f"{counted(len(compared), 'difference')} of scores {'was' if len(compared) == 1 else 'were'} looked at"
     sentences.append(f"{looked}: of those that are none, about one in twenty looks clear by chance.")
-    clear = any(_holds(summary, pair["better"]["score"], pair["strength"]) for pair in compared)
-    verdict = "no null" if not summary["random"] else "clear" if clear else "unclear"
-    return Headline(verdict, _title(summary, told), tuple(sentences))
+    clear = any(
+        pair["better"]["score"] and _holds(held, pair["better"]["score"], pair["strength"]) for pair in compared
+    )
+    verdict = "no null" if not null else "clear" if clear else "unclear"
+    return Headline(verdict, _title(told, held), tuple(sentences))
 
 
-def _holds(summary: Summary, name: str | None, strength: float) -> bool:
-    """Whether there is such a way, and its text does not fall apart."""
-    if name is None:
-        return False
-    found = summary["prompted"] if name == PROMPTED else _step(summary["methods"][name], strength)
-    return found["coherent"] is not False
+Held = Mapping[tuple[str, float | None], bool]
 
 
-def _title(summary: Summary, told: Mapping[float, Sides]) -> str:
+def _held(summary: Summary) -> Held:
+    """By method and strength, and of prompting, whether the text holds together, of all traits."""
+    return {(way["name"], way["strength"]): way["held"] == len(way["traits"]) for way in summary["ways"]}
+
+
+def _holds(held: Held, name: str, strength: float) -> bool:
+    return held[name, None if name == PROMPTED else strength]
+
+
+def _title(told: Mapping[float, Sides], held: Held) -> str:
     """What is better than prompting, those left out whose text falls apart."""
-    held = {
-        strength: {**sides, "more": [name for name in sides["more"] if _holds(summary, name, strength)]}
+    whole = {
+        strength: {**sides, "more": [name for name in sides["more"] if _holds(held, name, strength)]}
         for strength, sides in told.items()
     }
-    more, less = (_where(held, side) for side in ("more", "less"))
+    more, less = (_where(whole, side) for side in ("more", "less"))
     if more:
         return capital(f"{listed(more)} {_does(more)} more than prompting")
     if less:
@@ -200,16 +236,35 @@ def _does(names: Sequence[str]) -> str:
 
 
 def figures(summary: Summary) -> svg.Wanted:
-    """Score against surprise, or coherence; where neither was measured the changes alone."""
-    measured = next((name for name in ("nll", "coherence") if name in _measures(summary)), None)
-    if measured is not None:
-        return {"effects": (effects_figure, summary, measured)}
-    rows = [
-        (f"{row['name']} at {row['strength']:g}", row["changes"]["score"]["vector"], row["changes"]["score"]["random"])
-        for row in rows_of(summary)
-        if row["strength"] is not None and row["changes"] and row["changes"]["score"]
-    ]
-    return {"changes": (steering.changes_figure, rows)} if rows else {}
+    """Of several traits first what moves besides; and of each the score against surprise, or coherence.
+
+    Where neither was measured, the changes alone.
+    """
+    every = traits_of(summary)
+    found: svg.Wanted = {"entanglement": (entanglement.figure, summary)} if len(every) > 1 else {}
+    for place, trait in enumerate(every):
+        effects, changes = _figures_of(place, every)
+        measured = next((name for name in ("nll", "coherence") if name in _measures(trait)), None)
+        rows = [
+            (
+                f"{row['name']} at {row['strength']:g}",
+                row["changes"]["score"]["vector"],
+                row["changes"]["score"]["random"],
+            )
+            for row in rows_of(trait)
+            if row["strength"] is not None and row["changes"] and row["changes"]["score"]
+        ]
+        if measured is not None:
+            found[effects] = (effects_figure, trait, measured)
+        elif rows:
+            found[changes] = (steering.changes_figure, rows)
+    return found
+
+
+def _figures_of(place: int, every: Sequence[Summary]) -> tuple[str, str]:
+    """The names of a trait's figure of effects, and of that of changes."""
+    behind = "" if len(every) == 1 else f"-{place + 1}"
+    return f"effects{behind}", f"changes{behind}"
 
 
 def effects_figure(summary: Summary, measured: str, width: int) -> Figure:

@@ -63,10 +63,46 @@ def fit_vectors(
     _check_installed(f"the method {method}", found.requires, method in METHODS.built_in)
     _check_installed("erasing", (PACKAGE,) if erase else (), ours=True)
     kept_out = tuple(each if isinstance(each, PersonaVectors) else load_vectors(each) for each in without)
-    return _Fit(_samples(run), found, kept_out, tuple(map(_samples, erase))).vectors(progress)
+    return _Fit(samples_of(run), found, kept_out, tuple(map(samples_of, erase))).vectors(progress)
 
 
-def _samples(run: Run) -> RunSamples:
+def maker_of(
+    vectors: PersonaVectors, run: RunSamples, others: Sequence[RunSamples], layer: int, reduction: str
+) -> Callable[[Samples], Array] | None:
+    """What made vectors of a run's responses, to be used on some of the responses alone.
+
+    Args:
+        vectors: The run's own, or those that `fit_vectors` made of it.
+        run: The run.
+        others: Runs whose traits may have been kept out of them.
+        layer: Block index, 0-based.
+        reduction: Which of what was read.
+
+    Returns:
+        From samples at the layer to a vector; None for vectors that were not made of the run.
+
+    Raises:
+        FitError: If they were, and it cannot be done again.
+    """
+    own, made = run.vectors.content_hash, vectors.stored("fit")
+    if vectors.content_hash == own:
+        return _Fit(run, METHODS.find(DIFFERENCE), (), ())._at(layer, reduction)
+    if made.get("vectors_of_the_run") != own:
+        return None
+    known = {each.vectors.content_hash: each for each in others}
+    kept_out = {how: [str(each.get("content_hash")) for each in made.get(how, ())] for how in ("without", "erased")}
+    if strange := [each for hashes in kept_out.values() for each in hashes if each not in known]:
+        raise FitError(
+            f"what was kept out of the vectors of {vectors.trait!r} is of no run that is given ({strange[0]}), so that "
+            "they cannot be made anew; give its run too"
+        )
+    without, erased = (tuple(known[each] for each in kept_out[how]) for how in ("without", "erased"))
+    found = METHODS.find(str(made.get("method")))
+    return _Fit(run, found, tuple(each.vectors for each in without), erased)._at(layer, reduction)
+
+
+def samples_of(run: Run) -> RunSamples:
+    """A run's responses; they themselves stay."""
     return run if isinstance(run, RunSamples) else read_samples(run)
 
 

@@ -140,6 +140,31 @@ class RunSamples:
             )
         return found
 
+    def everything(self, layer: int, reduction: str = OWN_REDUCTION) -> tuple[Samples, NDArray[np.bool_]]:
+        """Every response that has a score at a layer, those too that the extraction did not keep.
+
+        Args:
+            layer: Block index, 0-based.
+            reduction: Which of what was read.
+
+        Returns:
+            The responses, and of each whether it was kept.
+
+        Raises:
+            RunError: If the folder was changed since it was read.
+        """
+        reduction = reduction or self.vectors.default_reduction
+        rows, scores = _rows(self.folder / ROLLOUTS), _rows(self.folder / SCORES)
+        shape = (self.vectors.model.n_layers, self.vectors.model.d_model)
+        read = np.full((len(rows), shape[1]), np.nan)
+        for file, places, _ in _shards(self.folder, (reduction,), len(rows), shape):
+            read[places] = shard_layer(file, reduction, layer).to(float64).numpy()
+        there = [
+            at for at, score in enumerate(scores) if score.get("score") is not None and np.isfinite(read[at]).all()
+        ]
+        responses = _responses(self.folder, [(rows[at], scores[at]) for at in there])
+        return responses.at(read[there]), np.array([scores[at].get("kept") is True for at in there], dtype=np.bool_)
+
 
 def read_samples(folder: Path | str) -> RunSamples:
     """The responses that an extraction kept; nothing in its run folder is changed.

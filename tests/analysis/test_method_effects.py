@@ -25,7 +25,7 @@ from persona_lens.reports.catalogue import find_runs
 from persona_lens.reports.methods import beside_prompting
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.steering import ArmSettings, SteeringError
+from persona_lens.steering import ArmSettings, Steering, SteeringError
 from persona_lens.steering.tune_settings import Towards
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
@@ -114,15 +114,24 @@ def score(leaning: float) -> float:
     return 100 / (1 + math.exp(-leaning))
 
 
+def told(found: MethodEffects, trait: str = "optimistic") -> dict[str, Any]:
+    own: dict[str, Any] = found.summary["traits"][trait]
+    return own
+
+
+def steering_of(found: MethodEffects, name: str, strength: float) -> Steering:
+    return found.steerings["optimistic"][name][strength]
+
+
 def step(found: MethodEffects, name: str, strength: float) -> dict[str, Any]:
-    steps = found.summary["methods"][name]["steps"]
+    steps = told(found)["methods"][name]["steps"]
     return next(each for each in steps if each["strength"] == strength)
 
 
 def pair(found: MethodEffects, one: str, other: str, strength: float) -> dict[str, Any]:
     return next(
         each
-        for each in found.summary["pairs"]
+        for each in told(found)["pairs"]
         if (each["one"], each["other"], each["strength"]) == (one, other, strength)
     )
 
@@ -142,29 +151,29 @@ def found(backend: Knowing, tmp_path_factory: pytest.TempPathFactory) -> MethodE
 def test_steps_of_one_strength_are_equally_long(
     backend: Knowing, found: MethodEffects, name: str, share: float, strength: float
 ) -> None:
-    told, pushed = step(found, name, strength), leaning(backend, strength, share)
-    (edit,) = found.steerings[name][strength].edits()
+    measured, pushed = step(found, name, strength), leaning(backend, strength, share)
+    (edit,) = steering_of(found, name, strength).edits()
     assert float(edit.direction.norm()) * float(edit.coefficient) == pytest.approx(strength * NORM, rel=1e-3)
-    assert told["coefficient"] == edit.coefficient
-    assert told["means"]["score"]["mean"] == pytest.approx(score(pushed), abs=0.05)
-    assert told["changes"]["score"]["vector"]["mean"] == pytest.approx(score(pushed) - 50, abs=0.05)
-    assert told["means"]["nll"]["mean"] == pytest.approx(2 + 0.1 * pushed, abs=0.01)
-    assert told["means"]["capability"]["mean"] == pytest.approx(math.exp(-2 - pushed / 2), abs=1e-4)
-    assert told["means"]["capability"]["n"] == 6
-    assert told["changes"]["capability"]["vector"]["mean"] < 0
+    assert measured["coefficient"] == edit.coefficient
+    assert measured["means"]["score"]["mean"] == pytest.approx(score(pushed), abs=0.05)
+    assert measured["changes"]["score"]["vector"]["mean"] == pytest.approx(score(pushed) - 50, abs=0.05)
+    assert measured["means"]["nll"]["mean"] == pytest.approx(2 + 0.1 * pushed, abs=0.01)
+    assert measured["means"]["capability"]["mean"] == pytest.approx(math.exp(-2 - pushed / 2), abs=1e-4)
+    assert measured["means"]["capability"]["n"] == 6
+    assert measured["changes"]["capability"]["vector"]["mean"] < 0
 
 
 def test_what_does_more_than_prompting_and_than_others_is_found(found: MethodEffects) -> None:
-    assert beside_prompting(found.summary) == {
+    assert beside_prompting(told(found)) == {
         0.2: {"more": [], "less": ["along", "longer", "half"], "untold": []},
         0.8: {"more": ["along", "longer"], "less": ["half"], "untold": []},
     }
     assert pair(found, "along", "half", 0.8)["better"] == {
         "score": "along", "nll": "half", "coherence": None, "capability": "half"}  # fmt: skip
-    told = found.headline
-    assert told.verdict == "clear"
-    assert told.title == "Along (at 0.8) and longer (at 0.8) do more than prompting"
-    said = " ".join(told.sentences)
+    headline = found.headline
+    assert headline.verdict == "clear"
+    assert headline.title == "Along (at 0.8) and longer (at 0.8) do more than prompting"
+    said = " ".join(headline.sentences)
     assert "At 0.8 along does more than half, by " in said
     assert "At 0.8 of the residual's length 3 of 3 methods clearly do something" in said
     assert "12 differences of scores were looked at: of those that are none, about one in twenty looks clear" in said
@@ -201,7 +210,7 @@ def test_better_needs_an_effect_clear_of_random_directions(backend: Knowing) -> 
     assert found.headline.title.startswith("No method clearly does more than prompting; across (at 0.2 and 0.8) and ")
     alone = compare_methods(backend, ways, _asked(random_directions=0), progress=no_progress)
     assert alone.headline.verdict == "no null"
-    assert alone.summary["random"] == []
+    assert told(alone)["random"] == []
     assert pair(alone, "along", "half", 0.8)["better"]["score"] is None
     assert "any direction of that length might do the same" in " ".join(alone.headline.sentences)
 
@@ -228,13 +237,13 @@ def _asked(**changes: Any) -> MethodSettings:
 
 
 def test_prompting_and_random_directions_stand_beside(backend: Knowing, found: MethodEffects) -> None:
-    prompted = found.summary["prompted"]
+    prompted = told(found)["prompted"]
     assert prompted["system"] == TRAIT.system_prompt("positive", 2)  # type: ignore[arg-type]
     assert prompted["means"]["score"]["mean"] == pytest.approx(score(1), abs=0.05)
     assert prompted["means"]["capability"]["mean"] == pytest.approx(math.exp(-2), abs=1e-4)
     assert prompted["changes"]["score"]["random"] is None
-    weak, strong = (each["means"] for each in found.summary["random"])
-    nulls = [found.steerings["along"][0.8].null(seed)[0] for seed in range(3)]
+    weak, strong = (each["means"] for each in told(found)["random"])
+    nulls = [steering_of(found, "along", 0.8).null(seed)[0] for seed in range(3)]
     axis = backend.planted["response_mean"][LAYER]
     pushes = [float(torch.as_tensor(each.coefficient) * (each.direction @ axis) / (axis @ axis)) for each in nulls]
     expected = [score(pushes[number % 3]) for number in range(8)]
@@ -259,7 +268,7 @@ def test_random_directions_are_made_once_for_all_methods(backend: Knowing, found
     assert {each.label: each.rows for each in work} == {
         "unsteered rollouts": 8,
         "rollouts": 80,
-        "judging": 80 * 11,
+        "judging optimistic": 80 * 11,
         "capability": 60,
     }
     assert len(compare_methods_work(backend, planted(backend), replace(SETTINGS, known_questions=0))) == 3
@@ -267,12 +276,12 @@ def test_random_directions_are_made_once_for_all_methods(backend: Knowing, found
 
 def test_less_of_a_trait_is_steered_to_and_asked_for(backend: Knowing) -> None:
     found = compared(backend, replace(SETTINGS, towards=Towards.LESS))
-    assert found.summary["prompted"]["system"] == TRAIT.system_prompt("negative", 2)  # type: ignore[arg-type]
+    assert told(found)["prompted"]["system"] == TRAIT.system_prompt("negative", 2)  # type: ignore[arg-type]
     assert step(found, "along", 0.8)["coefficient"] < 0
     assert pair(found, "along", "prompted", 0.8)["score"]["mean"] == pytest.approx(
         score(leaning(backend, 0.8)) - score(1), abs=0.1
     )
-    assert beside_prompting(found.summary)[0.8] == {"more": ["along", "longer"], "less": ["half"], "untold": []}
+    assert beside_prompting(told(found))[0.8] == {"more": ["along", "longer"], "less": ["half"], "untold": []}
     assert found.headline.sentences[0].startswith("A system prompt that asks for less of optimistic changes the score")
 
 
@@ -282,7 +291,11 @@ def test_it_can_be_looked_at(found: MethodEffects) -> None:
         assert text in page
     assert found.figures == ("effects",)
     silent = compare_methods(
-        Knowing(), planted(Knowing()), replace(SETTINGS, known_questions=0), judge=LengthJudge(), progress=no_progress
+        Knowing(),
+        planted(Knowing()),
+        replace(SETTINGS, known_questions=0),
+        judges={"optimistic": LengthJudge()},
+        progress=no_progress,
     )
     assert silent.figures == ("changes",)
     assert "Right answers" not in silent.report()
@@ -347,8 +360,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(backend: Knowin
 
     assert "there are no methods to compare" in refused({})
     assert "'prompted'" in refused({"prompted": ways["half"]})
-    impolite = vectors(backend, ways["half"].rows(), "impolite")
-    assert "'two' are of 'impolite', and others of 'optimistic'" in refused({"one": ways["half"], "two": impolite})
+    assert "the method 'one' has two vectors of 'optimistic'" in refused({"one": list(ways.values())})
     assert "belong to another model" in refused({"one": ways["half"], "two": stranger})
     assert "layer 1 is zero" in refused({"one": ways["half"], "two": vectors(backend, gap)})
     assert "layer 3 does not exist" in refused(ways, replace(SETTINGS, layer=3))
@@ -403,11 +415,11 @@ def test_right_answers_are_weighed_as_a_plain_pass_does() -> None:
     found = compare_methods(backend, ways, settings, progress=no_progress)
     assert set(asked) <= set(known_questions())
     shown = [(each.question, each.answer) for each in asked[:4]]
-    steering = found.steerings["two"][0.5]
-    nulls = [found.steerings["one"][0.5].null(seed) for seed in range(2)]
+    steering = steering_of(found, "two", 0.5)
+    nulls = [steering_of(found, "one", 0.5).null(seed) for seed in range(2)]
     ways_of: dict[str, tuple[str | None, Sequence[tuple[Edit, ...]]]] = {
         "unsteered": (None, [(), ()]),
-        "prompted": (found.summary["prompted"]["system"], [(), ()]),
+        "prompted": (told(found)["prompted"]["system"], [(), ()]),
         "two": (None, [steering.edits()] * 2),
         "random": (None, nulls),
     }
@@ -419,10 +431,10 @@ def test_right_answers_are_weighed_as_a_plain_pass_does() -> None:
             assert logprobs is not None
             values.append(math.exp(float(logprobs[0].mean())))
         means = {
-            "unsteered": found.summary["unsteered"]["means"],
-            "prompted": found.summary["prompted"]["means"],
+            "unsteered": told(found)["unsteered"]["means"],
+            "prompted": told(found)["prompted"]["means"],
             "two": step(found, "two", 0.5)["means"],
-            "random": found.summary["random"][0]["means"],
+            "random": told(found)["random"][0]["means"],
         }[name]
         assert means["capability"]["mean"] == pytest.approx(sum(values) / 2, rel=1e-3), name
 

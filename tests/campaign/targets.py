@@ -132,6 +132,17 @@ def _methods(folder: Path) -> Result:
     return compare_methods(made.backend(), made_by, settings, folder=folder)
 
 
+def _bench(folder: Path) -> Result:
+    """The same of two traits."""
+    first = tiny_vectors()
+    other = load_trait("impolite")
+    second = replace(first, trait=other.name, directions={"response_mean": first.rows().roll(1, dims=1)})
+    both = [first, second.with_provenance(trait=other.model_dump(mode="json"))]
+    asked = ArmSettings((0, 1), random_directions=1, rollouts=RolloutSettings(4, batch_size=4))
+    settings = MethodSettings(1, (0.5,), known_questions=1, asked=asked)
+    return compare_methods(made.backend(), {"one": both}, settings, folder=folder)
+
+
 def _tune(folder: Path) -> Result:
     settings = TuneSettings((1,), strengths=(0.1, 0.2), search_questions=3, random_directions=1, rollouts=SMALL)
     return tune(Normed(TRAIT), vectors(), settings, folder=folder)
@@ -252,6 +263,7 @@ TARGETS: dict[str, Run] = {
     "steer tune": _tune,
     "steer persist": _persist,
     "steer methods": _methods,
+    "bench-steer": _bench,
     "monitor study": _study,
     "monitor drift": _drift,
     "axis": _axis,

@@ -52,6 +52,7 @@ COMMANDS = (
     ("steer", "effects"),
     ("steer", "persist"),
     ("steer", "methods"),
+    ("bench-steer",),
     ("vectors",),
     ("vectors", "show"),
     *(("vectors", name) for name in ("cosines", "layers", "pca", "agree", "halves", "forecast", "lens", "attribute")),

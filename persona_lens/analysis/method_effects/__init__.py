@@ -1,4 +1,4 @@
-"""Method effects: directions of one trait made by several methods, compared by what steering along them does."""
+"""Method effects: directions made by several methods, compared by what they detect, do, and move besides."""
 
 from __future__ import annotations
 

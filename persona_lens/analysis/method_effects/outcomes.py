@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
-from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.method_effects.plan import CAPABILITY, PROMPTED, Plan, Step
+from persona_lens.analysis.method_effects.harmonic import Marks, harmonic
+from persona_lens.analysis.method_effects.plan import CAPABILITY, PROMPTED, Plan, Step, prompted
 from persona_lens.analysis.persistence.outcomes import DIFFERENCES, MEASURES
 from persona_lens.core.statistics import Estimate
-from persona_lens.extraction.experiment import Value, averaged, estimated, json_of, questions_of, values_of
+from persona_lens.extraction.experiment import Answers, Value, averaged, estimated, json_of
 from persona_lens.steering.comparison import (
     COHERENCE_MARGIN,
     RANDOM,
     UNSTEERED,
-    ArmRow,
     Change,
     beside_null,
     minus,
@@ -28,46 +28,142 @@ LOWER_IS_BETTER = ("nll",)
 
 
 @dataclass(frozen=True)
+class MethodRow:
+    """One response, with the judgement of every trait's judge.
+
+    Attributes:
+        arm: What was done, such as ``lda of optimistic at 0.4``; `persona_lens.steering.comparison.UNSTEERED` for
+            nothing.
+        direction: ``vector``, ``random``, ``prompt`` for a system prompt, or ``none`` for the unsteered.
+        question: Number of the question.
+        asked_of: The trait whose question it is.
+        sample: Number of the sample.
+        scores: By trait, 0 to 100; None if the response has none.
+        nll: -log p under the unsteered model, nats a token; None if the response is empty, or no judge computes it.
+        coherence: 0 to 100; None where no judge asks.
+        text: The response.
+    """
+
+    arm: str
+    direction: str
+    question: int
+    asked_of: str
+    sample: int
+    scores: Mapping[str, float | None]
+    nll: float | None
+    coherence: float | None
+    text: str
+
+    def to_row(self) -> dict[str, Any]:
+        """The response as JSON values."""
+        return asdict(self)
+
+
+def rows_of(plan: Plan, answers: Answers) -> list[MethodRow]:
+    """Every response with everything that was said of it."""
+    found = []
+    for number, rollout in enumerate(answers.rollouts):
+        judged = {name: each[number] for name, each in answers.judged.items()}
+        nll = (each.nll for each in judged.values() if each.nll is not None)
+        coherence = (each.coherence.value for each in judged.values() if each.coherence)
+        labels = rollout.request.labels
+        row = MethodRow(
+            arm=labels["arm"],
+            direction=labels["direction"],
+            question=labels["question_number"],
+            asked_of=plan.questions[labels["question_number"]][1],
+            sample=labels["sample"],
+            scores={name: each.trait.value for name, each in judged.items()},
+            # Neither depends on the trait that the judge looks for.
+            nll=next(nll, None),
+            coherence=next((value for value in coherence if value is not None), None),
+            text=rollout.response,
+        )
+        found.append(row)
+    return found
+
+
+@dataclass(frozen=True)
 class Outcomes:
-    """Everything that was measured.
+    """Everything that was measured, as one trait's judge sees it.
 
     Attributes:
         plan: What was compared.
-        steps: Every method at every strength.
+        steps: Every method of every trait at every strength.
         rows: Every response.
         known: By arm and whether it is along random directions: the probability of right answers, with the number of
             the known question.
+        trait: Whose scores count.
     """
 
     plan: Plan
     steps: Sequence[Step]
-    rows: Sequence[ArmRow]
+    rows: Sequence[MethodRow]
     known: Mapping[tuple[str, bool], Sequence[Value]]
+    trait: str
+
+    def seen(self, trait: str) -> Outcomes:
+        """The same, as another trait's judge sees it."""
+        return replace(self, trait=trait)
+
+    @property
+    def own_steps(self) -> list[Step]:
+        """Those along the trait."""
+        return [step for step in self.steps if step.trait == self.trait]
+
+    def of(self, arm: str, *, random: bool = False) -> list[MethodRow]:
+        """The responses of an arm, or of the random directions that stand beside it."""
+        return self._rows.get((self._null.get(arm, arm) if random else arm, random), [])
+
+    @cached_property
+    def _null(self) -> Mapping[str, str]:
+        return self.plan.null_of(list(self.steps))
+
+    @cached_property
+    def _rows(self) -> Mapping[tuple[str, bool], list[MethodRow]]:
+        found: dict[tuple[str, bool], list[MethodRow]] = {}
+        for row in self.rows:
+            found.setdefault((row.arm, row.direction == RANDOM), []).append(row)
+        return found
 
     def values(self, arm: str, measure: str, *, random: bool = False) -> dict[int, float]:
         """What was measured of an arm, or of its random directions, question by question."""
         if measure == CAPABILITY:
-            return averaged(self.known.get((arm, random), ()))
-        own = [row for row in self.rows if row.arm == arm and (row.direction == RANDOM) == random]
-        return averaged(values_of(own, measure))
+            return averaged(self.known.get((self._null.get(arm, arm) if random else arm, random), ()))
+        return averaged((row.question, self._measured(row, measure)) for row in self.of(arm, random=random))
+
+    def _measured(self, row: MethodRow, measure: str) -> float | None:
+        found: float | None = row.scores[self.trait] if measure == "score" else getattr(row, measure)
+        return found
 
     def means(self, arm: str, *, random: bool = False) -> dict[str, Any]:
         """Every measure of an arm, as JSON values; None for one without values."""
         return {name: json_of(estimated(self.values(arm, name, random=random), MEASURES[name])) for name in DIFFERENCES}
 
+    def moved(self, arm: str, measure: str = "score", *, random: bool = False) -> dict[int, float]:
+        """An arm, or its random directions, minus the unsteered model, question by question."""
+        return minus(self.values(arm, measure, random=random), self.values(UNSTEERED, measure))
+
     def change(self, arm: str, measure: str) -> Change | None:
         """An arm against the unsteered model, beside random directions of the same length."""
-        plain, null = self.values(UNSTEERED, measure), self.plan.null_of(list(self.steps)).get(arm, arm)
-        moved = minus(self.values(arm, measure), plain)
-        return beside_null(moved, minus(self.values(null, measure, random=True), plain), DIFFERENCES[measure])
+        null = self.moved(arm, measure, random=True)
+        return beside_null(self.moved(arm, measure), null, DIFFERENCES[measure])
+
+    def marks(self, arm: str, *, random: bool = False) -> Marks:
+        """What the overall mark of an arm is made of."""
+        plain = estimated(self.values(UNSTEERED, "nll"))
+        rows = [(row.question, row.scores[self.trait], row.nll, row.coherence) for row in self.of(arm, random=random)]
+        known, before = self.values(arm, CAPABILITY, random=random), self.values(UNSTEERED, CAPABILITY)
+        return Marks.of(rows, plain.mean if plain else None, known, before, self.plan.settings.towards.sign)
 
     def told(self, arm: str) -> dict[str, Any]:
         """What an arm comes to, as JSON values."""
-        own = [row for row in self.rows if row.arm == arm and row.direction != RANDOM]
+        own = self.of(arm)
         return {
             "means": self.means(arm),
             "changes": {name: json_of(self.change(arm, name)) for name in DIFFERENCES},
-            "empty": sum(row.score is None for row in own) / len(own),
+            "harmonic": json_of(harmonic([self.marks(arm)])),
+            "empty": sum(row.scores[self.trait] is None for row in own) / len(own),
             "coherent": self.coherent(arm),
         }
 
@@ -92,19 +188,23 @@ class Outcomes:
                         "steering": str(step.steering),
                         **self.told(step.arm),
                     }
-                    for step in self.steps
+                    for step in self.own_steps
                     if step.method == name
                 ],
             }
-            for name, each in self.plan.methods.items()
+            for name, each in self.plan.methods[self.trait].items()
         }
 
     def random(self) -> list[dict[str, Any]]:
         """By strength what random directions come to, as JSON values; none where there are none."""
-        first = next(iter(self.plan.methods))
+        first = next(iter(self.plan.methods[self.trait]))
         return [
-            {"strength": step.strength, "means": self.means(step.arm, random=True)}
-            for step in self.steps
+            {
+                "strength": step.strength,
+                "means": self.means(step.arm, random=True),
+                "harmonic": json_of(harmonic([self.marks(step.arm, random=True)])),
+            }
+            for step in self.own_steps
             if step.method == first and self.values(step.arm, "score", random=True)
         ]
 
@@ -117,7 +217,8 @@ class Outcomes:
         """
         found = []
         for strength in sorted(self.plan.settings.strengths):
-            arms = {step.method: step.arm for step in self.steps if step.strength == strength} | {PROMPTED: PROMPTED}
+            arms = {step.method: step.arm for step in self.own_steps if step.strength == strength}
+            arms[PROMPTED] = prompted(self.trait)
             for one, other in combinations(arms, 2):
                 differences = {name: self._difference(arms[one], arms[other], name) for name in DIFFERENCES}
                 better = {
@@ -145,17 +246,17 @@ class Outcomes:
         return winner if own == self.plan.settings.towards.sign else None
 
     def samples(self, count: int, longest: int) -> list[dict[str, Any]]:
-        """The first questions with the first response under every arm: not picked for what they say."""
-        asked = self.plan.settings.asked
-        questions = questions_of(self.plan.subject.trait, asked.questions, asked.question_set, AnalysisError)
+        """The first of the trait's questions with the first response under its arms: not picked for what they say."""
+        shown = {UNSTEERED, prompted(self.trait), *(step.arm for step in self.own_steps)}
+        asked = [(number, text) for number, (text, trait) in self.plan.questions.items() if trait == self.trait]
         return [
             {
                 "question": question,
                 "responses": [
-                    {"arm": row.arm, "score": row.score, "text": row.text[:longest]}
+                    {"arm": row.arm, "score": row.scores[self.trait], "text": row.text[:longest]}
                     for row in self.rows
-                    if row.question == number and row.sample == 0 and row.direction != RANDOM
+                    if row.question == number and row.sample == 0 and row.direction != RANDOM and row.arm in shown
                 ],
             }
-            for number, question in list(questions.items())[:count]
+            for number, question in asked[:count]
         ]
