@@ -52,7 +52,7 @@ NOT_RUN = (
     "persona-lens steer tune ",
     "persona-lens bake ",
     "persona-lens steer compare ",
-    "persona-lens steer methods ",
+    "persona-lens bench-steer ",
     "persona-lens monitor baseline ",
     "persona-lens steer capability ",
     "inspect eval ",
