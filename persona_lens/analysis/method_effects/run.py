@@ -65,12 +65,10 @@ def compare_methods(
 ) -> MethodEffects:
     """Compare directions of one trait or of several, each made by several methods, by what they detect, do and move.
 
-    Steering: the model steered by steps of equal length along all of them answers the same held-out questions with the
-    same seeds. Measured are the trait score, the surprise under the unsteered model, the probability of right answers
-    to known questions, and the harmonic mean of the three. Beside them stand the unsteered model, random directions of
-    the same length, and a system prompt that asks for the trait. Detection: how well each direction tells the responses
-    of an extraction apart on questions that it was not made from. Entanglement, of several traits: every judge scores
-    every answer, so that it is seen which other traits move.
+    Steered by steps of equal length along all of them, the model answers the same held-out questions with the same
+    seeds, beside the unsteered model, random directions of that length, and a system prompt that asks for the trait.
+    Measured are the trait score, the surprise under the unsteered model, the probability of right answers to known
+    questions, and the harmonic mean of the three; and, as every judge scores every answer, which other traits move.
 
     Args:
         backend: The model.
@@ -108,10 +106,7 @@ def compare_methods(
         if run is not None:
             run.write_rows("arms-scores.jsonl", map(MethodRow.to_row, rows))
             run.write_json("summary.json", summary)
-    steerings: dict[str, dict[str, dict[float, Steering]]] = {}
-    for step in steps:
-        steerings.setdefault(step.trait, {}).setdefault(step.method, {})[step.strength] = step.steering
-    return MethodEffects(tuple(rows), steerings, plain(summary), run.path if run else None)
+    return MethodEffects(tuple(rows), _steerings(steps), plain(summary), run.path if run else None)
 
 
 def compare_methods_work(
@@ -124,6 +119,13 @@ def compare_methods_work(
 ) -> tuple[Work, ...]:
     """What `compare_methods` would ask of the model, and of the judges', were every response as long as it may be."""
     return tuple(Plan.of(backend, methods, settings, judges=judges, chat=chat, planned=True).work())
+
+
+def _steerings(steps: Sequence[Step]) -> dict[str, dict[str, dict[float, Steering]]]:
+    found: dict[str, dict[str, dict[float, Steering]]] = {}
+    for step in steps:
+        found.setdefault(step.trait, {}).setdefault(step.method, {})[step.strength] = step.steering
+    return found
 
 
 def _detected(planned: Plan) -> dict[str, dict[str, Any]]:
