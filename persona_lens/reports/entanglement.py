@@ -36,21 +36,42 @@ def label(way: Summary) -> str:
 
 def sentences(summary: Summary) -> list[str]:
     """What the ways come to over all traits, in words no stronger than the intervals allow."""
-    ways = [way for way in summary["ways"] if way["on"]]
-    by_strength: dict[float | None, list[Summary]] = {}
-    for way in ways:
-        by_strength.setdefault(way["strength"], []).append(way)
-    return [sentence for strength, own in by_strength.items() for sentence in _of_one(summary, strength, own)]
-
-
-def _of_one(summary: Summary, strength: float | None, ways: Sequence[Summary]) -> list[str]:
+    asking, *ways = summary["ways"]
     over = f"over {counted(len(summary['traits']), 'trait')}, towards {summary['towards']} of each"
+    found = []
+    if asking["on"]:
+        ratio = (
+            asking["entanglement"]
+            and f"; for each point of that the others move by {bounds(asking['entanglement'], 2)}"
+        )
+        found.append(
+            f"System prompts change scores, {over}, by {bounds(asking['on']['vector'], sign=True)}{ratio or ''}."
+        )
+    by_strength: dict[float, list[Summary]] = {}
+    for way in ways:
+        if way["on"]:
+            by_strength.setdefault(way["strength"], []).append(way)
+    for strength, own in by_strength.items():
+        found += [*_of_one(over, strength, own), *_less(summary, strength)]
+    return found
+
+
+def _less(summary: Summary, strength: float) -> list[str]:
+    """Which ways are less entangled than which."""
+    found: dict[str, list[str]] = {}
+    for pair in summary["pairs"]:
+        if pair["strength"] == strength and (better := pair["better"]["entanglement"]):
+            found.setdefault(better, []).append(pair["other"] if better == pair["one"] else pair["one"])
+    said = "; ".join(f"{name} than {listed(others)}" for name, others in found.items())
+    return [f"Clearly less entangled at {strength:g}: {said}."] if said else []
+
+
+def _of_one(over: str, strength: float, ways: Sequence[Summary]) -> list[str]:
     moved = sorted(ways, key=lambda way: -way["on"]["vector"]["mean"])
     on = ", ".join(f"{way['name']} {bounds(way['on']['vector'], sign=True)}" for way in moved)
     null = next((way["on"]["random"] for way in ways if way["on"]["random"]), None)
     beside = f"; random directions {bounds(null, sign=True)}" if null else ""
-    head = "Asked for by a system prompt" if strength is None else f"At {strength:g} of the residual's length"
-    found = [f"{head} scores change, {over}, by: {on}{beside}."]
+    found = [f"At {strength:g} of the residual's length scores change, {over}, by: {on}{beside}."]
     told = sorted((way for way in ways if way["entanglement"]), key=lambda way: way["entanglement"]["mean"])
     if told:
         ratios = ", ".join(f"{way['name']} {bounds(way['entanglement'], 2)}" for way in told)

@@ -36,8 +36,8 @@ def render_methods(summary: Summary, version: str = "", folder: str = FOLDER) ->
         **summary,
         "result": headline(summary),
         "figures": svg.drawn(drawn),
-        "names_of": NAMES,
-        "digits": DIGITS,
+        "names_of": {**NAMES, "entanglement": "entanglement, difference of squares as a root"},
+        "digits": {**DIGITS, "entanglement": 2},
         "each": [
             {
                 **trait,
@@ -131,12 +131,14 @@ def headline(summary: Summary) -> Headline:
     else:
         sentences = entanglement.sentences(summary)
     if between := [pair for pair in compared if pair["other"] != PROMPTED]:
-        apart = [_apart(pair) for pair in between if pair["better"]["score"]]
-        sentences += apart or ["No two methods can be told apart by what they do."]
+        sentences += _apart(between) or ["No two methods can be told apart by what they do."]
     null = any(trait["random"] for trait in every)
     if not null:
         sentences.append("No random directions were run, so any direction of that length might do the same.")
-    looked = f"{counted(len(compared), 'difference')} of scores {'was' if len(compared) == 1 else 'were'} looked at"
+    more = " and as many of entanglement" if len(every) > 1 else ""
+    looked = (
+        f"{counted(len(compared), 'difference')} of scores{more} {'was' if len(compared) == 1 else 'were'} looked at"
+    )
     sentences.append(f"{looked}: of those that are none, about one in twenty looks clear by chance.")
     clear = any(
         pair["better"]["score"] and _holds(held, pair["better"]["score"], pair["strength"]) for pair in compared
@@ -220,12 +222,15 @@ def _bounded(change: Summary) -> str:
     return bounds(change["vector"], sign=True)
 
 
-def _apart(pair: Summary) -> str:
-    """Which of two methods does more."""
-    winner = pair["better"]["score"]
-    first = winner == pair["one"]
-    loser, difference = (pair["other"], pair["score"]) if first else (pair["one"], swapped(pair["score"]))
-    return f"At {pair['strength']:g} {winner} does more than {loser}, by {bounds(difference)}."
+def _apart(between: Sequence[Summary]) -> list[str]:
+    """Which methods do more than which, a sentence for each that does."""
+    found: dict[tuple[float, str], list[str]] = {}
+    for pair in between:
+        if winner := pair["better"]["score"]:
+            first = winner == pair["one"]
+            loser, difference = (pair["other"], pair["score"]) if first else (pair["one"], swapped(pair["score"]))
+            found.setdefault((pair["strength"], winner), []).append(f"{loser}, by {bounds(difference)}")
+    return [f"At {at:g} {winner} does more than {'; than '.join(said)}." for (at, winner), said in found.items()]
 
 
 def _does(names: Sequence[str]) -> str:

@@ -18,8 +18,8 @@ from persona_lens import fit_vectors
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.method_effects import MethodEffects, MethodSettings, compare_methods, compare_methods_work
 from persona_lens.analysis.method_effects.detection import detection
-from persona_lens.analysis.method_effects.entanglement import Spill, mean_square
 from persona_lens.analysis.method_effects.harmonic import Marks, harmonic
+from persona_lens.analysis.method_effects.spill import Moves, mean_square
 from persona_lens.backend import Edit, Generation, Operation, Read, Sampling
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.progress import no_progress
@@ -148,6 +148,7 @@ def test_what_else_moves_is_found_and_what_does_not_is_not(backend: Two, found: 
     assert (apart["off"]["clear"], tangled["off"]["clear"]) == (0, 1)
     told = " ".join(found.headline.sentences)
     assert "Tangled moves the other traits clearly more than random directions of that length do." in told
+    assert "Clearly less entangled at 0.8: apart than tangled; prompted than tangled." in told
     assert "For each point of that the other traits move by, root mean square: apart 0.00 " in told
     assert found.headline.verdict == "clear"
     assert found.headline.title == "Apart and tangled do more than prompting"
@@ -185,7 +186,10 @@ def test_prompting_is_a_way_of_every_trait(found: MethodEffects) -> None:
     (pair,) = (each for each in found.summary["pairs"] if (each["one"], each["other"]) == ("apart", "prompted"))
     step = 0.8 * NORM / float(Two().axes[ONE][LAYER].norm())
     assert pair["score"]["mean"] == pytest.approx(score(step) - score(1), abs=0.05)
-    assert pair["better"] == {"score": "apart"}
+    assert pair["better"] == {"score": "apart", "entanglement": None}
+    (pair,) = (each for each in found.summary["pairs"] if (each["one"], each["other"]) == ("apart", "tangled"))
+    assert pair["better"] == {"score": "apart", "entanglement": "apart"}
+    assert -pair["entanglement"]["mean"] == pytest.approx(way(found, "tangled")["entanglement"]["mean"], abs=0.01)
 
 
 def test_every_judge_is_asked_for_every_answer_once(backend: Two, found: MethodEffects) -> None:
@@ -283,7 +287,7 @@ def test_intervals_of_entanglement_hold_what_is_true(off: float, questions: int)
     for _ in range(tries):
         noise = rng.normal(0, 12, (6, questions)) + rng.normal(0, 6, questions)
         moved = off * np.array([[1], [-1]] * 3) + noise
-        told = Spill.of(moved, moved[:0], directions, rng.normal(40, 15, questions)).entanglement
+        told = Moves(moved, moved[:0], directions, rng.normal(40, 15, questions)).spill().entanglement
         assert told is not None
         missed += not told.low <= off / 40 <= told.high
     assert missed <= 0.09 * tries
@@ -291,7 +295,7 @@ def test_intervals_of_entanglement_hold_what_is_true(off: float, questions: int)
 
 def test_what_does_not_move_itself_has_no_entanglement() -> None:
     moved, still = np.full((2, 10), 20.0), np.random.default_rng(1).normal(0, 10, 10)
-    found = Spill.of(moved, moved / 2, np.arange(10) % 2, still)
+    found = Moves(moved, moved / 2, np.arange(10) % 2, still).spill()
     assert (found.entanglement, found.random_entanglement) == (None, None)
     assert found.off is not None
     assert found.off.difference is not None

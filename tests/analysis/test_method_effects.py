@@ -290,6 +290,14 @@ def test_it_can_be_looked_at(found: MethodEffects) -> None:
     for text in ("along", "longer", "half", "prompted", "random directions", "Every two methods", found.headline.title):
         assert text in page
     assert found.figures == ("effects",)
+    rows = page.split("What each does to optimistic")[2].split("</table>")[0].split("<tr>")
+    clear = {
+        row.split('<th scope="row">')[1].split("</th>")[0]: "<td>yes</td>\n" in row
+        for row in rows
+        if 'scope="row"' in row
+    }
+    assert (clear["unsteered"], clear["prompted"]) == (False, False)
+    assert clear["along"]
     silent = compare_methods(
         Knowing(),
         planted(Knowing()),

@@ -1,8 +1,6 @@
 """Entanglement: what else moves when a model is steered along one trait, beside random directions.
 
-It is the root mean square of the changes of the other traits' scores over the change of the trait itself. Squares,
-since what noise adds to them can be taken out: the square of a mean is estimated by products of changes at different
-questions, to which noise adds nothing on the average. Absolute values keep it, the more the fewer questions there are.
+It is the root mean square of the changes of the other traits' scores over the change of the trait itself.
 """
 
 from __future__ import annotations
@@ -13,91 +11,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.nn.functional import cosine_similarity
 
 from persona_lens.analysis.method_effects.harmonic import harmonic
 from persona_lens.analysis.method_effects.outcomes import Outcomes
 from persona_lens.analysis.method_effects.plan import PROMPTED, prompted
-from persona_lens.core.statistics import CHANGES, PLAIN, Ends, Estimate, jackknifed
+from persona_lens.analysis.method_effects.spill import Moves
+from persona_lens.core.statistics import CHANGES, Estimate
 from persona_lens.extraction.experiment import averaged, estimated, json_of
 from persona_lens.steering.comparison import Change, beside_null, minus
-
-Table = NDArray[np.float64]
-
-
-def mean_square(table: Table, groups: NDArray[np.int64]) -> float:
-    """The mean over cells of the squared mean change, without what noise adds to it; NaN where no cell has two values.
-
-    Args:
-        table: Changes [cells, questions], NaN where there is none.
-        groups: int64 [questions]: each has a mean of its own, such as each random direction.
-    """
-    above, below = np.zeros(len(table)), np.zeros(len(table))
-    for group in np.unique(groups):
-        part = table[:, groups == group]
-        counts = np.isfinite(part).sum(axis=1)
-        above += np.nansum(part, axis=1) ** 2 - np.nansum(part**2, axis=1)
-        below += counts * (counts - 1)
-    there = below > 0
-    return float(np.mean(above[there] / below[there])) if there.any() else float("nan")
-
-
-@dataclass(frozen=True)
-class Spill:
-    """What the other traits move by, over all questions.
-
-    Attributes:
-        off: Root mean square change of their scores, points, with that of random directions and the difference of the
-            squares beside it.
-        entanglement: That over the change of the trait itself; None where it does not clearly move.
-        random_entanglement: What random directions move them by, over the change of the trait itself; None likewise.
-    """
-
-    off: Change | None
-    entanglement: Estimate | None
-    random_entanglement: Estimate | None
-
-    @staticmethod
-    def of(off: Table, random: Table, directions: NDArray[np.int64], on: Table) -> Spill:
-        """What changes come to.
-
-        Args:
-            off: Of other traits under the steering [cells, questions], NaN where there is none.
-            random: The same under random directions.
-            directions: int64 [questions]: the random direction of each.
-            on: [questions]: of the traits that are steered, towards where they are steered.
-        """
-        every = np.arange(off.shape[1])
-
-        def squares(rows: NDArray[np.intp]) -> Table:
-            own = mean_square(off[:, rows], np.zeros(len(rows), dtype=np.int64))
-            null = mean_square(random[:, rows], directions[rows])
-            there = on[rows][np.isfinite(on[rows])]
-            over = there.mean() ** 2 if there.any() else float("nan")
-            return np.array([own, null, own - null, own / over, null / over])
-
-        counted = int(np.isfinite(off).any(axis=0).sum()) if len(off) else 0
-        both = zip(squares(every).tolist(), jackknifed(squares, every.tolist(), PLAIN), strict=True)
-        own, null, apart, over, null_over = (_root(value, ends, counted) for value, ends in both)
-        # The difference alone has a sign; a square below nothing is noise.
-        own, null, over, null_over = map(_from_nothing, (own, null, over, null_over))
-        moved = estimated(dict(enumerate(on[np.isfinite(on)].tolist())), CHANGES)
-        if moved is None or moved.side != 1:
-            over = null_over = None
-        return Spill(Change(own, null, apart) if own else None, over, null_over)
-
-
-def _root(square: float, ends: Ends | None, count: int) -> Estimate | None:
-    """A mean square as a root with its sign; where its interval is not known, it counts as a single unit's."""
-    if np.isnan(square):
-        return None
-    mean, low, high = (float(np.sign(each) * np.sqrt(abs(each))) for each in (square, *(ends or (square, square))))
-    return Estimate(mean, low, high, count if ends else 1)
-
-
-def _from_nothing(found: Estimate | None) -> Estimate | None:
-    return found and Estimate(max(found.mean, 0.0), max(found.low, 0.0), max(found.high, 0.0), found.n)
 
 
 @dataclass(frozen=True)
@@ -127,8 +49,8 @@ class Way:
         return averaged((question, sign * value) for each in found for question, value in each.items())
 
     @cached_property
-    def spill(self) -> Spill:
-        """What moves besides."""
+    def moves(self) -> Moves:
+        """What moves besides, question by question."""
         questions = list(self.outcomes.plan.questions)
         off, random = (
             np.array([
@@ -142,7 +64,7 @@ class Way:
         count = self.outcomes.plan.settings.asked.random_directions
         directions = np.array(questions) % max(count, 1)
         own = self.on()
-        return Spill.of(off, random, directions, np.array([own.get(question, np.nan) for question in questions]))
+        return Moves(off, random, directions, np.array([own.get(question, np.nan) for question in questions]))
 
     @property
     def cells(self) -> Iterator[tuple[str, str]]:
@@ -161,8 +83,14 @@ class Way:
         """On target, beside random directions."""
         return beside_null(self.on(), self.on(random=True), CHANGES)
 
+    def clear(self) -> bool:
+        """Whether its change on target is clear; no random direction stands beside a prompt."""
+        found = self.change()
+        return found is not None and (found.vector.side if self.strength is None else found.clear) == 1
+
     def to_json(self) -> dict[str, Any]:
         """Everything that is shown of it."""
+        spill = self.moves.spill()
         return {
             "name": self.name,
             "strength": self.strength,
@@ -170,9 +98,9 @@ class Way:
             "held": self.held(),
             "harmonic": json_of(self.mark()),
             "on": json_of(self.change()),
-            "off": json_of(self.spill.off),
-            "entanglement": json_of(self.spill.entanglement),
-            "random_entanglement": json_of(self.spill.random_entanglement),
+            "off": json_of(spill.off),
+            "entanglement": json_of(spill.entanglement),
+            "random_entanglement": json_of(spill.random_entanglement),
             "changes": self._matrix(lambda trait, judged: json_of(self._cell(trait, judged))),
             "cosines": self._matrix(self._cosine) if self.strength is not None else None,
         }
@@ -208,10 +136,10 @@ def ways_of(outcomes: Outcomes) -> list[Way]:
 
 
 def pairs(ways: Sequence[Way]) -> list[dict[str, Any]]:
-    """At every strength every two methods, and each method and prompting: the one minus the other, on target.
+    """At every strength every two methods, and each method and prompting: the one minus the other.
 
-    They are compared over the traits that both have a direction of. ``better`` names the one whose difference is clear,
-    if its own change is clear too.
+    They are compared over the traits that both have a direction of, by the change on target and by entanglement.
+    ``better`` names the one that has clearly more of the change, if its own is clear too, and the less entangled one.
     """
     asking, found = ways[0], []
     for place, one in enumerate(ways[1:], start=1):
@@ -222,11 +150,11 @@ def pairs(ways: Sequence[Way]) -> list[dict[str, Any]]:
             ]
             apart = estimated(minus(both[0].on(), both[1].on()), CHANGES)
             winner = {1: both[0], -1: both[1]}.get(apart.side if apart else 0)
-            own = winner.change() if winner else None
-            clear = own is not None and (
-                own.vector.side if winner is both[1] and winner.name == PROMPTED else own.clear
-            )
-            better = winner.name if winner and clear == 1 else None
-            told = {"one": one.name, "other": other.name, "score": json_of(apart), "better": {"score": better}}
-            found.append({"strength": one.strength, "traits": shared, **told})
+            tangled = both[0].moves.less(both[1].moves)
+            better = {
+                "score": winner.name if winner and winner.clear() else None,
+                "entanglement": {-1: one.name, 1: other.name}.get(tangled.side if tangled else 0),
+            }
+            told = {"one": one.name, "other": other.name, "score": json_of(apart), "entanglement": json_of(tangled)}
+            found.append({"strength": one.strength, "traits": shared, **told, "better": better})
     return found
