@@ -78,7 +78,7 @@ class Moves:
         return int(np.isfinite(self.off).any(axis=0).sum()) if len(self.off) else 0
 
     def squares(self, rows: NDArray[np.intp]) -> Table:
-        """Over some questions the mean squares off target and of random directions, their difference, and over on target."""
+        """Over some questions: mean squares off target, of random directions, their difference, and over on target."""
         own = mean_square(self.off[:, rows], np.zeros(len(rows), dtype=np.int64))
         null = mean_square(self.random[:, rows], self.directions[rows])
         there = self.on[rows][np.isfinite(self.on[rows])]
