@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
-        model.lm_head.weight[-2:] *= 12  # which are said often
+        model.lm_head.weight[-2:] *= 30  # which are said often
     place = tmp_path_factory.mktemp("model")
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
@@ -206,7 +206,7 @@ def test_thinking_and_answer_are_told_apart_there(served: VllmServer, here: Back
         assert made.responses == wanted.responses
         assert_same_reads(made.reads, wanted.reads)
         found = [part for p, r in zip(prompts, made.responses, strict=True) for part in whose.of_response(p, r)]
-        assert set(found) == set(Part)
+        assert {Part.THINKING, Part.ANSWER} <= set(found)
         assert_same_reads(served.forward(text, edits, parts).reads, here.forward(text, edits, parts).reads)
 
 
