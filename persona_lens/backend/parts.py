@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -83,11 +82,6 @@ class Parts:
     def thinks(self) -> bool:
         """Whether any token can be thinking."""
         return bool(self.marks)
-
-    @property
-    def ordinary(self) -> int:
-        """An id of a token that changes nothing."""
-        return next(token for token in count() if token not in self.classes)
 
     def step(self, state: int, token: int) -> tuple[int, Part]:
         """The next state, and what a token of a response is."""

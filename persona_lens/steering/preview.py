@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, Operation, Parts, Positions, Read, ReadKind, TokenBatch, TokenError
+from persona_lens.backend import Backend, Edit, Operation, Positions, Read, ReadKind, TokenBatch, TokenError
 from persona_lens.backend.edits import as_edits, check_edits
 from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.parts import parts_for
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sinks import depend_on_sinks, left_out, sinks_of
-from persona_lens.backend.tokens import pad_left
+from persona_lens.backend.tokens import ID_LIMIT, PaddedTokens, pad_left
 from persona_lens.core.documents import Record
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_steering
 from persona_lens.steering.history import DEFAULT_HISTORY, History, TurnPrompt, turn_edits
@@ -206,10 +206,10 @@ def preview_tokens(
     check_reads(reads, info.n_layers, info.d_model)
     parts = list(_parts(written))
     sinks = sinks_of(backend, text, to_come) if depend_on_sinks(plain, reads) else None
-    whose = parts_for(backend.tokenizer, plain, reads)
+    padded = pad_left(text, pad_id=0, parts=parts_for(backend.tokenizer, plain, reads))
     groups = [(group, turn_edits(group[:1], [turn], History(history), [known])) for _, group in parts]
-    factors = _factors(text, to_come, groups, sinks, whose)
-    taken = _taken(text, to_come, reads, info.n_layers, sinks, whose)
+    factors = _factors(padded, to_come, groups, sinks)
+    taken = _taken(padded, to_come, reads, info.n_layers, sinks)
     treatment = list(zip(factors, taken, strict=True))
     shown = len(treatment) - _alike_at_the_end(treatment[len(treatment) - to_come :])
     ids: list[int | None] = [*prompt, *known, *[None] * to_come]
@@ -271,11 +271,10 @@ def _term(edit: Edit) -> Term:
 
 
 def _factors(
-    text: TokenBatch,
+    text: PaddedTokens,
     to_come: int,
     groups: Sequence[tuple[Sequence[Edit], Sequence[Edit]]],
     sinks: Bool[Tensor, "layers tokens"] | None,
-    whose: Parts | None,
 ) -> list[tuple[float, ...]]:
     """For every token the factor of each group, found by letting each write 1 times it into an entry of its own.
 
@@ -288,8 +287,8 @@ def _factors(
         for entry, (_, written) in zip(entries, groups, strict=True)
         for edit in written
     ]
-    tokens = text.lengths[0] + to_come
-    found, _ = _run(text, to_come, torch.zeros(1, tokens, len(groups), dtype=torch.float64), whose, edits=probes)
+    tokens = text.ids.shape[1] + to_come
+    found, _ = _run(text, to_come, torch.zeros(1, tokens, len(groups), dtype=torch.float64), edits=probes)
     largest = torch.tensor([_largest(group[0]) if group else 0.0 for group, _ in groups], dtype=torch.float64)
     rounding = found.abs() < NEGLIGIBLE * torch.maximum(found.abs().amax(dim=1, keepdim=True), largest)
     for number, (group, _) in enumerate(groups):
@@ -310,21 +309,16 @@ def _rounded(number: float) -> float:
 
 
 def _taken(
-    text: TokenBatch,
-    to_come: int,
-    reads: Sequence[Read],
-    n_layers: int,
-    sinks: Bool[Tensor, "layers tokens"] | None,
-    whose: Parts | None,
+    text: PaddedTokens, to_come: int, reads: Sequence[Read], n_layers: int, sinks: Bool[Tensor, "layers tokens"] | None
 ) -> list[tuple[bool, ...]]:
     """For every token whether each read depends on it, found by the derivative of what is read."""
-    length = text.lengths[0] + to_come
+    length = text.ids.shape[1] + to_come
     h = torch.ones(1, length, 1, requires_grad=True)
     probes = [
         Read(r.kind, directions=torch.ones(1, 1) if r.kind is ReadKind.PROJECTIONS else None, sinks=r.sinks)
         for r in reads
     ]
-    _, found = _run(text, to_come, h, whose, reads=probes)
+    _, found = _run(text, to_come, h, reads=probes)
     columns = []
     for read in reads:
         (slope,) = torch.autograd.grad(found[read.kind].sum(), h, retain_graph=True)
@@ -337,26 +331,20 @@ def _taken(
 
 
 def _run(
-    text: TokenBatch,
+    text: PaddedTokens,
     to_come: int,
     h: Float[Tensor, "1 tokens d_model"],
-    whose: Parts | None,
     *,
     edits: Sequence[Edit] = (),
     reads: Sequence[Read] = (),
 ) -> tuple[Float[Tensor, "1 tokens d_model"], dict[str, Tensor]]:
-    """Edits and reads of a made-up model of one layer: first over the text, then over each token to come.
-
-    Those to come are taken for ordinary ones, which go on with what the response begins in, thinking or answer.
-    """
-    tokens = pad_left(text, pad_id=0, parts=whose)
-    ordinary = torch.tensor([[0 if whose is None else whose.ordinary]])
-    running = Intervention(tokens, edits, reads, n_layers=1, max_new_tokens=to_come)
-    width = tokens.ids.shape[1]
+    """Edits and reads of a made-up model of one layer: first over the text, then over each token to come."""
+    running = Intervention(text, edits, reads, n_layers=1, max_new_tokens=to_come)
+    width = text.ids.shape[1]
     written = []
     for start, stop in [(0, width), *((token, token + 1) for token in range(width, width + to_come))]:
-        # Which token comes does not matter as long as it ends no response, and here none does.
-        running.begin_pass(tokens.ids if start == 0 else ordinary)
+        # No model has this one: it ends no response, nor the thinking or the answer that the response begins in.
+        running.begin_pass(text.ids if start == 0 else torch.tensor([[ID_LIMIT]]))
         written.append(running.block(0, h[:, start:stop]))
     return torch.cat(written, dim=1), running.results()
 

@@ -101,6 +101,7 @@ def expected(edit: Edit, plain: Tensor, limits: Sequence[float], row: int, promp
         "all": range(prompt + response),
         "prompt": range(prompt),
         "response": range(prompt, prompt + response),
+        "answer": range(prompt, prompt + response),
         "generating": range(prompt - 1, prompt + response),
     }[str(kind)]
     chosen = members[edit.positions.start : edit.positions.stop] if isinstance(edit.positions, Span) else members
