@@ -208,9 +208,8 @@ def preview_tokens(
     sinks = sinks_of(backend, text, to_come) if depend_on_sinks(plain, reads) else None
     padded = pad_left(text, pad_id=0, parts=parts_for(backend.tokenizer, plain, reads))
     groups = [(group, turn_edits(group[:1], [turn], History(history), [known])) for _, group in parts]
-    factors = _factors(padded, to_come, groups, sinks)
     taken = _taken(padded, to_come, reads, info.n_layers, sinks)
-    treatment = list(zip(factors, taken, strict=True))
+    treatment = list(zip(_factors(padded, to_come, groups, sinks), taken, strict=True))
     shown = len(treatment) - _alike_at_the_end(treatment[len(treatment) - to_come :])
     ids: list[int | None] = [*prompt, *known, *[None] * to_come]
     tokens = tuple(
