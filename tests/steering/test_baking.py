@@ -42,9 +42,16 @@ SAVED_AS = {
     "phi3": "LlamaForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
     "gpt2": "GPT2LMHeadModel",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3_text/window": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
     "opt": "OPTForCausalLM",
     "phi": "PhiForCausalLM",
 }
+
+
+BY_BLOCKS = ("gemma2", "gemma3_text", "gemma3_text/window", "olmo2")
 
 
 def random_model(name: str, **changes: Any) -> PreTrainedModel:
@@ -126,7 +133,9 @@ def test_additions_are_the_same_function_loaded_by_plain_transformers(name: str,
     baked = bake(saved(model, tmp_path / "model"), ADDED, tmp_path / "baked", vectors=vectors, device="cpu")
     found = plainly(baked.folder)
     assert type(found).__name__ == SAVED_AS[name] == baked.record["saved_as"]
-    assert bool(baked.record["note"]) == (type(model).__name__ != SAVED_AS[name])
+    more = found.config.num_hidden_layers - N_LAYERS
+    assert more == (N_LAYERS if name in BY_BLOCKS else 0)
+    assert bool(baked.record["note"]) == (type(model).__name__ != SAVED_AS[name] or more > 0)
     edits = Steering.parse(ADDED, vectors).edits()
     plain = logits_of(model)
     with wrap_model(model, tiny_tokenizer()).editing(edits):
@@ -166,6 +175,45 @@ def test_tied_embeddings_stay_tied_under_additions(tmp_path: Path) -> None:
     baked = bake(saved(model, tmp_path / "model"), "evil@0:+1", tmp_path / "b", vectors=vectors_of(model), device="cpu")
     found = plainly(baked.folder)
     assert found.lm_head.weight is found.transformer.wte.weight
+
+
+def test_a_block_that_only_adds_stands_behind_its_layer_and_looks_back_as_little_as_it_can(tmp_path: Path) -> None:
+    model = random_model("gemma3_text/window")
+    vectors = vectors_of(model)
+    baked = bake(
+        saved(model, tmp_path / "model"), "evil@1:+2", tmp_path / "b", vectors=vectors, check=True, device="cpu"
+    )
+    found = plainly(baked.folder)
+    assert found.config.layer_types == ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    with torch.no_grad():
+        states = found(TEXT, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(
+        states[3] - states[2], 2 * vectors[1].vector(1).expand_as(states[2]), atol=1e-4, rtol=1e-4
+    )
+    assert baked.check is not None
+    assert baked.check.passed
+    assert baked.record["biases"][0]["name"] == "model.layers.2.post_feedforward_layernorm.weight"
+    assert "More blocks than the Gemma3ForCausalLM" in (baked.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", BY_BLOCKS)
+def test_nothing_is_taken_out_everywhere_of_what_is_normed_on_the_way(name: str, tmp_path: Path) -> None:
+    model = random_model(name)
+    with pytest.raises(BakingError, match="no projection keeps a direction out of it"):
+        bake(saved(model, tmp_path / "m"), None, tmp_path / "b", vectors=vectors_of(model), everywhere=["evil@1"])
+
+
+def test_a_block_that_only_adds_needs_a_wide_mlp(tmp_path: Path) -> None:
+    model = random_model("olmo2", intermediate_size=2 * D_MODEL - 1)
+    with pytest.raises(BakingError, match="no room for a block that writes a constant"):
+        bake(saved(model, tmp_path / "m"), "evil@1:+2", tmp_path / "b", vectors=vectors_of(model), device="cpu")
+
+
+def test_other_norms_on_the_way_are_refused(tmp_path: Path) -> None:
+    model: Any = random_model("llama")
+    model.model.layers[0].post_feedforward_layernorm = torch.nn.Identity()
+    with pytest.raises(BakingError, match="norms what its blocks write on the way"):
+        architectures.architecture_of(model)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -327,9 +375,6 @@ def test_nothing_to_bake_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gemma2", "norms what its blocks write"),
-        ("gemma3_text", "norms what its blocks write"),
-        ("olmo2", "norms what its blocks write"),
         ("qwen2_moe", "and this is a Qwen2MoeForCausalLM"),
         ("mistral/window", "attention over a sliding window"),
     ],

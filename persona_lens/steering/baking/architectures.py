@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_lens.backend.blocks import find_blocks
+from persona_lens.steering.baking.blocks import Sandwich
 from persona_lens.steering.baking.plan import BakingError
 
 State = dict[str, Tensor]
@@ -41,6 +42,7 @@ class Architecture:
         embeddings: All that the stream begins with, within the model.
         biased: Makes the model one whose MLP ends with a bias.
         gguf: What llama.cpp calls it, which has that bias too; None where it does not.
+        sandwich: Its norms, where it norms what blocks write, so that additions are blocks of their own.
     """
 
     attention: str
@@ -48,6 +50,7 @@ class Architecture:
     embeddings: tuple[str, ...]
     biased: Callable[[Any, State], Recast]
     gguf: str | None = None
+    sandwich: Sandwich | None = None
 
 
 def _as_it_is(config: Any, state: State) -> Recast:
@@ -169,6 +172,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "OPTForCausalLM": Architecture(
         "self_attn.out_proj", "fc2", ("model.decoder.embed_tokens", "model.decoder.embed_positions"), _as_it_is
     ),
+    "Gemma2ForCausalLM": replace(_LLAMA, biased=_as_it_is, gguf=None, sandwich=Sandwich(1.0)),
+    "Gemma3ForCausalLM": replace(_LLAMA, biased=_as_it_is, gguf=None, sandwich=Sandwich(1.0)),
+    "Olmo2ForCausalLM": replace(_LLAMA, biased=_as_it_is, gguf=None, sandwich=Sandwich(0.0)),
     "PhiForCausalLM": Architecture("self_attn.dense", "mlp.fc2", ("model.embed_tokens",), _as_it_is, "phi2"),
 }
 
@@ -187,18 +193,19 @@ def architecture_of(model: Any) -> Architecture:
         raise BakingError(
             "the model has an adapter on it; merge it first (PEFT's `merge_and_unload`, then `save_pretrained`)"
         )
-    post_norm = name == "OPTForCausalLM" and not config.do_layer_norm_before
-    if hasattr(block, "post_feedforward_layernorm") or post_norm:
+    known = ARCHITECTURES.get(name)
+    sandwiched = hasattr(block, "post_feedforward_layernorm") and (known is None or known.sandwich is None)
+    if sandwiched or (name == "OPTForCausalLM" and not config.do_layer_norm_before):
         raise BakingError(
             f"{name} norms what its blocks write on the way to the residual stream, and neither a bias nor a "
             "projection can stand behind that norm; keep the steering as an edit (`generate --edits`, `serve`)"
         )
-    if name not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
+    if known is None or not type(model).__module__.startswith("transformers."):
         raise BakingError(
             f"steerings are baked into {', '.join(ARCHITECTURES)}, and this is a {name}; keep the steering as an edit "
             "(`generate --edits`, `serve`)"
         )
-    return ARCHITECTURES[name]
+    return known
 
 
 def block_writers(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:

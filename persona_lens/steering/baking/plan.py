@@ -65,6 +65,7 @@ def planned(steering: Steering | None, everywhere: Steering | None) -> Plan:
             _require_addition(term, edit)
             before = additions.get(edit.layer, torch.zeros(len(edit.direction), dtype=torch.float64))
             additions[edit.layer] = before + float(edit.coefficient) * edit.direction.double()
+    additions = {layer: added for layer, added in additions.items() if bool(added.any())}
     if everywhere is None:
         return Plan(additions)
     plan = Plan({}, _basis([edit.direction for edit in everywhere.edits()]))

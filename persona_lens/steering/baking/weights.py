@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from persona_lens.steering.baking.architectures import (
     block_writers,
     built,
 )
+from persona_lens.steering.baking.blocks import Sandwich, inserted
 from persona_lens.steering.baking.plan import BakingError, Plan
 
 ROWS = 8192  # of a weight at once, so that little is held in float64
@@ -30,7 +31,7 @@ class Written:
     Attributes:
         model: It shares the weights that are as they were.
         note: What its class was changed to, and why that is the same; empty where it is the model's own.
-        biases: By layer, the names of the biases that hold additions.
+        biases: By layer, the names of the weights that hold additions: biases, or gains of blocks of their own.
         added: Length of each addition, by layer.
         rounding: What rounding to the precision of the weights changes of each addition, as a share of it, by layer.
         left: What rounding leaves along the directions that are taken out, as a share of what was there: the most of
@@ -56,29 +57,56 @@ def write(model: Any, architecture: Architecture, plan: Plan) -> Written:
     Raises:
         BakingError: If there is no class with biases for it, or no place, or no room in its precision.
     """
+    if plan.basis is not None and architecture.sandwich is not None:
+        raise BakingError(
+            f"{type(model).__name__} norms what its blocks write on the way to the residual stream, so that no "
+            "projection keeps a direction out of it; take nothing out everywhere of this model"
+        )
     state: State = dict(model.state_dict())
     left = _take_out(model, architecture, plan, state) if plan.basis is not None else None
-    found = architecture.biased(model.config, state) if plan.additions else Recast(copy.deepcopy(model.config), state)
-    state = dict(found.state)
+    found, names, missed = Recast(copy.deepcopy(model.config), state), dict[int, str](), dict[int, Tensor]()
+    if plan.additions and architecture.sandwich is None:
+        found, names, missed = _as_biases(model, architecture, plan, state)
+    elif architecture.sandwich is not None:
+        found, names, missed = _as_blocks(model, architecture.sandwich, plan)
     if plan.basis is not None:
         found.config.tie_word_embeddings = False
-    mlp = architecture.mlp
-    path = find_blocks(model)[0]
-    biases, added, rounding = {}, {}, {}
+    made = built(found.config, found.state, next(iter(found.state.values())).dtype)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    made.config.name_or_path = ""
+    added = {layer: float(plan.additions[layer].norm()) for layer in names}
+    rounding = {layer: float(missed[layer].norm()) / added[layer] for layer in names}
+    return Written(made, found.note, names, added, rounding, left)
+
+
+def _as_biases(
+    model: Any, architecture: Architecture, plan: Plan, state: State
+) -> tuple[Recast, dict[int, str], dict[int, Tensor]]:
+    """The model with biases, their names by layer, and what rounding changes of each."""
+    found = architecture.biased(model.config, state)
+    path, names, missed = find_blocks(model)[0], {}, {}
+    biases: State = {}
     for layer, vector in sorted(plan.additions.items()):
-        name = f"{path}.{layer}.{mlp}"
-        weight, before = state[f"{name}.weight"], state.get(f"{name}.bias")
+        name = f"{path}.{layer}.{architecture.mlp}"
+        weight, before = found.state[f"{name}.weight"], found.state.get(f"{name}.bias")
         wanted = vector.to(weight.device) + (0.0 if before is None else before.double())
         bias = wanted.to(weight.dtype)
         if not bool(bias.isfinite().all()):
             raise BakingError(f"what is added at layer {layer} is beyond {_name(weight)}; bake with --dtype float32")
-        length = float(vector.norm())
-        state[f"{name}.bias"], biases[layer], added[layer] = bias, f"{name}.bias", length
-        rounding[layer] = float((bias.double() - wanted).norm()) / length if length else 0.0
-    made = built(found.config, state, next(iter(state.values())).dtype)
-    made.generation_config = copy.deepcopy(model.generation_config)
-    made.config.name_or_path = ""
-    return Written(made, found.note, biases, added, rounding, left)
+        names[layer], biases[f"{name}.bias"], missed[layer] = f"{name}.bias", bias, bias.double() - wanted
+    return replace(found, state={**found.state, **biases}), names, missed
+
+
+def _as_blocks(model: Any, sandwich: Sandwich, plan: Plan) -> tuple[Recast, dict[int, str], dict[int, Tensor]]:
+    """The model with blocks that write what is added, the names of their gains, and what rounding changes of each."""
+    found = inserted(model, sandwich, plan.additions)
+    count = f"{len(found.names)} of {found.config.num_hidden_layers} blocks do that"
+    note = (
+        "its blocks norm what they write, so that each addition is a block of its own, behind the block after which it "
+        f"is made, that writes it and nothing else; {count}"
+    )
+    missed = {layer: written - plan.additions[layer] for layer, written in found.written.items()}
+    return Recast(found.config, found.state, note), found.names, missed
 
 
 def _take_out(model: Any, architecture: Architecture, plan: Plan, state: State) -> float:
