@@ -32,6 +32,7 @@ from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.single_rows import LongTexts, SingleRowsBackend
 from persona_lens.backend.streaming import Watch, WatchableBackend, WatchedTokens
 from persona_lens.backend.tokens import Positions, Sampling, TokenBatch, TokenIds, pad_left
+from persona_lens.backend.trial import FailingEdit
 from persona_lens.core.progress import Progress, no_progress
 
 # Of unlike lengths, so that every batch is padded; the second halves are the responses of the existing text.
@@ -360,17 +361,10 @@ def _zero(backend: Backend, probe: Probe) -> Measurement:
     return forwards_differ(_forward(backend, probe, [zero]), _forward(backend, probe, ()))
 
 
-class _Failing(Edit):
-    """An edit that raises once the model has reached its layer, wherever that runs."""
-
-    def plain(self) -> dict[str, Any]:
-        return {**super().plain(), "operation": "raise on purpose, for the parity suite"}
-
-
 def _after_error(backend: Backend, probe: Probe) -> Measurement:
     before = _forward(backend, probe, ())
     last = backend.info.n_layers - 1
-    edits = [*probe.edits["add"], _Failing(last, probe.direction, coefficient=1.0)]
+    edits = [*probe.edits["add"], FailingEdit(last, probe.direction, coefficient=1.0)]
     raised = 0
     for run in (
         lambda: backend.generate(probe.prompts, probe.sampling(), edits, EVERYTHING),

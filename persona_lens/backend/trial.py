@@ -25,7 +25,7 @@ from persona_lens.backend.blocks import ModuleBackend
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, RemoteBackend
 from persona_lens.backend.reads import Read, ReadKind
-from persona_lens.backend.streaming import Watch, watched_generation
+from persona_lens.backend.streaming import Watch, WatchableBackend
 from persona_lens.backend.tokens import Positions, Sampling, Span, TokenBatch, TokenIds
 
 NEW = 2  # tokens of a response: one that the prompt gives, and one that is generated after it
@@ -35,7 +35,7 @@ FAR, NEAR = 1000.0, 100.0  # times a residual: little counts beside it
 LARGEST = 2e4  # entry of a residual in float16, with room for what a norm makes of it
 MOST_NUMBERS = 2**20  # that a request is to bring back
 CHAIN, A, B, B_FOR_OTHER, OTHER, SWAPPED = range(6)  # rows of the forward pass
-GENERATING, WATCHED = WAYS = ("generating", "generating and watched")
+GENERATING, WATCHED = "generating", "generating and watched"
 STEERED, PLAIN, OTHER_PLAIN, EARLIER, OTHER_STEERED = range(5)  # rows of the second turn
 
 
@@ -163,20 +163,19 @@ class Trial:
             self.layers = tuple(sorted({*self.layers[:: -(-len(self.layers) // (most - 1))], self.last}))
         self.middle = max([0, *(layer for layer in self.layers if layer < self.last and 2 * layer <= self.last + 1)])
         self.found: list[Point] = []
+        self._finished: tuple[Sequence[TokenIds], ForwardResult] | None = None
 
-    def points(self, ways: Sequence[str] = (GENERATING,)) -> list[Point]:
+    def points(self) -> list[Point]:
         """What was tried, in the order in which it was.
-
-        Args:
-            ways: Ways to generate.
 
         Raises:
             Undecided: If nothing can be told from these texts.
         """
         before = self._try_layers()
         self._try_failing(before)
-        for way in ways:
-            self._try_generating(way)
+        self._try_generating(GENERATING)
+        if isinstance(self.backend, WatchableBackend) and not self.costly:
+            self._try_generating(WATCHED)
         return self.found
 
     @cached_property
@@ -301,8 +300,10 @@ class Trial:
         if self.costly:
             self._add_prompts(way, made)
             return
-        text = TokenBatch.of(prompts, made.responses)
-        self._add_generated(way, made, self.backend.forward(text, edits, reads))
+        if self._finished is None or self._finished[0] != made.responses:
+            text = TokenBatch.of(prompts, made.responses)
+            self._finished = made.responses, self.backend.forward(text, edits, reads)
+        self._add_generated(way, made, self._finished[1])
 
     def _second_turn(self, target: int) -> list[Edit]:
         """Edits of two rows in the middle and at the end, and of the first turn's prompt alone."""
@@ -326,7 +327,8 @@ class Trial:
         if way == GENERATING:
             return self.backend.generate(prompts, Sampling(NEW), edits, reads)
         watch = Watch(self.step(0)[None], lambda _: None)
-        return watched_generation(self.backend, prompts, Sampling(NEW), watch, edits, reads)
+        assert isinstance(self.backend, WatchableBackend)
+        return self.backend.generate_watched(prompts, Sampling(NEW), watch, edits, reads)
 
     def _add_prompts(self, way: str, made: Generation) -> None:
         """By how much the edit in the middle moved the last token of prompts."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from persona_lens.backend.blocks import ModuleBackend
 from persona_lens.backend.protocol import Backend, BackendError, RemoteBackend, RemoteError
-from persona_lens.backend.trial import GENERATING, Point, Texts, Tolerance, Trial, Undecided
+from persona_lens.backend.trial import Point, Texts, Tolerance, Trial, Undecided
 from persona_lens.core.errors import PersonaLensError, first_line
 
 # How texts begin, three ways to go on, another text, and what a second turn adds.
@@ -33,7 +33,7 @@ class VerificationError(BackendError):
     """Edits do not act as they should; the message says which do not, and what to do."""
 
 
-def verify(backend: Backend, ways: Sequence[str] = (GENERATING,)) -> list[Point]:
+def verify(backend: Backend) -> list[Point]:
     """Make sure that edits act, each by an amount that is known beforehand; see `persona_lens.backend.trial`.
 
     At every layer in one forward pass, in rows beside rows that stay as they are, after a call that failed, and at
@@ -42,7 +42,6 @@ def verify(backend: Backend, ways: Sequence[str] = (GENERATING,)) -> list[Point]
 
     Args:
         backend: The model.
-        ways: Ways to generate that are tried, of `persona_lens.backend.trial.WAYS`.
 
     Returns:
         What was tried.
@@ -50,7 +49,14 @@ def verify(backend: Backend, ways: Sequence[str] = (GENERATING,)) -> list[Point]
     Raises:
         VerificationError: If an edit does not act, or another than was asked for.
     """
-    points = try_edits(backend, ways)
+    points = try_edits(backend)
+    require(backend, points)
+    _verified.add(backend.info.fingerprint)
+    return points
+
+
+def require(backend: Backend, points: Sequence[Point]) -> None:
+    """Raise `VerificationError` unless all of them hold."""
     failed = [point for point in points if not point.passed]
     if failed:
         first = failed[0]
@@ -60,11 +66,9 @@ def verify(backend: Backend, ways: Sequence[str] = (GENERATING,)) -> list[Point]
             f"steered here could be trusted. {_advice(backend)}; `persona-lens backends check {backend.info.model} "
             "--steering` shows every check"
         )
-    _verified.add(backend.info.fingerprint)
-    return points
 
 
-def try_edits(backend: Backend, ways: Sequence[str] = (GENERATING,)) -> list[Point]:
+def try_edits(backend: Backend) -> list[Point]:
     """What `verify` tries, whether it holds or not.
 
     Other texts are tried where nothing can be told from the first, and where something fails: rounding alone may send a
@@ -75,7 +79,7 @@ def try_edits(backend: Backend, ways: Sequence[str] = (GENERATING,)) -> list[Poi
     for texts in TEXTS:
         trial = Trial(backend, Texts.of(backend, *texts), tolerance)
         try:
-            points = trial.points(ways)
+            points = trial.points()
         except Undecided:
             continue
         except RemoteError:

@@ -147,8 +147,6 @@ def _chosen(asked: Sequence[str]) -> list[str]:
 
 def _steered(names: Sequence[str], model: str, own: Mapping[str, Any], **opening: str) -> Iterator[Checked]:
     """Whether edits act, on one backend after the other."""
-    from persona_lens.backend import WatchableBackend
-    from persona_lens.backend.trial import WAYS
     from persona_lens.backend.verification import try_edits
 
     for name in names:
@@ -156,8 +154,7 @@ def _steered(names: Sequence[str], model: str, own: Mapping[str, Any], **opening
         if isinstance(opened, str):
             yield Checked(name, None, opened)
         else:
-            ways = WAYS if isinstance(opened, WatchableBackend) else WAYS[:1]
-            yield Checked(name, opened.info.backend, None, points=try_edits(opened, ways))
+            yield Checked(name, opened.info.backend, None, points=try_edits(opened))
 
 
 def _opened(name: str, model: str, **options: Any) -> Backend | str:

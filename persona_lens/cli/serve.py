@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,8 @@ def serve_command(
     """Talk with a model in the browser, or from any OpenAI client, while its traits are read and moved.
 
     Opens a server that speaks OpenAI's protocol. Requests may steer and watch by a field `persona_lens`, each in its
-    own way; those that run at the same time share their steps. It prints a link with its token; Ctrl-C ends it.
+    own way; those that run at the same time share their steps. It makes sure that replies are steered (`--no-verify`
+    does not), and prints a link with its token; Ctrl-C ends it.
 
     Example: `persona-lens serve smollm2-135m runs/tuned-optimistic --port 8017`
 
@@ -55,9 +57,11 @@ def serve_command(
     if chosen is None:
         for each in loaded:
             each.tuned_choice()
-    backend, chat = subject.open()
+    backend, chat = replace(subject, opening=subject.opening.unsteered).open()
     shelf = Shelf(backend, loaded, chosen, presets, allow_other_model=allow_other_model)
     workbench = Workbench(backend, shelf, chat, rows)
+    if subject.opening.verify is not False:
+        workbench.verify()
 
     def ready(address: str, secret: str) -> None:
         say(f"listening on {address}; Ctrl-C ends it", err=True)

@@ -15,6 +15,8 @@ from persona_lens.backend.batches import context_length
 from persona_lens.backend.continuous import ROWS, continuous
 from persona_lens.backend.mark_machine import Part
 from persona_lens.backend.tokens import TokenIds
+from persona_lens.backend.trial import Point
+from persona_lens.backend.verification import require, tolerance_of, verify
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.growing_text import GrowingText, StopTexts
 from persona_lens.models import ChatFormat, Message
@@ -246,6 +248,31 @@ class Workbench:
         )
         thought = reasoning if any(part == "thinking" for _, part in told) else None
         return Answer(reply.ids, text, content, thought, rest, ended, means, tuple(alerts), reply.scores)
+
+    def verify(self) -> None:
+        """Make sure that replies are steered: that edits act on the model, and that they reach it from a conversation.
+
+        Raises:
+            VerificationError: If they do not.
+        """
+        verify(self.backend)
+        gauge = self.shelf.gauges()[0]
+        name = f"{gauge.trait}@{gauge.layer}"
+        steering = self.shelf.steering(f"{name}:+1")
+        assert steering is not None
+        (edit,) = steering.edits()
+        direction = gauge.direction / gauge.direction.norm()
+        expected = float(edit.coefficient) * float(edit.direction.float() @ direction)
+        turns = (("user", "Hello."), ("assistant", "Hello!"), ("user", "How are you?"))
+        messages = tuple({"role": role, "content": content} for role, content in turns)
+        values: list[float] = []
+        for edits in ("", f"{name}:+1"):
+            asked = Asked(self.encode(messages), 1, edits=edits, watch=(name,), messages=messages)
+            self.answer(self.plan(asked), lambda begun: values.append(float(begun.prompt_last[0])))
+        moved, plain = values[1] - values[0], values[0]
+        what = f"the reply to a conversation is steered along {name}"
+        error, allowed = abs(moved - expected) / abs(expected), tolerance_of(self.backend).error
+        require(self.backend, [Point(what, expected, moved, "residual units", error, allowed, f"{plain:.4g} without")])
 
     def _room(self, asked: Asked) -> int:
         limit = context_length(self.backend)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import Backend, BackendError, Edit, Positions, Read, Sampling, TokenBatch, wrap_model
+from persona_lens.backend.verification import try_edits
 from tests.backends.fixtures import PROMPTS, TEXT, assert_close, direction, engine_of, tokenizer
 from tests.tiny import tiny_model
 
@@ -172,3 +173,51 @@ def test_an_edit_that_fails_takes_no_other_call_with_it(engine: Backend) -> None
     after = engine.generate(PROMPTS, Sampling(4), EDITS, Read.means())
     assert after.responses == before.responses
     assert_the_same(after.reads, before.reads)
+
+
+@contextmanager
+def hooked_on_a_copy() -> Iterator[None]:
+    """What is written goes into a copy of the residual, from which nothing goes on; reads show it."""
+    from persona_lens_vllm.worker import Calls
+
+    at_block = Calls._at_block
+
+    def copied(self: Any, number: int, block: Any, given: Any, output: Any) -> Any:
+        at_block(self, number, block, given, output)
+
+    with patch.object(Calls, "_at_block", copied):
+        yield
+
+
+@contextmanager
+def without_salts() -> Iterator[None]:
+    """A cache that does not know of edits."""
+    from persona_lens_vllm.engine import Job
+
+    add = Job.add
+
+    def unsalted(self: Any, prompts: Any, salts: Any, noises: Any, **more: Any) -> None:
+        add(self, prompts, [""] * len(prompts), noises, **more)
+
+    with patch.object(Job, "add", unsalted):
+        yield
+
+
+UNCOUNTED: dict[str, tuple[Callable[[], Any], str]] = {
+    "two hooks at a block": (hooked_twice, "edits at every layer are read there"),
+    "a copy": (hooked_on_a_copy, "edits at every layer"),
+    "a cache that does not know of edits": (without_salts, "a second turn"),
+}
+
+
+@pytest.mark.parametrize(("seeded", "point"), UNCOUNTED.values(), ids=UNCOUNTED.keys())
+def test_what_nobody_counts_is_found_by_edits_of_a_known_effect(
+    engine: Backend, seeded: Callable[[], Any], point: str
+) -> None:
+    from persona_lens_vllm import call
+
+    assert all(each.passed for each in try_edits(engine))
+    with patch.object(call, "check_outcome", lambda *_: None), seeded():
+        found = [each.name for each in try_edits(engine) if not each.passed]
+    assert any(point in name for name in found), found
+    assert all(each.passed for each in try_edits(engine))

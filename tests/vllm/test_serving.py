@@ -36,7 +36,9 @@ from persona_lens.backend import (
 )
 from persona_lens.backend.protocol import RemoteError
 from persona_lens.backend.registry import installed_version
+from persona_lens.backend.verification import VerificationError, verify
 from persona_lens.vectors import PersonaVectors
+from persona_lens_vllm import client
 from persona_lens_vllm.client import MADE_WITH, VllmServer
 from persona_lens_vllm.tags import ORDER, TAG, written
 from persona_lens_vllm.wire import RowOrder, tensor_data
@@ -208,6 +210,13 @@ def test_thinking_and_answer_are_told_apart_there(served: VllmServer, here: Back
         found = [part for p, r in zip(prompts, made.responses, strict=True) for part in whose.of_response(p, r)]
         assert {Part.THINKING, Part.ANSWER} <= set(found)
         assert_same_reads(served.forward(text, edits, parts).reads, here.forward(text, edits, parts).reads)
+
+
+def test_edits_are_made_sure_to_act_there(served: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(point.passed for point in verify(served))
+    monkeypatch.setattr(client, "edits_of_rows", lambda *_: [])
+    with pytest.raises(VerificationError, match="edits at every layer are read there"):
+        verify(served)
 
 
 def test_passes_over_text_are_those_of_the_engine_here(served: VllmServer, here: Backend) -> None:
