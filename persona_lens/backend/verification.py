@@ -131,6 +131,7 @@ def was_verified(model: object) -> bool:
 def _advice(backend: Backend) -> str:
     if backend.info.remote:
         return "Ask whoever runs the server, or open the model here"
-    if isinstance(backend, ModuleBackend):
-        return "Take away what else hooks, compiles or replaces the model's blocks, or open it with another --backend"
-    return "Open it with --backend transformers, and report it with the engine's version if this one should do"
+    return (
+        "Take away what else hooks, compiles or replaces the model's blocks or keeps what they computed, or open it "
+        "through another --backend, and report it with the versions"
+    )
