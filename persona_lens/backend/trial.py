@@ -30,6 +30,7 @@ from persona_lens.backend.tokens import Positions, Sampling, Span, TokenBatch, T
 
 NEW = 2  # tokens of a response: one that the prompt gives, and one that is generated after it
 SHORT, LONG = 3, 40  # tokens that texts begin with; an engine keeps beginnings in blocks of 16 or 32
+BLOCK = 16  # of them that are kept for certain, where any are
 LAST = Span(Positions.PROMPT, -1)
 FAR, NEAR = 1000.0, 100.0  # times a residual: little counts beside it
 LARGEST = 2e4  # entry of a residual in float16, with room for what a norm makes of it
@@ -255,7 +256,7 @@ class Trial:
     def _try_failing(self, before: ForwardResult) -> None:
         a, step = self.texts.ends[0], self.step(0)
         failing: Edit = Edit.add(self.last + 1, step)  # which is known before anything is sent
-        if not self.costly:
+        if not self.backend.info.remote:
             failing = FailingEdit(min(1, self.last), step, coefficient=1.0)
         edits, read = [Edit.add(0, step), failing], Read(ReadKind.PROMPT_LAST, self.layers)
         first, raised = TokenBatch.of([a], [(self.next_token(0),)]), 0
@@ -306,10 +307,10 @@ class Trial:
         self._add_generated(way, made, self._finished[1])
 
     def _second_turn(self, target: int) -> list[Edit]:
-        """Edits of two rows in the middle and at the end, and of the first turn's prompt alone."""
+        """Edits of two rows in the middle and at the end, and in another of how the first turn begins alone."""
         rows, aim = _rows(5, STEERED, OTHER_STEERED), self.residuals[target, -1]
         far = FAR if self.tolerance.wide else min(NEAR, LARGEST / float(aim.abs().max()))
-        turn = Span(Positions.PROMPT, 0, len(self.texts.ends[0]))
+        turn = Span(Positions.PROMPT, 0, min(BLOCK, len(self.texts.ends[0])))
         return [
             Edit.add(0, 4 * self.step(0), _rows(5, EARLIER), turn),
             Edit.add(self.middle, self.step(self.middle), rows),
@@ -350,12 +351,12 @@ class Trial:
             self._add(what, (0.0, error, "of what steering changes"), error)
         if self.last == 0:
             return  # behind whose edits tokens no longer meet
-        felt, known = (
-            float((each[EARLIER, -1] - each[PLAIN, -1]).norm() / each[PLAIN, -1].norm()) for each in (found, wanted)
-        )
-        what = f"{way}, a second turn: an edit of the first turn alone is felt"
-        error = 0.0 if min(felt, known) >= self.tolerance.felt else inf
-        self._add(what, (known, felt, "of a residual's length"), error, f"at least {self.tolerance.felt:g}")
+        felt, known = (each[EARLIER, -1] - each[PLAIN, -1] for each in (found, wanted))
+        error = float((found[EARLIER, -1] - wanted[EARLIER, -1]).norm() / known.norm())
+        shares = [float(each.norm() / wanted[PLAIN, -1].norm()) for each in (known, felt)]
+        what = f"{way}, a second turn: an edit of how the first begins is felt"
+        least = f"at least {self.tolerance.felt:g}"
+        self._add(what, (*shares, "of a residual"), error if min(shares) >= self.tolerance.felt else inf, least)
 
 
 def _rows(count: int, *chosen: int) -> Float[Tensor, " rows"]:
