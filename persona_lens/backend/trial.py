@@ -353,10 +353,10 @@ class Trial:
             return  # behind whose edits tokens no longer meet
         felt, known = (each[EARLIER, -1] - each[PLAIN, -1] for each in (found, wanted))
         error = float((found[EARLIER, -1] - wanted[EARLIER, -1]).norm() / known.norm())
-        shares = [float(each.norm() / wanted[PLAIN, -1].norm()) for each in (known, felt)]
+        expected, measured = (float(each.norm() / wanted[PLAIN, -1].norm()) for each in (known, felt))
         what = f"{way}, a second turn: an edit of how the first begins is felt"
-        least = f"at least {self.tolerance.felt:g}"
-        self._add(what, (*shares, "of a residual"), error if min(shares) >= self.tolerance.felt else inf, least)
+        values, least = (expected, measured, "of a residual"), self.tolerance.felt
+        self._add(what, values, error if min(values[:2]) >= least else inf, f"at least {least:g}")
 
 
 def _rows(count: int, *chosen: int) -> Float[Tensor, " rows"]:
