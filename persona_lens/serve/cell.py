@@ -35,6 +35,7 @@ def workbench(
     presets: Path | str | None = None,
     rows: int = ROWS,
     allow_other_model: bool = False,
+    verify: bool = True,
 ) -> LiveWorkbench:
     """Start a server on a free port of this machine: a cell that ends with it shows its page.
 
@@ -46,8 +47,10 @@ def workbench(
         presets: A file that keeps steerings by name.
         rows: How many replies run together at most.
         allow_other_model: Use vectors that belong to another model.
+        verify: Make sure first that replies are steered.
 
     Raises:
+        VerificationError: If replies are not steered.
         PersonaLensError: If what the server needs is not installed, or it cannot be started.
         VectorsError: If vectors belong to another model, or nothing was tuned.
     """
@@ -61,7 +64,10 @@ def workbench(
     chosen = [layers] if isinstance(layers, int) else layers
     kept = None if presets is None else Path(presets)
     shelf = Shelf(backend, each, chosen, kept, allow_other_model=allow_other_model)
-    return LiveWorkbench(Running(Workbench(backend, shelf, chat, rows)), backend.info.model)
+    bench = Workbench(backend, shelf, chat, rows)
+    if verify:
+        bench.verify()
+    return LiveWorkbench(Running(bench), backend.info.model)
 
 
 class LiveWorkbench:
