@@ -20,7 +20,8 @@ TEXTS = (
     ("There is no water in the", (" house", " as", " next"), "We have to be at the", " Go on"),
     ("He never told anybody what he", (" had", " saw", " is"), "The price of bread went", " So what"),
 )
-# Twice what rounding comes to over tiny random models, or more, but for one text in sixty in 16 bits.
+# Rounding makes a seventh of it at most in residuals of tiny random models of fourteen architectures. In the next token
+# and its probability it exceeds it with one text in sixty in 16 bits, and never in float32.
 FULL = Tolerance(error=1e-2, least=2e-3, felt=1e-3)
 HALF = {
     "float16": Tolerance(error=0.1, least=5e-3, felt=2e-2, wide=False),
