@@ -489,7 +489,10 @@ def test_steering_for_people(model: Path, extracted: tuple[Path, dict[str, Any]]
         (("--coefficients", "a lot"), "--coefficients takes numbers"),
         (("--coefficients", "0"), "at least one of them not 0"),
         (("--coefficients", "nan"), "finite"),
-        (("--positions", "answer"), "--positions takes all, prompt, response, generating; got 'answer'"),
+        (
+            ("--positions", "reply"),
+            "--positions takes all, prompt, response, generating, thinking, answer; got 'reply'",
+        ),
         (("--reduction", "mean"), "no reduction 'mean'; there are"),
         (("--questions", "21"), "21 questions asked for"),
         (("--random-directions", "-1"), "random_directions at least 0"),
@@ -607,7 +610,10 @@ def test_what_was_tuned_is_taken_where_nothing_is_given(model: Path, others: Pat
         (("--layer", "1", "--coefficients", "much"), "--coefficients takes numbers"),
         (("--layer", "1", "--coefficients", ""), "--coefficients takes numbers"),
         (("--layer", "1", "--coefficients", "inf"), "coefficient holds NaN or infinity"),
-        (("--layer", "1", "--positions", "answer"), "--positions takes all, prompt, response, generating"),
+        (
+            ("--layer", "1", "--positions", "reply"),
+            "--positions takes all, prompt, response, generating, thinking, answer",
+        ),
         (("--layer", "1", "--preview", "--max-new-tokens", "-1"), "0 tokens or more, got -1"),
     ],
 )
