@@ -80,12 +80,14 @@ def _origin(given: Mapping[str, Any]) -> str:
 
 def _facts(vectors: PersonaVectors, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     from persona_lens.vectors.hub import made
-    from persona_lens.vectors.provenance import kept_of_each_arm
+    from persona_lens.vectors.provenance import ANSWER_MEAN, kept_of_each_arm
 
     model, tuned = vectors.model, vectors.tuned
     yield "model", f"{model.model}, {counted(model.n_layers, 'layer')} of {model.d_model}, {model.dtype}"
     yield "weights", model.weights or ""
     yield "origin", found["origin"]
+    of_answers = vectors.default_reduction == ANSWER_MEAN
+    yield "default", f"{ANSWER_MEAN}, since the model thinks before it answers" if of_answers else ""
     yield "no vector", ", ".join(map(str, vectors.missing_layers))
     chosen = f"layer {tuned.layer}, coefficient {tuned.coefficient:g}, {tuned.reduction}" if tuned else ""
     yield "tuned", chosen or "no layer was tuned"

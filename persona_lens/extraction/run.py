@@ -123,8 +123,7 @@ def extract(
     with run_folder(folder, config) as run:
         answers = experiment.run(run, progress)
         scoring, judged = _judged(scoring, answers, likelihood, run, progress)
-        answered = [bool(each.response.strip()) for each in answers.rollouts] if chat.may_reason else None
-        filtered = filter_responses(experiment.requests, judged, settings, answered)
+        filtered = filter_responses(experiment.requests, judged, settings, _answered(chat, answers))
         # As the run began with it: a device of another number makes no other vectors.
         known = {**(run.config if run else config), "judge": as_used(scoring.describe(), judged)}
         vectors = _vectors(trait, answers, judged, filtered, settings, known)
@@ -213,6 +212,11 @@ def _vectors(
     vectors = PersonaVectors(trait.name, ModelInfo(**config["model"]), means.difference(), provenance)
     kept = KeptResponses.of(collected, answers.rollouts, judged, filtered.kept)
     return vectors.with_provenance(diagnostics=kept.diagnostics(vectors, means.residual_norms))
+
+
+def _answered(chat: ChatFormat, answers: Answers) -> list[bool] | None:
+    """Of a model that may think, whether each response came to an answer."""
+    return [bool(each.response.strip()) for each in answers.rollouts] if chat.may_reason else None
 
 
 def _thinking(answers: Answers, means: ArmMeans) -> dict[str, Any]:

@@ -111,8 +111,7 @@ def shift(
         raise FinetuningError("give finetuned models and vectors: there are none to compare")
     for each in vectors:
         each.check_model(base, allowable=False)
-    settings = vectors[0].settled(settings)
-    chat = chat or chat_format(base)
+    settings, chat = vectors[0].settled(settings), chat or chat_format(base)
     layers = settings.layers or tuple(range(base.info.n_layers))
     given, planned = judges or {}, not settings.scores  # without scores no calibration is needed
     subjects = [Subject.of(base, each, None, given.get(each.trait), chat, planned=planned) for each in vectors]

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from persona_lens.core.errors import ModelError
 from persona_lens.core.marks import CHANNEL, Marks, opened_marks
 
-if TYPE_CHECKING:
-    from persona_lens.models.chat import ChatFormat
+
+class Rendering(Protocol):
+    """A `persona_lens.models.ChatFormat`, as far as it is asked here."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        ...
+
+    @property
+    def template(self) -> str:
+        """The text of the template."""
+        ...
+
+    @property
+    def think(self) -> bool:
+        """Whether thinking is asked for."""
+        ...
+
+    def rendered_text(
+        self,
+        system: str | None,
+        user: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """What the template writes."""
+        ...
+
 
 # Words that no template would write itself, so that finding them shows what became of a message.
 SYSTEM = "probe of the instruction zebra kettle"
@@ -19,7 +49,7 @@ ANSWER = "probe of the answer copper violin"
 TURNS: list[Mapping[str, str]] = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
 
 
-def probed_system(chat: ChatFormat) -> tuple[bool, str | None]:
+def probed_system(chat: Rendering) -> tuple[bool, str | None]:
     """Find out what a template does with a system message, and without one, by rendering some.
 
     Returns:
@@ -54,7 +84,7 @@ def _default_system(alone: str, both: str) -> str | None:
     return head[len(before) : max(len(before), len(head) - len(after))].strip() or None
 
 
-def probed_thinking(chat: ChatFormat) -> Literal["none", "off", "on", "always"]:
+def probed_thinking(chat: Rendering) -> Literal["none", "off", "on", "always"]:
     """Find out whether the model reasons before it answers, and how far the template lets that be switched off."""
     on, off = (replace(chat, think=each) for each in (True, False))
     if probed_opened(off) is not None or CHANNEL in chat.template:
@@ -64,7 +94,7 @@ def probed_thinking(chat: ChatFormat) -> Literal["none", "off", "on", "always"]:
     return "on" if chat.think else "off"
 
 
-def probed_opened(chat: ChatFormat) -> Marks | None:
+def probed_opened(chat: Rendering) -> Marks | None:
     """Find the marks of the reasoning that a template opens at the end of a prompt, if it opens any."""
     try:
         text = chat.rendered_text(None, messages=TURNS, add_generation_prompt=False)
@@ -74,7 +104,7 @@ def probed_opened(chat: ChatFormat) -> Marks | None:
     return opened_marks(chat.rendered_text(None, USER).rpartition(USER)[2], finished)
 
 
-def probed_end_of_turn(chat: ChatFormat) -> int | None:
+def probed_end_of_turn(chat: Rendering) -> int | None:
     """Find the control token that a template writes right after an assistant's message, if it writes one."""
     # Some templates end a turn only where another follows, so the second conversation goes on.
     for conversation in (TURNS, [*TURNS, TURNS[0]]):

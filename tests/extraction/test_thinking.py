@@ -155,6 +155,8 @@ def test_given_responses_are_split_by_their_ids_and_the_command_says_so(
     ran = CliRunner().invoke(app, [*command, "--out", str(out)])
     assert ran.exit_code == 0, ran.output
     assert "answers (answer_mean); 1 response came to no answer and is left out" in " ".join(ran.output.split())
+    shown = CliRunner().invoke(app, ["vectors", "show", str(out)]).output
+    assert "answer_mean, since the model thinks before it answers" in shown
     vectors = load_vectors(out)
     assert vectors.provenance["counts"]["negative"]["no_answer"] == 1
     from persona_lens import open_backend
