@@ -45,6 +45,7 @@ ORDER = (
     "screening",
     "analysis",
     "finetuning",
+    "reproduction",
     "serve",
     "cli",
 )

@@ -49,6 +49,7 @@ COMMANDS: Mapping[str, str | Group] = {
     "finetune": "finetuning:finetune_command",
     "finetune-study": "finetuning:finetune_study_command",
     "shift": "finetuning:shift_command",
+    "reproduce": "reproduce:reproduce_command",
     "runs": "runs:runs_command",
     "screen": "screen:screen",
     "serve": "serve:serve_command",

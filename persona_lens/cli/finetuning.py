@@ -20,7 +20,7 @@ from persona_lens.cli.display import (
     show_rows,
     showing_progress,
 )
-from persona_lens.cli.runner import REPORT, Job, Run, deliver, write_report
+from persona_lens.cli.runner import REPORT, Job, Run, deliver, show_work, write_report
 from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
@@ -51,6 +51,7 @@ class Training:
     side: str | None = None
     device: options.Device = "auto"
     out: options.Out = None
+    dry_run: options.DryRun = False
     as_json: options.AsJson = False
 
     def folder(self, what: str) -> Path:
@@ -118,6 +119,7 @@ def finetune_command(
         print_config: Print all settings with their meaning.
     """
     from persona_lens.finetuning import finetune
+    from persona_lens.finetuning.run import training_work
 
     chosen = training.settings(given.chosen(), {"every": watch_every, "stop_above": stop_above})
     loaded = [options.open_vectors(each) for each in vectors or ()]
@@ -125,6 +127,10 @@ def finetune_command(
         raise PersonaLensError("--vectors are for --edits, --method prompted or --watch-every; none of them is given")
     folder = training.folder(f"finetuned-{chosen.method}")
     quiet_libraries()
+    if training.dry_run:
+        work = training_work(training.model, training.data, chosen, vectors=loaded, side=training.side)
+        show_work([work], training.as_json, asked="steps")
+        return
     with showing_progress() as progress:
         found = finetune(
             training.model, training.data, folder, chosen, vectors=loaded, progress=progress, **training.read()
@@ -221,7 +227,7 @@ def finetune_study_command(
     Example: `persona-lens finetune-study smollm2-135m impolite.jsonl runs/impolite-smollm2-135m --layer 9
     --coefficient 4`
     """
-    from persona_lens.finetuning.study import finetune_study
+    from persona_lens.finetuning.study import finetune_study, finetune_study_work
     from persona_lens.reports.finetuning import verdicts
 
     loaded = options.open_vectors(vectors)
@@ -236,6 +242,13 @@ def finetune_study_command(
     else:
         opening = options.ModelOptions(dtype=settings.dtype, device=training.device)
         scoring = judging.open(judge, loaded.trait_definition, opening)
+    if training.dry_run:
+        base, _ = options.Subject(training.model, opening=options.ModelOptions(device=training.device)).open()
+        work = finetune_study_work(
+            training.model, base, training.data, loaded, settings, chosen, side=training.side, judge=scoring
+        )
+        show_work(work, training.as_json, asked="steps and batches")
+        return
     with judges.saying_spending(scoring), showing_progress() as progress:
         read = {**training.read(), "judge": scoring, "folder": folder, "progress": progress}
         found = finetune_study(training.model, training.data, loaded, settings, chosen, **read)
@@ -270,7 +283,7 @@ QUESTIONS = Option("How many of each trait's 20 evaluation questions.")
 
 
 def shift_command(
-    run: Annotated[Run, Fields(without=("dry_run",), model=BASE)],
+    run: Annotated[Run, Fields(model=BASE)],
     finetuned: Annotated[list[str], FINETUNED],
     vectors: options.Vectors,
     given: Annotated[
@@ -288,7 +301,7 @@ def shift_command(
     Args:
         more: Vectors of further traits. Repeatable.
     """
-    from persona_lens.finetuning.shift import shift
+    from persona_lens.finetuning.shift import shift, shift_work
 
     if run.opening.remote:
         raise PersonaLensError("shift runs on this machine: a server cannot be given finetuned models")
@@ -298,6 +311,7 @@ def shift_command(
     job = Job(
         lambda at: shift(at.backend, models, loaded, settings, **at.given),
         lambda found, _: _show_shift(found.summary),
+        lambda at: shift_work(at.backend, len(models), loaded, settings, **at.asked),
         traits={each.trait: each.trait_definition for each in loaded} if settings.scores else None,
     )
     run.carry_out(job)

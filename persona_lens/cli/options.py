@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,6 +58,28 @@ System = Annotated[str | None, Option("System prompt.")]
 
 
 NOT_OF_BACKENDS = ("backend", "backend_option", "store_host", "chat_template", "thinking", "verify", "spread")
+
+
+@dataclass
+class _Held:
+    """A model that several commands in this process share, how it was opened, and whether its edits were tried."""
+
+    model: str
+    opened: tuple[tuple[str, str], Backend] | None = None
+    verified: bool = False
+
+
+_HELD: ContextVar[_Held | None] = ContextVar("the model that is held open", default=None)
+
+
+@contextmanager
+def holding_open(model: str) -> Iterator[None]:
+    """Within it commands that open this model share it, for as long as they open it alike."""
+    token = _HELD.set(_Held(model))
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
 
 
 @dataclass(frozen=True)
@@ -116,9 +140,16 @@ class ModelOptions:
         kept = {name: value for name, value in given.items() if value not in (None, False, [])}
         kept |= own_options(self.backend_option)
         opened_by = open_backend if self.spread.ray is None else self.spread.started(one=offline).open
-        opened = opened_by(self.backend, model, **kept)
-        if not offline:
-            self._verify(opened)
+        held = _HELD.get()
+        if held is None or model != held.model or self.spread.ray is not None:
+            held = _Held(model)
+        asked = (self.backend, repr(sorted(kept.items(), key=str)))
+        if held.opened is None or held.opened[0] != asked:
+            held.opened, held.verified = None, False  # another way to open it: one at a time is in memory
+            held.opened = asked, opened_by(self.backend, model, **kept)
+        opened = held.opened[1]
+        if not (offline or held.verified):
+            held.verified = self._verify(opened)
         return opened
 
     @property
@@ -126,13 +157,15 @@ class ModelOptions:
         """The same for a model that is never edited: whether edits act need not be tried."""
         return replace(self, verify=False)
 
-    def _verify(self, backend: Backend) -> None:
-        """Raise `VerificationError` if edits do not act, where that is wanted."""
+    def _verify(self, backend: Backend) -> bool:
+        """Whether it was tried that edits act; raise `VerificationError` if they do not, where that is wanted."""
         if self.verify is not False:
             from persona_lens.backend.verification import is_engine, verify
 
             if self.verify or is_engine(backend):
                 verify(backend)
+                return True
+        return False
 
     def chat(self, backend: Backend) -> ChatFormat:
         """The model's chat format, with what is surprising about it said on standard error."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
-from persona_lens.cli.display import number, print_table, say, say_json, show_rows
+from persona_lens.cli.display import Column, number, print_table, say, say_json, show_rows
 from persona_lens.cli.forecast import COSINE, Shown, show_diagnostics
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option, argument, layer_numbers
@@ -99,12 +99,16 @@ def _facts(vectors: PersonaVectors, found: Mapping[str, Any]) -> Iterator[tuple[
     yield "content", vectors.content_hash
 
 
-def cosines_command(vectors: options.SeveralVectors, shown: Shown) -> None:
+def cosines_command(vectors: options.SeveralVectors, shown: Shown, intervals: bool = False) -> None:
     """Compare the directions of several traits, layer by layer, with what random directions have.
 
     One layer is shown as a matrix, several as a line for each pair.
 
     Example: `persona-lens vectors cosines runs/optimistic runs/impolite runs/evil --layer 18`
+
+    Args:
+        intervals: Also say how far each cosine depends on the questions asked; VECTORS are then run folders of
+            extractions.
     """
     from persona_lens.vectors.geometry import cosines
 
@@ -117,7 +121,34 @@ def cosines_command(vectors: options.SeveralVectors, shown: Shown) -> None:
     chosen = layer_numbers(shown.layers, len(found.cosines))
     written = found.to_json()
     picked = {**written, "layers": chosen, "cosines": [written["cosines"][at] for at in chosen]}
-    deliver(picked, lambda: _show_cosines(found, chosen), shown.as_json)
+    if intervals:
+        picked["intervals"] = _intervals(dict(zip(named, dict.fromkeys(vectors), strict=True)), chosen, found.reduction)
+
+    def show() -> None:
+        _show_cosines(found, chosen)
+        if intervals:
+            columns: Mapping[str, Column[Any]] = {
+                "layer": "layer",
+                "pair": lambda each: ", ".join(each["pair"]),
+                "cosine": ("cosine", COSINE),
+                "95% interval": lambda each: f"{number(each['low'], COSINE)} to {number(each['high'], COSINE)}",
+            }
+            show_rows("Cosines, with each question left out in turn", picked["intervals"], columns)
+
+    deliver(picked, show, shown.as_json)
+
+
+def _intervals(runs: Mapping[str, Path], layers: Sequence[int], reduction: str) -> list[dict[str, Any]]:
+    """Every pair's cosine at every layer with its interval."""
+    from persona_lens.vectors.split_half import cosine_between
+
+    found = []
+    for layer in layers:
+        for one, other in combinations(runs, 2):
+            value, ends = cosine_between(runs[one], runs[other], layer, reduction)
+            low, high = ends or (None, None)
+            found.append({"pair": [one, other], "layer": layer, "cosine": value, "low": low, "high": high})
+    return found
 
 
 def layers_command(vectors: options.Vectors, shown: Shown) -> None:

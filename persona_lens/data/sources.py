@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, cached_property
 from pathlib import Path
@@ -99,9 +99,14 @@ def demonstration(trait: str, level: Level | str | None = None) -> tuple[Demonst
         DataError: There is no set for this trait, or no such level.
     """
     path = demonstration_path(trait)
-    if level is not None and level not in tuple(Level):
-        raise DataError(f"there is no level {str(level)!r}; a demonstration set has {_listed(tuple(Level))}")
-    return tuple(row for row in _rows(path) if level is None or row.level == level)
+    chosen = None if level is None else _level(level)
+    return tuple(row for row in _rows(path) if chosen in (None, row.level))
+
+
+def _level(name: str) -> Level:
+    if name not in tuple(Level):
+        raise DataError(f"there is no level {str(name)!r}; a demonstration set has {_listed(tuple(Level))}")
+    return Level(name)
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -129,10 +134,12 @@ class FileSource:
     Attributes:
         path: The file.
         label: What it is called, if not by its path.
+        level: The only level of a demonstration set that is read; None for all.
     """
 
     path: Path
     label: str = ""
+    level: Level | None = None
 
     @property
     def name(self) -> str:
@@ -142,14 +149,21 @@ class FileSource:
     @property
     def stem(self) -> str:
         """What files about it are called."""
-        return self.path.stem
+        return self.path.stem if self.level is None else f"{self.path.stem}-{self.level}"
 
     def rows(self) -> Iterator[RawRow]:
         """Every row, the bad ones too; the same in the same order each time."""
-        return all_rows(self.path)
+        own = filter(self.takes, all_rows(self.path))
+        return own if self.level is None else (replace(row, number=number) for number, row in enumerate(own))
+
+    def takes(self, row: RawRow) -> bool:
+        """Whether a row of the file is one of these."""
+        return self.level is None or (row.values or {}).get("level") == self.level
 
     def count(self) -> int | None:
         """How many rows there are, bad ones included; None where lines are not rows, or are not quickly counted."""
+        if self.level is not None:
+            return sum(1 for _ in self.rows())
         suffix = self.path.suffix.lower()
         if suffix == ".parquet":
             from pyarrow.parquet import read_metadata
@@ -162,7 +176,8 @@ class FileSource:
 
     def describe(self) -> dict[str, Any]:
         """What tells it from others, as JSON values, part of a run's configuration: its content, not its place."""
-        return {"file": self.path.name, "sha256": self._digest}
+        own = {} if self.level is None else {"level": self.level.value}
+        return {"file": self.path.name, "sha256": self._digest, **own}
 
     @cached_property
     def _digest(self) -> str:
@@ -251,7 +266,8 @@ def find_source(data: str | Path, *, split: str = "train", subset: str | None = 
 
     Args:
         data: A JSONL, CSV or Parquet file; a folder, with such files or written by ``save_to_disk``; ``OWNER/NAME``
-            (or ``hf:NAME``) on the Hugging Face hub; or ``demonstration:TRAIT``, the set that comes with the package.
+            (or ``hf:NAME``) on the Hugging Face hub; or ``demonstration:TRAIT``, the set that comes with the package,
+            with ``/LEVEL`` behind it for one level.
         split: Of a folder or a dataset of the hub.
         subset: Configuration, of the same.
 
@@ -260,7 +276,8 @@ def find_source(data: str | Path, *, split: str = "train", subset: str | None = 
     """
     text, path = str(data), Path(data)
     if text.startswith(DEMONSTRATION):
-        return FileSource(demonstration_path(text.removeprefix(DEMONSTRATION)), label=text)
+        trait, slash, level = text.removeprefix(DEMONSTRATION).partition("/")
+        return FileSource(demonstration_path(trait), text, _level(level) if slash else None)
     if text.startswith(HUB):
         return LibrarySource(text.removeprefix(HUB), split, subset)
     if path.is_dir():
@@ -272,5 +289,5 @@ def find_source(data: str | Path, *, split: str = "train", subset: str | None = 
         return LibrarySource(text, split, subset)
     raise DataError(
         f"there is no file or folder {text!r}; a dataset is a JSONL, CSV or Parquet file, a folder, OWNER/NAME or "
-        "hf:NAME on the Hugging Face hub, or demonstration:TRAIT"
+        "hf:NAME on the Hugging Face hub, or demonstration:TRAIT or demonstration:TRAIT/LEVEL"
     )

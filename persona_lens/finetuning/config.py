@@ -188,6 +188,8 @@ class FinetuneConfig(BaseModel):
     """Precision of the weights; auto takes what is fast here for an adapter, float32 for full weights."""
     bf16: bool = False
     """Compute in bfloat16 while the weights stay in their precision (autocast)."""
+    loss_examples: _Count = 64
+    """Training examples whose loss without edits is measured at the end, at most."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the adapter's first values and of the order of the data."""
     log_every: _Count = 1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from persona_lens.core.statistics import CHANGES, SCORES, Ends, Estimate, crossed_interval
+from persona_lens.core.statistics import CHANGES, SCORES, SHARE_CHANGES, Ends, Estimate, crossed_interval
 from persona_lens.extraction.experiment import json_of
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Method, make_config, measures_of
 from persona_lens.finetuning.shift import correlated
@@ -130,7 +130,7 @@ class Outcome:
         measured: Mean ``nll`` or ``coherence`` of the replies to each question, as the judge gives it.
         moved: Of each question the projection of its last prompt token minus the base model's, at the layer.
         losses: See `persona_lens.finetuning.Finetuned`; empty where nothing was trained.
-        capability: Share of right answers; None if it was not measured.
+        right: Of each sample of the capability task whether its answer is right; empty if that was not measured.
     """
 
     treatment: str
@@ -139,7 +139,12 @@ class Outcome:
     measured: Mapping[int, float]
     moved: Mapping[int, float]
     losses: Mapping[str, float | None]
-    capability: float | None = None
+    right: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def capability(self) -> float | None:
+        """Share of right answers; None if it was not measured."""
+        return fmean(self.right.values()) if self.right else None
 
 
 def crossed_mean(values: Crossed, *, within: Ends | None = None, sign: float = 1.0) -> Estimate | None:
@@ -172,7 +177,8 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         ``base``, then under ``treatments`` for each: ``score``, ``seeds`` (mean score of each), ``change`` against the
         base model, ``against_plain`` and ``against_random`` (difference of the changes' sizes; None for these
         themselves), ``held_back`` (share of plain training's change), ``measured``, ``losses`` (mean, smallest and
-        largest over seeds), ``capability``, ``shift``; and ``shift_correlation`` over all that was trained.
+        largest over seeds), ``capability`` and its ``capability_change`` against the base model, ``shift``; and
+        ``shift_correlation`` over all that was trained.
     """
     (base,) = (each for each in outcomes if each.treatment == BASE)
     by_name: dict[str, dict[int, Outcome]] = {}
@@ -199,7 +205,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "measured": fmean(base.measured.values()) if base.measured else None,
             "capability": base.capability,
         },
-        "treatments": {name: _treatment(name, runs, changes, whole, sign) for name, runs in by_name.items()},
+        "treatments": {name: _treatment(name, runs, base, changes, whole, sign) for name, runs in by_name.items()},
         "direction": sign,
         "shift_correlation": correlated([each["shift"] for each in points], [each["change"] for each in points]),
         "points": points,
@@ -209,6 +215,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def _treatment(
     name: str,
     runs: Mapping[int, Outcome],
+    base: Outcome,
     changes: Mapping[str, Crossed],
     whole: Estimate | None,
     sign: float,
@@ -231,6 +238,9 @@ def _treatment(
         "measured": json_of(crossed_mean(_of(runs, "measured"))),
         "losses": {name: _spread([each.losses.get(name) for each in runs.values()]) for name in LOSSES},
         "capability": _spread([each.capability for each in runs.values()]),
+        "capability_change": json_of(
+            crossed_mean(beside(_of(runs, "right"), dict.fromkeys(runs, base.right)), within=SHARE_CHANGES)
+        ),
         "shift": json_of(crossed_mean(_of(runs, "moved"))),
     }
 

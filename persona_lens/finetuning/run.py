@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,14 +42,15 @@ from persona_lens.finetuning.trainer import (
     make_trainer,
     named_writes,
 )
-from persona_lens.models import ChatFormat, Loaded, load
+from persona_lens.models import ChatFormat, Loaded, load, resolve
+from persona_lens.models.loading import load_tokenizer
 from persona_lens.models.source import taken_off
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
+from persona_lens.runs.cost import Work
 from persona_lens.vectors import PersonaVectors
 
 SUMMARY, CHECKPOINTS, ADAPTER, MODEL = "summary.json", "checkpoints", "adapter", "model"
-CHECKED = 64  # training examples whose loss without edits is measured at the end
 _MODULES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
 Data = Path | str | Sequence[Transcript]
 
@@ -67,6 +69,26 @@ class Finetuned(Result):
     model: Path
     summary: Mapping[str, Any]
     folder: Path
+
+
+def training_work(
+    model: str,
+    data: Data,
+    config: FinetuneConfig | None = None,
+    *,
+    vectors: Sequence[PersonaVectors] = (),
+    side: str | None = None,
+) -> Work:
+    """What `finetune` would train on: its calls are optimizer steps. The data is read and encoded, nothing runs."""
+    config = config or FinetuneConfig()
+    measures, transcripts = measures_of(config, vectors), conversations_of(data, side)
+    chat = ChatFormat.from_tokenizer(load_tokenizer(resolve(model, weights=False)))
+    placed = in_system(transcripts, measures.prompts) if measures.prompts else transcripts
+    examples = encode_examples(placed, chat, config.max_length).rows
+    one_step = config.batch_size * config.accumulation
+    rows = config.max_steps * one_step if config.max_steps else ceil(config.epochs * len(examples))
+    tokens = round(rows * fmean(len(each.ids) for each in examples))
+    return Work("training", config.max_steps or ceil(rows / one_step), rows, tokens)
 
 
 def finetune(
@@ -177,7 +199,7 @@ class _Training:
             with named_writes(checkpoints), suppress(TrainedError):
                 trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             held.close()  # what follows is of the model as it will be used
-            losses = _losses(trainer, self.examples.rows, self.held_out)
+            losses = _losses(trainer, self.examples.rows[: self.config.loss_examples], self.held_out)
             self._save(model, place)
             summary = {
                 "model": self.info.model,
@@ -275,7 +297,7 @@ def _losses(trainer: Any, learned: Sequence[Example], held_out: Sequence[Example
     """Loss in nats a token: in training as it went, and of the model as it will be used, without edits."""
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     last = logged[-max(1, len(logged) // 4) :]
-    after = trainer.evaluate(list(learned[:CHECKED]), metric_key_prefix="learned")
+    after = trainer.evaluate(list(learned), metric_key_prefix="learned")
     other = trainer.evaluate(list(held_out), metric_key_prefix="unseen") if held_out else {}
     return {
         "first": logged[0] if logged else None,

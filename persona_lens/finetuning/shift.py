@@ -25,6 +25,7 @@ from persona_lens.monitoring.scoring import kept_projections
 from persona_lens.reports.kinds import shifts_of
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
+from persona_lens.runs.cost import Work
 from persona_lens.steering import ArmRow, ArmSettings
 from persona_lens.steering.comparison import arms_experiment, minus
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
@@ -137,6 +138,25 @@ def shift(
         if run is not None:
             run.write_json("summary.json", found.summary)
     return found
+
+
+def shift_work(
+    base: Backend,
+    models: int,
+    vectors: Sequence[PersonaVectors],
+    settings: ShiftSettings | None = None,
+    *,
+    judges: Mapping[str, Judge] | None = None,
+    chat: ChatFormat | None = None,
+) -> tuple[Work, ...]:
+    """What `shift` would ask of the base and so many finetuned models, and of the judges; nothing runs."""
+    settings, given = settings or ShiftSettings(), judges or {}
+    found = []
+    for each in vectors if settings.scores else ():
+        subject = Subject.of(base, each, None, given.get(each.trait), chat, planned=True)
+        asked = arms_experiment(subject, {}, settings.asked).work()
+        found += [replace(sum([work] * models, work), label=f"{work.label} {each.trait}") for work in asked]
+    return tuple(found)
 
 
 @dataclass(frozen=True)

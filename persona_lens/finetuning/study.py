@@ -10,8 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from persona_lens.analysis.capability import accuracy, check_task
-from persona_lens.backend import wrap_model
+from persona_lens.analysis.capability import check_task
+from persona_lens.analysis.capability.evaluation import right_answers
+from persona_lens.backend import Backend, wrap_model
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.transcripts import Transcript
 from persona_lens.extraction.experiment import Answers, Subject, by_question
@@ -29,13 +30,14 @@ from persona_lens.finetuning.outcomes import (
     treatments_of,
     turned,
 )
-from persona_lens.finetuning.run import Data, conversations_of, finetune
+from persona_lens.finetuning.run import Data, conversations_of, finetune, training_work
 from persona_lens.finetuning.shift import asked_projections
 from persona_lens.judging import Evidence, Exchange, Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import adapter_on
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
+from persona_lens.runs.cost import Work
 from persona_lens.steering import ArmRow, ArmSettings, Steering
 from persona_lens.steering.comparison import UNSTEERED, arms_experiment, minus
 from persona_lens.traits import Trait
@@ -149,6 +151,28 @@ def finetune_study(
     return FinetuneStudy(tuple(outcomes), json.loads(json.dumps(summary)), run.path)
 
 
+def finetune_study_work(
+    model: str,
+    backend: Backend,
+    data: Data,
+    vectors: PersonaVectors,
+    settings: FinetuneStudySettings,
+    config: FinetuneConfig | None = None,
+    *,
+    side: str | None = None,
+    judge: Judge | None = None,
+) -> tuple[Work, ...]:
+    """What `finetune_study` would train on, and ask of the models and the judge; nothing runs."""
+    config = config or FinetuneConfig()
+    trained = treatments_of(settings.treatments, config, vectors)
+    each_one = (training_work(model, data, own.config, vectors=[vectors], side=side) for own in trained)
+    training = [work for work in each_one for _ in settings.seeds]
+    subject = Subject.of(backend, vectors, None, judge, planned=True)
+    asked = arms_experiment(subject, {}, settings.asked).work()
+    models = 1 + len(settings.seeds) * (len(trained) + (settings.treatments.post_hoc is not None))
+    return sum(training[1:], training[0]), *(sum([work] * (models - 1), work) for work in asked)
+
+
 def _check(config: FinetuneConfig, settings: FinetuneStudySettings, vectors: PersonaVectors) -> None:
     """Refuse what would fail after hours of training."""
     vectors.vector(settings.layer)
@@ -223,10 +247,10 @@ class _Work:
             own = [row for row in rows if row.arm == arm]
             quantity = "nll" if any(row.nll is not None for row in own) else "coherence"
             edits = steering.edits() if steering else ()
-            able = accuracy(backend, settings.task, edits).mean if settings.task is not None else None
+            right = right_answers(backend, settings.task, edits) if settings.task is not None else ()
             scores, measured = by_question(own, "score"), by_question(own, quantity)
             what, trained = (treatment, (moved, losses)) if steering is None else (arm, ({}, {}))
-            outcomes.append(Outcome(what, seed, scores, measured, *trained, able))
+            outcomes.append(Outcome(what, seed, scores, measured, *trained, dict(enumerate(right))))
             self.shown.setdefault(what, own)
         return projections, outcomes
 

@@ -24,6 +24,7 @@ from persona_lens.reports import (
     methods,
     persistence,
     readings,
+    reproduction,
     screening,
     steering,
     study,
@@ -235,6 +236,9 @@ KINDS: Mapping[str, Kind] = {
     "shift": Kind(finetuning.shift_headline, finetuning.shift_figures, shifts_of),
     "dissection": Kind(
         dissection.headline, dissection.figures, _lines("arms-scores.jsonl"), dissection.render_dissection
+    ),
+    "reproduction": Kind(
+        reproduction.headline, reproduction.figures, reproduction.rows_of, reproduction.render_reproduction
     ),
     "baseline": Kind(readings.baseline_headline, readings.baseline_figures, _replies, after=readings.after_baseline),
     "monitor": Kind(readings.monitor_headline, readings.monitor_figures, _nothing),

@@ -32,6 +32,7 @@ from persona_lens.screening.rows import (
     result_of,
     scored_windows,
     split,
+    write_subsets,
     writing_lines,
     writing_results,
 )
@@ -120,6 +121,14 @@ class Findings:
             return []
         scores = self.scores(gauge)[self.screened]
         return self._found(gauge, largest(np.where(scores > self.thresholds[gauge].high, scores, np.nan), most))
+
+    def subsets(self, most: int) -> dict[str, set[Key]]:
+        """Screened rows by the values of the first trait: so many of the largest, of the smallest, and at random."""
+        known = np.flatnonzero(np.isfinite(self.scores(0)[self.screened]))
+        drawn = np.random.default_rng(self.survey.seed).permutation(known)[:most]
+        random = {(int(row["dataset"]), int(row["number"])) for row in self.survey.table[drawn]}
+        high, low = ({key for key, _ in self.extremes(0, most, sign)} for sign in (1, -1))
+        return {"high": high, "random": random, "low": low}
 
     def _found(self, gauge: int, places: NDArray[np.intp]) -> list[tuple[Key, float]]:
         table, scores = self.survey.table[places], self.scores(gauge)[places]
@@ -215,9 +224,15 @@ def sum_up(
 
 
 def write_rows(
-    findings: Findings, decisions: Sequence[Decision | None], opinions: Opinions, whole: Panel, *, generated: bool
+    findings: Findings,
+    decisions: Sequence[Decision | None],
+    opinions: Opinions,
+    whole: Panel,
+    *,
+    generated: bool,
+    subsets: int = 0,
 ) -> None:
-    """Write the results of every row, the rejects, base responses that were generated, and the datasets split."""
+    """Write results of every row, rejects, base responses that were generated, datasets split, and subsets."""
     survey, gauges = findings.survey, findings.gauges
     run, stems = survey.run, _stems([dataset.source.stem for dataset in survey.datasets])
     given = iter(decisions)
@@ -238,6 +253,8 @@ def write_rows(
                     rejects([reject_of(row, name) for row in rows if row.problem is not None])
                     if base is not None:
                         base(list(map(base_of, rows)))
+    if subsets:
+        write_subsets(survey.datasets[: survey.first_reference], findings.subsets(subsets), run)
     for number in range(survey.first_reference) if findings.thresholds else ():
         split(survey.datasets[number], decisions[survey.rows_of(number, number + 1)], run, stems[number])
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from persona_lens.core.documents import json_lines
 from persona_lens.data.datasets import Dataset
 from persona_lens.data.sources import FileSource, LibrarySource
-from persona_lens.data.tables import PARQUET_ROWS, RawRow, writing_parquet
+from persona_lens.data.tables import PARQUET_ROWS, RawRow, all_rows, writing_parquet
 from persona_lens.runs import RunFolder
 from persona_lens.screening.scoring import Unit
 from persona_lens.vectors.provenance import Quantity
@@ -220,6 +220,17 @@ def writing_lines(folder: RunFolder, name: str) -> Iterator[Write]:
         yield append
 
 
+def write_subsets(datasets: Sequence[Dataset], subsets: Mapping[str, Collection[Key]], folder: RunFolder) -> None:
+    """Write some rows, by the name of a file in ``subsets``, as chat messages that can be trained on."""
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(writing_lines(folder, f"subsets/{name}.jsonl")) for name in subsets}
+        for number, dataset in enumerate(datasets):
+            for row in dataset:
+                for name, keys in subsets.items():
+                    if (number, row.number) in keys and row.messages is not None:
+                        files[name]([{"id": row.id, "messages": list(map(dict, row.messages))}])
+
+
 def reject_of(row: ScoredRow, name: str) -> dict[str, Any]:
     """A line of the rejects."""
     return {"dataset": name, "row": row.number, "line": row.line, "id": row.id, "problem": row.problem}
@@ -264,10 +275,12 @@ def split(dataset: Dataset, decisions: Iterable[Decision | None], folder: RunFol
     """
     source = dataset.source
     made = iter(decisions)
-    placed = ((row, next(made, None)) for row in source.rows())
     if isinstance(source, LibrarySource):
+        placed = ((row, next(made, None)) for row in source.rows())
         return (_split_saved if source.saved else _split_streamed)(source, placed, folder, stem)
     assert isinstance(source, FileSource)
+    # Of one level, too, every row of the file is passed, so that what is copied begins and ends where it does there.
+    placed = ((row, next(made, None) if source.takes(row) else None) for row in all_rows(source.path))
     if source.path.suffix.lower() == ".parquet":
         return _split_parquet(source.path, placed, folder, stem)
     return _split_text(source.path, placed, folder, stem)

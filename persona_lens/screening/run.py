@@ -104,7 +104,8 @@ def screen(
         course = _score(run, scorer, everything, progress)
         findings = Findings.of(Survey(run, everything, len(reference), len(whole.gauges)), panel, flagging)
         figures, decisions, opinions = sum_up(findings, whole, flagging, judges, progress)
-        write_rows(findings, decisions, opinions, whole, generated=settings.base is BaseResponses.GENERATE)
+        generated, subsets = settings.base is BaseResponses.GENERATE, flagging.subsets
+        write_rows(findings, decisions, opinions, whole, generated=generated, subsets=subsets)
         used = {trait: as_used(judges[trait].describe(), said.values()) for trait, said in opinions.items()}
         summary = {**about, "judges": used, **figures}
         run.write_json(SUMMARY, summary)

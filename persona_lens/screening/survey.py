@@ -318,6 +318,8 @@ class Flagging(Record):
         random_directions: How many of them stand beside the traits where rows are labelled.
         top_k: How many rows are shown at either end.
         judged: Flagged rows of a trait that a judge is asked about at most, the largest first.
+        subsets: So many rows with the largest values of the first trait, with the smallest, and drawn at random are
+            written to files of their own, to be trained on; 0 writes none.
 
     Raises:
         ScreeningError: If a value is out of range.
@@ -330,10 +332,11 @@ class Flagging(Record):
     random_directions: int = 20
     top_k: int = 10
     judged: int = 100
+    subsets: int = 0
 
     def __post_init__(self) -> None:
         check_rates(self.false_positive_rate, self.undecided)
-        for name in ("random_directions", "top_k", "judged"):
+        for name in ("random_directions", "top_k", "judged", "subsets"):
             if getattr(self, name) < 0:
                 raise ScreeningError(f"{name} must be 0 or more, got {getattr(self, name)}")
 

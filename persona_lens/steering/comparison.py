@@ -36,6 +36,7 @@ from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.reports.result import Answered
 from persona_lens.runs.rollouts import EditsFor, Request, RolloutSettings
+from persona_lens.steering.pairs import differences
 from persona_lens.steering.steering import Steering, SteeringError, rowwise
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
@@ -384,6 +385,7 @@ def compare(
             "judge": subject.judge_used(answers),
             "unsteered": {name: json_of(mean) for name, mean in unsteered_means(rows).items()},
             "arms": {name: {**_written(arms[name]), "effect": json_of(each)} for name, each in effects.items()},
+            "pairs": differences({arm: [r for r in rows if r.arm == arm and r.direction != RANDOM] for arm in arms}),
         }
         if run is not None:
             run.write_rows("arms-scores.jsonl", map(Answer.to_row, rows))

@@ -97,6 +97,46 @@ def split_half_reliability(
     return Reliability(run.vectors.trait, reduction, questions, splits, rows)
 
 
+def cosine_between(
+    one: Path | str, other: Path | str, layer: int, reduction: str = OWN_REDUCTION
+) -> tuple[float, tuple[float, float] | None]:
+    """The cosine of two extractions' vectors, with its 95% interval by leaving each question of either out in turn.
+
+    Args:
+        one: Run folder of an extraction.
+        other: Run folder of another, on the same model.
+        layer: Block index, 0-based.
+        reduction: Which of the vectors.
+
+    Returns:
+        The cosine and the ends of its interval; None for these where too few questions were kept.
+
+    Raises:
+        RunError: If a folder is no finished extraction, or is damaged.
+        VectorsError: If there is no such reduction, or the vectors cannot be read.
+    """
+    sums = [_by_question(read_samples(each).layer(layer, reduction)) for each in (one, other)]
+    vectors = [_difference(*each) for each in sums]
+    without = [
+        _cosine(*(_difference(own[keep], counts[keep]) if at == side else vectors[at] for at in (0, 1)))
+        for side, (own, counts) in enumerate(sums)
+        for keep in ~np.eye(len(counts), dtype=bool)
+    ]
+    value = _cosine(*vectors)
+    return value, jackknife_interval(value, np.asarray(without), CORRELATION)
+
+
+def _difference(sums: Array, counts: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means: Array = sums.sum(axis=0) / counts.sum(axis=0)[:, None]
+    found: Array = means[0] - means[1]
+    return found
+
+
+def _cosine(one: Array, other: Array) -> float:
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
+
+
 def agreement_of_halves(samples: Samples, splits: int, rng: np.random.Generator) -> tuple[float, float] | None:
     """`LayerReliability.halves` and its null at one layer, without an interval; None with fewer than four questions."""
     sums, counts = _by_question(samples)

@@ -47,6 +47,7 @@ from tests.campaign.counts import Counts
 from tests.finetuning.chats import conversations, loaded_model, saved_model, small, vectors_of
 from tests.models.server.loopback import listener, scores, serving
 from tests.planted import PlantedBackend
+from tests.reproduction.made import reproduced
 from tests.screening import made
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -274,6 +275,7 @@ TARGETS: dict[str, Run] = {
     "finetune study": _finetune_study,
     "responses": _responses,
     "dissect": _dissect,
+    "reproduce": reproduced,
     "judge score": _judge,
     "bake": _bake,
 }

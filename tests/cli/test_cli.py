@@ -63,6 +63,7 @@ COMMANDS = (
     ("finetune",),
     ("finetune-study",),
     ("shift",),
+    ("reproduce",),
     ("runs",),
     ("generate",),
     ("responses",),

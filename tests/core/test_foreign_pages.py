@@ -39,7 +39,7 @@ def of_finetuning(_: Path) -> tuple[dict[str, Any], Collection[str]]:
             {0: 1.0, 1: 2.0},
             {0: 0.5, 1: 0.25},
             {"last": 1.0, "learned": 0.5, "unseen": None},
-            0.5,
+            {0: 1.0, 1: 0.0},
         )
         for seed in (1, 2)
         for name in (BASE, PLAIN, "preventative", RANDOM)

@@ -26,6 +26,7 @@ from persona_lens.reports.page import judge_name
 from persona_lens.reports.result import Result, ResultError, StoredResult
 from persona_lens.runs.rollouts import RolloutSettings
 from tests.campaign import targets
+from tests.reproduction.made import reproduced
 from tests.screening import made
 
 MADE: dict[str, Callable[[Path], Result]] = {
@@ -52,6 +53,7 @@ MADE: dict[str, Callable[[Path], Result]] = {
     "finetune study": targets._finetune_study,
     "shift": targets._shift,
     "dissection": targets._dissect,
+    "reproduction": reproduced,
 }
 TALK = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Oh, well."}]
 

@@ -219,13 +219,14 @@ def check_task(task: str) -> None:
 
 
 def accuracy(backend: Backend, task: str, edits: GivenEdits = (), *, seed: int = 0) -> Estimate:
-    """Share of right answers in a task, with its 95% interval over samples.
+    """Share of right answers in a task, with its 95% interval over samples; see `right_answers`."""
+    return bootstrap_mean(right_answers(backend, task, edits, seed=seed), within=SHARES)
 
-    Args:
-        backend: The model.
-        task: Name of a task whose metric ``acc`` is a mean over samples.
-        edits: Applied in every call: one, several, or a steering.
-        seed: See `evaluate_capability`.
+
+def right_answers(backend: Backend, task: str, edits: GivenEdits = (), *, seed: int = 0) -> tuple[float, ...]:
+    """Which samples of a task, whose metric ``acc`` is a mean over them, are answered rightly: 1 or 0 each.
+
+    Other arguments are those of `evaluate_capability`.
 
     Raises:
         AnalysisError: See `evaluate_capability`; or if the task has no such metric.
@@ -233,7 +234,7 @@ def accuracy(backend: Backend, task: str, edits: GivenEdits = (), *, seed: int =
     metric = evaluate_capability(backend, (task,), edits=edits, seed=seed)[task].metric("acc")
     if not metric.scores:
         raise AnalysisError(f"task {task} gives no accuracy for each of its samples; take one of its subtasks")
-    return bootstrap_mean(metric.scores, within=SHARES)
+    return metric.scores
 
 
 def _check(names: Sequence[str], limit: int | float | None, num_fewshot: int | None, folders: Sequence[Path]) -> None:

@@ -1,0 +1,226 @@
+"""`reproduce`: a plan is carried out task by task, and the claims are read from what that leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_lens.core.documents import plain, read_json
+from persona_lens.core.errors import PersonaLensError, first_line
+from persona_lens.core.files import REPORT, write_bytes, write_text
+from persona_lens.core.progress import Progress, shown_progress
+from persona_lens.core.text import in_short
+from persona_lens.reports.result import Result
+from persona_lens.reproduction.claims import Claim, Found, MissingError, outcome_of
+from persona_lens.reproduction.places import SUMMARY, Places, figures_in, summary_of
+from persona_lens.reproduction.plan import Plan, PlanError, Task
+from persona_lens.reproduction.tables import CLAIMS, TABLES, figures_of
+from persona_lens.runs import RunFolder
+from persona_lens.runs.folder import json_bytes
+
+NEEDS = "needs"
+Execute = Callable[[Sequence[str]], Any]
+"""Carries out a command, given its words, and returns what it says as JSON values."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Reproduction(Result):
+    """What of the paper was seen; a row for each claim and trait.
+
+    Attributes:
+        summary: See `Result`.
+        folder: See `Result`.
+    """
+
+    kind = "reproduction"
+    summary: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class State:
+    """What became of a task.
+
+    Attributes:
+        words: Its command; empty if that is not known.
+        found: Its figures.
+        reason: Why there are none.
+    """
+
+    words: tuple[str, ...] = ()
+    found: Any = None
+    reason: str | None = None
+
+
+def reproduce(
+    plan: Plan,
+    model: str,
+    execute: Execute,
+    folder: Path | str,
+    *,
+    only: Sequence[str] = (),
+    progress: Progress = shown_progress,
+) -> Reproduction:
+    """Carry out a plan, and read the claims of the paper from what it leaves.
+
+    A task that is finished is not run again, one that fails ends none but those that need it, and the claims whose
+    tasks have no figures say why.
+
+    Args:
+        plan: What is run.
+        model: The model's name, as commands take it.
+        execute: Carries out a command. Each keeps itself what it finds, and goes on where it was.
+        folder: Run folder, kept and resumed; each task has a folder of its own in ``steps``.
+        only: The only tables of claims, with the tasks that they need; none names all.
+        progress: Told how many tasks are done.
+
+    Raises:
+        PlanError: If there is no such table.
+        RunError: If the folder holds another run.
+    """
+    if unknown := [each for each in only if each not in TABLES]:
+        raise PlanError(f"there is no table {in_short(unknown[0])!r}; there are {', '.join(TABLES)}")
+    tables = tuple(only) or tuple(TABLES)
+    config = {"kind": Reproduction.kind, "model": model, "traits": list(plan.traits), "plan": plan.to_json()}
+    with RunFolder(folder, config) as run:
+        places = Places(plan, model, run.path)
+        places.write_files()
+        states = _carried_out(places, wanted(plan, tables), execute, progress)
+        summary = _summary(places, tables, states)
+        run.write_bytes(SUMMARY, json_bytes(summary), replace=True)  # of more tables than before
+        return Reproduction(summary, run.path)
+
+
+def wanted(plan: Plan, tables: Sequence[str]) -> list[Task]:
+    """The tasks that the claims of some tables need, in order."""
+    named = {step for claim in CLAIMS if claim.table in tables for step in claim.steps}
+    open_ones = [task for step in named if step in plan.steps for task in plan.tasks_of(step)]
+    needed: set[Task] = set()
+    while open_ones:
+        task = open_ones.pop()
+        if task not in needed:
+            needed.add(task)
+            open_ones += plan.needs(task)
+    return [task for task in plan.tasks() if task in needed]
+
+
+def lacking(plan: Plan, task: Task) -> str | None:
+    """Why a task cannot be run for want of a value; None if it can."""
+    missing = plan.missing(task.step)
+    return f"{NEEDS} --{missing[0]}, which was not given" if missing else None
+
+
+def _carried_out(places: Places, tasks: Sequence[Task], execute: Execute, progress: Progress) -> dict[Task, State]:
+    states: dict[Task, State] = {}
+    for number, task in enumerate(tasks):
+        progress(number, len(tasks), "steps")
+        without = next((need for need in places.plan.needs(task) if states[need].reason), None)
+        if reason := lacking(places.plan, task):
+            states[task] = State(reason=reason)
+        elif without is not None:
+            why = states[without].reason or ""
+            states[task] = State(
+                reason=why if why.startswith(NEEDS) else f"{NEEDS} {without.name}, which failed: {why}"
+            )
+        else:
+            states[task] = _done(places, task, execute)
+    progress(len(tasks), len(tasks), "steps")
+    return states
+
+
+def _done(places: Places, task: Task, execute: Execute) -> State:
+    """A task that is finished, or is run now."""
+    record, out = places.record(task), places.of(task)
+    words: list[str] = []
+    try:
+        words = places.words(task)
+        if record.is_file():
+            kept = read_json(record)
+            if kept["words"] == words and (kept["found"] is not None or figures_in(out)):
+                return State(tuple(words), summary_of(out) if kept["found"] is None else kept["found"])
+        said = plain(execute(words))
+        own = figures_in(out)
+        write_bytes(record, json_bytes({"words": words, "found": None if own else said}))
+        if own and not (out / REPORT).exists():
+            write_text(out / REPORT, Result.load(out).report())
+        return State(tuple(words), summary_of(out) if own else said)
+    except Exception as error:  # noqa: BLE001 - what ends one task is no end of the others; its command says more
+        said = str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {first_line(error)}"
+        return State(tuple(words), reason=in_short(said, 300))
+
+
+def _summary(places: Places, tables: Sequence[str], states: Mapping[Task, State]) -> dict[str, Any]:
+    """Every figure that is shown."""
+    plan = places.plan
+    by_name = {task.name: state for task, state in states.items()}
+
+    def look(step: str, trait: str | None) -> Any:
+        if step not in plan.steps:
+            raise MissingError(f"needs a step {step!r}, which is not in the plan")
+        task = next((each for each in plan.tasks_of(step) if each.trait in (None, trait)), None)
+        if task is None:
+            raise MissingError(f"the step {step!r} is not run for {trait}")
+        if task.name not in by_name:
+            raise MissingError(f"needs {task.name}, which was not run for these tables")
+        if (reason := by_name[task.name].reason) is not None:
+            raise MissingError(reason if reason.startswith(NEEDS) else f"{task.name} failed: {reason}")
+        return by_name[task.name].found
+
+    found = Found(plan.traits, look)
+    rows = []
+    for claim in CLAIMS:
+        if claim.table in tables:
+            for trait in _traits_of(claim, plan) if claim.each else (None,):
+                ran = {each for step in claim.steps if step in plan.steps for each in plan.tasks_of(step)}
+                own = [each for each in states if each in ran and each.trait in (None, trait)]
+                rows.append({**outcome_of(claim, found, trait), "steps": [each.name for each in own]})
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in _VERDICTS}
+    summary: dict[str, Any] = plain(
+        {
+            "model": places.model,
+            "scale": plan.scale,
+            "traits": list(plan.traits),
+            "judges": _judges(found),
+            "counts": counts,
+            "tables": {name: TABLES[name] for name in tables},
+            "rows": rows,
+            "figures": figures_of(found, tables),
+            "steps": [_told(places, task, state) for task, state in states.items()],
+        }
+    )
+    return summary
+
+
+def _traits_of(claim: Claim, plan: Plan) -> Sequence[str]:
+    """The traits that a claim is measured for by a plan, or all of them where it is for none."""
+    steps = [plan.steps[name] for name in claim.steps if name in plan.steps]
+    own = [trait for trait in plan.traits if all(step.traits is None or trait in step.traits for step in steps)]
+    return own or plan.traits
+
+
+_VERDICTS = ("shown", "not shown", "refuted", "missing")
+
+
+def _told(places: Places, task: Task, state: State) -> dict[str, Any]:
+    out = places.of(task)
+    there = next((each for each in (out / REPORT, out.with_name(f"{task.name}.html"), places.record(task))
+                  if each.is_file()), None)  # fmt: skip
+    return {
+        "name": task.name,
+        "words": list(state.words),
+        "reason": state.reason,
+        "report": there.relative_to(places.folder).as_posix() if there and state.reason is None else None,
+    }
+
+
+def _judges(found: Found) -> dict[str, Any]:
+    """Who scored each trait's responses, of those that there are."""
+    judges = {}
+    for trait in found.traits:
+        try:
+            judges[trait] = found("extract", trait)["judge"]
+        except (MissingError, KeyError):
+            continue
+    return judges

@@ -1,0 +1,238 @@
+"""Reproductions: on made-up figures, on a tiny model by real commands, and on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+from typer.testing import Result as Ran
+
+import persona_lens.backend
+from persona_lens import PersonaLensError
+from persona_lens.cli import app
+from persona_lens.models import DEFAULT_MODEL
+from persona_lens.reports.result import Result
+from persona_lens.reproduction import PlanError, read_plan, reproduce
+from persona_lens.runs import RunError
+from tests.reproduction import made
+from tests.tiny import tiny_model, tiny_tokenizer
+
+HOW = "--dtype float32 --device cpu --max-new-tokens 8"
+PLAN = f"""
+scale: test
+traits: [optimistic, impolite]
+values: {{how: {HOW}, data: null}}
+steps:
+  extract: extract {{model}} {{trait}} --questions 4 --unpaired {{how}} --out {{out}}
+  tune: >-
+    steer tune {{model}} {{extract}} --layers 1 --strengths 0.1 --search-questions 2 --confirm-questions 2
+    --confirm-samples 1 --random-directions 1 {{how}} --out {{out}}
+  sweep: >-
+    steer sweep {{model}} {{tune}} --layers {{tune.layer}} --coefficients=-1,1 --questions 2 --random-directions 1
+    {{how}} --out {{out}}
+  cosines: {{once: true, run: 'vectors cosines {{extract.all}} --layers {{extract.50%}} --intervals'}}
+  subsets: 'shift {{model}} {{data}} {{tune}} --out {{out}}'
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model(seed=0).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder, so that nothing is written into the checkout."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def run(*words: str) -> Ran:
+    return CliRunner().invoke(app, list(words))
+
+
+def parsed(*words: str) -> Any:
+    result = run(*words)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return json.loads(result.stdout)
+
+
+def planned(folder: Path, text: str = PLAN) -> str:
+    (folder / "plan.yaml").write_text(text)
+    return str(folder / "plan.yaml")
+
+
+# On made-up figures
+
+
+class Counting:
+    """Carries out commands as `made.execute` does, and counts them; some may fail or be stopped."""
+
+    def __init__(self, fails: Sequence[str] = (), stops: str | None = None) -> None:
+        self.fails, self.stops = fails, stops
+        self.asked: list[str] = []
+
+    def __call__(self, words: Sequence[str]) -> Any:
+        self.asked.append(words[0])
+        if words[0] == self.stops:
+            raise KeyboardInterrupt
+        if words[0] in self.fails:
+            raise PersonaLensError("the disk is full")
+        return made.execute(words)
+
+
+def test_one_that_was_stopped_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    plan = read_plan(planned(tmp_path, made.PLAN))
+    first, again, whole = Counting(stops="shift"), Counting(), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(plan, "a-model", first, tmp_path / "stopped")
+    stopped = reproduce(plan, "a-model", again, tmp_path / "stopped")
+    straight = reproduce(plan, "a-model", whole, tmp_path / "straight")
+    assert len(first.asked) + len(again.asked) == len(whole.asked) + 1  # only what was stopped began twice
+    files = [{path.relative_to(each.folder): path.read_bytes() for path in each.folder.rglob("*.json")}
+             for each in (stopped, straight)]  # fmt: skip
+    replaced = {path: text.replace(b"/stopped/", b"/straight/") for path, text in files[0].items()}
+    assert replaced == files[1]
+    third = Counting()
+    assert reproduce(plan, "a-model", third, tmp_path / "stopped").summary == stopped.summary
+    assert third.asked == []
+
+
+def test_a_step_that_fails_ends_only_those_that_need_it(tmp_path: Path) -> None:
+    plan = read_plan(planned(tmp_path, made.PLAN))
+    found = reproduce(plan, "a-model", Counting(fails=("tune",)), tmp_path / "run")
+    steps = {step["name"]: step["reason"] for step in found.summary["steps"]}
+    assert steps["tune-impolite"] == "the disk is full"
+    assert steps["sweep-impolite"] == "needs tune-impolite, which failed: the disk is full"
+    assert steps["study-impolite"] is None
+    rows = {(row["claim"], row["trait"]): row for row in found.summary["rows"]}
+    assert rows["prompts-overall", "impolite"]["verdict"] == "shown"
+    assert "tune-impolite failed: the disk is full" in rows["layer", "impolite"]["note"]
+    mended = reproduce(plan, "a-model", Counting(), tmp_path / "run")
+    assert mended.summary["counts"]["missing"] < found.summary["counts"]["missing"]
+
+
+def test_only_some_tables_need_only_their_steps(tmp_path: Path) -> None:
+    plan = read_plan(planned(tmp_path, made.PLAN))
+    some, rest = Counting(), Counting()
+    found = reproduce(plan, "a-model", some, tmp_path / "run", only=("monitoring",))
+    assert some.asked == ["study", "study"]
+    assert {row["table"] for row in found.summary["rows"]} == {"monitoring"}
+    whole = reproduce(plan, "a-model", rest, tmp_path / "run")
+    assert "study" not in rest.asked
+    assert {row["table"] for row in whole.summary["rows"]} > {"monitoring"}
+    with pytest.raises(PlanError, match="no table 'montoring'; there are extraction"):
+        reproduce(plan, "a-model", some, tmp_path / "run", only=("montoring",))
+
+
+def test_another_plan_is_refused_in_the_folder_of_one(tmp_path: Path) -> None:
+    made.reproduced(tmp_path / "run")
+    other = read_plan(planned(tmp_path, made.PLAN.replace("study {trait}", "study {trait} more")))
+    with pytest.raises(RunError, match=r"study\.run"):
+        reproduce(other, "a-model", made.execute, tmp_path / "run")
+
+
+# By the commands
+
+
+def test_the_numbers_are_those_of_the_single_commands(model: Path, tmp_path: Path) -> None:
+    """And the steps are run once, and the model is opened once for all of them."""
+    opened: list[str] = []
+    real = persona_lens.backend.open_backend
+
+    def counting(*given: Any, **how: Any) -> Any:
+        opened.append(given[1])
+        return real(*given, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(persona_lens.backend, "open_backend", counting)
+        words = ("reproduce", str(model), "--plan", planned(tmp_path), "--out", str(tmp_path / "run"), "--json")
+        found = parsed(*words)
+        assert opened == [str(model)]
+        assert parsed(*words) == found
+        assert opened == [str(model)]
+    how = HOW.split()
+    steps = {step["name"]: step["words"] for step in found["steps"]}
+    assert all(step["reason"] is None for step in found["steps"] if not step["name"].startswith("subsets"))
+    alone = str(tmp_path / "alone")
+    parsed(
+        "extract", str(model), "impolite", "--questions", "4", "--unpaired", *how, "--out", f"{alone}-extract", "--json"
+    )
+    tuned = [f"{alone}-extract" if word.endswith("extract-impolite") else word for word in steps["tune-impolite"][:-1]]
+    parsed(*tuned, f"{alone}-tune", "--json")
+    swept = [f"{alone}-tune" if word.endswith("tune-impolite") else word for word in steps["sweep-impolite"][:-1]]
+    (layer,) = parsed(*swept, f"{alone}-sweep", "--json")["layers"]
+    row = next(row for row in found["rows"] if (row["claim"], row["trait"]) == ("promotion", "impolite"))
+    assert row["value"]["mean"] == layer["effect"]["promotion"]["vector"]["mean"]
+    assert row["null"]["low"] == layer["effect"]["promotion"]["random"]["low"]
+    pair = next(row for row in found["rows"] if row["claim"] == "cosine")
+    cosines = parsed(*steps["cosines"], "--json")
+    assert abs(cosines["intervals"][0]["cosine"]) == pair["value"]["mean"]
+    assert cosines["cosines"][0][0][1] == pytest.approx(cosines["intervals"][0]["cosine"], abs=1e-5)
+    needs = {row["note"] for row in found["rows"] if row["table"] == "subsets"}
+    assert needs == {"needs --data, which was not given"}
+
+
+def test_the_folder_is_a_run_whose_pages_lead_to_each_other(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    plan = planned(tmp_path, PLAN.replace("[optimistic, impolite]", "[optimistic]"))
+    result = run("reproduce", str(model), "--plan", plan, "--only", "steering", "--out", str(out))
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert all(word in result.stdout for word in ("Steering, by layer", "Adding the", "not shown", "report: "))
+    assert Result.load(out).report() == (out / "report.html").read_text(encoding="utf-8")
+    for name in ("extract", "tune", "sweep"):
+        assert (out / "steps" / f"{name}-optimistic" / "report.html").is_file()
+        assert f'href="steps/{name}-optimistic/report.html"' in (out / "report.html").read_text(encoding="utf-8")
+    assert not (out / "steps" / "cosines.json").exists()
+
+
+def test_a_dry_run_counts_every_step_and_measures_the_device(model: Path, tmp_path: Path) -> None:
+    told = parsed("reproduce", str(model), "--plan", planned(tmp_path), "--dry-run", "--json")
+    steps = {step["task"]: step for step in told["steps"]}
+    # 4 questions, 5 pairs and 2 arms; each answer is judged, too.
+    assert steps["extract-impolite"]["rows"] > 40
+    assert steps["sweep-impolite"]["tokens"] > 0
+    assert "not counted" in steps["cosines"]["reason"]
+    assert "--data" in steps["subsets-impolite"]["reason"]
+    assert told["all"]["rows"] == sum(step["rows"] for step in told["steps"])
+    assert told["all"]["hours"] == pytest.approx(sum(step["hours"] or 0 for step in told["steps"]))
+    assert told["all"]["hours"] > 0
+    assert not list(Path().iterdir()), "nothing is written"
+
+
+def test_the_plan_is_printed_and_taken_again(model: Path, tmp_path: Path) -> None:
+    printed = run("reproduce", str(model), "--scale", "tiny", "--print-plan").stdout
+    assert read_plan(planned(tmp_path, printed)) == read_plan("tiny")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--scale", "huge"), "huge"),
+        (("--scale", "tiny", "--traits", "impolite,impolite"), "each once"),
+        (("--scale", "tiny", "--only", "montoring"), "there are extraction"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_said(model: Path, words: tuple[str, ...], said: str) -> None:
+    result = run("reproduce", str(model), *words)
+    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
+    assert said in str(result.exception)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_smallest_plan_fills_every_table_on_the_embedded_model(tmp_path: Path) -> None:
+    """What continuous integration sees of the paper: every step runs, and what has data has a number."""
+    found = parsed("reproduce", DEFAULT_MODEL, "--scale", "tiny", "--out", str(tmp_path / "run"), "--json")
+    failed = [step for step in found["steps"] if step["reason"] and not step["reason"].startswith("needs --")]
+    assert failed == []
+    unmeasured = {row["table"] for row in found["rows"] if row["verdict"] == "missing"}
+    assert unmeasured <= {"subsets", "features", "protection"}
+    assert found["counts"]["shown"] > 5
