@@ -49,6 +49,7 @@ from tests.backends.fixtures import (
 )
 from tests.models.test_chat import ALL as TEMPLATES
 from tests.models.test_chat import make_format
+from tests.tiny import thinking_tokenizer
 
 STEERED, CLEAN = History.STEERED, History.CLEAN
 LONG: list[Message] = [
@@ -297,6 +298,26 @@ def places(edit: Edit) -> list[int]:
     assert isinstance(edit.positions, Tensor)
     found: list[int] = edit.positions[0].nonzero().flatten().tolist()
     return found
+
+
+def test_thinking_in_earlier_replies_is_told_from_their_answers() -> None:
+    """Where a template leaves it there; it is counted in each reply from its own first token."""
+    chat = ChatFormat.from_tokenizer(thinking_tokenizer())
+    said = ("<think>abc</think>\nyes", "no", "<think>de</think>ok")
+    messages: list[Message] = []
+    for text in said:
+        messages += [{"role": "user", "content": "so"}, {"role": "assistant", "content": text}]
+    turn = turn_prompt(chat, [*messages, {"role": "user", "content": "so"}])
+    starts = [start for start, _ in turn.said]
+    thinking = [[1, 2, 3], [], [1, 2]]
+    answers = [[5, 6, 7, 8], [0, 1], [4, 5]]
+    for kind, tokens in ((Positions.THINKING, thinking), (Positions.ANSWER, answers)):
+        for positions, some in ((kind, slice(None)), (Span(kind, 1, 3), slice(1, 3))):
+            edit = Edit.add(1, direction(), 1.0, positions)
+            mask, own = turn_edits(edit, [turn], STEERED)
+            assert own == edit
+            assert places(mask) == [s + at for s, mine in zip(starts, tokens, strict=True) for at in mine[some]]
+            assert turn_edits(edit, [turn], CLEAN) == [edit]
 
 
 def test_spans_of_prompts_count_in_each_turn() -> None:

@@ -40,6 +40,7 @@ from tests.backends.fixtures import (
     activations,
     assert_close,
     encode,
+    thinking_backend,
     tiny_backend,
 )
 from tests.backends.test_sinks import MASSIVE, massive
@@ -428,3 +429,19 @@ def test_what_does_not_fit_is_refused() -> None:
         preview_tokens(BACKEND, ())
     with pytest.raises(TokenError, match="0 tokens or more, got -1"):
         preview_tokens(BACKEND, prompt, -1)
+
+
+def test_thinking_and_answer_are_shown_apart_and_what_is_to_come_goes_on_with_what_begins() -> None:
+    backend = thinking_backend("transformers")
+    opening, closing = (backend.tokenizer.get_vocab()[mark] for mark in ("<think>", "</think>"))
+    edits = [Edit.add(1, torch.ones(D_MODEL), 2.0, Positions.ANSWER)]
+    reads = [Read(ReadKind.THINKING_MEAN), Read(ReadKind.ANSWER_MEAN)]
+    there = preview_tokens(backend, (5, 6), (opening, 7, 8, closing, 9), edits=edits, reads=reads).tokens
+    assert [token.factors[0] for token in there] == [0, 0, 0, 0, 0, 0, 2]
+    assert [token.reads for token in there[2:]] == [(False, False), *[(True, False)] * 2, (False, False), (False, True)]
+    for prompt, factor in (((5, 6), 2), ((5, opening), 0)):
+        tokens = tokens_of(preview_tokens(backend, prompt, 4, edits=edits, reads=reads))
+        assert [token.factors[0] for token in tokens] == [0, 0, *[factor] * 4]
+        assert [token.reads for token in tokens[2:]] == [(not factor, bool(factor))] * 4
+    with pytest.raises(EditError, match="no thinking to edit"):
+        preview_tokens(BACKEND, (5, 6), 4, edits=[replace(edits[0], positions=Positions.THINKING)])
