@@ -64,9 +64,9 @@ def bake(
     """Write a model whose weights do what a steering does, for any program that runs models.
 
     An addition to all tokens becomes a bias of the MLP's last projection, which is exactly what the edit does; where
-    the class has none, the model is saved as one that has, or a block is put in that adds it. A direction is taken out everywhere by projecting it
-    out of all that writes to the residual stream: the embedding, each attention, each MLP, and what is added. That is
-    more than edits do, which ablate at the outputs of blocks.
+    the class has none, the model is saved as one that has, or a block is put in that adds it. A direction is taken out
+    everywhere by projecting it out of all that writes to the residual stream: the embedding, each attention, each MLP,
+    and what is added. That is more than edits do, which ablate at the outputs of blocks.
 
     Args:
         model: Hub id, local folder or embedded model.
