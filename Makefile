@@ -56,7 +56,7 @@ test-all: lint
 
 # On a machine with a GPU: tiny models on it, on every adapter, in one process.
 test-gpu: $(VENV)/.development
-	$(BIN)/python -m pytest --device cuda -m 'cuda and not real' tests
+	$(BIN)/python -m pytest --device cuda -m 'cuda and not real' tests/backends
 
 # With MORE=--all, over every architecture. One process: the server is to have the other core. Where it cannot be installed, the tests say so and are skipped.
 test-remote: $(VENV)/.development

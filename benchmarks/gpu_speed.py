@@ -19,7 +19,8 @@ from benchmarks.gpu_setting import Setting
 from benchmarks.record import Figure
 from benchmarks.screening import panel_of, reference_way
 from persona_lens import open_backend, wrap_model
-from persona_lens.backend import TokenBatch
+from persona_lens.backend import Read, TokenBatch
+from persona_lens.backend.batches import forward_batches
 from persona_lens.data.datasets import open_dataset
 from persona_lens.models import ChatFormat
 from persona_lens.screening import screen
@@ -27,6 +28,7 @@ from persona_lens.screening.samples import Turns, encode_sample
 
 READS, ONE_EDIT, ALL_EDITS, PER_ROW, WATCHED = 1.05, 1.05, 1.10, 1.05, 1.03
 ONE_BY_ONE, SCREENED = 1 / 2, 1 / 4
+READ = Read.means()
 
 
 def ceilings(setting: Setting) -> Iterator[Figure]:
@@ -110,6 +112,7 @@ def reading(setting: Setting) -> Iterator[Figure]:
             shares = [operations(backend, texts.lengths) / each / limit for each in seconds]
             name = "that, as a share of the product of matrices"
             yield Figure.of_runs(name, shares, "", "2 a weight of the blocks and token, and causal attention")
+    yield from _sizes_of_passes(setting, many)
     few = w.texts(vocabulary, 4 if setting.tiny else 64)
     alone = w.one_by_one_reading(backend.module, few)
     yield setting.compared(
@@ -118,6 +121,20 @@ def reading(setting: Setting) -> Iterator[Figure]:
         alone,
         ONE_BY_ONE,
     )
+
+
+def _sizes_of_passes(setting: Setting, texts: TokenBatch) -> Iterator[Figure]:
+    """What `persona_lens.backend.batches` has estimates of: how large batches should be, and what a pass costs."""
+    rates = []
+    for most in (1024, 4096, 65536):
+        seconds = setting.seconds(
+            lambda most=most: list(forward_batches(setting.large, texts, READ, max_tokens=most)), 1
+        )
+        rates.append(sum(texts.lengths) / seconds[0])
+        yield Figure(f"read in batches of up to {most:,} tokens", rates[-1], "tokens/s")
+    short = TokenBatch.of([texts.prompts[0][:1] * 32])
+    alone = [each * max(rates) for each in setting.seconds(lambda: setting.large.forward(short, (), READ), 5)]
+    yield Figure.of_runs("a pass over 32 tokens takes as long as further ones in a batch", alone, "tokens")
 
 
 def _rollouts(setting: Setting, count: int, vocabulary: int) -> TokenBatch:
