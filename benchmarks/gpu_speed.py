@@ -8,6 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from benchmarks.gpu_setting import Setting
 from benchmarks.record import Figure
 from benchmarks.screening import panel_of, reference_way
 from persona_lens import open_backend, wrap_model
-from persona_lens.backend import Read, TokenBatch
+from persona_lens.backend import Backend, Read, TokenBatch
 from persona_lens.backend.batches import forward_batches
 from persona_lens.data.datasets import open_dataset
 from persona_lens.models import ChatFormat
@@ -125,16 +126,18 @@ def reading(setting: Setting) -> Iterator[Figure]:
 
 def _sizes_of_passes(setting: Setting, texts: TokenBatch) -> Iterator[Figure]:
     """What `persona_lens.backend.batches` has estimates of: how large batches should be, and what a pass costs."""
-    rates = []
+    backend, rates = setting.large, []
     for most in (1024, 4096, 65536):
-        seconds = setting.seconds(
-            lambda most=most: list(forward_batches(setting.large, texts, READ, max_tokens=most)), 1
-        )
-        rates.append(sum(texts.lengths) / seconds[0])
+        read = partial(_read, backend, texts, most)
+        rates.append(sum(texts.lengths) / setting.seconds(read, 1)[0])
         yield Figure(f"read in batches of up to {most:,} tokens", rates[-1], "tokens/s")
     short = TokenBatch.of([texts.prompts[0][:1] * 32])
-    alone = [each * max(rates) for each in setting.seconds(lambda: setting.large.forward(short, (), READ), 5)]
+    alone = [each * max(rates) for each in setting.seconds(lambda: backend.forward(short, (), READ), 5)]
     yield Figure.of_runs("a pass over 32 tokens takes as long as further ones in a batch", alone, "tokens")
+
+
+def _read(backend: Backend, texts: TokenBatch, most: int) -> object:
+    return list(forward_batches(backend, texts, READ, max_tokens=most))
 
 
 def _rollouts(setting: Setting, count: int, vocabulary: int) -> TokenBatch:
