@@ -161,16 +161,18 @@ def _auc(found: Mapping[str, Any] | None) -> str:
 
 
 def _show_entanglement(summary: Mapping[str, Any]) -> None:
+    from persona_lens.reports.entanglement import overall
+
     traits = list(summary["traits"])
     rows = []
-    for way in summary["ways"]:
-        on, off = (way[name] or dict.fromkeys(("vector", "random", "difference")) for name in ("on", "off"))
-        told = (on["vector"], off["vector"], off["random"])
+    for way in overall(summary):
+        on, off = (way[name] or dict.fromkeys(("vector", "difference")) for name in ("on", "off"))
+        told = (on["vector"], off["vector"], off["difference"])
         ratios = (interval_text(way[name], ".2f") for name in ("entanglement", "random_entanglement"))
         rows.append(
             (way["name"], _strength(way), interval_text(way["harmonic"], ".2f"), *map(interval_text, told), *ratios)
         )
-    heads = ("way", "strength", "harmonic, 0-2", "on target", "off target", "random directions")
+    heads = ("way", "strength", "harmonic, 0-2", "on target", "off target", "beyond random")
     title = f"Over {len(traits)} traits: change on target, root mean square change of the others, and their ratio [95%]"
     print_table(title, (*heads, "entanglement", "of random directions"), rows)
     cells = [

@@ -34,6 +34,22 @@ def label(way: Summary) -> str:
     return str(way["name"]) if way["strength"] is None else f"{way['name']} at {way['strength']:g}"
 
 
+def overall(summary: Summary) -> list[Summary]:
+    """The ways, and before those of each strength what random directions come to, as if they were one."""
+    found: list[Summary] = []
+    null = {way["strength"]: way for way in _first_of_each_strength(summary)}
+    for way in summary["ways"]:
+        if way["strength"] in null and (not found or found[-1]["strength"] != way["strength"]):
+            first = null[way["strength"]]
+            sides = {
+                name: first[name] and {"vector": first[name]["random"], "difference": None} for name in ("on", "off")
+            }
+            about = {"name": "random directions", "strength": way["strength"], "harmonic": first["random_harmonic"]}
+            found.append({**about, **sides, "entanglement": None, "random_entanglement": None})
+        found.append(way)
+    return found
+
+
 def sentences(summary: Summary) -> list[str]:
     """What the ways come to over all traits, in words no stronger than the intervals allow."""
     asking, *ways = summary["ways"]

@@ -50,6 +50,7 @@ def render_methods(summary: Summary, version: str = "", folder: str = FOLDER) ->
             for place, trait in enumerate(every)
         ],
         "all_pairs": summary["pairs"],  # `pairs` is a macro of all pages
+        "overall": entanglement.overall(summary),
         "detected": entanglement.detections(summary),
         "version": version,
         "next": next_steps(summary),

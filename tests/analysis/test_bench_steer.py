@@ -26,6 +26,7 @@ from persona_lens.core.progress import no_progress
 from persona_lens.core.statistics import auc
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.reports.catalogue import find_runs
+from persona_lens.reports.entanglement import overall
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings
 from persona_lens.steering.tune_settings import Towards
@@ -170,7 +171,12 @@ def test_random_directions_are_one_null_for_every_trait(backend: Two, found: Met
         ]
         for axis in (axes[LAYER] for axes in backend.axes.values())
     ]
-    told = way(found, "apart")["off"]["random"]["mean"]
+    first, null, *_ = overall(found.summary)
+    assert (first["name"], null["name"], null["strength"]) == ("prompted", "random directions", 0.8)
+    assert null["harmonic"]["mean"] == pytest.approx(
+        np.mean([found.summary["traits"][name]["random"][0]["harmonic"]["mean"] for name in (ONE, TWO)])
+    )
+    told = null["off"]["vector"]["mean"]
     assert told == pytest.approx(math.sqrt(np.mean(np.square(squares))), abs=0.05)
 
 

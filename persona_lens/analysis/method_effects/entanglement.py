@@ -97,6 +97,7 @@ class Way:
             "traits": list(self.arms),
             "held": self.held(),
             "harmonic": json_of(self.mark()),
+            "random_harmonic": json_of(self.mark(random=True)),
             "on": json_of(self.change()),
             "off": json_of(spill.off),
             "entanglement": json_of(spill.entanglement),
