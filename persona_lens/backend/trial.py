@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend.blocks import ModuleBackend
+from persona_lens.backend.blocks import ModuleBackend, text_config
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, RemoteBackend
 from persona_lens.backend.reads import Read, ReadKind
@@ -162,6 +162,7 @@ class Trial:
         if self.costly:  # and brings back no more than so much
             most = max(2, MOST_NUMBERS // (6 * backend.info.d_model))
             self.layers = tuple(sorted({*self.layers[:: -(-len(self.layers) // (most - 1))], self.last}))
+        self.chain = (self.last,) if _counts_tokens_later(backend) else self.layers
         self.middle = max([0, *(layer for layer in self.layers if layer < self.last and 2 * layer <= self.last + 1)])
         self.found: list[Point] = []
         self._finished: tuple[Sequence[TokenIds], ForwardResult] | None = None
@@ -208,7 +209,7 @@ class Trial:
     @cached_property
     def _path(self) -> list[int]:
         """Which of the three ends the chain's row is to be at each layer: never the same twice, and B at the last."""
-        path = [1 if (len(self.layers) - 1 - number) % 2 == 0 else 0 for number in range(len(self.layers))]
+        path = [1 if (len(self.chain) - 1 - number) % 2 == 0 else 0 for number in range(len(self.chain))]
         return path if path[0] else [2, *path[1:]]  # it is A before the first
 
     def _try_layers(self) -> ForwardResult:
@@ -216,29 +217,31 @@ class Trial:
         a, b, _ = self.texts.ends
         first, other = (self.next_token(0),), (self.next_token(3),)
         tokens = TokenBatch.of([a, a, b, b, self.texts.other, self.texts.other], [first] * 3 + [other] * 3)
-        pairs = zip(self.layers, self._path, [0, *self._path], strict=False)
+        pairs = zip(self.chain, self._path, [0, *self._path], strict=False)
         edits = [Edit.add(layer, self.step(layer, to, of), _rows(6, CHAIN), LAST) for layer, to, of in pairs]
         edits.append(Edit.add(self.last, self.step(self.last, 1, 3), _rows(6, SWAPPED), LAST))
         found = self.backend.forward(tokens, edits, [Read(ReadKind.PROMPT_LAST, self.layers)], logprobs=True)
         surprise, reads = _next_token(found), found.reads["prompt_last"]
         if min(abs(surprise[A] - surprise[B]), abs(surprise[OTHER] - surprise[B_FOR_OTHER])) < self.tolerance.least:
             raise Undecided
-        self._add_reads(reads[CHAIN], torch.stack([edit.direction for edit in edits[:-1]]))
-        self._add_surprise("edits at every layer reach the next token", surprise, CHAIN, A, B)
+        what = "edits at every layer" if len(self.chain) == len(self.layers) else "edits at the last layer"
+        self._add_reads(what, reads[CHAIN], torch.stack([edit.direction for edit in edits[:-1]]))
+        self._add_surprise(f"{what} reach the next token", surprise, CHAIN, A, B)
         name = "an edit at the last layer reaches the next token, and no other layer comes behind it"
         self._add_surprise(name, surprise, SWAPPED, OTHER, B_FOR_OTHER)
         self._add_stays("rows beside steered ones stay", reads[[A, B, B_FOR_OTHER, OTHER]], [0, 1, 1, 3])
         return found
 
-    def _add_reads(self, found: Float[Tensor, "layers d_model"], steps: Float[Tensor, "layers d_model"]) -> None:
-        """Of the chain's row: what is read at each layer, behind the edits."""
-        wanted, length = self.residuals[self._path, range(len(self.layers))], steps.norm(dim=-1)
+    def _add_reads(self, what: str, found: Float[Tensor, "layers d_model"], steps: Float[Tensor, "k d_model"]) -> None:
+        """Of the chain's row: what is read at each of its layers, behind the edits."""
+        at = [self.layers.index(layer) for layer in self.chain]
+        found, wanted, length = found[at], self.residuals[self._path, at], steps.norm(dim=-1)
         errors = (found - wanted).norm(dim=-1) / length
         worst = int(errors.nan_to_num(nan=inf).argmax())
         moved = float((found - wanted + steps)[worst] @ steps[worst] / length[worst])
         values = float(length[worst]), moved, "residual units"
-        detail = f"at layer {self.layers[worst]}, the worst of {len(self.layers)}"
-        self._add("edits at every layer are read there, and behind them", values, float(errors[worst]), detail)
+        detail = f"at layer {self.chain[worst]}, the worst of {len(self.chain)}"
+        self._add(f"{what} are read there, and behind them", values, float(errors[worst]), detail)
 
     def _add_surprise(self, name: str, surprise: Tensor, row: int, without: int, wanted: int) -> None:
         plain, expected, measured = (float(surprise[each]) for each in (without, wanted, row))
@@ -357,6 +360,19 @@ class Trial:
         what = f"{way}, a second turn: an edit of how the first begins is felt"
         values, least = (expected, measured, "of a residual"), self.tolerance.felt
         self._add(what, values, error if min(values[:2]) >= least else inf, f"at least {least:g}")
+
+
+def _counts_tokens_later(backend: Any) -> bool:
+    """Whether a layer may know the token itself beside its residual, as those of Gemma 4, each with embeddings, do.
+
+    Two texts that end otherwise are alike then only behind the last layer.
+    """
+    while (inner := getattr(backend, "hooked", None) or getattr(backend, "inner", None)) is not None:
+        backend = inner
+    config = getattr(getattr(backend, "module", None), "config", None) or getattr(backend, "_config", None)
+    text = None if config is None else text_config(config)
+    names = ("hidden_size_per_layer_input", "num_kv_shared_layers")
+    return any(bool(getattr(text, name, None)) for name in names)
 
 
 def _rows(count: int, *chosen: int) -> Float[Tensor, " rows"]:

@@ -78,6 +78,18 @@ def test_edits_act_where_logits_are_scaled_or_norms_come_after(
     assert failed(backend_of("transformers", module.to(dtype))) == []
 
 
+def test_a_model_whose_layers_know_the_token_is_tried_at_the_last_one() -> None:
+    if "transformers" not in ADAPTERS:
+        pytest.skip("the reference's own")
+    layers = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    embedded = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 259}
+    with patch.dict(EXTRA, {"gemma4_text": {"head_dim": 8, "global_head_dim": 8, **embedded, **layers}}):
+        backend = backend_of("transformers", tiny_model("gemma4_text"))
+    assert failed(backend) == []
+    assert failed(Scaled(backend))
+    assert failed(GenerationForgets(backend))
+
+
 # Seeded faults
 
 
