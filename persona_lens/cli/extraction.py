@@ -101,7 +101,7 @@ def extract(
 def _previews(at: Session, trait: Trait, settings: ExtractionSettings) -> dict[str, Preview]:
     """What is read of the first prompt of each arm, with its response where it is there already."""
     from persona_lens.extraction import plan_requests
-    from persona_lens.extraction.run import extraction_reads
+    from persona_lens.extraction.run import means_read
     from persona_lens.steering.preview import preview_tokens
 
     found: ExternalRollouts | None = at.read
@@ -113,7 +113,7 @@ def _previews(at: Session, trait: Trait, settings: ExtractionSettings) -> dict[s
         prompt = found.prompts[number] if found else at.chat.encode(request.system, request.question)
         response = found.rollouts[number].response_ids if found else settings.rollouts.max_new_tokens
         title = f"{arm}, question {request.labels['question_number']}: {request.question}"
-        previewed[title] = preview_tokens(at.backend, prompt, response, reads=extraction_reads(at.chat, settings))
+        previewed[title] = preview_tokens(at.backend, prompt, response, reads=means_read(at.chat, settings))
     return previewed
 
 

@@ -149,10 +149,10 @@ def extraction_work(
     return _experiment(backend, trait, settings, chat, judge, given).work()
 
 
-def extraction_reads(chat: ChatFormat, settings: ExtractionSettings) -> tuple[Read, ...]:
-    """What is read of each response: where the model may think before it answers, its thinking and its answer too."""
+def means_read(chat: ChatFormat, settings: ExtractionSettings) -> tuple[Read, ...]:
+    """The means of each response: where the model may think before it answers, of its thinking and its answer too."""
     parts = (Read(ReadKind.ANSWER_MEAN), Read(ReadKind.THINKING_MEAN)) if chat.may_reason else ()
-    return (*Read.means(sinks=settings.sinks), *parts, Read(ReadKind.RESPONSE_NORM))
+    return (*Read.means(sinks=settings.sinks), *parts)
 
 
 def _experiment(
@@ -164,7 +164,7 @@ def _experiment(
     given: ExternalRollouts | None,
 ) -> Experiment:
     requests = plan_requests(trait, settings) if given is None else given.requests
-    reads = extraction_reads(chat, settings)
+    reads = (*means_read(chat, settings), Read(ReadKind.RESPONSE_NORM))
     judges = {ONLY: judge} if judge else {}
     return Experiment(backend, chat, requests, settings.rollouts, judges, reads=reads, given=given)
 

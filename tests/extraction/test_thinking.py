@@ -16,7 +16,7 @@ from persona_lens import load_vectors
 from persona_lens.backend import Read, ReadKind
 from persona_lens.cli import app
 from persona_lens.extraction import ExtractionSettings, extract, plan_requests
-from persona_lens.extraction.run import extraction_reads
+from persona_lens.extraction.run import means_read
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Panel
 from persona_lens.runs.rollouts import RolloutSettings
@@ -99,13 +99,13 @@ def test_a_model_that_may_think_and_never_does_has_the_usual_vectors(tmp_path: P
 
 
 def test_nothing_more_is_read_where_the_model_does_not_think() -> None:
-    usual = (ReadKind.RESPONSE_MEAN, ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST, ReadKind.RESPONSE_NORM)
+    usual = (ReadKind.RESPONSE_MEAN, ReadKind.PROMPT_MEAN, ReadKind.PROMPT_LAST)
     plain = ChatFormat.from_tokenizer(tiny_tokenizer())
     off = ChatFormat.from_tokenizer(FAMILIES["qwen3"].tokenizer())
     for chat in (plain, off):
-        assert tuple(read.kind for read in extraction_reads(chat, SETTINGS)) == usual
+        assert tuple(read.kind for read in means_read(chat, SETTINGS)) == usual
     first = ChatFormat.from_tokenizer(FAMILIES["deepseek_r1_first"].tokenizer())  # of which the template says nothing
-    assert {read.kind for read in extraction_reads(first, SETTINGS)} > {ReadKind.ANSWER_MEAN, ReadKind.THINKING_MEAN}
+    assert {read.kind for read in means_read(first, SETTINGS)} > {ReadKind.ANSWER_MEAN, ReadKind.THINKING_MEAN}
 
 
 @pytest.fixture(scope="module")
