@@ -152,6 +152,11 @@ def test_given_responses_are_split_by_their_ids_and_the_command_says_so(
     model, file = given
     out = tmp_path / "run"
     command = ["extract", str(model), "optimistic", "--responses", str(file), "--questions", "2", "--unpaired"]
+    previewed = CliRunner().invoke(app, [*command, "--preview", "--json"])
+    assert previewed.exit_code == 0, previewed.output
+    means = [token["reads"][-2:] for token in json.loads(previewed.stdout)["previews"][0]["tokens"]]
+    assert means[-1] == [True, False]  # of the answer
+    assert [False, True] in means  # of the thinking
     ran = CliRunner().invoke(app, [*command, "--out", str(out)])
     assert ran.exit_code == 0, ran.output
     assert "answers (answer_mean); 1 response came to no answer and is left out" in " ".join(ran.output.split())
