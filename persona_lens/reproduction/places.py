@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,10 @@ class Places:
         """The files of the plan, where its commands find them."""
         for name, content in self.plan.files.items():
             write_text(self.folder / FILES / name, yaml.safe_dump(content, sort_keys=False))
+
+    def shown(self, words: Sequence[str]) -> list[str]:
+        """A command as it is typed in the folder, so that what is kept of it goes wherever the folder goes."""
+        return [word.replace(f"{self.folder}/", "") for word in words]
 
     def words(self, task: Task, *, read_only: bool = False) -> list[str]:
         """The command of a task, every word as it is typed.

@@ -138,11 +138,11 @@ def _done(places: Places, task: Task, execute: Execute) -> State:
         words = places.words(task)
         if record.is_file():
             kept = read_json(record)
-            if kept["words"] == words and (kept["found"] is not None or figures_in(out)):
+            if kept["words"] == places.shown(words) and (kept["found"] is not None or figures_in(out)):
                 return State(tuple(words), summary_of(out) if kept["found"] is None else kept["found"])
         said = plain(execute(words))
         own = figures_in(out)
-        write_bytes(record, json_bytes({"words": words, "found": None if own else said}))
+        write_bytes(record, json_bytes({"words": places.shown(words), "found": None if own else said}))
         if own and not (out / REPORT).exists():
             write_text(out / REPORT, Result.load(out).report())
         return State(tuple(words), summary_of(out) if own else said)
@@ -209,7 +209,7 @@ def _told(places: Places, task: Task, state: State) -> dict[str, Any]:
                   if each.is_file()), None)  # fmt: skip
     return {
         "name": task.name,
-        "words": list(state.words),
+        "words": places.shown(state.words),
         "reason": state.reason,
         "report": there.relative_to(places.folder).as_posix() if there and state.reason is None else None,
     }

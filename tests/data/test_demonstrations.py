@@ -10,6 +10,7 @@ from statistics import mean
 
 import pytest
 
+from persona_lens.data.datasets import open_dataset
 from persona_lens.data.sources import (
     DemonstrationRow,
     Level,
@@ -167,6 +168,20 @@ def test_a_level_may_be_given_as_text() -> None:
     row = demonstration("impolite", "strong")[0]
     assert isinstance(row, DemonstrationRow)
     assert row.level is Level.STRONG
+
+
+@each_level
+def test_one_level_of_a_set_is_a_dataset(level: Level) -> None:
+    found = open_dataset(f"demonstration:impolite/{level}", label="level")
+    rows = list(found)
+    assert [row.id for row in rows] == [row.id for row in demonstration("impolite", level)]
+    assert [row.number for row in rows] == list(range(N_PROMPTS))
+    assert {row.label for row in rows} == {level.value}
+    assert found.count() == N_PROMPTS
+    others = {str(open_dataset(f"demonstration:impolite/{each}").describe()) for each in Level}
+    assert len(others) == len({*others, str(open_dataset("demonstration:impolite").describe())}) - 1
+    with pytest.raises(DataError, match="no level 'severe'"):
+        open_dataset("demonstration:impolite/severe")
 
 
 @pytest.mark.parametrize("unknown", ["evil", "Impolite", "impolite.jsonl", "../demonstrations/impolite", ""])

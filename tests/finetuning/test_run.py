@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from persona_lens.backend import Read, Sampling, TokenBatch, open_backend
-from persona_lens.finetuning import FinetuningError, finetune
+from persona_lens.finetuning import FinetuneConfig, FinetuningError, finetune
 from persona_lens.finetuning import run as running
-from persona_lens.models import Loaded, ModelError, load, resolve
+from persona_lens.finetuning.examples import encode_examples
+from persona_lens.finetuning.run import training_work
+from persona_lens.models import ChatFormat, Loaded, ModelError, load, resolve
 from persona_lens.models.source import adapter_on
 from persona_lens.runs import RunError
 from persona_lens.vectors import PersonaVectors, VectorsError
@@ -343,6 +345,29 @@ def test_what_is_missing_is_said_in_a_sentence(loaded: Loaded, tmp_path: Path, m
         finetune(loaded, conversations(), tmp_path / "r", small())
 
 
+def test_what_training_takes_is_counted(base_folder: Path, loaded: Loaded) -> None:
+    examples = encode_examples(conversations(), ChatFormat.from_tokenizer(loaded.tokenizer), 2048).rows
+    tokens = sum(len(each.ids) for each in examples)
+    once = training_work(str(base_folder), conversations(), FinetuneConfig(batch_size=2, accumulation=3))
+    assert (once.calls, once.rows, once.tokens) == (2, 8, tokens)
+    twice = training_work(str(base_folder), conversations(), FinetuneConfig(batch_size=2, accumulation=3, epochs=2))
+    assert (twice.calls, twice.rows, twice.tokens) == (3, 16, 2 * tokens)
+
+
+def test_the_loss_afterwards_is_of_as_many_examples_as_are_asked_for(loaded: Loaded, tmp_path: Path) -> None:
+    steps: dict[str, list[int | None]] = {}
+    for name, changes in {"all": {}, "one": {"loss_examples": 1}}.items():
+        steps[name] = []
+
+        def note(_: int, total: int | None, label: str, /, name: str = name) -> None:
+            if "loss" in label:
+                steps[name].append(total)
+
+        finetune(loaded, conversations(), tmp_path / name, small(max_steps=1, **changes), progress=note)
+    assert set(steps["one"]) == {1}
+    assert max(each or 0 for each in steps["all"]) > 1
+
+
 def test_the_command(base_folder: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -357,6 +382,10 @@ def test_the_command(base_folder: Path, tmp_path: Path) -> None:
     words = ["finetune", str(base_folder), str(data), "--config", str(config), "--out", str(tmp_path / "out"),
              "--method", "preventative", "--edits", "impolite@1:+2", "--vectors", str(tmp_path / "v.safetensors"),
              "--watch-every", "1", "--device", "cpu", "--json"]  # fmt: skip
+    planned = CliRunner().invoke(app, [*words, "--dry-run"], catch_exceptions=False)
+    (work,) = json.loads(planned.stdout)["work"]
+    assert (work["label"], work["calls"], work["rows"]) == ("training", 2, 4)  # two steps of two conversations
+    assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0
     found = json.loads(result.stdout.splitlines()[-1])

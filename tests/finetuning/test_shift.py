@@ -131,5 +131,8 @@ def test_the_command(base_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.splitlines()[-1])
     assert list(found["traits"]["impolite"]["models"]) == ["run0", "run1"]
+    planned = CliRunner().invoke(app, [*words, "--dry-run", "--json"], catch_exceptions=False)
+    work = {each["label"]: each for each in json.loads(planned.stdout)["work"]}
+    assert work["rollouts impolite"]["rows"] == 2 * 3  # the base and two finetunes of it
     shown = CliRunner().invoke(app, [*words, "--no-scores", "--layers", "1"], catch_exceptions=False)
     assert "shift at layer 1" in shown.stdout

@@ -94,6 +94,17 @@ def test_where_the_data_teaches_less_of_the_trait_protection_is_counted_that_way
     assert found["treatments"]["preventative"]["held_back"] == pytest.approx(2 / 3)
 
 
+def test_capability_is_compared_with_the_base_models_sample_by_sample() -> None:
+    base, plain = outcome(BASE, None, [10, 20]), outcome("plain", 1, [60, 70])
+    right, fewer = dict.fromkeys(range(40), 1.0), {number: float(number % 4 > 0) for number in range(40)}
+    found = summarise([replace(base, right=right), replace(plain, right=fewer)])
+    assert (found["base"]["capability"], found["treatments"]["plain"]["capability"]["mean"]) == (1.0, 0.75)
+    change = found["treatments"]["plain"]["capability_change"]
+    assert change["mean"] == pytest.approx(-0.25)
+    assert change["low"] < -0.25 < change["high"] < 0
+    assert summarise([base, plain])["treatments"]["plain"]["capability_change"] is None
+
+
 def test_the_interval_is_over_seeds_and_questions() -> None:
     """Seeds that disagree widen it, however many questions there are."""
     apart = {1: dict.fromkeys(range(100), 0.0), 2: dict.fromkeys(range(100), 100.0)}
@@ -222,6 +233,11 @@ def test_the_command(base_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PersonaLensError, match="give --layer and --coefficient"):
         CliRunner().invoke(app, words, catch_exceptions=False)
     words += ["--layer", "1", "--coefficient", "2", "--without", "everywhere,caft,prompted,regularised"]
+    planned = CliRunner().invoke(app, [*words, "--dry-run", "--json"], catch_exceptions=False)
+    work = {each["label"]: each for each in json.loads(planned.stdout)["work"]}
+    assert (work["training"]["calls"], work["training"]["rows"]) == (3, 6)  # plain, preventative, random
+    assert work["rollouts"]["rows"] == 2 * 5  # these, the base model, and steering afterwards
+    assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "report: " in result.stdout

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from persona_lens import PersonaLensError, open_backend
 from persona_lens.cli import app
+from persona_lens.data.sources import demonstration
+from persona_lens.finetuning.examples import read_conversations
 from persona_lens.reports.screening import render_screening
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
@@ -50,6 +52,34 @@ def run(*arguments: object) -> Any:
 
 
 SMALL = ("--dtype", "float32", "--max-new-tokens", 5)
+
+
+def test_subsets_hold_the_rows_of_high_and_low_values_and_some_at_random(
+    model: Path, vectors: Path, tmp_path: Path
+) -> None:
+    data = jsonl(tmp_path / "rows.jsonl", pairs(20))
+    words = (model, data, vectors, "--subsets", 4, *SMALL)
+    run(*words, "--out", tmp_path / "out")
+    run(*words, "--out", tmp_path / "out")  # which finds it finished
+    found = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "out" / "subsets").iterdir()
+    }
+    assert {name: len(rows) for name, rows in found.items()} == {"high": 4, "low": 4, "random": 4}
+    extremes = json.loads((tmp_path / "out" / "summary.json").read_text())["extremes"]["impolite@1"]
+    for name, end in (("high", "top"), ("low", "bottom")):
+        assert {row["id"] for row in found[name]} == {each["id"] for each in extremes[end][:4]}
+    assert len(read_conversations(tmp_path / "out" / "subsets" / "high.jsonl")) == 4
+
+
+def test_rows_of_one_level_are_split_as_they_stand_in_the_file(model: Path, vectors: Path, tmp_path: Path) -> None:
+    """Behind each other in the file are rows of all levels, of which those of one are screened."""
+    normal, strong = (f"demonstration:impolite/{level}" for level in ("normal", "strong"))
+    run(model, strong, vectors, "--reference", normal, "--limit", 12, *SMALL, "--out", tmp_path / "out")
+    lines = [line for path in (tmp_path / "out" / "split").iterdir() for line in path.read_text().splitlines()]
+    ids = {row.id for row in demonstration("impolite", "strong")[:12]}
+    assert {json.loads(line)["id"] for line in lines} == ids
+    assert len(lines) == 12
 
 
 def test_everything_at_once(model: Path, vectors: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from persona_lens.reports.steering import comparison_headline
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Prompted, Steering, SteeringError, compare
 from persona_lens.steering.comparison import ArmRow, arm_effect, arms_experiment
+from persona_lens.steering.pairs import pair_name
 from persona_lens.traits import Arm, load_trait
 from tests.campaign.targets import planted, vectors
 
@@ -45,6 +46,19 @@ def test_a_system_prompt_is_an_arm_without_a_null() -> None:
     assert told.verdict == "clear"
     assert told.title.startswith("A clear effect: up raises")  # there is one steering
     assert told.sentences[-1] == "asked, a system prompt and no steering: +23.1 (+23.1 to +23.1)."
+
+
+def test_every_two_arms_are_told_apart_question_by_question() -> None:
+    found = compare(planted(), {"up": UP, "asked": ASKED}, vectors(), SETTINGS, progress=no_progress)
+    (pair,) = found.summary["pairs"].items()
+    assert pair[0] == pair_name("up", "asked") == "up minus asked"
+    assert pair[1]["score"]["mean"] == pytest.approx(score(2) - score(1), abs=0.01)
+    assert pair[1]["score"]["n"] == 6
+    assert pair[1]["coherence"] is None
+    rows = [row for row in found.answers if row.direction != "random"]
+    values = {arm: {row.question: row.nll for row in rows if row.arm == arm} for arm in ("up", "asked")}
+    apart = [value - (values["asked"][question] or 0) for question, value in values["up"].items() if value is not None]
+    assert pair[1]["nll"]["mean"] == pytest.approx(sum(apart) / len(apart))
 
 
 def test_it_changes_nothing_of_the_others() -> None:

@@ -12,9 +12,15 @@ from persona_lens.core.statistics import bootstrap_mean
 from persona_lens.runs import RunError
 from persona_lens.runs.chunks import open_shard, pack_shard
 from persona_lens.traits import load_trait
-from persona_lens.vectors import VectorsError
+from persona_lens.vectors import VectorsError, load_vectors
 from persona_lens.vectors.geometry import GeometryError
-from persona_lens.vectors.split_half import _at, _drawn_halves, _stepped_up, split_half_reliability
+from persona_lens.vectors.split_half import (
+    _at,
+    _drawn_halves,
+    _stepped_up,
+    cosine_between,
+    split_half_reliability,
+)
 from tests.planted import PlantedBackend
 
 TRAIT = load_trait("optimistic")
@@ -36,6 +42,17 @@ def test_halves_of_a_run_agree_as_its_noise_says(run: Path) -> None:
     assert split_half_reliability(run, splits=100) == found
     assert split_half_reliability(run, splits=100, seed=1) != found
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_the_interval_of_a_cosine_is_over_the_questions_of_both(run: Path) -> None:
+    value, ends = cosine_between(run, run, 1)
+    assert value == pytest.approx(1)
+    assert ends is not None
+    assert ends[0] < 1
+    rows = load_vectors(run)
+    planted = PlantedBackend(TRAIT).planted["response_mean"]
+    cosine = float(rows[1] @ planted[1] / rows[1].norm() / planted[1].norm())
+    assert split_half_reliability(run).layers[1].whole.low < cosine  # it is the planted direction, with noise
 
 
 def test_halves_of_nothing_do_not_agree_beyond_their_null() -> None:
