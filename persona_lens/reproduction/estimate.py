@@ -14,11 +14,12 @@ import torch
 from persona_lens.backend import Backend, ModelInfo, Sampling, TokenBatch
 from persona_lens.core.documents import Record, json_lines
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.files import write_bytes
 from persona_lens.core.text import in_short
 from persona_lens.models import ChatFormat
 from persona_lens.reproduction.places import Places
 from persona_lens.reproduction.plan import Plan, Task
-from persona_lens.reproduction.run import lacking, wanted
+from persona_lens.reproduction.run import NEEDS, lacking, wanted
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
 
@@ -105,12 +106,16 @@ def estimates(
     with TemporaryDirectory(prefix="persona-lens-") as folder:
         places = Places(plan, model, Path(folder))
         places.write_files()
-        return [_estimate(places, task, counted, info, speed) for task in wanted(plan, tables)]
+        found: dict[Task, Estimate] = {}
+        for task in wanted(plan, tables):
+            reasons = [lacking(plan, task), *(found[need].reason for need in plan.needs(task))]
+            reason = next((each for each in reasons if each and each.startswith(NEEDS)), None)
+            own = Estimate(task.name, reason=reason)
+            found[task] = own if reason else _estimate(places, task, counted, info, speed)
+        return list(found.values())
 
 
 def _estimate(places: Places, task: Task, counted: Counted, info: ModelInfo, speed: Speed) -> Estimate:
-    if reason := lacking(places.plan, task):
-        return Estimate(task.name, reason=reason)
     try:
         words = places.words(task)
         work = counted(words)
@@ -118,7 +123,7 @@ def _estimate(places: Places, task: Task, counted: Counted, info: ModelInfo, spe
         return Estimate(task.name, reason=in_short(str(error), 200))
     _stand_in(words, task, places.of(task), info)
     if work is None:
-        return Estimate(task.name, reason="not counted: it reads what earlier steps leave")
+        return Estimate(task.name, reason="not counted: its command cannot tell beforehand")
     prices = [each["cost"] for each in work if each["cost"] is not None]
     seconds = sum(_seconds(each, speed) for each in work)
     return Estimate(
@@ -147,6 +152,11 @@ def _seconds(work: Mapping[str, Any], speed: Speed) -> float:
 
 def _stand_in(words: Sequence[str], task: Task, folder: Path, info: ModelInfo) -> None:
     """What later steps need of a step that makes or tunes vectors: such as there are before anything is known."""
+    if "--subsets" in words:
+        chat = [{"role": role, "content": "word " * LONGEST} for role in ("user", "assistant")]
+        rows = json_lines([{"messages": chat}] * int(words[words.index("--subsets") + 1]))
+        for name in ("high", "random", "low"):
+            write_bytes(folder / "subsets" / f"{name}.jsonl", rows)
     tuned = tuple(words[:2]) == ("steer", "tune")
     if task.trait is None or not (tuned or words[0] == "extract"):
         return

@@ -202,11 +202,29 @@ def test_a_dry_run_counts_every_step_and_measures_the_device(model: Path, tmp_pa
     assert steps["extract-impolite"]["rows"] > 40
     assert steps["sweep-impolite"]["tokens"] > 0
     assert "not counted" in steps["cosines"]["reason"]
+    assert steps["tune-impolite"]["reason"] is None
     assert "--data" in steps["subsets-impolite"]["reason"]
     assert told["all"]["rows"] == sum(step["rows"] for step in told["steps"])
     assert told["all"]["hours"] == pytest.approx(sum(step["hours"] or 0 for step in told["steps"]))
     assert told["all"]["hours"] > 0
     assert not list(Path().iterdir()), "nothing is written"
+
+
+def test_a_dry_run_counts_what_stands_on_data_that_is_ranked_first(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Why {n}?", "response": "So."}) + "\n" for n in range(6)))
+    text = PLAN.partition("  cosines:")[0] + (
+        f"  rank: 'screen {{model}} {{data}} {{tune}} --subsets 2 {HOW} --base generate --out {{out}}'\n"
+        "  finetune-high: 'finetune {model} {rank}/subsets/high.jsonl --out {out}'\n"
+        "  subsets: 'shift {model} {finetune-high} {tune} --questions 2 {how} --out {out}'\n"
+    )
+    words = ("reproduce", str(model), "--plan", planned(tmp_path, text), "--only", "subsets", "--dry-run", "--json")
+    given = {step["task"]: step for step in parsed(*words, "--data", str(data))["steps"]}
+    assert given["rank-impolite"]["rows"] == 12  # six rows, and as many answers of the model itself
+    assert given["finetune-high-impolite"]["rows"] == 2
+    assert given["subsets-impolite"]["reason"] is None
+    without = {step["task"]: step["reason"] for step in parsed(*words)["steps"]}
+    assert without["subsets-impolite"] == without["rank-impolite"] == "needs --data, which was not given"
 
 
 def test_the_plan_is_printed_and_taken_again(model: Path, tmp_path: Path) -> None:
