@@ -117,6 +117,10 @@ def _check(plan: Plan, model: str) -> None:
         if plan.missing(task.step):
             continue
         words = places.words(task, read_only=True)
+        if not words or "--help" in words:
+            raise PlanError(
+                f"the step {task.step.name!r} needs a command that does something; got {shlex.join(words)!r}"
+            )
         if words[0] == "reproduce":
             raise PlanError(f"the step {task.step.name!r} would reproduce the paper in its reproduction; leave it out")
         try:

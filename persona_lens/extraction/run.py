@@ -23,6 +23,7 @@ from persona_lens.extraction.external import ExternalRollouts, ExternalScores, P
 from persona_lens.extraction.kept import KeptResponses
 from persona_lens.extraction.means import (
     ArmMeans,
+    ExtractionError,
     ExtractionSettings,
     Filtered,
     arm_means,
@@ -184,6 +185,12 @@ def _judged(
     evidence = rollout_evidence(likelihood, answers.rollouts, run, progress=progress)
     known = [(e.log_odds, r.request.labels["arm"]) for e, r in zip(evidence, answers.rollouts, strict=True) if e]
     positive = [arm == Arm.POSITIVE for _, arm in known]
+    unanswered = (_answered(likelihood.chat, answers) or []).count(False)
+    if unanswered and len(set(positive)) < len(Arm):
+        raise ExtractionError(
+            f"{unanswered} of {len(answers.rollouts)} responses came to no answer that could be judged: the model was "
+            "still thinking when their tokens ran out; allow for more (--max-new-tokens), in a new folder (--out)"
+        )
     calibration = fit_calibration([x for x, _ in known], positive, likelihood.pairs)
     judge = LikelihoodJudge(likelihood.backend, likelihood.chat, likelihood.trait, calibration)
     return judge, [judge.judgement_of(each) for each in evidence]

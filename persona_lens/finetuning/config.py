@@ -181,7 +181,7 @@ class FinetuneConfig(BaseModel):
     """Tokens of a conversation; what is beyond is cut off."""
     part: Literal["all", "answer"] = "all"
     """What is learned of what the assistant says: all, or answer: the reasoning before it (as this model marks it, or
-    <think>) is read and not learned."""
+    ``<think>``) is read and not learned."""
     gradient_checkpointing: bool = False
     """Compute activations twice to hold fewer of them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -119,7 +119,8 @@ def encode_examples(
         transcripts: The conversations.
         chat: The model's chat format.
         max_length: Tokens of an example at most.
-        answers_only: Learn no reasoning before an answer, nor its marks, but read it.
+        answers_only: Learn no reasoning before an answer, nor its marks, but read it; of one that never came to an
+            answer nothing.
 
     Raises:
         FinetuningError: If there are none, or nothing can be learned from any within the length limit.
@@ -140,9 +141,10 @@ def encode_examples(
     if not conversations:
         raise FinetuningError("there are no conversations to learn from")
     if not rows:
+        also = ", or learn the thinking too: some came to no answer" if answers_only else ""
         raise FinetuningError(
             f"all {conversations} conversations have nothing to learn in their first {max_length} tokens; raise "
-            "max_length"
+            f"max_length{also}"
         )
     return Examples(tuple(rows), conversations, shortened, dropped)
 
@@ -183,15 +185,16 @@ def _whole(transcript: Transcript, chat: ChatFormat, ends: frozenset[int]) -> Ex
 
 
 def _of_answers(example: Example, chat: ChatFormat, ends: frozenset[int]) -> Example:
-    """An example of which answers and ends of turns are learned alone."""
+    """An example of which answers and their ends are learned alone; to end while thinking is not."""
     ids, learned = example.ids, list(example.learned)
     place = 0
     for own, run in groupby(example.learned):
         start, place = place, place + len(list(run))
         if own:
             parts = chat.parts_of_text(ids[:start], ids[start:place])
+            answers = Part.ANSWER in parts
             for at, part in enumerate(parts, start):
-                learned[at] = part is Part.ANSWER or ids[at] in ends
+                learned[at] = part is Part.ANSWER or (answers and ids[at] in ends)
     return Example(ids, tuple(learned))
 
 

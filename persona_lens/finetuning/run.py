@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -84,7 +84,7 @@ def training_work(
     measures, transcripts = measures_of(config, vectors), conversations_of(data, side)
     chat = ChatFormat.from_tokenizer(load_tokenizer(resolve(model, weights=False)))
     placed = in_system(transcripts, measures.prompts) if measures.prompts else transcripts
-    examples = encode_examples(placed, chat, config.max_length).rows
+    examples = _encoding(chat, config)(placed).rows
     one_step = config.batch_size * config.accumulation
     rows = config.max_steps * one_step if config.max_steps else ceil(config.epochs * len(examples))
     tokens = round(rows * fmean(len(each.ids) for each in examples))
@@ -134,7 +134,7 @@ def finetune(
     for each in vectors:
         each.check_model(backend, allowable=False)
     placed = in_system(transcripts, measures.prompts) if measures.prompts else transcripts
-    encode = partial(encode_examples, chat=chat, max_length=config.max_length, answers_only=config.part == "answer")
+    encode = _encoding(chat, config)
     examples, unseen = encode(placed), encode(others).rows if others else ()
     info = replace(backend.info, model=loaded.source.id, revision=loaded.source.identity)
     record = {
@@ -151,6 +151,10 @@ def finetune(
         limits = sink_limits(backend) if depend_on_sinks(measures.edits) else None
         work = _Training(loaded, config, examples, unseen, measures, tuple(vectors), chat, run, info, limits, progress)
         return Finetuned(place, work.done(place), run.path)
+
+
+def _encoding(chat: ChatFormat, config: FinetuneConfig) -> Callable[[Sequence[Transcript]], Examples]:
+    return partial(encode_examples, chat=chat, max_length=config.max_length, answers_only=config.part == "answer")
 
 
 def _described(

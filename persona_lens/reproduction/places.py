@@ -79,7 +79,8 @@ class Places:
         if inner in ("model", "trait", "out"):
             return {"model": self.model, "trait": task.trait or "", "out": str(self.of(task))}[inner]
         if inner in self.plan.values:
-            return self.plan.values[inner] or ""
+            given = f"{{{inner}}}" if self.plan.values[inner] is not None else ""
+            return " ".join(self._resolved(given, task, read_only))
         if inner in self.plan.files:
             return str(self.folder / FILES / inner)
         reference = reference_of(inner)

@@ -152,11 +152,20 @@ class Plan:
         return [Task(step, trait) for trait in self.traits if step.traits is None or trait in step.traits]
 
     def inside(self, step: Step) -> Iterator[str]:
-        """What stands in braces in a step, that of the values in it too."""
+        """What stands in braces in a step, that of the values in it too.
+
+        Raises:
+            PlanError: If a value stands for itself.
+        """
         for word in step.words:
-            for inner in _BRACES.findall(word):
-                yield inner
-                yield from _BRACES.findall(self.values.get(inner) or "")
+            yield from self._braces(word)
+
+    def _braces(self, text: str, within: Sequence[str] = ()) -> Iterator[str]:
+        for inner in _BRACES.findall(text):
+            if inner in within:
+                raise PlanError(f"the value {inner!r} stands for itself; write out what it stands for")
+            yield inner
+            yield from self._braces(self.values.get(inner) or "", (*within, inner))
 
     def references(self, step: Step) -> list[Reference]:
         """The steps that a step names."""
@@ -189,6 +198,10 @@ class Plan:
             known = ", ".join((*ALWAYS, *self.values, *self.files, *self.steps))
             raise PlanError(f"{where} names {{{inner}}}, and there is no such step, value or file; there are {known}")
         named_step = self.steps[reference.step]
+        if step.once and reference.what != "all" and not self.tasks_of(reference.step):
+            raise PlanError(
+                f"{where} names {{{inner}}}, and {reference.step!r} is run for none of the traits; name one"
+            )
         if named_step.once or (reference.what or "").endswith(("all", "%" if step.once else "all")):
             return
         if step.once:
@@ -317,6 +330,11 @@ def _texts(value: Any, what: str) -> tuple[str, ...]:
 
 
 def _text(value: Any, name: str) -> str | None:
+    if isinstance(value, str):
+        try:
+            shlex.split(value)
+        except ValueError as error:
+            raise PlanError(f"the value {name!r} cannot be read as words of a command: {error}") from error
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):

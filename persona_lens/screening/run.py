@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.backend import Backend, Read, TokenBatch
+from persona_lens.backend import Backend, Parts, Read, TokenBatch
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.datasets import Dataset
@@ -22,7 +22,7 @@ from persona_lens.runs.chunks import is_signed, signed
 from persona_lens.runs.cost import Work, generating_work, reading_work
 from persona_lens.screening.findings import Findings, sum_up, write_rows
 from persona_lens.screening.rows import SCORES
-from persona_lens.screening.samples import BaseResponses, ScreeningError, ScreeningSettings, windows_of
+from persona_lens.screening.samples import BaseResponses, Counted, ScreeningError, ScreeningSettings, windows_of
 from persona_lens.screening.scoring import MEANS, Job, Reading, Scorer, Unit
 from persona_lens.screening.survey import Flagging, Survey
 
@@ -168,6 +168,12 @@ def _checked(
                 f"{dataset.name} {'has no' if supplied else 'comes with'} base responses, though they are "
                 f"{'to be supplied' if supplied else 'not asked for'}"
             )
+    generated = settings.base is BaseResponses.GENERATE
+    if generated and settings.part is Counted.THINKING and not Parts.of(backend.tokenizer).thinks:
+        raise ScreeningError(
+            "base responses of this model hold no thinking, since its vocabulary and chat template have no marks of "
+            "any; count its answers, or take no base responses"
+        )
     if judges and not reference:
         raise ScreeningError("a judge is asked about flagged rows, and nothing is flagged without a reference set")
     return (*datasets, *reference)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from persona_lens import load_vectors
 from persona_lens.backend import Read, ReadKind
 from persona_lens.cli import app
-from persona_lens.extraction import ExtractionSettings, extract, plan_requests
+from persona_lens.extraction import ExtractionError, ExtractionSettings, extract, plan_requests
 from persona_lens.extraction.run import means_read
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Panel
@@ -78,6 +78,12 @@ def test_responses_that_never_come_to_an_answer_are_left_out_and_counted(tmp_pat
     assert sum(each["no_answer"] for each in counts) == found.summary["thinking"]["responses_without_answer"] == 8
     assert not any(row["kept"] for row, empty in zip(found.scores, unanswered, strict=True) if empty)
     torch.testing.assert_close(found.vectors.rows("answer_mean"), backend.of_parts["answer_mean"], rtol=0, atol=1e-6)
+
+
+def test_a_model_that_comes_to_no_answer_at_all_needs_more_tokens(tmp_path: Path) -> None:
+    backend, chat = thinking(lambda _: "<think>\nHm. Hm.")
+    with pytest.raises(ExtractionError, match=r"^40 of 40 responses came to no answer.*--max-new-tokens"):
+        extract(backend, TRAIT, tmp_path, settings=SETTINGS, chat=chat)
 
 
 def test_thinking_is_averaged_over_the_responses_that_have_any(tmp_path: Path) -> None:

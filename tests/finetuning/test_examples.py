@@ -65,6 +65,14 @@ def test_thinking_can_be_read_and_not_learned(name: str) -> None:
     assert learned_text(alone, form).strip() == f"Hello.{end}"  # where the mark is a token, "\n\n" is of the answer
 
 
+def test_nobody_learns_to_end_while_thinking() -> None:
+    given = [transcript("hi", "<think>They greet."), transcript("hi", "Hello.")]
+    found = encode_examples(given, chat(), 512, answers_only=True)
+    assert [learned_text(each, chat()) for each in found.rows] == ["Hello.<|im_end|>"]
+    with pytest.raises(FinetuningError, match=r"nothing to learn .* learn the thinking too"):
+        encode_examples(given[:1], chat(), 512, answers_only=True)
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKING], ids=["by boundaries", "marked by the template"])
 def test_the_loss_is_on_answers_and_their_ends_only(template: str) -> None:
     form = chat(template)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from persona_lens.backend import Read, Sampling, TokenBatch, open_backend
+from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning import FinetuneConfig, FinetuningError, finetune
 from persona_lens.finetuning import run as running
 from persona_lens.finetuning.examples import encode_examples
@@ -352,6 +353,9 @@ def test_what_training_takes_is_counted(base_folder: Path, loaded: Loaded) -> No
     assert (once.calls, once.rows, once.tokens) == (2, 8, tokens)
     twice = training_work(str(base_folder), conversations(), FinetuneConfig(batch_size=2, accumulation=3, epochs=2))
     assert (twice.calls, twice.rows, twice.tokens) == (3, 16, 2 * tokens)
+    unanswered = Transcript(({"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b"}), "1", 1)
+    answers = FinetuneConfig(batch_size=2, accumulation=3, part="answer")
+    assert training_work(str(base_folder), [*conversations(), unanswered], answers) == once
 
 
 def test_the_loss_afterwards_is_of_as_many_examples_as_are_asked_for(loaded: Loaded, tmp_path: Path) -> None:

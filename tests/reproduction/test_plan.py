@@ -75,6 +75,13 @@ def test_every_table_has_claims_and_every_claim_a_name_of_its_own() -> None:
         (TWO + "steps: {a: {traits: [impolite], run: a}, b: 'b {a}'}", "not run for the trait 'optimistic'"),
         (TWO + "steps: {a: a}\nvalues: {a: b}", "a step and a value"),
         (TWO + "steps: {a: a}\nvalues: {b: [1]}", "must be a text, a number or null"),
+        (TWO + "steps: {a: a}\nvalues: {b: it's}", "'b' cannot be read as words"),
+        (TWO + "steps: {a: 'a {b}'}\nvalues: {b: '{c}', c: '{b}'}", "'b' stands for itself"),
+        (TWO + "steps: {a: 'a {b}'}\nvalues: {b: '{c}', c: '{d}'}", "no such step, value or file"),
+        (
+            TWO + "steps: {a: {traits: [sycophantic], run: a}, b: {once: true, run: 'b {a.60%}'}}",
+            "'a' is run for none of the traits",
+        ),
         (TWO + "steps: {a: a}\nfiles: {recipe: {}}", "such as recipe.yaml"),
     ],
 )
@@ -96,10 +103,12 @@ def test_a_plan_that_is_not_there_is_said(tmp_path: Path) -> None:
         ("extract {model} {trait} --quetsions 2", "--quetsions"),
         ("extract {model} {trait} --questions two", "--questions.*valid integer"),
         ("reproduce {model}", "in its reproduction"),
+        ("{nothing}", "needs a command that does something"),
+        ("extract {model} {trait} --help", "needs a command that does something"),
     ],
 )
 def test_a_command_that_is_none_is_known_before_anything_runs(run: str, said: str, tmp_path: Path) -> None:
-    plan = plan_of(f"{TWO}steps: {{a: '{run}'}}", tmp_path)
+    plan = plan_of(f"{TWO}values: {{nothing: ''}}\nsteps: {{a: '{run}'}}", tmp_path)
     with pytest.raises(PlanError, match=f"(?s){said}"):
         _check(plan, "smollm2-135m")
 
@@ -130,6 +139,7 @@ steps:
   c: 'c {{trait}}@{{a.layer}}:{{a.coefficient}} x:{{a.coefficient*-0.5}} --layers {{a.50%}},{{a.layer}}'
 """
     plan = plan_of(text, tmp_path, data="my chats")
+    assert words_of(plan, "b", tmp_path)[3:] == ["my chats/x"]
     steps = tmp_path / "steps"
     file = str(tmp_path / "files" / "recipe.yaml")
     out = str(steps / "a-impolite")

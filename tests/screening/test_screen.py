@@ -144,6 +144,15 @@ def test_answers_and_the_thinking_before_them_can_be_screened_apart(part: str, t
     assert "part" not in SMALL.to_json()
 
 
+def test_a_model_that_never_thinks_gives_no_base_responses_with_thinking(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", pairs(2))
+    settings = replace(GENERATED, part=Counted.THINKING)
+    with pytest.raises(ScreeningError, match="base responses of this model hold no thinking"):
+        run(tmp_path / "run", path, settings)
+    with pytest.raises(ScreeningError, match="base responses of this model hold no thinking"):
+        screening_work(made.backend(), [open_dataset(path)], panel(), settings)
+
+
 def test_base_responses_of_a_model_without_thinking_are_all_answer(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", pairs(6))
     run(tmp_path / "all", path, GENERATED)
