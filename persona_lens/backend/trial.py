@@ -10,11 +10,12 @@ another text's must give, at every step of a generation, the token that follows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import cycle, islice
 from math import inf, isfinite, nan
+from random import Random
 from typing import Any
 
 import torch
@@ -124,14 +125,28 @@ class Texts:
     @staticmethod
     def of(backend: Backend, beginning: str, ends: Sequence[str], other: str, turn: str) -> Texts:
         """Encode them, as long as the backend's caches want them."""
-        encode = backend.tokenizer.encode
-        alone = isinstance(backend, ModuleBackend | RemoteBackend)  # which keep nothing of a call
-        length = SHORT if alone else LONG
+        encode, length = backend.tokenizer.encode, _length(backend)
         head = tuple(islice(cycle(encode(beginning)), length))
         last = [tuple(encode(end, add_special_tokens=False)[-1:]) for end in ends]
         rest = tuple(islice(cycle(encode(other)), length + 2))
         after = tuple(encode(turn, add_special_tokens=False)[:2])
         return Texts((head + last[0], head + last[1], head + last[2]), rest, after)
+
+    @staticmethod
+    def drawn(backend: Backend, count: int) -> Iterator[Texts]:
+        """So many of tokens drawn from the vocabulary, whatever they say; none where it is a single one."""
+        tokenizer, length, random = backend.tokenizer, _length(backend), Random(0)
+        ids = sorted({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids, *backend.end_ids})
+        for _ in range(count if len(ids) > 1 else 0):
+            head, rest, after = (tuple(random.choices(ids, k=k)) for k in (length, length + 2, 2))
+            last = [(each,) for each in islice(cycle(random.sample(ids, min(3, len(ids)))), 3)]
+            yield Texts((head + last[0], head + last[1], head + last[2]), rest, after)
+
+
+def _length(backend: Backend) -> int:
+    """Tokens that texts begin with, as many as the backend's caches want."""
+    alone = isinstance(backend, ModuleBackend | RemoteBackend)  # which keep nothing of a call
+    return SHORT if alone else LONG
 
 
 class FailingEdit(Edit):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from persona_lens.backend.blocks import ModuleBackend
@@ -20,6 +20,8 @@ TEXTS = (
     ("There is no water in the", (" house", " as", " next"), "We have to be at the", " Go on"),
     ("He never told anybody what he", (" had", " saw", " is"), "The price of bread went", " So what"),
 )
+DRAWN = 5  # texts of random tokens, where nothing can be told from these
+UNDECIDED = "what comes next depends on the text"
 # Rounding makes a seventh of it at most in residuals of tiny random models of fourteen architectures. In the next token
 # and its probability it exceeds it with one text in sixty in 16 bits, and never in float32.
 FULL = Tolerance(error=1e-2, least=2e-3, felt=1e-3)
@@ -61,6 +63,11 @@ def require(backend: Backend, points: Sequence[Point]) -> None:
     failed = [point for point in points if not point.passed]
     if failed:
         first = failed[0]
+        if first.name == UNDECIDED:
+            raise VerificationError(
+                f"whether edits act on {backend.info.model} ({backend.info.backend}) cannot be told: {first.detail}; "
+                "go on without trying them (`--no-verify`), or take another model"
+            )
         raise VerificationError(
             f"edits do not act as they should on {backend.info.model} ({backend.info.backend}): {first.name}: "
             f"{first.in_short}{f' ({len(failed)} of {len(points)} checks fail)' if len(failed) > 1 else ''}; nothing "
@@ -73,12 +80,15 @@ def try_edits(backend: Backend) -> list[Point]:
     """What `verify` tries, whether it holds or not.
 
     Other texts are tried where nothing can be told from the first, and where something fails: rounding alone may send a
-    token to another expert, or decide between two tokens that are as likely.
+    token to another expert, or decide between two tokens that are as likely. Where nothing can be told from any, as of
+    a tokenizer to which all words are unknown, random tokens are.
     """
     tolerance = tolerance_of(backend)
     found: list[Point] = []
-    for texts in TEXTS:
-        trial = Trial(backend, Texts.of(backend, *texts), tolerance)
+    for number, texts in enumerate(_texts(backend)):
+        if found and number == len(TEXTS):
+            break
+        trial = Trial(backend, texts, tolerance)
         try:
             points = trial.points()
         except Undecided:
@@ -94,7 +104,12 @@ def try_edits(backend: Backend) -> list[Point]:
         if isinstance(backend, RemoteBackend):
             break
     said = "the model goes on alike from all texts that were tried, so that no edit can be told from none"
-    return found or [Point.failure("what comes next depends on the text", said)]
+    return found or [Point.failure(UNDECIDED, said)]
+
+
+def _texts(backend: Backend) -> Iterator[Texts]:
+    yield from (Texts.of(backend, *texts) for texts in TEXTS)
+    yield from Texts.drawn(backend, DRAWN)
 
 
 def tolerance_of(backend: Backend) -> Tolerance:

@@ -82,10 +82,7 @@ def bake_command(
         )
     deliver({"folder": str(baked.folder), **baked.record}, lambda: _show(baked), as_json)
     if baked.check is not None and not baked.check.passed:
-        raise BakingError(
-            f"what was written to {baked.folder} is not the steered model: logits differ by "
-            f"{baked.check.difference:.1e}, where {baked.check.limit:.0e} is allowed; bake with --dtype float32"
-        )
+        raise BakingError(f"what was written to {baked.folder} is not the steered model: {baked.check.failure}")
 
 
 def _show(baked: Baked) -> None:
@@ -103,6 +100,11 @@ def _show(baked: Baked) -> None:
             f"baked and steered differ by {check.difference:.1e} of the largest logit, steered and unsteered by "
             f"{check.shift:.1e}; greedy tokens are the same after {check.same} of {check.prompts} questions"
         )
+        if not check.tells:
+            say(
+                f"steering changes no more than the {check.limit:.1e} that the check allows, so that passing it says "
+                "nothing"
+            )
         if check.edits is not None:
             say(
                 f"baked and ablated between blocks, as edits do, differ by {check.edits:.1e}, "

@@ -10,7 +10,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from persona_lens.backend import (
     Backend,
@@ -88,6 +92,41 @@ def test_a_model_whose_layers_know_the_token_is_tried_at_the_last_one() -> None:
     assert failed(backend) == []
     assert failed(Scaled(backend))
     assert failed(GenerationForgets(backend))
+
+
+def few_words() -> PreTrainedTokenizerFast:
+    """One to which every word of a text is unknown, as to one of amino acids or of moves."""
+    ids = {"<unk>": 0, "<|im_end|>": 2, **{chr(ord("A") + number): 3 + number for number in range(20)}}
+    made = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    loader: Any = PreTrainedTokenizerFast
+    found: PreTrainedTokenizerFast = loader(tokenizer_object=made, unk_token="<unk>", eos_token="<|im_end|>")
+    found.pad_token = found.unk_token
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_tokens_are_tried_where_all_words_are_unknown(dtype: torch.dtype) -> None:
+    if "transformers" not in ADAPTERS:
+        pytest.skip("the reference's own")
+    module: Any = tiny_model("llama")
+    backend = backend_of("transformers", module.to(dtype), few_words())
+    assert {*backend.tokenizer.encode("The people of this town have always")} == {0}
+    points = try_edits(backend)
+    assert [point.name for point in points if not point.passed] == []
+    assert len(points) > 10
+    assert failed(GenerationForgets(backend))
+
+
+def test_a_model_of_which_nothing_can_be_told_is_not_said_to_be_at_fault() -> None:
+    if "transformers" not in ADAPTERS:
+        pytest.skip("the reference's own")
+    module: Any = tiny_model("llama")
+    with torch.no_grad():
+        module.lm_head.weight.zero_()
+    with pytest.raises(VerificationError, match=r"cannot be told: the model goes on alike .*--no-verify") as caught:
+        verify(backend_of("transformers", module))
+    assert "trusted" not in str(caught.value)
 
 
 # Seeded faults

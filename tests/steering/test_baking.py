@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,61 @@ def test_tied_embeddings_stay_tied_under_additions(tmp_path: Path) -> None:
     assert found.lm_head.weight is found.transformer.wte.weight
 
 
+def test_a_head_of_its_own_stays_one_whatever_the_configuration_says(tmp_path: Path) -> None:
+    model = random_model("llama")
+    source = saved(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    loaded = plainly(tmp_path / "model")
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight, "transformers goes by the weights too"
+    asked: dict[str, Any] = {"vectors": vectors_of(loaded), "check": True, "device": "cpu"}
+    baked = bake(source, "evil@1:+2", tmp_path / "baked", **asked)
+    assert baked.check is not None
+    assert baked.check.passed
+    torch.testing.assert_close(plainly(baked.folder).lm_head.weight, loaded.lm_head.weight)
+
+
+def test_settings_of_generation_stay_as_they_are(tmp_path: Path) -> None:
+    """Transformers reads some that it refuses to write, and published models have them."""
+    model = random_model("llama")
+    source = saved(model, tmp_path / "model")
+    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    baked = bake(source, "evil@1:+2", tmp_path / "baked", vectors=vectors_of(model), check=True, device="cpu")
+    found = json.loads((baked.folder / "generation_config.json").read_text())
+    assert {name: found.get(name, False) for name in settings} == settings
+    assert plainly(baked.folder).generation_config.eos_token_id == [2, 5]
+
+
+def test_a_class_whose_biases_are_switched_off_has_them_switched_on(tmp_path: Path) -> None:
+    model = random_model("opt", enable_bias=False)
+    source, asked = saved(model, tmp_path / "m"), {"vectors": vectors_of(model), "check": True, "device": "cpu"}
+    found = bake(source, ADDED, tmp_path / "baked", **asked).check  # type: ignore[arg-type]
+    assert found is not None
+    assert found.passed
+
+
+def test_a_model_without_a_chat_template_is_checked_on_plain_questions(tmp_path: Path) -> None:
+    model, tokenizer = random_model("gpt2"), tiny_tokenizer()
+    tokenizer.chat_template = None
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    vectors = vectors_of(model)
+    found = bake(str(tmp_path / "m"), "evil@1:+2", tmp_path / "baked", vectors=vectors, check=True, device="cpu").check
+    assert found is not None
+    assert found.passed
+    assert found.prompts == check.PROMPTS
+
+
+def test_a_model_without_room_for_the_check_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model("opt", max_position_embeddings=40)
+    monkeypatch.setattr(run, "write", lambda *_: pytest.fail("written"))
+    with pytest.raises(BakingError, match=r"takes 40 tokens, too few .* bake without --check"):
+        bake(saved(model, tmp_path / "m"), ADDED, tmp_path / "b", vectors=vectors_of(model), check=True, device="cpu")
+
+
 def test_a_block_that_only_adds_stands_behind_its_layer_and_looks_back_as_little_as_it_can(tmp_path: Path) -> None:
     model = random_model("gemma3_text/window")
     vectors = vectors_of(model)
@@ -240,8 +296,9 @@ def test_precision_is_kept_and_what_it_costs_is_said(dtype: str, tmp_path: Path)
     assert whole.record["check"]["passed"]
 
 
-def test_an_addition_beyond_the_precision_is_refused(tmp_path: Path) -> None:
-    model: Any = random_model("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
+def test_an_addition_beyond_the_precision_is_refused(name: str, tmp_path: Path) -> None:
+    model: Any = random_model(name)
     source = saved(model.half(), tmp_path / "model")
     with pytest.raises(BakingError, match="beyond float16; bake with --dtype float32"):
         bake(source, "evil@0:+1000000", tmp_path / "baked", vectors=vectors_of(model), device="cpu")
@@ -480,6 +537,21 @@ def test_vectors_of_another_model_are_refused_unless_that_is_asked_for(folder: s
     ).folder.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("layers", "width", "said"), [(2 * N_LAYERS, D_MODEL, "layer 5 does not exist"), (6, 16, "16 entries")]
+)
+def test_vectors_of_another_model_must_fit(folder: str, layers: int, width: int, said: str, tmp_path: Path) -> None:
+    info = vectors_of(llama())[0].model
+    other = PersonaVectors(
+        "evil", replace(info, n_layers=layers, d_model=width), {"response_mean": torch.randn(layers, width)}
+    )
+    asked: dict[str, Any] = {"vectors": [other], "allow_other_model": True, "device": "cpu"}
+    with pytest.raises(PersonaLensError, match=said):
+        bake(folder, "evil@5:+1" if width == D_MODEL else "evil@1:+1", tmp_path / "a", **asked)
+    with pytest.raises(PersonaLensError, match=said):
+        bake(folder, None, tmp_path / "a", everywhere=["evil@5" if width == D_MODEL else "evil@1"], **asked)
+
+
 # Files
 
 
@@ -520,6 +592,25 @@ def test_a_check_finds_what_went_wrong(folder: str, tmp_path: Path, monkeypatch:
     assert not baked.check.passed
     assert baked.check.difference == pytest.approx(baked.check.shift, rel=0.5)
     assert "NOT PASSED" in (baked.folder / "README.md").read_text()
+
+
+def test_a_check_that_a_model_without_the_steering_passes_says_so(
+    files: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetful(monkeypatch)
+    model, _, evil = files
+    arguments = ("bake", model, "evil@1:+0.000001", "--vectors", evil, "--check", "--device", "cpu")
+    assert "that passing it says nothing" in " ".join(ok(*arguments, "--out", str(tmp_path / "a")).split())
+    assert "passing says nothing" in (tmp_path / "a" / "README.md").read_text()
+    assert "passing" not in ok(*arguments[:2], "--everywhere", "evil@1", *arguments[3:], "--out", str(tmp_path / "b"))
+
+
+def test_what_fails_is_said_with_what_to_do() -> None:
+    made = check.Check(1e-6, 1e-4, False, 0.5, None, None, 8, 6)
+    assert not made.passed
+    assert made.failure == "greedy tokens differ after 2 of 8 questions; keep the steering as an edit"
+    rounded = replace(made, difference=0.01, rounded=True)
+    assert rounded.failure == "logits differ by 1.0e-02, where 1e-04 is allowed; bake with --dtype float32"
 
 
 # The command

@@ -63,6 +63,12 @@ def _with_mlp_bias(config: Any, state: State) -> Recast:
     return Recast(changed, state)
 
 
+def _with_all_biases(config: Any, state: State) -> Recast:
+    changed = copy.deepcopy(config)
+    changed.enable_bias = True  # Galactica's are off
+    return Recast(changed, state)
+
+
 # What the configurations of these classes have in common.
 _SHARED = (
     "vocab_size",
@@ -170,7 +176,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "attn.c_proj", "mlp.c_proj", ("transformer.wte", "transformer.wpe"), _as_it_is, "gpt2"
     ),
     "OPTForCausalLM": Architecture(
-        "self_attn.out_proj", "fc2", ("model.decoder.embed_tokens", "model.decoder.embed_positions"), _as_it_is
+        "self_attn.out_proj", "fc2", ("model.decoder.embed_tokens", "model.decoder.embed_positions"), _with_all_biases
     ),
     "Gemma2ForCausalLM": replace(_LLAMA, biased=_as_it_is, gguf=None, sandwich=Sandwich(1.0)),
     "Gemma3ForCausalLM": replace(_LLAMA, biased=_as_it_is, gguf=None, sandwich=Sandwich(1.0)),

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.backend.blocks import find_blocks
-from persona_lens.steering.baking.plan import BakingError
+from persona_lens.steering.baking.plan import BakingError, too_long
 
 State = dict[str, Tensor]
 NORM = "post_feedforward_layernorm.weight"
@@ -62,7 +62,7 @@ def inserted(model: Any, sandwich: Sandwich, additions: Mapping[int, Float[Tenso
         additions: By layer what to add.
 
     Raises:
-        BakingError: If the MLP is too narrow for that, or its activation another.
+        BakingError: If the MLP is too narrow for that, its activation another, or an addition beyond its precision.
     """
     config, state = model.config, model.state_dict()
     act = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -81,15 +81,17 @@ def inserted(model: Any, sandwich: Sandwich, additions: Mapping[int, Float[Tenso
     for layer, vector in additions.items():
         own, at = f"{path}.{layer}.", f"{path}.{place[layer] + 1}."
         alike = {name.removeprefix(own): torch.zeros_like(each) for name, each in state.items() if name.startswith(own)}
-        written[layer] = _constant(alike, vector, sandwich.offset)
+        written[layer] = _constant(layer, alike, vector, sandwich.offset)
         names[layer] = at + NORM
         moved |= {at + name: tensor for name, tensor in alike.items()}
     return Inserted(_longer(config, sorted(additions)), moved, names, written)
 
 
-def _constant(block: State, vector: Float[Tensor, " d_model"], offset: float) -> Float[Tensor, " d_model"]:
+def _constant(layer: int, block: State, vector: Float[Tensor, " d_model"], offset: float) -> Float[Tensor, " d_model"]:
     """Set the weights of a block that are not zero; returns what it writes."""
     size, length = len(vector), float(vector.square().mean().sqrt())
+    if length > torch.finfo(block[NORM].dtype).max:
+        raise too_long(layer, block[NORM].dtype)
     unit = torch.eye(size, dtype=block["mlp.gate_proj.weight"].dtype)
     for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
         block[name][: 2 * size] = torch.cat([unit, -unit])

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.backend import Edit, Sampling, wrap_model
+from persona_lens.backend import Backend, Edit, Sampling, wrap_model
+from persona_lens.backend.batches import context_length
 from persona_lens.backend.blocks import find_blocks
 from persona_lens.backend.tokens import TokenIds
+from persona_lens.models import ModelError
 from persona_lens.models.chat import chat_format
 from persona_lens.steering.baking.architectures import Architecture, block_writers
-from persona_lens.steering.baking.plan import Plan
+from persona_lens.steering.baking.plan import BakingError, Plan
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError
 
@@ -59,9 +61,22 @@ class Check:
         """Whether the difference is within its limit, and greedy tokens are the same where no weight was rounded."""
         return self.difference <= self.limit and (self.rounded or self.same == self.prompts)
 
+    @property
+    def tells(self) -> bool:
+        """Whether the steering itself changes more than is allowed, so that a model without it would not pass."""
+        return self.shift > self.limit
+
+    @property
+    def failure(self) -> str:
+        """What is wrong where it has not passed, and what to do."""
+        found = f"logits differ by {self.difference:.1e}, where {self.limit:.0e} is allowed"
+        if self.difference <= self.limit:
+            found = f"greedy tokens differ after {self.prompts - self.same} of {self.prompts} questions"
+        return f"{found}; {'bake with --dtype float32' if self.rounded else 'keep the steering as an edit'}"
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "passed": self.passed, "tells": self.tells}
 
 
 @dataclass(frozen=True)
@@ -140,8 +155,12 @@ def taking_out(model: Any, architecture: Architecture, plan: Plan) -> Iterator[N
         yield
 
 
-def prompts_of(vectors: Sequence[PersonaVectors], tokenizer: Any, model: Any) -> list[list[int]]:
-    """Held-out questions of the vectors' traits in turn, in the model's chat format, as token ids."""
+def prompts_of(vectors: Sequence[PersonaVectors], backend: Backend) -> list[TokenIds]:
+    """Held-out questions of the vectors' traits in turn, in the model's chat format if it has one, as token ids.
+
+    Raises:
+        BakingError: If the model has no room for them.
+    """
     traits: list[Trait] = []
     for each in vectors:
         try:
@@ -149,9 +168,20 @@ def prompts_of(vectors: Sequence[PersonaVectors], tokenizer: Any, model: Any) ->
         except VectorsError:  # imported ones carry none
             continue
     questions = [each.evaluation_questions for each in traits or [load_trait("optimistic")]]
-    chat = chat_format(wrap_model(model, tokenizer))
     asked = dict.fromkeys(question for row in zip(*questions, strict=False) for question in row)
-    return [list(chat.encode(None, question)) for question in list(asked)[:PROMPTS]]
+    try:
+        chat = chat_format(backend)
+        prompts = [tuple(chat.encode(None, question)) for question in asked]
+    except ModelError:  # base models have none
+        prompts = [tuple(backend.tokenizer.encode(question)) for question in asked]
+    limit = context_length(backend)
+    short = [prompt for prompt in prompts if limit is None or len(prompt) + NEW_TOKENS <= limit]
+    if not short:
+        raise BakingError(
+            f"the model takes {limit} tokens, too few for the check's questions and {NEW_TOKENS} tokens after each; "
+            "bake without --check"
+        )
+    return short[:PROMPTS]
 
 
 def steered(

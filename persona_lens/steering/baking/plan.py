@@ -24,6 +24,12 @@ class BakingError(PersonaLensError):
     """A steering that no weights carry out, or a model that has no place for it."""
 
 
+def too_long(layer: int, dtype: torch.dtype) -> BakingError:
+    """The error of an addition that a precision has no numbers for."""
+    name = str(dtype).removeprefix("torch.")
+    return BakingError(f"what is added at layer {layer} is beyond {name}; bake with --dtype float32")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is written into the weights.

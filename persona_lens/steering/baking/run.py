@@ -13,6 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from persona_lens.backend import Backend, wrap_model
+from persona_lens.backend.edits import check_edits
+from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.files import named, write_text, writing_folder
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.models import Loaded, load, pinned, resolve, stored_dtype
@@ -87,6 +89,7 @@ def bake(
 
     Raises:
         BakingError: If the folder exists, or the steering or the model does what no weights do.
+        EditError: If vectors of another model, where they are allowed, do not fit.
         ModelError: If the model cannot be loaded.
         NotationError: If a notation is not written so.
         SteeringError: If it names vectors that are not given.
@@ -133,11 +136,13 @@ class _Baking:
     progress: Progress
 
     def backend(self, allow_other_model: bool) -> Backend:
-        """The model, to which the vectors belong."""
+        """The model, which the vectors belong to, or at least fit."""
         backend = wrap_model(self.loaded.model, self.loaded.tokenizer)
         for each in (self.steering, self.everywhere):
             if each is not None and not allow_other_model:
                 each.check_model(backend)
+        taken = self.everywhere.edits() if self.everywhere is not None else ()
+        check_edits([*self.plan.edits(), *taken], backend.info.n_layers, backend.info.d_model)
         return backend
 
     def done(self, target: Path, backend: Backend, check: bool, gguf: Converter | None) -> Baked:
@@ -145,13 +150,13 @@ class _Baking:
         model, kind = self.loaded.model, self.architecture.gguf
         if gguf is not None and kind is None and self.plan.additions:
             raise BakingError(f"llama.cpp has no such biases for a {type(model).__name__}; leave out --gguf")
-        record = self._record(backend)
+        record, prompts = self._record(backend), self._prompts(backend) if check else []
         with writing_folder(target, BakingError) as part:
             self.progress(0, None, "writing the weights")
             written = write(model, self.architecture, self.plan)
             record |= _told(written)
             with _named_writes(target):
-                written.model.save_pretrained(str(part))
+                _save(written.model, part)
                 self.loaded.tokenizer.save_pretrained(str(part))
                 for file in part.glob("*.safetensors"):  # which only their owner could read
                     file.chmod((part / "config.json").stat().st_mode & 0o777)
@@ -159,7 +164,7 @@ class _Baking:
                 self.progress(0, None, "converting for llama.cpp")
                 record["gguf"] = gguf.convert(part, part / GGUF, written.model, written.biases, kind)
             del written
-            found = self._checked(part) if check else None
+            found = self._checked(part, prompts) if check else None
             record["check"] = None if found is None else found.to_json()
             write_text(part / RECORD, json.dumps(record, indent=2) + "\n", failed=BakingError)
             write_text(part / CARD, baked_card(record), failed=BakingError)
@@ -177,25 +182,25 @@ class _Baking:
             "versions": {name: version(name) for name in LIBRARIES},
         }
 
-    def _checked(self, part: Path) -> checking.Check:
+    def _prompts(self, backend: Backend) -> list[TokenIds]:
+        """What the check asks."""
+        both = (self.steering, self.everywhere)
+        vectors = [each for steering in both if steering is not None for each in steering.vectors.values()]
+        return checking.prompts_of(vectors, backend)
+
+    def _checked(self, part: Path, prompts: list[TokenIds]) -> checking.Check:
         """The folder's model, loaded anew, beside the steered one, in float32."""
         self.progress(0, None, "checking")
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
         plain: Any = self.loaded.model
         plain.float()
-        tokenizer, vectors = self.loaded.tokenizer, self._vectors()
-        prompts = checking.prompts_of(vectors, tokenizer, plain)
+        tokenizer = self.loaded.tokenizer
         added = self.steering.edits() if self.steering is not None else ()
         found = checking.steered(plain, tokenizer, prompts, self.architecture, self.plan, added)
         anew = load(str(part), dtype="float32", device=self.device)
-        again = checking.prompts_of(vectors, anew.tokenizer, anew.model)
-        if again != prompts:
+        if self._prompts(wrap_model(anew.model, anew.tokenizer)) != prompts:
             raise BakingError("the tokenizer that was written encodes the prompts otherwise than the model's own does")
         return checking.compared(checking.observe(anew.model, anew.tokenizer, prompts), found, dtype)
-
-    def _vectors(self) -> list[PersonaVectors]:
-        both = (self.steering, self.everywhere)
-        return [vectors for each in both if each is not None for vectors in each.vectors.values()]
 
 
 def _told(written: Written) -> dict[str, Any]:
@@ -211,6 +216,14 @@ def _told(written: Written) -> dict[str, Any]:
         "left": written.left,
         "gguf": None,
     }
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Write a model as it is: transformers reads settings of generation that it would not write."""
+    settings = model.generation_config
+    model.generation_config = type(settings)()
+    model.save_pretrained(str(folder))
+    settings.to_json_file(str(folder / "generation_config.json"))
 
 
 @contextmanager

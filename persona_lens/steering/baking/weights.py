@@ -19,7 +19,7 @@ from persona_lens.steering.baking.architectures import (
     built,
 )
 from persona_lens.steering.baking.blocks import Sandwich, inserted
-from persona_lens.steering.baking.plan import BakingError, Plan
+from persona_lens.steering.baking.plan import BakingError, Plan, too_long
 
 ROWS = 8192  # of a weight at once, so that little is held in float64
 
@@ -69,8 +69,8 @@ def write(model: Any, architecture: Architecture, plan: Plan) -> Written:
         found, names, missed = _as_biases(model, architecture, plan, state)
     elif architecture.sandwich is not None:
         found, names, missed = _as_blocks(model, architecture.sandwich, plan)
-    if plan.basis is not None:
-        found.config.tie_word_embeddings = False
+    # As it is and not as it is configured: a checkpoint with a head of its own has it whatever its configuration says.
+    found.config.tie_word_embeddings = plan.basis is None and _tied(model)
     made = built(found.config, found.state, next(iter(found.state.values())).dtype)
     made.generation_config = copy.deepcopy(model.generation_config)
     made.config.name_or_path = ""
@@ -92,7 +92,7 @@ def _as_biases(
         wanted = vector.to(weight.device) + (0.0 if before is None else before.double())
         bias = wanted.to(weight.dtype)
         if not bool(bias.isfinite().all()):
-            raise BakingError(f"what is added at layer {layer} is beyond {_name(weight)}; bake with --dtype float32")
+            raise too_long(layer, weight.dtype)
         names[layer], biases[f"{name}.bias"], missed[layer] = f"{name}.bias", bias, bias.double() - wanted
     return replace(found, state={**found.state, **biases}), names, missed
 
@@ -112,8 +112,7 @@ def _as_blocks(model: Any, sandwich: Sandwich, plan: Plan) -> tuple[Recast, dict
 def _take_out(model: Any, architecture: Architecture, plan: Plan, state: State) -> float:
     """Take directions out of all that writes to the stream, in ``state``; returns the largest share that is left."""
     head = model.get_output_embeddings()
-    tied = model.get_input_embeddings().weight is head.weight
-    if tied:  # the head keeps what the embedding had
+    if _tied(model):  # the head keeps what the embedding had
         [name] = [f"{path}.weight" for path, module in model.named_modules() if module is head]
         state[name] = head.weight.detach().clone()
     assert plan.basis is not None
@@ -136,6 +135,12 @@ def _take_out(model: Any, architecture: Architecture, plan: Plan, state: State) 
     return max(shares)
 
 
+def _tied(model: Any) -> bool:
+    """Whether the head has the weights of the embedding."""
+    tied: bool = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    return tied
+
+
 def _writing(model: Any, architecture: Architecture, state: State) -> Iterator[tuple[str, bool]]:
     """Names of the weights that write to the stream, and whether their rows are what is written."""
     for path in architecture.embeddings:
@@ -150,7 +155,3 @@ def _along(parts: Sequence[Tensor], plan: Plan) -> float:
     """Length of what parts of a weight have along what is taken out."""
     assert plan.basis is not None
     return float(torch.stack([(part.double() @ plan.basis.to(part.device)).norm() for part in parts]).norm())
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
