@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.cli import options
+from persona_lens.cli import INTERRUPTED, options
 from persona_lens.cli.commands import COMMANDS, Group, app_of
 from persona_lens.cli.display import number, print_table, quiet_libraries, say, showing_progress
 from persona_lens.cli.runner import REPORT, deliver, write_report
@@ -63,9 +63,13 @@ def reproduce_command(
         print_plan: Write the plan, to be changed, and stop.
     """
     from persona_lens.reproduction import read_plan, reproduce
-    from persona_lens.reproduction.plan import plan_text
+    from persona_lens.reproduction.plan import PlanError, built_in_plans, plan_text
     from persona_lens.reproduction.tables import TABLES
 
+    if scale not in built_in_plans():
+        raise PlanError(
+            f"--scale takes {', '.join(built_in_plans())}, got {scale!r}; name a file of your own by --plan"
+        )
     chosen = plan or scale
     if print_plan:
         say(plan_text(chosen), nl=False)
@@ -111,7 +115,11 @@ def _check(plan: Plan, model: str) -> None:
     """Have every command of the plan read, before any of them runs for hours."""
     from persona_lens.reproduction.places import Places
     from persona_lens.reproduction.plan import PlanError
+    from persona_lens.traits import load_trait
 
+    if any("{trait}" in step.words for step in plan.steps.values()):
+        for trait in plan.traits:
+            load_trait(trait)
     places = Places(plan, model, Path("runs"))
     for task in plan.tasks():
         if plan.missing(task.step):
@@ -137,13 +145,14 @@ def _execute(words: Sequence[str]) -> Any:
     typed = [*words, *(["--json"] if _takes(words, "--json") else [])]
     say(f"{PROGRAM} {without_secrets(shlex.join(words))}", err=True)
     written = StringIO()
-    try:
-        with redirect_stdout(written):
-            typer.main.get_command(app_of(PROGRAM, Group("", COMMANDS))).main(
-                typed, prog_name=PROGRAM, standalone_mode=False
-            )
-    except typer.Abort as stop:  # which is what typer makes of an interruption
-        raise KeyboardInterrupt from stop
+    with redirect_stdout(written):
+        code = typer.main.get_command(app_of(PROGRAM, Group("", COMMANDS))).main(
+            typed, prog_name=PROGRAM, standalone_mode=False
+        )
+    if code == INTERRUPTED:  # which is what typer makes of an interruption
+        raise KeyboardInterrupt
+    if code:
+        raise PersonaLensError(f"the command ended with exit code {code}; run it by itself to see what it says")
     try:
         return json.loads(written.getvalue())
     except ValueError:

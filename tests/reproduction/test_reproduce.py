@@ -13,7 +13,8 @@ from typer.testing import Result as Ran
 
 import persona_lens.backend
 from persona_lens import PersonaLensError
-from persona_lens.cli import app
+from persona_lens.cli import INTERRUPTED, app
+from persona_lens.cli.reproduce import _execute
 from persona_lens.models import DEFAULT_MODEL
 from persona_lens.reports.result import Result
 from persona_lens.reproduction import PlanError, read_plan, reproduce
@@ -235,7 +236,8 @@ def test_the_plan_is_printed_and_taken_again(model: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--scale", "huge"), "huge"),
+        (("--scale", "huge"), "--scale takes tiny, small, paper, got 'huge'"),
+        (("--scale", "tiny", "--traits", "impolite,implite"), "implite"),
         (("--scale", "tiny", "--traits", "impolite,impolite"), "each once"),
         (("--scale", "tiny", "--only", "montoring"), "there are extraction"),
     ],
@@ -244,6 +246,30 @@ def test_what_cannot_be_reproduced_is_said(model: Path, words: tuple[str, ...], 
     result = run("reproduce", str(model), *words)
     assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
     assert said in str(result.exception)
+
+
+def test_a_command_that_is_stopped_stops_the_plan_and_is_not_finished(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a real command: typer makes an exit code of an interruption, and hands that back where it runs in another."""
+    plan = planned(tmp_path, PLAN)
+    words = ("reproduce", str(model), "--plan", str(plan), "--only", "cosines", "--out", str(tmp_path / "run"))
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("persona_lens.extraction.extract", stop)
+        assert run(*words).exit_code == INTERRUPTED
+    assert list((tmp_path / "run" / "steps").glob("*.json")) == []
+    assert {step["reason"] for step in parsed(*words, "--json")["steps"]} == {None}
+
+
+def test_a_command_that_ends_with_an_error_code_is_not_finished(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\n")
+    with pytest.raises(PersonaLensError, match="exit code 1"):
+        _execute(["traits", "check", str(file)])
 
 
 @pytest.mark.real
