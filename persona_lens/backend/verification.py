@@ -68,11 +68,13 @@ def require(backend: Backend, points: Sequence[Point]) -> None:
                 f"whether edits act on {backend.info.model} ({backend.info.backend}) cannot be told: {first.detail}; "
                 "go on without trying them (`--no-verify`), or take another model"
             )
+        dtype = backend.info.dtype
+        precision = f" --dtype {dtype}" if dtype in HALF else ""  # float32 if nothing is said
         raise VerificationError(
             f"edits do not act as they should on {backend.info.model} ({backend.info.backend}): {first.name}: "
             f"{first.in_short}{f' ({len(failed)} of {len(points)} checks fail)' if len(failed) > 1 else ''}; nothing "
             f"steered here could be trusted. {_advice(backend)}; `persona-lens backends check {backend.info.model} "
-            "--steering` shows every check"
+            f"--steering{precision}` shows every check"
         )
 
 

@@ -458,6 +458,13 @@ def test_a_failure_is_an_error_that_says_what_did_not_act(unchecked: None) -> No
         verify(GenerationForgets(backend))
 
 
+def test_the_check_that_is_advised_has_the_precision_in_which_it_failed() -> None:
+    module: Any = tiny_model("llama")
+    backend = backend_of(ADAPTERS[0], module.to(torch.bfloat16))
+    with pytest.raises(VerificationError, match=r"--steering --dtype bfloat16`"):
+        verify(GenerationForgets(backend))
+
+
 def test_what_was_verified_is_remembered_for_this_very_model() -> None:
     from dataclasses import asdict
 
