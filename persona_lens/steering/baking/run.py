@@ -91,8 +91,7 @@ def bake(
         BakingError: If the folder exists, or the steering or the model does what no weights do.
         EditError: If vectors of another model, where they are allowed, do not fit.
         ModelError: If the model cannot be loaded.
-        NotationError: If a notation is not written so.
-        SteeringError: If it names vectors that are not given.
+        NotationError, SteeringError: If a notation is not written so, or names vectors that are not given.
         VectorsError: If vectors belong to another model.
     """
     target = Path(folder)
