@@ -259,6 +259,16 @@ def test_nothing_is_taken_out_everywhere_of_what_is_normed_on_the_way(name: str,
         bake(saved(model, tmp_path / "m"), None, tmp_path / "b", vectors=vectors_of(model), everywhere=["evil@1"])
 
 
+def test_a_block_that_squares_a_residual_is_not_for_float16(tmp_path: Path) -> None:
+    """The check computes in float32, where nothing overflows that does so in use."""
+    model: Any = random_model("olmo2")
+    source = saved(model.half(), tmp_path / "m")
+    asked: dict[str, Any] = {"vectors": vectors_of(model), "device": "cpu"}
+    with pytest.raises(BakingError, match=r"squares of what .* are beyond float16; bake with --dtype float32"):
+        bake(source, "evil@1:+2", tmp_path / "b", **asked)
+    assert bake(source, "evil@1:+2", tmp_path / "b", dtype="float32", check=True, **asked).record["check"]["passed"]
+
+
 def test_a_block_that_only_adds_needs_a_wide_mlp(tmp_path: Path) -> None:
     model = random_model("olmo2", intermediate_size=2 * D_MODEL - 1)
     with pytest.raises(BakingError, match="no room for a block that writes a constant"):

@@ -62,7 +62,7 @@ def inserted(model: Any, sandwich: Sandwich, additions: Mapping[int, Float[Tenso
         additions: By layer what to add.
 
     Raises:
-        BakingError: If the MLP is too narrow for that, its activation another, or an addition beyond its precision.
+        BakingError: If the MLP is too narrow for that, its activation another, or its precision too small.
     """
     config, state = model.config, model.state_dict()
     act = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -72,6 +72,11 @@ def inserted(model: Any, sandwich: Sandwich, additions: Mapping[int, Float[Tenso
             "follow its norms; keep the steering as an edit (`generate --edits`, `serve`)"
         )
     path, blocks = find_blocks(model)
+    if model.dtype == torch.float16 and not hasattr(blocks[0], "pre_feedforward_layernorm"):
+        raise BakingError(
+            f"squares of what the MLP of {type(model).__name__} reads, which nothing norms, are beyond float16; bake "
+            "with --dtype float32"
+        )
     place = {layer: layer + sum(each < layer for each in additions) for layer in range(len(blocks))}
     moved: State = {}
     for name, tensor in state.items():
