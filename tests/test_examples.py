@@ -45,6 +45,7 @@ NOT_RUN = (
     ". .venv/bin/activate",
     "pip install -e",
     "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples",
+    "persona-lens extract Qwen/Qwen3-8B optimistic --thinking",
     "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --judge",
     "vllm serve ",
     'persona-lens traits new pedantic --description "Corrects every trifle." --author-model openai:',
