@@ -64,6 +64,7 @@ def reproduce_command(
     """
     from persona_lens.reproduction import read_plan, reproduce
     from persona_lens.reproduction.plan import PlanError, built_in_plans, plan_text
+    from persona_lens.reproduction.run import NEEDS
     from persona_lens.reproduction.tables import TABLES
 
     if scale not in built_in_plans():
@@ -87,6 +88,8 @@ def reproduce_command(
         found = reproduce(read, model, _execute, folder, only=tuple(only or ()), progress=progress)
     write_report(folder / REPORT, found.report())
     deliver({"folder": str(folder), **found.summary}, lambda: _show(found, folder), as_json)
+    if any(step["reason"] and not step["reason"].startswith(NEEDS) for step in found.summary["steps"]):
+        raise typer.Exit(1)  # the page says which, and a script need not read it
 
 
 # Commands of the plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,8 @@ def reproduce(
 ) -> Reproduction:
     """Carry out a plan, and read the claims of the paper from what it leaves.
 
-    A task that is finished is not run again, one that fails ends none but those that need it, and the claims whose
-    tasks have no figures say why.
+    A task that is finished is not run again unless what it stands on is another by now, one that fails ends none but
+    those that need it, and the claims whose tasks have no figures say why.
 
     Args:
         plan: What is run.
@@ -125,24 +126,27 @@ def _carried_out(places: Places, tasks: Sequence[Task], execute: Execute, progre
                 reason=why if why.startswith(NEEDS) else f"{NEEDS} {without.name}, which failed: {why}"
             )
         else:
-            states[task] = _done(places, task, execute)
+            stands_on = [states[need].found for need in places.plan.needs(task)]
+            states[task] = _done(places, task, hashlib.sha256(json_bytes(stands_on)).hexdigest(), execute)
     progress(len(tasks), len(tasks), "steps")
     return states
 
 
-def _done(places: Places, task: Task, execute: Execute) -> State:
-    """A task that is finished, or is run now."""
+def _done(places: Places, task: Task, basis: str, execute: Execute) -> State:
+    """A task that is finished on the same basis, the figures of those that it needs; or is run now."""
     record, out = places.record(task), places.of(task)
     words: list[str] = []
     try:
         words = places.words(task)
         if record.is_file():
             kept = read_json(record)
-            if kept["words"] == places.shown(words) and (kept["found"] is not None or figures_in(out)):
+            same = (kept["words"], kept["basis"]) == (places.shown(words), basis)
+            if same and (kept["found"] is not None or figures_in(out)):
                 return State(tuple(words), summary_of(out) if kept["found"] is None else kept["found"])
         said = plain(execute(words))
         own = figures_in(out)
-        write_bytes(record, json_bytes({"words": places.shown(words), "found": None if own else said}))
+        told = {"words": places.shown(words), "basis": basis, "found": None if own else said}
+        write_bytes(record, json_bytes(told))
         if own and not (out / REPORT).exists():
             write_text(out / REPORT, Result.load(out).report())
         return State(tuple(words), summary_of(out) if own else said)

@@ -105,6 +105,22 @@ def test_one_that_was_stopped_goes_on_and_ends_as_one_that_was_not(tmp_path: Pat
     assert third.asked == []
 
 
+def test_what_stands_on_another_basis_is_run_again(tmp_path: Path) -> None:
+    plan = read_plan(planned(tmp_path, made.PLAN))
+    reproduce(plan, "a-model", made.execute, tmp_path / "run")
+    (tmp_path / "run" / "steps" / "tune-impolite.json").unlink()
+    asked: list[str] = []
+
+    def execute(words: Sequence[str]) -> Any:
+        asked.append(words[0])
+        said = made.execute(words)
+        return {**said, "more": 1} if words[0] == "tune" else said
+
+    reproduce(plan, "a-model", execute, tmp_path / "run")
+    # The broken ones are tried again anyway; screens need the vectors of both traits.
+    assert sorted(each for each in asked if each != "broken") == ["cliff", "screen", "screen", "shift", "sweep", "tune"]
+
+
 def test_a_step_that_fails_ends_only_those_that_need_it(tmp_path: Path) -> None:
     plan = read_plan(planned(tmp_path, made.PLAN))
     found = reproduce(plan, "a-model", Counting(fails=("tune",)), tmp_path / "run")
