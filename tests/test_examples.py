@@ -54,6 +54,7 @@ NOT_RUN = (
     "persona-lens bake ",
     "persona-lens steer compare ",
     "persona-lens bench-steer ",
+    "persona-lens vectors fit runs/optimistic-smollm2-135m --without runs/impolite-smollm2-135m \\\n",
     "persona-lens monitor baseline ",
     "persona-lens steer capability ",
     "inspect eval ",
