@@ -62,6 +62,8 @@ def test_edits_act_on_odd_architectures(architecture: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("adapter", "architecture"), matrix(adapters=ADAPTERS[:1]))
 def test_edits_act_in_16_bits(adapter: str, architecture: str, dtype: torch.dtype) -> None:
+    if adapter == "vllm" and architecture.startswith("gemma") and dtype is torch.float16:
+        pytest.skip("vLLM does not run Gemma in float16")
     for seed in range(2):
         module: Any = tiny_model(architecture, seed)
         assert failed(backend_of(adapter, module.to(dtype))) == []
