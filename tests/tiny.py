@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,3 +171,10 @@ def tiny_model(architecture: str = "llama", seed: int = 0, *, thinks: bool = Fal
             head.weight[-2:] *= 12
     torch.nn.Module.to(model, device)
     return model
+
+
+def saved_model(folder: Path) -> Path:
+    """A folder with a tiny Llama and its tokenizer, as commands take it."""
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -54,7 +54,8 @@ class PackedParts:
             self._kinds, self._states = self._kinds.to(ids.device), self._states.to(ids.device)
             self._automaton = {name: value.to(ids.device) for name, value in self._automaton.items()}
             self._moved = True
-        if (more := int(at.max()) + 1 - self._kinds.shape[1]) > 0 if len(at) else False:
+        more = int(at.max()) + 1 - self._kinds.shape[1] if len(at) else 0
+        if more > 0:
             self._kinds = torch.nn.functional.pad(self._kinds, (0, max(more, _COLUMNS)))
         index = (fresh & (at >= self._texts[rows])).nonzero().flatten()
         while len(index):  # once, unless rows begin anew: the first new token of each row, then the next

@@ -109,7 +109,7 @@ class ModelInfo:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every field: equal for runs that must give equal numbers."""
-        return "sha256:" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(asdict(self))
 
     def differences(self, other: ModelInfo) -> list[str]:
         """What makes the other a different model, in words; empty when vectors of one fit the other.
@@ -130,6 +130,11 @@ class ModelInfo:
         if getattr(self, name) != getattr(other, name):
             found.append(f"{name}: {getattr(self, name)} and {getattr(other, name)}")
         return found
+
+
+def fingerprint_of(told: Mapping[str, Any]) -> str:
+    """The fingerprint of a model, from what `dataclasses.asdict` makes of its `ModelInfo`."""
+    return "sha256:" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from persona_lens.backend.blocks import ModuleBackend
-from persona_lens.backend.protocol import Backend, BackendError, RemoteBackend, RemoteError
+from persona_lens.backend.protocol import Backend, BackendError, RemoteBackend, RemoteError, fingerprint_of
 from persona_lens.backend.trial import Point, Texts, Tolerance, Trial, Undecided
-from persona_lens.core.errors import PersonaLensError, first_line
+from persona_lens.core.errors import in_words
 
 # How texts begin, three ways to go on, another text, and what a second turn adds.
 TEXTS = (
@@ -98,8 +96,7 @@ def try_edits(backend: Backend) -> list[Point]:
         except RemoteError:
             raise
         except Exception as error:  # noqa: BLE001 - of libraries; whatever it is, nothing is known to act
-            said = str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {first_line(error)}"
-            points = [*trial.found, Point.failure("every call can be made", said)]
+            points = [*trial.found, Point.failure("every call can be made", in_words(error))]
         found = found or points
         if all(point.passed for point in points):
             return points
@@ -141,9 +138,7 @@ def was_verified(model: object) -> bool:
     Args:
         model: What a record has of it, made by `dataclasses.asdict` of its `ModelInfo`.
     """
-    if not isinstance(model, Mapping) or not _verified:
-        return False
-    return "sha256:" + hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest() in _verified
+    return isinstance(model, Mapping) and bool(_verified) and fingerprint_of(model) in _verified
 
 
 def _advice(backend: Backend) -> str:

@@ -25,6 +25,11 @@ class ModelError(PersonaLensError):
     """A model cannot be found, fetched, loaded or talked to; the message says what to do about it."""
 
 
+def in_words(error: BaseException) -> str:
+    """What an error says: the whole message of one of ours, of another its name and first line."""
+    return str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {first_line(error)}"
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line: the first of its message, or else its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

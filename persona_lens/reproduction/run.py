@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.core.documents import plain, read_json
-from persona_lens.core.errors import PersonaLensError, first_line
+from persona_lens.core.errors import in_words
 from persona_lens.core.files import REPORT, write_bytes, write_text
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.text import in_short
@@ -151,8 +151,7 @@ def _done(places: Places, task: Task, basis: str, execute: Execute) -> State:
             write_text(out / REPORT, Result.load(out).report())
         return State(tuple(words), summary_of(out) if own else said)
     except Exception as error:  # noqa: BLE001 - what ends one task is no end of the others; its command says more
-        said = str(error) if isinstance(error, PersonaLensError) else f"{type(error).__name__}: {first_line(error)}"
-        return State(tuple(words), reason=in_short(said, 300))
+        return State(tuple(words), reason=in_short(in_words(error), 300))
 
 
 def _summary(places: Places, tables: Sequence[str], states: Mapping[Task, State]) -> dict[str, Any]:

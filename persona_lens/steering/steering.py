@@ -91,11 +91,7 @@ class Steering:
             NotationError: If it is not written so.
             SteeringError: If it does not fit the vectors.
         """
-        if isinstance(vectors, PersonaVectors):
-            vectors = [vectors]
-        if not isinstance(vectors, Mapping):
-            vectors = {each.trait: each for each in vectors}
-        return Steering(parse_terms(text), vectors)
+        return Steering(parse_terms(text), by_name(vectors))
 
     @staticmethod
     def adding(
@@ -375,3 +371,12 @@ def rowwise(rows: Iterable[tuple[Edit, ...]]) -> list[Edit]:
             _, coefficients = merged.setdefault((place, kinds[id(edit)]), (edit, torch.zeros(len(listed))))
             coefficients[number] = edit.coefficient
     return [replace(edit, coefficient=c) for _, (edit, c) in sorted(merged.items(), key=lambda item: item[0][0])]
+
+
+def by_name(
+    vectors: PersonaVectors | Iterable[PersonaVectors] | Mapping[str, PersonaVectors],
+) -> Mapping[str, PersonaVectors]:
+    """Vectors by the names that a notation has for them: those given, or of their traits."""
+    if isinstance(vectors, Mapping):
+        return vectors
+    return {each.trait: each for each in ([vectors] if isinstance(vectors, PersonaVectors) else vectors)}

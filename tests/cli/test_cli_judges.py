@@ -18,7 +18,7 @@ from persona_lens import PersonaLensError
 from persona_lens.cli import app
 from persona_lens.cli.options import repeated
 from tests.models.server.loopback import Loopback, completion, serving
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 TINY = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
 KEY = "sk-nobody-may-see-this"
@@ -35,10 +35,7 @@ def judging(body: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model(seed=0).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from persona_lens.reports.effects import headline, render_effects
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
 from tests.reports.test_report import HOSTILE, Page
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, saved_model, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("drawing")
 TRAITS = ("optimistic", "impolite", "evil")
@@ -161,10 +161,7 @@ def test_one_trait_without_anything_to_compare_is_a_page_too() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model(seed=0).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

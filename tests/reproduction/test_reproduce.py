@@ -20,7 +20,7 @@ from persona_lens.reports.result import Result
 from persona_lens.reproduction import PlanError, read_plan, reproduce
 from persona_lens.runs import RunError
 from tests.reproduction import made
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 HOW = "--dtype float32 --device cpu --max-new-tokens 8"
 PLAN = f"""
@@ -42,10 +42,7 @@ steps:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model(seed=0).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from typing import Any
 from persona_lens.analysis import AnalysisError
 from persona_lens.backend import Backend
 from persona_lens.core.documents import Record
-from persona_lens.core.errors import PersonaLensError, first_line
+from persona_lens.core.errors import PersonaLensError, in_words
 from persona_lens.core.plugins import install_command
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import SHARE_CHANGES, SHARES, Estimate, bootstrap_mean
@@ -293,7 +293,7 @@ def _load(manager: Any, name: str) -> list[Any]:
     except Exception as error:  # a task's file can name any code and any data set
         raise AnalysisError(
             f"task {name} cannot be loaded, most likely since its data set is not here and cannot be fetched: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{in_words(error)}"
         ) from error
     return [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -25,8 +25,7 @@ from persona_lens.steering.baking.gguf import Converter
 from persona_lens.steering.baking.plan import BakingError, Plan, everywhere_of, planned
 from persona_lens.steering.baking.weights import Written, write
 from persona_lens.steering.given import GivenVectors
-from persona_lens.steering.steering import Steering
-from persona_lens.vectors import PersonaVectors
+from persona_lens.steering.steering import Steering, by_name
 
 RECORD, CARD, GGUF = "persona-lens.json", "README.md", "model.gguf"
 FORMAT_VERSION = 1
@@ -98,7 +97,7 @@ def bake(
     with named(target, BakingError):
         if target.exists() or target.is_symlink():
             raise BakingError(f"{target} exists already; choose another name, or remove it")
-    known = _by_name(vectors)
+    known = by_name(vectors if vectors is not None else ())
     given = Steering.parse(steering, known) if isinstance(steering, str) else steering
     taken = everywhere_of(everywhere, known)
     plan = planned(given, taken)
@@ -108,13 +107,6 @@ def bake(
     loaded = _opened(model, revision, dtype, device)
     work = _Baking(loaded, architecture_of(loaded.model), plan, given, taken, device, progress)
     return work.done(target, work.backend(allow_other_model), check, gguf)
-
-
-def _by_name(vectors: GivenVectors) -> Mapping[str, PersonaVectors]:
-    if isinstance(vectors, Mapping):
-        return vectors
-    listed = [vectors] if isinstance(vectors, PersonaVectors) else list(vectors or ())
-    return {each.trait: each for each in listed}
 
 
 def _opened(model: str, revision: str | None, dtype: str, device: str) -> Loaded:
