@@ -16,14 +16,20 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Their source is sent to servers, which have neither jaxtyping nor beartype: they must stay as they are written.
-TRAVELLING = {"intervention", "part_masks", "sampling", "writing"}
+TRAVELLING = {"intervention", "parts.masks", "sampling", "writing"}
 BACKEND = Path(__file__).resolve().parents[1] / "persona_lens" / "backend"
+# One by one and not by package: the hook takes a package's name for all that is in it.
+MODULES = [
+    ".".join(path.relative_to(BACKEND).with_suffix("").parts)
+    for path in BACKEND.rglob("*.py")
+    if path.name != "__init__.py"
+]
 BACKENDS = Path(__file__).resolve().parent / "backends"
 ONLY = os.environ.get("PERSONA_LENS_TEST_ADAPTER")  # see `tests.backends.fixtures`
 
 hook = install_import_hook(
     [
-        *(f"persona_lens.backend.{path.stem}" for path in BACKEND.glob("*.py") if path.stem not in TRAVELLING),
+        *(f"persona_lens.backend.{module}" for module in MODULES if module not in TRAVELLING),
         "persona_lens.vectors",
         "persona_lens.analysis",
         "persona_lens.extraction",

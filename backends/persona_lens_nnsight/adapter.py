@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from persona_lens.backend import BackendError, Edit, ForwardResult, Generation, Read, Sampling, TokenBatch
-from persona_lens.backend.asked_parts import parts_for
 from persona_lens.backend.blocks import given_name, require_reached
 from persona_lens.backend.hooked import (
     HookedBackend,
@@ -25,6 +24,7 @@ from persona_lens.backend.hooked import (
     stopping_criteria,
 )
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.sampling import RowSampler, response_logprobs
 from persona_lens.backend.streaming import Watcher
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left

@@ -22,11 +22,11 @@ from persona_lens.backend import (
     as_edits,
 )
 from persona_lens.backend.arrivals import replay
-from persona_lens.backend.asked_parts import parts_for
 from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import recorded_base
 from persona_lens.backend.edits import edits_of_rows
-from persona_lens.backend.packed_run import PackedBackend, edits_of_text
+from persona_lens.backend.packed.run import PackedBackend, edits_of_text
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.reads import need_last_token, need_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streaming import Listener

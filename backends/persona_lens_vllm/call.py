@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import Edit, Read, Sampling, TokenBatch
-from persona_lens.backend.packed_checks import FidelityError
-from persona_lens.backend.packed_pass import as_error
-from persona_lens.backend.packed_run import PackedRun
+from persona_lens.backend.packed.checks import FidelityError
+from persona_lens.backend.packed.passes import as_error
+from persona_lens.backend.packed.run import PackedRun
 from persona_lens.backend.tokens import TokenIds, TokenScore
 from persona_lens_vllm.caches import cache_keys
 from persona_lens_vllm.engine import Engine, Job

@@ -24,10 +24,10 @@ from persona_lens.backend import (
     TokenBatch,
     as_edits,
 )
-from persona_lens.backend.asked_parts import parts_for
 from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import text_config
 from persona_lens.backend.edits import edits_of_rows
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.protocol import RemoteError
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.tokens import cut_response

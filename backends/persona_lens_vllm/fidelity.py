@@ -1,10 +1,10 @@
-"""What a worker did, compared with what had to be done: see `persona_lens.backend.packed_checks`."""
+"""What a worker did, compared with what had to be done: see `persona_lens.backend.packed.checks`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from persona_lens.backend.packed_checks import FidelityError, check_done, rows_in_short
+from persona_lens.backend.packed.checks import FidelityError, check_done, rows_in_short
 from persona_lens_vllm.worker import Order, Outcome
 
 

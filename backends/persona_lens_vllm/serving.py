@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 from persona_lens.backend import BackendError, ModelInfo
-from persona_lens.backend.asked_parts import parts_for
-from persona_lens.backend.packed_run import reads_of
+from persona_lens.backend.packed.run import reads_of
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.core.errors import PersonaLensError
 from persona_lens_vllm.caches import cache_keys
 from persona_lens_vllm.facts import facts_of

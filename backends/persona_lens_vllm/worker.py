@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend.blocks import search_blocks
-from persona_lens.backend.packed import Tallies
-from persona_lens.backend.packed_call import PackedCall
-from persona_lens.backend.packed_pass import RunningCall, edited_pass
+from persona_lens.backend.packed.call import PackedCall
+from persona_lens.backend.packed.intervention import Tallies
+from persona_lens.backend.packed.passes import RunningCall, edited_pass
 from persona_lens.backend.parts import Parts
 from persona_lens.backend.sampling import chosen_logprobs
 from persona_lens.backend.tokens import FURTHEST
@@ -54,7 +54,7 @@ class Outcome:
     """What a worker found.
 
     Attributes:
-        reads: See `persona_lens.backend.packed.PackedIntervention.results`.
+        reads: See `persona_lens.backend.packed.intervention.PackedIntervention.results`.
         tallies: What was done.
         logprobs: float32, of all rows one behind another, NaN where nothing was computed; None where this worker has
             no head.

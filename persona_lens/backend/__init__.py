@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from persona_lens.backend.edits import Edit, Edits, Operation, as_edits
-from persona_lens.backend.mark_machine import Part
-from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts import Part, Parts
 from persona_lens.backend.protocol import Backend, BackendError, BackendSpec, ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadError, ReadKind
 from persona_lens.backend.registry import backend_statuses, find_backend, open_backend, wrap_model

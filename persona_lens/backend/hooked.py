@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from persona_lens.backend.asked_parts import parts_for
 from persona_lens.backend.batches import (
     batches_of_passes,
     can_run_prompts_once,
@@ -38,6 +37,7 @@ from persona_lens.backend.blocks import (
 from persona_lens.backend.editing import BlockHook, editing_blocks, hooking_blocks
 from persona_lens.backend.edits import Edit, Edits, as_edits
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import OF_RESPONSES, Read, ReadKind, check_reads, need_last_token
 from persona_lens.backend.sampling import RowSampler, continued_logprobs, response_logprobs

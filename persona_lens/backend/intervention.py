@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_lens.backend.part_masks import part_of
+from persona_lens.backend.parts.masks import part_of
 from persona_lens.backend.writing import TokenMasks, Writer, sinks_among
 
 if TYPE_CHECKING:

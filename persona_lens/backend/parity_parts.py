@@ -10,8 +10,7 @@ from torch import Tensor
 
 from persona_lens.backend.differences import Measurement, reads_differ
 from persona_lens.backend.edits import Edit
-from persona_lens.backend.mark_machine import Part
-from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts import Part, Parts
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.tokens import Positions, Sampling, TokenBatch, TokenIds, pad_left

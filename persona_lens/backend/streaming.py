@@ -12,8 +12,7 @@ from torch import Tensor
 
 from persona_lens.backend.blocks import require_reached
 from persona_lens.backend.edits import Edit
-from persona_lens.backend.mark_machine import Part
-from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts import Part, Parts
 from persona_lens.backend.protocol import Backend, Generation
 from persona_lens.backend.reads import Read
 from persona_lens.backend.tokens import Sampling, TokenIds, TokenScore

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from persona_lens.backend.part_masks import PartMasks, part_of
+from persona_lens.backend.parts.masks import PartMasks, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from persona_lens.backend.tokens import PaddedTokens
 
     class Masks(Protocol):
-        """Which token of a pass is what: `TokenMasks`, or `persona_lens.backend.packed.PackedMasks`."""
+        """Which token of a pass is what: `TokenMasks`, or `persona_lens.backend.packed.intervention.PackedMasks`."""
 
         def touches(self, positions: str | Tensor) -> bool: ...  # noqa: D102
 

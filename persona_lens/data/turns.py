@@ -12,7 +12,7 @@ from persona_lens.models import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from persona_lens.backend.mark_machine import Part
+    from persona_lens.backend.parts import Part
     from persona_lens.backend.tokens import TokenIds
     from persona_lens.models import ChatFormat, Message
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from persona_lens.backend.mark_machine import Part
+from persona_lens.backend.parts import Part
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.data.datasets import open_dataset
 from persona_lens.data.encoding import encode_one_by_one, encode_transcript

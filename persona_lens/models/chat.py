@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from persona_lens.backend import Backend
-    from persona_lens.backend.mark_machine import Part
-    from persona_lens.backend.parts import Parts
+    from persona_lens.backend.parts import Part, Parts
 
 Message = Mapping[str, str]
 """A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``; ``"weight": "0"`` beside them

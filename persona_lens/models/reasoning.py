@@ -15,8 +15,7 @@ from persona_lens.core.marks import CHANNEL, MARKS, Marks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from persona_lens.backend.mark_machine import Part
-    from persona_lens.backend.parts import Parts
+    from persona_lens.backend.parts import Part, Parts
 
 _FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>(.*?)(?=<\|(?:end|return|start|channel)\|>|\Z)", re.DOTALL)
 THINKING, ANSWER = "thinking", "answer"
@@ -62,7 +61,7 @@ def answer_text(text: str, opened: Marks | None = None) -> str:
 
 def stretches(parts: Sequence[Part]) -> tuple[str, ...]:
     """For each token of a response ``thinking``, the marks around it included, or ``answer``; empty if nothing is."""
-    from persona_lens.backend.mark_machine import Part
+    from persona_lens.backend.parts import Part
 
     if Part.THINKING not in parts:
         return ()
@@ -86,7 +85,7 @@ def unmarked(
         marks: What sets thinking apart.
         decode: Text of token ids.
     """
-    from persona_lens.backend.mark_machine import Part
+    from persona_lens.backend.parts import Part
 
     found = list(parts)
     for end, part in enumerate(parts):
@@ -117,7 +116,7 @@ def answer_of(parts: Parts, state: int, ids: Sequence[int], decode: Callable[[Se
         ids: The response.
         decode: Text of token ids.
     """
-    from persona_lens.backend.mark_machine import Part
+    from persona_lens.backend.parts import Part
 
     said: list[str] = []
     run: list[int] = []

@@ -20,8 +20,7 @@ from persona_lens.backend import (
     WatchedTokens,
     watched_generation,
 )
-from persona_lens.backend.mark_machine import Part
-from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts import Part, Parts
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.text import shown
 from persona_lens.monitoring.alarms import Alarm, AlarmKind, Alert, Scale

@@ -13,7 +13,7 @@ from torch import Tensor
 from persona_lens.backend import Backend, Edit, Sampling, StopGeneration, TokenScore
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.continuous import ROWS, continuous
-from persona_lens.backend.mark_machine import Part
+from persona_lens.backend.parts import Part
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.backend.trial import Point
 from persona_lens.backend.verification import require, tolerance_of, verify

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Operation, Positions, Read, ReadKind, TokenBatch, TokenError
-from persona_lens.backend.asked_parts import parts_for
 from persona_lens.backend.edits import as_edits, check_edits
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.reads import check_reads
 from persona_lens.backend.sinks import depend_on_sinks, left_out, sinks_of
 from persona_lens.backend.tokens import ID_LIMIT, PaddedTokens, pad_left

@@ -13,10 +13,10 @@ from torch import Tensor
 from persona_lens.backend import Condition, Edit, Operation, Positions, Read, ReadKind, Schedule, Span, TokenBatch
 from persona_lens.backend.edits import OPERATIONS
 from persona_lens.backend.intervention import Intervention
-from persona_lens.backend.mark_machine import Part
-from persona_lens.backend.packed import PackedIntervention
-from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.packed.call import PackedCall
+from persona_lens.backend.packed.intervention import PackedIntervention
 from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts.machine import Part
 from persona_lens.backend.tokens import pad_left
 
 LAYERS, D, END = 3, 16, 9

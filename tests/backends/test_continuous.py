@@ -28,7 +28,7 @@ from persona_lens.backend import (
 from persona_lens.backend import slots as slots_module
 from persona_lens.backend.batches import OutOfMemoryError
 from persona_lens.backend.continuous import ContinuousBackend, continuous
-from persona_lens.backend.packed_checks import FidelityError
+from persona_lens.backend.packed.checks import FidelityError
 from persona_lens.backend.parity import check_parity
 from persona_lens.backend.shared_prompts import can_share_prompts
 from tests.backends.fixtures import (

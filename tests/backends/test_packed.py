@@ -13,8 +13,8 @@ from torch import Tensor
 
 from persona_lens.backend import Condition, Edit, Operation, Positions, Read, ReadKind, Span
 from persona_lens.backend.edits import OPERATIONS
-from persona_lens.backend.mark_machine import Part
-from persona_lens.backend.packed import PackedIntervention, aligned
+from persona_lens.backend.packed.intervention import PackedIntervention, aligned
+from persona_lens.backend.parts.machine import Part
 from persona_lens.backend.tokens import pad_left
 from persona_lens.backend.writing import TokenMasks, Writer
 from tests.backends.packs import (

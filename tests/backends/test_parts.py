@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from persona_lens.backend.mark_machine import Part
 from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts.machine import Part
 
 HEADS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -28,8 +28,8 @@ from persona_lens.backend import (
     WatchedTokens,
     watched_generation,
 )
-from persona_lens.backend.asked_parts import parts_for
 from persona_lens.backend.continuous import continuous
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.single_rows import SingleRowsBackend
 from tests.backends.fixtures import (
     ADAPTERS,

@@ -89,7 +89,7 @@ def test_travelling_modules_need_nothing_but_torch(module: object) -> None:
 
 
 def test_travelling_modules_are_not_changed_by_the_shape_checks_of_these_tests() -> None:
-    assert {module.__name__.rpartition(".")[2] for module in TRAVELLING} == UNCHECKED
+    assert {module.__name__.removeprefix("persona_lens.backend.") for module in TRAVELLING} == UNCHECKED
 
 
 def test_a_view_is_sent_without_what_it_is_a_view_of() -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import BackendError, Edit, Positions, Read, ReadKind, Span, TokenBatch
-from persona_lens.backend.mark_machine import Part
-from persona_lens.backend.packed import PackedIntervention
-from persona_lens.backend.packed_checks import FidelityError
-from persona_lens.backend.packed_run import edits_of_text
+from persona_lens.backend.packed.checks import FidelityError
+from persona_lens.backend.packed.intervention import PackedIntervention
+from persona_lens.backend.packed.run import edits_of_text
+from persona_lens.backend.parts.machine import Part
 from persona_lens_vllm.caches import cache_keys
 from persona_lens_vllm.engine import Engine, Job
 from persona_lens_vllm.fidelity import check_outcome

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from persona_lens.backend.continuous_rows import RowsRun
+from persona_lens.backend.continuous.rows import RowsRun
 from persona_lens.backend.verification import VerificationError
 from persona_lens.monitoring.reply import watched_reply
 from persona_lens.serve import workbench as module

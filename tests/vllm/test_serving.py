@@ -289,7 +289,7 @@ def test_an_edit_that_overflows_harms_nobody_else(address: str, here: Backend) -
 def test_a_salt_that_is_missing_is_found_by_the_workers(here: Any) -> None:
     from vllm import SamplingParams, TokensPrompt
 
-    from persona_lens.backend.packed_checks import FidelityError
+    from persona_lens.backend.packed.checks import FidelityError
     from persona_lens_vllm.fidelity import check_outcome
     from persona_lens_vllm.worker import Expected
 

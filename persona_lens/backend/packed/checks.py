@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.backend.packed import Tallies
-from persona_lens.backend.packed_call import PackedCall
-from persona_lens.backend.part_masks import part_of
+from persona_lens.backend.packed.call import PackedCall
+from persona_lens.backend.packed.intervention import Tallies
+from persona_lens.backend.parts.masks import part_of
 from persona_lens.backend.protocol import BackendError
 from persona_lens.backend.reads import OF_RESPONSES
 
@@ -39,10 +39,10 @@ def check_done(
     Args:
         call: What had to be done.
         done: What was.
-        reads: What was read, see `persona_lens.backend.packed.PackedIntervention.results`.
+        reads: What was read, see `persona_lens.backend.packed.intervention.PackedIntervention.results`.
         lengths: Tokens of each row that had to be computed: of its prompt and response.
         partly: Rows whose reads are not used.
-        kinds: For each row what its tokens are, a value of `persona_lens.backend.mark_machine.Part` for each; None
+        kinds: For each row what its tokens are, a value of `persona_lens.backend.parts.machine.Part` for each; None
             where it is not known here, or does not matter.
     """
     rows = range(len(lengths))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from persona_lens.backend.arrivals import Arrivals
 from persona_lens.backend.edits import Edit, Edits, as_edits
-from persona_lens.backend.packed import aligned
-from persona_lens.backend.packed_call import PackedCall
+from persona_lens.backend.packed.call import PackedCall
+from persona_lens.backend.packed.intervention import aligned
 from persona_lens.backend.parts import Parts
 from persona_lens.backend.protocol import ForwardResult, Generation, ModelInfo
 from persona_lens.backend.reads import Read, ReadKind, check_reads
@@ -160,7 +160,7 @@ class PackedRun(ABC):
 
     @abstractmethod
     def watched(self) -> list[Mapping[str, Tensor]]:
-        """What was watched since this was last asked, see `persona_lens.backend.packed.aligned`."""
+        """What was watched since this was last asked, see `persona_lens.backend.packed.intervention.aligned`."""
 
     @abstractmethod
     def stop(self, rows: Sequence[int]) -> None:
@@ -168,11 +168,11 @@ class PackedRun(ABC):
 
     @abstractmethod
     def check(self, lengths: Sequence[int], partly: Sequence[int] = ()) -> None:
-        """See `persona_lens.backend.packed_checks.check_done`."""
+        """See `persona_lens.backend.packed.checks.check_done`."""
 
     @abstractmethod
     def found(self) -> Sequence[Mapping[str, Mapping[str, Tensor]]]:
-        """What was read, see `persona_lens.backend.packed.PackedIntervention.results`, in each place."""
+        """What was read, see `persona_lens.backend.packed.intervention.PackedIntervention.results`, in each place."""
 
     def kinds(self, lengths: Sequence[int]) -> tuple[bytes, ...] | None:
         """What the first tokens of each row are, a byte for each; None where nobody asks."""

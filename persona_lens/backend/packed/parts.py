@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from persona_lens.backend.part_masks import stepped
+from persona_lens.backend.parts.masks import stepped
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int, UInt8
@@ -42,7 +42,7 @@ class PackedParts:
         fresh: Bool[Tensor, " tokens"],
         ids: Int[Tensor, " tokens"],
     ) -> None:
-        """Take the tokens of a pass; arguments as `persona_lens.backend.packed.PackedMasks.begin_pass`.
+        """Take the tokens of a pass; arguments as `persona_lens.backend.packed.intervention.PackedMasks.begin_pass`.
 
         Args:
             rows: Each token's row, on the CPU.

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from persona_lens.backend.mark_machine import Part
-from persona_lens.backend.part_table import compiled, template_of
+from persona_lens.backend.parts.machine import Part
+from persona_lens.backend.parts.table import compiled, template_of
 from persona_lens.core.marks import Marks
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Parts:
         return GivenParts(self, tuple(kinds), tuple(states))
 
     def plain(self) -> dict[str, Tensor]:
-        """The automaton as tensors, which need no class of this package; see `persona_lens.backend.part_masks`."""
+        """The automaton as tensors, which need no class of this package; see `persona_lens.backend.parts.masks`."""
         ids = sorted(self.classes)
         return {
             # Before them one that no token has, so that every token comes behind some.

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from persona_lens.backend.asked_parts import parts_for
-from persona_lens.backend.continuous_batch import ContinuousBatch
-from persona_lens.backend.continuous_rows import RowsRun
+from persona_lens.backend.continuous.batch import ContinuousBatch
+from persona_lens.backend.continuous.rows import RowsRun
 from persona_lens.backend.edits import Edit, Edits
 from persona_lens.backend.hooked import HookedBackend
-from persona_lens.backend.packed_run import PackedBackend
+from persona_lens.backend.packed.run import PackedBackend
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, need_last_token
 from persona_lens.backend.shared_prompts import can_share_prompts

@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from persona_lens.backend.mark_machine import (
+from persona_lens.backend.parts.machine import (
     BEGIN,
     NEWLINE,
     OTHER,

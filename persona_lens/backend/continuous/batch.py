@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from persona_lens.backend.batches import OutOfMemoryError, is_out_of_memory
-from persona_lens.backend.continuous_rows import Row, RowsRun, runs_of
+from persona_lens.backend.continuous.rows import Row, RowsRun, runs_of
 from persona_lens.backend.hooked import HookedBackend
-from persona_lens.backend.packed_pass import edited_pass
+from persona_lens.backend.packed.passes import edited_pass
 from persona_lens.backend.sampling import add_draws
 from persona_lens.backend.slots import Slots
 from persona_lens.backend.streaming import token_scores

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int, UInt8
     from torch import Tensor
 
-# The values of `persona_lens.backend.mark_machine.Part`, by the kinds of positions.
+# The values of `persona_lens.backend.parts.machine.Part`, by the kinds of positions.
 PARTS = {"thinking": 1, "answer": 2}
 
 

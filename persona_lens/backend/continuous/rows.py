@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend.edits import Edit
-from persona_lens.backend.packed_checks import check_done
-from persona_lens.backend.packed_pass import RunningCall, as_error
-from persona_lens.backend.packed_run import PackedRun
+from persona_lens.backend.packed.checks import check_done
+from persona_lens.backend.packed.passes import RunningCall, as_error
+from persona_lens.backend.packed.run import PackedRun
 from persona_lens.backend.reads import Read
 from persona_lens.backend.streaming import token_scores
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, TokenScore

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from persona_lens.backend.intervention import TokenValues
-from persona_lens.backend.packed_call import PackedCall
-from persona_lens.backend.packed_parts import PackedParts
-from persona_lens.backend.part_masks import PARTS, part_of
+from persona_lens.backend.packed.call import PackedCall
+from persona_lens.backend.packed.parts import PackedParts
+from persona_lens.backend.parts.masks import PARTS, part_of
 from persona_lens.backend.writing import Writer, sinks_among
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Tallies:
         tokens: Tokens in them, those that were computed again included.
         blocks: For each layer that is read or edited, the tokens that its block ran over.
         edited: For each edit, how many different positions of each row it was made at.
-        kinds: What each token of each row is, a value of `persona_lens.backend.mark_machine.Part`, where that matters;
+        kinds: What each token of each row is, a value of `persona_lens.backend.parts.machine.Part`, where that matters;
             zero behind the last.
     """
 

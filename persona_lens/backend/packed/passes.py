@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from persona_lens.backend.packed import PackedIntervention
+from persona_lens.backend.packed.intervention import PackedIntervention
 from persona_lens.backend.tokens import EditError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from persona_lens.backend.packed_call import PackedCall
+    from persona_lens.backend.packed.call import PackedCall
 
 # A residual beyond this makes keys and values that are no numbers, and these harm whoever is given their memory next:
 # attention multiplies what it does not attend to by 0. No model comes near it, in half precision but by overflowing.
