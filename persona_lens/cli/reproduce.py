@@ -56,7 +56,7 @@ def reproduce_command(
     Args:
         scale: How large: as the paper had it; in hours on two cores; in minutes.
         traits: Names of traits with commas between them.
-        only: Only this table of the report, with the steps that it needs. Repeatable.
+        only: Run only what this table of the report needs; tables that are there already stay. Repeatable.
         plan: A plan of your own, such as `--print-plan` writes it.
         data: Real conversations, for the table `subsets`, in any form that `screen` reads.
         sae: An autoencoder for the table `features`, as `dissect` takes it.

@@ -74,7 +74,8 @@ def reproduce(
         model: The model's name, as commands take it.
         execute: Carries out a command. Each keeps itself what it finds, and goes on where it was.
         folder: Run folder, kept and resumed; each task has a folder of its own in ``steps``.
-        only: The only tables of claims, with the tasks that they need; none names all.
+        only: The only tables of claims for which anything is run; none names all. Tables that the folder's report has
+            already stay in it, as far as their tasks are finished.
         progress: Told how many tasks are done.
 
     Raises:
@@ -83,12 +84,13 @@ def reproduce(
     """
     if unknown := [each for each in only if each not in TABLES]:
         raise PlanError(f"there is no table {in_short(unknown[0])!r}; there are {', '.join(TABLES)}")
-    tables = tuple(only) or tuple(TABLES)
     config = {"kind": Reproduction.kind, "model": model, "traits": list(plan.traits), "plan": plan.to_json()}
     with RunFolder(folder, config) as run:
         places = Places(plan, model, run.path)
         places.write_files()
-        states = _carried_out(places, wanted(plan, tables), execute, progress)
+        before = summary_of(run.path)["tables"] if only and figures_in(run.path) else {}
+        tables = [name for name in TABLES if not only or name in only or name in before]
+        states = _carried_out(places, wanted(plan, tables), wanted(plan, only or tables), execute, progress)
         summary = _summary(places, tables, states)
         run.write_bytes(SUMMARY, json_bytes(summary), replace=True)  # of more tables than before
         return Reproduction(summary, run.path)
@@ -113,27 +115,35 @@ def lacking(plan: Plan, task: Task) -> str | None:
     return f"{NEEDS} --{missing[0]}, which was not given" if missing else None
 
 
-def _carried_out(places: Places, tasks: Sequence[Task], execute: Execute, progress: Progress) -> dict[Task, State]:
+def _carried_out(
+    places: Places, tasks: Sequence[Task], to_run: Sequence[Task], execute: Execute, progress: Progress
+) -> dict[Task, State]:
+    """What became of tasks; of those that are not to be run, only what is finished."""
     states: dict[Task, State] = {}
-    for number, task in enumerate(tasks):
-        progress(number, len(tasks), "steps")
-        without = next((need for need in places.plan.needs(task) if states[need].reason), None)
+    done = 0
+    for task in tasks:
+        if task in to_run:
+            progress(done, len(to_run), "steps")
+            done += 1
+        needs = places.plan.needs(task)
+        without = next((need for need in needs if need not in states or states[need].reason), None)
         if reason := lacking(places.plan, task):
             states[task] = State(reason=reason)
-        elif without is not None:
+        elif without is None:
+            basis = hashlib.sha256(json_bytes([states[need].found for need in needs])).hexdigest()
+            state = _done(places, task, basis, execute if task in to_run else None)
+            states |= {} if state is None else {task: state}
+        elif without in states:
             why = states[without].reason or ""
             states[task] = State(
                 reason=why if why.startswith(NEEDS) else f"{NEEDS} {without.name}, which failed: {why}"
             )
-        else:
-            stands_on = [states[need].found for need in places.plan.needs(task)]
-            states[task] = _done(places, task, hashlib.sha256(json_bytes(stands_on)).hexdigest(), execute)
-    progress(len(tasks), len(tasks), "steps")
+    progress(done, len(to_run), "steps")
     return states
 
 
-def _done(places: Places, task: Task, basis: str, execute: Execute) -> State:
-    """A task that is finished on the same basis, the figures of those that it needs; or is run now."""
+def _done(places: Places, task: Task, basis: str, execute: Execute | None) -> State | None:
+    """A task that is finished on the same basis, the figures of those that it needs; or is run now, if it is to be."""
     record, out = places.record(task), places.of(task)
     words: list[str] = []
     try:
@@ -143,6 +153,8 @@ def _done(places: Places, task: Task, basis: str, execute: Execute) -> State:
             same = (kept["words"], kept["basis"]) == (places.shown(words), basis)
             if same and (kept["found"] is not None or figures_in(out)):
                 return State(tuple(words), summary_of(out) if kept["found"] is None else kept["found"])
+        if execute is None:
+            return None
         said = plain(execute(words))
         own = figures_in(out)
         told = {"words": places.shown(words), "basis": basis, "found": None if own else said}
@@ -166,7 +178,7 @@ def _summary(places: Places, tables: Sequence[str], states: Mapping[Task, State]
         if task is None:
             raise MissingError(f"the step {step!r} is not run for {trait}")
         if task.name not in by_name:
-            raise MissingError(f"needs {task.name}, which was not run for these tables")
+            raise MissingError(f"needs {task.name}, which is to be run for it; leave out --only")
         if (reason := by_name[task.name].reason) is not None:
             raise MissingError(reason if reason.startswith(NEEDS) else f"{task.name} failed: {reason}")
         return by_name[task.name].found

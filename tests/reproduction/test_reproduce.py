@@ -145,6 +145,41 @@ def test_only_some_tables_need_only_their_steps(tmp_path: Path) -> None:
         reproduce(plan, "a-model", some, tmp_path / "run", only=("montoring",))
 
 
+def test_some_tables_run_again_leave_those_that_are_there(tmp_path: Path) -> None:
+    plan = read_plan(planned(tmp_path, made.PLAN))
+    whole = reproduce(plan, "a-model", Counting(fails=("cliff",)), tmp_path / "run")
+    steps = tmp_path / "run" / "steps"
+    (steps / "study-impolite.json").unlink()
+    again = Counting()
+    found = reproduce(plan, "a-model", again, tmp_path / "run", only=("monitoring",))
+    assert again.asked == ["study"]
+    assert found.summary["tables"] == whole.summary["tables"]
+    kept = [row for row in found.summary["rows"] if "cliff" not in row["note"] and row["table"] != "cliff"]
+    assert kept == [row for row in whole.summary["rows"] if row in kept]
+    assert found.summary["counts"]["shown"] == whole.summary["counts"]["shown"] > 0
+    assert {step["name"] for step in whole.summary["steps"]} - {step["name"] for step in found.summary["steps"]} == {
+        "cliff-impolite", "cliff-optimistic"
+    }  # fmt: skip
+    notes = {row["note"] for row in found.summary["rows"] if row["table"] == "cliff" and row["trait"] == "impolite"}
+    assert notes == {"needs cliff-impolite, which is to be run for it; leave out --only"}
+
+
+def test_what_is_there_is_not_shown_where_what_it_stands_on_is_another(tmp_path: Path) -> None:
+    plan = read_plan(planned(tmp_path, made.PLAN))
+    reproduce(plan, "a-model", made.execute, tmp_path / "run")
+    (tmp_path / "run" / "steps" / "tune-impolite.json").unlink()
+
+    def execute(words: Sequence[str]) -> Any:
+        return {**made.execute(words), **({"more": 1} if words[0] == "tune" else {})}
+
+    found = reproduce(plan, "a-model", execute, tmp_path / "run", only=("steering",))
+    rows = {(row["claim"], row["trait"]): row for row in found.summary["rows"]}
+    assert rows["promotion", "impolite"]["verdict"] == "shown"
+    assert rows["holds", "impolite"]["verdict"] == "missing"
+    assert rows["holds", "impolite"]["note"].startswith("needs cliff-impolite, which is to be run")
+    assert rows["holds", "optimistic"]["verdict"] == "shown"
+
+
 def test_another_plan_is_refused_in_the_folder_of_one(tmp_path: Path) -> None:
     made.reproduced(tmp_path / "run")
     other = read_plan(planned(tmp_path, made.PLAN.replace("study {trait}", "study {trait} more")))
