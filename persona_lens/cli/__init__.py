@@ -18,7 +18,7 @@ from persona_lens.cli.commands import COMMANDS, Group, lazily
 from persona_lens.cli.display import say
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import sentence
-from persona_lens.core.progress import show_plainly
+from persona_lens.core.progress import is_kept, show_plainly
 
 INTERRUPTED = 130  # what typer exits with after Ctrl-C
 TERMINATED = 128 + signal.SIGTERM
@@ -80,7 +80,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            say("stopped; what was finished is saved, and the same command goes on from there", err=True)
+            goes_on = "; what was finished is saved, and the same command goes on from there" if is_kept() else ""
+            say(f"stopped{goes_on}", err=True)
         if stop.code == INTERRUPTED and stopped:
             sys.exit(TERMINATED)
         raise

@@ -16,6 +16,7 @@ from persona_lens.cli.judges import SERVER_URL, Prices, ServerKey, open_server, 
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option, argument, given_options
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.progress import keeping
 from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _write(procedure: Procedure[DraftT, Content], author: Author, draft: DraftT,
     def save(draft: DraftT) -> None:
         draft.save(file)
 
+    keeping()
     save(draft)  # a folder that cannot be written to is found out before anything is asked
     try:
         with showing_progress() as progress:

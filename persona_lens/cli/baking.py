@@ -105,6 +105,11 @@ def _show(baked: Baked) -> None:
                 f"steering changes no more than the {check.limit:.1e} that the check allows, so that passing it says "
                 "nothing"
             )
+        if check.cast is not None:
+            say(
+                f"both are of the model in {record['dtype']}; rounding its own weights to that changes the unsteered "
+                f"model by {check.cast:.1e}, which the check leaves out"
+            )
         if check.edits is not None:
             say(
                 f"baked and ablated between blocks, as edits do, differ by {check.edits:.1e}, "

@@ -63,7 +63,7 @@ def showing_progress(*, of_bytes: bool = False, screen: Console | None = None) -
     if not screen.is_terminal:
         yield _LineProgress()
         return
-    amounts: tuple[ProgressColumn, ...] = (rich_progress.MofNCompleteColumn(), _column(_rate))
+    amounts: tuple[ProgressColumn, ...] = (_column(_amount), _column(_rate))
     if of_bytes:
         amounts = (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
     columns = (
@@ -99,6 +99,13 @@ def _column(text: Callable[[Task], str], style: str = "") -> ProgressColumn:
     return Shown()
 
 
+def _amount(task: Task) -> str:
+    """How much is done; nothing of work that is not counted."""
+    if task.total is None and not task.completed:
+        return ""
+    return f"{int(task.completed)}/{'?' if task.total is None else int(task.total)}"
+
+
 def _rate(task: Task) -> str:
     speed = task.finished_speed or task.speed
     return f"{speed:,.1f}/s" if speed else ""
@@ -114,7 +121,8 @@ class _LineProgress:
         tenth = done * 10 // total if total else 0
         if self._shown.get(label) != tenth:
             self._shown[label] = tenth
-            print(f"{printable(label)}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
+            counted = f": {done:,} of {total:,}" if total else f": {done:,}" if done or total == 0 else ""
+            print(f"{printable(label)}{counted}", file=sys.stderr, flush=True)
 
 
 def say(text: str = "", *, err: bool = False, nl: bool = True, **style: Any) -> None:

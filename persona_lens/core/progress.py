@@ -67,6 +67,22 @@ shown_progress: Progress = _Bars()
 """Show a bar on standard error where somebody looks, a terminal or a notebook; elsewhere nothing. The default."""
 
 
+class _Kept:
+    """Whether what was done by now is in a file from which the same work goes on."""
+
+    yes = False
+
+
+def keeping() -> None:
+    """Take note that this process keeps what it finishes, so that the same command goes on from there."""
+    _Kept.yes = True
+
+
+def is_kept() -> bool:
+    """Whether the same command goes on from there."""
+    return _Kept.yes
+
+
 class PersonaLensNote(UserWarning):
     """What is said; filters of the module `warnings` show or silence it as they do any warning."""
 

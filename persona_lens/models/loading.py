@@ -105,6 +105,7 @@ def hub_error(error: BaseException, source: ModelSource) -> ModelError:
     return ModelError(f"{name} could not be had from the hub: {first_line(error)}")
 
 
+_WORDS = "The weather today is fine."
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -170,6 +171,11 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         raise
     except Exception as error:  # tokenizer conversion raises errors of several libraries
         raise _explained(error, source, "the tokenizer of ") from error
+    if not tokenizer.encode(_WORDS):  # which some classes begin with where a folder has none of their files
+        raise ModelError(
+            f"the tokenizer of {source.id} knows no tokens: {source.location} lacks its files (tokenizer.json, or what "
+            "its class reads); copy them there from where the model comes from"
+        )
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -34,6 +34,7 @@ from persona_lens.core.files import (
     writing,
     writing_folder,
 )
+from persona_lens.core.progress import keeping
 
 ACCEPTED, BOUND, VERIFIED = "accepted_changes", "bound", "edits_verified"
 _ACCEPTING: ContextVar[bool] = ContextVar("accepting changes", default=False)
@@ -101,6 +102,7 @@ class RunFolder:
             self._claim()
             if not self._readable_only:
                 self._clean()
+                keeping()
         except BaseException:
             self._lock.release()
             raise

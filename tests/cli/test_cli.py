@@ -762,6 +762,23 @@ def test_an_interrupted_run_says_that_it_goes_on(model: Path, tmp_path: Path, nu
     assert (out / "rollouts.jsonl").exists()
 
 
+def test_what_begins_anew_does_not_say_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from persona_lens import cli
+    from persona_lens.core import progress
+
+    def stopped(_: list[str]) -> None:
+        raise SystemExit(cli.INTERRUPTED)
+
+    monkeypatch.setattr(progress._Kept, "yes", False)  # whatever other tests kept
+    monkeypatch.setattr(cli, "app", stopped)
+    monkeypatch.setattr(sys, "argv", ["persona-lens", "bake"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_errors_of_the_system_are_sentences(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,18 @@ def test_bars_are_drawn_in_a_terminal(of_bytes: bool, amount: str) -> None:
     assert amount in screen.getvalue()
 
 
+def test_work_that_is_not_counted_has_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = StringIO()
+    with showing_progress(screen=Console(file=screen, force_terminal=True, width=120)) as report:
+        report(0, None, "opening")
+    assert "opening" in screen.getvalue()
+    assert "0/" not in screen.getvalue()
+    with showing_progress(screen=Console(file=StringIO())) as report:
+        report(0, None, "opening")
+        report(3, None, "tokens")
+    assert capsys.readouterr().err == "opening\ntokens: 3\n"
+
+
 def test_without_a_terminal_there_are_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with showing_progress(screen=Console(file=StringIO())) as report:
         for done in range(1001):

@@ -28,6 +28,7 @@ from persona_lens.models import (
     resolve_dtype,
 )
 from persona_lens.models.source import folder_content
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -222,6 +223,13 @@ def test_folder_without_a_tokenizer(folder: Path) -> None:
         file.unlink()
     with pytest.raises(ModelError, match="the tokenizer of model cannot be loaded"):
         load_tokenizer(resolve(str(folder)))
+
+
+def test_folder_whose_tokenizer_is_empty(tmp_path: Path) -> None:
+    """What GPT-2's class makes of a folder without any of its files."""
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"the tokenizer of model knows no tokens: .* lacks its files"):
+        load_tokenizer(resolve(str(tmp_path / "model")))
 
 
 def test_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,23 @@ def test_a_block_that_squares_a_residual_is_not_for_float16(tmp_path: Path) -> N
     assert bake(source, "evil@1:+2", tmp_path / "b", dtype="float32", check=True, **asked).record["check"]["passed"]
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
+def test_a_block_that_only_adds_is_exact_whatever_the_length_of_residuals(scale: float, tmp_path: Path) -> None:
+    """Its norm has an eps, beside which the square of a short residual would be little, and squares may be large."""
+    model: Any = random_model("olmo2")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(scale)
+        for block in model.model.layers:  # so that residuals stay as they are
+            for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
+                norm.weight.mul_(scale)
+    vectors = [replace(each, directions={"response_mean": scale * each.rows()}) for each in vectors_of(model)]
+    source = saved(model, tmp_path / "m")
+    made = bake(source, ADDED, tmp_path / "b", vectors=vectors, check=True, device="cpu").check
+    assert made is not None
+    assert made.tells
+    assert made.difference < 1e-5
+
+
 def test_a_block_that_only_adds_needs_a_wide_mlp(tmp_path: Path) -> None:
     model = random_model("olmo2", intermediate_size=2 * D_MODEL - 1)
     with pytest.raises(BakingError, match="no room for a block that writes a constant"):
@@ -279,6 +296,16 @@ def test_other_norms_on_the_way_are_refused(tmp_path: Path) -> None:
     model: Any = random_model("llama")
     model.model.layers[0].post_feedforward_layernorm = torch.nn.Identity()
     with pytest.raises(BakingError, match="norms what its blocks write on the way"):
+        architectures.architecture_of(model)
+
+
+def test_a_class_that_reads_images_is_refused_as_such(tmp_path: Path) -> None:
+    class Gemma3ForConditionalGeneration(type(random_model("gemma3_text"))):  # type: ignore[misc]
+        """Its text is an ordinary Gemma 3's."""
+
+    model: Any = random_model("gemma3_text")
+    model.__class__ = Gemma3ForConditionalGeneration
+    with pytest.raises(BakingError, match="models that read text alone, and a Gemma3ForConditionalGeneration reads"):
         architectures.architecture_of(model)
 
 
@@ -304,6 +331,24 @@ def test_precision_is_kept_and_what_it_costs_is_said(dtype: str, tmp_path: Path)
     whole = bake(source, "optimistic@1:+0.001", tmp_path / "whole", **asked, dtype="float32")
     assert whole.record["biases"][0]["rounding"] < 1e-4
     assert whole.record["check"]["passed"]
+
+
+def test_a_check_says_what_rounding_the_model_itself_does(tmp_path: Path) -> None:
+    """Of what the steering does in a precision that is not the stored one, that is no part."""
+    model: Any = random_model("gpt_neox")
+    vectors, source = vectors_of(model), saved(model, tmp_path / "model")
+    asked: dict[str, Any] = {"vectors": vectors, "check": True, "device": "cpu"}
+    baked = bake(source, "optimistic@1:+2", tmp_path / "half", **asked, dtype="bfloat16")
+    assert baked.check is not None
+    assert baked.check.passed
+    rounded: Any = random_model("gpt_neox").bfloat16()
+    prompts = check.prompts_of(vectors, wrap_model(model, tiny_tokenizer()))
+    rough, whole = (check.observe(each, tiny_tokenizer(), prompts) for each in (rounded.float(), model))
+    assert baked.check.cast == rough.apart(whole) > baked.check.difference
+    assert "changes the unsteered model by" in " ".join((baked.folder / "README.md").read_text().split())
+    same = bake(source, "optimistic@1:+2", tmp_path / "same", **asked).check
+    assert same is not None
+    assert same.cast is None
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
@@ -616,7 +661,7 @@ def test_a_check_that_a_model_without_the_steering_passes_says_so(
 
 
 def test_what_fails_is_said_with_what_to_do() -> None:
-    made = check.Check(1e-6, 1e-4, False, 0.5, None, None, 8, 6)
+    made = check.Check(1e-6, 1e-4, False, 0.5, None, None, None, 8, 6)
     assert not made.passed
     assert made.failure == "greedy tokens differ after 2 of 8 questions; keep the steering as an edit"
     rounded = replace(made, difference=0.01, rounded=True)

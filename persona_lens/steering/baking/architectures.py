@@ -200,6 +200,11 @@ def architecture_of(model: Any) -> Architecture:
             "the model has an adapter on it; merge it first (PEFT's `merge_and_unload`, then `save_pretrained`)"
         )
     known = ARCHITECTURES.get(name)
+    if known is None and name.endswith("ForConditionalGeneration"):
+        raise BakingError(
+            f"steerings are baked into models that read text alone, and a {name} reads images or sounds too; keep the "
+            "steering as an edit (`generate --edits`, `serve`)"
+        )
     sandwiched = hasattr(block, "post_feedforward_layernorm") and (known is None or known.sandwich is None)
     if sandwiched or (name == "OPTForCausalLM" and not config.do_layer_norm_before):
         raise BakingError(

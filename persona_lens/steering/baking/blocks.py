@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil, log2, sqrt
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ NORM = "post_feedforward_layernorm.weight"
 # Whose f(z) z + f(-z) (-z) is z squared.
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 SLIDING = "sliding_attention"
+FAR = 1e3  # times the root of the norm's eps, which then changes half a millionth of what the block writes
+MOST = 20  # powers of two; the largest residuals are still far from what float32 has squares for
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def inserted(model: Any, sandwich: Sandwich, additions: Mapping[int, Float[Tenso
 
     The attention of such a block writes nothing. Its MLP sends each number z of the residual through a gate and its
     mirror image, whose sum is z squared, and writes the sum of all of them along the vector: a positive multiple of it
-    for every token, which the norm behind it makes the vector itself.
+    for every token, which the norm behind it makes the vector itself. Where nothing norms the residual, and it is so
+    short that the norm's eps would count beside its square, the multiple is made larger by a power of two.
 
     Args:
         model: The model.
@@ -72,7 +76,8 @@ def inserted(model: Any, sandwich: Sandwich, additions: Mapping[int, Float[Tenso
             "follow its norms; keep the steering as an edit (`generate --edits`, `serve`)"
         )
     path, blocks = find_blocks(model)
-    if model.dtype == torch.float16 and not hasattr(blocks[0], "pre_feedforward_layernorm"):
+    normed = hasattr(blocks[0], "pre_feedforward_layernorm")
+    if model.dtype == torch.float16 and not normed:
         raise BakingError(
             f"squares of what the MLP of {type(model).__name__} reads, which nothing norms, are beyond float16; bake "
             "with --dtype float32"
@@ -82,17 +87,29 @@ def inserted(model: Any, sandwich: Sandwich, additions: Mapping[int, Float[Tenso
     for name, tensor in state.items():
         found = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
         moved[f"{path}.{place[int(found[1])]}.{name[found.end() :]}" if found else name] = tensor
-    names, written = {}, {}
+    names, written, times = {}, {}, _times(model, normed)
     for layer, vector in additions.items():
         own, at = f"{path}.{layer}.", f"{path}.{place[layer] + 1}."
         alike = {name.removeprefix(own): torch.zeros_like(each) for name, each in state.items() if name.startswith(own)}
-        written[layer] = _constant(layer, alike, vector, sandwich.offset)
+        written[layer] = _constant(layer, alike, vector, sandwich.offset, times)
         names[layer] = at + NORM
         moved |= {at + name: tensor for name, tensor in alike.items()}
     return Inserted(_longer(config, sorted(additions)), moved, names, written)
 
 
-def _constant(layer: int, block: State, vector: Float[Tensor, " d_model"], offset: float) -> Float[Tensor, " d_model"]:
+def _times(model: Any, normed: bool) -> float:
+    """How many times the square of what the MLP reads a block writes: more where the shortest embedding is short."""
+    if normed:
+        return 1.0
+    squares: Tensor = model.get_input_embeddings().weight.detach().float().square().sum(-1)
+    least = float(squares[squares > 0].min()) if bool(squares.any()) else 1.0
+    wanted = FAR * sqrt(model.config.rms_norm_eps) / least
+    return 2.0 ** min(MOST, max(0, ceil(log2(wanted))))
+
+
+def _constant(
+    layer: int, block: State, vector: Float[Tensor, " d_model"], offset: float, times: float
+) -> Float[Tensor, " d_model"]:
     """Set the weights of a block that are not zero; returns what it writes."""
     size, length = len(vector), float(vector.square().mean().sqrt())
     if length > torch.finfo(block[NORM].dtype).max:
@@ -102,7 +119,7 @@ def _constant(layer: int, block: State, vector: Float[Tensor, " d_model"], offse
         block[name][: 2 * size] = torch.cat([unit, -unit])
     down, norm = block["mlp.down_proj.weight"], block[NORM]
     along = (vector / length).to(down.device, down.dtype)
-    down[:, : 2 * size] = along.unsqueeze(-1)
+    down[:, : 2 * size] = times * along.unsqueeze(-1)
     norm.fill_(length - offset)
     made: Tensor = along.double() / along.double().square().mean().sqrt() * (norm.double() + offset)
     return made.cpu()

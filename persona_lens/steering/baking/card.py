@@ -39,5 +39,5 @@ def baked_card(record: Mapping[str, Any]) -> str:
 def _rounded(check: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if check is None:
         return None
-    shares = ("difference", "limit", "shift", "edits", "edits_with_sinks")
+    shares = ("difference", "limit", "shift", "edits", "edits_with_sinks", "cast")
     return {**check, **{name: None if check[name] is None else f"{check[name]:.1e}" for name in shares}}

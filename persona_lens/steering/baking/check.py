@@ -43,6 +43,8 @@ class Check:
         edits: Of the baked model and one whose directions are ablated at block outputs instead, as edits do; None
             where none are taken out everywhere.
         edits_with_sinks: As ``edits``, ablated at attention sinks too.
+        cast: Of the unsteered model in the precision that was asked for and in that in which it is stored, which the
+            others leave out; None where these are one.
         prompts: How many.
         same: Prompts after which the greedy tokens are the same.
     """
@@ -53,6 +55,7 @@ class Check:
     shift: float
     edits: float | None
     edits_with_sinks: float | None
+    cast: float | None
     prompts: int
     same: int
 
@@ -214,13 +217,14 @@ def steered(
     return Steered(plain, hooked, *edited)
 
 
-def compared(baked: Observed, found: Steered, dtype: str) -> Check:
+def compared(baked: Observed, found: Steered, dtype: str, stored: Observed | None = None) -> Check:
     """The baked model beside what `steered` found.
 
     Args:
         baked: What it says.
         found: What the other says.
         dtype: Precision of its weights.
+        stored: What the unsteered model says before its weights were rounded to that; None where they were not.
     """
     shift = found.hooked.apart(found.plain)
     share = SHARES.get(dtype)
@@ -231,6 +235,7 @@ def compared(baked: Observed, found: Steered, dtype: str) -> Check:
         shift=shift,
         edits=None if found.edited is None else baked.apart(found.edited),
         edits_with_sinks=None if found.edited_with_sinks is None else baked.apart(found.edited_with_sinks),
+        cast=None if stored is None else found.plain.apart(stored),
         prompts=len(baked.logits),
         same=sum(mine == theirs for mine, theirs in zip(baked.tokens, found.hooked.tokens, strict=True)),
     )

@@ -17,7 +17,7 @@ from persona_lens.backend.edits import check_edits
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.files import named, write_text, writing_folder
 from persona_lens.core.progress import Progress, no_progress
-from persona_lens.models import Loaded, load, pinned, resolve, stored_dtype
+from persona_lens.models import Loaded, load, load_model, pinned, resolve, stored_dtype
 from persona_lens.steering.baking import check as checking
 from persona_lens.steering.baking.architectures import Architecture, architecture_of
 from persona_lens.steering.baking.card import baked_card
@@ -180,7 +180,7 @@ class _Baking:
         return checking.prompts_of(vectors, backend)
 
     def _checked(self, part: Path, prompts: list[TokenIds]) -> checking.Check:
-        """The folder's model, loaded anew, beside the steered one, in float32."""
+        """The folder's model, loaded anew, beside the steered one, in float32; and that beside what is stored."""
         self.progress(0, None, "checking")
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
         plain: Any = self.loaded.model
@@ -191,7 +191,12 @@ class _Baking:
         anew = load(str(part), dtype="float32", device=self.device)
         if self._prompts(wrap_model(anew.model, anew.tokenizer)) != prompts:
             raise BakingError("the tokenizer that was written encodes the prompts otherwise than the model's own does")
-        return checking.compared(checking.observe(anew.model, anew.tokenizer, prompts), found, dtype)
+        baked, stored = checking.observe(anew.model, anew.tokenizer, prompts), None
+        del anew
+        if dtype not in ("float32", stored_dtype(self.loaded.source)):
+            original = load_model(self.loaded.source, dtype="float32", device=self.device)
+            stored = checking.observe(original, tokenizer, prompts)
+        return checking.compared(baked, found, dtype, stored)
 
 
 def _told(written: Written) -> dict[str, Any]:
