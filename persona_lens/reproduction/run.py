@@ -88,7 +88,7 @@ def reproduce(
     with RunFolder(folder, config) as run:
         places = Places(plan, model, run.path)
         places.write_files()
-        before = summary_of(run.path)["tables"] if only and figures_in(run.path) else {}
+        before: Any = summary_of(run.path)["tables"] if only and figures_in(run.path) else {}
         tables = [name for name in TABLES if not only or name in only or name in before]
         states = _carried_out(places, wanted(plan, tables), wanted(plan, only or tables), execute, progress)
         summary = _summary(places, tables, states)
