@@ -116,6 +116,32 @@ SEED = (
     "{% for m in messages %}{{ '<seed:bos>' + m['role'] + '\n' + m['content'] + '<seed:eos>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<seed:bos>assistant\n' }}{% endif %}"
 )
+MUSE = (
+    "{% set effort = reasoning_strength | default('high') %}{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ '<|start|>assistant to=user<|message|>' + m['content'] + '<|eot|>' }}"
+    "{% else %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] }}"
+    "{% if m['role'] == 'system' %}{{ 'Reasoning strength: ' + effort + '. # Valid recipients: self, user.' }}"
+    "{# a thought is to=self #}{% endif %}{{ '<|eot|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+KIMI_K3 = (
+    "{% set thinking = thinking is not defined or thinking %}{% for m in messages %}"
+    "{{ '<|open|>message role=\"' + m['role'] + '\"<|sep|>' }}{% if m['role'] == 'assistant' %}"
+    "{% if thinking %}{{ '<|open|>think<|sep|><|close|>think<|sep|>' }}{% endif %}"
+    "{{ '<|open|>response<|sep|>' + m['content'] + '<|close|>response<|sep|>' }}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ '<|close|>message<|sep|><|end_of_msg|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|open|>message role=\"assistant\"<|sep|><|open|>' + ('think' if thinking else 'response') + '<|sep|>' }}"
+    "{% endif %}"
+)
+APRIEL = (
+    "{% set asked = 'Reason step by step, then respond after the marker [BEGIN FINAL RESPONSE].' %}{{ bos_token }}"
+    "{% if messages[0]['role'] != 'system' %}{{ '<|begin_system|>\n' + asked + '\n' }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '\n<|begin_assistant|>\n' + m['content'].split('[BEGIN FINAL RESPONSE]')[-1].strip() + '\n<|end|>\n' }}"
+    "{% else %}{{ '<|begin_' + m['role'] + '|>\n' + (asked + '\n' if m['role'] == 'system' else '') + m['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '\n<|begin_assistant|>\nHere are my reasoning steps:\n' }}{% endif %}"
+)
 THINK = ("<think>", "</think>")
 IM = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
@@ -138,6 +164,8 @@ class Family:
         before: What the model says before it opens its thinking.
         state: Its `ChatFormat.thinking` without and with thinking asked for.
         told: Its vocabulary or its template names the marks, so that they are known.
+        heads: Its marks are heads of messages: that of an answer without thinking, and of what is neither, where it has
+            them.
     """
 
     template: str
@@ -149,6 +177,7 @@ class Family:
     before: str = ""
     state: tuple[str, str] = ("none", "none")
     told: bool = True
+    heads: tuple[str, str] | None = None
 
     @property
     def written(self) -> bool:
@@ -186,7 +215,9 @@ class Family:
 
     def block(self, text: str) -> tuple[Piece, ...]:
         """A block of thinking within a response, marks and all."""
-        return self.mark(0), ("thinking", text), self.mark(1)
+        kind, opening = self.mark(0)
+        start = self.heads[1].partition("assistant") if self.heads else ("", "", "")  # of another message
+        return (kind, "".join(start[:2]) + opening), ("thinking", text), self.mark(1)
 
     def mark(self, side: int) -> Piece:
         """What opens, 0, or closes, 1, the thinking."""
@@ -231,6 +262,7 @@ FAMILIES = {
         (),
         ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
         state=("always", "on"),
+        heads=("<|channel|>final<|message|>", "<|end|><|start|>assistant<|channel|>commentary<|message|>"),
     ),
     "magistral": Family(
         MISTRAL.replace("OPEN", "[THINK]").replace("CLOSE", "[/THINK]"),
@@ -285,6 +317,31 @@ FAMILIES = {
         ("<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>"),
         (),
         ("<seed:think>", "</seed:think>"),
+    ),
+    "muse": Family(
+        MUSE,
+        ("<|begin|>", "<|eot|>", "<|start|>", "<|message|>", "<|eom|>"),
+        (),
+        (" to=self<|message|>", "<|eom|><|start|>assistant to=user<|message|>"),
+        heads=(" to=user<|message|>", "<|eom|><|start|>assistant to=tools.find<|message|>"),
+    ),
+    "kimi_k3": Family(
+        KIMI_K3,
+        ("<|begin|>", "<|end_of_msg|>", "<|open|>", "<|close|>", "<|sep|>"),
+        (),
+        ("<|open|>think<|sep|>", "<|close|>think<|sep|><|open|>response<|sep|>"),
+        opened=True,
+        state=("off", "on"),
+        heads=("", ""),
+    ),
+    "apriel": Family(
+        APRIEL,
+        ("<s>", "<|end|>", "<|begin_system|>", "<|begin_user|>", "<|begin_assistant|>"),
+        (),
+        ("Here are my reasoning steps:\n", "[BEGIN FINAL RESPONSE]"),
+        merged=("[BEGIN", "]\n"),
+        opened=True,
+        state=("always", "on"),
     ),
 }  # fmt: skip
 

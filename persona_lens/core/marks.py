@@ -7,7 +7,8 @@ import re
 Marks = tuple[str, str]
 """What opens reasoning, and what closes it."""
 
-# By family: DeepSeek, Qwen and most others; Seed; Magistral; Gemma 4; Kimi; Granite and others; Cohere.
+# By family: DeepSeek, Qwen and most others; Seed; Magistral; Gemma 4; Kimi VL; Kimi K3; Granite
+# and others; Cohere.
 MARKS: tuple[Marks, ...] = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -16,10 +17,13 @@ MARKS: tuple[Marks, ...] = (
     ("[THINK]", "[/THINK]"),
     ("<|channel>thought", "<channel|>"),
     ("◁think▷", "◁/think▷"),
+    ("<|open|>think<|sep|>", "<|close|>think<|sep|>"),
     ("<reasoning>", "</reasoning>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
+# Apriel's are words that anybody may write: marks where a chat template names them, and nowhere else.
+WORDS: tuple[Marks, ...] = (("Here are my reasoning steps:\n", "[BEGIN FINAL RESPONSE]"),)
 # Marks that no list has: whatever tag a template leaves open at the end of a prompt, and what closes such a tag.
 _TAGS = (
     (re.compile(r"<(?P<name>[^<>/|\s][^<>|\n]*)>"), "</{}>"),
@@ -33,6 +37,10 @@ CHANNEL = "<|channel|>"
 FINAL = "final"
 HARMONY = ("<|start|>", CHANNEL, "<|message|>", "<|constrain|>", "<|end|>")
 """The tokens of its messages: a head of a role and a channel, what is said, and the end."""
+TAGS = ("<|open|>", "<|sep|>", "<|close|>")
+"""The tokens of Kimi K3's tags: ``<|open|>think<|sep|>``, and so on."""
+# Muse Glimmer has the same heads without channels: a message is to somebody, and only one to the user is the answer.
+RECIPIENTS: Marks = ("to=self", "to=user")
 REASONING_TOKENS = frozenset({*(mark for pair in MARKS for mark in pair), *HARMONY})
 """Tokens within a response that set reasoning apart; in some models they are control tokens."""
 
@@ -56,7 +64,7 @@ def opened_marks(prompt_end: str, finished: str = "") -> Marks | None:
 
 def _open_in(text: str) -> list[Marks]:
     """Marks that are open at the end of a text, the last first."""
-    found = [(match.end(), marks) for marks in MARKS for match in re.finditer(re.escape(marks[0]), text)]
+    found = [(match.end(), marks) for marks in (*MARKS, *WORDS) for match in re.finditer(re.escape(marks[0]), text)]
     for tag, closing in _TAGS:
         for match in tag.finditer(text):
             opened = match[0]

@@ -25,10 +25,11 @@ def responses(family: Family) -> Iterator[tuple[str, tuple[Piece, ...]]]:
         ((*thought, family.mark(1), ("answer", "One.\n\n"), *family.block("More?\n"), ("answer", "\nTwo."))),
     )
     yield "no thought in the block", (*family.begun(""), family.mark(1), HI)
-    if family.marks[0].startswith("<|channel|>"):
-        yield "no thinking", (("mark", "<|channel|>final<|message|>"), HI)
-        aside: Piece = ("mark", "<|end|><|start|>assistant<|channel|>commentary<|message|>")
-        yield "another channel", (*thought, aside, ("thinking", "I call it."), family.mark(1), HI)
+    if family.heads is not None:
+        direct, aside = family.heads
+        if direct:
+            yield "no thinking", (("mark", direct), HI)
+            yield "another message", (*thought, ("mark", aside), ("thinking", "I call it."), family.mark(1), HI)
         return
     yield "no block", (HI,) if not family.opened else (family.mark(1), HI)
     quoting: Piece = ("answer", f"Write {opening} and {closing} here, then {closing}.")
@@ -53,7 +54,7 @@ def test_parts_of_a_response_are_exact(name: str, case: str) -> None:
     ids, kinds = encoded(family, tokenizer, dict(responses(family))[case])
     opening, closing = family.marks
     asked = ["What is the sea?", f"What does {opening} mean?", f"{opening}\nI wonder.", f"It is {closing}"]
-    for question in asked[: 1 if opening.startswith("<|channel|>") else None]:
+    for question in asked[: 1 if family.heads is not None else None]:
         for system in (None, "Be kind."):
             found = Parts.of(tokenizer).of_response(chat.encode(system, question), ids)
             assert ["mark" if part.name == "NEITHER" else part.name.lower() for part in found] == kinds, question
@@ -74,7 +75,7 @@ def test_thinking_in_earlier_turns_is_of_no_consequence(name: str) -> None:
     tokenizer = family.tokenizer()
     chat = ChatFormat.from_tokenizer(tokenizer, thinking=True)
     earlier = "".join(text for _, text in (family.mark(0), ("thinking", "Hm."), family.mark(1), HI))
-    if family.marks[0].startswith("<|channel|>"):
+    if family.heads is not None:
         earlier = "Hello."
     prompt = chat.encode(None, "And?", [("Hello!", earlier)])
     ids, kinds = encoded(family, tokenizer, (*family.begun("So."), family.mark(1), HI))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeAlias
 
-from persona_lens.core.marks import FINAL, HARMONY
+from persona_lens.core.marks import FINAL, HARMONY, RECIPIENTS, TAGS
 
 Symbol: TypeAlias = int | str
 """A byte, or a token by its name."""
@@ -21,6 +21,9 @@ NEWLINE, SPACES = 10, frozenset(b" \t\r\v\f")
 WHITE = SPACES | {NEWLINE}
 OTHER = 0  # as good as any byte that no mark has
 ASSISTANT = b"assistant"
+# What the heads of messages say, each where it may stand: the role, whom the message is to, its channel; a tag's name.
+_WORDS = {"role": ASSISTANT, "recipient": RECIPIENTS[1].encode(), "channel": FINAL.encode(), "tag": b"think"}
+_HEADS = (*_WORDS, "head")
 
 # Outside reasoning: where a line or an answer begins, with nothing but spaces since, and behind that.
 BEGIN: State = ("begin",)
@@ -31,7 +34,7 @@ HARMONY_THINKING: State = ("thinking in a channel",)
 class Part(IntEnum):
     """What a token of a response belongs to.
 
-    ``NEITHER``: a token that completes a mark, one of the head of a gpt-oss message, or a control token.
+    ``NEITHER``: a token that completes a mark, one of a message's head, as in gpt-oss, or a control token.
     """
 
     NEITHER = 0
@@ -52,8 +55,8 @@ class MarkMachine:
 
     Args:
         pairs: The marks.
-        channels: Whether messages have heads as those of gpt-oss do, whose tokens are the symbols ``<|start|>`` and so
-            on.
+        channels: Whether messages have heads as those of gpt-oss, Muse and Kimi K3 do, whose tokens are the symbols
+            ``<|start|>`` and so on.
     """
 
     def __init__(self, pairs: Sequence[SpelledMarks], channels: bool) -> None:
@@ -66,7 +69,7 @@ class MarkMachine:
         """What a symbol belongs to that leads into a state and completes nothing."""
         if state[0] in ("thinking", HARMONY_THINKING[0]):
             return Part.THINKING
-        return Part.NEITHER if state[0] in ("role", "channel", "head") else Part.ANSWER
+        return Part.NEITHER if state[0] in _HEADS else Part.ANSWER
 
     def responding(self, state: State) -> State:
         """The state in which a response begins: an answer, or the reasoning that the prompt ended in."""
@@ -76,14 +79,14 @@ class MarkMachine:
 
     def step(self, state: State, symbol: Symbol) -> tuple[State, bool]:
         """The next state, and whether the symbol completed a mark or belongs to the head of a message."""
-        if self._channels and symbol in HARMONY:
+        if self._channels and symbol in (*HARMONY, *TAGS):
             assert isinstance(symbol, str)
             return _in_head(state, symbol), True
         if state[0] == "thinking":
             return self._in_thinking(state, symbol)
         if state == HARMONY_THINKING:
             return state, False
-        if state[0] in ("role", "channel", "head"):
+        if state[0] in _HEADS:
             head = _head(state, symbol)
             return (head, True) if head is not None else self.step(BEGIN, symbol)
         return self._outside(state, symbol)
@@ -126,7 +129,7 @@ class MarkMachine:
             tokens: Names of the tokens that are symbols.
         """
         of_marks = {symbol for pair in self._pairs for symbol in (*pair.opening, *pair.closing)}
-        letters = {*FINAL.encode(), *ASSISTANT} if self._channels else set()
+        letters = set(b"".join(_WORDS.values())) if self._channels else set()
         symbols = [*sorted(WHITE | {OTHER} | letters | {s for s in of_marks if isinstance(s, int)}), *tokens]
         found = {BEGIN: None, MIDDLE: None}
         pending = list(found)
@@ -162,7 +165,7 @@ class MarkMachine:
 
     def spelled(self) -> list[bytes]:
         """All runs of bytes that mean something: of marks that are no tokens, and words in the heads of messages."""
-        words = [FINAL.encode(), ASSISTANT] if self._channels else []
+        words = list(_WORDS.values()) if self._channels else []
         return [*filter(None, map(_letters, self._spellings)), *words]
 
     @property
@@ -175,19 +178,23 @@ def _letters(spelling: Spelling) -> bytes:
 
 
 def _in_head(state: State, name: str) -> State:
-    """After a token that gpt-oss writes its messages with.
+    """After a token that messages are written with.
 
-    The head is the ``role``, with how much of the word ``assistant`` is there; the ``channel``, with how much of the
-    word ``final``; or the ``head`` that follows, with whether it is that of an answer, and None without a channel.
+    The head is the ``role``, the ``recipient``, the ``channel`` or the ``tag``, with how much of the word is there that
+    `_WORDS` has for it; or the ``head`` that follows, with whether it is that of an answer, and None where it does not
+    say.
     """
-    if name == "<|start|>":
-        return ("role", 0)
-    if name == "<|channel|>":
-        return ("channel", 0)
-    if name == "<|end|>":
-        return BEGIN
-    in_head = state[0] in ("role", "channel", "head")
-    if name == "<|message|>" and in_head:
+    opened: dict[str, State] = {
+        "<|start|>": ("role", 0),
+        "<|channel|>": ("channel", 0),
+        "<|open|>": ("tag", 0),
+        "<|close|>": ("head", None),
+        "<|end|>": BEGIN,
+    }
+    if name in opened:
+        return opened[name]
+    in_head = state[0] in _HEADS
+    if name in ("<|message|>", "<|sep|>") and in_head:
         return HARMONY_THINKING if _final(state) is False else BEGIN
     if in_head:
         return ("head", _final(state))
@@ -195,10 +202,15 @@ def _in_head(state: State, name: str) -> State:
 
 
 def _final(state: State) -> bool | None:
-    """Whether a head is that of an answer; None where it names no channel."""
-    if state[0] == "channel":
-        return state[1] == len(FINAL)
-    found = state[1] if state[0] == "head" else None
+    """Whether a head is that of an answer; None where it names neither channel nor recipient."""
+    kind, there = state
+    if kind == "channel":
+        return there == len(FINAL)
+    if kind == "tag":
+        return there != len(_WORDS["tag"])
+    if kind == "recipient" and isinstance(there, int):
+        return there == len(RECIPIENTS[1]) if there > RECIPIENTS[1].index("=") else None
+    found = there if kind == "head" else None
     assert found is None or isinstance(found, bool)
     return found
 
@@ -208,13 +220,14 @@ def _head(state: State, symbol: Symbol) -> State | None:
     kind, there = state
     if kind == "head" or not isinstance(there, int):
         return state
-    word = FINAL.encode() if kind == "channel" else ASSISTANT
+    word = _WORDS[str(kind)]
     if there < len(word) and symbol == word[there]:
-        return (kind, there + 1)
-    if kind == "channel":
-        if there == 0 and symbol in WHITE:
-            return state
-        return ("head", there == len(word))
-    if there == len(word) and symbol not in WHITE:
-        return None
-    return ("head", None)
+        return (str(kind), there + 1)
+    if kind == "role":
+        if there < len(word):
+            return ("head", None)
+        return ("recipient", 0) if symbol in WHITE else None
+    if there == 0 and symbol in WHITE:
+        return state
+    whole = there < len(word) or symbol in WHITE or kind == "channel"
+    return ("head", _final(state) if whole else False)

@@ -19,7 +19,7 @@ from persona_lens.backend.parts.machine import (
     State,
     Symbol,
 )
-from persona_lens.core.marks import CHANNEL, FINAL, HARMONY, MARKS, Marks, opened_marks
+from persona_lens.core.marks import CHANNEL, FINAL, HARMONY, MARKS, RECIPIENTS, TAGS, WORDS, Marks, opened_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,16 +47,17 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def compiled(tokenizer: PreTrainedTokenizerBase, template: str) -> PartTable:
     """The table for a tokenizer and the text of a chat template; one without marks where the model never thinks."""
-    vocabulary = _Vocabulary(tokenizer)
+    vocabulary = _Vocabulary(tokenizer, template)
     turns, opened = _rendered(tokenizer, template)
     marks = [pair for pair in MARKS if vocabulary.has(pair[0]) or any(mark in template for mark in pair)]
+    marks += [pair for pair in WORDS if pair[1] in template]
     if opened is not None and opened not in marks and not vocabulary.channels:
         marks.append(opened)
     if not marks and not vocabulary.channels:
         return PartTable()
     spelled = [SpelledMarks(*map(vocabulary.spelled, pair)) for pair in marks]
     names = {symbol for pair in spelled for symbol in (*pair.opening, *pair.closing) if isinstance(symbol, str)}
-    names |= {name for name in HARMONY if vocabulary.channels and name in vocabulary.ids}
+    names |= {name for name in (*HARMONY, *TAGS) if vocabulary.channels and name in vocabulary.ids}
     machine = MarkMachine(spelled, vocabulary.channels)
     columns = _Columns(machine, machine.states(sorted(names)))
     separators = vocabulary.control | {name for name in vocabulary.tags if name in turns}
@@ -67,8 +68,7 @@ def compiled(tokenizer: PreTrainedTokenizerBase, template: str) -> PartTable:
             columns.separates(token)
         else:
             columns.text(token, vocabulary.text(name))
-    found = ((CHANNEL, CHANNEL + FINAL), *marks) if vocabulary.channels else tuple(marks)
-    return columns.table(found)
+    return columns.table((*vocabulary.heads, *marks))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, Marks | None]:
@@ -92,15 +92,22 @@ class _Vocabulary:
         ids: By name; all of them.
         control: Names of control tokens.
         tags: Names of other tokens that stand for themselves, as some models have theirs between turns.
-        channels: Whether messages have heads as those of gpt-oss do.
+        heads: What sets thinking apart in the heads of messages, as those of gpt-oss and Muse.
+        channels: Whether there are such heads, or tags that are written like them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         self.ids: dict[str, int] = tokenizer.get_vocab()
         added = {str(token.content): token.special for token in tokenizer.added_tokens_decoder.values()}
         self.control = {name for name, special in added.items() if special} | set(tokenizer.all_special_tokens)
         self.tags = {name for name in added if not name.isspace() and not name.isalnum()}
-        self.channels = all(name in added for name in HARMONY if name != "<|constrain|>")
+        self.heads: tuple[Marks, ...] = ()
+        if {"<|start|>", "<|message|>"} <= added.keys():
+            if {CHANNEL, "<|end|>"} <= added.keys():
+                self.heads = ((CHANNEL, CHANNEL + FINAL),)
+            elif RECIPIENTS[0] in template:
+                self.heads = (RECIPIENTS,)
+        self.channels = bool(self.heads) or added.keys() >= set(TAGS)
         self._added = sorted(filter(None, added), key=len, reverse=True)  # the longest first, as a text is cut
         self._whole = frozenset(added)
         # Others write a space as this sign, and bytes that are no character as <0x0A>.
