@@ -130,7 +130,10 @@ class MarkMachine:
         """
         of_marks = {symbol for pair in self._pairs for symbol in (*pair.opening, *pair.closing)}
         letters = set(b"".join(_WORDS.values())) if self._channels else set()
-        symbols: list[Symbol] = [*sorted(WHITE | {OTHER} | letters | {s for s in of_marks if isinstance(s, int)}), *tokens]
+        symbols: list[Symbol] = [
+            *sorted(WHITE | {OTHER} | letters | {s for s in of_marks if isinstance(s, int)}),
+            *tokens,
+        ]
         found = {BEGIN: None, MIDDLE: None}
         pending = list(found)
         while pending:
