@@ -19,7 +19,8 @@ from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning import FinetuneConfig, make_config
 from persona_lens.finetuning.outcomes import TreatmentSettings
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
-from persona_lens.reports.finetuning import render_finetuning, verdicts
+from persona_lens.reports.finetuning import verdicts
+from persona_lens.reports.kinds import page_of
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import load_vectors
@@ -83,7 +84,7 @@ def main() -> None:
             folder=arguments.folder,
             progress=progress,
         )
-    page = render_finetuning(found.summary)
+    page = page_of("finetune study", found.summary)
     (arguments.folder / "report.html").write_text(page, encoding="utf-8")
     for name, each in found.summary["treatments"].items():
         change, loss = each["change"], each["losses"]["last"]

@@ -14,8 +14,8 @@ from persona_lens.core.files import REPORT
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.experiment import by_question
+from persona_lens.reports.kinds import page_of
 from persona_lens.reports.result import Result, StoredResult
-from persona_lens.reports.vector import render_vector
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SweepRow, SweepSettings, choose_layer, curve, effect, sweep
@@ -123,7 +123,7 @@ def run_demo(
         }
         run.write_json("summary.json", summary)
         progress(0, 1, "report")
-        run.write_bytes(REPORT, render_vector(summary, folder=str(root)).encode())
+        run.write_bytes(REPORT, page_of("demo", summary, folder=str(root)).encode())
         progress(1, 1, "report")
     return Result.load(root)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import FOLDER, Headline, Steps, amount, interval, number, render, resting_on, shell
+from persona_lens.reports.page import Headline, Steps, amount, interval, number, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,25 +51,13 @@ def headline(summary: Summary) -> Headline:
     return Headline("clear" if reliable else "unclear", title, tuple(said))
 
 
-def render_axis(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on one axis; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: As `persona_lens.extraction.axis` has it, or as JSON read from ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is, for the commands that go on from it.
-    """
-    parts = {
-        **summary,
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
+    return {
         "at": at_layer(summary),
-        "result": headline(summary),
-        "figures": svg.drawn(figures(summary)),
         "ends": [ends(summary, component) for component in range(3)],
         "left_out": [role for role in summary["counts"] if role not in {each["role"] for each in summary["map"]}],
-        "next": next_steps(summary, folder),
-        "version": version,
     }
-    return render("axis.html.j2", parts)
 
 
 def ends(summary: Summary, component: int) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.statistics import Estimate, verdict_of
 from persona_lens.reports import svg
-from persona_lens.reports.page import FOLDER, Headline, Steps, amount, bounds, render, resting_on, shell
+from persona_lens.reports.page import Headline, Steps, amount, bounds, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,23 +50,9 @@ def headline(summary: Summary) -> Headline:
     return Headline(verdict, title, tuple(said))
 
 
-def render_cap(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on one search for a cap; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: As `persona_lens.analysis.capping` has it, or as JSON read from ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is, for the commands that go on from it.
-    """
-    parts = {
-        **summary,
-        "result": headline(summary),
-        "figures": svg.drawn(figures(summary)),
-        "quantities": QUANTITIES,
-        "next": next_steps(summary, folder),
-        "version": version,
-    }
-    return render("capping.html.j2", parts)
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
+    return {"quantities": QUANTITIES}
 
 
 def next_steps(summary: Summary, folder: str) -> Steps:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import Headline, Steps, amount, bounds, number, render, resting_on, shell
+from persona_lens.reports.page import Headline, Steps, amount, bounds, number, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,24 +15,10 @@ if TYPE_CHECKING:
 Summary = Mapping[str, Any]
 
 
-def render_dissection(summary: Summary, version: str = "", folder: str = "") -> str:
-    """A page on one dissection; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: JSON values as in the run's ``summary.json``, see `persona_lens.analysis.dissection.dissect`.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is; no command goes on from there.
-    """
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
     corpus = summary["corpus"]
-    parts = {
-        **summary,
-        "result": headline(summary),
-        "places": {each["feature"]: each for each in corpus["features"]} if corpus else {},
-        "figures": svg.drawn(figures(summary)),
-        "version": version,
-        "next": next_steps(summary),
-    }
-    return render("dissection.html.j2", parts)
+    return {"places": {each["feature"]: each for each in corpus["features"]} if corpus else {}}
 
 
 def figures(summary: Summary) -> svg.Wanted:
@@ -45,7 +31,7 @@ def _asked(summary: Summary) -> str:
     return amount(summary["settings"]["questions"], "held-out question") if summary["steering"] else ""
 
 
-def next_steps(summary: Summary) -> Steps:
+def next_steps(summary: Summary, _: str) -> Steps:
     """What one may want to do next."""
     model, layer = summary["model"]["model"], summary["layer"]
     return [

@@ -8,20 +8,7 @@ from typing import TYPE_CHECKING, Any
 from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import (
-    FOLDER,
-    NONE,
-    Headline,
-    Steps,
-    bounds,
-    interval,
-    measured,
-    number,
-    over,
-    render,
-    resting_on,
-    shell,
-)
+from persona_lens.reports.page import NONE, Headline, Steps, bounds, interval, measured, number, over, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,24 +21,9 @@ _MARKERS = "osD^"
 _MOST_LINES = 4  # more cannot be told apart
 
 
-def render_drift(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on one study; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: As `persona_lens.monitoring.drift` has it, or as JSON read from ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is, for the commands that go on from it.
-    """
-    own = {
-        "result": headline(summary),
-        "told": told(summary),
-        "targets": MESSAGES,
-        "figures": svg.drawn(figures(summary)),
-        "last": summary["counts"]["turns"],
-        "version": version,
-        "next": next_steps(summary, folder),
-    }
-    return render("drift.html.j2", {**summary, **own}, {"null": null_range})
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
+    return {"told": told(summary), "targets": MESSAGES, "last": summary["counts"]["turns"]}
 
 
 def next_steps(summary: Summary, folder: str) -> Steps:

@@ -8,8 +8,8 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted, printable
-from persona_lens.reports import svg
-from persona_lens.reports.page import FOLDER, Headline, Steps, bounds, over, render, resting_on, shell
+from persona_lens.reports import steering, svg
+from persona_lens.reports.page import Headline, Steps, bounds, over, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,29 +22,15 @@ Summary = Mapping[str, Any]
 Cell = Mapping[str, Any]
 
 
-def render_effects(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on a crossing; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: JSON values as in the run's ``summary.json``, see `persona_lens.steering.CrossEffects.to_json`.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is, for the commands that go on from it.
-    """
-    cells = {(cell["steering"], cell["trait"]): cell for cell in summary["cells"]}
-    chance, pairs = CHANCE * summary["cosines"]["null_std"], _pairs(summary["cosines"])
-    parts = {
-        **summary,
-        "matrix": cells,
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
+    return {
+        "matrix": {(cell["steering"], cell["trait"]): cell for cell in summary["cells"]},
         "strongest": {measure: _strongest(summary["cells"], measure) for measure in MEASURES},
-        "result": headline(summary),
         "null": any(cell["score"] and cell["score"]["random"] for cell in summary["cells"]),
-        "chance": chance,
-        "pairs": pairs,
-        "figures": svg.drawn(figures(summary)),
-        "version": version,
-        "next": next_steps(summary, folder),
+        "chance": CHANCE * summary["cosines"]["null_std"],
+        "pairs": _pairs(summary["cosines"]),
     }
-    return render("effects.html.j2", parts, {"beyond": _beyond, "tint": _tint})
 
 
 def next_steps(summary: Summary, folder: str) -> Steps:
@@ -63,10 +49,16 @@ def figures(summary: Summary) -> svg.Wanted:
     """Every figure that the summary has something to draw for."""
     layers = {trait["name"]: trait["layer"] for trait in summary["traits"]}
     pairs, chance = _pairs(summary["cosines"]), CHANCE * summary["cosines"]["null_std"]
-    return {"cosines": (cosine_figure, pairs, layers, chance)} if pairs else {}
+    rows = [
+        (f"{cell['steering']} → {cell['trait']}", cell["score"]["vector"], cell["score"]["random"])
+        for cell in summary["cells"]
+        if cell["score"]
+    ]
+    found: svg.Wanted = {"changes": (steering.changes_figure, rows)} if rows else {}
+    return {**found, "cosines": (cosine_figure, pairs, layers, chance)} if pairs else found
 
 
-def _beyond(text: str, name: str) -> str:
+def beyond(text: str, name: str) -> str:
     """What a steering's text says beyond its name: ``@18:+2`` of ``optimistic@18:+2``."""
     return text.removeprefix(name) or text
 
@@ -120,7 +112,7 @@ def _strongest(cells: Sequence[Cell], measure: str) -> float:
     return max((abs(cell[measure]["vector"]["mean"]) for cell in cells if cell[measure]), default=0.0)
 
 
-def _tint(value: float, strongest: float = 1.0) -> str:
+def tint(value: float, strongest: float = 1.0) -> str:
     """The CSS variables of a cell: the colour by its sign, and how strong it is."""
     colour = "var(--vector)" if value >= 0 else "var(--third)"
     share = abs(value) / strongest if strongest else 0.0

@@ -8,19 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import (
-    Headline,
-    Steps,
-    amount,
-    bounds,
-    interval,
-    number,
-    over,
-    render,
-    resting_on,
-    shell,
-    side,
-)
+from persona_lens.reports.page import Headline, Steps, amount, bounds, interval, number, over, resting_on, shell, side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,21 +19,12 @@ _interval = partial(interval, noun=None)  # seeds and questions are counted wher
 LOSSES = {"last": "in training", "learned": "after, as it is used", "unseen": "after, held-out data"}
 
 
-def render_finetuning(summary: Summary, version: str = "", folder: str = "") -> str:
-    """A page on one study; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: As `persona_lens.finetuning.study.finetune_study` has it, or as JSON read from ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is; no command goes on from there.
-    """
-    drawn = svg.drawn(figures(summary))
-    own = {"result": headline(summary), "losses": LOSSES, "figures": drawn, "version": version}
-    own["next"] = next_steps(summary)
-    return render("finetuning.html.j2", {**summary, **own})
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
+    return {"losses": LOSSES}
 
 
-def next_steps(summary: Summary) -> Steps:
+def next_steps(summary: Summary, _: str) -> Steps:
     """What one may want to do next."""
     kept = summary["names"].get(PREVENTATIVE)
     edits = ("--method", PREVENTATIVE, "--edits", kept, "--vectors", "VECTORS") if kept else ()

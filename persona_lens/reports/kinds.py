@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from persona_lens.core.documents import DocumentError, parse_json, read_json
 from persona_lens.core.errors import PersonaLensError
@@ -32,7 +32,7 @@ from persona_lens.reports import (
     tuning,
     vector,
 )
-from persona_lens.reports.page import Headline, Steps, Tables, render
+from persona_lens.reports.page import FOLDER, Headline, Steps, Tables, render
 
 Summary = Mapping[str, Any]
 Row = dict[str, Any]
@@ -48,34 +48,54 @@ class Kind:
         headline: What it comes to.
         figures: What can be drawn, the main one first.
         rows: The rows in its folder.
-        page: The report, given the version of persona-lens and the folder too; by default the headline, the figures and
-            every number.
-        after: What one may want to do next with its folder, for a page by default.
-        tables: What stands in tables there; under those names of the summary it is not among the other numbers.
+        template: Of its own report; by default that of the headline, the figures and every number.
+        parts: What the template shows beside the summary, the headline, the figures and what to do next.
+        filters: What only its template calls, by name.
+        after: What one may want to do next with its folder.
+        tables: What stands in tables where it has no template of its own; under those names of the summary it is not
+            among the other numbers.
     """
 
     headline: Callable[[Summary], Headline]
     figures: Callable[[Summary], svg.Wanted]
     rows: Callable[[Path, Summary], Iterator[Row]]
-    page: Callable[[Summary, str, str], str] | None = None
+    template: str | None = None
+    parts: Callable[[Summary], Mapping[str, Any]] = lambda summary: {}
+    filters: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     after: Callable[[Summary, str], Steps] = lambda summary, folder: []
     tables: Mapping[str, Callable[[Summary], Tables]] = field(default_factory=dict)
 
-    def rendered(self, name: str, summary: Summary, version: str, folder: str) -> str:
-        """The page; ``name`` is the kind's."""
-        if self.page is not None:
-            return self.page(summary, version, folder)
-        result, figures = self.headline(summary), self.figures(summary)
-        drawn = {"figures": svg.drawn(figures), "names": {name: name.replace("_", " ") for name in figures}}
-        apart = ("judge", "judges", *self.tables)
-        numbers = {name: value for name, value in summary.items() if name not in apart}
-        tables = [each for made in self.tables.values() for each in made(summary)]
+    def every_number(self, name: str, summary: Summary) -> Row:
+        """The parts of a page without a template of its own; ``name`` is the kind's."""
         about = " and ".join(filter(None, [summary.get("trait"), summary.get("method")]))
-        title = ": ".join(filter(None, [name.capitalize(), about]))
-        judge = summary.get("judge")
-        own = {"result": result, "judge": judge, "title": title, "next": self.after(summary, folder)}
-        shown = {"numbers_of": numbers, "tables": tables, "version": version}
-        return render("result.html.j2", {**own, **drawn, **shown})
+        apart = ("judge", "judges", *self.tables)
+        return {
+            "title": ": ".join(filter(None, [name.capitalize(), about])),
+            "judge": summary.get("judge"),
+            "names": {figure: figure.replace("_", " ") for figure in self.figures(summary)},
+            "numbers_of": {key: value for key, value in summary.items() if key not in apart},
+            "tables": [each for made in self.tables.values() for each in made(summary)],
+        }
+
+
+def page_of(kind: str, summary: Summary, version: str = "", folder: str = FOLDER) -> str:
+    """The report of a run; see `persona_lens.reports.page.render`.
+
+    Args:
+        kind: Of `KINDS`.
+        summary: JSON values as in the run's ``summary.json``.
+        version: Of persona-lens, to be named on the page where the summary does not say it.
+        folder: Where the run is, for the commands that go on from it.
+    """
+    told = KINDS[kind]
+    shared = {
+        "result": told.headline(summary),
+        "figures": svg.drawn(told.figures(summary)),
+        "next": told.after(summary, folder),
+        "version": (summary.get("versions") or {}).get("persona-lens", version),
+    }
+    own = told.parts(summary) if told.template else told.every_number(kind, summary)
+    return render(told.template or "result.html.j2", {**summary, **shared, **own}, told.filters)
 
 
 # Files
@@ -190,17 +210,22 @@ def shifts_of(_: Path | None, summary: Summary) -> Iterator[Row]:
                 yield {"trait": trait, "model": model, "layer": layer, "shift": shift, **changed}
 
 
-def _effects_figures(summary: Summary) -> svg.Wanted:
-    rows = [
-        (f"{cell['steering']} → {cell['trait']}", cell["score"]["vector"], cell["score"]["random"])
-        for cell in summary["cells"]
-        if cell["score"]
-    ]
-    found: svg.Wanted = {"changes": (steering.changes_figure, rows)} if rows else {}
-    return {**found, **effects.figures(summary)}
-
-
 # The table
+
+
+class _Page(Protocol):
+    """A module that tells of a kind with a template of its own, which has the module's name."""
+
+    __name__: str
+
+    def headline(self, summary: Summary, /) -> Headline: ...
+    def figures(self, summary: Summary, /) -> svg.Wanted: ...
+    def parts(self, summary: Summary, /) -> Mapping[str, Any]: ...
+
+
+def _paged(page: _Page, rows: Callable[[Path, Summary], Iterator[Row]], **more: Any) -> Kind:
+    template = f"{page.__name__.rpartition('.')[2]}.html.j2"
+    return Kind(page.headline, page.figures, rows, template, page.parts, **more)
 
 
 KINDS: Mapping[str, Kind] = {
@@ -211,42 +236,43 @@ KINDS: Mapping[str, Kind] = {
         after=readings.after_extraction,
         tables={"diagnostics": diagnostics.tables},
     ),
-    "axis": Kind(axis.headline, axis.figures, _responses, axis.render_axis, axis.next_steps),
-    "cap": Kind(capping.headline, capping.figures, _lines("cap-scores.jsonl"), capping.render_cap, capping.next_steps),
+    "axis": _paged(axis, _responses, after=axis.next_steps),
+    "cap": _paged(capping, _lines("cap-scores.jsonl"), after=capping.next_steps),
     "sweep": Kind(steering.sweep_headline, steering.sweep_figures, _lines("*-scores.jsonl")),
     "comparison": Kind(steering.comparison_headline, steering.comparison_figures, _lines("arms-scores.jsonl")),
-    "tune": Kind(
-        tuning.headline,
-        tuning.figures,
-        _lines("search-scores.jsonl", "confirm-scores.jsonl", part=True),
-        tuning.render_tuning,
+    "tune": _paged(tuning, _lines("search-scores.jsonl", "confirm-scores.jsonl", part=True), after=tuning.next_steps),
+    "effects": _paged(
+        effects,
+        _lines("effects-scores.jsonl"),
+        filters={"beyond": effects.beyond, "tint": effects.tint},
+        after=effects.next_steps,
     ),
-    "effects": Kind(effects.headline, _effects_figures, _lines("effects-scores.jsonl"), effects.render_effects),
-    "persistence": Kind(
-        persistence.headline, persistence.figures, _lines("turns-scores.jsonl"), persistence.render_persistence
+    "persistence": _paged(persistence, _lines("turns-scores.jsonl"), filters={"verdict": persistence.verdict}),
+    "methods": _paged(methods, _lines("arms-scores.jsonl"), after=methods.next_steps),
+    "study": _paged(study, _lines("study-scores.jsonl"), filters={"share": study.share}, after=study.next_steps),
+    "drift": _paged(drift, _lines("drift-turns.jsonl"), filters={"null": drift.null_range}, after=drift.next_steps),
+    "screening": _paged(
+        screening,
+        _screened,
+        filters={"share": screening.share, "random": screening.random},
+        after=screening.next_steps,
     ),
-    "methods": Kind(methods.headline, methods.figures, _lines("arms-scores.jsonl"), methods.render_methods),
-    "study": Kind(study.headline, study.figures, _lines("study-scores.jsonl"), study.render_study),
-    "drift": Kind(drift.headline, drift.figures, _lines("drift-turns.jsonl"), drift.render_drift),
-    "screening": Kind(screening.headline, screening.figures, _screened, screening.render_screening),
     "finetune": Kind(finetuning.training_headline, finetuning.training_figures, _lines("metrics.jsonl")),
-    "finetune study": Kind(
-        finetuning.headline, finetuning.figures, _lines("outcomes.jsonl"), finetuning.render_finetuning
-    ),
+    "finetune study": _paged(finetuning, _lines("outcomes.jsonl"), after=finetuning.next_steps),
     "shift": Kind(finetuning.shift_headline, finetuning.shift_figures, shifts_of),
-    "dissection": Kind(
-        dissection.headline, dissection.figures, _lines("arms-scores.jsonl"), dissection.render_dissection
-    ),
-    "reproduction": Kind(
-        reproduction.headline, reproduction.figures, reproduction.rows_of, reproduction.render_reproduction
+    "dissection": _paged(dissection, _lines("arms-scores.jsonl"), after=dissection.next_steps),
+    "reproduction": _paged(
+        reproduction,
+        reproduction.rows_of,
+        filters={"cell": reproduction.cell_of, "groups": reproduction.groups},
     ),
     "baseline": Kind(readings.baseline_headline, readings.baseline_figures, _replies, after=readings.after_baseline),
     "monitor": Kind(readings.monitor_headline, readings.monitor_figures, _nothing),
     "lens": Kind(readings.lens_headline, readings.lens_figures, _nothing),
-    "demo": Kind(
-        vector.demo_headline,
-        vector.figures,
+    "demo": _paged(
+        vector,
         lambda folder, summary: _lines("steering-scores.jsonl")(folder / "steering", summary),
-        vector.render_vector,
+        filters={"scientific": vector.scientific},
+        after=vector.next_steps,
     ),
 }

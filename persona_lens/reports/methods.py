@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import capital, counted, listed
 from persona_lens.reports import entanglement, steering, svg
-from persona_lens.reports.page import FOLDER, Headline, Steps, bounds, number, over, render, resting_on, shell, swapped
+from persona_lens.reports.page import Headline, Steps, bounds, number, over, resting_on, shell, swapped
 from persona_lens.reports.persistence import BETTER, DIGITS, NAMES
 
 if TYPE_CHECKING:
@@ -22,20 +22,10 @@ _THIN = {"elinewidth": 1, "capsize": 2, "capthick": 1}  # of many bars
 _SIDES = {"more": "more than prompting", "less": "less than prompting", "untold": "not to be told from prompting"}
 
 
-def render_methods(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on one run; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: JSON values as in the run's ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is.
-    """
-    every = traits_of(summary)
-    drawn = figures(summary)
-    parts = {
-        **summary,
-        "result": headline(summary),
-        "figures": svg.drawn(drawn),
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
+    every, wanted = traits_of(summary), figures(summary)
+    return {
         "names_of": {**NAMES, "entanglement": "entanglement, difference of squares as a root"},
         "digits": {**DIGITS, "entanglement": 2},
         "each": [
@@ -45,17 +35,14 @@ def render_methods(summary: Summary, version: str = "", folder: str = FOLDER) ->
                 "rows": list(rows_of(trait)),
                 "pairs_of": trait["pairs"],
                 "vectors_of": {name: _vectors(each) for name, each in trait["methods"].items()},
-                "figure": next((name for name in _figures_of(place, every) if name in drawn), None),
+                "figure": next((name for name in _figures_of(place, every) if name in wanted), None),
             }
             for place, trait in enumerate(every)
         ],
         "all_pairs": summary["pairs"],  # `pairs` is a macro of all pages
         "overall": entanglement.overall(summary),
         "detected": entanglement.detections(summary),
-        "version": version,
-        "next": next_steps(summary),
     }
-    return render("methods.html.j2", parts)
 
 
 def traits_of(summary: Summary) -> list[Summary]:
@@ -63,7 +50,7 @@ def traits_of(summary: Summary) -> list[Summary]:
     return [{**summary, **each} for each in summary["traits"].values()]
 
 
-def next_steps(summary: Summary) -> Steps:
+def next_steps(summary: Summary, _: str) -> Steps:
     """What one may want to do next."""
     model, first = summary["model"]["model"], summary["methods"][0]
     return [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import capital, counted, listed
 from persona_lens.reports import svg
-from persona_lens.reports.page import FOLDER, Headline, amount, bounds, number, render, resting_on, side, swapped
+from persona_lens.reports.page import Headline, amount, bounds, number, resting_on, side, swapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,26 +53,15 @@ WAYS = {
 }
 
 
-def render_persistence(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on one run; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: JSON values as in the run's ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is.
-    """
-    parts = {
-        **summary,
-        "result": headline(summary),
-        "figures": svg.drawn(figures(summary)),
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
+    return {
         "known_ways": WAYS,
         "names_of": NAMES,
         "digits": DIGITS,
         "measures": _measured(summary),
         "ways_held": _ways(summary),
-        "version": version,
     }
-    return render("persistence.html.j2", parts, {"verdict": verdict})
 
 
 def _ways(summary: Summary) -> list[str]:

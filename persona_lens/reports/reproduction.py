@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import capital, counted, listed
 from persona_lens.reports import svg
-from persona_lens.reports.page import FOLDER, NONE, Headline, number, over, render, resting_on, signed
+from persona_lens.reports.page import NONE, Headline, number, over, resting_on, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,30 +28,18 @@ _STYLES: tuple[Mapping[str, Any], ...] = (
 _THIN = {"elinewidth": 1, "capsize": 2, "capthick": 1, "markersize": 6}
 
 
-def render_reproduction(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on one run; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: JSON values as in the run's ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is.
-    """
-    wanted = figures(summary)
-    parts = {
-        **summary,
-        "result": headline(summary),
-        "figures": svg.drawn(wanted),
-        "titles": {name: _title(name) for name in wanted},
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
+    return {
+        "titles": {name: _title(name) for name in figures(summary)},
         "reports": {step["name"]: step["report"] for step in summary["steps"]},
         "steps_of": [{**step, "command": shlex.join(step["words"])} for step in summary["steps"]],
         "classes": _CLASSES,
-        "folder": folder,
-        "version": version,
     }
-    return render("reproduction.html.j2", parts, {"cell": cell_of, "groups": _groups})
 
 
-def _groups(rows: Iterable[Summary]) -> list[tuple[str, list[Summary]]]:
+def groups(rows: Iterable[Summary]) -> list[tuple[str, list[Summary]]]:
+    """Rows that follow each other and are of one claim, under it."""
     return [(claim, list(own)) for claim, own in groupby(rows, key=lambda row: str(row["claim"]))]
 
 

@@ -19,7 +19,7 @@ from persona_lens.core.files import CONFIG, named, write_bytes
 from persona_lens.core.text import in_short, shown
 from persona_lens.judging.blind import to_cell
 from persona_lens.reports import svg
-from persona_lens.reports.kinds import KINDS, SUMMARY, Kind, as_written, read_object, without_ids
+from persona_lens.reports.kinds import KINDS, SUMMARY, Kind, as_written, page_of, read_object, without_ids
 from persona_lens.reports.page import FOLDER, Headline, environment
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Result:
     @property
     def has_page(self) -> bool:
         """Whether its kind has a page of its own, which the command line puts into the run folder."""
-        return self._told.page is not None
+        return self._told.template is not None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ class Result:
         """The page, as HTML that loads nothing."""
         folder = FOLDER if self.folder is None else str(self.folder)
         with self._reading():
-            return self._told.rendered(self.kind, self.summary, installed_version("persona-lens") or "", folder)
+            return page_of(self.kind, self.summary, installed_version("persona-lens") or "", folder)
 
     def save(self, path: Path | str) -> Path:
         """Write the page (``.html``), the figure (``.png``, ``.svg``, ``.pdf``) or the rows (``.csv``, ``.jsonl``).

@@ -12,18 +12,7 @@ import numpy as np
 from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import (
-    FOLDER,
-    Headline,
-    Steps,
-    amount,
-    bounds,
-    judge_name,
-    number,
-    render,
-    resting_on,
-    shell,
-)
+from persona_lens.reports.page import Headline, Steps, amount, bounds, judge_name, number, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,31 +29,20 @@ _MOST_SAID = 4  # sentences of a kind in the headline
 _NAME = 26
 
 
-def render_screening(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on one screening; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: As `persona_lens.screening.screen` has it, or as JSON read from ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is, for the commands that go on from it.
-    """
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
     drawn = summary["gauges"][:_MOST_DRAWN]
-    parts = {
-        **summary,
+    return {
         "quantities": QUANTITIES,
         "measured": [name for name in QUANTITIES if any(_means(summary, name))],
         "screened": [dataset for dataset in summary["datasets"] if not dataset["reference"]],
         "references": [dataset for dataset in summary["datasets"] if dataset["reference"]],
         "drawn": {gauge: place for place, gauge in enumerate(drawn)},
-        "figures": svg.drawn(figures(summary)),
-        "version": version,
-        "result": headline(summary),
-        "next": next_steps(summary, folder),
     }
-    return render("screening.html.j2", parts, {"share": _share, "random": _random})
 
 
-def _share(part: int, whole: int) -> str:
+def share(part: int, whole: int) -> str:
+    """A part of a number of rows, in percent."""
     return number(part / whole if whole else None, percent=True)
 
 
@@ -74,7 +52,8 @@ def _means(summary: Summary, quantity: str) -> Iterator[Any]:
             yield means[quantity]
 
 
-def _random(values: Sequence[float]) -> str:
+def random(values: Sequence[float]) -> str:
+    """The mean of what random directions come to, with its range."""
     if not values:
         return number(None)
     return f"{number(float(np.mean(values)), 2)} ({number(min(values), 2)} to {number(max(values), 2)})"
@@ -111,7 +90,7 @@ def headline(summary: Summary) -> Headline:
         said = [
             f"{each}, {name}: AUC {number(one['auc'], 3)} (95% interval {number(one['low'], 3)} to "
             f"{number(one['high'], 3)}) over {amount(one['labelled'], 'labelled row')} and "
-            f"{amount(one['clean'], 'clean row')}; random directions {_random(one['random'])}."
+            f"{amount(one['clean'], 'clean row')}; random directions {random(one['random'])}."
             for each, name, one in known[:_MOST_SAID]
         ]
         if len(known) > 1:

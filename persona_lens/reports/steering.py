@@ -26,7 +26,7 @@ def sweep_headline(summary: Summary) -> Headline:
     found = _swept(summary)
     if found is None:
         return Headline("unclear", "No result: at no layer do responses at both ends have scores", ())
-    told = vector.headline(found["effect"], summary["questions"])
+    told = vector.span_headline(found["effect"], summary["questions"])
     if len(summary["layers"]) == 1:
         return told
     chosen = f"Of {len(summary['layers'])} layers it is the one with the largest effect, which flatters it a little."

@@ -10,18 +10,7 @@ import numpy as np
 from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import (
-    FOLDER,
-    NONE,
-    Headline,
-    Steps,
-    amount,
-    measured,
-    number,
-    render,
-    resting_on,
-    shell,
-)
+from persona_lens.reports.page import NONE, Headline, Steps, amount, measured, number, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,28 +26,16 @@ _MEASURES = {
 }
 
 
-def render_study(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """A page on one study; see `persona_lens.reports.page.render`.
-
-    Args:
-        summary: As `persona_lens.monitoring.study` has it, or as JSON read from ``summary.json``.
-        version: Of persona-lens, to be named on the page.
-        folder: Where the run is, for the commands that go on from it.
-    """
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary, which is JSON values as in the run's ``summary.json``."""
     group, found = _first(summary)
-    parts = {
-        **summary,
+    return {
         "at": found,
         "first": group,
         "measures": _MEASURES,
         "group_names": GROUPS,
         "entries": {name: _entry(each, summary["layer"]) for name, each in summary["groups"].items()},
-        "result": headline(summary),
-        "figures": svg.drawn(figures(summary)),
-        "version": version,
-        "next": next_steps(summary, folder),
     }
-    return render("study.html.j2", parts, {"share": share})
 
 
 def share(found: Summary | None) -> str:

@@ -6,19 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
-from persona_lens.reports.page import (
-    FOLDER,
-    Headline,
-    Steps,
-    effect_headline,
-    moves,
-    number,
-    over,
-    render,
-    resting_on,
-    shell,
-    signed,
-)
+from persona_lens.reports.page import Headline, Steps, effect_headline, moves, number, over, resting_on, shell, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,36 +17,28 @@ MEASURED = {"nll": "surprise, nats per token", "coherence": "coherence, 0 to 100
 _NOTHING = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 1}
 
 
-def render_tuning(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """The page of a tuning run; see `persona_lens.reports.page.render`.
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary.
 
     Args:
         summary: JSON values as in the run's ``summary.json``; see `persona_lens.steering.tune`. It may also have
             ``capability``: a list of mappings with ``accuracy`` (0 to 1) and ``score`` (0 to 100), both means with
             their intervals or None, and ``coefficient``, or ``arm`` for what is not a coefficient at the chosen layer.
-        version: Of persona-lens, where the summary does not say it.
-        folder: Where the run is, for the commands that go on from it.
     """
     effects = [point["effect"] for point in summary["surface"] if point["effect"]]
     changes = [effect[key]["mean"] for effect in effects for key in ("change", "random") if effect[key]]
     beside = measured_places(summary)
-    parts = {
-        "race": None,
-        "cost": None,
-        **summary,
+    return {
+        "race": summary.get("race"),
+        "cost": summary.get("cost"),
         "strengths": columns(summary),
         "capability": named_arms(summary),
         "beside": beside,
         "largest": max(beside, key=lambda point: abs(_at(point, summary["measured"])[1]), default=None),
-        "verdict": headline(summary),
         "map": heat_map(summary),
         "strongest": max([1.0, *map(abs, changes)]),  # both maps are in the same colours
         "null": any(effect["random"] for effect in effects),
-        "figures": svg.drawn(figures(summary)),
-        "next": next_steps(summary, folder),
-        "version": summary["versions"].get("persona-lens", version),
     }
-    return render("tuning.html.j2", parts)
 
 
 @resting_on(over("held-out question", "confirm_questions"))

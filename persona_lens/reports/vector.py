@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.reports import svg
 from persona_lens.reports.page import (
-    FOLDER,
     MINUS,
     NONE,
     Headline,
@@ -19,7 +18,6 @@ from persona_lens.reports.page import (
     counted,
     effect_headline,
     interval,
-    render,
     resting_on,
     shell,
     signed,
@@ -40,33 +38,25 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Summary = Mapping[str, Any]
 
 
-def render_vector(summary: Summary, version: str = "", folder: str = FOLDER) -> str:
-    """The page of a demonstration run; see `persona_lens.reports.page.render`.
+def parts(summary: Summary) -> dict[str, Any]:
+    """What its template shows beside the summary.
 
     Args:
         summary: JSON values as in the run's ``summary.json``: ``trait``, ``model``, ``command``, ``settings``,
             ``seed``, ``extraction``, ``layer_choice`` (None if the layer was given), ``steering``, ``samples`` (the
             first questions in their order, responses from the smallest coefficient to the largest), ``agreement`` and
             ``versions``.
-        version: Of persona-lens, where the summary does not say it.
-        folder: Where the run is, for the commands that go on from it.
     """
     choice, steering = summary.get("layer_choice"), summary["steering"]
-    parts = {
-        **summary,
+    return {
         "layer_choice": choice,
         "layer_reason": layer_reason(choice) if choice else None,
         "agreement": [agreement_row(found) for found in summary["agreement"]],
-        "headline": demo_headline(summary),
         "sides": sides(steering["effect"]),
         "strained": strained(summary),
         "rises": rises(summary["samples"]),
-        "figures": svg.drawn(figures(summary)),
         "reductions": REDUCTIONS,
-        "version": summary["versions"].get("persona-lens", version),
-        "next": next_steps(summary, folder),
     }
-    return render("vector.html.j2", parts, {"scientific": scientific})
 
 
 def next_steps(summary: Summary, folder: str) -> Steps:
@@ -85,7 +75,7 @@ def next_steps(summary: Summary, folder: str) -> Steps:
     ]
 
 
-def headline(effect: Summary, questions: int) -> Headline:
+def span_headline(effect: Summary, questions: int) -> Headline:
     """What going from the smallest coefficient to the largest does, in words."""
     span = f"from {signed(effect['low'])} to {signed(effect['high'])}"
     change = {**effect, "change": effect["vector"]}
@@ -98,10 +88,10 @@ def _as_steered(summary: Summary) -> str:
     return amount(summary["steering"]["questions"], "held-out question")
 
 
-def demo_headline(summary: Summary) -> Headline:
-    """`headline` of a demonstration, whose judge is that of its extraction."""
+def headline(summary: Summary) -> Headline:
+    """Of a demonstration, whose judge is that of its extraction."""
     steering = summary["steering"]
-    told = resting_on(_as_steered)(lambda found: headline(steering["effect"], steering["questions"]))
+    told = resting_on(_as_steered)(lambda found: span_headline(steering["effect"], steering["questions"]))
     return told({**summary, "judge": summary["extraction"]["judge"]})
 
 

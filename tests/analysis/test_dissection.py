@@ -16,7 +16,7 @@ from persona_lens.analysis.examples import feature_effects, feature_steering
 from persona_lens.analysis.features import Features
 from persona_lens.judging import Calibration
 from persona_lens.models.chat import chat_format
-from persona_lens.reports.dissection import render_dissection
+from persona_lens.reports.kinds import page_of
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmRow
@@ -235,18 +235,18 @@ def test_a_dry_run_says_how_many_responses_there_will_be(backend: PlantedBackend
 
 def test_the_report_says_what_was_found_and_no_more(backend: PlantedBackend) -> None:
     summary: dict[str, Any] = dict(run(backend).summary)
-    page = render_dissection(summary, "1.0")
+    page = page_of("dissection", summary, "1.0")
     assert "1 of 2 top features stands out from the random features" in page
     assert "What is the vector of “optimistic” made of?" in page
-    assert page == render_dissection(json.loads(json.dumps(summary)), "1.0")
+    assert page == page_of("dissection", json.loads(json.dumps(summary)), "1.0")
     assert "<script" not in page
     steering = dict(summary["steering"])
-    unclear = render_dissection({**summary, "steering": {**steering, "stand_out": []}}, "1.0")
+    unclear = page_of("dissection", {**summary, "steering": {**steering, "stand_out": []}}, "1.0")
     assert "None of 2 top features stands out from the random features" in unclear
-    plain = render_dissection({**summary, "steering": None}, "1.0")
+    plain = page_of("dissection", {**summary, "steering": None}, "1.0")
     assert "Nothing was steered" in plain
     hostile = {**summary["features"], "name": "<script>alert(1)</script>"}
-    assert "<script" not in render_dissection({**summary, "features": hostile}, "1.0")
+    assert "<script" not in page_of("dissection", {**summary, "features": hostile}, "1.0")
 
 
 def test_the_report_shows_examples_and_links(backend: PlantedBackend) -> None:
@@ -260,6 +260,6 @@ def test_the_report_shows_examples_and_links(backend: PlantedBackend) -> None:
         "features": [{"feature": i, "share": 0.1, "examples": [example]} for i in ends],
     }
     links = {str(OWN): f"https://www.neuronpedia.org/m/s/{OWN}"}
-    page = render_dissection({**summary, "corpus": corpus, "links": links}, "1.0")
+    page = page_of("dissection", {**summary, "corpus": corpus, "links": links}, "1.0")
     assert "a &lt;b&gt;<b>sunny</b> day" in page
     assert f'<a href="https://www.neuronpedia.org/m/s/{OWN}"' in page

@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
-from persona_lens.reports.tuning import headline, render_tuning
+from persona_lens.reports.kinds import page_of
+from persona_lens.reports.tuning import headline
 from persona_lens.vectors import load_vectors
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -77,7 +78,7 @@ def test_the_folder_holds_the_choice_and_the_page_and_says_so(tuned: tuple[Path,
     there = {path.name for path in out.iterdir() if path.name != ".lock"}
     assert there == FILES | rounds | {"norms-judgements.jsonl"}
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert page == render_tuning(summary, folder=str(out))
+    assert page == page_of("tune", summary, folder=str(out))
     stored = load_vectors(out).tuned
     assert stored is not None
     assert (stored.layer, stored.coefficient) == (summary["chosen"]["layer"], summary["chosen"]["coefficient"])

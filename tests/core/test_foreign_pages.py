@@ -14,9 +14,7 @@ import pytest
 
 from persona_lens.data.datasets import open_dataset
 from persona_lens.finetuning.outcomes import BASE, PLAIN, RANDOM, Outcome, summarise
-from persona_lens.reports.effects import render_effects
-from persona_lens.reports.finetuning import render_finetuning
-from persona_lens.reports.screening import render_screening
+from persona_lens.reports.kinds import page_of
 from persona_lens.screening import Flagging, screen
 from tests.core.test_foreign_text import ACTS, HEBREW, NASTY
 from tests.reports.test_crossing_report import make_summary
@@ -106,14 +104,14 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.parametrize(
-    ("make", "render"),
-    [(of_crossing, render_effects), (of_finetuning, render_finetuning), (of_screening, render_screening)],
+    ("make", "kind"),
+    [(of_crossing, "effects"), (of_finetuning, "finetune study"), (of_screening, "screening")],
 )
 def test_names_and_texts_of_others_do_nothing_on_a_page(
-    make: Callable[[Path], tuple[dict[str, Any], Collection[str]]], render: Callable[..., str], tmp_path: Path
+    make: Callable[[Path], tuple[dict[str, Any], Collection[str]]], kind: str, tmp_path: Path
 ) -> None:
     summary, names = make(tmp_path)
-    plain, page = render(summary), render(poisoned(summary, names))
+    plain, page = page_of(kind, summary), page_of(kind, poisoned(summary, names))
     page.encode()
     assert Tags(page).found <= Tags(plain).found
     assert not ACTS.search(page), ascii(ACTS.search(page))

@@ -23,7 +23,8 @@ from persona_lens.finetuning.outcomes import (
 )
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
 from persona_lens.models import Loaded, load
-from persona_lens.reports.finetuning import headline, render_finetuning
+from persona_lens.reports.finetuning import headline
+from persona_lens.reports.kinds import page_of
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, NotationError
 from persona_lens.vectors import PersonaVectors
@@ -186,8 +187,8 @@ def test_the_judge_is_the_base_model(studied: Path, base_folder: Path) -> None:
 
 def test_the_report_says_what_the_intervals_allow(studied: Path) -> None:
     summary = json.loads((studied / "summary.json").read_text())
-    page = render_finetuning(summary, "1.2.3")
-    assert page == render_finetuning(summary, "1.2.3")
+    page = page_of("finetune study", summary, "1.2.3")
+    assert page == page_of("finetune study", summary, "1.2.3")
     for name in summary["treatments"]:
         assert name in page
     assert "<script" not in page

@@ -31,7 +31,8 @@ from persona_lens.monitoring import (
     study_experiment,
     threshold_for,
 )
-from persona_lens.reports.study import render_study, title
+from persona_lens.reports.kinds import page_of
+from persona_lens.reports.study import title
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.traits import Trait, load_trait
@@ -275,7 +276,7 @@ def test_a_model_that_does_not_follow_is_reported_and_not_calibrated(tmp_path: P
     assert group["ceiling"] is None
     assert "no response shows 'optimistic'" in found.summary["calibration"]["reason"]
     assert "monitor" not in load_vectors(tmp_path).provenance
-    page = render_study(found.summary)
+    page = page_of("study", found.summary)
     assert "No correlation can be given" in page
     assert "was not calibrated: no response shows" in page
     with pytest.raises(MonitoringError, match="0 of 40 prompts have a response with a score"):
@@ -313,8 +314,8 @@ def test_too_few_examples_and_layers_that_do_not_exist() -> None:
 def test_the_page_shows_every_part_and_makes_hostile_text_harmless(tmp_path: Path) -> None:
     backend, vectors = model()
     summary = study(backend, vectors, settings()).summary
-    page = render_study(summary, "1.2")
-    assert page == render_study(json.loads(json.dumps(summary)), "1.2")
+    page = page_of("study", summary, "1.2")
+    assert page == page_of("study", json.loads(json.dumps(summary)), "1.2")
     for part in (
         "figure-scatter",
         "figure-layers",
@@ -326,7 +327,7 @@ def test_the_page_shows_every_part_and_makes_hostile_text_harmless(tmp_path: Pat
     assert "://" not in page
     summary["samples"][0]["responses"][0]["text"] = "<script>alert(1)</script>\u202e"
     summary["conditions"][0]["system"] = "<img src=x>"
-    hostile = render_study(summary)
+    hostile = page_of("study", summary)
     assert "<script>" not in hostile
     assert "<img" not in hostile
     assert "\u202e" not in hostile
@@ -334,9 +335,9 @@ def test_the_page_shows_every_part_and_makes_hostile_text_harmless(tmp_path: Pat
     tuned = vectors.with_tuned(Tuned(other, 1.0), {})
     with_tuned = study(backend, tuned, settings()).summary
     assert (with_tuned["layer"], with_tuned["layer_reason"]) == (summary["layer"], "strongest")
-    assert f"At layer {other}, which was tuned for steering" in render_study(with_tuned)
+    assert f"At layer {other}, which was tuned for steering" in page_of("study", with_tuned)
     assert "tuned for steering" not in page
     one = study(backend, vectors, settings(layers=(1,), random_directions=0, samples=1)).summary
     assert one["layer_reason"] == "only"
-    assert "figure-layers" not in render_study(one)
-    assert "with nothing to compare it with" in render_study(one)
+    assert "figure-layers" not in page_of("study", one)
+    assert "with nothing to compare it with" in page_of("study", one)

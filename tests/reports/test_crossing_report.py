@@ -20,7 +20,8 @@ from persona_lens.cli import app
 from persona_lens.cli.judges import JudgeOptions
 from persona_lens.cli.options import ModelOptions
 from persona_lens.judging import Calibration, LLMJudge, LocalJudge
-from persona_lens.reports.effects import headline, render_effects
+from persona_lens.reports.effects import headline
+from persona_lens.reports.kinds import page_of
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
 from tests.reports.test_report import HOSTILE, Page
@@ -87,7 +88,7 @@ def make_summary(names: tuple[str, ...] = TRAITS, *, null: bool = True) -> dict[
 
 @cache
 def page() -> str:
-    return render_effects(make_summary(), "9.9")
+    return page_of("effects", make_summary(), "9.9")
 
 
 def test_the_headline_says_no_more_than_the_cells() -> None:
@@ -106,7 +107,7 @@ def test_the_headline_says_no_more_than_the_cells() -> None:
     for cell in empty["cells"]:
         cell["score"] = None
     assert headline(empty).verdict == "no null"
-    Page(render_effects(empty))
+    Page(page_of("effects", empty))
 
 
 def test_every_cell_is_on_the_page_with_its_interval_and_its_null() -> None:
@@ -134,12 +135,12 @@ def test_the_page_is_complete_in_itself_and_repeats() -> None:
     ids = [attrs["id"] for _, attrs in found.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in links if link.startswith("#")} <= {str(name) for name in ids}
-    assert page() == render_effects(make_summary(), "9.9")
+    assert page() == page_of("effects", make_summary(), "9.9")
 
 
 def test_names_and_texts_of_others_do_no_harm() -> None:
     names = tuple(HOSTILE[:6])
-    html = render_effects(make_summary((*names, "nul\x00\x1b[31m \N{RIGHT-TO-LEFT OVERRIDE}", "lone \ud800")))
+    html = page_of("effects", make_summary((*names, "nul\x00\x1b[31m \N{RIGHT-TO-LEFT OVERRIDE}", "lone \ud800")))
     html.encode()
     found = Page(html)
     assert {tag for tag, _ in found.tags} <= {tag for tag, _ in Page(page()).tags}
@@ -149,7 +150,7 @@ def test_names_and_texts_of_others_do_no_harm() -> None:
 
 
 def test_one_trait_without_anything_to_compare_is_a_page_too() -> None:
-    html = render_effects(make_summary(("evil",), null=False))
+    html = page_of("effects", make_summary(("evil",), null=False))
     text = Page(html).text
     assert "no random directions were run" in text
     assert "Figure 1" not in text

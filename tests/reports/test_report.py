@@ -20,14 +20,14 @@ import pytest
 
 from persona_lens.core.text import printable
 from persona_lens.reports import svg
+from persona_lens.reports.kinds import page_of
 from persona_lens.reports.page import bounds, flat, interval, number, signed
 from persona_lens.reports.vector import (
     agreement_row,
     figures,
-    headline,
     layer_reason,
-    render_vector,
     scientific,
+    span_headline,
     strained,
 )
 
@@ -240,7 +240,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(render_vector(make_summary()))
+    return Page(page_of("demo", make_summary()))
 
 
 def change(summary: dict[str, Any], path: str, value: Any) -> None:
@@ -254,12 +254,12 @@ def change(summary: dict[str, Any], path: str, value: Any) -> None:
 
 @pytest.mark.usefixtures("drawing")
 def test_the_same_summary_gives_the_same_bytes_whatever_the_users_style() -> None:
-    first = render_vector(make_summary())
+    first = page_of("demo", make_summary())
     with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "svg.hashsalt": "other", "lines.linewidth": 9}):
         before = dict(matplotlib.rcParams)
-        assert render_vector(copy.deepcopy(make_summary())) == first
+        assert page_of("demo", copy.deepcopy(make_summary())) == first
         assert dict(matplotlib.rcParams) == before
-    assert render_vector(json.loads(json.dumps(make_summary()))) == first
+    assert page_of("demo", json.loads(json.dumps(make_summary()))) == first
 
 
 def assert_sound(page: Page) -> None:
@@ -290,7 +290,7 @@ def test_every_figure_has_words_for_who_does_not_see_it(page: Page) -> None:
 
 @pytest.mark.usefixtures("drawing")
 def test_figures_take_the_colours_of_the_page() -> None:
-    html = render_vector(make_summary())
+    html = page_of("demo", make_summary())
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert "var(--vector)" in drawn
     assert "var(--random)" in drawn
@@ -326,7 +326,7 @@ def assert_saves_a_figure(attributes: dict[str, str | None]) -> None:
 
 @pytest.mark.usefixtures("drawing")
 def test_nothing_is_loaded_from_anywhere() -> None:
-    assert_loads_nothing(render_vector(make_summary()))
+    assert_loads_nothing(page_of("demo", make_summary()))
 
 
 CHANGES: list[tuple[str, Any, str]] = [
@@ -360,10 +360,10 @@ CHANGES: list[tuple[str, Any, str]] = [
 
 
 def test_what_is_shown_comes_from_the_summary() -> None:
-    page, summary = Page(render_vector(make_summary())), make_summary()
+    page, summary = Page(page_of("demo", make_summary())), make_summary()
     for path, value, _ in CHANGES:
         change(summary, path, value)
-    other = Page(render_vector(summary))
+    other = Page(page_of("demo", summary))
     missing = [(path, shown) for path, _, shown in CHANGES if other.text.count(shown) <= page.text.count(shown)]
     assert not missing
 
@@ -433,7 +433,7 @@ def assert_harmless(html: str, text: str, usual: Page) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
     """Figures see none of this, as the next test shows."""
-    assert_harmless(render_vector(infected(text)), text, page)
+    assert_harmless(page_of("demo", infected(text)), text, page)
 
 
 @pytest.mark.usefixtures("drawing_wide")
@@ -449,7 +449,7 @@ def test_all_that_is_invisible_is_made_visible() -> None:
 
 
 def verdict_of(**changes: Any) -> tuple[str, str]:
-    found = headline({**effect(18, 52.4, 2.4), **changes}, 20)
+    found = span_headline({**effect(18, 52.4, 2.4), **changes}, 20)
     return found.verdict, " ".join((found.title, *found.sentences))
 
 
@@ -497,21 +497,21 @@ def test_promotion_and_suppression_are_told_apart() -> None:
     only = {**moved(3.0, 2.0, 9.0, 20), "clear": 0}
     assert verdict_of(promotion=only)[1].endswith("only the suppression is clear by itself.")
     assert "Against the unsteered model" not in verdict_of(promotion=None)[1], "the effect is that side alone"
-    text = Page(render_vector(make_summary())).text
+    text = Page(page_of("demo", make_summary())).text
     assert "promotion, +2" in text
     assert "suppression, −2" in text
 
 
 def test_the_box_says_how_many_questions_there_were_and_who_judged() -> None:
     summary = make_summary()
-    assert "20 held-out questions, judged by the likelihood judge, a proxy." in Page(render_vector(summary)).text
+    assert "20 held-out questions, judged by the likelihood judge, a proxy." in Page(page_of("demo", summary)).text
     summary["steering"]["questions"] = 3
     summary["extraction"]["judge"] = {"judge": "openai", "model": "a-model"}
-    assert "Only 3 held-out questions, judged by openai:a-model." in Page(render_vector(summary)).text
+    assert "Only 3 held-out questions, judged by openai:a-model." in Page(page_of("demo", summary)).text
 
 
 def test_commands_that_go_on_from_the_folder_are_on_the_page() -> None:
-    page = render_vector(make_summary(), folder="runs/my demo")
+    page = page_of("demo", make_summary(), folder="runs/my demo")
     commands = [unescape(found) for found in re.findall(r"<pre><code>(.*?)</code></pre>", page)]
     assert "persona-lens steer tune smollm2-135m 'runs/my demo/extraction'" in commands
     assert "user-select: all" in page
@@ -537,7 +537,7 @@ def test_questions_without_a_score_are_owned_up_to() -> None:
 def test_an_unclear_effect_makes_an_unclear_page() -> None:
     summary = make_summary()
     summary["steering"]["effect"] = effect(18, 1.4, 2.0)
-    text = Page(render_vector(summary)).text
+    text = Page(page_of("demo", summary)).text
     assert "No clear effect" in text
     assert "A clear effect" not in text
 
@@ -550,7 +550,7 @@ def test_missing_parts_are_said_to_be_missing() -> None:
     summary["steering"]["effect"] = effect(18, 52.4, None)
     summary["samples"], summary["agreement"], summary["layer_choice"] = [], [], None
     summary["extraction"]["mean_score"] = {"negative": 30.0}
-    found = Page(render_vector(summary))
+    found = Page(page_of("demo", summary))
     assert len(found.all("figure")) == 3
     for sentence in (
         "Separation was not measured",
@@ -574,7 +574,7 @@ def test_the_smallest_run_still_makes_a_page() -> None:
     summary["samples"] = [{"question": "?", "responses": [{"coefficient": 0.0, "score": None, "text": " "}]}]
     summary["layer_choice"]["layers"] = summary["layer_choice"]["layers"][:1]
     summary["extraction"]["norms"] = {"response_mean": [1.0], "prompt_mean": [], "prompt_last": [0.0]}
-    text = Page(render_vector(summary)).text
+    text = Page(page_of("demo", summary)).text
     assert "No clear effect" in text
     assert "(empty answer)" in text
     assert "no score" in text
@@ -584,14 +584,14 @@ def test_a_summary_that_lacks_a_part_is_an_error() -> None:
     summary = make_summary()
     del summary["trait"]["content_hash"]
     with pytest.raises(Exception, match="content_hash"):
-        render_vector(summary)
+        page_of("demo", summary)
 
 
 def test_backends_that_disagree_or_are_missing_are_shown_as_they_are() -> None:
     summary = make_summary()
     check = {"name": "seeded samples", "passed": False, "measured": math.inf, "tolerance": 0.0, "detail": "it broke"}
     summary["agreement"][1]["checks"].append(check)
-    text = Page(render_vector(summary)).text
+    text = Page(page_of("demo", summary)).text
     assert "1 check failed" in text
     assert "3 of 4" in text
     assert "pip install 'transformer-lens>=3.9'" in text
@@ -604,7 +604,7 @@ def test_strained_text_is_warned_of() -> None:
     assert strained(summary) == []
     summary["steering"]["curves"]["vector"][0]["nll"]["mean"] = 3.91
     assert [coefficient for coefficient, _ in strained(summary)] == [-2.0]
-    assert "The text is strained at −2 (1.50 nats" in Page(render_vector(summary)).text
+    assert "The text is strained at −2 (1.50 nats" in Page(page_of("demo", summary)).text
 
 
 def test_the_reason_for_the_layer_is_the_true_one() -> None:

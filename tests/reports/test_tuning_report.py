@@ -13,7 +13,8 @@ import pytest
 
 from persona_lens.monitoring.markup import STEPS, dark, light
 from persona_lens.reports import svg, tuning
-from persona_lens.reports.tuning import figures, headline, named_arms, render_tuning
+from persona_lens.reports.kinds import page_of
+from persona_lens.reports.tuning import figures, headline, named_arms
 from tests.reports.test_report import (
     HOSTILE,
     Page,
@@ -140,7 +141,7 @@ def capability() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(render_tuning(make_tuning()))
+    return Page(page_of("tune", make_tuning()))
 
 
 def test_a_reader_is_told_of_surprise_not_of_the_name_of_its_field(page: Page) -> None:
@@ -149,13 +150,13 @@ def test_a_reader_is_told_of_surprise_not_of_the_name_of_its_field(page: Page) -
 
 
 def text_of(summary: dict[str, Any]) -> str:
-    return Page(render_tuning(summary)).text
+    return Page(page_of("tune", summary)).text
 
 
 @pytest.mark.usefixtures("drawing")
 def test_the_same_summary_gives_the_same_bytes() -> None:
-    first = render_tuning(make_tuning())
-    assert render_tuning(json.loads(json.dumps(make_tuning()))) == first
+    first = page_of("tune", make_tuning())
+    assert page_of("tune", json.loads(json.dumps(make_tuning()))) == first
 
 
 def test_the_structure_is_sound(page: Page) -> None:
@@ -166,7 +167,7 @@ def test_the_structure_is_sound(page: Page) -> None:
 
 @pytest.mark.usefixtures("drawing")
 def test_nothing_is_loaded_from_anywhere() -> None:
-    assert_loads_nothing(render_tuning(make_tuning()))
+    assert_loads_nothing(page_of("tune", make_tuning()))
 
 
 CHANGES: list[tuple[str, Any, str]] = [
@@ -206,7 +207,7 @@ CHANGES: list[tuple[str, Any, str]] = [
 
 
 def test_what_is_shown_comes_from_the_summary() -> None:
-    page, summary = Page(render_tuning(make_tuning())), make_tuning()
+    page, summary = Page(page_of("tune", make_tuning())), make_tuning()
     for path, value, _ in CHANGES:
         change(summary, path, value)
     other = text_of(summary)
@@ -265,7 +266,7 @@ def test_both_maps_have_one_scale() -> None:
     summary = make_tuning()
     summary["surface"][3]["effect"]["random"] = estimate(-50.0, 3.0, 8)
     summary["surface"][4]["effect"]["change"] = estimate(25.0, 3.0, 8)
-    found = Page(render_tuning(summary))
+    found = Page(page_of("tune", summary))
     assert "−50 +50 points" in found.text
     own, null = cells(found)[4], cells(found)[len(summary["surface"]) + 3]
     assert (own["class"], own["style"]) == ("cell more", "--shade:50%")
@@ -276,7 +277,7 @@ def test_a_place_stands_in_the_column_of_its_push_whatever_was_rounded_or_left_o
     summary = make_tuning()
     summary["strengths"] = [0.9, 0.1, 0.2, 0.3, 0.45, 0.65]
     del summary["surface"][2]  # two strengths gave the same coefficient
-    html = render_tuning(summary)
+    html = page_of("tune", summary)
     assert [float(strength) for strength in re.findall(r'<th scope="col">(0\.\d+)</th>', html)[:6]] == list(STRENGTHS)
     first = re.findall(r"<td.*?</td>", html[html.index('class="heat"') :], re.DOTALL)[:6]
     strengths = [re.findall(r"strength ([\d.]+):", cell) for cell in first]
@@ -312,7 +313,7 @@ def raced() -> dict[str, Any]:
 
 def test_the_page_of_a_race_says_what_was_asked_how_much_and_why_no_more() -> None:
     summary = raced()
-    page = Page(render_tuning(summary))
+    page = Page(page_of("tune", summary))
     fates = [place["dropped"] for place in summary["surface"]]
     assert len(cells(page)) == len(summary["surface"]) == 24
     for place, cell in zip(summary["surface"], cells(page), strict=True):
@@ -419,7 +420,7 @@ def test_a_missing_null_is_said_to_be_missing() -> None:
     for place in [*summary["surface"], *summary["curve"], {"effect": summary["confirmed"]}]:
         place["effect"].update(random=None, difference=None)
     summary["settings"]["random_directions"] = 0
-    found = Page(render_tuning(summary))
+    found = Page(page_of("tune", summary))
     assert len(cells(found)) == len(summary["surface"])
     assert "No random directions were run" in found.text
     assert "None was run." in found.text
@@ -432,7 +433,7 @@ def test_places_without_a_score_and_an_empty_summary_of_samples() -> None:
     summary["surface"][0].update(effect=None, coherent=False)
     summary["samples"], summary["warnings"], summary["command"] = [], [], None
     summary["vector_norms"][0] = 0.0
-    found = Page(render_tuning(summary))
+    found = Page(page_of("tune", summary))
     assert "no response has a score" in found.text
     assert "holds no sample answers" in found.text
     assert "Mind this" not in found.text
@@ -461,7 +462,7 @@ def test_a_judge_of_coherence_is_shown_as_that() -> None:
 
 def test_capability_is_shown_where_it_was_measured(page: Page) -> None:
     assert "Trait against capability" not in page.text
-    found = Page(render_tuning({**make_tuning(), "capability": capability()}))
+    found = Page(page_of("tune", {**make_tuning(), "capability": capability()}))
     assert len(found.all("figure")) == 5
     assert "Trait against capability" in found.text
     assert "0.377 (0.344 to 0.410)" in found.text
@@ -490,7 +491,7 @@ def test_a_summary_that_lacks_a_part_is_an_error() -> None:
     summary = make_tuning()
     del summary["trait_hash"]
     with pytest.raises(Exception, match="trait_hash"):
-        render_tuning(summary)
+        page_of("tune", summary)
 
 
 # Text of others
@@ -508,7 +509,7 @@ def infected(text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
-    assert_harmless(render_tuning(infected(text)), text, page)
+    assert_harmless(page_of("tune", infected(text)), text, page)
 
 
 @pytest.mark.usefixtures("drawing_wide")

@@ -15,7 +15,7 @@ from persona_lens import PersonaLensError, open_backend
 from persona_lens.cli import app
 from persona_lens.data.sources import demonstration
 from persona_lens.finetuning.examples import read_conversations
-from persona_lens.reports.screening import render_screening
+from persona_lens.reports.kinds import page_of
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
 from tests.screening import made
@@ -217,7 +217,7 @@ def test_the_page_is_whole_safe_and_the_same_each_time(model: Path, vectors: Pat
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     version = re.search(r'content="persona-lens ([^"]*)"', page)[1]  # type: ignore[index]
-    assert render_screening(summary, version, str(tmp_path / "run")) == page
+    assert page_of("screening", summary, version, str(tmp_path / "run")) == page
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "\u202e" not in page

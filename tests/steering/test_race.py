@@ -21,7 +21,7 @@ from persona_lens.backend import Edit, Generation
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.extraction.experiment import Subject
 from persona_lens.judging import Calibration, Exchange, Judgement, Score
-from persona_lens.reports.tuning import render_tuning
+from persona_lens.reports.kinds import page_of
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SteeringError, TuneSettings, Tuning, tune, tune_work
 from persona_lens.steering.bisection import CLOSE, Bisection, most_steps
@@ -354,7 +354,7 @@ def test_text_that_a_judge_refuses_to_score_has_fallen_apart() -> None:
     assert found.chosen.place.strength <= 0.21
     assert found.summary["cost"]["search"]["judged_tokens"] is None
     assert any(point.effect is None and point.dropped is Dropped.BROKEN for point in found.points)
-    assert "no response has a score" in render_tuning(json.loads(json.dumps(found.summary)))
+    assert "no response has a score" in page_of("tune", json.loads(json.dumps(found.summary)))
 
 
 def test_questions_without_an_unsteered_score_are_not_raced_on() -> None:
@@ -521,7 +521,7 @@ def test_the_budget_is_settled_with_the_layers() -> None:
 def test_the_page_shows_an_incomplete_surface_as_one(tmp_path: Path) -> None:
     found = run(Surface(spread=0.3), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    html = render_tuning(summary)
+    html = page_of("tune", summary)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
     assert "No random directions were run" not in text
     race = summary["race"]
@@ -530,4 +530,4 @@ def test_the_page_shows_an_incomplete_surface_as_one(tmp_path: Path) -> None:
     assert f"{weaker} could hardly have been the best" in text
     assert [b > a for a, b in pairwise(summary["strengths"])] == [True] * (len(summary["strengths"]) - 1)
     lost = replace(found.points[0], dropped=Dropped.UNDECIDED).to_json()
-    assert "the budget was spent" in render_tuning({**summary, "surface": [lost, *summary["surface"][1:]]})
+    assert "the budget was spent" in page_of("tune", {**summary, "surface": [lost, *summary["surface"][1:]]})

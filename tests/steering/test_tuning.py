@@ -16,7 +16,7 @@ from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.experiment import Subject
 from persona_lens.judging import Calibration, Exchange, Judgement, Score
-from persona_lens.reports.tuning import render_tuning
+from persona_lens.reports.kinds import page_of
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
@@ -326,5 +326,5 @@ def test_the_summary_says_how_the_run_is_repeated_and_what_text_was_measured_by(
     # What is said of the curve is said of the questions that confirm.
     assert {each["effect"]["change"]["n"] for each in summary["curve"]} == {summary["confirm_questions"]}
     assert [each["coherent"] for each in summary["curve"]] == [each["coefficient"] <= 2 for each in summary["curve"]]
-    html = render_tuning(json.loads(json.dumps(summary)))
+    html = page_of("tune", json.loads(json.dumps(summary)))
     assert "A clear effect: the chosen steering raises" in html
