@@ -33,7 +33,7 @@ from persona_lens.extraction.experiment import by_question
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering
 from persona_lens.steering.comparison import RANDOM, VECTOR, ArmRow, compare
-from persona_lens.steering.surface import shown_layers
+from persona_lens.steering.tuning.surface import shown_layers
 from persona_lens.vectors import load_vectors
 from persona_lens.vectors.diagnosis import diagnose
 from persona_lens.vectors.diagnostics import BEYOND, BEYOND_CHANCE, MEASURES

@@ -222,7 +222,7 @@ def compare_command(
         prompted: Beside them nothing is steered, and a system prompt asks for more of the trait, or for less.
     """
     from persona_lens.steering.comparison import Prompted, arms_experiment, compare
-    from persona_lens.steering.tune_settings import Towards
+    from persona_lens.steering.tuning.settings import Towards
 
     loaded = options.open_vectors(vectors)
     arms: dict[str, Steering | Prompted] = {**written.open(loaded)}

@@ -26,8 +26,7 @@ from persona_lens.steering.sweep import (
     sweep,
     sweep_experiment,
 )
-from persona_lens.steering.tune_settings import TuneSettings
-from persona_lens.steering.tuning import Tuning, tune, tune_work
+from persona_lens.steering.tuning import TuneSettings, Tuning, tune, tune_work
 
 __all__ = [
     "ArmEffect",

@@ -29,7 +29,7 @@ from persona_lens.reports.catalogue import find_runs
 from persona_lens.reports.entanglement import overall
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings
-from persona_lens.steering.tune_settings import Towards
+from persona_lens.steering.tuning.settings import Towards
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.samples import RunSamples, read_samples

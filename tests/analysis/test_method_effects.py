@@ -26,7 +26,7 @@ from persona_lens.reports.methods import beside_prompting
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering, SteeringError
-from persona_lens.steering.tune_settings import Towards
+from persona_lens.steering.tuning.settings import Towards
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
 from tests.backends.fixtures import backend_of

@@ -24,11 +24,11 @@ from persona_lens.judging import Calibration, Exchange, Judgement, Score
 from persona_lens.reports.kinds import page_of
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SteeringError, TuneSettings, Tuning, tune, tune_work
-from persona_lens.steering.bisection import CLOSE, Bisection, most_steps
-from persona_lens.steering.race import middle_out
-from persona_lens.steering.search import curve_places
-from persona_lens.steering.surface import Dropped, Place, Point
-from persona_lens.steering.tune_settings import Towards, settled
+from persona_lens.steering.tuning.bisection import CLOSE, Bisection, most_steps
+from persona_lens.steering.tuning.race import middle_out
+from persona_lens.steering.tuning.search import curve_places
+from persona_lens.steering.tuning.settings import Towards, settled
+from persona_lens.steering.tuning.surface import Dropped, Place, Point
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, load_vectors
 from tests.planted import PlantedBackend

@@ -21,7 +21,9 @@ from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
 from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect, compare
-from persona_lens.steering.surface import (
+from persona_lens.steering.tuning import tune_work
+from persona_lens.steering.tuning.settings import Towards, settled, split
+from persona_lens.steering.tuning.surface import (
     Place,
     Point,
     choose_point,
@@ -31,8 +33,6 @@ from persona_lens.steering.surface import (
     warnings_about,
     warnings_confirmed,
 )
-from persona_lens.steering.tune_settings import Towards, settled, split
-from persona_lens.steering.tuning import tune_work
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
 from tests.planted import LEANING, PlantedBackend

@@ -21,7 +21,7 @@ from persona_lens.steering.comparison import (
     beside_null,
     minus,
 )
-from persona_lens.steering.surface import holds_together
+from persona_lens.steering.tuning.surface import holds_together
 from persona_lens.vectors.hub import fitted_by
 
 LOWER_IS_BETTER = ("nll",)

@@ -25,8 +25,8 @@ from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request
 from persona_lens.steering import ArmSettings, Prompted, Steering
 from persona_lens.steering.comparison import ARMS, UNSTEERED, Arms, arm_edits, arm_variants
-from persona_lens.steering.surface import shown_layers, significant
-from persona_lens.steering.tune_settings import Towards
+from persona_lens.steering.tuning.settings import Towards
+from persona_lens.steering.tuning.surface import shown_layers, significant
 from persona_lens.traits import Trait
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 from persona_lens.vectors.samples import RunSamples

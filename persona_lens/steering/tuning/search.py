@@ -13,10 +13,11 @@ from persona_lens.extraction.experiment import Subject
 from persona_lens.judging.recording import prepare_judge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
-from persona_lens.steering.bisection import CLOSE, most_steps
 from persona_lens.steering.comparison import ArmSettings, arms_experiment
-from persona_lens.steering.race import Race, middle_out
-from persona_lens.steering.surface import (
+from persona_lens.steering.tuning.bisection import CLOSE, most_steps
+from persona_lens.steering.tuning.race import Race, middle_out
+from persona_lens.steering.tuning.settings import TuneSettings, split
+from persona_lens.steering.tuning.surface import (
     Place,
     Point,
     choose_point,
@@ -24,8 +25,7 @@ from persona_lens.steering.surface import (
     norms_experiment,
     places,
 )
-from persona_lens.steering.trial import SEARCH, Trial, arms_at, spent, steered_experiment, try_places
-from persona_lens.steering.tune_settings import TuneSettings, split
+from persona_lens.steering.tuning.trial import SEARCH, Trial, arms_at, spent, steered_experiment, try_places
 
 CURVE = 3  # strengths of the chosen layer that a race has confirmed
 
@@ -41,7 +41,7 @@ class Searched:
         strengths: Those that were tried, before coefficients were rounded.
         curve: Places of the chosen layer that are to be confirmed.
         race: How it went, as JSON values; None of an exhaustive search.
-        cost: See `persona_lens.steering.trial.spent`.
+        cost: See `persona_lens.steering.tuning.trial.spent`.
         warnings: What it could not find out.
     """
 

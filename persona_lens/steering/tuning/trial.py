@@ -14,8 +14,8 @@ from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import Rollout
 from persona_lens.steering.comparison import VECTOR, ArmRow, ArmSettings, arm_edits, arms_experiment
 from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.steering.surface import Place, Point, surface
-from persona_lens.steering.tune_settings import TuneSettings
+from persona_lens.steering.tuning.settings import TuneSettings
+from persona_lens.steering.tuning.surface import Place, Point, surface
 from persona_lens.vectors import PersonaVectors
 
 SEARCH, CONFIRM = "search-", "confirm-"  # begin the names of their files

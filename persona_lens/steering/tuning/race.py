@@ -22,10 +22,11 @@ from persona_lens.extraction.experiment import ONLY, Answers, Subject, by_questi
 from persona_lens.judging.recording import exchange_of, judge_exchanges, prepare_judge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import row_seed
-from persona_lens.steering.bisection import Bisection
 from persona_lens.steering.comparison import MIN_COHERENCE, ArmRow, unsteered_means
 from persona_lens.steering.steering import Steering, SteeringError
-from persona_lens.steering.surface import (
+from persona_lens.steering.tuning.bisection import Bisection
+from persona_lens.steering.tuning.settings import TuneSettings, split
+from persona_lens.steering.tuning.surface import (
     Dropped,
     Place,
     Point,
@@ -36,8 +37,7 @@ from persona_lens.steering.surface import (
     places,
     surface,
 )
-from persona_lens.steering.trial import SEARCH, Trial, arms_at, steered_experiment
-from persona_lens.steering.tune_settings import TuneSettings, split
+from persona_lens.steering.tuning.trial import SEARCH, Trial, arms_at, steered_experiment
 
 LEADERS = 3  # places that are asked everything at once, so that a batch is not of one
 

@@ -18,11 +18,11 @@ from persona_lens.models import ChatFormat
 from persona_lens.reports.result import Result
 from persona_lens.runs.cost import Work
 from persona_lens.steering.comparison import MIN_COHERENCE, NONE, ArmEffect, ArmRow, unsteered_means
-from persona_lens.steering.search import Searched, confirming_work, search, search_work
 from persona_lens.steering.steering import Steering
-from persona_lens.steering.surface import Point, cliff_beyond, warnings_about, warnings_confirmed
-from persona_lens.steering.trial import CONFIRM, Trial, spent, steering_at, try_places
-from persona_lens.steering.tune_settings import TuneSettings, settled, split
+from persona_lens.steering.tuning.search import Searched, confirming_work, search, search_work
+from persona_lens.steering.tuning.settings import TuneSettings, settled, split
+from persona_lens.steering.tuning.surface import Point, cliff_beyond, warnings_about, warnings_confirmed
+from persona_lens.steering.tuning.trial import CONFIRM, Trial, spent, steering_at, try_places
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors, Tuned
 
