@@ -34,7 +34,8 @@ from persona_lens.judging import LikelihoodJudge
 from persona_lens.models.chat import chat_format
 from persona_lens.runs.rollouts import ROLLOUTS, RolloutSettings
 from persona_lens.steering import Steering
-from persona_lens.steering.comparison import RANDOM, UNSTEERED, VECTOR, ArmRow, ArmSettings, Prompted, compare, minus
+from persona_lens.steering.arms import RANDOM, UNSTEERED, VECTOR, ArmRow, ArmSettings, Prompted, minus
+from persona_lens.steering.comparison import compare
 from persona_lens.traits import Arm, Trait
 from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.samples import RunSamples, read_samples

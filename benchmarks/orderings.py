@@ -27,7 +27,8 @@ from persona_lens.core.statistics import Estimate, bootstrap_mean
 from persona_lens.extraction.experiment import by_question
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering
-from persona_lens.steering.comparison import ArmRow, Comparison, compare
+from persona_lens.steering.arms import ArmRow
+from persona_lens.steering.comparison import Comparison, compare
 from persona_lens.vectors import PersonaVectors, load_vectors
 
 REDUCTIONS = ("response_mean", "prompt_mean", "prompt_last")

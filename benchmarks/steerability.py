@@ -32,7 +32,8 @@ from persona_lens.core.text import counted
 from persona_lens.extraction.experiment import by_question
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering
-from persona_lens.steering.comparison import RANDOM, VECTOR, ArmRow, compare
+from persona_lens.steering.arms import RANDOM, VECTOR, ArmRow
+from persona_lens.steering.comparison import compare
 from persona_lens.steering.tuning.surface import shown_layers
 from persona_lens.vectors import load_vectors
 from persona_lens.vectors.diagnosis import diagnose

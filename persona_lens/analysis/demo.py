@@ -19,7 +19,7 @@ from persona_lens.reports.result import Result, StoredResult
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import SweepRow, SweepSettings, choose_layer, curve, effect, sweep
-from persona_lens.steering.comparison import COHERENCE_MARGIN
+from persona_lens.steering.arms import COHERENCE_MARGIN
 from persona_lens.traits import Trait, load_trait
 
 LIBRARIES = ("persona-lens", "torch", "transformers", "transformer-lens", "nnsight")

@@ -37,7 +37,7 @@ from persona_lens.runs.chunks import CHECK, is_signed, signed
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmRow, ArmSettings, Steering
-from persona_lens.steering.comparison import ARMS, UNSTEERED, arms_experiment, unsteered_means
+from persona_lens.steering.arms import ARMS, UNSTEERED, arms_experiment, unsteered_means
 from persona_lens.traits import Trait
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, random_directions
 from persona_lens.vectors.geometry import chance

@@ -24,7 +24,7 @@ from persona_lens.core.statistics import CHANGES
 from persona_lens.data.tables import read_rows
 from persona_lens.extraction.experiment import json_of, values_of
 from persona_lens.steering import ArmRow, Change, Steering
-from persona_lens.steering.comparison import UNSTEERED, change_of
+from persona_lens.steering.arms import UNSTEERED, change_of
 from persona_lens.vectors import DEFAULT_REDUCTION, OWN_REDUCTION, PersonaVectors
 
 COLUMNS = ("text", "response", "answer", "content")

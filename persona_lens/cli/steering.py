@@ -18,7 +18,8 @@ from persona_lens.core.text import counted
 if TYPE_CHECKING:
     from persona_lens.core.statistics import Estimate
     from persona_lens.steering import Change, CrossEffects, Steering, SweepRow, SweepSettings, Tuning
-    from persona_lens.steering.comparison import Comparison, Prompted
+    from persona_lens.steering.arms import Prompted
+    from persona_lens.steering.comparison import Comparison
     from persona_lens.steering.preview import Preview
     from persona_lens.vectors import PersonaVectors
 
@@ -38,7 +39,7 @@ def sweep_command(
     Example: `persona-lens steer sweep smollm2-135m runs/optimistic-smollm2-135m --layers 12,18`
     """
     from persona_lens.steering import sweep, sweep_experiment
-    from persona_lens.steering.comparison import VECTOR
+    from persona_lens.steering.arms import VECTOR
     from persona_lens.steering.preview import preview_tokens
     from persona_lens.steering.sweep import edits_of, plan_sweep
 
@@ -221,7 +222,8 @@ def compare_command(
     Args:
         prompted: Beside them nothing is steered, and a system prompt asks for more of the trait, or for less.
     """
-    from persona_lens.steering.comparison import Prompted, arms_experiment, compare
+    from persona_lens.steering.arms import Prompted, arms_experiment
+    from persona_lens.steering.comparison import compare
     from persona_lens.steering.tuning.settings import Towards
 
     loaded = options.open_vectors(vectors)

@@ -13,7 +13,7 @@ from persona_lens.core.statistics import CHANGES, SCORES, SHARE_CHANGES, Ends, E
 from persona_lens.extraction.experiment import json_of
 from persona_lens.finetuning.config import FinetuneConfig, FinetuningError, Method, make_config, measures_of
 from persona_lens.finetuning.shift import correlated
-from persona_lens.steering.comparison import minus
+from persona_lens.steering.arms import minus
 from persona_lens.vectors import PersonaVectors
 
 PLAIN, POST_HOC, RANDOM = "plain", "post-hoc", "random"

@@ -27,7 +27,7 @@ from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
 from persona_lens.steering import ArmRow, ArmSettings
-from persona_lens.steering.comparison import arms_experiment, minus
+from persona_lens.steering.arms import arms_experiment, minus
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 
 LEAST = 4  # finetunes; a line through fewer is no correlation

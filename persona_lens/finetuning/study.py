@@ -39,7 +39,7 @@ from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.steering import ArmRow, ArmSettings, Steering
-from persona_lens.steering.comparison import UNSTEERED, arms_experiment, minus
+from persona_lens.steering.arms import UNSTEERED, arms_experiment, minus
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 

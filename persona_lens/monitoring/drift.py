@@ -26,7 +26,7 @@ from persona_lens.reports.result import Answered
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import ReadRollouts, Request, Rollout, Texts
 from persona_lens.steering import Steering
-from persona_lens.steering.comparison import NONE, UNSTEERED
+from persona_lens.steering.arms import NONE, UNSTEERED
 from persona_lens.vectors import PersonaVectors
 
 Values = NDArray[np.float64]

@@ -18,7 +18,7 @@ from persona_lens.monitoring.simulated_user import SimulatedUsers, UserModel, de
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering
-from persona_lens.steering.comparison import arm_edits, arm_variants
+from persona_lens.steering.arms import arm_edits, arm_variants
 from persona_lens.steering.history import DEFAULT_HISTORY, History, check_history, edits_over_turns
 from persona_lens.vectors import PersonaVectors
 

@@ -14,7 +14,7 @@ from persona_lens.core.documents import plain
 from persona_lens.monitoring.gauges import MonitoringError, Panel
 from persona_lens.monitoring.messages import Messages, predict_from
 from persona_lens.monitoring.onset import changes_of, estimates, movement
-from persona_lens.steering.comparison import RANDOM, VECTOR, beside_null
+from persona_lens.steering.arms import RANDOM, VECTOR, beside_null
 
 Values = NDArray[np.float64]
 EVERY = "all"

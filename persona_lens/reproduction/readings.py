@@ -11,7 +11,7 @@ import numpy as np
 from persona_lens.core.statistics import CORRELATION, PLAIN, jackknifed, pearson
 from persona_lens.finetuning.shift import LEAST, correlated
 from persona_lens.reproduction.claims import Finding, Found, MissingError, Number
-from persona_lens.steering.pairs import pair_name
+from persona_lens.steering.comparison import pair_name
 
 Read = Callable[[Found, str], Finding]
 Json = Mapping[str, Any]

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from persona_lens.steering.comparison import (
-    ArmEffect,
-    ArmRow,
-    ArmSettings,
-    Change,
-    Comparison,
-    Prompted,
-    compare,
-)
+from persona_lens.steering.arms import ArmEffect, ArmRow, ArmSettings, Change, Prompted
+from persona_lens.steering.comparison import Comparison, compare
 from persona_lens.steering.crossing import Crossing, CrossSettings
 from persona_lens.steering.effects import CrossEffects
 from persona_lens.steering.given import generate, given_edits, load_steering, reply

@@ -20,7 +20,7 @@ from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request, RolloutBatches, Rollouts, RolloutSettings, Texts
-from persona_lens.steering.comparison import arm_edits, arm_variants, check_asked
+from persona_lens.steering.arms import arm_edits, arm_variants, check_asked
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, VectorsError

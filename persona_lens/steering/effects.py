@@ -14,7 +14,7 @@ from persona_lens.core.documents import Record, plain
 from persona_lens.core.statistics import CHANGES, Ends
 from persona_lens.extraction.experiment import Value, json_of
 from persona_lens.reports.result import Result
-from persona_lens.steering.comparison import NONE, RANDOM, UNSTEERED, VECTOR, Change, change_of
+from persona_lens.steering.arms import NONE, RANDOM, UNSTEERED, VECTOR, Change, change_of
 from persona_lens.steering.steering import Steering
 from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.geometry import Cosines, cosines
@@ -25,7 +25,7 @@ class CrossRow:
     """One response, with everything that was measured of it.
 
     Attributes:
-        arm: Name of the steering; `persona_lens.steering.comparison.UNSTEERED` for the responses without one.
+        arm: Name of the steering; `persona_lens.steering.arms.UNSTEERED` for the responses without one.
         direction: ``vector``, ``random``, or ``none`` for the unsteered.
         question: Number of the question.
         sample: Number of the sample.

@@ -30,7 +30,7 @@ from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.reports.result import Answered
 from persona_lens.runs.rollouts import EditsFor, Request, RolloutSettings
-from persona_lens.steering.comparison import (
+from persona_lens.steering.arms import (
     COHERENCE_MARGIN,
     MIN_COHERENCE,
     NONE,

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from persona_lens.core.progress import no_progress
-from persona_lens.extraction.experiment import Subject
 from persona_lens.reports.steering import comparison_headline
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings, Prompted, Steering, SteeringError, compare
-from persona_lens.steering.comparison import ArmRow, arm_effect, arms_experiment
-from persona_lens.steering.pairs import pair_name
+from persona_lens.steering.arms import arm_variants
+from persona_lens.steering.comparison import pair_name
 from persona_lens.traits import Arm, load_trait
 from tests.campaign.targets import planted, vectors
 
@@ -76,21 +75,14 @@ def test_a_prompt_alone_has_a_verdict_that_claims_nothing() -> None:
 
 def test_arms_may_share_the_random_directions_of_one() -> None:
     arms: Any = {"up": UP, "again": Steering.parse("optimistic@1:+2 on all", vectors()), "asked": ASKED}
-    subject, shared = Subject.of(planted(), vectors()), {"again": "up"}
-    rows = arms_experiment(subject, arms, SETTINGS, null_of=shared).run(None, no_progress).rows(ArmRow)
-    assert [(row.arm, row.direction) for row in rows if row.question == 0] == [
+    variants = arm_variants(arms, 1, {"again": "up"})
+    assert [(each.labels["arm"], each.labels["direction"]) for each in variants] == [
         ("unsteered", "none"),
         ("up", "vector"),
         ("up", "random"),
         ("again", "vector"),
         ("asked", "prompt"),
     ]
-    one, other = (arm_effect(rows, arm, shared) for arm in ("up", "again"))
-    own = compare(planted(), arms, vectors(), SETTINGS, progress=no_progress).effects
-    assert one is not None
-    assert other is not None
-    assert one == own["up"]
-    assert (other.random, other.difference) == (one.random, one.difference)
 
 
 def test_what_is_no_arm_is_refused() -> None:

@@ -25,7 +25,7 @@ from persona_lens.steering import (
     Steering,
     SteeringError,
 )
-from persona_lens.steering.comparison import change_of
+from persona_lens.steering.arms import change_of
 from persona_lens.steering.crossing import Crossing, effects
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError

@@ -20,7 +20,8 @@ from persona_lens.reports.kinds import page_of
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
-from persona_lens.steering.comparison import ArmEffect, ArmRow, arm_effect, compare
+from persona_lens.steering.arms import ArmEffect, ArmRow, arm_effect
+from persona_lens.steering.comparison import compare
 from persona_lens.steering.tuning import tune_work
 from persona_lens.steering.tuning.settings import Towards, settled, split
 from persona_lens.steering.tuning.surface import (

@@ -27,7 +27,8 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import ArmSettings
-from persona_lens.steering.comparison import arm_effect, compare
+from persona_lens.steering.arms import arm_effect
+from persona_lens.steering.comparison import compare
 from persona_lens.steering.steering import Steering
 from persona_lens.traits import load_trait
 from tests.backends.fixtures import tiny_backend

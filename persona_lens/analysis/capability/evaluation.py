@@ -19,7 +19,7 @@ from persona_lens.core.plugins import install_command
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.statistics import SHARE_CHANGES, SHARES, Estimate, bootstrap_mean
 from persona_lens.steering import Steering
-from persona_lens.steering.comparison import UNSTEERED
+from persona_lens.steering.arms import UNSTEERED
 from persona_lens.steering.given import GivenEdits, GivenVectors, given_edits
 
 BUILTIN_TASK = "persona_lens_basics"

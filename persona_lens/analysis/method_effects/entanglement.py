@@ -19,7 +19,7 @@ from persona_lens.analysis.method_effects.plan import PROMPTED, prompted
 from persona_lens.analysis.method_effects.spill import Moves
 from persona_lens.core.statistics import CHANGES, Estimate
 from persona_lens.extraction.experiment import averaged, estimated, json_of
-from persona_lens.steering.comparison import Change, beside_null, minus
+from persona_lens.steering.arms import Change, beside_null, minus
 
 
 @dataclass(frozen=True)

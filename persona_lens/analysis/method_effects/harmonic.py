@@ -5,7 +5,7 @@ that no respect can be bought with another. Here they are continuous, from 0 to 
 
 - concept: the trait score over 50, counted towards where is steered;
 - fluency: 2 for text that surprises no more than the unsteered model's own, 1 where text counts as falling apart
-  (`persona_lens.steering.comparison.COHERENCE_MARGIN` nats a token more), 0 twice as far; where the judge gives
+  (`persona_lens.steering.arms.COHERENCE_MARGIN` nats a token more), 0 twice as far; where the judge gives
   coherence, that over 50;
 - instruction: twice the share that is left of the probability of right answers to known questions.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 from persona_lens.core.statistics import Estimate, bootstrap_mean, crossed_interval
 from persona_lens.extraction.experiment import averaged
-from persona_lens.steering.comparison import COHERENCE_MARGIN
+from persona_lens.steering.arms import COHERENCE_MARGIN
 
 TOP = 2.0
 ENDS = (0.0, TOP)

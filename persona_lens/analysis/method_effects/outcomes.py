@@ -13,14 +13,7 @@ from persona_lens.analysis.method_effects.plan import CAPABILITY, PROMPTED, Plan
 from persona_lens.analysis.persistence.outcomes import DIFFERENCES, MEASURES
 from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.experiment import Answers, Value, averaged, estimated, json_of
-from persona_lens.steering.comparison import (
-    COHERENCE_MARGIN,
-    RANDOM,
-    UNSTEERED,
-    Change,
-    beside_null,
-    minus,
-)
+from persona_lens.steering.arms import COHERENCE_MARGIN, RANDOM, UNSTEERED, Change, beside_null, minus
 from persona_lens.steering.tuning.surface import holds_together
 from persona_lens.vectors.hub import fitted_by
 
@@ -32,7 +25,7 @@ class MethodRow:
     """One response, with the judgement of every trait's judge.
 
     Attributes:
-        arm: What was done, such as ``lda of optimistic at 0.4``; `persona_lens.steering.comparison.UNSTEERED` for
+        arm: What was done, such as ``lda of optimistic at 0.4``; `persona_lens.steering.arms.UNSTEERED` for
             nothing.
         direction: ``vector``, ``random``, ``prompt`` for a system prompt, or ``none`` for the unsteered.
         question: Number of the question.

@@ -24,7 +24,7 @@ from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request
 from persona_lens.steering import ArmSettings, Prompted, Steering
-from persona_lens.steering.comparison import ARMS, UNSTEERED, Arms, arm_edits, arm_variants
+from persona_lens.steering.arms import ARMS, UNSTEERED, Arms, arm_edits, arm_variants
 from persona_lens.steering.tuning.settings import Towards
 from persona_lens.steering.tuning.surface import shown_layers, significant
 from persona_lens.traits import Trait

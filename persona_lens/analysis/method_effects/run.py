@@ -24,7 +24,7 @@ from persona_lens.reports.result import Answered
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.steering import Steering
-from persona_lens.steering.comparison import RANDOM, UNSTEERED
+from persona_lens.steering.arms import RANDOM, UNSTEERED
 from persona_lens.steering.tuning.surface import mean_norms
 from persona_lens.traits import Trait
 from persona_lens.vectors.fit import Run, samples_of

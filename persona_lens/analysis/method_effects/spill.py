@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from persona_lens.core.statistics import CHANGES, PLAIN, Ends, Estimate, jackknifed
 from persona_lens.extraction.experiment import estimated
-from persona_lens.steering.comparison import Change
+from persona_lens.steering.arms import Change
 
 Table = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from typing import Any
 from persona_lens.analysis.persistence.ways import COMPARED, Aim, Way
 from persona_lens.core.statistics import CHANGES, SCORES, SHARE_CHANGES, SHARES, Ends
 from persona_lens.extraction.experiment import Answer, averaged, estimated, json_of
-from persona_lens.steering.comparison import beside_null, minus
+from persona_lens.steering.arms import beside_null, minus
 
 MEASURES: Mapping[str, Ends | None] = {
     "score": SCORES,

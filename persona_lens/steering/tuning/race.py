@@ -22,7 +22,7 @@ from persona_lens.extraction.experiment import ONLY, Answers, Subject, by_questi
 from persona_lens.judging.recording import exchange_of, judge_exchanges, prepare_judge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import row_seed
-from persona_lens.steering.comparison import MIN_COHERENCE, ArmRow, unsteered_means
+from persona_lens.steering.arms import MIN_COHERENCE, ArmRow, unsteered_means
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.tuning.bisection import Bisection
 from persona_lens.steering.tuning.settings import TuneSettings, split

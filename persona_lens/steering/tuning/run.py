@@ -17,7 +17,7 @@ from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.reports.result import Result
 from persona_lens.runs.cost import Work
-from persona_lens.steering.comparison import MIN_COHERENCE, NONE, ArmEffect, ArmRow, unsteered_means
+from persona_lens.steering.arms import MIN_COHERENCE, NONE, ArmEffect, ArmRow, unsteered_means
 from persona_lens.steering.steering import Steering
 from persona_lens.steering.tuning.search import Searched, confirming_work, search, search_work
 from persona_lens.steering.tuning.settings import TuneSettings, settled, split

@@ -13,7 +13,7 @@ from persona_lens.extraction.experiment import Subject
 from persona_lens.judging.recording import prepare_judge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
-from persona_lens.steering.comparison import ArmSettings, arms_experiment
+from persona_lens.steering.arms import ArmSettings, arms_experiment
 from persona_lens.steering.tuning.bisection import CLOSE, most_steps
 from persona_lens.steering.tuning.race import Race, middle_out
 from persona_lens.steering.tuning.settings import TuneSettings, split

@@ -9,7 +9,7 @@ from persona_lens.backend import Positions
 from persona_lens.core.statistics import FEW
 from persona_lens.extraction.experiment import Subject
 from persona_lens.runs.rollouts import RolloutSettings
-from persona_lens.steering.comparison import COHERENCE_MARGIN, ArmSettings
+from persona_lens.steering.arms import COHERENCE_MARGIN, ArmSettings
 from persona_lens.steering.steering import SteeringError
 from persona_lens.steering.tuning.bisection import most_steps
 from persona_lens.steering.tuning.surface import shown_layers

@@ -20,7 +20,7 @@ from persona_lens.extraction.experiment import Experiment, Subject, json_of
 from persona_lens.judging.recording import prepare_judge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import RolloutBatches
-from persona_lens.steering.comparison import (
+from persona_lens.steering.arms import (
     COHERENCE_MARGIN,
     MIN_COHERENCE,
     ArmEffect,

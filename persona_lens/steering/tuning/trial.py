@@ -12,7 +12,7 @@ from persona_lens.judging.reading import ReadingJudge
 from persona_lens.judging.recording import exchange_of, judging_work
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import Rollout
-from persona_lens.steering.comparison import VECTOR, ArmRow, ArmSettings, arm_edits, arms_experiment
+from persona_lens.steering.arms import VECTOR, ArmRow, ArmSettings, arm_edits, arms_experiment
 from persona_lens.steering.steering import Steering, SteeringError
 from persona_lens.steering.tuning.settings import TuneSettings
 from persona_lens.steering.tuning.surface import Place, Point, surface
