@@ -187,7 +187,7 @@ def _agreement(backend: Backend, settings: DemoSettings, progress: Progress) -> 
             other = opened(status.name)
             checks = check_parity(other, reference, self_checks=False, progress=progress)
             found.append(
-                {"backend": status.name, "version": other.info.backend, "checks": [asdict(check) for check in checks]}
+                {"backend": status.name, "version": other.info.backend, "checks": [each.to_json() for each in checks]}
             )
         else:
             found.append({"backend": status.name, "version": "", "missing": status.install})

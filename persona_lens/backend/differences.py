@@ -1,8 +1,11 @@
-"""How far two backends' results lie apart, each as one number and where it comes from."""
+"""How far results lie apart that must not, each as one number and where it comes from; `Point` says what is allowed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import inf, isfinite, nan
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,57 @@ from torch import Tensor
 from persona_lens.backend.protocol import ForwardResult, Generation
 
 Measurement = tuple[float, str]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing that was tried, and what it came to.
+
+    Attributes:
+        name: What must hold.
+        expected: The value that is known beforehand.
+        measured: The value that was found; NaN where there is none.
+        unit: What both count.
+        error: How far it is off, relative to what was to be; infinite where it could not be tried.
+        tolerance: What is allowed of that.
+        detail: Where, what it is without an edit, or what went wrong.
+    """
+
+    name: str
+    expected: float
+    measured: float
+    unit: str
+    error: float
+    tolerance: float
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it holds; it does not where there is no number."""
+        return self.error <= self.tolerance
+
+    @property
+    def in_short(self) -> str:
+        """What was expected and what was measured, in words."""
+        if not isfinite(self.measured):
+            return self.detail
+        rest = f" ({self.detail})" if self.detail else ""
+        return f"expected {self.expected:.4g} {self.unit}, measured {self.measured:.4g}{rest}"
+
+    @staticmethod
+    def apart(name: str, measured: float, tolerance: float, detail: str) -> Point:
+        """Of two results that must not lie apart, and lie so far apart."""
+        return Point(name, 0.0, measured, "", measured, tolerance, detail)
+
+    @staticmethod
+    def failure(name: str, detail: str) -> Point:
+        """Of something that could not be tried at all."""
+        return Point(name, nan, nan, "", inf, 0.0, detail)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values by name; JSON has neither infinity nor NaN."""
+        values = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(self).items()}
+        return {**values, "passed": self.passed}
 
 
 def tokens_differ(got: Generation, want: Generation) -> Measurement:

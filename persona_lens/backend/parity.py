@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from persona_lens.backend.blocks import ModuleBackend, window_of
-from persona_lens.backend.differences import Measurement, forwards_differ, reads_differ, token_lengths, tokens_differ
+from persona_lens.backend.differences import (
+    Measurement,
+    Point,
+    forwards_differ,
+    reads_differ,
+    token_lengths,
+    tokens_differ,
+)
 from persona_lens.backend.edits import Edit, apply_edit
 from persona_lens.backend.intervention import aligned_right
 from persona_lens.backend.parity_parts import KINDS, kinds_of, part_generated, part_of_text
@@ -44,26 +51,6 @@ TEXTS = (
 )
 EVERYTHING = (*Read.means(), Read(ReadKind.ACTIVATIONS))
 LONGEST_WINDOW = 1024  # tokens; texts that are longer than a larger window would take minutes
-
-
-@dataclass(frozen=True)
-class ParityCheck:
-    """The outcome of one check.
-
-    Attributes:
-        name: What must hold.
-        passed: Whether ``measured`` is within ``tolerance``.
-        measured: Largest relative error of a read, or share of rows that are wrong; infinite where the check could not
-            be carried out.
-        tolerance: What is allowed.
-        detail: Where the largest error is, or what went wrong.
-    """
-
-    name: str
-    passed: bool
-    measured: float
-    tolerance: float
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ def check_parity(
     max_new_tokens: int = 8,
     self_checks: bool = True,
     progress: Progress = no_progress,
-) -> list[ParityCheck]:
+) -> list[Point]:
     """Check a backend against the contract, and against another backend that runs the same model.
 
     Args:
@@ -127,12 +114,12 @@ def check_parity(
     return outcomes
 
 
-def _outcome(name: str, tolerance: float, measure: Callable[[], Measurement]) -> ParityCheck:
+def _outcome(name: str, tolerance: float, measure: Callable[[], Measurement]) -> Point:
     try:
         measured, detail = measure()
     except Exception as error:  # noqa: BLE001 - any failure of a backend is a finding, not the end of the suite
         measured, detail = float("inf"), f"{type(error).__name__}: {error}"
-    return ParityCheck(name, measured <= tolerance, measured, tolerance, detail)
+    return Point.apart(name, measured, tolerance, detail)
 
 
 def _bounds(*backends: Backend | None) -> Bounds:

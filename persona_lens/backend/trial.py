@@ -11,10 +11,10 @@ another text's must give, at every step of a generation, the token that follows 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
-from math import inf, isfinite, nan
+from math import inf, nan
 from random import Random
 from typing import Any
 
@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_lens.backend.batches import context_length
 from persona_lens.backend.blocks import ModuleBackend, text_config
+from persona_lens.backend.differences import Point
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, RemoteBackend
 from persona_lens.backend.reads import Read, ReadKind
@@ -31,6 +33,7 @@ from persona_lens.backend.tokens import Positions, Sampling, Span, TokenBatch, T
 
 NEW = 2  # tokens of a response: one that the prompt gives, and one that is generated after it
 SHORT, LONG = 3, 40  # tokens that texts begin with; an engine keeps beginnings in blocks of 16 or 32
+REST = 2 + NEW + 2 + NEW  # tokens behind that in the longer second turn: the text's end, a response, a message, another
 BLOCK = 16  # of them that are kept for certain, where any are
 LAST = Span(Positions.PROMPT, -1)
 FAR, NEAR = 1000.0, 100.0  # times a residual: little counts beside it
@@ -56,52 +59,6 @@ class Tolerance:
     least: float
     felt: float
     wide: bool = True
-
-
-@dataclass(frozen=True)
-class Point:
-    """One thing that was tried.
-
-    Attributes:
-        name: What must hold.
-        expected: The value that is known beforehand.
-        measured: The value that was found; NaN where there is none.
-        unit: What both count.
-        error: How far it is off, relative to the change that was to be.
-        tolerance: What is allowed of that.
-        detail: Where, and what it is without an edit.
-    """
-
-    name: str
-    expected: float
-    measured: float
-    unit: str
-    error: float
-    tolerance: float
-    detail: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether it holds; it does not where there is no number."""
-        return self.error <= self.tolerance
-
-    @property
-    def in_short(self) -> str:
-        """What was expected and what was measured, in words."""
-        if not isfinite(self.measured):
-            return self.detail
-        rest = f" ({self.detail})" if self.detail else ""
-        return f"expected {self.expected:.4g} {self.unit}, measured {self.measured:.4g}{rest}"
-
-    @staticmethod
-    def failure(name: str, detail: str) -> Point:
-        """Of something that could not be tried at all."""
-        return Point(name, nan, nan, "", inf, 0.0, detail)
-
-    def to_json(self) -> dict[str, Any]:
-        """The values by name; JSON has neither infinity nor NaN."""
-        values = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(self).items()}
-        return {**values, "passed": self.passed}
 
 
 class Undecided(Exception):  # noqa: N818 - nothing is known to be wrong
@@ -144,9 +101,10 @@ class Texts:
 
 
 def _length(backend: Backend) -> int:
-    """Tokens that texts begin with, as many as the backend's caches want."""
+    """Tokens that texts begin with, as many as the backend's caches want and its context has room for."""
     alone = isinstance(backend, ModuleBackend | RemoteBackend)  # which keep nothing of a call
-    return SHORT if alone else LONG
+    wanted, limit = SHORT if alone else LONG, context_length(backend)
+    return wanted if limit is None else min(wanted, limit - REST)
 
 
 class FailingEdit(Edit):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from persona_lens.backend.batches import context_length
 from persona_lens.backend.blocks import ModuleBackend
+from persona_lens.backend.differences import Point
 from persona_lens.backend.protocol import Backend, BackendError, RemoteBackend, RemoteError, fingerprint_of
-from persona_lens.backend.trial import Point, Texts, Tolerance, Trial, Undecided
+from persona_lens.backend.trial import REST, Texts, Tolerance, Trial, Undecided
 from persona_lens.core.errors import in_words
 
 # How texts begin, three ways to go on, another text, and what a second turn adds.
@@ -58,21 +60,25 @@ def verify(backend: Backend) -> list[Point]:
 
 def require(backend: Backend, points: Sequence[Point]) -> None:
     """Raise `VerificationError` unless all of them hold."""
+    info = backend.info
+    handed_over = info.revision is None and not info.remote
+    nameless = info.model == info.architecture
+    model = f"the model that was given, a {info.architecture}" if nameless else info.model
     failed = [point for point in points if not point.passed]
     if failed:
         first = failed[0]
         if first.name == UNDECIDED:
             raise VerificationError(
-                f"whether edits act on {backend.info.model} ({backend.info.backend}) cannot be told: {first.detail}; "
+                f"whether edits act on {model} ({info.backend}) cannot be told: {first.detail}; "
                 "go on without trying them (`--no-verify`), or take another model"
             )
-        dtype = backend.info.dtype
-        precision = f" --dtype {dtype}" if dtype in HALF else ""  # float32 if nothing is said
+        precision = f" --dtype {info.dtype}" if info.dtype in HALF else ""  # float32 if nothing is said
+        command = f"persona-lens backends check {info.model} --steering{precision}"
         raise VerificationError(
-            f"edits do not act as they should on {backend.info.model} ({backend.info.backend}): {first.name}: "
+            f"edits do not act as they should on {model} ({info.backend}): {first.name}: "
             f"{first.in_short}{f' ({len(failed)} of {len(points)} checks fail)' if len(failed) > 1 else ''}; nothing "
-            f"steered here could be trusted. {_advice(backend)}; `persona-lens backends check {backend.info.model} "
-            f"--steering{precision}` shows every check"
+            f"steered here could be trusted. {_advice(backend)}; "
+            f"`{'persona_lens.backend.verification.try_edits' if handed_over else command}` shows every check"
         )
 
 
@@ -83,6 +89,9 @@ def try_edits(backend: Backend) -> list[Point]:
     token to another expert, or decide between two tokens that are as likely. Where nothing can be told from any, as of
     a tokenizer to which all words are unknown, random tokens are.
     """
+    limit = context_length(backend)
+    if limit is not None and limit <= REST:
+        return [Point.failure(UNDECIDED, f"it takes {limit} tokens, and edits are tried on texts of {REST + 1}")]
     tolerance = tolerance_of(backend)
     found: list[Point] = []
     for number, texts in enumerate(_texts(backend)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli import options
-from persona_lens.cli.display import print_plain_table, say, say_json, show_rows, showing_progress
+from persona_lens.cli.display import print_plain_table, quiet_libraries, say, say_json, show_rows, showing_progress
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:
-    from persona_lens.backend.parity import ParityCheck
+    from persona_lens.backend.differences import Point
     from persona_lens.backend.protocol import Backend, ServerStatus
     from persona_lens.backend.registry import BackendStatus
-    from persona_lens.backend.trial import Point
 
 
 ONLY = Option("Check only this one. Repeatable.", metavar="NAME", shown="all that are installed")
@@ -42,11 +40,11 @@ class Checked:
     backend: str
     runs: str | None
     error: str | None
-    checks: Sequence[ParityCheck] = ()
+    checks: Sequence[Point] = ()
     points: Sequence[Point] = ()
 
     @property
-    def every(self) -> Sequence[ParityCheck | Point]:
+    def every(self) -> Sequence[Point]:
         """All of them."""
         return [*self.checks, *self.points]
 
@@ -57,13 +55,9 @@ class Checked:
 
     def to_json(self) -> dict[str, Any]:
         """The values by name; JSON has no infinity."""
-        checks = [
-            {**asdict(check), "measured": check.measured if math.isfinite(check.measured) else None}
-            for check in self.checks
-        ]
         head = {"backend": self.backend, "runs": self.runs, "error": self.error}
         steering = {"steering": [point.to_json() for point in self.points]} if self.points else {}
-        return {**head, "passed": self.passed, "checks": checks, **steering}
+        return {**head, "passed": self.passed, "checks": [check.to_json() for check in self.checks], **steering}
 
 
 def list_backends(as_json: options.AsJson = False) -> None:
@@ -119,6 +113,7 @@ def check(
     compared = "" if steering else f", compared with {DEFAULT}"
     if not as_json and sys.stderr.isatty():
         say(f"checking {', '.join(names)} on {model}{compared}", err=True)
+    quiet_libraries()
     results, found = [], _steered if steering else _results
     for result in found(names, model, own, dtype=dtype, **({} if device == "auto" else {"device": device})):
         results.append(result)
@@ -210,7 +205,7 @@ def _print_result(result: Checked) -> None:
     say(f"{result.backend} ({result.runs}): {verdict}\n")
 
 
-def _of(check: ParityCheck | Point) -> tuple[str, str]:
+def _of(check: Point) -> tuple[str, str]:
     return "ok" if check.passed else "FAILED", check.name
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from persona_lens.backend import Backend, Edit, Sampling, StopGeneration, TokenScore
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.continuous import ROWS, continuous
+from persona_lens.backend.differences import Point
 from persona_lens.backend.parts import Part
 from persona_lens.backend.tokens import TokenIds
-from persona_lens.backend.trial import Point
 from persona_lens.backend.verification import require, tolerance_of, verify
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.growing_text import GrowingText, StopTexts

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from persona_lens.backend import Edit, ForwardResult, Generation, Positions, Read, Sampling, TokenBatch
-from persona_lens.backend.parity import FULL, HALF, ParityCheck, check_parity
+from persona_lens.backend.differences import Point
+from persona_lens.backend.parity import FULL, HALF, check_parity
 from tests.backends.fixtures import (
     ADAPTERS,
     ARCHITECTURES,
@@ -25,7 +26,7 @@ from tests.tiny import WINDOWED, tiny_model
 OTHERS = [adapter for adapter in ADAPTERS if adapter != REFERENCE]
 
 
-def failures(checks: Sequence[ParityCheck]) -> list[str]:
+def failures(checks: Sequence[Point]) -> list[str]:
     return [f"{c.name}: {c.measured:.2g} > {c.tolerance:.2g}: {c.detail}" for c in checks if not c.passed]
 
 

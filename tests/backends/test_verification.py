@@ -21,6 +21,7 @@ from persona_lens.backend import (
     Edit,
     ForwardResult,
     Generation,
+    ModelInfo,
     Positions,
     Read,
     Sampling,
@@ -129,6 +130,27 @@ def test_a_model_of_which_nothing_can_be_told_is_not_said_to_be_at_fault() -> No
     with pytest.raises(VerificationError, match=r"cannot be told: the model goes on alike .*--no-verify") as caught:
         verify(backend_of("transformers", module))
     assert "trusted" not in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [9, 10, 11])
+def test_a_short_context_is_no_fault(limit: int) -> None:
+    if "transformers" not in ADAPTERS:
+        pytest.skip("the reference's own")
+    module: Any = tiny_model("gpt2", seed=limit)
+    module.config.n_positions = limit
+    module.transformer.wpe.weight = torch.nn.Parameter(module.transformer.wpe.weight[:limit].detach().clone())
+    backend = backend_of("transformers", module)
+    assert failed(backend) == []
+    assert failed(GenerationForgets(backend))
+
+
+def test_a_context_too_short_for_any_text_is_not_said_to_be_at_fault() -> None:
+    if "transformers" not in ADAPTERS:
+        pytest.skip("the reference's own")
+    module: Any = tiny_model("gpt2")
+    module.config.n_positions = 8
+    with pytest.raises(VerificationError, match=r"cannot be told: it takes 8 tokens, .* texts of 9; .*--no-verify"):
+        verify(backend_of("transformers", module))
 
 
 # Seeded faults
@@ -456,15 +478,25 @@ def test_a_failure_is_an_error_that_says_what_did_not_act(unchecked: None) -> No
     backend = tiny_backend(ADAPTERS[0])
     with pytest.raises(VerificationError, match=r"edits at every layer are read there.*expected .* measured "):
         verify(Scaled(backend))
-    with pytest.raises(VerificationError, match=r"backends check .* --steering"):
-        verify(GenerationForgets(backend))
+    given = replace(backend.info, model="LlamaForCausalLM", revision=None)
+    with pytest.raises(VerificationError, match=r"on the model that was given, a LlamaForCausalLM .*try_edits` shows"):
+        verify(GenerationForgets(Known(backend, given)))
 
 
 def test_the_check_that_is_advised_has_the_precision_in_which_it_failed() -> None:
     module: Any = tiny_model("llama")
     backend = backend_of(ADAPTERS[0], module.to(torch.bfloat16))
-    with pytest.raises(VerificationError, match=r"--steering --dtype bfloat16`"):
-        verify(GenerationForgets(backend))
+    opened = replace(backend.info, model="owner/name", revision="f" * 40)
+    with pytest.raises(VerificationError, match=r"backends check owner/name --steering --dtype bfloat16`"):
+        verify(GenerationForgets(Known(backend, opened)))
+
+
+class Known(Delegating):
+    """A backend that is said to run another model."""
+
+    def __init__(self, inner: Backend, info: ModelInfo) -> None:
+        super().__init__(inner)
+        self.info = info
 
 
 def test_what_was_verified_is_remembered_for_this_very_model() -> None:
