@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 Marks = tuple[str, str]
 """What opens reasoning, and what closes it."""
@@ -41,8 +42,39 @@ TAGS = ("<|open|>", "<|sep|>", "<|close|>")
 """The tokens of Kimi K3's tags: ``<|open|>think<|sep|>``, and so on."""
 # Muse Glimmer has the same heads without channels: a message is to somebody, and only one to the user is the answer.
 RECIPIENTS: Marks = ("to=self", "to=user")
+# The same written as text, as data sets have it: a head, what is said, and its end, if that is there.
+_MESSAGE = re.compile(
+    rb"\s*(?:<\|start\|>assistant[^<]*)?<\|channel\|>(?P<channel>[^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    rb"(?P<said>.*?)(?:<\|(?:end|return|call)\|>|(?=<\|(?:start|channel)\|>)|\Z)",
+    re.DOTALL,
+)
+_HEAD = re.compile(rb"\s*(?:<\|(?:start|channel)\|>|\Z)")
 REASONING_TOKENS = frozenset({*(mark for pair in MARKS for mark in pair), *HARMONY})
 """Tokens within a response that set reasoning apart; in some models they are control tokens."""
+
+
+def may_hold_marks(text: str) -> bool:
+    """Whether anything in a text may set reasoning apart."""
+    return CHANNEL in text or any(mark in text for pair in MARKS for mark in pair)
+
+
+def channel_messages(text: bytes) -> Iterator[tuple[int, int, bool]]:
+    """What is said in a text that begins with a message as gpt-oss writes them; all around it is markup.
+
+    Args:
+        text: UTF-8, or the beginning of it.
+
+    Yields:
+        The first byte of what is said, the one behind its last, and whether it is the answer. Nothing where the text
+        begins otherwise: such markup in the middle of other text is quoted.
+    """
+    place, begun = 0, False
+    while (found := _MESSAGE.match(text, place)) is not None:
+        channel = found["channel"].split()
+        yield (*found.span("said"), channel[:1] == [FINAL.encode()])
+        place, begun = found.end(), True
+    if begun and _HEAD.match(text, place) is None:
+        yield place, len(text), True
 
 
 def opened_marks(prompt_end: str, finished: str = "") -> Marks | None:

@@ -12,16 +12,17 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from persona_lens.core.errors import ModelError
-from persona_lens.core.marks import CHANNEL, Marks
+from persona_lens.core.marks import CHANNEL, MARKS, Marks
 from persona_lens.core.progress import note
 from persona_lens.models.probing import USER, probed_end_of_turn, probed_opened, probed_system, probed_thinking
-from persona_lens.models.reasoning import answer_of, answer_text, special_marks, stretches, unmarked
+from persona_lens.models.reasoning import answer_of, answer_text, in_channels, special_marks, stretches, unmarked
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from persona_lens.backend import Backend
     from persona_lens.backend.parts import Part, Parts
+    from persona_lens.backend.parts.table import Vocabulary
 
 Message = Mapping[str, str]
 """A chat message: ``{"role": "system" | "user" | "assistant", "content": text}``; ``"weight": "0"`` beside them
@@ -31,7 +32,7 @@ says of an answer that it is there to be read, not learned or screened."""
 # see other prompts, so the date they are given is always this one (the one that Llama's template falls back
 # on by itself).
 _PINNED_DATE = datetime.date(2024, 7, 26)
-USUAL_MARKS = "{# <think> </think> #}"  # to be found because a template names them
+USUAL_MARKS = f"{{# {' '.join(MARKS[0])} #}}"  # to be found because a template names them
 SWITCHES = ("enable_thinking", "thinking", "reasoning")
 """What templates call whether the model is to reason."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -224,32 +225,52 @@ class ChatFormat:
 
     @cached_property
     def text_parts(self) -> Parts:
-        """`parts`, for texts that others wrote: where the model has no marks, the usual ones in its tokens count."""
+        """`parts`, for texts that others wrote: the usual marks count beside those of the model."""
         from persona_lens.backend.parts import Parts
 
-        return self.parts if self.parts.thinks else Parts.of(self.tokenizer, self.template + USUAL_MARKS)
+        if MARKS[0] in self.parts.marks:
+            return self.parts
+        return Parts.of(self.tokenizer, self.template + USUAL_MARKS)
 
     def stretches(self, prompt: Sequence[int], ids: Sequence[int], *, of_others: bool = False) -> tuple[str, ...]:
-        """Which tokens of a response are ``thinking`` and which ``answer``; empty where it holds no thinking.
+        """Which tokens of a finished response are ``thinking`` and which ``answer``; empty where none is thinking.
 
         Args:
             prompt: Token ids before it.
             ids: The response.
-            of_others: It may be anybody's text; see `text_parts`.
+            of_others: It may be anybody's text; see `parts_of_text`.
         """
-        if not (of_others or self.parts.thinks):
-            return ()
-        return stretches(self.parts_of_text(prompt, ids) if of_others else self.parts.of_response(prompt, ids))
+        if of_others:
+            return stretches(self.parts_of_text(prompt, ids))
+        return stretches(self._whole(self.parts, prompt, ids)) if self.parts.thinks else ()
 
     def parts_of_text(self, prompt: Sequence[int], ids: Sequence[int]) -> tuple[Part, ...]:
         """What each token of a response from anywhere is; of a mark in several tokens none is thinking or answer.
 
+        Besides the model's own marks the usual ones count, and messages as gpt-oss writes them. What a prompt opens
+        counts only where the text closes it: most data sets hold answers alone.
+
         Args:
             prompt: Token ids before it.
             ids: The response.
         """
-        parts = self.text_parts.of_response(prompt, ids)
-        return unmarked(parts, ids, self.text_parts.marks, partial(self._text, skip_special_tokens=False))
+        text, parts = self._text(ids, skip_special_tokens=False), self.text_parts
+        spelled = CHANNEL in text and self.tokenizer.get_added_vocab().get(CHANNEL) not in ids
+        if spelled and (found := in_channels(self._vocabulary.bytes_of(ids))):
+            return found
+        closed = any(closing in text for _, closing in parts.marks)
+        return self._whole(parts, prompt if closed else (), ids)
+
+    def _whole(self, parts: Parts, prompt: Sequence[int], ids: Sequence[int]) -> tuple[Part, ...]:
+        """What tokens of a response are that is there as a whole, so that marks are known from their first token."""
+        told = parts.of_response(prompt, ids)
+        return unmarked(told, ids, parts.marks, partial(self._text, skip_special_tokens=False))
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        from persona_lens.backend.parts.table import Vocabulary
+
+        return Vocabulary(self.tokenizer, self.template)
 
     @cached_property
     def begins(self) -> int:

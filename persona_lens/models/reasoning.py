@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from persona_lens.core.marks import CHANNEL, MARKS, Marks
+from persona_lens.core.marks import CHANNEL, MARKS, Marks, channel_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,6 +99,24 @@ def unmarked(
                 found[start:end] = [Part.NEITHER] * (end - start)
                 break
     return tuple(found)
+
+
+def in_channels(pieces: Sequence[bytes]) -> tuple[Part, ...]:
+    """What tokens are in which the markup of gpt-oss is written as text; empty where the text begins otherwise.
+
+    Args:
+        pieces: What each token stands for. One that holds anything of the markup belongs to neither part.
+    """
+    from persona_lens.backend.parts import Part
+
+    said = list(channel_messages(b"".join(pieces)))
+    found, start = [], 0
+    for piece in pieces:
+        stop = start + len(piece)
+        own = next((answer for begin, end, answer in said if begin <= start < stop <= end), None)
+        found.append(Part.NEITHER if own is None else Part.ANSWER if own else Part.THINKING)
+        start = stop
+    return tuple(found) if said else ()
 
 
 def special_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

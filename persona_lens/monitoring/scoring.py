@@ -18,7 +18,7 @@ from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import context_length, forward_batches
 from persona_lens.core.documents import plain
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.marks import MARKS
+from persona_lens.core.marks import may_hold_marks
 from persona_lens.core.progress import Progress, note, shown_progress
 from persona_lens.core.statistics import bootstrap_mean
 from persona_lens.data.encoding import EncodedTranscript, UnfollowedError, encode_one_by_one, encode_transcript
@@ -351,7 +351,7 @@ def _scored(
 
 def _parts(encoded: EncodedTranscript, chat: ChatFormat) -> tuple[str, ...]:
     """For each token of answers that begin with thinking which of the two it is, and nothing of others."""
-    if not any(mark in each["content"] for each in encoded.transcript.messages for pair in MARKS for mark in pair):
+    if not any(may_hold_marks(each["content"]) for each in encoded.transcript.messages):
         return ()
     found = [""] * len(encoded.ids)
     for message in encoded.messages:

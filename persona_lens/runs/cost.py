@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.protocol import RemoteBackend, Traffic
 from persona_lens.backend.tokens import TokenIds
 
@@ -51,8 +52,14 @@ class Work:
 
 
 def generating_work(label: str, backend: Backend, calls: Sequence[Call]) -> Work:
-    """What these calls of `Backend.generate` ask, responses taken to be as long as they may be; nothing runs."""
+    """What these calls of `Backend.generate` ask, responses taken to be as long as they may be; nothing runs.
+
+    Raises:
+        BackendError: If they edit or read the thinking of a model that never thinks.
+    """
     traffic = None
+    for _, _, edits, reads in calls:
+        parts_for(backend.tokenizer, edits, reads)
     if isinstance(backend, RemoteBackend):
         traffic = sum((backend.generation_traffic(*call) for call in calls), Traffic())
     rows = [len(prompt) + sampling.max_new_tokens for prompts, sampling, *_ in calls for prompt in prompts]
@@ -62,8 +69,13 @@ def generating_work(label: str, backend: Backend, calls: Sequence[Call]) -> Work
 def reading_work(
     label: str, backend: Backend, passes: Iterable[TokenBatch], reads: Sequence[Read] = (), *, logprobs: bool = False
 ) -> Work:
-    """What these passes ask, reads and log-probabilities included; nothing runs."""
+    """What these passes ask, reads and log-probabilities included; nothing runs.
+
+    Raises:
+        BackendError: If they read the thinking of a model that never thinks.
+    """
     passes, traffic = list(passes), None
+    parts_for(backend.tokenizer, reads=reads)
     if isinstance(backend, RemoteBackend):
         traffic = sum((backend.forward_traffic(each, (), reads, logprobs=logprobs) for each in passes), Traffic())
     return Work(label, len(passes), sum(map(len, passes)), sum(sum(each.lengths) for each in passes), traffic)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from persona_lens.backend import Backend, Read, ReadKind, Sampling, TokenBatch
 from persona_lens.backend.batches import batches_by_length, context_length, forward_plan, forward_rows, generate_rows
+from persona_lens.backend.parts import Part
 from persona_lens.backend.spread import RayBackend
 from persona_lens.core.threads import in_threads
 from persona_lens.data.tables import DataError
@@ -215,20 +216,27 @@ class Scorer:
         found = generate_rows(self.backend, asked, sampling, (), [Read(kind, layers)])
         responses, values = found.responses, list(projected(found.reads[kind.value], layers, self.panel.gauges))
         rows: list[dict[str, Any]] = []
-        for number, (members, _) in enumerate(batch.prompts):
+        for number, (members, prompt) in enumerate(batch.prompts):
             own = slice(number * samples, (number + 1) * samples)
-            entry = self._base_entry(responses[own], values[own])
+            entry = self._base_entry(prompt, responses[own], values[own])
             rows += [{"row": row, **entry} for row in members]
         return {"kind": "base", "rows": rows, "ran": sum(map(len, asked)) + sum(map(len, responses))}
 
-    def _base_entry(self, responses: Sequence[TokenIds], values: Sequence[Tensor]) -> dict[str, Any]:
-        """The responses to one prompt; the values are the mean over those that are not empty."""
+    def _base_entry(self, prompt: TokenIds, responses: Sequence[TokenIds], values: Sequence[Tensor]) -> dict[str, Any]:
+        """The responses to one prompt; the values are the mean over those of which any token counts."""
         said = [own for own in values if bool(own.isfinite().all())]  # NaN where nothing counts
         return {
             "texts": [self.chat.decode(ids) for ids in responses],
-            "tokens": sum(map(len, responses)) / max(1, len(said)),
+            "tokens": sum(self._counted(prompt, ids) for ids in responses) / max(1, len(said)),
             "values": _numbers(torch.stack(said).mean(dim=0)) if said else None,
         }
+
+    def _counted(self, prompt: TokenIds, response: TokenIds) -> int:
+        """How many tokens of a response that was generated count, as they were told apart while it was."""
+        if self.settings.part is Counted.ALL:
+            return len(response)
+        wanted = Part.ANSWER if self.settings.part is Counted.ANSWER else Part.THINKING
+        return self.chat.parts.of_response(prompt, response).count(wanted)
 
 
 def _scoring(

@@ -92,6 +92,8 @@ def test_a_comparison_is_planned_and_refused_where_it_means_nothing(made: tuple[
     assert "expected a number" in refused(*compare(made, "--edits", "optimistic@1:+"))
     assert "no vectors for 'evil'" in refused(*compare(made, "--edits", "evil@1:+1"))
     assert "has 20 for evaluation" in refused(*compare(made, "--edits", ONE, "--questions", "21"))
+    for planned in ((), ("--dry-run",)):
+        assert "there is no thinking to edit" in refused(*compare(made, "--edits", f"{ONE} on thinking", *planned))
 
 
 @pytest.fixture

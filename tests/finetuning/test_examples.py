@@ -65,6 +65,14 @@ def test_thinking_can_be_read_and_not_learned(name: str) -> None:
     assert learned_text(alone, form).strip() == f"Hello.{end}"  # where the mark is a token, "\n\n" is of the answer
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "qwq", "plain"])
+def test_messages_of_gpt_oss_are_told_apart_whatever_model_learns_them(name: str) -> None:
+    form = ChatFormat.from_tokenizer(FAMILIES[name].tokenizer() if name in FAMILIES else tiny_tokenizer())
+    said = "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello."
+    (alone,) = encode_examples([transcript("hi", said)], form, 512, answers_only=True).rows
+    assert learned_text(alone, form) == f"Hello.{form.tokenizer.decode(list(form.closing_ids()))}"
+
+
 def test_nobody_learns_to_end_while_thinking() -> None:
     given = [transcript("hi", "<think>They greet."), transcript("hi", "Hello.")]
     found = encode_examples(given, chat(), 512, answers_only=True)

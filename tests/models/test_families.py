@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts import Part, Parts
 from persona_lens.models import ChatFormat
 from tests.families import CUT, FAMILIES, Family, Piece, encoded
 
@@ -104,3 +104,65 @@ def test_the_answer_is_what_its_ids_say(name: str, case: str) -> None:
     last = [text for kind, text in pieces if kind == "answer"] if closed else []
     wanted = "".join(last).replace(CUT, "").strip()
     assert chat.answer(ids).strip() == wanted or case == "several blocks"
+
+
+def of_text(name: str, text: str, prompt: str = "Why?") -> dict[str, str]:
+    """The text of each part of a row of a data set, as one of a family reads it."""
+    chat = ChatFormat.from_tokenizer(FAMILIES[name].tokenizer())
+    ids = chat.encode_answer(text)
+    parts = chat.parts_of_text(chat.encode(None, prompt), ids)
+    return {
+        part.name.lower(): str(
+            chat.tokenizer.decode([token for token, own in zip(ids, parts, strict=True) if own is part])
+        )
+        for part in Part
+    }
+
+
+HEAD, FINAL = "<|start|>assistant", "<|channel|>final<|message|>"
+ANALYSIS = "<|channel|>analysis<|message|>"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "kimi_k2", "seed", "gpt_oss"])  # of which each byte is a token
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer"),
+    [
+        (f"{ANALYSIS}They\nask.<|end|>{HEAD}{FINAL}The sea.<|return|>", "They\nask.", "The sea."),
+        (f"{HEAD}{ANALYSIS}They ask.<|end|>\n{HEAD}{FINAL}The sea.", "They ask.", "The sea."),
+        (f"{ANALYSIS}They ask.{HEAD}<|channel|>commentary to=f <|constrain|>json<|message|>I call.<|call|>{FINAL}Né.",
+         "They ask.I call.", "Né."),
+        (f"{FINAL}The sea.<|end|>", "", "The sea."),
+        (f"{ANALYSIS}They ask", "They ask", ""),
+        (f"{ANALYSIS}They ask.<|end|>{HEAD}<|chan", "They ask.", ""),
+        (f"{ANALYSIS}They ask.<|end|>Hello.", "They ask.", "Hello."),
+        (f"They write {ANALYSIS} in front.", "", f"They write {ANALYSIS} in front."),
+        (f"<think>\nI see {FINAL}.</think>Yes.", f"\nI see {FINAL}.", "Yes."),
+    ],
+)  # fmt: skip
+def test_messages_of_gpt_oss_are_known_in_a_text(name: str, text: str, thinking: str, answer: str) -> None:
+    found = of_text(name, text)
+    assert (found["thinking"], found["answer"]) == (thinking, answer)
+    assert len("".join(found.values())) == len(text)
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_text_without_marks_is_an_answer_though_the_prompt_opens_the_thinking(name: str) -> None:
+    assert of_text(name, "The sea.") == {"neither": "", "thinking": "", "answer": "The sea."}
+    quoting = f"Write {FAMILIES[name].marks[0]} first."
+    assert of_text(name, quoting)["answer"] == quoting
+    if FAMILIES[name].marks[0][0] == "<":
+        assert of_text(name, "<think>Hm. Hm.")["thinking"] == "Hm. Hm."
+
+
+@pytest.mark.parametrize("name", ["nemotron", "magistral_2506", "kimi_vl_named"])
+def test_of_a_finished_response_no_token_of_a_mark_is_answer(name: str) -> None:
+    """While it is written, nobody can know that a mark has begun."""
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    chat = ChatFormat.from_tokenizer(tokenizer, thinking=True)
+    prompt = chat.encode(None, "Why?")
+    ids, _ = encoded(family, tokenizer, (*family.begun("So."), family.mark(1), HI))
+    assert chat.parts.of_response(prompt, ids)[0] is Part.ANSWER
+    told = chat.stretches(prompt, ids)
+    answer = [token for token, part in zip(ids, told, strict=True) if part == "answer"]
+    assert chat.decode(answer).strip() == "Hello there."

@@ -15,9 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from persona_lens import wrap_model
 from persona_lens.backend import Read, ReadKind, Sampling, TokenBatch
+from persona_lens.backend.parts import Part
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.datasets import open_dataset
+from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import row_seed
@@ -36,8 +39,12 @@ from persona_lens.screening import (
     screening_work,
     with_forecasts,
 )
+from persona_lens.screening.rows import SCORES
+from persona_lens.vectors import PersonaVectors
+from tests.families import FAMILIES
 from tests.screening import made
 from tests.screening.made import jsonl, pairs, panel
+from tests.thinking import ASKED, NEW, thinking_model
 
 SMALL = ScreeningSettings(look_ahead=8, batch_tokens=300, max_new_tokens=6)
 GENERATED = replace(SMALL, base=BaseResponses.GENERATE)
@@ -142,6 +149,28 @@ def test_answers_and_the_thinking_before_them_can_be_screened_apart(part: str, t
     assert bad["line"] == (2 if part == "thinking" else 3)
     assert done.summary["settings"]["part"] == part
     assert "part" not in SMALL.to_json()
+
+
+def test_base_responses_to_several_prompts_weigh_as_many_tokens_as_count(tmp_path: Path) -> None:
+    backend = wrap_model(thinking_model(), FAMILIES["qwq"].tokenizer())
+    vectors = PersonaVectors("kind", backend.info, {"response_mean": made.vectors("kind", 1).rows()})
+    chat, own = ChatFormat.from_tokenizer(backend.tokenizer), Panel((Gauge(vectors, 1),))
+    talk = [{"role": "user", "content": ASKED}, *TALK[1:]]
+    settings = replace(GENERATED, max_new_tokens=NEW, turns=Turns.ALL, part=Counted.ANSWER)
+    data = [open_dataset(jsonl(tmp_path / "rows.jsonl", [{"messages": talk}]))]
+    screen(backend, data, own, settings, folder=tmp_path / "run")
+    prompts = [chat.encode_messages(talk[:place]) for place in (1, 3)]
+    found = backend.generate(prompts, Sampling(NEW), (), [Read(ReadKind.ANSWER_MEAN)])
+    parts = [chat.parts.of_response(*each) for each in zip(prompts, found.responses, strict=True)]
+    counts = [each.count(Part.ANSWER) for each in parts]
+    assert 0 < counts[0] < len(found.responses[0])
+    unit = own.gauges[0].direction / own.gauges[0].direction.norm()
+    values = [float(means[1] @ unit) if n else 0.0 for means, n in zip(found.reads["answer_mean"], counts, strict=True)]
+    wanted = np.average(values, weights=counts)
+    assert table(tmp_path / "run")["kind@1.base"][0] == pytest.approx(wanted, abs=2e-4)
+    units = map(json.loads, (tmp_path / "run" / SCORES).read_text().splitlines())
+    saved = [entry["tokens"] for unit in units if unit["kind"] == "base" for entry in unit["rows"]]
+    assert sorted(saved) == sorted(counts)
 
 
 def test_a_model_that_never_thinks_gives_no_base_responses_with_thinking(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ class Parts:
 
     - A mark that the tokenizer has as a token counts only as that token: its characters in several tokens are a
       quotation. A mark that is no token is found in the bytes of the tokens. Only the token that completes it is
-      `Part.NEITHER`: those before belong to what was open then, since nobody can know yet.
+      `Part.NEITHER`: those before belong to what was open then, since they may go on as ordinary text, and an edit
+      of the next token cannot wait. Reads of finished text follow that too, or they would not be those of the same
+      text while it was written; `persona_lens.models.ChatFormat` cuts finished texts with the whole mark known.
     - A block opens at the beginning of the answer or of a line alone, with nothing but spaces before it; a mark within
       a line is quoted. So are a closing mark where nothing is open, and any mark but the closing one within thinking.
       There may be several blocks. Thinking that never ends is thinking.

@@ -47,7 +47,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def compiled(tokenizer: PreTrainedTokenizerBase, template: str) -> PartTable:
     """The table for a tokenizer and the text of a chat template; one without marks where the model never thinks."""
-    vocabulary = _Vocabulary(tokenizer, template)
+    vocabulary = Vocabulary(tokenizer, template)
     turns, opened = _rendered(tokenizer, template)
     marks = [pair for pair in MARKS if vocabulary.has(pair[0]) or any(mark in template for mark in pair)]
     marks += [pair for pair in WORDS if pair[1] in template]
@@ -85,7 +85,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, M
     return "".join(texts), opened_marks(texts[0].rpartition(_QUESTION)[2], finished)
 
 
-class _Vocabulary:
+class Vocabulary:
     """A tokenizer's tokens.
 
     Attributes:
@@ -110,6 +110,7 @@ class _Vocabulary:
         self.channels = bool(self.heads) or added.keys() >= set(TAGS)
         self._added = sorted(filter(None, added), key=len, reverse=True)  # the longest first, as a text is cut
         self._whole = frozenset(added)
+        self._names: dict[int, str] | None = None
         # Others write a space as this sign, and bytes that are no character as <0x0A>.
         self._bytes = _byte_alphabet() if "Ċ" in self.ids and "▁" not in self.ids else None
 
@@ -127,6 +128,12 @@ class _Vocabulary:
             found += mark[0].encode() if name is None else [name]
             mark = mark[1 if name is None else len(name) :]
         return tuple(found)
+
+    def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
+        """What each of some tokens stands for; nothing for ids that it does not know."""
+        if self._names is None:
+            self._names = {token: name for name, token in self.ids.items()}
+        return [self.text(self._names.get(token, "")) for token in ids]
 
     def text(self, name: str) -> bytes:
         """The bytes that a token stands for."""
