@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,10 @@ def saved_model(folder: Path) -> Path:
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """A copy of a tokenizer with another chat template."""
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = template
+    return made

@@ -61,5 +61,5 @@ SPEC = BackendSpec(
     accepts=_accepts,
     wrap=_wrap,
     server=_server,
-    options=("revision", *HERE, "trust_remote_code", "remote", *THERE),
+    options=("revision", *HERE, "trust_remote_code", "chat_template", "remote", *THERE),
 )

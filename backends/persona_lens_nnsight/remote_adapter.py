@@ -67,6 +67,7 @@ class RemoteNNsightBackend(WatchedByReplay, NNsightBackend):
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
         request_timeout: float = 3600.0,
         requests_at_once: int = 4,
         store_hosts: Sequence[str] = (),
@@ -79,6 +80,7 @@ class RemoteNNsightBackend(WatchedByReplay, NNsightBackend):
             model: Hub id, or a folder that has the same path on the server.
             revision: Branch, tag or commit on the hub; must be the one that is deployed.
             trust_remote_code: Run code that the model's repository brings.
+            chat_template: The text of a chat template instead of the tokenizer's.
             request_timeout: Seconds that a request may take, its time in the queue included.
             requests_at_once: How many requests may be under way at the same time.
             store_hosts: Hosts that large results may be fetched from. Loading a result can run code, so that only the
@@ -94,7 +96,7 @@ class RemoteNNsightBackend(WatchedByReplay, NNsightBackend):
         server = Server.configured()
         source = pinned(resolve(model, revision, weights=False))
         register_travelling()
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, chat_template=chat_template)
         wrapped = weightless(source, tokenizer, TASK, trust_remote_code)
         connection = Connection(
             server=server,

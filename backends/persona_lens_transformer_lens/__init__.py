@@ -8,7 +8,7 @@ from persona_lens.core.plugins import install_command
 SPEC = BackendSpec.of_class(
     "persona_lens_transformer_lens.adapter:TransformerLensBackend",
     "TransformerBridge",
-    ("revision", "dtype", "device", "trust_remote_code"),
+    ("revision", "dtype", "device", "trust_remote_code", "chat_template"),
     name="transformer_lens",
     summary="hooks of a TransformerLens TransformerBridge, weights unmodified",
     requires=("transformer-lens",),

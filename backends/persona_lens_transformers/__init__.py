@@ -7,7 +7,7 @@ from persona_lens.backend import BackendSpec
 SPEC = BackendSpec.of_class(
     "persona_lens_transformers.adapter:TransformersBackend",
     "PreTrainedModel",
-    ("revision", "dtype", "device", "device_map", "trust_remote_code"),
+    ("revision", "dtype", "device", "device_map", "trust_remote_code", "chat_template"),
     name="transformers",
     summary="plain PyTorch hooks on a Hugging Face model (the default)",
     requires=("transformers",),

@@ -12,6 +12,7 @@ OPTIONS = (
     "revision",
     "dtype",
     "trust_remote_code",
+    "chat_template",
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "distributed_executor_backend",

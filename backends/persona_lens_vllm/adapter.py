@@ -84,6 +84,7 @@ class VllmBackend(PackedBackend):
         revision: str | None = None,
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
         **options: Any,
     ) -> VllmBackend:
         """Start an engine for a model's hub id, folder or embedded name.
@@ -93,6 +94,7 @@ class VllmBackend(PackedBackend):
             revision: Branch, tag or commit of a hub model.
             dtype: As `persona_lens.models.resolve_dtype` takes it.
             trust_remote_code: Run code that the model's repository brings.
+            chat_template: The text of a chat template instead of the tokenizer's.
             options: Of vLLM's ``LLM``.
 
         Raises:
@@ -105,7 +107,7 @@ class VllmBackend(PackedBackend):
                 f"{source.id} is an adapter, and vLLM is given whole models here: merge it into its base (PEFT's "
                 "merge_and_unload, then save_pretrained), or use the transformers backend"
             )
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, chat_template=chat_template)
         llm = start_engine(source.location, source.revision, dtype, trust_remote_code, **options)
         return cls(llm, tokenizer, source.id, source.identity)
 

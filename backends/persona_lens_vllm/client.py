@@ -27,10 +27,12 @@ from persona_lens.backend import (
 from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import text_config
 from persona_lens.backend.edits import edits_of_rows
-from persona_lens.backend.parts.asked import parts_for
+from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts.asked import ask_parts, parts_for
 from persona_lens.backend.protocol import RemoteError
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.tokens import cut_response
+from persona_lens.core.marks import Marks
 from persona_lens.core.text import in_short
 from persona_lens.core.threads import in_threads
 from persona_lens.core.transport import MIB, BoundedClient, Bounds
@@ -72,6 +74,7 @@ class VllmServer:
         served_as: The model's name on the server; None for the first that it names.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run code that the model's repository brings.
+        chat_template: The text of a chat template instead of the tokenizer's.
         key_variable: The environment variable that holds the server's key, if it wants one.
         timeout: Seconds that a row may take, the time in which it waits for its turn included.
         requests_at_once: How many requests of a call may be under way at the same time.
@@ -93,6 +96,7 @@ class VllmServer:
         served_as: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
         key_variable: str = OPENAI_KEY,
         timeout: float = 600.0,
         requests_at_once: int = 64,
@@ -110,7 +114,8 @@ class VllmServer:
         where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.is_local}
         if source.revision is not None:
             where["revision"] = source.revision
-        self.tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        own: dict[str, Any] = {"trust_remote_code": trust_remote_code, "chat_template": chat_template}
+        self.tokenizer = load_tokenizer(source, **own)
         self._config = AutoConfig.from_pretrained(source.location, **where)
         try:
             generation = GenerationConfig.from_pretrained(source.location, **where)
@@ -143,7 +148,7 @@ class VllmServer:
         check_request(self.info, self._vocabulary, tokens, edits, reads)
         sampling.check_rows(len(tokens))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
-        parts_for(self.tokenizer, edits, reads)  # raises for thinking that the model never does
+        parts = self._parts(edits, reads)
         if not sampling.use_cache:
             raise BackendError("a server always keeps keys and values; leave use_cache as it is")
         most, limits = sampling.max_new_tokens, self._limits(edits, reads)
@@ -151,7 +156,7 @@ class VllmServer:
 
         def row(number: int) -> Generation:
             mine = tuple(edits_of_rows(edits, number, number + 1, tokens.lengths))
-            order = RowOrder(mine, tuple(reads), noises[number], sink_limits=limits)
+            order = RowOrder(mine, tuple(reads), noises[number], sink_limits=limits, parts=parts)
             given, found = self._complete(tokens.prompts[number], order, most + order.needs_last_token)
             response, ended = cut_response(given, self.end_ids, most)
             return Generation((response,), (ended,), self._reads(found, reads))
@@ -167,13 +172,13 @@ class VllmServer:
         if not reads and not logprobs:
             return ForwardResult()
         check_fits(self.context_length, tokens.lengths)
-        parts_for(self.tokenizer, edits, reads)
+        parts = self._parts(edits, reads)
         limits = self._limits(edits, reads)
 
         def row(number: int) -> ForwardResult:
             prompt, response = tokens.prompts[number], tokens.responses[number]
             mine = tuple(edits_of_rows(edits, number, number + 1, tokens.lengths))
-            order = RowOrder(mine, tuple(reads), None, len(prompt), logprobs, limits)
+            order = RowOrder(mine, tuple(reads), None, len(prompt), logprobs, limits, parts)
             _, found = self._complete((*prompt, *response), order, 1)
             scored = (_taken(lambda: tensor_from(found["logprobs"]), self._shown),) if logprobs else None
             return ForwardResult(self._reads(found, reads), scored)
@@ -190,6 +195,14 @@ class VllmServer:
 
     def _rows(self, row: Callable[[int], Piece], count: int) -> list[Piece]:
         return [done for _, done in in_threads(row, range(count), self._at_once, in_order=True)]
+
+    def _parts(self, edits: Sequence[Edit], reads: Sequence[Read]) -> tuple[tuple[Marks, ...], tuple[str, ...]] | None:
+        """What tells thinking from answer, where that is asked; raises for thinking that the model never does."""
+        parts_for(self.tokenizer, edits, reads)
+        if not ask_parts(edits, reads):
+            return None
+        found = Parts.of(self.tokenizer)  # the server's own template may be another one
+        return found.marks, found.separators
 
     def _limits(self, edits: Sequence[Edit], reads: Sequence[Read]) -> tuple[float, ...] | None:
         return self.sink_limits if depend_on_sinks(edits, reads) else None

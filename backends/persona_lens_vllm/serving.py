@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from persona_lens.backend import BackendError, ModelInfo
 from persona_lens.backend.packed.run import reads_of
+from persona_lens.backend.parts import Parts
 from persona_lens.backend.parts.asked import parts_for
 from persona_lens.core.errors import PersonaLensError
 from persona_lens_vllm.caches import cache_keys
@@ -112,7 +113,9 @@ class _Engine:
         """Hand an order to the workers."""
         if len(self.under_way) >= MOST_AT_ONCE:
             raise OrderError(f"{MOST_AT_ONCE} orders are under way; send fewer at once")
-        parts = parts_for(self._client.get_tokenizer(), order.edits, order.reads)
+        tokenizer = self._client.get_tokenizer()
+        told = None if order.parts is None else Parts.marked(tokenizer, *order.parts)
+        parts = parts_for(tokenizer, order.edits, order.reads, told)
         self.under_way.add(name)
         expected = Expected(order, self.info.n_layers, self.info.d_model, parts)
         await self._client.collective_rpc("persona_lens_expect", args=(name, pickle.dumps(expected)))

@@ -36,6 +36,7 @@ from persona_lens.backend.edits import check_edits
 from persona_lens.backend.reads import check_reads, need_last_token, need_prompts
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.core.errors import PersonaLensError
+from persona_lens.core.marks import Marks
 
 VERSION = 1
 TOLD = ("architecture", "n_layers", "d_model", "weights", "dtype", "backend")  # of a server's `ModelInfo`
@@ -46,6 +47,9 @@ MOST_NUMBERS = 2**24  # that an order brings back
 
 class OrderError(BackendError):
     """An order that is none, or that does not fit the model; the request is refused."""
+
+
+_Mark = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class _Data(BaseModel):
@@ -100,6 +104,8 @@ class _Order(_Data):
     prompt: int | None = Field(None, ge=1)
     logprobs: bool = False
     sink_limits: list[float] | None = None
+    marks: Annotated[list[tuple[_Mark, _Mark]], Field(max_length=16)] | None = None
+    separators: Annotated[list[_Mark], Field(max_length=64)] = []
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class RowOrder:
         prompt: How many of the tokens that are sent are the prompt, where a response is sent too; None for all.
         logprobs: Bring back the log-probabilities of the response that is sent.
         sink_limits: See `persona_lens.backend.sinks`; needed where edits or reads leave out attention sinks.
+        parts: The marks and separators that tell thinking from answer, see `persona_lens.backend.Parts`, by the
+            client's chat template; None for what the server's own says.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -122,6 +130,7 @@ class RowOrder:
     prompt: int | None = None
     logprobs: bool = False
     sink_limits: tuple[float, ...] | None = None
+    parts: tuple[tuple[Marks, ...], tuple[str, ...]] | None = None
 
     @property
     def whole(self) -> bool:
@@ -145,7 +154,10 @@ class RowOrder:
             "logprobs": self.logprobs,
             "sink_limits": None if limits is None else list(limits),
         }
-        return json.dumps({name: value for name, value in order.items() if value not in (None, [], False)})
+        kept = {name: value for name, value in order.items() if value not in (None, [], False)}
+        if self.parts is not None:  # no marks at all say that the model never thinks
+            kept["marks"], kept["separators"] = self.parts
+        return json.dumps(kept)
 
     @staticmethod
     def read(text: object, n_layers: int, d_model: int) -> RowOrder:
@@ -165,6 +177,7 @@ class RowOrder:
                 found.prompt,
                 found.logprobs,
                 None if found.sink_limits is None else tuple(found.sink_limits),
+                None if found.marks is None else (tuple(found.marks), tuple(found.separators)),
             )
             check_edits(order.edits, n_layers, d_model, 1, _width(order.edits))
             check_reads(order.reads, n_layers, d_model)

@@ -76,7 +76,8 @@ def open_backend(name: str = DEFAULT, model: str = "smollm2-135m", **options: An
     Args:
         name: A registered backend, see ``persona-lens backends list``.
         model: Hub id, local folder, or the embedded ``smollm2-135m``.
-        **options: The backend's own options, such as ``dtype`` and ``device``; unknown ones are refused.
+        **options: The backend's own options, such as ``dtype``, ``device`` and ``chat_template``, the text of a
+            template instead of the model's own; unknown ones are refused.
 
     Raises:
         BackendError: If the backend is unknown or not installed, or an option is not one of its own.

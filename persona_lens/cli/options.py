@@ -135,7 +135,7 @@ class ModelOptions:
             resolve(model, self.revision, progress=progress, weights=not (self.remote or self.spread.elsewhere))
         usual = {each.name: each.default for each in fields(self) if each.name not in NOT_OF_BACKENDS}
         given = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
-        given |= {"store_hosts": self.store_host, "offline": self.remote and offline}
+        given |= {"chat_template": self.template(), "store_hosts": self.store_host, "offline": self.remote and offline}
         given |= {"on_status": show_status if self.remote else None}
         kept = {name: value for name, value in given.items() if value not in (None, False, [])}
         kept |= own_options(self.backend_option)
@@ -171,7 +171,7 @@ class ModelOptions:
         """The model's chat format, with what is surprising about it said on standard error."""
         from persona_lens.models import ChatFormat
 
-        chat = ChatFormat.from_tokenizer(backend.tokenizer, template=self.template(), thinking=self.thinking)
+        chat = ChatFormat.from_tokenizer(backend.tokenizer, thinking=self.thinking)
         say_notes(chat.notes)
         return chat
 

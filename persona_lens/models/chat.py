@@ -59,20 +59,19 @@ class ChatFormat:
     """What the user should be told about this format, one sentence each."""
 
     @classmethod
-    def from_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None, thinking: bool = False
-    ) -> ChatFormat:
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> ChatFormat:
         """Find out how to write chats for a tokenizer's model.
 
         Args:
-            tokenizer: The tokenizer.
-            template: The text of a Jinja chat template to use instead of the tokenizer's.
+            tokenizer: The tokenizer, with the chat template that is to be used: what is thinking and what is answer is
+                told by it too. A backend is opened with another template (``chat_template``); who loads a tokenizer may
+                set its ``chat_template``.
             thinking: Let the model reason before it answers, where there is a choice.
 
         Raises:
             ModelError: There is no chat template, or it cannot render one user message.
         """
-        chosen = cls(tokenizer, template if template is not None else _template_of(tokenizer), thinking)
+        chosen = cls(tokenizer, _template_of(tokenizer), thinking)
         native, system_note = probed_system(chosen)
         state = probed_thinking(chosen)
         always = (

@@ -125,29 +125,41 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load(model: str, revision: str | None = None, *, trust_remote_code: bool = False, **options: Any) -> Loaded:
+def load(
+    model: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    **options: Any,
+) -> Loaded:
     """Load a model and its tokenizer from one and the same revision.
 
     Args:
         model: Hub id, local folder or the embedded model's name.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run code that the model's repository brings.
+        chat_template: See `load_tokenizer`.
         options: See `load_model`.
 
     Raises:
         ModelError: It cannot be loaded; the message says what to do.
     """
     source = pinned(resolve(model, revision))
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, chat_template=chat_template)
     return Loaded(source, load_model(source, trust_remote_code=trust_remote_code, **options), tokenizer)
 
 
-def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: ModelSource, *, trust_remote_code: bool = False, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, set to pad on the left.
 
     Args:
         source: What to load.
         trust_remote_code: Run code that the model's repository brings.
+        chat_template: The text of a Jinja chat template, which takes the place of the tokenizer's own. Whatever depends
+            on a template asks the tokenizer: prompts, the tokens that end a turn, what is thinking and what is answer.
 
     Returns:
         The tokenizer. One without a padding token gets its end-of-sequence token for that: it needs some id
@@ -178,6 +190,8 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         )
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 

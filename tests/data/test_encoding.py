@@ -12,7 +12,7 @@ from persona_lens.data.transcripts import Transcript
 from persona_lens.models import ChatFormat, ensure_embedded, load_tokenizer, resolve
 from tests.data.tokenizers import TOKENIZERS
 from tests.models.test_chat import ALL, ALWAYS_THINKS, CHATML, QWEN3, make_format
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_tokenizer, with_template
 
 TINY = ChatFormat.from_tokenizer(tiny_tokenizer())
 
@@ -89,7 +89,7 @@ def test_tokens_across_a_boundary_belong_to_the_message_they_spell() -> None:
     """``BOT:`` and ``\\n`` may be one token with what follows; a space before a word usually is."""
     tokenizer = TOKENIZERS["merging"]
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n\\n' }}{% endfor %}"
-    chat = ChatFormat.from_tokenizer(tokenizer, template=template)
+    chat = ChatFormat.from_tokenizer(with_template(tokenizer, template))
     talk = transcript(("user", "the exam"), ("assistant", "\nwell, thank you"))
     encoded = encode_transcript(talk, chat)
     assert [text.strip() for text in texts(encoded, chat)] == ["the exam", "well, thank you"]

@@ -327,15 +327,15 @@ def test_no_template_says_what_to_do_and_one_can_be_given() -> None:
     bare = make_tokenizer(None)
     with pytest.raises(ModelError, match=r"instruct model.*--chat-template FILE"):
         ChatFormat.from_tokenizer(bare)
-    given = ChatFormat.from_tokenizer(bare, template=CHATML)
+    bare.chat_template = CHATML
+    given = ChatFormat.from_tokenizer(bare)
     assert given.rendered_text(None, "Why?") == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert bare.chat_template is None
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ 'always this' }}"])
 def test_a_template_that_cannot_write_a_question_is_refused(template: str) -> None:
     with pytest.raises(ModelError, match="chat template"):
-        ChatFormat.from_tokenizer(make_tokenizer(None), template=template)
+        ChatFormat.from_tokenizer(make_tokenizer(template))
 
 
 def test_end_of_turn_tokens_come_from_all_three_places() -> None:
@@ -347,7 +347,7 @@ def test_end_of_turn_tokens_come_from_all_three_places() -> None:
     assert end_of_turn_ids(make_tokenizer(None)) == (end,)
     assert end_of_turn_ids(make_tokenizer(None, eos=None)) == ()
     assert end_of_turn_ids(make_tokenizer(DROPS_SYSTEM, eos="<|eot_id|>")) == tuple(sorted((end, eot)))
-    given = ChatFormat.from_tokenizer(make_tokenizer(None), template=CHATML)
+    given = ChatFormat.from_tokenizer(make_tokenizer(CHATML))
     assert given.end_of_turn_ids() == tuple(sorted((end, turn)))
 
 

@@ -15,6 +15,7 @@ from persona_lens.monitoring import ConversationMonitor, Panel
 from persona_lens.runs.rollouts import Rollouts, RolloutSettings
 from persona_lens.traits import load_trait
 from tests.planted import PlantedBackend
+from tests.tiny import with_template
 
 TRAIT = load_trait("optimistic")
 PLAIN = (
@@ -27,7 +28,7 @@ SAID = "judges see the answer alone, and vectors are made of it"
 
 def test_vectors_of_a_model_that_reasons_say_that_the_reasoning_is_in_them(tmp_path: Path) -> None:
     backend = PlantedBackend(TRAIT, respond=lambda leaning: f"Hm.</think>\n\nleaning {leaning:+.3f}")
-    chat = ChatFormat.from_tokenizer(backend.tokenizer, template=OPENS)
+    chat = ChatFormat.from_tokenizer(with_template(backend.tokenizer, OPENS))
     with pytest.warns(PersonaLensNote, match=SAID):
         found = extract(backend, TRAIT, tmp_path, settings=ExtractionSettings(questions=3), chat=chat)
     assert found.summary["responses_hold_reasoning"] is True
@@ -42,5 +43,5 @@ def test_only_models_that_reason_are_told_of(template: str, reasons: bool) -> No
     backend = PlantedBackend(TRAIT)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        Rollouts(backend, ChatFormat.from_tokenizer(backend.tokenizer, template=template), [], RolloutSettings())
+        Rollouts(backend, ChatFormat.from_tokenizer(with_template(backend.tokenizer, template)), [], RolloutSettings())
     assert [SAID in str(each.message) for each in said] == [True] * reasons

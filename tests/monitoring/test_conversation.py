@@ -26,7 +26,7 @@ from persona_lens.monitoring import Alarm, Alert, ConversationMonitor, Gauge, Mo
 from persona_lens.steering.history import History, HistoryError, turn_edits, turn_prompt
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
 from tests.backends.fixtures import Delegating, backend_of, tiny_backend
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer, with_template
 
 KINDS = ["prompt_last", "token", "running_mean", "turn_mean"]
 
@@ -192,7 +192,9 @@ def test_a_template_that_rewrites_earlier_turns_gets_a_text_for_each_answer(back
     template = "{{ messages | length }}:" + str(tokenizer.chat_template)
     from persona_lens.models import ChatFormat
 
-    monitor = ConversationMonitor(backend, panel(backend), chat=ChatFormat.from_tokenizer(tokenizer, template=template))
+    monitor = ConversationMonitor(
+        backend, panel(backend), chat=ChatFormat.from_tokenizer(with_template(tokenizer, template))
+    )
     monitor.observe(CONVERSATION)
     check_turn(backend, monitor, 0)
     check_turn(backend, monitor, 1)

@@ -20,7 +20,7 @@ from persona_lens.monitoring import Panel
 from persona_lens.monitoring.scoring import LOOK_AHEAD, ScoredTranscript, score_transcripts
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import ADAPTERS, assert_close, tiny_backend
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer, with_template
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -112,7 +112,7 @@ def test_answers_are_read_one_by_one_where_the_template_changes_earlier_turns(tm
         f"{{% for m in messages %}}{{{{ '<|im_start|>' + m['role'] + '\\n' + ({said}) + '<|im_end|>\\n' }}}}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
-    chat = ChatFormat.from_tokenizer(backend.tokenizer, template=template)
+    chat = ChatFormat.from_tokenizer(with_template(backend.tokenizer, template))
     file = written(tmp_path, {"messages": CHAT}, {"messages": CHAT[:3]})
     with pytest.warns(PersonaLensNote, match="read after their own prompts"):
         found = list(score_transcripts(backend, open_transcripts(file), panel(), chat))

@@ -45,6 +45,7 @@ from tests.families import FAMILIES
 from tests.screening import made
 from tests.screening.made import jsonl, pairs, panel
 from tests.thinking import ASKED, NEW, thinking_model
+from tests.tiny import with_template
 
 SMALL = ScreeningSettings(look_ahead=8, batch_tokens=300, max_new_tokens=6)
 GENERATED = replace(SMALL, base=BaseResponses.GENERATE)
@@ -198,7 +199,7 @@ def test_a_template_that_changes_earlier_turns_gives_each_answer_its_own_text(tm
         "<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    chat = ChatFormat.from_tokenizer(made.backend().tokenizer, template=forgetful)
+    chat = ChatFormat.from_tokenizer(with_template(made.backend().tokenizer, forgetful))
     path = jsonl(tmp_path / "rows.jsonl", [{"messages": TALK}])
     run(tmp_path / "run", path, replace(SMALL, turns=Turns.ALL), chat=chat)
     prompts = [chat.encode_messages(TALK[:place]) for place in (1, 3)]

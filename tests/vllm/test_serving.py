@@ -212,6 +212,23 @@ def test_thinking_and_answer_are_told_apart_there(served: VllmServer, here: Back
         assert_same_reads(served.forward(text, edits, parts).reads, here.forward(text, edits, parts).reads)
 
 
+def test_thinking_is_told_by_the_template_that_the_client_has(
+    address: str, folder: Path, here: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's own tells of other marks."""
+    monkeypatch.setenv(VARIABLE, KEY)
+    template = "{# [THINK] [/THINK] #}" + str(here.tokenizer.chat_template)
+    told = VllmServer(address, str(folder), key_variable=VARIABLE, chat_template=template)
+    said = tuple(told.tokenizer.encode("[THINK]hm[/THINK]yes", add_special_tokens=False))
+    text, parts = TokenBatch.of([IDS[0]], [said]), Parts.of(told.tokenizer).of_response(IDS[0], said)
+    assert {*parts} == {*Part} != {*Parts.of(here.tokenizer).of_response(IDS[0], said)}
+    found = told.forward(text, (), [Read(ReadKind.THINKING_MEAN), Read(ReadKind.ANSWER_MEAN)]).reads
+    every = here.forward(text, (), [Read(ReadKind.ACTIVATIONS)]).reads["activations"][0][:, -len(said) :]
+    for name, part in (("thinking_mean", Part.THINKING), ("answer_mean", Part.ANSWER)):
+        wanted = every[:, torch.tensor([each is part for each in parts])].mean(dim=1)
+        torch.testing.assert_close(found[name][0], wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_edits_are_made_sure_to_act_there(served: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(point.passed for point in verify(served))
     monkeypatch.setattr(client, "edits_of_rows", lambda *_: [])

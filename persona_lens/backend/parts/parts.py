@@ -6,7 +6,7 @@ generated and what a stream says of it are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend.parts.machine import Part
-from persona_lens.backend.parts.table import compiled, template_of
+from persona_lens.backend.parts.table import PartTable, compiled, markup_of, template_of
 from persona_lens.core.marks import Marks
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Parts:
         following: By class and state, the next state. A text begins in state 0.
         kinds: By class and state, what such a token is.
         responding: By state, that in which a response begins whose prompt ends there.
+        separators: Tags between turns that are no control tokens.
     """
 
     marks: tuple[Marks, ...] = ()
@@ -57,24 +58,34 @@ class Parts:
     following: tuple[tuple[int, ...], ...] = field(default=((0,),), repr=False)
     kinds: tuple[tuple[Part, ...], ...] = field(default=((Part.ANSWER,),), repr=False)
     responding: tuple[int, ...] = field(default=(0,), repr=False)
+    separators: tuple[str, ...] = field(default=(), repr=False)
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Parts:
         """Those of a tokenizer's model; made once, and again when its template or its tokens change.
 
         Marks are those that the vocabulary has as tokens, those that the chat template names, and what the template
-        leaves open at the end of a prompt.
+        leaves open at the end of a prompt. A model opened with another template (``chat_template``) has a tokenizer
+        with that one.
 
         Args:
             tokenizer: The tokenizer.
             template: The text of a chat template instead of its own.
         """
         chosen = template if template is not None else template_of(tokenizer)
-        made = _made.setdefault(tokenizer, {})
-        key = (chosen, len(tokenizer))
-        if key not in made:
-            made[key] = Parts(*compiled(tokenizer, chosen))
-        return made[key]
+        return _kept(tokenizer, chosen, lambda: compiled(tokenizer, *markup_of(tokenizer, chosen)))
+
+    @staticmethod
+    def marked(tokenizer: PreTrainedTokenizerBase, marks: Sequence[Marks], separators: Sequence[str]) -> Parts:
+        """Those with the `marks` and `separators` of others, for a tokenizer with the same tokens and no template.
+
+        Args:
+            tokenizer: The tokenizer.
+            marks: What opens reasoning and what closes it.
+            separators: Tags between turns that are no control tokens.
+        """
+        given = (tuple(marks), tuple(separators))
+        return _kept(tokenizer, given, lambda: compiled(tokenizer, *given))
 
     @property
     def thinks(self) -> bool:
@@ -154,4 +165,17 @@ class GivenParts:
         return {**self.parts.plain(), "begun": begun, "states": torch.tensor(self.states, dtype=torch.long)}
 
 
-_made: WeakKeyDictionary[Any, dict[tuple[str, int], Parts]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Any, dict[tuple[Hashable, int], Parts]] = WeakKeyDictionary()
+_MOST = 16  # of a tokenizer: what others send may be anything
+
+
+def _kept(tokenizer: Any, given: Hashable, make: Callable[[], PartTable]) -> Parts:
+    """What was made for a tokenizer, with as many tokens as it has now."""
+    made, key = _made.setdefault(tokenizer, {}), (given, len(tokenizer))
+    found = made.get(key)
+    if found is None:
+        found = Parts(*make())
+        while len(made) >= _MOST:
+            made.pop(next(iter(made)), None)
+        made[key] = found
+    return found

@@ -36,6 +36,7 @@ class PartTable(NamedTuple):
     following: tuple[tuple[int, ...], ...] = ((0,),)
     kinds: tuple[tuple[Part, ...], ...] = ((Part.ANSWER,),)
     responding: tuple[int, ...] = (0,)
+    separators: tuple[str, ...] = ()
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -45,30 +46,37 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return ""
 
 
-def compiled(tokenizer: PreTrainedTokenizerBase, template: str) -> PartTable:
-    """The table for a tokenizer and the text of a chat template; one without marks where the model never thinks."""
+def markup_of(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[tuple[Marks, ...], tuple[str, ...]]:
+    """What a tokenizer and the text of a chat template say of thinking: the marks, and the tags between turns."""
     vocabulary = Vocabulary(tokenizer, template)
     turns, opened = _rendered(tokenizer, template)
     marks = [pair for pair in MARKS if vocabulary.has(pair[0]) or any(mark in template for mark in pair)]
     marks += [pair for pair in WORDS if pair[1] in template]
     if opened is not None and opened not in marks and not vocabulary.channels:
         marks.append(opened)
-    if not marks and not vocabulary.channels:
+    return (*vocabulary.heads, *marks), tuple(sorted(name for name in vocabulary.tags if name in turns))
+
+
+def compiled(tokenizer: PreTrainedTokenizerBase, marks: Sequence[Marks], separators: Sequence[str] = ()) -> PartTable:
+    """The table for a tokenizer and what `markup_of` found; one without marks where the model never thinks."""
+    vocabulary = Vocabulary(tokenizer, "".join(mark for pair in marks for mark in pair))
+    own = [pair for pair in marks if pair not in vocabulary.heads]
+    if not own and not vocabulary.channels:
         return PartTable()
-    spelled = [SpelledMarks(*map(vocabulary.spelled, pair)) for pair in marks]
+    spelled = [SpelledMarks(*map(vocabulary.spelled, pair)) for pair in own]
     names = {symbol for pair in spelled for symbol in (*pair.opening, *pair.closing) if isinstance(symbol, str)}
     names |= {name for name in (*HARMONY, *TAGS) if vocabulary.channels and name in vocabulary.ids}
     machine = MarkMachine(spelled, vocabulary.channels)
     columns = _Columns(machine, machine.states(sorted(names)))
-    separators = vocabulary.control | {name for name in vocabulary.tags if name in turns}
+    between = vocabulary.control.union(separators)
     for name, token in vocabulary.ids.items():
         if name in names:
             columns.note(token, (name,))
-        elif name in separators:
+        elif name in between:
             columns.separates(token)
         else:
             columns.text(token, vocabulary.text(name))
-    return columns.table((*vocabulary.heads, *marks))
+    return columns.table((*vocabulary.heads, *own), tuple(separators))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, Marks | None]:
@@ -201,12 +209,12 @@ class _Columns:
     def _class_of(self, column: tuple[tuple[int, Part], ...]) -> int:
         return self._classes.setdefault(column, len(self._classes))
 
-    def table(self, marks: tuple[Marks, ...]) -> PartTable:
+    def table(self, marks: tuple[Marks, ...], separators: tuple[str, ...]) -> PartTable:
         """All of it."""
         following = tuple(tuple(state for state, _ in column) for column in self._classes)
         kinds = tuple(tuple(part for _, part in column) for column in self._classes)
         responding = tuple(self._numbers[self._machine.responding(state)] for state in self._states)
-        return PartTable(marks, self._of, following, kinds, responding)
+        return PartTable(marks, self._of, following, kinds, responding, separators)
 
 
 def _shape(text: bytes) -> bytes:
