@@ -649,6 +649,21 @@ def test_a_check_finds_what_went_wrong(folder: str, tmp_path: Path, monkeypatch:
     assert "NOT PASSED" in (baked.folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_a_steering_beyond_what_can_be_computed_is_refused(name: str, tmp_path: Path) -> None:
+    model = random_model(name)
+    asked: dict[str, Any] = {"vectors": vectors_of(model), "check": True, "device": "cpu"}
+    with pytest.raises(BakingError, match="steered so, the model computes no numbers any more"):
+        bake(saved(model, tmp_path / "m"), "evil@1:+1e30", tmp_path / "b", **asked)
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_was_written_computes_numbers() -> None:
+    whole, broken = (check.Observed([torch.tensor([[1.0, each]])], ((1,),)) for each in (2.0, torch.nan))
+    with pytest.raises(BakingError, match="what was written computes no numbers"):
+        check.compared(broken, check.Steered(whole, whole), "float32")
+
+
 def test_a_check_that_a_model_without_the_steering_passes_says_so(
     files: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

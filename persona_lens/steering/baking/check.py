@@ -94,6 +94,12 @@ class Observed:
     logits: list[Tensor]
     tokens: tuple[TokenIds, ...]
 
+    def require_numbers(self, otherwise: str) -> None:
+        """Raise `BakingError`, with what that means and what to do, where logits are NaN, infinite or all zero."""
+        largest = torch.cat([each.abs().amax(-1) for each in self.logits])
+        if not bool((largest.isfinite() & (largest > 0)).all()):
+            raise BakingError(otherwise)
+
     def apart(self, other: Observed) -> float:
         """The largest difference of logits, see `Check`."""
         return max(
@@ -208,6 +214,7 @@ def steered(
     plain = observe(model, tokenizer, prompts)
     inside = taking_out(model, architecture, plan) if plan.basis is not None else None
     hooked = observe(model, tokenizer, prompts, plan.edits(), inside)
+    hooked.require_numbers("steered so, the model computes no numbers any more; steer with smaller coefficients")
     edited = []
     if plan.basis is not None:
         places = [(layer, each) for layer in range(len(find_blocks(model)[1])) for each in plan.basis.T.float()]
@@ -225,7 +232,13 @@ def compared(baked: Observed, found: Steered, dtype: str, stored: Observed | Non
         found: What the other says.
         dtype: Precision of its weights.
         stored: What the unsteered model says before its weights were rounded to that; None where they were not.
+
+    Raises:
+        BakingError: If the baked model computes no numbers.
     """
+    baked.require_numbers(
+        "what was written computes no numbers, as the steered model does; keep the steering as an edit"
+    )
     shift = found.hooked.apart(found.plain)
     share = SHARES.get(dtype)
     return Check(
