@@ -97,8 +97,8 @@ def diagnostics_of(
 
     Args:
         vectors: With the separation of the arms in their provenance, if it is known.
-        kept: The responses; each layer is asked for once, and once more with an unembedding, which reads what stands out
-            at all layers in one pass over the vocabulary: all layers together need not fit in memory.
+        kept: The responses; each layer is asked for once, and once more with an unembedding, which reads what all
+            layers have in one pass over the vocabulary, where all their responses need not fit in memory.
         reduction: Which of the vectors.
         residual_norms: Mean length of the residual at each layer; None where it is not known.
         unembedding: The model's; None where it is out of reach.
