@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks.memory import peak_bytes
-from persona_lens.analysis.decomposition import decoder_cosines, rank
-from persona_lens.analysis.features import FileDecoder
+from persona_lens.analysis.dissection.decomposition import decoder_cosines, rank
+from persona_lens.analysis.dissection.features import FileDecoder
 from persona_lens.vectors import random_directions
 
 FEATURES, WIDTH = 131_072, 3_584

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.analysis.examples import COLUMNS
+from persona_lens.analysis.dissection.examples import COLUMNS
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch, open_backend
 from persona_lens.backend.batches import forward_batches
 from persona_lens.cli.display import showing_progress

@@ -67,7 +67,7 @@ GIVEN = {
     "dissection": OPENED
     + """
 import torch
-from persona_lens.analysis import features
+from persona_lens.analysis.dissection import features
 from persona_lens.runs.rollouts import RolloutSettings
 directions = torch.randn(400, backend.info.d_model)
 features.load_features = lambda where: features.Features(  # SAELens is tried in tests/sae

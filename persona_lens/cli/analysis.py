@@ -142,8 +142,8 @@ def dissect(
     """
     from persona_lens.analysis.dissection import dissect as run_dissection
     from persona_lens.analysis.dissection import dissection_work
-    from persona_lens.analysis.examples import read_corpus
-    from persona_lens.analysis.features import load_features
+    from persona_lens.analysis.dissection.examples import read_corpus
+    from persona_lens.analysis.dissection.features import load_features
 
     loaded, features = options.open_vectors(vectors), load_features(sae)
     features.check(loaded, allow_other_model=allow_other_model)

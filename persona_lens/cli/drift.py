@@ -19,7 +19,7 @@ from persona_lens.core.errors import PersonaLensError
 if TYPE_CHECKING:
     from persona_lens.data.scripted import Scripted
     from persona_lens.monitoring import Drift
-    from persona_lens.monitoring.simulated_user import UserModel
+    from persona_lens.monitoring.drift.simulated_user import UserModel
 
 SERVER = "openai:"
 TIMEOUT = 300.0  # seconds for one message: a large model on a slow machine writes a few tokens a second
@@ -69,7 +69,7 @@ class UserOptions:
 
     def open(self, at: Session, run: Run) -> UserModel | None:
         """The model that plays them; the one that is talked with if that is named. None where they follow scripts."""
-        from persona_lens.monitoring.simulated_user import LocalUser, ServerUser
+        from persona_lens.monitoring.drift.simulated_user import LocalUser, ServerUser
         from persona_lens.runs.rollouts import RolloutSettings
 
         if self.user_model is None:
@@ -109,8 +109,8 @@ def drift_command(
     Example: `persona-lens monitor drift smollm2-135m runs/tuned-optimistic --edits "optimistic@18:floor(0)"`
     """
     from persona_lens.monitoring import drift
-    from persona_lens.monitoring.drifting import plan_drift
-    from persona_lens.monitoring.messages import check_regression
+    from persona_lens.monitoring.drift.messages import check_regression
+    from persona_lens.monitoring.drift.plan import plan_drift
 
     who.check()
     check_regression()  # known before a model is loaded
@@ -142,7 +142,7 @@ def drift_command(
 @contextmanager
 def _saying_usage(user: UserModel | None) -> Iterator[None]:
     """Say at the end of the work, or where it stops, what the server that plays the users was asked, if one does."""
-    from persona_lens.monitoring.simulated_user import ServerUser
+    from persona_lens.monitoring.drift.simulated_user import ServerUser
 
     try:
         yield

@@ -13,8 +13,7 @@ from persona_lens.monitoring.calibration import (
 )
 from persona_lens.monitoring.conditions import Conditions, StudySettings, examples_of, plan_conditions
 from persona_lens.monitoring.conversation import ConversationMonitor, Turn
-from persona_lens.monitoring.drift import Drift, DriftRow, drift
-from persona_lens.monitoring.drifting import DriftSettings
+from persona_lens.monitoring.drift import Drift, DriftRow, DriftSettings, drift
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading
 from persona_lens.monitoring.heatmap import TokenHeatmap
 from persona_lens.monitoring.markup import Strip

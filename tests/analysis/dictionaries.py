@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.analysis.features import Features, TensorDecoder
+from persona_lens.analysis.dissection.features import Features, TensorDecoder
 from tests.tiny import D_MODEL
 
 LAYER = 1

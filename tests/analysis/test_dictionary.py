@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lens.analysis import AnalysisError, features
-from persona_lens.analysis.features import layer_of_hook, load_features
+from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.dissection import features
+from persona_lens.analysis.dissection.features import layer_of_hook, load_features
 from persona_lens.core.plugins import install_command
 from persona_lens.vectors import PersonaVectors
 from tests.analysis.dictionaries import LAYER, dictionary, directions
@@ -63,7 +64,7 @@ def test_a_dictionary_must_fit_the_vectors_in_width_layer_and_model() -> None:
 
 
 def test_unit_directions_rows_and_their_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_lens.analysis.features.CHUNK_VALUES", 4 * D_MODEL)
+    monkeypatch.setattr("persona_lens.analysis.dissection.features.CHUNK_VALUES", 4 * D_MODEL)
     rows = directions(20)
     rows[5] = 0
     features = dictionary(rows)

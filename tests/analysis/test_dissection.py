@@ -12,8 +12,8 @@ import torch
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.dissection import Dissection, DissectSettings, dissect, dissection_work
-from persona_lens.analysis.examples import feature_effects, feature_steering
-from persona_lens.analysis.features import Features
+from persona_lens.analysis.dissection.examples import feature_effects, feature_steering
+from persona_lens.analysis.dissection.features import Features
 from persona_lens.judging import Calibration
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.kinds import page_of
@@ -205,19 +205,17 @@ def test_what_cannot_be_run_claims_no_folder(backend: PlantedBackend, tmp_path: 
 def test_random_features_are_drawn_from_those_that_are_alive(
     monkeypatch: pytest.MonkeyPatch, backend: PlantedBackend
 ) -> None:
-    from persona_lens.analysis import dissection
-    from persona_lens.analysis.examples import Activity
+    from persona_lens.analysis.dissection import run
+    from persona_lens.analysis.dissection.examples import Activity
 
     counts = torch.zeros(40, dtype=torch.long)
     counts[[2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24]] = 1
-    monkeypatch.setattr(dissection, "find_examples", lambda *a, **k: Activity(9, counts, ()))
+    monkeypatch.setattr(run, "find_examples", lambda *a, **k: Activity(9, counts, ()))
     vectors, features = vectors_of(backend), planted_dictionary(backend)
     chosen = {
         each["feature"]
         for seed in range(5)
-        for each in dissection.decompose(backend, vectors, features, replace(SETTINGS, seed=seed), ["text"])[
-            "random_features"
-        ]
+        for each in run.decompose(backend, vectors, features, replace(SETTINGS, seed=seed), ["text"])["random_features"]
     }
     assert chosen <= {i for i in range(40) if counts[i]}
     assert len(chosen) > 3

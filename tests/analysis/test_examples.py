@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis import examples as examples_module
-from persona_lens.analysis.examples import find_examples, read_corpus
+from persona_lens.analysis.dissection import examples as examples_module
+from persona_lens.analysis.dissection.examples import find_examples, read_corpus
 from persona_lens.backend import Read, ReadKind, TokenBatch
 from persona_lens.data.tables import DataError
 from tests.analysis.dictionaries import LAYER, dictionary, directions

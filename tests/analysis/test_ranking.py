@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis import features as features_module
-from persona_lens.analysis.decomposition import decoder_cosines, pursue, rank
-from persona_lens.analysis.features import FileDecoder, TensorDecoder
+from persona_lens.analysis.dissection import features as features_module
+from persona_lens.analysis.dissection.decomposition import decoder_cosines, pursue, rank
+from persona_lens.analysis.dissection.features import FileDecoder, TensorDecoder
 from tests.analysis.dictionaries import dictionary, directions
 from tests.tiny import D_MODEL
 

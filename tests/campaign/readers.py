@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from persona_lens.analysis.examples import read_corpus
-from persona_lens.analysis.features import FileDecoder
+from persona_lens.analysis.dissection.examples import read_corpus
+from persona_lens.analysis.dissection.features import FileDecoder
 from persona_lens.cli.settings import layer_numbers, numbers
 from persona_lens.core.documents import save_tensors
 from persona_lens.core.errors import PersonaLensError

@@ -25,11 +25,11 @@ from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.models.server import CompletionCache, CompletionServer, Prices, ServerSettings, Spending
 from persona_lens.monitoring import Drift, DriftSettings, MonitoringError, drift
-from persona_lens.monitoring.drift import alone
-from persona_lens.monitoring.drifting import plan_drift
-from persona_lens.monitoring.messages import Messages, predict_from
-from persona_lens.monitoring.onset import movement, onset_of
-from persona_lens.monitoring.simulated_user import LocalUser, ServerUser, SimulatedUsers, seen_by
+from persona_lens.monitoring.drift.messages import Messages, predict_from
+from persona_lens.monitoring.drift.onset import movement, onset_of
+from persona_lens.monitoring.drift.plan import plan_drift
+from persona_lens.monitoring.drift.run import alone
+from persona_lens.monitoring.drift.simulated_user import LocalUser, ServerUser, SimulatedUsers, seen_by
 from persona_lens.reports.result import Result
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings

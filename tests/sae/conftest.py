@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.features import _library
+from persona_lens.analysis.dissection.features import _library
 from tests.tiny import D_MODEL
 
 FEATURES, K = 48, 4

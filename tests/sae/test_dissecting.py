@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.train_sae import quality, train
 from persona_lens import load_vectors
-from persona_lens.analysis.features import load_features
+from persona_lens.analysis.dissection.features import load_features
 from persona_lens.cli import app
 from persona_lens.core.errors import PersonaLensError
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.features import FileDecoder, load_features
+from persona_lens.analysis.dissection.features import FileDecoder, load_features
 from tests.sae.conftest import FEATURES, saved
 from tests.tiny import D_MODEL
 

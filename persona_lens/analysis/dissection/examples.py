@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.features import Features
+from persona_lens.analysis.dissection.features import Features
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import forward_batches
 from persona_lens.backend.tokens import TokenIds

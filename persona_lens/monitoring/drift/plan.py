@@ -12,9 +12,9 @@ from persona_lens.extraction.conversations import Conversations
 from persona_lens.extraction.experiment import Variant, model_config
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
+from persona_lens.monitoring.drift.messages import check_regression
+from persona_lens.monitoring.drift.simulated_user import SimulatedUsers, UserModel, described
 from persona_lens.monitoring.gauges import MonitoringError, Panel
-from persona_lens.monitoring.messages import check_regression
-from persona_lens.monitoring.simulated_user import SimulatedUsers, UserModel, described
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import RolloutSettings
 from persona_lens.steering import Steering

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.decomposition import RankedFeature, decoder_cosines, pursue, rank
-from persona_lens.analysis.examples import (
+from persona_lens.analysis.dissection.decomposition import RankedFeature, decoder_cosines, pursue, rank
+from persona_lens.analysis.dissection.examples import (
     WHOLE,
     FeatureEffect,
     arm_name,
@@ -23,7 +23,7 @@ from persona_lens.analysis.examples import (
     feature_steering,
     find_examples,
 )
-from persona_lens.analysis.features import Features
+from persona_lens.analysis.dissection.features import Features
 from persona_lens.backend import Backend
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import Answer, Answers, Subject, json_of, model_config, run_folder

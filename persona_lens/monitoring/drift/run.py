@@ -18,10 +18,10 @@ from persona_lens.data.scripted import Scripted
 from persona_lens.extraction.conversations import Turn, reads_in_order
 from persona_lens.extraction.experiment import run_folder
 from persona_lens.models import ChatFormat
-from persona_lens.monitoring.drifting import BEFORE, KIND, MEAN, Drifting, DriftSettings, plan_drift
+from persona_lens.monitoring.drift.plan import BEFORE, KIND, MEAN, Drifting, DriftSettings, plan_drift
+from persona_lens.monitoring.drift.simulated_user import UserModel, described
+from persona_lens.monitoring.drift.trajectories import MessageTable, Trajectories, Way
 from persona_lens.monitoring.gauges import projected
-from persona_lens.monitoring.simulated_user import UserModel, described
-from persona_lens.monitoring.trajectories import MessageTable, Trajectories, Way
 from persona_lens.reports.result import Answered
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import ReadRollouts, Request, Rollout, Texts

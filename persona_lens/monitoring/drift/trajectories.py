@@ -11,9 +11,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from persona_lens.core.documents import plain
+from persona_lens.monitoring.drift.messages import Messages, predict_from
+from persona_lens.monitoring.drift.onset import changes_of, estimates, movement
 from persona_lens.monitoring.gauges import MonitoringError, Panel
-from persona_lens.monitoring.messages import Messages, predict_from
-from persona_lens.monitoring.onset import changes_of, estimates, movement
 from persona_lens.steering.arms import RANDOM, VECTOR, beside_null
 
 Values = NDArray[np.float64]
@@ -137,7 +137,7 @@ class MessageTable:
         Args:
             table: [conversations, turns], projections of the replies.
             layer: Whose embeddings are taken.
-            permutations: See `persona_lens.monitoring.messages.predict_from`.
+            permutations: See `persona_lens.monitoring.drift.messages.predict_from`.
             seed: Of the shuffling and the resampling.
 
         Returns:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.features import Decoder, Features, spans
+from persona_lens.analysis.dissection.features import Decoder, Features, spans
 from persona_lens.core.documents import Record
 
 CANDIDATES = 4096
