@@ -52,17 +52,15 @@ def bake_command(
         gguf: Write model.gguf into the folder too, by llama.cpp's own converter.
         converter: llama.cpp's convert_hf_to_gguf.py, or the folder it is in.
     """
-    from persona_lens.steering import Steering, load_steering
     from persona_lens.steering.baking import BakingError, bake
     from persona_lens.steering.baking.gguf import Converter
-    from persona_lens.steering.given import is_steering_file
+    from persona_lens.steering.given import read_steering
 
     if converter is not None and not gguf:
         raise PersonaLensError("--converter is for --gguf; give both, or leave it out")
     named = named_vectors(vectors or ())
-    given: Steering | None = None
-    if steering is not None:
-        given = load_steering(steering, named) if is_steering_file(steering) else Steering.parse(steering, named)
+    given = None if steering is None else read_steering(steering, named)
+    if given is not None:
         named = {**given.vectors, **named}
     quiet_libraries()
     with showing_progress() as progress:

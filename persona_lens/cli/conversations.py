@@ -170,10 +170,9 @@ def _steering(
 
 def _parsed(known: Mapping[str, PersonaVectors], backend: Backend, allow_other_model: bool, text: str) -> Steering:
     """A steering that is typed while the chat goes on: its notation, or a file."""
-    from persona_lens.steering import Steering, load_steering
-    from persona_lens.steering.given import is_steering_file
+    from persona_lens.steering.given import read_steering
 
-    steering = load_steering(text, known) if is_steering_file(text) else Steering.parse(text, known)
+    steering = read_steering(text, known)
     if not allow_other_model:
         steering.check_model(backend)
     return steering

@@ -46,8 +46,7 @@ class SteeringOptions:
             NotationError: If one is not written as steerings are.
             PersonaLensError: If vectors cannot be read, share a name, or were named by ``--with`` and are not used.
         """
-        from persona_lens.steering import Steering, load_steering
-        from persona_lens.steering.given import is_steering_file
+        from persona_lens.steering.given import read_steering
 
         more = list(map(_read_vectors, self.more_vectors or ()))
         named: dict[str, PersonaVectors] = {}
@@ -55,10 +54,7 @@ class SteeringOptions:
             if name in named:
                 raise PersonaLensError(f"two vectors go by the name {name!r}; rename one, --with NAME=PATH")
             named[name] = each
-        steerings = {
-            spec: load_steering(spec, named) if is_steering_file(spec) else Steering.parse(spec, named)
-            for spec in self.edits or ()
-        }
+        steerings = {spec: read_steering(spec, named) for spec in self.edits or ()}
         used = [each for steering in steerings.values() for each in steering.vectors.values()]
         for name, each in more:
             if not any(each is other for other in used):

@@ -73,9 +73,20 @@ class SteeringDocument(BaseModel):
     vectors: dict[str, str] = Field(default_factory=dict)
 
 
-def is_steering_file(text: str) -> bool:
-    """Whether a text names a file to load a steering from, rather than being one."""
-    return text.endswith((*YAML_SUFFIXES, ".safetensors"))
+def read_steering(text: str, vectors: Mapping[str, PersonaVectors]) -> Steering:
+    """A steering as it is typed: its notation, or the .yaml or .safetensors file that it is in.
+
+    Args:
+        text: The notation, or the path.
+        vectors: Those that it names, by name.
+
+    Raises:
+        NotationError: If a notation is not written so.
+        PersonaLensError: If a file cannot be read; see `load_steering`.
+    """
+    if text.endswith((*YAML_SUFFIXES, ".safetensors")):
+        return load_steering(text, vectors)
+    return Steering.parse(text, vectors)
 
 
 def load(path: Path | str) -> PersonaVectors | Steering | Trait | Result:

@@ -32,8 +32,7 @@ from persona_lens.backend.registry import DEFAULT, find_backend
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.models import ChatFormat, Message
 from persona_lens.runs.rollouts import row_seed
-from persona_lens.steering import Steering, load_steering
-from persona_lens.steering.given import is_steering_file
+from persona_lens.steering.given import read_steering
 from persona_lens.vectors import load_vectors
 
 MAX_NEW_TOKENS = 2048  # where neither the task nor the command line names a limit
@@ -255,7 +254,7 @@ def _steering(backend: Backend, vectors: object, edits: object) -> tuple[Edit, .
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str | Path) for path in paths):
         raise AnalysisError(f"vectors are the paths of files or run folders, with commas between; got {vectors!r}")
     named = {found.trait: found for found in map(load_vectors, paths)}
-    steering = load_steering(edits, named) if is_steering_file(edits) else Steering.parse(edits, named)
+    steering = read_steering(edits, named)
     steering.check_model(backend)
     return steering.edits()
 
