@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from persona_lens.core.text import listed
+
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN: Mapping[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 _FIRST = re.compile(r"tuple\(range\((\d+)\)\)")
@@ -177,8 +179,7 @@ def _named(node: ast.Assign, name: str) -> bool:
 
 
 def _listed(words: Any) -> str:
-    *first, last = (f"`{each}`" for each in words)
-    return f"{', '.join(first)} or {last}" if first else last
+    return listed([f"`{each}`" for each in words], "or")
 
 
 def _find(module: str, name: str) -> tuple[str, ast.ClassDef | ast.expr]:

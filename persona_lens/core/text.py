@@ -182,10 +182,10 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun if n == 1 else plural}"
 
 
-def listed(words: Sequence[str]) -> str:
-    """Words with commas, and the last with ``and``."""
+def listed(words: Sequence[str], joint: str = "and") -> str:
+    """Words with commas, and the last with ``and``, or what stands for it."""
     *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
+    return f"{', '.join(first)} {joint} {last}" if first else last
 
 
 def capital(words: str) -> str:

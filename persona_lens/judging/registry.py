@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from persona_lens.backend import Backend
 from persona_lens.core.plugins import Registry
+from persona_lens.core.text import listed
 from persona_lens.judging.llm import LLMJudge
 from persona_lens.judging.protocol import Judge, Judged, JudgingError, Method
 from persona_lens.judging.reading import LocalJudge
@@ -112,8 +113,8 @@ def find_judge(written: str, *, alone: bool) -> JudgeSpec:
         if is_written(written, spec.alone if alone else spec.beside):
             return spec
     ways = [way for spec in JUDGES.usable().values() for way in (spec.alone if alone else spec.beside)]
-    listed = " or ".join([", ".join(ways[:-1]), ways[-1]])
-    told = f"a judge is {listed} (VECTORS is a run folder of extract)" if alone else f"--judge takes {listed}"
+    known = listed(ways, "or")
+    told = f"a judge is {known} (VECTORS is a run folder of extract)" if alone else f"--judge takes {known}"
     raise JudgingError(f"{told}; got {written!r}")
 
 

@@ -14,7 +14,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, VisitError
 
 from persona_lens.backend import Operation, Positions, Schedule, Span
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.text import printable
+from persona_lens.core.text import listed, printable
 from persona_lens.vectors import OWN_REDUCTION
 
 
@@ -235,7 +235,7 @@ def _expected(error: UnexpectedInput) -> str:
     others = sorted(wanted.difference(OPERATIONS))
     words += [WORDS.get(name) or f"'{terminals[name].pattern.value}'" for name in others]
     ordered = sorted(set(words), key=lambda word: (word.startswith("'"), word))
-    return " or ".join([", ".join(ordered[:-1]), ordered[-1]] if len(ordered) > 1 else ordered)
+    return listed(ordered, "or") if ordered else ""
 
 
 def _pointing(text: str, place: int, message: str) -> str:

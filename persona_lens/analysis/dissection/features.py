@@ -23,6 +23,7 @@ from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
 from persona_lens.backend.registry import installed_version
+from persona_lens.core.errors import in_words
 from persona_lens.core.plugins import install_command
 from persona_lens.vectors import PersonaVectors
 
@@ -269,7 +270,7 @@ def _saelens(what: str) -> Iterator[None]:
     except AnalysisError:
         raise
     except Exception as error:
-        raise AnalysisError(f"SAELens cannot {what}: {_first_line(error)}") from error
+        raise AnalysisError(f"SAELens cannot {what}: {in_words(error)}") from error
 
 
 def _from_folder(folder: Path) -> Features:
@@ -371,9 +372,5 @@ def _library() -> Any:
     try:
         import sae_lens
     except Exception as error:
-        raise AnalysisError(f"SAELens cannot be imported ({_first_line(error)}); install it anew: {command}") from error
+        raise AnalysisError(f"SAELens cannot be imported ({in_words(error)}); install it anew: {command}") from error
     return sae_lens
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
