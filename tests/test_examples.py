@@ -31,7 +31,7 @@ from persona_lens.steering import load_steering, parse_terms
 from persona_lens.traits import Trait, TraitError, parse_trait, resolve_trait
 from persona_lens.vectors import PersonaVectors
 from tests.pages import README, ROOT, SITE, Block, blocks_of
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 from tests.warm import warm_command
 
 DOCS = ROOT / "docs"
@@ -181,7 +181,7 @@ def test_substitutions_only_reduce() -> None:
 @pytest.mark.real
 @pytest.mark.slow
 def test_every_example_runs(tmp_path: Path) -> None:
-    _tiny_model_folder(tmp_path / "tiny")
+    saved_model(tmp_path / "tiny")
     environment = _environment(tmp_path)
     with (
         TemporaryDirectory() as short,  # the name of a socket may have a hundred characters
@@ -213,11 +213,6 @@ def test_every_example_runs(tmp_path: Path) -> None:
     assert _files(tmp_path / "runs/steered") == steered
     assert all(f"`{name}`" in STEERING.read_text(encoding="utf-8") for name in steered)
     assert (tmp_path / "runs/grumpy-smollm2-135m/vectors.safetensors").is_file()
-
-
-def _tiny_model_folder(folder: Path) -> None:
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import tiny_backend
 from tests.pages import ROOT, SITE, Block, blocks_of
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, saved_model
 
 STORY = {"making", "python", "concepts"}  # run on the embedded model, in tests/test_examples.py
 # Run with a server, in tests/ndif, as notebooks/05_remote.ipynb; with workers, in tests/backends/test_spread.py; with
@@ -186,8 +186,7 @@ def test_the_python_of_every_guide_runs(tmp_path: Path) -> None:
 
 def _workplace(folder: Path) -> None:
     """A tiny model, vectors of it under the names that the pages give them, and two small datasets."""
-    tiny_model().save_pretrained(folder / "tiny")
-    tiny_tokenizer().save_pretrained(folder / "tiny")
+    saved_model(folder / "tiny")
     judge = {"calibration": Calibration(slope=1.0, intercept=0.0).to_json()}
     for trait in ("optimistic", "impolite"):
         rows = torch.randn(N_LAYERS, D_MODEL, generator=torch.Generator().manual_seed(len(trait)))

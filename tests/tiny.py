@@ -174,9 +174,12 @@ def tiny_model(architecture: str = "llama", seed: int = 0, *, thinks: bool = Fal
     return model
 
 
-def saved_model(folder: Path) -> Path:
-    """A folder with a tiny Llama and its tokenizer, as commands take it."""
-    tiny_model().save_pretrained(folder)
+def saved_model(folder: Path, architecture: str = "llama", *, seed: int = 0, positions: int | None = None) -> Path:
+    """A folder with a tiny model and its tokenizer, as commands take it; of more positions than usual where asked."""
+    made = tiny_model(architecture, seed)
+    if positions is not None:
+        made.config.max_position_embeddings = positions
+    made.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -44,7 +44,7 @@ from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
 from tests.backends.fixtures import backend_of
 from tests.screening.made import LengthJudge
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, saved_model, tiny_model, tiny_tokenizer
 
 TRAIT = load_trait("optimistic")
 USERS = (
@@ -463,10 +463,7 @@ def test_other_backends_find_the_same(backend: Backend, adapter: str) -> None:
 
 def test_from_the_command_line_to_the_page(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    model: Any = tiny_model()
-    model.config.max_position_embeddings = 16_384
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    saved_model(folder, positions=16_384)
     own = open_backend("transformers", str(folder), dtype="float32", device="cpu")
     file = str(vectors(own).save(tmp_path / "optimistic.safetensors"))
     people = tmp_path / "people.yaml"

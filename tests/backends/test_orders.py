@@ -17,7 +17,7 @@ from persona_lens.backend.protocol import RemoteError
 from persona_lens_vllm.client import VllmServer
 from persona_lens_vllm.tags import Here, check_tag, tag_of, written
 from persona_lens_vllm.wire import OrderError, RowOrder, tensor_data, tensor_from
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, saved_model
 
 V = torch.linspace(-1, 2, D_MODEL)
 EDITS = (
@@ -129,9 +129,7 @@ def test_a_tag_is_what_our_programs_write(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(place)
-    tiny_tokenizer().save_pretrained(place)
-    return str(place)
+    return str(saved_model(place))
 
 
 FACTS: dict[str, Any] = {

@@ -16,7 +16,7 @@ from persona_lens.backend import BackendError, BackendSpec, backend_statuses, fi
 from persona_lens.backend.registry import GROUP
 from persona_lens.models import ModelError
 from tests.backends.fixtures import tokenizer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model, tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -286,8 +286,7 @@ def test_the_command_line_lists_a_third_partys_backend(their_site: Path) -> None
 @pytest.mark.parametrize("name", ["transformers", "transformer_lens", "nnsight"])
 def test_code_of_a_models_repository(name: str, tmp_path: Path) -> None:
     """A tokenizer of its own class is loaded by every backend when it is asked for, and not otherwise."""
-    tiny_model().save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    saved_model(tmp_path)
     settings = tmp_path / "tokenizer_config.json"
     own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))

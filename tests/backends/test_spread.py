@@ -34,7 +34,7 @@ from tests.extraction.test_extraction import TINY
 from tests.pages import blocks_of
 from tests.screening import made
 from tests.screening.made import jsonl, pairs
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIT = load_trait("optimistic")
@@ -98,11 +98,7 @@ def test_workers_without_a_place_are_spoken_of() -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model in a folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    own = tiny_model()
-    own.config.max_position_embeddings = 2048
-    own.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(saved_model(folder, positions=2048))
 
 
 @pytest.fixture(scope="module")

@@ -44,12 +44,12 @@ from persona_lens.traits import load_role, load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.analysis.dictionaries import dictionary
 from tests.campaign.counts import Counts
-from tests.finetuning.chats import conversations, loaded_model, saved_model, small, vectors_of
+from tests.finetuning.chats import conversations, loaded_model, small, vectors_of
 from tests.models.server.loopback import listener, scores, serving
 from tests.planted import PlantedBackend
 from tests.reproduction.made import reproduced
 from tests.screening import made
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model, tiny_model, tiny_tokenizer
 
 Run = Callable[[Path], Any]
 SMALL = RolloutSettings(12, batch_size=6)

@@ -6,15 +6,14 @@ import pytest
 from typer.testing import CliRunner
 
 from persona_lens.cli import app
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A model's folder and the run folder of an extraction on it."""
     folder = tmp_path_factory.mktemp("made")
-    tiny_model(seed=0).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    saved_model(folder / "model")
     model, out = str(folder / "model"), str(folder / "run")
     how = ("--questions", "4", "--unpaired", "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
     result = CliRunner().invoke(app, ["extract", model, "optimistic", "--out", out, *how])

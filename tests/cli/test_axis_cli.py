@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from persona_lens.cli import app
 from persona_lens.reports.result import Result
 from persona_lens.vectors import load_vectors
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 ROLES = ("--roles", "pirate,ghost,doctor,void")
 SMALL = ("--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu")
@@ -20,11 +20,7 @@ ASKED = (*ROLES, "--questions", "2", "--least", "1", *SMALL)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    made = tiny_model()
-    made.config.max_position_embeddings = 1024
-    made.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(folder, positions=1024)
 
 
 def said(*words: object, code: int = 0) -> str:

@@ -16,7 +16,7 @@ from persona_lens.cli import app
 from persona_lens.cli.options import ModelOptions, own_options, repeated
 from persona_lens.cli.ray import RayOptions
 from tests.backends.fixtures import Delegating, backend_of
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model, tiny_model
 
 THEIRS = """
 from persona_lens.backend import BackendError, BackendSpec
@@ -38,9 +38,7 @@ def model(tmp_path: Path, plant: Callable[..., None]) -> str:
     """A model in a folder, and a backend that says what it is opened with."""
     plant("persona_lens.backends", THEIRS, theirs="SPEC")
     folder = tmp_path / "model"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(saved_model(folder))
 
 
 def said(*arguments: str) -> str:

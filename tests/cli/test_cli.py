@@ -33,7 +33,7 @@ from persona_lens.steering import Steering
 from persona_lens.steering.preview import preview_tokens
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, load_vectors
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, saved_model, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
@@ -97,19 +97,13 @@ TINY = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny", seed=0)
+    return saved_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the same size, with other weights."""
-    return save_model(tmp_path_factory.mktemp("models") / "other", seed=1)
-
-
-def save_model(folder: Path, seed: int) -> Path:
-    tiny_model(seed=seed).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
 @pytest.fixture(scope="module")

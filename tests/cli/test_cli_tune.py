@@ -15,7 +15,7 @@ from persona_lens.cli import app
 from persona_lens.reports.kinds import page_of
 from persona_lens.reports.tuning import headline
 from persona_lens.vectors import load_vectors
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 TINY = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
 SMALL = ("--layers", "0,1", "--strengths", "0.05,0.1", "--search-questions", "17", "--confirm-samples", "1")
@@ -46,8 +46,7 @@ def refused(*arguments: object) -> str:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, and with vectors that were extracted from it."""
     folder = tmp_path_factory.mktemp("home")
-    tiny_model(seed=0).save_pretrained(folder / "tiny")
-    tiny_tokenizer().save_pretrained(folder / "tiny")
+    saved_model(folder / "tiny")
     ok("extract", folder / "tiny", "optimistic", "--out", folder / "run", "--questions", 4, "--unpaired", *TINY)
     return folder
 

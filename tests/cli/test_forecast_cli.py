@@ -19,7 +19,7 @@ from persona_lens.traits import load_trait
 from persona_lens.vectors import load_vectors
 from tests.backends.fixtures import tiny_backend
 from tests.planted import PlantedBackend
-from tests.tiny import N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import N_LAYERS, saved_model
 
 TRAIT = load_trait("optimistic")
 UNKNOWN = ("access", "rise")
@@ -76,8 +76,7 @@ def test_what_is_not_known_has_no_column(runs: Path) -> None:
 
 
 def test_with_a_model_what_it_reads_is_measured(runs: Path, tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    saved_model(tmp_path / "tiny")
     said = json.loads(ok("forecast", runs / "here", "--model", tmp_path / "tiny", "--dtype", "float32", "--json"))
     found: Any = load_vectors(runs / "here").diagnostics
     for row, known in zip(said["layers"], found.layers, strict=True):

@@ -28,7 +28,7 @@ from persona_lens.models.server import (
 from persona_lens.runs.rollouts import Request, RolloutSettings
 from persona_lens.traits import load_trait
 from tests.models.server.loopback import Loopback, completion, serving
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 TRAIT = load_trait("optimistic")
 SETTINGS = RolloutSettings(max_new_tokens=16, temperature=0.7, top_p=0.9)
@@ -266,9 +266,7 @@ def test_the_plan_counts_every_token_that_may_come() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(folder)
 
 
 def call(*arguments: object) -> Result:

@@ -14,7 +14,7 @@ from persona_lens.finetuning import FinetuneConfig, make_config
 from persona_lens.models import Loaded, load
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, saved_model
 
 SMALL: dict[str, Any] = {
     "lora": {"rank": 4, "alpha": 8},
@@ -47,13 +47,6 @@ def write_conversations(path: Path, n: int = 8) -> Path:
 
 def small(**changes: Any) -> FinetuneConfig:
     return make_config({**SMALL, **changes})
-
-
-def saved_model(folder: Path, seed: int = 0) -> Path:
-    """A tiny model with its tokenizer, as a folder that can be loaded."""
-    tiny_model(seed=seed).save_pretrained(str(folder))
-    tiny_tokenizer().save_pretrained(str(folder))
-    return folder
 
 
 def loaded_model(folder: Path) -> Loaded:

@@ -8,7 +8,8 @@ import pytest
 
 from persona_lens.models import Loaded, load
 from persona_lens.vectors import PersonaVectors
-from tests.finetuning.chats import saved_model, vectors_of
+from tests.finetuning.chats import vectors_of
+from tests.tiny import saved_model
 
 for needed in ("peft", "accelerate"):
     pytest.importorskip(needed)

@@ -16,7 +16,8 @@ from persona_lens.finetuning import finetune
 from persona_lens.models import Loaded, load
 from persona_lens.steering import Steering
 from persona_lens.vectors import PersonaVectors, VectorsError
-from tests.finetuning.chats import conversations, saved_model, small, vectors_of
+from tests.finetuning.chats import conversations, small, vectors_of
+from tests.tiny import saved_model
 
 OPENING: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 

@@ -23,7 +23,7 @@ from persona_lens.serve.said import Made
 from persona_lens.serve.session import Session
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, load_vectors
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
+from tests.tiny import D_MODEL, N_LAYERS, saved_model
 
 TRAIT = load_trait("optimistic")
 
@@ -31,11 +31,7 @@ TRAIT = load_trait("optimistic")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    made = tiny_model()
-    made.config.max_position_embeddings = 2048
-    made.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(folder, positions=2048)
 
 
 @pytest.fixture(scope="module")

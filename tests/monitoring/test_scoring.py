@@ -20,7 +20,7 @@ from persona_lens.monitoring import Panel
 from persona_lens.monitoring.scoring import LOOK_AHEAD, ScoredTranscript, score_transcripts
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.backends.fixtures import ADAPTERS, assert_close, tiny_backend
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer, with_template
+from tests.tiny import D_MODEL, N_LAYERS, saved_model, with_template
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -157,8 +157,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     from persona_lens.backend import open_backend
 
     folder = tmp_path_factory.mktemp("made")
-    tiny_model(seed=0).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    saved_model(folder / "model")
     backend = open_backend("transformers", str(folder / "model"), dtype="float32", device="cpu")
     return str(folder / "model"), str(vectors("kind", 0, backend).save(folder / "kind.safetensors"))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ndif.server import missing, serving
-from tests.tiny import ARCHITECTURES, thinking_tokenizer, tiny_model, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, saved_model, thinking_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -102,8 +102,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model of each architecture, by its name."""
     folder = tmp_path_factory.mktemp("models")
     for architecture in ARCHITECTURES:
-        tiny_model(architecture).save_pretrained(folder / architecture)
-        tiny_tokenizer().save_pretrained(folder / architecture)
+        saved_model(folder / architecture, architecture)
     tiny_model(thinks=True).save_pretrained(folder / "thinks")
     thinking_tokenizer().save_pretrained(folder / "thinks")
     return folder

@@ -18,7 +18,7 @@ from persona_lens.backend import Read, TokenBatch, open_backend
 from persona_lens.vectors import load_vectors
 from tests.ndif.server import PORT, free_ports, missing, serving
 from tests.test_notebooks import REMOTE, assert_runs
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "from persona_lens.cli import main; main()"
@@ -120,8 +120,7 @@ def test_a_server_killed_in_the_middle_and_started_again(tmp_path: Path) -> None
     if reason := missing():
         pytest.skip(reason)
     model = tmp_path / "tiny"
-    tiny_model().save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+    saved_model(model)
     address = {PORT: str(free_ports(1)[0])}
     sizes = ["--questions", "4", "--max-new-tokens", "24", "--unpaired", "--batch-size", "2"]
     arguments = ("extract", model, ROOT / "traits" / "optimistic.yaml", *sizes, *THERE)

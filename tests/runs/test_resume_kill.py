@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 from persona_lens.traits import load_trait
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]
 
@@ -129,9 +129,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(folder)
 
 
 def command(model: Path, out: Path, questions: int, max_new_tokens: int, batch_size: int = 4) -> list[str]:

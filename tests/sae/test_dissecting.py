@@ -16,7 +16,7 @@ from persona_lens import load_vectors
 from persona_lens.analysis.dissection.features import load_features
 from persona_lens.cli import app
 from persona_lens.core.errors import PersonaLensError
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 SHORT = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
 
@@ -53,8 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
     from tests.sae.conftest import saved
 
     folder = tmp_path_factory.mktemp("made")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    saved_model(folder / "model")
     model, out = str(folder / "model"), str(folder / "run")
     run("extract", model, "optimistic", "--out", out, "--questions", "4", "--unpaired", *SHORT)
     sae = saved("TopK", folder / "sae", model_name="model")

@@ -20,7 +20,7 @@ from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
 from tests.screening import made
 from tests.screening.made import jsonl, pairs
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 
 TRAIT = load_trait("impolite")
 
@@ -28,11 +28,7 @@ TRAIT = load_trait("impolite")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    own = tiny_model()
-    own.config.max_position_embeddings = 2048
-    own.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(folder, positions=2048)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from persona_lens.cli import app
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors import PersonaVectors, load_vectors
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import saved_model
 from tests.vectors.formats.files import INFO, vectors
 
 
@@ -70,8 +70,7 @@ def test_import_names_the_model_by_other_vectors(file: Path, tmp_path: Path) -> 
 
 def test_import_opens_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    saved_model(folder)
     torch.save(torch.arange(4.0)[:, None] * torch.ones(32), tmp_path / "kind_response_avg_diff.pt")
     out = tmp_path / "kind.safetensors"
     told("import", tmp_path / "kind_response_avg_diff.pt", "--model", folder, "--out", out, "--dtype", "float32")
