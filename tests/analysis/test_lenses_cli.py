@@ -7,32 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from persona_lens.cli import app
-from persona_lens.core.errors import PersonaLensError
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import backend_of
+from tests.shell import Shell
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 TINY = ("--dtype", "float32", "--device", "cpu")
 
 
-def invoke(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
-
-
-def run(*arguments: str) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def refused(*arguments: str) -> str:
-    result = invoke(*arguments)
-    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
-    return str(result.exception)
+SHELL = Shell()
+run, refused = SHELL.ok, SHELL.refused
 
 
 @pytest.fixture(scope="module")

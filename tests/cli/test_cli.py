@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationMixin
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import persona_lens as pl
 from persona_lens import PersonaLensError
@@ -33,6 +33,7 @@ from persona_lens.steering import Steering
 from persona_lens.steering.preview import preview_tokens
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, load_vectors
+from tests.shell import Shell
 from tests.tiny import D_MODEL, N_LAYERS, saved_model, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,25 +125,8 @@ def extraction(model: Path, out: Path, *more: str) -> tuple[str, ...]:
     return ("extract", str(model), "optimistic", "--out", str(out), "--questions", "4", "--unpaired", *TINY, *more)
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def ok(*arguments: str) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def parsed(*arguments: str) -> Any:
-    """Standard output as JSON: all of it, so nothing else may be written there."""
-    return json.loads(ok(*arguments))
-
-
-def refused(*arguments: str) -> str:
-    result = run(*arguments)
-    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
-    return str(result.exception)
+SHELL = Shell(columns=80)
+run, ok, parsed, refused = SHELL.run, SHELL.ok, SHELL.parsed, SHELL.refused
 
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:

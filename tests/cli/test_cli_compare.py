@@ -8,29 +8,18 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from persona_lens import PersonaLensError
-from persona_lens.cli import app
 from persona_lens.reports.catalogue import find_runs
 from persona_lens.reports.result import Result as Stored
 from persona_lens.traits import Arm, load_trait
+from tests.shell import Shell
 
 TINY = ("--dtype", "float32", "--device", "cpu")
 SHORT = (*TINY, "--max-new-tokens", "8")
 ONE, BAND = "optimistic@1:+4", "optimistic@all:increments(+4)"
 
-
-def run(*arguments: str) -> Result:
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result
-
-
-def refused(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments))
-    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
-    return str(result.exception)
+SHELL = Shell()
+run, refused = SHELL.done, SHELL.refused
 
 
 def compare(made: tuple[str, str], *more: str) -> tuple[str, ...]:

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import pytest
 import typer
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from persona_lens import PersonaLensError
 from persona_lens.cli import app
 from persona_lens.cli.options import repeated
 from tests.models.server.loopback import Loopback, completion, serving
+from tests.shell import Shell
 from tests.tiny import saved_model
 
 TINY = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
@@ -50,16 +50,8 @@ def options(server: Loopback) -> tuple[str, ...]:
     return ("--judge", "openai:judge", "--judge-url", server.url, "--judge-key", "A_KEY", "--prices", "0.4,1.6")
 
 
-def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result
-
-
-def refused(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments))
-    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
-    return str(result.exception)
+SHELL = Shell(columns=80)
+run, refused = SHELL.done, SHELL.refused
 
 
 def extraction(model: Path, out: Path, *more: str) -> tuple[str, ...]:

@@ -8,31 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from persona_lens import PersonaLensError, fit_vectors, load_vectors
-from persona_lens.cli import app
+from persona_lens import fit_vectors, load_vectors
 from persona_lens.core.progress import no_progress
 from persona_lens.vectors import methods
+from tests.shell import Shell
 
 TINY = ("--dtype", "float32", "--device", "cpu")
 SHORT = (*TINY, "--max-new-tokens", "6")
 
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "240"}).invoke(app, list(arguments))
-
-
-def run(*arguments: str) -> Result:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result
-
-
-def refused(*arguments: str) -> str:
-    result = invoke(*arguments)
-    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
-    return str(result.exception)
+SHELL = Shell(columns=240)
+run, refused = SHELL.done, SHELL.refused
 
 
 def command(made: tuple[str, str], *more: str) -> tuple[str, ...]:

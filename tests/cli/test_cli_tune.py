@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from persona_lens import PersonaLensError
-from persona_lens.cli import app
 from persona_lens.reports.kinds import page_of
 from persona_lens.reports.tuning import headline
 from persona_lens.vectors import load_vectors
+from tests.shell import Shell
 from tests.tiny import saved_model
 
 TINY = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
@@ -26,20 +24,8 @@ FILES = {
 }
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments)], prog_name="persona-lens")
-
-
-def ok(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def refused(*arguments: object) -> str:
-    result = run(*arguments)
-    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
-    return str(result.exception)
+SHELL = Shell()
+ok, refused = SHELL.ok, SHELL.refused
 
 
 @pytest.fixture(scope="module")

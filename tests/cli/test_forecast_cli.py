@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from persona_lens.cli import app
-from persona_lens.core.errors import PersonaLensError
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import RolloutSettings
@@ -19,6 +16,7 @@ from persona_lens.traits import load_trait
 from persona_lens.vectors import load_vectors
 from tests.backends.fixtures import tiny_backend
 from tests.planted import PlantedBackend
+from tests.shell import Shell
 from tests.tiny import N_LAYERS, saved_model
 
 TRAIT = load_trait("optimistic")
@@ -38,16 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ok(*arguments: object) -> str:
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["vectors", *map(str, arguments)])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def refused(*arguments: object) -> str:
-    with pytest.raises(PersonaLensError) as caught:
-        raise CliRunner().invoke(app, ["vectors", *map(str, arguments)]).exception or SystemExit
-    return str(caught.value)
+SHELL = Shell("vectors")
+ok, refused = SHELL.ok, SHELL.refused
 
 
 def test_a_row_a_layer(runs: Path) -> None:

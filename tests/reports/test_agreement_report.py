@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from persona_lens import PersonaLensError
-from persona_lens.cli import app
 from persona_lens.judging.agreement import Agreement, Measure, Scored, compare, read_scored, response_id
 from persona_lens.reports.agreement import render_agreement
 from persona_lens.reports.page import measured
 from tests.judging.test_agreement import noisy, scored
 from tests.judging.test_agreement_blind import HOSTILE
 from tests.reports.test_report import Page
+from tests.shell import Shell
 
 
 def agreement(n: int = 40, names: tuple[str, str] = ("machine.jsonl", "people.csv")) -> Agreement:
@@ -106,20 +104,8 @@ def test_measures_in_words() -> None:
 # The command line
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["judge", *map(str, arguments)])
-
-
-def ok(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def refused(*arguments: object) -> str:
-    result = run(*arguments)
-    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
-    return str(result.exception)
+SHELL = Shell("judge")
+run, ok, refused = SHELL.run, SHELL.ok, SHELL.refused
 
 
 @pytest.fixture

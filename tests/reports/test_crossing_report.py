@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from persona_lens import PersonaLensError
 from persona_lens.backend import wrap_model
-from persona_lens.cli import app
 from persona_lens.cli.judges import JudgeOptions
 from persona_lens.cli.options import ModelOptions
 from persona_lens.judging import Calibration, LLMJudge, LocalJudge
@@ -25,6 +22,7 @@ from persona_lens.reports.kinds import page_of
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
 from tests.reports.test_report import HOSTILE, Page
+from tests.shell import Shell
 from tests.tiny import D_MODEL, N_LAYERS, saved_model, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("drawing")
@@ -192,20 +190,8 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 SMALL = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "5", "--questions", "1")
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
-
-
-def ok(*arguments: str) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def refused(*arguments: str) -> str:
-    result = run(*arguments)
-    assert isinstance(result.exception, PersonaLensError), (result.output, result.exception)
-    return str(result.exception)
+SHELL = Shell()
+ok, refused = SHELL.ok, SHELL.refused
 
 
 def test_effects_from_the_command_line_to_the_page(model: Path, files: dict[str, str], tmp_path: Path) -> None:

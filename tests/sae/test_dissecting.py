@@ -9,26 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 from benchmarks.train_sae import quality, train
 from persona_lens import load_vectors
 from persona_lens.analysis.dissection.features import load_features
-from persona_lens.cli import app
 from persona_lens.core.errors import PersonaLensError
+from tests.shell import Shell
 from tests.tiny import saved_model
 
 SHORT = ("--dtype", "float32", "--device", "cpu", "--max-new-tokens", "8")
 
 
-def invoke(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
-
-
-def run(*arguments: str) -> Result:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result
+SHELL = Shell()
+invoke, run = SHELL.run, SHELL.done
 
 
 def test_what_saelens_trains_explains_what_it_was_trained_on(tmp_path: Path) -> None:

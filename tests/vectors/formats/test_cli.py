@@ -8,29 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from persona_lens.cli import app
-from persona_lens.core.errors import PersonaLensError
 from persona_lens.vectors import PersonaVectors, load_vectors
+from tests.shell import Shell
 from tests.tiny import saved_model
 from tests.vectors.formats.files import INFO, vectors
 
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["vectors", *map(str, arguments)])
+SHELL = Shell("vectors", columns=80)
+run, refused = SHELL.run, SHELL.refused
 
 
 def told(*arguments: object) -> Any:
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
-
-
-def refused(*arguments: object) -> str:
-    result = run(*arguments)
-    assert isinstance(result.exception, PersonaLensError), result.output
-    return str(result.exception)
 
 
 @pytest.fixture
