@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 def chat_command(
     subject: Annotated[options.Subject, options.Here],
-    vectors: options.SeveralVectors,
+    traits: options.TraitsRead,
     written: SteeringOptions,
-    layers: options.PanelLayers = None,
     alarms: Annotated[list[str] | None, Option(names=("--alarm",), metavar="SPEC")] = None,
     alarm_on: str = "token",
     stop: bool = False,
@@ -45,7 +44,6 @@ def chat_command(
     seed: options.Seed = 0,
     save: Annotated[Path | None, Option(metavar="FILE")] = None,
     load: Annotated[Path | None, Option(metavar="FILE")] = None,
-    allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Talk with a model, line by line, and see where its traits stand as it answers.
 
@@ -75,11 +73,11 @@ def chat_command(
     found = DEFAULT_HISTORY if history is None else choice(History, history, "--history")
     session = None if load is None else Session.load(load)
     check_free(save, load)
-    loaded, chosen = options.open_layers(vectors, layers)
+    loaded, chosen = traits.open()
     panel = Panel.of(loaded, chosen)
     listening = [_alarm(text, alarm_on, stop) for text in alarms or ()]
     opened, chat = subject.open()
-    steering = _steering(written, loaded, opened, allow_other_model)
+    steering = _steering(written, loaded, opened, traits.allow_other_model)
     says = _Speaker(opened.tokenizer)
     talk = Talk(
         opened,
@@ -89,11 +87,11 @@ def chat_command(
         system=system,
         alarms=listening,
         on_token=None if subject.as_json else says,
-        allow_other_model=allow_other_model,
+        allow_other_model=traits.allow_other_model,
     )
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     known = {each.trait: each for each in loaded} | dict(steering.vectors if steering is not None else {})
-    parse = partial(_parsed, known, opened, allow_other_model)
+    parse = partial(_parsed, known, opened, traits.allow_other_model)
     asking = Chat(talk, how, seed, steering, found, parse, save, load)
     first = talk.session.path[0] if talk.session.path else None
     _say_alarms(listening, panel, first.content if first is not None and first.role == "system" else None)
@@ -223,15 +221,13 @@ TRANSCRIPTS = argument("TRANSCRIPTS", "Conversations: OpenAI messages or ShareGP
 def transcript_command(
     subject: options.Subject,
     transcripts: Annotated[Path, TRANSCRIPTS],
-    vectors: options.SeveralVectors,
-    layers: options.PanelLayers = None,
+    traits: options.TraitsRead,
     form: str | None = None,
     out: Annotated[Path | None, Option("Write every reading here, a conversation a line.", metavar="FILE")] = None,
     tokens: bool = False,
     html: Annotated[Path | None, Option(metavar="DIR")] = None,
     show: bool = False,
     limit: Annotated[int | None, Option(least=1)] = None,
-    allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Read traits off finished conversations.
 
@@ -256,14 +252,14 @@ def transcript_command(
     _check_free(out, html)
     file = open_transcripts(transcripts, form)
     say(f"{transcripts}: conversations in the form {file.form}", err=True)
-    panel = Panel.of(*options.open_layers(vectors, layers))
+    panel = Panel.of(*traits.open())
     opened, chat = subject.open()
     good, bad, tools = 0, 0, 0
     if html is not None:
         html.mkdir(parents=True, exist_ok=True)
     with nullcontext() if out is None else writing(out) as stream:
         given = islice(file, limit)
-        for found in score_transcripts(opened, given, panel, chat, allow_other_model=allow_other_model):
+        for found in score_transcripts(opened, given, panel, chat, allow_other_model=traits.allow_other_model):
             if not isinstance(found, ScoredTranscript):
                 bad += 1
                 tools += CALLS_TOOLS in found.problem

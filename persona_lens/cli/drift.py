@@ -92,12 +92,10 @@ class UserOptions:
 
 def drift_command(
     run: Annotated[Run, Fields(without=("judge", "judging"), out=Option(shown="runs/drift-TRAIT-MODEL"))],
-    vectors: options.SeveralVectors,
+    traits: options.TraitsRead,
     who: UserOptions,
     written: SteeringOptions,
     given: Annotated[Given, Fields("persona_lens.monitoring:DriftSettings")],
-    layers: options.PanelLayers = None,
-    allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Hold conversations of several turns, and see how far replies move along traits.
 
@@ -114,20 +112,20 @@ def drift_command(
 
     who.check()
     check_regression()  # known before a model is loaded
-    loaded, chosen = options.open_layers(vectors, layers)
+    loaded, chosen = traits.open()
     settings, users = given.make(loaded[0].model.n_layers), who.people()
     steerings = written.open(*loaded)
 
     def asked(at: Session) -> dict[str, Any]:
         named = {"layers": chosen, "users": users, "user_model": at.read, "steerings": steerings, "chat": at.chat}
-        return {**named, "allow_other_model": allow_other_model}
+        return {**named, "allow_other_model": traits.allow_other_model}
 
     def held(at: Session) -> Drift:
         with _saying_usage(at.read):
             return drift(at.backend, loaded, settings, folder=at.folder, progress=at.given["progress"], **asked(at))
 
-    traits = [each.trait for each in loaded]
-    named = "-".join(traits if len(traits) <= MOST_NAMED else [traits[0], "and", str(len(traits) - 1), "more"])
+    names = [each.trait for each in loaded]
+    named = "-".join(names if len(names) <= MOST_NAMED else [names[0], "and", str(len(names) - 1), "more"])
     job = Job(
         held,
         _show_drift,

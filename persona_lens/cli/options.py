@@ -288,10 +288,18 @@ def open_by_trait(paths: Sequence[Path]) -> dict[str, PersonaVectors]:
     return found
 
 
-def open_layers(paths: Sequence[Path], layers: str | None) -> tuple[list[PersonaVectors], list[int] | None]:
-    """Several vectors, and the layers of their model that were named, if any were."""
-    loaded = list(map(open_vectors, paths))
-    return loaded, layer_numbers(layers, loaded[0].model.n_layers) if layers else None
+@dataclass(frozen=True)
+class TraitsRead:
+    """Vectors whose traits are read together, each at some layers."""
+
+    vectors: SeveralVectors
+    layers: PanelLayers = None
+    allow_other_model: AllowOtherModel = False
+
+    def open(self) -> tuple[list[PersonaVectors], list[int] | None]:
+        """The vectors, and the layers of their model that were named, if any were."""
+        loaded = list(map(open_vectors, self.vectors))
+        return loaded, layer_numbers(self.layers, loaded[0].model.n_layers) if self.layers else None
 
 
 def say_notes(notes: Sequence[str], kind: str = "note") -> None:

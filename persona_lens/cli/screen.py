@@ -106,13 +106,12 @@ class ScreenRun(Run):
 def screen(
     run: Annotated[ScreenRun, Fields(out=Option(shown="runs/screen-DATA-MODEL"))],
     data: Annotated[str, argument("DATA", DATA)],
-    vectors: options.SeveralVectors,
+    traits: Annotated[options.TraitsRead, Fields(without=("allow_other_model",))],
     given: Annotated[Given, SETTINGS],
     flags: Annotated[Given, FLAGGING],
     reading: DataOptions,
     base: Annotated[str, Option(metavar="none|generate|FILE")] = "none",
     undecided: Annotated[str, UNDECIDED] = "interval",
-    layers: options.PanelLayers = None,
 ) -> None:
     """Say what a dataset would do to the model's character, and sort its rows.
 
@@ -136,7 +135,7 @@ def screen(
     flagging = flags.make(undecided=_band(undecided))
     run.check_judge()
     datasets, references = reading.open(data, supplied)
-    panel = Panel.of(*options.open_layers(vectors, layers))
+    panel = Panel.of(*traits.open())
 
     def screened(at: Session) -> Screening:
         read = {"reference": references, "flagging": flagging}

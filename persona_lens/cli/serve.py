@@ -16,8 +16,7 @@ from persona_lens.core.plugins import install_command
 
 def serve_command(
     subject: Annotated[options.Subject, options.Here],
-    vectors: options.SeveralVectors,
-    layers: options.PanelLayers = None,
+    traits: options.TraitsRead,
     host: Annotated[str, Option(metavar="ADDRESS")] = "127.0.0.1",
     port: Annotated[int, Option(least=0)] = 8017,
     token: str | None = None,
@@ -25,7 +24,6 @@ def serve_command(
     presets: Annotated[Path | None, Option(metavar="FILE")] = None,
     rows: Annotated[int, Option(least=1)] = 32,
     waiting: Annotated[int, Option(least=0)] = 128,
-    allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Talk with a model in the browser, or from any OpenAI client, while its traits are read and moved.
 
@@ -53,12 +51,12 @@ def serve_command(
 
     # What is missing is to be known before a model is loaded.
     token_for(host, token)
-    loaded, chosen = options.open_layers(vectors, layers)
+    loaded, chosen = traits.open()
     if chosen is None:
         for each in loaded:
             each.tuned_choice()
     backend, chat = replace(subject, opening=subject.opening.unsteered).open()
-    shelf = Shelf(backend, loaded, chosen, presets, allow_other_model=allow_other_model)
+    shelf = Shelf(backend, loaded, chosen, presets, allow_other_model=traits.allow_other_model)
     workbench = Workbench(backend, shelf, chat, rows)
     if subject.opening.verify is not False:
         workbench.verify()
