@@ -15,7 +15,7 @@ from torch import Tensor
 
 from persona_lens.backend import TokenScore
 from persona_lens.monitoring import AlarmKind, Alert, Gauge
-from persona_lens.serve.said import decimals
+from persona_lens.serve.said import Apart, decimals
 from persona_lens.serve.workbench import Answer, Begun, Planned, Said, gauge_names, sounded
 
 DONE = b"data: [DONE]\n\n"
@@ -160,14 +160,15 @@ class Wording:
         told: Mapping[str, Any],
         *,
         said: Sequence[Said] = (),
+        part: Apart | None = None,
+        content: str = "",
         first: bool = False,
         reason: str | None = None,
     ) -> dict[str, Any]:
-        """One event of a stream."""
+        """One event of a stream; a chat tells the content, or the thinking, and a completion everything."""
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
-        part = said[-1].part if said else None
         if text is not None and part != "mark":
-            delta["content" if part is None else "reasoning_content"] = text
+            delta |= {"content": content} if part is None else {"reasoning_content": text}
         body: dict[str, Any] = {"delta": delta} if self._chat else {"text": text or ""}
         choice = {"index": index, **body, "logprobs": self.said_logprobs(said), "finish_reason": reason}
         return {**self._chunk_head, "choices": [choice], "persona_lens": dict(told)}

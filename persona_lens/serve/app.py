@@ -304,10 +304,11 @@ def _chunk(wording: answers.Wording, number: int, planned: Planned, what: Begun 
     if isinstance(what, Begun):
         return wording.chunk(number, "", answers.begun_told(planned, what), first=True)
     if isinstance(what, Said):
-        return wording.chunk(number, what.text, {"tokens": [answers.said_told(what)]}, said=[what])
+        told = {"tokens": [answers.said_told(what)]}
+        return wording.chunk(number, what.text, told, part=what.part, content=what.content, said=[what])
     told, reason = answers.answer_told(planned, what), answers.finish_reason(what)
-    rest = what.rest if what.content or what.reasoning is None else ""  # what of thinking is no character yet
-    return wording.chunk(number, rest or None, told, reason=reason)
+    rest = what.rest or None
+    return wording.chunk(number, rest, told, part=what.rest_of, content=what.content_rest, reason=reason)
 
 
 def refusal(error: Exception) -> JSONResponse:

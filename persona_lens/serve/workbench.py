@@ -94,7 +94,9 @@ class Said:
         text: What it added to the reply's text: whole characters, and nothing that may be the beginning of a stop.
         values: float32 [gauges].
         score: How likely it was, where that was asked for.
-        part: Of a token that is not of the answer, whether it is ``thinking``, or a ``mark`` that sets thinking apart.
+        part: Of a token that is not of the answer, whether it is ``thinking``, or a ``mark`` that sets thinking apart;
+            line feeds that follow a mark are of it.
+        content: What it added to the answer's text.
     """
 
     id: int
@@ -102,6 +104,7 @@ class Said:
     values: Float[Tensor, " gauges"]
     score: TokenScore | None = None
     part: Apart | None = None
+    content: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +114,11 @@ class Answer:
     Attributes:
         ids: Its tokens.
         text: Its text, up to what stopped it.
-        content: The same without the thinking before the answer, and its marks.
+        content: The same without the thinking before the answer, its marks, and the line feeds in front.
         reasoning: The thinking; None where the model never thought.
         rest: What of the text was not told with a token.
+        rest_of: Whether that is thinking or a mark; None where it is of the answer.
+        content_rest: What of the content was not told with a token.
         ended: ``stop`` (the model, or a text, ended it), ``length``, or ``alarm``.
         means: float32 [gauges], over its tokens; NaN for none.
         alerts: Alarms that sounded.
@@ -129,6 +134,8 @@ class Answer:
     means: Float[Tensor, " gauges"]
     alerts: tuple[Alert, ...]
     scores: tuple[TokenScore, ...] | None = None
+    rest_of: Apart | None = None
+    content_rest: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,12 +224,11 @@ class Workbench:
         alerts: list[Alert] = []
         meter = TurnMeter(panel, listening(panel, self._alarms(asked, alerts), self.backend), 0)
         growing, stops = GrowingText(self.backend.tokenizer), StopTexts(asked.stop)
-        told: list[tuple[str, Apart | None]] = []
+        said = _SaidText(self.chat.parts.thinks)
 
         def on_token(reading: TokenReading) -> None:
-            told.append((stops.add(growing.add(reading.id)), apart(reading.part)))
-            text, part = told[-1]
-            on_said(Said(reading.id, text, reading.values, reading.score, part))
+            text, part, content = said.add(stops.add(growing.add(reading.id)), apart(reading.part))
+            on_said(Said(reading.id, text, reading.values, reading.score, part, content))
             if stops.met:
                 raise StopGeneration
 
@@ -241,13 +247,9 @@ class Workbench:
         rest = stops.add(growing.end()) + stops.end()
         ended = "alarm" if reply.stopped else "stop" if reply.ended or stops.met else "length"
         means = meter.means if meter.said else torch.full((len(panel.gauges),), torch.nan)
-        told.append((rest, told[-1][1] if told else None))
-        text, content, reasoning = (
-            "".join(text for text, part in told if part in parts)
-            for parts in ((None, "mark", "thinking"), (None,), ("thinking",))
-        )
-        thought = reasoning if any(part == "thinking" for _, part in told) else None
-        return Answer(reply.ids, text, content, thought, rest, ended, means, tuple(alerts), reply.scores)
+        _, rest_of, content_rest = said.add(rest, said.last)
+        what = (said.text, said.content, said.reasoning, rest)
+        return Answer(reply.ids, *what, ended, means, tuple(alerts), reply.scores, rest_of, content_rest)
 
     def verify(self) -> None:
         """Make sure that replies are steered: that edits act on the model, and that they reach it from a conversation.
@@ -290,6 +292,50 @@ class Workbench:
                 raise StopGeneration
 
         return [Alarm.parse(text, tell, asked.alarm_on) for text in asked.alarms]
+
+
+class _SaidText:
+    """What a reply has said, and which of it is content.
+
+    As llama.cpp's server and some of vLLM's reasoning parsers have it, content does not begin with line feeds, which
+    models write behind their thinking.
+
+    Args:
+        thinks: Whether the model may think; else content is the whole text.
+    """
+
+    def __init__(self, thinks: bool) -> None:
+        self._begun = not thinks
+        self._told: list[tuple[str, Apart | None]] = []
+        self.content = ""
+
+    @property
+    def last(self) -> Apart | None:
+        """What the last token was."""
+        return self._told[-1][1] if self._told else None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(text for text, _ in self._told)
+
+    @property
+    def reasoning(self) -> str | None:
+        """The thinking; None where there was none."""
+        found = [text for text, part in self._told if part == "thinking"]
+        return "".join(found) if found else None
+
+    def add(self, text: str, part: Apart | None) -> tuple[str, Apart | None, str]:
+        """What comes next, and which of it is content: line feeds between a mark and the answer are of the mark."""
+        content = text if part is None else ""
+        if not self._begun:
+            content = content.lstrip("\n")
+            self._begun = bool(content)
+            if text and part is None and not content and any(part for _, part in self._told):
+                part = "mark"
+        self._told.append((text, part))
+        self.content += content
+        return text, part, content
 
 
 def apart(part: Part | None) -> Apart | None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from persona_lens.backend import Sampling
+from persona_lens.data.growing_text import UNFINISHED
+from persona_lens.models import ChatFormat
 from persona_lens.serve.server import Running
 from persona_lens.serve.session import Session
 from persona_lens.serve.shelf import Shelf
@@ -59,6 +65,45 @@ def test_a_stream_tells_thinking_and_content_apart(client: Client) -> None:
     for name in ("reasoning_content", "content"):
         assert "".join(delta.get(name) or "" for delta in deltas) == message[name]
     assert not any("content" in delta and "reasoning_content" in delta for delta in deltas)
+
+
+@pytest.fixture(scope="module")
+def spacious() -> Iterator[tuple[Client, int]]:
+    """Of a model that says line feeds and ends its thinking often, and a seed with which it does so in that order."""
+    tokenizer, model = FAMILIES["qwq"].tokenizer(), copy.deepcopy(thinking_model())
+    ids = tokenizer.get_vocab()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[[ids["\u010a"], ids[CLOSING]]] *= 3
+    backend = backend_of("transformers", model, tokenizer)
+    prompt, seeds = ChatFormat.from_tokenizer(tokenizer).encode_messages(MESSAGES), range(600)
+    said = backend.generate([prompt] * len(seeds), Sampling(NEW, 1.0, seeds=tuple(seeds))).responses
+    wanted = re.compile(r"[^<]+</think>\n+[!-;?-~]")
+    seed = next(seed for seed in seeds if wanted.match(str(tokenizer.decode(list(said[seed])))))
+    with Running(Workbench(backend, Shelf(backend, [vectors_of(backend, "kind", 0)], LAYERS))) as server:
+        yield Client(server), seed
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": ["\n\n\n\n\n"]}], ids=["freely", "while text waits"])
+def test_content_does_not_begin_with_the_line_feeds_behind_the_thinking(
+    spacious: tuple[Client, int], more: Any
+) -> None:
+    client, seed = spacious
+    given: Any = {"max_tokens": NEW, "temperature": 1.0, "seed": seed, **more}
+    prompt = client.running.server.workbench.encode(MESSAGES)
+    text = client.http.post("/v1/completions", json={"prompt": list(prompt), **given}).json()["choices"][0]["text"]
+    thought, _, answer = text.partition(CLOSING)
+    assert answer.startswith("\n")
+    assert answer.strip("\n")
+    choice = client.chat(ASKED, **given).json()["choices"][0]
+    assert choice["message"]["content"] == answer.lstrip("\n")
+    assert choice["message"]["reasoning_content"].rstrip(UNFINISHED) == thought.rstrip(UNFINISHED)
+    told = choice["persona_lens"]["tokens"]
+    assert "".join(token["text"] for token in told) + choice["persona_lens"]["rest"] == text
+    if not more:
+        assert next(token.get("part") for token in told if token["text"] == "\n") == "mark"
+    deltas = [event["choices"][0]["delta"] for event in client.streamed(messages=MESSAGES, **given)]
+    for name in ("reasoning_content", "content"):
+        assert "".join(delta.get(name) or "" for delta in deltas) == choice["message"][name]
 
 
 def test_thinking_that_never_ends_leaves_no_content(client: Client) -> None:

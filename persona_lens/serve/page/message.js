@@ -33,7 +33,9 @@ export class MessageView {
     this.tokens = null;
     if (readings?.tokens.length) {
       readings.tokens.forEach((token) => this.token(token));
-      this.tokens.rest(message.content.slice(readings.tokens.map(({ text, part }) => (part ? "" : text)).join("").length));
+      const told = readings.tokens.map(({ text, part }) => (part ? "" : text)).join("");
+      // Content does not begin with line feeds where the model thinks, though a token may.
+      this.tokens.rest(message.content.slice((message.content.startsWith("\n") ? told : told.replace(/^\n+/, "")).length));
     } else if (message.content || message.role !== "assistant") {
       this.body.replaceChildren(element("div", { class: "text", dir: "auto" }, message.content));
     }
