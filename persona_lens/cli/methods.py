@@ -55,8 +55,12 @@ def methods_command(
     from persona_lens.analysis.method_effects import compare_methods, compare_methods_work
 
     own, settings = options.open_by_trait(extractions), given.make()
-    made = _planned(own, method) if run.dry_run else _fitted(extractions, method)
-    compared = _with_more(made, own, vectors or ())
+    planned = _planned(own, method)
+    more = _more(planned, own, vectors or ())  # what is wrong is said before anything is made
+    if settings.layer is not None:
+        for each in own.values():
+            each.check_layer(settings.layer)
+    compared = {**(planned if run.dry_run else _fitted(extractions, method)), **more}
     job = Job(
         lambda at: compare_methods(at.backend, compared, settings, runs=extractions, **at.given),
         _show,
@@ -68,22 +72,22 @@ def methods_command(
     run.carry_out(job)
 
 
-def _with_more(made: Made, own: Mapping[str, PersonaVectors], given: Sequence[str]) -> Made:
-    """The methods, and those of the vectors that were named."""
+def _more(planned: Made, own: Mapping[str, PersonaVectors], given: Sequence[str]) -> Made:
+    """The methods of the vectors that were named beside those that are planned."""
     more: Made = {}
     for text in given:
         found = RENAMED.fullmatch(text)
         if found is None:
             raise PersonaLensError(f"--vectors takes NAME=FILE, such as mine=mine.safetensors; got {text!r}")
         name, each = found[1], options.open_vectors(Path(found[2]))
-        if name in made:
+        if name in planned:
             raise PersonaLensError(f"--vectors {name}=… has the name of a method; give it another")
         if each.trait not in own:
             raise PersonaLensError(
                 f"--vectors {text} is of {each.trait!r}, and the runs are of {', '.join(own)}; give its run too"
             )
         more.setdefault(name, []).append(each)
-    return {**made, **more}
+    return more
 
 
 def _planned(own: Mapping[str, PersonaVectors], names: Sequence[str] | None) -> Made:

@@ -163,7 +163,7 @@ def _done(places: Places, task: Task, basis: str, execute: Execute | None) -> St
             write_text(out / REPORT, Result.load(out).report())
         return State(tuple(words), summary_of(out) if own else said)
     except Exception as error:  # noqa: BLE001 - what ends one task is no end of the others; its command says more
-        return State(tuple(words), reason=in_short(in_words(error), 300))
+        return None if execute is None else State(tuple(words), reason=in_short(in_words(error), 300))
 
 
 def _summary(places: Places, tables: Sequence[str], states: Mapping[Task, State]) -> dict[str, Any]:

@@ -114,7 +114,9 @@ class ArmSettings:
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
 
     def __post_init__(self) -> None:
-        if not self.questions or len(set(self.questions)) < len(self.questions) or min(self.questions) < 0:
+        if not self.questions:
+            raise SteeringError("there are no questions to ask; give one at least")
+        if len(set(self.questions)) < len(self.questions) or min(self.questions) < 0:
             raise SteeringError(f"questions must be given by number, each once: got {list(self.questions)}")
         check_asked(self.question_set, self.random_directions, samples=self.samples)
 

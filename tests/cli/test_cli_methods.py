@@ -85,6 +85,18 @@ def test_of_those_that_nobody_named_what_cannot_be_made_is_left_out(
     assert "no lda today" in refused(*asked, "--method", "lda")
 
 
+def test_what_is_wrong_is_said_before_anything_is_made(
+    made: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fitted(*_: Any, **__: Any) -> Any:
+        raise AssertionError("made")
+
+    monkeypatch.setattr("persona_lens.vectors.fit.fit_vectors", fitted)
+    assert "layer 99 does not exist" in refused(*command(made, "--layer", "99"))
+    assert "--vectors takes NAME=FILE" in refused(*command(made, "--vectors", "mine"))
+    assert "no questions to ask" in refused(*command(made, "--questions", "0"))
+
+
 def test_what_cannot_be_compared_is_said(made: tuple[str, str], tmp_path: Path) -> None:
     assert "no method named 'ldaa'; did you mean lda?" in refused(*command(made, "--method", "ldaa"))
     assert "no method named 'ldaa'" in refused(*command(made, "--method", "ldaa", "--dry-run"))

@@ -150,16 +150,18 @@ def test_some_tables_run_again_leave_those_that_are_there(tmp_path: Path) -> Non
     whole = reproduce(plan, "a-model", Counting(fails=("cliff",)), tmp_path / "run")
     steps = tmp_path / "run" / "steps"
     (steps / "study-impolite.json").unlink()
+    (steps / "shift-impolite.json").write_text("damaged")  # what is not run does not fail
     again = Counting()
     found = reproduce(plan, "a-model", again, tmp_path / "run", only=("monitoring",))
     assert again.asked == ["study"]
     assert found.summary["tables"] == whole.summary["tables"]
-    kept = [row for row in found.summary["rows"] if "cliff" not in row["note"] and row["table"] != "cliff"]
-    assert kept == [row for row in whole.summary["rows"] if row in kept]
-    assert found.summary["counts"]["shown"] == whole.summary["counts"]["shown"] > 0
-    assert {step["name"] for step in whole.summary["steps"]} - {step["name"] for step in found.summary["steps"]} == {
-        "cliff-impolite", "cliff-optimistic"
-    }  # fmt: skip
+    rows = [{**row, "steps": []} for row in whole.summary["rows"]]
+    kept = [{**row, "steps": []} for row in found.summary["rows"] if "which is to be run" not in row["note"]]
+    assert kept == [row for row in rows if row in kept]
+    assert {row["table"] for row in kept if row["verdict"] == "shown"} >= {"steering", "monitoring", "finetuning"}
+    lost = {step["name"] for step in whole.summary["steps"]} - {step["name"] for step in found.summary["steps"]}
+    assert lost == {"cliff-impolite", "cliff-optimistic", "shift-impolite"}
+    assert {step["reason"] for step in found.summary["steps"]} == {None}
     notes = {row["note"] for row in found.summary["rows"] if row["table"] == "cliff" and row["trait"] == "impolite"}
     assert notes == {"needs cliff-impolite, which is to be run for it; leave out --only"}
 
