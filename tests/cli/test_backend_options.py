@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +145,7 @@ def test_an_engine_is_tried_before_anything_runs_unless_it_is_told_not_to(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Unsteered(backend_of("transformers", tiny_model()))
+    engine.info = replace(engine.info, model="model", revision="folder:1")
     monkeypatch.setattr("persona_lens.backend.open_backend", lambda *_, **__: engine)
     with pytest.raises(PersonaLensError, match=r"edits do not act as they should .* --steering` shows every check"):
         ModelOptions("theirs").open(model)
