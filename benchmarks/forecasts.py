@@ -23,7 +23,7 @@ from persona_lens.finetuning import finetune
 from persona_lens.finetuning.shift import ShiftSettings, shift
 from persona_lens.models import load
 from persona_lens.monitoring import Panel
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.screening import BaseResponses, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import PersonaVectors, load_vectors

@@ -32,7 +32,8 @@ from persona_lens.data.tables import read_rows
 from persona_lens.extraction.experiment import averaged, estimated
 from persona_lens.judging import LikelihoodJudge
 from persona_lens.models.chat import chat_format
-from persona_lens.runs.rollouts import ROLLOUTS, RolloutSettings
+from persona_lens.runs.rollouts import ROLLOUTS
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import Steering
 from persona_lens.steering.arms import RANDOM, UNSTEERED, VECTOR, ArmRow, ArmSettings, Prompted, minus
 from persona_lens.steering.comparison import compare

@@ -35,7 +35,7 @@ from persona_lens.judging import Exchange, Judgement, LikelihoodJudge, LLMJudge,
 from persona_lens.judging.agreement import Scored, compare, response_id
 from persona_lens.models.chat import chat_format
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import SweepSettings
 from persona_lens.steering.sweep import edits_of, plan_sweep
 from persona_lens.traits import Arm, Trait, load_trait

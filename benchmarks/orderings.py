@@ -25,7 +25,7 @@ from persona_lens.backend import Backend, open_backend
 from persona_lens.cli.display import showing_progress
 from persona_lens.core.statistics import Estimate, bootstrap_mean
 from persona_lens.extraction.experiment import by_question
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering
 from persona_lens.steering.arms import ArmRow
 from persona_lens.steering.comparison import Comparison, compare

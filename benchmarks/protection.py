@@ -21,7 +21,7 @@ from persona_lens.finetuning.outcomes import TreatmentSettings
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
 from persona_lens.reports.finetuning import verdicts
 from persona_lens.reports.kinds import page_of
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings
 from persona_lens.vectors import load_vectors
 

@@ -30,7 +30,7 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.statistics import CORRELATION, Estimate, bootstrap_mean, jackknifed, pearson
 from persona_lens.core.text import counted
 from persona_lens.extraction.experiment import by_question
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering
 from persona_lens.steering.arms import RANDOM, VECTOR, ArmRow
 from persona_lens.steering.comparison import compare

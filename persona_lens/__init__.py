@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from persona_lens.monitoring import study as study
     from persona_lens.monitoring.scoring import monitor as monitor
     from persona_lens.reports.result import Result as Result
-    from persona_lens.runs.rollouts import RolloutSettings as RolloutSettings
+    from persona_lens.runs.settings import RolloutSettings as RolloutSettings
     from persona_lens.screening import Flagging as Flagging
     from persona_lens.screening import ScreeningSettings as ScreeningSettings
     from persona_lens.screening import screen as screen
@@ -138,7 +138,7 @@ _HOMES = {
     "Read": "backend",
     "Result": "reports.result",
     "Role": "traits",
-    "RolloutSettings": "runs.rollouts",
+    "RolloutSettings": "runs.settings",
     "Sampling": "backend",
     "ScreeningSettings": "screening",
     "ServerSettings": "models.endpoint",

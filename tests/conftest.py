@@ -16,7 +16,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Their source is sent to servers, which have neither jaxtyping nor beartype: they must stay as they are written.
-TRAVELLING = {"intervention", "parts.masks", "sampling", "writing"}
+TRAVELLING = {"intervention", "parts.budget", "parts.masks", "sampling", "writing"}
 BACKEND = Path(__file__).resolve().parents[1] / "persona_lens" / "backend"
 # One by one and not by package: the hook takes a package's name for all that is in it.
 MODULES = [

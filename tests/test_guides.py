@@ -68,7 +68,7 @@ GIVEN = {
     + """
 import torch
 from persona_lens.analysis.dissection import features
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 directions = torch.randn(400, backend.info.d_model)
 features.load_features = lambda where: features.Features(  # SAELens is tried in tests/sae
     "stand-in", "blocks.1.hook_resid_post", 1, features.TensorDecoder(directions), encode=lambda h: h @ directions.T

@@ -24,7 +24,7 @@ from persona_lens.backend.hooked import (
     stopping_criteria,
 )
 from persona_lens.backend.intervention import Intervention
-from persona_lens.backend.parts.asked import parts_for
+from persona_lens.backend.parts.asked import budgets_for, parts_for
 from persona_lens.backend.sampling import RowSampler, response_logprobs
 from persona_lens.backend.streaming import Watcher
 from persona_lens.backend.tokens import PaddedTokens, cut_responses, pad_left
@@ -109,11 +109,11 @@ class NNsightBackend(HookedBackend):
         config = self._arguments(generation_config(sampling, reads, self.end_ids, self.pad_id, watched=watched))
         if watched:  # called by the loop, in the thread of the caller, after the trace's own thread took the values
             config["stopping_criteria"] = stopping_criteria(watcher)
-        sampler = RowSampler(sampling, self.device) if sampling.seeds else None
+        sampler = RowSampler(sampling, self.device, budgets_for(self.tokenizer, prompts, sampling))
         # A hook costs less than a stop of the trace does, and a watch looks at every layer of every token.
         hooks = self.attach(intervention.only_watched, lambda layer, h, _: intervention.block(layer, h))
         with self._tracing(), hooks:
-            return self._traced_generation(tokens, intervention, config, sampler, request)
+            return self._traced_generation(tokens, intervention, config, sampler if sampler.acts else None, request)
 
     def _traced_generation(
         self,
@@ -129,7 +129,8 @@ class NNsightBackend(HookedBackend):
         with model.generate(backend=request, **config) as tracer:
             with tracer.invoke(inputs):
                 for _step in tracer.iter[:]:
-                    intervention.begin_pass(embedding.input)
+                    fed = embedding.input
+                    intervention.begin_pass(fed)
                     for layer in layers:
                         output = blocks[layer].output
                         h = residual_of(output)
@@ -137,10 +138,10 @@ class NNsightBackend(HookedBackend):
                         if changed is not h:
                             blocks[layer].output = with_residual(output, changed)
                     if sampler is not None and head is not None:
-                        head.output = sampler(head.output[:, -1]).unsqueeze(1)
+                        head.output = sampler(head.output[:, -1], fed[:, -1]).unsqueeze(1)
                     elif sampler is not None:
                         result = model.output
-                        result.logits = sampler(result.logits[:, -1]).unsqueeze(1)
+                        result.logits = sampler(result.logits[:, -1], fed[:, -1]).unsqueeze(1)
             # In a block of its own: code after the steps does not run when every row ends early.
             with tracer.invoke():
                 ids = nnsight.save(tracer.result[:, width:].clone())

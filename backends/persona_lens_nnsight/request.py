@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from transformers import GenerationConfig
 
 from persona_lens.backend import Operation, intervention, sampling, writing
-from persona_lens.backend.parts import masks
+from persona_lens.backend.parts import budget, masks
 from persona_lens.backend.protocol import RemoteError, RequestTooLargeError, Traffic
 from persona_lens.models import ModelSource
 from persona_lens_nnsight.library import nnsight
@@ -32,7 +32,7 @@ from nnsight.intervention.backends.remote import RemoteBackend as Transport  # n
 from nnsight.schema.request import RequestModel  # noqa: E402
 from nnsight.schema.response import Status  # noqa: E402
 
-TRAVELLING: tuple[ModuleType, ...] = (intervention, masks, sampling, writing)
+TRAVELLING: tuple[ModuleType, ...] = (budget, intervention, masks, sampling, writing)
 # Names and not settings, or settings that do nothing beside a limit on new tokens.
 LEFT_ALONE = {"bos_token_id", "decoder_start_token_id", "max_length", "transformers_version"}
 

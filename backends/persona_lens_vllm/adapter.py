@@ -26,7 +26,7 @@ from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import recorded_base
 from persona_lens.backend.edits import edits_of_rows
 from persona_lens.backend.packed.run import PackedBackend, edits_of_text
-from persona_lens.backend.parts.asked import parts_for
+from persona_lens.backend.parts.asked import budgets_for, limited_for, parts_for
 from persona_lens.backend.reads import need_last_token, need_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streaming import Listener
@@ -194,7 +194,8 @@ class VllmBackend(PackedBackend):
             made = self._uncached(tokens, sampling, edits, reads if watch is None else ())
             return made if watch is None else self._replayed(tokens, made, edits, reads, watch)
         more = watch is not None or need_last_token(reads)
-        run = self._run(tokens, edits, reads, room=sampling.max_new_tokens, watch=watch)
+        limited = limited_for(self.tokenizer, sampling.thinking_budget)
+        run = self._run(tokens, edits, reads, room=sampling.max_new_tokens, watch=watch, limited=limited)
         with run.open() as job:
             job.add(
                 tokens.prompts,
@@ -216,6 +217,7 @@ class VllmBackend(PackedBackend):
         """Token by token, each from the whole text before it: what `Sampling.use_cache` is there to check."""
         responses: list[TokenIds] = [()] * len(tokens)
         ended = [False] * len(tokens)
+        budgets = budgets_for(self.tokenizer, tokens.prompts, sampling)
         for step in range(sampling.max_new_tokens):
             rows = [row for row, over in enumerate(ended) if not over]
             if not rows:
@@ -225,6 +227,10 @@ class VllmBackend(PackedBackend):
             job = run.over_text(anew=True, noises=noises_of(sampling, len(tokens), before=step))
             for row in rows:
                 (token,) = job.tokens[row]
+                if budgets:
+                    forced = budgets[row].forced
+                    token = token if forced is None else forced
+                    budgets[row].take(token)
                 ended[row] = token in self.end_ids
                 if not ended[row]:
                     responses[row] = (*responses[row], token)

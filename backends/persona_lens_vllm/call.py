@@ -13,6 +13,7 @@ from persona_lens.backend import Edit, Read, Sampling, TokenBatch
 from persona_lens.backend.packed.checks import FidelityError
 from persona_lens.backend.packed.passes import as_error
 from persona_lens.backend.packed.run import PackedRun
+from persona_lens.backend.parts.asked import Limited
 from persona_lens.backend.tokens import TokenIds, TokenScore
 from persona_lens_vllm.caches import cache_keys
 from persona_lens_vllm.engine import Engine, Job
@@ -37,6 +38,7 @@ class Run(PackedRun):
         edits: What to write.
         reads: What to bring back.
         scored: Token ids of each row whose log-probabilities are wanted.
+        limited: How far the rows may think, if that is limited.
         rest: The rest.
     """
 
@@ -48,13 +50,15 @@ class Run(PackedRun):
         reads: Sequence[Read],
         *,
         scored: Sequence[TokenIds] | None = None,
+        limited: Limited | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(tokens, edits, reads, **rest)
         self._engine = engine
         self.texts = [(*p, *r) for p, r in zip(tokens.prompts, tokens.responses, strict=True)]
         self.salts = cache_keys(edits, tokens)
-        self.order = Order(self.call, tuple(self.salts), None if scored is None else tuple(map(tuple, scored)))
+        wanted = None if scored is None else tuple(map(tuple, scored))
+        self.order = Order(self.call, tuple(self.salts), wanted, limited)
         self.outcomes: list[Outcome] = []
         self.job: Job
 

@@ -28,11 +28,11 @@ from persona_lens.backend.batches import check_fits, check_request
 from persona_lens.backend.blocks import text_config
 from persona_lens.backend.edits import edits_of_rows
 from persona_lens.backend.parts import Parts
-from persona_lens.backend.parts.asked import ask_parts, parts_for
+from persona_lens.backend.parts.asked import ask_parts, limited_for, parts_for
+from persona_lens.backend.parts.table import Markup
 from persona_lens.backend.protocol import RemoteError
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.tokens import cut_response
-from persona_lens.core.marks import Marks
 from persona_lens.core.text import in_short
 from persona_lens.core.threads import in_threads
 from persona_lens.core.transport import MIB, BoundedClient, Bounds
@@ -148,7 +148,7 @@ class VllmServer:
         check_request(self.info, self._vocabulary, tokens, edits, reads)
         sampling.check_rows(len(tokens))
         check_fits(self.context_length, tokens.lengths, sampling.max_new_tokens)
-        parts = self._parts(edits, reads)
+        parts = self._parts(edits, reads, sampling.thinking_budget)
         if not sampling.use_cache:
             raise BackendError("a server always keeps keys and values; leave use_cache as it is")
         most, limits = sampling.max_new_tokens, self._limits(edits, reads)
@@ -156,7 +156,14 @@ class VllmServer:
 
         def row(number: int) -> Generation:
             mine = tuple(edits_of_rows(edits, number, number + 1, tokens.lengths))
-            order = RowOrder(mine, tuple(reads), noises[number], sink_limits=limits, parts=parts)
+            order = RowOrder(
+                mine,
+                tuple(reads),
+                noises[number],
+                sink_limits=limits,
+                parts=parts,
+                thinking_budget=sampling.thinking_budget,
+            )
             given, found = self._complete(tokens.prompts[number], order, most + order.needs_last_token)
             response, ended = cut_response(given, self.end_ids, most)
             return Generation((response,), (ended,), self._reads(found, reads))
@@ -196,13 +203,14 @@ class VllmServer:
     def _rows(self, row: Callable[[int], Piece], count: int) -> list[Piece]:
         return [done for _, done in in_threads(row, range(count), self._at_once, in_order=True)]
 
-    def _parts(self, edits: Sequence[Edit], reads: Sequence[Read]) -> tuple[tuple[Marks, ...], tuple[str, ...]] | None:
+    def _parts(self, edits: Sequence[Edit], reads: Sequence[Read], budget: int | None = None) -> Markup | None:
         """What tells thinking from answer, where that is asked; raises for thinking that the model never does."""
         parts_for(self.tokenizer, edits, reads)
-        if not ask_parts(edits, reads):
+        limited = limited_for(self.tokenizer, budget)
+        if limited is None and not ask_parts(edits, reads):
             return None
         found = Parts.of(self.tokenizer)  # the server's own template may be another one
-        return found.marks, found.separators
+        return found.marks, found.separators, found.newlines
 
     def _limits(self, edits: Sequence[Edit], reads: Sequence[Read]) -> tuple[float, ...] | None:
         return self.sink_limits if depend_on_sinks(edits, reads) else None

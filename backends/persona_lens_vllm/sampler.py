@@ -1,4 +1,4 @@
-"""Sampling in vLLM as all backends do it: noise seeded row by row, then the largest logit."""
+"""Sampling in vLLM as all backends do it: seeded noise, thinking closed where none is left, and the largest logit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from persona_lens.backend.parts.asked import Limited
+from persona_lens.backend.parts.budget import ThinkingBudget, forcing
 from persona_lens.backend.sampling import add_draws
-from persona_lens_vllm.tags import check_tag, tag_of
+from persona_lens_vllm.tags import Here, check_tag, tag_of
 
 
 class _Draws:
@@ -42,8 +44,34 @@ class _Draws:
             self._made += 1
 
 
+class _Thinking:
+    """The thinking that is left to one row, whatever was thrown away in between.
+
+    Args:
+        limited: How far it may think.
+        prompt: Its prompt.
+        given: The row's tokens so far, which vLLM goes on filling.
+    """
+
+    def __init__(self, limited: Limited, prompt: list[int], given: list[int]) -> None:
+        self._limited, self._prompt, self._given = limited, prompt, given
+        self._begin()
+
+    def _begin(self) -> None:
+        self._budget, self._taken = self._limited.parts.budget(self._prompt, self._limited.most), 0
+
+    def left(self) -> ThinkingBudget:
+        """What is left behind the tokens that are there."""
+        if len(self._given) < self._taken:
+            self._begin()
+        for token in self._given[self._taken :]:
+            self._budget.take(token)
+        self._taken = len(self._given)
+        return self._budget
+
+
 class SeededRows(LogitsProcessor):  # type: ignore[misc]
-    """Adds the noise of `persona_lens.backend.sampling.RowSampler` to the logits of rows that ask for it."""
+    """Does with the logits of rows what `persona_lens.backend.sampling.RowSampler` does, as far as they ask for it."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -51,7 +79,8 @@ class SeededRows(LogitsProcessor):  # type: ignore[misc]
         check_tag(sampling_params)
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._rows: dict[int, _Draws] = {}
+        self._draws: dict[int, _Draws] = {}
+        self._thinking: dict[int, _Thinking] = {}
 
     def is_argmax_invariant(self) -> bool:
         """It is not: vLLM must call it although it takes the largest logit."""
@@ -60,12 +89,19 @@ class SeededRows(LogitsProcessor):  # type: ignore[misc]
     def update_state(self, batch_update: Any) -> None:
         """Note which rows came, went and moved."""
 
-        def new(params: Any, _: Any, given: list[int]) -> _Draws | None:
+        def drawn(params: Any, _: Any, given: list[int]) -> _Draws | None:
             noise = tag_of(params).get("noise")
             return _Draws(noise, given) if noise else None
 
-        process_dict_updates(self._rows, batch_update, new)
+        def thinking(params: Any, prompt: list[int] | None, given: list[int]) -> _Thinking | None:
+            limited = Here.limits.get(tag_of(params).get("call", ""))
+            return None if limited is None else _Thinking(limited, prompt or [], given)
+
+        process_dict_updates(self._draws, batch_update, drawn)
+        process_dict_updates(self._thinking, batch_update, thinking)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Add the next draw of every row."""
-        return add_draws(logits, self._rows)
+        """Add the next draw of every row, and close thinking."""
+        return forcing(
+            add_draws(logits, self._draws), {row: thinking.left() for row, thinking in self._thinking.items()}
+        )

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from persona_lens.backend import BackendError, ModelInfo
 from persona_lens.backend.packed.run import reads_of
 from persona_lens.backend.parts import Parts
-from persona_lens.backend.parts.asked import parts_for
+from persona_lens.backend.parts.asked import limited_for, parts_for
 from persona_lens.core.errors import PersonaLensError
 from persona_lens_vllm.caches import cache_keys
 from persona_lens_vllm.facts import facts_of
@@ -116,8 +116,9 @@ class _Engine:
         tokenizer = self._client.get_tokenizer()
         told = None if order.parts is None else Parts.marked(tokenizer, *order.parts)
         parts = parts_for(tokenizer, order.edits, order.reads, told)
+        limited = limited_for(tokenizer, order.thinking_budget, told)
         self.under_way.add(name)
-        expected = Expected(order, self.info.n_layers, self.info.d_model, parts)
+        expected = Expected(order, self.info.n_layers, self.info.d_model, parts, limited)
         await self._client.collective_rpc("persona_lens_expect", args=(name, pickle.dumps(expected)))
 
     async def take(self, name: str) -> list[str | tuple[Order, Outcome]]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from math import isfinite
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+if TYPE_CHECKING:
+    from persona_lens.backend.parts.asked import Limited
 
 TAG: Final = "persona_lens"
 ORDER: Final = "persona_lens_order"  # what a client sends, see `persona_lens_vllm.wire`
@@ -20,9 +23,11 @@ class Here:
 
     Attributes:
         engine: Whether an engine of our own: its dictionaries are taken as they are.
+        limits: Of calls that are open in this worker, by name, how far their rows may think.
     """
 
     engine = False
+    limits: ClassVar[dict[str, Limited]] = {}
 
 
 def tag_of(params: Any) -> dict[str, Any]:

@@ -33,10 +33,10 @@ from persona_lens.backend import (
     TokenBatch,
 )
 from persona_lens.backend.edits import check_edits
+from persona_lens.backend.parts.table import Markup
 from persona_lens.backend.reads import check_reads, need_last_token, need_prompts
 from persona_lens.backend.sinks import depend_on_sinks
 from persona_lens.core.errors import PersonaLensError
-from persona_lens.core.marks import Marks
 
 VERSION = 1
 TOLD = ("architecture", "n_layers", "d_model", "weights", "dtype", "backend")  # of a server's `ModelInfo`
@@ -106,6 +106,8 @@ class _Order(_Data):
     sink_limits: list[float] | None = None
     marks: Annotated[list[tuple[_Mark, _Mark]], Field(max_length=16)] | None = None
     separators: Annotated[list[_Mark], Field(max_length=64)] = []
+    newlines: Annotated[list[Annotated[str, Field(pattern=r"^\n*$", max_length=8)]], Field(max_length=16)] = []
+    thinking_budget: int | None = Field(None, ge=0, lt=2**31)
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,9 @@ class RowOrder:
         prompt: How many of the tokens that are sent are the prompt, where a response is sent too; None for all.
         logprobs: Bring back the log-probabilities of the response that is sent.
         sink_limits: See `persona_lens.backend.sinks`; needed where edits or reads leave out attention sinks.
-        parts: The marks and separators that tell thinking from answer, see `persona_lens.backend.Parts`, by the
-            client's chat template; None for what the server's own says.
+        parts: The marks, separators and newlines that tell thinking from answer, see `persona_lens.backend.Parts`, by
+            the client's chat template; None for what the server's own says.
+        thinking_budget: How many thinking tokens the response may have, see `persona_lens.backend.Sampling`.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -130,7 +133,8 @@ class RowOrder:
     prompt: int | None = None
     logprobs: bool = False
     sink_limits: tuple[float, ...] | None = None
-    parts: tuple[tuple[Marks, ...], tuple[str, ...]] | None = None
+    parts: Markup | None = None
+    thinking_budget: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -153,10 +157,13 @@ class RowOrder:
             "prompt": self.prompt,
             "logprobs": self.logprobs,
             "sink_limits": None if limits is None else list(limits),
+            "thinking_budget": self.thinking_budget,
         }
-        kept = {name: value for name, value in order.items() if value not in (None, [], False)}
+        said = {name: value for name, value in order.items() if value is not None and value is not False}
+        kept: dict[str, Any] = {name: value for name, value in said.items() if value != []}
         if self.parts is not None:  # no marks at all say that the model never thinks
-            kept["marks"], kept["separators"] = self.parts
+            kept["marks"], kept["separators"], newlines = self.parts
+            kept |= {"newlines": newlines} if any(newlines) else {}
         return json.dumps(kept)
 
     @staticmethod
@@ -177,7 +184,8 @@ class RowOrder:
                 found.prompt,
                 found.logprobs,
                 None if found.sink_limits is None else tuple(found.sink_limits),
-                None if found.marks is None else (tuple(found.marks), tuple(found.separators)),
+                None if found.marks is None else (tuple(found.marks), tuple(found.separators), tuple(found.newlines)),
+                found.thinking_budget,
             )
             check_edits(order.edits, n_layers, d_model, 1, _width(order.edits))
             check_reads(order.reads, n_layers, d_model)
@@ -305,6 +313,8 @@ def _width(edits: Sequence[Edit]) -> int:
 
 
 def _check(order: RowOrder, n_layers: int, d_model: int) -> None:
+    if order.thinking_budget is not None and (order.prompt is not None or order.logprobs):
+        raise OrderError("thinking_budget limits what is generated; leave it out where a response is sent")
     if any(read.kind is ReadKind.ACTIVATIONS for read in order.reads):
         raise OrderError("activations are not sent over a network; read means, the last token or projections")
     given = [read.directions.shape[-2] for read in order.reads if read.directions is not None]

@@ -23,11 +23,12 @@ from persona_lens.backend.packed.call import PackedCall
 from persona_lens.backend.packed.intervention import Tallies
 from persona_lens.backend.packed.passes import RunningCall, edited_pass
 from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts.asked import Limited
 from persona_lens.backend.sampling import chosen_logprobs
 from persona_lens.backend.tokens import FURTHEST
 from persona_lens_vllm.caches import Caches, cache_keys
 from persona_lens_vllm.stream import stream_of, with_stream
-from persona_lens_vllm.tags import tag_of
+from persona_lens_vllm.tags import Here, tag_of
 from persona_lens_vllm.wire import RowOrder
 
 AT_ONCE = 256  # tokens whose logits are in memory together
@@ -42,11 +43,13 @@ class Order:
         caches: For each row, what its keys and values depend on beside its tokens; rows may only share a cache that is
             of the same.
         scored: For each row the token ids whose log-probabilities are wanted, its response's; None for none.
+        limited: How far its rows may think, if that is limited.
     """
 
     call: PackedCall
     caches: tuple[str, ...]
     scored: tuple[tuple[int, ...], ...] | None = None
+    limited: Limited | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,14 @@ class Expected:
         n_layers: Blocks of the model.
         d_model: Their width.
         parts: What tells thinking from answer, if the order asks.
+        limited: How far the row may think, if that is limited.
     """
 
     order: RowOrder
     n_layers: int
     d_model: int
     parts: Parts | None = None
+    limited: Limited | None = None
 
     def begun(self, state: Any) -> Order:
         """The call, with what vLLM knows of its request.
@@ -218,6 +223,7 @@ class Calls:
         """See `ResidualStream`."""
         self._serving = True
         self._expected[name] = expected
+        self._limit(name, expected.limited)
         self._hook()
 
     def take(self, name: str) -> bytes | None:
@@ -243,7 +249,13 @@ class Calls:
     def open(self, name: str, order: Order) -> None:
         """See `ResidualStream`."""
         self.running[name] = Running(order, self._layers)
+        self._limit(name, order.limited)
         self._hook()
+
+    def _limit(self, name: str, limited: Limited | None) -> None:
+        """Let the sampler of this worker know, before requests come."""
+        if limited is not None:
+            Here.limits[name] = limited
 
     def close(self, name: str) -> bytes | None:
         """See `ResidualStream`; the hooks go with the last call."""
@@ -251,6 +263,7 @@ class Calls:
         return None if call is None or not self._answers else pickle.dumps(call.outcome())
 
     def _end(self, name: str) -> Running | None:
+        Here.limits.pop(name, None)
         call = self.running.pop(name, None)
         self._active = [each for each in self._active if each is not call]
         self._hook()

@@ -20,7 +20,8 @@ from persona_lens.judging.recording import as_used, judge_rollouts, prepare_judg
 from persona_lens.models import ChatFormat
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.chunks import Pieces, Row
-from persona_lens.runs.rollouts import Request, Rollout, RolloutSettings
+from persona_lens.runs.rollouts import Request, Rollout
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits.role import N_SYSTEM_PROMPTS, DefaultAssistant, Role
 from persona_lens.vectors.persona_space import ASSISTANT
 

@@ -28,6 +28,7 @@ from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
+from persona_lens.runs.settings import settings_json
 from persona_lens.steering import Steering, parse_terms
 from persona_lens.traits.role import DefaultAssistant, Role, find_roles, load_default
 from persona_lens.vectors import PersonaVectors, load_vectors
@@ -170,8 +171,8 @@ def cap_axis(
     chosen = _chosen_roles(axis, roles, settings)
     steerings = _candidates(axis, settings)
     bench = Bench(backend, chat, settings, {name: roles[name] for name in chosen}, default, judges)
-    config = {"kind": "cap", "settings": asdict(settings), "vectors": axis.vectors.content_hash, **bench.describe()}
-    with run_folder(folder, config) as run:
+    about = {"settings": settings_json(settings), "vectors": axis.vectors.content_hash}
+    with run_folder(folder, {"kind": "cap", **about, **bench.describe()}) as run:
         bench.prepare(run)
         arms = [Arm(UNCAPPED, ()), *(Arm(str(each), each.edits()) for each in steerings)]
         found = bench.measure(arms, SEARCH, run, progress)
@@ -204,7 +205,7 @@ def _told(
     """What is told of the search."""
     return {
         "model": asdict(backend.info),
-        "settings": asdict(settings),
+        "settings": settings_json(settings),
         "roles": {"search": roles[::2], "confirmation": roles[1::2]},
         "uncapped": {name: json_of(_mean(getattr(uncapped, name))) for name in ("persona", "accuracy")},
         "candidates": [each.to_json() for each in candidates],

@@ -17,7 +17,7 @@ from persona_lens.extraction.experiment import by_question
 from persona_lens.reports.kinds import page_of
 from persona_lens.reports.result import Result, StoredResult
 from persona_lens.runs import RunFolder
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.steering import SweepRow, SweepSettings, choose_layer, curve, effect, sweep
 from persona_lens.steering.arms import COHERENCE_MARGIN
 from persona_lens.traits import Trait, load_trait
@@ -99,7 +99,7 @@ def run_demo(
         )
         return sweep(backend, extraction.vectors, asked, folder=root / name, name=name, progress=progress).answers
 
-    with RunFolder(root, {"kind": "demo", "settings": asdict(settings), "model": asdict(backend.info)}) as run:
+    with RunFolder(root, {"kind": "demo", "settings": settings_json(settings), "model": asdict(backend.info)}) as run:
         extraction_settings = replace(settings.extraction, seed=settings.seed)
         extraction = extract(backend, trait, root / "extraction", settings=extraction_settings, progress=progress)
         on = {"questions": settings.choice_questions, "question_set": "extraction", "random_directions": 0}
@@ -112,7 +112,7 @@ def run_demo(
             "model": asdict(backend.info),
             "command": f"persona-lens demo{' --quick' * settings.quick} --out DIR --seed {settings.seed}",
             "quick": _quick(settings),
-            "settings": asdict(settings),
+            "settings": settings_json(settings),
             "seed": settings.seed,
             "versions": {name: found for name in LIBRARIES if (found := installed_version(name))},
             "extraction": extraction.summary,

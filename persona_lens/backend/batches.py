@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from persona_lens.backend.edits import Edit, check_edits, edits_of_rows
+from persona_lens.backend.parts.asked import check_limited
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo, RequestTooLargeError
 from persona_lens.backend.reads import PER_ROW, Read, check_reads
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
@@ -190,14 +191,20 @@ def generate_rows(
     edits: Sequence[Edit] = (),
     reads: Sequence[Read] = (),
 ) -> Generation:
-    """`Backend.generate`, in pieces when the batch does not fit."""
+    """`Backend.generate`, in pieces when the batch does not fit.
+
+    Raises:
+        TokenError: If thinking is to be limited, and the model never thinks, or its backend does not see to it.
+    """
     lengths = [len(prompt) for prompt in prompts]
 
     def run(start: int, stop: int) -> Generation:
         some = edits_of_rows(edits, start, stop, lengths)
         return backend.generate(prompts[start:stop], sampling.rows(start, stop), some, reads)
 
-    return Generation.joined(halving(run, len(prompts)))
+    found = Generation.joined(halving(run, len(prompts)))
+    check_limited(backend.tokenizer, prompts, sampling, found.responses)
+    return found
 
 
 def forward_rows(

@@ -37,7 +37,7 @@ from persona_lens.backend.blocks import (
 from persona_lens.backend.editing import BlockHook, editing_blocks, hooking_blocks
 from persona_lens.backend.edits import Edit, Edits, as_edits
 from persona_lens.backend.intervention import Intervention
-from persona_lens.backend.parts.asked import parts_for
+from persona_lens.backend.parts.asked import budgets_for, parts_for
 from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import OF_RESPONSES, Read, ReadKind, check_reads, need_last_token
 from persona_lens.backend.sampling import RowSampler, continued_logprobs, response_logprobs
@@ -210,8 +210,8 @@ class HookedBackend:
     ) -> Generation:
         tokens = self.padded_prompts(prompts, sampling, edits, reads)
         intervention = self.intervention(tokens, edits, reads, max_new_tokens=sampling.max_new_tokens, watcher=watcher)
-        sampler = RowSampler(sampling, self.device)
-        processors = LogitsProcessorList([lambda _, scores: sampler(scores)] if sampling.seeds else [])
+        sampler = RowSampler(sampling, self.device, budgets_for(self.tokenizer, prompts, sampling))
+        processors = LogitsProcessorList([lambda ids, scores: sampler(scores, ids[:, -1])] if sampler.acts else [])
         config = generation_config(sampling, reads, self.end_ids, self.pad_id, watched=watcher is not None)
         with self._running(intervention):
             ids = self.module.generate(

@@ -14,11 +14,11 @@ from persona_lens.backend.parts import Part, Parts
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.tokens import Positions, Sampling, TokenBatch, TokenIds, pad_left
-from persona_lens.core.marks import CHANNEL
+from persona_lens.core.marks import ANSWERS, CHANNEL
 
 KINDS = {Positions.THINKING: Part.THINKING, Positions.ANSWER: Part.ANSWER}
 # How gpt-oss thinks and answers.
-_CHANNELS = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")
+_CHANNELS = ("<|channel|>analysis<|message|>", ANSWERS[CHANNEL])
 
 
 def kinds_of(backend: Backend) -> tuple[Positions, ...]:

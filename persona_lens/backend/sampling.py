@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from persona_lens.backend.parts.budget import forcing
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Protocol
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from persona_lens.backend.parts.budget import ThinkingBudget
     from persona_lens.backend.tokens import Sampling
 
     class Draws(Protocol):
@@ -32,30 +35,53 @@ if TYPE_CHECKING:
 
 
 class RowSampler:
-    """Turns logits into noisy logits whose argmax is the sampled token.
+    """Turns logits into logits whose argmax is the token that follows.
 
     Args:
-        sampling: Temperature above 0, and a seed for each row.
+        sampling: Temperature above 0, and a seed for each row; greedy without seeds.
         device: Where noise is drawn; logits from elsewhere are brought here. None draws it where the first logits
             are. The same seeds give other tokens on another kind of device.
+        budgets: The thinking that is left to each row, if it is limited.
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, device: torch.device | None = None, budgets: Sequence[ThinkingBudget] = ()
+    ) -> None:
         self.temperature = sampling.temperature
         self.top_p = sampling.top_p
         self.device = device
         self.seeds = sampling.seeds or ()
+        self.budgets = dict(enumerate(budgets))
         self.generators: list[torch.Generator] = []  # made when the first logits are there: they cannot be sent
+        self._begun = False
 
-    def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
-        """Add the next draw of every row's noise.
+    @property
+    def acts(self) -> bool:
+        """Whether it changes logits at all."""
+        return bool(self.seeds or self.budgets)
+
+    def __call__(
+        self, logits: Float[Tensor, "batch vocab"], newest: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch vocab"]:
+        """Add the next draw of every row's noise, and then close thinking where none is left.
 
         Args:
             logits: Next-token logits, any float dtype.
+            newest: The tokens before these, the prompts' last at first; needed where thinking is limited.
 
         Returns:
-            float32 [batch, vocab].
+            float32 [batch, vocab]; greedy ones as they came where nothing is closed.
         """
+        noisy = self._noisy(logits) if self.seeds else logits
+        if not self.budgets:
+            return noisy
+        assert newest is not None
+        for row, token in enumerate(newest.tolist() if self._begun else ()):
+            self.budgets[row].take(token)
+        self._begun = True
+        return forcing(noisy, self.budgets)
+
+    def _noisy(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
         if not self.generators:
             self.device = self.device or logits.device
             self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]

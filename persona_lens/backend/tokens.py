@@ -102,6 +102,9 @@ class Sampling:
             the other rows of the batch.
         use_cache: Keep keys and values of earlier tokens. False gives the same tokens, slower; it is there to check
             that.
+        thinking_budget: How many thinking tokens a response may have, over all its blocks; then what closes thinking
+            follows, and the answer within ``max_new_tokens``. See `persona_lens.backend.parts.budget`; None leaves
+            it to the model.
 
     Raises:
         TokenError: If a value is out of range, or seeds are missing or given in vain.
@@ -112,10 +115,13 @@ class Sampling:
     top_p: float = 1.0
     seeds: tuple[int, ...] | None = None
     use_cache: bool = True
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise TokenError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise TokenError(f"thinking_budget must be 0 tokens (no thinking) or more, got {self.thinking_budget}")
         if not 0 <= self.temperature < float("inf"):
             raise TokenError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:

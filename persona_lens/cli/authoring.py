@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from persona_lens.traits.kind import Content
 
 EVALUATION = argument("[EVAL.json]", "From `trait_data_eval`; left out if EXTRACT.json holds forty questions.")
-HERE = ("--backend", "--backend-option", "--dtype", "--device")  # what a model on a server has no use for
+# What a model on a server has no use for.
+HERE = ("--backend", "--backend-option", "--dtype", "--device", "--thinking-budget")
 THERE = ("--author-url", "--author-key", "--prices", "--max-spend")  # what one that runs here has none for
 
 
@@ -40,6 +41,7 @@ class AuthorOptions:
         seed: Of the author model; None for 0.
         temperature: Of the author model, 0 is greedy; None for 0.8.
         max_new_tokens: Limit of each of its replies; None for 1500.
+        thinking_budget: How many tokens it may think before each; None for no limit.
         max_spend: Stop before the author costs more dollars.
         backend: Library to run an author model through here; None for transformers.
         dtype: `float32`, `bfloat16` or `float16`; None for auto.
@@ -50,6 +52,7 @@ class AuthorOptions:
     seed: int | None = None
     temperature: float | None = None
     max_new_tokens: int | None = None
+    thinking_budget: int | None = None
     author_url: Annotated[str | None, Option(SERVER_URL)] = None
     author_key: ServerKey = None
     prices: Prices = None
@@ -77,6 +80,8 @@ class AuthorOptions:
             raise PersonaLensError(f"--temperature must be 0 or more; got {self.temperature}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise PersonaLensError(f"--max-new-tokens must be 1 or more; got {self.max_new_tokens}")
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise PersonaLensError(f"--thinking-budget must be 0 or more; got {self.thinking_budget}")
 
     def sampled(self) -> dict[str, Any]:
         """How the author writes."""
@@ -90,10 +95,9 @@ class AuthorOptions:
         """The author, who has been asked so many requests before."""
         from persona_lens.traits.generate import open_author
 
-        spec, sampled = self.author_model or "", self.sampled()
-        return open_author(
-            spec, **sampled, first_request=first_request, open_model=self._model, open_server=self._server
-        )
+        how = {**self.sampled(), "first_request": first_request}
+        how |= {} if self.thinking_budget is None else {"thinking_budget": self.thinking_budget}
+        return open_author(self.author_model or "", **how, open_model=self._model, open_server=self._server)
 
     def _server(self, name: str) -> CompletionServer:
         from persona_lens.traits.generate.authors import TIMEOUT

@@ -41,6 +41,7 @@ def chat_command(
     show: bool = False,
     max_new_tokens: options.MaxNewTokens = 200,
     temperature: options.Temperature = 0.0,
+    thinking_budget: options.ThinkingBudget = None,
     seed: options.Seed = 0,
     save: Annotated[Path | None, Option(metavar="FILE")] = None,
     load: Annotated[Path | None, Option(metavar="FILE")] = None,
@@ -89,7 +90,7 @@ def chat_command(
         on_token=None if subject.as_json else says,
         allow_other_model=traits.allow_other_model,
     )
-    how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "thinking_budget": thinking_budget}
     known = {each.trait: each for each in loaded} | dict(steering.vectors if steering is not None else {})
     parse = partial(_parsed, known, opened, traits.allow_other_model)
     asking = Chat(talk, how, seed, steering, found, parse, save, load)

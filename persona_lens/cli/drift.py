@@ -70,7 +70,7 @@ class UserOptions:
     def open(self, at: Session, run: Run) -> UserModel | None:
         """The model that plays them; the one that is talked with if that is named. None where they follow scripts."""
         from persona_lens.monitoring.drift.simulated_user import LocalUser, ServerUser
-        from persona_lens.runs.rollouts import RolloutSettings
+        from persona_lens.runs.settings import RolloutSettings
 
         if self.user_model is None:
             return None

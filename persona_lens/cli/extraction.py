@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from persona_lens.extraction.responses import Generated
     from persona_lens.models.server import CompletionServer
     from persona_lens.runs.cost import Work
-    from persona_lens.runs.rollouts import Request, RolloutSettings
+    from persona_lens.runs.rollouts import Request
+    from persona_lens.runs.settings import RolloutSettings
     from persona_lens.steering.preview import Preview
     from persona_lens.traits import Trait
 
 
-SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p")
+SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p", "thinking_budget")
 EXTRACT_SETTINGS = Fields(
     "persona_lens.extraction:ExtractionSettings",
     paired=Option(names=("--paired/--unpaired",)),

@@ -37,6 +37,9 @@ PanelLayers = Annotated[str | None, Option("Layers at which each trait is read."
 Reduction = Annotated[str, Option("Which of the vectors.")]
 MaxNewTokens = Annotated[int, Option("Length limit of a response.")]
 Temperature = Annotated[float, Option("0 is greedy.")]
+ThinkingBudget = Annotated[
+    int | None, Option("How many tokens a model may think before it has to answer.", shown="no limit")
+]
 Seed = Annotated[int, Option("Base of all seeds.")]
 BatchSize = Annotated[int, Option("Responses that run at once; halved by itself when memory runs out.")]
 Dtype = Annotated[str, Option("`auto`, `float32`, `bfloat16` or `float16`; auto takes what is fast here.")]

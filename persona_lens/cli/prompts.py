@@ -30,6 +30,7 @@ def study_command(
     traits_dir: options.TraitsDirs = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
+    thinking_budget: int | None = None,
     batch_size: options.BatchSize = 64,
 ) -> None:
     """Compare where prompts end on the vector with how strongly the replies to them show the trait.
@@ -46,6 +47,7 @@ def study_command(
         trait: The trait's name or file, if not what is stored.
         max_new_tokens: Length limit of a response; None is as extracted.
         temperature: 0 is greedy; None is as extracted.
+        thinking_budget: How many tokens the model may think before it has to answer; None is as extracted.
     """
     from persona_lens.extraction.experiment import Subject
     from persona_lens.monitoring import Conditions, StudySettings, plan_conditions, study, study_experiment
@@ -55,7 +57,7 @@ def study_command(
     settings = given.make(
         loaded.model.n_layers,
         shots=whole_numbers(shots, "--shots") if shots is not None else StudySettings.shots,
-        rollouts=_rollouts(loaded, max_new_tokens, temperature, batch_size),
+        rollouts=_rollouts(loaded, batch_size, max_new_tokens, temperature, thinking_budget),
     )
     prompts = settings.conditions is Conditions.PROMPTS
     if prompts and (shots is not None or examples is not None):
@@ -119,6 +121,7 @@ def baseline_command(
     given: Annotated[Given, Fields("persona_lens.monitoring:BaselineSettings", without=("rollouts",))],
     max_new_tokens: int | None = None,
     temperature: float | None = None,
+    thinking_budget: int | None = None,
     batch_size: options.BatchSize = 64,
 ) -> None:
     """Measure where the model's own neutral replies stand on a trait, for alarms such as `evil>2sd` to count from.
@@ -131,12 +134,14 @@ def baseline_command(
     Args:
         max_new_tokens: Length limit of a reply; None is as extracted.
         temperature: 0 is greedy; None is as extracted.
+        thinking_budget: How many tokens the model may think before it has to answer; None is as extracted.
     """
     from persona_lens.monitoring import measure_baseline
     from persona_lens.monitoring.baseline import baseline_experiment
 
     loaded = options.open_vectors(vectors)
-    settings = given.make(loaded.model.n_layers, rollouts=_rollouts(loaded, max_new_tokens, temperature, batch_size))
+    rollouts = _rollouts(loaded, batch_size, max_new_tokens, temperature, thinking_budget)
+    settings = given.make(loaded.model.n_layers, rollouts=rollouts)
     job = Job(
         lambda at: measure_baseline(at.backend, loaded, settings, **at.given),
         _show_baseline,
@@ -147,10 +152,21 @@ def baseline_command(
     run.carry_out(job)
 
 
-def _rollouts(vectors: PersonaVectors, max_new_tokens: int | None, temperature: float | None, batch_size: int) -> Any:
+def _rollouts(
+    vectors: PersonaVectors,
+    batch_size: int,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    thinking_budget: int | None,
+) -> Any:
     """How replies are made: as those that the vectors were extracted from, unless said otherwise."""
-    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
-    return replace(vectors.rollouts, **{name: each for name, each in said.items() if each is not None})
+    said: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "thinking_budget": thinking_budget,
+    }
+    given = {name: each for name, each in said.items() if each is not None}
+    return replace(vectors.rollouts, batch_size=batch_size, **given)
 
 
 def _show_baseline(found: Baseline, at: Session) -> None:

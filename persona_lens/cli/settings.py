@@ -213,7 +213,7 @@ USUAL = {
 """What is the same of an option in every command."""
 PANELS = {
     "Run": ("out", "seed", "seeds", "batch_size", "batch_tokens", "dry_run", "preview", "as_json", "allow_other_model"),
-    "Responses": ("max_new_tokens", "temperature", "top_p"),
+    "Responses": ("max_new_tokens", "temperature", "top_p", "thinking_budget"),
     "Model": (
         "backend",
         "backend_option",

@@ -171,6 +171,7 @@ def generate(
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 100,
     temperature: options.Temperature = 0.0,
+    thinking_budget: options.ThinkingBudget = None,
     seed: options.Seed = 0,
     preview: options.Preview = False,
     allow_other_model: options.AllowOtherModel = False,
@@ -205,6 +206,7 @@ def generate(
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        thinking_budget=thinking_budget,
         seed=seed,
         chat=chat,
         allow_other_model=True,  # it was asked above

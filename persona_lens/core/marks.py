@@ -49,6 +49,14 @@ _MESSAGE = re.compile(
     re.DOTALL,
 )
 _HEAD = re.compile(rb"\s*(?:<\|(?:start|channel)\|>|\Z)")
+ANSWERS = {
+    CHANNEL: "<|end|><|start|>assistant<|channel|>final<|message|>",
+    RECIPIENTS[0]: "<|eom|><|start|>assistant to=user<|message|>",
+    TAGS[0]: "<|close|>think<|sep|><|open|>response<|sep|>",
+}
+"""How a message that is thinking is followed by the answer: in gpt-oss, in Muse and in Kimi K3."""
+SWITCHES = ("enable_thinking", "thinking", "reasoning")
+"""What chat templates are told by whether to think."""
 REASONING_TOKENS = frozenset({*(mark for pair in MARKS for mark in pair), *HARMONY})
 """Tokens within a response that set reasoning apart; in some models they are control tokens."""
 

@@ -27,7 +27,8 @@ from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Scored
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.traits.role import (
     GRADES,
     N_SYSTEM_PROMPTS,
@@ -168,7 +169,7 @@ def persona_axis(
     asked = axis_judges(backend, chat, roles, default, settings.judge_pairs, judges)
     config: dict[str, Any] = {
         "kind": "axis",
-        "settings": asdict(settings),
+        "settings": settings_json(settings),
         "roles": {role.name: role.content_hash() for role in roles},
         "default": default.content_hash(),
         "judges": {name: judge.describe() for name, judge in asked.items()},

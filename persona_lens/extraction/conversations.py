@@ -29,7 +29,8 @@ from persona_lens.models.chat import messages_of
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import EditsFor, Request, Rollout, RolloutBatches, RolloutSettings, row_seed
+from persona_lens.runs.rollouts import EditsFor, Request, Rollout, RolloutBatches, row_seed
+from persona_lens.runs.settings import RolloutSettings
 
 MESSAGES = "messages.jsonl"
 

@@ -38,10 +38,10 @@ from persona_lens.runs.rollouts import (
     Rollout,
     RolloutBatches,
     Rollouts,
-    RolloutSettings,
     Texts,
     row_seed,
 )
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
@@ -357,7 +357,7 @@ class Subject:
             settings: Its settings, a dataclass.
             own: What else this kind has.
         """
-        return {"kind": kind, "settings": asdict(settings), **own, **self.describe()}
+        return {"kind": kind, "settings": settings_json(settings), **own, **self.describe()}
 
     def describe(self) -> dict[str, Any]:
         """Who is asked about what, as JSON values."""

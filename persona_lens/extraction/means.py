@@ -17,7 +17,8 @@ from persona_lens.backend import ReadKind
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.judging import Judgement, Score
 from persona_lens.judging.reading import PAIRS
-from persona_lens.runs.rollouts import Request, RolloutSettings, row_seed
+from persona_lens.runs.rollouts import Request, row_seed
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Arm, Trait
 from persona_lens.vectors.provenance import ANSWER_MEAN, DEFAULT_REDUCTION, THINKING_MEAN
 from persona_lens.vectors.separation import FOLDS, null_units, separation_row, unit

@@ -23,7 +23,8 @@ from persona_lens.data.tables import own_columns, read_rows
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Judgement, Score
 from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
-from persona_lens.runs.rollouts import Request, RolloutSettings
+from persona_lens.runs.rollouts import Request
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Arm
 
 SUFFIXES = (".jsonl", ".ndjson")
@@ -256,6 +257,7 @@ def generate_responses(
         ExtractionError: If the file cannot be written or holds something else, or the server refuses every request.
         ServerError: If the server cannot be reached or used, or fails again and again.
         SpendingLimitError: If the limit is reached.
+        TokenError: If thinking is to be limited.
     """
     out = Path(out)
     if out.suffix.lower() not in SUFFIXES:
@@ -293,6 +295,7 @@ def planned_usage(requests: Sequence[Request], settings: RolloutSettings) -> Usa
 
 def _asked(request: Request, settings: RolloutSettings) -> CompletionRequest:
     system = (("system", request.system),) if request.system is not None else ()
+    settings = settings.for_server()
     return CompletionRequest(
         (*system, ("user", request.question)),
         settings.max_new_tokens,

@@ -42,6 +42,7 @@ from persona_lens.reports.result import Scored
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Rollout
+from persona_lens.runs.settings import settings_json
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
 
@@ -116,7 +117,7 @@ def extract(
     scoring = judge or (read.scores if read else None)
     config: dict[str, Any] = {
         "kind": "extraction",
-        "settings": settings.of_reading() if read else asdict(settings),
+        "settings": settings.of_reading() if read else settings_json(settings),
         **({"responses": read.to_json()} if read else {}),
         "judge": scoring.describe() if scoring else {"judge": LIKELIHOOD, "pairs": likelihood.pairs},
         **subject_config(backend, trait, chat),

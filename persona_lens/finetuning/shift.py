@@ -26,6 +26,7 @@ from persona_lens.reports.kinds import shifts_of
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
+from persona_lens.runs.settings import settings_json
 from persona_lens.steering import ArmRow, ArmSettings
 from persona_lens.steering.arms import arms_experiment, minus
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
@@ -118,7 +119,7 @@ def shift(
     subjects = [Subject.of(base, each, None, given.get(each.trait), chat, planned=planned) for each in vectors]
     record = {
         "kind": "shift",
-        "settings": asdict(settings),
+        "settings": settings_json(settings),
         "finetuned": list(finetuned),
         "vectors": {each.trait: each.content_hash for each in vectors},
         "judges": {each.vectors.trait: each.judge.describe() for each in subjects if settings.scores},

@@ -38,6 +38,7 @@ from persona_lens.models.source import adapter_on
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
+from persona_lens.runs.settings import settings_json
 from persona_lens.steering import ArmRow, ArmSettings, Steering
 from persona_lens.steering.arms import UNSTEERED, arms_experiment, minus
 from persona_lens.traits import Trait
@@ -140,7 +141,7 @@ def finetune_study(
             "model": base.info.model if answering.source.kind == "hub" else answering.source.id,
             "conversations": len(transcripts),
             "names": {each.name: each.config.edits for each in trained} | {POST_HOC: settings.treatments.post_hoc},
-            "settings": asdict(settings),
+            "settings": settings_json(settings),
             "config": training,
             "judge": subject.judge_used(*work.answers),
             **summarise(outcomes),

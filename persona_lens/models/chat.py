@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from persona_lens.core.errors import ModelError
-from persona_lens.core.marks import CHANNEL, MARKS, Marks
+from persona_lens.core.marks import CHANNEL, MARKS, SWITCHES, Marks
 from persona_lens.core.progress import note
 from persona_lens.models.probing import USER, probed_end_of_turn, probed_opened, probed_system, probed_thinking
 from persona_lens.models.reasoning import answer_of, answer_text, in_channels, special_marks, stretches, unmarked
@@ -33,8 +33,6 @@ says of an answer that it is there to be read, not learned or screened."""
 # on by itself).
 _PINNED_DATE = datetime.date(2024, 7, 26)
 USUAL_MARKS = f"{{# {' '.join(MARKS[0])} #}}"  # to be found because a template names them
-SWITCHES = ("enable_thinking", "thinking", "reasoning")
-"""What templates call whether the model is to reason."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>[^'\"]*)(?P=quote)\s*\)")
 

@@ -29,7 +29,8 @@ from persona_lens.models.chat import chat_format
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel
 from persona_lens.reports.kinds import without_ids
 from persona_lens.reports.result import Result
-from persona_lens.runs.rollouts import Request, Rollout, RolloutSettings
+from persona_lens.runs.rollouts import Request, Rollout
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, check_layers
 from persona_lens.vectors.provenance import LayerBaseline, StoredBaseline
 
@@ -149,7 +150,7 @@ def measure_baseline(
     about = (
         subject_config(backend, vectors.trait_definition, chat) if settings.questions else model_config(backend, chat)
     )
-    config = {"kind": "baseline", "settings": asdict(settings), "vectors": vectors.content_hash, **about}
+    config = {"kind": "baseline", "settings": settings_json(settings), "vectors": vectors.content_hash, **about}
     with run_folder(folder, config) as run:
         replies = tuple(each for each in experiment.run(run, progress).rollouts if each.response_ids)
         if len(replies) < 2:
@@ -161,7 +162,7 @@ def measure_baseline(
         summary = {
             "trait": vectors.trait,
             "model": asdict(backend.info),
-            "settings": asdict(settings),
+            "settings": settings_json(settings),
             **stored.to_json(),
         }
         if run is not None:

@@ -11,7 +11,8 @@ from typing import Any
 from persona_lens.core.text import counted
 from persona_lens.judging.agreement import AgreementError, read_scored
 from persona_lens.monitoring.gauges import MonitoringError
-from persona_lens.runs.rollouts import ROLLOUTS, RolloutSettings
+from persona_lens.runs.rollouts import ROLLOUTS
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Arm, Trait, TraitError, load_trait
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors, check_layers
 

@@ -125,6 +125,7 @@ class ConversationMonitor:
         edits: GivenEdits = (),
         vectors: GivenVectors = None,
         history: History | str = DEFAULT_HISTORY,
+        thinking_budget: int | None = None,
     ) -> Turn:
         """Let the model answer, read while it does, and add both messages to the conversation.
 
@@ -139,6 +140,7 @@ class ConversationMonitor:
             edits: Applied throughout: one, several, a steering, or its notation; values are those after them.
             vectors: Those that a notation names.
             history: What the edits do to earlier turns, see `persona_lens.steering.history.History`.
+            thinking_budget: How many tokens the model may think before it has to answer; None does not limit it.
 
         Raises:
             HistoryError: If the edits cannot be carried out with such a history.
@@ -151,7 +153,8 @@ class ConversationMonitor:
         self._check_length(len(prompt), max_new_tokens)
         written = conversation_edits(written, self._chat, asked, History(history))
         meter = TurnMeter(self.panel, self._alarms, self._number(len(asked)))
-        sampling = Sampling(max_new_tokens, temperature, top_p, seeds=(seed,) if temperature else None)
+        seeds = (seed,) if temperature else None
+        sampling = Sampling(max_new_tokens, temperature, top_p, seeds, thinking_budget=thinking_budget)
         reply = watched_reply(self._backend, meter, prompt, sampling, written, on_token=self._on_token)
         text = self._chat.answer(reply.ids)
         self._messages = [*asked, {"role": "assistant", "content": text}]

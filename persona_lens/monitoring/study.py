@@ -32,6 +32,7 @@ from persona_lens.monitoring.conditions import Condition, Conditions, Examples, 
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, projected
 from persona_lens.monitoring.prediction import LEAST, Correlations, Observations, Values, correlate
 from persona_lens.reports.result import Answered
+from persona_lens.runs.settings import settings_json
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
@@ -156,13 +157,13 @@ def study(
         answers = experiment.run(run, progress)
         rows = answers.rows(StudyRow)
         prompts = _prompts(rows, _read(answers, panel), conditions)
-        made = {"judge": subject.judge_used(answers), "sampling": asdict(settings.rollouts)}
+        made = {"judge": subject.judge_used(answers), "sampling": settings_json(settings.rollouts)}
         kept, figures = _findings(vectors, subject.trait, conditions, rows, prompts, settings, made)
         about = {
             "trait": subject.trait.name,
             "description": subject.trait.description,
             "model": asdict(vectors.model),
-            "settings": {**asdict(settings), "layers": list(layers), "shots": list(settings.shots)},
+            "settings": {**settings_json(settings), "layers": list(layers), "shots": list(settings.shots)},
         }
         summary = plain({**about, **made, **figures})
         found = Study(kept, tuple(rows), prompts, summary, run.path if run else None)

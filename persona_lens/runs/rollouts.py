@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch, TokenError
+from persona_lens.backend import Backend, Edit, Read, TokenBatch
 from persona_lens.backend.batches import (
     MAX_TOKENS,
     batches_by_length,
@@ -22,6 +22,7 @@ from persona_lens.backend.batches import (
     forward_rows,
     generate_rows,
 )
+from persona_lens.backend.parts.asked import limited_for
 from persona_lens.backend.tokens import ID_LIMIT, TokenIds
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.models import ChatFormat
@@ -29,6 +30,7 @@ from persona_lens.models.chat import note_reasoning
 from persona_lens.runs.chunks import ADVICE, Pieces, Row, load_shard, pack_shard, shard_layer
 from persona_lens.runs.cost import Call, Work, generating_work, reading_work
 from persona_lens.runs.folder import RunError, RunFolder
+from persona_lens.runs.settings import RolloutSettings
 
 ROLLOUTS = "rollouts.jsonl"
 ACTIVATIONS = "activations"
@@ -98,37 +100,6 @@ class Rollout:
         if not (whole and (ended is None or type(ended) is bool) and isinstance(response, str)):
             raise TypeError("values of other types")
         return Rollout(request, tokens, tuple(ids), ended, response)
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How responses are made; every field is part of a run's configuration.
-
-    Attributes:
-        max_new_tokens: Length limit of a response.
-        temperature: 0 is greedy.
-        top_p: Nucleus.
-        batch_size: Rows that run at once at most, fewer where memory runs out. Part of the configuration since sums in
-            other batches round otherwise.
-        batch_tokens: Tokens that run at once at most, responses and padding included.
-    """
-
-    max_new_tokens: int = 48
-    temperature: float = 1.0
-    top_p: float = 1.0
-    batch_size: int = 64
-    batch_tokens: int = 32768
-
-    def __post_init__(self) -> None:
-        Sampling(self.max_new_tokens, self.temperature, self.top_p, (0,) if self.temperature else None)
-        if self.batch_size < 1 or self.batch_tokens < 1:
-            raise TokenError(f"batches need at least 1 row and 1 token, got {self.batch_size} and {self.batch_tokens}")
-
-    def sampling(self, seeds: Sequence[int]) -> Sampling:
-        """Settings of one batch."""
-        if self.temperature == 0:
-            return Sampling(self.max_new_tokens)
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p, tuple(seeds))
 
 
 EditsFor = Callable[[Sequence[Request]], Sequence[Edit]]
@@ -259,6 +230,7 @@ class Rollouts(RolloutBatches):
 
     Raises:
         ContextError: If a prompt and its response would not fit the model.
+        TokenError: If thinking is to be limited, and the model never thinks.
     """
 
     def __init__(
@@ -279,6 +251,7 @@ class Rollouts(RolloutBatches):
         note_reasoning(chat)
         self._prompts = [tuple(chat.encode(r.system, r.question, r.examples)) for r in requests]
         check_fits(context_length(backend), map(len, self._prompts), settings.max_new_tokens)
+        limited_for(backend.tokenizer, settings.thinking_budget)  # raises for thinking that the model never does
         longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]
         batches = batches_by_length(longest, settings.batch_size, settings.batch_tokens)
         super().__init__(backend, requests, batches, reads=reads, folder=folder, prefix=prefix)

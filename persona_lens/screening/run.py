@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.backend import Backend, Parts, Read, TokenBatch
+from persona_lens.backend.parts.asked import limited_for
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.datasets import Dataset
@@ -158,6 +159,7 @@ def _checked(
     judges: Mapping[str, Judge],
 ) -> tuple[Dataset, ...]:
     """The datasets, those of the reference behind the others."""
+    limited_for(backend.tokenizer, settings.thinking_budget)  # raises for thinking that the model never does
     if not datasets:
         raise ScreeningError("there is no dataset to screen; give at least one")
     panel.check_model(backend)

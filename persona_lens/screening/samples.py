@@ -177,6 +177,7 @@ class ScreeningSettings(Record):
             model would say than any one of them, and so a row's difference holds less noise.
         temperature: Of generated base responses; 0 is greedy, and allows for one of them.
         max_new_tokens: Length limit of a generated base response.
+        thinking_budget: How many tokens a model may think before it has to answer with one; None does not limit it.
         max_tokens: Rows with a longer text are rejected; None takes what the model takes.
         look_ahead: Rows that are encoded before the first of them is scored, so that those of like length run together.
         batch_tokens: Tokens that run at once at most, padding included; None takes what the device is fast at.
@@ -199,11 +200,12 @@ class ScreeningSettings(Record):
     batch_tokens: int | None = None
     batch_size: int = 64
     seed: int = 0
+    thinking_budget: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """See `Record.to_json`; the part is left out where everything counts."""
-        found = super().to_json()
-        return found if self.part is not Counted.ALL else {name: found[name] for name in found if name != "part"}
+        """See `Record.to_json`; the part is left out where everything counts, and the limit on thinking without one."""
+        usual = {"part": Counted.ALL, "thinking_budget": None}
+        return {name: each for name, each in super().to_json().items() if name not in usual or each != usual[name]}
 
     def __post_init__(self) -> None:
         if not 0 < self.base_share <= 1:
@@ -212,8 +214,13 @@ class ScreeningSettings(Record):
             raise ScreeningError("a share of base responses asks for base responses; generate or supply them")
         if not 0 <= self.temperature < float("inf"):
             raise ScreeningError(f"the temperature of base responses is 0 (greedy) or more, got {self.temperature}")
-        if self.base is not BaseResponses.GENERATE and (self.base_samples != 1 or self.temperature):
-            raise ScreeningError("samples and temperature are for base responses that are generated; ask for these")
+        sampled = self.base_samples != 1 or self.temperature or self.thinking_budget is not None
+        if self.base is not BaseResponses.GENERATE and sampled:
+            raise ScreeningError(
+                "samples, temperature and thinking budget are for base responses that are generated; ask for these"
+            )
+        if (self.thinking_budget or 0) < 0:
+            raise ScreeningError(f"the thinking budget is 0 tokens or more, got {self.thinking_budget}")
         if self.base_samples > 1 and not self.temperature:
             raise ScreeningError("greedy base responses to a prompt are all the same; set a temperature for several")
         if self.base is BaseResponses.SUPPLIED and self.turns is Turns.ALL:

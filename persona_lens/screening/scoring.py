@@ -205,7 +205,8 @@ class Scorer:
         seeds = None
         if settings.temperature:
             seeds = tuple(row_seed(settings.seed, "base response", n, *prompt) for prompt in prompts for n in samples)
-        sampling = Sampling(settings.max_new_tokens, settings.temperature, seeds=seeds)
+        budget = settings.thinking_budget
+        sampling = Sampling(settings.max_new_tokens, settings.temperature, seeds=seeds, thinking_budget=budget)
         return [prompt for prompt in prompts for _ in samples], sampling
 
     def _generate(self, batch: Generating) -> Unit:

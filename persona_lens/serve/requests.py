@@ -15,6 +15,7 @@ from persona_lens.serve.workbench import Asked, drawn_seed
 from persona_lens.steering.history import DEFAULT_HISTORY, History
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_TOP = 16, 64, 4, 20
+Budget = Annotated[int, Field(ge=0, le=1_000_000)]
 Text = Annotated[str, Field(max_length=4_000_000)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1_000_000)]
 
@@ -118,10 +119,18 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class Reasoning(BaseModel):
+    """How far a model is to reason, as OpenRouter's clients ask it; what else they say there is passed over."""
+
+    max_tokens: Budget | None = None
+
+
 class Generation(BaseModel):
     """What both kinds of requests have. What real clients send beside it, and says nothing here, is passed over.
 
     Attributes:
+        thinking_budget: How many tokens the model may think, as Qwen's clients name it; vLLM's say
+            ``thinking_token_budget``, and OpenRouter's ``reasoning.max_tokens``.
         UNDONE: Fields of OpenAI's that would change the answer if they were not passed over; see `only_what_is_done`.
     """
 
@@ -140,6 +149,9 @@ class Generation(BaseModel):
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    thinking_budget: Budget | None = None
+    thinking_token_budget: Budget | None = None
+    reasoning: Reasoning | None = None
     persona_lens: Lens | None = None
 
     @model_validator(mode="before")
@@ -147,6 +159,13 @@ class Generation(BaseModel):
     def _only_what_is_done(cls, body: Any) -> Any:
         only_what_is_done(body, cls.UNDONE)
         return body
+
+    @property
+    def most_thinking(self) -> int | None:
+        """How many tokens the model may think, under whichever of its names that is sent."""
+        reasoning = self.reasoning.max_tokens if self.reasoning else None
+        named = (self.thinking_budget, self.thinking_token_budget, reasoning)
+        return min((each for each in named if each is not None), default=None)
 
     @property
     def choices(self) -> int:
@@ -201,6 +220,7 @@ class Generation(BaseModel):
                 self.conversation,
                 DEFAULT_HISTORY if lens.history is None else History(lens.history),
                 self.top_of_prompt,
+                self.most_thinking,
             )
             for prompt in prompts
             for choice in range(self.choices)

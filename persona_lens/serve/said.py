@@ -47,6 +47,7 @@ class Made(Record):
         seed: Of the sampling; None where it is not known.
         history: How a steered reply found the turns before it, ``steered`` or ``clean``, see
             `persona_lens.steering.history.History`; None in a first turn, and where it is not known.
+        thinking_budget: How many tokens it could think; None where that was not limited.
     """
 
     edits: str = ""
@@ -55,6 +56,12 @@ class Made(Record):
     max_tokens: int | None = None
     seed: int | None = None
     history: Past | None = None
+    thinking_budget: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Record.to_json`; of thinking that was not limited nothing is said."""
+        found = super().to_json()
+        return {name: each for name, each in found.items() if (name, each) != ("thinking_budget", None)}
 
     def __str__(self) -> str:
         sampled = f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}"

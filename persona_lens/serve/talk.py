@@ -94,6 +94,7 @@ class Talk:
         top_p: float = 1.0,
         seed: int = 0,
         history: History | str = DEFAULT_HISTORY,
+        thinking_budget: int | None = None,
     ) -> Turn:
         """Say something, and let the model answer; where an error ends the reply the session is as it was.
 
@@ -106,6 +107,7 @@ class Talk:
             top_p: Nucleus of the sampling.
             seed: Of the sampling.
             history: What the edits do to earlier turns, see `persona_lens.steering.history.History`.
+            thinking_budget: How many tokens the model may think before it has to answer; None does not limit it.
 
         Raises:
             PersonaLensError: If the edits cannot be written, or the conversation is too long for the model.
@@ -125,9 +127,11 @@ class Talk:
             seed=seed,
             edits=steering.edits() if isinstance(steering, Steering) else (),
             history=history,
+            thinking_budget=thinking_budget,
         )
         past: Past | None = None if not over else "clean" if History(history) is History.CLEAN else "steered"
-        made = Made(str(steering or ""), float(temperature), float(top_p), max_new_tokens, seed, past)
+        sampled = float(temperature), float(top_p), max_new_tokens, seed
+        made = Made(str(steering or ""), *sampled, past, thinking_budget)
         same = [each for each in self.session.children(self.session.current) if each.role == "user"]
         asked = next((each for each in same if each.content == text), None) or self.session.add("user", text)
         self.session.go(asked.id)

@@ -15,6 +15,7 @@ from persona_lens.backend.batches import context_length
 from persona_lens.backend.continuous import ROWS, continuous
 from persona_lens.backend.differences import Point
 from persona_lens.backend.parts import Part
+from persona_lens.backend.parts.asked import limited_for
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.backend.verification import require, tolerance_of, verify
 from persona_lens.core.errors import PersonaLensError
@@ -53,6 +54,7 @@ class Asked:
         messages: The conversation that the prompt was made of; empty for a text that is none.
         history: What the edits do to its finished turns.
         top_of_prompt: And of the prompt's tokens.
+        thinking_budget: How many tokens the model may think before it has to answer; None does not limit it.
     """
 
     prompt: TokenIds
@@ -70,6 +72,7 @@ class Asked:
     messages: tuple[Message, ...] = ()
     history: History = DEFAULT_HISTORY
     top_of_prompt: bool = False
+    thinking_budget: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +197,9 @@ class Workbench:
         """
         room = self._room(asked)
         seeds = (asked.seed,) if asked.temperature else None
-        sampling = Sampling(room, asked.temperature, asked.top_p if seeds else 1.0, seeds)
+        limited_for(self.backend.tokenizer, asked.thinking_budget)  # raises for thinking that the model never does
+        top_p = asked.top_p if seeds else 1.0
+        sampling = Sampling(room, asked.temperature, top_p, seeds, thinking_budget=asked.thinking_budget)
         panel = Panel(tuple(self.shelf.gauges(asked.watch)))
         listening(panel, self._alarms(asked, []), self.backend)
         steering = self.shelf.steering(asked.edits)

@@ -28,7 +28,8 @@ from persona_lens.extraction.experiment import (
     requests_of,
     values_of,
 )
-from persona_lens.runs.rollouts import EditsFor, Request, RolloutSettings
+from persona_lens.runs.rollouts import EditsFor, Request
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering.steering import Steering, SteeringError, rowwise
 
 VECTOR, RANDOM, PROMPT, NONE = "vector", "random", "prompt", "none"

@@ -19,7 +19,8 @@ from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import Request, RolloutBatches, Rollouts, RolloutSettings, Texts
+from persona_lens.runs.rollouts import Request, RolloutBatches, Rollouts, Texts
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.steering.arms import arm_edits, arm_variants, check_asked
 from persona_lens.steering.effects import CrossEffects, CrossRow, CrossTrait
 from persona_lens.steering.steering import Steering, SteeringError
@@ -212,7 +213,7 @@ class Crossing:
         """
         return {
             "kind": "effects",
-            "settings": asdict(self.settings),
+            "settings": settings_json(self.settings),
             "steerings": {name: steering.describe() for name, steering in self.steerings.items()},
             "traits": {
                 name: {

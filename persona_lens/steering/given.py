@@ -185,6 +185,7 @@ def reply(
     vectors: GivenVectors = None,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
+    thinking_budget: int | None = None,
     seed: int = 0,
     chat: ChatFormat | None = None,
 ) -> str:
@@ -198,6 +199,7 @@ def reply(
         vectors: Those that a notation names.
         max_new_tokens: Length limit in tokens.
         temperature: 0 is greedy.
+        thinking_budget: How many tokens the model may think before it has to answer; None does not limit it.
         seed: Of the sampling; of no meaning to greedy replies.
         chat: Chat format; the model's own by default.
 
@@ -210,7 +212,8 @@ def reply(
         VectorsError: If the vectors of a steering belong to another model.
     """
     chat = chat or chat_format(backend)
-    sampling = Sampling(max_new_tokens, temperature, seeds=(seed,) if temperature else None)
+    seeds = (seed,) if temperature else None
+    sampling = Sampling(max_new_tokens, temperature, seeds=seeds, thinking_budget=thinking_budget)
     generation = backend.generate([chat.encode(system, question)], sampling, given_edits(edits, vectors, backend))
     return chat.answer(generation.responses[0])
 
@@ -224,6 +227,7 @@ def generate(
     system: str | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
+    thinking_budget: int | None = None,
     seed: int = 0,
     chat: ChatFormat | None = None,
     allow_other_model: bool = False,
@@ -238,6 +242,7 @@ def generate(
         system: System prompt.
         max_new_tokens: Length limit in tokens.
         temperature: 0 is greedy.
+        thinking_budget: How many tokens the model may think before it has to answer; None does not limit it.
         seed: Of the sampling, the same for all.
         chat: Chat format; the model's own by default.
         allow_other_model: Steer a model that the vectors do not belong to.
@@ -249,6 +254,7 @@ def generate(
     rows = len(steerings)
     checked = None if allow_other_model else backend
     edits = rowwise(() if each is None else given_edits(each, vectors, checked) for each in steerings)
-    sampling = Sampling(max_new_tokens, temperature, seeds=(seed,) * rows if temperature else None)
+    seeds = (seed,) * rows if temperature else None
+    sampling = Sampling(max_new_tokens, temperature, seeds=seeds, thinking_budget=thinking_budget)
     generation = backend.generate([chat.encode(system, question)] * rows, sampling, edits)
     return [chat.answer(ids) for ids in generation.responses]

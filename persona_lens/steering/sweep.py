@@ -29,7 +29,8 @@ from persona_lens.extraction.experiment import (
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.reports.result import Answered
-from persona_lens.runs.rollouts import EditsFor, Request, RolloutSettings
+from persona_lens.runs.rollouts import EditsFor, Request
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.steering.arms import (
     COHERENCE_MARGIN,
     MIN_COHERENCE,
@@ -188,7 +189,7 @@ def _summary(subject: Subject, settings: SweepSettings, rows: Sequence[SweepRow]
         "trait": subject.trait.name,
         "model": asdict(subject.backend.info),
         "questions": settings.questions,
-        "settings": asdict(settings),
+        "settings": settings_json(settings),
         "layers": layers,
         "chosen": chosen["layer"] if chosen else None,
     }

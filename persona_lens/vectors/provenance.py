@@ -18,7 +18,7 @@ from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short
 from persona_lens.judging.reading import Calibration
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors.diagnostics import Diagnostics
 
@@ -270,7 +270,7 @@ class Provenanced:
     def rollouts(self) -> RolloutSettings:
         """How responses were made when the vectors were extracted, as far as that is stored."""
         stored = self.stored("settings").get("rollouts")
-        names = ("max_new_tokens", "temperature", "top_p")
+        names = ("max_new_tokens", "temperature", "top_p", "thinking_budget")
         given = {name: stored[name] for name in names if name in stored} if isinstance(stored, Mapping) else {}
         return self._read("the settings", TypeAdapter(RolloutSettings).validate_python, given)
 

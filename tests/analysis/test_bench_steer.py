@@ -27,7 +27,7 @@ from persona_lens.core.statistics import auc
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.reports.catalogue import find_runs
 from persona_lens.reports.entanglement import overall
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings
 from persona_lens.steering.tuning.settings import Towards
 from persona_lens.traits import Arm, Trait, load_trait

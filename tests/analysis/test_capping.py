@@ -19,7 +19,7 @@ from persona_lens.core.statistics import Estimate
 from persona_lens.extraction.axis import AxisSettings, persona_axis
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Result
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering.given import load_steering
 from persona_lens.traits import load_default, load_role
 from persona_lens.vectors import PersonaVectors, VectorsError

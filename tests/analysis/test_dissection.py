@@ -18,7 +18,7 @@ from persona_lens.judging import Calibration
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.kinds import page_of
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmRow
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError

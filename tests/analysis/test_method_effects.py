@@ -24,7 +24,7 @@ from persona_lens.models.chat import chat_format
 from persona_lens.reports.catalogue import find_runs
 from persona_lens.reports.methods import beside_prompting
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings, Steering, SteeringError
 from persona_lens.steering.tuning.settings import Towards
 from persona_lens.traits import load_trait

@@ -39,7 +39,8 @@ from persona_lens.data.turns import turn_prompt
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import messages_of
 from persona_lens.reports.persistence import headline, usual_way
-from persona_lens.runs.rollouts import Request, RolloutSettings, row_seed
+from persona_lens.runs.rollouts import Request, row_seed
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
 from tests.backends.fixtures import backend_of

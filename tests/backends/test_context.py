@@ -15,7 +15,8 @@ from persona_lens.backend.blocks import context_of
 from persona_lens.judging import Calibration, Exchange, LikelihoodJudge
 from persona_lens.judging.recording import prepare_judge
 from persona_lens.models.chat import chat_format
-from persona_lens.runs.rollouts import Request, Rollouts, RolloutSettings
+from persona_lens.runs.rollouts import Request, Rollouts
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from tests.backends.fixtures import ADAPTERS, Delegating, tiny_backend
 

@@ -34,7 +34,7 @@ READS = (*Read.means((1, 2)), Read.projections(torch.stack([V, V + 1]), (0,)), R
 
 def test_an_order_is_read_as_it_was_written() -> None:
     noise = {"seed": 2**63 - 1, "temperature": 0.7, "top_p": 1.0}
-    told = ((("<think>", "</think>"),), ("<|sep|>",))
+    told = ((("<think>", "</think>"),), ("<|sep|>",), ("\n\n",))
     order = RowOrder(EDITS, READS, noise, 2, True, (1.0, 2.0, 3.0), told)
     found = RowOrder.read(order.text(), N_LAYERS, D_MODEL)
     varying = Edit.add(0, V, 0.25)
@@ -48,7 +48,11 @@ def test_an_order_is_read_as_it_was_written() -> None:
     assert (found.noise, found.prompt, found.logprobs, found.sink_limits) == (noise, 2, True, (1.0, 2.0, 3.0))
     assert found.text() == order.text()
     assert found.parts == told
-    assert RowOrder.read(RowOrder(parts=((), ())).text(), N_LAYERS, D_MODEL).parts == ((), ()), "it never thinks"
+    assert RowOrder.read(RowOrder(parts=((), (), ())).text(), N_LAYERS, D_MODEL).parts == ((), (), ()), (
+        "it never thinks"
+    )
+    for budget in (0, 5):
+        assert RowOrder.read(RowOrder(thinking_budget=budget).text(), N_LAYERS, D_MODEL).thinking_budget == budget
     assert RowOrder.read("{}", N_LAYERS, D_MODEL) == RowOrder()
 
 

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 
 from persona_lens.backend import Edit, Positions, Read, ReadKind, Sampling, TokenBatch
 from persona_lens.backend.intervention import Intervention
+from persona_lens.backend.parts.budget import ThinkingBudget
 from persona_lens.backend.sampling import RowSampler
 from persona_lens.backend.tokens import pad_left
 from persona_lens_nnsight.request import TRAVELLING, plain_config, register_travelling
@@ -34,7 +36,8 @@ h = torch.load(sys.argv[2])
 intervention.begin_pass(torch.zeros(h.shape[:2], dtype=torch.long))
 for layer in intervention.layers:
     h = intervention.block(layer, h)
-torch.save([h, intervention.results(), sampler(h[:, -1])], sys.argv[3])
+newest = torch.zeros(len(h), dtype=torch.long)
+torch.save([h, intervention.results(), *(sampler(h[:, -1], newest) for _ in range(2))], sys.argv[3])
 """
 
 
@@ -49,7 +52,9 @@ def everything() -> tuple[Intervention, RowSampler]:
     ]
     reads = [*Read.means(), Read.projections(torch.eye(D_MODEL)[:2], (0, 2)), Read(ReadKind.ACTIVATIONS, (1,))]
     sampling = Sampling(1, 0.7, 0.8, seeds=(1, 2, 3))
-    return Intervention(padded, edits, reads, n_layers=3, end_ids=(2,)), RowSampler(sampling)
+    always: Any = {"classes": {}, "following": ((0,),), "thinking": ((True,),), "closing": {0: (5, 6)}}
+    sampler = RowSampler(sampling, budgets=[ThinkingBudget(always, 0, most) for most in range(3)])
+    return Intervention(padded, edits, reads, n_layers=3, end_ids=(2,)), sampler
 
 
 def test_an_intervention_runs_where_this_package_is_not(tmp_path: Path) -> None:
@@ -72,7 +77,10 @@ def test_an_intervention_runs_where_this_package_is_not(tmp_path: Path) -> None:
     assert there[1].keys() == intervention.results().keys()
     for name, value in intervention.results().items():
         torch.testing.assert_close(there[1][name], value, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(there[2], sampler(h[:, -1]))
+    first, second = (sampler(h[:, -1], torch.zeros(len(h), dtype=torch.long)) for _ in range(2))
+    assert torch.equal(there[2], first)
+    assert torch.equal(there[3], second)
+    assert (int(first[0].argmax()), second[:2].argmax(dim=1).tolist()) == (5, [6, 5])
 
 
 @pytest.mark.parametrize("module", TRAVELLING, ids=[module.__name__ for module in TRAVELLING])

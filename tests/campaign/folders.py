@@ -21,7 +21,7 @@ from persona_lens.models.source import ADAPTER_CONFIG, WEIGHTS, adapter_base
 from persona_lens.runs import RunFolder
 from persona_lens.runs import chunks as pieces
 from persona_lens.runs.chunks import open_shard, pack_shard
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import SweepSettings, sweep
 from persona_lens.traits import load_trait
 from persona_lens.vectors.fit import fit_vectors

@@ -34,7 +34,7 @@ from persona_lens.models import Loaded
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.monitoring import DriftSettings, StudySettings, drift, study
 from persona_lens.reports.result import Result
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.screening import BaseResponses, Flagging, Quantity, ScreeningSettings, screen
 from persona_lens.steering import ArmSettings, Steering, SweepSettings, TuneSettings, sweep, tune
 from persona_lens.steering.baking import BakingError, bake

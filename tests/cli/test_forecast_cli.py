@@ -11,7 +11,7 @@ import pytest
 
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.reports.result import Result
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import load_vectors
 from tests.backends.fixtures import tiny_backend

@@ -22,7 +22,7 @@ from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.extraction.responses import read_responses
 from persona_lens.finetuning.examples import encode_examples, read_conversations
 from persona_lens.models import ChatFormat
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.screening import Turns
 from persona_lens.screening.samples import encode_sample
 from persona_lens.traits import load_trait

@@ -20,7 +20,7 @@ from persona_lens.extraction.axis import Axis, AxisSettings, persona_axis, plan_
 from persona_lens.extraction.means import ExtractionError
 from persona_lens.judging import Exchange, Judgement, Score
 from persona_lens.reports.result import Result
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_default, load_role
 from persona_lens.vectors import VectorsError, load_vectors
 from persona_lens.vectors.formats import export_vectors, import_vectors

@@ -18,7 +18,8 @@ from persona_lens.extraction.conversations import Conversation, ConversationErro
 from persona_lens.extraction.experiment import Variant
 from persona_lens.models import ChatFormat
 from persona_lens.runs import RunError, RunFolder
-from persona_lens.runs.rollouts import Request, RolloutSettings, row_seed
+from persona_lens.runs.rollouts import Request, row_seed
+from persona_lens.runs.settings import RolloutSettings
 from tests.backends.fixtures import Delegating, tiny_backend
 from tests.tiny import tiny_tokenizer
 

@@ -25,7 +25,7 @@ from persona_lens.extraction.experiment import (
 from persona_lens.judging import Exchange, Judge, Judgement, Score
 from persona_lens.runs import RunError
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering.arms import Change, change_of
 from persona_lens.vectors import PersonaVectors, VectorsError
 from tests.campaign.targets import SMALL, TRAIT, planted, vectors

@@ -26,7 +26,8 @@ from persona_lens.judging import Judgement, JudgingError, Score
 from persona_lens.judging.reading import PAIRS
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import Request, RolloutSettings
+from persona_lens.runs.rollouts import Request
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import load_vectors
 from persona_lens.vectors.separation import separation_row

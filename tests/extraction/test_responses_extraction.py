@@ -29,7 +29,8 @@ from persona_lens.extraction.means import ExtractionError, arm_means
 from persona_lens.judging import Exchange, Judgement
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import ReadRollouts, Rollouts, RolloutSettings
+from persona_lens.runs.rollouts import ReadRollouts, Rollouts
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import load_vectors
 from tests.backends.fixtures import ADAPTERS, FEW_ARCHITECTURES, backend_of

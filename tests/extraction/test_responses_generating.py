@@ -25,7 +25,8 @@ from persona_lens.models.server import (
     Spending,
     SpendingLimitError,
 )
-from persona_lens.runs.rollouts import Request, RolloutSettings
+from persona_lens.runs.rollouts import Request
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from tests.models.server.loopback import Loopback, completion, serving
 from tests.tiny import saved_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 from typer.testing import CliRunner
 
 from persona_lens import load_vectors
-from persona_lens.backend import Read, ReadKind
+from persona_lens.backend import Read, ReadKind, TokenError
 from persona_lens.cli import app
 from persona_lens.extraction import ExtractionError, ExtractionSettings, extract, plan_requests
 from persona_lens.extraction.run import means_read
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Panel
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import Steering
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors.diagnosis import diagnose
@@ -84,6 +85,13 @@ def test_a_model_that_comes_to_no_answer_at_all_needs_more_tokens(tmp_path: Path
     backend, chat = thinking(lambda _: "<think>\nHm. Hm.")
     with pytest.raises(ExtractionError, match=r"^40 of 40 responses came to no answer.*--max-new-tokens"):
         extract(backend, TRAIT, tmp_path, settings=SETTINGS, chat=chat)
+
+
+def test_a_backend_that_does_not_limit_thinking_is_found_out(tmp_path: Path) -> None:
+    backend, chat = thinking(aloud)
+    settings = replace(SETTINGS, rollouts=replace(SETTINGS.rollouts, thinking_budget=2))
+    with pytest.raises(TokenError, match="row 0 thinks beyond its budget: this backend does not limit thinking"):
+        extract(backend, TRAIT, tmp_path, settings=settings, chat=chat)
 
 
 def test_thinking_is_averaged_over_the_responses_that_have_any(tmp_path: Path) -> None:

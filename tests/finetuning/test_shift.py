@@ -16,7 +16,7 @@ from persona_lens.finetuning.shift import ShiftSettings, correlated, shift
 from persona_lens.models import load
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings
 from tests.finetuning.chats import conversations, small, vectors_of
 from tests.tiny import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer

@@ -25,7 +25,7 @@ from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
 from persona_lens.models import Loaded, load
 from persona_lens.reports.finetuning import headline
 from persona_lens.reports.kinds import page_of
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings, NotationError
 from persona_lens.vectors import PersonaVectors
 from tests.finetuning.chats import conversations, small, vectors_of, write_conversations

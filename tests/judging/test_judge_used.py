@@ -20,7 +20,7 @@ from persona_lens.finetuning.shift import ShiftSettings, shift
 from persona_lens.finetuning.study import FinetuneStudySettings, finetune_study
 from persona_lens.judging import Exchange, Judge, Judgement, Score
 from persona_lens.monitoring import StudySettings, study
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.screening import Flagging, screen
 from persona_lens.steering import ArmSettings, CrossSettings, Steering, TuneSettings, tune
 from persona_lens.steering.comparison import compare

@@ -18,7 +18,7 @@ from persona_lens.judging.recording import as_used
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.monitoring import study
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import Steering, SweepSettings, choose_layer, curve, sweep, tune
 from persona_lens.steering.comparison import compare
 from persona_lens.steering.crossing import effects

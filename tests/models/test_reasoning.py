@@ -12,7 +12,8 @@ from persona_lens.core.progress import PersonaLensNote
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import ConversationMonitor, Panel
-from persona_lens.runs.rollouts import Rollouts, RolloutSettings
+from persona_lens.runs.rollouts import Rollouts
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from tests.planted import PlantedBackend
 from tests.tiny import with_template

@@ -28,7 +28,7 @@ from persona_lens.monitoring import (
 from persona_lens.monitoring.alarms import Scale, described
 from persona_lens.monitoring.baseline import NEUTRAL
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors
 from tests.planted import PlantedBackend

@@ -32,7 +32,7 @@ from persona_lens.monitoring.drift.run import alone
 from persona_lens.monitoring.drift.simulated_user import LocalUser, ServerUser, SimulatedUsers, seen_by
 from persona_lens.reports.result import Result
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import Steering, SteeringError
 from persona_lens.steering.history import History
 from persona_lens.traits import load_trait

@@ -34,7 +34,7 @@ from persona_lens.monitoring import (
 from persona_lens.reports.kinds import page_of
 from persona_lens.reports.study import title
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError, load_vectors
 from tests.planted import PlantedBackend

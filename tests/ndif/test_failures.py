@@ -17,7 +17,7 @@ from persona_lens.backend.batches import generate_rows
 from persona_lens.backend.protocol import RemoteError, RequestTooLargeError
 from persona_lens.cli import app
 from persona_lens.extraction import ExtractionSettings, extract
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from tests.backends.fixtures import PROMPTS, direction
 from tests.ndif.conftest import KEY, configured
 from tests.ndif.server import free_ports

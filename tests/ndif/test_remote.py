@@ -126,6 +126,25 @@ def test_thinking_and_answer_are_told_apart_there(server: str, models: Path) -> 
     assert [check for check in check_parity(there, here, max_new_tokens=4) if not check.passed] == []
 
 
+def test_thinking_is_limited_there(server: str, models: Path) -> None:
+    """The automaton travels in plain values."""
+    there, here = remote(models / "thinks"), local(models / "thinks")
+    opening = here.tokenizer.get_vocab()["<think>"]
+    prompts = [*PROMPTS, *((*prompt, opening) for prompt in PROMPTS)]
+    reads, whose = (Read(ReadKind.THINKING_MEAN), Read(ReadKind.ANSWER_MEAN)), Parts.of(here.tokenizer)
+    for budget in (0, 2):
+        for seeds in (None, tuple(range(6))):
+            sampling = Sampling(12, 0.0 if seeds is None else 1.0, seeds=seeds, thinking_budget=budget)
+            got, want = (
+                each.generate(prompts, sampling, [Edit.add(1, direction(1), -1.0)], reads) for each in (there, here)
+            )
+            assert got.responses == want.responses
+            for name, value in want.reads.items():
+                torch.testing.assert_close(got.reads[name], value, rtol=1e-5, atol=1e-5, equal_nan=True)
+            spent = [whose.of_response(p, r).count(Part.THINKING) for p, r in zip(prompts, got.responses, strict=True)]
+            assert max(spent) == budget
+
+
 def test_a_watched_generation_is_told_once_the_result_is_here(server: str, models: Path) -> None:
     """The same passes as here, and the same stops."""
     edits = [Edit.add(1, direction(1), -1.0, Positions.GENERATING)]

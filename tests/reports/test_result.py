@@ -24,7 +24,7 @@ from persona_lens.reports import steering, svg
 from persona_lens.reports.kinds import KINDS
 from persona_lens.reports.page import judge_name
 from persona_lens.reports.result import Result, ResultError, StoredResult
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from tests.campaign import targets
 from tests.reproduction.made import reproduced
 from tests.screening import made

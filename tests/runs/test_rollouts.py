@@ -16,7 +16,8 @@ from torch import Tensor
 from persona_lens.backend import Backend, Edit, Read, TokenError
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError, RunFolder
-from persona_lens.runs.rollouts import Request, Rollout, Rollouts, RolloutSettings, row_seed
+from persona_lens.runs.rollouts import Request, Rollout, Rollouts, row_seed
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Arm, load_trait
 from tests.backends.fixtures import tiny_backend
 from tests.planted import PlantedBackend

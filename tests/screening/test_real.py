@@ -10,7 +10,7 @@ import persona_lens as pl
 from persona_lens.data.datasets import open_dataset
 from persona_lens.extraction import ExtractionSettings
 from persona_lens.monitoring import Panel
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.screening import Flagging, screen
 
 LAYER = 20

@@ -21,7 +21,7 @@ from persona_lens.models.server import (
     ServerError,
     ServerSettings,
 )
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.serve.server import Running
 from persona_lens.steering import Steering
 from persona_lens.traits import load_trait

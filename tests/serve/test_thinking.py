@@ -112,6 +112,22 @@ def test_thinking_that_never_ends_leaves_no_content(client: Client) -> None:
     assert message["reasoning_content"]
 
 
+@pytest.mark.parametrize(
+    "asked", [{"thinking_budget": 2}, {"thinking_token_budget": 2}, {"reasoning": {"max_tokens": 2, "effort": "low"}}]
+)
+def test_thinking_is_limited_by_the_names_that_clients_use(client: Client, asked: dict[str, Any]) -> None:
+    choice = client.chat(ASKED, max_tokens=NEW, temperature=0, **asked).json()["choices"][0]
+    kinds = [token.get("part") for token in choice["persona_lens"]["tokens"]]
+    assert kinds == ["thinking"] * 2 + ["mark"] + [None] * (NEW - 3)
+    assert choice["message"]["content"]
+
+
+def test_a_budget_below_nothing_is_refused(client: Client) -> None:
+    refused = client.chat(ASKED, thinking_budget=-1)
+    assert refused.status_code == 400
+    assert "thinking_budget" in refused.text
+
+
 def test_the_page_shows_the_thinking_in_a_block_of_its_own(running: Running, tmp_path: Any) -> None:
     with browser() as chromium:
         page = Page(chromium.new_context(viewport=DESK, accept_downloads=True), running.link)

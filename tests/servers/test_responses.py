@@ -15,7 +15,8 @@ from persona_lens.extraction.external import external_rollouts
 from persona_lens.extraction.responses import generate_responses
 from persona_lens.models.chat import chat_format
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
-from persona_lens.runs.rollouts import ReadRollouts, RolloutSettings
+from persona_lens.runs.rollouts import ReadRollouts
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from tests.servers.server import LlmServer
 

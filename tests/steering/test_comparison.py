@@ -9,7 +9,7 @@ import torch
 
 from persona_lens.core.progress import no_progress
 from persona_lens.reports.steering import comparison_headline
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings, Prompted, Steering, SteeringError, compare
 from persona_lens.steering.arms import arm_variants
 from persona_lens.steering.comparison import pair_name

@@ -18,7 +18,7 @@ from persona_lens.core.progress import Progress, no_progress
 from persona_lens.judging import Calibration, Exchange, Judgement, LikelihoodJudge, Score
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import (
     Change,
     CrossSettings,

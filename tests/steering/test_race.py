@@ -22,7 +22,7 @@ from persona_lens.backend.tokens import TokenIds
 from persona_lens.extraction.experiment import Subject
 from persona_lens.judging import Calibration, Exchange, Judgement, Score
 from persona_lens.reports.kinds import page_of
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import SteeringError, TuneSettings, Tuning, tune, tune_work
 from persona_lens.steering.tuning.bisection import CLOSE, Bisection, most_steps
 from persona_lens.steering.tuning.race import middle_out

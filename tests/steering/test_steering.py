@@ -22,7 +22,8 @@ from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.judging import Calibration, Exchange, LikelihoodJudge
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import Rollouts, RolloutSettings
+from persona_lens.runs.rollouts import Rollouts
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import SteeringError, SweepRow, SweepSettings, choose_layer, curve, effect, sweep
 from persona_lens.steering.sweep import edits_of, plan_sweep
 from persona_lens.traits import load_trait

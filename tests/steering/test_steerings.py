@@ -19,7 +19,7 @@ from persona_lens.backend.batches import context_length
 from persona_lens.backend.edits import apply_edit
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import NotationError, Steering, SteeringError, load_steering
 from persona_lens.steering.steering import rowwise
 from persona_lens.vectors import PersonaVectors, Tuned, VectorsError

@@ -18,7 +18,7 @@ from persona_lens.extraction.experiment import Subject
 from persona_lens.judging import Calibration, Exchange, Judgement, Score
 from persona_lens.reports.kinds import page_of
 from persona_lens.runs import RunError
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import Steering, SteeringError, TuneSettings, tune
 from persona_lens.steering.arms import ArmEffect, ArmRow, arm_effect
 from persona_lens.steering.comparison import compare

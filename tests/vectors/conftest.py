@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from persona_lens.extraction import ExtractionSettings, extract
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from tests.planted import PlantedBackend
 

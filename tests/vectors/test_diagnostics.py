@@ -17,7 +17,7 @@ from persona_lens.backend.readout import find_readout
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.runs import RunError
 from persona_lens.runs.chunks import open_shard, pack_shard
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError, load_vectors, random_directions
 from persona_lens.vectors.diagnosis import TOKENS, Unembedding, consistency, diagnose, diagnostics_of, measured

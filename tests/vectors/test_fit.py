@@ -23,7 +23,7 @@ from persona_lens.core.statistics import auc, separation
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.runs import RunError
 from persona_lens.runs.chunks import open_shard
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, Tuned, load_vectors
 from persona_lens.vectors.erasure import eraser

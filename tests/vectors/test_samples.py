@@ -13,7 +13,7 @@ from torch import Tensor
 from persona_lens.extraction import ExtractionSettings, extract
 from persona_lens.runs import RunError
 from persona_lens.runs.chunks import open_shard, pack_shard
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import VectorsError, load_vectors
 from persona_lens.vectors.samples import read_samples

@@ -25,7 +25,7 @@ from benchmarks.steerability import (
 )
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.extraction import ExtractionSettings, extract
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering import ArmSettings
 from persona_lens.steering.arms import arm_effect
 from persona_lens.steering.comparison import compare

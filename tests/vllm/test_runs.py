@@ -18,7 +18,7 @@ import torch
 import persona_lens as pl
 from persona_lens.backend import Backend, open_backend
 from persona_lens.backend.sinks import MULTIPLE, sink_limits
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = RolloutSettings(max_new_tokens=12, batch_size=16)

@@ -229,6 +229,22 @@ def test_thinking_is_told_by_the_template_that_the_client_has(
         torch.testing.assert_close(found[name][0], wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_thinking_is_limited_there(served: VllmServer, here: Backend) -> None:
+    opening, closing = (here.tokenizer.get_vocab()[token] for token in ("<think>", "</think>"))
+    prompts, whose = [*IDS, *((*ids, opening) for ids in IDS)], Parts.of(here.tokenizer)
+    for budget in (0, 2):
+        for seeds in (None, tuple(range(6))):
+            sampling = Sampling(16, 0.0 if seeds is None else 1.0, seeds=seeds, thinking_budget=budget)
+            edits = [Edit.add(1, direction(), 2.0, Positions.THINKING)]
+            made, wanted = (backend.generate(prompts, sampling, edits, Read.means()) for backend in (served, here))
+            assert made.responses == wanted.responses
+            assert_same_reads(made.reads, wanted.reads)
+            spent = [whose.of_response(p, r).count(Part.THINKING) for p, r in zip(prompts, made.responses, strict=True)]
+            assert max(spent) == budget
+            if not budget:
+                assert {response[0] for response in made.responses[3:]} == {closing}
+
+
 def test_edits_are_made_sure_to_act_there(served: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(point.passed for point in verify(served))
     monkeypatch.setattr(client, "edits_of_rows", lambda *_: [])
@@ -255,6 +271,8 @@ NONSENSE = {
     "too short": json.dumps({"edits": [{"layer": 0, "direction": NUMBERS[:8]}]}),
     "no such operation": json.dumps({"edits": [{"layer": 0, "direction": NUMBERS, "operation": "eval"}]}),
     "for another text": json.dumps({"prompt": 9999}),
+    "thinking below nothing": json.dumps({"thinking_budget": -1}),
+    "thinking in what is there": json.dumps({"thinking_budget": 3, "prompt": 1}),
     "activations": json.dumps({"reads": [{"kind": "activations"}]}),
     "sinks unknown": json.dumps({"reads": [{"kind": "prompt_mean"}]}),
 }

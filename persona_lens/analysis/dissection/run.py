@@ -35,7 +35,7 @@ from persona_lens.reports.result import Answered
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.runs.chunks import CHECK, is_signed, signed
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.steering import ArmRow, ArmSettings, Steering
 from persona_lens.steering.arms import ARMS, UNSTEERED, arms_experiment, unsteered_means
 from persona_lens.traits import Trait
@@ -177,7 +177,7 @@ def _config(
     hashed = "sha256:" + hashlib.sha256("\0".join(corpus).encode()).hexdigest()
     return {
         "kind": "dissection",
-        "settings": asdict(settings),
+        "settings": settings_json(settings),
         "features": features.describe(),
         "corpus": {"texts": len(corpus), "content_hash": hashed} if corpus else None,
         **asked,

@@ -6,7 +6,7 @@ Directions of one trait or of several: then all ways to steer answer the same qu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Request
+from persona_lens.runs.settings import settings_json
 from persona_lens.steering import ArmSettings, Prompted, Steering
 from persona_lens.steering.arms import ARMS, UNSTEERED, Arms, arm_edits, arm_variants
 from persona_lens.steering.tuning.settings import Towards
@@ -276,7 +277,7 @@ class Plan:
         """Everything that determines the result, as JSON values."""
         return {
             "kind": KIND,
-            "settings": asdict(self.settings),
+            "settings": settings_json(self.settings),
             "questions": len(self.questions),
             "traits": {
                 name: {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -36,6 +36,7 @@ from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunFolder, file_prefix
 from persona_lens.runs.cost import Work
 from persona_lens.runs.rollouts import Rollout
+from persona_lens.runs.settings import settings_json
 from persona_lens.vectors import PersonaVectors
 
 KIND = "persistence"
@@ -140,7 +141,7 @@ class Plan:
         said = json.dumps([user.turns[: self.settings.turns] for user in self.users])
         return {
             "kind": KIND,
-            "settings": asdict(self.settings),
+            "settings": settings_json(self.settings),
             "users": {
                 "names": [user.name for user in self.users],
                 "messages": "sha256:" + hashlib.sha256(said.encode()).hexdigest(),

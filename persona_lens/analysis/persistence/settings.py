@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from persona_lens.analysis import AnalysisError
 from persona_lens.analysis.known_questions import check_count
 from persona_lens.analysis.persistence.ways import Way
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.vectors import OWN_REDUCTION
 
 

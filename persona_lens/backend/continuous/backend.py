@@ -15,7 +15,7 @@ from persona_lens.backend.continuous.rows import RowsRun
 from persona_lens.backend.edits import Edit, Edits
 from persona_lens.backend.hooked import HookedBackend
 from persona_lens.backend.packed.run import PackedBackend
-from persona_lens.backend.parts.asked import parts_for
+from persona_lens.backend.parts.asked import budgets_for, parts_for
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation
 from persona_lens.backend.reads import Read, need_last_token
 from persona_lens.backend.shared_prompts import can_share_prompts
@@ -94,6 +94,7 @@ class ContinuousBackend(PackedBackend):
         more = watch is not None or need_last_token(reads)
         known: dict[str, Any] = {"n_layers": self.info.n_layers, "end_ids": self.end_ids, "sink_limits": limits}
         known["parts"] = parts_for(self.tokenizer, edits, reads)
+        known["budgets"] = budgets_for(self.tokenizer, prompts, sampling)
         run = RowsRun(tokens, edits, reads, sampling=sampling, more=more, watch=watch, **known)
         self._run(run)
         return run.generation(more=more, forward=self.forward)

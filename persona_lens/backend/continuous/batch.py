@@ -17,6 +17,7 @@ from persona_lens.backend.batches import OutOfMemoryError, is_out_of_memory
 from persona_lens.backend.continuous.rows import Row, RowsRun, runs_of
 from persona_lens.backend.hooked import HookedBackend
 from persona_lens.backend.packed.passes import edited_pass
+from persona_lens.backend.parts.budget import forcing
 from persona_lens.backend.sampling import add_draws
 from persona_lens.backend.slots import Slots
 from persona_lens.backend.streaming import token_scores
@@ -189,7 +190,8 @@ class ContinuousBatch:
                 if part.row.run.top is not None:
                     tops.setdefault(part.row.run.top, []).append(place)
             plain = {top: logits[some] for top, some in tops.items()}  # copies: draws are added in place
-            tokens: list[int] = add_draws(logits, draws).argmax(dim=-1).tolist()
+            budgets = {place: part.row.budget for place, part in enumerate(parts) if part.row.budget is not None}
+            tokens: list[int] = forcing(add_draws(logits, draws), budgets).argmax(dim=-1).tolist()
             scores: dict[int, TokenScore] = {}
             for top, some in tops.items():
                 told = token_scores(plain[top], [tokens[place] for place in some], top)

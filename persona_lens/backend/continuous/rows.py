@@ -14,6 +14,7 @@ from persona_lens.backend.edits import Edit
 from persona_lens.backend.packed.checks import check_done
 from persona_lens.backend.packed.passes import RunningCall, as_error
 from persona_lens.backend.packed.run import PackedRun
+from persona_lens.backend.parts.budget import ThinkingBudget
 from persona_lens.backend.reads import Read
 from persona_lens.backend.streaming import token_scores
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, TokenScore
@@ -28,6 +29,7 @@ class Row:
         number: Its number there.
         text: Its tokens so far, those of the prompt first.
         draws: What makes its tokens a sample; None for the likeliest ones.
+        budget: The thinking that is left to it, if it is limited.
         over: Whether it is given no more.
     """
 
@@ -35,6 +37,7 @@ class Row:
     number: int
     text: list[int]
     draws: Draws | None
+    budget: ThinkingBudget | None = None
     over: bool = False
 
     def take(self, token: int, score: TokenScore | None) -> None:
@@ -45,6 +48,8 @@ class Row:
             if score is not None:
                 run.scored[self.number].append(score)
             self.text.append(token)
+            if self.budget is not None:
+                self.budget.take(token)
             given += 1
             self.over = self.over or token in run.call.end_ids or (given == run.call.room and not run.more)
         else:
@@ -85,6 +90,7 @@ class RowsRun(PackedRun):
         edits: What to write.
         reads: What to bring back.
         sampling: How its rows are generated.
+        budgets: The thinking that is left to each row, if it is limited.
         more: Whether the last token of each row runs too, because something of it is read.
         rest: The rest.
 
@@ -100,6 +106,7 @@ class RowsRun(PackedRun):
         reads: Sequence[Read],
         *,
         sampling: Sampling,
+        budgets: Sequence[ThinkingBudget],
         more: bool,
         **rest: Any,
     ) -> None:
@@ -109,7 +116,8 @@ class RowsRun(PackedRun):
         self.running = RunningCall(self.call)
         drawn = [Draws(seed, sampling) for seed in sampling.seeds or ()]
         draws: Sequence[Draws | None] = drawn or [None] * len(tokens)
-        self.rows = [Row(self, n, list(prompt), draws[n]) for n, prompt in enumerate(tokens.prompts)]
+        left: Sequence[ThinkingBudget | None] = budgets or [None] * len(tokens)
+        self.rows = [Row(self, n, list(prompt), draws[n], left[n]) for n, prompt in enumerate(tokens.prompts)]
         self.scored: list[list[TokenScore]] = [[] for _ in self.rows]
         self.scored_prompts: list[list[TokenScore]] = [[] for _ in self.rows]
         self._arrived: deque[Mapping[str, Tensor]] = deque()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from persona_lens.backend.edits import Edit
 from persona_lens.backend.parts import Parts
+from persona_lens.backend.parts.budget import ThinkingBudget
 from persona_lens.backend.reads import OF_PARTS, Read, ReadError, ReadKind
-from persona_lens.backend.tokens import EditError, Positions, Span
+from persona_lens.backend.tokens import EditError, Positions, Sampling, Span, TokenError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,3 +55,63 @@ def parts_for(
     if ReadKind.THINKING_MEAN in asked:
         raise ReadError(f"there is no thinking to read: {NEVER}; read answer_mean or response_mean")
     return None
+
+
+def budgets_for(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> tuple[ThinkingBudget, ...]:
+    """The thinking that is left to the response to each prompt; none where it is not limited.
+
+    Raises:
+        TokenError: If it is to be limited, and the model never thinks.
+    """
+    limited = limited_for(tokenizer, sampling.thinking_budget)
+    return () if limited is None else tuple(limited.parts.budget(prompt, limited.most) for prompt in prompts)
+
+
+def check_limited(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    responses: Sequence[Sequence[int]],
+) -> None:
+    """Raise `TokenError` where a response thought on, as a backend of others lets it that knows no such limit."""
+    for row, budget in enumerate(budgets_for(tokenizer, prompts, sampling)):
+        for token in responses[row]:
+            if budget.forced not in (None, token):
+                raise TokenError(
+                    f"row {row} thinks beyond its budget: this backend does not limit thinking; leave out the thinking "
+                    "budget (--thinking-budget), or open the model with another backend"
+                )
+            budget.take(token)
+
+
+class Limited(NamedTuple):
+    """A limit on thinking.
+
+    Attributes:
+        parts: What tells thinking from answer.
+        most: How many thinking tokens a response may have.
+    """
+
+    parts: Parts
+    most: int
+
+
+def limited_for(tokenizer: PreTrainedTokenizerBase, most: int | None, told: Parts | None = None) -> Limited | None:
+    """A limit of so many thinking tokens for a tokenizer's model; None where there is none.
+
+    Args:
+        tokenizer: The model's.
+        most: So many.
+        told: See `parts_for`.
+
+    Raises:
+        TokenError: If the model never thinks.
+    """
+    if most is None:
+        return None
+    parts = told or Parts.of(tokenizer)
+    if not parts.closing:
+        raise TokenError(f"there is no thinking to limit: {NEVER}; leave out the thinking budget (--thinking-budget)")
+    return Limited(parts, most)

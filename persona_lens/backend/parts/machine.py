@@ -162,6 +162,27 @@ class MarkMachine:
             return state, known
         return state, Part.NEITHER
 
+    def unclosed(self, states: Sequence[State], answers: str) -> dict[int, tuple[str, str]]:
+        """By the number of a state in which thinking is open: what closes it, and what of that is not there yet.
+
+        Args:
+            states: All of them.
+            answers: What follows a message that is thinking, where messages have heads.
+        """
+        found = {}
+        for number, (kind, *rest) in enumerate(states):
+            if kind == HARMONY_THINKING[0]:
+                found[number] = answers, answers
+            elif kind == "thinking":
+                pair, there = rest
+                assert isinstance(pair, int)
+                assert isinstance(there, int)
+                closing = self._pairs[pair].closing
+                whole = _text(closing)
+                assert whole is not None  # as it was spelled from a text
+                found[number] = whole, _text(closing[there:]) or whole
+        return found
+
     def beginnings(self) -> list[bytes]:
         """The bytes of marks that begin with one."""
         return [_letters(each) for each in self._spellings if isinstance(each[0], int)]
@@ -174,6 +195,14 @@ class MarkMachine:
     @property
     def _spellings(self) -> list[Spelling]:
         return [spelling for pair in self._pairs for spelling in (pair.opening, pair.closing)]
+
+
+def _text(spelling: Spelling) -> str | None:
+    """What is spelled; None for a part that begins within a character."""
+    try:
+        return b"".join(each.encode() if isinstance(each, str) else bytes([each]) for each in spelling).decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _letters(spelling: Spelling) -> bytes:

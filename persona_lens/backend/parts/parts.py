@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from persona_lens.backend.parts.budget import ThinkingBudget
 from persona_lens.backend.parts.machine import Part
 from persona_lens.backend.parts.table import PartTable, compiled, markup_of, template_of
 from persona_lens.core.marks import Marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from persona_lens.backend.parts.budget import Closing
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,9 @@ class Parts:
         kinds: By class and state, what such a token is.
         responding: By state, that in which a response begins whose prompt ends there.
         separators: Tags between turns that are no control tokens.
+        newlines: What the chat template writes behind the closing mark of each of `marks`.
+        closing: By state in which thinking is open, the ids that close it: what is not there yet of the mark, and the
+            newlines behind it.
     """
 
     marks: tuple[Marks, ...] = ()
@@ -59,6 +66,8 @@ class Parts:
     kinds: tuple[tuple[Part, ...], ...] = field(default=((Part.ANSWER,),), repr=False)
     responding: tuple[int, ...] = field(default=(0,), repr=False)
     separators: tuple[str, ...] = field(default=(), repr=False)
+    newlines: tuple[str, ...] = field(default=(), repr=False)
+    closing: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Parts:
@@ -76,15 +85,21 @@ class Parts:
         return _kept(tokenizer, chosen, lambda: compiled(tokenizer, *markup_of(tokenizer, chosen)))
 
     @staticmethod
-    def marked(tokenizer: PreTrainedTokenizerBase, marks: Sequence[Marks], separators: Sequence[str]) -> Parts:
-        """Those with the `marks` and `separators` of others, for a tokenizer with the same tokens and no template.
+    def marked(
+        tokenizer: PreTrainedTokenizerBase,
+        marks: Sequence[Marks],
+        separators: Sequence[str],
+        newlines: Sequence[str] = (),
+    ) -> Parts:
+        """Those with the `marks` and the rest of others, for a tokenizer with the same tokens and no template.
 
         Args:
             tokenizer: The tokenizer.
             marks: What opens reasoning and what closes it.
             separators: Tags between turns that are no control tokens.
+            newlines: What is written behind the closing mark of each of them.
         """
-        given = (tuple(marks), tuple(separators))
+        given = (tuple(marks), tuple(separators), tuple(newlines))
         return _kept(tokenizer, given, lambda: compiled(tokenizer, *given))
 
     @property
@@ -111,6 +126,20 @@ class Parts:
             state, part = self.step(state, token)
             found.append(part)
         return tuple(found)
+
+    def budget(self, prompt: Iterable[int], most: int) -> ThinkingBudget:
+        """What is left to a response to a prompt that may have so many thinking tokens."""
+        return ThinkingBudget(self._closing, self.after(prompt), most)
+
+    @cached_property
+    def _closing(self) -> Closing:
+        thinking = tuple(tuple(part is Part.THINKING for part in column) for column in self.kinds)
+        return {
+            "classes": dict(self.classes),
+            "following": self.following,
+            "thinking": thinking,
+            "closing": dict(self.closing),
+        }
 
     def given(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> GivenParts:
         """What is known of rows whose responses are there as far as given."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_lens.backend.parts.machine import (
     BEGIN,
@@ -19,12 +20,25 @@ from persona_lens.backend.parts.machine import (
     State,
     Symbol,
 )
-from persona_lens.core.marks import CHANNEL, FINAL, HARMONY, MARKS, RECIPIENTS, TAGS, WORDS, Marks, opened_marks
+from persona_lens.core.marks import (
+    ANSWERS,
+    CHANNEL,
+    FINAL,
+    HARMONY,
+    MARKS,
+    RECIPIENTS,
+    SWITCHES,
+    TAGS,
+    WORDS,
+    Marks,
+    opened_marks,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _QUESTION, _ANSWER = "probe of the question walnut ladder", "probe of the answer copper violin"
+_THOUGHT = "probe of the thought silver candle"
 _ENDS = (">", "]", "▷")  # of tags
 
 
@@ -37,6 +51,8 @@ class PartTable(NamedTuple):
     kinds: tuple[tuple[Part, ...], ...] = ((Part.ANSWER,),)
     responding: tuple[int, ...] = (0,)
     separators: tuple[str, ...] = ()
+    newlines: tuple[str, ...] = ()
+    closing: Mapping[int, tuple[int, ...]] = MappingProxyType({})
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -46,18 +62,29 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return ""
 
 
-def markup_of(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[tuple[Marks, ...], tuple[str, ...]]:
-    """What a tokenizer and the text of a chat template say of thinking: the marks, and the tags between turns."""
+Markup = tuple[tuple[Marks, ...], tuple[str, ...], tuple[str, ...]]
+"""What opens and closes thinking, the tags between turns, and the newlines behind each of the closing marks."""
+
+
+def markup_of(tokenizer: PreTrainedTokenizerBase, template: str) -> Markup:
+    """What a tokenizer and the text of a chat template say of thinking."""
     vocabulary = Vocabulary(tokenizer, template)
     turns, opened = _rendered(tokenizer, template)
     marks = [pair for pair in MARKS if vocabulary.has(pair[0]) or any(mark in template for mark in pair)]
     marks += [pair for pair in WORDS if pair[1] in template]
     if opened is not None and opened not in marks and not vocabulary.channels:
         marks.append(opened)
-    return (*vocabulary.heads, *marks), tuple(sorted(name for name in vocabulary.tags if name in turns))
+    found = (*vocabulary.heads, *marks)
+    newlines = tuple(_newlines(tokenizer, template, closing, turns) for _, closing in found)
+    return found, tuple(sorted(name for name in vocabulary.tags if name in turns)), newlines
 
 
-def compiled(tokenizer: PreTrainedTokenizerBase, marks: Sequence[Marks], separators: Sequence[str] = ()) -> PartTable:
+def compiled(
+    tokenizer: PreTrainedTokenizerBase,
+    marks: Sequence[Marks],
+    separators: Sequence[str] = (),
+    newlines: Sequence[str] = (),
+) -> PartTable:
     """The table for a tokenizer and what `markup_of` found; one without marks where the model never thinks."""
     vocabulary = Vocabulary(tokenizer, "".join(mark for pair in marks for mark in pair))
     own = [pair for pair in marks if pair not in vocabulary.heads]
@@ -76,7 +103,10 @@ def compiled(tokenizer: PreTrainedTokenizerBase, marks: Sequence[Marks], separat
             columns.separates(token)
         else:
             columns.text(token, vocabulary.text(name))
-    return columns.table((*vocabulary.heads, *own), tuple(separators))
+    table = columns.table((*vocabulary.heads, *own), tuple(separators))
+    ends = {pair[1]: pair[1] + behind for pair, behind in zip(marks, newlines, strict=False)}
+    unclosed = machine.unclosed(columns.states, vocabulary.answers)
+    return table._replace(newlines=tuple(newlines), closing=_closing(tokenizer, table, unclosed, ends))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, Marks | None]:
@@ -93,6 +123,53 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, M
     return "".join(texts), opened_marks(texts[0].rpartition(_QUESTION)[2], finished)
 
 
+def _newlines(tokenizer: PreTrainedTokenizerBase, template: str, closing: str, turns: str) -> str:
+    """The most newlines that a template writes behind what closes thinking.
+
+    Templates write it in an earlier turn that holds reasoning, and in prompts of which thinking is switched off.
+    """
+    question = {"role": "user", "content": _QUESTION}
+    answered = {"role": "assistant", "content": _ANSWER, "reasoning_content": _THOUGHT}
+    texts = [turns]
+    for messages, begins in (([question, answered], False), ([question], True)):
+        with suppress(Exception):  # as above
+            given: dict[str, Any] = {"chat_template": template, "add_generation_prompt": begins, "tokenize": False}
+            given |= dict.fromkeys(SWITCHES, not begins)
+            texts.append(str(tokenizer.apply_chat_template(messages, **given)))
+    return max((found[1] for text in texts for found in re.finditer(re.escape(closing) + r"(\n*)", text)), default="")
+
+
+def _closing(
+    tokenizer: PreTrainedTokenizerBase,
+    table: PartTable,
+    unclosed: Mapping[int, tuple[str, str]],
+    ends: Mapping[str, str],
+) -> dict[int, tuple[int, ...]]:
+    """By state in which thinking is open, the ids that close it there.
+
+    Args:
+        tokenizer: Whose ids they are.
+        table: What they do.
+        unclosed: By state, what closes thinking there, and what of that is still to come.
+        ends: By what closes thinking, what is to be written whole.
+    """
+    found = {}
+    for state, (closing, rest) in unclosed.items():
+        whole = ends.get(closing, closing)
+        for text in (rest + whole.removeprefix(closing), whole):
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if _closes(table, state, ids):
+                found[state] = ids
+                break
+    return found
+
+
+def _closes(table: PartTable, state: int, ids: Sequence[int]) -> bool:
+    for token in ids:
+        state = table.following[table.classes.get(token, 0)][state]
+    return table.kinds[0][state] is Part.ANSWER
+
+
 class Vocabulary:
     """A tokenizer's tokens.
 
@@ -102,6 +179,7 @@ class Vocabulary:
         tags: Names of other tokens that stand for themselves, as some models have theirs between turns.
         heads: What sets thinking apart in the heads of messages, as those of gpt-oss and Muse.
         channels: Whether there are such heads, or tags that are written like them.
+        answers: What follows a message that is thinking, where there are.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -116,6 +194,7 @@ class Vocabulary:
             elif RECIPIENTS[0] in template:
                 self.heads = (RECIPIENTS,)
         self.channels = bool(self.heads) or added.keys() >= set(TAGS)
+        self.answers = ANSWERS[self.heads[0][0] if self.heads else TAGS[0]]
         self._added = sorted(filter(None, added), key=len, reverse=True)  # the longest first, as a text is cut
         self._whole = frozenset(added)
         self._names: dict[int, str] | None = None
@@ -167,7 +246,7 @@ class _Columns:
     """What tokens do in every state of a machine: those that do the same are of one class."""
 
     def __init__(self, machine: MarkMachine, states: Sequence[State]) -> None:
-        self._machine, self._states = machine, states
+        self._machine, self.states = machine, states
         self._numbers = {state: number for number, state in enumerate(states)}
         self._classes: dict[tuple[tuple[int, Part], ...], int] = {}
         self._of: dict[int, int] = {}
@@ -183,7 +262,7 @@ class _Columns:
 
     def separates(self, token: int) -> None:
         """A control token: a new turn begins, or another text."""
-        self._set(token, self._class_of(((self._numbers[BEGIN], Part.NEITHER),) * len(self._states)))
+        self._set(token, self._class_of(((self._numbers[BEGIN], Part.NEITHER),) * len(self.states)))
 
     def text(self, token: int, text: bytes) -> None:
         """A token that stands for bytes; most do the same as any with its spaces, and are not looked at further."""
@@ -203,7 +282,7 @@ class _Columns:
             self._of[token] = of_class
 
     def _column(self, symbols: Sequence[Symbol]) -> tuple[tuple[int, Part], ...]:
-        reached = (self._machine.run(state, symbols) for state in self._states)
+        reached = (self._machine.run(state, symbols) for state in self.states)
         return tuple((self._numbers[state], part) for state, part in reached)
 
     def _class_of(self, column: tuple[tuple[int, Part], ...]) -> int:
@@ -213,7 +292,7 @@ class _Columns:
         """All of it."""
         following = tuple(tuple(state for state, _ in column) for column in self._classes)
         kinds = tuple(tuple(part for _, part in column) for column in self._classes)
-        responding = tuple(self._numbers[self._machine.responding(state)] for state in self._states)
+        responding = tuple(self._numbers[self._machine.responding(state)] for state in self.states)
         return PartTable(marks, self._of, following, kinds, responding, separators)
 
 

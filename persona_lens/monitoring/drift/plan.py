@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from persona_lens.backend import Backend, Read, ReadKind
@@ -16,7 +16,7 @@ from persona_lens.monitoring.drift.messages import check_regression
 from persona_lens.monitoring.drift.simulated_user import SimulatedUsers, UserModel, described
 from persona_lens.monitoring.gauges import MonitoringError, Panel
 from persona_lens.runs.cost import Work
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.steering import Steering
 from persona_lens.steering.arms import arm_edits, arm_variants
 from persona_lens.steering.history import DEFAULT_HISTORY, History, check_history, edits_over_turns
@@ -150,7 +150,7 @@ class Drifting:
         """Everything that determines the result, as JSON values."""
         return {
             "kind": KIND,
-            "settings": asdict(self.settings),
+            "settings": settings_json(self.settings),
             "gauges": [
                 {"vectors": gauge.vectors.content_hash, "layer": gauge.layer, "reduction": gauge.reduction}
                 for gauge in self.panel.gauges

@@ -25,6 +25,7 @@ from persona_lens.monitoring.gauges import projected
 from persona_lens.reports.result import Answered
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import ReadRollouts, Request, Rollout, Texts
+from persona_lens.runs.settings import settings_json
 from persona_lens.steering import Steering
 from persona_lens.steering.arms import NONE, UNSTEERED
 from persona_lens.vectors import PersonaVectors
@@ -226,7 +227,7 @@ def _summary(
     messages = MessageTable([user.turns for user in said], names, domains, embedded)
     return {
         "model": asdict(planned.backend.info),
-        "settings": asdict(settings),
+        "settings": settings_json(settings),
         "domains": {domain: domains.count(domain) for domain in dict.fromkeys(domains)},
         "played_by": described(planned.played),
         "counts": {

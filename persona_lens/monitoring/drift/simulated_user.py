@@ -15,7 +15,8 @@ from persona_lens.models import ChatFormat, Message
 from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
 from persona_lens.monitoring.gauges import MonitoringError
 from persona_lens.runs.cost import Call, Work, generating_work
-from persona_lens.runs.rollouts import RolloutSettings, row_seed
+from persona_lens.runs.rollouts import row_seed
+from persona_lens.runs.settings import RolloutSettings, settings_json
 
 SEEDS = 2**31  # servers keep a seed as a signed number of 32 or 64 bits
 BEGIN = "(The conversation begins. Write the first message.)"
@@ -149,7 +150,7 @@ class ServerUser:
 
     def _request(self, conversation: Sequence[Message], seed: int) -> CompletionRequest:
         messages = tuple((message["role"], message["content"]) for message in conversation)
-        settings = self.settings
+        settings = self.settings.for_server()
         return CompletionRequest(messages, settings.max_new_tokens, settings.temperature, settings.top_p, seed % SEEDS)
 
     def describe(self) -> dict[str, Any]:
@@ -159,7 +160,8 @@ class ServerUser:
 
 
 def _written_how(settings: RolloutSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    names = ("max_new_tokens", "temperature", "top_p", "thinking_budget")
+    return {name: said for name, said in settings_json(settings).items() if name in names}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.reports.result import Result
 from persona_lens.runs.cost import Work
+from persona_lens.runs.settings import settings_json
 from persona_lens.steering.arms import MIN_COHERENCE, NONE, ArmEffect, ArmRow, unsteered_means
 from persona_lens.steering.steering import Steering
 from persona_lens.steering.tuning.search import Searched, confirming_work, search, search_work
@@ -146,7 +147,7 @@ def _summary(subject: Subject, settings: TuneSettings, found: Searched, confirme
         "description": trait.description,
         "trait_hash": trait.content_hash(),
         "towards": str(settings.towards),
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": json.loads(json.dumps(settings_json(settings))),
         "search_questions": settings.search_questions,
         "confirm_questions": settings.confirm_questions,
         "left_questions": len(trait.evaluation_questions) - settings.search_questions,

@@ -8,7 +8,7 @@ from enum import StrEnum
 from persona_lens.backend import Positions
 from persona_lens.core.statistics import FEW
 from persona_lens.extraction.experiment import Subject
-from persona_lens.runs.rollouts import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings
 from persona_lens.steering.arms import COHERENCE_MARGIN, ArmSettings
 from persona_lens.steering.steering import SteeringError
 from persona_lens.steering.tuning.bisection import most_steps

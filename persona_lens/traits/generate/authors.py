@@ -82,23 +82,26 @@ class LocalAuthor(_Asked):
         seed: Base of the seeds; every reply has one of its own.
         temperature: 0 is greedy.
         first_request: Number of the first reply: an interrupted run goes on with other seeds than it began with.
+        thinking_budget: How many tokens it may think before it has to write; None does not limit it.
     """
 
     backend: Backend
     chat: ChatFormat
+    thinking_budget: int | None = None
 
     def write(self, system: str, request: str, schema: Mapping[str, Any]) -> str:
         """Reply to one request; see `Author.write`."""
         from persona_lens.backend import Sampling
 
         seed = self.next_seed()
-        sampling = Sampling(self.max_new_tokens, self.temperature, seeds=(seed,) if self.temperature else None)
+        seeds, budget = (seed,) if self.temperature else None, self.thinking_budget
+        sampling = Sampling(self.max_new_tokens, self.temperature, seeds=seeds, thinking_budget=budget)
         made = self.backend.generate([self.chat.encode(system, with_form(request, schema))], sampling)
         return self.chat.answer(made.responses[0])
 
     def describe(self) -> dict[str, Any]:
         """Say which model this is; see `Author.describe`."""
-        info = self.backend.info
+        info, budget = self.backend.info, self.thinking_budget
         return {
             "model": info.model,
             "revision": info.revision,
@@ -106,6 +109,7 @@ class LocalAuthor(_Asked):
             "backend": info.backend,
             "dtype": info.dtype,
             "max_new_tokens": self.max_new_tokens,
+            **({} if budget is None else {"thinking_budget": budget}),
         }
 
 
@@ -181,6 +185,7 @@ def open_author(
     temperature: float = TEMPERATURE,
     max_new_tokens: int = MAX_NEW_TOKENS,
     first_request: int = 0,
+    thinking_budget: int | None = None,
     open_model: Callable[[str], Backend] | None = None,
     open_server: Callable[[str], CompletionServer] | None = None,
 ) -> Author:
@@ -193,17 +198,20 @@ def open_author(
         temperature: 0 is greedy.
         max_new_tokens: Length limit of a reply, in tokens.
         first_request: How many replies an interrupted run has asked for already.
+        thinking_budget: How many tokens a model that runs here may think before it has to write.
         open_model: Opens a model that runs here; the default backend does unless one is given.
         open_server: Finds the server of a model; the one in ``OPENAI_BASE_URL``, or OpenAI itself, unless one is given.
 
     Raises:
-        AuthoringError: There is no such author.
+        AuthoringError: There is no such author, or its thinking cannot be limited.
         ServerError: The packages to ask a server are missing, or the key.
         PersonaLensError: The model cannot be opened.
     """
     asked: Any = {"max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature}
     asked["first_request"] = first_request
     if on_server(spec):
+        if thinking_budget is not None:
+            raise AuthoringError("the thinking of a model on a server cannot be limited; leave out thinking_budget")
         name = spec.removeprefix(SERVER)
         server = open_server(name) if open_server else CompletionServer(ServerSettings(name, timeout=TIMEOUT))
         server.check()
@@ -212,7 +220,7 @@ def open_author(
     from persona_lens.models import ChatFormat
 
     backend = open_model(spec) if open_model else open_backend("transformers", spec)
-    return LocalAuthor(backend, ChatFormat.from_tokenizer(backend.tokenizer), **asked)
+    return LocalAuthor(backend, ChatFormat.from_tokenizer(backend.tokenizer), thinking_budget, **asked)
 
 
 def on_server(spec: str) -> bool:
