@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, cell, print_table, say, show_rows, showing_progress
+from persona_lens.cli.options.steerings import LayerOptions, SteeringOptions, candidates
 from persona_lens.cli.runner import Job, Run, Session, deliver
 from persona_lens.cli.settings import Fields, Given, Option, layer_numbers
-from persona_lens.cli.steerings import LayerOptions, SteeringOptions, candidates
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_text
 

@@ -12,7 +12,7 @@ import persona_lens
 from persona_lens.cli import options
 from persona_lens.cli.definitions import RefusedError, write_new
 from persona_lens.cli.display import print_table, say, say_json, showing_progress
-from persona_lens.cli.judges import SERVER_URL, Prices, ServerKey, open_server, say_usage
+from persona_lens.cli.options.judges import SERVER_URL, Prices, ServerKey, open_server, say_usage
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option, argument, given_options
 from persona_lens.core.errors import PersonaLensError

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from persona_lens.cli import options
 from persona_lens.cli.display import quiet_libraries, say, showing_progress
+from persona_lens.cli.options.steerings import named_vectors
 from persona_lens.cli.runner import deliver
 from persona_lens.cli.settings import Option, argument
-from persona_lens.cli.steerings import named_vectors
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 

@@ -43,7 +43,7 @@ COMMANDS: Mapping[str, str | Group] = {
     "bench-steer": "methods:methods_command",
     "demo": "extraction:demo",
     "extract": "extraction:extract",
-    "generate": "steerings:generate",
+    "generate": "generate:generate",
     "responses": "extraction:responses",
     "dissect": "analysis:dissect",
     "finetune": "finetuning:finetune_command",
@@ -200,7 +200,7 @@ def app_of(name: str, entry: str | Group) -> typer.Typer:
     if isinstance(entry, Group):
         app.callback(cls=lazily(entry))(lambda: None)
     else:
-        from persona_lens.cli.ray import ending_workers
+        from persona_lens.cli.options.ray import ending_workers
         from persona_lens.cli.settings import command
 
         app.command(name)(command(ending_workers()(resolve_name(f"persona_lens.cli.{entry}"))))

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from persona_lens.cli import options
 from persona_lens.cli.chat import Chat, check_free
 from persona_lens.cli.display import console, readings_columns, say, say_json, show_rows
+from persona_lens.cli.options.steerings import SteeringOptions
 from persona_lens.cli.runner import say_traffic
 from persona_lens.cli.settings import Option, argument, choice
-from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_text, writing
 from persona_lens.core.text import counted

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, interval_text, say, show_rows
-from persona_lens.cli.judges import SERVER_URL, Prices, ServerKey, open_server, say_usage
+from persona_lens.cli.options.judges import SERVER_URL, Prices, ServerKey, open_server, say_usage
+from persona_lens.cli.options.steerings import SteeringOptions
 from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option, given_options
-from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.cli import judges, options
+from persona_lens.cli import options
 from persona_lens.cli.display import (
     Column,
     interval_text,
@@ -21,6 +21,7 @@ from persona_lens.cli.display import (
     show_rows,
     showing_progress,
 )
+from persona_lens.cli.options import judges
 from persona_lens.cli.runner import Job, Run, Session, deliver, show_work
 from persona_lens.cli.settings import Fields, Given, Option
 from persona_lens.core.errors import PersonaLensError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.cli import judges, options
+from persona_lens.cli import options
 from persona_lens.cli.display import (
     interval_text,
     number,
@@ -20,6 +20,7 @@ from persona_lens.cli.display import (
     show_rows,
     showing_progress,
 )
+from persona_lens.cli.options import judges
 from persona_lens.cli.runner import REPORT, Job, Run, deliver, show_work, write_report
 from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError

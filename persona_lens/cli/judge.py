@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import persona_lens
-from persona_lens.cli import judges, options
+from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, number, print_table, say, showing_progress
+from persona_lens.cli.options import judges
 from persona_lens.cli.runner import deliver, show_work, write_report
 from persona_lens.cli.settings import Option, argument
 from persona_lens.core.errors import PersonaLensError

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, print_table, say, showing_progress
+from persona_lens.cli.options.steerings import RENAMED
 from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option, argument
-from persona_lens.cli.steerings import RENAMED
 from persona_lens.core.errors import PersonaLensError
 
 if TYPE_CHECKING:

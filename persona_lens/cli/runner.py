@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from persona_lens.cli import judges, options
+from persona_lens.cli import options
 from persona_lens.cli.display import console, print_table, say, say_json, showing_progress
+from persona_lens.cli.options import judges
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import REPORT as REPORT
 from persona_lens.core.files import read_bytes, write_text

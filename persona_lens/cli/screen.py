@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from persona_lens.cli import judges, options
+from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, print_table, say
+from persona_lens.cli.options import judges
 from persona_lens.cli.runner import Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError

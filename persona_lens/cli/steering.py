@@ -9,9 +9,9 @@ import typer
 
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, interval_text, print_table, say, show_rows
+from persona_lens.cli.options.steerings import SteeringOptions
 from persona_lens.cli.runner import REPORT, Job, Run, Session
 from persona_lens.cli.settings import Fields, Given, Option, choice
-from persona_lens.cli.steerings import SteeringOptions
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import counted
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from persona_lens import PersonaLensError
 from persona_lens.cli import app
 from persona_lens.cli.options import ModelOptions, own_options, repeated
-from persona_lens.cli.ray import RayOptions
+from persona_lens.cli.options.ray import RayOptions
 from tests.backends.fixtures import Delegating, backend_of
 from tests.tiny import saved_model, tiny_model
 

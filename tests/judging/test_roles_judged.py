@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.cli.judges import JudgeOptions
 from persona_lens.cli.options import ModelOptions
+from persona_lens.cli.options.judges import JudgeOptions
 from persona_lens.judging import Exchange, LikelihoodJudge, LLMJudge, LocalJudge
 from persona_lens.judging.registry import JUDGES
 from persona_lens.models.chat import chat_format

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from persona_lens.cli.judges import JudgeOptions
 from persona_lens.cli.options import ModelOptions
+from persona_lens.cli.options.judges import JudgeOptions
 from persona_lens.judging import Exchange, JudgingError
 from persona_lens.judging.recording import judging_work
 from persona_lens.judging.registry import JUDGES

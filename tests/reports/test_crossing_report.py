@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from persona_lens.backend import wrap_model
-from persona_lens.cli.judges import JudgeOptions
 from persona_lens.cli.options import ModelOptions
+from persona_lens.cli.options.judges import JudgeOptions
 from persona_lens.judging import Calibration, LLMJudge, LocalJudge
 from persona_lens.reports.effects import headline
 from persona_lens.reports.kinds import page_of

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from persona_lens.backend import BackendError, find_backend
-from persona_lens.cli.steerings import Candidate, _show
+from persona_lens.cli.generate import _show
+from persona_lens.cli.options.steerings import Candidate
 from persona_lens.core.text import counted
 from persona_lens.reports.page import addend, measured
 

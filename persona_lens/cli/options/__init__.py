@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli.display import quiet_libraries, say, show_status, showing_progress
-from persona_lens.cli.ray import RayOptions
+from persona_lens.cli.options.ray import RayOptions
 from persona_lens.cli.settings import Fields, Option, argument, layer_numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.text import in_short, without_secrets
