@@ -11,7 +11,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from persona_lens.backend.parts.asked import Limited
 from persona_lens.backend.parts.budget import ThinkingBudget, forcing
-from persona_lens.backend.sampling import add_draws
+from persona_lens.backend.sampling import Noise, add_draws
 from persona_lens_vllm.tags import Here, check_tag, tag_of
 
 
@@ -25,23 +25,12 @@ class _Draws:
 
     def __init__(self, noise: dict[str, Any], given: list[int]) -> None:
         self.how = (float(noise["temperature"]), float(noise["top_p"]))
-        self._seed, self._before, self._given = int(noise["seed"]), int(noise.get("before", 0)), given
-        self._generator: torch.Generator | None = None
-        self._made = 0
-        self._state = torch.empty(0)
+        self._noise = Noise(int(noise["seed"]))
+        self._before, self._given = int(noise.get("before", 0)), given
 
-    def fill(self, row: Tensor) -> None:
-        """Fill the row with the draw for its next token."""
-        wanted = self._before + len(self._given) + 1
-        if self._generator is None:
-            self._generator = torch.Generator(row.device).manual_seed(self._seed)
-        if self._made == wanted:  # the last token was thrown away, as those of a part of a prompt are: draw it again
-            self._generator.set_state(self._state)
-            self._made -= 1
-        while self._made < wanted:  # several after the row was thrown out and begun again
-            self._state = self._generator.get_state()
-            row.exponential_(generator=self._generator)
-            self._made += 1
+    def next(self, size: int, device: torch.device) -> Tensor:
+        """The draw for its next token; the same again where the last token was thrown away, as vLLM may do."""
+        return self._noise.draw(self._before + len(self._given), size, device)
 
 
 class _Thinking:

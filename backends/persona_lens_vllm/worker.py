@@ -20,7 +20,7 @@ from torch import Tensor
 
 from persona_lens.backend.blocks import search_blocks
 from persona_lens.backend.packed.call import PackedCall
-from persona_lens.backend.packed.intervention import Tallies
+from persona_lens.backend.packed.masks import Tallies
 from persona_lens.backend.packed.passes import RunningCall, edited_pass
 from persona_lens.backend.parts import Parts
 from persona_lens.backend.parts.asked import Limited
@@ -184,7 +184,8 @@ class _Scored:
         if not self.has_head:
             return None
         out = torch.full(self._ids.shape, torch.nan)
-        for numbers, values in self._found:
+        if self._found:
+            numbers, values = (torch.cat(parts) for parts in zip(*self._found, strict=True))
             out[numbers] = values.cpu()
         return out
 

@@ -366,4 +366,4 @@ def apply_edit(
     Returns:
         A new tensor in h's dtype and on its device.
     """
-    return changed(h, prepared(edit.plain(), h.device), where)
+    return changed(h, prepared(edit.plain(), h.device, h.dtype), where)

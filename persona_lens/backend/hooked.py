@@ -40,7 +40,7 @@ from persona_lens.backend.intervention import Intervention
 from persona_lens.backend.parts.asked import budgets_for, parts_for
 from persona_lens.backend.protocol import ForwardResult, Generation
 from persona_lens.backend.reads import OF_RESPONSES, Read, ReadKind, check_reads, need_last_token
-from persona_lens.backend.sampling import RowSampler, continued_logprobs, response_logprobs
+from persona_lens.backend.sampling import RowSampler, brought, continued_logprobs, response_logprobs
 from persona_lens.backend.shared_prompts import SharedPrompts, attention_for_reading, can_share_prompts
 from persona_lens.backend.sinks import NORMS, depend_on_sinks, limits_from, probe
 from persona_lens.backend.streaming import Watch, Watcher
@@ -249,7 +249,8 @@ class HookedBackend:
         intervention = self.intervention(shared.tokens, (), of_prompt)
         begun = self._run(intervention, stop_at, shared.prompt_inputs())
         found = {name: value[shared.prompt_of] for name, value in results_of(intervention).items()}
-        chosen: list[Tensor] = [torch.empty(0)] * len(batch)
+        chosen: list[Tensor] = []
+        rows: list[int] = []  # that they are of
         for read in of_response:
             layers = len(read.resolved_layers(self.info.n_layers))
             width = () if read.kind is ReadKind.RESPONSE_NORM else (self.info.d_model,)
@@ -268,12 +269,15 @@ class HookedBackend:
                 output = self._run(intervention, stop_at, shared.response_inputs(together, tokens))
                 for name, value in results_of(intervention).items():
                     found[name][[each.rows[0] for each in together]] = value
-            for position, each in enumerate(together if logprobs else ()):
-                last = begun.logits[each.prompt, -1:]
-                after = output.logits[position] if output is not None else last[:0]
-                for row in each.rows:
-                    chosen[row] = continued_logprobs(last, after, batch.responses[row])
-        return ForwardResult(found, tuple(chosen) if logprobs else None)
+            if logprobs:
+                last = [begun.logits[each.prompt, -1:] for each in together]
+                after = last if output is None else output.logits
+                pairs = [(place, row) for place, each in enumerate(together) for row in each.rows]
+                chosen.append(continued_logprobs([(last[n], after[n], batch.responses[row]) for n, row in pairs]))
+                rows += [row for _, row in pairs]
+        values = dict(zip(rows, brought(chosen, [len(batch.responses[row]) for row in rows]), strict=True))
+        told = tuple(values.get(row, torch.empty(0)) for row in range(len(batch)))
+        return ForwardResult(found, told if logprobs else None)
 
     def _run(self, intervention: Intervention, stop_at: int | None, inputs: dict[str, Any]) -> Any:
         """The model's output, or None if the pass was stopped after a layer."""

@@ -5,7 +5,7 @@ Runs where the model runs, see `writing`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,9 +29,47 @@ if TYPE_CHECKING:
             """Temperature, and the nucleus of the sampling."""
             ...
 
-        def fill(self, row: Float[Tensor, " vocab"]) -> None:
-            """Fill the row with the next draw of an exponential distribution."""
+        def next(self, size: int, device: torch.device) -> Float[Tensor, " vocab"]:
+            """The next of them, see `Noise`."""
             ...
+
+
+# A kernel for each row and step is much of what a step takes, so a row's noise is drawn for several steps at once: for
+# so many at most, and no more numbers than these, which are 4 MiB.
+_STEPS, _NUMBERS = 16, 2**20
+
+
+class Noise:
+    """The noise of one row, which its seed alone decides: draws of an exponential distribution, one after another.
+
+    Args:
+        seed: The same gives the same draws on the same device, for logits of the same size. What they are on a GPU may
+            depend on its model, and on the version of this package.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generator: torch.Generator | None = None  # made where the first draw is: it cannot be sent
+        self._last = -1  # how often it has drawn, from -1
+        self._drawn: Tensor | None = None
+
+    def draw(self, number: int, size: int, device: torch.device) -> Float[Tensor, " vocab"]:
+        """One of the draws, which must not be written to.
+
+        Args:
+            number: Which, from 0; quick for the last one or the next.
+            size: Numbers of a draw.
+            device: Where they are drawn.
+        """
+        # On a CPU nothing is gained, and draws of several steps at once are others.
+        at_once = 1 if device.type == "cpu" else max(1, min(_STEPS, _NUMBERS // size))
+        wanted, place = divmod(number, at_once)
+        if self._generator is None or wanted < self._last:
+            self._generator, self._last = torch.Generator(device).manual_seed(self._seed), -1
+        while self._drawn is None or self._last < wanted:
+            empty = torch.empty(at_once, size, dtype=torch.float32, device=device)
+            self._drawn, self._last = empty.exponential_(generator=self._generator), self._last + 1
+        return self._drawn[place]
 
 
 class RowSampler:
@@ -50,15 +88,14 @@ class RowSampler:
         self.temperature = sampling.temperature
         self.top_p = sampling.top_p
         self.device = device
-        self.seeds = sampling.seeds or ()
         self.budgets = dict(enumerate(budgets))
-        self.generators: list[torch.Generator] = []  # made when the first logits are there: they cannot be sent
-        self._begun = False
+        self.rows = [Noise(seed) for seed in sampling.seeds or ()]
+        self.steps = 0
 
     @property
     def acts(self) -> bool:
         """Whether it changes logits at all."""
-        return bool(self.seeds or self.budgets)
+        return bool(self.rows or self.budgets)
 
     def __call__(
         self, logits: Float[Tensor, "batch vocab"], newest: Int[Tensor, " batch"] | None = None
@@ -72,23 +109,19 @@ class RowSampler:
         Returns:
             float32 [batch, vocab]; greedy ones as they came where nothing is closed.
         """
-        noisy = self._noisy(logits) if self.seeds else logits
+        noisy = self._noisy(logits) if self.rows else logits
+        self.steps += 1
         if not self.budgets:
             return noisy
         assert newest is not None
-        for row, token in enumerate(newest.tolist() if self._begun else ()):
+        for row, token in enumerate(newest.tolist() if self.steps > 1 else ()):
             self.budgets[row].take(token)
-        self._begun = True
         return forcing(noisy, self.budgets)
 
     def _noisy(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
-        if not self.generators:
-            self.device = self.device or logits.device
-            self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
+        self.device = self.device or logits.device
         wide = logits.to(self.device).float()
-        noise = torch.empty_like(wide)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
+        noise = torch.stack([row.draw(self.steps, wide.shape[1], wide.device) for row in self.rows])
         return noisy_logits(wide, noise, self.temperature, self.top_p)
 
 
@@ -110,10 +143,11 @@ def add_draws(logits: Float[Tensor, "rows vocab"], draws: Mapping[int, Draws]) -
     for row, drawn in draws.items():
         alike.setdefault(drawn.how, []).append(row)
     for (temperature, top_p), rows in alike.items():
-        noise = torch.empty(len(rows), logits.shape[1], dtype=torch.float32, device=logits.device)
-        for place, row in zip(noise, rows, strict=True):
-            draws[row].fill(place)
-        logits[rows] = noisy_logits(logits[rows].float(), noise, temperature, top_p).to(logits.dtype)
+        noise = torch.stack([draws[row].next(logits.shape[1], logits.device) for row in rows])
+        where: Any = slice(None)
+        if rows != list(range(len(logits))):
+            where = torch.tensor(rows).to(logits.device, non_blocking=True)
+        logits[where] = noisy_logits(logits[where].float(), noise, temperature, top_p).to(logits.dtype)
     return logits
 
 
@@ -148,30 +182,42 @@ def response_logprobs(
         chosen_logprobs(logits[row, stop - length : stop], targets[row, targets.shape[1] - length :])
         for row, length in enumerate(lengths)
     ]
-    together: Sequence[Tensor] = torch.cat(chosen).cpu().split(lengths)  # type: ignore[no-untyped-call]
+    return brought(chosen, lengths)
+
+
+def brought(values: Sequence[Float[Tensor, " some"]], lengths: Sequence[int]) -> tuple[Float[Tensor, " tokens"], ...]:
+    """Values of rows, one row behind another: each row's on the CPU, for which a device is waited for once."""
+    if not values:
+        return ()
+    together: Sequence[Tensor] = torch.cat(list(values)).cpu().split(list(lengths))  # type: ignore[no-untyped-call]
     return tuple(part.clone() for part in together)
 
 
 def continued_logprobs(
-    before: Float[Tensor, "1 vocab"], logits: Float[Tensor, "width vocab"], ids: Sequence[int]
+    continued: Sequence[tuple[Float[Tensor, "1 vocab"], Float[Tensor, "width vocab"], Sequence[int]]],
 ) -> Float[Tensor, " tokens"]:
-    """The same for one response that follows a prompt computed before.
+    """The same for responses that follow prompts computed before, where the logits are.
 
     Args:
-        before: Logits at the prompt's last token.
-        logits: At the response's own tokens; the last of them is not needed.
-        ids: The response, at least one token.
+        continued: For each response the logits at its prompt's last token; those at its own tokens, of which the last
+            is not needed; and its ids, at least one.
+
+    Returns:
+        float32 [tokens of all of them], one response behind another.
     """
-    predicting = torch.cat([before.to(logits.device), logits[: len(ids) - 1]])
-    return token_logprobs(predicting, torch.tensor(ids, dtype=torch.long, device=logits.device))
-
-
-def token_logprobs(logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """Log-probability of each id: float32 [tokens] on the CPU, from logits of any precision."""
-    return chosen_logprobs(logits, ids).cpu().clone()
+    device = continued[0][1].device
+    ids = torch.tensor([token for _, _, response in continued for token in response])
+    lengths = [len(response) for _, _, response in continued]
+    targets: Sequence[Tensor] = ids.to(device, non_blocking=True).split(lengths)  # type: ignore[no-untyped-call]
+    return torch.cat(
+        [
+            chosen_logprobs(torch.cat([before.to(device), logits[: len(own) - 1]]), own)
+            for (before, logits, _), own in zip(continued, targets, strict=True)
+        ]
+    )
 
 
 def chosen_logprobs(logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """The same where the logits are, for which a device need not be waited for."""
+    """Log-probability of each id, where the logits are, for which a device need not be waited for."""
     wide = logits.float()
     return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(dim=-1)

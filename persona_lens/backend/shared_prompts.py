@@ -90,13 +90,13 @@ class SharedPrompts:
 
     def _hand_out_beginning(self) -> None:
         """Put the beginning's keys and values where they stand in each prompt; padding gets any, and is masked."""
-        places = self._places.clamp(min=0)
+        places = _OnDevices(self._places.clamp(min=0))
         layers: list[Any] = list(self._cache.layers)
         for layer in layers:
             if layer.get_seq_length():
                 for name in ("keys", "values"):
                     once = getattr(layer, name)[0]
-                    setattr(layer, name, once[:, places.to(once.device)].transpose(0, 1).contiguous())
+                    setattr(layer, name, once[:, places[once.device]].transpose(0, 1).contiguous())
 
     def continuations(self, batch: TokenBatch, *, whole: bool) -> list[Continuation]:
         """What has to run after the prompts.
@@ -115,16 +115,30 @@ class SharedPrompts:
 
     def response_inputs(self, continuations: Sequence[Continuation], responses: PaddedTokens) -> dict[str, Any]:
         """Arguments of a pass over some continuations, padded on the right."""
-        prompts = torch.tensor([each.prompt for each in continuations])
-        attention = torch.cat([self._attention[prompts], responses.attention], dim=1)
+        prompts = _OnDevices(torch.tensor([each.prompt for each in continuations]))
+        attention = torch.cat([self._attention[prompts[self._attention.device]], responses.attention], dim=1)
         return _inputs(responses.ids, attention, self._of(prompts))
 
-    def _of(self, prompts: Tensor) -> DynamicCache:
+    def _of(self, prompts: _OnDevices) -> DynamicCache:
         """The keys and values of some prompts; the cache of all stays as it is."""
         chosen = copy.copy(self._cache)
-        chosen.layers = [copy.copy(layer) for layer in self._cache.layers]
-        chosen.batch_select_indices(prompts)
+        layers: list[Any] = [copy.copy(layer) for layer in self._cache.layers]
+        for layer in layers:
+            if layer.get_seq_length():
+                layer.batch_select_indices(prompts[layer.keys.device])
+        chosen.layers = layers
         return chosen
+
+
+class _OnDevices(dict[torch.device, Tensor]):
+    """An index wherever it is used, brought there once: the layers of a large model lie on several devices."""
+
+    def __init__(self, index: Tensor) -> None:
+        self._index = index
+
+    def __missing__(self, device: torch.device) -> Tensor:
+        self[device] = self._index.to(device, non_blocking=True)
+        return self[device]
 
 
 def _inputs(ids: Tensor, attention: Tensor, cache: DynamicCache) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -63,16 +63,17 @@ class Slots:
         if not self.lengths:  # what was needed at the busiest time need not be kept
             self._layers, self.stop = [], 0
 
-    def inputs(self, ids: Int[Tensor, "rows 1"]) -> dict[str, Any]:
+    def inputs(self, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
         """Arguments of a pass over one more token of every row."""
         if self.stop == self._layers[0].columns:
             self._settle(self.stop - self.start, len(self.lengths))
         width = self.stop - self.start + 1
-        lengths = torch.tensor(self.lengths).unsqueeze(1)
+        # One transfer, that need not be waited for.
+        ids, lengths = torch.tensor([list(tokens), self.lengths]).to(device, non_blocking=True).unsqueeze(-1)
         return {
             "input_ids": ids,
-            "attention_mask": (torch.arange(width) >= width - 1 - lengths).long().to(ids.device),
-            "position_ids": lengths.to(ids.device),
+            "attention_mask": (torch.arange(width, device=device) >= width - 1 - lengths).long(),
+            "position_ids": lengths,
             "past_key_values": Cache(layers=list(self._layers)),
             "use_cache": True,
         }

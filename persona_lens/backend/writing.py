@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from persona_lens.backend.tokens import PaddedTokens
 
     class Masks(Protocol):
-        """Which token of a pass is what: `TokenMasks`, or `persona_lens.backend.packed.intervention.PackedMasks`."""
+        """Which token of a pass is what: `TokenMasks`, or `persona_lens.backend.packed.masks.PackedMasks`."""
 
         def touches(self, positions: str | Tensor) -> bool: ...  # noqa: D102
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
         def index(self, positions: str | Tensor) -> Int[Tensor, "batch window"]: ...  # noqa: D102
 
-        def by_row(self, values: Float[Tensor, "rows 1"]) -> Float[Tensor, "batch 1"]: ...  # noqa: D102
+        def by_row(self, values: Float[Tensor, "rows k"]) -> Float[Tensor, "batch k"]: ...  # noqa: D102
 
 
 def residual_of(output: Any) -> Tensor:
@@ -119,8 +119,8 @@ def scheduled(index: Float[Tensor, "batch tokens"], points: Float[Tensor, "point
     return torch.lerp(factors[right - 1], factors[right], share)
 
 
-def prepared(edit: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """An edit, see `persona_lens.backend.edits.Edit.plain`, with what does not depend on the residual computed."""
+def prepared(edit: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """An edit, see `persona_lens.backend.edits.Edit.plain`, with what needs no more of a residual than its kind."""
     direction = edit["direction"].to(device, torch.promote_types(edit["direction"].dtype, torch.float32))
     factor = torch.as_tensor(edit["coefficient"]).to(device, direction.dtype).reshape(-1, 1)
     raw = edit["operation"] == "add" and not edit["relative"]
@@ -129,7 +129,7 @@ def prepared(edit: dict[str, Any], device: torch.device) -> dict[str, Any]:
         **edit,
         "direction": direction if raw else direction / direction.norm(),
         "factor": factor,
-        "raw": raw,
+        "step": (factor * direction).to(dtype) if raw else None,
         "condition": condition and {**condition, "direction": condition["direction"].to(device)},
         "schedule": schedule and torch.tensor(schedule, dtype=torch.float32, device=device),
     }
@@ -152,11 +152,11 @@ def changed(
     Returns:
         A new tensor in h's dtype and on its device.
     """
-    direction, factor = edit["direction"], edit["factor"]
+    direction, factor, step = edit["direction"], edit["factor"], edit["step"]
     if schedule is not None:
         factor = factor * schedule.to(factor)
-    if edit["raw"]:
-        edited = h + (factor.unsqueeze(-1) * direction).to(h.dtype)
+    if step is not None:
+        edited = h + (step.unsqueeze(1) if schedule is None else (factor.unsqueeze(-1) * direction).to(h.dtype))
     else:
         if (amount_of := edit["moves"] or OPERATIONS.get(edit["operation"], (None, "", None))[2]) is None:
             raise ValueError(f"there is no operation {edit['operation']!r}")
@@ -253,8 +253,8 @@ class TokenMasks:
             self._indices[kind] = (self.mask(kind).cumsum(dim=1) - 1)[:, -self.window :]
         return self._indices[kind]
 
-    def by_row(self, values: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch 1"]:
-        """What an edit gives for each row, as it is multiplied with this pass's tokens."""
+    def by_row(self, values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch k"]:
+        """What an edit gives for each row, as it is multiplied with this pass's tokens, or added to them."""
         return values
 
     def mask(self, positions: str | Tensor) -> Bool[Tensor, "batch width"]:
@@ -304,7 +304,7 @@ class Writer:
 
     def __init__(self, edits: Sequence[dict[str, Any]]) -> None:
         self._edits = list(edits)
-        self._ready: dict[tuple[int, torch.device], dict[str, Any]] = {}
+        self._ready: dict[tuple[int, torch.device, torch.dtype], dict[str, Any]] = {}
         self._met: dict[int, Bool[Tensor, "batch window"]] = {}
         self.at: dict[int, list[int]] = {}
         self._decided_at: dict[int, list[int]] = {}
@@ -341,33 +341,36 @@ class Writer:
             if masks is None or masks.touches(edit["positions"]):
                 h = self._written(number, h, masks, sinks)
         for number in self._decided_at.get(layer, ()):
-            edit = self._prepared(number, h.device)
+            edit = self._prepared(number, h)
             self._met[number] = _met(edit["condition"], h, None if edit["sinks"] else sinks)
         return h
 
     def _written(self, number: int, h: Tensor, masks: Masks | None, sinks: Tensor | None) -> Tensor:
-        edit = self._prepared(number, h.device)
+        edit = self._prepared(number, h)
         sinks = None if edit["sinks"] else sinks
         where = masks.where(edit["positions"], edit["span"]) if masks is not None else None
         if edit["condition"] is not None:
             here = edit["condition"]["layer"] == edit["layer"]
             where = _both(where, _met(edit["condition"], h, sinks) if here else self._met[number], h.device)
-        if sinks is not None and not edit["raw"]:
+        if sinks is not None and edit["step"] is None:
             where = _both(where, ~sinks, h.device)
         schedule = None
         if edit["schedule"] is not None and masks is not None:
             schedule = scheduled(masks.index(edit["positions"]).to(h.device, torch.float32), edit["schedule"])
-        factor = edit["factor"] if masks is None else masks.by_row(edit["factor"])
-        return changed(h, edit if factor is edit["factor"] else {**edit, "factor": factor}, where, schedule)
+        if masks is not None:
+            name = "factor" if edit["step"] is None or schedule is not None else "step"
+            edit = {**edit, name: masks.by_row(edit[name])}
+        return changed(h, edit, where, schedule)
 
-    def _prepared(self, number: int, device: torch.device) -> dict[str, Any]:
-        """The edit made ready, once for each device; anew each time where it is part of a graph that is trained."""
-        if (number, device) not in self._ready:
-            ready = prepared(self._edits[number], device)
+    def _prepared(self, number: int, h: Tensor) -> dict[str, Any]:
+        """The edit made ready, once for each device and dtype; anew each time where it is part of a trained graph."""
+        key = number, h.device, h.dtype
+        if key not in self._ready:
+            ready = prepared(self._edits[number], h.device, h.dtype)
             if any(ready[name].requires_grad for name in ("direction", "factor")):
                 return ready
-            self._ready[number, device] = ready
-        return self._ready[number, device]
+            self._ready[key] = ready
+        return self._ready[key]
 
 
 def _met(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from persona_lens.backend import Backend, Edit, Read, Sampling
-from persona_lens.backend.sampling import RowSampler, keep_nucleus
+from persona_lens.backend.sampling import Noise, RowSampler, keep_nucleus
 from tests.backends.fixtures import PROMPTS, direction, tiny_backend
 
 pytestmark = pytest.mark.cuda
@@ -39,6 +39,14 @@ def test_tokens_are_drawn_from_the_softmax(temperature: float, top_p: float) -> 
     assert int(counts[~inside].sum()) == 0
     # The seeds are fixed, so this either always passes or never does.
     assert stats.chisquare(counts[inside].double().numpy(), expected[inside].double().numpy()).pvalue > 0.01
+
+
+def test_on_a_cpu_a_seed_stands_for_one_draw_after_another() -> None:
+    """What runs have recorded their seeds for; whatever is asked for again."""
+    generator, noise = torch.Generator().manual_seed(5), Noise(5)
+    drawn = [torch.empty(259).exponential_(generator=generator) for _ in range(5)]
+    for number in (0, 1, 1, 2, 4, 0, 3):
+        assert torch.equal(noise.draw(number, 259, CPU), drawn[number])
 
 
 def test_steps_and_rows_are_independent() -> None:

@@ -120,7 +120,7 @@ def test_a_seeded_fault_is_found_and_gone_with_what_caused_it(
 
 def test_a_position_that_is_read_again_when_its_row_is_begun_again_is_found() -> None:
     """Four rows of which three have room: one is thrown out, and computed again."""
-    from persona_lens.backend.packed.intervention import PackedMasks
+    from persona_lens.backend.packed.masks import PackedMasks
 
     llm = engine_of(tiny_model(), tokenizer(), num_gpu_blocks_override=17, max_num_seqs=4)
     backend = wrap_model(llm, tokenizer(), backend="vllm")

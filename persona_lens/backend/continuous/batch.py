@@ -153,12 +153,12 @@ class ContinuousBatch:
 
     def _go_on(self) -> list[Next]:
         """The next token of rows that run."""
-        ids = torch.tensor([row.text[-1:] for row in self._running], device=self._hooked.device)
+        newest = [row.text[-1] for row in self._running]
         parts = [
             _Part(row, torch.tensor([length]), torch.tensor([place]))
             for place, (row, length) in enumerate(zip(self._running, self._slots.lengths, strict=True))
         ]
-        found = self._pass(parts, self._slots.inputs(ids))
+        found = self._pass(parts, self._slots.inputs(newest, self._hooked.device or torch.device("cpu")))
         self._slots.advance()
         return found
 

@@ -16,6 +16,7 @@ from persona_lens.backend.packed.passes import RunningCall, as_error
 from persona_lens.backend.packed.run import PackedRun
 from persona_lens.backend.parts.budget import ThinkingBudget
 from persona_lens.backend.reads import Read
+from persona_lens.backend.sampling import Noise
 from persona_lens.backend.streaming import token_scores
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenIds, TokenScore
 
@@ -72,14 +73,12 @@ class Draws:
 
     def __init__(self, seed: int, sampling: Sampling) -> None:
         self.how = (sampling.temperature, sampling.top_p)
-        self._seed = seed
-        self._generator: torch.Generator | None = None
+        self._noise, self._made = Noise(seed), 0
 
-    def fill(self, row: Tensor) -> None:
-        """Fill the row with the next draw."""
-        if self._generator is None:
-            self._generator = torch.Generator(row.device).manual_seed(self._seed)
-        row.exponential_(generator=self._generator)
+    def next(self, size: int, device: torch.device) -> Tensor:
+        """See `persona_lens.backend.sampling.Noise`."""
+        self._made += 1
+        return self._noise.draw(self._made - 1, size, device)
 
 
 class RowsRun(PackedRun):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend.packed.call import PackedCall
-from persona_lens.backend.packed.intervention import Tallies
+from persona_lens.backend.packed.masks import Tallies
 from persona_lens.backend.parts.masks import part_of
 from persona_lens.backend.protocol import BackendError
 from persona_lens.backend.reads import OF_RESPONSES

@@ -10,214 +10,24 @@ Runs where the model runs, see `writing`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from persona_lens.backend.intervention import TokenValues
 from persona_lens.backend.packed.call import PackedCall
-from persona_lens.backend.packed.parts import PackedParts
-from persona_lens.backend.parts.masks import PARTS, part_of
+from persona_lens.backend.packed.masks import PackedMasks
 from persona_lens.backend.writing import Writer, sinks_among
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, UInt8
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 
 # Sums are of whole multiples of 2**-28, which a float64 adds exactly up to 2**25: in residuals of common size, far
 # beyond any text. What is larger is added as exactly as a float64 does.
 _STEPS = 2.0**28
-_FURTHEST = 2**40  # no text goes so far
-
-
-@dataclass
-class Tallies:
-    """What was done, to be compared with what had to be done.
-
-    Attributes:
-        began: The first position of each row that was computed; -1 for a row that never ran.
-        computed: One past the last.
-        passes: Passes with a token of the call.
-        tokens: Tokens in them, those that were computed again included.
-        blocks: For each layer that is read or edited, the tokens that its block ran over.
-        edited: For each edit, how many different positions of each row it was made at.
-        kinds: What each token of each row is, a value of `persona_lens.backend.parts.machine.Part`, where that matters;
-            zero behind the last.
-    """
-
-    began: Int[Tensor, " rows"]
-    computed: Int[Tensor, " rows"]
-    passes: int = 0
-    tokens: int = 0
-    blocks: dict[int, int] = field(default_factory=dict)
-    edited: dict[int, Int[Tensor, " rows"]] = field(default_factory=dict)
-    kinds: UInt8[Tensor, "rows tokens"] | None = None
-
-
-class PackedMasks:
-    """Which token of a pass is what. Rows and positions are known on the CPU; ids only where the model runs."""
-
-    def __init__(self, call: PackedCall) -> None:
-        self._call = call
-        self._prompts, self._texts = torch.tensor(call.prompts), torch.tensor(call.texts)
-        self._ends = torch.tensor(call.end_ids, dtype=torch.long)
-        self._parts = None if call.parts is None else PackedParts(call.parts, self._prompts, self._texts)
-        self._over: Tensor | None = None  # where each row's response ended; where the ids are
-        nobody = torch.zeros_like(self._prompts)
-        self.tallies = Tallies(nobody - 1, nobody)
-        self.device = torch.device("cpu")
-
-    def begin_pass(self, rows: Int[Tensor, " tokens"], at: Int[Tensor, " tokens"], ids: Int[Tensor, " tokens"]) -> None:
-        """Tell which tokens the coming pass is about.
-
-        Args:
-            rows: Each token's row, on the CPU.
-            at: Its position in its row, on the CPU.
-            ids: The tokens.
-        """
-        done = self.tallies
-        self.device = ids.device
-        prompt = self._prompts[rows]
-        self.rows, self.at, self._after = rows, at, at - prompt
-        fresh = at >= done.computed[rows]
-        new = done.began[rows] < 0
-        done.began = done.began.scatter_reduce(0, rows[new], at[new], "amin", include_self=False)
-        done.computed = done.computed.scatter_reduce(0, rows, at + 1, "amax")
-        done.passes, done.tokens = done.passes + 1, done.tokens + len(rows)
-        self.fresh, stop = fresh, self._texts[rows] + self._call.room
-        is_prompt = self._after < 0
-        self.first = self._there((at == 0).unsqueeze(1))
-        self._of: dict[str, tuple[Tensor, Tensor]] = {}
-        for kind, mask in (
-            ("prompt", fresh & is_prompt),
-            ("response", fresh & ~is_prompt & (at < stop)),
-            ("last", fresh & (self._after == -1)),
-        ):
-            index = mask.nonzero().flatten()
-            self._of[kind] = self._there(index), self._there(rows[index])
-        self._without_ends(ids)
-        if self._parts is not None:
-            self._parts.begin_pass(rows, at, fresh, ids)
-        self._of |= self._parts_of_response()
-        self._where: dict[object, tuple[Tensor | None, Tensor]] = {}
-        self._rows_there: Tensor | None = None
-
-    def _without_ends(self, ids: Tensor) -> None:
-        """Leave out ends of turns that were generated and what follows; there is a row beyond the last for them."""
-        index, rows = self._of["response"]
-        if len(self._ends) and len(index) and self._call.room:
-            if self._over is None:
-                self._over = torch.full(self._prompts.shape, _FURTHEST, device=self.device)
-            at = self._there(self.at)[index]
-            ends = at.masked_fill(~torch.isin(ids[index], self._ends.to(self.device)), _FURTHEST)
-            self._over = self._over.scatter_reduce(0, rows, ends, "amin")
-            self._of["response"] = index, rows.masked_fill(at >= self._over[rows], len(self._prompts))
-
-    def _parts_of_response(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Thinking and answer; tokens of the other part are of the row beyond the last."""
-        index, rows = self._of["response"]
-        if self._parts is None:
-            return {"answer": (index, rows)}
-        here, nobody = self._parts.here[index], len(self._prompts)
-        return {name: (index, rows.masked_fill(here != part, nobody)) for name, part in PARTS.items()}
-
-    def _there(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
-    def of_kind(self, kind: str) -> tuple[Int[Tensor, " some"], Int[Tensor, " some"]]:
-        """Places in this pass, and rows, of tokens that were not there before: ``prompt``, ``response``, ``last``.
-
-        The row of tokens that end a response, and of those after them, is one beyond the last.
-        """
-        return self._of[kind]
-
-    def everything(self) -> tuple[Int[Tensor, " some"], Int[Tensor, " some"], Int[Tensor, " some"]]:
-        """Places, rows and positions of all of them."""
-        places, rows = (torch.cat(parts) for parts in zip(self._of["prompt"], self._of["response"], strict=True))
-        return places, rows, self._there(self.at)[places]
-
-    def touches(self, positions: str | Tensor) -> bool:
-        """Whether an edit at these positions can change anything in this pass."""
-        if not isinstance(positions, str):
-            return bool((self.at < self._texts[self.rows]).any())
-        return positions != "prompt" or bool((self._after < 0).any())
-
-    def where(
-        self, positions: str | Tensor, span: tuple[int, int | None] | None = None
-    ) -> Bool[Tensor, "tokens 1"] | None:
-        """The positions, or their part from ``start`` to ``stop``, as a mask over this pass; None for all."""
-        return self._located(positions, span)[0]
-
-    def _located(self, positions: str | Tensor, span: tuple[int, int | None] | None) -> tuple[Tensor | None, Tensor]:
-        """`where`, and how many new positions of each row are among them; once a pass, however many edits ask."""
-        key = (positions if isinstance(positions, str) else id(positions), span)
-        if key not in self._where and (part := self._part(positions)) is not None and self._parts is not None:
-            chosen = self._parts.mask(part, span)
-            self._where[key] = chosen.unsqueeze(1), self._parts.counted(chosen, self.fresh)
-        if key not in self._where:
-            mask = self.mask(positions, span)
-            made = self.rows[self.fresh if mask is None else self.fresh & mask]
-            counts = torch.bincount(made, minlength=len(self._prompts))
-            self._where[key] = None if mask is None else self._there(mask.unsqueeze(1)), counts
-        return self._where[key]
-
-    def _part(self, positions: str | Tensor) -> int | None:
-        """The part that positions are of, where that depends on the ids."""
-        part = part_of(positions) if isinstance(positions, str) else None
-        if self._parts is None and part == PARTS["thinking"]:
-            raise ValueError("nothing says which tokens are thinking: give the call its parts")
-        return None if self._parts is None else part
-
-    def mask(
-        self, positions: str | Tensor, span: tuple[int, int | None] | None = None
-    ) -> Bool[Tensor, " tokens"] | None:
-        """The same on the CPU, for each token."""
-        if not isinstance(positions, str):
-            width, left = positions.shape[1], self._texts[self.rows] - self.at
-            given = positions.cpu()[self.rows, (width - left).clamp(0, width - 1)]
-            return self._cut(given & (left > 0), positions, span)
-        if positions == "all" and span is None:
-            return None
-        index = self._index(positions)
-        inside = (self._after < 0) if positions == "prompt" else (index >= 0)
-        return self._cut(inside, positions, span)
-
-    def _cut(self, mask: Tensor, positions: str | Tensor, span: tuple[int, int | None] | None) -> Tensor:
-        if span is None:
-            return mask
-        index, length, (start, stop) = self._index(positions), self._prompts[self.rows], span
-        mask = mask & (index >= (start if start >= 0 else length + start))
-        return mask if stop is None else mask & (index < (stop if stop >= 0 else length + stop))
-
-    def _index(self, positions: str | Tensor) -> Int[Tensor, " tokens"]:
-        """Number of each token among those of its row that are of a kind; negative before the first of them."""
-        shift = {"response": 0, "answer": 0, "generating": 1}.get(positions) if isinstance(positions, str) else None
-        return self.at if shift is None else self._after + shift
-
-    def index(self, positions: str | Tensor) -> Int[Tensor, "tokens 1"]:
-        """The same where the model runs."""
-        if (part := self._part(positions)) is not None and self._parts is not None:
-            return self._parts.index(part).unsqueeze(1)
-        return self._there(self._index(positions).unsqueeze(1))
-
-    def by_row(self, values: Float[Tensor, "rows 1"]) -> Float[Tensor, "tokens 1"]:
-        """What an edit gives for each row, for each token of this pass."""
-        if len(values) == 1:
-            return values
-        if self._rows_there is None:
-            self._rows_there = self._there(self.rows)
-        return values[self._rows_there]
-
-    def tally(self, edit: int, positions: str | Tensor, span: tuple[int, int | None] | None) -> None:
-        """Count the new positions that an edit was just made at, where these are known."""
-        self.tallies.edited[edit] = self.tallies.edited.get(edit, 0) + self._located(positions, span)[1]
-
-    def settled(self) -> Tallies:
-        """All that was done, on the CPU."""
-        edited = {number: made.cpu() for number, made in self.tallies.edited.items()}
-        return replace(self.tallies, edited=edited, kinds=None if self._parts is None else self._parts.kinds())
+NO_FLOAT64 = ("mps",)  # kinds of devices that have none, whose sums are made on the CPU
 
 
 class PackedIntervention:
@@ -317,7 +127,8 @@ class _MeanReader:
         if layer not in self._sums:
             width = 1 if self.kind == "response_norm" else h.shape[1]
             kind = torch.float32 if self._of == "last" else torch.float64
-            self._sums[layer] = torch.zeros(self._rows + 1, width, dtype=kind, device=h.device)
+            device = torch.device("cpu") if h.device.type in NO_FLOAT64 else h.device
+            self._sums[layer] = torch.zeros(self._rows + 1, width, dtype=kind, device=device)
         places, rows = masks.of_kind(self._of)
         if not len(places):
             return
@@ -328,10 +139,12 @@ class _MeanReader:
         if self.leaves_out_sinks and sinks is not None:
             rows = rows.masked_fill(sinks[places, 0], self._rows)
             self._count(layer, rows)
+        total = self._sums[layer]
+        fresh, rows = fresh.to(total.device), rows.to(total.device)
         if self._of == "last":
-            self._sums[layer][rows] = fresh.float()
+            total[rows] = fresh.float()
         else:
-            self._sums[layer].index_add_(0, rows, (fresh.double() * _STEPS).round_())
+            total.index_add_(0, rows, (fresh.double() * _STEPS).round_())
 
     def taken(self) -> dict[str, Tensor]:
         empty = torch.zeros(self._rows + 1, dtype=torch.long)

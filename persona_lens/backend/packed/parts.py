@@ -30,7 +30,7 @@ class PackedParts:
 
     def __init__(self, given: GivenParts, prompts: Int[Tensor, " rows"], texts: Int[Tensor, " rows"]) -> None:
         plain = given.plain(max(map(len, given.kinds)), left=False)
-        self._prompts, self._texts = prompts, texts
+        self._texts = texts
         self._kinds, self._states = plain.pop("begun"), plain.pop("states")
         self._automaton = plain
         self._moved = False
@@ -41,14 +41,16 @@ class PackedParts:
         at: Int[Tensor, " tokens"],
         fresh: Bool[Tensor, " tokens"],
         ids: Int[Tensor, " tokens"],
+        there: tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"], Int[Tensor, " tokens"]],
     ) -> None:
-        """Take the tokens of a pass; arguments as `persona_lens.backend.packed.intervention.PackedMasks.begin_pass`.
+        """Take the tokens of a pass; arguments as `persona_lens.backend.packed.masks.PackedMasks.begin_pass`.
 
         Args:
             rows: Each token's row, on the CPU.
             at: Its position in its row, on the CPU.
             fresh: Whether it was not there before, on the CPU.
             ids: The tokens.
+            there: Where the ids are, rows and positions once more, and how far behind the prompt they are.
         """
         if not self._moved:
             self._kinds, self._states = self._kinds.to(ids.device), self._states.to(ids.device)
@@ -63,11 +65,11 @@ class PackedParts:
             now = at[index] == first[rows[index]]
             self._take(rows[index[now]], at[index[now]], ids, index[now])
             index = index[~now]
-        self._rows, self._at = (each.to(ids.device, non_blocking=True) for each in (rows, at))
-        self._is_response = (at >= self._prompts[rows]).to(ids.device, non_blocking=True)
+        self._rows, self._at, after = there
+        self._is_response = after >= 0
 
     def _take(self, rows: Tensor, at: Tensor, ids: Tensor, places: Tensor) -> None:
-        rows, at, places = (each.to(ids.device, non_blocking=True) for each in (rows, at, places))
+        rows, at, places = torch.stack((rows, at, places)).to(ids.device, non_blocking=True)
         states, kinds = stepped(self._automaton, self._states[rows], ids[places])
         self._states[rows], self._kinds[rows, at] = states, kinds
 

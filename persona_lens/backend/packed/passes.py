@@ -32,7 +32,7 @@ class RunningCall:
     Attributes:
         intervention: What carries it out.
         error: What went wrong in a block, after which nothing more is read or edited.
-        places: Places of its tokens among those of the pass that runs, where the model runs.
+        places: Places of its tokens among those of the pass that runs, ascending; where the model runs.
         whole: Whether the pass has no other tokens.
     """
 
@@ -51,19 +51,23 @@ class RunningCall:
         Args:
             rows: Each token's row, on the CPU.
             at: Its position in its row, on the CPU.
-            places: Its place in the pass, on the CPU.
+            places: Its place in the pass, on the CPU, ascending.
             ids: All tokens of the pass.
         """
         self.rows, self.at = rows, at
-        self.places = places.to(ids.device, non_blocking=True)
         self.whole = len(places) == len(ids)
-        self.intervention.begin_pass(rows, at, ids[self.places])
+        self.places = places.to(ids.device, non_blocking=True)
+        self.intervention.begin_pass(rows, at, ids if self.whole else ids[self.places])
 
     def at_block(self, layer: int, stream: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "some d_model"] | None:
         """The residual of the call's own tokens after its edits; None where there are none."""
-        h = stream if self.whole and len(stream) == len(self.places) else stream[self.places.to(stream.device)]
+        h = stream[self.within(stream)]
         made = self.intervention.block(layer, h)
         return None if made is h else self._within_reach(layer, made)
+
+    def within(self, stream: Float[Tensor, "tokens d_model"]) -> slice | Int[Tensor, " some"]:
+        """Where its own tokens are; an engine's stream may have some behind the last."""
+        return slice(len(self.places)) if self.whole else self.places.to(stream.device)
 
     def _within_reach(self, layer: int, made: Tensor) -> Tensor:
         """What a model can go on from; it is told when it was not."""
@@ -98,9 +102,11 @@ def edited_pass(
             continue
         try:
             made = call.at_block(layer, stream)
-            if made is not None:
+            if made is not None and len(made) == len(stream):
+                changed = made
+            elif made is not None:
                 changed = stream.clone() if changed is None else changed
-                changed[call.places.to(stream.device)] = made
+                changed[call.within(stream)] = made
         except Exception as error:  # noqa: BLE001 - told when the call ends
             call.error = f"{type(error).__name__}: {error}"
     return changed
