@@ -42,14 +42,18 @@ hook = install_import_hook(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests that are marked exhaustive as well")
-    parser.addoption("--device", default="cpu", help="where tiny models run, such as cuda")
+    parser.addoption(
+        "--device", default="cpu", help="where tiny models run, such as cuda, or standin, see tests.standin"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Have tiny models where they are wanted."""
-    from tests import tiny
+    from tests import standin, tiny
 
     tiny.device = config.getoption("--device")
+    if tiny.device == standin.NAME:
+        standin.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
