@@ -2,20 +2,23 @@
 
 Whether it is right there comes first, then how fast it is. The large model has random weights at the shape of
 Qwen2.5-7B, made on the device. Each part has its own time; one that fails does not stop the others, and one that there
-is no time left for is skipped. Exit code 1 if a part failed or a figure is above its limit. ``--device cpu --tiny``
-tries all of it on any machine.
+is no time left for is skipped; one that takes far too long is stopped. Exit code 1 if a part failed or a figure is
+above its limit. ``--device cpu --tiny`` tries all of it on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import sys
 import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.record import Figure, Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
+TOO_LONG = 2  # times what a part may take
 WORTH = ("torch", "transformers", "accelerate", "numpy", "triton", "nnsight", "transformer-lens", "vllm")
 
 
@@ -75,6 +79,19 @@ def missing_packages() -> list[str]:
     return [name for name in (*names, stated["name"]) if not _version(name)]
 
 
+def unlike_stated() -> list[str]:
+    """What is installed in another version than ``pyproject.toml`` asks for."""
+    from packaging.requirements import Requirement
+
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    asked = [(each, _version(each.name)) for each in map(Requirement, stated)]
+    return [
+        f"{each.name} is {found}, not {each.specifier}"
+        for each, found in asked
+        if found and not each.specifier.contains(found, prereleases=True)
+    ]
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -82,8 +99,28 @@ def _version(name: str) -> str | None:
         return None
 
 
-def run_part(part: Part, setting: Setting, end: float) -> Outcome:
-    """Run a part, whatever comes of it."""
+class _TooLong(BaseException):
+    """Stops a part; no error, so that nothing on the way takes it for one."""
+
+
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Stop what runs in this context, wherever it is by then; but for what waits for a device that never answers."""
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_part(part: Part, setting: Setting, end: float, told: Callable[[Outcome], None] = lambda _: None) -> Outcome:
+    """Run a part, whatever comes of it; ``told`` of each figure as it comes."""
     from benchmarks.gpu_setting import NoTimeLeftError
     from benchmarks.record import Outcome
 
@@ -92,15 +129,18 @@ def run_part(part: Part, setting: Setting, end: float) -> Outcome:
         outcome.status, outcome.why = "skipped", "vllm is not installed"
         return outcome
     if end - start < part.least:
-        outcome.status, outcome.why = (
-            "skipped",
-            f"{max(0.0, end - start):.0f} s are left, and it needs {part.least:.0f}",
-        )
+        left = f"{max(0.0, end - start):.0f} s are left, and it needs {part.least:.0f}"
+        outcome.status, outcome.why = "skipped", left
         return outcome
     setting.until, setting.notes = min(end, start + part.seconds), []
+    most = end - start if setting.tiny else min(end - start, TOO_LONG * part.seconds)
     try:
-        for figure in part.run(setting):
-            outcome.figures.append(figure)
+        with stopped_after(most):
+            for figure in part.run(setting):
+                outcome.figures.append(figure)
+                told(outcome)
+    except _TooLong:
+        outcome.status, outcome.why = "stopped", f"it was not over after {most:.0f} s"
     except NoTimeLeftError as error:
         setting.notes.append(str(error))
     except Exception as error:  # noqa: BLE001 - the other parts go on
@@ -146,15 +186,25 @@ def run_all(arguments: argparse.Namespace) -> int:
         device = torch.device("cuda", device.index or 0)
     setting = Setting(device, arguments.tiny, arguments.layers, 1 if arguments.tiny else arguments.pairs)
     outcomes: list[Outcome] = []
+
+    def write(running: list[Outcome]) -> dict[str, Any]:
+        """After each figure: whoever stops the run has what there is."""
+        record = record_of(outcomes + running, setting, arguments.minutes)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return record
+
+    def write_with(found: Outcome) -> None:
+        write([found])
+
+    record = write([])
+    print(f"{record['device']}, {record['versions']}", file=sys.stderr, flush=True)
     for part in parts():
         if arguments.only and part.name not in arguments.only:
             continue
-        outcomes.append(run_part(part, setting, begin + 60 * arguments.minutes))
+        outcomes.append(run_part(part, setting, begin + 60 * arguments.minutes, write_with))
+        record = write([])
         print(table(outcomes[-1:]), file=sys.stderr, flush=True)
-        if arguments.json:  # after each: whoever stops the run has what there is
-            found = json.dumps(record_of(outcomes, setting, arguments.minutes), indent=1)
-            Path(arguments.json).write_text(found + "\n", encoding="utf-8")
-    record = record_of(outcomes, setting, arguments.minutes)
     print(f"{record['device']}, {record['versions']}, {time.monotonic() - begin:.0f} s\n{table(outcomes)}")
     return 0 if record["holds"] else 1
 
@@ -171,6 +221,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the results here, after each part")
     parser.add_argument("--markdown", metavar="FILE", help="only print the table of results written before")
     arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: who asks would wait for an answer
     if missing := missing_packages():
         names = ", ".join(missing)
         print(
@@ -179,6 +230,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    for line in unlike_stated():
+        print(f"{line}: it goes on, but may fail for that", file=sys.stderr)
     if arguments.markdown:
         from benchmarks.record import markdown
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,26 @@ def test_what_there_is_no_time_for_is_left_out() -> None:
         given.compared("one beside another", lambda: None, lambda: time.sleep(0.01), None)
     given.until = time.monotonic() + 60
     assert given.compared("one beside another", lambda: None, lambda: None, 1e9).runs == 3
+
+
+def test_a_part_that_does_not_end_is_stopped_and_has_told_what_it_had_found() -> None:
+    told: list[Any] = []
+
+    def run(_: Setting) -> Iterator[Figure]:
+        yield Figure("before", 1.0)
+        while True:
+            with suppress(Exception):
+                time.sleep(0.01)
+
+    outcome = gpu.run_part(gpu.Part("one", run, 5, 0.1), setting(), time.monotonic() + 0.5, told.append)
+    assert (outcome.status, outcome.holds, told) == ("stopped", True, [outcome])
+    assert [figure.name for figure in outcome.figures] == ["before"]
+
+
+def test_versions_that_the_product_does_not_take_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.unlike_stated() == []
+    monkeypatch.setattr(gpu, "_version", lambda name: "4.57.1" if name == "transformers" else None)
+    assert gpu.unlike_stated() == ["transformers is 4.57.1, not >=5.0"]
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
