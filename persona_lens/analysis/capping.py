@@ -33,7 +33,6 @@ from persona_lens.steering import Steering, parse_terms
 from persona_lens.traits.role import DefaultAssistant, Role, find_roles, load_default
 from persona_lens.vectors import PersonaVectors, load_vectors
 from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace, load_space
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION
 from persona_lens.vectors.samples import saved_means
 
 STEERING = "steering.safetensors"
@@ -126,7 +125,7 @@ class AxisRun:
         shape = (self.space.model.n_layers, self.space.model.d_model)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         units = noise / noise.norm(dim=-1, keepdim=True)
-        means = saved_means(self.folder, DEFAULT_REDUCTION, self.responses, shape)  # large: one pass serves all
+        means = saved_means(self.folder, self.space.reduction, self.responses, shape)  # large: one pass serves all
         along = np.stack([np.einsum("ld,sld->sl", mean, units.numpy()) for _, mean in means])
         levels = np.nanpercentile(along, percentile, axis=0)
         return [

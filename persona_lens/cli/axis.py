@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from persona_lens.cli import options
 from persona_lens.cli.display import interval_text, print_table, show_rows
+from persona_lens.cli.extraction import say_thinking
 from persona_lens.cli.runner import Job, Run
 from persona_lens.cli.settings import Fields, Given, Option, argument
 from persona_lens.core.errors import PersonaLensError
@@ -142,6 +143,7 @@ def open_roles(names: str | None, roles_dirs: Sequence[Path] | None) -> list[Rol
 
 def _show(found: Axis) -> None:
     summary = found.summary
+    say_thinking(summary, "the axis is that of its answers")
     every = max(1, len(summary["layers"]) // SHOWN_LAYERS)
     rows = [each for each in summary["layers"] if each["layer"] % every == 0 or each["layer"] == summary["layer"]]
     print_table(

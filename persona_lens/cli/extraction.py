@@ -143,15 +143,17 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
         ("arm", "responses kept", *(name.replace("_", " ") for name in kinds[1:]), "mean score"),
         [(arm, *(str(counts[arm][name]) for name in kinds), f"{scores[arm]:.1f}") for arm in counts],
     )
+    say_thinking(summary, "unless another --reduction is named, the vectors are those of its answers")
+    show_separation(summary["separation"], norms.get("answer_mean", norms["response_mean"]))
+    say(f"vectors: {folder / 'vectors.safetensors'}")
+
+
+def say_thinking(summary: dict[str, Any], what: str) -> None:
+    """Say of vectors that they are of the answers of a model that thinks before it answers, if they are."""
     if (thinking := summary.get("thinking")) is not None:
         left = thinking["responses_without_answer"]
         unanswered = f"; {counted(left, 'response')} came to no answer and {'is' if left == 1 else 'are'} left out"
-        say(
-            "the model thinks before it answers: unless another --reduction is named, the vectors are those of its "
-            f"answers ({thinking['default_reduction']}){unanswered if left else ''}"
-        )
-    show_separation(summary["separation"], norms.get("answer_mean", norms["response_mean"]))
-    say(f"vectors: {folder / 'vectors.safetensors'}")
+        say(f"the model thinks before it answers: {what} ({thinking['default_reduction']}){unanswered if left else ''}")
 
 
 def show_separation(

@@ -17,7 +17,7 @@ from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.cells import Cells, Levels, levels_along
 from persona_lens.extraction.experiment import Answers, Experiment, Variant, model_config, requests_of, run_folder
-from persona_lens.extraction.means import ExtractionError
+from persona_lens.extraction.means import ExtractionError, own_mean, part_means, thinking_told
 from persona_lens.extraction.run import SCORES, SUMMARY, VECTORS
 from persona_lens.judging import Calibration, Judge, Judgement, LikelihoodJudge
 from persona_lens.judging.reading import PAIRS
@@ -41,7 +41,7 @@ from persona_lens.traits.role import (
 from persona_lens.vectors import PersonaVectors
 from persona_lens.vectors.geometry import Components, chance
 from persona_lens.vectors.persona_space import ASSISTANT, PersonaSpace
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION, StoredLevels
+from persona_lens.vectors.provenance import THINKING, THINKING_MEAN, StoredLevels
 
 SPACE = "space.safetensors"
 FULLY = len(GRADES) - 1
@@ -142,6 +142,8 @@ def persona_axis(
 ) -> Axis:
     """Find a model's persona space and its assistant axis.
 
+    Where a model thinks before it answers, both are of its answers, as vectors of an extraction are.
+
     Args:
         backend: The model.
         folder: Run folder, kept and resumed; None keeps everything in memory.
@@ -201,7 +203,9 @@ def _made(
     """What the responses come to; nothing of it is written."""
     requests = answers.collected.requests
     scores = [_score_row(request, found, judges) for request, found in zip(requests, judged, strict=True)]
-    cells = Cells.of(requests, [row["played"] for row in scores], answers.collected)
+    played = [row["played"] for row in scores]
+    thought = _thought(played, answers)
+    cells = Cells.of(requests, played, answers.collected, own_mean(thought > 0))
     counts = {name: int(count) for name, count in zip(cells.names[1:], cells.counts[1:].sum(dim=1), strict=True)}
     kept = [name for name, count in counts.items() if count >= settings.least]
     if len(kept) < 3:
@@ -209,15 +213,18 @@ def _made(
     cells = cells.of_roles(kept)
     judge = as_used(next(iter(judges.values())).describe(), (each for each in judged if each is not None))
     known = {**{name: each for name, each in config.items() if name != "judges"}, "judge": judge, "counts": counts}
+    if thought:
+        known[THINKING] = thinking_told(answers.rollouts, thought)
     space = PersonaSpace(ModelInfo(**known["model"]), tuple(kept), cells.means[1:], cells.means[0], known)
     levels = levels_along(requests, answers.collected, space)
-    stored = StoredLevels(DEFAULT_REDUCTION, len(requests), dict(enumerate(map(tuple, levels["all"]))))
+    stored = StoredLevels(space.reduction, len(requests), dict(enumerate(map(tuple, levels["all"]))))
     summary = {
         **_summary(space, cells, levels, traits, settings),
         "responses": len(requests),
         "tokens": sum(len(rollout.response_ids) for rollout in answers.rollouts),
         "counts": counts,
         "judge": judge,
+        **({THINKING: known[THINKING]} if thought else {}),
     }
     return Axis(space, space.vectors(levels=stored.to_json()), answers.rollouts, scores, plain(summary))
 
@@ -226,8 +233,8 @@ def axis_experiment(
     backend: Backend, roles: Sequence[Role], default: DefaultAssistant, settings: AxisSettings, chat: ChatFormat
 ) -> Experiment:
     """The responses that an axis is made of."""
-    requests = plan_roles(roles, default, settings)
-    return Experiment(backend, chat, requests, settings.rollouts, {}, reads=[Read(ReadKind.RESPONSE_MEAN)])
+    requests, reads = plan_roles(roles, default, settings), (Read(ReadKind.RESPONSE_MEAN), *part_means(chat))
+    return Experiment(backend, chat, requests, settings.rollouts, {}, reads=reads)
 
 
 def axis_work(
@@ -259,6 +266,15 @@ def _layer(settings: AxisSettings, info: ModelInfo) -> int:
     if not 0 <= layer < info.n_layers:
         raise ExtractionError(f"layer {layer} does not exist: the model has layers 0 to {info.n_layers - 1}")
     return layer
+
+
+def _thought(played: Sequence[bool], answers: Answers) -> int:
+    """How many of the responses that count hold any thinking."""
+    found = 0
+    for indices, tensors in answers.collected.reductions():
+        if (means := tensors.get(THINKING_MEAN)) is not None:
+            found += sum(played[i] and bool(mean.isfinite().all()) for i, mean in zip(indices, means, strict=True))
+    return found
 
 
 # Who played

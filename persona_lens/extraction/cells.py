@@ -25,7 +25,7 @@ class Cells:
     """What was kept of the default (first) and of each role, by question.
 
     Attributes:
-        sums: float64 [1 + roles, questions, n_layers, d_model]: response means, added up.
+        sums: float64 [1 + roles, questions, n_layers, d_model]: means of responses, added up.
         counts: float64 [1 + roles, questions]: how many those are.
         names: Of the default and of the roles.
     """
@@ -35,21 +35,24 @@ class Cells:
     names: tuple[str, ...]
 
     @staticmethod
-    def of(requests: Sequence[Request], played: Sequence[bool], collected: RolloutBatches) -> Cells:
+    def of(
+        requests: Sequence[Request], played: Sequence[bool], collected: RolloutBatches, mean: str = DEFAULT_REDUCTION
+    ) -> Cells:
         """Add up the responses that count, one shard in memory at a time; empty ones have no mean."""
         names = tuple(dict.fromkeys(request.labels["role"] for request in requests))
         info, questions = collected.backend.info, 1 + max(request.labels["question_number"] for request in requests)
         sums = torch.zeros(len(names), questions, info.n_layers, info.d_model, dtype=torch.float64)
         counts = torch.zeros(len(names), questions, dtype=torch.float64)
         for indices, tensors in collected.reductions():
-            for index, mean in zip(indices, tensors[DEFAULT_REDUCTION], strict=True):
-                if played[index] and bool(mean.isfinite().all()):
+            for index, found in zip(indices, tensors[mean], strict=True):
+                if played[index] and bool(found.isfinite().all()):
                     labels = requests[index].labels
                     place = names.index(labels["role"]), labels["question_number"]
-                    sums[place] += mean.double()
+                    sums[place] += found.double()
                     counts[place] += 1
         if not bool(counts[0].any()):
-            raise ExtractionError("every response of the default Assistant is empty; allow for more tokens")
+            what = "is empty" if mean == DEFAULT_REDUCTION else "comes to no answer"
+            raise ExtractionError(f"every response of the default Assistant {what}; allow for more tokens")
         return Cells(sums, counts, names)
 
     def of_roles(self, kept: Sequence[str]) -> Cells:
@@ -69,12 +72,15 @@ class Cells:
 
 
 def projections(
-    requests: Sequence[Request], collected: RolloutBatches, units: Float[Tensor, "layers d_model"]
+    requests: Sequence[Request],
+    collected: RolloutBatches,
+    units: Float[Tensor, "layers d_model"],
+    mean: str = DEFAULT_REDUCTION,
 ) -> Float[Tensor, "rows layers"]:
     """Every response's mean residual on a unit direction at each layer: float32, NaN for an empty response."""
     found = torch.full((len(requests), len(units)), torch.nan)
     for indices, tensors in collected.reductions():
-        means = tensors[DEFAULT_REDUCTION].float()
+        means = tensors[mean].float()
         found[torch.tensor(indices)] = einsum(means, units, "rows layers d_model, layers d_model -> rows layers")
     return found
 
@@ -87,7 +93,7 @@ def levels_along(requests: Sequence[Request], collected: RolloutBatches, space: 
     """Where responses stand along the axis."""
     axis = space.axis
     units = axis / axis.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    values = projections(requests, collected, units).double().numpy()
+    values = projections(requests, collected, units, space.reduction).double().numpy()
     default = np.array([request.labels["role"] == ASSISTANT for request in requests])
     chosen = {"all": np.ones_like(default), "default": default, "roles": ~default}
     found = {name: np.nanpercentile(values[rows], PERCENTILES, axis=0) for name, rows in chosen.items()}

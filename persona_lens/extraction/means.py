@@ -6,22 +6,64 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import ReadKind
+from persona_lens.backend import Read, ReadKind
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.judging import Judgement, Score
 from persona_lens.judging.reading import PAIRS
-from persona_lens.runs.rollouts import Request, row_seed
+from persona_lens.runs.rollouts import Request, Rollout, row_seed
 from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Arm, Trait
 from persona_lens.vectors.provenance import ANSWER_MEAN, DEFAULT_REDUCTION, THINKING_MEAN
 from persona_lens.vectors.separation import FOLDS, null_units, separation_row, unit
+
+if TYPE_CHECKING:
+    from persona_lens.models import ChatFormat
+
+
+def own_mean(thinks: bool) -> str:
+    """Which mean of a response counts where no other is named: that of its answer, if the model thinks before it."""
+    return ANSWER_MEAN if thinks else DEFAULT_REDUCTION
+
+
+def part_means(chat: ChatFormat) -> tuple[Read, ...]:
+    """What is read of responses beside their means, where the model may think before it answers."""
+    return (Read(ReadKind.ANSWER_MEAN), Read(ReadKind.THINKING_MEAN)) if chat.may_reason else ()
+
+
+def thinking_told(rollouts: Sequence[Rollout], thought: int) -> dict[str, Any]:
+    """What is said of the vectors of a model that thought before it answered.
+
+    Args:
+        rollouts: Every response.
+        thought: How many of those that count hold any thinking.
+    """
+    return {
+        "default_reduction": own_mean(thought > 0),
+        "kept_responses_with_thinking": thought,
+        "responses_without_answer": sum(not each.response.strip() for each in rollouts),
+    }
+
+
+def mean_read(chat: ChatFormat, reduction: str) -> ReadKind:
+    """Which mean of a response vectors are held against: theirs, if they are of a part, or else the model's own.
+
+    Args:
+        chat: The chat format of the model that responds.
+        reduction: Which of the vectors.
+    """
+    return ReadKind(reduction if reduction in (ANSWER_MEAN, THINKING_MEAN) else own_mean(chat.may_reason))
+
+
+def described_mean(kind: ReadKind) -> dict[str, str]:
+    """What a run's configuration says of the mean that is read; nothing of that of whole responses."""
+    return {} if kind == DEFAULT_REDUCTION else {"mean": kind.value}
 
 
 class ExtractionError(PersonaLensError):
@@ -216,7 +258,7 @@ class ArmMeans:
     @property
     def reduction(self) -> str:
         """What vectors are of where nothing is said: of the answers, if any response thought."""
-        return ANSWER_MEAN if self.thought else DEFAULT_REDUCTION
+        return own_mean(bool(self.thought))
 
     def difference(self, folds: Sequence[int] = tuple(range(FOLDS))) -> dict[str, Float[Tensor, "layers d_model"]]:
         """mean(positive) - mean(negative) over the questions of the folds, by reduction, float32."""

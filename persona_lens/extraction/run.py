@@ -22,14 +22,15 @@ from persona_lens.extraction.experiment import (
 from persona_lens.extraction.external import ExternalRollouts, ExternalScores, Paths, external_rollouts
 from persona_lens.extraction.kept import KeptResponses
 from persona_lens.extraction.means import (
-    ArmMeans,
     ExtractionError,
     ExtractionSettings,
     Filtered,
     arm_means,
     filter_responses,
     held_out_separation,
+    part_means,
     plan_requests,
+    thinking_told,
 )
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge, fit_calibration
 from persona_lens.judging.recording import (
@@ -45,12 +46,12 @@ from persona_lens.runs.rollouts import Rollout
 from persona_lens.runs.settings import settings_json
 from persona_lens.traits import Arm, Trait, load_trait
 from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.provenance import THINKING
 
 VECTORS = "vectors.safetensors"
 SUMMARY = "summary.json"
 SCORES = "scores.jsonl"
 LIKELIHOOD = "likelihood"
-THINKING = "thinking"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -153,8 +154,7 @@ def extraction_work(
 
 def means_read(chat: ChatFormat, settings: ExtractionSettings) -> tuple[Read, ...]:
     """The means of each response: where the model may think before it answers, of its thinking and its answer too."""
-    parts = (Read(ReadKind.ANSWER_MEAN), Read(ReadKind.THINKING_MEAN)) if chat.may_reason else ()
-    return (*Read.means(sinks=settings.sinks), *parts)
+    return (*Read.means(sinks=settings.sinks), *part_means(chat))
 
 
 def _experiment(
@@ -212,7 +212,7 @@ def _vectors(
     separation = held_out_separation(*of_kept, means, settings.seed)
     provenance = {**config, "counts": filtered.counts, "separation": separation}
     if means.thought:
-        provenance[THINKING] = _thinking(answers, means)
+        provenance[THINKING] = thinking_told(answers.rollouts, sum(means.thought.values()))
     if not settings.sinks:
         provenance["prompt_mean_sinks"] = False
     if trait.graded_prompts:  # so that a study needs nothing but the vectors
@@ -225,15 +225,6 @@ def _vectors(
 def _answered(chat: ChatFormat, answers: Answers) -> list[bool] | None:
     """Of a model that may think, whether each response came to an answer."""
     return [bool(each.response.strip()) for each in answers.rollouts] if chat.may_reason else None
-
-
-def _thinking(answers: Answers, means: ArmMeans) -> dict[str, Any]:
-    """What is said of the vectors of a model that thought before it answered."""
-    return {
-        "default_reduction": means.reduction,
-        "kept_responses_with_thinking": sum(means.thought.values()),
-        "responses_without_answer": sum(not each.response.strip() for each in answers.rollouts),
-    }
 
 
 def _summary(

@@ -378,6 +378,7 @@ def note_reasoning(chat: ChatFormat) -> None:
     """Say, where a model reasons before it answers, what is of its answer and what is of both."""
     if chat.reasons:
         note(
-            "this model reasons before it answers: judges see the answer alone, and vectors are made of it; what is "
-            "read or steered over a response takes in the reasoning, but `on answer` and `on thinking`"
+            "this model reasons before it answers: judges see the answer alone, and vectors are made of it, an axis "
+            "too, and the projections of `steer effects` and `steer persist`; what else is read or steered over a "
+            "response takes in the reasoning, but `on answer` and `on thinking`"
         )

@@ -13,6 +13,7 @@ import torch
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.extraction.experiment import Experiment, Subject, model_config, requests_of, run_folder
+from persona_lens.extraction.means import described_mean, mean_read
 from persona_lens.judging import Judge
 from persona_lens.judging.recording import as_used
 from persona_lens.models import ChatFormat
@@ -39,7 +40,8 @@ class CrossSettings:
         samples: Responses for each question and steering; all steerings share their seeds.
         random_directions: How many random rotations of each steering stand beside it; 0 leaves the null out.
         layer: Where projections are read; by default each trait's where it is steered alone, else where it was tuned.
-        reduction: Which of the vectors projections are taken on.
+        reduction: Which of the vectors projections are taken on; of a model that thinks, the mean of the answer is, or
+            with `thinking_mean` that of the thinking.
         seed: Base of every row's seed and of the random directions.
         rollouts: How responses are made.
     """
@@ -77,6 +79,8 @@ def effects(
     - *steered*: in the residual stream that the steered model had while it wrote. From the edited layer on it holds the
       edit itself: a vector with a positive cosine to the edit moves even if the text does not.
     - *text*: in the residual stream of the unsteered model that reads the same text. It holds what the text carries.
+
+    Where the model thinks before it answers, it is the answer's tokens that are projected.
 
     Args:
         backend: The model.
@@ -186,6 +190,11 @@ class Crossing:
         """Where projections are read, by trait."""
         return {name: self._layer(name, each) for name, each in self.vectors.items()}
 
+    @property
+    def mean(self) -> ReadKind:
+        """Which mean of a response is projected."""
+        return mean_read(self.chat, self.settings.reduction)
+
     @cached_property
     def subjects(self) -> dict[str, Subject]:
         """The model as it is judged for each trait."""
@@ -224,6 +233,7 @@ class Crossing:
                 }
                 for name, each in self.subjects.items()
             },
+            **described_mean(self.mean),
             **model_config(self.backend, self.chat),
         }
 
@@ -283,7 +293,7 @@ class Crossing:
         return rows, used
 
     def _projections(self, batches: RolloutBatches) -> dict[int, dict[str, float | None]]:
-        """Of each row the mean response token's projection on each unit vector, in residual-stream units."""
+        """Of each row the mean token's projection on each unit vector, in residual-stream units."""
         layers = self._read().layers or ()
         found: dict[int, dict[str, float | None]] = {}
         units = {
@@ -291,16 +301,16 @@ class Crossing:
             for name, each in self.subjects.items()
         }
         for batch, tensors in batches.reductions():
-            means = tensors[ReadKind.RESPONSE_MEAN.value].float()
+            means = tensors[self.mean.value].float()
             values = {name: means[:, layers.index(self.layers[name])] @ unit for name, unit in units.items()}
             for place, row in enumerate(batch):
                 here = {name: float(each[place]) for name, each in values.items()}
-                # A response without tokens has no mean.
+                # A response without tokens, or without an answer, has no mean.
                 found[row] = {name: None if value != value else value for name, value in here.items()}
         return found
 
     def _read(self) -> Read:
-        return Read(ReadKind.RESPONSE_MEAN, tuple(sorted(set(self.layers.values()))))
+        return Read(self.mean, tuple(sorted(set(self.layers.values()))))
 
     def _layer(self, name: str, vectors: PersonaVectors) -> int:
         if self.settings.layer is not None:

@@ -30,8 +30,9 @@ class CrossRow:
         question: Number of the question.
         sample: Number of the sample.
         scores: By trait, 0 to 100; None if the response is empty or has no score.
-        steered_projections: By trait, of the mean response token in the model as it was steered while it wrote, on the
-            trait's unit vector, in residual-stream units; None if the response is empty.
+        steered_projections: By trait, of the mean response token, or of a model that thinks the mean token of its
+            answer, in the model as it was steered while it wrote, on the trait's unit vector, in residual-stream units;
+            None if there is no such token.
         text_projections: The same in the unsteered model that reads the text.
         nll: -log p under the unsteered model, nats a token; None where no judge computes it.
         coherence: 0 to 100; None where no judge asks.

@@ -18,7 +18,7 @@ from torch import Tensor
 from persona_lens.backend import ModelInfo
 from persona_lens.core.documents import Record, header_text, read_artifact, save_tensors, write_once
 from persona_lens.vectors.geometry import Components, GeometryError, components_of
-from persona_lens.vectors.provenance import DEFAULT_REDUCTION, VectorsError, check_provenance
+from persona_lens.vectors.provenance import DEFAULT_REDUCTION, THINKING, VectorsError, check_provenance
 from persona_lens.vectors.vectors import PersonaVectors
 
 ASSISTANT = "assistant"
@@ -85,6 +85,12 @@ class PersonaSpace:
         found: Tensor = (self.default.double() - self.means.double().mean(dim=0)).float()
         return found
 
+    @property
+    def reduction(self) -> str:
+        """What the means are over: the response, or its answer, of a model that thinks before it."""
+        thinking = self.provenance.get(THINKING)
+        return str(thinking["default_reduction"]) if isinstance(thinking, Mapping) else DEFAULT_REDUCTION
+
     def vectors(self, **provenance: Any) -> PersonaVectors:
         """The axis as vectors of the trait ``assistant``, which work wherever a trait's do.
 
@@ -92,7 +98,7 @@ class PersonaSpace:
             provenance: Further entries of their provenance, as JSON values.
         """
         known = {**self.provenance, **provenance}
-        return PersonaVectors(ASSISTANT, self.model, {DEFAULT_REDUCTION: self.axis}, known)
+        return PersonaVectors(ASSISTANT, self.model, {self.reduction: self.axis}, known)
 
     def components(self, layer: int, seed: int = 0) -> Components:
         """Principal components of the roles at a layer after subtracting their mean, without scaling.
@@ -108,7 +114,7 @@ class PersonaSpace:
         """
         if not 0 <= layer < self.model.n_layers:
             raise GeometryError(f"layer {layer} does not exist: the model has layers 0 to {self.model.n_layers - 1}")
-        found = components_of(self.roles, layer, DEFAULT_REDUCTION, self.means[:, layer], normalised=False, seed=seed)
+        found = components_of(self.roles, layer, self.reduction, self.means[:, layer], normalised=False, seed=seed)
         signs = (found.directions.double() @ self._from_mean(layer)).sign()
         signs = torch.where(signs == 0, torch.ones_like(signs), signs).float()
         return replace(found, coordinates=found.coordinates * signs, directions=found.directions * signs.unsqueeze(1))

@@ -40,8 +40,8 @@ class TurnRow(Answer):
         turn: Counted from 1.
         user: Name of who talks.
         domain: What about.
-        projection: Of the mean response token on the trait's unit vector, as the model was steered, in residual-stream
-            units; None for an empty reply.
+        projection: Of the mean response token, or of a model that thinks the mean token of its answer, on the trait's
+            unit vector, as the model was steered, in residual-stream units; None for an empty reply.
         capability: Probability of a token of the right answers to known questions after this turn, a geometric mean;
             None where none is asked.
     """

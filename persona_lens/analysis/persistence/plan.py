@@ -29,6 +29,7 @@ from persona_lens.core.progress import Progress
 from persona_lens.data.scripted import Scripted, scripted_users, spread_over_domains
 from persona_lens.extraction.conversations import Conversation, Conversations
 from persona_lens.extraction.experiment import Subject, Variant, model_config
+from persona_lens.extraction.means import described_mean, mean_read
 from persona_lens.judging import Judge, Judgement, LikelihoodJudge
 from persona_lens.judging.recording import as_used, exchange_of, judge_rollouts, judging_work, prepare_judge
 from persona_lens.models import ChatFormat
@@ -44,11 +45,11 @@ KIND = "persistence"
 
 @dataclass(frozen=True)
 class HeldTurn:
-    """A turn of every conversation: how they stand after it, and the replies with their projections by layer."""
+    """A turn of every conversation: how they stand after it, and the replies with their means by kind and layer."""
 
     conversations: tuple[Conversation, ...]
     rollouts: Sequence[Rollout]
-    means: Tensor | None
+    means: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +114,15 @@ class Plan:
         """Where projections are read."""
         return tuple(sorted({aim.layer for aim in self.aims.values()}))
 
+    def mean_of(self, aim: Aim) -> ReadKind:
+        """Which mean of a reply is projected for a trait."""
+        return mean_read(self.chat, aim.reduction)
+
+    @property
+    def means(self) -> tuple[ReadKind, ...]:
+        """All that are."""
+        return tuple(sorted(set(map(self.mean_of, self.aims.values()))))
+
     def edits(self, aims: Mapping[str, Aim]) -> EditsOf:
         """What each conversation is steered by."""
         return edits_by_labels(aims, self.settings.random_directions, self.settings.seed)
@@ -132,7 +142,7 @@ class Plan:
             self.settings.seed,
             self.settings.rollouts,
             edits_for(self.edits(aims), self.chat),
-            [Read(ReadKind.RESPONSE_MEAN, self.layers)],
+            [Read(kind, self.layers) for kind in self.means],
             prefix=prefix,
         )
 
@@ -154,6 +164,7 @@ class Plan:
                     "coefficient": self.aims[name].coefficient,
                     "reduction": self.aims[name].reduction,
                     "judge": each.judge.describe(),
+                    **described_mean(self.mean_of(self.aims[name])),
                 }
                 for name, each in self.subjects.items()
             },
@@ -184,7 +195,7 @@ class Plan:
         aims = self.aims
         variants = [aim.variant(FROM[way][1]) for aim in aims.values() for way in missing]
         (turn,) = self.conversations(aims, variants, 1, "target-").hold(run, progress)
-        held = HeldTurn(turn.conversations, turn.rollouts, turn.reads().get(ReadKind.RESPONSE_MEAN.value))
+        held = HeldTurn(turn.conversations, turn.rollouts, turn.reads())
         for way in missing:
             name, source = FROM[way]
             found: dict[str, Any] = {trait: {name: self._mean(trait, aim, source, held)} for trait, aim in aims.items()}
@@ -208,12 +219,13 @@ class Plan:
         return round(fmean(found), 6)
 
     def _projection(self, aim: Aim, turn: HeldTurn, place: int) -> float | None:
-        return None if turn.means is None else aim.projection(turn.means[place, self.layers.index(aim.layer)])
+        means = turn.means.get(self.mean_of(aim))
+        return None if means is None else aim.projection(means[place, self.layers.index(aim.layer)])
 
     def held(self, aims: Mapping[str, Aim], run: RunFolder | None, progress: Progress) -> list[HeldTurn]:
         """Every turn, of which only the means of its replies are kept."""
         return [
-            HeldTurn(turn.conversations, turn.rollouts, turn.reads().get(ReadKind.RESPONSE_MEAN.value))
+            HeldTurn(turn.conversations, turn.rollouts, turn.reads())
             for turn in self.conversations(aims).hold(run, progress)
         ]
 

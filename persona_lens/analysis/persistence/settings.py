@@ -29,7 +29,8 @@ class PersistSettings:
         known_turns: After which turns they are asked; None for the first and the last.
         last: How many of the last turns count as the end, at which ways are held against one another.
         random_directions: How many random directions stand beside; conversation i gets number i modulo this.
-        reduction: Which of the vectors.
+        reduction: Which of the vectors. Of a model that thinks the mean of the answer is projected, or with
+            `thinking_mean` that of the thinking.
         seed: Base of every row's seed and of the random directions.
         rollouts: How replies are made.
     """
