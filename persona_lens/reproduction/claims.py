@@ -2,7 +2,8 @@
 
 Rules compare intervals, never numbers alone, and were written before anything was measured. Of a claim that one thing
 is more than another the difference counts: taken question by question where both answered the same ones, else what is
-left between the two intervals.
+left between the two intervals. Where what stands beside ours is what chance gives, and no estimate of anything, ours is
+compared with that as in a test: its interval with the middle of chance, and itself with the end.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ class Rule:
             other.
         own: Whether ours itself has to lie on that side of 0 too.
         paired: Whether only a difference question by question will do.
+        chance: Whether what stands beside ours is the middle 95% of what chance gives. Two intervals taken from each
+            other would count that spread as if it were doubt about a number, and show hardly anything of six datasets.
         unit: Of the margin.
     """
 
@@ -112,14 +115,33 @@ class Rule:
     margin: float = 0.0
     own: bool = False
     paired: bool = False
+    chance: bool = False
     unit: str = ""
 
     def verdict(self, finding: Finding) -> Verdict:
         """What the finding says of the claim."""
-        apart = finding.apart or (None if self.paired else finding.value - finding.null)
-        compared = [(apart, self.margin), *([(finding.value, 0.0)] if self.own else [])]
+        apart = self.apart(finding)
+        if self.chance:
+            return self._beyond_chance(apart, finding)
+        compared = [
+            (None if self.paired and finding.apart is None else apart, self.margin),
+            *([(finding.value, 0.0)] if self.own else []),
+        ]
         sides = [self._side(number, margin) for number, margin in compared]
         return "refuted" if -1 in sides else "shown" if all(side == 1 for side in sides) else "not shown"
+
+    def apart(self, finding: Finding) -> Number:
+        """How far ours and what stands beside it are apart."""
+        if self.chance:
+            return finding.value.mapped(1, -finding.null.mean)
+        return finding.apart or finding.value - finding.null
+
+    def _beyond_chance(self, apart: Number, finding: Finding) -> Verdict:
+        side, ends, mean = self._side(apart, 0.0), finding.null.ends, finding.value.mean
+        if not side or ends is None:
+            return "not shown"
+        beyond = mean > ends[1] if side * self.side == 1 else mean < ends[0]
+        return ("shown" if side == 1 else "refuted") if beyond else "not shown"
 
     def _side(self, number: Number | None, margin: float) -> int:
         """1 if the whole interval is beyond the margin on the side that is claimed, -1 if it is before it, else 0."""
@@ -133,6 +155,11 @@ class Rule:
         """The rule in a sentence."""
         more, less = ("above", "below") if self.side == 1 else ("below", "above")
         limit = f"{self.side * self.margin:+g}{self.unit}" if self.margin else "0"
+        if self.chance:
+            return (
+                f"Shown if the whole interval of ours lies {more} the middle of what chance gives, and ours itself "
+                f"{more} the middle 95% of it; refuted if both lie {less} it."
+            )
         if self.own:
             return (
                 f"Shown if ours, and its difference from what stands beside it, lie {more} 0 as a whole; refuted if "
@@ -221,6 +248,6 @@ def outcome_of(claim: Claim, found: Found, trait: str | None) -> dict[str, Any]:
         return {**row, **nothing, "note": str(error)}
     except Exception as error:  # noqa: BLE001 - a plan of one's own may leave other figures than the claim reads
         return {**row, **nothing, "note": f"the steps have no such figure ({in_short(repr(error))})"}
-    apart = finding.apart or finding.value - finding.null
+    apart = claim.rule.apart(finding)
     measured = {"value": finding.value.to_json(), "null": finding.null.to_json(), "apart": apart.to_json()}
     return {**row, "verdict": claim.rule.verdict(finding), **measured, "note": finding.note}

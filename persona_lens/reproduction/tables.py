@@ -36,6 +36,7 @@ SHUFFLED = "the same figures, shuffled over the datasets"
 PLAIN_TRAINING = "plain finetuning on the same data"
 TURNED = "the same in training, along random directions"
 MORE, LESS = Rule(1), Rule(-1)
+CHANCE = Rule(1, chance=True)
 EFFECT, FALL = Rule(1, own=True, paired=True), Rule(-1, own=True, paired=True)
 AHEAD, BEHIND = Rule(1, paired=True), Rule(-1, paired=True)
 POINTS = 10.0
@@ -51,16 +52,16 @@ def _monitored(kind: str, name: str, whole: Mapping[str, str], inside: Mapping[s
     said = f"Where prompts end foretells the score of their replies, over {name}"
     return (
         Claim(f"{kind}-overall", "monitoring", said, whole, "random directions, the best of all layers", steps,
-              readings.foretold(kind, within=False), MORE, 2),
+              readings.foretold(kind, within=False), CHANCE, 2),
         Claim(f"{kind}-within", "monitoring", f"{said}, within one condition", inside,
-              "random directions, within one condition", steps, readings.foretold(kind, within=True), MORE, 2),
+              "random directions, within one condition", steps, readings.foretold(kind, within=True), CHANCE, 2),
     )  # fmt: skip
 
 
 STEERING = (
     Claim("reliable", "extraction", "Contrasting instructions give a direction of the trait: that of other questions "
           "is much the same (cosine)", "no number", "vectors of swapped arms", ("halves", "tune"),
-          readings.reliable, MORE, 2),
+          readings.reliable, CHANCE, 2),
     Claim("layer", "extraction", "A layer that is chosen by steering raises the trait score", "layers 20, 20 and 16 of "
           "28 chosen (Qwen2.5-7B)", RANDOM, ("tune",), readings.confirmed, EFFECT),
     Claim("unasked", "extraction", "Before finetuning the model shows little of the trait by itself",
@@ -92,7 +93,7 @@ TRAINING = (
           "data of the level normal", ("shift",), readings.levelled, MORE),
     Claim("shift", "finetuning", "The shift of prompts along the vector goes with the change of the trait score",
           _by_trait(".826", ".758", ".916"), SHUFFLED, ("shift", "tune"), readings.goes_with("shift", "change"),
-          MORE, 2),
+          CHANCE, 2),
     Claim("plain", "protection", "Plain finetuning on the trait's data raises its score", "raised, no number",
           "the model before finetuning", ("protection",), readings.treated("plain", "base"), MORE),
     Claim("post-hoc", "protection", "Steering against the trait afterwards takes the score down", "lowered, no number",
@@ -120,20 +121,20 @@ TRAINING = (
 DATA = (
     Claim("dp", "projection", "The projection difference of a dataset goes with the change that finetuning on it makes",
           {"optimistic": ".873", "impolite": ".900", "apathetic": ".858", "humorous": ".937"}, SHUFFLED,
-          ("screen", "shift", "tune"), readings.goes_with("difference", "change", ("screen",)), MORE, 2),
+          ("screen", "shift", "tune"), readings.goes_with("difference", "change", ("screen",)), CHANCE, 2),
     Claim("share", "projection", "So it does with base responses to a part of the rows", "nearly as well", SHUFFLED,
           ("screen-share", "screen", "shift", "tune"),
-          readings.goes_with("share_difference", "change", ("screen-share",)), MORE, 2),
+          readings.goes_with("share_difference", "change", ("screen-share",)), CHANCE, 2),
     Claim("last-token", "projection", "The last prompt token's projection can stand for base responses",
           _by_trait(".931", ".581", ".689"), SHUFFLED, ("screen", "shift", "tune"),
-          readings.goes_with("prompt_difference", "difference", ("screen",)), MORE, 2),
+          readings.goes_with("prompt_difference", "difference", ("screen",)), CHANCE, 2),
     Claim("auc-raw", "samples", "Rows that show the trait project higher than normal ones (AUC)",
           _by_trait(".9999", ".9999", ".9948"), "random directions", ("screen", "tune"), readings.separated("raw"),
-          MORE, 3),
+          CHANCE, 3),
     Claim("auc-difference", "samples", "So does their difference from the base response (AUC)", "no number",
-          "random directions", ("screen", "tune"), readings.separated("difference"), MORE, 3),
+          "random directions", ("screen", "tune"), readings.separated("difference"), CHANCE, 3),
     Claim("raw", "raw", "The raw projection of a dataset goes with the change too", _by_trait(".784", ".540", ".635"),
-          SHUFFLED, ("screen", "shift", "tune"), readings.goes_with("raw", "change", ("screen",)), MORE, 2),
+          SHUFFLED, ("screen", "shift", "tune"), readings.goes_with("raw", "change", ("screen",)), CHANCE, 2),
     Claim("dp-beats-raw", "raw", "The projection difference goes with it better than the raw projection",
           "better, for all traits", "r of the raw projection", ("screen", "shift", "tune"),
           readings.beats("difference", "raw", "change"), AHEAD, 2),
@@ -143,7 +144,7 @@ DATA = (
           "rows drawn at random", ("subsets",), readings.subset("low"), LESS),
     Claim("cosine", "cosines", "Vectors of different traits are not independent (cosine, whatever its sign)",
           "evil and sycophantic .368, evil and hallucinating .192, sycophantic and hallucinating .162",
-          "random directions", ("cosines",), readings.alike, MORE, 2, each=False),
+          "random directions", ("cosines",), readings.alike, CHANCE, 2, each=False),
     Claim("feature", "features", "The feature that is most like the vector raises the trait score by itself",
           "features of the trait are among the first", "random features", ("features",), readings.feature, EFFECT),
 )  # fmt: skip

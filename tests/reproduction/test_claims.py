@@ -53,6 +53,24 @@ def test_rules_compare_intervals(rule: Rule, low: float, high: float, said: str)
     assert rule.verdict(Finding(Number((low + high) / 2, low, high, 5), NULL)) == said
 
 
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "said"),
+    [
+        (0.9, 0.3, 1.0, "shown"),  # though the two intervals overlap
+        (0.9, -0.2, 1.0, "not shown"),  # one dataset may have made it
+        (0.6, 0.3, 0.8, "not shown"),  # chance does as much
+        (-0.9, -1.0, -0.3, "refuted"),
+        (-0.6, -0.8, -0.3, "not shown"),
+    ],
+)
+def test_what_chance_gives_is_no_estimate(mean: float, low: float, high: float, said: str) -> None:
+    chance = Number(0.0, -0.8, 0.8)
+    assert Rule(1, chance=True).verdict(Finding(Number(mean, low, high, 6), chance)) == said
+    opposite = Finding(Number(-mean, -high, -low, 6), chance)
+    assert Rule(-1, chance=True).verdict(opposite) == said
+    assert Rule(1, chance=True).verdict(Finding(Number(0.9), chance)) == "not shown"
+
+
 def test_a_paired_difference_counts_and_not_the_overlap() -> None:
     value, close, wide = Number(1.0, -1.0, 3.0, 9), Number(1.0, 0.5, 1.5, 9), Number(1.0, -0.5, 2.5, 9)
     assert Rule(1, paired=True).verdict(Finding(value, NULL, close)) == "shown"
@@ -84,6 +102,7 @@ def test_numbers_keep_their_intervals() -> None:
 
 def test_every_rule_is_written_out_with_its_side() -> None:
     assert "above 0" in Rule(1).words
+    assert "middle 95% of it" in Rule(1, chance=True).words
     assert "below 0" in Rule(-1, own=True, paired=True).words
     assert "-10 points" in Rule(1, -10.0, unit=" points").words
     assert all(claim.rule.words.count("; refuted if") == 1 for claim in CLAIMS)
