@@ -40,6 +40,8 @@ HARMONY = ("<|start|>", CHANNEL, "<|message|>", "<|constrain|>", "<|end|>")
 """The tokens of its messages: a head of a role and a channel, what is said, and the end."""
 TAGS = ("<|open|>", "<|sep|>", "<|close|>")
 """The tokens of Kimi K3's tags: ``<|open|>think<|sep|>``, and so on."""
+CLOSED_TAG = re.compile(r"<\|close\|>\w+<\|sep\|>")
+"""Such a tag's end: that of thinking too, so it ends no turn, although it is the first that a template writes then."""
 # Muse Glimmer has the same heads without channels: a message is to somebody, and only one to the user is the answer.
 RECIPIENTS: Marks = ("to=self", "to=user")
 # The same written as text, as data sets have it: a head, what is said, and its end, if that is there.

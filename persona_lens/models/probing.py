@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from persona_lens.core.errors import ModelError
-from persona_lens.core.marks import CHANNEL, Marks, opened_marks
+from persona_lens.core.marks import CHANNEL, CLOSED_TAG, Marks, opened_marks
 
 
 class Rendering(Protocol):
@@ -112,7 +112,7 @@ def probed_end_of_turn(chat: Rendering) -> int | None:
             text = chat.rendered_text(None, messages=conversation, add_generation_prompt=False)
         except ModelError:
             continue
-        after = text.rpartition(ANSWER)[2].lstrip()
+        after = CLOSED_TAG.sub("", text.rpartition(ANSWER)[2]).lstrip()
         tokens = {
             str(token.content): index
             for index, token in chat.tokenizer.added_tokens_decoder.items()

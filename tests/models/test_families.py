@@ -166,3 +166,14 @@ def test_of_a_finished_response_no_token_of_a_mark_is_answer(name: str) -> None:
     told = chat.stretches(prompt, ids)
     answer = [token for token, part in zip(ids, told, strict=True) if part == "answer"]
     assert chat.decode(answer).strip() == "Hello there."
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_closes_thinking_ends_no_turn(name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    ends = ChatFormat.from_tokenizer(tokenizer).end_of_turn_ids()
+    closing = tokenizer.encode(family.marks[1], add_special_tokens=False)
+    heads = {"<|end|>", "<|eom|>"} if family.heads is not None else set()  # of messages: a turn may hold several
+    assert ends
+    assert not {tokenizer.convert_ids_to_tokens(token) for token in {*ends}.intersection(closing)} - heads
