@@ -46,6 +46,7 @@ NOT_RUN = (
     "pip install -e",
     "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --samples",
     "persona-lens extract Qwen/Qwen3-8B optimistic --thinking",
+    "persona-lens generate Qwen/Qwen3-0.6B ",
     "persona-lens extract Qwen/Qwen2.5-7B-Instruct evil --judge",
     "vllm serve ",
     'persona-lens traits new pedantic --description "Corrects every trifle." --author-model openai:',

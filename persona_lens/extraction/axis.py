@@ -140,9 +140,7 @@ def persona_axis(
     chat: ChatFormat | None = None,
     progress: Progress = shown_progress,
 ) -> Axis:
-    """Find a model's persona space and its assistant axis.
-
-    Where a model thinks before it answers, both are of its answers, as vectors of an extraction are.
+    """Find a model's persona space and its assistant axis; of its answers, where it thinks before it answers.
 
     Args:
         backend: The model.

@@ -80,8 +80,6 @@ def effects(
       edit itself: a vector with a positive cosine to the edit moves even if the text does not.
     - *text*: in the residual stream of the unsteered model that reads the same text. It holds what the text carries.
 
-    Where the model thinks before it answers, it is the answer's tokens that are projected.
-
     Args:
         backend: The model.
         steerings: By name; usually one a trait, under its name.

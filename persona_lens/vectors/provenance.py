@@ -23,8 +23,7 @@ from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors.diagnostics import Diagnostics
 
 DEFAULT_REDUCTION = "response_mean"
-ANSWER_MEAN, THINKING_MEAN = "answer_mean", "thinking_mean"  # of a model that thinks before it answers
-THINKING = "thinking"  # what is said of vectors of such a model
+ANSWER_MEAN, THINKING_MEAN, THINKING = "answer_mean", "thinking_mean", "thinking"  # of a model that thinks first
 OWN_REDUCTION = ""  # asks for the vectors' own, see `PersonaVectors.default_reduction`
 FORECASTS = "shift_forecasts"
 FOUND_OF_IT = ("diagnostics", "tuned", "monitor", "baseline", "levels", FORECASTS)

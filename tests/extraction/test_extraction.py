@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from persona_lens.judging.reading import PAIRS
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError
 from persona_lens.runs.rollouts import Request
-from persona_lens.runs.settings import RolloutSettings
+from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import load_vectors
 from persona_lens.vectors.separation import separation_row
@@ -375,7 +374,7 @@ def test_provenance_holds_all_that_made_the_vectors(tmp_path: Path) -> None:
     found = extract(backend, TRAIT, tmp_path, settings=settings)
     kept = load_vectors(tmp_path).provenance
     assert kept == found.vectors.provenance == json.loads(json.dumps(kept))
-    assert kept["settings"] == json.loads(json.dumps(asdict(settings)))
+    assert kept["settings"] == json.loads(json.dumps(settings_json(settings)))
     assert kept["model"]["weights"] == "sha256:planted"
     assert kept["trait"]["content_hash"] == TRAIT.content_hash()
     assert kept["trait"]["instructions"][0]["positive"] == TRAIT.instructions[0].positive
