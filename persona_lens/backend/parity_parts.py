@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,9 @@ from persona_lens.backend.parts import Part, Parts
 from persona_lens.backend.protocol import Backend
 from persona_lens.backend.reads import Read, ReadKind
 from persona_lens.backend.tokens import Positions, Sampling, TokenBatch, TokenIds, pad_left
-from persona_lens.core.marks import ANSWERS, CHANNEL
+from persona_lens.core.marks import ANSWERS, THOUGHTS
 
 KINDS = {Positions.THINKING: Part.THINKING, Positions.ANSWER: Part.ANSWER}
-# How gpt-oss thinks and answers.
-_CHANNELS = ("<|channel|>analysis<|message|>", ANSWERS[CHANNEL])
 
 
 def kinds_of(backend: Backend) -> tuple[Positions, ...]:
@@ -34,7 +33,7 @@ def part_of_text(backend: Backend, text: TokenBatch, edit: Edit) -> Measurement:
         text: Prompts and responses; the first half of these is made thinking, if the model knows how.
         edit: At one of `KINDS`.
     """
-    opening, closing = _marks(backend)
+    opening, closing = _marks(backend.tokenizer)
     responses = [(*opening, *r[: len(r) // 2], *closing, *r[len(r) // 2 :]) for r in text.responses]
     text = TokenBatch.of(text.prompts, responses)
     return _by_hand(backend, text, edit, backend.forward(text, [edit], _reads(edit)).reads)
@@ -42,7 +41,7 @@ def part_of_text(backend: Backend, text: TokenBatch, edit: Edit) -> Measurement:
 
 def part_generated(backend: Backend, prompts: Sequence[TokenIds], sampling: Sampling, edit: Edit) -> Measurement:
     """The same of what the model says, to prompts of which every other one has begun to think."""
-    opening, _ = _marks(backend)
+    opening, _ = _marks(backend.tokenizer)
     begun = [(*prompt, *opening) if row % 2 else prompt for row, prompt in enumerate(prompts)]
     made = backend.generate(begun, sampling, [edit], _reads(edit))
     return _by_hand(backend, TokenBatch.of(begun, made.responses), edit, made.reads)
@@ -66,11 +65,12 @@ def _by_hand(backend: Backend, text: TokenBatch, edit: Edit, got: Mapping[str, T
     return error, f"{where}; {int(mask.sum())} tokens"
 
 
-def _marks(backend: Backend) -> tuple[TokenIds, TokenIds]:
+def _marks(tokenizer: Any) -> tuple[TokenIds, TokenIds]:
     """What thinking begins and ends with; nothing for a model that never thinks."""
-    found = Parts.of(backend.tokenizer).marks
+    found = Parts.of(tokenizer).marks
     if not found:
         return (), ()
-    marks = _CHANNELS if found[0][0] == CHANNEL else found[0]
-    opening, closing = (tuple(backend.tokenizer.encode(mark, add_special_tokens=False)) for mark in marks)
+    first = found[0][0]
+    marks = (THOUGHTS[first], ANSWERS[first]) if first in THOUGHTS else found[0]
+    opening, closing = (tuple(tokenizer.encode(mark, add_special_tokens=False)) for mark in marks)
     return opening, closing

@@ -51,6 +51,8 @@ _MESSAGE = re.compile(
     re.DOTALL,
 )
 _HEAD = re.compile(rb"\s*(?:<\|(?:start|channel)\|>|\Z)")
+THOUGHTS = {CHANNEL: "<|channel|>analysis<|message|>", RECIPIENTS[0]: " to=self<|message|>"}
+"""How a message that is thinking begins, behind the role: in gpt-oss and in Muse."""
 ANSWERS = {
     CHANNEL: "<|end|><|start|>assistant<|channel|>final<|message|>",
     RECIPIENTS[0]: "<|eom|><|start|>assistant to=user<|message|>",

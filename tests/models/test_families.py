@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from persona_lens.backend import parity_parts
 from persona_lens.backend.parts import Part, Parts
 from persona_lens.models import ChatFormat
 from tests.families import CUT, FAMILIES, Family, Piece, encoded
@@ -177,3 +178,16 @@ def test_what_closes_thinking_ends_no_turn(name: str) -> None:
     heads = {"<|end|>", "<|eom|>"} if family.heads is not None else set()  # of messages: a turn may hold several
     assert ends
     assert not {tokenizer.convert_ids_to_tokens(token) for token in {*ends}.intersection(closing)} - heads
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_parity_suite_writes_thinking_as_the_family_does(name: str) -> None:
+    tokenizer = FAMILIES[name].tokenizer()
+    chat = ChatFormat.from_tokenizer(tokenizer, thinking=True)
+    opening, closing = parity_parts._marks(tokenizer)
+    thought, answer = (tokenizer.encode(text, add_special_tokens=False) for text in ("Hm", "Yes"))
+    head = () if FAMILIES[name].opened else opening
+    found = Parts.of(tokenizer).of_response(chat.encode(None, "Why?"), (*head, *thought, *closing, *answer))
+    assert {part.name for part in found[len(head) : len(head) + len(thought)]} == {"THINKING"}
+    assert found[-len(answer) :] == (found[-1],) * len(answer)
+    assert found[-1].name == "ANSWER"
