@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -34,11 +34,21 @@ _NO_USE = ("timestamp", "binary", "set", "omap", "pairs")  # kinds of YAML that 
 
 
 class Record:
-    """A dataclass whose fields are its JSON."""
+    """A dataclass whose fields are its JSON.
+
+    Attributes:
+        unsaid: Fields that are left out where they are at their default, so that what was written before there were
+            such fields stays as it is.
+    """
+
+    unsaid: ClassVar[frozenset[str]] = frozenset()
 
     def to_json(self) -> dict[str, Any]:
         """The values by name: tensors and tuples as lists, and None for a number that is none."""
-        return {each.name: plain(getattr(self, each.name)) for each in fields(cast(Any, self))}
+        values = ((each, getattr(self, each.name)) for each in fields(cast(Any, self)))
+        return {
+            each.name: plain(value) for each, value in values if each.name not in self.unsaid or value != each.default
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

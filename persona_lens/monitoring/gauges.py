@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -244,6 +243,8 @@ class TraitReading(Record):
         answer_mean: Mean over those of the answer, where there is thinking; NaN if it never came to one.
     """
 
+    unsaid = frozenset({"thinking_mean", "answer_mean"})
+
     turn: int
     trait: str
     layer: int
@@ -253,8 +254,3 @@ class TraitReading(Record):
     prompt_last: float
     thinking_mean: float | None = None
     answer_mean: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Record.to_json`; without thinking nothing is said of it."""
-        found = super().to_json()
-        return {name: value for name, value in found.items() if getattr(self, name) is not None}

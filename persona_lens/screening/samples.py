@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
@@ -188,6 +188,8 @@ class ScreeningSettings(Record):
         ScreeningError: If a value is out of range.
     """
 
+    unsaid = frozenset({"part", "thinking_budget"})
+
     turns: Turns = Turns.LAST
     part: Counted = Counted.ALL
     base: BaseResponses = BaseResponses.NONE
@@ -201,11 +203,6 @@ class ScreeningSettings(Record):
     batch_size: int = 64
     seed: int = 0
     thinking_budget: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Record.to_json`; the part is left out where everything counts, and the limit on thinking without one."""
-        usual = {"part": Counted.ALL, "thinking_budget": None}
-        return {name: each for name, each in super().to_json().items() if name not in usual or each != usual[name]}
 
     def __post_init__(self) -> None:
         if not 0 < self.base_share <= 1:

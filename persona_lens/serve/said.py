@@ -50,6 +50,8 @@ class Made(Record):
         thinking_budget: How many tokens it could think; None where that was not limited.
     """
 
+    unsaid = frozenset({"thinking_budget"})
+
     edits: str = ""
     temperature: float = 0.0
     top_p: float = 1.0
@@ -57,11 +59,6 @@ class Made(Record):
     seed: int | None = None
     history: Past | None = None
     thinking_budget: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Record.to_json`; of thinking that was not limited nothing is said."""
-        found = super().to_json()
-        return {name: each for name, each in found.items() if (name, each) != ("thinking_budget", None)}
 
     def __str__(self) -> str:
         sampled = f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}"
@@ -85,15 +82,12 @@ class TokenSaid(Record):
         part: Of a token that is not of the answer, whether it is ``thinking``, or a ``mark`` that sets thinking apart.
     """
 
+    unsaid = frozenset({"part"})
+
     text: str
     values: Values
     id: int | None = None
     part: Apart | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Record.to_json`; of tokens of the answer nothing is said."""
-        found = super().to_json()
-        return found if self.part is not None else {name: found[name] for name in found if name != "part"}
 
 
 @dataclass(frozen=True)

@@ -302,8 +302,7 @@ class Workbench:
 class _SaidText:
     """What a reply has said, and which of it is content.
 
-    As llama.cpp's server and some of vLLM's reasoning parsers have it, content does not begin with line feeds, which
-    models write behind their thinking.
+    Content does not begin with line feeds, which models write behind their thinking.
 
     Args:
         thinks: Whether the model may think; else content is the whole text.
