@@ -29,7 +29,7 @@ def render_agreement(agreement: Agreement, version: str = "") -> str:
     """
     parts = {
         **agreement.to_json(),
-        "figures": svg.drawn({"scatter": (scatter_figure, agreement), "difference": (difference_figure, agreement)}),
+        "figures": svg.Drawn({"scatter": (scatter_figure, agreement), "difference": (difference_figure, agreement)}),
         "outside": _outside(agreement),
         "disagreed": agreement.most_disagreed(_SHOWN),
         "version": version,

@@ -90,7 +90,7 @@ def page_of(kind: str, summary: Summary, version: str = "", folder: str = FOLDER
     told = KINDS[kind]
     shared = {
         "result": told.headline(summary),
-        "figures": svg.drawn(told.figures(summary)),
+        "figures": svg.Drawn(told.figures(summary)),
         "next": told.after(summary, folder),
         "version": (summary.get("versions") or {}).get("persona-lens", version),
     }

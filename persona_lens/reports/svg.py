@@ -182,18 +182,29 @@ Place = float | Mapping[str, Any]  # a number or an estimate
 Wanted = dict[str, tuple[Any, ...]]
 
 
-def drawn(wanted: Wanted) -> dict[str, Drawing]:
-    """Figures by name.
+class Drawn(Mapping[str, Drawing]):
+    """Figures by name, each drawn when it is first shown: a page need not show all that a run has.
 
     Args:
         wanted: By name, which is unique in the page: what draws the figure, given data and a width in CSS pixels; and
             the data.
     """
-    with drawing_style():
-        return {
-            name: Drawing(*(to_svg(draw_at(*data, width), name) for width in (WIDE, NARROW)))
-            for name, (draw_at, *data) in wanted.items()
-        }
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted, self._made = wanted, dict[str, Drawing]()
+
+    def __getitem__(self, name: str) -> Drawing:
+        if name not in self._made:
+            draw_at, *data = self._wanted[name]
+            with drawing_style():
+                self._made[name] = Drawing(*(to_svg(draw_at(*data, width), name) for width in (WIDE, NARROW)))
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wanted)
+
+    def __len__(self) -> int:
+        return len(self._wanted)
 
 
 _GIVEN: ContextVar[Axes | None] = ContextVar("axes to draw on", default=None)

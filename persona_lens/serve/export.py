@@ -42,7 +42,7 @@ def page_of(model: str, gauges: Sequence[GaugeName], path: Path, others: Sequenc
     turns = [message.readings for message in path if message.role == "assistant" and message.readings is not None]
     drawable = any(value is not None for turn in turns for value in turn.means)
     few = len(turns) * len(gauges) <= MAX_POINTS
-    figures = svg.drawn({"turns": (turns_figure, gauges, turns)}) if drawable and few else {}
+    figures = svg.Drawn({"turns": (turns_figure, gauges, turns)}) if drawable and few else {}
     parts = {
         "title": title or (f"A conversation with {model}" if model else "A conversation"),
         "model": model,

@@ -30,4 +30,4 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Most tests are about words."""
     if "drawing" not in request.fixturenames:
         empty = svg.Drawing(Markup("<svg></svg>"), Markup("<svg></svg>"))
-        monkeypatch.setattr(svg, "drawn", lambda wanted: dict.fromkeys(wanted, empty))
+        monkeypatch.setattr(svg, "Drawn", lambda wanted: dict.fromkeys(wanted, empty))

@@ -381,7 +381,7 @@ DRAWN = {
 @pytest.mark.usefixtures("drawing_wide")
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
-        return {name: drawing.wide + drawing.narrow for name, drawing in svg.drawn(figures(summary)).items()}
+        return {name: drawing.wide + drawing.narrow for name, drawing in svg.Drawn(figures(summary)).items()}
 
     before = drawn(make_summary())
     for path, moves in DRAWN.items():
@@ -438,7 +438,7 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
 
 @pytest.mark.usefixtures("drawing_wide")
 def test_no_text_of_others_reaches_a_figure() -> None:
-    assert svg.drawn(figures(infected(" ".join(HOSTILE)))) == svg.drawn(figures(make_summary()))
+    assert svg.Drawn(figures(infected(" ".join(HOSTILE)))) == svg.Drawn(figures(make_summary()))
 
 
 def test_all_that_is_invisible_is_made_visible() -> None:

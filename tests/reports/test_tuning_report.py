@@ -231,7 +231,7 @@ DRAWN = {
 @pytest.mark.usefixtures("drawing_wide")
 def test_what_is_drawn_comes_from_the_summary() -> None:
     def drawn(summary: dict[str, Any]) -> dict[str, str]:
-        return {name: each.wide + each.narrow for name, each in svg.drawn(figures(summary)).items()}
+        return {name: each.wide + each.narrow for name, each in svg.Drawn(figures(summary)).items()}
 
     full = {**make_tuning(), "capability": capability()}
     before = drawn(full)
@@ -424,7 +424,7 @@ def test_a_missing_null_is_said_to_be_missing() -> None:
     assert len(cells(found)) == len(summary["surface"])
     assert "No random directions were run" in found.text
     assert "None was run." in found.text
-    assert "random directions" not in "".join(str(svg.drawn(figures(summary))["curve"]))
+    assert "random directions" not in "".join(str(svg.Drawn(figures(summary))["curve"]))
 
 
 @pytest.mark.usefixtures("drawing")
@@ -514,4 +514,4 @@ def test_hostile_text_is_shown_and_does_nothing(page: Page, text: str) -> None:
 
 @pytest.mark.usefixtures("drawing_wide")
 def test_no_text_of_others_reaches_a_figure() -> None:
-    assert svg.drawn(figures(infected(" ".join(HOSTILE)))) == svg.drawn(figures(make_tuning()))
+    assert svg.Drawn(figures(infected(" ".join(HOSTILE)))) == svg.Drawn(figures(make_tuning()))
