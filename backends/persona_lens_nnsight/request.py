@@ -25,7 +25,7 @@ from persona_lens.backend.parts import budget, masks
 from persona_lens.backend.protocol import RemoteError, RequestTooLargeError, Traffic
 from persona_lens.models import ModelSource
 from persona_lens_nnsight.library import nnsight
-from persona_lens_nnsight.server import Server, failure_of
+from persona_lens_nnsight.server import Server, failure_of, no_ndif_server
 
 assert nnsight  # before the next lines, which would import it otherwise than quietly
 from nnsight.intervention.backends.remote import RemoteBackend as Transport  # noqa: E402
@@ -166,10 +166,10 @@ class Request(Transport):  # type: ignore[misc]  # nnsight has no types
 
         deadline = time.monotonic() + self.connection.timeout
         header = {"ndif-api-key": self.api_key} if self.api_key else None
-        socket = websocket.create_connection(f"{self.ws_host}/subscribe", timeout=CONNECT_SECONDS, header=header)
+        socket: Any = websocket.create_connection(f"{self.ws_host}/subscribe", timeout=CONNECT_SECONDS, header=header)
         try:
             request = RequestModel(model_key=self.model_key, compress=self.compress, env=self.env)
-            request.session_id = json.loads(socket.recv())["session_id"]
+            request.session_id = self._session(socket)
             self.connection.count(Traffic(requests=1, bytes_up=len(self.payload)))
             self.handle(self._post(request, self.payload))
             while True:
@@ -179,6 +179,15 @@ class Request(Transport):  # type: ignore[misc]  # nnsight has no types
                     return dict(result or {})
         finally:
             socket.close()
+            socket.shutdown()  # which `close` does not do where the server has hung up
+
+    def _session(self, socket: Any) -> str:
+        """What the server calls this request, the first that it says."""
+        message = _received(socket)
+        try:
+            return str(json.loads(message)["session_id"])
+        except (ValueError, TypeError, KeyError):
+            raise RemoteError(no_ndif_server(self.host)) from None
 
     def _next(self, socket: Any, deadline: float) -> str | bytes:
         import websocket
@@ -187,15 +196,12 @@ class Request(Transport):  # type: ignore[misc]  # nnsight has no types
             if (left := deadline - time.monotonic()) <= 0:  # even where something has just arrived
                 raise websocket.WebSocketTimeoutException
             socket.settimeout(left)
-            message: str | bytes = socket.recv()
+            return _received(socket)
         except websocket.WebSocketTimeoutException:
             raise RemoteError(
                 f"no result after {self.connection.timeout:.0f} s; the server may be busy: try again later, or allow "
                 "more with --request-timeout"
             ) from None
-        if not message:  # what a closed line reads as
-            raise websocket.WebSocketConnectionClosedException("the server closed the connection")
-        return message
 
     def note(self, response: Any) -> bool:
         """Pass on what the server says of the request."""
@@ -218,3 +224,12 @@ class Request(Transport):  # type: ignore[misc]  # nnsight has no types
         """Count and load the result."""
         self.connection.count(Traffic(bytes_down=len(content)))
         return super().finalize(content)
+
+
+def _received(socket: Any) -> str | bytes:
+    import websocket
+
+    message: str | bytes = socket.recv()
+    if not message:  # what a closed line reads as
+        raise websocket.WebSocketConnectionClosedException("the server closed the connection")
+    return message

@@ -109,7 +109,7 @@ def failure_of(error: Exception, host: str, model: str, key: str = "") -> Failur
         return _failed_job(text, model)
     if isinstance(error, websocket.WebSocketBadStatusException):
         busy = error.status_code in (502, 503, 504)
-        sentence = f"{host} is busy or restarting" if busy else f"{host} answers, but is no NDIF server; {CONFIGURE}"
+        sentence = f"{host} is busy or restarting" if busy else no_ndif_server(host)
         return Failure(_error(sentence, text), busy)
     if isinstance(error, (websocket.WebSocketConnectionClosedException, ConnectionResetError, BrokenPipeError)):
         sentence = f"{host} closed the connection in the middle of a request"
@@ -119,6 +119,11 @@ def failure_of(error: Exception, host: str, model: str, key: str = "") -> Failur
     if isinstance(error, (OSError, httpx.HTTPError, websocket.WebSocketException)):
         return Failure(_error(f"nothing answers at {host}; {CONFIGURE}, or wait until it is back", text), True)
     return Failure(_error(f"a request to {host} failed: {type(error).__name__}: {text}", text))
+
+
+def no_ndif_server(host: str) -> str:
+    """What to say where something else answers."""
+    return f"{host} answers, but is no NDIF server; {CONFIGURE}"
 
 
 def key_failure(status: int, text: str, host: str) -> RemoteError | None:
@@ -207,7 +212,7 @@ class Server:
             RemoteError: If it does not answer, is no NDIF server, cannot compute, or does not accept the key.
         """
         if self._get("/ping").text.strip('"\n ') != "pong":
-            raise RemoteError(f"{self.host} answers, but is no NDIF server; {CONFIGURE}")
+            raise RemoteError(no_ndif_server(self.host))
         if self._get("/connected").status_code == httpx.codes.SERVICE_UNAVAILABLE:
             raise RemoteError(f"{self.host} is up, but its compute nodes are not connected; try again in a few minutes")
         self._check_key()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,22 +32,14 @@ def remote(model: object, **options: Any) -> Backend:
     return open_backend("nnsight", str(model), remote=True, **options)
 
 
+class Quiet(BaseHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @contextmanager
-def web_server(status: int) -> Iterator[str]:
-    """Something else that listens."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(b"hello")
-
-        do_POST = do_GET  # noqa: N815 - the name that http.server looks for
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Answer)
+def listening(handler: type[Quiet]) -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -53,6 +47,22 @@ def web_server(status: int) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def web_server(status: int) -> Iterator[str]:
+    """Something else that listens."""
+
+    class Answer(Quiet):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+        do_POST = do_GET  # noqa: N815 - the name that http.server looks for
+
+    with listening(Answer) as host:
+        yield host
 
 
 @pytest.mark.parametrize(
@@ -72,6 +82,42 @@ def test_no_server(models: Path, host: str, says: str) -> None:
 def test_no_ndif_server(models: Path, status: int) -> None:
     with web_server(status) as host, configured(host), pytest.raises(RemoteError, match="is no NDIF server; set NDIF"):
         remote(models / "llama")
+
+
+CLOSED, HELLO = b"\x88\x00", b"\x81\x05hello"  # frames of a web socket
+ACCEPTS = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
+
+
+@contextmanager
+def web_socket(frame: bytes) -> Iterator[str]:
+    """A server that takes the line, says one thing and hangs up."""
+
+    class Greeting(Quiet):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            key = self.headers["Sec-WebSocket-Key"].encode()
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key + ACCEPTS).digest()).decode())
+            self.end_headers()
+            self.wfile.write(frame)
+            self.rfile.read()  # until the other side lets go of the line, too
+
+    with listening(Greeting) as host:
+        yield host
+
+
+@pytest.mark.parametrize(
+    ("frame", "says"), [(CLOSED, "closed the connection in the middle of a request"), (HELLO, "is no NDIF server")]
+)
+def test_a_line_that_ends_before_a_request_is_taken(models: Path, frame: bytes, says: str) -> None:
+    with web_socket(frame) as host, configured(host):
+        backend: Any = remote(models / "llama", offline=True)
+        backend._connection.patience = 0.01
+        with pytest.raises(RemoteError, match=says):
+            backend.forward(ONE, reads=Read.means((0,)))
 
 
 @pytest.mark.parametrize("key", ["", "not-a-key", "11111111-2222-4333-8444-555555555555"])
