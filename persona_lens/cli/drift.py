@@ -69,6 +69,7 @@ class UserOptions:
 
     def open(self, at: Session, run: Run) -> UserModel | None:
         """The model that plays them; the one that is talked with if that is named. None where they follow scripts."""
+        from persona_lens.models.chat import chat_format
         from persona_lens.monitoring.drift.simulated_user import LocalUser, ServerUser
         from persona_lens.runs.settings import RolloutSettings
 
@@ -83,7 +84,7 @@ class UserOptions:
                 server.check()
             return ServerUser(server, settings)
         if self.user_model == run.model:
-            return LocalUser(at.backend, at.chat, settings)
+            return LocalUser(at.backend, chat_format(at.backend), settings)  # who need not think for a short message
         opening = options.ModelOptions(dtype=run.opening.dtype, device=run.opening.device, spread=run.opening.spread)
         return LocalUser(
             *options.Subject(self.user_model, opening=opening.unsteered).open(offline=run.dry_run), settings

@@ -173,6 +173,7 @@ def _show_baseline(found: Baseline, at: Session) -> None:
     from statistics import fmean, stdev
 
     from persona_lens.core.statistics import few
+    from persona_lens.reports.page import of_part
 
     stored = found.vectors.baseline
     assert stored is not None
@@ -189,6 +190,8 @@ def _show_baseline(found: Baseline, at: Session) -> None:
             "their SD": (lambda row: stdev(row[1].prompts), ".2f"),
         },
     )
+    for line in of_part(found.summary):
+        say(line)
     options.say_notes([f"the baseline rests on {said}"] if said else [], "warning")
     say(f"vectors with the baseline stored: {at.kept / 'vectors.safetensors'}")
 

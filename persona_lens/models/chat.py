@@ -379,6 +379,6 @@ def note_reasoning(chat: ChatFormat) -> None:
     if chat.reasons:
         note(
             "this model reasons before it answers: judges see the answer alone, and vectors are made of it, an axis "
-            "too, and the projections of `steer effects` and `steer persist`; what else is read or steered over a "
-            "response takes in the reasoning, but `on answer` and `on thinking`"
+            "too, and the projections of `steer effects`, `steer persist`, `monitor drift` and `monitor baseline`; "
+            "what else is read or steered over a response takes in the reasoning, but `on answer` and `on thinking`"
         )

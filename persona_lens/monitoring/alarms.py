@@ -13,10 +13,11 @@ from enum import StrEnum
 from math import isfinite, sqrt
 from statistics import fmean, stdev
 
+from persona_lens.backend import Part
 from persona_lens.core.statistics import few
 from persona_lens.core.text import in_short
-from persona_lens.monitoring.gauges import Gauge, MonitoringError
-from persona_lens.vectors.provenance import LayerBaseline
+from persona_lens.monitoring.gauges import PART_OF, Gauge, MonitoringError
+from persona_lens.vectors.provenance import StoredBaseline
 
 FORMS = (
     "evil>3 (in residual-stream units), evil@20>3 (at one of several layers), evil<-2, or evil>2sd (standard "
@@ -128,11 +129,14 @@ class Scale:
         mean: Where it counts from.
         first: Unit at the first token.
         last: Unit in a long reply.
+        part: What of a reply the alarm listens to: what its baseline is of, since thinking stands elsewhere than an
+            answer. None for all of it.
     """
 
     mean: float = 0.0
     first: float = 1.0
     last: float = 1.0
+    part: Part | None = None
 
     @staticmethod
     def of(alarm: Alarm, gauge: Gauge) -> Scale:
@@ -144,13 +148,14 @@ class Scale:
         """
         if not alarm.in_sd:
             return Scale()
-        found = baseline_at(gauge, str(alarm))
+        stored = baseline_of(gauge, str(alarm))
+        found, part = stored.layers[gauge.layer], PART_OF.get(stored.mean)
         if alarm.kind == AlarmKind.TOKEN:
-            scale = Scale(found.mean, found.sd, found.sd)
+            scale = Scale(found.mean, found.sd, found.sd, part)
         elif alarm.kind == AlarmKind.PROMPT_LAST:
-            scale = Scale(fmean(found.prompts), stdev(found.prompts), stdev(found.prompts))
+            scale = Scale(fmean(found.prompts), stdev(found.prompts), stdev(found.prompts), part)
         else:
-            scale = Scale(fmean(found.means), found.sd, stdev(found.means))
+            scale = Scale(fmean(found.means), found.sd, stdev(found.means), part)
         if not scale.last:
             raise MonitoringError(
                 f"{alarm} counts standard deviations, and on {gauge} the baseline has none: all values are the same; "
@@ -167,8 +172,8 @@ class Scale:
         return (value - self.mean) / self.unit(tokens)
 
 
-def baseline_at(gauge: Gauge, asker: str) -> LayerBaseline:
-    """The baseline that a gauge's vectors carry for its layer.
+def baseline_of(gauge: Gauge, asker: str) -> StoredBaseline:
+    """The baseline that a gauge's vectors carry, with its layer among the layers.
 
     Args:
         gauge: Where the trait is read.
@@ -186,12 +191,20 @@ def baseline_at(gauge: Gauge, asker: str) -> LayerBaseline:
             f"baseline{there}; measure it once with `persona-lens monitor baseline MODEL VECTORS`, and use the "
             "vectors.safetensors in its folder"
         )
-    return stored.layers[gauge.layer]
+    return stored
+
+
+_OF: dict[Part | None, str] = {
+    None: "neutral answers",
+    Part.ANSWER: "neutral answers, without the thinking before them",
+    Part.THINKING: "the thinking before neutral answers",
+}
 
 
 def described(alarm: Alarm, gauge: Gauge) -> str:
     """What an alarm that counts from a baseline comes to, and how often neutral replies raise it."""
-    scale, found, sign = Scale.of(alarm, gauge), baseline_at(gauge, str(alarm)), 1 if alarm.above else -1
+    scale, stored, sign = Scale.of(alarm, gauge), baseline_of(gauge, str(alarm)), 1 if alarm.above else -1
+    found, of = stored.layers[gauge.layer], _OF[scale.part]
     extremes = found.highest if alarm.above else found.lowest
     values, what = {
         AlarmKind.TOKEN: (extremes, "have such a token"),
@@ -201,7 +214,7 @@ def described(alarm: Alarm, gauge: Gauge) -> str:
     raised = sum(sign * value > sign * limit for value in values)
     said = few(len(values), "neutral answer")
     return (
-        f"{alarm}: {'above' if alarm.above else 'below'} {limit:+.2f} on {gauge} (neutral answers: mean "
+        f"{alarm}: {'above' if alarm.above else 'below'} {limit:+.2f} on {gauge} ({of}: mean "
         f"{scale.mean:+.2f}, SD {scale.last:.2f}); {raised} of {len(values)} of them {what}"
         + (f"; it rests on {said}" if said else "")
     )

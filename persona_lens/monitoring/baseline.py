@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.backend import Backend, TokenBatch
+from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
 from persona_lens.backend.batches import forward_batches
+from persona_lens.backend.parts.asked import parts_for
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.core.text import counted
@@ -24,9 +25,10 @@ from persona_lens.extraction.experiment import (
     run_folder,
     subject_config,
 )
+from persona_lens.extraction.means import described_mean, mean_read
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
-from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel
+from persona_lens.monitoring.gauges import PART_OF, Gauge, MonitoringError, Panel
 from persona_lens.reports.kinds import without_ids
 from persona_lens.reports.result import Result
 from persona_lens.runs.rollouts import Request, Rollout
@@ -71,7 +73,8 @@ class BaselineSettings:
         neutral: How many of the 20 questions that come with the package and ask for nothing special.
         samples: Replies to each question.
         system: System prompt, as conversations will have it; None for none.
-        reduction: Which of the vectors.
+        reduction: Which of the vectors. Of a model that thinks the answers are read, or with `thinking_mean` the
+            thinking.
         seed: Base of every row's seed.
         rollouts: How replies are made.
     """
@@ -130,6 +133,8 @@ def measure_baseline(
 ) -> Baseline:
     """Let the unsteered model answer neutral questions, and say where its replies stand along a trait.
 
+    Where the model thinks before it answers, its answers are meant; a reply that came to none is left out.
+
     Args:
         backend: The model.
         vectors: What to project on.
@@ -150,14 +155,19 @@ def measure_baseline(
     about = (
         subject_config(backend, vectors.trait_definition, chat) if settings.questions else model_config(backend, chat)
     )
-    config = {"kind": "baseline", "settings": settings_json(settings), "vectors": vectors.content_hash, **about}
-    with run_folder(folder, config) as run:
-        replies = tuple(each for each in experiment.run(run, progress).rollouts if each.response_ids)
+    mean = mean_read(chat, settings.reduction)
+    own = {"settings": settings_json(settings), "vectors": vectors.content_hash, **described_mean(mean)}
+    with run_folder(folder, {"kind": "baseline", **own, **about}) as run:
+        made = experiment.run(run, progress).rollouts
+        counting = [_counting(backend, each, mean, chat) for each in made]
+        places = {number: found for number, found in enumerate(counting) if found}
+        replies = tuple(made[number] for number in places)
         if len(replies) < 2:
-            raise MonitoringError(
-                f"{counted(len(replies), 'answer')} with any text: nothing can be said of how they stray"
-            )
-        stored = _stored(_read(backend, replies, panel, chat), panel, settings)
+            what, of = ("reply", "thinking") if mean is ReadKind.THINKING_MEAN else ("answer", "text")
+            more = "; allow for more tokens (--max-new-tokens)" if mean is ReadKind.ANSWER_MEAN else ""
+            said = f"{counted(len(replies), what)} with any {of}"
+            raise MonitoringError(f"{said}: nothing can be said of how they stray{more}")
+        stored = _stored(_read(backend, replies, list(places.values()), panel, chat), panel, settings, mean)
         kept = vectors.with_provenance(baseline=stored.to_json())
         summary = {
             "trait": vectors.trait,
@@ -178,7 +188,9 @@ def baseline_experiment(
 
     Raises:
         MonitoringError: If more questions are asked for than the trait has.
+        ReadError: If thinking is to be read, and the model never thinks.
     """
+    parts_for(backend.tokenizer, reads=[Read(mean_read(chat, settings.reduction))])
     sets = {"neutral": dict(enumerate(NEUTRAL[: settings.neutral]))}
     if settings.questions:
         trait = vectors.trait_definition
@@ -197,18 +209,32 @@ def baseline_panel(vectors: PersonaVectors, settings: BaselineSettings) -> Panel
     return Panel(tuple(Gauge(vectors, layer, settings.reduction) for layer in sorted(layers)))
 
 
-def _read(backend: Backend, replies: Sequence[Rollout], panel: Panel, chat: ChatFormat) -> list[Tensor]:
-    """Each reply's values, [1 + tokens, gauges]: those of its last prompt token first."""
-    prompts = [chat.encode(each.request.system, each.request.question) for each in replies]
+def _counting(backend: Backend, reply: Rollout, mean: ReadKind, chat: ChatFormat) -> list[int]:
+    """Which tokens of a reply count: all, or those that a mean of a part is over."""
+    if (parts := parts_for(backend.tokenizer, reads=[Read(mean)])) is None:
+        return list(range(len(reply.response_ids)))
+    told = parts.of_response(_prompt(reply, chat), reply.response_ids)
+    return [place for place, found in enumerate(told) if found is PART_OF[mean]]
+
+
+def _prompt(reply: Rollout, chat: ChatFormat) -> list[int]:
+    return chat.encode(reply.request.system, reply.request.question)
+
+
+def _read(
+    backend: Backend, replies: Sequence[Rollout], counting: Sequence[Sequence[int]], panel: Panel, chat: ChatFormat
+) -> list[Tensor]:
+    """Values of each reply's tokens that count, [1 + tokens, gauges]: those of its last prompt token first."""
     found: dict[int, Tensor] = {}
-    tokens = TokenBatch.of(prompts, [each.response_ids for each in replies])
+    tokens = TokenBatch.of([_prompt(each, chat) for each in replies], [each.response_ids for each in replies])
     for rows, result in forward_batches(backend, tokens, [panel.read]):
         for row, read in zip(rows, result.reads["projections"], strict=True):
-            found[row] = panel.values(read[:, -len(replies[row].response_ids) - 1 :]).double()
+            values = panel.values(read[:, -len(replies[row].response_ids) - 1 :]).double()
+            found[row] = values[[0, *(1 + place for place in counting[row])]]
     return [found[row] for row in range(len(replies))]
 
 
-def _stored(values: Sequence[Tensor], panel: Panel, settings: BaselineSettings) -> StoredBaseline:
+def _stored(values: Sequence[Tensor], panel: Panel, settings: BaselineSettings, mean: ReadKind) -> StoredBaseline:
     """The baseline of replies' values, [1 + tokens, gauges] each."""
     said, prompts = [each[1:] for each in values], torch.stack([each[0] for each in values])
     tokens, means = torch.cat(said), torch.stack([each.mean(dim=0) for each in said])
@@ -224,4 +250,4 @@ def _stored(values: Sequence[Tensor], panel: Panel, settings: BaselineSettings) 
         )
         for number, gauge in enumerate(panel.gauges)
     }
-    return StoredBaseline(settings.reduction, settings.system, len(values), len(tokens), layers)
+    return StoredBaseline(settings.reduction, settings.system, len(values), len(tokens), layers, mean.value)

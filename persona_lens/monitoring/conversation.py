@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import Backend, Edit, Sampling, TokenBatch
+from persona_lens.backend import Backend, Edit, Part, Sampling, TokenBatch
 from persona_lens.backend.batches import context_length
 from persona_lens.backend.tokens import TokenIds
+from persona_lens.core.marks import may_hold_marks
 from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import chat_format, note_reasoning
+from persona_lens.models.reasoning import stretches
 from persona_lens.monitoring.alarms import Alarm
 from persona_lens.monitoring.gauges import MonitoringError, Panel, TraitReading
 from persona_lens.monitoring.reply import TokenReading, TurnMeter, listening, watched_reply
@@ -32,7 +34,7 @@ class Turn:
         readings: One for each gauge, in their order.
         token_values: float32 [tokens, gauges]; None where they are not kept.
         stopped: Whether an alarm ended the reply.
-        parts: For each token of a reply ``thinking`` or ``answer``; empty where it holds no thinking, or was observed.
+        parts: For each token of a reply ``thinking`` or ``answer``; empty where it holds no thinking.
     """
 
     number: int
@@ -193,15 +195,17 @@ class ConversationMonitor:
         new = [i for i in range(known, len(messages)) if messages[i].get("role") == "assistant"]
         if any(i == 0 for i in new):
             raise MonitoringError("the conversation begins with the assistant: there is no prompt to read before it")
-        values = self._values(messages, new, written, History(history))
+        answers = [self._answer(messages, i) for i in new]
+        values = self._values(messages, new, answers, written, History(history))
         self._messages = [dict(message) for message in messages]
         turns = []
-        for message, each in zip(new, values, strict=True):
-            meter = TurnMeter(self.panel, self._alarms, self._number(message))
+        for message, answer, each in zip(new, answers, values, strict=True):
+            text, meter = self._messages[message]["content"], TurnMeter(self.panel, self._alarms, self._number(message))
+            told = self._chat.parts_of_text(*answer) if may_hold_marks(text) else (Part.ANSWER,) * len(answer[1])
             meter.prompt(each[0])
-            for value in each[1:]:
-                meter.token(value)
-            turns.append(self._finish(meter, message, self._messages[message]["content"], False))
+            for value, part in zip(each[1:], told, strict=True):
+                meter.token(value, part)
+            turns.append(self._finish(meter, message, text, False, stretches(told)))
         return tuple(turns)
 
     def _answer(self, messages: Sequence[Message], index: int) -> tuple[TokenIds, TokenIds]:
@@ -209,14 +213,18 @@ class ConversationMonitor:
         return prompt, tuple(self._chat.encode_answer(messages[index]["content"]))
 
     def _values(
-        self, messages: Sequence[Message], new: Sequence[int], edits: Sequence[Edit], history: History
+        self,
+        messages: Sequence[Message],
+        new: Sequence[int],
+        answers: Sequence[tuple[TokenIds, TokenIds]],
+        edits: Sequence[Edit],
+        history: History,
     ) -> list[Tensor]:
         """The values of each new answer's tokens behind that of its last prompt token.
 
         As few texts run as hold every answer after its own prompt: one, unless the template rewrites earlier turns, or
         an answer found those before it otherwise than they were made.
         """
-        answers = [self._answer(messages, i) for i in new]
         apart = bool(edits) and history is History.CLEAN
         texts: dict[TokenIds, list[int]] = {}  # with the answers in it, the last of which it ends with
         for number in reversed(range(len(answers))):

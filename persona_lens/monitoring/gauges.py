@@ -11,11 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.backend import Backend, Read
+from persona_lens.backend import Backend, Part, Read
 from persona_lens.core.documents import Record
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.models.reasoning import ANSWER, THINKING
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
+from persona_lens.vectors.provenance import ANSWER_MEAN, THINKING_MEAN
+
+PART_OF = {ANSWER_MEAN: Part.ANSWER, THINKING_MEAN: Part.THINKING}
+"""Which tokens of a reply a mean of a part of it is over; another mean is over all of them."""
 
 
 class MonitoringError(PersonaLensError):
@@ -254,3 +258,8 @@ class TraitReading(Record):
     prompt_last: float
     thinking_mean: float | None = None
     answer_mean: float | None = None
+
+    @property
+    def answered(self) -> float:
+        """Mean over the answer, which is the whole reply where there is no thinking; NaN without any."""
+        return self.mean if self.answer_mean is None else self.answer_mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -102,6 +103,8 @@ def _check_baseline(alarm: Alarm, gauge: Gauge, backend: Backend) -> None:
 class TurnMeter:
     """Gathers one turn token by token, and sounds alarms.
 
+    An alarm whose baseline is of a part of replies (see `persona_lens.monitoring.alarms.Scale`) hears that part alone.
+
     Args:
         panel: What is read.
         alarms: Who listens, see `listening`.
@@ -117,40 +120,72 @@ class TurnMeter:
         self.panel, self.turn = panel, turn
         self._beyond: set[int] = set()
         self.said: list[Tensor] = []
-        self._sum = torch.zeros(len(panel.gauges), dtype=torch.float64)
+        self._sums: dict[Part | None, Tensor] = {
+            part: torch.zeros(len(panel.gauges), dtype=torch.float64) for part in (None, *Part)
+        }
+        self._counts: Counter[Part | None] = Counter()
         self.before = torch.full((len(panel.gauges),), torch.nan)
+
+    @property
+    def tells_parts(self) -> bool:
+        """Whether an alarm has to know what is thinking and what is answer."""
+        return any(scale.part is not None for _, _, scale in self._alarms)
 
     @property
     def means(self) -> Float[Tensor, " gauges"]:
         """Mean of each gauge over the tokens so far."""
-        return (self._sum / len(self.said)).float()
+        return self._mean(None)
+
+    @property
+    def answer_means(self) -> Float[Tensor, " gauges"]:
+        """The same over those of the answer, where any was said to be thinking; NaN without any."""
+        return self._mean(Part.ANSWER if self._counts[Part.THINKING] else None)
+
+    def _mean(self, part: Part | None) -> Float[Tensor, " gauges"]:
+        return (self._sums[part] / self._counts[part]).float()
 
     def prompt(self, values: Float[Tensor, " gauges"]) -> bool:
         """Take the last prompt token; returns whether an alarm wants the reply stopped."""
         self.before = values.clone()
-        return self._sound(AlarmKind.PROMPT_LAST, values, None)
+        return self._sound(AlarmKind.PROMPT_LAST)
 
-    def token(self, values: Float[Tensor, " gauges"]) -> bool:
-        """Take the next token of the reply; returns whether an alarm wants the reply stopped."""
+    def token(self, values: Float[Tensor, " gauges"], part: Part | None = None) -> bool:
+        """Take the next token of the reply; returns whether an alarm wants the reply stopped.
+
+        Args:
+            values: Of each gauge.
+            part: Whether it is thinking or answer, where that is told.
+        """
         index = len(self.said)
         self.said.append(values.clone())
-        self._sum += values
-        stop = self._sound(AlarmKind.TOKEN, values, index)
-        return self._sound(AlarmKind.RUNNING_MEAN, self.means, index) or stop
+        for each in {None, part}:
+            self._sums[each] += values
+            self._counts[each] += 1
+        stop = self._sound(AlarmKind.TOKEN, index, part)
+        return self._sound(AlarmKind.RUNNING_MEAN, index, part) or stop
 
     def finish(self) -> None:
         """The reply is whole. There is nothing left to stop."""
-        if self.said:
-            self._sound(AlarmKind.TURN_MEAN, self.means, None)
+        self._sound(AlarmKind.TURN_MEAN)
 
-    def _sound(self, kind: AlarmKind, values: Float[Tensor, " gauges"], token: int | None) -> bool:
+    def _values(self, kind: AlarmKind, scale: Scale, part: Part | None) -> Float[Tensor, " gauges"] | None:
+        """What an alarm of a kind hears when a token of a part has come, or none; None for nothing."""
+        if kind is AlarmKind.PROMPT_LAST:
+            return self.before
+        if scale.part not in (None, part) and kind is not AlarmKind.TURN_MEAN:
+            return None
+        if kind is AlarmKind.TOKEN:
+            return self.said[-1]
+        return self._mean(scale.part) if self._counts[scale.part] else None
+
+    def _sound(self, kind: AlarmKind, token: int | None = None, part: Part | None = None) -> bool:
         """Let every alarm of a kind sound, also those after one that wants to stop."""
         stop = False
         for number, (gauge, alarm, scale) in enumerate(self._alarms):
-            if alarm.kind != kind:
+            if alarm.kind != kind or (values := self._values(kind, scale, part)) is None:
                 continue
             value = float(values[gauge])
-            stands = scale.count(value, max(1, len(self.said)))
+            stands = scale.count(value, max(1, self._counts[scale.part]))
             if not alarm.is_beyond(stands):
                 self._beyond.discard(number)
             elif number not in self._beyond:
@@ -195,18 +230,18 @@ def watched_reply(
 
     def on_tokens(tokens: WatchedTokens) -> None:
         nonlocal stopped
-        values = panel.values(tokens.projections[0])[-1]
-        stopped = meter.token(values) if tokens.step else meter.prompt(values)
+        values, part = panel.values(tokens.projections[0])[-1], None if tokens.parts is None else tokens.parts[0]
+        stopped = meter.token(values, part) if tokens.step else meter.prompt(values)
         if tokens.step and on_token is not None:
             score = None if tokens.scores is None else tokens.scores[0]
-            token, part = int(tokens.ids[0, -1]), None if tokens.parts is None else tokens.parts[0]
+            token = int(tokens.ids[0, -1])
             on_token(TokenReading(meter.turn, len(meter.said) - 1, token, values, meter.means, score, part))
         elif on_prompt is not None and not tokens.step:
             on_prompt(values)
         if stopped:
             raise StopGeneration
 
-    parts = None if on_token is None else Parts.of(backend.tokenizer)
+    parts = Parts.of(backend.tokenizer) if meter.tells_parts or on_token is not None else None
     watch = Watch(panel.directions, on_tokens, panel.layers, top, top_of_prompt, parts)
     found = watched_generation(backend, [prompt], sampling, watch, edits)
     scores = None if found.scores is None else found.scores[0]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -268,8 +269,9 @@ def _transcript(given: Transcript | BadTranscript | Sequence[Message], line: int
 
 
 def _mean_of_turns(found: Sequence[ScoredTranscript], gauge: int) -> dict[str, Any] | None:
-    """The mean of the replies' means, over conversations."""
-    own = [[turn.mean for turn in each.turns[gauge :: len(each.panel.gauges)] if turn.tokens] for each in found]
+    """The mean of the replies' means, of their answers where they hold thinking, over conversations."""
+    turns = (each.turns[gauge :: len(each.panel.gauges)] for each in found)
+    own = [[turn.answered for turn in each if isfinite(turn.answered)] for each in turns]
     means = [fmean(each) for each in own if each]
     return bootstrap_mean(means).to_json() if means else None
 

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 from persona_lens.core.statistics import few
 from persona_lens.core.text import counted
 from persona_lens.reports import svg
-from persona_lens.reports.page import NONE, Headline, Steps, bounds, interval, measured, number, over, resting_on, shell
+from persona_lens.reports.page import (
+    NONE,
+    Headline,
+    Steps,
+    bounds,
+    interval,
+    measured,
+    number,
+    of_part,
+    over,
+    resting_on,
+    shell,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,7 +133,8 @@ def _replayed(name: str, way: str, found: Summary) -> str:
 def told(summary: Summary) -> list[str]:
     """What else is to be known, in a few lines."""
     counts = summary["counts"]
-    lines = [f"intervals rest on {said}"] if (said := few(counts["conversations"], "conversation")) else []
+    lines = of_part(summary)
+    lines += [f"intervals rest on {said}"] if (said := few(counts["conversations"], "conversation")) else []
     if counts["empty"]:
         lines.append(f"{counts['empty']} of {counted(counts['replies'], 'reply')} are empty and count nowhere")
     for gauge in summary["gauges"]:

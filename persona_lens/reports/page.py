@@ -198,6 +198,13 @@ def interval(
     return f"{mean} (95% interval {low} to {high}{_few(found, noun)})"
 
 
+def of_part(summary: Mapping[str, Any]) -> list[str]:
+    """What is said where replies were not read whole, a sentence; nothing where they were."""
+    answers = "are its answers, without the thinking before them"
+    found = {"answer_mean": answers, "thinking_mean": "is its thinking alone"}.get(summary.get("mean", ""))
+    return [] if found is None else [f"the model thinks before it answers: read {found}"]
+
+
 def bounds(
     found: Mapping[str, Any] | None, digits: int = 1, *, sign: bool = False, noun: str | None = "question"
 ) -> str:

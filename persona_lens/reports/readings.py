@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.text import counted
 from persona_lens.reports import diagnostics, svg, vector
-from persona_lens.reports.page import Headline, Steps, bounds, number, over, resting_on, shell
+from persona_lens.reports.page import Headline, Steps, bounds, number, of_part, over, resting_on, shell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,9 +80,12 @@ def means_figure(means: Summary, width: int) -> Figure:
 @resting_on(over("neutral answer", "replies"), judged=False)
 def baseline_headline(summary: Summary) -> Headline:
     """In words no stronger than what was measured."""
-    told = tuple(
-        f"Layer {layer}: mean {number(each['mean'], 2)}, SD {number(each['sd'], 2)}."
-        for layer, each in list(summary["layers"].items())[:6]
+    told = (
+        *(f"{said[0].upper()}{said[1:]}." for said in of_part(summary)),
+        *(
+            f"Layer {layer}: mean {number(each['mean'], 2)}, SD {number(each['sd'], 2)}."
+            for layer, each in list(summary["layers"].items())[:6]
+        ),
     )
     means = [each["mean"] for each in summary["layers"].values()]
     ends = f"{number(min(means), sign=True)} to {number(max(means), sign=True)}"

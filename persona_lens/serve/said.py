@@ -134,7 +134,7 @@ class ReplyReadings(Record):
 
     Attributes:
         prompt_last: Values at the last prompt token.
-        means: Over the reply.
+        means: Over the reply, or over the answer where there was thinking before it.
         tokens: The reply's tokens, where they were kept.
         alarms: Those that sounded.
         forecast: By gauge, where the vectors can tell.

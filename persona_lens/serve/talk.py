@@ -184,7 +184,7 @@ class Talk:
         tokens = zip(texts, turn.token_values.tolist(), self._ids, parts or [None] * len(texts), strict=True)
         return ReplyReadings(
             decimals(before),
-            decimals(each.mean for each in turn.readings),
+            decimals(each.answered for each in turn.readings),
             tuple(TokenSaid(text, decimals(values), token, part) for text, values, token, part in tokens),
             tuple(sounded(self.panel, alert) for alert in self._alerts),
             foretold(self.panel.gauges, torch.tensor(before)),

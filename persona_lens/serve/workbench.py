@@ -123,7 +123,7 @@ class Answer:
         rest_of: Whether that is thinking or a mark; None where it is of the answer.
         content_rest: What of the content was not told with a token.
         ended: ``stop`` (the model, or a text, ended it), ``length``, or ``alarm``.
-        means: float32 [gauges], over its tokens; NaN for none.
+        means: float32 [gauges], over its tokens, or those of the answer where the model thought before; NaN for none.
         alerts: Alarms that sounded.
         scores: How likely tokens were, where that was asked for, see `persona_lens.backend.Generation`.
     """
@@ -251,7 +251,7 @@ class Workbench:
         meter.finish()
         rest = stops.add(growing.end()) + stops.end()
         ended = "alarm" if reply.stopped else "stop" if reply.ended or stops.met else "length"
-        means = meter.means if meter.said else torch.full((len(panel.gauges),), torch.nan)
+        means = meter.answer_means if meter.said else torch.full((len(panel.gauges),), torch.nan)
         _, rest_of, content_rest = said.add(rest, said.last)
         what = (said.text, said.content, said.reasoning, rest)
         return Answer(reply.ids, *what, ended, means, tuple(alerts), reply.scores, rest_of, content_rest)

@@ -102,13 +102,16 @@ class StoredBaseline(Record):
         replies: How many there are.
         tokens: How many they have together.
         layers: By layer.
+        mean: What of a reply counts in all of this: the whole, or of a model that thinks its answer or its thinking.
     """
 
+    unsaid = frozenset({"mean"})
     reduction: str
     system: str | None
     replies: int
     tokens: int
     layers: Mapping[int, LayerBaseline]
+    mean: Annotated[str, Field(pattern="^(response|answer|thinking)_mean$")] = DEFAULT_REDUCTION
 
 
 @dataclass(frozen=True)
@@ -296,10 +299,8 @@ class Provenanced:
     @property
     def monitor(self) -> StoredMonitor | None:
         """What a monitoring study found; None if there was none."""
-        if not (found := self.provenance.get("monitor")):
-            return None
-        again = "make it again with `persona-lens monitor study`"
-        return self._read("the calibration of the monitor", StoredMonitor.from_json, found, again)
+        found, again = self.provenance.get("monitor"), "make it again with `persona-lens monitor study`"
+        return self._read("the calibration of the monitor", StoredMonitor.from_json, found, again) if found else None
 
     @property
     def baseline(self) -> StoredBaseline | None:
@@ -348,10 +349,8 @@ class Provenanced:
     @property
     def forecasts(self) -> tuple[ShiftForecast, ...]:
         """How far finetuning would move the trait, by lines that were fitted before; almost always none."""
-        stored = self.provenance.get(FORECASTS, ())
-        return self._read(
-            "the forecast", lambda found: tuple(map(ShiftForecast.from_json, found)), stored, "fit it again"
-        )
+        stored, line = self.provenance.get(FORECASTS, ()), ShiftForecast.from_json
+        return self._read("the forecast", lambda found: tuple(map(line, found)), stored, "fit it again")
 
     @property
     def missing_layers(self) -> tuple[int, ...]:

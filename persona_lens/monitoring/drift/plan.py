@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.data.scripted import Scripted, scripted_users, spread_over_domains
 from persona_lens.extraction.conversations import Conversations
 from persona_lens.extraction.experiment import Variant, model_config
+from persona_lens.extraction.means import described_mean, mean_read
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.monitoring.drift.messages import check_regression
@@ -24,7 +26,7 @@ from persona_lens.vectors import PersonaVectors
 
 KIND = "drift"
 PLAIN, REPLAYED = "plain-", "replayed-"  # begin the names of files
-MEAN, BEFORE = ReadKind.RESPONSE_MEAN, ReadKind.PROMPT_LAST
+BEFORE = ReadKind.PROMPT_LAST
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,20 @@ class Drifting:
     steerings: Mapping[str, Steering]
     settings: DriftSettings
 
+    @cached_property
+    def mean(self) -> ReadKind:
+        """Which mean of a reply is projected.
+
+        Raises:
+            MonitoringError: If some vectors are of the thinking, and others not.
+        """
+        found = {mean_read(self.chat, gauge.reduction): str(gauge) for gauge in reversed(self.panel.gauges)}
+        if len(found) > 1:
+            what = " and ".join(f"{kind.value} for {gauge}" for kind, gauge in sorted(found.items()))
+            raise MonitoringError(f"replies are read in one way, and the vectors ask for {what}; take them one by one")
+        (mean,) = found
+        return mean
+
     @property
     def wide(self) -> Panel:
         """The panel with the random directions behind it."""
@@ -114,7 +130,7 @@ class Drifting:
             asked.turns,
             asked.seed,
             asked.rollouts,
-            reads=[Read(MEAN, self.panel.layers), Read(BEFORE, self.panel.layers)],
+            reads=[Read(self.mean, self.panel.layers), Read(BEFORE, self.panel.layers)],
             prefix=prefix,
             **how,
         )
@@ -158,6 +174,7 @@ class Drifting:
             "users": [user.describe() for user in self.users],
             "played_by": described(self.played),
             "steerings": {name: steering.describe() for name, steering in self.steerings.items()},
+            **described_mean(self.mean),
             **model_config(self.backend, self.chat),
         }
 
@@ -177,7 +194,8 @@ def plan_drift(
     """What `drift` holds; arguments as there.
 
     Raises:
-        MonitoringError: If scikit-learn is missing, or a steering's name is taken.
+        MonitoringError: If scikit-learn is missing, a steering's name is taken, or some vectors are of the thinking and
+            others not.
         DataError: If there are too few people with so many messages.
         VectorsError: If vectors belong to another model, or nothing was tuned.
     """

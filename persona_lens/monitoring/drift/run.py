@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from persona_lens.backend import Backend, Read
+from persona_lens.backend import Backend, Read, ReadKind
 from persona_lens.core.documents import plain
 from persona_lens.core.progress import Progress, shown_progress
 from persona_lens.data.scripted import Scripted
 from persona_lens.extraction.conversations import Turn, reads_in_order
 from persona_lens.extraction.experiment import run_folder
+from persona_lens.extraction.means import described_mean
 from persona_lens.models import ChatFormat
-from persona_lens.monitoring.drift.plan import BEFORE, KIND, MEAN, Drifting, DriftSettings, plan_drift
+from persona_lens.monitoring.drift.plan import BEFORE, KIND, Drifting, DriftSettings, plan_drift
 from persona_lens.monitoring.drift.simulated_user import UserModel, described
 from persona_lens.monitoring.drift.trajectories import MessageTable, Trajectories, Way
 from persona_lens.monitoring.gauges import projected
@@ -34,6 +35,7 @@ Values = NDArray[np.float64]
 DIGITS = 6
 TURNS = "drift-turns.jsonl"
 MESSAGES = "messages-"  # begins the names of files
+READ_ALONE = ReadKind.RESPONSE_MEAN  # of a user's message, in which nobody thinks
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class DriftRow:
         turn: Number of the turn, from 1.
         message: What the user said.
         text: The reply.
-        means: By gauge, the mean over the reply's tokens; None for an empty reply.
+        means: By gauge, the mean over the reply's tokens, of a model that thinks those of the answer; None without any.
         before: By gauge, the value at the last token before the reply.
     """
 
@@ -97,7 +99,7 @@ def drift(
     allow_other_model: bool = False,
     progress: Progress = shown_progress,
 ) -> Drift:
-    """Hold conversations, and say how their replies move along traits turn by turn.
+    """Hold conversations, and say how their replies, or answers after thinking, move along traits turn by turn.
 
     Args:
         backend: The model.
@@ -114,7 +116,7 @@ def drift(
         progress: Told how far the work is.
 
     Raises:
-        MonitoringError: If scikit-learn is missing, or settings do not fit.
+        MonitoringError: If scikit-learn is missing, or settings or vectors do not fit.
         DataError: If there are too few people with so many messages.
         ContextError: If a conversation is too long for the model.
         VectorsError: If vectors belong to another model, or nothing was tuned.
@@ -153,7 +155,7 @@ def _read(turns: Sequence[Turn], planned: Drifting) -> tuple[list[DriftRow], dic
         reads = turn.reads()
         means, before = (
             projected(reads[kind.value], planned.panel.layers, wide).double().numpy().round(DIGITS)
-            for kind in (MEAN, BEFORE)
+            for kind in (planned.mean, BEFORE)
         )
         places: dict[Way, list[int]] = {}
         for place, rollout in enumerate(turn.rollouts):
@@ -188,11 +190,11 @@ def _embedded(
         alone(planned.chat, list(place)),
         planned.settings.rollouts,
         folder=run,
-        reads=[Read(MEAN, planned.panel.layers)],
+        reads=[Read(READ_ALONE, planned.panel.layers)],
         prefix=MESSAGES,
     )
     read.run(progress)
-    means = reads_in_order(read)[MEAN.value].double().numpy()[[place[text] for text in texts]]
+    means = reads_in_order(read)[READ_ALONE.value].double().numpy()[[place[text] for text in texts]]
     return {layer: means[:, at] for at, layer in enumerate(planned.panel.layers)}
 
 
@@ -237,5 +239,6 @@ def _summary(
             "empty": sum(not row.text.strip() for row in rows),
         },
         "steerings": {name: str(steering) for name, steering in planned.steerings.items()},
+        **described_mean(planned.mean),
         "gauges": found.figures(messages, settings.permutations),
     }

@@ -12,6 +12,7 @@ from persona_lens.data.scripted import Scripted
 from persona_lens.extraction.conversations import Conversation
 from persona_lens.extraction.experiment import Variant
 from persona_lens.models import ChatFormat, Message
+from persona_lens.models.reasoning import answer_text
 from persona_lens.models.server import Completion, CompletionRequest, CompletionServer, Refused, Usage
 from persona_lens.monitoring.gauges import MonitoringError
 from persona_lens.runs.cost import Call, Work, generating_work
@@ -140,7 +141,8 @@ class ServerUser:
         answers = self.server.complete(list(map(self._request, conversations, seeds)))
         if refused := next((each for each in answers if isinstance(each, Refused)), None):
             raise MonitoringError(f"the model that plays the users does not go on: {refused.reason}; choose another")
-        return [answer.text for answer in answers if isinstance(answer, Completion)]
+        # Without a parser of its own a server leaves what a model thought in what it says.
+        return [answer_text(answer.text) for answer in answers if isinstance(answer, Completion)]
 
     def work(self, conversations: Sequence[Sequence[Message]]) -> Work:
         """See `UserModel.work`."""
