@@ -227,7 +227,7 @@ class _Training:
         if not self.vectors:
             raise FinetuningError("watching needs vectors to project on (--vectors)")
         layers = wanted.layers or tuple(sorted({e.layer for e in (*self.measures.edits, *self.measures.penalised)}))
-        layers = layers or (self.vectors[0].tuned_choice().layer,)
+        layers = layers or (self.vectors[0].tuned_choice("name those to watch (`watch.layers` in --config)").layer,)
         questions = dict.fromkeys(q for each in self.vectors for q in each.trait_definition.evaluation_questions)
         prompts = [self.chat.encode(None, question) for question in questions]
         return ProjectionWatch(

@@ -100,7 +100,7 @@ class Places:
         if reference.what.endswith("%"):
             last = vectors.model.n_layers - 1
             return str(min(last, round(int(reference.what[:-1]) / 100 * last)))
-        tuned = vectors.tuned_choice()
+        tuned = vectors.tuned_choice("write a layer and a coefficient into the plan")
         return str(tuned.layer) if reference.what == "layer" else f"{tuned.coefficient * reference.factor:+.4g}"
 
 

@@ -315,7 +315,8 @@ def _settled(term: Term, vectors: PersonaVectors) -> Term:
 def _with_tuned(term: Term, vectors: PersonaVectors) -> Term:
     if term.layers is not None and term.operation is not None:
         return term
-    tuned = vectors.tuned_choice()
+    example = f"{term.trait}@{vectors.model.n_layers // 2}{'' if term.operation else ':+1.5'}"
+    tuned = vectors.tuned_choice(f"write one behind its name, such as {example}")
     settled = replace(term, layers=term.layers or Layers(((tuned.layer, tuned.layer),)))
     if term.operation is not None:
         return settled

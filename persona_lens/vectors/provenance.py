@@ -283,17 +283,15 @@ class Provenanced:
         found = self.provenance.get("tuned")
         return self._read("what was tuned", Tuned.from_json, found) if found else None
 
-    def tuned_choice(self) -> Tuned:
-        """`tuned`, for where it is needed.
+    def tuned_choice(self, otherwise: str = "name one (`--layers` on the command line)") -> Tuned:
+        """`tuned`, for where it is needed; an error says what to do ``otherwise``.
 
         Raises:
             VectorsError: If nothing was tuned.
         """
         if (tuned := self.tuned) is None:
-            raise VectorsError(
-                f"no layer was tuned for the vectors of {self.trait!r}; name one (`--layers` on the command line), or "
-                "take the vectors that `persona-lens steer tune` wrote"
-            )
+            or_else = f"{otherwise}, or take the vectors that `persona-lens steer tune` wrote"
+            raise VectorsError(f"no layer was tuned for the vectors of {self.trait!r}; {or_else}")
         return tuned
 
     @property

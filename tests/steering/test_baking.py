@@ -729,6 +729,12 @@ def test_two_vectors_of_one_name_are_refused(files: tuple[str, str, str]) -> Non
     assert "two vectors go by the name 'optimistic'" in said
 
 
+def test_a_direction_without_a_layer_is_refused_with_what_this_command_takes(files: tuple[str, str, str]) -> None:
+    said = refused("bake", "./nowhere", "--everywhere", "evil", "--vectors", files[2], "--out", "x")
+    assert "write one behind its name, such as evil@1, or" in said
+    assert "--layers" not in said
+
+
 # llama.cpp
 
 CONVERTER = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,10 @@ def test_what_was_tuned_is_taken_where_nothing_is_written() -> None:
     assert Steering.parse("kind", tuned).edits() == (Edit.add(2, KIND.vector(2, "prompt_mean"), 1.25),)
     assert Steering.parse("kind:-3", tuned).edits() == (Edit.add(2, KIND[2], -3.0),)
     assert str(Steering.parse("kind", tuned)) == "kind.prompt_mean@2:+1.25"
-    with pytest.raises(VectorsError, match=r"no layer was tuned for the vectors of 'kind'.*steer tune"):
-        parse("kind:+1")
+    for text, example in (("kind:+1", "kind@1"), ("kind", "kind@1:+1.5")):
+        wanted = f"no layer was tuned for the vectors of 'kind'; write one behind its name, such as {example}, or"
+        with pytest.raises(VectorsError, match=re.escape(wanted)):
+            parse(text)
 
 
 @settings(max_examples=30, deadline=None)
