@@ -30,6 +30,7 @@ def vectors_shown(workbench: Workbench) -> dict[str, Any]:
         "d_model": info.d_model,
         "dtype": info.dtype,
         "backend": info.backend,
+        "thinks": workbench.thinks,
     }
     gauges = shelf.gauges()
     shown = [

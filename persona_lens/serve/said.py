@@ -63,7 +63,8 @@ class Made(Record):
     def __str__(self) -> str:
         sampled = f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}"
         steered = f"{self.edits or 'not steered'}{f', {self.history} history' if self.history else ''}"
-        return f"{steered}; {sampled if self.temperature else 'greedy'}"
+        limit = "" if self.thinking_budget is None else f", thinking up to {counted(self.thinking_budget, 'token')}"
+        return f"{steered}; {sampled if self.temperature else 'greedy'}{limit}"
 
 
 Values = tuple[float | None, ...]

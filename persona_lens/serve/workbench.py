@@ -180,6 +180,11 @@ class Workbench:
         if not shelf.vectors:
             raise MonitoringError("there is nothing to watch; give at least one trait's vectors")
 
+    @property
+    def thinks(self) -> bool:
+        """Whether replies may begin with thinking, and how much can be limited."""
+        return self.chat.may_reason and bool(self.chat.parts.closing)
+
     def encode(self, messages: Sequence[Message]) -> TokenIds:
         """The prompt that asks for the next message of a conversation.
 

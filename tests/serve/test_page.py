@@ -13,6 +13,7 @@ import pytest
 from persona_lens.core.statistics import Verdict
 from persona_lens.monitoring import Observations, calibrate, monitor_calibration
 from persona_lens.monitoring.calibration import with_monitor_calibration
+from persona_lens.serve.said import Made
 from persona_lens.serve.server import Running
 from persona_lens.serve.session import Session
 from persona_lens.serve.shelf import Shelf
@@ -87,6 +88,23 @@ def test_a_reply_comes_coloured_and_says_what_it_was_made_with(page: Page) -> No
     assert tokens.nth(2).evaluate("span => getComputedStyle(span).backgroundColor") != before
     assert page.page.locator("#chart svg .band").count() == 2
     assert "Reply finished" in page.page.inner_text("#live")
+
+
+def test_of_a_model_that_does_not_think_no_thinking_is_limited(page: Page, tmp_path: Path) -> None:
+    labels = page.page.locator("#settings .grid label span").all_text_contents()
+    assert labels == ["Temperature", "Top-p", "Tokens at most", "Seed"]
+    session = Session("another")
+    session.add("user", "Hello")
+    session.add("assistant", "Hm.", made=Made(temperature=1.0, max_tokens=10, seed=3, thinking_budget=5))
+    page.page.set_input_files("#file", session.save(tmp_path / "another.jsonl"))
+    page.page.locator(".message.assistant").wait_for()
+    page.act("Use its settings")
+    page.act("Again")
+    sampled = "not steered · temperature 1, top-p 1, seed 3"
+    assert page.made() == [sampled]
+    assert "2/2" in page.page.inner_text(".message.assistant .switch")
+    page.act("Branch before")
+    assert page.made() == [f"{sampled}, thinking up to 5 tokens"]
 
 
 def test_a_token_shows_all_traits_and_layers_to_pointer_and_keyboard(page: Page) -> None:

@@ -158,3 +158,53 @@ def test_the_page_shows_the_thinking_in_a_block_of_its_own(running: Running, tmp
     assert reply.readings is not None
     assert [token.part for token in reply.readings.tokens].count("mark") == 1
     assert '<div class="part thinking">' in session.html()
+
+
+def test_thinking_is_limited_on_the_page_and_a_reply_says_so(running: Running, tmp_path: Any) -> None:
+    field = "Thinking tokens at most"
+
+    def thought(page: Page, number: int = -1) -> int:
+        return int(page.page.locator(".message.assistant").nth(number).locator("details.thinking .token").count()) - 1
+
+    with browser() as chromium:
+        context = chromium.new_context(viewport=DESK, accept_downloads=True)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page = Page(context, running.link)
+        page.set(Tokens_at_most=NEW, Temperature=0)
+        page.send(ASKED)
+        free = thought(page)
+        assert free > 1
+        page.page.get_by_label(field, exact=True).fill("1")
+        page.page.keyboard.press("Tab")
+        page.act("Again")
+        assert thought(page) == 1
+        assert page.made() == ["not steered · greedy, thinking up to 1 token"]
+        python, curl = page.copied("Python"), page.copied("curl")
+        assert 'extra_body={"thinking_budget":1,' in python
+        assert '"thinking_budget":1' in curl
+        page.page.get_by_label(field, exact=True).fill("0")
+        page.page.keyboard.press("Tab")
+        page.page.reload()
+        page.ready()
+        assert page.page.get_by_label(field, exact=True).input_value() == "0"
+        page.page.evaluate("document.getElementById('sampling').open = true")
+        page.act("Again")
+        assert page.page.locator(".message.assistant .token[data-token='0']").inner_text() == CLOSING
+        page.act("Branch before")
+        page.act("Use its settings")
+        assert page.page.get_by_label(field, exact=True).input_value() == "1"
+        page.act("Branch before")
+        page.act("Use its settings")
+        assert page.page.get_by_label(field, exact=True).input_value() == ""
+        page.act("Again")
+        assert thought(page) == free
+        assert "thinking_budget" not in page.copied("Python") + page.copied("curl")
+        page.page.click("#saving summary")
+        with page.page.expect_download() as saving:
+            page.page.click("#save")
+        saving.value.save_as(tmp_path / "session.jsonl")
+        assert not page.faults
+    session = Session.load(tmp_path / "session.jsonl")
+    made = [message.made for message in session if message.role == "assistant"]
+    assert [each and each.thinking_budget for each in made] == [None, 1, 0, None]
+    assert str(made[1]) == "not steered; greedy, thinking up to 1 token"

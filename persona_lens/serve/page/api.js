@@ -57,8 +57,8 @@ export function body(messages, settings) {
     lens.alarm_on = settings.alarm_on;
     lens.stop_on_alarm = settings.stop_on_alarm;
   }
-  const { temperature, top_p, max_tokens, seed } = settings;
-  return { messages, stream: true, temperature, top_p, max_tokens, seed, persona_lens: lens };
+  const { temperature, top_p, max_tokens, seed, thinking_budget } = settings;
+  return { messages, stream: true, temperature, top_p, max_tokens, seed, thinking_budget, persona_lens: lens };
 }
 
 /** The chunks of a reply as they come. Throws a ServerError also where the stream ends before its end. */

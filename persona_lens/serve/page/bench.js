@@ -79,8 +79,8 @@ export class Bench {
     const control = new AbortController();
     this.running = control;
     const replies = several.map((settings) => {
-      const { edits, history, temperature, top_p, max_tokens, seed } = settings;
-      return session.add("assistant", "", parent, { made: { edits, history, temperature, top_p, max_tokens, seed } });
+      const { edits, history, temperature, top_p, max_tokens, seed, thinking_budget } = settings;
+      return session.add("assistant", "", parent, { made: { edits, history, temperature, top_p, max_tokens, seed, thinking_budget } });
     });
     if (replies.length === 2) session.pairs.set(parent, replies.map(({ id }) => id));
     else session.pairs.delete(parent);

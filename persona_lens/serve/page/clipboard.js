@@ -11,11 +11,12 @@ const python = (value) => JSON.stringify(value).replace(/("(?:[^"\\]|\\.)*")|\b(
 export const asEdits = ({ edits, history }) => (edits ? `--edits ${shell(edits)}${history ? ` --history ${history}` : ""}` : "");
 
 export function asPython(messages, settings, model) {
-  const { stream, persona_lens, messages: _, ...rest } = body(messages, settings);
+  const { stream, persona_lens, thinking_budget, messages: _, ...rest } = body(messages, settings);
+  const own = thinking_budget === undefined ? { persona_lens } : { thinking_budget, persona_lens }; // what the client does not know
   const more = Object.entries(rest).filter(([, value]) => value !== undefined).map(([name, value]) => `    ${name}=${python(value)},\n`);
   return `import os\n\nfrom openai import OpenAI\n\nclient = OpenAI(base_url=${python(`${location.origin}/v1`)}, api_key=os.environ["PERSONA_LENS_TOKEN"])\n`
     + `reply = client.chat.completions.create(\n    model=${python(model)},\n    messages=${python(messages)},\n${more.join("")}`
-    + `    extra_body={"persona_lens": ${python(persona_lens)}},\n)\nprint(reply.choices[0].message.content)\n`;
+    + `    extra_body=${python(own)},\n)\nprint(reply.choices[0].message.content)\n`;
 }
 
 export function asCurl(messages, settings) {

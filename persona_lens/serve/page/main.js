@@ -52,7 +52,7 @@ const page = {
   notice,
   take(made) {
     rack.load(made.edits, made.history);
-    Object.assign(sampling.values, { temperature: made.temperature, top_p: made.top_p, max_tokens: made.max_tokens ?? sampling.values.max_tokens, seed: made.seed ?? "" });
+    Object.assign(sampling.values, { temperature: made.temperature, top_p: made.top_p, max_tokens: made.max_tokens ?? sampling.values.max_tokens, seed: made.seed ?? "", thinking_budget: made.thinking_budget ?? "" });
     sampling.draw(keep, fresh);
     keep();
     notice("The rack is set to what that reply was made with, its seed too.");
@@ -263,6 +263,8 @@ async function begin() {
     served = told.gauges ?? told.vectors.flatMap(({ name, layers }) => layers.map((layer) => ({ name: `${name}@${layer}`, trait: name, layer })));
     find("model").textContent = model.name;
     document.title = `${model.name} · persona-lens`;
+    sampling.thinks = model.thinks;
+    sampling.draw(keep, fresh);
     rack.history = told.history;
     rack.fill(told.vectors, kept.rack);
     lens.scales = new Scales(rack.vectors);

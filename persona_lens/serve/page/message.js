@@ -9,7 +9,8 @@ const NAMES = { system: "System", user: "You", assistant: "Reply" };
 export function madeLine(made) {
   if (!made) return "";
   const sampled = made.temperature ? `temperature ${made.temperature}, top-p ${made.top_p}, seed ${made.seed}` : "greedy";
-  return `${made.edits || "not steered"}${made.edits && made.history ? `, ${made.history} history` : ""} · ${sampled}`;
+  const limit = made.thinking_budget == null ? "" : `, thinking up to ${made.thinking_budget} ${made.thinking_budget === 1 ? "token" : "tokens"}`;
+  return `${made.edits || "not steered"}${made.edits && made.history ? `, ${made.history} history` : ""} · ${sampled}${limit}`;
 }
 
 /** `bench` does what buttons ask: go, edit, again, reseed, take, beside. */

@@ -70,12 +70,13 @@ function pause(seconds, signal, waiting) {
   });
 }
 
-/** A reply that broke off has no means from the server: those of the tokens that came. */
+/** A reply that broke off has no means from the server: those of the tokens that came, after thinking those of the answer. */
 export function meansOf(readings) {
   if (!readings || readings.means.length || !readings.tokens.length) return;
   const width = Math.max(...readings.tokens.map(({ values }) => values.length));
+  const own = readings.tokens.filter(({ part }) => !part);
   readings.means = Array.from({ length: width }, (_, place) => {
-    const known = readings.tokens.map(({ values }) => values[place]).filter(Number.isFinite);
+    const known = own.map(({ values }) => values[place]).filter(Number.isFinite);
     return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
   });
 }
@@ -92,7 +93,7 @@ export async function readBranch(session) {
     if (!unread.includes(message)) continue;
     const by = (name) => gauges.map((gauge) => readings.find(({ trait, layer }) => trait === gauge.trait && layer === gauge.layer)?.[name] ?? null);
     message.readings = {
-      prompt_last: session.placed(by("prompt_last"), places), means: session.placed(by("mean"), places), alarms: [], forecast: [],
+      prompt_last: session.placed(by("prompt_last"), places), means: session.placed(by("answer_mean").map((mean, at) => mean ?? by("mean")[at]), places), alarms: [], forecast: [],
       tokens: tokens.map(({ text, values }) => ({ text, values: session.placed(values, places) })),
     };
   }
