@@ -10,12 +10,24 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from persona_lens import PersonaLensError, RayWorkers, Sampling, TokenBatch, open_backend, screen
-from persona_lens.backend import Backend, BackendError, Edit, Read, ReadKind, TokenError, Watch, WatchedTokens
+from persona_lens.backend import (
+    Backend,
+    BackendError,
+    Edit,
+    Positions,
+    Read,
+    ReadKind,
+    TokenError,
+    Watch,
+    WatchedTokens,
+)
 from persona_lens.backend.batches import generate_rows
 from persona_lens.backend.blocks import ModuleError
 from persona_lens.backend.sinks import sink_limits
@@ -25,16 +37,19 @@ from persona_lens.core.progress import PersonaLensNote
 from persona_lens.core.threads import in_threads
 from persona_lens.data.datasets import open_dataset
 from persona_lens.extraction import extract
+from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Gauge, Panel
 from persona_lens.screening import ScreeningSettings
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors
+from tests.backends.fixtures import assert_close
 from tests.backends.mortal import waiting
 from tests.extraction.test_extraction import TINY
+from tests.families import FAMILIES, encoded
 from tests.pages import blocks_of
 from tests.screening import made
 from tests.screening.made import jsonl, pairs
-from tests.tiny import saved_model
+from tests.tiny import CHATML, D_MODEL, saved_model, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIT = load_trait("optimistic")
@@ -137,6 +152,31 @@ def one(model: str) -> Backend:
 def spread(workers: RayWorkers, model: str) -> RayBackend:
     """The same model in the workers."""
     return workers.open("transformers", model, **PLAIN)
+
+
+def test_workers_tell_thinking_by_the_template_that_a_model_is_opened_with(workers: RayWorkers, tmp_path: Path) -> None:
+    family, made = FAMILIES["nemotron"], tiny_model()  # whose template alone tells of thinking
+    tokenizer = family.made()
+    tokenizer.chat_template = CHATML
+    made.resize_token_embeddings(len(tokenizer))
+    for each in (made, tokenizer):
+        each.save_pretrained(tmp_path)
+    asked: dict[str, Any] = {**PLAIN, "chat_template": family.template}
+    here, there = (opens("transformers", str(tmp_path), **asked) for opens in (open_backend, workers.open))
+    assert there.tokenizer.chat_template == here.tokenizer.chat_template == family.template
+    assert there.end_ids == here.end_ids
+    ids, kinds = encoded(family, here.tokenizer, (*family.begun("They greet.\n"), family.mark(1), ("answer", "Hi.")))
+    assert {"thinking", "answer"} < set(kinds)
+    text = TokenBatch.of([ChatFormat.from_tokenizer(there.tokenizer).encode(None, "Hi!")], [ids])
+    edits = [Edit.add(1, torch.ones(D_MODEL), 1.0, Positions.THINKING)]
+    reads = [Read(ReadKind.THINKING_MEAN), Read(ReadKind.ANSWER_MEAN)]
+    assert_close(there.forward(text, edits, reads).reads, here.forward(text, edits, reads).reads)
+    limited = Sampling(6, thinking_budget=2)
+    assert there.generate(text.prompts, limited).responses == here.generate(text.prompts, limited).responses
+    untold = workers.open("transformers", str(tmp_path), **PLAIN)
+    for asking in (lambda: untold.forward(text, edits, reads[1:]), lambda: untold.generate(text.prompts, limited)):
+        with pytest.raises(PersonaLensError, match="there is no thinking to"):
+            asking()
 
 
 def content(folder: Path) -> dict[str, bytes]:
