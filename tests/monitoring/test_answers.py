@@ -6,13 +6,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from persona_lens import open_backend
 from persona_lens.backend import Backend, Part, Parts, Read, ReadError, ReadKind, TokenBatch
+from persona_lens.cli import app
+from persona_lens.cli.drift import UserOptions
+from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.models.server import CompletionCache, CompletionServer, ServerSettings
 from persona_lens.monitoring import (
@@ -29,7 +35,7 @@ from persona_lens.monitoring import (
 from persona_lens.monitoring.alarms import described
 from persona_lens.monitoring.drift import DriftRow
 from persona_lens.monitoring.drift.plan import plan_drift
-from persona_lens.monitoring.drift.simulated_user import ServerUser
+from persona_lens.monitoring.drift.simulated_user import LocalUser, ServerUser
 from persona_lens.monitoring.scoring import monitor
 from persona_lens.reports.drift import told
 from persona_lens.reports.kinds import page_of
@@ -47,6 +53,7 @@ from tests.monitoring.test_drift import people
 from tests.thinking import ASKED, NEW, thinking_model
 from tests.tiny import D_MODEL, N_LAYERS
 
+SAID = "the model thinks before it answers: read are its answers, without the thinking before them"
 LAYER, SOME = 1, RolloutSettings(max_new_tokens=24, batch_size=16)
 BASELINE = BaselineSettings(layers=(LAYER,), questions=2, neutral=12, rollouts=SOME)
 DRIFT = DriftSettings(turns=2, conversations=6, random_directions=2, permutations=2, rollouts=SOME)
@@ -180,10 +187,9 @@ def test_drift_is_of_the_answers(backend: Backend, tmp_path: Path) -> None:
         for row in rows:
             heard.setdefault(row.user, []).append(row)
     assert any(compared)
-    said = "the model thinks before it answers: read are its answers, without the thinking before them"
-    assert told(found.summary)[0] == said
+    assert told(found.summary)[0] == SAID
     page = " ".join(page_of("drift", found.summary).split())
-    assert said in page
+    assert SAID in page
     assert "the tokens of the answer in a reply" in page
 
 
@@ -259,3 +265,26 @@ def test_a_user_on_a_server_says_nothing_of_what_it_thinks(tmp_path: Path) -> No
     with serving(respond=lambda body: completion("<think>They seem kind.</think>\n\nThank you.")) as loopback:
         server = CompletionServer(ServerSettings("big", loopback.url, attempts=1), CompletionCache(tmp_path))
         assert ServerUser(server).write([[{"role": "user", "content": "Hi"}]], [1]) == ["Thank you."]
+
+
+def test_the_commands_say_it_once(tmp_path: Path) -> None:
+    for each in (thinking_model(), FAMILIES["qwq"].tokenizer()):
+        each.save_pretrained(tmp_path / "model")
+    opened = open_backend("transformers", str(tmp_path / "model"), dtype="float32")
+    file = vectors(opened).save(tmp_path / "vectors.safetensors")
+    given = [str(tmp_path / "model"), str(file), "--layers", str(LAYER), "--dtype", "float32", "--max-new-tokens", "24"]
+    people = Path(__file__).resolve().parents[2] / "persona_lens/data/users/coding.yaml"
+    small = ["--users", str(people), "--conversations", "2", "--turns", "2", "--random-directions", "0"]
+    for name, more in (("baseline", ["--questions", "0", "--neutral", "6"]), ("drift", small)):
+        command = ["monitor", name, *given, *more, "--out", str(tmp_path / name)]
+        done = CliRunner(env={"COLUMNS": "400"}).invoke(app, command)
+        assert done.exit_code == 0, done.output
+        assert done.stdout.count(SAID) == 1
+
+
+def test_a_model_that_plays_the_users_of_itself_does_not_think_for_them(backend: Backend) -> None:
+    at: Any = SimpleNamespace(backend=backend, chat=ChatFormat.from_tokenizer(backend.tokenizer, thinking=True))
+    run: Any = SimpleNamespace(model="tiny", dry_run=False)
+    user = UserOptions(user_model="tiny").open(at, run)
+    assert isinstance(user, LocalUser)
+    assert (at.chat.think, user.chat.think) == (True, False)
