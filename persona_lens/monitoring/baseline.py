@@ -164,7 +164,8 @@ def measure_baseline(
         replies = tuple(made[number] for number in places)
         if len(replies) < 2:
             what, of = ("reply", "thinking") if mean is ReadKind.THINKING_MEAN else ("answer", "text")
-            more = "; allow for more tokens (--max-new-tokens)" if mean is ReadKind.ANSWER_MEAN else ""
+            advice = "; allow for more tokens (--max-new-tokens), or for less thinking (--thinking-budget)"
+            more = advice if mean is ReadKind.ANSWER_MEAN else ""
             said = f"{counted(len(replies), what)} with any {of}"
             raise MonitoringError(f"{said}: nothing can be said of how they stray{more}")
         stored = _stored(_read(backend, replies, list(places.values()), panel, chat), panel, settings, mean)

@@ -25,8 +25,8 @@ from tests.serve.running import vectors_of
 from tests.thinking import thinking_model
 from tests.tiny import saved_model
 
-NEW, BUDGET = 10, 2
-SMALL = ("--dtype", "float32", "--questions", "0", "--neutral", "3", "--max-new-tokens", str(NEW))
+NEW, BUDGET = 24, 2
+SMALL = ("--dtype", "float32", "--questions", "0", "--neutral", "6", "--max-new-tokens", str(NEW))
 
 
 @pytest.fixture(scope="module")
