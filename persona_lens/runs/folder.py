@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +62,8 @@ def accepting_changes() -> Iterator[None]:
 class RunFolder:
     """A run's folder, held by one process at a time; a context manager.
 
+    A run that is refused before anything of it is kept leaves the folder free for another.
+
     Args:
         path: The folder; created if it is not there.
         config: Everything that determines the result, as JSON values. Kept in ``run.json``.
@@ -77,7 +79,7 @@ class RunFolder:
     def __init__(self, path: Path | str, config: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config))
-        self._readable_only = False
+        self._readable_only = self._began = False
         with named(self.path, RunError, "used"):
             self._check_kind()
         make_folder(self.path, RunError)
@@ -111,7 +113,17 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._lock.release()
+        try:
+            if self._began and isinstance(error, PersonaLensError):
+                self._give_up()
+        finally:
+            self._lock.release()
+
+    def _give_up(self) -> None:
+        """Let go of a folder in which a run was refused before it kept anything, so that it may begin otherwise."""
+        with suppress(OSError):  # why it was refused is to be told
+            if {each.name for each in self.path.iterdir()} <= {CONFIG, ".lock"}:
+                remove(self.path / CONFIG)
 
     def _check_kind(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -128,6 +140,7 @@ class RunFolder:
         verified = {VERIFIED: True} if _was_verified(self.config) else {}
         if not file.exists():
             self.write_bytes(CONFIG, json_bytes({**self.config, **verified}), replace=True)
+            self._began = True
             return
         stored = self._stored()
         accepted, bound = stored.pop(ACCEPTED, []), stored.pop(BOUND, {})

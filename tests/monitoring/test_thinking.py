@@ -24,7 +24,7 @@ from persona_lens.vectors import PersonaVectors
 from tests.backends.fixtures import backend_of, tiny_backend
 from tests.families import FAMILIES
 from tests.thinking import ASKED, NEW, thinking_model
-from tests.tiny import D_MODEL, N_LAYERS
+from tests.tiny import CHATML, D_MODEL, N_LAYERS, thinking_tokenizer, tiny_model, with_template
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,25 @@ def test_transcripts_are_split_where_a_text_has_marks(backend: Backend, name: st
     assert page.count('<div class="part thinking"><div class="part-name">thinking</div>') == 1
     assert page.count('<div class="part answer"><div class="part-name">answer</div>') == 1
     assert 'class="part-name"' not in second.heatmap(own.tokenizer).html()
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"], ids=["closed alone", "opened again"])
+def test_transcripts_are_split_where_a_turn_that_is_over_begins_otherwise_than_a_prompt_ends(opening: str) -> None:
+    """As of models whose prompts end in the thinking, and whose template writes earlier turns without it."""
+    tokenizer = thinking_tokenizer()
+    open_ended = CHATML.removesuffix("{% endif %}") + "<think>\n{% endif %}"
+    own = backend_of("transformers", tiny_model(thinks=True), with_template(tokenizer, open_ended))
+    said = {"role": "assistant", "content": f"{opening}Hm, why?\n</think>Hi."}
+    messages = ({"role": "user", "content": ASKED}, said, {"role": "user", "content": "So?"}, {**said, "content": "Hi."})
+    (found,) = score_transcripts(
+        own, [Transcript(messages, "t", 1)], Panel.of(vectors(own), 1), ChatFormat.from_tokenizer(own.tokenizer)
+    )
+    assert isinstance(found, ScoredTranscript)
+    answer = [at for at, part in enumerate(found.parts) if part == "answer"]
+    assert own.tokenizer.decode([found.encoded.ids[at] for at in answer]) == "Hi."
+    first, second = found.turns
+    assert first.answer_mean == pytest.approx(float(found.values[answer, 0].mean()), rel=1e-5)
+    assert second.thinking_mean is None
 
 
 def test_a_heat_map_names_its_stretches() -> None:
