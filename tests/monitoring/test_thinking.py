@@ -87,7 +87,8 @@ def test_transcripts_are_split_where_a_turn_that_is_over_begins_otherwise_than_a
     open_ended = CHATML.removesuffix("{% endif %}") + "<think>\n{% endif %}"
     own = backend_of("transformers", tiny_model(thinks=True), with_template(tokenizer, open_ended))
     said = {"role": "assistant", "content": f"{opening}Hm, why?\n</think>Hi."}
-    messages = ({"role": "user", "content": ASKED}, said, {"role": "user", "content": "So?"}, {**said, "content": "Hi."})
+    asked = {"role": "user", "content": ASKED}
+    messages = (asked, said, asked, {**said, "content": "Hi."})
     (found,) = score_transcripts(
         own, [Transcript(messages, "t", 1)], Panel.of(vectors(own), 1), ChatFormat.from_tokenizer(own.tokenizer)
     )

@@ -383,14 +383,20 @@ def test_a_run_from_before_its_model_was_verified_goes_on_and_notes_it(
 
 def test_a_run_that_is_refused_before_it_keeps_anything_leaves_the_folder_to_another(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(RunError, match="no such layer"), RunFolder(folder, {"kind": "test", "layer": 7}):
-        raise RunError("no such layer")
-    with pytest.raises(RunError, match="later"), RunFolder(folder, {"kind": "test", "layer": 1}) as run:
-        run.append("rows.jsonl", [{"row": 0}])
-        raise RunError("later")
-    with pytest.raises(RunError, match="layer: 1 -> 2"), RunFolder(folder, {"kind": "test", "layer": 2}):
-        pass
-    with pytest.raises(RunError, match="again"), RunFolder(folder, {"kind": "test", "layer": 1}):
-        (folder / "rows.jsonl").unlink()
-        raise RunError("again")  # of a run that had begun before: what is in the folder is its
+
+    def refused(layer: int, *rows: dict[str, Any]) -> None:
+        with RunFolder(folder, {"kind": "test", "layer": layer}) as run:
+            if rows:
+                run.append("rows.jsonl", rows)
+            raise RunError("refused")
+
+    with pytest.raises(RunError, match="refused"):
+        refused(7)
+    with pytest.raises(RunError, match="refused"):
+        refused(1, {"row": 0})
+    with pytest.raises(RunError, match="layer: 1 -> 2"):
+        refused(2)
+    (folder / "rows.jsonl").unlink()
+    with pytest.raises(RunError, match="refused"):
+        refused(1)  # a run that had begun before keeps its folder
     assert (folder / "run.json").exists()
