@@ -282,6 +282,7 @@ def told(summary: Summary) -> list[str]:
                 f"[{found['low']:.3f}, {found['high']:.3f}]{_few_rows(found)}{_beside(found['random'])}"
                 for gauge, found in gauges.items()
             ]
+    lines += filter(None, (_without_base(summary["settings"], dataset) for dataset in summary["datasets"]))
     for dataset in summary["datasets"]:
         lines += [
             f"{dataset['name']}: finetuning on it is forecast to move the score of {gauge.rpartition('@')[0]} by "
@@ -295,6 +296,20 @@ def told(summary: Summary) -> list[str]:
             + (f", {found['without_score']:,} without a score" if found["without_score"] else "")
         )
     return lines
+
+
+def _without_base(settings: Summary, dataset: Summary) -> str:
+    """How many rows have no difference because the model's own responses have nothing of the part that counts."""
+    part = settings.get("part")
+    if settings["base"] != "generate" or part not in ("thinking", "answer"):
+        return ""
+    means = list(dataset["means"].values())
+    rows = max((each["raw"]["n"] for each in means), default=0)
+    there = max((each["difference"]["n"] for each in means if each["difference"]), default=0)
+    if there == rows or (there and settings["base_share"] < 1):
+        return ""
+    what = "thinking" if part == "thinking" else "answer within --max-new-tokens; allow for more, or --thinking-budget"
+    return f"{dataset['name']}: {rows - there:,} of {rows:,} rows have no difference: base responses hold no {what}"
 
 
 def _few_rows(found: Summary) -> str:

@@ -22,6 +22,7 @@ from persona_lens.core.errors import PersonaLensError
 from persona_lens.data.datasets import open_dataset
 from persona_lens.models import ChatFormat
 from persona_lens.monitoring import Gauge, Panel
+from persona_lens.reports.screening import told
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import row_seed
 from persona_lens.screening import (
@@ -172,6 +173,21 @@ def test_base_responses_to_several_prompts_weigh_as_many_tokens_as_count(tmp_pat
     units = map(json.loads, (tmp_path / "run" / SCORES).read_text().splitlines())
     saved = [entry["tokens"] for unit in units if unit["kind"] == "base" for entry in unit["rows"]]
     assert sorted(saved) == sorted(counts)
+
+
+def test_base_responses_that_come_to_no_answer_are_said(tmp_path: Path) -> None:
+    backend = wrap_model(thinking_model(), FAMILIES["qwq"].tokenizer())
+    vectors = PersonaVectors("kind", backend.info, {"response_mean": made.vectors("kind", 1).rows()})
+    talk = [{"role": "user", "content": ASKED}, TALK[1]]
+    data = [open_dataset(jsonl(tmp_path / "rows.jsonl", [{"messages": talk}]))]
+    said = {}
+    for tokens in (1, NEW):
+        settings = replace(GENERATED, max_new_tokens=tokens, part=Counted.ANSWER)
+        done = screen(backend, data, Panel((Gauge(vectors, 1),)), settings, folder=tmp_path / f"run-{tokens}")
+        said[tokens] = [line for line in told(done.summary) if "have no difference" in line]
+    assert said[NEW] == []
+    (line,) = said[1]
+    assert "rows.jsonl: 1 of 1 rows have no difference: base responses hold no answer within --max-new-tokens" in line
 
 
 def test_a_model_that_never_thinks_gives_no_base_responses_with_thinking(tmp_path: Path) -> None:
