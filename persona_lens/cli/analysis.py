@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from persona_lens.cli import options
 from persona_lens.cli.display import Column, cell, print_table, say, show_rows, showing_progress
 from persona_lens.cli.options.steerings import LayerOptions, SteeringOptions, candidates
-from persona_lens.cli.runner import Job, Run, Session, deliver
+from persona_lens.cli.runner import Job, Run, Session, deliver, show_work
 from persona_lens.cli.settings import Fields, Given, Option, layer_numbers
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_text
@@ -229,6 +229,7 @@ def capability_command(
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
     out: Annotated[Path | None, Option("Also write every figure here, as JSON.", metavar="FILE")] = None,
+    dry_run: options.DryRun = False,
     allow_other_model: options.AllowOtherModel = False,
 ) -> None:
     """Measure what the model can do, unsteered and steered, on tasks of lm-evaluation-harness.
@@ -243,25 +244,26 @@ def capability_command(
         limit: Samples of a task at most, or a share below 1.
         shots: Solved examples before each question.
     """
-    from persona_lens.analysis.capability.evaluation import capability_changes
+    from persona_lens.analysis.capability import capability_changes, capability_changes_work
 
     shown = candidates(options.open_vectors(vectors), written, one_layer)
     arms = {each.title: each.steering for each in shown if each.steering is not None}
-    opened = subject.opening.open(subject.model)
+    opened = subject.opening.open(subject.model, offline=dry_run)
     for steering in arms.values() if not allow_other_model else ():
         steering.check_model(opened)
+    asked: dict[str, Any] = {
+        "tasks": task,
+        "include_path": include_path or None,
+        "limit": int(limit) if limit is not None and limit.is_integer() else limit,
+        "num_fewshot": shots,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    if dry_run:
+        show_work(capability_changes_work(opened, arms, **asked), subject.as_json)
+        return
     with showing_progress() as progress:
-        found = capability_changes(
-            opened,
-            arms,
-            tasks=task,
-            include_path=include_path or None,
-            limit=int(limit) if limit is not None and limit.is_integer() else limit,
-            num_fewshot=shots,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-        )
+        found = capability_changes(opened, arms, **asked, progress=progress)
     figures = {"model": opened.info.model, "changes": [change.to_json() for change in found]}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

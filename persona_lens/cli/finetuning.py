@@ -59,9 +59,13 @@ class Training:
         """Where it is kept."""
         return self.out or options.run_folder(what, self.model)
 
+    def taken(self) -> dict[str, Any]:
+        """What verbs of the library that count work take by name."""
+        return {"held_out": self.held_out or (), "side": self.side}
+
     def read(self) -> dict[str, Any]:
-        """What verbs of the library take by name."""
-        return {"held_out": self.held_out or (), "side": self.side, "device": self.device}
+        """What those take that do it."""
+        return {**self.taken(), "device": self.device}
 
     def settings(self, given: Mapping[str, Any], watched: Mapping[str, Any]) -> FinetuneConfig:
         """The configuration of the file with what was given on the command line in place of what it says."""
@@ -120,7 +124,7 @@ def finetune_command(
         print_config: Print all settings with their meaning.
     """
     from persona_lens.finetuning import finetune
-    from persona_lens.finetuning.run import training_work
+    from persona_lens.finetuning.run import finetune_work
 
     chosen = training.settings(given.chosen(), {"every": watch_every, "stop_above": stop_above})
     loaded = [options.open_vectors(each) for each in vectors or ()]
@@ -129,8 +133,8 @@ def finetune_command(
     folder = training.folder(f"finetuned-{chosen.method}")
     quiet_libraries()
     if training.dry_run:
-        work = training_work(training.model, training.data, chosen, vectors=loaded, side=training.side)
-        show_work([work], training.as_json, asked="steps")
+        work = finetune_work(training.model, training.data, chosen, vectors=loaded, **training.taken())
+        show_work(work, training.as_json, asked="steps and batches")
         return
     with showing_progress() as progress:
         found = finetune(
@@ -245,9 +249,8 @@ def finetune_study_command(
         scoring = judging.open(judge, loaded.trait_definition, opening)
     if training.dry_run:
         base, _ = options.Subject(training.model, opening=options.ModelOptions(device=training.device)).open()
-        work = finetune_study_work(
-            training.model, base, training.data, loaded, settings, chosen, side=training.side, judge=scoring
-        )
+        asked = (base, training.data, loaded, settings, chosen)
+        work = finetune_study_work(training.model, *asked, judge=scoring, **training.taken())
         show_work(work, training.as_json, asked="steps and batches")
         return
     with judges.saying_spending(scoring), showing_progress() as progress:

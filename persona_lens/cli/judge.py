@@ -65,7 +65,7 @@ def score(
     judge: Annotated[str, Option("`openai:MODEL`, `local:MODEL` or `likelihood:VECTORS`.")],
     trait: Annotated[str, Option("The trait that is scored.")],
     out: Annotated[Path, Option("The scores; it must not be there.", metavar="FILE.jsonl")],
-    dry_run: Annotated[bool, Option("Ask nothing: say what it would take.")] = False,
+    dry_run: options.DryRun = False,
     traits_dir: options.TraitsDirs = None,
     *,
     opening: options.Placement,
@@ -79,16 +79,13 @@ def score(
     `persona-lens judge score runs/optimistic-smollm2-135m --judge openai:gpt-4.1-mini --trait optimistic
     --out scores.jsonl`
     """
-    from persona_lens.judging import Exchange
     from persona_lens.judging.agreement import read_scored
-    from persona_lens.judging.recording import judging_work
-    from persona_lens.judging.scored import judge_scored
+    from persona_lens.judging.scored import judge_scored, scoring_work
 
     responses = read_scored(source, scores_required=False)
     opened = judging.open(judge, options.open_trait(trait, traits_dir), opening)
     if dry_run:
-        unique = {each.id: Exchange(each.question, each.response) for each in responses}
-        show_work(judging_work(opened, list(unique.values())), as_json=False)
+        show_work(scoring_work(opened, responses), as_json=False)
         return
     with judges.saying_spending(opened), showing_progress() as progress:
         scored = judge_scored(opened, responses, out, progress)
@@ -107,6 +104,7 @@ def compare(
     trait: str | None = None,
     traits_dir: options.TraitsDirs = None,
     seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     *,
     opening: options.Placement,
@@ -129,7 +127,7 @@ def compare(
     """
     from persona_lens.judging.agreement import compare as compare_scores
     from persona_lens.judging.agreement import read_scored
-    from persona_lens.judging.scored import judge_scored
+    from persona_lens.judging.scored import judge_scored, scoring_work
     from persona_lens.reports.agreement import render_agreement
 
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
@@ -139,6 +137,9 @@ def compare(
         if trait is None:
             raise PersonaLensError(f"{second} needs to know what to score: name the trait (--trait)")
         judge = judging.open(second, options.open_trait(trait, traits_dir), opening)
+        if dry_run:
+            show_work(scoring_work(judge, scores), as_json)
+            return
         with judges.saying_spending(judge), showing_progress() as progress:
             others = judge_scored(judge, scores, progress=progress)
     else:
@@ -146,6 +147,9 @@ def compare(
         if trait is not None:
             raise PersonaLensError(f"--trait: only where SECOND is a judge ({', '.join(JUDGES)}…), this is {second!r}")
         others = read_scored(second, column=second_column)
+        if dry_run:
+            show_work((), as_json)
+            return
     columns = ((first, first_column), (second, second_column))
     one, other = (path if column is None else f"{path}, {column}" for path, column in columns)
     found = compare_scores(scores, others, names=(one, other), seed=seed)

@@ -163,7 +163,9 @@ def _execute(words: Sequence[str]) -> Any:
 
 
 def _counted(words: Sequence[str]) -> Sequence[Mapping[str, Any]] | None:
-    """What a command would ask; None of one that cannot say."""
+    """What a command would ask; None of one that cannot say, and nothing of one that opens no model."""
+    if not _takes(words, "--device"):
+        return ()
     if not (_takes(words, "--dry-run") and _takes(words, "--json")):
         return None
     found = _execute([*words, "--dry-run"])
@@ -174,12 +176,13 @@ def _counted(words: Sequence[str]) -> Sequence[Mapping[str, Any]] | None:
 
 
 def _estimate(plan: Plan, model: str, tables: Sequence[str], as_json: bool) -> None:
-    from persona_lens.reproduction.estimate import estimates, speed_of
+    from persona_lens.reproduction.estimate import estimates, learning_of, speed_of
 
     with options.holding_open(model):
         backend, chat = options.Subject(model).open(offline=True)
         speed = speed_of(backend, chat)
-        found = estimates(plan, model, tables, _counted, backend.info, speed)
+        learning = learning_of(model, backend, chat)
+        found = estimates(plan, model, tables, _counted, backend.info, speed, learning)
     total = {name: sum(getattr(each, name) or 0 for each in found) for name in AMOUNTS}
     told = {"steps": [each.to_json() for each in found], "all": total, "measured": speed.to_json()}
     deliver(told, lambda: _show_estimates(found, total, speed), as_json)
@@ -208,7 +211,8 @@ def _show_estimates(found: Sequence[Estimate], total: Mapping[str, float], speed
     say(
         f"measured on {counted(speed.rows, 'row')} in {speed.seconds:.1f} s: {speed.generated:,.0f} tokens a second, "
         f"prompts among them, while generating, and {speed.read:,.0f} while reading; a step of training is taken for "
-        "three times as much as reading, and the time of servers is left out"
+        "three times as much as taking the loss in the same precision, and the time of servers, and of what asks no "
+        "model, is left out"
     )
 
 

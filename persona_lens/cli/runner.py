@@ -206,6 +206,9 @@ def show_work(work: Sequence[Work], as_json: bool, *, asked: str = "batches") ->
     if as_json:
         say_json({"work": [asdict(each) for each in work]})
         return
+    if not work:
+        say("nothing is asked of a model or a judge")
+        return
     remote, paid = any(each.traffic for each in work), any(each.cost is not None for each in work)
     columns: tuple[str, ...] = ("", "requests" if remote else asked, "texts", "tokens at most")
     print_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,8 @@ from persona_lens.core.text import counted
 
 if TYPE_CHECKING:
     from persona_lens.core.statistics import Estimate
-    from persona_lens.steering import Change, CrossEffects, Steering, SweepRow, SweepSettings, Tuning
+    from persona_lens.runs.cost import Work
+    from persona_lens.steering import Change, CrossEffects, Steering, SweepRow, SweepSettings, TuneSettings, Tuning
     from persona_lens.steering.arms import Prompted
     from persona_lens.steering.comparison import Comparison
     from persona_lens.steering.preview import Preview
@@ -152,7 +154,7 @@ def tune_command(
     job = Job(
         tuned,
         _show_tuning,
-        lambda at: tune_work(at.planned(loaded), settings),
+        lambda at: (*tune_work(at.planned(loaded), settings), *_accuracy_work(at, capability, loaded, settings)),
         traits=loaded.trait_definition,
         name=f"tuned-{loaded.trait}",
         model=loaded.model.model,
@@ -196,6 +198,20 @@ def _accuracy_in(at: Session, task: str, seed: int) -> Callable[[Steering | None
     check_task(task)
     backend = at.backend
     return lambda steering: accuracy(backend, task, steering.edits() if steering else (), seed=seed)
+
+
+def _accuracy_work(at: Session, task: str | None, vectors: PersonaVectors, settings: TuneSettings) -> tuple[Work, ...]:
+    """What that asks: unsteered, and at every strength that confirms the choice."""
+    if task is None:
+        return ()
+    from persona_lens.analysis.capability import capability_work
+    from persona_lens.runs.cost import together
+    from persona_lens.steering import Steering
+    from persona_lens.steering.tuning.search import confirmed_strengths
+
+    times, steered = confirmed_strengths(settings), Steering.parse(f"{vectors.trait}@0:+1", vectors).edits()
+    edited = [replace(work * times, at_most=True) for work in capability_work(at.backend, (task,), edits=steered)]
+    return together([*capability_work(at.backend, (task,)), *edited])
 
 
 QUESTIONS = Option("How many of the held-out questions to ask.")

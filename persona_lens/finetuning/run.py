@@ -71,24 +71,61 @@ class Finetuned(Result):
     folder: Path
 
 
-def training_work(
+def finetune_work(
     model: str,
     data: Data,
     config: FinetuneConfig | None = None,
     *,
     vectors: Sequence[PersonaVectors] = (),
+    held_out: Data = (),
     side: str | None = None,
-) -> Work:
-    """What `finetune` would train on: its calls are optimizer steps. The data is read and encoded, nothing runs."""
+) -> tuple[Work, ...]:
+    """What `finetune` would train on and read; the data is read and encoded, nothing runs.
+
+    Calls of the training are optimizer steps. Which rows a part of an epoch takes is not known beforehand: they count
+    as the mean of all.
+    """
     config = config or FinetuneConfig()
     measures, transcripts = measures_of(config, vectors), conversations_of(data, side)
+    others = conversations_of(held_out, side)
     chat = ChatFormat.from_tokenizer(load_tokenizer(resolve(model, weights=False)))
-    placed = in_system(transcripts, measures.prompts) if measures.prompts else transcripts
-    examples = _encoding(chat, config)(placed).rows
-    one_step = config.batch_size * config.accumulation
-    rows = config.max_steps * one_step if config.max_steps else ceil(config.epochs * len(examples))
-    tokens = round(rows * fmean(len(each.ids) for each in examples))
-    return Work("training", config.max_steps or ceil(rows / one_step), rows, tokens)
+    encode = _encoding(chat, config)
+    examples = encode(in_system(transcripts, measures.prompts) if measures.prompts else transcripts).rows
+    one_step, each = config.batch_size * config.accumulation, config.watch
+    an_epoch = ceil(len(examples) / one_step)
+    steps = config.max_steps or ceil(config.epochs * an_epoch)
+    rows = steps // an_epoch * len(examples) + steps % an_epoch * one_step
+    tokens = round(rows * fmean(len(example.ids) for example in examples))
+    how: dict[str, Any] = {
+        "at_most": each.stop_above is not None,
+        "precision": "bfloat16" if config.bf16 else _dtype(config),
+    }
+    work = [Work("training", steps, rows, tokens, **how)]
+    if again := bool(measures.penalised) + config.gradient_checkpointing:
+        passes = again * ceil(rows / config.batch_size)
+        work.append(Work("reading in training", passes, again * rows, again * tokens, **how))
+    if each.every is not None:
+        prompts, looks = _watched(chat, vectors), 1 + steps // each.every
+        work.append(Work("reading prompts", looks, looks * len(prompts), looks * sum(map(len, prompts)), **how))
+    return *work, _loss_work(config, examples, encode(others).rows if others else (), steps, how)
+
+
+def _loss_work(
+    config: FinetuneConfig, learned: Sequence[Example], held_out: Sequence[Example], steps: int, how: Mapping[str, Any]
+) -> Work:
+    """What is read to take the loss at the end, and on held-out data in between."""
+    times = 1 + (steps // config.evaluate_every if config.evaluate_every else 0)
+    found = Work("reading for the loss", 0, 0, 0, **how)
+    for rows, often in ((learned[: config.loss_examples], 1), (held_out, times)):
+        tokens = sum(len(example.ids) for example in rows)
+        found += Work(found.label, ceil(len(rows) / config.batch_size), len(rows), tokens, **how) * often
+    return found
+
+
+def _watched(chat: ChatFormat, vectors: Sequence[PersonaVectors]) -> list[list[int]]:
+    """The prompts that are projected on vectors while the model is trained."""
+    questions = dict.fromkeys(q for each in vectors for q in each.trait_definition.evaluation_questions)
+    return [chat.encode(None, question) for question in questions]
 
 
 def finetune(
@@ -228,8 +265,7 @@ class _Training:
             raise FinetuningError("watching needs vectors to project on (--vectors)")
         layers = wanted.layers or tuple(sorted({e.layer for e in (*self.measures.edits, *self.measures.penalised)}))
         layers = layers or (self.vectors[0].tuned_choice("name those to watch (`watch.layers` in --config)").layer,)
-        questions = dict.fromkeys(q for each in self.vectors for q in each.trait_definition.evaluation_questions)
-        prompts = [self.chat.encode(None, question) for question in questions]
+        prompts = _watched(self.chat, self.vectors)
         return ProjectionWatch(
             prompts, self.vectors, layers, self.loaded.tokenizer, every=wanted.every, stop_above=wanted.stop_above
         )

@@ -21,7 +21,7 @@ from persona_lens.finetuning.config import FinetuningError
 from persona_lens.judging import Judge
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
-from persona_lens.monitoring.scoring import kept_projections
+from persona_lens.monitoring.scoring import kept_projections, projections_work
 from persona_lens.reports.kinds import shifts_of
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder, file_prefix
@@ -152,11 +152,13 @@ def shift_work(
 ) -> tuple[Work, ...]:
     """What `shift` would ask of the base and so many finetuned models, and of the judges; nothing runs."""
     settings, given = settings or ShiftSettings(), judges or {}
+    layers = settings.layers or tuple(range(base.info.n_layers))
     found = []
-    for each in vectors if settings.scores else ():
+    for each in vectors:
         subject = Subject.of(base, each, None, given.get(each.trait), chat, planned=True)
-        asked = arms_experiment(subject, {}, settings.asked).work()
-        found += [replace(sum([work] * models, work), label=f"{work.label} {each.trait}") for work in asked]
+        asked = [asked_projections_work(subject, settings.asked, layers)]
+        asked += arms_experiment(subject, {}, settings.asked).work() if settings.scores else ()
+        found += [replace(work * (1 + models), label=f"{work.label} {each.trait}") for work in asked]
     return tuple(found)
 
 
@@ -192,6 +194,17 @@ def _measured(
     return found
 
 
+def asked_projections_work(subject: Subject, asked: ArmSettings, layers: Sequence[int]) -> Work:
+    """What `asked_projections` would ask of the model; nothing runs."""
+    return projections_work(subject.backend, _prompts(subject, asked)[1], layers)
+
+
+def _prompts(subject: Subject, asked: ArmSettings) -> tuple[list[str], list[list[int]]]:
+    """The questions, and what the model is given of each."""
+    texts = list(questions_of(subject.trait, asked.questions, "evaluation", FinetuningError).values())
+    return texts, [subject.chat.encode(None, text) for text in texts]
+
+
 def asked_projections(
     subject: Subject,
     asked: ArmSettings,
@@ -201,8 +214,7 @@ def asked_projections(
     reduction: str = OWN_REDUCTION,
 ) -> Float[Tensor, "questions layers"]:
     """Where the last prompt token of each question stands; see `kept_projections`."""
-    texts = list(questions_of(subject.trait, asked.questions, "evaluation", FinetuningError).values())
-    prompts = [subject.chat.encode(None, text) for text in texts]
+    texts, prompts = _prompts(subject, asked)
     return kept_projections(subject.backend, prompts, subject.vectors, layers, texts, run, prefix, reduction=reduction)
 
 

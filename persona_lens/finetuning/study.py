@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from persona_lens.analysis.capability import check_task
+from persona_lens.analysis.capability import capability_work, check_task
 from persona_lens.analysis.capability.evaluation import right_answers
 from persona_lens.backend import Backend, wrap_model
 from persona_lens.core.progress import Progress, shown_progress
@@ -30,14 +30,14 @@ from persona_lens.finetuning.outcomes import (
     treatments_of,
     turned,
 )
-from persona_lens.finetuning.run import Data, conversations_of, finetune, training_work
-from persona_lens.finetuning.shift import asked_projections
+from persona_lens.finetuning.run import Data, conversations_of, finetune, finetune_work
+from persona_lens.finetuning.shift import asked_projections, asked_projections_work
 from persona_lens.judging import Evidence, Exchange, Judge, LikelihoodJudge
 from persona_lens.models import ChatFormat, Loaded, load
 from persona_lens.models.source import adapter_on
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
-from persona_lens.runs.cost import Work
+from persona_lens.runs.cost import Work, together
 from persona_lens.runs.settings import settings_json
 from persona_lens.steering import ArmRow, ArmSettings, Steering
 from persona_lens.steering.arms import UNSTEERED, arms_experiment, minus
@@ -160,18 +160,38 @@ def finetune_study_work(
     settings: FinetuneStudySettings,
     config: FinetuneConfig | None = None,
     *,
+    held_out: Data = (),
     side: str | None = None,
     judge: Judge | None = None,
 ) -> tuple[Work, ...]:
     """What `finetune_study` would train on, and ask of the models and the judge; nothing runs."""
     config = config or FinetuneConfig()
-    trained = treatments_of(settings.treatments, config, vectors)
-    each_one = (training_work(model, data, own.config, vectors=[vectors], side=side) for own in trained)
-    training = [work for work in each_one for _ in settings.seeds]
+    trained, seeds = treatments_of(settings.treatments, config, vectors), len(settings.seeds)
+    _check(config, settings, vectors)
+    data, held_out = conversations_of(data, side), conversations_of(held_out, side)
+    training = [finetune_work(model, data, own.config, vectors=[vectors], held_out=held_out) for own in trained]
     subject = Subject.of(backend, vectors, None, judge, planned=True)
-    asked = arms_experiment(subject, {}, settings.asked).work()
-    models = 1 + len(settings.seeds) * (len(trained) + (settings.treatments.post_hoc is not None))
-    return sum(training[1:], training[0]), *(sum([work] * (models - 1), work) for work in asked)
+    post_hoc = settings.treatments.post_hoc
+    steered = {} if post_hoc is None else {POST_HOC: Steering.parse(post_hoc, vectors)}
+    plain, others = _measured_work(subject, {}, settings), 1 + seeds * (len(trained) - 1)
+    return together(
+        [
+            *(work * seeds for own in training for work in own),
+            *(work * others for work in plain),
+            *(work * seeds for work in _measured_work(subject, steered, settings)),
+        ]
+    )
+
+
+def _measured_work(
+    subject: Subject, steered: Mapping[str, Steering], settings: FinetuneStudySettings
+) -> Iterator[Work]:
+    """What measuring one model asks, and each steering of it."""
+    yield asked_projections_work(subject, settings.asked, [settings.layer])
+    yield from arms_experiment(subject, steered, settings.asked).work()
+    if settings.task is not None:
+        for steering in (None, *steered.values()):
+            yield from capability_work(subject.backend, (settings.task,), edits=steering.edits() if steering else ())
 
 
 def _check(config: FinetuneConfig, settings: FinetuneStudySettings, vectors: PersonaVectors) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from persona_lens.core.documents import json_lines
 from persona_lens.core.files import PART, named, read_bytes, remove, write_bytes
@@ -24,6 +24,9 @@ from persona_lens.judging.blind import (
 )
 from persona_lens.judging.protocol import Exchange, Judge, Judgement
 from persona_lens.runs import RunFolder
+
+if TYPE_CHECKING:
+    from persona_lens.runs.cost import Work
 
 WORKING = ".working"
 
@@ -49,8 +52,7 @@ def judge_scored(
     """
     from persona_lens.judging.recording import check_scored, judge_exchanges  # which imports torch
 
-    unique = list({each.id: each for each in responses}.values())
-    exchanges = [Exchange(each.question, each.response) for each in unique]
+    unique, exchanges = _asked(responses)
 
     def judged(run: RunFolder | None) -> list[Judgement]:
         found = judge_exchanges(judge, exchanges, run, progress=progress)
@@ -78,6 +80,19 @@ def judge_scored(
             remove(working.rename(stopped))
     scores = [judgement.trait for judgement in found]
     return [replace(each, score=score.value, reason=score.reason) for each, score in zip(unique, scores, strict=True)]
+
+
+def scoring_work(judge: Judge, responses: Sequence[Scored]) -> tuple[Work, ...]:
+    """What `judge_scored` would ask; nothing runs."""
+    from persona_lens.judging.recording import judging_work
+
+    return judging_work(judge, _asked(responses)[1])
+
+
+def _asked(responses: Sequence[Scored]) -> tuple[list[Scored], list[Exchange]]:
+    """Equal responses once, and what a judge is shown of each."""
+    unique = list({each.id: each for each in responses}.values())
+    return unique, [Exchange(each.question, each.response) for each in unique]
 
 
 def _row(response: Scored, judgement: Judgement) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.backend import Backend, Read, ReadKind, TokenBatch
-from persona_lens.backend.batches import context_length, forward_batches
+from persona_lens.backend.batches import context_length, forward_batches, forward_plan
 from persona_lens.core.documents import plain
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.marks import may_hold_marks
@@ -35,6 +35,7 @@ from persona_lens.monitoring.markup import Strip
 from persona_lens.reports.result import Result
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces, Row
+from persona_lens.runs.cost import Work, reading_work
 from persona_lens.vectors import OWN_REDUCTION, PersonaVectors
 
 if TYPE_CHECKING:
@@ -93,6 +94,13 @@ def gauge_projections(
     for rows, result in forward_batches(backend, tokens, [Read(ReadKind.PROMPT_LAST, tuple(layers))]):
         found[rows] = projected(result.reads[ReadKind.PROMPT_LAST.value], layers, gauges)
     return found
+
+
+def projections_work(backend: Backend, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> Work:
+    """What `prompt_projections` would ask of the model; nothing runs."""
+    tokens, reads = TokenBatch.of(prompts), [Read(ReadKind.PROMPT_LAST, tuple(layers))]
+    passes = (tokens.chosen(rows) for rows in forward_plan(backend, tokens, (), reads))
+    return reading_work("reading prompts", backend, passes, reads)
 
 
 def kept_projections(

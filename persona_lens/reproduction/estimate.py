@@ -5,32 +5,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from persona_lens.backend import Backend, ModelInfo, Sampling, TokenBatch
+from persona_lens.backend import Backend, ModelInfo, Sampling, TokenBatch, wrap_model
 from persona_lens.core.documents import Record, json_lines
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_bytes
 from persona_lens.core.text import in_short
-from persona_lens.models import ChatFormat
+from persona_lens.models import ChatFormat, load
 from persona_lens.reproduction.places import Places
 from persona_lens.reproduction.plan import Plan, Task
 from persona_lens.reproduction.run import NEEDS, lacking, wanted
+from persona_lens.steering.arms import ARMS
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
 
 ROWS, NEW_TOKENS = 16, 24
 READING = ("judging", "reading", "known")
 """What the labels of work hold where text is read; other work is generated, or trained on."""
-TRAINING, PASSES = "training", 3  # a step forwards and back, in passes forwards
+TRAINING, PASSES = "training", 3  # a step forwards and back, in passes forwards that take the loss
+AUTO = "auto"
 LONGEST = 60  # words of stand-ins for responses
+ANSWERING: Mapping[tuple[str, ...], str] = {("steer", "compare"): ARMS, ("steer", "sweep"): "sweep-"}
+"""What the names of files begin with in which commands leave the answers that they score."""
 
 Counted = Callable[[Sequence[str]], Sequence[Mapping[str, Any]] | None]
-"""What a command would ask, as its ``--dry-run`` says it; None of one that asks a model for nothing beforehand."""
+"""What a command would ask, as its ``--dry-run`` says it; None of one that cannot say."""
+Learning = Callable[[str], float]
+"""Tokens a second of passes that take the loss on every token, in a precision."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Speed(Record):
 
     Attributes:
         generated: Prompts and responses together, while the model generates.
-        read: While it reads.
+        read: While it reads responses behind their prompts, as judges do.
         seconds: What the measurement took.
         rows: Rows it was taken on.
     """
@@ -75,23 +82,57 @@ class Estimate(Record):
 
 def speed_of(backend: Backend, chat: ChatFormat) -> Speed:
     """Generate and read a few rows, once to warm up and once on the clock."""
-    prompts = [chat.encode(None, f"Tell me something about the number {number}.") for number in range(ROWS)]
+    prompts = _prompts(chat)
     sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, seeds=tuple(range(ROWS)))
     began = time.perf_counter()
     backend.generate(prompts[:2], Sampling(max_new_tokens=2, temperature=1.0, seeds=(0, 1)))
     at = time.perf_counter()
     found = backend.generate(prompts, sampling)
     made = time.perf_counter() - at
-    texts = [[*prompt, *row] for prompt, row in zip(prompts, found.responses, strict=True)]
+    texts = TokenBatch.of(prompts, found.responses)
     at = time.perf_counter()
-    backend.forward(TokenBatch.of(texts), logprobs=True)
-    read = time.perf_counter() - at
-    tokens = sum(map(len, texts))
+    backend.forward(texts, logprobs=True)
+    read, tokens = time.perf_counter() - at, sum(texts.lengths)
     return Speed(tokens / made, tokens / read, time.perf_counter() - began, ROWS)
 
 
+def learning_of(model: str, backend: Backend, chat: ChatFormat) -> Learning:
+    """Measures how fast the loss is taken in a precision, once in each; the model is opened again where it has another.
+
+    Args:
+        model: Its name.
+        backend: It, as it was opened.
+        chat: Its chat format.
+    """
+    texts = [(*prompt, *prompt) for prompt in _prompts(chat)]
+    tokens = TokenBatch.of([text[:1] for text in texts], [text[1:] for text in texts])
+
+    @cache
+    def measured(precision: str) -> float:
+        own = backend
+        if precision not in (AUTO, backend.info.dtype):
+            loaded = load(model, dtype=precision)
+            own = wrap_model(loaded.model, loaded.tokenizer)
+        own.forward(tokens.rows(0, 2), logprobs=True)
+        at = time.perf_counter()
+        own.forward(tokens, logprobs=True)
+        return sum(tokens.lengths) / (time.perf_counter() - at)
+
+    return measured
+
+
+def _prompts(chat: ChatFormat) -> list[list[int]]:
+    return [chat.encode(None, f"Tell me something about the number {number}.") for number in range(ROWS)]
+
+
 def estimates(
-    plan: Plan, model: str, tables: Sequence[str], counted: Counted, info: ModelInfo, speed: Speed
+    plan: Plan,
+    model: str,
+    tables: Sequence[str],
+    counted: Counted,
+    info: ModelInfo,
+    speed: Speed,
+    learning: Learning,
 ) -> list[Estimate]:
     """What every task would ask, each beside stand-ins for what earlier ones would leave; nothing runs.
 
@@ -102,6 +143,7 @@ def estimates(
         counted: Says what a command would ask.
         info: The model.
         speed: Of it.
+        learning: Its speed where it is trained.
     """
     with TemporaryDirectory(prefix="persona-lens-") as folder:
         places = Places(plan, model, Path(folder))
@@ -111,21 +153,27 @@ def estimates(
             reasons = [lacking(plan, task), *(found[need].reason for need in plan.needs(task))]
             reason = next((each for each in reasons if each and each.startswith(NEEDS)), None)
             own = Estimate(task.name, reason=reason)
-            found[task] = own if reason else _estimate(places, task, counted, info, speed)
+            found[task] = own if reason else _estimate(places, task, counted, info, partial(_seconds, speed, learning))
         return list(found.values())
 
 
-def _estimate(places: Places, task: Task, counted: Counted, info: ModelInfo, speed: Speed) -> Estimate:
+def _estimate(
+    places: Places,
+    task: Task,
+    counted: Counted,
+    info: ModelInfo,
+    seconds_of: Callable[[Mapping[str, Any]], float],
+) -> Estimate:
     try:
         words = places.words(task)
         work = counted(words)
     except PersonaLensError as error:
         return Estimate(task.name, reason=in_short(str(error), 200))
-    _stand_in(words, task, places.of(task), info)
+    _stand_in(words, task, places.of(task), info, work or ())
     if work is None:
         return Estimate(task.name, reason="not counted: its command cannot tell beforehand")
     prices = [each["cost"] for each in work if each["cost"] is not None]
-    seconds = sum(_seconds(each, speed) for each in work)
+    seconds = sum(map(seconds_of, work))
     return Estimate(
         task.name,
         sum(each["rows"] for each in work),
@@ -140,18 +188,22 @@ def _requests(work: Mapping[str, Any]) -> int:
     return int(work["traffic"]["requests"] if work["traffic"] else work["calls"])
 
 
-def _seconds(work: Mapping[str, Any], speed: Speed) -> float:
+def _seconds(speed: Speed, learning: Learning, work: Mapping[str, Any]) -> float:
+    label, tokens = str(work["label"]), float(work["tokens"])
     if work["cost"] is not None or work["traffic"]:
         return 0.0  # a server's time is not this device's
-    if work["label"].startswith(TRAINING):
-        return float(PASSES * work["tokens"] / speed.read)
-    return float(
-        work["tokens"] / (speed.read if any(each in str(work["label"]) for each in READING) else speed.generated)
-    )
+    if work["precision"] is not None:
+        return tokens * (PASSES if label == TRAINING else 1) / learning(work["precision"])
+    return tokens / (speed.read if any(each in label for each in READING) else speed.generated)
 
 
-def _stand_in(words: Sequence[str], task: Task, folder: Path, info: ModelInfo) -> None:
-    """What later steps need of a step that makes or tunes vectors: such as there are before anything is known."""
+def _stand_in(
+    words: Sequence[str], task: Task, folder: Path, info: ModelInfo, work: Sequence[Mapping[str, Any]]
+) -> None:
+    """What later steps need of a step that makes or tunes vectors, or has arms answer: before anything is known."""
+    if (prefix := ANSWERING.get(tuple(words[:2]))) and task.trait is not None:
+        asked = next(each for each in work if each["label"] == "rollouts")
+        _write_answers(folder, prefix, _supposed(load_trait(task.trait).evaluation_questions, asked))
     if "--subsets" in words:
         chat = [{"role": role, "content": "word " * LONGEST} for role in ("user", "assistant")]
         rows = json_lines([{"messages": chat}] * int(words[words.index("--subsets") + 1]))
@@ -169,9 +221,22 @@ def _stand_in(words: Sequence[str], task: Task, folder: Path, info: ModelInfo) -
         vectors = vectors.with_tuned(Tuned(info.n_layers // 2, 1.0), {"strength": 0.3})
     folder.mkdir(parents=True)
     vectors.save(folder / "vectors.safetensors")
-    made = list(_answered(trait.extraction_questions))
-    (folder / "rollouts.jsonl").write_bytes(json_lines(made))
-    (folder / "scores.jsonl").write_bytes(json_lines({"row": row["row"], "score": 90.0, "kept": True} for row in made))
+    _write_answers(folder, "", list(_answered(trait.extraction_questions)))
+
+
+def _write_answers(folder: Path, prefix: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    scores = [{"row": row["row"], "score": 90.0, "kept": True} for row in rows]
+    write_bytes(folder / f"{prefix}rollouts.jsonl", json_lines(rows))
+    write_bytes(folder / f"{prefix}scores.jsonl", json_lines(scores))
+
+
+def _supposed(questions: Sequence[str], work: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """As many answers as were counted, no two alike; as long as their prompts and they are together at most."""
+    text = "word " * (work["tokens"] // work["rows"])
+    return [
+        {"row": number, "question": questions[number % len(questions)], "response": f"{number} {text}"}
+        for number in range(work["rows"])
+    ]
 
 
 def _answered(questions: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,7 @@ class Work:
             is here.
         cost: US dollars at most, answers from the cache left out; None where nothing is paid or no price is known.
         at_most: Whether the run may turn out to need less, and all of this is only the most.
+        precision: That of a model that is trained; None for work on a model as it was opened.
     """
 
     label: str
@@ -36,19 +37,32 @@ class Work:
     traffic: Traffic | None = None
     cost: float | None = None
     at_most: bool = False
+    precision: str | None = None
 
     def __add__(self, other: Work) -> Work:
         """More work of the same kind."""
         traffic = self.traffic + other.traffic if self.traffic and other.traffic else self.traffic or other.traffic
         known = [each for each in (self.cost, other.cost) if each is not None]
         calls, rows, tokens = self.calls + other.calls, self.rows + other.rows, self.tokens + other.tokens
-        cost = sum(known) if known else None
-        return Work(self.label, calls, rows, tokens, traffic, cost, self.at_most or other.at_most)
+        cost, at_most = sum(known) if known else None, self.at_most or other.at_most
+        return Work(self.label, calls, rows, tokens, traffic, cost, at_most, self.precision)
+
+    def __mul__(self, times: int) -> Work:
+        """The same so many times, once at least."""
+        return sum([self] * (times - 1), self)
 
     @property
     def requests(self) -> int:
         """Requests to a server, or batches for a model that is here."""
         return self.traffic.requests if self.traffic else self.calls
+
+
+def together(work: Iterable[Work]) -> tuple[Work, ...]:
+    """Work of one label as one, in the order in which labels first come."""
+    found: dict[str, Work] = {}
+    for each in work:
+        found[each.label] = found[each.label] + each if each.label in found else each
+    return tuple(found.values())
 
 
 def generating_work(label: str, backend: Backend, calls: Sequence[Call]) -> Work:
@@ -67,9 +81,15 @@ def generating_work(label: str, backend: Backend, calls: Sequence[Call]) -> Work
 
 
 def reading_work(
-    label: str, backend: Backend, passes: Iterable[TokenBatch], reads: Sequence[Read] = (), *, logprobs: bool = False
+    label: str,
+    backend: Backend,
+    passes: Iterable[TokenBatch],
+    reads: Sequence[Read] = (),
+    *,
+    edits: Sequence[Edit] = (),
+    logprobs: bool = False,
 ) -> Work:
-    """What these passes ask, reads and log-probabilities included; nothing runs.
+    """What these passes ask, edits, reads and log-probabilities included; nothing runs.
 
     Raises:
         BackendError: If they read the thinking of a model that never thinks.
@@ -77,5 +97,6 @@ def reading_work(
     passes, traffic = list(passes), None
     parts_for(backend.tokenizer, reads=reads)
     if isinstance(backend, RemoteBackend):
-        traffic = sum((backend.forward_traffic(each, (), reads, logprobs=logprobs) for each in passes), Traffic())
+        sent = (backend.forward_traffic(each, edits, reads, logprobs=logprobs) for each in passes)
+        traffic = sum(sent, Traffic())
     return Work(label, len(passes), sum(map(len, passes)), sum(sum(each.lengths) for each in passes), traffic)

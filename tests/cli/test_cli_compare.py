@@ -12,6 +12,7 @@ import pytest
 from persona_lens.reports.catalogue import find_runs
 from persona_lens.reports.result import Result as Stored
 from persona_lens.traits import Arm, load_trait
+from tests.ledger import ledger
 from tests.shell import Shell
 
 TINY = ("--dtype", "float32", "--device", "cpu")
@@ -102,7 +103,14 @@ def test_capability_is_measured_unsteered_steered_and_in_a_random_direction(
     name, *_ = write_tasks(tasks)
     out = tmp_path / "capability.json"
     command = ("steer", "capability", *made, "--edits", ONE, "--task", name, "--include-path", str(tasks), *TINY)
-    figures = json.loads(run(*command, "--out", str(out), "--json").stdout)
+    planned = json.loads(run(*command, "--out", str(out), "--dry-run", "--json").stdout)["work"]
+    assert not out.exists()
+    with ledger() as ran:
+        figures = json.loads(run(*command, "--out", str(out), "--json").stdout)
+    reading, generating = planned
+    assert (reading["label"], reading["tokens"]) == ("reading in tasks", ran["weighed"])
+    assert generating["at_most"]
+    assert 0 < ran["generated"] <= generating["tokens"]
     assert json.loads(out.read_text()) == figures
     found: dict[str, dict[str, Any]] = {each["arm"]: each for each in figures["changes"] if each["metric"] == "acc"}
     assert set(found) == {"unsteered", ONE}

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from persona_lens.cli import app
 from persona_lens.cli.options import repeated
+from tests.ledger import ledger
 from tests.models.server.loopback import Loopback, completion, serving
 from tests.shell import Shell
 from tests.tiny import saved_model
@@ -183,8 +184,13 @@ def test_scores_of_a_file(table: Path, server: Loopback, tmp_path: Path) -> None
 def test_a_comparison_with_a_judge_that_scores_now(table: Path, server: Loopback) -> None:
     judge = ("openai:judge", *options(server)[2:])
     arguments = ("judge", "compare", str(table), *judge)
+    (planned,) = json.loads(run(*arguments, "--trait", "optimistic", "--dry-run", "--json").stdout)["work"]
+    assert (planned["label"], planned["rows"], sum(server.seen.values())) == ("judging", 48, 0)
     found = json.loads(run(*arguments, "--trait", "optimistic", "--json").stdout)
     assert found["counts"]["scored"] == 24
+    assert sum(server.seen.values()) == planned["calls"] + 1  # which asks the server for probabilities at all
+    assert json.loads(run("judge", "compare", *[str(table)] * 2, "--dry-run", "--json").stdout) == {"work": []}
+    assert "nothing is asked" in run("judge", "compare", *[str(table)] * 2, "--dry-run").stdout
     assert "name the trait (--trait)" in refused(*arguments)
     assert "--trait: only where SECOND is a judge" in refused("judge", "compare", *[str(table)] * 2, "--trait", "evil")
     assert "--prices: only for" in refused("judge", "compare", str(table), str(table), "--prices", "1,1")
@@ -201,7 +207,11 @@ def test_the_likelihood_judge_of_an_extraction_scores_other_responses(
     run(*extraction(model, out))
     command = ("judge", "compare", str(table), f"likelihood:{out}", "--trait", "optimistic", "--json")
     assert "say where it is (--judge-model FOLDER)" in refused(*command)
-    compared = run(*command, "--judge-model", str(model), "--dtype", "float32")
+    placed = (*command, "--judge-model", str(model), "--dtype", "float32")
+    (planned,) = json.loads(run(*placed, "--dry-run").stdout)["work"]
+    with ledger() as ran:
+        compared = run(*placed)
+    assert ran["weighed"] == planned["tokens"]
     assert json.loads(compared.stdout)["counts"]["scored"] == 24
     monkeypatch.chdir(model.parent)
     assert run(*command, "--dtype", "float32").stdout == compared.stdout

@@ -17,7 +17,7 @@ from persona_lens.data.transcripts import Transcript
 from persona_lens.finetuning import FinetuneConfig, FinetuningError, finetune
 from persona_lens.finetuning import run as running
 from persona_lens.finetuning.examples import encode_examples
-from persona_lens.finetuning.run import training_work
+from persona_lens.finetuning.run import finetune_work
 from persona_lens.models import ChatFormat, Loaded, ModelError, load, resolve
 from persona_lens.models.source import adapter_on
 from persona_lens.runs import RunError
@@ -349,13 +349,13 @@ def test_what_is_missing_is_said_in_a_sentence(loaded: Loaded, tmp_path: Path, m
 def test_what_training_takes_is_counted(base_folder: Path, loaded: Loaded) -> None:
     examples = encode_examples(conversations(), ChatFormat.from_tokenizer(loaded.tokenizer), 2048).rows
     tokens = sum(len(each.ids) for each in examples)
-    once = training_work(str(base_folder), conversations(), FinetuneConfig(batch_size=2, accumulation=3))
+    once, _ = finetune_work(str(base_folder), conversations(), FinetuneConfig(batch_size=2, accumulation=3))
     assert (once.calls, once.rows, once.tokens) == (2, 8, tokens)
-    twice = training_work(str(base_folder), conversations(), FinetuneConfig(batch_size=2, accumulation=3, epochs=2))
-    assert (twice.calls, twice.rows, twice.tokens) == (3, 16, 2 * tokens)
+    twice, _ = finetune_work(str(base_folder), conversations(), FinetuneConfig(batch_size=2, accumulation=3, epochs=2))
+    assert (twice.calls, twice.rows, twice.tokens) == (4, 16, 2 * tokens)  # each epoch ends with a step of two
     unanswered = Transcript(({"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b"}), "1", 1)
     answers = FinetuneConfig(batch_size=2, accumulation=3, part="answer")
-    assert training_work(str(base_folder), [*conversations(), unanswered], answers) == once
+    assert finetune_work(str(base_folder), [*conversations(), unanswered], answers)[0] == once
 
 
 def test_the_loss_afterwards_is_of_as_many_examples_as_are_asked_for(loaded: Loaded, tmp_path: Path) -> None:
@@ -387,7 +387,8 @@ def test_the_command(base_folder: Path, tmp_path: Path) -> None:
              "--method", "preventative", "--edits", "impolite@1:+2", "--vectors", str(tmp_path / "v.safetensors"),
              "--watch-every", "1", "--device", "cpu", "--json"]  # fmt: skip
     planned = CliRunner().invoke(app, [*words, "--dry-run"], catch_exceptions=False)
-    (work,) = json.loads(planned.stdout)["work"]
+    work, looks, _ = json.loads(planned.stdout)["work"]
+    assert (looks["label"], looks["calls"]) == ("reading prompts", 3)  # before, and after each step
     assert (work["label"], work["calls"], work["rows"]) == ("training", 2, 4)  # two steps of two conversations
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, words, catch_exceptions=False)

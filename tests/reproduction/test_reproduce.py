@@ -14,10 +14,12 @@ from typer.testing import Result as Ran
 import persona_lens.backend
 from persona_lens import PersonaLensError
 from persona_lens.cli import INTERRUPTED, app
-from persona_lens.cli.reproduce import _execute
+from persona_lens.cli.reproduce import _execute, _takes
 from persona_lens.models import DEFAULT_MODEL
 from persona_lens.reports.result import Result
 from persona_lens.reproduction import PlanError, read_plan, reproduce
+from persona_lens.reproduction.places import Places
+from persona_lens.reproduction.plan import built_in_plans
 from persona_lens.runs import RunError
 from tests.reproduction import made
 from tests.tiny import saved_model
@@ -252,7 +254,7 @@ def test_a_dry_run_counts_every_step_and_measures_the_device(model: Path, tmp_pa
     # 4 questions, 5 pairs and 2 arms; each answer is judged, too.
     assert steps["extract-impolite"]["rows"] > 40
     assert steps["sweep-impolite"]["tokens"] > 0
-    assert "not counted" in steps["cosines"]["reason"]
+    assert (steps["cosines"]["tokens"], steps["cosines"]["reason"]) == (0, None), "no model is asked"
     assert steps["tune-impolite"]["reason"] is None
     assert "--data" in steps["subsets-impolite"]["reason"]
     assert told["all"]["rows"] == sum(step["rows"] for step in told["steps"])
@@ -272,10 +274,45 @@ def test_a_dry_run_counts_what_stands_on_data_that_is_ranked_first(model: Path, 
     words = ("reproduce", str(model), "--plan", planned(tmp_path, text), "--only", "subsets", "--dry-run", "--json")
     given = {step["task"]: step for step in parsed(*words, "--data", str(data))["steps"]}
     assert given["rank-impolite"]["rows"] == 12  # six rows, and as many answers of the model itself
-    assert given["finetune-high-impolite"]["rows"] == 2
+    assert given["finetune-high-impolite"]["rows"] == 4  # trained on, and read for their loss
     assert given["subsets-impolite"]["reason"] is None
     without = {step["task"]: step["reason"] for step in parsed(*words)["steps"]}
     assert without["subsets-impolite"] == without["rank-impolite"] == "needs --data, which was not given"
+
+
+def test_a_dry_run_counts_what_judges_and_tasks_are_asked(model: Path, tmp_path: Path) -> None:
+    """Judges are asked about answers that are not there yet."""
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+    pytest.importorskip("peft")
+    place = "--dtype float32 --device cpu"
+    text = PLAN.partition("  cosines:")[0].replace("[optimistic, impolite]", "[impolite]") + (
+        f"  increments: 'steer compare {{model}} {{tune}} --edits {{trait}}@1:+1 --questions 2 {HOW} --out {{out}}'\n"
+        f"  capability: 'steer capability {{model}} {{tune}} --edits {{trait}}@1:+1 --limit 6 {place}'\n"
+        f"  judges: 'judge compare {{increments}}/arms-scores.jsonl openai:some --trait {{trait}} --judge-url "
+        "http://127.0.0.1:9/v1 --prices 1,2 --report {out}.html'\n"
+        "  protection: 'finetune-study {model} demonstration:{trait}/strong {tune} --seeds 1 --questions 2 {how} "
+        "--out {out}'\n"
+    )
+    words = ("reproduce", str(model), "--plan", planned(tmp_path, text), "--dry-run", "--json")
+    steps = {step["task"].removesuffix("-impolite"): step for step in parsed(*words)["steps"]}
+    assert {step["reason"] for step in steps.values()} == {None}
+    assert steps["judges"]["rows"] == 2 * 6  # for trait and coherence, of 2 questions unsteered, steered and at random
+    assert steps["judges"]["dollars"] > 0
+    assert steps["capability"]["rows"] == 3 * (24 + 6)  # of 6 questions with 4 answers, 3 times, and written greedily
+    assert steps["capability"]["hours"] > 0
+    assert steps["protection"]["hours"] > steps["sweep"]["hours"]
+
+
+@pytest.mark.parametrize("scale", built_in_plans())
+def test_every_step_of_a_plan_says_beforehand_what_it_asks_or_opens_no_model(scale: str) -> None:
+    plan = read_plan(scale)
+    places = Places(plan, "a-model", Path("runs"))
+    for task in plan.tasks():
+        if not plan.missing(task.step):
+            words = places.words(task, read_only=True)
+            told = _takes(words, "--dry-run") and _takes(words, "--json")
+            assert told or task.step.name in ("halves", "cosines"), task.name
+            assert told == _takes(words, "--device"), task.name
 
 
 def test_the_plan_is_printed_and_taken_again(model: Path, tmp_path: Path) -> None:

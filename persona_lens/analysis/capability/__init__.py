@@ -6,6 +6,7 @@ Neither of the two is imported before it is used.
 from __future__ import annotations
 
 from persona_lens.analysis import AnalysisError
+from persona_lens.analysis.capability.cost import capability_changes_work, capability_work
 from persona_lens.analysis.capability.evaluation import (
     BUILTIN_TASK,
     CapabilityChange,
@@ -27,6 +28,8 @@ __all__ = [
     "TaskResult",
     "accuracy",
     "capability_changes",
+    "capability_changes_work",
+    "capability_work",
     "check_task",
     "evaluate_capability",
 ]

@@ -148,10 +148,14 @@ def confirming_work(subject: Subject, settings: TuneSettings) -> list[Work]:
     return found if settings.exhaustive else [replace(work, at_most=True) for work in found]
 
 
-def _work_on(subject: Subject, settings: TuneSettings, layers: Sequence[int], asked: ArmSettings) -> tuple[Work, ...]:
+def confirmed_strengths(settings: TuneSettings) -> int:
+    """At how many strengths of the chosen layer is asked again, at most."""
     least, greatest = min(settings.strengths), max(settings.strengths)
-    count = len(settings.strengths) if settings.exhaustive else min(CURVE, most_steps(least, greatest))
-    tried = [Place(layer, 1.0 + number, 1.0) for layer in layers for number in range(count)]
+    return len(settings.strengths) if settings.exhaustive else min(CURVE, most_steps(least, greatest))
+
+
+def _work_on(subject: Subject, settings: TuneSettings, layers: Sequence[int], asked: ArmSettings) -> tuple[Work, ...]:
+    tried = [Place(layer, 1.0 + number, 1.0) for layer in layers for number in range(confirmed_strengths(settings))]
     return arms_experiment(subject, arms_at(subject.vectors, tried, settings), asked).work()
 
 
