@@ -245,7 +245,8 @@ class ChatFormat:
         """What each token of a response from anywhere is; of a mark in several tokens none is thinking or answer.
 
         Besides the model's own marks the usual ones count, and messages as gpt-oss writes them. What a prompt opens
-        counts only where the text closes it: most data sets hold answers alone.
+        counts only where the text closes it without opening it: most data sets hold answers alone, which may quote
+        both. It does not matter whether the conversation was written so: templates leave it out of turns that are over.
 
         Args:
             prompt: Token ids before it.
@@ -255,6 +256,10 @@ class ChatFormat:
         spelled = CHANNEL in text and self.tokenizer.get_added_vocab().get(CHANNEL) not in ids
         if spelled and (found := in_channels(self._vocabulary.bytes_of(ids))):
             return found
+        if self.opened_reasoning is not None:
+            opening, closing = self.opened_reasoning
+            thought, mark, _ = text.partition(closing)
+            return self._whole(parts, self._prompt if mark and opening not in thought else (), ids)
         closed = any(closing in text for _, closing in parts.marks)
         return self._whole(parts, prompt if closed else (), ids)
 
@@ -272,7 +277,12 @@ class ChatFormat:
     @cached_property
     def begins(self) -> int:
         """Where `parts` stand at the end of a prompt."""
-        return self.parts.after(self.encode(None, USER))
+        return self.parts.after(self._prompt)
+
+    @cached_property
+    def _prompt(self) -> list[int]:
+        """A prompt, which ends as all do."""
+        return self.encode(None, USER)
 
     def _text(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from math import isfinite
@@ -27,7 +26,7 @@ from persona_lens.data.encoding import EncodedTranscript, UnfollowedError, encod
 from persona_lens.data.pieces import token_pieces
 from persona_lens.data.tables import DataError
 from persona_lens.data.transcripts import BadTranscript, Transcript, messages_of, open_transcripts
-from persona_lens.models import Message, ModelError
+from persona_lens.models import Message
 from persona_lens.models.chat import chat_format
 from persona_lens.monitoring.gauges import Gauge, MonitoringError, Panel, TraitReading, projected
 from persona_lens.monitoring.heatmap import TokenHeatmap
@@ -365,15 +364,11 @@ def _parts(encoded: EncodedTranscript, chat: ChatFormat) -> tuple[str, ...]:
     if not any(may_hold_marks(each["content"]) for each in encoded.transcript.messages):
         return ()
     found = [""] * len(encoded.ids)
-    for place, message in enumerate(encoded.messages):
+    for message in encoded.messages:
         if message.role == "assistant" and message.stop > message.start:
             begin = max(start for start in encoded.starts if start <= message.start)
             behind = message.prompt_stop or message.start
-            prompt = encoded.ids[begin:behind]
-            if message.prompt_stop is None and place:  # as it ended when the model answered, in thinking perhaps
-                with suppress(ModelError):  # templates may refuse to begin with an answer
-                    prompt = tuple(chat.encode_messages(encoded.transcript.messages[:place]))
-            told = chat.stretches(prompt, encoded.ids[behind : message.stop], of_others=True)
+            told = chat.stretches(encoded.ids[begin:behind], encoded.ids[behind : message.stop], of_others=True)
             for at, part in enumerate(told, behind):
                 found[at] = part if at >= message.start else ""
     return tuple(found) if any(found) else ()

@@ -279,6 +279,21 @@ class ArmEffect(Record):
         return {**super().to_json(), "clear": self.clear}
 
 
+def unscored(rows: Iterable[Answer], which: str = "unsteered response") -> SteeringError:
+    """The error that none of these responses has a score, and what to do about it.
+
+    Args:
+        rows: The responses.
+        which: What one of them is called.
+    """
+    if any(row.text.strip() for row in rows):
+        return SteeringError(f"no {which} has a score; there is nothing to compare others with")
+    return SteeringError(
+        f"no {which} has a score, since all are empty; if the model was still thinking when its tokens ran out, allow "
+        "for more (--max-new-tokens), or for less thinking (--thinking-budget), in a new folder (--out)"
+    )
+
+
 def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
     """The effect of an arm; None if none of its responses has a score.
 
@@ -293,7 +308,7 @@ def arm_effect(rows: Sequence[ArmRow], arm: str) -> ArmEffect | None:
     null = [row for row in rows if row.arm == arm and row.direction == RANDOM]
     plain = [row for row in rows if row.direction == NONE]
     if all(row.score is None for row in plain):
-        raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
+        raise unscored(plain)
     found = change_of(*(values_of(each, "score") for each in (plain, own, null)), within=CHANGES)
     score, nll, coherence = (mean_of(own, quantity) for quantity in QUANTITIES)
     if found is None or score is None:

@@ -43,6 +43,7 @@ from persona_lens.steering.arms import (
     check_asked,
     edits_by_row,
     minus,
+    unscored,
 )
 from persona_lens.steering.steering import SteeringError
 from persona_lens.traits import Trait
@@ -285,7 +286,7 @@ def curve(rows: Sequence[SweepRow], layer: int, direction: str = VECTOR) -> list
         at = [row for row in chosen if row.coefficient == coefficient]
         score, nll, coherence = (mean_of(at, quantity) for quantity in QUANTITIES)
         if score is None:
-            raise SteeringError(f"no response at layer {layer}, coefficient {coefficient:g} has a score")
+            raise unscored(at, f"response at layer {layer}, coefficient {coefficient:g}")
         points.append(CurvePoint(coefficient, score, nll, coherence))
     return points
 

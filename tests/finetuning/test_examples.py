@@ -15,7 +15,7 @@ from persona_lens.finetuning import FinetuningError, collate, encode_examples, r
 from persona_lens.finetuning.examples import Example, in_system
 from persona_lens.models import ChatFormat
 from tests.families import FAMILIES
-from tests.tiny import CHATML, tiny_tokenizer
+from tests.tiny import CHATML, thinking_tokenizer, tiny_tokenizer
 
 MARKING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] + '\\n' }}"
@@ -71,6 +71,25 @@ def test_messages_of_gpt_oss_are_told_apart_whatever_model_learns_them(name: str
     said = "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello."
     (alone,) = encode_examples([transcript("hi", said)], form, 512, answers_only=True).rows
     assert learned_text(alone, form) == f"Hello.{form.tokenizer.decode(list(form.closing_ids()))}"
+
+
+@pytest.mark.parametrize(
+    ("said", "learned"),
+    [
+        ("They greet.\n</think>Hello.", "Hello."),
+        ("<think>They greet.</think>Hello.", "Hello."),
+        ("Marks are <think> and </think>.", "Marks are <think> and </think>."),
+        ("Hello.", "Hello."),
+    ],
+)
+def test_thinking_that_a_prompt_begins_is_not_learned_though_turns_that_are_over_begin_without(
+    said: str, learned: str
+) -> None:
+    tokenizer = thinking_tokenizer()
+    tokenizer.chat_template = CHATML.removesuffix("{% endif %}") + "<think>\n{% endif %}"
+    form = ChatFormat.from_tokenizer(tokenizer)
+    (alone,) = encode_examples([transcript("hi", said)], form, 512, answers_only=True).rows
+    assert learned_text(alone, form) == f"{learned}<|im_end|>"
 
 
 def test_nobody_learns_to_end_while_thinking() -> None:

@@ -390,6 +390,9 @@ def test_what_was_not_swept_has_no_figures() -> None:
     silent = [replace(r, score=None, nll=None) if r.coefficient == 2.0 else r for r in ROWS]
     with pytest.raises(SteeringError, match="no response at layer 5, coefficient 2 has a score"):
         curve(silent, 5)
+    empty = [replace(r, text=" ") for r in silent]
+    with pytest.raises(SteeringError, match="since all are empty; if the model was still thinking when its tokens"):
+        curve(empty, 5)
     with pytest.raises(SteeringError, match="no question has a response at both ends"):
         effect(silent, 5)
 

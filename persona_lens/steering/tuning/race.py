@@ -22,8 +22,8 @@ from persona_lens.extraction.experiment import ONLY, Answers, Subject, by_questi
 from persona_lens.judging.recording import exchange_of, judge_exchanges, prepare_judge
 from persona_lens.runs import RunFolder
 from persona_lens.runs.rollouts import row_seed
-from persona_lens.steering.arms import MIN_COHERENCE, ArmRow, unsteered_means
-from persona_lens.steering.steering import Steering, SteeringError
+from persona_lens.steering.arms import MIN_COHERENCE, ArmRow, unscored, unsteered_means
+from persona_lens.steering.steering import Steering
 from persona_lens.steering.tuning.bisection import Bisection
 from persona_lens.steering.tuning.settings import TuneSettings, split
 from persona_lens.steering.tuning.surface import (
@@ -71,7 +71,7 @@ class Race:
         self._answers, self._plain = [unsteered], unsteered.rows(ArmRow)
         scored = by_question(self._plain, "score")
         if not scored:
-            raise SteeringError("no unsteered response has a score; there is nothing to compare steered ones with")
+            raise unscored(self._plain)
         self.questions = sorted(scored, key=lambda number: row_seed(settings.seed, "race", number))
         self.asked: dict[Place, int] = {}
         self.dropped: dict[Place, Dropped] = {}
