@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from persona_lens.backend import Backend, Edit, Edits, ModelInfo, Sampling, as_edits
+from persona_lens.backend import Backend, Edit, Edits, Generation, ModelInfo, Sampling, as_edits
 from persona_lens.core.documents import DocumentError, read_artifact, read_yaml
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import named
+from persona_lens.core.progress import note
 from persona_lens.core.text import in_short
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
@@ -215,7 +216,7 @@ def reply(
     seeds = (seed,) if temperature else None
     sampling = Sampling(max_new_tokens, temperature, seeds=seeds, thinking_budget=thinking_budget)
     generation = backend.generate([chat.encode(system, question)], sampling, given_edits(edits, vectors, backend))
-    return chat.answer(generation.responses[0])
+    return _answers(chat, generation)[0]
 
 
 def generate(
@@ -257,4 +258,17 @@ def generate(
     seeds = (seed,) * rows if temperature else None
     sampling = Sampling(max_new_tokens, temperature, seeds=seeds, thinking_budget=thinking_budget)
     generation = backend.generate([chat.encode(system, question)] * rows, sampling, edits)
-    return [chat.answer(ids) for ids in generation.responses]
+    return _answers(chat, generation)
+
+
+def _answers(chat: ChatFormat, generation: Generation) -> list[str]:
+    """The answers as text; and a word where there are none, which would look as if the model had nothing to say."""
+    found = [chat.answer(ids) for ids in generation.responses]
+    if chat.parts.thinks:
+        pairs = zip(found, generation.ended, strict=True)
+        if cut := sum(not ended and not answer.strip() for answer, ended in pairs):
+            note(
+                f"{cut} of {len(found)} replies came to no answer: the model was still thinking when its tokens ran "
+                "out; allow for more (--max-new-tokens), or for less thinking (--thinking-budget)"
+            )
+    return found

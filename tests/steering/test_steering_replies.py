@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 
 from persona_lens import reply
+from persona_lens.core.progress import PersonaLensNote
 from persona_lens.steering import Steering, generate
 from persona_lens.traits import load_trait
 from persona_lens.vectors import PersonaVectors, VectorsError
-from tests.backends.fixtures import ADAPTERS, tiny_backend
+from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend
+from tests.families import FAMILIES
 from tests.planted import PlantedBackend
+from tests.thinking import ASKED, thinking_model
 from tests.tiny import D_MODEL, N_LAYERS
 
 QUESTION = "What is new?"
@@ -68,6 +72,15 @@ def test_another_model_is_refused_unless_allowed() -> None:
         generate(BACKEND, QUESTION, [None, foreign])
     allowed = generate(BACKEND, QUESTION, [foreign], max_new_tokens=NEW, allow_other_model=True)
     assert allowed == generate(BACKEND, QUESTION, STEERINGS[1:2], max_new_tokens=NEW)
+
+
+def test_replies_that_come_to_no_answer_are_said_to() -> None:
+    backend = backend_of("transformers", thinking_model(), FAMILIES["qwq"].tokenizer())
+    with pytest.warns(PersonaLensNote, match="2 of 2 replies came to no answer: the model was still thinking when"):
+        assert generate(backend, ASKED, [None, None], max_new_tokens=1) == ["", ""]
+    with warnings.catch_warnings(record=True) as said:
+        assert all(generate(backend, ASKED, [None, None], max_new_tokens=NEW))
+    assert not any("came to no answer" in str(each.message) for each in said)
 
 
 def test_reasoning_is_no_part_of_a_reply() -> None:
