@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from persona_lens.core.marks import CHANNEL, MARKS, Marks, channel_messages
+from persona_lens.core.progress import note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,6 +118,23 @@ def in_channels(pieces: Sequence[bytes]) -> tuple[Part, ...]:
         found.append(Part.NEITHER if own is None else Part.ANSWER if own else Part.THINKING)
         start = stop
     return tuple(found) if said else ()
+
+
+def note_unanswered(parts: Parts, answers: Sequence[str], ended: Sequence[bool | None]) -> None:
+    """Say how many responses came to no answer, which look as if the model had nothing to say.
+
+    Args:
+        parts: Tell what its tokens are.
+        answers: Their answers as text.
+        ended: Whether the model ended each of them; None where that is not known.
+    """
+    cut = [end is False and not answer.strip() for answer, end in zip(answers, ended, strict=True)]
+    if any(cut) and parts.thinks:
+        which = "no response came to an answer" if all(cut) else "some responses came to no answer"
+        note(  # without a number: runs of many rounds say it once
+            f"{which}: the model was still thinking when its tokens ran out; allow for more (--max-new-tokens), or for "
+            "less thinking (--thinking-budget)"
+        )
 
 
 def special_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

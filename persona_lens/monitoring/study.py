@@ -242,7 +242,8 @@ def _findings(
     scored = [prompt for prompt in prompts if prompt.scores]
     if len(scored) < LEAST:
         few = f"{len(scored)} of {len(prompts)} prompts have a response with a score"
-        raise MonitoringError(f"{few}; {LEAST} are needed")
+        more = "ask more questions, or allow for more tokens (--max-new-tokens)"
+        raise MonitoringError(f"{few}; {LEAST} are needed: {more}")
     layers = settings.layers_of(vectors)
     by_kind = {
         kind: [prompt for prompt in scored if prompt.kind is kind]

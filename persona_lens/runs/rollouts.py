@@ -27,6 +27,7 @@ from persona_lens.backend.tokens import ID_LIMIT, TokenIds
 from persona_lens.core.progress import Progress, no_progress
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import note_reasoning
+from persona_lens.models.reasoning import note_unanswered
 from persona_lens.runs.chunks import ADVICE, Pieces, Row, load_shard, pack_shard, shard_layer
 from persona_lens.runs.cost import Call, Work, generating_work, reading_work
 from persona_lens.runs.folder import RunError, RunFolder
@@ -255,6 +256,12 @@ class Rollouts(RolloutBatches):
         longest = [len(prompt) + settings.max_new_tokens for prompt in self._prompts]
         batches = batches_by_length(longest, settings.batch_size, settings.batch_tokens)
         super().__init__(backend, requests, batches, reads=reads, folder=folder, prefix=prefix)
+
+    def run(self, progress: Progress = no_progress) -> list[Rollout]:
+        """See `RolloutBatches.run`; says where responses came to no answer."""
+        found = super().run(progress)
+        note_unanswered(self.chat.parts, [each.response for each in found], [each.ended for each in found])
+        return found
 
     def calls(self) -> Iterator[Call]:
         """What `run` would hand to `Backend.generate`, batch by batch."""

@@ -12,10 +12,10 @@ from persona_lens.backend import Backend, Edit, Edits, Generation, ModelInfo, Sa
 from persona_lens.core.documents import DocumentError, read_artifact, read_yaml
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import named
-from persona_lens.core.progress import note
 from persona_lens.core.text import in_short
 from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
+from persona_lens.models.reasoning import note_unanswered
 from persona_lens.reports.result import Result
 from persona_lens.steering.steering import FORMAT_VERSION, METADATA, Steering, SteeringError, rowwise
 from persona_lens.traits import Trait, load_trait
@@ -264,11 +264,5 @@ def generate(
 def _answers(chat: ChatFormat, generation: Generation) -> list[str]:
     """The answers as text; and a word where there are none, which would look as if the model had nothing to say."""
     found = [chat.answer(ids) for ids in generation.responses]
-    if chat.parts.thinks:
-        pairs = zip(found, generation.ended, strict=True)
-        if cut := sum(not ended and not answer.strip() for answer, ended in pairs):
-            note(
-                f"{cut} of {len(found)} replies came to no answer: the model was still thinking when its tokens ran "
-                "out; allow for more (--max-new-tokens), or for less thinking (--thinking-budget)"
-            )
+    note_unanswered(chat.parts, found, generation.ended)
     return found

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from persona_lens.backend import Backend, Edit, Read, TokenError
+from persona_lens.core.progress import PersonaLensNote
 from persona_lens.models.chat import chat_format
 from persona_lens.runs import RunError, RunFolder
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts, row_seed
 from persona_lens.runs.settings import RolloutSettings
 from persona_lens.traits import Arm, load_trait
-from tests.backends.fixtures import tiny_backend
+from tests.backends.fixtures import backend_of, tiny_backend
+from tests.families import FAMILIES
 from tests.planted import PlantedBackend
+from tests.thinking import ASKED, thinking_model
 
 CONFIG = {"kind": "rollouts"}
 SETTINGS = RolloutSettings(max_new_tokens=12, batch_size=3)
@@ -327,6 +330,16 @@ def test_a_response_that_is_all_reasoning_is_empty() -> None:
     (rollout,) = rollouts_of(backend, settings=RolloutSettings(20), requests=REQUESTS[:1], reads=()).run()
     assert rollout.response == ""
     assert len(rollout.response_ids) == 20
+
+
+def test_responses_that_come_to_no_answer_are_said_to(tmp_path: Path) -> None:
+    backend = backend_of("transformers", thinking_model(), FAMILIES["qwq"].tokenizer())
+    asked = [Request(None, ASKED, 0), Request(None, "Why?", 1)]
+    for _ in ("when they are made", "when they are there"):
+        with RunFolder(tmp_path / "run", CONFIG) as run:
+            made = rollouts_of(backend, run, RolloutSettings(1, temperature=0.0), asked)
+            with pytest.warns(PersonaLensNote, match="no response came to an answer: the model was still thinking"):
+                made.run()
 
 
 def test_empty_responses_are_kept_as_such(tmp_path: Path) -> None:
