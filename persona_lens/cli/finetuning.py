@@ -147,7 +147,8 @@ def finetune_command(
             f"{summary['method']}: {counted(summary['steps'], 'step')} over {counted(counts['examples'], 'example')}, "
             f"{counted(counts['learned_tokens'], 'token')} to learn"
         )
-        lost = {"shortened": "cut at max_length", "dropped": "left out: nothing to learn in max_length"}
+        none = "no answer" if chosen.part == "answer" else "nothing to learn"
+        lost = {"shortened": "cut at max_length", "dropped": f"left out: {none} in max_length"}
         options.say_notes([f"{counts[name]} {text}" for name, text in lost.items() if counts[name]])
         first, last, learned, unseen = (number(loss[name], ".3f") for name in ("first", "last", "learned", "unseen"))
         say(

@@ -76,8 +76,10 @@ class ChatFormat:
             "this model reasons before every answer and its chat template cannot switch that off: allow for more "
             "tokens; only what follows the reasoning counts as the answer"
         )
+        switch = "the chat template has no switch for thinking: to ask for it (--thinking) changes nothing"
         date = "the chat template writes today's date; it is given 26 July 2024 every day, so that runs can be repeated"
-        notes = (system_note, always if state == "always" else None, date if _TODAY.search(chosen.template) else None)
+        known = {"always": always, "none": switch if thinking else None}.get(state)
+        notes = (system_note, known, date if _TODAY.search(chosen.template) else None)
         return replace(
             chosen,
             system_role="native" if native else "in_first_user_turn",

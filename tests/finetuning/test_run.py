@@ -402,3 +402,18 @@ def test_the_command(base_folder: Path, tmp_path: Path) -> None:
     config.write_text("seeds: 3\n", encoding="utf-8")
     with pytest.raises(FinetuningError, match=r"c.yaml: there is no field seeds"):
         CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+def test_the_command_says_that_rows_without_an_answer_are_left_out(base_folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from persona_lens.cli import app
+
+    said = [("Hi", "<think>They greet."), ("Hi", "<think>They greet.</think>Hello."), ("Hi", "Hello.")]
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in said]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["finetune", str(base_folder), str(data), "--part", "answer", "--max-steps", "1", "--device", "cpu"]
+    shown = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert "note: 1 left out: no answer in max_length" in shown.output

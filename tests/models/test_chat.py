@@ -204,6 +204,7 @@ def test_thinking(template: str, asked: bool, state: str, ending: str) -> None:
     assert format.thinking == state
     assert format.rendered_text("Be kind.", "Why?").endswith(ending)
     assert any("cannot switch that off" in note for note in format.notes) == (state == "always")
+    assert any("--thinking) changes nothing" in note for note in format.notes) == (asked and state == "none")
 
 
 def test_channels_are_thinking_that_can_only_be_kept_short() -> None:
