@@ -22,7 +22,8 @@ from persona_lens.core.text import counted, without_secrets
 
 if TYPE_CHECKING:
     from persona_lens.reproduction import Plan, Reproduction
-    from persona_lens.reproduction.estimate import Estimate, Speed
+    from persona_lens.reproduction.estimate import Estimate
+    from persona_lens.reproduction.speed import Speed
 
 PROGRAM = "persona-lens"
 
@@ -176,13 +177,14 @@ def _counted(words: Sequence[str]) -> Sequence[Mapping[str, Any]] | None:
 
 
 def _estimate(plan: Plan, model: str, tables: Sequence[str], as_json: bool) -> None:
-    from persona_lens.reproduction.estimate import estimates, learning_of, speed_of
+    from persona_lens.reproduction.estimate import estimates
+    from persona_lens.reproduction.speed import Speeds
 
     with options.holding_open(model):
         backend, chat = options.Subject(model).open(offline=True)
-        speed = speed_of(backend, chat)
-        learning = learning_of(model, backend, chat)
-        found = estimates(plan, model, tables, _counted, backend.info, speed, learning)
+        speeds = Speeds(model, backend, chat)
+        speed = speeds.speed
+        found = estimates(plan, model, tables, _counted, backend.info, speeds)
     total = {name: sum(getattr(each, name) or 0 for each in found) for name in AMOUNTS}
     told = {"steps": [each.to_json() for each in found], "all": total, "measured": speed.to_json()}
     deliver(told, lambda: _show_estimates(found, total, speed), as_json)
@@ -210,9 +212,9 @@ def _show_estimates(found: Sequence[Estimate], total: Mapping[str, float], speed
             say(f"{each.task}: {each.reason}")
     say(
         f"measured on {counted(speed.rows, 'row')} in {speed.seconds:.1f} s: {speed.generated:,.0f} tokens a second, "
-        f"prompts among them, while generating, and {speed.read:,.0f} while reading; a step of training is taken for "
-        "three times as much as taking the loss in the same precision, and the time of servers, and of what asks no "
-        "model, is left out"
+        f"prompts among them, while generating, and {speed.read:,.0f} while reading; a step of training, and what an "
+        "adapter takes, are measured too where there are any; the time of servers, and of what asks no model, is left "
+        "out"
     )
 
 

@@ -224,7 +224,7 @@ class _Training:
 
     def done(self, place: Path) -> dict[str, Any]:
         """Train, and keep what came of it."""
-        with _trainable(self.loaded, self.config) as model, ExitStack() as held:
+        with trainable(self.loaded.model, self.config) as model, ExitStack() as held:
             prevention = held.enter_context(PreventativeSteering(self.measures.edits, sink_limits=self.sink_limits))
             watch = self._watch()
             kept = MetricsFile(self.run, self.progress)
@@ -288,11 +288,14 @@ class _Training:
 
 
 @contextmanager
-def _trainable(loaded: Loaded, config: FinetuneConfig) -> Iterator[Any]:
-    """The model with a new adapter, or with all its weights, to be trained; afterwards without the adapter."""
+def trainable(model: Any, config: FinetuneConfig) -> Iterator[Any]:
+    """The model with a new adapter, or with all its weights, to be trained; afterwards without the adapter.
+
+    Raises:
+        FinetuningError: If no adapter fits the model.
+    """
     from transformers import set_seed
 
-    model: Any = loaded.model
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     use_cache = getattr(model.config, "use_cache", None)
     set_seed(config.seed)

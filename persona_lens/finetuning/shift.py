@@ -150,14 +150,18 @@ def shift_work(
     judges: Mapping[str, Judge] | None = None,
     chat: ChatFormat | None = None,
 ) -> tuple[Work, ...]:
-    """What `shift` would ask of the base and so many finetuned models, and of the judges; nothing runs."""
+    """What `shift` would ask of the base and so many finetuned models, and of the judges; nothing runs.
+
+    Finetuned models are taken to be adapters on the base.
+    """
     settings, given = settings or ShiftSettings(), judges or {}
     layers = settings.layers or tuple(range(base.info.n_layers))
     found = []
     for each in vectors:
         subject = Subject.of(base, each, None, given.get(each.trait), chat, planned=True)
-        asked = [asked_projections_work(subject, settings.asked, layers)]
-        asked += arms_experiment(subject, {}, settings.asked).work() if settings.scores else ()
+        rollouts, *judging = arms_experiment(subject, {}, settings.asked).work()
+        answering = [asked_projections_work(subject, settings.asked, layers), *([rollouts] if settings.scores else [])]
+        asked = [*(replace(work, adapted=True) for work in answering), *(judging if settings.scores else ())]
         found += [replace(work * (1 + models), label=f"{work.label} {each.trait}") for work in asked]
     return tuple(found)
 

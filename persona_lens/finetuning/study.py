@@ -186,12 +186,15 @@ def finetune_study_work(
 def _measured_work(
     subject: Subject, steered: Mapping[str, Steering], settings: FinetuneStudySettings
 ) -> Iterator[Work]:
-    """What measuring one model asks, and each steering of it."""
-    yield asked_projections_work(subject, settings.asked, [settings.layer])
-    yield from arms_experiment(subject, steered, settings.asked).work()
+    """What measuring one model asks, and each steering of it; all but the base model answer with an adapter on."""
+    rollouts, *judging = arms_experiment(subject, steered, settings.asked).work()
+    answering = [asked_projections_work(subject, settings.asked, [settings.layer]), rollouts]
     if settings.task is not None:
         for steering in (None, *steered.values()):
-            yield from capability_work(subject.backend, (settings.task,), edits=steering.edits() if steering else ())
+            edits = steering.edits() if steering else ()
+            answering += capability_work(subject.backend, (settings.task,), edits=edits)
+    yield from (replace(work, adapted=True) for work in answering)
+    yield from judging
 
 
 def _check(config: FinetuneConfig, settings: FinetuneStudySettings, vectors: PersonaVectors) -> None:

@@ -64,14 +64,11 @@ def adapter_on(model: PreTrainedModel, folder: Path) -> Iterator[PreTrainedModel
     Raises:
         ModelError: See `put_on`.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapted = put_on(model, folder)
     try:
         yield adapted.get_base_model().eval()
     finally:
         taken_off(adapted)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def taken_off(adapted: Any) -> None:
@@ -99,6 +96,7 @@ def put_on(model: PreTrainedModel, folder: Path) -> Any:
     from peft import PeftConfig, PeftModel
 
     loader: Any = PeftModel
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         changes_layers = not PeftConfig.from_pretrained(str(folder)).is_prompt_learning
         adapted = loader.from_pretrained(model, str(folder)) if changes_layers else None
@@ -106,6 +104,10 @@ def put_on(model: PreTrainedModel, folder: Path) -> Any:
         raise ModelError(f"the adapter in {folder} does not fit its base model: {first_line(error)}") from error
     if adapted is None:
         raise ModelError(f"the adapter in {folder} adds tokens to the prompt; only those that change layers are opened")
+    # PEFT freezes the model's own weights, and frozen ones are copied for every row that is not whole in memory, such
+    # as the last tokens of texts: the whole vocabulary's, which takes six times as long as all else.
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
     return adapted
 
 

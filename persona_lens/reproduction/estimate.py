@@ -1,60 +1,38 @@
-"""What a plan would ask of the model and of judges, and how long that takes here, by a short measurement."""
+"""What a plan would ask of the model and of judges, and how long that takes here."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from persona_lens.backend import Backend, ModelInfo, Sampling, TokenBatch, wrap_model
+from persona_lens.backend import ModelInfo
 from persona_lens.core.documents import Record, json_lines
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.files import write_bytes
 from persona_lens.core.text import in_short
-from persona_lens.models import ChatFormat, load
 from persona_lens.reproduction.places import Places
 from persona_lens.reproduction.plan import Plan, Task
 from persona_lens.reproduction.run import NEEDS, lacking, wanted
+from persona_lens.reproduction.speed import AUTO, Speeds
 from persona_lens.steering.arms import ARMS
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
 
-ROWS, NEW_TOKENS = 16, 24
 READING = ("judging", "reading", "known")
 """What the labels of work hold where text is read; other work is generated, or trained on."""
-TRAINING, PASSES = "training", 3  # a step forwards and back, in passes forwards that take the loss
-AUTO = "auto"
+TRAINING = "training"
 LONGEST = 60  # words of stand-ins for responses
 ANSWERING: Mapping[tuple[str, ...], str] = {("steer", "compare"): ARMS, ("steer", "sweep"): "sweep-"}
 """What the names of files begin with in which commands leave the answers that they score."""
 
 Counted = Callable[[Sequence[str]], Sequence[Mapping[str, Any]] | None]
 """What a command would ask, as its ``--dry-run`` says it; None of one that cannot say."""
-Learning = Callable[[str], float]
-"""Tokens a second of passes that take the loss on every token, in a precision."""
-
-
-@dataclass(frozen=True)
-class Speed(Record):
-    """Tokens a second, measured.
-
-    Attributes:
-        generated: Prompts and responses together, while the model generates.
-        read: While it reads responses behind their prompts, as judges do.
-        seconds: What the measurement took.
-        rows: Rows it was taken on.
-    """
-
-    generated: float
-    read: float
-    seconds: float
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -80,59 +58,13 @@ class Estimate(Record):
     reason: str | None = None
 
 
-def speed_of(backend: Backend, chat: ChatFormat) -> Speed:
-    """Generate and read a few rows, once to warm up and once on the clock."""
-    prompts = _prompts(chat)
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, seeds=tuple(range(ROWS)))
-    began = time.perf_counter()
-    backend.generate(prompts[:2], Sampling(max_new_tokens=2, temperature=1.0, seeds=(0, 1)))
-    at = time.perf_counter()
-    found = backend.generate(prompts, sampling)
-    made = time.perf_counter() - at
-    texts = TokenBatch.of(prompts, found.responses)
-    at = time.perf_counter()
-    backend.forward(texts, logprobs=True)
-    read, tokens = time.perf_counter() - at, sum(texts.lengths)
-    return Speed(tokens / made, tokens / read, time.perf_counter() - began, ROWS)
-
-
-def learning_of(model: str, backend: Backend, chat: ChatFormat) -> Learning:
-    """Measures how fast the loss is taken in a precision, once in each; the model is opened again where it has another.
-
-    Args:
-        model: Its name.
-        backend: It, as it was opened.
-        chat: Its chat format.
-    """
-    texts = [(*prompt, *prompt) for prompt in _prompts(chat)]
-    tokens = TokenBatch.of([text[:1] for text in texts], [text[1:] for text in texts])
-
-    @cache
-    def measured(precision: str) -> float:
-        own = backend
-        if precision not in (AUTO, backend.info.dtype):
-            loaded = load(model, dtype=precision)
-            own = wrap_model(loaded.model, loaded.tokenizer)
-        own.forward(tokens.rows(0, 2), logprobs=True)
-        at = time.perf_counter()
-        own.forward(tokens, logprobs=True)
-        return sum(tokens.lengths) / (time.perf_counter() - at)
-
-    return measured
-
-
-def _prompts(chat: ChatFormat) -> list[list[int]]:
-    return [chat.encode(None, f"Tell me something about the number {number}.") for number in range(ROWS)]
-
-
 def estimates(
     plan: Plan,
     model: str,
     tables: Sequence[str],
     counted: Counted,
     info: ModelInfo,
-    speed: Speed,
-    learning: Learning,
+    speeds: Speeds,
 ) -> list[Estimate]:
     """What every task would ask, each beside stand-ins for what earlier ones would leave; nothing runs.
 
@@ -142,8 +74,7 @@ def estimates(
         tables: Names of tables whose claims are wanted.
         counted: Says what a command would ask.
         info: The model.
-        speed: Of it.
-        learning: Its speed where it is trained.
+        speeds: Of it.
     """
     with TemporaryDirectory(prefix="persona-lens-") as folder:
         places = Places(plan, model, Path(folder))
@@ -153,7 +84,7 @@ def estimates(
             reasons = [lacking(plan, task), *(found[need].reason for need in plan.needs(task))]
             reason = next((each for each in reasons if each and each.startswith(NEEDS)), None)
             own = Estimate(task.name, reason=reason)
-            found[task] = own if reason else _estimate(places, task, counted, info, partial(_seconds, speed, learning))
+            found[task] = own if reason else _estimate(places, task, counted, info, partial(_seconds, speeds))
         return list(found.values())
 
 
@@ -167,13 +98,13 @@ def _estimate(
     try:
         words = places.words(task)
         work = counted(words)
+        seconds = sum(map(seconds_of, work or ()))
     except PersonaLensError as error:
         return Estimate(task.name, reason=in_short(str(error), 200))
     _stand_in(words, task, places.of(task), info, work or ())
     if work is None:
         return Estimate(task.name, reason="not counted: its command cannot tell beforehand")
     prices = [each["cost"] for each in work if each["cost"] is not None]
-    seconds = sum(map(seconds_of, work))
     return Estimate(
         task.name,
         sum(each["rows"] for each in work),
@@ -188,13 +119,15 @@ def _requests(work: Mapping[str, Any]) -> int:
     return int(work["traffic"]["requests"] if work["traffic"] else work["calls"])
 
 
-def _seconds(speed: Speed, learning: Learning, work: Mapping[str, Any]) -> float:
-    label, tokens = str(work["label"]), float(work["tokens"])
+def _seconds(speeds: Speeds, work: Mapping[str, Any]) -> float:
+    label, tokens, precision = str(work["label"]), float(work["tokens"] - work["repeated"]), work["precision"]
     if work["cost"] is not None or work["traffic"]:
         return 0.0  # a server's time is not this device's
-    if work["precision"] is not None:
-        return tokens * (PASSES if label == TRAINING else 1) / learning(work["precision"])
-    return tokens / (speed.read if any(each in label for each in READING) else speed.generated)
+    if precision is not None:
+        learning = speeds.learning(precision)
+        return tokens / (learning.trained if label == TRAINING else learning.read)
+    answering = speeds.speed.read if any(each in label for each in READING) else speeds.speed.generated
+    return tokens / answering * (speeds.learning(AUTO).slower if work["adapted"] else 1)
 
 
 def _stand_in(
@@ -202,8 +135,8 @@ def _stand_in(
 ) -> None:
     """What later steps need of a step that makes or tunes vectors, or has arms answer: before anything is known."""
     if (prefix := ANSWERING.get(tuple(words[:2]))) and task.trait is not None:
-        asked = next(each for each in work if each["label"] == "rollouts")
-        _write_answers(folder, prefix, _supposed(load_trait(task.trait).evaluation_questions, asked))
+        for asked in (each for each in work if each["label"] == "rollouts"):
+            _write_answers(folder, prefix, _supposed(load_trait(task.trait).evaluation_questions, asked))
     if "--subsets" in words:
         chat = [{"role": role, "content": "word " * LONGEST} for role in ("user", "assistant")]
         rows = json_lines([{"messages": chat}] * int(words[words.index("--subsets") + 1]))

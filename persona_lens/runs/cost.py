@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch
+from persona_lens.backend.batches import can_run_prompts_once
 from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.protocol import RemoteBackend, Traffic
 from persona_lens.backend.tokens import TokenIds
@@ -28,6 +29,8 @@ class Work:
         cost: US dollars at most, answers from the cache left out; None where nothing is paid or no price is known.
         at_most: Whether the run may turn out to need less, and all of this is only the most.
         precision: That of a model that is trained; None for work on a model as it was opened.
+        adapted: Whether an adapter is on that model, which makes it slower.
+        repeated: How many of the tokens are of prompts that their batch has already, which the backend computes once.
     """
 
     label: str
@@ -38,6 +41,8 @@ class Work:
     cost: float | None = None
     at_most: bool = False
     precision: str | None = None
+    adapted: bool = False
+    repeated: int = 0
 
     def __add__(self, other: Work) -> Work:
         """More work of the same kind."""
@@ -45,7 +50,8 @@ class Work:
         known = [each for each in (self.cost, other.cost) if each is not None]
         calls, rows, tokens = self.calls + other.calls, self.rows + other.rows, self.tokens + other.tokens
         cost, at_most = sum(known) if known else None, self.at_most or other.at_most
-        return Work(self.label, calls, rows, tokens, traffic, cost, at_most, self.precision)
+        adapted, repeated = self.adapted or other.adapted, self.repeated + other.repeated
+        return Work(self.label, calls, rows, tokens, traffic, cost, at_most, self.precision, adapted, repeated)
 
     def __mul__(self, times: int) -> Work:
         """The same so many times, once at least."""
@@ -99,4 +105,8 @@ def reading_work(
     if isinstance(backend, RemoteBackend):
         sent = (backend.forward_traffic(each, edits, reads, logprobs=logprobs) for each in passes)
         traffic = sum(sent, Traffic())
-    return Work(label, len(passes), sum(map(len, passes)), sum(sum(each.lengths) for each in passes), traffic)
+    rows, tokens = sum(map(len, passes)), sum(sum(each.lengths) for each in passes)
+    once = [each for each in passes if backend.shares_prompts and can_run_prompts_once(each, edits, reads)]
+    repeated = sum(len(ids) for each in once for ids in each.prompts)
+    repeated -= sum(len(ids) for each in once for ids in set(each.prompts))
+    return Work(label, len(passes), rows, tokens, traffic, repeated=repeated)

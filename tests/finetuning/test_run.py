@@ -105,6 +105,23 @@ def test_the_penalty_holds_projections_where_they_were(loaded: Loaded, tmp_path:
     assert held < free / 4
 
 
+def test_under_an_adapter_the_vocabulary_is_not_copied_for_every_row(loaded: Loaded, tmp_path: Path) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        shapes: list[tuple[int, ...]] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.bmm.default:
+                self.shapes.append(tuple(args[1].shape))
+            return function(*args, **(kwargs or {}))
+
+    found = finetune(loaded, conversations(), tmp_path / "run", small(max_steps=1))
+    with adapter_on(loaded.model, found.model) as model, torch.no_grad(), Seen() as seen:  # type: ignore[no-untyped-call]
+        model(input_ids=torch.randint(9, 40, (3, 6)), logits_to_keep=2)
+    assert all(model.config.vocab_size not in shape for shape in seen.shapes)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_saved_adapter_loaded_plainly_is_what_was_trained(
     name: str, loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
