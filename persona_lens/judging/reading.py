@@ -29,6 +29,7 @@ from persona_lens.judging.protocol import (
     Score,
     expected_number,
 )
+from persona_lens.models.reasoning import closed
 from persona_lens.runs.cost import Work, reading_work
 from persona_lens.traits import Arm
 
@@ -306,7 +307,7 @@ class LikelihoodJudge(ReadingJudge):
         return max(map(len, self._prompts(question)))
 
     def _prompts(self, question: str) -> list[list[int]]:
-        return [self.chat.encode(system, question) for system in (*self._systems, None)]
+        return [closed(self.chat.parts, self.chat.encode(system, question)) for system in (*self._systems, None)]
 
 
 class LocalJudge(ReadingJudge):
@@ -319,8 +320,7 @@ class LocalJudge(ReadingJudge):
         coherence: Whether to ask for coherence too.
         prefill: Words that the judge's answer begins with, such as ``Score: ``. Small models need them to come to the
             number; but then they cannot refuse.
-        max_tokens: A response whose prompt has more tokens gets no score. A model that takes fewer has the last word;
-            without a number it is what the model takes, or `MAX_TOKENS` where nothing says how many those are.
+        max_tokens: There is no score behind a prompt of more, or of more than the model takes, else `MAX_TOKENS`.
     """
 
     def __init__(
@@ -389,8 +389,8 @@ class LocalJudge(ReadingJudge):
         """What stands before the number; or, where there is nothing to ask, why."""
         if not exchange.response.strip():
             return EMPTY
-        begun = self.chat.encode_answer(self.prefill) if self.prefill else []
-        prompt = (*self.chat.encode(None, fill_rubric(rubric, exchange, self._marks)), *begun)
+        asked = self.chat.encode(None, fill_rubric(rubric, exchange, self._marks))
+        prompt = (*closed(self.chat.parts, asked), *self.chat.encode_answer(self.prefill))
         if len(prompt) > self.max_tokens:
             return f"the judge's prompt has {len(prompt):,} tokens, more than {self.max_tokens:,}"
         return prompt

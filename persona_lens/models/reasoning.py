@@ -120,6 +120,16 @@ def in_channels(pieces: Sequence[bytes]) -> tuple[Part, ...]:
     return tuple(found) if said else ()
 
 
+def closed(parts: Parts, prompt: Sequence[int]) -> list[int]:
+    """A prompt with the thinking closed that it ends in, as it stands before an answer that is there already.
+
+    Args:
+        parts: Tell what the model's tokens are.
+        prompt: Token ids.
+    """
+    return [*prompt, *parts.closing.get(parts.after(prompt), ())]
+
+
 def note_unanswered(parts: Parts, answers: Sequence[str], ended: Sequence[bool | None]) -> None:
     """Say how many responses came to no answer, which look as if the model had nothing to say.
 

@@ -17,8 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_lens.backend import Backend, ForwardResult, TokenBatch, hooked, wrap_model
+from persona_lens.backend.parts import Part
 from persona_lens.backend.shared_prompts import SharedPrompts
-from persona_lens.judging import Calibration, Evidence, Exchange, JudgingError, LikelihoodJudge, fit_calibration
+from persona_lens.judging import (
+    Calibration,
+    Evidence,
+    Exchange,
+    JudgingError,
+    LikelihoodJudge,
+    LocalJudge,
+    fit_calibration,
+)
 from persona_lens.judging.blind import Scored, response_id
 from persona_lens.judging.reading import PAIRS
 from persona_lens.judging.recording import exchange_of, rollout_evidence
@@ -30,7 +39,7 @@ from persona_lens.runs.rollouts import Request, Rollout
 from persona_lens.traits import Arm, load_trait
 from tests.backends.fixtures import ADAPTERS, backend_of, tiny_backend
 from tests.planted import PlantedBackend
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import CHATML, thinking_tokenizer, tiny_model, tiny_tokenizer, with_template
 
 TRAIT = load_trait("optimistic")
 CALIBRATION = Calibration(2.0, 0.5)
@@ -389,3 +398,20 @@ def test_a_judging_that_began_with_another_model_is_not_gone_on_with(tmp_path: P
         judged_by(0)
     with pytest.raises(RunError, match=r"judge\.model\.weights: .* -> "):
         judged_by(1)
+
+
+@pytest.mark.parametrize("judge", [LikelihoodJudge, LocalJudge])
+@pytest.mark.parametrize("opens", [True, False])
+def test_answers_and_numbers_stand_behind_the_thinking_that_a_prompt_ends_in(judge: Any, opens: bool) -> None:
+    template = CHATML.removesuffix("{% endif %}") + "<think>\n{% endif %}" if opens else CHATML
+    model: Any = tiny_model(thinks=True)
+    model.config.max_position_embeddings = 16_384
+    backend = wrap_model(model, with_template(thinking_tokenizer(), template))
+    chat = chat_format(backend)
+    texts = list(judge(backend, chat, load_trait("optimistic")).passes([Exchange("Hi?", "Hello.")]))
+    assert texts
+    for tokens in texts:
+        for prompt, said in zip(tokens.prompts, tokens.responses, strict=True):
+            assert set(chat.parts.of_response(prompt, said)) == {Part.ANSWER}
+            ending = str(backend.tokenizer.decode(list(prompt))).rpartition("<|im_start|>")[2]
+            assert ending == ("assistant\n<think>\n</think>" if opens else "assistant\n")
