@@ -15,6 +15,7 @@ from persona_lens.analysis.weighing import Passage, Weighing
 from persona_lens.backend import Backend
 from persona_lens.extraction.experiment import Variant, requests_of
 from persona_lens.models import ChatFormat
+from persona_lens.models.reasoning import closed
 from persona_lens.runs.rollouts import EditsFor, Request, row_seed
 
 SHOWN = 4  # questions that come first, for the model to see how they are answered; they do not count
@@ -70,7 +71,7 @@ def right_answers(
     backend: Backend, chat: ChatFormat, asked: Sequence[Request], answers: Sequence[str], edits_for: EditsFor, name: str
 ) -> Weighing:
     """Weighs the answers to what is asked, each under the edits of its request."""
-    prompts = [chat.encode(each.system, each.question, each.examples) for each in asked]
+    prompts = [closed(chat.parts, chat.encode(each.system, each.question, each.examples)) for each in asked]
     passages = []
     for prompt, answer in zip(prompts, answers, strict=True):
         passages.append(Passage.behind(prompt, chat.encode_answer(answer)))

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from persona_lens.analysis import AnalysisError
-from persona_lens.analysis.known_questions import asked_of, known_questions
+from persona_lens.analysis.known_questions import asked_of, known_questions, known_requests, right_answers
 from persona_lens.analysis.method_effects import MethodEffects, MethodSettings, compare_methods, compare_methods_work
 from persona_lens.backend import Backend, Edit, ForwardResult, Read, TokenBatch
 from persona_lens.backend.tokens import TokenIds
 from persona_lens.core.progress import no_progress
+from persona_lens.extraction.experiment import Variant
 from persona_lens.judging import Calibration
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.catalogue import find_runs
@@ -32,7 +33,7 @@ from persona_lens.vectors import PersonaVectors, Tuned, VectorsError
 from tests.backends.fixtures import backend_of
 from tests.planted import LEANING, PlantedBackend
 from tests.screening.made import LengthJudge
-from tests.tiny import D_MODEL, N_LAYERS, tiny_model
+from tests.tiny import CHATML, D_MODEL, N_LAYERS, thinking_tokenizer, tiny_model, with_template
 
 TRAIT = load_trait("optimistic")
 LAYER, NORM = 1, 10.0
@@ -445,6 +446,15 @@ def test_right_answers_are_weighed_as_a_plain_pass_does() -> None:
             "random": told(found)["random"][0]["means"],
         }[name]
         assert means["capability"]["mean"] == pytest.approx(sum(values) / 2, rel=1e-3), name
+
+
+def test_right_answers_stand_behind_the_thinking_that_a_prompt_ends_in() -> None:
+    tokenizer = with_template(thinking_tokenizer(), CHATML.removesuffix("{% endif %}") + "<think>\n{% endif %}")
+    backend = backend_of("transformers", tiny_model(thinks=True), tokenizer)
+    requests, answers = known_requests([Variant({})], 2, 0)
+    weighing = right_answers(backend, chat_format(backend), requests, answers, lambda _: (), "known")
+    for passage, answer in zip(weighing.passages, answers, strict=True):
+        assert str(tokenizer.decode(list(passage.ids))).endswith(f"assistant\n<think>\n</think>{answer}")
 
 
 @pytest.mark.parametrize("adapter", ["transformer_lens", "nnsight"])
