@@ -10,7 +10,7 @@ import torch
 from persona_lens.backend.edits import Edit, check_edits, edits_of_rows
 from persona_lens.backend.parts.asked import check_limited
 from persona_lens.backend.protocol import Backend, ForwardResult, Generation, ModelInfo, RequestTooLargeError
-from persona_lens.backend.reads import PER_ROW, Read, check_reads
+from persona_lens.backend.reads import OF_RESPONSES, PER_ROW, Read, check_reads, need_prompts
 from persona_lens.backend.tokens import Sampling, TokenBatch, TokenError
 from persona_lens.core.errors import PersonaLensError
 from persona_lens.core.threads import in_threads
@@ -96,6 +96,39 @@ def can_run_prompts_once(tokens: TokenBatch, edits: Sequence[Edit], reads: Seque
     Edits keep it from that, and reads of every token.
     """
     return not edits and all(read.kind in PER_ROW for read in reads) and 2 * len(set(tokens.prompts)) <= len(tokens)
+
+
+def common_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all prompts begin with, if a pass of its own pays; a token of each prompt is always left."""
+    if len(prompts) < 2:
+        return ()
+    first, last = min(prompts), max(prompts)  # what these two share, all between them share
+    shortest = min(map(len, prompts)) - 1
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), shortest)
+    common = min(common, shortest)
+    return first[:common] if common >= SHORTEST_BEGINNING else ()
+
+
+def tokens_to_run(
+    backend: Backend,
+    tokens: TokenBatch,
+    edits: Sequence[Edit] = (),
+    reads: Sequence[Read] = (),
+    *,
+    logprobs: bool = False,
+) -> int:
+    """Tokens that `Backend.forward` runs over, padding left out; what it computes once for several rows counts once."""
+    if not (backend.shares_prompts and can_run_prompts_once(tokens, edits, reads)):
+        return sum(tokens.lengths)
+    prompts = set(tokens.prompts)
+    beginning = 0 if need_prompts(reads) else len(common_beginning(list(prompts)))
+    rest = max(map(len, prompts)) - beginning
+    found = beginning + sum(min(len(prompt), rest) for prompt in prompts)
+    if any(read.kind in OF_RESPONSES for read in reads):
+        return found + sum(map(len, tokens.responses))
+    # For log-probabilities the last token of a response need not run, and those that differ in no other run once.
+    pairs = {(prompt, said[:-1]) for prompt, said in zip(tokens.prompts, tokens.responses, strict=True)}
+    return found + (sum(len(begun) for _, begun in pairs) if logprobs else 0)
 
 
 def batches_by_prompt(tokens: TokenBatch, max_rows: int, max_tokens: int | None = None) -> list[list[int]]:

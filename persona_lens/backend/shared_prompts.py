@@ -14,7 +14,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from persona_lens.backend.batches import SHORTEST_BEGINNING
+from persona_lens.backend.batches import common_beginning
 from persona_lens.backend.blocks import running_device
 from persona_lens.backend.tokens import PaddedTokens, TokenBatch, TokenIds, pad_left
 
@@ -64,7 +64,7 @@ class SharedPrompts:
         device = running_device(model)
         index = {prompt: number for number, prompt in enumerate(dict.fromkeys(batch.prompts))}
         self.prompt_of = torch.tensor([index[prompt] for prompt in batch.prompts])
-        beginning = _beginning(list(index)) if split else ()
+        beginning = common_beginning(list(index)) if split else ()
         self._beginning = torch.tensor([beginning], dtype=torch.long, device=device)
         longest = max(map(len, index))
         rest = longest - len(beginning)
@@ -151,17 +151,6 @@ def _inputs(ids: Tensor, attention: Tensor, cache: DynamicCache) -> dict[str, An
         "past_key_values": cache,
         "use_cache": True,
     }
-
-
-def _beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What all prompts begin with, if a pass of its own pays; a token of each prompt is always left."""
-    if len(prompts) < 2:
-        return ()
-    first, last = min(prompts), max(prompts)  # what these two share, all between them share
-    shortest = min(map(len, prompts)) - 1
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), shortest)
-    common = min(common, shortest)
-    return first[:common] if common >= SHORTEST_BEGINNING else ()
 
 
 NAME = "persona_lens_products"

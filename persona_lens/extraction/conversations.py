@@ -28,7 +28,7 @@ from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import messages_of
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces
-from persona_lens.runs.cost import Work
+from persona_lens.runs.cost import Work, supposed_text
 from persona_lens.runs.rollouts import EditsFor, Request, Rollout, RolloutBatches, row_seed
 from persona_lens.runs.settings import RolloutSettings
 
@@ -223,10 +223,11 @@ class Conversations:
 
     def longest(self) -> tuple[Conversation, ...]:
         """The conversations, if every reply were as long as it may be, and people without a script wrote as much."""
-        words = " ".join(["word"] * self.settings.max_new_tokens)
-        return tuple(
-            replace(each, exchanges=tuple((said, words) for said in self._said(each, words))) for each in self.begun()
-        )
+        found = []
+        for number, each in enumerate(self.begun()):
+            words = supposed_text(number, self.settings.max_new_tokens)
+            found.append(replace(each, exchanges=tuple((said, words) for said in self._said(each, words))))
+        return tuple(found)
 
     def _said(self, conversation: Conversation, otherwise: str) -> tuple[str, ...]:
         """What a person says, turn by turn; who has no script says something else."""

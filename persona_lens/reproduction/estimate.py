@@ -20,6 +20,7 @@ from persona_lens.reproduction.places import Places
 from persona_lens.reproduction.plan import Plan, Task
 from persona_lens.reproduction.run import NEEDS, lacking, wanted
 from persona_lens.reproduction.speed import AUTO, Speeds
+from persona_lens.runs.cost import supposed_text
 from persona_lens.steering.arms import ARMS
 from persona_lens.traits import Arm, load_trait
 from persona_lens.vectors import PersonaVectors, Tuned
@@ -120,7 +121,7 @@ def _requests(work: Mapping[str, Any]) -> int:
 
 
 def _seconds(speeds: Speeds, work: Mapping[str, Any]) -> float:
-    label, tokens, precision = str(work["label"]), float(work["tokens"] - work["repeated"]), work["precision"]
+    label, tokens, precision = str(work["label"]), float(work["tokens"] - work["spared"]), work["precision"]
     if work["cost"] is not None or work["traffic"]:
         return 0.0  # a server's time is not this device's
     if precision is not None:
@@ -165,9 +166,9 @@ def _write_answers(folder: Path, prefix: str, rows: Sequence[Mapping[str, Any]])
 
 def _supposed(questions: Sequence[str], work: Mapping[str, Any]) -> list[dict[str, Any]]:
     """As many answers as were counted, no two alike; as long as their prompts and they are together at most."""
-    text = "word " * (work["tokens"] // work["rows"])
+    tokens = work["tokens"] // work["rows"]
     return [
-        {"row": number, "question": questions[number % len(questions)], "response": f"{number} {text}"}
+        {"row": number, "question": questions[number % len(questions)], "response": supposed_text(number, tokens)}
         for number in range(work["rows"])
     ]
 
@@ -175,4 +176,4 @@ def _supposed(questions: Sequence[str], work: Mapping[str, Any]) -> list[dict[st
 def _answered(questions: Sequence[str]) -> Iterator[dict[str, Any]]:
     for number, question in enumerate(questions):
         labels = {"arm": Arm.POSITIVE.value, "question_number": number, "pair": 0, "sample": 0}
-        yield {"row": number, **labels, "question": question, "response": "word " * LONGEST}
+        yield {"row": number, **labels, "question": question, "response": supposed_text(number, LONGEST)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch
-from persona_lens.backend.batches import can_run_prompts_once
+from persona_lens.backend.batches import tokens_to_run
 from persona_lens.backend.parts.asked import parts_for
 from persona_lens.backend.protocol import RemoteBackend, Traffic
 from persona_lens.backend.tokens import TokenIds
@@ -30,7 +30,7 @@ class Work:
         at_most: Whether the run may turn out to need less, and all of this is only the most.
         precision: That of a model that is trained; None for work on a model as it was opened.
         adapted: Whether an adapter is on that model, which makes it slower.
-        repeated: How many of the tokens are of prompts that their batch has already, which the backend computes once.
+        spared: How many of the tokens the backend need not run over, as another text read with them has them too.
     """
 
     label: str
@@ -42,7 +42,7 @@ class Work:
     at_most: bool = False
     precision: str | None = None
     adapted: bool = False
-    repeated: int = 0
+    spared: int = 0
 
     def __add__(self, other: Work) -> Work:
         """More work of the same kind."""
@@ -50,8 +50,8 @@ class Work:
         known = [each for each in (self.cost, other.cost) if each is not None]
         calls, rows, tokens = self.calls + other.calls, self.rows + other.rows, self.tokens + other.tokens
         cost, at_most = sum(known) if known else None, self.at_most or other.at_most
-        adapted, repeated = self.adapted or other.adapted, self.repeated + other.repeated
-        return Work(self.label, calls, rows, tokens, traffic, cost, at_most, self.precision, adapted, repeated)
+        adapted, spared = self.adapted or other.adapted, self.spared + other.spared
+        return Work(self.label, calls, rows, tokens, traffic, cost, at_most, self.precision, adapted, spared)
 
     def __mul__(self, times: int) -> Work:
         """The same so many times, once at least."""
@@ -69,6 +69,11 @@ def together(work: Iterable[Work]) -> tuple[Work, ...]:
     for each in work:
         found[each.label] = found[each.label] + each if each.label in found else each
     return tuple(found.values())
+
+
+def supposed_text(number: int, tokens: int, between: str = " ") -> str:
+    """A text of about so many tokens, another one for every number: what texts have in common may be counted once."""
+    return between.join("text" if number >> place & 1 else "word" for place in range(tokens))
 
 
 def generating_work(label: str, backend: Backend, calls: Sequence[Call]) -> Work:
@@ -106,7 +111,5 @@ def reading_work(
         sent = (backend.forward_traffic(each, edits, reads, logprobs=logprobs) for each in passes)
         traffic = sum(sent, Traffic())
     rows, tokens = sum(map(len, passes)), sum(sum(each.lengths) for each in passes)
-    once = [each for each in passes if backend.shares_prompts and can_run_prompts_once(each, edits, reads)]
-    repeated = sum(len(ids) for each in once for ids in each.prompts)
-    repeated -= sum(len(ids) for each in once for ids in set(each.prompts))
-    return Work(label, len(passes), rows, tokens, traffic, repeated=repeated)
+    run = sum(tokens_to_run(backend, each, edits, reads, logprobs=logprobs) for each in passes)
+    return Work(label, len(passes), rows, tokens, traffic, spared=tokens - run)

@@ -29,7 +29,7 @@ from persona_lens.models import ChatFormat
 from persona_lens.models.chat import note_reasoning
 from persona_lens.models.reasoning import note_unanswered
 from persona_lens.runs.chunks import ADVICE, Pieces, Row, load_shard, pack_shard, shard_layer
-from persona_lens.runs.cost import Call, Work, generating_work, reading_work
+from persona_lens.runs.cost import Call, Work, generating_work, reading_work, supposed_text
 from persona_lens.runs.folder import RunError, RunFolder
 from persona_lens.runs.settings import RolloutSettings
 
@@ -274,8 +274,11 @@ class Rollouts(RolloutBatches):
     def longest(self) -> Texts:
         """The responses if every one were as long as it may be: about four characters a token."""
         tokens = self.settings.max_new_tokens
-        supposed = (Rollout(request, 0, (0,) * tokens, None, "word" * tokens) for request in self.requests)
-        return Texts(tuple(supposed), tuple(self._prompts))
+        supposed = tuple(
+            Rollout(request, 0, (number, *(0,) * (tokens - 1)), None, supposed_text(number, tokens, between=""))
+            for number, request in enumerate(self.requests)
+        )
+        return Texts(supposed, tuple(self._prompts))
 
     def _call(self, batch: Sequence[int]) -> Call:
         requests = [self.requests[i] for i in batch]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from persona_lens.backend import Backend, Edit, ForwardResult, Read, TokenBatch
-from persona_lens.backend.batches import SHORTEST_BEGINNING, forward_batches
+from persona_lens.backend.batches import SHORTEST_BEGINNING, forward_batches, tokens_to_run
 from persona_lens.backend.reads import ReadKind
 from persona_lens.backend.sinks import sink_limits
 from tests.backends.fixtures import ADAPTERS, ARCHITECTURES, D_MODEL, matrix, tiny_backend
@@ -92,6 +92,28 @@ def test_a_common_beginning_runs_once() -> None:
     equal = TokenBatch.of([COMMON, [*COMMON, 9], COMMON, COMMON], [[5], [6], [7], [8]])
     backend.forward(equal, logprobs=True)
     assert shapes[:2] == [(1, len(COMMON) - 1), (2, 2)]  # a token of the shortest prompt is left
+
+
+EQUAL = TokenBatch.of([COMMON] * 4 + [[*COMMON, 9]], [[5, 6], [5, 7], [5], [], [8]])
+ALL_DIFFERENT = TokenBatch.of([[5, 6], [7]], [[8], [9, 10]])
+
+
+@pytest.mark.parametrize("batch", [BATCH, RUBRIC, EQUAL, ALL_DIFFERENT])
+@pytest.mark.parametrize("reads", [(), Read.means()[:1], Read.means()[1:], Read.means()])
+def test_what_runs_is_known_beforehand(batch: TokenBatch, reads: tuple[Read, ...]) -> None:
+    from persona_lens import wrap_model
+    from tests.tiny import tiny_tokenizer
+
+    module: Any = tiny_model()
+    backend, ran = wrap_model(module, tiny_tokenizer()), [0]
+    assert sink_limits(backend)  # measured by a pass of its own
+
+    def count(_: nn.Module, __: object, given: dict[str, Any]) -> None:
+        ran[0] += int(given["attention_mask"][:, -given["input_ids"].shape[1] :].sum())
+
+    module.register_forward_pre_hook(count, with_kwargs=True)
+    backend.forward(batch, reads=reads, logprobs=not reads)
+    assert ran[0] == tokens_to_run(backend, batch, reads=reads, logprobs=not reads)
 
 
 @pytest.mark.parametrize("layers", [(0,), (1, 2), None])
