@@ -151,6 +151,13 @@ def test_a_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
     work = json.loads(said)["work"]
     assert {"rollouts", "judging"} <= {each["label"] for each in work}
     assert [each["at_most"] for each in work] == [False, False, True, True, True, True]
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+    tasks = ("--capability", "persona_lens_basics", "--dry-run", "--json")
+    more = json.loads(ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, *tasks))["work"]
+    assert more[: len(work)] == work
+    reading, generating = more[len(work) :]
+    assert (reading["label"], reading["rows"]) == ("reading in tasks", 480 * 4)  # unsteered, and at three strengths
+    assert (generating["label"], generating["rows"]) == ("generating in tasks", 120 * 4)
     said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--dry-run")
     assert re.search(r"rollouts +│ +at most \d+ +│ +at most 72 ", said)
     said = ok("steer", "tune", home / "tiny", home / "run", "--out", out, *SMALL, *TINY, "--dry-run", "--exhaustive")
