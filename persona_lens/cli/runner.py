@@ -174,10 +174,16 @@ def show_previews(previews: Mapping[str, Preview], as_json: bool) -> None:
         return
     from rich.text import Text
 
+    from persona_lens.models.reasoning import ANSWER, THINKING
+
     screen = console()
     for title, preview in previews.items():
         screen.print(Text(printable(title), style="italic"))
         screen.print(preview)
+        asked = [*(edit.text for edit in preview.edits), *(f" on {read.kind}" for read in preview.reads)]
+        apart = any(f" on {part}" in text for text in asked for part in (THINKING, ANSWER))
+        if apart and preview.tokens[-1].id is None:
+            say("thinking and answer are known as they come: here what the response begins with goes on to its end")
 
 
 def say_plan(work: Sequence[Work]) -> None:

@@ -171,6 +171,10 @@ def test_given_responses_are_split_by_their_ids_and_the_command_says_so(
     means = [token["reads"][-2:] for token in json.loads(previewed.stdout)["previews"][0]["tokens"]]
     assert means[-1] == [True, False]  # of the answer
     assert [False, True] in means  # of the thinking
+    for more, guessed in ((("--responses", str(file)), False), ((), True)):
+        looked = CliRunner().invoke(app, [*command[:3], *more, "--questions", "2", "--preview"])
+        assert looked.exit_code == 0, looked.output
+        assert ("here what the response begins with goes on to its end" in looked.output) == guessed
     ran = CliRunner().invoke(app, [*command, "--out", str(out)])
     assert ran.exit_code == 0, ran.output
     assert "answers (answer_mean); 1 response came to no answer and is left out" in " ".join(ran.output.split())
