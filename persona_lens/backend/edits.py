@@ -289,7 +289,7 @@ def _check_strength(edit: Edit) -> None:
         raise EditError(f"coefficient must be one number or float [batch], got shape {list(edit.coefficient.shape)}")
     coefficient = torch.as_tensor(edit.coefficient)
     if not bool(torch.isfinite(coefficient).all()):
-        raise EditError("coefficient holds NaN or infinity")
+        raise EditError("coefficient holds NaN or infinity, or is beyond float32; give a smaller one")
     if edit.operation is not Operation.ADD and not bool(((coefficient >= 0) & (coefficient <= 1)).all()):
         raise EditError(f"the coefficient of {edit.operation} is the fraction of the change that is made, from 0 to 1")
 

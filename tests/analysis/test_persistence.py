@@ -418,7 +418,8 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(backend: Backend, t
         assert not (tmp_path / "run").exists()
         return str(failed.value)
 
-    assert "no layer was tuned" in refused(replace(SETTINGS, layer=None, coefficient=None))
+    said = refused(replace(SETTINGS, layer=None, coefficient=None))
+    assert "no layer was tuned for the vectors of 'optimistic'; give a layer and a coefficient (--layer, " in said
     assert "layer 7 does not exist" in refused(replace(SETTINGS, layer=7))
     assert "there are 3 scripted users with so many messages" in refused(replace(SETTINGS, conversations=4))
     assert "ask for fewer new tokens" in refused(replace(SETTINGS, rollouts=RolloutSettings(6000)))

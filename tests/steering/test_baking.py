@@ -482,6 +482,9 @@ def test_a_direction_is_one_layers(direction: str, tmp_path: Path) -> None:
 def test_nothing_to_bake_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BakingError, match="nothing to bake"):
         bake("./nowhere", None, tmp_path / "baked")
+    for zero in ("evil@1:+0", "evil@1:+2, evil@1:-2"):
+        with pytest.raises(BakingError, match=r"evil@1:.* adds nothing that could be baked; give a steering such as"):
+            bake("./nowhere", zero, tmp_path / "baked", vectors=vectors_of(llama()))
 
 
 @pytest.mark.parametrize(

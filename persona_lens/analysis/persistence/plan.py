@@ -101,7 +101,7 @@ class Plan:
     def _aim(self, subject: Subject) -> Aim:
         asked = self.settings
         if asked.layer is None or asked.coefficient is None:
-            tuned = subject.vectors.tuned_choice()
+            tuned = subject.vectors.tuned_choice("give a layer and a coefficient (--layer, --coefficient)")
             where = (tuned.layer, tuned.coefficient, tuned.reduction)
         else:
             where = (asked.layer, asked.coefficient, asked.reduction)

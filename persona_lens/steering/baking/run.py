@@ -102,7 +102,8 @@ def bake(
     taken = everywhere_of(everywhere, known)
     plan = planned(given, taken)
     if not plan.additions and plan.basis is None:
-        raise BakingError("there is nothing to bake: give a steering, optimistic@18:+1.5, or --everywhere evil@18")
+        what = "there is nothing to bake" if given is None else f"{given} adds nothing that could be baked"
+        raise BakingError(f"{what}; give a steering such as optimistic@18:+1.5, or --everywhere evil@18")
     progress(0, None, "opening the model")
     loaded = _opened(model, revision, dtype, device)
     work = _Baking(loaded, architecture_of(loaded.model), plan, given, taken, device, progress)
