@@ -102,12 +102,16 @@ def bake(
     taken = everywhere_of(everywhere, known)
     plan = planned(given, taken)
     if not plan.additions and plan.basis is None:
-        what = "there is nothing to bake" if given is None else f"{given} adds nothing that could be baked"
-        raise BakingError(f"{what}; give a steering such as optimistic@18:+1.5, or --everywhere evil@18")
+        raise _nothing(given)
     progress(0, None, "opening the model")
     loaded = _opened(model, revision, dtype, device)
     work = _Baking(loaded, architecture_of(loaded.model), plan, given, taken, device, progress)
     return work.done(target, work.backend(allow_other_model), check, gguf)
+
+
+def _nothing(given: Steering | None) -> BakingError:
+    what = "there is nothing to bake" if given is None else f"{given} adds nothing that could be baked"
+    return BakingError(f"{what}; give a steering such as optimistic@18:+1.5, or --everywhere evil@18")
 
 
 def _opened(model: str, revision: str | None, dtype: str, device: str) -> Loaded:
