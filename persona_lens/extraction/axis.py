@@ -26,7 +26,7 @@ from persona_lens.models import ChatFormat
 from persona_lens.models.chat import chat_format
 from persona_lens.reports.result import Scored
 from persona_lens.runs import RunFolder, file_prefix
-from persona_lens.runs.cost import Work
+from persona_lens.runs.cost import Work, together
 from persona_lens.runs.rollouts import Request, Rollout, Rollouts
 from persona_lens.runs.settings import RolloutSettings, settings_json
 from persona_lens.traits.role import (
@@ -249,14 +249,13 @@ def axis_work(
     assert isinstance(collected, Rollouts)  # nothing was given
     supposed = longest_exchanges(collected)
     asked = axis_judges(backend, chat, roles, default, settings.judge_pairs, judges)
-    judging: dict[str, Work] = {}
+    judging: list[Work] = []
     for name, judge in asked.items():
         own = [
             each for each, request in zip(supposed, experiment.requests, strict=True) if request.labels["role"] == name
         ]
-        for work in judging_work(judge, own):
-            judging[work.label] = judging[work.label] + work if work.label in judging else work
-    return collected.work(), *judging.values()
+        judging += judging_work(judge, own)
+    return collected.work(), *together(judging)
 
 
 def _layer(settings: AxisSettings, info: ModelInfo) -> int:

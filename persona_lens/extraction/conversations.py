@@ -28,7 +28,7 @@ from persona_lens.models import ChatFormat, Message
 from persona_lens.models.chat import messages_of
 from persona_lens.runs import RunFolder
 from persona_lens.runs.chunks import Pieces
-from persona_lens.runs.cost import Work, supposed_text
+from persona_lens.runs.cost import Work, supposed_text, together
 from persona_lens.runs.rollouts import EditsFor, Request, Rollout, RolloutBatches, row_seed
 from persona_lens.runs.settings import RolloutSettings
 
@@ -213,13 +213,12 @@ class Conversations:
 
     def work(self) -> tuple[Work, ...]:
         """What holding them would ask of the model, and of the judges, all turns together; nothing runs."""
-        total: dict[str, Work] = {}
+        found: list[Work] = []
         conversations = self.longest()
         for turn in range(self.turns):
             messages = [each.exchanges[turn][0] for each in conversations]
-            for each in self._experiment([each.until(turn) for each in conversations], messages).work():
-                total[each.label] = total[each.label] + each if each.label in total else each
-        return tuple(total.values())
+            found += self._experiment([each.until(turn) for each in conversations], messages).work()
+        return together(found)
 
     def longest(self) -> tuple[Conversation, ...]:
         """The conversations, if every reply were as long as it may be, and people without a script wrote as much."""

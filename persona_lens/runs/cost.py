@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from persona_lens.backend import Backend, Edit, Read, Sampling, TokenBatch
 from persona_lens.backend.batches import tokens_to_run
@@ -46,12 +46,18 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         """More work of the same kind."""
-        traffic = self.traffic + other.traffic if self.traffic and other.traffic else self.traffic or other.traffic
         known = [each for each in (self.cost, other.cost) if each is not None]
-        calls, rows, tokens = self.calls + other.calls, self.rows + other.rows, self.tokens + other.tokens
-        cost, at_most = sum(known) if known else None, self.at_most or other.at_most
-        adapted, spared = self.adapted or other.adapted, self.spared + other.spared
-        return Work(self.label, calls, rows, tokens, traffic, cost, at_most, self.precision, adapted, spared)
+        return replace(
+            self,
+            calls=self.calls + other.calls,
+            rows=self.rows + other.rows,
+            tokens=self.tokens + other.tokens,
+            traffic=self.traffic + other.traffic if self.traffic and other.traffic else self.traffic or other.traffic,
+            cost=sum(known) if known else None,
+            at_most=self.at_most or other.at_most,
+            adapted=self.adapted or other.adapted,
+            spared=self.spared + other.spared,
+        )
 
     def __mul__(self, times: int) -> Work:
         """The same so many times, once at least."""
